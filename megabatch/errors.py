@@ -1,0 +1,68 @@
+"""Errors that reach a user, and the faults of a configuration.
+
+A fault names the place (`dotted.field=value`), the rule with the other side's value, and a fix. Every rule runs
+before a `ConfigError` is raised, so a user sees all faults at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class MegabatchError(Exception):
+    """Base of every error that megabatch raises on purpose; its text is one clear message with the fix."""
+
+
+class LaunchError(MegabatchError):
+    """Submission, Slurm or a job's state."""
+
+
+class DataError(MegabatchError):
+    """A dataset, template or tokenizer; the text names file and line."""
+
+
+class ConversionError(MegabatchError):
+    """A tensor that cannot be mapped, read or written; the text names tensor, shapes, dtypes and mapping entry."""
+
+
+class CheckpointError(MegabatchError):
+    """A checkpoint that cannot be saved or restored."""
+
+
+class RolloutError(MegabatchError):
+    """A rollout engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One broken rule of a configuration."""
+
+    field: str
+    """Dotted name, for example `parallel.expert_model_parallel_size`."""
+    value: Any
+    """What the user set; shown as `field=value`. None together with `bare` shows the field alone."""
+    rule: str
+    """What must hold, with the other side's value."""
+    try_: Sequence[Any] = ()
+    """Values that would pass, nearest first."""
+    bare: bool = False
+    """Show the field without `=value` (unknown names, missing values)."""
+
+    def __str__(self) -> str:
+        place = self.field if self.bare else f"{self.field}={self.value!r}"
+        fix = f"; try {' or '.join(str(x) for x in self.try_)}" if self.try_ else ""
+        return f"{place} {self.rule}{fix}"
+
+
+class ConfigError(MegabatchError):
+    """One or more faults of a configuration, all reported together."""
+
+    def __init__(self, faults: Iterable[Fault] | str) -> None:
+        self.faults: tuple[Fault, ...] = () if isinstance(faults, str) else tuple(faults)
+        super().__init__(faults if isinstance(faults, str) else self._text())
+
+    def _text(self) -> str:
+        count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
+        return "\n  ".join([f"{count}, nothing was submitted", *map(str, self.faults)])

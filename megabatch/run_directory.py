@@ -1,0 +1,88 @@
+"""The run directory and the exit codes: all that launcher and trainer share besides `run.json`."""
+
+from __future__ import annotations
+
+import enum
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ExitCode(enum.IntEnum):
+    """Exit status of a trainer rank and of the batch script."""
+
+    DONE = 0
+    """Trained to the end."""
+    FAILED = 1
+    """A fault; the log has one clear message."""
+    CONFIG = 2
+    """A fault of the configuration, data or environment that the same command would meet again."""
+    REQUEUE = 75
+    """Stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Names inside one run's directory; nothing here touches the disk."""
+
+    path: Path
+
+    @property
+    def run_json(self) -> Path:
+        """The resolved configuration, written once."""
+        return self.path / "run.json"
+
+    @property
+    def script(self) -> Path:
+        """The rendered sbatch script."""
+        return self.path / "job.sbatch"
+
+    @property
+    def jobs(self) -> Path:
+        """One JSON line for each submission: job id, time, cluster."""
+        return self.path / "jobs.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """`batch.<job>.log` and `rank_<rank>.<restart>.log`."""
+        return self.path / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """Append-only JSON lines, one for each logged step; a line's `step` may repeat after a resume."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        """JSON, replaced atomically by rank 0: time, step, state, job id, restart count."""
+        return self.path / "heartbeat.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`step_%08d/` folders, complete ones only."""
+        return self.path / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        """Text file with the name of the newest complete checkpoint folder."""
+        return self.checkpoints / "latest"
+
+    def step(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` optimizer steps: `hf/` (safetensors) and `mcore/` (torch_dist)."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    def rank_log(self, rank: int, restart: int) -> Path:
+        return self.logs / f"rank_{rank}.{restart}.log"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replaces `path` with `text`: written under a temporary name in the same folder, synced, renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
