@@ -1,0 +1,62 @@
+"""Train and align large language models with megatron-core on Slurm: the names that a recipe needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megabatch.config.checkpoint import Bridge, Checkpoint
+from megabatch.config.data import Data
+from megabatch.config.export import Export
+from megabatch.config.grpo import Grpo, Rollout
+from megabatch.config.kernels import Kernels
+from megabatch.config.model import Model
+from megabatch.config.moe import MLA, MTP, MoE
+from megabatch.config.optimization import FP8, LearningRate, Optimizer, Precision
+from megabatch.config.parallel import Parallel
+from megabatch.config.recipe import Recipe
+from megabatch.config.recompute import Recompute
+from megabatch.config.resources import Resources
+from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
+from megabatch.config.training import Batch, Training
+from megabatch.config.tuner import Tuner
+from megabatch.config.watching import Evaluation, Logging
+
+__all__ = [
+    "FP8",
+    "MLA",
+    "MTP",
+    "Batch",
+    "Bridge",
+    "Checkpoint",
+    "Data",
+    "Dpo",
+    "Evaluation",
+    "Export",
+    "Gkd",
+    "Grpo",
+    "Kernels",
+    "Kto",
+    "LearningRate",
+    "Logging",
+    "MoE",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Precision",
+    "Recipe",
+    "Recompute",
+    "Resources",
+    "Rlhf",
+    "Rm",
+    "Rollout",
+    "Training",
+    "Tuner",
+    "main",
+]
+
+
+def main(recipe: Callable[[], Recipe], argv: Sequence[str] | None = None) -> None:
+    """Runs a recipe file's command line (`--submit`, `--dry_run`, `--local`, any parameter) and exits."""
+    from megabatch import entry
+
+    entry.main(recipe, argv)

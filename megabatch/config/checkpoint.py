@@ -1,0 +1,85 @@
+"""Checkpoints, and the exchange of weights with Hugging Face's formats and hubs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megabatch.config.declare import freeze_lists, param
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What is saved, when, in which form, and what training starts from."""
+
+    save: str | None = param(None, aliases=("output_dir",))
+    """Folder for run directories; None means `megatron_output/<last part of the model's name, or the recipe's>`."""
+    add_version: bool = param(True)
+    """Makes a new folder `v<number>-<time>` below `save` for each run; False runs in `save` itself."""
+    save_strategy: Literal["steps", "epoch"] = param("steps", built=("steps",))
+    """Unit of `save_interval`, `eval_interval` and `save_retain_interval`; epoch saves and evaluates after each."""
+    save_interval: int = param(500, aliases=("save_steps",), at_least=1)
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    save_retain_interval: int | None = param(None, at_least=1)
+    """Older checkpoints are deleted unless their step is a multiple of this; None keeps them."""
+    save_total_limit: int | None = param(None, at_least=1)
+    """Checkpoints kept, newest first; None keeps all."""
+    no_save_optim: bool = param(False)
+    """Leaves out the optimizer state: smaller, but no exact resume from this checkpoint."""
+    no_save_rng: bool = param(False)
+    """Leaves out the random number generators."""
+    save_safetensors: bool = param(True)
+    """Saves Hugging Face safetensors, beside what a resume needs."""
+    max_shard_size: str = param("5GB")
+    """Largest safetensors file: a number with B, KB, MB or GB (or KiB, MiB, GiB)."""
+
+    load: str | None = param(None, aliases=("mcore_model",))
+    """Folder of a megatron-core checkpoint to start from; None starts from `model`."""
+    finetune: bool = param(False)
+    """Takes only the weights from `load`: step, optimizer, RNG and place in the data begin anew."""
+    no_load_optim: bool = param(False)
+    """Leaves the optimizer state of `load` aside, which needs less memory."""
+    no_load_rng: bool = param(False)
+    """Leaves the random number generators of `load` aside."""
+    exit_on_missing_checkpoint: bool = param(True)
+    """Fails when `load` holds no checkpoint; False starts from `model` instead."""
+    no_initialization: bool = param(True, speed_only=True)
+    """Leaves weights uninitialised that loading will set; a model made on the spot is always initialised."""
+    ckpt_format: Literal["torch", "torch_dist", "zarr"] = param("torch_dist", built=("torch_dist",))
+    """Format of megatron-core checkpoints."""
+    auto_detect_ckpt_format: bool = param(True, built=False)
+    """Finds out the format of `load`."""
+    async_save: bool = param(False, built=False)
+    """Goes on training while a checkpoint is written."""
+    use_persistent_ckpt_worker: bool = param(False, built=False)
+    """Keeps one process for asynchronous saves."""
+    ckpt_fully_parallel_load: bool = param(False, built=False)
+    """Shares the reading of a checkpoint among data parallel ranks."""
+    ckpt_assume_constant_structure: bool = param(False, built=False)
+    """Plans a save once and reuses the plan."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bridge:
+    """Exchange with Hugging Face formats and hubs."""
+
+    load_safetensors: bool = param(False, built=False)
+    """Has no effect: safetensors are read whenever `load` is not given. Known so that old scripts are understood."""
+    use_hf: bool = param(False)
+    """Takes models and datasets from Hugging Face's hub; False takes them from ModelScope."""
+    hub_token: str | None = param(None)
+    """Name of the environment variable that holds the hub's token, such as HF_TOKEN; never the token itself."""
+    adapters: Sequence[str] = param((), built=False)
+    """Folders or hub names of LoRA adapters in safetensors format to start from."""
+    ref_model: str | None = param(None, built=False)
+    """Reference model's safetensors weights; None means `model`."""
+    ref_adapters: Sequence[str] = param((), built=False)
+    """Reference model's LoRA adapters; at most one."""
+    merge_lora: bool | None = param(None, built=False)
+    """Adds LoRA into the saved weights; None means yes for safetensors (and `to_hf`) and no for torch_dist."""
+    offload_bridge: bool = param(False, built=False)
+    """Keeps weights exported for the rollout engine in host memory."""
+
+    def __post_init__(self) -> None:
+        freeze_lists(self)

@@ -1,0 +1,80 @@
+"""Data: where samples come from, how they become tokens, and in which order they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megabatch.config.declare import freeze_lists, param
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Datasets, templates, lengths, packing, shuffling and the workers that prepare batches."""
+
+    dataset: Sequence[str] = param(())
+    """Training data: files (JSONL, JSON, CSV, Parquet), folders or hub names; `path#500` draws 500 samples."""
+    val_dataset: Sequence[str] = param(())
+    """Validation data, spelled like `dataset`; when given, nothing is split off the training data."""
+    split_dataset_ratio: float = param(0.0, at_least=0, below=1)
+    """Part of the training data set aside for validation when `val_dataset` is empty."""
+    columns: Mapping[str, str] | None = param(None)
+    """Renames columns: name in the file → name that is understood, for example `{"question": "query"}`."""
+    template: str | None = param(None)
+    """Chat template; None takes the tokenizer's own."""
+    system: str | None = param(None)
+    """System message of samples that bring none; None leaves it to the template."""
+    loss_scale: Literal["default", "last_round", "all"] | None = param(None)
+    """Which tokens are trained on: every assistant turn, only the last one, or all tokens.
+
+    None means `all` for pt, `default` for sft and `last_round` for rlhf.
+    """
+
+    max_length: int | None = param(None, at_least=2)
+    """Longest sample in tokens; longer ones meet `truncation_strategy`. None takes the model's longest position."""
+    seq_length: int | None = param(None, at_least=2)
+    """Length that megatron-core is told; None means `max_length`, and there is seldom a reason to set it."""
+    truncation_strategy: Literal["delete", "left", "right", "raise"] | None = param(None)
+    """What happens to a sample above `max_length`: left out, cut at that end, or an error. None means `delete`, for
+    GRPO `left`."""
+    packing: bool = param(False)
+    """Puts whole samples together into rows of about `packing_length` tokens; they do not see each other."""
+    packing_length: int | None = param(None, at_least=2)
+    """Tokens of a packed row; None means `max_length`."""
+    packing_num_proc: int = param(1, built=False, at_least=1)
+    """Processes that pack; another number gives other packs."""
+    padding_free: bool = param(True, built=False)
+    """Lays the samples of a micro-batch end to end instead of padding them to one length."""
+    mlp_padding_free: bool = param(False, built=False)
+    """Takes padding out for the MLP alone; only of use when `padding_free` is off."""
+
+    dataset_shuffle: bool = param(True)
+    """Shuffles the dataset once, from the seed, before it is split and packed."""
+    train_dataloader_shuffle: bool = param(True)
+    """Draws the training rows in another order in each epoch, from the seed."""
+    no_data_sharding: bool = param(False)
+    """Shuffles all rows before they are dealt to data parallel ranks; False deals first, then shuffles each share."""
+    group_by_length: bool = param(False, built=False)
+    """Draws samples of similar length together."""
+    dataloader_type: Literal["single", "cyclic", "external"] = param("cyclic", built=("cyclic",))
+    """Order of rows: one pass in file order, epochs with shuffling, or a stream."""
+    streaming: bool = param(False, built=False)
+    """Reads data while training instead of before; needs `train_iters`."""
+    lazy_tokenize: bool | None = param(None, built=(False,))
+    """Tokenizes samples when they are drawn; None means False for text models."""
+    dataset_num_proc: int = param(1, speed_only=True, at_least=1)
+    """Processes that read and tokenize the datasets."""
+    load_from_cache_file: bool = param(False, speed_only=True)
+    """Reuses tokenized data that an earlier run left in the cache."""
+    num_workers: int = param(4, speed_only=True, aliases=("dataloader_num_workers",), at_least=0)
+    """Processes of each rank that prepare batches ahead; 0 prepares them in the rank itself."""
+    dataloader_pin_memory: bool = param(True, speed_only=True)
+    """Prepares batches in page-locked memory, for faster copies to a GPU."""
+    dataloader_persistent_workers: bool = param(True, speed_only=True)
+    """Keeps the workers alive between epochs."""
+    dataloader_prefetch_factor: int = param(2, speed_only=True, at_least=1)
+    """Batches that each worker prepares ahead."""
+
+    def __post_init__(self) -> None:
+        freeze_lists(self)

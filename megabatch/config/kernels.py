@@ -1,0 +1,36 @@
+"""Which kernels compute: fusions, attention, the layers' implementation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megabatch.config.declare import param
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """Kernel choices. They change speed and rounding, not what is computed; most need a GPU and some library."""
+
+    transformer_impl: Literal["local", "transformer_engine"] = param("transformer_engine", speed_only=True)
+    """Whose linear layers and norms are used; without Transformer Engine the local ones are."""
+    attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = param("flash", speed_only=True)
+    """Attention kernel; without Transformer Engine, PyTorch's own fused attention."""
+    attn_impl: str = param("flash_attn", built=False)
+    """Attention kernel of a multimodal model's vision tower."""
+    cross_entropy_loss_fusion: bool = param(False, speed_only=True)
+    """Computes the cross-entropy over a split vocabulary in one fused kernel."""
+    cross_entropy_fusion_impl: Literal["native", "te"] = param("native", built=("native",))
+    """Whose fused cross-entropy: megatron-core's or Transformer Engine's."""
+    no_masked_softmax_fusion: bool = param(False, speed_only=True, negated_aliases=("masked_softmax_fusion",))
+    """Keeps scaling, mask and softmax of attention apart."""
+    no_bias_dropout_fusion: bool = param(False, speed_only=True, negated_aliases=("bias_dropout_fusion",))
+    """Keeps bias, dropout and residual addition apart."""
+    no_bias_swiglu_fusion: bool = param(False, speed_only=True, negated_aliases=("bias_swiglu_fusion",))
+    """Keeps bias and SwiGLU apart."""
+    no_rope_fusion: bool = param(False, speed_only=True, negated_aliases=("rope_fusion", "apply_rope_fusion"))
+    """Applies rotary embeddings with plain tensor operations."""
+    no_gradient_accumulation_fusion: bool = param(
+        False, speed_only=True, negated_aliases=("gradient_accumulation_fusion",)
+    )
+    """Adds weight gradients up after the matrix product instead of inside it (the fused one needs apex)."""

@@ -1,0 +1,98 @@
+"""Mixture of experts, multi-head latent attention and multi-token prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megabatch.config.declare import freeze_lists, param
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoE:
+    """Experts, router and dispatch. Fields that are None come from the model's config.json."""
+
+    num_experts: int | None = param(None, at_least=1)
+    """Routed experts of a MoE layer."""
+    moe_layer_freq: int | Sequence[int] | None = param(None, at_least=1)
+    """Every n-th layer is a MoE layer, or a 0/1 entry for each layer (1 is MoE)."""
+    moe_ffn_hidden_size: int | None = param(None, at_least=1)
+    """Width of each expert; None means the dense MLP's for a model made on the spot."""
+    moe_shared_expert_intermediate_size: int | None = param(None, built=False, at_least=1)
+    """Total width of the experts that every token goes through."""
+    moe_router_topk: int | None = param(None, at_least=1)
+    """Experts that each token is sent to."""
+    moe_router_num_groups: int | None = param(None, built=False, at_least=1)
+    """Groups of experts for group-limited routing."""
+    moe_router_group_topk: int | None = param(None, built=False, at_least=1)
+    """Groups that a token may choose its experts from."""
+    moe_router_pre_softmax: bool | None = param(None)
+    """Softmax over all experts before the choice, so that the chosen weights do not sum to 1."""
+    moe_router_dtype: Literal["none", "fp32", "fp64"] = param("fp32")
+    """Type of the routing scores and of the weighted sum of expert outputs; none keeps the model's."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] | None = param(None, built=("softmax",))
+    """What makes scores of router logits."""
+    moe_router_bias_update_rate: float | None = param(None, built=False, at_least=0)
+    """Step by which the balancing bias of an expert moves after each global batch."""
+    moe_router_enable_expert_bias: bool | None = param(None, built=(False,))
+    """Balances by a bias on each expert's score instead of by a loss (arXiv:2408.15664)."""
+    moe_router_topk_scaling_factor: float | None = param(None, built=False, above=0)
+    """Multiplies the chosen experts' weights."""
+    moe_router_load_balancing_type: (
+        Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] | None
+    ) = param(None, built=("aux_loss", "none"))
+    """Balancing: a loss over each micro-batch, each sequence or the global batch, optimal transport, or none."""
+    moe_aux_loss_coeff: float = param(0.0, at_least=0)
+    """Weight of the balancing loss; higher spreads tokens more evenly and costs quality."""
+    moe_z_loss_coeff: float | None = param(None, at_least=0)
+    """Weight of the loss that keeps router logits small; None is none."""
+    moe_expert_capacity_factor: float | None = param(None, above=0)
+    """Tokens an expert takes, as a multiple of an even share; the rest is dropped. None drops nothing."""
+    moe_pad_expert_input_to_capacity: bool = param(False)
+    """Pads each expert's input to its capacity; needs `moe_expert_capacity_factor`."""
+    moe_token_drop_policy: Literal["probs", "position"] = param("probs")
+    """Which tokens above capacity are dropped: the least probable ones or the last ones."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = param(
+        "alltoall", built=("alltoall", "allgather")
+    )
+    """How tokens reach the ranks of their experts."""
+    moe_enable_deepep: bool = param(False, built=False)
+    """Dispatches with DeepEP's kernels; needs the flex dispatcher."""
+    moe_grouped_gemm: bool = param(True, speed_only=True)
+    """Computes a rank's experts in one grouped matrix product where the device has it."""
+    moe_permute_fusion: bool = param(False, speed_only=True)
+    """Fuses the sorting of tokens by expert (Transformer Engine)."""
+    moe_shared_expert_overlap: bool = param(False, speed_only=True)
+    """Computes shared experts while tokens are dispatched; without shared experts it has no effect."""
+
+    def __post_init__(self) -> None:
+        freeze_lists(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLA:
+    """Multi-head latent attention (DeepSeek-V2). Fields that are None come from the model's config.json."""
+
+    multi_latent_attention: bool = param(False, built=False)
+    """Whether attention is latent."""
+    q_lora_rank: int | None = param(None, built=False, at_least=1)
+    """Rank of the compressed queries."""
+    kv_lora_rank: int | None = param(None, built=False, at_least=1)
+    """Rank of the compressed keys and values."""
+    qk_head_dim: int | None = param(None, built=False, at_least=1)
+    """Dimensions of a query or key head without position."""
+    qk_pos_emb_head_dim: int | None = param(None, built=False, at_least=1)
+    """Dimensions of a query or key head that carry the position."""
+    v_head_dim: int | None = param(None, built=False, at_least=1)
+    """Dimensions of a value head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MTP:
+    """Multi-token prediction: layers behind the last one that predict further tokens."""
+
+    mtp_num_layers: int | None = param(None, built=False, at_least=1)
+    """Further tokens predicted, one layer for each; never read from config.json."""
+    mtp_loss_scaling_factor: float = param(0.1, built=False, at_least=0)
+    """Weight of the mean loss of the MTP layers."""

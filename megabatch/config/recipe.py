@@ -1,0 +1,60 @@
+"""A recipe: a name, a task, and one group of parameters for each concern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megabatch.config.checkpoint import Bridge, Checkpoint
+from megabatch.config.data import Data
+from megabatch.config.export import Export
+from megabatch.config.grpo import Grpo, Rollout
+from megabatch.config.kernels import Kernels
+from megabatch.config.model import Model
+from megabatch.config.moe import MLA, MTP, MoE
+from megabatch.config.optimization import FP8, LearningRate, Optimizer, Precision
+from megabatch.config.parallel import Parallel
+from megabatch.config.recompute import Recompute
+from megabatch.config.resources import Resources
+from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
+from megabatch.config.training import Batch, Training
+from megabatch.config.tuner import Tuner
+from megabatch.config.watching import Evaluation, Logging
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One run, as its author declares it; a variant is `dataclasses.replace(recipe, parallel=…)`."""
+
+    name: str
+    """Names the run: letters, digits, dot, dash and underscore."""
+    task: Literal["pt", "sft", "rlhf"]
+    """Pre-training on plain text, supervised fine-tuning on conversations, or learning from preferences."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    batch: Batch = field(default_factory=Batch)
+    training: Training = field(default_factory=Training)
+    parallel: Parallel = field(default_factory=Parallel)
+    recompute: Recompute = field(default_factory=Recompute)
+    kernels: Kernels = field(default_factory=Kernels)
+    moe: MoE = field(default_factory=MoE)
+    mla: MLA = field(default_factory=MLA)
+    mtp: MTP = field(default_factory=MTP)
+    learning_rate: LearningRate = field(default_factory=LearningRate)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    precision: Precision = field(default_factory=Precision)
+    fp8: FP8 = field(default_factory=FP8)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    tuner: Tuner = field(default_factory=Tuner)
+    bridge: Bridge = field(default_factory=Bridge)
+    rlhf: Rlhf = field(default_factory=Rlhf)
+    dpo: Dpo = field(default_factory=Dpo)
+    kto: Kto = field(default_factory=Kto)
+    rm: Rm = field(default_factory=Rm)
+    grpo: Grpo = field(default_factory=Grpo)
+    gkd: Gkd = field(default_factory=Gkd)
+    rollout: Rollout = field(default_factory=Rollout)
+    export: Export = field(default_factory=Export)
+    resources: Resources = field(default_factory=Resources)

@@ -1,0 +1,32 @@
+"""Recomputing activations in the backward pass instead of keeping them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megabatch.config.declare import freeze_lists, param
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recompute:
+    """Memory for time: which activations are computed a second time in the backward pass."""
+
+    recompute_granularity: Literal["full", "selective", "none"] = param("selective")
+    """Whole transformer layers, only `recompute_modules`, or nothing."""
+    recompute_method: Literal["uniform", "block"] | None = param(None)
+    """For `full`: every layer in units of `recompute_num_layers`, or only the first so many layers of a stage."""
+    recompute_num_layers: int | None = param(None, at_least=1)
+    """For `full`: layers of each unit (uniform) or layers recomputed in each stage (block)."""
+    recompute_modules: Sequence[Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe"]] = param(
+        ("core_attn",), built=("core_attn", "moe_act", "layernorm", "mlp", "moe")
+    )
+    """For `selective`: attention scores, expert activations, norms, MLA's up-projections, dense MLPs, MoE layers."""
+    vit_gradient_checkpointing: bool = param(True, built=False)
+    """Recomputes a multimodal model's vision tower."""
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = param(None, built=False)
+    """Arguments of `torch.utils.checkpoint` for the vision tower; on the command line as a JSON object."""
+
+    def __post_init__(self) -> None:
+        freeze_lists(self)

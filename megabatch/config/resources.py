@@ -1,0 +1,42 @@
+"""What a run asks of the cluster; where it runs (partition, account, …) is in a cluster profile, not in a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megabatch.config.declare import param
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """Nodes, ranks, memory and time of the job."""
+
+    nodes: int = param(1, at_least=1)
+    """Nodes."""
+    gpus_per_node: int = param(8, at_least=0)
+    """GPUs taken on each node; 0 trains on CPUs."""
+    tasks_per_node: int | None = param(None, at_least=1)
+    """Ranks on each node; None means one for each GPU, or one where there is none."""
+    cpus_per_task: int | None = param(None, at_least=1)
+    """CPU cores of each rank; None leaves it to the cluster."""
+    mem_gib: int | None = param(None, at_least=1)
+    """Host memory on each node in GiB; None leaves it to the cluster."""
+    time: str = param("24:00:00")
+    """Longest wall-clock time of one incarnation of the job: `minutes`, `[days-]hours:minutes:seconds`, …"""
+    signal_delay_s: int = param(90, at_least=1)
+    """Seconds before that limit at which the ranks are told to save and stop; must be below `time`."""
+    requeue: bool = param(True)
+    """Puts the job back into the queue after it saved on a signal, or after a node failed."""
+    job_name: str | None = param(None)
+    """Name in the queue; None means the recipe's."""
+    omp_num_threads: int | None = param(None, at_least=1)
+    """OMP_NUM_THREADS of each rank; None means `cpus_per_task`, or 1."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        """All ranks of the run."""
+        return self.nodes * self.ranks_per_node

@@ -1,0 +1,65 @@
+"""Batch sizes, and the course of the training: how long, how reproducible, which task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megabatch.config.declare import param
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Batch sizes in samples (packed rows with `packing`; completions in GRPO).
+
+    `global_batch_size = micro_batch_size * dp * gradient accumulation steps`, with dp = world / (tp * pp * cp).
+    """
+
+    micro_batch_size: int = param(1, at_least=1)
+    """Samples that one data parallel rank takes through the model at a time."""
+    global_batch_size: int = param(16, at_least=1)
+    """Samples of one optimizer step, over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """How long to train, from which seed, and with which loss."""
+
+    train_iters: int | None = param(None, at_least=1)
+    """Optimizer steps; give either this or `max_epochs`."""
+    max_epochs: int | None = param(None, aliases=("num_train_epochs",), at_least=1)
+    """Passes over the training data, from which the number of steps is computed once the data is prepared."""
+    seed: int = param(42, at_least=0, below=2**32)
+    """Seed of initialisation, shuffling, splitting and dropout."""
+    deterministic_mode: bool = param(False)
+    """Only algorithms that give the same bits each time; slower on GPUs."""
+    calculate_per_token_loss: bool | None = param(None)
+    """Averages the loss over the trained tokens of the global batch, instead of over micro-batches.
+
+    None means True, but False for rlhf and for a `task_type` other than causal_lm.
+    """
+    task_type: Literal["causal_lm", "seq_cls", "embedding", "reranker", "generative_reranker"] = param(
+        "causal_lm", built=("causal_lm",)
+    )
+    """What the model is trained to do."""
+    num_labels: int | None = param(None, built=False, at_least=1)
+    """Labels of a sequence classifier (`task_type` seq_cls)."""
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = param(
+        None, built=False
+    )
+    """Kind of sequence classification; None means regression for one label or a reward model, else single-label."""
+    enable_dft_loss: bool = param(False, built=False)
+    """Dynamic fine-tuning: weights each token's loss by its own probability."""
+    enable_channel_loss: bool = param(False, built=False)
+    """Logs the loss separately for each value of the data's `channel` column."""
+    check_model: bool = param(True, built=False)
+    """Checks local model files for damage before loading them."""
+    use_cpu_initialization: bool = param(False, built=False)
+    """Initialises weights on the CPU before they move to the GPU."""
+    manual_gc: bool = param(False, speed_only=True)
+    """Turns Python's garbage collector off during steps and collects at chosen steps on all ranks together."""
+    manual_gc_interval: int = param(0, speed_only=True, at_least=0)
+    """Steps between collections when `manual_gc` is on; 0 collects only at evaluations and saves."""
+    megatron_extra_kwargs: Mapping[str, Any] | None = param(None, aliases=("extra_megatron_kwargs",))
+    """Further fields of megatron-core's TransformerConfig, by name; on the command line as a JSON object."""
