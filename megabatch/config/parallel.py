@@ -42,7 +42,7 @@ class Parallel:
     pipeline_model_parallel_layout: str | None = param(None)
     """The split spelled out: `E` embedding, `t` transformer layer, `m` MTP layer, `L` loss, `|` between stages.
 
-    `*` repeats a letter or a group and commas mean nothing: `E|(t|)*3,m|m||L` has seven stages, for pp * vpp = 7.
+    `*` repeats a letter or a group and commas mean nothing: `E|(t|)*3,m|m||L` has eight stages, for pp * vpp = 8.
     """
 
     use_distributed_optimizer: bool = param(True)
