@@ -1,0 +1,48 @@
+"""The registry of model families. A new one is a module here with a `Family`, named in `FAMILIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from megabatch.converters.families.llama import LLAMA
+from megabatch.converters.families.qwen2 import QWEN2
+from megabatch.converters.families.qwen3 import QWEN3
+from megabatch.converters.families.qwen3_moe import QWEN3_MOE
+from megabatch.converters.family import Family
+from megabatch.errors import ConversionError
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE)}
+"""Families by Hugging Face's model type."""
+
+_BY_ARCHITECTURE = {name: family for family in FAMILIES.values() for name in family.architectures}
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family of a config.json, by `architectures`, or by `model_type` where that is not set.
+
+    Raises: ConversionError naming the nearest known architecture and how to add one.
+    """
+    architectures = hf_config.get("architectures") or []
+    if not architectures:
+        return family_named(str(hf_config.get("model_type")))
+    family = _BY_ARCHITECTURE.get(str(architectures[0]))
+    if family is None:
+        raise _unknown("config.json: architectures", str(architectures[0]), list(_BY_ARCHITECTURE))
+    return family
+
+
+def family_named(model_type: str) -> Family:
+    """The family with this Hugging Face model type. Raises: ConversionError naming the nearest."""
+    if model_type not in FAMILIES:
+        raise _unknown("model_type", model_type, list(FAMILIES))
+    return FAMILIES[model_type]
+
+
+def _unknown(field: str, value: str, known: list[str]) -> ConversionError:
+    near = get_close_matches(value, known, n=1, cutoff=0)
+    return ConversionError(
+        f"{field}={value} is not supported; the nearest is {near[0]}, known are {', '.join(sorted(known))}. "
+        "To add it, write its table as a module in converters/families and name it in FAMILIES"
+    )

@@ -1,0 +1,153 @@
+"""Reads and writes config.json for decoder-only families: old and new spellings, and what is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megabatch.errors import ConversionError
+from megabatch.plan.shape import ModelShape
+
+Config = Mapping[str, Any]
+
+
+def architecture(config: Config, *, default: str) -> str:
+    """The Hugging Face class name."""
+    names = config.get("architectures") or [default]
+    return str(names[0])
+
+
+def size(config: Config, *names: str, default: int | None = None) -> int:
+    """A positive whole number under the first of its spellings that is set.
+
+    Raises: ConversionError when none is set (and there is no default) or the value is no positive whole number.
+    """
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ConversionError(f"config.json: {name}={value!r} must be a positive whole number")
+        return value
+    if default is None:
+        raise ConversionError(f"config.json: {names[0]} is missing; it gives the shape of the model")
+    return default
+
+
+def number(config: Config, name: str, *, default: float) -> float:
+    """A positive number, or the default that transformers uses when it is not set."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConversionError(f"config.json: {name}={value!r} must be a positive number")
+    return float(value)
+
+
+def switch(config: Config, name: str, *, default: bool = False) -> bool:
+    """True or false, or the default that transformers uses when it is not set."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConversionError(f"config.json: {name}={value!r} must be true or false")
+    return value
+
+
+def rope(config: Config, *, default_theta: float = 10000.0) -> tuple[float, dict[str, Any] | None]:
+    """Base of the rotary embedding and, unless it is plain, its other parameters with `rope_type`.
+
+    Reads transformers 5's `rope_parameters` and the older `rope_theta` with `rope_scaling` (whose type was `type`).
+    """
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        raise ConversionError(f"config.json: rope parameters by layer type are not supported yet: {given!r}")
+    theta = number(given if "rope_theta" in given else config, "rope_theta", default=default_theta)
+    kind = given.get("rope_type", given.get("type", "default"))
+    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ConversionError(f"config.json: partial_rotary_factor={partial!r} is not supported yet by this family")
+    if kind == "default":
+        return theta, None
+    left_out = ("rope_theta", "type", "partial_rotary_factor")
+    return theta, {"rope_type": kind, **{key: value for key, value in given.items() if key not in left_out}}
+
+
+def refuse_unsupported(config: Config) -> None:
+    """Refuses, by name, what would change the model's numbers and is not built yet."""
+    if config.get("quantization_config"):
+        raise ConversionError(
+            "config.json: quantization_config is set; quantised checkpoints are not supported yet, "
+            "use the unquantised checkpoint"
+        )
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ConversionError(f"config.json: hidden_act={activation!r} is not supported by this family; it uses silu")
+    if switch(config, "use_sliding_window") and config.get("sliding_window") is not None:
+        raise ConversionError(
+            f"config.json: use_sliding_window=true with sliding_window={config['sliding_window']!r} is not supported "
+            "yet; sequences no longer than the window may be trained with use_sliding_window=false"
+        )
+    odd = sorted({str(kind) for kind in config.get("layer_types") or [] if kind != "full_attention"})
+    if odd:
+        raise ConversionError(f"config.json: layer_types has {', '.join(odd)}; only full_attention is supported yet")
+
+
+def decoder(config: Config, *, model_type: str, default_architecture: str, head_dim: int | None) -> dict[str, Any]:
+    """The fields of `ModelShape` that every family here reads in the same way.
+
+    `head_dim` is what transformers uses for this family when config.json has none; None: hidden size / heads.
+    """
+    refuse_unsupported(config)
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    groups = size(config, "num_key_value_heads", default=heads)
+    if heads % groups:
+        raise ConversionError(f"config.json: num_key_value_heads={groups} must divide num_attention_heads={heads}")
+    head = size(config, "head_dim", default=head_dim or hidden // heads)
+    theta, scaling = rope(config)
+    return {
+        "architecture": architecture(config, default=default_architecture),
+        "model_type": model_type,
+        "num_layers": size(config, "num_hidden_layers"),
+        "hidden_size": hidden,
+        "ffn_hidden_size": size(config, "intermediate_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "kv_channels": head,
+        "vocab_size": size(config, "vocab_size"),
+        "max_position_embeddings": size(config, "max_position_embeddings"),
+        "untie_embeddings_and_output_weights": not switch(config, "tie_word_embeddings"),
+        "norm_epsilon": number(config, "rms_norm_eps", default=1e-6),
+        "rotary_base": theta,
+        "rope_scaling": scaling,
+        "hf_config": dict(config),
+    }
+
+
+def decoder_config(shape: ModelShape, *, dtype: str, **token_ids: int | None) -> dict[str, Any]:
+    """The keys of config.json that every family here writes in the same way.
+
+    `rope_theta`, `rope_scaling` and `torch_dtype` are the spellings that both transformers 4 and 5 read.
+    """
+    return {
+        "architectures": [shape.architecture],
+        "model_type": shape.model_type,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.kv_channels,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "tie_word_embeddings": not shape.untie_embeddings_and_output_weights,
+        "rms_norm_eps": shape.norm_epsilon,
+        "rope_theta": shape.rotary_base,
+        "rope_scaling": dict(shape.rope_scaling) if shape.rope_scaling else None,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        **{name: value for name, value in token_ids.items() if value is not None},
+    }

@@ -1,0 +1,66 @@
+"""Rows shared by decoder-only families with grouped-query attention and gated MLPs, and Hugging Face's usual names."""
+
+from __future__ import annotations
+
+from megabatch.converters.family import Ignorable
+from megabatch.converters.mapping import Experts, GateUp, Qkv, Rename, Row
+
+_L, _HF = "decoder.layers.{l}.", "model.layers.{l}."
+
+EMBEDDING: tuple[Row, ...] = (
+    Rename("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden"), split="vocab"),
+)
+
+OUTPUT: tuple[Row, ...] = (
+    Rename("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
+    Rename("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), split="vocab",
+           when="untie_embeddings_and_output_weights"),
+)  # fmt: skip
+
+ATTENTION: tuple[Row, ...] = (
+    Rename(_L + "self_attention.linear_qkv.layer_norm_weight", _HF + "input_layernorm.weight", ("hidden",)),
+    Qkv(_L + "self_attention.linear_qkv.weight", _HF + "self_attn.{q_proj,k_proj,v_proj}.weight",
+        ("heads", "hidden"), split="column"),
+    Qkv(_L + "self_attention.linear_qkv.bias", _HF + "self_attn.{q_proj,k_proj,v_proj}.bias",
+        ("heads",), split="column", when="add_qkv_bias"),
+    Rename(_L + "self_attention.q_layernorm.weight", _HF + "self_attn.q_norm.weight", ("head",), when="qk_layernorm"),
+    Rename(_L + "self_attention.k_layernorm.weight", _HF + "self_attn.k_norm.weight", ("head",), when="qk_layernorm"),
+    Rename(_L + "self_attention.linear_proj.weight", _HF + "self_attn.o_proj.weight", ("hidden", "heads"),
+           split="row"),
+    Rename(_L + "self_attention.linear_proj.bias", _HF + "self_attn.o_proj.bias", ("hidden",),
+           when="attention_output_bias"),
+)  # fmt: skip
+
+DENSE_MLP: tuple[Row, ...] = (
+    Rename(_L + "mlp.linear_fc1.layer_norm_weight", _HF + "post_attention_layernorm.weight", ("hidden",),
+           layers="dense"),
+    GateUp(_L + "mlp.linear_fc1.weight", _HF + "mlp.{gate_proj,up_proj}.weight", ("ffn", "hidden"), split="column",
+           layers="dense"),
+    GateUp(_L + "mlp.linear_fc1.bias", _HF + "mlp.{gate_proj,up_proj}.bias", ("ffn",), split="column",
+           layers="dense", when="mlp_bias"),
+    Rename(_L + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight", ("hidden", "ffn"), split="row",
+           layers="dense"),
+    Rename(_L + "mlp.linear_fc2.bias", _HF + "mlp.down_proj.bias", ("hidden",), layers="dense", when="mlp_bias"),
+)  # fmt: skip
+
+MOE_MLP: tuple[Row | Experts, ...] = (
+    Rename(_L + "pre_mlp_layernorm.weight", _HF + "post_attention_layernorm.weight", ("hidden",), layers="moe"),
+    Rename(_L + "mlp.router.weight", _HF + "mlp.gate.weight", ("experts", "hidden"), layers="moe"),
+    Experts(
+        GateUp(_L + "mlp.experts.linear_fc1.weight", _HF + "mlp.experts.{e}.{gate_proj,up_proj}.weight",
+               ("expert_ffn", "hidden"), split="column"),
+        fused=_HF + "mlp.experts.gate_up_proj",
+    ),
+    Experts(
+        Rename(_L + "mlp.experts.linear_fc2.weight", _HF + "mlp.experts.{e}.down_proj.weight",
+               ("hidden", "expert_ffn"), split="row"),
+        fused=_HF + "mlp.experts.down_proj",
+    ),
+)  # fmt: skip
+
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+
+ROTARY_BUFFERS = Ignorable(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq",
+    "rotary frequencies are computed from config.json",
+)

@@ -1,0 +1,67 @@
+"""Qwen3 mixture of experts: `Qwen3MoeForCausalLM`; single layers may be dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megabatch.converters.families.config_json import Config, decoder, decoder_config, size, switch
+from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, MOE_MLP, OUTPUT, TIED
+from megabatch.converters.family import Family
+from megabatch.errors import ConversionError
+from megabatch.plan.shape import ModelShape
+
+
+def _shape(config: Config) -> ModelShape:
+    fields = decoder(config, model_type="qwen3_moe", default_architecture="Qwen3MoeForCausalLM", head_dim=None)
+    bias = switch(config, "attention_bias")
+    experts = size(config, "num_experts", "num_local_experts")
+    topk = size(config, "num_experts_per_tok")
+    if topk > experts:
+        raise ConversionError(f"config.json: num_experts_per_tok={topk} must be at most num_experts={experts}")
+    return ModelShape(
+        **fields,
+        add_qkv_bias=bias,
+        attention_output_bias=bias,
+        qk_layernorm=True,
+        num_experts=experts,
+        moe_layers=_moe_layers(config, layers=fields["num_layers"]),
+        moe_ffn_hidden_size=size(config, "moe_intermediate_size"),
+        moe_router_topk=topk,
+        moe_router_pre_softmax=not switch(config, "norm_topk_prob"),
+    )
+
+
+def _moe_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
+    """Every `decoder_sparse_step`th layer has experts, those in `mlp_only_layers` never."""
+    step = size(config, "decoder_sparse_step", default=1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(not isinstance(layer, int) for layer in dense):
+        raise ConversionError(f"config.json: mlp_only_layers={dense!r} must be a list of layer numbers")
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+
+
+def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | None) -> dict[str, Any]:
+    return {
+        **decoder_config(shape, dtype=dtype, **token_ids),
+        "attention_bias": shape.attention_output_bias,
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.moe_router_topk,
+        "moe_intermediate_size": shape.moe_ffn_hidden_size,
+        "norm_topk_prob": not shape.moe_router_pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer in range(shape.num_layers) if not shape.is_moe_layer(layer)],
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    architectures=("Qwen3MoeForCausalLM",),
+    rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *MOE_MLP, *OUTPUT),
+    shape=_shape,
+    hf_config=_config,
+    tied=TIED,
+)

@@ -1,0 +1,274 @@
+"""A Hugging Face folder of safetensors, opened strictly and read by byte ranges."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megabatch.converters.bijection import TensorInfo
+from megabatch.converters.mapping import elements
+from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, parse_object, read_header
+from megabatch.errors import ConversionError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_BUFFER_BYTES = 1 << 20
+_GAP_BYTES = 16 << 10
+"""Where two pieces of a column range lie further apart than this, the bytes between them are not read."""
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBytes:
+    """A tensor, or a part of it, in row-major order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytearray
+
+
+class HfFolder:
+    """The tensors of `model.safetensors`, or of the files of `model.safetensors.index.json`.
+
+    Every header is read and checked on opening; data is read on demand. Threads may share it.
+    Raises: ConversionError naming the file, for whatever is missing, corrupt or contradictory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._where = _locate(self.path)
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, file by file in the order of their bytes."""
+        return list(self._where)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors with dtype and shape."""
+        return {name: extent.info for name, (_, extent) in self._where.items()}
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype and shape of a tensor. Raises: ConversionError when there is none of this name."""
+        return self._find(name)[1].info
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of one element."""
+        return ITEMSIZE[self.info(name).dtype]
+
+    def extent(self, name: str) -> tuple[Path, int, int]:
+        """File, offset of the first byte and size in bytes of a tensor."""
+        path, extent = self._find(name)
+        return path, extent.start, extent.size
+
+    def read(
+        self, name: str, *, rows: Range | None = None, cols: Range | None = None, index: int | None = None
+    ) -> TensorBytes:
+        """A tensor, or `index` of its first dimension, and of that `rows` of dimension 0 and `cols` of dimension 1."""
+        info = self.info(name)
+        shape = list(info.shape if index is None else info.shape[1:])
+        for dim, part in enumerate((rows, cols)):
+            if part is not None and dim < len(shape):
+                shape[dim] = part[1] - part[0]
+        data = bytearray(max(0, elements(tuple(shape))) * ITEMSIZE[info.dtype])
+        self.read_into(name, memoryview(data), rows=rows, cols=cols, index=index)
+        return TensorBytes(info.dtype, tuple(shape), data)
+
+    def read_into(
+        self,
+        name: str,
+        into: memoryview,
+        *,
+        rows: Range | None = None,
+        cols: Range | None = None,
+        index: int | None = None,
+    ) -> None:
+        """As `read`, into contiguous bytes of exactly the right size."""
+        path, extent = self._find(name)
+        start, row_bytes, shape = _part_of(name, extent, index)
+        first, last = _range(name, rows, shape, 0)
+        start += first * row_bytes
+        into = into.cast("B")
+        if cols is None:
+            left, width = 0, row_bytes
+        else:
+            lo, hi = _range(name, cols, shape, 1)
+            unit = row_bytes // shape[1] if shape[1] else 0
+            left, width = lo * unit, (hi - lo) * unit
+        if into.nbytes != (last - first) * width:
+            raise ConversionError(f"{name}: {into.nbytes} bytes given for a part of {(last - first) * width} bytes")
+        if into.nbytes == 0:
+            return
+        if width == row_bytes:
+            self._fill(path, into, start)
+        elif row_bytes - width > _GAP_BYTES:
+            for row in range(last - first):
+                self._fill(path, into[row * width : (row + 1) * width], start + row * row_bytes + left)
+        else:
+            self._fill_through_buffer(path, into, start=start, row_bytes=row_bytes, left=left, width=width)
+
+    def _fill_through_buffer(
+        self, path: Path, into: memoryview, *, start: int, row_bytes: int, left: int, width: int
+    ) -> None:
+        """Whole rows through a bounded buffer: for narrow gaps one large read is faster than many small ones."""
+        step = max(1, _BUFFER_BYTES // row_bytes)
+        buffer = memoryview(bytearray(step * row_bytes))
+        count = into.nbytes // width
+        for row in range(0, count, step):
+            block = buffer[: min(step, count - row) * row_bytes]
+            self._fill(path, block, start + row * row_bytes)
+            for at in range(0, block.nbytes, row_bytes):
+                target = (row + at // row_bytes) * width
+                into[target : target + width] = block[at + left : at + left + width]
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors have equal dtype, shape and bytes."""
+        if self.info(name) != self.info(other):
+            return False
+        (path_a, start_a, size), (path_b, start_b, _) = self.extent(name), self.extent(other)
+        a, b = memoryview(bytearray(_BUFFER_BYTES)), memoryview(bytearray(_BUFFER_BYTES))
+        for at in range(0, size, _BUFFER_BYTES):
+            count = min(_BUFFER_BYTES, size - at)
+            self._fill(path_a, a[:count], start_a + at)
+            self._fill(path_b, b[:count], start_b + at)
+            if a[:count] != b[:count]:
+                return False
+        return True
+
+    def _find(self, name: str) -> tuple[Path, Extent]:
+        try:
+            return self._where[name]
+        except KeyError:
+            raise ConversionError(f"{self.path}: no tensor {name}") from None
+
+    def _fill(self, path: Path, into: memoryview, offset: int) -> None:
+        file = self._open(path)
+        try:
+            while into.nbytes:
+                count = os.preadv(file, [into], offset)
+                if count == 0:
+                    raise ConversionError(f"{path}: truncated while it was read, at byte {offset}")
+                into = into[count:]
+                offset += count
+        except OSError as error:
+            raise ConversionError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                try:
+                    self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+            return self._files[path]
+
+    def close(self) -> None:
+        """Closes the files; a later read opens them again."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> HfFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+
+def _part_of(name: str, extent: Extent, index: int | None) -> tuple[int, int, tuple[int, ...]]:
+    """First byte, bytes of a row and shape of a tensor behind its leading index."""
+    shape, start = extent.info.shape, extent.start
+    itemsize = ITEMSIZE[extent.info.dtype]
+    if index is not None:
+        if not shape or not 0 <= index < shape[0]:
+            raise ConversionError(f"{name} {list(shape)}: there is no leading index {index}")
+        shape = shape[1:]
+        start += index * elements(shape) * itemsize
+    return start, elements(shape[1:]) * itemsize, shape
+
+
+def _range(name: str, part: Range | None, shape: tuple[int, ...], dim: int) -> Range:
+    if part is None:
+        return (0, shape[dim]) if dim < len(shape) else (0, 1)
+    if dim >= len(shape) or not 0 <= part[0] <= part[1] <= shape[dim]:
+        raise ConversionError(f"{name} {list(shape)}: there is no range {part} in dimension {dim}")
+    return part
+
+
+def _locate(folder: Path) -> dict[str, tuple[Path, Extent]]:
+    """Every tensor's file and place in it."""
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: no such folder of a Hugging Face model")
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        weight_map = _read_index(index)
+        if single.is_file() and SINGLE not in weight_map.values():
+            raise ConversionError(f"{folder}: has both {SINGLE} and {INDEX}, which does not name it; remove the stale")
+        return _sharded(folder, weight_map, index)
+    if single.is_file():
+        return {name: (single, extent) for name, extent in read_header(single).items()}
+    raise ConversionError(f"{folder}: {_what_is_there(folder)}")
+
+
+def _what_is_there(folder: Path) -> str:
+    found = sorted(path.name for path in folder.iterdir())
+    if shards := [name for name in found if name.endswith(".safetensors")]:
+        return f"has {shards[0]} but no {INDEX}; complete the download"
+    if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
+        return (
+            f"has only pickled weights ({pickles[0]}), which can run code on loading and are refused; save them as "
+            "safetensors with transformers' save_pretrained"
+        )
+    return f"no {SINGLE} and no {INDEX} in it"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+    weight_map: Any = parse_object(raw, path, what="index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{path}: has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ConversionError(f"{path}: {name} is in {file!r}, which is no safetensors file of this folder")
+    return weight_map
+
+
+def _sharded(folder: Path, weight_map: Mapping[str, str], index: Path) -> dict[str, tuple[Path, Extent]]:
+    where: dict[str, tuple[Path, Extent]] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        for name, extent in _shard_header(folder / file, index).items():
+            if name in where:
+                raise ConversionError(f"{folder}: {name} is in two files, {where[name][0].name} and {file}")
+            if weight_map.get(name) != file:
+                raise ConversionError(
+                    f"{folder / file}: has {name}, which {INDEX} puts in {weight_map.get(name, 'no file')}"
+                )
+            where[name] = (folder / file, extent)
+    for name in (name for name in weight_map if name not in where):
+        raise ConversionError(f"{folder / weight_map[name]}: {name} is not in it, though {INDEX} says so")
+    return where
+
+
+def _shard_header(path: Path, index: Path) -> dict[str, Extent]:
+    if not path.is_file():
+        raise ConversionError(
+            f"{path}: {os.strerror(errno.ENOENT)}, though {index.name} names it; complete the download"
+        )
+    return read_header(path)

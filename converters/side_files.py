@@ -1,0 +1,55 @@
+"""Everything of a Hugging Face folder besides its weights: configs, tokenizer, chat template, code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from fnmatch import fnmatch
+from pathlib import Path
+
+from megabatch.converters.atomic import replacing
+from megabatch.errors import ConversionError
+
+CARRIED = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "configuration.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "sentencepiece*", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja",
+    "*.py", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Names of the files that make a folder of weights usable, as shell patterns."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The carried files of a folder, relative to it, never weights."""
+    found = [path for pattern in ("*", "additional_chat_templates/*") for path in folder.glob(pattern)]
+    names = sorted(path.relative_to(folder) for path in found if path.is_file())
+    return [
+        name
+        for name in names
+        if not name.name.endswith(_WEIGHTS) and any(fnmatch(name.as_posix(), pattern) for pattern in CARRIED)
+    ]
+
+
+def carry_over(source: str | os.PathLike[str], target: str | os.PathLike[str], *, skip: Collection[str] = ()) -> None:
+    """Copies the side files from one folder to another, each written under a temporary name and renamed.
+
+    Links (a hub cache is made of them) are followed. `skip` names files that the caller writes itself.
+    Raises: ConversionError naming the file that could not be copied.
+    """
+    from_folder, to_folder = Path(source), Path(target)
+    for name in side_files(from_folder):
+        if name.as_posix() not in skip:
+            _copy(from_folder / name, to_folder / name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as reader, replacing(target) as writer:
+            shutil.copyfileobj(reader, writer)
+    except OSError as error:
+        raise ConversionError(f"{error.filename or target}: cannot be carried over: {error.strerror}") from error
