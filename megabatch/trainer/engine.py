@@ -1,0 +1,184 @@
+"""Optimizer steps and evaluation through megatron-core's pipeline schedules, under one rule for every loss.
+
+The objective returns numerators; the engine divides by the denominator of the global batch, which the data schedule
+knows without communication, and undoes megatron-core's own scaling: its schedule multiplies a micro-batch's loss by
+cp / num_microbatches, and its data parallelism averages gradients over dp * cp ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megabatch.trainer.data.pack import Pack
+from megabatch.trainer.model.build import Model
+from megabatch.trainer.objectives.objective import Norm, Objective, TokenOutput
+from megabatch.trainer.ops.vocab import VocabShard, token_logps
+from megabatch.trainer.optimizer import Optimizer
+from megabatch.trainer.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A metric of the global batch: its numerator and its count."""
+
+    total: float
+    count: float
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else float("nan")
+
+    def __add__(self, other: Ratio) -> Ratio:
+        return Ratio(self.total + other.total, self.count + other.count)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    metrics: Mapping[str, Ratio]
+    grad_norm: float
+    """L2 norm of the gradient of the global batch's loss, before clipping."""
+    learning_rate: float
+    stop: bool
+    """Whether any rank asked to stop; the same on every rank."""
+
+
+class Engine:
+    """A model, its optimizer and the ranks it is spread over."""
+
+    def __init__(self, model: Model, ranks: Ranks, *, optimizer: Optimizer | None = None) -> None:
+        self.model = model
+        self.ranks = ranks
+        self.optimizer = optimizer
+        width = model.padded_vocab_size // ranks.tp_size
+        self.vocab = VocabShard(ranks.tp_rank * width, width, model.shape.vocab_size, ranks.tp)
+        self._schedule = get_forward_backward_func()
+        config = model.config
+        config.finalize_model_grads_func = finalize_model_grads
+        if optimizer is not None:
+            config.grad_scale_func = optimizer.scale_loss
+            _overlap(model)
+
+    def step(self, packs: Sequence[Pack], objective: Objective, *, weight: float, stop: bool = False) -> StepResult:
+        """One optimizer step on this data-parallel rank's micro-batches.
+
+        Args: packs: this rank's micro-batches; weight: sum of the token weights of the global batch, over all
+        data-parallel ranks; stop: whether this rank was asked to stop after this step.
+        """
+        assert self.optimizer is not None, "an engine for inference has no optimizer"
+        for chunk in self.model.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        factor = self._factor(objective, weight=weight, micro_batches=len(packs))
+        stored = self._run(packs, objective, factor=factor, forward_only=False)
+        grad_norm = self.optimizer.step()
+        metrics, stop = self._reduce(stored, stop=stop)
+        return StepResult(metrics, grad_norm, self.optimizer.learning_rate, stop)
+
+    def evaluate(self, packs: Sequence[Pack], objective: Objective) -> Mapping[str, Ratio]:
+        """The objective's metrics over these micro-batches of every data-parallel rank, without gradients."""
+        for chunk in self.model.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            stored = self._run(packs, objective, factor=1.0, forward_only=True)
+        return self._reduce(stored, stop=False)[0]
+
+    def _factor(self, objective: Objective, *, weight: float, micro_batches: int) -> float:
+        """What a numerator is multiplied with, so that the gradient is that of sum(numerators) / denominator."""
+        if objective.norm is Norm.MICRO_BATCH:
+            return 1.0
+        if weight <= 0:
+            return 0.0
+        return micro_batches * self.ranks.dp_size / weight
+
+    def _run(
+        self, packs: Sequence[Pack], objective: Objective, *, factor: float, forward_only: bool
+    ) -> list[Mapping[str, Tensor]]:
+        longest = max(len(pack.ids_T) for pack in packs)
+        iterators: list[Iterator[Pack]] = [iter(packs) for _ in self.model.chunks]
+        return self._schedule(
+            forward_step_func=partial(self._forward, objective=objective, factor=factor),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model.chunks if len(iterators) > 1 else self.model.chunks[0],
+            num_microbatches=len(packs),
+            seq_length=longest,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward(
+        self, packs: Iterator[Pack], chunk: Any, *, objective: Objective, factor: float
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]]]:
+        pack = next(packs).to(self.ranks.device)
+        output = chunk(
+            input_ids=pack.ids_T[None],
+            position_ids=pack.positions_T[None],
+            attention_mask=None,
+            packed_seq_params=_sequence_bounds(pack),
+        )
+        return output, partial(self._loss, pack, objective, factor)
+
+    def _loss(
+        self, pack: Pack, objective: Objective, factor: float, logits: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Runs on the last pipeline stage: logits [1, T, V] of this rank's vocabulary shard."""
+        logps_T = token_logps(logits[0], pack.targets_T, self.vocab)
+        terms = objective.terms(TokenOutput(logps_T=logps_T), pack)
+        scale: Tensor | float = factor
+        if objective.norm is Norm.MICRO_BATCH:
+            scale = 1.0 / terms.weight.clamp(min=1e-20)
+        sums = {name: torch.stack([mean.total, mean.count]).double() for name, mean in terms.metrics.items()}
+        return terms.numerator * scale, sums
+
+    def _reduce(
+        self, stored: Sequence[Mapping[str, Tensor]], *, stop: bool
+    ) -> tuple[Mapping[str, Ratio], bool]:
+        """Sums metrics over micro-batches and data-parallel ranks and asks everyone whether to stop, in one collective.
+
+        Every rank takes part; only one tensor-parallel rank of the last stage has something to add.
+        """
+        names = ("loss",)
+        local = torch.zeros(2 * len(names) + 1, dtype=torch.float64)
+        if self.ranks.is_last_stage and self.ranks.tp_rank == 0:
+            for sums in stored:
+                for i, name in enumerate(names):
+                    local[2 * i : 2 * i + 2] += sums[name].cpu()
+        local[-1] = float(stop)
+        dist.all_reduce(local)
+        values = local.tolist()
+        metrics = {name: Ratio(values[2 * i], values[2 * i + 1]) for i, name in enumerate(names)}
+        return metrics, values[-1] > 0
+
+
+def _overlap(model: Model) -> None:
+    """Hooks that let gradient reduction wait for the last micro-batch and overlap with the backward, if asked for."""
+    chunks: list[Any] = model.chunks
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        start = [chunk.start_grad_sync for chunk in chunks]
+        model.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        if len(chunks) > 1:
+            model.config.grad_sync_func = start
+    if chunks[0].ddp_config.overlap_param_gather:
+        gather = [chunk.start_param_sync for chunk in chunks]
+        model.config.param_sync_func = gather if len(chunks) > 1 else gather[0]
+
+
+def _sequence_bounds(pack: Pack) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=pack.cu_seqlens_padded,
+        cu_seqlens_kv=pack.cu_seqlens_padded,
+        max_seqlen_q=pack.max_seqlen,
+        max_seqlen_kv=pack.max_seqlen,
+    )

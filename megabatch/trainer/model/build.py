@@ -1,0 +1,95 @@
+"""This rank's part of a model: one megatron-core GPTModel for each pipeline chunk, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megabatch.plan.shape import ModelShape
+from megabatch.trainer.model.layers import decoder_layers
+from megabatch.trainer.model.rope import inverse_frequencies
+from megabatch.trainer.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The chunks on this rank and what they were built from."""
+
+    chunks: list[nn.Module]
+    """One for each virtual pipeline stage, outermost wrapper first."""
+    config: TransformerConfig
+    shape: ModelShape
+    padded_vocab_size: int
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """The vocabulary filled up so that every tensor-parallel rank has equally many rows."""
+    return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
+
+
+def build(shape: ModelShape, config: TransformerConfig, ranks: Ranks, ddp: DistributedDataParallelConfig) -> Model:
+    """Weights are allocated and not initialised: they are loaded next, from whatever source."""
+    vocab = padded_vocab_size(shape.vocab_size, ranks.tp_size)
+    stages = range(ranks.virtual_size) if ranks.virtual_size else [None]
+    chunks: list[Any] = [_chunk(shape, config, vp_stage=stage, vocab=vocab) for stage in stages]
+    for chunk in chunks:
+        chunk.to(ranks.device)
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+    return Model(wrapped, config, shape, vocab)
+
+
+def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None, vocab: int) -> GPTModel:
+    from megatron.core import parallel_state
+
+    ignore_virtual = vp_stage is None
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=decoder_layers(config, shape, vp_stage=vp_stage),
+        vocab_size=vocab,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rotary_base),
+        vp_stage=vp_stage,
+    )
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            # megatron-core marks experts so only with ep > 1; with tp > 1 = ep it would not add up the gradients of
+            # tensor-parallel ranks, each of which sends its own tokens to its own copy of the experts.
+            parameter.allreduce = False
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(model.rotary_pos_emb.inv_freq.device)
+    return model
+
+
+def ddp_config(
+    *, use_distributed_optimizer: bool, overlap_grad_reduce: bool, overlap_param_gather: bool
+) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        average_in_collective=False,
+        check_for_nan_in_grad=False,
+    )
+
+
+def parameter_count(model: Model) -> int:
+    """Parameters on this rank, shared copies included."""
+    return sum(p.numel() for chunk in model.chunks for p in chunk.parameters())
+
+

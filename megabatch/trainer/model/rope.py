@@ -1,0 +1,44 @@
+"""Inverse frequencies of rotary position embeddings, with Hugging Face's scaling variants."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megabatch.errors import ConfigError
+from megabatch.plan.shape import ModelShape
+
+
+def inverse_frequencies(shape: ModelShape) -> Tensor:
+    """[D/2] fp32: base^(-2i/D), scaled as `rope_scaling` says (RoFormer, arXiv:2104.09864, eq. 15).
+
+    Raises: ConfigError for a rope type that is not built (dynamic, longrope, yarn).
+    """
+    dim = shape.kv_channels
+    plain = 1.0 / (shape.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    scaling = shape.rope_scaling or {}
+    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+    if kind == "default":
+        return plain
+    if kind == "linear":
+        return plain / float(scaling["factor"])
+    if kind == "llama3":
+        return _llama3(
+            plain,
+            factor=float(scaling["factor"]),
+            low=float(scaling["low_freq_factor"]),
+            high=float(scaling["high_freq_factor"]),
+            original=float(scaling["original_max_position_embeddings"]),
+        )
+    raise ConfigError(f"rope_type={kind!r} of {shape.architecture} is not built yet; default, linear and llama3 are")
+
+
+def _llama3(plain: Tensor, *, factor: float, low: float, high: float, original: float) -> Tensor:
+    """Llama 3.1: wavelengths beyond original/low are stretched by `factor`, below original/high kept, between blended."""
+    wavelength = 2 * math.pi / plain
+    blend = (original / wavelength - low) / (high - low)
+    scaled = torch.where(wavelength > original / low, plain / factor, plain)
+    between = (wavelength <= original / low) & (wavelength >= original / high)
+    return torch.where(between, (1 - blend) * plain / factor + blend * plain, scaled)

@@ -1,0 +1,176 @@
+"""A model's shape and a run's settings → megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from megabatch.config.recipe import Recipe
+from megabatch.errors import ConfigError
+from megabatch.plan.shape import ModelShape
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -> TransformerConfig:
+    """The configuration of a resolved recipe; `virtual_size` is the number of chunks of each pipeline stage.
+
+    Raises: ConfigError for a combination that megatron-core itself refuses, with its own words."""
+    values = {
+        **_model(shape, recipe),
+        **_moe(shape, recipe),
+        **_parallel(recipe, virtual_size),
+        **_recompute(recipe),
+        **_kernels(recipe),
+        **_extra(recipe.training.megatron_extra_kwargs),
+    }
+    try:
+        return TransformerConfig(**values)
+    except (ValueError, AssertionError) as e:
+        raise ConfigError(f"megatron-core refuses this model and layout: {e}") from e
+
+
+def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
+    dtype = DTYPES[recipe.model.torch_dtype]
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.add_qkv_bias,
+        "qk_layernorm": shape.qk_layernorm,
+        "attention_dropout": recipe.model.attention_dropout,
+        "hidden_dropout": recipe.model.hidden_dropout,
+        "bf16": dtype == torch.bfloat16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "init_method": leave_uninitialised,
+        "output_layer_init_method": leave_uninitialised,
+        "moe_token_dispatcher_type": "alltoall",
+        "transformer_impl": transformer_impl(recipe.kernels.transformer_impl),
+    }
+
+
+def leave_uninitialised(weight: torch.Tensor) -> None:
+    """Weights are loaded after building. `perform_initialization=False` would skip marking the tensor-parallel ones
+    too, and then gradient norms leave out the shards of every rank but the first."""
+
+
+def transformer_impl(wanted: str) -> str:
+    """`local` wherever Transformer Engine or CUDA is missing; said once, by name."""
+    if wanted == "local":
+        return wanted
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    if has_te and torch.cuda.is_available():
+        return wanted
+    why = "transformer-engine is not installed" if not has_te else "there is no CUDA device"
+    logger.info("kernels.transformer_impl: megatron-core's local layers with torch attention, because %s", why)
+    return "local"
+
+
+def _moe(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
+    if shape.num_experts is None:
+        return {}
+    moe = recipe.moe
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_layer_freq": 1 if all(shape.moe_layers) else [int(x) for x in shape.moe_layers],
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_router_pre_softmax": shape.moe_router_pre_softmax,
+        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
+        "moe_router_dtype": None if moe.moe_router_dtype == "none" else moe.moe_router_dtype,
+        "moe_router_score_function": moe.moe_router_score_function or "softmax",
+        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type or "aux_loss",
+        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
+        "moe_token_drop_policy": moe.moe_token_drop_policy,
+        "moe_grouped_gemm": False,
+    }
+
+
+def _parallel(recipe: Recipe, virtual_size: int | None) -> dict[str, Any]:
+    parallel = recipe.parallel
+    pipelined = parallel.pipeline_model_parallel_size > 1
+    values: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "variable_seq_lengths": pipelined,
+        "batch_p2p_comm": virtual_size is None,  # batched pairs of sends mix up neighbours that are the same rank
+        "overlap_p2p_comm": pipelined and virtual_size is not None,
+    }
+    if pipelined:
+        values |= {
+            "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+            "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
+            "account_for_embedding_in_pipeline_split": parallel.account_for_embedding_in_pipeline_split,
+            "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
+            "virtual_pipeline_model_parallel_size": virtual_size,
+            "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
+            "microbatch_group_size_per_vp_stage": (
+                parallel.microbatch_group_size_per_virtual_pipeline_stage or parallel.pipeline_model_parallel_size
+            ),
+        }
+    return values
+
+
+def _recompute(recipe: Recipe) -> dict[str, Any]:
+    recompute = recipe.recompute
+    if recompute.recompute_granularity == "none":
+        return {}
+    values: dict[str, Any] = {"recompute_granularity": recompute.recompute_granularity}
+    if recompute.recompute_granularity == "full":
+        values["recompute_method"] = recompute.recompute_method
+        values["recompute_num_layers"] = recompute.recompute_num_layers
+    else:
+        values["recompute_modules"] = list(recompute.recompute_modules)
+    return values
+
+
+def _kernels(recipe: Recipe) -> dict[str, Any]:
+    """Fused kernels are for CUDA; without it they would only be slower ways to the same numbers."""
+    kernels, cuda = recipe.kernels, torch.cuda.is_available()
+    return {
+        "masked_softmax_fusion": cuda and not kernels.no_masked_softmax_fusion,
+        "bias_dropout_fusion": cuda and not kernels.no_bias_dropout_fusion,
+        "bias_activation_fusion": cuda and not kernels.no_bias_swiglu_fusion,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "attention_softmax_in_fp32": recipe.precision.attention_softmax_in_fp32,
+        "deterministic_mode": recipe.training.deterministic_mode,
+    }
+
+
+def _extra(text: str | None) -> dict[str, Any]:
+    """`megatron_extra_kwargs`: names that TransformerConfig has, nothing else."""
+    values: dict[str, Any] = json.loads(text) if text else {}
+    known = {f.name for f in dataclasses.fields(TransformerConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(
+            f"training.megatron_extra_kwargs: {', '.join(unknown)} is no field of this megatron-core's TransformerConfig"
+        )
+    return values

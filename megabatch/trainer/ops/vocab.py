@@ -1,0 +1,103 @@
+"""Softmax over a vocabulary that is split across tensor-parallel ranks.
+
+Shapes: T tokens of the flat row, V this rank's columns of the (padded) vocabulary.
+A plain all_reduce inside the forward would give wrong gradients under tensor parallelism, so the collectives live in
+an autograd.Function whose backward is written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+"""Rows are handled in chunks of about this many logits, so that the fp32 temporaries stay small."""
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """Which ids of the vocabulary this rank's logits are for."""
+
+    start: int
+    """First id of this rank."""
+    size: int
+    """Columns of this rank, padding included."""
+    vocab_size: int
+    """Ids at or past this one are padding and take no part in the softmax."""
+    group: dist.ProcessGroup | None
+    """Ranks that hold the other columns; None or a group of one for the whole vocabulary."""
+
+    @property
+    def real(self) -> int:
+        """Columns of this rank that are not padding."""
+        return max(0, min(self.size, self.vocab_size - self.start))
+
+    @property
+    def is_split(self) -> bool:
+        return self.group is not None and dist.get_world_size(self.group) > 1
+
+
+def token_logps(logits_TV: Tensor, targets_T: Tensor, shard: VocabShard) -> Tensor:
+    """Log-probability of each target under the softmax over the whole vocabulary.
+
+    log p_t = z_{t,y_t} - logsumexp_v z_{t,v}; max, sum and target logit are reduced over the tensor-parallel group in
+    fp32 and the backward is (one-hot - softmax) on the local columns.
+
+    Args: logits_TV [T, V] any float dtype; targets_T [T] int64 global ids below `shard.vocab_size`.
+    Returns: [T] fp32.
+    Source: Megatron-LM (arXiv:1909.08053) section 3.
+    """
+    return _TokenLogps.apply(logits_TV, targets_T, shard)
+
+
+def _row_chunks(logits_TV: Tensor) -> range:
+    step = max(1, CHUNK_ELEMENTS // max(1, logits_TV.shape[1]))
+    return range(0, logits_TV.shape[0], step)
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, logits_TV: Tensor, targets_T: Tensor, shard: VocabShard) -> Tensor:
+        chunks = _row_chunks(logits_TV)
+        max_T, sums_2T = logits_TV.new_empty(len(targets_T), dtype=torch.float32), None
+        for start in chunks:
+            rows = slice(start, start + chunks.step)
+            part = logits_TV[rows, : shard.real]
+            max_T[rows] = part.amax(dim=1).float() if shard.real else float("-inf")
+        if shard.is_split:
+            dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=shard.group)
+        sums_2T = torch.zeros(2, len(targets_T), dtype=torch.float32, device=logits_TV.device)
+        local_T = targets_T - shard.start
+        mine_T = (local_T >= 0) & (local_T < shard.real)
+        for start in chunks:
+            rows = slice(start, start + chunks.step)
+            part = logits_TV[rows, : shard.real].float() - max_T[rows, None]
+            sums_2T[0, rows] = part.exp().sum(dim=1)
+            if shard.real:
+                picked = part.gather(1, local_T[rows].clamp(0, shard.real - 1)[:, None])[:, 0]
+                sums_2T[1, rows] = torch.where(mine_T[rows], picked, 0.0)
+        if shard.is_split:
+            dist.all_reduce(sums_2T, group=shard.group)
+        log_sum_T = sums_2T[0].log()
+        ctx.save_for_backward(logits_TV, local_T, mine_T, max_T + log_sum_T)
+        ctx.real = shard.real  # type: ignore[attr-defined]
+        return sums_2T[1] - log_sum_T
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_T,) = grads
+        logits_TV, local_T, mine_T, logsumexp_T = ctx.saved_tensors  # type: ignore[attr-defined]
+        real: int = ctx.real  # type: ignore[attr-defined]
+        out_TV = torch.zeros_like(logits_TV)
+        chunks = _row_chunks(logits_TV)
+        for start in chunks:
+            rows = slice(start, start + chunks.step)
+            grad = (logits_TV[rows, :real].float() - logsumexp_T[rows, None]).exp_().mul_(-grad_T[rows, None])
+            if real:
+                index = local_T[rows].clamp(0, real - 1)[:, None]
+                grad.scatter_add_(1, index, torch.where(mine_T[rows], grad_T[rows], 0.0)[:, None])
+            out_TV[rows, :real] = grad.to(out_TV.dtype)
+        return out_TV, None, None

@@ -1,0 +1,187 @@
+"""Process groups: one rank of a run joins the others and takes its place in the layout."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megabatch.errors import LaunchError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """This process among the run's processes, as its launcher says in the environment."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    restart: int
+    """How often the job was requeued before this start."""
+
+    @staticmethod
+    def from_environment() -> Place:
+        try:
+            return Place(
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                local_rank=int(os.environ["LOCAL_RANK"]),
+                restart=int(os.environ.get("MEGABATCH_RESTART", "0")),
+            )
+        except KeyError as e:
+            raise LaunchError(
+                f"{e.args[0]} is not set: ranks are started by a recipe (--submit or --local), not by hand"
+            ) from e
+
+
+class Ranks:
+    """The process groups of one layout; use as a context manager.
+
+    Args are megatron-core's sizes. On CUDA the backend is nccl with gloo beside it, without CUDA gloo alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        virtual_pipeline_model_parallel_size: int | None = None,
+        context_parallel_size: int = 1,
+        expert_model_parallel_size: int = 1,
+        expert_tensor_parallel_size: int = 1,
+        distributed_timeout_minutes: int = 10,
+        seed: int = 42,
+    ) -> None:
+        self.place = Place.from_environment()
+        self.device = _device(self.place.local_rank)
+        self.virtual_size = virtual_pipeline_model_parallel_size
+        self._owns_world = not dist.is_initialized()
+        if self._owns_world:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                rank=self.place.rank,
+                world_size=self.place.world_size,
+                timeout=timedelta(minutes=distributed_timeout_minutes),
+            )
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+            context_parallel_size=context_parallel_size,
+            expert_model_parallel_size=expert_model_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_parallel_size,
+            create_gloo_process_groups=True,
+        )
+        self.state = parallel_state
+        self._seed(seed)
+
+    def _seed(self, seed: int) -> None:
+        """The same seed everywhere but in the pipeline dimension; tensor-parallel regions have their own generators."""
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        staged = seed + 100 * self.pp_rank
+        random.seed(staged)
+        np.random.seed(staged % 2**32)
+        torch.manual_seed(staged)
+        model_parallel_cuda_manual_seed(staged, force_reset_rng=True)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.state.destroy_model_parallel()
+        if self._owns_world and kind is None:
+            dist.destroy_process_group()
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that logs and writes what is written once."""
+        return self.place.rank == 0
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.state.get_tensor_model_parallel_group()
+
+    @property
+    def tp_rank(self) -> int:
+        return int(self.state.get_tensor_model_parallel_rank())
+
+    @property
+    def tp_size(self) -> int:
+        return int(self.state.get_tensor_model_parallel_world_size())
+
+    @property
+    def pp_rank(self) -> int:
+        return int(self.state.get_pipeline_model_parallel_rank())
+
+    @property
+    def pp_size(self) -> int:
+        return int(self.state.get_pipeline_model_parallel_world_size())
+
+    @property
+    def dp_rank(self) -> int:
+        return int(self.state.get_data_parallel_rank())
+
+    @property
+    def dp_size(self) -> int:
+        return int(self.state.get_data_parallel_world_size())
+
+    @property
+    def cp_size(self) -> int:
+        return int(self.state.get_context_parallel_world_size())
+
+    @property
+    def ep_rank(self) -> int:
+        return int(self.state.get_expert_model_parallel_rank())
+
+    @property
+    def ep_size(self) -> int:
+        return int(self.state.get_expert_model_parallel_world_size())
+
+    @property
+    def etp_rank(self) -> int:
+        return int(self.state.get_expert_tensor_parallel_rank())
+
+    @property
+    def etp_size(self) -> int:
+        return int(self.state.get_expert_tensor_parallel_world_size())
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; the same answer on every rank."""
+        value = torch.tensor([1 if flag else 0], dtype=torch.int64)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+
+def _device(local_rank: int) -> torch.device:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    from megabatch.trainer.megatron_cpu import adapt
+
+    adapt()
+    return torch.device("cpu")

@@ -1,0 +1,169 @@
+"""Weights between Hugging Face tensors and live megatron-core shards, through the converters' tables.
+
+Loading reads only the bytes that this rank holds. Exporting gathers one tensor at a time over its tensor-parallel
+group; the ranks that own tensors write their own files side by side.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megabatch.converters.family import Family
+from megabatch.converters.mapping import Mapped
+from megabatch.converters.shards import HfRows, Source, assemble, read_shard, shard_shape
+from megabatch.errors import ConversionError
+from megabatch.plan.shape import ModelShape
+from megabatch.trainer.model.build import Model
+from megabatch.trainer.model.naming import named_parameters
+from megabatch.trainer.ranks import Ranks
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+"""safetensors' names of the number formats that weights may have."""
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A live parameter and its row of the table."""
+
+    mapped: Mapped
+    parameter: nn.Parameter
+    is_copy: bool
+    """Whether another pipeline stage owns it (the output layer of tied embeddings)."""
+
+
+def placed(model: Model, table: Sequence[Mapped], ranks: Ranks) -> list[Placed]:
+    """Every parameter of this rank with its mapping, in the model's order.
+
+    Raises: ConversionError naming a parameter without a row in the table.
+    """
+    rows = {(mapped.name, mapped.expert): mapped for mapped in table}
+    experts = (model.shape.num_experts or 0) // ranks.ep_size
+    found = []
+    for name, expert, parameter in named_parameters(model.chunks, first_expert=ranks.ep_rank * experts):
+        copy = name == "output_layer.weight" and not model.shape.untie_embeddings_and_output_weights
+        key = "embedding.word_embeddings.weight" if copy else name
+        if (key, expert) not in rows:
+            raise ConversionError(
+                f"{name} (expert {expert}) {list(parameter.shape)} of {model.shape.architecture} has no row in the "
+                f"table of its family; the table has {len(rows)} tensors"
+            )
+        found.append(Placed(rows[key, expert], parameter, copy))
+    return found
+
+
+def load(model: Model, source: Source, table: Sequence[Mapped], ranks: Ranks, *, dtype_of: Mapping[str, str]) -> None:
+    """Fills every parameter of this rank from the source; only this rank's bytes are read.
+
+    Args: dtype_of: safetensors' dtype name of each Hugging Face tensor.
+    """
+    with torch.no_grad():
+        for item in placed(model, table, ranks):
+            item.parameter.copy_(_read(item.mapped, source, ranks, dtype_of, model.padded_vocab_size))
+
+
+def _read(mapped: Mapped, source: Source, ranks: Ranks, dtype_of: Mapping[str, str], vocab: int) -> Tensor:
+    rank, size = tensor_split(mapped, ranks)
+    padded = vocab if mapped.split == "vocab" else None
+    dtype = TORCH_DTYPES[dtype_of[next(mapped.pieces).hf]]
+    data = read_shard(source, mapped, tp_rank=rank, tp_size=size, padded_vocab=padded)
+    return torch.frombuffer(data, dtype=dtype).view(shard_shape(mapped, tp_size=size, padded_vocab=padded))
+
+
+def tensor_split(mapped: Mapped, ranks: Ranks) -> tuple[int, int]:
+    """This rank's place and the number of places in the split of a tensor; experts have a split of their own."""
+    if mapped.expert is not None:
+        return ranks.etp_rank, ranks.etp_size
+    return ranks.tp_rank, ranks.tp_size
+
+
+def export(model: Model, table: Sequence[Mapped], ranks: Ranks) -> Iterator[tuple[Mapped, Iterator[HfRows]]]:
+    """The Hugging Face rows of every tensor that this rank owns, one tensor at a time.
+
+    A tensor's owner is the first rank of its tensor-parallel group in the first data-parallel replica. Every rank
+    must run the iterator to its end: the others take part in gathering and yield nothing.
+    """
+    for item in placed(model, table, ranks):
+        if item.is_copy or not in_first_replica(item.mapped, ranks):
+            continue
+        rank, size = tensor_split(item.mapped, ranks)
+        padded = model.padded_vocab_size if item.mapped.split == "vocab" else None
+        shards = _gather(item.parameter.detach(), item.mapped, rank, size, ranks)
+        if rank == 0:
+            itemsize = item.parameter.element_size()
+            yield item.mapped, assemble(item.mapped, shards, itemsize=itemsize, padded_vocab=padded)
+
+
+def in_first_replica(mapped: Mapped, ranks: Ranks) -> bool:
+    if mapped.expert is not None:
+        return int(ranks.state.get_expert_data_parallel_rank()) == 0
+    return int(ranks.state.get_data_parallel_rank(with_context_parallel=True)) == 0
+
+
+def _gather(tensor: Tensor, mapped: Mapped, rank: int, size: int, ranks: Ranks) -> list[memoryview]:
+    if size == 1 or mapped.split == "replicated":
+        return [_bytes(tensor)] if rank == 0 else []
+    group = ranks.state.get_expert_tensor_parallel_group() if mapped.expert is not None else ranks.tp
+    parts = [torch.empty_like(tensor) for _ in range(size)] if rank == 0 else None
+    dist.gather(tensor.contiguous(), parts, group=group, group_dst=0)
+    return [_bytes(part) for part in parts or ()]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+class RandomWeights:
+    """A `Source` that makes each Hugging Face tensor from the run's seed and the tensor's name.
+
+    Matrices are normal with standard deviation `std`, norms are ones, biases zeros. A tensor is the same whatever the
+    layout, because it is drawn whole, on the CPU, before a rank takes its part.
+    """
+
+    def __init__(self, family: Family, shape: ModelShape, *, seed: int, std: float = 0.02) -> None:
+        self.shapes = family.hf_tensors(shape)
+        self.seed, self.std = seed, std
+        self.dtypes = dict.fromkeys(self.shapes, "F32")
+        self._last: tuple[str, Tensor] | None = None
+
+    def itemsize(self, name: str) -> int:
+        return 4
+
+    def read_into(
+        self,
+        name: str,
+        into: memoryview,
+        *,
+        rows: tuple[int, int] | None = None,
+        cols: tuple[int, int] | None = None,
+        index: int | None = None,
+    ) -> None:
+        tensor = self._tensor(name)
+        if index is not None:
+            tensor = tensor[index]
+        if rows is not None:
+            tensor = tensor[slice(*rows)]
+        if cols is not None:
+            tensor = tensor[:, slice(*cols)]
+        into[:] = _bytes(tensor)
+
+    def _tensor(self, name: str) -> Tensor:
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        shape = self.shapes[name]
+        if name.endswith("bias"):
+            tensor = torch.zeros(shape)
+        elif len(shape) == 1:
+            tensor = torch.ones(shape)
+        else:
+            generator = torch.Generator().manual_seed(self.seed << 32 | zlib.crc32(name.encode()))
+            tensor = torch.empty(shape).normal_(0.0, self.std, generator=generator)
+        self._last = (name, tensor)
+        return tensor
