@@ -89,7 +89,7 @@ def repetitions(total: int, count: int, *, seed: int, shuffle: bool) -> np.ndarr
     if not total:
         return np.zeros(0, np.int64)
     whole, rest = divmod(count, total)
-    times = np.full(total, whole, np.int64)
+    times: np.ndarray = np.full(total, whole, np.int64)
     chosen = np.random.default_rng([seed, total]).permutation(total)[:rest] if shuffle else np.arange(rest)
     times[chosen] += 1
     return times

@@ -73,7 +73,7 @@ class Template:
         for index, (messages, (_, spans)) in enumerate(zip(conversations, located, strict=True)):
             ids = np.asarray(batch["input_ids"][index], np.int32)
             if loss_scale == "all":
-                weights = np.ones(len(ids), np.float32)
+                weights: np.ndarray = np.ones(len(ids), np.float32)
             else:
                 learned = [s for s, keep in zip(spans, learned_turns(messages, loss_scale), strict=True) if keep]
                 weights = _weights(np.asarray(batch["offset_mapping"][index]).reshape(-1, 2), learned)
@@ -163,7 +163,7 @@ def encode_documents(tokenizer: Any, documents: Sequence[str]) -> list[Encoded]:
     encoded = []
     for tokens in tokenizer(list(documents), **_BARE)["input_ids"]:
         ids = np.asarray(tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos], np.int32)
-        weights = np.ones(len(ids), np.float32)
+        weights: np.ndarray = np.ones(len(ids), np.float32)
         weights[:1] = 0
         encoded.append(Encoded(ids, weights))
     return encoded
@@ -175,7 +175,7 @@ _BARE = {"return_attention_mask": False, "return_token_type_ids": False, "verbos
 
 def _weights(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     """1 for the tokens that share a character with a span (or stand empty inside one), else 0: float32 [n]."""
-    weights = np.zeros(len(offsets), np.float32)
+    weights: np.ndarray = np.zeros(len(offsets), np.float32)
     first, stop = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
     for start, end in spans:
         weights[(first < end) & (stop > start)] = 1

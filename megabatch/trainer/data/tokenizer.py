@@ -28,12 +28,7 @@ def load(folder: Path | str) -> Any:
 
     Raises: DataError naming the missing files, or the reason why transformers cannot read them.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"model.tokenizer: there is no folder {folder}; give one with tokenizer.json")
-    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
-        wanted = ", or ".join(" and ".join(names) for names in _VOCABULARIES)
-        raise DataError(f"model.tokenizer: {folder} has no tokenizer; it must hold {wanted}")
+    check(folder)
     from transformers import AutoTokenizer
 
     try:
@@ -50,6 +45,16 @@ def load(folder: Path | str) -> Any:
             f"convert it to tokenizer.json with transformers' fast class"
         )
     return tokenizer
+
+
+def check(folder: Path | str) -> None:
+    """Raises DataError unless the folder holds a tokenizer's files; reads none of them."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"model.tokenizer: there is no folder {folder}; give one with tokenizer.json")
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        wanted = ", or ".join(" and ".join(names) for names in _VOCABULARIES)
+        raise DataError(f"model.tokenizer: {folder} has no tokenizer; it must hold {wanted}")
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int, out_dir: Path | str) -> Path:

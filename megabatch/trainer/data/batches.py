@@ -1,0 +1,131 @@
+"""The steps of one data-parallel rank: its packs, and what is known of the whole global batch."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megabatch.trainer.data.cache import TokenCache
+from megabatch.trainer.data.pack import Pack, collate
+from megabatch.trainer.data.schedule import Cursor, Schedule, deal, item_costs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """One data-parallel rank's part of every global batch, and the shape of its rows."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    micro_batch_size: int = 1
+    microbatch_multiple: int = 1
+    """Micro-batches of a step are a multiple of it; the pipeline's size with interleaving."""
+    row_multiple: int = 1
+    """Rows are padded to a multiple of it, see `pack.collate`."""
+    sequence_multiple: int = 1
+    hidden_size: int = 4096
+    """Of the model; weighs long sequences against many when balancing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One optimizer step, or one batch of an evaluation."""
+
+    packs: list[Pack]
+    """This rank's micro-batches; ranks of one model replica draw the same."""
+    weight: float
+    """Sum of all loss weights of the global batch: the same on every rank, with no reduction."""
+    tokens: int
+    """Tokens of the global batch, without padding."""
+    samples: int
+    """Samples of the global batch."""
+    cursor: Cursor
+    """Where to go on after this step."""
+
+
+class Batches:
+    """Iterates a dataset by a schedule, on one data-parallel rank."""
+
+    def __init__(self, data: TokenCache, schedule: Schedule, *, share: Share, num_workers: int = 0) -> None:
+        """`num_workers` > 0: that many steps are made ahead by a background thread; the order does not change."""
+        self._data, self._schedule, self._share, self._ahead = data, schedule, share, num_workers
+
+    def train(self, cursor: Cursor) -> Iterator[Step]:
+        """Steps without end from a cursor on. Raises: DataError when the cursor does not fit this data."""
+        return ahead(self._train(cursor), depth=self._ahead)
+
+    def evaluate(self, *, eval_iters: int = -1) -> Iterator[Step]:
+        """Batches that hold every sample exactly once, or the first `eval_iters` of them when that is not negative."""
+        return ahead(self._evaluate(eval_iters), depth=self._ahead)
+
+    def _train(self, cursor: Cursor) -> Iterator[Step]:
+        while True:
+            items, cursor = self._schedule.next(cursor)
+            yield self._step(items, cursor)
+
+    def _evaluate(self, eval_iters: int) -> Iterator[Step]:
+        for number, items in enumerate(self._schedule.once()):
+            if number == eval_iters:
+                return
+            yield self._step(items, Cursor())
+
+    def _step(self, items: np.ndarray, cursor: Cursor) -> Step:
+        share, packs = self._share, self._schedule.items
+        costs = item_costs(packs, self._data.lengths, chosen=items, hidden_size=share.hidden_size)
+        dealt = deal(
+            costs, dp_size=share.dp_size, micro_batch_size=share.micro_batch_size, multiple=share.microbatch_multiple
+        )
+        members = [packs[int(item)] for item in items]
+        everyone = np.concatenate(members)
+        return Step(
+            packs=[self._pack([members[place] for place in places]) for places in dealt[share.dp_rank]],
+            weight=float(self._data.sums[everyone].sum()),
+            tokens=int(self._data.lengths[everyone].sum()),
+            samples=len(everyone),
+            cursor=cursor,
+        )
+
+    def _pack(self, members: list[np.ndarray]) -> Pack:
+        samples = [self._data[int(index)] for group in members for index in group]
+        return collate(samples, row_multiple=self._share.row_multiple, sequence_multiple=self._share.sequence_multiple)
+
+
+def ahead(steps: Iterator[Step], *, depth: int) -> Iterator[Step]:
+    """The same steps, up to `depth` of them made ahead by a thread; errors arrive where they would have."""
+    if depth <= 0:
+        yield from steps
+        return
+    made: queue.Queue[Any] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            try:
+                return made.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for step in steps:
+                put(step)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as e:  # handed to the consumer, which raises it
+            put(e)
+
+    thread = threading.Thread(target=work, name="megabatch-batches", daemon=True)
+    thread.start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,183 @@
+"""Tokenised datasets on disk: written once by one process, memory-mapped by every rank.
+
+A cache is a folder named by the content that it was made from: the datasets' bytes, the tokenizer's files and every
+setting that decides a token. It is renamed into place when complete, so it can be kept on shared storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megabatch.errors import DataError
+from megabatch.trainer.data import cache_files, files, tokenizer
+from megabatch.trainer.data.files import Origin
+from megabatch.trainer.data.samples import Encoding, Sample
+from megabatch.trainer.data.sources import Source
+from megabatch.trainer.data.workers import encoded_chunks
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when the files of a cache or the meaning of a setting change: older caches are then made again."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCache:
+    """Samples of one dataset, read where they lie."""
+
+    path: Path
+    ids: np.ndarray = field(repr=False)
+    weights: np.ndarray = field(repr=False)
+    starts: np.ndarray = field(repr=False)
+    """First token of each sample, int64 [samples]."""
+    lengths: np.ndarray = field(repr=False)
+    """Tokens of each sample, int64 [samples]."""
+    sums: np.ndarray = field(repr=False)
+    """Sum of the loss weights of each sample, float64 [samples]."""
+    origins: np.ndarray = field(repr=False)
+    """Source and line of each sample, int32 [samples, 2]."""
+    meta: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        sources: Sequence[Source],
+        encoding: Encoding,
+        *,
+        cache_dir: Path,
+        seed: int = 42,
+        shuffle: bool = True,
+        num_proc: int = 1,
+    ) -> Path:
+        """Path of the cache of these sources, made now unless a sound one is there. Call it in one process.
+
+        Args: `seed` and `shuffle` choose the rows of a `#count`; `num_proc`: tokenising processes.
+        Raises: DataError for a faulty row, no usable sample, or a disk that cannot take the cache.
+        """
+        path = Path(cache_dir) / _key(sources, encoding, seed=seed, shuffle=shuffle)
+        if path.exists():
+            try:
+                cls.open(path, verify=True)
+                return path
+            except DataError as e:
+                log.warning("making a token cache again: %s", e)
+        rows = (row for source in sources for row in source.rows(seed=seed, shuffle=shuffle))
+        try:
+            cache_files.write(path, encoded_chunks(rows, encoding, num_proc=num_proc))
+        except OSError as e:
+            raise DataError(
+                f"{path}: the token cache cannot be written ({e.strerror or e}); free space there or choose another "
+                f"cache folder"
+            ) from e
+        cls.open(path).log_summary()
+        return path
+
+    @classmethod
+    def open(cls, path: Path, *, verify: bool = False) -> TokenCache:
+        """Maps a cache. `verify` reads everything and compares checksums. Raises: DataError for a damaged one."""
+        try:
+            meta = cache_files.read_meta(path)
+            arrays = {
+                name: cache_files.column(path, name, meta["files"][name], verify=verify) for name in cache_files.DTYPES
+            }
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise DataError(f"{path}: damaged token cache ({e}); delete the folder to have it made again") from e
+        lengths: np.ndarray = arrays["lengths"].astype(np.int64)
+        return cls(
+            path=path,
+            ids=arrays["ids"],
+            weights=arrays["weights"],
+            starts=np.cumsum(lengths) - lengths,
+            lengths=lengths,
+            sums=np.array(arrays["sums"]),
+            origins=arrays["origins"].reshape(-1, 2),
+            meta=meta,
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        part = slice(self.starts[index], self.starts[index] + self.lengths[index])
+        source, number = map(int, self.origins[index])
+        return Sample(np.array(self.ids[part]), np.array(self.weights[part]), {"source": source, "number": number})
+
+    def origin(self, index: int) -> Origin:
+        """Where a sample was read from."""
+        return self.place(*map(int, self.origins[index]))
+
+    def place(self, source: int, number: int) -> Origin:
+        """The origin behind the columns `source` and `number` of a sample."""
+        file, is_line = self.meta["sources"][source]
+        return Origin(file, number, is_line)
+
+    @property
+    def max_id(self) -> int:
+        """Largest token id, to be compared with the model's vocabulary."""
+        return int(self.meta["max_id"])
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows that gave no sample: reason → count."""
+        return dict(self.meta["dropped"])
+
+    def subset(self, indices: np.ndarray) -> TokenCache:
+        """The same cache with these samples only."""
+        return TokenCache(
+            path=self.path,
+            ids=self.ids,
+            weights=self.weights,
+            starts=self.starts[indices],
+            lengths=self.lengths[indices],
+            sums=self.sums[indices],
+            origins=self.origins[indices],
+            meta=self.meta,
+        )
+
+    def split(self, ratio: float, *, seed: int) -> tuple[TokenCache, TokenCache]:
+        """(training, validation): a seeded random `ratio` of the samples validates; both keep the dataset's order.
+
+        Raises: DataError when either part would be empty.
+        """
+        count = round(len(self) * ratio)
+        if not 0 < count < len(self):
+            raise DataError(
+                f"data.split_dataset_ratio={ratio} of {len(self)} samples leaves {count} for validation; both parts "
+                f"need at least one: change the ratio or give data.val_dataset"
+            )
+        chosen: np.ndarray = np.zeros(len(self), bool)
+        chosen[np.random.default_rng([seed, len(self)]).permutation(len(self))[:count]] = True
+        return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
+
+    def log_summary(self) -> None:
+        """Logs how many samples and tokens there are, and how many rows were dropped and why."""
+        lost = "".join(f", {count} rows dropped: {reason}" for reason, count in self.dropped.items())
+        learned = int(np.count_nonzero(self.weights))
+        log.info("%d samples, %d tokens, %d learned%s", len(self), len(self.ids), learned, lost)
+
+
+def _key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuffle: bool) -> str:
+    settings = {**asdict(encoding), "tokenizer": _tokenizer_digest(encoding.tokenizer)}
+    sampling = [seed, shuffle] if any(source.count is not None for source in sources) else None
+    content = [FORMAT, [source.fingerprint() for source in sources], settings, sampling]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Content of a folder's tokenizer files; a model's folder holds weights too, which do not matter."""
+    tokenizer.check(folder)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(folder).iterdir()):
+        names = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+        if path.is_file() and path.name.startswith(names):
+            digest.update(path.name.encode())
+            digest.update(files.content_digest(path))
+    return digest.hexdigest()

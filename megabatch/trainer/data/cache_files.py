@@ -1,0 +1,137 @@
+"""The files of a token cache: written under a temporary name with checksums, mapped and verified.
+
+ids.bin      int32, all samples one after the other
+weights.bin  float32, likewise
+lengths.bin  int32, tokens of each sample
+sums.bin     float64, sum of the weights of each sample
+origins.bin  int32, two for each sample: index of its file in meta.json's `sources`, line or row
+meta.json    counts, sources, and size and crc32 of the files above
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megabatch.errors import DataError
+from megabatch.trainer.data.samples import Chunk
+
+DTYPES: dict[str, Any] = {
+    "ids": np.int32,
+    "weights": np.float32,
+    "lengths": np.int32,
+    "sums": np.float64,
+    "origins": np.int32,
+}
+
+
+def write(path: Path, chunks: Iterable[Chunk]) -> None:
+    """Writes a cache of these chunks as the folder `path`, replacing what is there, all or nothing.
+
+    Raises: DataError when no sample comes; OSError of the disk; whatever `chunks` raises.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        meta = _write_columns(temporary, chunks)
+        with open(temporary / "meta.json", "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, temporary / "replaced")  # a folder cannot be renamed over a full one
+        os.replace(temporary, path)
+        shutil.rmtree(path / "replaced", ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """meta.json. Raises: OSError, ValueError."""
+    meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    return meta
+
+
+def column(path: Path, name: str, expected: dict[str, int], *, verify: bool) -> np.ndarray:
+    """One array, memory-mapped. Raises: OSError, ValueError when its size or (with `verify`) checksum differs."""
+    file = path / f"{name}.bin"
+    size = file.stat().st_size
+    if size != expected["size"]:
+        raise ValueError(f"{file.name} has {size} bytes instead of {expected['size']}")
+    if verify and _crc32(file) != expected["crc32"]:
+        raise ValueError(f"the checksum of {file.name} differs")
+    return np.memmap(file, DTYPES[name], mode="r")
+
+
+class _Column:
+    """One array being written: appended to, with its size and checksum on the way."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._dtype = DTYPES[name]
+        self._file = open(folder / f"{name}.bin", "wb")  # noqa: SIM115 - closed by `close`
+        self._size = self._crc32 = 0
+
+    def append(self, values: Any) -> None:
+        data = np.ascontiguousarray(values, self._dtype).tobytes()
+        self._file.write(data)
+        self._size += len(data)
+        self._crc32 = zlib.crc32(data, self._crc32)
+
+    def close(self, *, sync: bool) -> dict[str, int]:
+        with self._file:
+            if sync:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        return {"size": self._size, "crc32": self._crc32}
+
+
+def _write_columns(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
+    """The arrays; returns the meta data."""
+    columns = {name: _Column(folder, name) for name in DTYPES}
+    sources: dict[tuple[str, bool], int] = {}
+    dropped: Counter[str] = Counter()
+    max_id = samples = 0
+    try:
+        for chunk in chunks:
+            dropped.update(chunk.dropped)
+            if not chunk.samples:
+                continue
+            samples += len(chunk.samples)
+            ids = np.concatenate([sample.ids for sample in chunk.samples])
+            max_id = max(max_id, int(ids.max()))
+            columns["ids"].append(ids)
+            columns["weights"].append(np.concatenate([sample.weights for sample in chunk.samples]))
+            columns["lengths"].append([len(sample.ids) for sample in chunk.samples])
+            columns["sums"].append([sample.weights.sum(dtype=np.float64) for sample in chunk.samples])
+            columns["origins"].append(
+                [(sources.setdefault((o.file, o.is_line), len(sources)), o.number) for o in chunk.origins]
+            )
+        if not samples:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+            raise DataError(f"no sample is left of the dataset: {reasons}; raise data.max_length or check the data")
+    finally:
+        written = {name: column.close(sync=bool(samples)) for name, column in columns.items()}
+    return {
+        "samples": samples,
+        "max_id": max_id,
+        "dropped": dict(dropped),
+        "sources": [list(source) for source in sources],
+        "files": written,
+    }
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -1,0 +1,104 @@
+"""Samples → one flat row of tensors, without padding between the sequences.
+
+T tokens of the row (with padding); N sequences; S segments: the N sequences, and the row's padding if there is any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megabatch.trainer.data.samples import Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """A micro-batch: sequences one after the other, which never see each other."""
+
+    ids_T: Tensor
+    """int64 token ids."""
+    targets_T: Tensor
+    """int64: the next token of the same sequence; 0 at a sequence's last position and in padding."""
+    weights_T: Tensor
+    """float32: loss weight of predicting `targets_T[t]` at position t; 0 at last positions and in padding."""
+    positions_T: Tensor
+    """int64: place within the sequence, from 0."""
+    segments_T: Tensor
+    """int32: number of the sequence, or N for the row's padding."""
+    cu_seqlens: Tensor
+    """int32 [S + 1]: cumulative real lengths; the row's padding counts as a real sequence, so that attention is
+    defined everywhere."""
+    cu_seqlens_padded: Tensor
+    """int32 [S + 1]: where each segment starts in the row. Equal to `cu_seqlens` unless sequences are padded."""
+    sequences: int
+    """N; 0 for a micro-batch without samples."""
+    max_seqlen: int
+    """Longest segment, padding included."""
+    columns: dict[str, Any]
+    """Per-sequence columns of the samples: int64 or float32 [N], or a list of other values."""
+
+    def to(self, device: torch.device | str) -> Pack:
+        """The same pack on a device; `cu_seqlens` go along."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        columns = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
+        return replace(self, **moved, columns=columns)
+
+
+def collate(samples: Sequence[Sample], *, row_multiple: int = 1, sequence_multiple: int = 1) -> Pack:
+    """One row of these samples, in order.
+
+    Args: `row_multiple`: the row's length is rounded up to it by one more segment of weight 0 (tensor parallel size
+    for sequence parallelism, 2·cp·tp with context parallelism); `sequence_multiple`: each sequence's length likewise
+    (2·cp), by tokens of weight 0 at its end. It must divide `row_multiple`.
+    No samples give a row of padding alone.
+    """
+    assert row_multiple % sequence_multiple == 0, (row_multiple, sequence_multiple)
+    real = [len(sample.ids) for sample in samples]
+    padded = [-(-length // sequence_multiple) * sequence_multiple for length in real]
+    if rest := -sum(padded) % row_multiple or (0 if samples else row_multiple):
+        real.append(rest)
+        padded.append(rest)
+    starts = np.concatenate([[0], np.cumsum(padded)]).astype(np.int64)
+    ids_T, targets_T = np.zeros((2, starts[-1]), np.int64)
+    weights_T = np.zeros(starts[-1], np.float32)
+    for start, sample in zip(starts.tolist(), samples, strict=False):
+        stop = start + len(sample.ids)
+        ids_T[start:stop] = sample.ids
+        # Shifted within the sequence: its last position has no target, whatever follows it in the row.
+        targets_T[start : stop - 1] = sample.ids[1:]
+        weights_T[start : stop - 1] = sample.weights[1:]
+    return Pack(
+        ids_T=torch.from_numpy(ids_T),
+        targets_T=torch.from_numpy(targets_T),
+        weights_T=torch.from_numpy(weights_T),
+        positions_T=torch.from_numpy(np.arange(starts[-1]) - np.repeat(starts[:-1], padded)),
+        segments_T=torch.from_numpy(np.repeat(np.arange(len(padded), dtype=np.int32), padded)),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(real)]).astype(np.int32)),
+        cu_seqlens_padded=torch.from_numpy(starts.astype(np.int32)),
+        sequences=len(samples),
+        max_seqlen=max(padded),
+        columns=_columns(samples),
+    )
+
+
+def _columns(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The samples' columns by name; those that every sample has."""
+    names = set.intersection(*(set(sample.columns) for sample in samples)) if samples else set()
+    return {name: _stack([sample.columns[name] for sample in samples]) for name in sorted(names)}
+
+
+def _stack(values: list[Any]) -> Any:
+    if all(isinstance(value, int) for value in values):
+        return torch.tensor(values, dtype=torch.int64)
+    if all(isinstance(value, int | float) for value in values):
+        return torch.tensor(values, dtype=torch.float32)
+    return values

@@ -1,0 +1,117 @@
+"""Whole sequences into packs of a fixed length: first-fit-decreasing, tightest pack first."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import numpy as np
+
+from megabatch.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Packs:
+    """Which sequences make up each pack: pack p holds `members[starts[p]:starts[p + 1]]`."""
+
+    members: np.ndarray
+    """int64 [sequences]"""
+    starts: np.ndarray
+    """int64 [packs + 1]"""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, pack: int) -> np.ndarray:
+        return self.members[self.starts[pack] : self.starts[pack + 1]]
+
+
+def singletons(order: np.ndarray) -> Packs:
+    """Every sequence alone, in this order."""
+    return Packs(order, np.arange(len(order) + 1))
+
+
+def pack(lengths: np.ndarray, *, order: np.ndarray, capacity: int, window: int = 1 << 20) -> Packs:
+    """Packs sequences into as few packs of `capacity` tokens as a decreasing best fit finds.
+
+    Each window of `window` sequences of `order` is packed on its own: the longest sequence first, each into the
+    fullest pack that still takes it. Sequences stay whole. The result depends on the arguments alone.
+
+    Args: `lengths` int [n] in tokens; `order` int [n]: a permutation, which also orders the packs (by their first
+    member) and the members within a pack.
+    Raises: DataError for a sequence longer than `capacity`.
+    """
+    if len(lengths) and lengths.max() > capacity:
+        raise DataError(
+            f"data.packing_length={capacity} is below a sample of {lengths.max()} tokens; raise it to "
+            f"data.max_length, or lower data.max_length"
+        )
+    bins: np.ndarray = np.empty(len(order), np.int64)
+    used = 0
+    for first in range(0, len(order), window):
+        part = slice(first, first + window)
+        found, count = _best_fit(lengths[order[part]], capacity)
+        bins[part] = found + used
+        used += count
+    return _gather(bins, order, used)
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """Bin of each item, int64 [n], and the number of bins.
+
+    Items of one length, and bins with the same room, are alike: they are dealt with in groups, so the cost grows with
+    the number of different lengths rather than of items.
+    """
+    items = np.argsort(-lengths, kind="stable")
+    values, counts = np.unique(lengths, return_counts=True)
+    bin_of: np.ndarray = np.empty(len(lengths), np.int64)
+    room: dict[int, list[np.ndarray]] = {}  # tokens left in a bin → the bins, in pieces
+    sizes: list[int] = []  # the keys of `room`, sorted
+    at = bins = 0
+
+    def put(left: int, some: np.ndarray) -> None:
+        if left and len(some):
+            if left not in room:
+                room[left] = []
+                insort(sizes, left)
+            room[left].append(some)
+
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        stop = at + count
+        while at < stop:
+            slot = bisect_left(sizes, length)
+            if slot < len(sizes):
+                left = sizes[slot]
+                group = room[left].pop()
+                if not room[left]:
+                    del room[left], sizes[slot]
+            else:
+                left, each = capacity, capacity // length
+                group = np.arange(bins, bins + -(-(stop - at) // each))
+                bins += len(group)
+            each = min(left // length, stop - at)
+            full = min(len(group), (stop - at) // each)
+            taken = group[:full]
+            bin_of[items[at : at + full * each]] = np.repeat(taken, each)
+            at += full * each
+            put(left - each * length, taken)
+            rest = group[full:]
+            if len(rest) and (few := stop - at):  # the last items fill one more bin in part
+                bin_of[items[at:stop]] = rest[0]
+                at = stop
+                put(left - few * length, rest[:1])
+                rest = rest[1:]
+            put(left, rest)
+    return bin_of, bins
+
+
+def _gather(bins: np.ndarray, order: np.ndarray, count: int) -> Packs:
+    """Packs ordered by their first member's place in `order`."""
+    by_bin = np.argsort(bins, kind="stable")  # members of a bin stay in `order`
+    sizes = np.bincount(bins, minlength=count)
+    starts = np.cumsum(sizes) - sizes
+    sequence = np.argsort(by_bin[starts], kind="stable") if count else np.arange(0)
+    sizes, starts = sizes[sequence], starts[sequence]
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    within = np.arange(len(bins)) - np.repeat(offsets[:-1], sizes)
+    return Packs(order[by_bin[np.repeat(starts, sizes) + within]].astype(np.int64), offsets)

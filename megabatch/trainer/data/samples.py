@@ -1,0 +1,109 @@
+"""Rows → samples: format, template, tokens, length limit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megabatch.errors import DataError
+from megabatch.trainer.data import tokenizer
+from megabatch.trainer.data.files import Origin, Row
+from megabatch.trainer.data.formats import messages_of
+from megabatch.trainer.data.templates import Encoded, LossScale, Template, encode_documents
+
+Truncation = Literal["delete", "left", "right", "raise"]
+"""What happens to a sample longer than max_length: dropped and counted, cut at that end, or an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training example."""
+
+    ids: np.ndarray
+    """Token ids, int32 [n]."""
+    weights: np.ndarray
+    """Loss weight of predicting each token, float32 [n]; the first is 0."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Scalars that belong to the sample, for objectives and for error messages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """Every setting that decides the tokens of a sample; pickled to the tokenising processes."""
+
+    tokenizer: Path
+    """Folder of the tokenizer."""
+    task: Literal["pt", "sft"] = "sft"
+    template: str | None = None
+    system: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    max_length: int | None = None
+    """In tokens; None for no limit."""
+    truncation_strategy: Truncation = "delete"
+    loss_scale: LossScale = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Samples of a few rows, and what became of the others."""
+
+    samples: list[Encoded]
+    origins: list[Origin]
+    """Of each sample."""
+    dropped: Counter[str]
+    """Reason → rows."""
+
+
+class Encoder:
+    """Turns rows into samples; loads the tokenizer once."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        """Raises: DataError for the tokenizer or the template."""
+        self.encoding = encoding
+        self.tokenizer = tokenizer.load(encoding.tokenizer)
+        self.template = None if encoding.task == "pt" else Template(self.tokenizer, name=encoding.template)
+
+    def encode(self, rows: Sequence[Row]) -> Chunk:
+        """Samples of these rows, in order. Raises: DataError with the row's file and line."""
+        chunk = Chunk([], [], Counter())
+        for row, encoded in zip(rows, self._tokens(rows), strict=True):
+            kept = self._limit(encoded, row)
+            if kept is None:
+                chunk.dropped["longer than max_length"] += 1
+            elif not kept.weights.any():
+                chunk.dropped["nothing to learn"] += 1
+            else:
+                chunk.samples.append(kept)
+                chunk.origins.append(row.origin)
+        return chunk
+
+    def _tokens(self, rows: Sequence[Row]) -> list[Encoded]:
+        settings = self.encoding
+        conversations = [messages_of(row, columns=settings.columns, system=settings.system) for row in rows]
+        if self.template is None:
+            documents = ["\n".join(m.content for m in conversation) for conversation in conversations]
+            return encode_documents(self.tokenizer, documents)
+        places = [str(row.origin) for row in rows]
+        return self.template.encode(conversations, places=places, loss_scale=settings.loss_scale)
+
+    def _limit(self, encoded: Encoded, row: Row) -> Encoded | None:
+        """The sample within max_length, or None when it is to be dropped."""
+        limit, strategy = self.encoding.max_length, self.encoding.truncation_strategy
+        if limit is None or len(encoded.ids) <= limit:
+            return encoded
+        if strategy == "delete":
+            return None
+        if strategy == "raise":
+            raise DataError(
+                f"{row.origin}: has {len(encoded.ids)} tokens, above data.max_length={limit}; raise data.max_length, "
+                f"or set data.truncation_strategy to delete, left or right"
+            )
+        part = slice(-limit, None) if strategy == "left" else slice(limit)
+        weights = encoded.weights[part].copy()
+        weights[:1] = 0
+        return Encoded(encoded.ids[part], weights)

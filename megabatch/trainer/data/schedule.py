@@ -1,0 +1,174 @@
+"""Which samples form each optimizer step, and which data-parallel rank computes which of them. Pure: no I/O, no torch.
+
+The global batch is decided first, from seed, epoch and lengths alone; only then it is dealt to ranks and
+micro-batches. So it is the same for every data-parallel size and micro_batch_size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from megabatch.errors import DataError
+from megabatch.trainer.data.packing import Packs, pack, singletons
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """All that decides the next batch, besides the schedule; saved in checkpoints."""
+
+    epoch: int = 0
+    offset: int = 0
+    """Items (samples, or packs when packing) of this epoch already drawn."""
+    data: str = ""
+    """`Schedule.fingerprint` of the schedule that moved it; "" before the first batch."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Cursor:
+        """Raises: DataError when `saved` is no cursor."""
+        try:
+            return cls(int(saved["epoch"]), int(saved["offset"]), str(saved["data"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise DataError(f"the checkpoint's data cursor {saved!r} cannot be read ({e})") from e
+
+
+class Schedule:
+    """The order of all samples over all epochs, cut into global batches."""
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        global_batch_size: int,
+        seed: int = 42,
+        dataset_shuffle: bool = True,
+        train_dataloader_shuffle: bool = True,
+        packing_length: int | None = None,
+    ) -> None:
+        """Args: `lengths` int [samples] in tokens; `packing_length`: tokens of a pack, None for no packing.
+
+        `dataset_shuffle` orders the samples once, `train_dataloader_shuffle` the items again in each epoch.
+        Raises: DataError for a sample longer than `packing_length`.
+        """
+        self.global_batch_size = global_batch_size
+        self._seed = seed
+        self._shuffle = train_dataloader_shuffle
+        order = _rng(seed, "dataset").permutation(len(lengths)) if dataset_shuffle else np.arange(len(lengths))
+        self.items: Packs = (
+            singletons(order) if packing_length is None else pack(lengths, order=order, capacity=packing_length)
+        )
+        settings = (seed, dataset_shuffle, train_dataloader_shuffle, packing_length)
+        digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+        digest.update(np.ascontiguousarray(lengths, np.int64).tobytes())
+        self.fingerprint = digest.hexdigest()
+        """Digest of what a cursor's offset refers to; independent of batch sizes and ranks."""
+        self.order = lru_cache(maxsize=2)(self._order)
+        """epoch → item numbers in the order they are drawn, int64 [items]."""
+
+    def __len__(self) -> int:
+        """Items: samples, or packs when packing."""
+        return len(self.items)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full global batches of an epoch; the rest of its items is left out. May be 0."""
+        return len(self) // self.global_batch_size
+
+    def train_iters(self, max_epochs: float) -> int:
+        """Optimizer steps of `max_epochs` epochs. Raises: DataError when an epoch holds no full global batch."""
+        self._check_size()
+        return int(self.steps_per_epoch * max_epochs)
+
+    def next(self, cursor: Cursor) -> tuple[np.ndarray, Cursor]:
+        """Items of the next global batch, int64 [global_batch_size], and the cursor behind it.
+
+        Raises: DataError when the cursor belongs to other data, or an epoch holds no full global batch.
+        """
+        self._check_size()
+        if cursor.data not in ("", self.fingerprint):
+            raise DataError(
+                "the checkpoint's data cursor belongs to other samples, seed, shuffling or packing than this run's; "
+                "resume with the settings of the run that wrote it, or start over with checkpoint.finetune=True"
+            )
+        epoch, offset = cursor.epoch, cursor.offset
+        if offset + self.global_batch_size > len(self):
+            epoch, offset = epoch + 1, 0
+        stop = offset + self.global_batch_size
+        return self.order(epoch)[offset:stop], Cursor(epoch, stop, self.fingerprint)
+
+    def once(self) -> Iterator[np.ndarray]:
+        """Every item exactly once, in order and unshuffled by epoch: evaluation. The last batch may be smaller."""
+        for first in range(0, len(self), self.global_batch_size):
+            yield np.arange(first, min(first + self.global_batch_size, len(self)))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return _rng(self._seed, f"epoch {epoch}").permutation(len(self)) if self._shuffle else np.arange(len(self))
+
+    def _check_size(self) -> None:
+        if not self.steps_per_epoch:
+            raise DataError(
+                f"batch.global_batch_size={self.global_batch_size} is more than the {len(self)} training items "
+                f"(samples, or packs when packing); lower it to {len(self)} or less, or add data"
+            )
+
+
+def item_costs(items: Packs, lengths: np.ndarray, *, chosen: np.ndarray, hidden_size: int = 4096) -> np.ndarray:
+    """Relative cost of the chosen items, float64 [chosen].
+
+    A sequence of n tokens costs n + n² / (12 · hidden_size): the matrices of a transformer layer take about
+    24 · hidden_size² FLOPs per token, causal attention about 2 · n · hidden_size.
+    """
+    tokens: np.ndarray = lengths.astype(np.float64)
+    cost = tokens + tokens**2 / (12 * hidden_size)
+    return np.array([cost[items[int(item)]].sum() for item in chosen])
+
+
+def deal(costs: np.ndarray, *, dp_size: int, micro_batch_size: int, multiple: int = 1) -> list[list[list[int]]]:
+    """Deals a global batch: [data-parallel rank][micro-batch] → positions in `costs`.
+
+    Every rank gets equally many micro-batches, a multiple of `multiple` (interleaved pipelines need one of the
+    pipeline's size), each of `micro_batch_size` positions; where the batch is too small for that, some hold fewer or
+    none. Costs are balanced between ranks over the step, and between the ranks' n-th micro-batches, which
+    expert-parallel ranks compute in lock step; the costliest come first, so a lack of memory shows at once.
+    """
+    per_round = dp_size * micro_batch_size
+    rounds = -(-len(costs) // per_round)
+    rounds = max(-(-rounds // multiple), 1) * multiple
+    micro_batches = _balanced(costs, groups=rounds * dp_size, size=micro_batch_size)
+    totals = [float(costs[group].sum()) for group in micro_batches]
+    by_cost = sorted(range(len(micro_batches)), key=lambda index: (-totals[index], index))
+    ranks: list[list[list[int]]] = [[] for _ in range(dp_size)]
+    loads = [0.0] * dp_size
+    for first in range(0, len(by_cost), dp_size):
+        lightest_first = sorted(range(dp_size), key=lambda rank: (loads[rank], rank))
+        for rank, index in zip(lightest_first, by_cost[first : first + dp_size], strict=True):
+            ranks[rank].append(micro_batches[index])
+            loads[rank] += totals[index]
+    return ranks
+
+
+def _balanced(costs: np.ndarray, *, groups: int, size: int) -> list[list[int]]:
+    """Positions in `groups` groups of at most `size`: the costliest first, each to the cheapest group with room."""
+    members: list[list[int]] = [[] for _ in range(groups)]
+    heap = [(0.0, group) for group in range(groups)]
+    for position in np.argsort(-costs, kind="stable").tolist():
+        load, group = heapq.heappop(heap)
+        members[group].append(position)
+        if len(members[group]) < size:
+            heapq.heappush(heap, (load + float(costs[position]), group))
+    return members
+
+
+def _rng(seed: int, purpose: str) -> np.random.Generator:
+    """A PCG64 stream for one purpose of one seed."""
+    words = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(words, "little")))
