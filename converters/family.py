@@ -85,17 +85,19 @@ class Family:
         """
         tensors = self.tensors(shape, experts=self.expert_layout(found, shape))
         expected = invert(tensors)
-        ignored: dict[str, str] = {}
-        duplicates: dict[str, str] = {}
-        for name in found:
-            if name in expected:
-                continue
-            if name in self.tied and self.tied[name] in found and found[name] == found[self.tied[name]]:
-                duplicates[name] = self.tied[name]
-            for known in self.ignorable:
-                if re.fullmatch(known.pattern, name):
-                    ignored[name] = known.reason
+        rest = [name for name in found if name not in expected]
+        duplicates = {name: of for name, of in self._repeated(shape, found) if name in rest}
+        ignored = {
+            name: known.reason for name in rest for known in self.ignorable if re.fullmatch(known.pattern, name)
+        }
         left = {name: info for name, info in found.items() if name not in ignored and name not in duplicates}
         compare(tensors, expected, left, family=self.name)
         ignored |= {name: f"embeddings are tied: it repeats {of}" for name, of in duplicates.items()}
         return Checked(tensors, ignored, duplicates)
+
+    def _repeated(self, shape: ModelShape, found: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
+        """Tensors that repeat another one because embeddings are tied."""
+        if not shape.untie_embeddings_and_output_weights:
+            for name, of in self.tied.items():
+                if name in found and found[name] == found.get(of):
+                    yield name, of

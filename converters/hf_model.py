@@ -1,0 +1,62 @@
+"""A Hugging Face folder opened as a model: its family, shape, tensors, and the proof that they fit together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megabatch.converters.families import family_of
+from megabatch.converters.family import Family
+from megabatch.converters.mapping import Mapped
+from megabatch.converters.safetensors_io import HfFolder
+from megabatch.converters.safetensors_io.header import parse_object
+from megabatch.errors import ConversionError
+from megabatch.plan.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class HfModel:
+    """A checked folder."""
+
+    config: dict[str, Any]
+    family: Family
+    shape: ModelShape
+    folder: HfFolder
+    tensors: list[Mapped]
+    """The table over the folder's own layout of experts, in layer order."""
+    ignored: dict[str, str]
+    """Tensors in the folder that are not read, each with the reason."""
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The folder's config.json. Raises: ConversionError when it is missing or no JSON object."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_object(raw, path, what="config")
+
+
+def open_hf_model(folder: str | os.PathLike[str], *, compare_duplicates: bool = True) -> HfModel:
+    """Opens a folder and proves that its tensors are exactly those of its config.json.
+
+    `compare_duplicates` reads a tied output layer that the folder holds although it need not, and refuses it when it
+    differs from the embedding: transformers would then not tie them. One rank of many is enough to do that.
+    Raises: ConversionError.
+    """
+    config = read_config(folder)
+    family = family_of(config)
+    shape = family.shape(config)
+    source = HfFolder(folder)
+    checked = family.check(shape, source.tensors)
+    if compare_duplicates:
+        for name, of in checked.duplicates.items():
+            if not source.same(name, of):
+                raise ConversionError(
+                    f"{folder}: {name} differs from {of} though config.json has tie_word_embeddings=true; "
+                    f"set it to false to use both, or remove {name}"
+                )
+    return HfModel(config, family, shape, source, checked.tensors, checked.ignored)

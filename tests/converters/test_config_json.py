@@ -1,0 +1,88 @@
+"""config.json in its old and new spellings, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megabatch.converters.families import family_named
+from megabatch.errors import ConversionError
+from megabatch.plan.shape import ModelShape
+
+BASE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 128,
+}  # fmt: skip
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def shape(model_type: str, **changes: object) -> ModelShape:
+    config = {**BASE, **(MOE if model_type == "qwen3_moe" else {}), **changes}
+    return family_named(model_type).shape({name: value for name, value in config.items() if value is not ...})
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    llama = shape("llama", num_key_value_heads=...)
+    assert (llama.num_query_groups, llama.kv_channels) == (8, 8)
+    assert llama.untie_embeddings_and_output_weights
+    assert (llama.norm_epsilon, llama.rotary_base, llama.rope_scaling) == (1e-6, 10000.0, None)
+    assert shape("qwen3").kv_channels == 128
+    assert shape("qwen3", head_dim=None).kv_channels == 128
+    assert shape("qwen3_moe").kv_channels == 8
+    assert shape("qwen3_moe").moe_router_pre_softmax
+
+
+@pytest.mark.parametrize(
+    ("spelling", "theta", "scaling"),
+    [
+        ({"rope_theta": 1e6}, 1e6, None),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5, None),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, 5e5,
+         {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "yarn", "factor": 4.0}}, 5e5,
+         {"rope_type": "yarn", "factor": 4.0}),
+        ({"rope_theta": 7, "rope_scaling": None, "rope_parameters": None}, 7.0, None),
+    ],
+)  # fmt: skip
+def test_rope_spellings(spelling: dict[str, Any], theta: float, scaling: dict[str, Any] | None) -> None:
+    read = shape("llama", **spelling)
+    assert (read.rotary_base, read.rope_scaling) == (theta, scaling)
+
+
+def test_expert_spellings_and_layers() -> None:
+    assert shape("qwen3_moe", num_experts=..., num_local_experts=16).num_experts == 16
+    assert shape("qwen3_moe").moe_layers == (True,) * 4
+    assert shape("qwen3_moe", decoder_sparse_step=2).moe_layers == (False, True, False, True)
+    assert shape("qwen3_moe", mlp_only_layers=[0, 3]).moe_layers == (False, True, True, False)
+    assert not shape("qwen3_moe", norm_topk_prob=True).moe_router_pre_softmax
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [
+        ("llama", {"hidden_size": ...}, "hidden_size is missing"),
+        ("llama", {"hidden_size": "64"}, "hidden_size='64' must be a positive whole number"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=8"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings='no' must be true or false"),
+        ("llama", {"rms_norm_eps": -1}, "rms_norm_eps=-1"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "by layer type"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window=true"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ("qwen3_moe", {"num_experts": ...}, "num_experts is missing"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be at most num_experts=8"),
+        ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers='all'"),
+    ],
+)
+def test_refused_by_name(model_type: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        shape(model_type, **change)
+
+
+def test_hub_configs_that_name_an_unused_window_are_read() -> None:
+    """Qwen2.5 on the hub: a window beside `use_sliding_window: false`."""
+    assert shape("qwen2", use_sliding_window=False, sliding_window=131072, max_window_layers=28).add_qkv_bias
