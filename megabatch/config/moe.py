@@ -16,7 +16,7 @@ class MoE:
     num_experts: int | None = param(None, at_least=1)
     """Routed experts of a MoE layer."""
     moe_layer_freq: int | Sequence[int] | None = param(None, at_least=1)
-    """Every n-th layer is a MoE layer, or a 0/1 entry for each layer (1 is MoE)."""
+    """Every n-th layer from the first on is a MoE layer, or a 0/1 entry for each layer (1 is MoE)."""
     moe_ffn_hidden_size: int | None = param(None, at_least=1)
     """Width of each expert; None means the dense MLP's for a model made on the spot."""
     moe_shared_expert_intermediate_size: int | None = param(None, built=False, at_least=1)

@@ -1,0 +1,208 @@
+"""The command line of a recipe: every parameter as a flag, flat or dotted, under its name or an alias.
+
+--tensor_model_parallel_size 4    --parallel.tensor_model_parallel_size=4    --sequence_parallel
+--dataset a.jsonl b.jsonl         --rope_fusion false (for no_rope_fusion)   --submit --dry_run --local
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from megabatch.config.declare import Parameter, group_types, parameters
+from megabatch.config.kinds import is_boolean, is_list, read
+from megabatch.config.recipe import Recipe
+from megabatch.errors import ConfigError, Fault
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Actions:
+    """What to do with the recipe: flags of the command line itself, not of the run."""
+
+    submit: bool = False
+    """Submit the run to Slurm."""
+    local: bool = False
+    """Run it on this machine, one process for each rank."""
+    dry_run: bool = False
+    """Show the plan and the exact sbatch script, and do nothing."""
+    cluster: str | None = None
+    """Cluster profile to submit with."""
+    run_dir: str | None = None
+    """Run directory, instead of a new one below `save`."""
+    help: bool = False
+    """Show all flags and exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A parameter under one of its names."""
+
+    parameter: Parameter
+    negated: bool
+
+
+_ACTIONS = {field.name: "bool" in str(field.type) for field in dataclasses.fields(Actions)}
+"""Own flag → whether it stands alone."""
+_TOP = ("name", "task")
+
+
+def parse(arguments: Sequence[str], recipe: Recipe) -> tuple[Actions, Recipe]:
+    """Actions, and the recipe with the flags' values in place of its own; with `--help` nothing else is read.
+
+    Raises: ConfigError with every unknown name, wrong value and double spelling at once.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        return Actions(help=True), recipe
+    faults: list[Fault] = []
+    given: dict[str, _Given] = {}
+    actions: dict[str, Any] = {}
+    flags = list(_flags(arguments, faults))
+    algorithm = _algorithm(flags, recipe)
+    for name, texts in flags:
+        if name in _ACTIONS:
+            _take_action(name, texts, actions, faults)
+        else:
+            _take_parameter(name, texts, algorithm, given, faults)
+    if faults:
+        raise ConfigError(faults)
+    return Actions(**actions), overridden(recipe, {dotted: one.value for dotted, one in given.items()})
+
+
+def overridden(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with values by dotted name (`parallel.context_parallel_size`, `name`) in place of its own."""
+    groups: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for dotted, value in values.items():
+        group, _, name = dotted.partition(".")
+        if name:
+            groups.setdefault(group, {})[name] = value
+        else:
+            top[dotted] = value
+    changed = {group: dataclasses.replace(getattr(recipe, group), **fields) for group, fields in groups.items()}
+    return dataclasses.replace(recipe, **top, **changed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    spelling: str
+    value: Any
+
+
+def _flags(arguments: Sequence[str], faults: list[Fault]) -> Iterator[tuple[str, list[str]]]:
+    """Name and texts of each flag; hyphens in names are read as underscores."""
+    name: str | None = None
+    texts: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("--"):
+            if name is None:
+                faults.append(Fault(argument, None, "is not a flag; flags begin with --", bare=True))
+            texts.append(argument)
+            continue
+        if name is not None:
+            yield name, texts
+        spelled, equals, value = argument[2:].partition("=")
+        name, texts = spelled.replace("-", "_"), [value] if equals else []
+    if name is not None:
+        yield name, texts
+
+
+def _algorithm(flags: Sequence[tuple[str, list[str]]], recipe: Recipe) -> str | None:
+    """The algorithm whose `beta` and `loss_type` are meant, or None outside rlhf."""
+    task, algorithm = recipe.task, recipe.rlhf.rlhf_type
+    for name, texts in flags:
+        if name == "task" and texts:
+            task = texts[0]  # type: ignore[assignment]
+        if name in ("rlhf_type", "rlhf.rlhf_type") and texts:
+            algorithm = texts[0]  # type: ignore[assignment]
+    return algorithm if task == "rlhf" else None
+
+
+def _take_action(name: str, texts: list[str], actions: dict[str, Any], faults: list[Fault]) -> None:
+    alone = _ACTIONS[name]
+    if alone and texts:
+        faults.append(Fault(f"--{name}", None, f"takes no value, but {texts[0]!r} follows it", bare=True))
+    elif not alone and len(texts) != 1:
+        faults.append(Fault(f"--{name}", None, "needs one value", bare=True))
+    elif name in actions:
+        faults.append(Fault(f"--{name}", None, "is given twice", bare=True))
+    else:
+        actions[name] = True if alone else texts[0]
+
+
+def _take_parameter(
+    name: str, texts: list[str], algorithm: str | None, given: dict[str, _Given], faults: list[Fault]
+) -> None:
+    dotted, value = _top(name, texts) if name in _TOP else _parameter(name, texts, algorithm)
+    if isinstance(value, Fault):
+        faults.append(value)
+    elif dotted in given:
+        before = given[dotted].spelling
+        rule = "is given twice" if before == name else f"was already given as --{before}; give one of them"
+        faults.append(Fault(f"--{name}", None, rule, bare=True))
+    else:
+        given[dotted] = _Given(name, value)
+
+
+def _top(name: str, texts: list[str]) -> tuple[str, Any]:
+    return name, texts[0] if len(texts) == 1 else Fault(f"--{name}", None, "needs one value", bare=True)
+
+
+def _parameter(name: str, texts: list[str], algorithm: str | None) -> tuple[str, Any]:
+    found = _find(name, algorithm)
+    return (name, found) if isinstance(found, Fault) else (found.parameter.dotted, _value(found, texts))
+
+
+def _value(named: _Named, texts: list[str]) -> Any:
+    """The value of a flag's texts, or the fault in them."""
+    parameter, hint = named.parameter, named.parameter.hint
+    secret = parameter.name == "hub_token"
+    if not texts and is_boolean(hint):
+        texts = ["true"]
+    if not texts:
+        return Fault(parameter.dotted, None, "needs a value", bare=True)
+    if len(texts) > 1 and not is_list(hint):
+        return Fault(parameter.dotted, None, f"takes one value, but got {' '.join(texts)!r}", bare=True)
+    try:
+        value = read(texts, hint)
+    except ValueError as error:
+        return Fault(parameter.dotted, " ".join(texts), str(error), bare=secret)
+    return not value if named.negated and isinstance(value, bool) else value
+
+
+def _find(name: str, algorithm: str | None) -> _Named | Fault:
+    """The parameter of that name, or the fault that names the nearest ones."""
+    found = _names().get(name, ())
+    if len(found) > 1 and algorithm is not None:
+        found = tuple(named for named in found if named.parameter.group == algorithm)
+    if len(found) == 1:
+        return found[0]
+    if len(found) > 1 or name in _names():
+        dotted = [named.parameter.dotted for named in _names()[name]]
+        return Fault(f"--{name}", None, "belongs to several algorithms; say which", try_=_dashed(dotted), bare=True)
+    group, _, field = name.partition(".")
+    known = [*_names(), *_ACTIONS, *_TOP]
+    if field and group in group_types(Recipe):
+        known = [dotted for dotted in known if dotted.startswith(f"{group}.")]
+    near = get_close_matches(name, known, n=2)
+    return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near), bare=True)
+
+
+def _dashed(names: Sequence[str]) -> list[str]:
+    return [f"--{name}" for name in names]
+
+
+@functools.cache
+def _names() -> Mapping[str, tuple[_Named, ...]]:
+    """Every spelling of every parameter, flat and dotted."""
+    index: dict[str, tuple[_Named, ...]] = {}
+    for parameter in parameters(Recipe):
+        facts = parameter.facts
+        spellings = [(name, False) for name in (parameter.name, *facts.aliases)]
+        for name, negated in [*spellings, *((alias, True) for alias in facts.negated_aliases)]:
+            for spelling in (name, f"{parameter.group}.{name}"):
+                index[spelling] = (*index.get(spelling, ()), _Named(parameter, negated))
+    return index

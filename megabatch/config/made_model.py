@@ -1,0 +1,57 @@
+"""The shape that a recipe declares for a model made on the spot."""
+
+from __future__ import annotations
+
+from megabatch.config.moe import MoE
+from megabatch.config.recipe import Recipe
+from megabatch.plan.shape import ModelShape
+
+REQUIRED = ("model_type", "num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
+"""Fields of Model without which nothing can be made."""
+
+
+def declared_shape(recipe: Recipe, *, architecture: str = "") -> ModelShape | None:
+    """The shape of a model made on the spot, or None where `model.model` is given or a needed field is missing.
+
+    What a family fixes (bias on qkv, norms on query and key) is the family's to correct: pass the shape through
+    its `hf_config` and `shape`.
+    """
+    model, moe = recipe.model, recipe.moe
+    layers, hidden, heads = model.num_layers, model.hidden_size, model.num_attention_heads
+    if model.model is not None or not (model.model_type and layers and hidden and heads and model.padded_vocab_size):
+        return None
+    grouped = model.group_query_attention if model.group_query_attention is not None else model.num_query_groups > 1
+    ffn_hidden_size = model.ffn_hidden_size or 4 * hidden
+    experts = moe.num_experts is not None
+    return ModelShape(
+        architecture=architecture,
+        model_type=model.model_type,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=model.num_query_groups if grouped else heads,
+        kv_channels=model.kv_channels or max(1, hidden // heads),
+        vocab_size=model.padded_vocab_size,
+        max_position_embeddings=model.max_position_embeddings or recipe.data.max_length or 2048,
+        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
+        norm_epsilon=model.norm_epsilon,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        num_experts=moe.num_experts,
+        moe_layers=moe_layers(moe, layers) if experts else (),
+        moe_ffn_hidden_size=(moe.moe_ffn_hidden_size or ffn_hidden_size) if experts else None,
+        moe_router_topk=moe.moe_router_topk if experts else None,
+        moe_router_pre_softmax=bool(moe.moe_router_pre_softmax),
+        moe_shared_expert_intermediate_size=moe.moe_shared_expert_intermediate_size,
+    )
+
+
+def moe_layers(moe: MoE, num_layers: int) -> tuple[bool, ...]:
+    """For each layer whether it is a mixture of experts: every `moe_layer_freq`-th, counted from the first."""
+    frequency = moe.moe_layer_freq or 1
+    if isinstance(frequency, int):
+        return tuple(layer % frequency == 0 for layer in range(num_layers))
+    return tuple(map(bool, frequency))

@@ -1,0 +1,56 @@
+"""Runs every rule, so that all faults are reported together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from megabatch.config.declare import group_types
+from megabatch.config.layout import layout_of
+from megabatch.config.made_model import declared_shape
+from megabatch.config.recipe import Recipe
+from megabatch.config.rules import batches, models, parallelism, pipeline, training
+from megabatch.config.rules.fields import invalid_fields, unbuilt_fields
+from megabatch.errors import Fault
+from megabatch.plan.layout import Layout
+from megabatch.plan.shape import ModelShape
+
+Rule = Callable[[Recipe, ModelShape | None, Layout | None], Iterator[Fault]]
+
+RULES: tuple[Rule, ...] = (*training.RULES, *models.RULES, *parallelism.RULES, *pipeline.RULES, *batches.RULES)
+"""Rules between fields; each yields nothing where it has nothing to say."""
+
+
+def check(recipe: Recipe, shape: ModelShape | None = None) -> list[Fault]:
+    """Every fault of a recipe. Without `shape`, a model made on the spot is checked by the shape it declares."""
+    wrong_groups = [
+        Fault(name, getattr(recipe, name), f"must be a {group.__name__}", bare=True)
+        for name, group in group_types(Recipe).items()
+        if not isinstance(getattr(recipe, name), group)
+    ]
+    if wrong_groups:
+        return wrong_groups
+    invalid = list(invalid_fields(recipe))
+    checkable = _with_defaults(recipe, {fault.field for fault in invalid})
+    shape = shape or declared_shape(checkable)
+    layout = layout_of(checkable, shape)
+    found = [*unbuilt_fields(checkable), *(fault for rule in RULES for fault in rule(checkable, shape, layout))]
+    reported = {fault.field for fault in invalid}
+    return _once([*invalid, *(fault for fault in found if fault.field not in reported)])
+
+
+def _with_defaults(recipe: Recipe, fields: set[str]) -> Recipe:
+    """The recipe with invalid fields at their defaults, so that rules between fields can compute."""
+    changed: dict[str, Any] = {}
+    for field in fields:
+        group, _, name = field.partition(".")
+        if name:
+            current = changed.get(group, getattr(recipe, group))
+            changed[group] = replace(current, **{name: type(current).__dataclass_fields__[name].default})
+    return replace(recipe, **changed)
+
+
+def _once(faults: list[Fault]) -> list[Fault]:
+    """Without exact repetitions."""
+    return list({str(fault): fault for fault in faults}.values())

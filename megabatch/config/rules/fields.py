@@ -1,0 +1,73 @@
+"""Checks of single fields, derived from their declarations: type, choice, range, and whether it is built yet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from megabatch.config.declare import Parameter, parameters
+from megabatch.config.kinds import choices, fits, spelled
+from megabatch.config.recipe import Recipe
+from megabatch.errors import Fault
+
+_TASKS = ("pt", "sft", "rlhf")
+_SECRET = "bridge.hub_token"
+"""Its value is never shown: someone may have put the token itself there."""
+
+
+def invalid_fields(recipe: Recipe) -> Iterator[Fault]:
+    """Values of the wrong type, choice or range; rules between fields are not asked about these fields."""
+    yield from _name_and_task(recipe)
+    for parameter in parameters(Recipe):
+        value = getattr(getattr(recipe, parameter.group), parameter.name)
+        if not fits(value, parameter.hint):
+            yield _mistyped(parameter, value)
+        elif not _in_range(parameter, value):
+            yield Fault(parameter.dotted, value, f"must be {parameter.facts.limits()}")
+    yield from _formats(recipe)
+
+
+def unbuilt_fields(recipe: Recipe) -> Iterator[Fault]:
+    """Values whose effect is not built yet: refused by name, never ignored."""
+    if recipe.task == "rlhf":
+        yield Fault("task", recipe.task, "is not built yet", try_=("pt", "sft"))
+    for parameter in parameters(Recipe):
+        value = getattr(getattr(recipe, parameter.group), parameter.name)
+        if parameter.unbuilt(value):
+            built = parameter.facts.built
+            works = built if isinstance(built, tuple) else (parameter.default,)
+            shown = [f"{item!r}" if isinstance(item, str) else f"{item}" for item in works]
+            yield Fault(parameter.dotted, value, f"is not built yet; works: {', '.join(shown)}")
+
+
+def _name_and_task(recipe: Recipe) -> Iterator[Fault]:
+    if not isinstance(recipe.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name, re.ASCII):
+        yield Fault("name", recipe.name, "must be letters, digits, '.', '-' and '_', beginning with a letter or digit")
+    if recipe.task not in _TASKS:
+        yield Fault("task", recipe.task, "must be one of 'pt', 'sft', 'rlhf'")
+
+
+def _mistyped(parameter: Parameter, value: Any) -> Fault:
+    known = [str(choice) for choice in choices(parameter.hint)]
+    near = get_close_matches(value, known, n=1) if isinstance(value, str) else []
+    rule = f"must be {spelled(parameter.hint)}"
+    if not choices(parameter.hint):
+        rule += f", not {type(value).__name__}"
+    return Fault(parameter.dotted, value, rule, try_=near, bare=parameter.dotted == _SECRET)
+
+
+def _in_range(parameter: Parameter, value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return not number or parameter.facts.allows(value)
+
+
+def _formats(recipe: Recipe) -> Iterator[Fault]:
+    size = recipe.checkpoint.max_shard_size
+    if isinstance(size, str) and not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", size):
+        yield Fault("checkpoint.max_shard_size", size, "must be a number with B, KB, MB, GB or GiB", try_=("5GB",))
+    token = recipe.bridge.hub_token
+    if isinstance(token, str) and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", token):
+        rule = "must be the name of an environment variable that holds the token, never the token itself"
+        yield Fault(_SECRET, None, rule, try_=("HF_TOKEN",), bare=True)

@@ -1,0 +1,160 @@
+"""The model: what one made on the spot needs, what an existing one already decides, and what suits its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megabatch.config.declare import parameters
+from megabatch.config.made_model import REQUIRED, moe_layers
+from megabatch.config.recipe import Recipe
+from megabatch.errors import Fault
+from megabatch.plan.batch import nearest_multiples
+from megabatch.plan.layout import Layout
+from megabatch.plan.shape import ModelShape
+
+_SHAPE_FIELDS = {
+    "model": (
+        "model_type",
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "max_position_embeddings",
+        "rotary_base",
+        "rope_scaling",
+        "norm_epsilon",
+        "untie_embeddings_and_output_weights",
+        "add_qkv_bias",
+        "qk_layernorm",
+    ),
+    "moe": (
+        "num_experts",
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_router_topk",
+        "moe_router_pre_softmax",
+    ),
+}
+"""Fields that a model's config.json decides, under the same name in `ModelShape`."""
+
+
+def made_model_is_described(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if recipe.model.model is not None:
+        return
+    missing = [name for name in REQUIRED if getattr(recipe.model, name) is None]
+    if missing == list(REQUIRED):
+        rule = f"is missing; give a folder or hub name, or {', '.join(REQUIRED)} to make a model on the spot"
+        yield Fault("model.model", None, rule, bare=True)
+        return
+    for name in missing:
+        yield Fault(f"model.{name}", None, "is missing: a model made on the spot needs it", bare=True)
+    if recipe.moe.num_experts is not None and recipe.moe.moe_router_topk is None:
+        yield Fault("moe.moe_router_topk", None, "is missing: a model made with num_experts needs it", bare=True)
+
+
+def given_model_decides_its_shape(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """With `model` given its config.json decides; fields that say otherwise are an error."""
+    if recipe.model.model is None or shape is None:
+        return
+    for parameter in parameters(Recipe):
+        if parameter.name not in _SHAPE_FIELDS.get(parameter.group, ()):
+            continue
+        value, own = getattr(getattr(recipe, parameter.group), parameter.name), getattr(shape, parameter.name)
+        if value not in (parameter.default, own):
+            yield Fault(parameter.dotted, value, f"must be unset or the model's own {own!r} (from its config.json)")
+    frequency = recipe.moe.moe_layer_freq
+    if frequency is not None and shape.moe_layers and moe_layers(recipe.moe, shape.num_layers) != shape.moe_layers:
+        own_layers = [int(layer) for layer in shape.moe_layers]
+        rule = f"must be unset or the model's own {own_layers} (from its config.json)"
+        yield Fault("moe.moe_layer_freq", frequency, rule)
+
+
+def heads_divide(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if shape is None or recipe.model.model is not None:
+        return
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    if recipe.model.kv_channels is None and shape.hidden_size % heads:
+        rule = f"must be a multiple of num_attention_heads={heads} unless kv_channels is given"
+        yield Fault("model.hidden_size", shape.hidden_size, rule, try_=nearest_multiples(shape.hidden_size, of=heads))
+    if shape.kv_channels % 2:
+        rule = "must be even for rotary embeddings"
+        yield Fault("model.kv_channels", shape.kv_channels, rule, try_=(shape.kv_channels + 1,))
+    if heads % groups:
+        rule = f"must be a multiple of num_query_groups={groups}"
+        yield Fault("model.num_attention_heads", heads, rule, try_=nearest_multiples(heads, of=groups))
+    if recipe.model.group_query_attention is False and recipe.model.num_query_groups > 1:
+        rule = f"contradicts num_query_groups={recipe.model.num_query_groups}"
+        yield Fault("model.group_query_attention", False, rule, try_=(True,))
+
+
+def positions_suffice(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    length = recipe.data.max_length
+    if shape is not None and length is not None and length > shape.max_position_embeddings:
+        rule = f"must be at most the model's max_position_embeddings={shape.max_position_embeddings}"
+        yield Fault("data.max_length", length, rule, try_=(shape.max_position_embeddings,))
+
+
+def dense_models_take_no_moe(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """Speed-only settings may stay; what would change a mixture of experts is a mistake on a dense model."""
+    if shape is None or shape.num_experts is not None:
+        return
+    for parameter in parameters(Recipe):
+        value = getattr(getattr(recipe, parameter.group), parameter.name)
+        if parameter.group == "moe" and not parameter.facts.speed_only and value != parameter.default:
+            rule = f"has no effect: {shape.model_type} has no experts; leave it at {parameter.default!r}"
+            yield Fault(parameter.dotted, value, rule)
+
+
+def moe_layers_are_listed(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    frequency = recipe.moe.moe_layer_freq
+    if shape is None or not isinstance(frequency, tuple):
+        return
+    if len(frequency) != shape.num_layers or set(frequency) - {0, 1}:
+        rule = f"must have a 0 or 1 for each of the model's {shape.num_layers} layers"
+        yield Fault("moe.moe_layer_freq", frequency, rule)
+
+
+def router_is_consistent(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    moe = recipe.moe
+    if shape is not None and shape.num_experts is not None and shape.moe_router_topk is not None:
+        topk, pre_softmax = shape.moe_router_topk, shape.moe_router_pre_softmax
+        if topk > shape.num_experts:
+            yield Fault("moe.moe_router_topk", topk, f"must be at most num_experts={shape.num_experts}")
+        if topk == 1 and not pre_softmax and moe.moe_router_score_function in (None, "softmax"):
+            rule = "needs moe_router_pre_softmax: a softmax over one chosen expert has no gradient"
+            yield Fault("moe.moe_router_topk", topk, rule)
+    if (moe.moe_router_num_groups is None) != (moe.moe_router_group_topk is None):
+        given = "num_groups" if moe.moe_router_group_topk is None else "group_topk"
+        other = "group_topk" if given == "num_groups" else "num_groups"
+        rule = f"needs moe_router_{other} beside it"
+        yield Fault(f"moe.moe_router_{given}", getattr(moe, f"moe_router_{given}"), rule)
+
+
+def balancing_is_consistent(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    moe = recipe.moe
+    balancing = moe.moe_router_load_balancing_type
+    if moe.moe_aux_loss_coeff and balancing in ("none", "sinkhorn"):
+        rule = f"has no effect with moe_router_load_balancing_type={balancing!r}"
+        yield Fault("moe.moe_aux_loss_coeff", moe.moe_aux_loss_coeff, rule, try_=(0,))
+    if moe.moe_expert_capacity_factor is not None and balancing == "sinkhorn":
+        rule = "cannot be combined with moe_router_load_balancing_type='sinkhorn'"
+        yield Fault("moe.moe_expert_capacity_factor", moe.moe_expert_capacity_factor, rule)
+    if moe.moe_pad_expert_input_to_capacity and moe.moe_expert_capacity_factor is None:
+        rule = "needs moe_expert_capacity_factor, which is None"
+        yield Fault("moe.moe_pad_expert_input_to_capacity", True, rule, try_=(False,))
+    if moe.moe_enable_deepep and moe.moe_token_dispatcher_type != "flex":
+        yield Fault("moe.moe_enable_deepep", True, "needs moe_token_dispatcher_type='flex'", try_=(False,))
+
+
+RULES = (
+    made_model_is_described,
+    given_model_decides_its_shape,
+    heads_divide,
+    positions_suffice,
+    dense_models_take_no_moe,
+    moe_layers_are_listed,
+    router_is_consistent,
+    balancing_is_consistent,
+)

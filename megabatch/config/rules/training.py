@@ -1,0 +1,178 @@
+"""The course of a run: data, length, learning rate, recomputation, precision, task and resources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megabatch.config.layout import chunks_of
+from megabatch.config.recipe import Recipe
+from megabatch.config.walltime import seconds
+from megabatch.errors import ConfigError, Fault
+from megabatch.plan.batch import nearest_divisors
+from megabatch.plan.layout import Layout
+from megabatch.plan.shape import ModelShape
+
+_GRANULARITY = "recompute.recompute_granularity"
+
+
+def data_is_given(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    data = recipe.data
+    if not data.dataset:
+        yield Fault("data.dataset", None, "is missing: name at least one file, folder or hub dataset", bare=True)
+    if data.val_dataset and data.split_dataset_ratio:
+        rule = "has no effect beside val_dataset; give one of them"
+        yield Fault("data.split_dataset_ratio", data.split_dataset_ratio, rule, try_=(0,))
+    if data.packing_length is not None and not data.packing:
+        yield Fault("data.packing_length", data.packing_length, "needs packing, which is False")
+    if data.streaming and recipe.training.train_iters is None:
+        yield Fault("data.streaming", True, "needs train_iters: the length of a stream is not known")
+
+
+def one_of_steps_and_epochs(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    steps, epochs = recipe.training.train_iters, recipe.training.max_epochs
+    if steps is None and epochs is None:
+        yield Fault("training.train_iters", None, "is missing: give it or max_epochs", bare=True)
+    if steps is not None and epochs is not None and not recipe.data.streaming:
+        yield Fault("training.train_iters", steps, f"and max_epochs={epochs} both decide the length; give one of them")
+
+
+def warmup_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    rate = recipe.learning_rate
+    if rate.lr_warmup_iters and rate.lr_warmup_fraction is not None:
+        rule = f"and lr_warmup_fraction={rate.lr_warmup_fraction} both set the warmup; give one of them"
+        yield Fault("learning_rate.lr_warmup_iters", rate.lr_warmup_iters, rule, try_=(0,))
+    last = rate.lr_decay_iters or recipe.training.train_iters
+    if last is not None and rate.lr_warmup_iters >= last:
+        yield Fault("learning_rate.lr_warmup_iters", rate.lr_warmup_iters, f"must be below the {last} steps of decay")
+
+
+def learning_rate_is_above_its_floor(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    rate = recipe.learning_rate
+    lr = peak_lr(recipe)
+    if rate.min_lr > lr:
+        yield Fault("learning_rate.min_lr", rate.min_lr, f"must be at most lr={lr}", try_=(lr / 10, 0))
+
+
+def peak_lr(recipe: Recipe) -> float:
+    """lr, or its default for the kind of training."""
+    return recipe.learning_rate.lr or (1e-4 if recipe.tuner.tuner_type == "lora" else 1e-5)
+
+
+def recompute_is_consistent(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    recompute = recipe.recompute
+    granularity, method, layers = (
+        recompute.recompute_granularity,
+        recompute.recompute_method,
+        recompute.recompute_num_layers,
+    )
+    if granularity == "full":
+        if method is None:
+            yield Fault(_GRANULARITY, granularity, "needs recompute_method uniform or block")
+        if layers is None:
+            yield Fault(_GRANULARITY, granularity, "needs recompute_num_layers", try_=("recompute_num_layers=1",))
+    else:
+        for name, value in (("recompute_method", method), ("recompute_num_layers", layers)):
+            if value is not None:
+                rule = f"needs recompute_granularity='full', which is {granularity!r}"
+                yield Fault(f"recompute.{name}", value, rule)
+    modules = recompute.recompute_modules
+    if granularity != "selective" and modules != ("core_attn",):
+        rule = f"needs recompute_granularity='selective', which is {granularity!r}"
+        yield Fault("recompute.recompute_modules", modules, rule)
+
+
+def recompute_modules_exist(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if recipe.recompute.recompute_granularity != "selective":
+        return
+    modules, field = recipe.recompute.recompute_modules, "recompute.recompute_modules"
+    for module in modules:
+        if module.startswith("moe") and shape is not None and shape.num_experts is None:
+            yield Fault(field, modules, f"has {module!r}, but {shape.model_type} has no experts")
+    if "moe_act" in modules and not recipe.moe.moe_grouped_gemm:
+        yield Fault(field, modules, "has 'moe_act', which needs moe_grouped_gemm")
+    if "mla_up_proj" in modules and not recipe.mla.multi_latent_attention:
+        yield Fault(field, modules, "has 'mla_up_proj', which needs multi_latent_attention")
+
+
+def recompute_units_divide(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    recompute = recipe.recompute
+    unit, field = recompute.recompute_num_layers, "recompute.recompute_num_layers"
+    if shape is None or unit is None or recompute.recompute_granularity != "full":
+        return
+    counts = sorted({len(chunk.layers) for chunk in chunks_of(recipe.parallel, shape.num_layers) or ()})
+    for count in counts:
+        if recompute.recompute_method == "uniform" and count % unit:
+            rule = f"must divide the {count} layers that one rank computes in turn"
+            yield Fault(field, unit, rule, try_=nearest_divisors(unit, of=count))
+    if recompute.recompute_method == "block" and counts and unit > counts[-1]:
+        yield Fault(field, unit, f"must be at most the {counts[-1]} layers that one rank computes in turn")
+
+
+def precision_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    fp16, bf16, dtype = recipe.precision.fp16, recipe.precision.bf16, recipe.model.torch_dtype
+    if fp16 and bf16:
+        yield Fault("precision.fp16", True, "and bf16=True exclude each other; give one of them")
+    for name, flag, matching in (("fp16", fp16, "float16"), ("bf16", bf16, "bfloat16")):
+        if flag is not None and dtype is not None and flag != (dtype == matching):
+            yield Fault(f"precision.{name}", flag, f"contradicts torch_dtype={dtype!r}", try_=(not flag,))
+    if recipe.training.deterministic_mode and recipe.kernels.cross_entropy_loss_fusion:
+        rule = "is not deterministic; leave it off with deterministic_mode"
+        yield Fault("kernels.cross_entropy_loss_fusion", True, rule, try_=(False,))
+
+
+def task_and_algorithm_agree(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    algorithm, task = recipe.rlhf.rlhf_type, recipe.task
+    if task != "rlhf" and algorithm != "dpo":
+        yield Fault("rlhf.rlhf_type", algorithm, f"needs task='rlhf', which is {task!r}")
+    if task == "rlhf" and algorithm == "gkd" and recipe.gkd.teacher_model is None:
+        yield Fault("gkd.teacher_model", None, "is missing: distillation needs a teacher", bare=True)
+    weights, funcs = recipe.grpo.reward_weights, recipe.grpo.reward_funcs
+    if weights is not None and len(weights) != len(funcs):
+        yield Fault("grpo.reward_weights", weights, f"must have one weight for each of the {len(funcs)} reward_funcs")
+    labels, task_type = recipe.training.num_labels, recipe.training.task_type
+    if task_type == "seq_cls" and labels is None:
+        yield Fault("training.num_labels", None, "is missing: task_type seq_cls needs it", bare=True)
+    if task_type != "seq_cls" and labels is not None:
+        yield Fault("training.num_labels", labels, f"needs task_type='seq_cls', which is {task_type!r}")
+
+
+def cpu_runs_use_gloo(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if recipe.resources.gpus_per_node == 0 and recipe.parallel.distributed_backend == "nccl":
+        rule = "needs GPUs, but resources.gpus_per_node is 0"
+        yield Fault("parallel.distributed_backend", "nccl", rule, try_=("gloo",))
+
+
+def each_rank_has_its_gpu(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    tasks, gpus = recipe.resources.tasks_per_node, recipe.resources.gpus_per_node
+    if tasks is not None and gpus and tasks > gpus:
+        yield Fault("resources.tasks_per_node", tasks, f"must be at most gpus_per_node={gpus}", try_=(gpus,))
+
+
+def time_covers_the_signal(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    resources = recipe.resources
+    try:
+        limit = seconds(resources.time)
+    except ConfigError as error:
+        yield Fault("resources.time", resources.time, str(error), try_=("12:00:00",))
+        return
+    if resources.signal_delay_s >= limit:
+        rule = f"must be below time={resources.time!r}, which is {limit} s"
+        yield Fault("resources.signal_delay_s", resources.signal_delay_s, rule, try_=(max(1, limit // 4),))
+
+
+RULES = (
+    data_is_given,
+    one_of_steps_and_epochs,
+    warmup_is_said_once,
+    learning_rate_is_above_its_floor,
+    recompute_is_consistent,
+    recompute_modules_exist,
+    recompute_units_divide,
+    precision_is_said_once,
+    task_and_algorithm_agree,
+    cpu_runs_use_gloo,
+    each_rank_has_its_gpu,
+    time_covers_the_signal,
+)

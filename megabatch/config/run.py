@@ -1,0 +1,193 @@
+"""The resolved run: what `run.json` holds, and how a recipe becomes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from megabatch.config.kinds import fits, options
+from megabatch.config.layout import layout_of
+from megabatch.config.recipe import Recipe
+from megabatch.config.rules.check import check
+from megabatch.config.rules.training import peak_lr
+from megabatch.errors import ConfigError
+from megabatch.plan.layout import Layout
+from megabatch.plan.shape import ModelShape
+from megabatch.run_directory import write_atomic
+
+SCHEMA_VERSION = 1
+"""Raised whenever an older run.json could no longer be read, or would mean something else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run, resolved: all that launcher and trainer need to know, written once."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_dir: str
+    recipe: Recipe
+    """With defaults that depend on other fields filled in; `learning_rate.lr_decay_iters` and, with `max_epochs`,
+    `training.train_iters` stay None until the trainer has counted the data."""
+    shape: ModelShape
+    layout: Layout
+    provenance: Mapping[str, Any]
+    """Where the run comes from: versions, commit, command line, user; never a secret."""
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON, atomically."""
+        write_atomic(path, json.dumps(_plain(self), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> RunConfig:
+        """Reads it back, equal to what was saved.
+
+        Raises: ConfigError for a file that is missing or no JSON, another schema version, and unknown, missing or
+        mistyped fields by name.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} does not exist: this is not a run directory") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON ({error}); submit the run again") from error
+        version = found.get("schema_version") if isinstance(found, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{path}: schema_version={version!r}, but this megabatch reads {SCHEMA_VERSION}; "
+                "use the megabatch that wrote it, or submit the run again"
+            )
+        return typing.cast(RunConfig, _built(cls, found, place=str(path)))
+
+
+def resolve(recipe: Recipe, *, shape: ModelShape, run_dir: Path, provenance: Mapping[str, Any]) -> RunConfig:
+    """The recipe with every derivable default filled in. Raises: ConfigError with all faults of the recipe."""
+    faults = check(recipe, shape)
+    if faults:
+        raise ConfigError(faults)
+    layout = layout_of(recipe, shape)
+    assert layout is not None, "a recipe without faults has a layout"
+    return RunConfig(
+        run_dir=str(run_dir),
+        recipe=_derived(recipe, shape=shape, run_dir=run_dir),
+        shape=shape,
+        layout=layout,
+        provenance=provenance,
+    )
+
+
+def save_folder(recipe: Recipe) -> Path:
+    """`checkpoint.save`, or `megatron_output/<last part of the model's name, or the recipe's>`."""
+    suffix = Path(recipe.model.model).name if recipe.model.model else recipe.name
+    return Path(recipe.checkpoint.save or Path("megatron_output") / suffix)
+
+
+def _derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
+    training, data, resources = recipe.training, recipe.data, recipe.resources
+    dtype = _dtype(recipe, shape)
+    max_length = data.max_length or shape.max_position_embeddings
+    per_token = training.calculate_per_token_loss
+    if per_token is None:
+        per_token = recipe.task != "rlhf" and training.task_type == "causal_lm"
+    return replace(
+        recipe,
+        model=replace(recipe.model, torch_dtype=dtype, tokenizer=recipe.model.tokenizer or recipe.model.model),
+        precision=replace(
+            recipe.precision,
+            fp16=dtype == "float16",
+            bf16=dtype == "bfloat16",
+            apply_query_key_layer_scaling=recipe.precision.apply_query_key_layer_scaling or dtype == "float16",
+        ),
+        data=replace(
+            data,
+            max_length=max_length,
+            seq_length=data.seq_length or max_length,
+            packing_length=(data.packing_length or max_length) if data.packing else None,
+            loss_scale=data.loss_scale or _LOSS_SCALES[recipe.task],
+            truncation_strategy=data.truncation_strategy or _truncation(recipe),
+            lazy_tokenize=bool(data.lazy_tokenize),
+        ),
+        training=replace(training, calculate_per_token_loss=per_token),
+        learning_rate=replace(recipe.learning_rate, lr=peak_lr(recipe)),
+        moe=_derived_moe(recipe, shape),
+        checkpoint=replace(recipe.checkpoint, save=str(save_folder(recipe))),
+        logging=replace(recipe.logging, tensorboard_dir=recipe.logging.tensorboard_dir or str(run_dir / "runs")),
+        evaluation=replace(
+            recipe.evaluation,
+            eval_interval=recipe.evaluation.eval_interval or recipe.checkpoint.save_interval,
+        ),
+        resources=replace(
+            resources,
+            tasks_per_node=resources.ranks_per_node,
+            job_name=resources.job_name or recipe.name,
+            omp_num_threads=resources.omp_num_threads or resources.cpus_per_task or 1,
+        ),
+    )
+
+
+_LOSS_SCALES: dict[str, Any] = {"pt": "all", "sft": "default", "rlhf": "last_round"}
+
+
+def _truncation(recipe: Recipe) -> Any:
+    return "left" if recipe.task == "rlhf" and recipe.rlhf.rlhf_type == "grpo" else "delete"
+
+
+def _dtype(recipe: Recipe, shape: ModelShape) -> Any:
+    """From the recipe, its precision flags, or config.json (`torch_dtype`; `dtype` since transformers 5)."""
+    if recipe.model.torch_dtype:
+        return recipe.model.torch_dtype
+    if recipe.precision.fp16 or recipe.precision.bf16:
+        return "float16" if recipe.precision.fp16 else "bfloat16"
+    declared = str(shape.hf_config.get("torch_dtype") or shape.hf_config.get("dtype") or "bfloat16")
+    return declared.removeprefix("torch.")
+
+
+def _derived_moe(recipe: Recipe, shape: ModelShape) -> Any:
+    if shape.num_experts is None:
+        return recipe.moe
+    return replace(
+        recipe.moe,
+        moe_router_score_function=recipe.moe.moe_router_score_function or "softmax",
+        moe_router_load_balancing_type=recipe.moe.moe_router_load_balancing_type or "aux_loss",
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as objects, tuples as arrays."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _built(hint: Any, found: Any, *, place: str) -> Any:
+    """The value of a declared type that `_plain` made `found` of."""
+    if dataclasses.is_dataclass(hint):
+        return _built_group(typing.cast(type, hint), found, place=place)
+    if isinstance(found, list) and any(typing.get_origin(option) in (tuple, Sequence) for option in options(hint)):
+        return tuple(found)
+    return found
+
+
+def _built_group(group: type, found: Any, *, place: str) -> Any:
+    hints = typing.get_type_hints(group)
+    names = [field.name for field in dataclasses.fields(group)]
+    if not isinstance(found, dict):
+        raise ConfigError(f"{place} must be an object with the fields of {group.__name__}")
+    for name in found:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            raise ConfigError(f"{place}: {name} is no field of {group.__name__}{f'; try {near[0]}' if near else ''}")
+    for name in names:
+        if name not in found:
+            raise ConfigError(f"{place}: {name} of {group.__name__} is missing; submit the run again")
+    values = {name: _built(hints[name], found[name], place=f"{place}: {name}") for name in names}
+    return group(**values)
