@@ -112,7 +112,9 @@ def _csv(path: Path) -> Iterator[Row]:
         try:
             fields = next(reader, None)
         except csv.Error as e:
-            raise DataError(f"{path}:{reader.line_num}: not valid CSV ({e}); fix the quoting of that line") from e
+            raise DataError(
+                f"{path}:{reader.reader.line_num}: not valid CSV ({e}); fix the quoting of that line"
+            ) from e
         if fields is None:
             return
         if None in fields or None in fields.values():

@@ -125,16 +125,15 @@ class Template:
         return text, [(start, stop) for start, stop in spans[0]]
 
     def _with_end(self, text: str, span: Span) -> Span:
-        """The span with the end-of-turn token after it, and without white space after that token."""
+        """The span with the end-of-turn token, and without white space after that token."""
         start, stop = span
         if self._end_of_turn is None:
             return span
+        said = text[start:stop].rstrip()
+        if self._marks_turns and any(end.end() == len(said) for end in self._end_of_turn.finditer(said)):
+            return start, start + len(said)  # a template that marks the turn's end as well
         if match := self._end_of_turn.match(text, stop):
             return start, match.end()
-        said = text[start:stop].rstrip()
-        ends = [m.end() for m in self._end_of_turn.finditer(said)]
-        if ends and ends[-1] == len(said):
-            return start, start + len(said)
         if not self._warned:
             self._warned = True
             log.warning("chat template %s puts no end-of-turn token after the assistant: it is not learned", self.name)

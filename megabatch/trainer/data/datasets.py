@@ -1,0 +1,65 @@
+"""Training and validation data of a run: built by one process, opened by all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabatch.errors import DataError
+from megabatch.trainer.data.cache import TokenCache
+from megabatch.trainer.data.samples import Encoding
+from megabatch.trainer.data.sources import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class CachePaths:
+    """Where the token caches are; broadcast by the process that built them."""
+
+    train: Path
+    validation: Path | None = None
+    """None: split off the training data, or no validation."""
+
+
+def build(
+    encoding: Encoding,
+    *,
+    dataset: Sequence[str],
+    val_dataset: Sequence[str] = (),
+    cache_dir: Path,
+    seed: int = 42,
+    dataset_shuffle: bool = True,
+    dataset_num_proc: int = 1,
+    use_hf: bool = True,
+) -> CachePaths:
+    """Token caches of all datasets, made unless they are there; one process of a shared file system calls it.
+
+    Raises: DataError naming file and line.
+    """
+    if not dataset:
+        raise DataError("data.dataset is not set; give at least one file, folder or hub name")
+
+    def cache(datasets: Sequence[str]) -> Path:
+        return TokenCache.build(
+            resolve(datasets, use_hf=use_hf),
+            encoding,
+            cache_dir=cache_dir,
+            seed=seed,
+            shuffle=dataset_shuffle,
+            num_proc=dataset_num_proc,
+        )
+
+    return CachePaths(cache(dataset), cache(val_dataset) if val_dataset else None)
+
+
+def open_caches(
+    paths: CachePaths, *, split_dataset_ratio: float = 0.0, seed: int = 42
+) -> tuple[TokenCache, TokenCache | None]:
+    """(training, validation) samples; without a validation dataset a seeded part of the training data validates.
+
+    Raises: DataError for a damaged cache, or a split that leaves either part empty.
+    """
+    train = TokenCache.open(paths.train)
+    if paths.validation:
+        return train, TokenCache.open(paths.validation)
+    return train.split(split_dataset_ratio, seed=seed) if split_dataset_ratio else (train, None)
