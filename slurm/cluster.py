@@ -1,0 +1,254 @@
+"""A private Slurm of N nodes on one machine, for trying things and for tests; works as an ordinary user or as root.
+
+    python -m megabatch.slurm.cluster up --nodes 4 --dir DIR      # then: eval "$(… env --dir DIR)"
+    python -m megabatch.slurm.cluster status --dir DIR
+    python -m megabatch.slurm.cluster down --dir DIR
+
+One slurmctld and one slurmd per node, all on the loopback address with ports of their own, so several clusters live
+side by side. Credentials go through a munged of this cluster's own: nobody else can submit to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megabatch.errors import LaunchError, MegabatchError
+from megabatch.run_directory import write_atomic
+from megabatch.slurm.cluster_config import ClusterLayout, free_port_block, write_configuration
+from megabatch.slurm.processes import Daemon, end_processes, marked_processes, start_daemon
+from megabatch.slurm.quoting import shell
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "scontrol", "sbatch", "srun")
+
+
+def missing_programs() -> list[str]:
+    """Programs that a private cluster needs and this machine lacks; Debian keeps daemons in /usr/sbin."""
+    return [program for program in PROGRAMS if _program(program) is None]
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateCluster:
+    """A running private cluster."""
+
+    layout: ClusterLayout
+    daemons: list[Daemon] = field(default_factory=list, repr=False)
+    """Those that this process started; empty for a cluster that `up` left."""
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        nodes: int = 2,
+        directory: Path,
+        gpus_per_node: int = 0,
+        cpus_per_node: int = 16,
+        keep: bool = False,
+        timeout_s: float = 60,
+    ) -> PrivateCluster:
+        """Starts the daemons and returns once every node is idle (one to four seconds).
+
+        Args: `directory` is created, and must not hold a running cluster; `keep` lets the cluster outlive this
+        process, else it ends with it, however it ends.
+        Raises: LaunchError with the daemons' last lines when it does not come up; nothing is left running then.
+        """
+        _check_can_start(directory)
+        layout = ClusterLayout(
+            directory=directory.absolute(),
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            cpus_per_node=cpus_per_node,
+            first_port=free_port_block(nodes + 1),
+            socket_directory=Path(tempfile.mkdtemp(prefix="megabatch-munge-")),
+        )
+        cluster = cls(layout)
+        if not keep:
+            atexit.register(cluster.stop)
+        try:
+            write_configuration(layout)
+            write_atomic(layout.state_file, json.dumps(asdict(layout), default=str, indent=1))
+            cluster._start_daemons(tied=not keep)
+            cluster._wait_until_idle(deadline=time.monotonic() + timeout_s)
+        except BaseException:
+            cluster.stop()
+            raise
+        return cluster
+
+    @classmethod
+    def load(cls, directory: Path) -> PrivateCluster:
+        """The cluster that `up` left in `directory`. Raises: LaunchError when there is none."""
+        path = ClusterLayout.state_file_in(directory.absolute())
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise LaunchError(
+                f"no private cluster in {directory} ({error}); start one with `up --dir {directory}`"
+            ) from error
+        paths = {name: Path(values[name]) for name in ("directory", "socket_directory")}
+        return cls(ClusterLayout(**(values | paths)))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment to talk to this cluster."""
+        return {"SLURM_CONF": str(self.layout.configuration)}
+
+    def stop(self) -> None:
+        """Ends every job and daemon of this cluster; safe to call again, and on a cluster that is half up."""
+        mark = _mark(self.layout.directory)
+        job = f"SLURM_CONF={self.layout.configuration}"
+        end_processes(lambda: marked_processes(mark) | marked_processes(job, also="SLURM_JOB_ID="))
+        for daemon in self.daemons:
+            daemon.wait()
+        shutil.rmtree(self.layout.socket_directory, ignore_errors=True)
+        self.layout.state_file.unlink(missing_ok=True)
+        atexit.unregister(self.stop)
+
+    def node_states(self) -> dict[str, str]:
+        """State of each node by name, as sinfo spells it (`idle`, `mixed`, `down*`, …)."""
+        answer = self._ask("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%N %T")
+        return dict(line.split(maxsplit=1) for line in answer.splitlines())
+
+    def _ask(self, program: str, *arguments: str) -> str:
+        environment = os.environ | self.environment
+        done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False)
+        return done.stdout
+
+    def _start_daemons(self, *, tied: bool) -> None:
+        layout = self.layout
+        munged = ["munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in layout.munge_options().items())]
+        self._spawn(munged, log="munged.out", tied=tied)
+        _wait_for(layout.munge_socket.exists, what="munged", log=layout.directory / "munged.out")
+        self._spawn(["slurmctld", "-D"], log="slurmctld.out", tied=tied)
+        for name in layout.node_names:
+            self._spawn(["slurmd", "-D", "-N", name], log=f"slurmd.{name}.out", tied=tied)
+
+    def _spawn(self, command: list[str], *, log: str, tied: bool) -> None:
+        program = _program(command[0])
+        assert program is not None
+        environment = _without_job(os.environ) | self.environment | dict([_mark(self.layout.directory).split("=", 1)])
+        log_path = self.layout.directory / log
+        self.daemons.append(start_daemon([program, *command[1:]], environment, log=log_path, tied=tied))
+
+    def _wait_until_idle(self, *, deadline: float) -> None:
+        while not self._all_idle():
+            if time.monotonic() > deadline:
+                logs = "\n".join(_tail(path) for path in sorted(self.layout.directory.glob("slurm*.log")))
+                raise LaunchError(f"the private cluster in {self.layout.directory} did not come up:\n{logs}")
+            time.sleep(0.1)
+
+    def _all_idle(self) -> bool:
+        states = self.node_states()
+        return len(states) == self.layout.nodes and set(states.values()) == {"idle"}
+
+
+def _check_can_start(directory: Path) -> None:
+    missing = missing_programs()
+    if missing:
+        raise LaunchError(f"a private cluster needs {', '.join(missing)}; on Debian: apt install slurm-wlm munge")
+    if marked_processes(_mark(directory.absolute())):
+        raise LaunchError(f"{directory} holds a private cluster already; take it down with `down --dir {directory}`")
+
+
+def _mark(directory: Path) -> str:
+    """A variable that every daemon carries, naming its cluster's folder: so `down` finds what is left of it."""
+    return f"MEGABATCH_PRIVATE_CLUSTER={directory}"
+
+
+def _without_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without traces of a Slurm job that we may be running in."""
+    return {name: value for name, value in environment.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
+
+
+def _wait_for(condition: Callable[[], bool], *, what: str, log: Path, timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LaunchError(f"{what} did not start:\n{_tail(log)}")
+        time.sleep(0.02)
+
+
+def _tail(path: Path, lines: int = 8) -> str:
+    with contextlib.suppress(OSError):
+        text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+        return "\n".join([f"{path}:", *(f"  {line}" for line in text)])
+    return f"{path}: not written"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except MegabatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m megabatch.slurm.cluster", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, help_ in (
+        ("up", _up, "start a cluster and leave it running"),
+        ("down", _down, "end its jobs and daemons"),
+        ("env", _env, 'print what a shell must export: eval "$(… env --dir DIR)"'),
+        ("status", _status, "show its nodes"),
+    ):
+        command = commands.add_parser(name, help=help_)
+        command.set_defaults(run=run)
+        command.add_argument("--dir", type=Path, default=Path(".cluster"), help="its folder (default: %(default)s)")
+        if name == "up":
+            command.add_argument("--nodes", type=int, default=4)
+            command.add_argument("--gpus_per_node", type=int, default=0, help="pretended GPUs (plain files)")
+            command.add_argument("--cpus_per_node", type=int, default=16, help="pretended CPUs")
+    return parser.parse_args(arguments)
+
+
+def _up(options: argparse.Namespace) -> None:
+    cluster = PrivateCluster.start(
+        nodes=options.nodes,
+        directory=options.dir,
+        gpus_per_node=options.gpus_per_node,
+        cpus_per_node=options.cpus_per_node,
+        keep=True,
+    )
+    command = f"python -m megabatch.slurm.cluster env --dir {shell(str(options.dir))}"
+    print(f'# {options.nodes} nodes are idle; in your shell:  eval "$({command})"')
+    _env_lines(cluster)
+
+
+def _down(options: argparse.Namespace) -> None:
+    PrivateCluster.load(options.dir).stop()
+
+
+def _env(options: argparse.Namespace) -> None:
+    _env_lines(PrivateCluster.load(options.dir))
+
+
+def _env_lines(cluster: PrivateCluster) -> None:
+    for name, value in cluster.environment.items():
+        print(f"export {name}={shell(value)}")
+
+
+def _status(options: argparse.Namespace) -> int:
+    states = PrivateCluster.load(options.dir).node_states()
+    for name, state in states.items():
+        print(f"{name:8} {state}")
+    return 0 if states else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

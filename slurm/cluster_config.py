@@ -1,0 +1,175 @@
+"""Configuration files of a private cluster: everything Slurm must be told to run N nodes on one machine."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import random
+import secrets
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabatch.errors import LaunchError
+from megabatch.run_directory import write_atomic
+
+_PORTS = range(16000, 32000)
+"""Below the kernel's ephemeral range, so that no outgoing connection takes a daemon's port."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterLayout:
+    """Where a private cluster lives and how big it is."""
+
+    directory: Path
+    nodes: int
+    gpus_per_node: int
+    cpus_per_node: int
+    first_port: int
+    """slurmctld's; node k has `first_port + k`."""
+    socket_directory: Path
+    """A short path: a Unix socket's name may have 107 bytes."""
+
+    @staticmethod
+    def state_file_in(directory: Path) -> Path:
+        return directory / "cluster.json"
+
+    @property
+    def state_file(self) -> Path:
+        """There while the cluster is up."""
+        return self.state_file_in(self.directory)
+
+    @property
+    def configuration(self) -> Path:
+        return self.directory / "slurm.conf"
+
+    @property
+    def munge_socket(self) -> Path:
+        return self.socket_directory / "socket"
+
+    @property
+    def node_names(self) -> list[str]:
+        return [f"n{k}" for k in range(1, self.nodes + 1)]
+
+    def munge_options(self) -> dict[str, str | Path]:
+        """Long options of munged."""
+        files = {f"{name}-file": self.directory / f"munge.{name}" for name in ("key", "log", "pid", "seed")}
+        return {"socket": self.munge_socket, **files}
+
+
+def free_port_block(count: int) -> int:
+    """First of `count` consecutive ports that nobody listens on. Raises: LaunchError when none is found."""
+    starts = random.sample(range(_PORTS.start, _PORTS.stop - count), k=200)
+    for start in starts:
+        if all(_is_free(start + offset) for offset in range(count)):
+            return start
+    raise LaunchError(f"no {count} consecutive free ports between {_PORTS.start} and {_PORTS.stop} on this machine")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def write_configuration(layout: ClusterLayout) -> None:
+    """Writes slurm.conf, gres.conf, the munge key and the folders; an earlier cluster's state is not reused."""
+    layout.directory.mkdir(parents=True, exist_ok=True)
+    layout.socket_directory.chmod(0o711)
+    for name in ("state", "spool"):
+        _empty_folder(layout.directory / name)
+    for name in layout.node_names:
+        (layout.directory / "spool" / name).mkdir()
+    key = layout.directory / "munge.key"
+    key.unlink(missing_ok=True)
+    descriptor = os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(128))
+    for gpu in range(layout.gpus_per_node):
+        (layout.directory / f"gpu{gpu}").touch()
+    write_atomic(layout.configuration, slurm_conf(layout))
+    write_atomic(layout.directory / "gres.conf", _gres_conf(layout))
+
+
+def _empty_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+
+
+def slurm_conf(layout: ClusterLayout) -> str:
+    """slurm.conf. Raises: LaunchError for a folder whose name Slurm's configuration cannot hold."""
+    directory = str(layout.directory)
+    if not directory.isprintable() or set(directory) & set(" \"'#%\\,=[]"):
+        raise LaunchError(f"{directory}: Slurm's configuration cannot hold this folder's name; choose a plain one")
+    host, user = socket.gethostname().split(".")[0], getpass.getuser()
+    settings: dict[str, str | int | Path] = {
+        "ClusterName": "megabatch",
+        "SlurmctldHost": f"{host}(127.0.0.1)",
+        "SlurmctldPort": layout.first_port,
+        # only loopback listens
+        "CommunicationParameters": "NoAddrCache,NoCtldInAddrAny,NoInAddrAny",
+        "SlurmUser": user,
+        "SlurmdUser": user,
+        "AuthType": "auth/munge",
+        "CredType": "cred/munge",
+        # a requeued job waits until its old credential has expired: two minutes by default
+        "AuthInfo": f"socket={layout.munge_socket},cred_expire=5",
+        "StateSaveLocation": layout.directory / "state",
+        "SlurmdSpoolDir": layout.directory / "spool" / "%n",
+        "SlurmctldPidFile": layout.directory / "slurmctld.pid",
+        "SlurmdPidFile": layout.directory / "slurmd.%n.pid",
+        "SlurmctldLogFile": layout.directory / "slurmctld.log",
+        "SlurmdLogFile": layout.directory / "slurmd.%n.log",
+        # the nodes are as large as we say, whatever the machine has
+        "SlurmdParameters": "config_overrides",
+        "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_CPU",
+        "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0",
+        "ProctrackType": "proctrack/linuxproc",
+        "TaskPlugin": "task/none",
+        "JobAcctGatherType": "jobacct_gather/none",
+        "AccountingStorageType": "accounting_storage/none",
+        "MpiDefault": "none",
+        "ReturnToService": 2,
+        "KillWait": 5,
+        "InactiveLimit": 0,
+        "MinJobAge": 300,
+        "SlurmctldTimeout": 60,
+        "SlurmdTimeout": 30,
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
+        "JobRequeue": 1,
+        "JobCompType": "jobcomp/filetxt",
+        "JobCompLoc": layout.directory / "jobcomp.log",
+        "MailProg": "/bin/true",
+    }
+    if layout.gpus_per_node:
+        settings["GresTypes"] = "gpu"
+    nodes = ",".join(layout.node_names)
+    lines = [f"{name}={value}" for name, value in settings.items()]
+    lines += [_node_line(layout, index, host=host) for index in range(1, layout.nodes + 1)]
+    lines += [
+        f"PartitionName=batch Nodes={nodes} Default=YES PriorityTier=1 MaxTime=INFINITE State=UP",
+        f"PartitionName=urgent Nodes={nodes} PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE State=UP",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _node_line(layout: ClusterLayout, index: int, *, host: str) -> str:
+    gres = f" Gres=gpu:{layout.gpus_per_node}" if layout.gpus_per_node else ""
+    return (
+        f"NodeName=n{index} NodeHostname={host} NodeAddr=127.0.0.1 Port={layout.first_port + index} "
+        f"CPUs={layout.cpus_per_node} RealMemory=1000000{gres} State=UNKNOWN"
+    )
+
+
+def _gres_conf(layout: ClusterLayout) -> str:
+    if not layout.gpus_per_node:
+        return ""
+    nodes, last = ",".join(layout.node_names), layout.gpus_per_node - 1
+    return f"NodeName={nodes} Name=gpu File={layout.directory}/gpu[0-{last}]\n"

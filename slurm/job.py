@@ -1,0 +1,62 @@
+"""What the launcher needs to know of a job: narrow values that the entry fills from a resolved config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megabatch.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobSpec:
+    """One multi-node job; its ranks are `nodes * tasks_per_node` processes of one command."""
+
+    name: str
+    """Job name as people see it in squeue; any text."""
+    run_directory: Path
+    """Absolute folder on storage that every node sees."""
+    nodes: int = 1
+    tasks_per_node: int = 1
+    """Ranks per node: one per GPU, or one per CPU process."""
+    gpus_per_node: int = 0
+    """GPUs asked for on each node; 0 for a CPU run."""
+    cpus_per_task: int | None = None
+    """CPU cores per rank; None leaves it to the cluster."""
+    omp_num_threads: int | None = None
+    """OMP_NUM_THREADS of each rank; None means `cpus_per_task`, or 1."""
+    mem_gib: int | None = None
+    """Memory per node in GiB; 0 asks for all of it, None for the partition's default."""
+    time: str | None = None
+    """Time limit in Slurm's spelling (`12:00:00`, `2-00:00:00`, minutes); None is the partition's."""
+    signal_delay_s: int = 90
+    """Seconds before the time limit at which the ranks are asked to save and stop."""
+    requeue: bool = True
+    """Back into the queue after saving on that request, or when Slurm takes the nodes away."""
+    python: str = "python3"
+    """Interpreter of the ranks."""
+    snapshot: Path | None = None
+    """Folder put first on PYTHONPATH: the code as it was when the job was submitted."""
+    working_directory: Path | None = None
+    """Folder that relative paths of the recipe are relative to; None is where sbatch is called."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of this run; they win over the profile's and the presets."""
+    inherit: tuple[str, ...] = ()
+    """Names of variables (secrets) that come from the submitting shell; their values are never written anywhere."""
+    arguments: tuple[str, ...] | None = None
+    """What each rank runs after `python`; None is the trainer on this run directory."""
+
+    @property
+    def files(self) -> RunDirectory:
+        return RunDirectory(self.run_directory)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """Full argument vector of one rank, without any container in front."""
+        trainer = ("-m", "megabatch.trainer.main", str(self.run_directory))
+        return (self.python, *(trainer if self.arguments is None else self.arguments))

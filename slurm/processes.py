@@ -1,0 +1,90 @@
+"""Starting processes that cannot be left behind, and ending those that are (Linux)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+Daemon = subprocess.Popen[bytes]
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Asks the kernel to kill this process when its parent ends; for `preexec_fn`.
+
+    The parent may have ended between fork and this call: then this process ends at once.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def start_daemon(command: list[str], environment: Mapping[str, str], *, log: Path, tied: bool) -> Daemon:
+    """Starts `command` in a session of its own with output to `log`; `tied` ends it with this process."""
+    parent = os.getpid()
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=(lambda: die_with_parent(parent)) if tied else None,  # noqa: PLW1509 - takes no lock
+        )
+
+
+def marked_processes(mark: str, *, also: str = "") -> set[int]:
+    """Processes started with `mark` (`NAME=value`) in their environment, and a variable that begins with `also`."""
+    found: set[int] = set()
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                variables = Path(entry.path, "environ").read_bytes().split(b"\0")
+                if mark.encode() in variables and any(v.startswith(also.encode()) for v in variables):
+                    found.add(int(entry.name))
+    return found
+
+
+def descendants(pids: set[int]) -> set[int]:
+    """`pids` with all their children and children's children."""
+    children: dict[int, set[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                # the command's name may hold spaces and parentheses: fields count from the last one
+                parent = int(Path(entry.path, "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+                children.setdefault(parent, set()).add(int(entry.name))
+    found, todo = set(pids), list(pids)
+    while todo:
+        new = children.get(todo.pop(), set()) - found
+        found |= new
+        todo += new
+    return found
+
+
+def end_processes(find: Callable[[], set[int]], *, timeout_s: float = 10) -> None:
+    """Kills what `find` returns and all that descends from it, until `find` returns nothing."""
+    deadline = time.monotonic() + timeout_s
+    while (pids := _alive(find())) and time.monotonic() < deadline:
+        for pid in descendants(pids) - {os.getpid()}:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _alive(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if Path(f"/proc/{pid}/environ").exists() and _state(pid) not in ("Z", "")}
+
+
+def _state(pid: int) -> str:
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    return ""

@@ -1,0 +1,157 @@
+"""Cluster profiles: what is true of a site and not of a run, read from TOML and kept apart from recipes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from megabatch.errors import ConfigError, Fault
+
+Network = Literal["none", "single_node", "ethernet", "infiniband", "roce", "efa"]
+Runtime = Literal["pyxis", "apptainer"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Container:
+    """The image that the ranks run in; the batch script itself runs on the host."""
+
+    image: str
+    """Pyxis: `nvcr.io#nvidia/pytorch:25.06-py3` or a .sqsh file; Apptainer: a .sif file or `docker://…`."""
+    runtime: Runtime = "pyxis"
+    """`pyxis` (enroot, srun's own flags) or `apptainer` (`apptainer exec` in front of the command)."""
+    mounts: tuple[str, ...] = ()
+    """`/host:/inside` or `/both`; the run directory and the code snapshot are always mounted."""
+    python: str = "python3"
+    """Interpreter inside the image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterProfile:
+    """A cluster as this user sees it; every field may be left out."""
+
+    partition: str | None = None
+    """`--partition`; several, comma-separated, let Slurm take the first that is free."""
+    account: str | None = None
+    """`--account`: who pays."""
+    qos: str | None = None
+    """`--qos`."""
+    constraint: str | None = None
+    """`--constraint`: node features, for example `h100&ib`."""
+    reservation: str | None = None
+    """`--reservation`."""
+    exclude: str | None = None
+    """`--exclude`: nodes never to use."""
+    time: str | None = None
+    """The longest limit that this partition gives: a run that asks for more gets this, saves, requeues and goes on."""
+    modules: tuple[str, ...] = ()
+    """Loaded by `module load` in the batch script, in this order."""
+    setup: tuple[str, ...] = ()
+    """Bash lines run as they are before the ranks start, for what modules cannot do."""
+    network: Network = "ethernet"
+    """How nodes reach each other; picks the NCCL preset of multi-node GPU jobs."""
+    shared_cache: str | None = None
+    """Folder on shared storage for downloaded models and datasets (HF_HOME and others); None leaves them alone."""
+    local_cache: str = "/tmp"
+    """Folder on each node's own disk for compiled kernels; a private folder is made inside."""
+    python: str | None = None
+    """Interpreter of the ranks outside a container; None is the one that submits."""
+    container: Container | None = None
+    """None runs on the host."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables for every job here; they win over the presets. No secrets: name those under `inherit`."""
+    inherit: tuple[str, ...] = ()
+    """Names of variables (secrets) that jobs take from the submitting shell."""
+    sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
+    """Further sbatch options by name, for example `{mail-type = "END", exclusive = true}`; they win over ours."""
+    srun: tuple[str, ...] = ()
+    """Further arguments of srun."""
+
+
+def profile_path(cluster: str) -> Path:
+    """Where `--cluster NAME` is read from: a path when it looks like one, else the user's folder of clusters."""
+    if cluster.endswith(".toml") or os.sep in cluster:
+        return Path(cluster).expanduser()
+    base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return base / "megabatch" / "clusters" / f"{cluster}.toml"
+
+
+def load_profile(cluster: str) -> ClusterProfile:
+    """Reads the profile that `--cluster` names.
+
+    Raises: ConfigError for a missing file, bad TOML, unknown keys (all of them, each with the nearest name) or types.
+    """
+    path = profile_path(cluster)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = sorted(file.stem for file in path.parent.glob("*.toml"))
+        hint = f"; clusters there: {', '.join(known)}" if known else ""
+        raise ConfigError(f"--cluster={cluster!r}: no such file {path}{hint}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"--cluster={cluster!r}: cannot read {path}: {error}") from error
+    faults: list[Fault] = []
+    profile = _build(ClusterProfile, table, place="cluster", faults=faults)
+    if faults:
+        raise ConfigError(faults)
+    return profile
+
+
+def _build(cls: type, table: Mapping[str, Any], *, place: str, faults: list[Fault]) -> Any:
+    """An instance of the dataclass `cls` from a TOML table; every fault is collected, and then the result is None."""
+    hints = get_type_hints(cls)
+    before = len(faults)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            faults.append(_unknown(f"{place}.{key}", key, known=list(hints)))
+        else:
+            values[key] = _convert(hints[key], value, place=f"{place}.{key}", faults=faults)
+    missing = [f.name for f in fields(cls) if f.name not in values and f.name == "image"]
+    faults += [Fault(f"{place}.{name}", None, "is required", bare=True) for name in missing]
+    return None if len(faults) > before else cls(**values)
+
+
+def _convert(hint: Any, value: Any, *, place: str, faults: list[Fault]) -> Any:
+    """`value` as the annotation `hint` wants it: lists become tuples, tables become dataclasses."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = next(option for option in options if option is not type(None))
+    origin = get_origin(kind)
+    if origin is Literal:
+        return _expect(value in get_args(kind), value, place, "is not a choice", faults, choices=get_args(kind))
+    if origin is tuple:
+        strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return tuple(_expect(strings, value, place, "must be a list of strings", faults) or ())
+    if kind is Container:
+        return (
+            _build(Container, value, place=place, faults=faults)
+            if isinstance(value, dict)
+            else _expect(False, value, place, "must be a table with at least `image`", faults)
+        )
+    if origin is not None:
+        return _mapping(kind, value, place=place, faults=faults)
+    return _expect(isinstance(value, str), value, place, "must be a string", faults)
+
+
+def _mapping(kind: Any, value: Any, *, place: str, faults: list[Fault]) -> Any:
+    allowed = get_args(kind)[1]
+    types = get_args(allowed) if isinstance(allowed, UnionType) else (allowed,)
+    wanted = " or ".join(option.__name__ for option in types)
+    fits = isinstance(value, dict) and all(isinstance(item, types) for item in value.values())
+    return _expect(fits, value, place, f"must be a table of {wanted} values", faults)
+
+
+def _expect(ok: bool, value: Any, place: str, rule: str, faults: list[Fault], *, choices: tuple[Any, ...] = ()) -> Any:
+    if not ok:
+        faults.append(Fault(place, value, rule, try_=choices))
+    return value if ok else None
+
+
+def _unknown(place: str, key: str, *, known: list[str]) -> Fault:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return Fault(place, None, "is unknown", try_=near or sorted(known), bare=True)

@@ -1,0 +1,128 @@
+"""Submission through submitit: it runs sbatch on our text and hands back its job; nothing is pickled."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from megabatch.errors import LaunchError
+from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.slurm.records import record_submission
+
+_FIXES = (
+    ("invalid partition", "`sinfo` lists the partitions; set `partition` in the cluster profile"),
+    (
+        "invalid account",
+        "`sacctmgr show associations user=$USER` lists accounts; set `account` in the cluster profile",
+    ),
+    ("invalid qos", "`sacctmgr show qos` lists them; set `qos` in the cluster profile"),
+    ("invalid feature", "`sinfo -o '%N %f'` lists node features; set `constraint` in the cluster profile"),
+    ("time limit", "`sinfo -o '%P %l'` lists the limits; set resources.time below the partition's"),
+    ("node count", "`sinfo -o '%P %D'` lists the nodes of each partition; ask for fewer in resources.nodes"),
+    ("more processors", "ask for fewer resources.cpus_per_task or tasks_per_node; `sinfo -o '%N %c'` lists CPUs"),
+    (
+        "node configuration",
+        "no node has that many CPUs, GPUs or that much memory; `sinfo -o '%N %c %m %G'` lists them",
+    ),
+    ("memory", "ask for less in resources.mem_gib; `sinfo -o '%N %m'` lists each node's"),
+    ("gres", "`sinfo -o '%N %G'` lists the GPUs of each node"),
+    ("unable to contact", "Slurm's controller does not answer; `scontrol ping`, and check SLURM_CONF"),
+    ("job violates", "an accounting limit of yours is reached; `sacctmgr show associations user=$USER` lists them"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job in the queue."""
+
+    job_id: str
+    job: submitit.SlurmJob[Any]
+    """submitit's handle."""
+
+
+class _ScriptExecutor(submitit.SlurmExecutor):
+    """Submits a text of ours where submitit would write its own."""
+
+    def __init__(self, folder: Path, *, script: str) -> None:
+        super().__init__(folder)
+        self._script = script
+
+    def submit_script(self) -> submitit.SlurmJob[Any]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        job = self._submit_command("")
+        assert isinstance(job, submitit.SlurmJob)
+        return job
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._script
+
+    def _num_tasks(self) -> int:
+        """One handle for the job, whatever its ranks: submitit would make an object for each."""
+        return 1
+
+
+def submit(run: RunDirectory, script: str, *, cluster: str | None = None) -> Submission:
+    """Stores `script` as the run's, submits it, and notes the job in `jobs.jsonl`.
+
+    Args: `cluster` is the profile's name, for the record.
+    Raises: LaunchError when sbatch is missing or refuses, with its own message and the likely fix.
+    """
+    _check_programs()
+    run.logs.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.script, script)
+    # submitit fills in %j, %t, %A and %a wherever they stand in its folder's name, and ours is to be taken literally
+    if re.search(r"%[jtAa]", str(run.path)):
+        raise LaunchError(f"{run.path}: a run directory may not contain %j, %t, %A or %a; choose another name")
+    with _explained(), _outside_any_job():
+        job = _ScriptExecutor(run.path / "slurm", script=script).submit_script()
+    record_submission(run, job.job_id, cluster=cluster)
+    return Submission(job.job_id, job)
+
+
+def _check_programs() -> None:
+    missing = [program for program in ("sbatch", "srun") if shutil.which(program) is None]
+    if missing:
+        raise LaunchError(
+            f"{' and '.join(missing)} not found: this machine has no Slurm; submit from a login node, or run "
+            "here with --local"
+        )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+        raise LaunchError(explain(str(error))) from error
+
+
+def explain(output: str) -> str:
+    """sbatch's own words and the likely fix."""
+    said = [line.split("sbatch: error: ", 1)[-1].strip() for line in output.splitlines() if "sbatch: error" in line]
+    message = " ".join(dict.fromkeys(said)) or output.strip()
+    fixes = [fix for sign, fix in _FIXES if sign in message.lower()]
+    return f"sbatch refused the job, nothing was queued: {message}" + (f"; {fixes[0]}" if fixes else "")
+
+
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Without the variables of a Slurm job that we may be running in: sbatch would take them for options."""
+    inside = "SLURM_JOB_ID" in os.environ
+    ours = ("SLURM_CONF", "SLURM_JWT")
+    hidden = {k: v for k, v in os.environ.items() if inside and k.startswith(("SLURM_", "SRUN_")) and k not in ours}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
