@@ -46,6 +46,7 @@ class Optimizer:
             use_distributed_optimizer=use_distributed_optimizer,
             overlap_param_gather=overlap_param_gather,
         )
+        self.is_adam = group.optimizer == "adam"
         self.megatron: Any = get_megatron_optimizer(config, model.chunks)
         self.schedule = _schedule(self.megatron, learning_rate, group.weight_decay, train_iters)
 
@@ -66,6 +67,31 @@ class Optimizer:
             raise MegabatchError("the gradient is not finite: lower the learning rate or look at the last batch")
         self.schedule.step(1)
         return float(grad_norm or 0.0)
+
+    @property
+    def inner(self) -> list[Any]:
+        """megatron-core's optimizers: one for dense parameters and, with experts, one for those."""
+        return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What is kept for each parameter, `param` being the main copy."""
+        return ("param", "exp_avg", "exp_avg_sq") if self.is_adam else ("param", "momentum_buffer")
+
+    def allocate_state(self, step: int) -> None:
+        """Makes the state that `step` steps would have made, with zeros in it, for a checkpoint to be read into."""
+        for inner in self.inner:
+            if inner.optimizer is None:
+                continue
+            for group in inner.optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = step  # Transformer Engine's and Apex's Adam count here, torch's for each parameter
+                for parameter in group["params"]:
+                    state = inner.optimizer.state[parameter]
+                    for name in self.state_names[1:]:
+                        state[name] = torch.zeros_like(parameter)
+                    if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                        state["step"] = torch.tensor(float(step))
 
     @property
     def learning_rate(self) -> float:
