@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch.errors import DataError
+from megabatch.trainer.data.batches import Batches, Share, Step, ahead
+from megabatch.trainer.data.cache import TokenCache
+from megabatch.trainer.data.pack import Pack
+from megabatch.trainer.data.samples import Encoding
+from megabatch.trainer.data.schedule import Cursor, Schedule
+from megabatch.trainer.data.sources import resolve
+
+
+@pytest.fixture(scope="module")
+def cache(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
+    folder = tmp_path_factory.mktemp("batches")
+    path = folder / "a.csv"
+    lines = [f"What is {index}?,{'apple ' * (index * 7 % 13 + 1)}" for index in range(50)]
+    path.write_text("\n".join(["query,response", *lines]))
+    built = TokenCache.build(resolve([str(path)]), Encoding(tokenizer=tokenizer_folder), cache_dir=folder / "cache")
+    return TokenCache.open(built)
+
+
+def lines_of(packs: list[Pack]) -> list[int]:
+    return [line for pack in packs if pack.sequences for line in pack.columns["number"].tolist()]
+
+
+def steps(
+    cache: TokenCache,
+    count: int,
+    *,
+    cursor: Cursor | None = None,
+    packing: int | None = None,
+    ahead: int = 0,
+    **share: int,
+) -> list[list[Step]]:
+    """[rank][step]"""
+    dp = share.get("dp_size", 1)
+    schedule = Schedule(cache.lengths, global_batch_size=8, packing_length=packing)
+    ranks = [Batches(cache, schedule, share=Share(dp_rank=rank, **share), num_workers=ahead) for rank in range(dp)]
+    return [list(islice(rank.train(cursor or Cursor()), count)) for rank in ranks]
+
+
+@pytest.mark.parametrize("packing", [None, 64])
+def test_the_global_batch_is_the_same_for_every_split(cache: TokenCache, packing: int | None) -> None:
+    (reference,) = steps(cache, 9, packing=packing)
+    for share in ({"dp_size": 2}, {"dp_size": 4, "micro_batch_size": 2}, {"micro_batch_size": 8, "row_multiple": 16}):
+        ranks = steps(cache, 9, packing=packing, **share)
+        for number, expected in enumerate(reference):
+            parts = [rank[number] for rank in ranks]
+            assert sorted(line for part in parts for line in lines_of(part.packs)) == sorted(lines_of(expected.packs))
+            total = sum(float(pack.weights_T.sum()) for part in parts for pack in part.packs)
+            for part in parts:
+                assert (part.weight, part.tokens, part.samples, part.cursor) == (
+                    expected.weight, expected.tokens, expected.samples, expected.cursor)  # fmt: skip
+                assert part.weight == total
+                assert len(part.packs) == 8 // (share.get("dp_size", 1) * share.get("micro_batch_size", 1))
+                assert all(len(pack.ids_T) % share.get("row_multiple", 1) == 0 for pack in part.packs)
+
+
+def test_resuming_at_another_size_draws_the_batches_that_would_have_come(cache: TokenCache) -> None:
+    (whole,) = steps(cache, 10)
+    ranks = steps(cache, 6, cursor=whole[3].cursor, dp_size=2, micro_batch_size=2)
+    for number in range(6):
+        drawn = sorted(line for rank in ranks for line in lines_of(rank[number].packs))
+        assert drawn == sorted(lines_of(whole[4 + number].packs))
+
+
+@pytest.mark.parametrize(("dp", "micro", "multiple"), [(1, 1, 1), (2, 2, 1), (3, 2, 2)])
+@pytest.mark.parametrize("packing", [None, 64])
+def test_evaluation_covers_every_sample_once(
+    cache: TokenCache, dp: int, micro: int, multiple: int, packing: int | None
+) -> None:
+    schedule = Schedule(cache.lengths, global_batch_size=12, packing_length=packing)
+    shares = [Share(dp_rank=r, dp_size=dp, micro_batch_size=micro, microbatch_multiple=multiple) for r in range(dp)]
+    ranks = [list(Batches(cache, schedule, share=share).evaluate()) for share in shares]
+    everything = [line for rank in ranks for step in rank for line in lines_of(step.packs)]
+    assert sorted(everything) == sorted(cache.origins[:, 1].tolist())
+    for parts in zip(*ranks, strict=True):
+        assert len({len(part.packs) for part in parts}) == 1
+        assert len(parts[0].packs) % multiple == 0
+    assert sum(step.weight for step in ranks[0]) == cache.sums.sum()
+    assert sum(step.samples for step in ranks[0]) == 50
+
+
+def test_eval_iters_limits_the_batches(cache: TokenCache) -> None:
+    batches = Batches(cache, Schedule(cache.lengths, global_batch_size=8), share=Share())
+    assert [len(list(batches.evaluate(eval_iters=count))) for count in (0, 2, 99, -1)] == [0, 2, 7, 7]
+
+
+def test_working_ahead_changes_nothing_and_ends_with_its_consumer(cache: TokenCache) -> None:
+    (plain,), (early,) = steps(cache, 9), steps(cache, 9, ahead=3)
+    assert [lines_of(step.packs) for step in early] == [lines_of(step.packs) for step in plain]
+    assert [step.cursor for step in early] == [step.cursor for step in plain]
+    assert not [thread for thread in threading.enumerate() if thread.name == "megabatch-batches"]
+
+
+def test_an_error_of_the_thread_arrives_in_its_place() -> None:
+    def failing() -> Iterator[Any]:
+        yield 1
+        raise DataError("disk gone")
+
+    stream = ahead(failing(), depth=4)
+    assert next(stream) == 1
+    with pytest.raises(DataError, match="disk gone"):
+        next(stream)
+
+
+def test_only_the_last_step_imports_torch() -> None:
+    import subprocess
+    import sys
+
+    modules = ("sources", "formats", "spans", "templates", "samples", "cache", "datasets", "packing", "schedule")
+    code = f"import sys; from megabatch.trainer.data import {', '.join(modules)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megabatch.trainer.data.pack import Pack, collate
+from megabatch.trainer.data.samples import Sample
+
+
+def sample(ids: list[int], weights: list[float], **columns: object) -> Sample:
+    return Sample(np.array(ids, np.int32), np.array(weights, np.float32), columns)
+
+
+FIRST = sample([10, 11, 12], [0, 1, 0.5], number=7, name="a")
+SECOND = sample([20, 21], [0, 1], number=8, name="b")
+
+
+def lists(pack: Pack) -> dict[str, list[float]]:
+    return {
+        name: getattr(pack, name).tolist()
+        for name in ("ids_T", "targets_T", "weights_T", "positions_T", "segments_T", "cu_seqlens", "cu_seqlens_padded")
+    }
+
+
+def test_two_sequences_and_a_padding_segment_by_hand() -> None:
+    pack = collate([FIRST, SECOND], row_multiple=4)
+    assert lists(pack) == {
+        "ids_T": [10, 11, 12, 20, 21, 0, 0, 0],
+        "targets_T": [11, 12, 0, 21, 0, 0, 0, 0],
+        "weights_T": [1, 0.5, 0, 1, 0, 0, 0, 0],
+        "positions_T": [0, 1, 2, 0, 1, 0, 1, 2],
+        "segments_T": [0, 0, 0, 1, 1, 2, 2, 2],
+        "cu_seqlens": [0, 3, 5, 8],
+        "cu_seqlens_padded": [0, 3, 5, 8],
+    }
+    assert (pack.sequences, pack.max_seqlen) == (2, 3)
+    assert pack.columns["number"].tolist() == [7, 8]
+    assert pack.columns["name"] == ["a", "b"]
+
+
+def test_sequences_padded_for_context_parallelism_by_hand() -> None:
+    pack = collate([FIRST, SECOND], row_multiple=8, sequence_multiple=4)
+    assert lists(pack) == {
+        "ids_T": [10, 11, 12, 0, 20, 21, 0, 0],
+        "targets_T": [11, 12, 0, 0, 21, 0, 0, 0],
+        "weights_T": [1, 0.5, 0, 0, 1, 0, 0, 0],
+        "positions_T": [0, 1, 2, 3, 0, 1, 2, 3],
+        "segments_T": [0, 0, 0, 0, 1, 1, 1, 1],
+        "cu_seqlens": [0, 3, 5],
+        "cu_seqlens_padded": [0, 4, 8],
+    }
+
+
+def test_no_label_crosses_from_one_sequence_into_the_next() -> None:
+    """Rolling the ids of the whole row instead would make 12 predict 20 and 21 predict 10."""
+    wrong = sample([20, 21], [1, 1])  # even a weight on a first token predicts nothing
+    pack = collate([wrong, FIRST, wrong])
+    ends = (pack.cu_seqlens[1:] - 1).long()
+    assert pack.weights_T[ends].tolist() == [0, 0, 0]
+    assert pack.targets_T[ends].tolist() == [0, 0, 0]
+    rolled = torch.roll(pack.ids_T, -1)
+    assert (rolled[ends] != pack.targets_T[ends]).all(), "the case would not show the fault"
+
+
+def test_weights_and_shift_equal_each_sample_alone() -> None:
+    rng = np.random.default_rng(0)
+    samples = [
+        sample(rng.integers(1, 99, n).tolist(), [0.0, *rng.random(n - 1).tolist()]) for n in rng.integers(1, 9, 20)
+    ]
+    pack = collate(samples, row_multiple=16, sequence_multiple=2)
+    starts = pack.cu_seqlens_padded.tolist()
+    for start, one in zip(starts, samples, strict=False):
+        n = len(one.ids)
+        assert pack.ids_T[start : start + n].tolist() == one.ids.tolist()
+        assert pack.targets_T[start : start + n - 1].tolist() == one.ids[1:].tolist()
+        assert pack.weights_T[start : start + n - 1].tolist() == one.weights[1:].tolist()
+    assert pack.weights_T.double().sum().item() == pytest.approx(sum(s.weights.sum(dtype=float) for s in samples))
+    assert len(pack.ids_T) % 16 == 0
+
+
+def test_a_row_that_fits_gets_no_padding_segment() -> None:
+    assert collate([FIRST, sample([1], [0])], row_multiple=4).cu_seqlens.tolist() == [0, 3, 4]
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_an_empty_micro_batch_is_one_row_of_padding(multiple: int) -> None:
+    pack = collate([], row_multiple=multiple)
+    assert pack.weights_T.tolist() == [0] * multiple
+    assert pack.cu_seqlens.tolist() == [0, multiple]
+    assert (pack.sequences, pack.columns) == (0, {})
+
+
+def test_dtypes_and_moving() -> None:
+    pack = collate([FIRST], row_multiple=4).to("meta")
+    dtypes = {name: getattr(pack, name).dtype for name in ("ids_T", "weights_T", "segments_T", "cu_seqlens")}
+    assert list(dtypes.values()) == [torch.int64, torch.float32, torch.int32, torch.int32]
+    assert pack.columns["number"].device.type == pack.targets_T.device.type == "meta"

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch.errors import DataError
+from megabatch.trainer.data.files import Origin, Row
+from megabatch.trainer.data.samples import Encoder, Encoding
+
+
+def row(number: int = 1, **fields: Any) -> Row:
+    return Row(Origin("train.jsonl", number), fields)
+
+
+SHORT = row(1, query="Q", response="A")
+LONG = row(2, query="Q", response="A" * 50)
+
+
+def encoder(folder: Path, **settings: Any) -> Encoder:
+    return Encoder(Encoding(tokenizer=folder, **settings))
+
+
+def test_whole_samples_within_the_limit(tokenizer_folder: Path) -> None:
+    chunk = encoder(tokenizer_folder, max_length=20).encode([SHORT])
+    assert [str(origin) for origin in chunk.origins] == ["train.jsonl:1"]
+    assert not chunk.dropped
+
+
+def test_delete_drops_and_counts(tokenizer_folder: Path) -> None:
+    chunk = encoder(tokenizer_folder, max_length=20, truncation_strategy="delete").encode([LONG, SHORT, LONG])
+    assert [str(origin) for origin in chunk.origins] == ["train.jsonl:1"]
+    assert chunk.dropped == {"longer than max_length": 2}
+
+
+@pytest.mark.parametrize(("strategy", "part"), [("left", slice(-20, None)), ("right", slice(20))])
+def test_cutting_keeps_one_end_and_predicts_no_first_token(tokenizer_folder: Path, strategy: Any, part: slice) -> None:
+    (whole,) = encoder(tokenizer_folder).encode([LONG]).samples
+    (cut,) = encoder(tokenizer_folder, max_length=20, truncation_strategy=strategy).encode([LONG]).samples
+    assert cut.ids.tolist() == whole.ids[part].tolist()
+    assert cut.weights.tolist() == [0.0, *whole.weights[part].tolist()[1:]]
+
+
+def test_raise_names_the_row(tokenizer_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:2: has \d+ tokens, above data\.max_length=20"):
+        encoder(tokenizer_folder, max_length=20, truncation_strategy="raise").encode([SHORT, LONG])
+
+
+def test_samples_without_anything_to_learn_are_dropped(tokenizer_folder: Path) -> None:
+    question_only = row(1, query="Q" * 50, response="A")
+    chunk = encoder(tokenizer_folder, max_length=10, truncation_strategy="right").encode([question_only])
+    assert not chunk.samples
+    assert chunk.dropped == {"nothing to learn": 1}
+
+
+def test_pretraining_takes_text_and_joins_the_turns_of_chats(tokenizer_folder: Path) -> None:
+    made = encoder(tokenizer_folder, task="pt")
+    chunk = made.encode([row(text="some text"), SHORT])
+    texts = [made.tokenizer.decode(sample.ids) for sample in chunk.samples]
+    assert texts == ["some text<|im_end|>", "Q\nA<|im_end|>"]
+
+
+def test_system_and_columns_reach_the_text(tokenizer_folder: Path) -> None:
+    made = encoder(tokenizer_folder, system="S", columns={"ask": "query", "say": "response"})
+    (sample,) = made.encode([row(ask="Q", say="A")]).samples
+    assert made.tokenizer.decode(sample.ids).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ")

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megabatch.errors import DataError
+from megabatch.trainer.data.packing import singletons
+from megabatch.trainer.data.schedule import Cursor, Schedule, deal, item_costs
+
+LENGTHS = np.random.default_rng(0).integers(3, 60, 50)
+
+
+def draw(schedule: Schedule, cursor: Cursor, steps: int) -> tuple[list[list[int]], list[Cursor]]:
+    batches, cursors = [], []
+    for _ in range(steps):
+        items, cursor = schedule.next(cursor)
+        batches.append(items.tolist())
+        cursors.append(cursor)
+    return batches, cursors
+
+
+@given(
+    size=st.integers(1, 80),
+    batch=st.integers(1, 16),
+    shuffle=st.tuples(st.booleans(), st.booleans()),
+    packing=st.sampled_from([None, 64]),
+    stop=st.integers(0, 12),
+)
+@settings(max_examples=150, deadline=None)
+def test_each_epoch_draws_each_sample_at_most_once_and_resumes_exactly(
+    size: int, batch: int, shuffle: tuple[bool, bool], packing: int | None, stop: int
+) -> None:
+    lengths = np.random.default_rng(size).integers(1, 60, size)
+
+    def schedule() -> Schedule:
+        return Schedule(lengths, global_batch_size=batch, seed=3, dataset_shuffle=shuffle[0],
+                        train_dataloader_shuffle=shuffle[1], packing_length=packing)  # fmt: skip
+
+    whole = schedule()
+    steps = whole.steps_per_epoch
+    assert steps == len(whole) // batch
+    if not steps:
+        return
+    batches, cursors = draw(whole, Cursor(), 2 * steps + 3)
+    for epoch in range(2):
+        drawn = [item for items in batches[epoch * steps : (epoch + 1) * steps] for item in items]
+        assert len(drawn) == len(set(drawn)) == steps * batch
+        samples = np.concatenate([whole.items[item] for item in drawn])
+        assert len(samples) == len(set(samples.tolist()))
+        if steps * batch == len(whole):
+            assert sorted(samples.tolist()) == list(range(size))
+        assert cursors[(epoch + 1) * steps - 1].epoch == epoch
+    stop = min(stop, len(batches) - 1)
+    saved = Cursor.from_json(json.loads(json.dumps(([Cursor(), *cursors])[stop].to_json())))
+    assert draw(schedule(), saved, len(batches) - stop) == (batches[stop:], cursors[stop:])
+
+
+def test_shuffling() -> None:
+    def first_epochs(dataset: bool, loader: bool, seed: int = 1) -> list[list[list[int]]]:
+        schedule = Schedule(
+            LENGTHS, global_batch_size=5, seed=seed, dataset_shuffle=dataset, train_dataloader_shuffle=loader
+        )
+        batches, _ = draw(schedule, Cursor(), 20)
+        samples = [[int(schedule.items[item][0]) for item in items] for items in batches]
+        return [samples[:10], samples[10:]]
+
+    file_order = [list(range(start, start + 5)) for start in range(0, 50, 5)]
+    assert first_epochs(False, False) == [file_order, file_order]
+    once = first_epochs(True, False)
+    assert once[0] == once[1] != file_order
+    each = first_epochs(False, True)
+    assert each[0] != each[1]
+    assert first_epochs(True, True) == first_epochs(True, True) != first_epochs(True, True, seed=2)
+
+
+def test_a_shuffled_epoch_is_pinned() -> None:
+    """A change of the generator would silently give resumed runs other batches: this must never change."""
+    schedule = Schedule(np.full(8, 5), global_batch_size=4, seed=42)
+    samples = [int(schedule.items[int(item)][0]) for item in schedule.next(Cursor())[0]]
+    assert samples == [2, 5, 0, 1]
+
+
+def test_a_larger_batch_goes_on_from_the_cursor() -> None:
+    small, large = (Schedule(LENGTHS, global_batch_size=size) for size in (5, 10))
+    batches, cursors = draw(small, Cursor(), 4)
+    assert draw(large, cursors[1], 1)[0] == [batches[2] + batches[3]]
+
+
+def test_train_iters_and_too_little_data() -> None:
+    schedule = Schedule(LENGTHS, global_batch_size=8)
+    assert (schedule.steps_per_epoch, schedule.train_iters(3), schedule.train_iters(0.5)) == (6, 18, 3)
+    with pytest.raises(DataError, match=r"global_batch_size=64 is more than the 50 training items .*lower it to 50"):
+        Schedule(LENGTHS, global_batch_size=64).train_iters(1)
+    with pytest.raises(DataError, match="global_batch_size=64"):
+        Schedule(LENGTHS, global_batch_size=64).next(Cursor())
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"packing_length": 64}, {"dataset_shuffle": False}])
+def test_a_cursor_of_other_data_is_refused(other: dict[str, int]) -> None:
+    _, cursor = Schedule(LENGTHS, global_batch_size=5).next(Cursor())
+    with pytest.raises(DataError, match="belongs to other samples, seed, shuffling or packing"):
+        Schedule(LENGTHS, global_batch_size=5, **other).next(cursor)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"data cursor .* cannot be read"):
+        Cursor.from_json({"epoch": "x"})
+
+
+def test_evaluation_holds_every_item_once() -> None:
+    batches = [items.tolist() for items in Schedule(LENGTHS, global_batch_size=8).once()]
+    assert [item for items in batches for item in items] == list(range(50))
+    assert [len(items) for items in batches] == [8] * 6 + [2]
+
+
+@given(
+    costs=st.lists(st.floats(1, 1000), min_size=0, max_size=70),
+    dp=st.integers(1, 5),
+    micro=st.integers(1, 4),
+    multiple=st.integers(1, 3),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_position_is_dealt_once_in_equal_counts(costs: list[float], dp: int, micro: int, multiple: int) -> None:
+    dealt = deal(np.array(costs), dp_size=dp, micro_batch_size=micro, multiple=multiple)
+    assert sorted(place for rank in dealt for row in rank for place in row) == list(range(len(costs)))
+    assert len(dealt) == dp
+    assert len({len(rank) for rank in dealt}) == 1
+    assert len(dealt[0]) % multiple == 0
+    assert len(dealt[0]) >= 1
+    assert max(len(row) for rank in dealt for row in rank) <= micro
+    if len(costs) and len(costs) % (dp * micro * multiple) == 0:
+        assert len(dealt[0]) == len(costs) // (dp * micro)
+
+
+def test_ranks_are_balanced() -> None:
+    costs = np.random.default_rng(0).gamma(3, 70, 256)  # a tail of long answers
+    for dp in (2, 4, 8):
+        dealt = deal(costs, dp_size=dp, micro_batch_size=2)
+        loads = [sum(costs[place] for row in rank for place in row) for rank in dealt]
+        assert max(loads) / np.mean(loads) < 1.02
+        firsts = [sum(costs[place] for place in rank[0]) for rank in dealt]
+        assert all(sum(costs[a]) >= sum(costs[b]) for rank in dealt for a, b in pairwise(rank)), "costliest first"
+        assert max(firsts) == max(sum(costs[row]) for rank in dealt for row in rank)
+
+
+def test_costs_by_hand() -> None:
+    lengths = np.array([12, 24, 36])
+    packs = singletons(np.array([2, 0, 1]))
+    assert item_costs(packs, lengths, chosen=np.array([0, 2]), hidden_size=1).tolist() == [36 + 108, 24 + 48]
