@@ -12,7 +12,7 @@ import numpy as np
 
 from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.pack import Pack, collate
-from megabatch.trainer.data.schedule import Cursor, Schedule, deal, item_costs
+from megabatch.trainer.data.schedule import Cursor, Schedule, cost, deal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,12 +74,15 @@ class Batches:
             yield self._step(items, Cursor())
 
     def _step(self, items: np.ndarray, cursor: Cursor) -> Step:
-        share, packs = self._share, self._schedule.items
-        costs = item_costs(packs, self._data.lengths, chosen=items, hidden_size=share.hidden_size)
+        share = self._share
+        members = [self._schedule.items[int(item)] for item in items]
+        costs = [cost(self._data.lengths[group], hidden_size=share.hidden_size) for group in members]
         dealt = deal(
-            costs, dp_size=share.dp_size, micro_batch_size=share.micro_batch_size, multiple=share.microbatch_multiple
+            np.array(costs),
+            dp_size=share.dp_size,
+            micro_batch_size=share.micro_batch_size,
+            multiple=share.microbatch_multiple,
         )
-        members = [packs[int(item)] for item in items]
         everyone = np.concatenate(members)
         return Step(
             packs=[self._pack([members[place] for place in places]) for places in dealt[share.dp_rank]],

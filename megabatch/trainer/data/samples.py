@@ -66,6 +66,11 @@ class Encoder:
         """Raises: DataError for the tokenizer or the template."""
         self.encoding = encoding
         self.tokenizer = tokenizer.load(encoding.tokenizer)
+        if encoding.task == "pt" and self.tokenizer.eos_token_id is None:
+            raise DataError(
+                f"model.tokenizer: {encoding.tokenizer} has no eos_token, which ends every document of a pretraining "
+                f"run; set it in tokenizer_config.json"
+            )
         self.template = None if encoding.task == "pt" else Template(self.tokenizer, name=encoding.template)
 
     def encode(self, rows: Sequence[Row]) -> Chunk:

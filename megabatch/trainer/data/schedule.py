@@ -121,15 +121,14 @@ class Schedule:
             )
 
 
-def item_costs(items: Packs, lengths: np.ndarray, *, chosen: np.ndarray, hidden_size: int = 4096) -> np.ndarray:
-    """Relative cost of the chosen items, float64 [chosen].
+def cost(lengths: np.ndarray, *, hidden_size: int) -> float:
+    """Relative cost of computing sequences of these lengths.
 
     A sequence of n tokens costs n + n² / (12 · hidden_size): the matrices of a transformer layer take about
     24 · hidden_size² FLOPs per token, causal attention about 2 · n · hidden_size.
     """
     tokens: np.ndarray = lengths.astype(np.float64)
-    cost = tokens + tokens**2 / (12 * hidden_size)
-    return np.array([cost[items[int(item)]].sum() for item in chosen])
+    return float((tokens + tokens**2 / (12 * hidden_size)).sum())
 
 
 def deal(costs: np.ndarray, *, dp_size: int, micro_batch_size: int, multiple: int = 1) -> list[list[list[int]]]:

@@ -161,7 +161,7 @@ def encode_documents(tokenizer: Any, documents: Sequence[str]) -> list[Encoded]:
     eos = tokenizer.eos_token_id
     encoded = []
     for tokens in tokenizer(list(documents), **_BARE)["input_ids"]:
-        ids = np.asarray(tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos], np.int32)
+        ids = np.asarray(tokens if tokens[-1:] == [eos] else [*tokens, eos], np.int32)
         weights: np.ndarray = np.ones(len(ids), np.float32)
         weights[:1] = 0
         encoded.append(Encoded(ids, weights))

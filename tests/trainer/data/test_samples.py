@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,12 @@ def test_system_and_columns_reach_the_text(tokenizer_folder: Path) -> None:
     made = encoder(tokenizer_folder, system="S", columns={"ask": "query", "say": "response"})
     (sample,) = made.encode([row(ask="Q", say="A")]).samples
     assert made.tokenizer.decode(sample.ids).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ")
+
+
+def test_pretraining_needs_an_end_of_text(tokenizer_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="has no eos_token"):
+        encoder(tmp_path, task="pt")

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabatch.errors import DataError
-from megabatch.trainer.data.packing import singletons
-from megabatch.trainer.data.schedule import Cursor, Schedule, deal, item_costs
+from megabatch.trainer.data.schedule import Cursor, Schedule, cost, deal
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 50)
 
@@ -145,7 +144,5 @@ def test_ranks_are_balanced() -> None:
         assert max(firsts) == max(sum(costs[row]) for rank in dealt for row in rank)
 
 
-def test_costs_by_hand() -> None:
-    lengths = np.array([12, 24, 36])
-    packs = singletons(np.array([2, 0, 1]))
-    assert item_costs(packs, lengths, chosen=np.array([0, 2]), hidden_size=1).tolist() == [36 + 108, 24 + 48]
+def test_cost_by_hand() -> None:
+    assert cost(np.array([12, 24]), hidden_size=2) == 12 + 6 + 24 + 24
