@@ -206,12 +206,18 @@ def _joined(mapped: Mapped, views: Sequence[memoryview], row_bytes: int) -> Iter
             start = (position + first) * row_bytes
             block = memoryview(bytearray(count * whole))
             for rank, view in enumerate(views):
-                _interleave(block, view[start : start + count * row_bytes], rank * row_bytes, row_bytes, whole)
+                interleave(
+                    block,
+                    view[start : start + count * row_bytes],
+                    offset=rank * row_bytes,
+                    width=row_bytes,
+                    stride=whole,
+                )
             yield HfRows(piece.hf, piece.index, piece.rows[0] + first, block)
         position += piece.count
 
 
-def _interleave(block: memoryview, part: memoryview, offset: int, width: int, stride: int) -> None:
+def interleave(block: memoryview, part: memoryview, *, offset: int, width: int, stride: int) -> None:
     """Copies consecutive rows of `width` bytes to every `stride`th byte of `block`, from `offset` on."""
     at = offset
     for start in range(0, part.nbytes, width):

@@ -1,0 +1,55 @@
+"""megatron-core's names on disk: canonical tensors as cells of stacked tensors, or one key for each layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from megabatch.converters.mapping import Mapped
+from megabatch.plan.shape import ModelShape
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERTS, _EXPERTS_ON_DISK = "mlp.experts.", "mlp.experts.experts."
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Where an unsharded canonical tensor lies in a checkpoint: one index of a key's leading dimensions."""
+
+    key: str
+    lead: tuple[int, ...]
+    """Its index: layer and expert, where the key stacks them."""
+    axes: tuple[int, ...]
+    """The sizes of the leading dimensions."""
+
+
+def stacks_layers(shape: ModelShape) -> bool:
+    """Whether megatron-core stacks the layers under one key: it does when all are alike."""
+    return not shape.moe_layers or all(shape.moe_layers) or not any(shape.moe_layers)
+
+
+def cell(mapped: Mapped, shape: ModelShape, *, stacked: bool) -> Cell:
+    """The place of a canonical tensor."""
+    key = mapped.name
+    lead: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
+    if mapped.expert is not None:
+        key = key.replace(_EXPERTS, _EXPERTS_ON_DISK)
+        lead, axes = (mapped.expert,), (shape.num_experts or 0,)
+    if stacked and mapped.layer is not None:
+        key = _LAYER.sub("decoder.layers.", key)
+        return Cell(key, (mapped.layer, *lead), (shape.num_layers, *axes))
+    return Cell(key, lead, axes)
+
+
+def extra_states(tensors: Iterable[Mapped], shape: ModelShape, *, stacked: bool) -> Iterator[str]:
+    """Keys of the empty `_extra_state` objects that strict loading asks for: one for each linear layer."""
+    for mapped in tensors:
+        module, _, kind = mapped.name.rpartition(".")
+        if mapped.layer is None or kind != "weight" or not module.rpartition(".")[2].startswith("linear_"):
+            continue
+        place = cell(mapped, shape, stacked=stacked)
+        at = ".".join(map(str, place.lead or (0,)))
+        of = ".".join(map(str, place.axes or (1,)))
+        yield f"{place.key.removesuffix('weight')}_extra_state/shard_{at}_{of}"

@@ -1,0 +1,151 @@
+"""The `.metadata` of torch's distributed checkpoints: which tensors there are and which bytes hold which part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megabatch.converters.torch_dist.pickle_codec import Call, Global, Instance, Recorded, dump, load
+from megabatch.errors import ConversionError
+
+_MODULE = "torch.distributed.checkpoint.metadata"
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Bytes of one item: an archive inside a file."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A hyper-rectangle of a tensor and the archive that holds it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    stored: Stored
+
+
+@dataclass(slots=True)
+class Entry:
+    """A tensor of the checkpoint; `dtype` is safetensors' name and is not known before an archive is opened."""
+
+    size: tuple[int, ...]
+    chunks: list[Chunk] = field(default_factory=list)
+    dtype: str = ""
+
+
+def _meta(name: str, **state: Any) -> Instance:
+    return Instance(Global(_MODULE, name), state)
+
+
+def _size(values: Sequence[int]) -> Call:
+    return Call(Global("torch", "Size"), (tuple(values),))
+
+
+def _properties(dtype: str) -> Instance:
+    """dtype, layout, requires_grad, memory format and pinning, as torch's own `__getstate__` gives them."""
+    layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    memory_format = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))
+    state = (Global("torch", TORCH_DTYPES[dtype]), layout, False, memory_format, False)
+    return Instance(Global(_MODULE, "TensorProperties"), state)
+
+
+def dump_metadata(tensors: Mapping[str, Entry], objects: Iterable[tuple[str, Stored]], *, save_id: str) -> bytes:
+    """The pickle for these tensors and byte objects."""
+    state: dict[str, Any] = {}
+    storage: list[tuple[Instance, Instance]] = []
+    for key, entry in tensors.items():
+        chunks = [
+            _meta("ChunkStorageMetadata", offsets=_size(chunk.offsets), sizes=_size(chunk.sizes))
+            for chunk in entry.chunks
+        ]
+        state[key] = _meta(
+            "TensorStorageMetadata", properties=_properties(entry.dtype), size=_size(entry.size), chunks=chunks
+        )
+        for index, chunk in enumerate(entry.chunks):
+            storage.append((_index(key, _size(chunk.offsets), index), _info(chunk.stored)))
+    for key, stored in objects:
+        state[key] = _meta("BytesStorageMetadata")
+        storage.append((_index(key, None, None), _info(stored)))
+    saved = _meta("StorageMeta", checkpoint_id=None, save_id=save_id, load_id=None, modules=[])
+    return dump(
+        _meta(
+            "Metadata",
+            state_dict_metadata=state,
+            planner_data=None,
+            storage_data=_Pairs(storage),
+            storage_meta=saved,
+            version="1.0.0",
+        )
+    )
+
+
+class _Pairs(dict[Any, Any]):
+    """A dict to write whose keys need no hash."""
+
+    def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
+        super().__init__()
+        self._pairs = pairs
+
+    def items(self) -> Any:
+        return self._pairs
+
+
+def _index(key: str, offset: Call | None, index: int | None) -> Instance:
+    return _meta("MetadataIndex", fqn=key, offset=offset, index=index)
+
+
+def _info(stored: Stored) -> Instance:
+    state = {"relative_path": stored.file, "offset": stored.offset, "length": stored.length}
+    return Instance(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), state)
+
+
+def load_metadata(raw: bytes, *, place: str) -> dict[str, Entry]:
+    """The tensors of a `.metadata`; byte objects are left out.
+
+    Raises: ConversionError naming `place` when it is none.
+    """
+    root = load(raw, place=place)
+    try:
+        tensors = {
+            key: Entry(_ints(meta.field("size")))
+            for key, meta in root.field("state_dict_metadata").items()
+            if type(meta).__name__ == "TensorStorageMetadata"
+        }
+        shapes = {
+            (key, _ints(chunk.field("offsets"))): _ints(chunk.field("sizes"))
+            for key, meta in root.field("state_dict_metadata").items()
+            if key in tensors
+            for chunk in meta.field("chunks")
+        }
+        for index, info in root.field("storage_data").items():
+            key = index.field("fqn")
+            if key in tensors:
+                offsets = _ints(index.field("offset"))
+                tensors[key].chunks.append(Chunk(offsets, shapes[key, offsets], _stored(info, place)))
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ConversionError(f"{place}: no checkpoint metadata: {type(error).__name__} {error}") from error
+    return tensors
+
+
+def _ints(value: Any) -> tuple[int, ...]:
+    """A torch.Size or a tuple of sizes."""
+    values = tuple(value.args[0] if isinstance(value, Recorded) else value)
+    if not all(isinstance(item, int) and item >= 0 for item in values):
+        raise ValueError(f"{values} are no sizes")
+    return values
+
+
+def _stored(info: Recorded, place: str) -> Stored:
+    if info.state.get("transform_descriptors"):
+        raise ConversionError(f"{place}: compressed storage is not supported")
+    file, offset, length = (info.field(name) for name in ("relative_path", "offset", "length"))
+    if not isinstance(file, str) or "/" in file or min(offset, length) < 0:
+        raise ValueError(f"{file!r} is no file of this folder")
+    return Stored(file, offset, length)
