@@ -26,7 +26,8 @@ from pathlib import Path
 
 from megabatch.errors import LaunchError, MegabatchError
 from megabatch.run_directory import write_atomic
-from megabatch.slurm.cluster_config import ClusterLayout, free_port_block, write_configuration
+from megabatch.slurm.cluster_config import ClusterLayout, write_configuration
+from megabatch.slurm.ports import free_port_block
 from megabatch.slurm.processes import Daemon, end_processes, marked_processes, start_daemon
 from megabatch.slurm.quoting import shell
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import random
 import secrets
 import shutil
 import socket
@@ -13,9 +12,6 @@ from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import write_atomic
-
-_PORTS = range(16000, 32000)
-"""Below the kernel's ephemeral range, so that no outgoing connection takes a daemon's port."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,25 +52,6 @@ class ClusterLayout:
         """Long options of munged."""
         files = {f"{name}-file": self.directory / f"munge.{name}" for name in ("key", "log", "pid", "seed")}
         return {"socket": self.munge_socket, **files}
-
-
-def free_port_block(count: int) -> int:
-    """First of `count` consecutive ports that nobody listens on. Raises: LaunchError when none is found."""
-    starts = random.sample(range(_PORTS.start, _PORTS.stop - count), k=200)
-    for start in starts:
-        if all(_is_free(start + offset) for offset in range(count)):
-            return start
-    raise LaunchError(f"no {count} consecutive free ports between {_PORTS.start} and {_PORTS.stop} on this machine")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
 
 
 def write_configuration(layout: ClusterLayout) -> None:

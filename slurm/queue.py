@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import re
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _TIMEOUT_S = 20
@@ -69,10 +69,7 @@ class JobState:
 
 
 def ask_slurm(job_ids: Iterable[str]) -> dict[str, tuple[str, JobState]]:
-    """Who answered, and what, for each job that Slurm still knows.
-
-    squeue goes over sacct for a job that it calls active: accounting lags behind a requeue.
-    """
+    """Who answered, and what, for each job that Slurm still knows."""
     missing = set(job_ids)
     answers: dict[str, tuple[str, JobState]] = {}
     for source, ask in (("sacct", _sacct), ("squeue", _squeue), ("scontrol", _scontrol)):
@@ -85,56 +82,77 @@ def ask_slurm(job_ids: Iterable[str]) -> dict[str, tuple[str, JobState]]:
 
 
 def _sacct(job_ids: set[str]) -> dict[str, JobState]:
-    form = "JobID,State,ExitCode,Restarts"
+    columns = "JobID,State,ExitCode,Restarts"
     jobs = ",".join(sorted(job_ids))
-    text = _output("sacct", "--allocations", "--noheader", "--parsable2", f"--format={form}", f"--jobs={jobs}")
-    if not text:  # before Slurm 23.11 there is no column of restarts
-        form = form.removesuffix(",Restarts")
-        text = _output("sacct", "--allocations", "--noheader", "--parsable2", f"--format={form}", f"--jobs={jobs}")
-    return _rows(text, lambda id_, state, exit_="", restarts="": (id_, state, "", exit_, restarts))
+    text = _output("sacct", "--allocations", "--noheader", "--parsable2", f"--format={columns}", f"--jobs={jobs}")
+    if not text:  # older versions have no column of restarts
+        columns = columns.removesuffix(",Restarts")
+        text = _output("sacct", "--allocations", "--noheader", "--parsable2", f"--format={columns}", f"--jobs={jobs}")
+    found = {}
+    for line in text.splitlines():
+        job_id, state, exit_code, restarts = (*line.strip().split("|"), "", "", "")[:4]
+        found[job_id] = _parse(state, exit_code=exit_code, restarts=restarts)
+    return _known(found)
+
+
+_SQUEUE_COLUMNS = {"JobArrayID": 40, "State": 24, "RestartCnt": 12, "exit_code": 12, "Reason": 60}
 
 
 def _squeue(job_ids: set[str]) -> dict[str, JobState]:
-    jobs = ",".join(sorted(job_ids))
-    text = _output("squeue", "--noheader", "--states=all", f"--jobs={jobs}", "--format=%i|%T|%r")
-    return _rows(text, lambda id_, state, reason="": (id_, state, reason, "", ""))
+    columns = ",".join(f"{name}:{width}" for name, width in _SQUEUE_COLUMNS.items())
+    text = _output(
+        "squeue", "--noheader", "--states=all", f"--jobs={','.join(sorted(job_ids))}", f"--Format={columns}"
+    )
+    found = {}
+    for line in text.splitlines():
+        words, start = [], 0
+        for width in _SQUEUE_COLUMNS.values():
+            words.append(line[start : start + width].strip())
+            start += width
+        job_id, state, restarts, exit_code, reason = words
+        found[job_id] = _parse(state, reason=reason, exit_code=exit_code, restarts=restarts)
+    return _known(found)
 
 
 def _scontrol(job_ids: set[str]) -> dict[str, JobState]:
     one = next(iter(job_ids)) if len(job_ids) == 1 else ""
     text = _output("scontrol", "--oneliner", "show", "job", *([one] if one else []))
-    found: dict[str, JobState] = {}
+    found = {}
     for line in text.splitlines():
         words = dict(re.findall(r"(?:^|\s)(JobId|JobState|Reason|ExitCode|Restarts)=(\S*)", line))
-        state = _parse(
-            words.get("JobState", ""), words.get("Reason", ""), words.get("ExitCode", ""), words.get("Restarts", "")
+        found[words.get("JobId", "")] = _parse(
+            words.get("JobState", ""),
+            reason=words.get("Reason", ""),
+            exit_code=words.get("ExitCode", ""),
+            restarts=words.get("Restarts", ""),
         )
-        if state is not None and "JobId" in words:
-            found[words["JobId"]] = state
-    return found
+    return _known(found)
 
 
-def _rows(text: str, pick: Callable[..., tuple[str, str, str, str, str]]) -> dict[str, JobState]:
-    found: dict[str, JobState] = {}
-    for line in text.splitlines():
-        columns = line.strip().split("|")
-        if len(columns) >= 2:
-            job_id, *rest = pick(*columns)
-            state = _parse(*rest)
-            if state is not None:
-                found[job_id] = state
-    return found
+def _known(found: dict[str, JobState | None]) -> dict[str, JobState]:
+    return {job_id: state for job_id, state in found.items() if job_id and state is not None}
 
 
-def _parse(state: str, reason: str, exit_code: str, restarts: str) -> JobState | None:
-    """`CANCELLED by 1000` and `CANCELLED+` are cancelled; `9:0` is exit code 9, `0:15` ended by signal 15."""
+def _parse(state: str, *, reason: str = "", exit_code: str = "", restarts: str = "") -> JobState | None:
+    """One answer; None when its state is not one of Slurm's (`CANCELLED by 1000` and `CANCELLED+` are cancelled)."""
     known = _SPELLINGS.get(re.split(r"[ +]", state.strip(), maxsplit=1)[0].upper())
     if known is None:
         return None
-    code, _, signal_ = exit_code.partition(":")
-    number = 128 + int(signal_) if signal_.isdigit() and int(signal_) else int(code) if code.isdigit() else None
-    reason = "" if reason in ("None", "(null)") else reason
-    return JobState(known, reason, None if known.active else number, int(restarts) if restarts.isdigit() else None)
+    return JobState(
+        known,
+        reason="" if reason in ("None", "(null)") else reason,
+        exit_code=None if known.active else _exit_code(exit_code),
+        restarts=int(restarts) if restarts.isdigit() else None,
+    )
+
+
+def _exit_code(text: str) -> int | None:
+    """A shell's exit code from `3:0` (code 3), `0:15` (signal 15) or a raw wait status such as `768`."""
+    code, colon, number = text.partition(":")
+    if not code.isdigit():
+        return None
+    exit_, signal_ = (int(code), int(number) if number.isdigit() else 0) if colon else divmod(int(code), 256)
+    return 128 + signal_ if signal_ else exit_
 
 
 def _output(*command: str) -> str:

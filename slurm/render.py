@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping
 
 from megabatch.config.walltime import seconds
 from megabatch.errors import LaunchError
@@ -261,8 +260,3 @@ def _finish(job: JobSpec) -> list[str]:
 
 def _comment(text: str) -> list[str]:
     return textwrap.wrap(text, width=118, initial_indent="# ", subsequent_indent="# ")
-
-
-def environment_of(job: JobSpec, profile: ClusterProfile) -> Mapping[str, str]:
-    """The literal variables of a job, without those that only a node can know: what `--local` sets."""
-    return {v.name: v.value for v in job_variables(job, profile) if not v.node_local}

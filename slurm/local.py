@@ -1,0 +1,180 @@
+"""Running a job's ranks on this machine, without Slurm, in the same environment and with the same files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+import megabatch
+from megabatch.errors import LaunchError
+from megabatch.run_directory import ExitCode
+from megabatch.slurm.environment import job_variables
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.logs import rank_logs
+from megabatch.slurm.ports import free_port_block
+from megabatch.slurm.processes import die_with_parent, end_processes, marked_processes
+from megabatch.slurm.profile import ClusterProfile
+
+_POLL_S = 0.05
+_ASK_AGAIN_S = 5.0
+"""A rank that did not listen yet ignored the first request."""
+_LAST_WORDS_S = 1.0
+"""After one rank died, the others may still write why before they are killed."""
+
+
+def run_local(job: JobSpec, profile: ClusterProfile | None = None, *, terminal: BinaryIO | None = None) -> int:
+    """Runs all `nodes * tasks_per_node` ranks here and returns the worst rank's exit code.
+
+    Rank 0's log is shown on `terminal` (standard output unless given) as it grows. SIGINT and SIGTERM ask the ranks to
+    save and stop, the second one kills them. One dead rank ends the others. No process is left behind, also when this
+    one is killed.
+    Raises: LaunchError when the run directory cannot be written or the command cannot be started.
+    """
+    mark = f"MEGABATCH_LOCAL_RUN={secrets.token_hex(8)}"
+    try:
+        job.files.logs.mkdir(parents=True, exist_ok=True)
+        restart = max((log.restart + 1 for log in rank_logs(job.run_directory)), default=0)
+        with _Requests() as requests, _kill_at_end(mark):
+            ranks = _start(job, profile or ClusterProfile(), restart=restart, mark=mark)
+            with open(job.files.rank_log(0, restart), "rb") as log:
+                return _watch(ranks, requests, log, terminal or sys.stdout.buffer)
+    except OSError as error:
+        raise LaunchError(f"cannot run {job.command[0]} in {job.run_directory}: {error}") from error
+
+
+def local_environment(job: JobSpec, profile: ClusterProfile) -> dict[str, str]:
+    """What all ranks share, besides this process's own environment."""
+    world = str(job.world_size)
+    # an uninstalled checkout must be found by the ranks as it was by us
+    code = str(job.snapshot or Path(megabatch.__path__[0]).parent)
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        **{v.name: v.value for v in job_variables(job, profile) if not v.node_local},
+        "PYTHONPATH": os.pathsep.join([code, inherited] if inherited else [code]),
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port_block()),
+        "MEGABATCH_RUN": str(job.run_directory),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    process: subprocess.Popen[bytes]
+
+    @property
+    def code(self) -> int | None:
+        """Exit code as a shell gives it (128 + signal); None while it runs."""
+        code = self.process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+    def ask_to_stop(self) -> None:
+        """Reaches the rank alone: its data workers have nothing to save."""
+        self.process.send_signal(signal.SIGUSR2)
+
+    def kill(self) -> None:
+        """Reaches the rank's whole process group."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class _Requests:
+    """Counts requests to stop while it is entered: SIGINT, SIGTERM and SIGUSR2."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: Mapping[int, object] = {}
+
+    def __enter__(self) -> _Requests:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+        self._before = {number: signal.signal(number, self._heard) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+@contextlib.contextmanager
+def _kill_at_end(mark: str) -> Iterator[None]:
+    """Ends every process of the run, whatever session it moved to."""
+    try:
+        yield
+    finally:
+        end_processes(lambda: marked_processes(mark))
+
+
+def _start(job: JobSpec, profile: ClusterProfile, *, restart: int, mark: str) -> list[_Rank]:
+    shared = os.environ | local_environment(job, profile) | dict([mark.split("=", 1)])
+    shared["MEGABATCH_RESTART"] = str(restart)
+    parent = os.getpid()
+
+    def before_exec() -> None:
+        die_with_parent(parent)
+        # a request that comes before the rank listens must not end it: it is sent again
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+    ranks = []
+    for rank in range(job.world_size):
+        with open(job.files.rank_log(rank, restart), "ab") as log:
+            process = subprocess.Popen(
+                job.command,
+                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=job.working_directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=before_exec,  # noqa: PLW1509 - takes no lock
+            )
+        ranks.append(_Rank(process))
+    return ranks
+
+
+def _watch(ranks: list[_Rank], requests: _Requests, log: BinaryIO, terminal: BinaryIO) -> int:
+    """Waits for all ranks, showing rank 0's log and passing requests on."""
+    asked_at, died_at, first_death = float("-inf"), None, 0
+    while any(rank.code is None for rank in ranks):
+        time.sleep(_POLL_S)
+        _show(log, terminal)
+        now = time.monotonic()
+        if requests.count and now - asked_at > _ASK_AGAIN_S:
+            asked_at = now
+            for rank in ranks:
+                rank.ask_to_stop()
+        dead = [rank.code for rank in ranks if rank.code not in (None, ExitCode.DONE, ExitCode.REQUEUE)]
+        if dead and died_at is None:
+            died_at, first_death = now, dead[0] or 0
+        if requests.count > 1 or (died_at is not None and now - died_at > _LAST_WORDS_S):
+            for rank in ranks:
+                rank.kill()
+    _show(log, terminal)
+    return first_death or _worst([rank.code or 0 for rank in ranks])
+
+
+def _worst(codes: list[int]) -> int:
+    """A failure goes over a request to be run again, and that over success."""
+    failures = [code for code in codes if code not in (ExitCode.DONE, ExitCode.REQUEUE)]
+    return failures[0] if failures else max(codes)
+
+
+def _show(log: BinaryIO, terminal: BinaryIO) -> None:
+    text = log.read()
+    if text:
+        terminal.write(text)
+        terminal.flush()

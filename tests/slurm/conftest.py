@@ -1,0 +1,116 @@
+"""What tests on the private Slurm share: submitting a small payload and waiting for what becomes of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.cluster import PrivateCluster
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.logs import rank_logs
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.queue import State
+from megabatch.slurm.render import render
+from megabatch.slurm.state import RunStatus, status
+from megabatch.slurm.submit import submit
+
+PAYLOAD = Path(__file__).with_name("payload.py")
+ENDED = {state for state in State if not state.active}
+
+
+def until(condition: Callable[[], Any], *, timeout_s: float = 60, what: str = "it") -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.1)
+    return value
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A payload in the queue."""
+
+    run: RunDirectory
+    job_id: str
+
+    def now(self) -> RunStatus:
+        return status([self.run.path], fresh_s=0)[0]
+
+    def wait(self, *states: State, timeout_s: float = 60) -> RunStatus:
+        """Until it is in one of `states`, by default until it ended."""
+
+        def reached() -> RunStatus | None:
+            now = self.now()
+            return now if now.state in (states or ENDED) else None
+
+        found = until(
+            reached, timeout_s=timeout_s, what=f"{states or 'the end'}, now {self.now()}\n{self.batch_log()}"
+        )
+        assert isinstance(found, RunStatus)
+        return found
+
+    def wait_listening(self, *, restart: int = 0, ranks: int = 1, timeout_s: float = 60) -> None:
+        """Until `ranks` ranks of that incarnation have said what they see."""
+        until(
+            lambda: (
+                sum(bool(self.said(log.rank, restart)) for log in rank_logs(self.run.path) if log.restart == restart)
+                >= ranks
+            ),
+            timeout_s=timeout_s,
+            what=f"{ranks} ranks of restart {restart}",
+        )
+
+    def said(self, rank: int, restart: int = 0) -> list[dict[str, Any]]:
+        path = self.run.rank_log(rank, restart)
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def batch_log(self) -> str:
+        path = self.run.logs / f"batch.{self.job_id}.log"
+        return path.read_text() if path.exists() else ""
+
+
+Submit = Callable[..., Submitted]
+
+
+@pytest.fixture
+def payload_job(tmp_path: Path) -> JobSpec:
+    """One rank on one node that ends at once."""
+    return JobSpec(
+        name="payload",
+        run_directory=tmp_path / "run",
+        python=sys.executable,
+        cpus_per_task=1,
+        signal_delay_s=30,
+        time="10",
+    )
+
+
+@pytest.fixture
+def submit_payload(slurm: PrivateCluster, payload_job: JobSpec) -> Submit:
+    def submit_(
+        *, profile: ClusterProfile | None = None, options: dict[str, object] | None = None, **spec: Any
+    ) -> Submitted:
+        words = tuple(f"{name}={value}" for name, value in (options or {}).items())
+        job = replace(payload_job, arguments=(str(PAYLOAD), *words), **spec)
+        return Submitted(job.files, submit(job.files, render(job, profile or ClusterProfile())).job_id)
+
+    return submit_
+
+
+@pytest.fixture
+def scontrol(slurm: PrivateCluster) -> Callable[..., str]:
+    def scontrol_(*arguments: str) -> str:
+        return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
+
+    return scontrol_

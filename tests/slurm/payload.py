@@ -1,0 +1,56 @@
+"""Stands in for the trainer on the private Slurm: says what it sees, stops on request, fails on demand.
+
+Arguments are `key=value`: `seconds` to run, `until_restart` (runs on before that incarnation, then ends well),
+`fail_rank`, `fail` (an exit code, or `kill`), `deaf_s` (seconds before it listens), `meet` (a file where rank 0 writes
+who reached it).
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+rank, restart = int(os.environ["RANK"]), int(os.environ["MEGABATCH_RESTART"])
+asked = []
+
+
+def say(**words: object) -> None:
+    print(json.dumps(words), flush=True)
+
+
+def meet(path: str) -> None:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank:
+        socket.create_connection((address, port), timeout=20).sendall(str(rank).encode())
+        return
+    with socket.create_server(("", port)) as server:
+        server.settimeout(20)
+        ranks = sorted(int(server.accept()[0].recv(16)) for _ in range(int(os.environ["WORLD_SIZE"]) - 1))
+    with open(path, "w") as file:
+        json.dump(ranks, file)
+
+
+time.sleep(float(options.get("deaf_s", 0)))
+for number in (signal.SIGUSR2, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
+say(argv=sys.argv[1:], environment=dict(os.environ), cwd=os.getcwd())
+if "meet" in options:
+    # rank 0 must listen before the others come
+    time.sleep(0.5 if rank else 0)
+    meet(options["meet"])
+if rank == int(options.get("fail_rank", -1)):
+    if options["fail"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(int(options["fail"]))
+end = time.monotonic() + float(options.get("seconds", 0))
+while restart < int(options.get("until_restart", 0)) or time.monotonic() < end:
+    time.sleep(0.05)
+    if asked:
+        # ranks do not leave together: the last one still closes its files
+        time.sleep(0.3 * (rank % 2))
+        say(stopped=asked[0])
+        sys.exit(75)
+say(done=True)

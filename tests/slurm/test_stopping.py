@@ -1,0 +1,100 @@
+"""How runs stop and come back, on a real Slurm."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from megabatch.slurm.control import cancel, resume
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.queue import State
+from megabatch.slurm.records import read_records
+
+from .conftest import Submit, until
+
+pytestmark = pytest.mark.slurm
+
+
+def test_the_time_limits_warning_stops_all_ranks_together_and_requeues(submit_payload: Submit) -> None:
+    # Slurm rounds limits up to minutes and warns up to half a minute early: this warns within half a minute
+    job = submit_payload(nodes=2, tasks_per_node=2, time="1", signal_delay_s=40, options={"until_restart": 1})
+    job.wait_listening(restart=1, ranks=4, timeout_s=90)
+    assert [job.said(rank)[-1] for rank in range(4)] == [{"stopped": "SIGUSR2"}] * 4
+    end = job.wait()
+    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert [job.said(rank, 1)[-1] for rank in range(4)] == [{"done": True}] * 4
+    endings = [(e.restart, e.exit_code) for e in read_records(job.run)[0].endings]
+    assert endings == [(0, 75), (1, 0)]
+    assert not list(job.run.logs.glob("stopped.*"))
+
+
+def test_a_warning_before_the_ranks_listen_is_not_lost(submit_payload: Submit) -> None:
+    job = submit_payload(options={"until_restart": 1, "deaf_s": 2})
+    until(job.run.rank_log(0, 0).exists)
+    subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
+    end = job.wait()
+    assert (end.state, end.restart, job.said(0)[-1]) == (State.COMPLETED, 1, {"stopped": "SIGUSR2"})
+
+
+def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Submit) -> None:
+    job = submit_payload(nodes=2, options={"until_restart": 1, "seconds": 60})
+    job.wait_listening(ranks=2)
+    assert cancel(job.run.path) == job.job_id
+    end = job.wait()
+    assert (end.state, end.restart) == (State.CANCELLED, 0)
+    assert {job.said(rank)[-1]["stopped"] for rank in range(2)} <= {"SIGTERM", "SIGUSR2"}
+    second = resume(job.run.path)
+    assert second != job.job_id
+    assert [record.job_id for record in read_records(job.run)] == [job.job_id, second]
+    cancel(job.run.path)
+
+
+def test_preemption_requeues_through_slurm(submit_payload: Submit) -> None:
+    job = submit_payload(nodes=2, tasks_per_node=2, options={"until_restart": 1})
+    job.wait_listening(ranks=4)
+    urgent = [
+        "sbatch",
+        "--wait",
+        "--partition=urgent",
+        "--nodes=4",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=true",
+    ]
+    subprocess.run(urgent, check=True, capture_output=True)
+    end = job.wait()
+    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert all("stopped" in job.said(rank)[-1] for rank in range(4))
+    # the batch script left the requeue to Slurm, which would otherwise have restarted it twice
+    assert "refused" not in job.batch_log()
+
+
+def test_a_node_that_goes_down_requeues(submit_payload: Submit, scontrol: Callable[..., str]) -> None:
+    profile = ClusterProfile(sbatch={"nodelist": "n4"})
+    job = submit_payload(profile=profile, options={"until_restart": 1})
+    job.wait_listening()
+    scontrol("update", "NodeName=n4", "State=DOWN", "Reason=test")
+    try:
+        assert job.wait(State.PENDING).restart == 1
+    finally:
+        scontrol("update", "NodeName=n4", "State=RESUME")
+    end = job.wait()
+    assert (end.state, end.restart) == (State.COMPLETED, 1)
+
+
+@pytest.mark.parametrize(("fail", "code"), [("3", 3), ("kill", 137)])
+def test_one_dead_rank_ends_the_job_with_its_exit_code(submit_payload: Submit, fail: str, code: int) -> None:
+    job = submit_payload(nodes=2, tasks_per_node=2, options={"seconds": 120, "fail_rank": 3, "fail": fail})
+    end = job.wait(timeout_s=30)
+    assert (end.state, end.exit_code) == (State.FAILED, code)
+    assert {"done": True} not in job.said(0)
+
+
+def test_a_run_that_may_not_requeue_stops_with_the_reserved_code(submit_payload: Submit) -> None:
+    job = submit_payload(requeue=False, options={"until_restart": 1})
+    job.wait_listening()
+    subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
+    end = job.wait()
+    assert (end.state, end.exit_code, end.restart) == (State.STOPPED, 75, 0)
