@@ -165,7 +165,7 @@ def _value(named: _Named, texts: list[str]) -> Any:
     if not texts:
         return Fault(parameter.dotted, None, "needs a value", bare=True)
     if len(texts) > 1 and not is_list(hint):
-        return Fault(parameter.dotted, None, f"takes one value, but got {' '.join(texts)!r}", bare=True)
+        return Fault(parameter.dotted, None, f"takes one value, but {len(texts)} follow it", bare=True)
     try:
         value = read(texts, hint)
     except ValueError as error:
@@ -187,8 +187,12 @@ def _find(name: str, algorithm: str | None) -> _Named | Fault:
     known = [*_names(), *_ACTIONS, *_TOP]
     if field and group in group_types(Recipe):
         known = [dotted for dotted in known if dotted.startswith(f"{group}.")]
-    near = get_close_matches(name, known, n=2)
-    return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near), bare=True)
+    near = sorted(get_close_matches(name, known, n=3), key=_is_unbuilt)
+    return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near[:2]), bare=True)
+
+
+def _is_unbuilt(name: str) -> bool:
+    return any(named.parameter.facts.built is False for named in _names().get(name, ()))
 
 
 def _dashed(names: Sequence[str]) -> list[str]:

@@ -19,10 +19,6 @@ def options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def is_optional(hint: Any) -> bool:
-    return types.NoneType in options(hint)
-
-
 def is_boolean(hint: Any) -> bool:
     return bool in options(hint)
 
@@ -52,10 +48,18 @@ def _fits_one(value: Any, hint: Any) -> bool:
         key, item = get_args(hint)
         return isinstance(value, Mapping) and all(fits(k, key) and fits(v, item) for k, v in value.items())
     if hint is Any:
-        return True
+        return _is_json(value)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def spelled(hint: Any) -> str:

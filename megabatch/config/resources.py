@@ -12,7 +12,7 @@ class Resources:
     """Nodes, ranks, memory and time of the job."""
 
     nodes: int = param(1, at_least=1)
-    """Nodes."""
+    """Nodes of the job."""
     gpus_per_node: int = param(8, at_least=0)
     """GPUs taken on each node; 0 trains on CPUs."""
     tasks_per_node: int | None = param(None, at_least=1)

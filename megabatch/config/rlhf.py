@@ -13,7 +13,7 @@ class Rlhf:
     """Algorithm and reference model of `task="rlhf"`."""
 
     rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo", built=False)
-    """Algorithm."""
+    """Algorithm: preferences (dpo, kto), a reward model (rm), rewards (grpo) or distillation (gkd)."""
     ref_load: str | None = param(None, built=False)
     """Folder of the reference model's megatron-core checkpoint; None means `load`."""
     ref_adapter_load: str | None = param(None, built=False)

@@ -11,10 +11,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megabatch.config.kinds import fits, options
+from megabatch.config.kinds import options
 from megabatch.config.layout import layout_of
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
+from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.rules.training import peak_lr
 from megabatch.errors import ConfigError
 from megabatch.plan.layout import Layout
@@ -41,7 +42,7 @@ class RunConfig:
 
     def save(self, path: Path) -> None:
         """Writes it as JSON, atomically."""
-        write_atomic(path, json.dumps(_plain(self), indent=2, allow_nan=False) + "\n")
+        write_atomic(path, _json(self))
 
     @classmethod
     def load(cls, path: Path) -> RunConfig:
@@ -62,7 +63,10 @@ class RunConfig:
                 f"{path}: schema_version={version!r}, but this megabatch reads {SCHEMA_VERSION}; "
                 "use the megabatch that wrote it, or submit the run again"
             )
-        return typing.cast(RunConfig, _built(cls, found, place=str(path)))
+        config: RunConfig = _built(cls, found, place=str(path))
+        if faults := list(invalid_fields(config.recipe)):
+            raise ConfigError(f"{path} was edited: {'; '.join(map(str, faults))}")
+        return config
 
 
 def resolve(recipe: Recipe, *, shape: ModelShape, run_dir: Path, provenance: Mapping[str, Any]) -> RunConfig:
@@ -72,13 +76,15 @@ def resolve(recipe: Recipe, *, shape: ModelShape, run_dir: Path, provenance: Map
         raise ConfigError(faults)
     layout = layout_of(recipe, shape)
     assert layout is not None, "a recipe without faults has a layout"
-    return RunConfig(
+    config = RunConfig(
         run_dir=str(run_dir),
         recipe=_derived(recipe, shape=shape, run_dir=run_dir),
         shape=shape,
         layout=layout,
         provenance=provenance,
     )
+    # Through JSON once, so that the launcher holds exactly what each rank will read.
+    return typing.cast(RunConfig, _built(RunConfig, json.loads(_json(config)), place="run.json"))
 
 
 def save_folder(recipe: Recipe) -> Path:
@@ -155,6 +161,10 @@ def _derived_moe(recipe: Recipe, shape: ModelShape) -> Any:
         moe_router_score_function=recipe.moe.moe_router_score_function or "softmax",
         moe_router_load_balancing_type=recipe.moe.moe_router_load_balancing_type or "aux_loss",
     )
+
+
+def _json(config: RunConfig) -> str:
+    return json.dumps(_plain(config), indent=2, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

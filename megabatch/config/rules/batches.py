@@ -93,8 +93,9 @@ def grpo_step_has_whole_prompts(recipe: Recipe, shape: ModelShape | None, layout
     yield Fault(
         "batch.global_batch_size",
         batch.global_batch_size,
-        f"/num_generations={batch.num_generations}/dp={batch.dp} gives {batch.num_prompts_per_dp_group} prompts on "
-        f"each data parallel rank, which must be a multiple of micro_batch_size={batch.micro_batch_size}",
+        f"gives global_batch_size/num_generations/dp={batch.global_batch_size}/{batch.num_generations}/{batch.dp} = "
+        f"{batch.num_prompts_per_dp_group} prompts on each data parallel rank, "
+        f"which must be a multiple of micro_batch_size={batch.micro_batch_size}",
         try_=nearest_multiples(batch.global_batch_size, of=unit),
     )
 

@@ -78,7 +78,7 @@ def heads_divide(recipe: Recipe, shape: ModelShape | None, layout: Layout | None
     if recipe.model.kv_channels is None and shape.hidden_size % heads:
         rule = f"must be a multiple of num_attention_heads={heads} unless kv_channels is given"
         yield Fault("model.hidden_size", shape.hidden_size, rule, try_=nearest_multiples(shape.hidden_size, of=heads))
-    if shape.kv_channels % 2:
+    elif shape.kv_channels % 2:
         rule = "must be even for rotary embeddings"
         yield Fault("model.kv_channels", shape.kv_channels, rule, try_=(shape.kv_channels + 1,))
     if heads % groups:

@@ -1,0 +1,128 @@
+"""All faults at once: of single fields, of what is not built, and between fields."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megabatch.config.declare import parameters
+from megabatch.config.recipe import Recipe
+from megabatch.config.rules.check import RULES, check
+
+INVALID = [
+    ({"batch": {"global_batch_size": "ten"}}, "batch.global_batch_size='ten' must be a whole number, not str"),
+    ({"batch": {"micro_batch_size": True}}, "batch.micro_batch_size=True must be a whole number, not bool"),
+    ({"batch": {"micro_batch_size": 0}}, "batch.micro_batch_size=0 must be at least 1"),
+    ({"optimizer": {"optimizer": "adamw"}}, "optimizer.optimizer='adamw' must be one of 'adam', 'sgd'; try adam"),
+    ({"optimizer": {"adam_beta1": 1.0}}, "optimizer.adam_beta1=1.0 must be at least 0 and below 1"),
+    ({"learning_rate": {"lr": float("nan")}}, "learning_rate.lr=nan must be a number or None, not float"),
+    ({"data": {"dataset": "train.jsonl"}}, "data.dataset='train.jsonl' must be a list of text, not str"),
+    ({"data": {"dataset": ["a", 1]}}, "data.dataset=('a', 1) must be a list of text, not tuple"),
+    ({"data": {"columns": {"q": 1}}}, "data.columns={'q': 1} must be a mapping (JSON object) or None, not dict"),
+    (
+        {"training": {"megatron_extra_kwargs": {"x": object}}},
+        "training.megatron_extra_kwargs={'x': <class 'object'>} must be a mapping (JSON object) or None, not dict",
+    ),
+    (
+        {"checkpoint": {"max_shard_size": "5 elephants"}},
+        "checkpoint.max_shard_size='5 elephants' must be a number with B, KB, MB, GB or GiB; try 5GB",
+    ),
+    ({"task": "stf"}, "task='stf' must be one of 'pt', 'sft', 'rlhf'"),
+    (
+        {"name": "my run"},
+        "name='my run' must be letters, digits, '.', '-' and '_', beginning with a letter or digit",
+    ),
+]
+
+
+def test_bases_pass(dense, experts):
+    assert check(dense) == []
+    assert check(experts) == []
+
+
+@pytest.mark.parametrize(("changes", "text"), INVALID)
+def test_single_fields(dense, changed, changes, text):
+    assert [str(fault) for fault in check(changed(dense, changes))] == [text]
+
+
+def test_a_token_is_refused_and_never_shown(dense, changed):
+    for token in ("hf_aBcD1234", "hf_aBcD1234 ", "A" * 65):
+        (fault,) = check(changed(dense, {"bridge": {"hub_token": token}}))
+        assert fault.field == "bridge.hub_token"
+        assert token.strip() not in f"{fault} {fault!r}"
+    assert check(changed(dense, {"bridge": {"hub_token": "HF_TOKEN"}})) == []
+
+
+def test_everything_is_reported_together(dense, changed):
+    recipe = changed(
+        dense,
+        {
+            "batch": {"global_batch_size": 10},
+            "optimizer": {"weight_decay": -1},
+            "fp8": {"fp8_format": "e4m3"},
+            "parallel": {"sequence_parallel": True, "pipeline_model_parallel_layout": "E|x"},
+            "resources": {"signal_delay_s": 7200},
+        },
+    )
+    assert {fault.field for fault in check(recipe)} == {
+        "batch.global_batch_size",
+        "optimizer.weight_decay",
+        "fp8.fp8_format",
+        "parallel.sequence_parallel",
+        "parallel.pipeline_model_parallel_layout",
+        "resources.signal_delay_s",
+    }
+
+
+def test_rules_are_silent_about_fields_that_are_already_wrong(dense, changed):
+    recipe = changed(dense, {"batch": {"micro_batch_size": 0, "global_batch_size": "many"}})
+    assert [fault.field for fault in check(recipe)] == ["batch.micro_batch_size", "batch.global_batch_size"]
+
+
+def test_a_group_of_the_wrong_class_is_named(dense):
+    (fault,) = check(replace(dense, parallel=dense.batch))
+    assert str(fault) == "parallel must be a Parallel"
+
+
+def test_every_unbuilt_parameter_is_refused_by_name(dense, changed):
+    """Each parameter with an unbuilt value yields its fault, whatever else that value breaks."""
+    candidates = (True, False, 3, 5, 0.25, "x", ("x",), {"x": 1})
+    for parameter in parameters(Recipe):
+        if parameter.facts.built is True:
+            continue
+        refused = [
+            value
+            for value in (*candidates, *_choices(parameter))
+            if parameter.unbuilt(value)
+            and f"{parameter.dotted}={value!r} is not built yet"
+            in "\n".join(map(str, check(changed(dense, {parameter.group: {parameter.name: value}}))))
+        ]
+        assert refused, f"no value of {parameter.dotted} is refused as not built"
+
+
+def _choices(parameter):
+    from megabatch.config.kinds import choices
+
+    return [*choices(parameter.hint), ("all",), ("mla_up_proj",), (0.5,)]
+
+
+def test_built_values_of_a_partly_built_parameter_pass(experts, changed):
+    assert check(changed(experts, {"moe": {"moe_token_dispatcher_type": "allgather"}})) == []
+    (fault,) = check(changed(experts, {"moe": {"moe_token_dispatcher_type": "alltoall_seq"}}))
+    assert str(fault) == (
+        "moe.moe_token_dispatcher_type='alltoall_seq' is not built yet; works: 'alltoall', 'allgather'"
+    )
+
+
+def test_rlhf_is_refused_as_a_task(dense):
+    assert "task='rlhf' is not built yet; try pt or sft" in map(str, check(replace(dense, task="rlhf")))
+
+
+def test_rules_are_all_registered_once():
+    assert len(set(RULES)) == len(RULES)
+
+
+def test_an_empty_recipe_says_what_it_needs():
+    fields = {fault.field for fault in check(Recipe(name="empty", task="pt"))}
+    assert fields == {"data.dataset", "training.train_iters", "model.model"}

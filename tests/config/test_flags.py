@@ -1,0 +1,143 @@
+"""Flags: spellings, values, aliases and clear errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megabatch.config.declare import parameters
+from megabatch.config.flags import parse
+from megabatch.config.help import help_text
+from megabatch.config.recipe import Recipe
+from megabatch.errors import ConfigError
+
+
+def faults(line: str, recipe: Recipe) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        parse(line.split(), recipe)
+    return [str(fault) for fault in error.value.faults]
+
+
+@pytest.mark.parametrize(
+    ("line", "group", "name", "value"),
+    [
+        ("--tensor_model_parallel_size 4", "parallel", "tensor_model_parallel_size", 4),
+        ("--parallel.tensor_model_parallel_size=4", "parallel", "tensor_model_parallel_size", 4),
+        ("--tensor-model-parallel-size 4", "parallel", "tensor_model_parallel_size", 4),
+        ("--sequence_parallel", "parallel", "sequence_parallel", True),
+        ("--sequence_parallel true --lr 1", "parallel", "sequence_parallel", True),
+        ("--sequence_parallel=false", "parallel", "sequence_parallel", False),
+        ("--eval_iters -1", "evaluation", "eval_iters", -1),
+        ("--lr 1e-5", "learning_rate", "lr", 1e-5),
+        ("--dataset a.jsonl#500 b.jsonl --lr 1", "data", "dataset", ("a.jsonl#500", "b.jsonl")),
+        ("--dataset=a.jsonl", "data", "dataset", ("a.jsonl",)),
+        ("--recompute_granularity none", "recompute", "recompute_granularity", "none"),
+        ("--train_iters None", "training", "train_iters", None),
+        ('--megatron_extra_kwargs {"a":1}', "training", "megatron_extra_kwargs", {"a": 1}),
+        ("--output_dir out", "checkpoint", "save", "out"),
+        ("--save_steps 7", "checkpoint", "save_interval", 7),
+        ("--checkpoint.save_steps 7", "checkpoint", "save_interval", 7),
+        ("--num_train_epochs 2", "training", "max_epochs", 2),
+        ("--dataloader_num_workers 0", "data", "num_workers", 0),
+        ("--mcore_model old", "checkpoint", "load", "old"),
+        ("--train_type full", "tuner", "tuner_type", "full"),
+        ("--extra_megatron_kwargs {}", "training", "megatron_extra_kwargs", {}),
+        ("--learning_rate 0.1", "learning_rate", "lr", 0.1),
+        ("--eval_steps 9", "evaluation", "eval_interval", 9),
+        ("--gradient_accumulation_fusion false", "kernels", "no_gradient_accumulation_fusion", True),
+        ("--masked_softmax_fusion", "kernels", "no_masked_softmax_fusion", False),
+        ("--bias_dropout_fusion 0", "kernels", "no_bias_dropout_fusion", True),
+        ("--bias_swiglu_fusion no", "kernels", "no_bias_swiglu_fusion", True),
+        ("--rope_fusion=false", "kernels", "no_rope_fusion", True),
+    ],
+)
+def test_a_flag_overrides_its_field_alone(dense, line, group, name, value):
+    _, recipe = parse(line.split(), dense)
+    assert getattr(getattr(recipe, group), name) == value
+    if "--lr 1" not in line or group == "learning_rate":
+        assert replace(recipe, **{group: getattr(dense, group)}) == dense
+
+
+def test_every_parameter_can_be_set_by_each_of_its_spellings(dense):
+    for parameter in parameters(Recipe):
+        text = parameter.default
+        texts = [str(item) for item in text] if isinstance(text, tuple) else [str(text)]
+        for spelling in (parameter.name, *parameter.facts.aliases):
+            line = [f"--{parameter.group}.{spelling}", *(texts or ["[]"])]
+            _, recipe = parse(line, dense)
+            assert getattr(getattr(recipe, parameter.group), parameter.name) == parameter.default
+
+
+def test_name_and_task_are_flags_too(dense):
+    _, recipe = parse(["--name", "other", "--task=pt"], dense)
+    assert (recipe.name, recipe.task) == ("other", "pt")
+
+
+def test_own_flags_are_not_parameters(dense):
+    actions, recipe = parse(["--dry-run", "--submit", "--cluster", "big", "--run_dir=/runs/x"], dense)
+    assert recipe == dense
+    assert (actions.dry_run, actions.submit, actions.local) == (True, True, False)
+    assert (actions.cluster, actions.run_dir, actions.help) == ("big", "/runs/x", False)
+
+
+def test_help_reads_nothing_else(dense):
+    assert parse(["--nonsense", "--help"], dense)[0].help
+    assert parse(["-h"], dense)[0].help
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("--tensor_parallel_size 2", "--tensor_parallel_size is not a parameter; try --tensor_model_parallel_size"),
+        ("--learnin_rate 2", "--learnin_rate is not a parameter; try --learning_rate"),
+        ("--parallel.lr 2", "--parallel.lr is not a parameter"),
+        ("--submitt", "--submitt is not a parameter; try --submit"),
+        ("--train_iters many", "training.train_iters='many' must be a whole number or None"),
+        ("--sequence_parallel maybe", "parallel.sequence_parallel='maybe' must be true or false"),
+        ("--train_iters", "training.train_iters needs a value"),
+        ("--train_iters 1 2", "training.train_iters takes one value, but 2 follow it"),
+        ("--optimizer adamw", "optimizer.optimizer='adamw' must be one of 'adam', 'sgd'"),
+        ("--save_steps 1 --save_interval 1", "--save_interval was already given as --save_steps; give one of them"),
+        ("--lr 1 --lr 1", "--lr is given twice"),
+        ("--rope_fusion --no_rope_fusion", "--no_rope_fusion was already given as --rope_fusion; give one of them"),
+        ("--submit now", "--submit takes no value, but 'now' follows it"),
+        ("--cluster", "--cluster needs one value"),
+        ("--name", "--name needs one value"),
+        ("train.jsonl", "train.jsonl is not a flag; flags begin with --"),
+    ],
+)
+def test_one_clear_fault(dense, line, text):
+    (fault,) = faults(line, dense)
+    assert fault.startswith(text)
+
+
+def test_all_faults_are_reported_at_once(dense):
+    assert len(faults("stray --lr x --nope 1 --submit y --eval_iters 1 --eval_iters 2", dense)) == 5
+
+
+def test_a_token_is_never_echoed(dense):
+    for line in ("--hub_token secret1 secret2", "--hub_token=secret1 --hub_token=secret2", "--hub_token"):
+        assert "secret" not in "".join(faults(line, dense))
+
+
+def test_shared_names_follow_the_algorithm(dense):
+    assert faults("--beta 1", dense) == [
+        "--beta belongs to several algorithms; say which; try --dpo.beta or --kto.beta or --grpo.beta or --gkd.beta"
+    ]
+    for algorithm in ("dpo", "kto", "grpo", "gkd"):
+        _, recipe = parse(f"--beta 0.7 --task rlhf --rlhf_type {algorithm}".split(), dense)
+        assert getattr(recipe, algorithm).beta == 0.7
+        assert replace(recipe, **{algorithm: getattr(dense, algorithm)}).gkd.beta == 0.5
+    _, recipe = parse(["--kto.beta", "0.7"], dense)
+    assert recipe.kto.beta == 0.7
+    assert faults("--beta 1 --task rlhf --rlhf_type rm", dense)[0].startswith("--beta belongs to several")
+
+
+def test_help_names_every_flag_with_default_and_state():
+    text = help_text("recipe.py")
+    for parameter in parameters(Recipe):
+        assert f"--{parameter.name}  (" in text
+    assert "--submit" in text and "not built yet" in text
+    assert "--save_interval  (a whole number; at least 1; default 500; also --save_steps)" in text
+    assert "--no_rope_fusion  (true or false; default False; speed only; also --rope_fusion (opposite)" in text
