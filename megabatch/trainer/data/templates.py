@@ -6,9 +6,11 @@ The loss covers what the assistant says and its end-of-turn token, not the newli
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +20,7 @@ from megabatch.errors import DataError
 from megabatch.trainer.data.formats import Message
 from megabatch.trainer.data.spans import Span, assistant_spans, generation_prompt
 from megabatch.trainer.data.tokenizer import CHATML
+from megabatch.trainer.data.turn_ends import TurnEnds
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ PLAIN = (
 """For base models without chat tokens: `User: …\\nAssistant: …<eos>\\n`."""
 
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
 
 
 class Encoded(NamedTuple):
@@ -53,12 +57,8 @@ class Template:
         self.tokenizer = tokenizer
         self.name, self.source = _source(tokenizer, name)
         self._marks_turns = bool(_GENERATION.search(self.source))
-        special = sorted({*map(str, tokenizer.all_special_tokens), *_added_special(tokenizer)}, key=len, reverse=True)
-        ends = [" *(?:" + "|".join(map(re.escape, special)) + ")"] if special else []
-        if tokenizer.eos_token:
-            ends.append(r"\s*" + re.escape(tokenizer.eos_token))
-        self._end_of_turn = re.compile("|".join(ends)) if ends else None
-        self._prompt = self._generation_prompt()
+        self._ends = TurnEnds(_special(tokenizer), eos=tokenizer.eos_token)
+        self._prompts = self._generation_prompts()
         self._warned = False
 
     def encode(
@@ -75,7 +75,8 @@ class Template:
             if loss_scale == "all":
                 weights: np.ndarray = np.ones(len(ids), np.float32)
             else:
-                learned = [s for s, keep in zip(spans, learned_turns(messages, loss_scale), strict=True) if keep]
+                wanted = learned_turns(messages, loss_scale)
+                learned = [span for turn, span in spans if wanted[turn]]
                 weights = _weights(np.asarray(batch["offset_mapping"][index]).reshape(-1, 2), learned)
             weights[:1] = 0
             encoded.append(Encoded(ids, weights))
@@ -94,56 +95,63 @@ class Template:
             raise DataError(f"it fails with {type(e).__name__}: {e}") from e
         return str(text)
 
-    def _locate(self, messages: Sequence[Message], *, place: str) -> tuple[str, list[Span]]:
-        """Text and, for each assistant message, the span of what it says with its end of turn."""
+    def _locate(self, messages: Sequence[Message], *, place: str) -> tuple[str, list[tuple[int, Span]]]:
+        """Text, and spans to be learned with the number of the assistant message that each belongs to."""
         try:
             if self._marks_turns:
                 text, spans = self._marked(messages)
             else:
-                text, spans = assistant_spans(self.render, messages, prompt=self._prompt)
+                text, said = self._aligned(messages)
+                spans = list(enumerate(self._ends.extend(text, said)))
         except DataError as e:
             raise DataError(
                 f"{place}: chat template {self.name} cannot be used on it: {e}; check the row, or set "
                 f"data.template to chatml or plain"
             ) from e
-        return text, [self._with_end(text, span) for span in spans]
+        if not self._warned and not self._ends.at_end(text[slice(*spans[-1][1])]):
+            self._warned = True
+            log.warning("chat template %s puts no end-of-turn token after the assistant: it is not learned", self.name)
+        return text, spans
 
-    def _marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """Text and spans of a template that marks the assistant's turns with `{% generation %}`."""
+    def _aligned(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """Text, and what each assistant message says in it, found with the first generation prompt that fits."""
+        for prompt in self._prompts[:-1]:
+            with contextlib.suppress(DataError):
+                return assistant_spans(self.render, messages, prompt=prompt)
+        return assistant_spans(self.render, messages, prompt=self._prompts[-1])
+
+    def _marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, Span]]]:
+        """Like `_locate`, for a template that itself marks with `{% generation %}` what is to be learned."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        text = self.render(messages)
-        _, spans = render_jinja_template(
+        text = self.render(messages)  # first: it reports a refusal clearly
+        _, marks = render_jinja_template(
             conversations=[[{"role": m.role, "content": m.content} for m in messages]],
             chat_template=self.source,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
+        spans = [self._ends.trim(text, (start, stop)) for start, stop in marks[0] if start < stop]
+        if not spans:
+            raise DataError("it marks nothing with generation")
         turns = sum(m.role == "assistant" for m in messages)
-        if len(spans[0]) != turns:
-            raise DataError(f"it marks {len(spans[0])} spans with generation for {turns} assistant messages")
-        return text, [(start, stop) for start, stop in spans[0]]
+        if len(spans) == turns:
+            return text, list(enumerate(self._ends.complete(text, span) for span in spans))
+        # Several marks for a turn (its header, its text, its end) belong to the first turn that stops behind them.
+        stops = [stop for _, stop in self._aligned(messages)[1]]
+        return text, [(min(bisect_left(stops, start), turns - 1), (start, stop)) for start, stop in spans]
 
-    def _with_end(self, text: str, span: Span) -> Span:
-        """The span with the end-of-turn token, and without white space after that token."""
-        start, stop = span
-        if self._end_of_turn is None:
-            return span
-        said = text[start:stop].rstrip()
-        if self._marks_turns and any(end.end() == len(said) for end in self._end_of_turn.finditer(said)):
-            return start, start + len(said)  # a template that marks the turn's end as well
-        if match := self._end_of_turn.match(text, stop):
-            return start, match.end()
-        if not self._warned:
-            self._warned = True
-            log.warning("chat template %s puts no end-of-turn token after the assistant: it is not learned", self.name)
-        return span
+    def _generation_prompts(self) -> list[str]:
+        """What may stand before the assistant's own text, to be tried in this order.
 
-    def _generation_prompt(self) -> str:
+        The template's generation prompt; the same without a thinking block that it opens or fills, for turns that
+        bring their own thoughts.
+        """
         try:
-            return generation_prompt(self.render)
+            prompt = generation_prompt(self.render)
         except DataError:
-            return ""  # a template that refuses the probe; spans then start where the template's own text ends
+            return [""]  # a template that refuses the probe; spans then start where the template's own text ends
+        return list(dict.fromkeys([prompt, _THINKING.sub("", prompt)]))
 
 
 def learned_turns(messages: Sequence[Message], loss_scale: LossScale) -> list[bool]:
@@ -181,8 +189,9 @@ def _weights(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     return weights
 
 
-def _added_special(tokenizer: Any) -> set[str]:
-    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+def _special(tokenizer: Any) -> set[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(map(str, tokenizer.all_special_tokens))
 
 
 def _source(tokenizer: Any, name: str | None) -> tuple[str, str]:
@@ -215,4 +224,4 @@ def _default(tokenizer: Any) -> tuple[str, str]:
 
 
 def _has_chatml(tokenizer: Any) -> bool:
-    return {"<|im_start|>", "<|im_end|>"} <= _added_special(tokenizer)
+    return {"<|im_start|>", "<|im_end|>"} <= _special(tokenizer)

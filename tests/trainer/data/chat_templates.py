@@ -73,4 +73,31 @@ MARKED = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
+# Marks a turn's text and its end apart, and the end of the conversation too.
+MARKED_IN_PARTS = """\
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}{% generation %}{{- m.content }}{% endgeneration %}
+{%- else %}{{- m.content }}{%- endif %}
+{%- if m.role == 'assistant' %}{% generation %}{{- '<|im_end|>\\n' }}{% endgeneration %}
+{%- else %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- endfor %}{% generation %}{{- '</s>' }}{% endgeneration %}"""
+
+# Two tokens end a turn, and nothing stands between turns.
+TWO_ENDS = """\
+{%- for m in messages %}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>' + m.content }}
+{%- if m.role == 'assistant' %}{{- '</s>' }}{%- endif %}{{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>' }}{%- endif %}"""
+
+# The generation prompt closes the thinking block; a turn with thoughts opens another one.
+NO_THINKING = """\
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and '</think>' not in m.content %}{{- '<think></think>' }}{%- endif %}
+{{- m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think></think>' }}{%- endif %}"""
+
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]

@@ -5,7 +5,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_templates import LLAMA2, LLAMA3, MARKED, QWEN2_5, QWEN3, REASONER, SPECIAL_TOKENS
+from chat_templates import (
+    LLAMA2,
+    LLAMA3,
+    MARKED,
+    MARKED_IN_PARTS,
+    NO_THINKING,
+    QWEN2_5,
+    QWEN3,
+    REASONER,
+    SPECIAL_TOKENS,
+    TWO_ENDS,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -77,6 +88,10 @@ def learned(tokenizer: Any, encoded: Encoded) -> list[str]:
         (QWEN3, THINKING[:2], ["<think>\nadd them\n</think>\n\nfour<|im_end|>"]),
         (REASONER, THINKING, ["four<|im_end|>", "seven<|im_end|>"]),
         (QWEN2_5, THINKING[:2], ["<think>\nadd them\n</think>\n\nfour<|im_end|>"]),
+        (MARKED_IN_PARTS, TWO_ROUNDS, ["It is four.<|im_end|>", "Seven ä apples.<|im_end|>", "</s>"]),
+        (TWO_ENDS, TWO_ROUNDS, ["It is four.</s><|eot_id|>", "Seven ä apples.</s><|eot_id|>"]),
+        (NO_THINKING, TWO_ROUNDS, ["It is four.<|im_end|>", "Seven ä apples.<|im_end|>"]),
+        (NO_THINKING, THINKING[2:], ["<think>count them</think>seven<|im_end|>"]),
         (QWEN2_5, [Message("assistant", "alone")], ["alone<|im_end|>"]),
         (LLAMA3, [Message("system", "S"), Message("user", " Q "), Message("assistant", "\nA \n")], ["A<|eot_id|>"]),
         (QWEN2_5, [*TWO_ROUNDS[:2], Message("tool", "It is four."), Message("assistant", "It is four.")],
@@ -116,7 +131,9 @@ def test_the_generation_mask_of_transformers_agrees(tokens: Any) -> None:
 
 
 def test_loss_scale_chooses_turns(tokens: Any) -> None:
-    assert encode(tokens, QWEN2_5, TWO_ROUNDS, scale="last_round")[1] == ["Seven ä apples.<|im_end|>"]
+    for source in (QWEN2_5, MARKED):
+        assert encode(tokens, source, TWO_ROUNDS, scale="last_round")[1] == ["Seven ä apples.<|im_end|>"]
+    assert encode(tokens, MARKED_IN_PARTS, TWO_ROUNDS, scale="last_round")[1] == ["Seven ä apples.<|im_end|>", "</s>"]
     text, runs = encode(tokens, QWEN2_5, TWO_ROUNDS, scale="all")
     assert ["<|im_start|>" + runs[0]] == [text]
     own = [*TWO_ROUNDS[:3], Message("assistant", "no", loss=False)]
@@ -171,6 +188,16 @@ def test_a_template_that_cannot_be_aligned_is_named_with_the_sample(tokens: Any,
     message = rf"^train\.jsonl:9: chat template of the tokenizer cannot be used on it: .*{reason}"
     with pytest.raises(DataError, match=message):
         Template(tokenizer).encode([TWO_ROUNDS], places=["train.jsonl:9"], loss_scale="default")
+
+
+def test_a_template_without_end_of_turn_warns_once(tokens: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = copy.copy(tokens)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    template = Template(tokenizer)
+    for _ in range(2):
+        (encoded,) = template.encode([TWO_ROUNDS[:2]], places=["f:1"], loss_scale="default")
+    assert learned(tokenizer, encoded) == ["It is four."]
+    assert caplog.text.count("no end-of-turn token") == 1
 
 
 def test_a_template_shipped_with_transformers(tokens: Any) -> None:

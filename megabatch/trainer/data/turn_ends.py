@@ -1,0 +1,51 @@
+"""The token that ends an assistant's turn, which is learned with what the assistant says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from megabatch.trainer.data.spans import Span
+
+
+class TurnEnds:
+    """Finds the special tokens that end turns; most templates write one, some write two."""
+
+    def __init__(self, special: Iterable[str], *, eos: str | None) -> None:
+        """`special`: the tokenizer's special tokens; `eos`: that of them which may follow white space."""
+        tokens = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"\b\B"  # else nothing matches
+        spaced = r"\s*" + re.escape(eos) if eos else r"\b\B"
+        self._one = re.compile(f" *(?:{tokens})|{spaced}")
+        self._run = re.compile(f" *(?:{tokens})+|{spaced}")
+
+    def extend(self, text: str, spans: Sequence[Span]) -> list[Span]:
+        """The spans of one conversation, each with its end of turn if it has one.
+
+        All special tokens after the last turn end it. Earlier turns end with the same ones, or with the first one
+        there is: a header of the next message may follow without a gap.
+        """
+        closing = self._run.match(text, spans[-1][1]) if spans else None
+        end = closing.group() if closing else ""
+        return [self._extended(text, span, end=end) for span in spans]
+
+    def trim(self, text: str, span: Span) -> Span:
+        """The span without white space behind a special token that it ends with."""
+        start, stop = span
+        said = text[start:stop].rstrip()
+        return (start, start + len(said)) if self.at_end(said) else span
+
+    def complete(self, text: str, span: Span) -> Span:
+        """A trimmed span, with the end of turn unless it holds it already."""
+        return span if self.at_end(text[slice(*span)]) else self._with_one(text, span)
+
+    def at_end(self, said: str) -> bool:
+        """Whether a text ends with a special token."""
+        return any(found.end() == len(said) for found in self._one.finditer(said))
+
+    def _extended(self, text: str, span: Span, *, end: str) -> Span:
+        start, stop = span
+        return (start, stop + len(end)) if end and text.startswith(end, stop) else self._with_one(text, span)
+
+    def _with_one(self, text: str, span: Span) -> Span:
+        one = self._one.match(text, span[1])
+        return (span[0], one.end()) if one else span
