@@ -13,7 +13,7 @@ class Logging:
     """What is logged, how often, and where to."""
 
     log_interval: int = param(5, at_least=1)
-    """Optimizer steps between lines of `metrics.jsonl` and of the log."""
+    """Optimizer steps between lines of the log; `metrics.jsonl` has a line for every step."""
     tensorboard_dir: str | None = param(None)
     """Folder of TensorBoard files; None means `runs` inside the run directory."""
     tensorboard_log_interval: int = param(1, at_least=1)
@@ -52,3 +52,5 @@ class Evaluation:
     """Global batches of one evaluation; -1 means all of the validation data, 0 none."""
     eval_interval: int | None = param(None, aliases=("eval_steps",), at_least=1)
     """Optimizer steps between evaluations; None means `save_interval`."""
+    eval_on_start: bool = param(False)
+    """Evaluates once before the first step, for a value to compare with."""

@@ -85,6 +85,11 @@ class Engine:
         metrics, stop = self._reduce(stored, stop=stop)
         return StepResult(metrics, grad_norm, self.optimizer.learning_rate, stop)
 
+    def optimizer_from_model(self) -> None:
+        """Takes the optimizer's main parameters from the model, after weights were loaded into it."""
+        if self.optimizer is not None:
+            self.optimizer.megatron.reload_model_params()
+
     def evaluate(self, packs: Sequence[Pack], objective: Objective) -> Mapping[str, Ratio]:
         """The objective's metrics over these micro-batches of every data-parallel rank, without gradients."""
         for chunk in self.model.chunks:

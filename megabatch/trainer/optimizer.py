@@ -78,6 +78,10 @@ class Optimizer:
         """What is kept for each parameter, `param` being the main copy."""
         return ("param", "exp_avg", "exp_avg_sq") if self.is_adam else ("param", "momentum_buffer")
 
+    def advance(self, steps: int) -> None:
+        """Moves the learning-rate schedule on by steps that were done before."""
+        self.schedule.step(steps)
+
     def allocate_state(self, step: int) -> None:
         """Makes the state that `step` steps would have made, with zeros in it, for a checkpoint to be read into."""
         for inner in self.inner:

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megabatch.errors import LaunchError
+from megabatch.errors import LaunchError, MegabatchError
+
+
+T = TypeVar("T")
+
+
+class ElsewhereError(MegabatchError):
+    """Another rank failed; it has said why in its own log."""
+
+    def __init__(self, error: MegabatchError, rank: int = 0) -> None:
+        self.error = error
+        super().__init__(f"rank {rank} failed: {error}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +182,30 @@ class Ranks:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Runs a function on the main rank and gives its result to all; an error of it is raised on all of them."""
+        outcome: list[tuple[T | None, MegabatchError | None]] = [(None, None)]
+        if self.is_main:
+            try:
+                outcome = [(function(), None)]
+            except MegabatchError as e:
+                outcome = [(None, e)]
+        dist.broadcast_object_list(outcome, src=0)
+        value, error = outcome[0]
+        if error is not None:
+            raise error if self.is_main else ElsewhereError(error)
+        return cast(T, value)
+
+    def raise_together(self, error: MegabatchError | None) -> None:
+        """Raises on every rank if there was an error on any: its own where it happened, `ElsewhereError` elsewhere."""
+        errors: list[MegabatchError | None] = [None] * self.place.world_size
+        dist.all_gather_object(errors, error)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(errors):
+            if other is not None:
+                raise ElsewhereError(other, rank)
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; the same answer on every rank."""

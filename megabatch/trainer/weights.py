@@ -106,6 +106,17 @@ def in_first_replica(mapped: Mapped, ranks: Ranks) -> bool:
     return int(ranks.state.get_data_parallel_rank(with_context_parallel=True)) == 0
 
 
+def parameters_norm(model: Model, table: Sequence[Mapped], ranks: Ranks) -> float:
+    """L2 norm of all parameters of the model, each counted once; collective."""
+    total = torch.zeros((), dtype=torch.float64)
+    for item in placed(model, table, ranks):
+        is_owned = tensor_split(item.mapped, ranks)[0] == 0 or item.mapped.split != "replicated"
+        if is_owned and not item.is_copy and in_first_replica(item.mapped, ranks):
+            total += item.parameter.detach().double().square().sum().cpu()
+    dist.all_reduce(total)
+    return float(total.sqrt())
+
+
 def _gather(tensor: Tensor, mapped: Mapped, rank: int, size: int, ranks: Ranks) -> list[memoryview]:
     if size == 1 or mapped.split == "replicated":
         return [_bytes(tensor)] if rank == 0 else []

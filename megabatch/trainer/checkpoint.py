@@ -1,0 +1,201 @@
+"""Checkpoints of a run: complete or absent, and exact to resume from.
+
+`checkpoints/step_00000100/` holds `trainer.json` (step, data cursor, layout), `mcore/` (torch_dist: model, optimizer,
+generators) and `hf/` (safetensors that transformers loads). It is written under a temporary name, synced and renamed;
+then `latest` is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megabatch.errors import CheckpointError, MegabatchError
+from megabatch.plan.layout import Layout
+from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.trainer import torch_dist
+from megabatch.trainer.data.schedule import Cursor
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.hf_export import HfExport
+from megabatch.trainer.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+TRAINER, MCORE, HF = "trainer.json", "mcore", "hf"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is: all that decides its next step, besides weights, optimizer and generators."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    cursor: Cursor = Cursor()
+    tokens: int = 0
+    """Tokens trained on so far, without padding."""
+    samples: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retention:
+    """What is saved and what is kept."""
+
+    no_save_optim: bool = False
+    no_save_rng: bool = False
+    save_retain_interval: int | None = None
+    save_total_limit: int | None = None
+
+
+class Checkpoints:
+    """Saves to and restores from one run directory; every method is collective."""
+
+    def __init__(
+        self, run: RunDirectory, ranks: Ranks, layout: Layout, *, retention: Retention, export: HfExport | None
+    ) -> None:
+        """`export` writes the Hugging Face folder; None writes none."""
+        self.run, self.ranks, self.layout, self.retention, self.export = run, ranks, layout, retention, export
+        if ranks.is_main:
+            for leftover in run.checkpoints.glob(".*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint of this run that can be resumed from."""
+
+        def find() -> Path | None:
+            found = sorted(self.run.checkpoints.glob("step_*"), reverse=True)
+            return next((path for path in found if (path / MCORE).is_dir() and (path / TRAINER).is_file()), None)
+
+        return self.ranks.on_main(find)
+
+    def save(self, engine: Engine, progress: Progress, *, resumable: bool = True) -> Path:
+        """Writes the checkpoint of a step.
+
+        Args: resumable: whether optimizer and generators must be in it even if `no_save_optim` says otherwise, as
+        for a run that stops to be requeued.
+        Raises: CheckpointError on every rank, with nothing left behind, if any rank could not write.
+        """
+        target = self.run.step(progress.step)
+        temporary = target.with_name(f".{target.name}.tmp")
+        self.ranks.on_main(lambda: _fresh(temporary))
+        try:
+            if self.export is not None:
+                self.export.save(engine.model, self.ranks, temporary / HF)
+            if resumable or not self.retention.no_save_optim:
+                self._save_state(engine, temporary / MCORE)
+            self.ranks.on_main(lambda: self._commit(temporary, target, progress))
+        except MegabatchError as e:
+            self.ranks.barrier()
+            if self.ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"the checkpoint of step {progress.step} was not saved: {e}") from e
+        if self.ranks.is_main:
+            self._forget(progress.step)
+        return target
+
+    def _save_state(self, engine: Engine, directory: Path) -> None:
+        error: MegabatchError | None = None
+        try:
+            torch_dist.save(engine, directory, optimizer=True, rng=not self.retention.no_save_rng)
+        except Exception as e:  # megatron-core and torch wrap a full disk in exceptions of their own
+            error = CheckpointError(f"{directory}: {_root_cause(e)}")
+        self.ranks.raise_together(error)
+
+    def _commit(self, temporary: Path, target: Path, progress: Progress) -> None:
+        try:
+            state = {**asdict(progress), "cursor": progress.cursor.to_json(), "layout": asdict(self.layout)}
+            write_atomic(temporary / TRAINER, json.dumps(state, indent=2) + "\n")
+            _sync_tree(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+            _sync(target.parent)
+            write_atomic(self.run.latest, target.name + "\n")
+        except OSError as e:
+            raise CheckpointError(f"{target}: {e.strerror or e}") from e
+
+    def _forget(self, step: int) -> None:
+        """Deletes what `save_retain_interval` and `save_total_limit` do not keep; never the newest."""
+        older = [p for p in sorted(self.run.checkpoints.glob("step_*")) if _step_of(p) < step]
+        keep_every, keep_last = self.retention.save_retain_interval, self.retention.save_total_limit
+        doomed = [p for p in older if keep_every is not None and _step_of(p) % keep_every]
+        if keep_last is not None:
+            kept = [p for p in older if p not in doomed]
+            doomed += kept[: max(0, len(kept) + 1 - keep_last)]
+        for path in doomed:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def restore(self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True) -> Progress:
+        """Loads a checkpoint of this or another run and says how far it was.
+
+        Generators are taken over only by the layout that saved them.
+        Raises: CheckpointError naming the file.
+        """
+        progress, layout = self.ranks.on_main(lambda: read_progress(checkpoint))
+        same = layout == asdict(self.layout)
+        if rng and not same:
+            logger.info("%s was saved by another layout: random generators begin anew", checkpoint)
+        try:
+            has_rng = rng and same and torch_dist.has_rng(checkpoint / MCORE)
+            step = progress.step if optimizer else None
+            torch_dist.load(engine, checkpoint / MCORE, step=step, rng=has_rng)
+        except MegabatchError:
+            raise
+        except Exception as e:  # megatron-core and torch raise many kinds for damaged files
+            raise CheckpointError(f"{checkpoint / MCORE} cannot be loaded: {_root_cause(e)}") from e
+        if engine.optimizer is not None and optimizer:
+            engine.optimizer.advance(progress.step)
+        return progress
+
+
+def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
+    """What `trainer.json` says: progress, and the layout that saved it. Raises: CheckpointError."""
+    path = checkpoint / TRAINER
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        layout = state.pop("layout")
+        return Progress(**{**state, "cursor": Cursor.from_json(state["cursor"])}), layout
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path} cannot be read ({e}); give the folder of a checkpoint, step_*") from e
+
+
+def _fresh(temporary: Path) -> None:
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for name in (MCORE, HF):
+            (temporary / name).mkdir(parents=True)
+    except OSError as e:
+        raise CheckpointError(f"{temporary}: {e.strerror or e}") from e
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()  # the part that this checkpoint does without
+        else:
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the exception that started it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+

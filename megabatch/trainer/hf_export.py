@@ -1,0 +1,104 @@
+"""Saving the live model as a Hugging Face folder: every owner of tensors writes its own files, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megabatch.converters.atomic import replacing
+from megabatch.converters.bijection import TensorInfo
+from megabatch.converters.family import Family
+from megabatch.converters.mapping import Mapped
+from megabatch.converters.safetensors_io import ShardFile, Writer, split_shards, write_index
+from megabatch.converters.shards import HfRows
+from megabatch.converters.side_files import carry_over
+from megabatch.errors import MegabatchError
+from megabatch.trainer.model.build import Model
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.weights import SAFETENSORS_DTYPES, export, in_first_replica, placed, tensor_split
+
+
+@dataclass(frozen=True, slots=True)
+class HfExport:
+    """How this run's model becomes a Hugging Face folder."""
+
+    family: Family
+    table: Sequence[Mapped]
+    config_folder: Path
+    """Where config.json, tokenizer and the other side files are taken from."""
+    max_shard_size: str
+
+    def save(self, model: Model, ranks: Ranks, directory: Path) -> None:
+        """Writes an existing empty directory; collective. Every rank raises if one failed, without a hang."""
+        entries = self._own_entries(model, ranks)
+        files, everyone = self._files(entries)
+        error = _write(export(model, self.table, ranks), directory, files)
+        if ranks.is_main and error is None:
+            error = self._write_rest(model, directory, everyone)
+        ranks.raise_together(error)
+
+    def _own_entries(self, model: Model, ranks: Ranks) -> dict[str, TensorInfo]:
+        """The Hugging Face tensors that this rank writes, in the order in which the export yields them."""
+        shapes = self.family.hf_tensors(model.shape)
+        dtype = SAFETENSORS_DTYPES[model.config.params_dtype]
+        return {
+            piece.hf: TensorInfo(dtype, shapes[piece.hf])
+            for item in placed(model, self.table, ranks)
+            if not item.is_copy and in_first_replica(item.mapped, ranks) and tensor_split(item.mapped, ranks)[0] == 0
+            for piece in item.mapped.pieces
+        }
+
+    def _files(self, entries: Mapping[str, TensorInfo]) -> tuple[list[ShardFile], list[ShardFile]]:
+        """This rank's files and everybody's, named so that together they count from 1 to n."""
+        mine = split_shards(entries, max_shard_size=self.max_shard_size) if entries else []
+        gathered: list[list[ShardFile]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, mine)
+        everyone = [file for files in gathered for file in files]
+        if len(everyone) > 1:
+            names = [f"model-{i:05d}-of-{len(everyone):05d}.safetensors" for i in range(1, len(everyone) + 1)]
+            everyone = [ShardFile(name, file.entries) for name, file in zip(names, everyone, strict=True)]
+        before = sum(len(files) for files in gathered[: dist.get_rank()])
+        return everyone[before : before + len(mine)], everyone
+
+    def _write_rest(self, model: Model, directory: Path, files: Sequence[ShardFile]) -> MegabatchError | None:
+        try:
+            write_index(directory, files)
+            carry_over(self.config_folder, directory, skip=("config.json",))
+            config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
+            dtype = str(model.config.params_dtype).removeprefix("torch.")
+            config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+            with replacing(directory / "config.json") as file:
+                file.write((json.dumps(config, indent=2) + "\n").encode())
+        except (MegabatchError, OSError) as e:
+            return e if isinstance(e, MegabatchError) else MegabatchError(f"{directory} cannot be written: {e}")
+        return None
+
+
+def _write(
+    tensors: Iterator[tuple[Mapped, Iterator[HfRows]]], directory: Path, files: Sequence[ShardFile]
+) -> MegabatchError | None:
+    """Writes this rank's tensors; after an error it goes on gathering with the others and writes no more."""
+    file_of = {name: file for file in files for name in file.entries}
+    writers: dict[str, Writer] = {}
+    error: MegabatchError | None = None
+    for _, rows in tensors:
+        if error is not None:
+            continue
+        try:
+            for row in rows:
+                file = file_of[row.hf]
+                if file.name not in writers:
+                    writers[file.name] = Writer(directory / file.name, file.entries)
+                writers[file.name].write(row.hf, row.data, row_start=row.row_start, index=row.index)
+        except MegabatchError as e:
+            error = e
+    for writer in writers.values():
+        try:
+            writer.abort() if error is not None else writer.close()
+        except MegabatchError as e:
+            error = e
+    return error

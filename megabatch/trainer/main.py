@@ -1,0 +1,53 @@
+"""The process of one rank: `python -m megabatch.trainer.main RUN_DIR`, started by a job script or by `--local`.
+
+torch and megatron-core are imported inside `main`: helper processes that Python starts by spawn import this file too,
+and a stop request must be understood before the seconds that those imports take are over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from megabatch.config.run import RunConfig
+from megabatch.errors import ConfigError, DataError, MegabatchError
+from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.trainer.signals import StopSignal
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status of the rank; see `ExitCode`."""
+    stop = StopSignal()
+    if len(arguments) != 1:
+        print("usage: python -m megabatch.trainer.main RUN_DIR", file=sys.stderr)
+        return ExitCode.CONFIG
+    try:
+        run = RunConfig.load(RunDirectory(Path(arguments[0])).run_json)
+        _configure_logging(run)
+        from megabatch.trainer.loop import train
+
+        return train(run, stop)
+    except MegabatchError as e:
+        from megabatch.trainer.ranks import ElsewhereError
+
+        cause = e.error if isinstance(e, ElsewhereError) else e
+        if cause is e:
+            print(f"error: {e}", file=sys.stderr)
+        return ExitCode.CONFIG if isinstance(cause, ConfigError | DataError) else ExitCode.FAILED
+
+
+def _configure_logging(run: RunConfig) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    level = (run.recipe.logging.logging_level or ("info" if rank == 0 else "warning")).upper()
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s", force=True)
+    logging.getLogger("megabatch").setLevel(level)
+
+
+if __name__ == "__main__":
+    status = int(main(sys.argv[1:]))
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of gloo and of data workers must not hold up a rank that is done

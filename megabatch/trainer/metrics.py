@@ -1,0 +1,206 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard, the log or a progress bar, and the heartbeat."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from megabatch.config.watching import Logging
+from megabatch.plan.flops import peak_tflops, training_flops
+from megabatch.plan.shape import ModelShape
+from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.trainer.engine import Ratio
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 5.0
+"""Seconds between heartbeats, at least."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One optimizer step, as the loop knows it."""
+
+    step: int
+    epoch: float
+    loss: Ratio
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    """Tokens of the global batch, without padding."""
+    samples: int
+    consumed_tokens: int
+    consumed_samples: int
+    seconds: float
+    """Wall-clock time of the step, data included."""
+    extra: Mapping[str, float]
+
+
+class Metrics:
+    """Writes on the main rank and does nothing on the others; use as a context manager."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        settings: Logging,
+        *,
+        is_main: bool,
+        world_size: int,
+        shape: ModelShape,
+        mean_length: float,
+        train_iters: int,
+        first_step: int,
+        restart: int,
+    ) -> None:
+        self.run, self.settings, self.is_main = run, settings, is_main
+        self.world_size, self.shape, self.mean_length = world_size, shape, mean_length
+        self.train_iters, self.step, self.restart = train_iters, first_step, restart
+        self.recent: deque[tuple[float, int]] = deque(maxlen=50)
+        self._beat_at = 0.0
+        self._last: dict[str, Any] = {}
+        self._peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+    def __enter__(self) -> Metrics:
+        if self.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+            from tqdm import tqdm
+
+            self._file = open(self.run.metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            self._board = SummaryWriter(self.settings.tensorboard_dir, max_queue=self.settings.tensorboard_queue_size)
+            self._bar = tqdm(
+                total=self.train_iters, initial=self.step, unit="step", disable=not sys.stderr.isatty(), leave=True
+            )
+            self.heartbeat("running", force=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.is_main:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+            if kind is not None:
+                self.heartbeat("failed", force=True)
+
+    def log_step(self, record: StepRecord) -> None:
+        """One optimizer step: a line of metrics.jsonl always, the rest at its intervals."""
+        if not self.is_main:
+            return
+        self.step = record.step
+        self.recent.append((record.seconds, record.tokens))
+        values = self._values(record)
+        self._write({"kind": "train", **values})
+        if record.step % self.settings.tensorboard_log_interval == 0:
+            self._to_board(values, record.step)
+        if self._bar.disable and (record.step % self.settings.log_interval == 0 or record.step == self.train_iters):
+            logger.info("%s", self._line(values))
+        self._bar.update(1)
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_s']:.0f} tokens/s", refresh=False)
+        self._last = values
+        self.heartbeat("running")
+
+    def log_evaluation(self, step: int, loss: Ratio, seconds: float) -> None:
+        """One evaluation of the validation data."""
+        if not self.is_main:
+            return
+        values = {"step": step, "eval_loss": loss.value, "eval_loss_sum": loss.total, "eval_loss_count": loss.count}
+        self._write({"kind": "eval", **values, "seconds": seconds, "restart": self.restart})
+        self._board.add_scalar("eval/loss", loss.value, step)
+        if self.settings.log_validation_ppl_to_tensorboard:
+            self._board.add_scalar("eval/perplexity", torch.tensor(loss.value).exp().item(), step)
+        logger.info("step %d of %d: validation loss %.6f over %d tokens", step, self.train_iters, loss.value, loss.count)
+
+    def heartbeat(self, state: str, *, force: bool = False) -> None:
+        """Tells the launcher that the run is alive: `running`, `saving`, `stopped`, `failed` or `done`."""
+        now = time.time()
+        if not self.is_main or (not force and now - self._beat_at < HEARTBEAT_S):
+            return
+        self._beat_at = now
+        shown = {name: self._last[name] for name in ("loss", "tokens_per_s", "eta_s") if name in self._last}
+        beat = {
+            "time": now,
+            "state": state,
+            "step": self.step,
+            "train_iters": self.train_iters,
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "restart": self.restart,
+            **shown,
+        }
+        write_atomic(self.run.heartbeat, json.dumps(beat) + "\n")
+
+    def _values(self, record: StepRecord) -> dict[str, Any]:
+        seconds = sum(s for s, _ in self.recent)
+        rate = sum(t for _, t in self.recent) / seconds
+        values: dict[str, Any] = {
+            "step": record.step,
+            "epoch": round(record.epoch, 6),
+            "loss": record.loss.value,
+            "loss_sum": record.loss.total,
+            "loss_count": record.loss.count,
+            "grad_norm": record.grad_norm,
+            "learning_rate": record.learning_rate,
+            "tokens": record.tokens,
+            "samples": record.samples,
+            "consumed_tokens": record.consumed_tokens,
+            "consumed_samples": record.consumed_samples,
+            "step_s": record.seconds,
+            "tokens_per_s": rate,
+            "eta_s": (self.train_iters - record.step) * seconds / len(self.recent),
+            "memory_gib": _memory_gib(),
+            "restart": self.restart,
+            **record.extra,
+        }
+        flops = training_flops(self.shape, tokens=record.tokens, mean_length=self.mean_length)
+        tflops = flops / record.seconds / self.world_size / 1e12
+        if self.settings.log_throughput:
+            values["tflops_per_gpu"] = tflops
+        if self._peak is not None:
+            values["mfu"] = tflops / self._peak
+        return values
+
+    def _to_board(self, values: Mapping[str, Any], step: int) -> None:
+        skipped = {"step", "restart", "loss_sum", "loss_count"}
+        if self.settings.no_log_learning_rate_to_tensorboard:
+            skipped.add("learning_rate")
+        if not self.settings.log_memory_to_tensorboard:
+            skipped.add("memory_gib")
+        if not self.settings.log_timers_to_tensorboard:
+            skipped |= {"step_s", "tokens_per_s", "eta_s"}
+        for name, value in values.items():
+            if name not in skipped:
+                self._board.add_scalar(f"train/{name}", value, step)
+
+    def _line(self, values: Mapping[str, Any]) -> str:
+        parts = [
+            f"step {values['step']} of {self.train_iters}",
+            f"loss {values['loss']:.6f}",
+            f"grad norm {values['grad_norm']:.3f}",
+            f"lr {values['learning_rate']:.3e}",
+            f"{values['tokens_per_s']:.0f} tokens/s",
+            f"{values['step_s']:.2f} s/it",
+        ]
+        if "mfu" in values:
+            parts.append(f"MFU {values['mfu']:.1%}")
+        minutes, seconds = divmod(int(values["eta_s"]), 60)
+        return ", ".join([*parts, f"{minutes}:{seconds:02d} left"])
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+def _memory_gib() -> float:
+    """Peak memory of this process: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

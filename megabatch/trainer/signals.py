@@ -1,0 +1,20 @@
+"""A stop request from the launcher, Slurm or a person."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class StopSignal:
+    """Remembers SIGUSR2, SIGTERM and SIGINT; the loop asks after each step, and all ranks stop after the same one."""
+
+    SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in self.SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
