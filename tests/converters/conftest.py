@@ -43,6 +43,12 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def cases() -> list[str]:
+    """The names of all cases."""
+    return list(CASES)
+
+
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`saved(case)`: a folder with the random model of `CASES[case]`, made once."""
     folders: dict[str, Path] = {}

@@ -1,0 +1,204 @@
+"""Corrupt, incomplete and unfit checkpoints, archives beyond 4 GB, and pickles that must not run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megabatch.converters.to_hf import to_hf
+from megabatch.converters.to_mcore import to_mcore
+from megabatch.converters.torch_dist.archive import Archive
+from megabatch.converters.torch_dist.folder import TorchDistFolder
+from megabatch.converters.torch_dist.metadata import Chunk, Entry, Stored, dump_metadata
+from megabatch.converters.torch_dist.pickle_codec import Call, Global, Instance, Recorded, dump, load
+from megabatch.errors import ConversionError
+
+Saved = Callable[[str], Path]
+
+
+@pytest.fixture
+def checkpoint(saved: Saved, tmp_path: Path) -> Path:
+    to_mcore(saved("qwen3-moe"), tmp_path / "mcore")
+    return tmp_path / "mcore"
+
+
+def rewrite(checkpoint: Path, change: Callable[[dict[str, Entry]], object]) -> None:
+    """Changes what `.metadata` says of the tensors."""
+    folder = TorchDistFolder(checkpoint)
+    for key, entry in folder.entries.items():
+        entry.dtype = folder.dtype(key)
+    change(folder.entries)
+    (checkpoint / ".metadata").write_bytes(dump_metadata(folder.entries, [], save_id="x"))
+
+
+def test_pickles_name_classes_and_call_nothing(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    made = load(pickle.dumps([Evil(), {"a": 1}]), place="test")
+    assert made[1] == {"a": 1}
+    assert isinstance(made[0], Recorded)
+    assert made[0].args == (str(tmp_path / "made"),)
+    assert not (tmp_path / "made").exists()
+
+
+def test_pickles_read_back_what_was_written() -> None:
+    value = {"a": (1, -5, 300, 1 << 40, True, None, 2.5), "b": [Call(Global("torch", "Size"), ((2, 3),))], "é": ()}
+    back = load(dump(value), place="test")
+    assert back["a"] == value["a"]
+    assert (type(back["b"][0]).__name__, back["b"][0].module, back["b"][0].args) == ("Size", "torch", ((2, 3),))
+    assert load(dump(Instance(Global("m", "C"), {"x": 1})), place="test").field("x") == 1
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x80\x02", b"N", b"r\xff\xff\xff\xff.", b"\x80\x02}q\x00(X\x04\x00"])
+def test_broken_pickles(raw: bytes) -> None:
+    with pytest.raises(ConversionError, match="here: not a valid pickle"):
+        load(raw, place="here")
+
+
+def test_torch_reads_our_archives_and_we_read_torch(tmp_path: Path) -> None:
+    data = torch.arange(35, dtype=torch.bfloat16).view(5, 7)
+    raw = data.view(torch.uint8).numpy().tobytes()
+    archive = Archive.of_tensor("BF16", (5, 7), count=35, size=len(raw))
+    (tmp_path / "a").write_bytes(archive.prefix(0) + raw + archive.suffix(0))
+    assert archive.total == (tmp_path / "a").stat().st_size
+    assert torch.equal(torch.load(tmp_path / "a", weights_only=True), data)
+
+
+def test_archives_beyond_four_gigabytes(tmp_path: Path) -> None:
+    count = (1 << 30) + 5
+    archive = Archive.of_tensor("F32", (count,), count=count, size=4 * count)
+    last = torch.tensor([42.0]).numpy().tobytes()
+    with open(tmp_path / "big", "wb") as file:
+        file.write(archive.prefix(0))
+        file.seek(archive.data_offset + 4 * count - 4)
+        file.write(last + archive.suffix(0))
+    assert (tmp_path / "big").stat().st_size == archive.total
+    with zipfile.ZipFile(tmp_path / "big") as opened:
+        assert opened.getinfo("archive/data/0").file_size == 4 * count
+    tensor = torch.load(tmp_path / "big", weights_only=True, mmap=True)
+    assert (tensor.numel(), tensor[-1].item(), tensor[0].item()) == (count, 42.0, 0.0)
+    os.remove(tmp_path / "big")
+
+
+def test_left_over_missing_and_misshaped_tensors_are_named(checkpoint: Path, saved: Saved, tmp_path: Path) -> None:
+    def change(entries: dict[str, Entry]) -> None:
+        entries["decoder.layers.mlp.shared.weight"] = entries.pop("decoder.layers.mlp.router.weight")
+        entries["optimizer.state.exp_avg.x"] = entries["decoder.final_layernorm.weight"]
+        entries["output_layer.weight"].size = (59, 24)
+
+    rewrite(checkpoint, change)
+    with pytest.raises(ConversionError) as caught:
+        to_hf(checkpoint, saved("qwen3-moe"), tmp_path / "hf")
+    text = str(caught.value)
+    assert "decoder.layers.mlp.router.weight [2, 4, 24] is missing" in text
+    assert "decoder.layers.mlp.shared.weight [2, 4, 24] is left over" in text
+    assert "output_layer.weight has shape [59, 24], config.json gives [60, 24]" in text
+    assert "optimizer" not in text
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("fault", ["hole", "overlap"])
+def test_holes_and_overlaps_leave_no_loadable_folder(
+    fault: str, checkpoint: Path, saved: Saved, tmp_path: Path
+) -> None:
+    def change(entries: dict[str, Entry]) -> None:
+        entry = entries["decoder.layers.mlp.router.weight"]
+        entry.chunks = entry.chunks[:1] if fault == "hole" else [*entry.chunks, entry.chunks[0]]
+
+    rewrite(checkpoint, change)
+    with pytest.raises(ConversionError, match=rf"{fault}.* in rows 0 to 4 of decoder\.layers\.mlp\.router\.weight"):
+        to_hf(checkpoint, saved("qwen3-moe"), tmp_path / "hf")
+    assert os.listdir(tmp_path / "hf") == []
+
+
+def test_files_that_are_missing_truncated_or_foreign(checkpoint: Path, saved: Saved, tmp_path: Path) -> None:
+    reference = saved("qwen3-moe")
+    with pytest.raises(ConversionError, match=r"metadata\.json: cannot be read.*torch_dist"):
+        to_hf(reference, reference, tmp_path / "hf")
+    os.truncate(checkpoint / "__0_1.distcp", 3000)
+    with pytest.raises(ConversionError, match=r"__0_1\.distcp"):
+        to_hf(checkpoint, reference, tmp_path / "hf")
+    os.remove(checkpoint / "__0_1.distcp")
+    with pytest.raises(ConversionError, match=r"__0_1\.distcp: cannot be read: No such file"):
+        to_hf(checkpoint, reference, tmp_path / "hf2")
+    (checkpoint / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(ConversionError, match="zarr"):
+        to_hf(checkpoint, reference, tmp_path / "hf3")
+
+
+def test_outputs_that_exist_are_left_alone(checkpoint: Path, saved: Saved, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="exists and is not empty"):
+        to_mcore(saved("qwen3-moe"), checkpoint)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine").write_text("")
+    with pytest.raises(ConversionError, match="exists and is not empty"):
+        to_hf(checkpoint, saved("qwen3-moe"), tmp_path / "hf")
+
+
+def test_a_failed_conversion_is_no_checkpoint(saved: Saved, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(saved("qwen3"), source)
+    os.truncate(source / "model.safetensors", (source / "model.safetensors").stat().st_size - 1)
+    with pytest.raises(ConversionError, match="truncated"):
+        to_mcore(source, tmp_path / "mcore")
+    assert not (tmp_path / "mcore").exists()
+
+
+def test_metadata_of_torch_itself_is_read(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    state = {"a": torch.randn(6, 5), "b": torch.randn(3).bfloat16(), "note": "text"}
+    dcp.save(state, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
+    (tmp_path / "dcp" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    folder = TorchDistFolder(tmp_path / "dcp")
+    assert {key: (entry.size, folder.dtype(key)) for key, entry in folder.entries.items()} == {
+        "a": ((6, 5), "F32"),
+        "b": ((3,), "BF16"),
+    }
+    into = memoryview(bytearray(40))
+    folder.read_rows("a", (), (2, 4), into)
+    assert bytes(into) == state["a"][2:4].numpy().tobytes()
+
+
+def test_our_metadata_is_read_by_torch(tmp_path: Path) -> None:
+    entry = Entry((4, 2), [Chunk((0, 0), (4, 2), Stored("f", 3, 99))], "BF16")
+    raw = dump_metadata({"w": entry}, [("state", Stored("f", 0, 3))], save_id="id")
+    made = pickle.loads(raw)
+    tensor = made.state_dict_metadata["w"]
+    assert (tensor.size, tensor.properties.dtype) == (torch.Size([4, 2]), torch.bfloat16)
+    assert tensor.chunks[0].sizes == torch.Size([4, 2])
+    assert {index.fqn: (info.offset, info.length) for index, info in made.storage_data.items()} == {
+        "w": (3, 99),
+        "state": (0, 3),
+    }
+
+
+def test_mutated_metadata_is_an_error_or_changes_nothing(checkpoint: Path, saved: Saved, tmp_path: Path) -> None:
+    original = (checkpoint / ".metadata").read_bytes()
+    expected = load_file(saved("qwen3-moe") / "model.safetensors")
+    rng = random.Random(11)
+    refused = 0
+    for attempt in range(120):
+        at = rng.randrange(len(original))
+        cut = original[at + rng.randrange(2) :] if attempt % 2 else original[at + 1 :]
+        (checkpoint / ".metadata").write_bytes(original[:at] + rng.randbytes(1) * (attempt % 3 > 0) + cut)
+        out = tmp_path / str(attempt)
+        try:
+            to_hf(checkpoint, saved("qwen3-moe"), out)
+            back = load_file(out / "model.safetensors")
+            assert all(torch.equal(back[name], tensor) for name, tensor in expected.items())
+        except ConversionError:
+            refused += 1
+            assert not (out / "model.safetensors").exists()
+    assert refused > 60
