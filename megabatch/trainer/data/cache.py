@@ -63,14 +63,12 @@ class TokenCache:
         Raises: DataError for a faulty row, no usable sample, or a disk that cannot take the cache.
         """
         path = Path(cache_dir) / _key(sources, encoding, seed=seed, shuffle=shuffle)
-        if path.exists():
-            try:
-                cls.open(path, verify=True)
-                return path
-            except DataError as e:
-                log.warning("making a token cache again: %s", e)
         rows = (row for source in sources for row in source.rows(seed=seed, shuffle=shuffle))
         try:
+            if path.exists():
+                if cls._is_sound(path):
+                    return path
+                cache_files.remove(path)
             cache_files.write(path, encoded_chunks(rows, encoding, num_proc=num_proc))
         except OSError as e:
             raise DataError(
@@ -79,6 +77,15 @@ class TokenCache:
             ) from e
         cls.open(path).log_summary()
         return path
+
+    @classmethod
+    def _is_sound(cls, path: Path) -> bool:
+        try:
+            cls.open(path, verify=True)
+        except DataError as e:
+            log.warning("making a token cache again: %s", e)
+            return False
+        return True
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = False) -> TokenCache:

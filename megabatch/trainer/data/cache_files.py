@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -34,25 +35,34 @@ DTYPES: dict[str, Any] = {
 
 
 def write(path: Path, chunks: Iterable[Chunk]) -> None:
-    """Writes a cache of these chunks as the folder `path`, replacing what is there, all or nothing.
+    """Writes a cache of these chunks as the folder `path`, all or nothing; one that appears meanwhile is kept.
 
     Raises: DataError when no sample comes; OSError of the disk; whatever `chunks` raises.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         meta = _write_columns(temporary, chunks)
         with open(temporary / "meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, temporary / "replaced")  # a folder cannot be renamed over a full one
-        os.replace(temporary, path)
-        shutil.rmtree(path / "replaced", ignore_errors=True)
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folder is its owner's alone; a cache is shared
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            # Another job made the same cache at the same time, and its ranks may have mapped it: theirs stays.
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a cache at once for everybody who looks for it under its name."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    path.rename(aside / "removed")
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -127,6 +137,12 @@ def _write_columns(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
         "sources": [list(source) for source in sources],
         "files": written,
     }
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _crc32(path: Path) -> int:

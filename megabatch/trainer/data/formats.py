@@ -181,9 +181,19 @@ def _check(found: list[Message], row: Row) -> None:
             )
         if message.role == "assistant" and not message.content.strip():
             raise DataError(f"{row.origin}: message {index} of the assistant is empty; fill it or delete the row")
+        if not _encodable(message.content):
+            raise DataError(f"{row.origin}: message {index} holds half a surrogate pair, which is no text; delete it")
         before = message.role
     if before != "assistant":
         raise DataError(f"{row.origin}: the last message is of the {before}; it must be the assistant's to learn from")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

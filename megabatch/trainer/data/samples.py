@@ -41,11 +41,15 @@ class Encoding:
     task: Literal["pt", "sft"] = "sft"
     template: str | None = None
     system: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] | None = None
     max_length: int | None = None
     """In tokens; None for no limit."""
     truncation_strategy: Truncation = "delete"
     loss_scale: LossScale = "default"
+
+    def __post_init__(self) -> None:
+        # Read-only views of a mapping can be neither pickled nor written as JSON.
+        object.__setattr__(self, "columns", dict(self.columns or {}))
 
 
 @dataclass(frozen=True, slots=True)

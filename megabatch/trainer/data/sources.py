@@ -1,8 +1,8 @@
 """Dataset strings → rows that know where they came from.
 
-A dataset string is `path[#count]` or `[hf::|ms::]org/name[:subset[:split]][#count]`. A path is a JSONL, JSON, CSV,
-Parquet or plain-text file, or a folder of such files. `#count` takes that many rows of this dataset: a seeded random
-subset (the first rows when the dataset is not shuffled); above the dataset's size, whole repetitions and a subset.
+`names` says what a dataset string may be. A path is a JSONL, JSON, CSV, Parquet or plain-text file, or a folder of
+such files. `#count` takes that many rows of this dataset: a seeded random subset (the first rows when the dataset is
+not shuffled); above the dataset's size, whole repetitions and a subset. Of an example dataset it makes that many.
 
 Local files are streamed, so memory does not grow with the dataset; only a JSON list is read as a whole.
 """
@@ -10,7 +10,6 @@ Local files are streamed, so memory does not grow with the dataset; only a JSON 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,10 @@ from typing import Literal
 import numpy as np
 
 from megabatch.errors import DataError
-from megabatch.trainer.data import files, hub
+from megabatch.trainer.data import examples, files, hub, names
 from megabatch.trainer.data.files import Row
 
 Hub = Literal["hf", "ms"]
-
-_COUNT = re.compile(r"#(\d+)$")
-_HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(?::[\w./-]+){0,2}$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +35,14 @@ class Source:
     hub: Hub | None = None
     name: str = ""
     """Hub name, `org/name[:subset[:split]]`."""
+    example: str | None = None
+    """Name of a dataset that is made, see `examples`."""
     count: int | None = None
 
     def rows(self, *, seed: int, shuffle: bool) -> Iterator[Row]:
         """All wanted rows, in the dataset's own order (the schedule shuffles). Raises DataError when empty."""
         total = 0
-        if self.count is None:
+        if self.count is None or self.example:
             for row in self._all():
                 total += 1
                 yield row
@@ -65,10 +63,14 @@ class Source:
             digest.update(files.content_digest(path))
         if self.hub:
             digest.update(hub.fingerprint(self.hub, self.name).encode())
+        if self.example:
+            digest.update(f"example:{self.example}:{examples.VERSION}".encode())
         digest.update(repr(self.count).encode())
         return digest.hexdigest()
 
     def _all(self) -> Iterator[Row]:
+        if self.example:
+            yield from examples.rows(self.example, self.count)
         if self.hub:
             yield from hub.rows(self.hub, self.name)
         for path in self.paths:
@@ -96,35 +98,9 @@ def repetitions(total: int, count: int, *, seed: int, shuffle: bool) -> np.ndarr
 
 
 def _resolve(text: str, *, use_hf: bool) -> Source:
-    where, count = text, None
-    if match := _COUNT.search(text):
-        where, count = text[: match.start()], int(match.group(1))
-        if not count:
-            raise DataError(f"dataset {text!r} asks for #0 rows; drop the #0 or ask for at least one")
-    for prefix in ("hf", "ms"):
-        if where.startswith(f"{prefix}::"):
-            return Source(text, hub=prefix, name=where[4:], count=count)
-    path = Path(where).expanduser()
-    if path.exists():
-        return Source(text, paths=tuple(_files_in(path) if path.is_dir() else [_known(path)]), count=count)
-    if _HUB_NAME.match(where) and path.suffix.lower() not in files.SUFFIXES:
-        return Source(text, hub="hf" if use_hf else "ms", name=where, count=count)
-    raise DataError(f"dataset {text!r} does not exist{files.nearest(path)}")
-
-
-def _files_in(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in files.SUFFIXES)
-    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    if not found:
-        raise DataError(f"dataset folder {folder} has no {_suffix_list()} file; check the path")
-    return found
-
-
-def _known(path: Path) -> Path:
-    if path.suffix.lower() not in files.SUFFIXES:
-        raise DataError(f"dataset {path} is not a {_suffix_list()} file; convert or rename it")
-    return path
-
-
-def _suffix_list() -> str:
-    return ", ".join(files.SUFFIXES)
+    name = names.parse(text, use_hf=use_hf)
+    if name.kind == "example":
+        return Source(text, example=name.where, count=name.count)
+    if name.kind == "path":
+        return Source(text, paths=tuple(names.local_files(name)), count=name.count)
+    return Source(text, hub=name.kind, name=name.where, count=name.count)

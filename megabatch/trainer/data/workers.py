@@ -7,8 +7,10 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 
+from megabatch.errors import DataError
 from megabatch.trainer.data.files import Row
 from megabatch.trainer.data.samples import Chunk, Encoder, Encoding
 
@@ -21,7 +23,7 @@ def encoded_chunks(rows: Iterable[Row], encoding: Encoding, *, num_proc: int = 1
     """Chunks of samples in the order of the rows, which is the same for every `num_proc`.
 
     Processes are spawned, not forked: the caller may hold threads, CUDA or process groups. A dataset of one chunk is
-    encoded here. Raises: DataError of the first faulty row.
+    encoded here. Raises: DataError of the first faulty row, or when a process dies.
     """
     encoder = Encoder(encoding)  # here too, so that a faulty tokenizer or template is one clear error
     pieces = _chunks(rows)
@@ -39,6 +41,11 @@ def encoded_chunks(rows: Iterable[Row], encoding: Encoding, *, num_proc: int = 1
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as e:
+            raise DataError(
+                f"a tokenising process died, probably for lack of memory; lower data.dataset_num_proc={num_proc} or "
+                f"ask for more memory"
+            ) from e
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from megabatch.errors import DataError
 from megabatch.trainer.data import cache_files, datasets, workers
 from megabatch.trainer.data.cache import TokenCache
+from megabatch.trainer.data.files import Origin, Row
 from megabatch.trainer.data.samples import Encoder, Encoding
 from megabatch.trainer.data.sources import resolve
 
@@ -68,6 +71,22 @@ def test_a_faulty_row_in_another_process_is_named(
     assert not list((tmp_path / "cache").iterdir())
 
 
+class Fatal:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+
+def test_a_tokenising_process_that_dies_is_one_clear_error(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 1)
+    fatal = [Row(Origin("a.jsonl", number), {"query": Fatal()}) for number in (1, 2)]
+    with pytest.raises(DataError, match=r"a tokenising process died.*lower data\.dataset_num_proc=2"):
+        list(workers.encoded_chunks(fatal, Encoding(tokenizer=tokenizer_folder), num_proc=2))
+
+
 def test_it_is_reused_until_anything_that_matters_changes(build: Any, write_jsonl: Write) -> None:
     path = write_jsonl("a.jsonl", rows(10))
     first = build(path, max_length=100)
@@ -117,6 +136,19 @@ def test_a_full_disk_leaves_nothing_behind(
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_cache_that_another_job_finishes_first_is_kept(
+    build: Any, write_jsonl: Write, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    path = write_jsonl("a.jsonl", rows(3))
+    folder = build(path)
+    before = (folder / "meta.json").stat().st_ino
+    (source,) = resolve([str(path)])
+    encoder = Encoder(Encoding(tokenizer=tokenizer_folder))
+    cache_files.write(folder, [encoder.encode(list(source.rows(seed=0, shuffle=False)))])
+    assert (folder / "meta.json").stat().st_ino == before
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
 def test_no_sample_left_says_why(build: Any, write_jsonl: Write, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no sample is left of the dataset: 3 longer than max_length; raise"):
         build(write_jsonl("a.jsonl", rows(3)), max_length=4)
@@ -163,6 +195,11 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path, write_jsonl: Write) -> Non
     path = write_jsonl("a.jsonl", rows(3))
     with pytest.raises(DataError, match=r"model\.tokenizer: there is no folder"):
         TokenCache.build(resolve([str(path)]), Encoding(tokenizer=tmp_path / "none"), cache_dir=tmp_path / "cache")
+
+
+def test_column_names_may_be_a_read_only_view(build: Any, write_jsonl: Write) -> None:
+    path = write_jsonl("a.jsonl", [{"ask": "Q", "say": "A"}])
+    assert len(TokenCache.open(build(path, columns=MappingProxyType({"ask": "query", "say": "response"})))) == 1
 
 
 def test_arrays_are_mapped_not_read(build: Any, write_jsonl: Write) -> None:

@@ -73,6 +73,7 @@ def chat(*pairs: tuple[Any, Any]) -> dict[str, Any]:
         ({"query": "Q", "response": ""}, "message 1 of the assistant is empty"),
         ({"query": "Q", "response": " \n"}, "message 1 of the assistant is empty"),
         ({"query": "Q", "response": "A", "history": [["q"]]}, "history must be a list of"),
+        ({"query": "\ud83d", "response": "A"}, "message 0 holds half a surrogate pair"),
         ({"messages": []}, "messages must be a list of at least one message"),
         ({"messages": "Q"}, "messages must be a list of at least one message, not str 'Q'"),
         ({"messages": ["Q"]}, r"messages\[0\] must be an object"),
