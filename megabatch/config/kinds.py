@@ -12,6 +12,7 @@ _TRUE = ("true", "1", "yes", "on")
 _FALSE = ("false", "0", "no", "off")
 _NONE = ("none", "null")
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "None"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def options(hint: Any) -> tuple[Any, ...]:
@@ -72,7 +73,8 @@ def _spelled_one(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
     if origin is Sequence:
-        return f"a list of {spelled(get_args(hint)[0])}"
+        item = get_args(hint)[0]
+        return f"a list of {_PLURALS.get(item) or spelled(item).removeprefix('one of ')}"
     if origin is Mapping:
         return "a mapping (JSON object)"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -39,8 +39,8 @@ UNREADABLE = [
     (["maybe"], bool, "must be true or false"),
     (["ful"], Literal["full", "none"], "must be one of 'full', 'none'"),
     (["[1]"], Mapping[str, Any], "must be a mapping (JSON object)"),
-    (["1", "x"], Sequence[int], "must be a list of a whole number"),
-    (["[1, 2"], Sequence[int], "must be a list of a whole number"),
+    (["1", "x"], Sequence[int], "must be a list of whole numbers"),
+    (["[1, 2"], Sequence[int], "must be a list of whole numbers"),
 ]
 
 

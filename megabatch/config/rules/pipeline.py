@@ -48,12 +48,13 @@ def splits_need_stages(recipe: Recipe, shape: ModelShape | None, layout: Layout 
     parallel = recipe.parallel
     if parallel.pipeline_model_parallel_size > 1:
         return
-    chunks = (
+    others = (
         "num_layers_per_virtual_pipeline_stage",
         "num_virtual_stages_per_pipeline_rank",
         "microbatch_group_size_per_virtual_pipeline_stage",
+        "pipeline_model_parallel_layout",
     )
-    for name in _set(recipe, (*_UNEVEN, *_ACCOUNTS, *chunks)):
+    for name in _set(recipe, (*_UNEVEN, *_ACCOUNTS, *others)):
         value = getattr(parallel, name)
         if (name, value) != ("num_virtual_stages_per_pipeline_rank", 1):
             yield Fault(f"parallel.{name}", value, "needs pipeline_model_parallel_size above 1, which is 1")
@@ -124,14 +125,15 @@ def layout_string_fits(recipe: Recipe, shape: ModelShape | None, layout: Layout 
     elif parallel.num_virtual_stages_per_pipeline_rank not in (None, len(stages) // pp):
         rule = f"must be {len(stages) // pp}, the layout's {len(stages)} stages over pp={pp}"
         yield Fault(_CHUNKS, parallel.num_virtual_stages_per_pipeline_rank, rule)
-    for broken in _broken_layout("".join(stages), shape, recipe.mtp.mtp_num_layers or 0):
+    for broken in _broken_layout(stages, shape, recipe.mtp.mtp_num_layers or 0):
         yield Fault(_LAYOUT, text, broken)
 
 
-def _broken_layout(letters: str, shape: ModelShape | None, mtp_layers: int) -> Iterator[str]:
-    if letters.count("E") != 1 or not letters.startswith("E"):
+def _broken_layout(stages: tuple[str, ...], shape: ModelShape | None, mtp_layers: int) -> Iterator[str]:
+    letters = "".join(stages)
+    if letters.count("E") != 1 or not stages[0].startswith("E"):
         yield "must begin with the embedding E, its only one"
-    if letters.count("L") != 1 or not letters.endswith("L"):
+    if letters.count("L") != 1 or not stages[-1].endswith("L"):
         yield "must end with the loss L, its only one"
     if "t" in letters.partition("m")[2]:
         yield "has transformer layers t behind MTP layers m"

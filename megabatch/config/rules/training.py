@@ -33,13 +33,15 @@ def one_of_steps_and_epochs(recipe: Recipe, shape: ModelShape | None, layout: La
     if steps is None and epochs is None:
         yield Fault("training.train_iters", None, "is missing: give it or max_epochs", bare=True)
     if steps is not None and epochs is not None and not recipe.data.streaming:
-        yield Fault("training.train_iters", steps, f"and max_epochs={epochs} both decide the length; give one of them")
+        yield Fault(
+            "training.train_iters", steps, f"and max_epochs={epochs} both decide the length; set one of them to None"
+        )
 
 
 def warmup_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     rate = recipe.learning_rate
     if rate.lr_warmup_iters and rate.lr_warmup_fraction is not None:
-        rule = f"and lr_warmup_fraction={rate.lr_warmup_fraction} both set the warmup; give one of them"
+        rule = f"and lr_warmup_fraction={rate.lr_warmup_fraction} both set the warmup; set one of them to 0 or None"
         yield Fault("learning_rate.lr_warmup_iters", rate.lr_warmup_iters, rule, try_=(0,))
     last = rate.lr_decay_iters or recipe.training.train_iters
     if last is not None and rate.lr_warmup_iters >= last:

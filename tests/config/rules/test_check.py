@@ -17,8 +17,8 @@ INVALID = [
     ({"optimizer": {"optimizer": "adamw"}}, "optimizer.optimizer='adamw' must be one of 'adam', 'sgd'; try adam"),
     ({"optimizer": {"adam_beta1": 1.0}}, "optimizer.adam_beta1=1.0 must be at least 0 and below 1"),
     ({"learning_rate": {"lr": float("nan")}}, "learning_rate.lr=nan must be a number or None, not float"),
-    ({"data": {"dataset": "train.jsonl"}}, "data.dataset='train.jsonl' must be a list of text, not str"),
-    ({"data": {"dataset": ["a", 1]}}, "data.dataset=('a', 1) must be a list of text, not tuple"),
+    ({"data": {"dataset": "train.jsonl"}}, "data.dataset='train.jsonl' must be a list of texts, not str"),
+    ({"data": {"dataset": ["a", 1]}}, "data.dataset=('a', 1) must be a list of texts, not tuple"),
     ({"data": {"columns": {"q": 1}}}, "data.columns={'q': 1} must be a mapping (JSON object) or None, not dict"),
     (
         {"training": {"megatron_extra_kwargs": {"x": object}}},

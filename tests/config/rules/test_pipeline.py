@@ -60,6 +60,22 @@ CASES = [
         [f"{PP} above 1"],
     ),
     (
+        pipeline.splits_need_stages,
+        "dense",
+        {"parallel": {LAYOUT: "Ett|ttL"}},
+        split(**{LAYOUT: "Ett|ttL"}),
+        LAYOUT,
+        [f"{PP} above 1"],
+    ),
+    (
+        pipeline.layout_string_fits,
+        "dense",
+        split(**{LAYOUT: "E|tt|ttL|"}),
+        split(**{LAYOUT: "E|tt|tt|L"}),
+        LAYOUT,
+        ["must end with the loss L"],
+    ),
+    (
         pipeline.layers_divide_evenly,
         "given dense",
         {"parallel": {PP: 3}},

@@ -50,7 +50,7 @@ CASES = [
         {"training": {"train_iters": 10}},
         {"training": {"train_iters": 10, "max_epochs": None}},
         "training.train_iters",
-        ["max_epochs=1", "give one of them"],
+        ["max_epochs=1", "set one of them to None"],
     ),
     (
         training.one_of_steps_and_epochs,
