@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+from megabatch.converters.atomic import new_folder
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.families import family_of
 from megabatch.converters.hf_model import read_config
 from megabatch.converters.mapping import Mapped, elements
-from megabatch.converters.safetensors_io import Writer, split_shards, write_index
+from megabatch.converters.safetensors_io import ShardFile, Writer, split_shards, write_index
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import carry_over
 from megabatch.converters.torch_dist.folder import TorchDistFolder
@@ -37,11 +38,9 @@ def to_hf(
     """Converts a checkpoint; config, tokenizer and the like come from `hf_reference`, whose weights are not read.
 
     The output must not exist or be empty. Optimizer state in the checkpoint is left aside.
-    Raises: ConversionError; the output then lacks what a loader needs.
+    Raises: ConversionError; there is no output then.
     """
     target = Path(output)
-    if target.exists() and any(target.iterdir()):
-        raise ConversionError(f"{target}: exists and is not empty; choose another output_dir or remove it")
     config = read_config(hf_reference)
     family = family_of(config)
     shape = family.shape(config)
@@ -49,18 +48,28 @@ def to_hf(
     placed = locate(source, family.tensors(shape), shape)
     entries = _entries(source, placed, family.hf_tensors(shape))
     shards = split_shards(entries, max_shard_size=max_shard_size)
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with new_folder(target) as staged:
+            _write(source, placed, shards, staged, workers)
+            carry_over(hf_reference, staged)
+    except OSError as error:
+        raise ConversionError(f"{target}: cannot be written: {error.strerror}") from error
+    finally:
+        source.close()
+
+
+def _write(
+    source: TorchDistFolder, placed: Sequence[Placed], shards: Sequence[ShardFile], folder: Path, workers: int
+) -> None:
     with ExitStack() as stack:
         writers: dict[str, Writer] = {}
         for shard in shards:
-            writer = stack.enter_context(Writer(target / shard.name, shard.entries))
+            writer = stack.enter_context(Writer(folder / shard.name, shard.entries))
             writers |= dict.fromkeys(shard.entries, writer)
         with ThreadPoolExecutor(workers) as pool:
             for _ in pool.map(lambda item: _move(source, item, writers), placed):
                 pass
-    write_index(target, shards)
-    source.close()
-    carry_over(hf_reference, target)
+    write_index(folder, shards)
 
 
 def locate(source: TorchDistFolder, tensors: Sequence[Mapped], shape: ModelShape) -> list[Placed]:

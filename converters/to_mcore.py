@@ -1,7 +1,8 @@
 """Hugging Face safetensors → megatron-core torch_dist: byte extents moved to places known beforehand.
 
 Plan, execute, commit: every size and offset is known before a byte is written, data goes to its place in any order
-from several threads, and `.metadata`, without which no loader accepts the folder, is written last.
+from several threads, `.metadata`, without which no loader accepts the folder, is written last, and then the folder
+gets its name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megabatch.converters.atomic import replacing
+from megabatch.converters.atomic import new_folder, replacing
 from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
@@ -84,30 +85,24 @@ def to_mcore(
 ) -> Plan:
     """Converts a folder; the output must not exist or be empty. Returns the executed plan.
 
-    Raises: ConversionError; what was written then lacks `.metadata` and is no checkpoint to any loader.
+    Raises: ConversionError; there is no output then.
     """
     model = open_hf_model(hf_folder)
     plan = plan_to_mcore(model, files=files)
     _entries(plan.items)  # its faults are found before a byte is written
     target = Path(output)
     try:
-        _prepare(target, plan)
-        _execute(model, plan, target, workers)
-        _commit(plan, target)
+        with new_folder(target) as staged:
+            if shutil.disk_usage(staged).free < plan.total:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            _execute(model, plan, staged, workers)
+            _commit(plan, staged)
     except OSError as error:
         text = "disk full" if error.errno == errno.ENOSPC else f"cannot be written: {error.strerror}"
         raise ConversionError(f"{target}: {text}; {plan.total} bytes are needed") from error
     finally:
         model.folder.close()
     return plan
-
-
-def _prepare(target: Path, plan: Plan) -> None:
-    if target.exists() and any(target.iterdir()):
-        raise ConversionError(f"{target}: exists and is not empty; choose another output_dir or remove it")
-    target.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(target).free < plan.total:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _file_name(file: int) -> str:

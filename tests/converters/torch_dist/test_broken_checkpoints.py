@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_holes_and_overlaps_leave_no_loadable_folder(
     rewrite(checkpoint, change)
     with pytest.raises(ConversionError, match=rf"{fault}.* in rows 0 to 4 of decoder\.layers\.mlp\.router\.weight"):
         to_hf(checkpoint, saved("qwen3-moe"), tmp_path / "hf")
-    assert os.listdir(tmp_path / "hf") == []
+    assert sorted(os.listdir(tmp_path)) == ["mcore"]
 
 
 def test_files_that_are_missing_truncated_or_foreign(checkpoint: Path, saved: Saved, tmp_path: Path) -> None:
@@ -152,7 +153,25 @@ def test_a_failed_conversion_is_no_checkpoint(saved: Saved, tmp_path: Path) -> N
     os.truncate(source / "model.safetensors", (source / "model.safetensors").stat().st_size - 1)
     with pytest.raises(ConversionError, match="truncated"):
         to_mcore(source, tmp_path / "mcore")
-    assert not (tmp_path / "mcore").exists()
+    assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("way", ["to_mcore", "to_hf"])
+def test_a_full_disk_is_named_and_leaves_nothing(way: str, checkpoint: Path, saved: Saved, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("this machine does not let us mount a small file system")
+    try:
+        with pytest.raises(ConversionError, match=r"disk full.* bytes are needed"):
+            if way == "to_mcore":
+                to_mcore(saved("qwen3-moe"), disk / "out")
+            else:
+                to_hf(checkpoint, saved("qwen3-moe"), disk / "out")
+        assert os.listdir(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_metadata_of_torch_itself_is_read(tmp_path: Path) -> None:
@@ -200,5 +219,5 @@ def test_mutated_metadata_is_an_error_or_changes_nothing(checkpoint: Path, saved
             assert all(torch.equal(back[name], tensor) for name, tensor in expected.items())
         except ConversionError:
             refused += 1
-            assert not (out / "model.safetensors").exists()
+            assert not out.exists()
     assert refused > 60
