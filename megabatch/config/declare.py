@@ -49,7 +49,7 @@ class Facts:
             ("at most", self.at_most),
             ("below", self.below),
         )
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
 
 def param(
