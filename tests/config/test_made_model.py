@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from megabatch.config.made_model import REQUIRED, declared_shape, moe_layers
 from megabatch.config.moe import MoE
 
