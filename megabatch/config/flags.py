@@ -45,7 +45,7 @@ class _Named:
     negated: bool
 
 
-_ACTIONS = {field.name: "bool" in str(field.type) for field in dataclasses.fields(Actions)}
+_ACTIONS = {field.name: field.default is False for field in dataclasses.fields(Actions)}
 """Own flag → whether it stands alone."""
 _TOP = ("name", "task")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from megabatch import Batch, Data, Model, MoE, Recipe, Resources, Training
 from megabatch.config.layout import layout_of
@@ -14,6 +15,9 @@ from megabatch.config.made_model import declared_shape
 from megabatch.config.rules.check import Rule
 from megabatch.errors import Fault
 from megabatch.plan.shape import ModelShape
+
+settings.register_profile("shared_cores", deadline=None)
+settings.load_profile("shared_cores")
 
 Changes = Mapping[str, Any]
 

@@ -30,7 +30,7 @@ parallels = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(parallel=parallels, layers=st.integers(1, 12), dp=st.integers(1, 4), batch=st.integers(1, 8))
 def test_passing_recipes_have_whole_layouts(parallel, layers, dp, batch):
     tasks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * dp
