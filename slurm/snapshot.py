@@ -22,10 +22,8 @@ def take_snapshot(store: Path, *, recipe: Path | None = None, package: Path | No
     snapshot holds plain files. Unchanged code gives the same folder again.
     Raises: LaunchError when the store cannot be written.
     """
-    files = dict(_package_files(package or Path(megabatch.__path__[0])))
-    if recipe is not None:
-        files[f"recipe/{recipe.name}"] = recipe
     try:
+        files = _files(recipe, package)
         final = store / _digest(files)
         if not final.is_dir():
             _publish(files, final)
@@ -34,6 +32,18 @@ def take_snapshot(store: Path, *, recipe: Path | None = None, package: Path | No
             f"cannot store the code snapshot in {store}: {error}; free space there or choose another"
         ) from error
     return final
+
+
+def snapshot_path(store: Path, *, recipe: Path | None = None, package: Path | None = None) -> Path:
+    """Where `take_snapshot` would put the code as it is now; nothing is written."""
+    return store / _digest(_files(recipe, package))
+
+
+def _files(recipe: Path | None, package: Path | None) -> dict[str, Path]:
+    files = dict(_package_files(package or Path(megabatch.__path__[0])))
+    if recipe is not None:
+        files[f"recipe/{recipe.name}"] = recipe
+    return files
 
 
 def _package_files(package: Path) -> Iterator[tuple[str, Path]]:

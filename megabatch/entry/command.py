@@ -1,0 +1,197 @@
+"""The command line of a recipe file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megabatch.config.flags import Actions, parse
+from megabatch.config.recipe import Recipe
+from megabatch.config.unknown import unknown_field
+from megabatch.entry.launch import Launch, prepare, written
+from megabatch.entry.plan_text import plan_text
+from megabatch.entry.preflight import damaged_inputs, missing_inputs, unwritable
+from megabatch.errors import ConfigError, ConversionError, DataError, Fault, LaunchError, MegabatchError
+from megabatch.run_directory import ExitCode, RunDirectory
+
+_USAGE = """\
+python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [--<parameter> VALUE …]
+
+  --submit    send the run to Slurm       --local    run it here, one process a rank
+  --dry_run   show plan and job script    --help     all parameters
+"""
+
+
+def main(recipe: Callable[[], Recipe], argv: Sequence[str] | None = None) -> None:
+    """Runs a recipe's command line and exits: 0 done, 2 faults of the configuration, else see `ExitCode`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = run(recipe, arguments)
+    except MegabatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = exit_code(error)
+    except BrokenPipeError:
+        # the reader of our output has gone, for example `| head`: nothing is left to say, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.FAILED
+    raise SystemExit(int(code))
+
+
+def exit_code(error: MegabatchError) -> ExitCode:
+    """What the same command would meet again is the configuration's fault."""
+    return ExitCode.CONFIG if isinstance(error, ConfigError | DataError | ConversionError) else ExitCode.FAILED
+
+
+def run(recipe: Callable[[], Recipe], arguments: Sequence[str]) -> int:
+    """Exit code of a recipe's command line. Raises: MegabatchError."""
+    recipe_file = Path(recipe.__code__.co_filename)
+    declared = _declared(recipe, recipe_file)
+    actions, chosen = parse(arguments, declared)
+    if actions.help:
+        from megabatch.config.help import help_text
+
+        print(help_text(f"python {recipe_file.name} [--submit | --local | --dry_run]"))
+        return ExitCode.DONE
+    _one_action(actions)
+    launch = prepare(chosen, actions, recipe_file=recipe_file.absolute())
+    if actions.submit:
+        return _submit(launch, arguments)
+    if actions.local:
+        return _local(launch, arguments)
+    return _show(launch, dry_run=actions.dry_run, file=recipe_file.name)
+
+
+def _declared(recipe: Callable[[], Recipe], file: Path) -> Recipe:
+    """The recipe as its file builds it; a field that does not exist is explained with its line."""
+    try:
+        return recipe()
+    except TypeError as error:
+        fault = unknown_field(error)
+        if fault is None:
+            raise
+        raise ConfigError([replace(fault, field=f"{_place(error, file)}: {fault.field}")]) from error
+
+
+def _place(error: TypeError, file: Path) -> str:
+    """`file:line` of the recipe's own code that the error came through last."""
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(file):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{file.name}:{line}"
+
+
+def _one_action(actions: Actions) -> None:
+    given = [f"--{name}" for name in ("submit", "local", "dry_run") if getattr(actions, name)]
+    if len(given) > 1:
+        raise ConfigError([Fault(" and ".join(given), None, "exclude each other; give one of them", bare=True)])
+
+
+def _show(launch: Launch, *, dry_run: bool, file: str) -> int:
+    """The plan; for a dry run on standard error, so that standard output is the job script and nothing else."""
+    from megabatch.slurm.render import render
+
+    refusals = _checked(launch)
+    script = render(launch.job, launch.profile)
+    text = plan_text(launch, refusals=refusals)
+    if dry_run:
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.write(script)
+        sys.stdout.flush()
+    else:
+        print(f"usage: {_USAGE.format(file=file)}\n{text}")
+    return ExitCode.DONE
+
+
+def _checked(launch: Launch) -> list[Fault]:
+    """Raises ConfigError for broken rules; what is missing on this machine alone is returned."""
+    faults = launch.faults()
+    if launch.model.fault is not None:
+        faults.append(launch.model.fault)
+    if faults:
+        raise ConfigError(faults)
+    return missing_inputs(launch.recipe, launch.model)
+
+
+def _require_startable(launch: Launch) -> None:
+    """Raises ConfigError with every fault that can be seen before the run starts."""
+    faults = launch.faults()
+    faults += missing_inputs(launch.recipe, launch.model) + unwritable(launch.directory.path)
+    if not faults:
+        faults += damaged_inputs(launch.recipe, launch.model)
+    if faults:
+        raise ConfigError(faults)
+
+
+def _submit(launch: Launch, arguments: Sequence[str]) -> int:
+    from megabatch.slurm.render import render
+
+    _require_startable(launch)
+    _require_idle(launch.directory)
+    script = render(launch.job, launch.profile)
+    with written(launch, arguments) as directory:
+        # submitit's import costs more than all the rest of a dry run
+        from megabatch.slurm.snapshot import take_snapshot
+        from megabatch.slurm.submit import submit
+
+        take_snapshot(launch.code, recipe=launch.recipe_file)
+        job = submit(directory, script, cluster=launch.cluster)
+    folder = shlex.quote(str(directory.path))
+    print(f"submitted job {job.job_id}: {launch.recipe.name}, {launch.job.world_size} ranks, in {directory.path}")
+    print(f"  megabatch status {folder}")
+    print(f"  megabatch logs -f {folder}")
+    print(f"  megabatch cancel {folder}")
+    return ExitCode.DONE
+
+
+def _require_idle(directory: RunDirectory) -> None:
+    if not directory.run_json.exists():
+        return
+    from megabatch.slurm.state import status
+
+    now = status([directory.path])[0]
+    if now.state.active:
+        job = f"job {now.job_id}" if now.job_id else "a run"
+        raise LaunchError(f"{directory.path}: {job} is {now.state} there already; cancel it first, or use --run_dir")
+
+
+def _local(launch: Launch, arguments: Sequence[str]) -> int:
+    from megabatch.slurm.local import run_local
+
+    _require_startable(launch)
+    _require_torch()
+    _require_idle(launch.directory)
+    with written(launch, arguments) as directory:
+        print(plan_text(launch, refusals=[], local=True), flush=True)
+        code = run_local(launch.job, launch.profile)
+    _report_end(directory, code)
+    return code
+
+
+def _require_torch() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "megatron", "transformers") if find_spec(name) is None]
+    if missing:
+        raise LaunchError(
+            f"{', '.join(missing)} not installed for {sys.executable}, so nothing can be trained here; "
+            "pip install 'megabatch[train]', or --submit to a cluster"
+        )
+
+
+def _report_end(directory: RunDirectory, code: int) -> None:
+    if code == ExitCode.DONE:
+        newest = directory.checkpoints / directory.latest.read_text(encoding="utf-8").strip()
+        print(f"done: {directory.path}\n  metrics      {directory.metrics}\n  checkpoint   {newest}")
+        if (newest / "hf").is_dir():
+            print(f"  Hugging Face {newest / 'hf'}")
+    elif code == ExitCode.REQUEUE:
+        again = shlex.join([Path(sys.executable).name, *sys.argv])
+        print(f"stopped and saved; go on with: {again} --run_dir {shlex.quote(str(directory.path))}")
+    else:
+        print(f"error: a rank failed with exit code {code}; all logs are in {directory.logs}", file=sys.stderr)

@@ -1,0 +1,222 @@
+"""A recipe made ready: its run directory, its job, and, once it may run, what is written before it starts."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megabatch.config.flags import Actions
+from megabatch.config.layout import layout_of
+from megabatch.config.recipe import Recipe
+from megabatch.config.rules.check import check
+from megabatch.config.run import RunConfig, resolve
+from megabatch.entry.model import FoundModel, find_model
+from megabatch.entry.paths import absolute_paths, code_store, run_directory
+from megabatch.errors import ConfigError, Fault, LaunchError
+from megabatch.plan.layout import Layout
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile, load_profile
+from megabatch.slurm.snapshot import snapshot_path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """A recipe, and all that is decided about its run; nothing is on disk yet."""
+
+    recipe: Recipe
+    """As declared, with flags; paths are as the user wrote them."""
+    recipe_file: Path
+    model: FoundModel
+    layout: Layout | None
+    """None where the recipe's sizes do not divide."""
+    directory: RunDirectory
+    code: Path
+    """Folder for code snapshots."""
+    job: JobSpec
+    cluster: str | None
+    profile: ClusterProfile
+
+    def faults(self) -> list[Fault]:
+        """Every broken rule of the recipe."""
+        return check(self.recipe, self.model.shape)
+
+    def config(self, *, provenance: Mapping[str, Any]) -> RunConfig:
+        """What run.json will hold. Raises: ConfigError for a recipe with faults or a model of unknown shape."""
+        if self.model.shape is None:
+            raise ConfigError(
+                f"the shape of model.model={self.recipe.model.model!r} is not known: {self.model.origin}"
+            )
+        recipe = absolute_paths(self.recipe)
+        if self.model.folder is not None:
+            recipe = replace(recipe, model=replace(recipe.model, model=str(self.model.folder)))
+        return resolve(recipe, shape=self.model.shape, run_dir=self.directory.path, provenance=provenance)
+
+
+def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Launch:
+    """Decides everything about a run without writing anything. Raises: ConfigError for a faulty cluster profile."""
+    profile = load_profile(actions.cluster) if actions.cluster else ClusterProfile()
+    model = find_model(recipe, shared_cache=profile.shared_cache)
+    directory = RunDirectory(run_directory(recipe, given=actions.run_dir))
+    code = code_store(recipe, given=actions.run_dir)
+    return Launch(
+        recipe=recipe,
+        recipe_file=recipe_file,
+        model=model,
+        layout=layout_of(recipe, model.shape),
+        directory=directory,
+        code=code,
+        job=job_of(recipe, directory, snapshot=None if actions.local else snapshot_path(code, recipe=recipe_file)),
+        cluster=actions.cluster,
+        profile=profile,
+    )
+
+
+def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) -> JobSpec:
+    """The launcher's view of a run."""
+    resources = recipe.resources
+    return JobSpec(
+        name=resources.job_name or recipe.name,
+        run_directory=directory.path,
+        nodes=resources.nodes,
+        tasks_per_node=resources.ranks_per_node,
+        gpus_per_node=resources.gpus_per_node,
+        cpus_per_task=resources.cpus_per_task,
+        omp_num_threads=resources.omp_num_threads,
+        mem_gib=resources.mem_gib,
+        time=resources.time,
+        signal_delay_s=resources.signal_delay_s,
+        requeue=resources.requeue,
+        python=sys.executable,
+        snapshot=snapshot,
+        inherit=(recipe.bridge.hub_token,) if recipe.bridge.hub_token else (),
+    )
+
+
+@contextmanager
+def written(launch: Launch, arguments: Sequence[str]) -> Iterator[RunDirectory]:
+    """The run directory with its run.json; taken away again when the body fails before the run has started.
+
+    A directory that holds this very run is used as it is: the run goes on from its last checkpoint.
+    Raises: ConfigError when it holds another run, LaunchError when it cannot be written.
+    """
+    directory = launch.directory
+    existing = RunConfig.load(directory.run_json) if directory.run_json.exists() else None
+    config = launch.config(provenance=existing.provenance if existing else provenance(launch, arguments))
+    if existing is not None:
+        _require_same(existing, config)
+        yield directory
+        return
+    made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        config.save(directory.run_json)
+    except OSError as error:
+        _take_away(directory, made)
+        raise LaunchError(
+            f"{directory.path} cannot be written: {error.strerror or error}; free space or choose another folder with "
+            "--save or --run_dir"
+        ) from error
+    try:
+        yield directory
+    except BaseException:
+        if not directory.jobs.exists() and not directory.logs.exists():
+            _take_away(directory, made)
+        raise
+
+
+def _take_away(directory: RunDirectory, made: list[Path]) -> None:
+    """Removes what this launch made; folders that others have filled since stay."""
+    if directory.path in made:
+        shutil.rmtree(directory.path, ignore_errors=True)
+    else:
+        for path in (directory.run_json, directory.script):
+            path.unlink(missing_ok=True)
+    for path in made[1:]:
+        try:
+            path.rmdir()
+        except OSError:
+            return
+
+
+def _require_same(existing: RunConfig, config: RunConfig) -> None:
+    changed = [
+        f"{group}.{name}" if name else group
+        for group in existing.recipe.__slots__
+        for name in _differing(getattr(existing.recipe, group), getattr(config.recipe, group))
+    ]
+    if existing.shape != config.shape:
+        changed.append("the model's shape")
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} holds another run (it differs in {', '.join(changed)}); choose another --run_dir, or "
+            f"go on with that one: megabatch resume {shlex.quote(config.run_dir)}"
+        )
+
+
+def _differing(old: Any, new: Any) -> list[str]:
+    """Names of the fields that differ between two groups; an empty name for a plain value that does."""
+    if old == new:
+        return []
+    names = getattr(old, "__slots__", ())
+    return [name for name in names if getattr(old, name) != getattr(new, name)] or [""]
+
+
+def provenance(launch: Launch, arguments: Sequence[str]) -> dict[str, Any]:
+    """Where a run comes from; its flags are part of it, and rules keep secrets out of them."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        megabatch = version("megabatch")
+    except PackageNotFoundError:
+        megabatch = "checkout"
+    return {
+        "megabatch": megabatch,
+        "python": platform.python_version(),
+        "recipe_file": str(launch.recipe_file),
+        "arguments": list(arguments),
+        "commit": _commit(launch.recipe_file.parent),
+        "model": launch.recipe.model.model,
+        "cluster": launch.cluster,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "user": _user(),
+        "host": socket.gethostname(),
+        "working_directory": os.getcwd(),
+    }
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number without a name
+        return str(os.getuid())
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that the recipe's folder is at, with `+changes` when files differ from it; None outside git."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return f"{commit}+changes" if changes else commit

@@ -1,0 +1,89 @@
+"""The shape of a recipe's model, found without torch, transformers or a network."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabatch.config.made_model import declared_shape
+from megabatch.config.recipe import Recipe
+from megabatch.converters.families import family_named, family_of
+from megabatch.converters.hf_model import read_config
+from megabatch.entry.hub_cache import cached_folder
+from megabatch.errors import ConversionError, Fault, MegabatchError
+from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.plan.shape import ModelShape
+
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """What is known of the model before a run."""
+
+    shape: ModelShape | None
+    """None where nothing on this machine tells; rules about the model cannot be checked then."""
+    origin: str
+    """Where the shape comes from, in words."""
+    folder: Path | None = None
+    """The weights, where they are on this machine."""
+    fault: Fault | None = None
+    """Why the shape could not be read."""
+
+
+def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel:
+    """The model's shape from its folder, a hub's cache or published facts; or as declared, when made on the spot."""
+    name = recipe.model.model
+    if name is None:
+        return _made(recipe)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(path.absolute())
+    if is_hub_name(name):
+        folder = cached_folder(name, use_hf=recipe.bridge.use_hf, shared_cache=shared_cache)
+        if folder is not None:
+            return _in_folder(folder)
+        if name in KNOWN_MODELS:
+            config = KNOWN_MODELS[name]
+            return FoundModel(family_of(config).shape(config), "published config.json, not downloaded yet")
+    return FoundModel(None, "not on this machine")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model or tokenizer that is no folder here can be a hub's `organisation/name`."""
+    return bool(_HUB_NAME.fullmatch(name))
+
+
+def download_command(name: str, *, use_hf: bool) -> str:
+    """What downloads a hub's model into its client's cache."""
+    return f"hf download {name}" if use_hf else f"modelscope download --model {name}"
+
+
+def told(field: str, error: MegabatchError) -> Fault:
+    """An error that already names place and fix, as a fault of a field."""
+    return Fault(f"{field}:", None, str(error).removeprefix(f"{field}: "), bare=True)
+
+
+def _made(recipe: Recipe) -> FoundModel:
+    """A family fixes some of what a recipe declares (biases, norms on query and key): its config.json says so."""
+    declared = declared_shape(recipe)
+    if declared is None:
+        return FoundModel(None, "not described")
+    try:
+        family = family_named(declared.model_type)
+    except ConversionError as error:
+        return FoundModel(None, "not known", fault=told("model.model_type", error))
+    try:
+        dtype = recipe.model.torch_dtype or "bfloat16"
+        return FoundModel(family.shape(family.hf_config(declared, dtype=dtype)), "made on the spot")
+    except (ConversionError, ArithmeticError, TypeError):
+        return FoundModel(declared, "made on the spot")  # the rules name what does not fit together
+
+
+def _in_folder(folder: Path) -> FoundModel:
+    try:
+        config = read_config(folder)
+        return FoundModel(family_of(config).shape(config), f"config.json in {folder}", folder)
+    except ConversionError as error:
+        return FoundModel(None, f"unreadable in {folder}", folder, told("model.model", error))

@@ -1,0 +1,82 @@
+"""Where a run lives, and its recipe with every path made absolute: the ranks start in another folder."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from megabatch.config.recipe import Recipe
+from megabatch.config.run import save_folder
+from megabatch.errors import DataError
+from megabatch.trainer.data.names import parse
+
+_VERSION = re.compile(r"v(\d+)-.*")
+
+
+def run_directory(recipe: Recipe, *, given: str | None) -> Path:
+    """`--run_dir`, else `save/v<number>-<time>`, or `save` itself without `add_version`; nothing is created."""
+    if given:
+        return Path(given).expanduser().absolute()
+    save = save_folder(recipe).expanduser().absolute()
+    return save / _version(save) if recipe.checkpoint.add_version else save
+
+
+def code_store(recipe: Recipe, *, given: str | None) -> Path:
+    """Where code snapshots are kept: shared by the runs below one `save`."""
+    return (
+        run_directory(recipe, given=given) / "code" if given else save_folder(recipe).expanduser().absolute() / "code"
+    )
+
+
+def _version(save: Path) -> str:
+    """The next number after the highest there is, and the time to the second."""
+    taken = [int(match[1]) for path in save.glob("v*") if (match := _VERSION.fullmatch(path.name))]
+    return f"v{max(taken, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with each local path made absolute; hub names stay."""
+    model, checkpoint, logging = recipe.model, recipe.checkpoint, recipe.logging
+    return replace(
+        recipe,
+        model=replace(model, model=_folder(model.model), tokenizer=_folder(model.tokenizer)),
+        data=replace(
+            recipe.data,
+            dataset=_datasets(recipe, recipe.data.dataset),
+            val_dataset=_datasets(recipe, recipe.data.val_dataset),
+        ),
+        checkpoint=replace(
+            checkpoint,
+            save=str(save_folder(recipe).expanduser().absolute()),
+            load=_absolute(checkpoint.load),
+        ),
+        logging=replace(logging, tensorboard_dir=_absolute(logging.tensorboard_dir)),
+    )
+
+
+def _datasets(recipe: Recipe, datasets: object) -> tuple[str, ...]:
+    """Wrong types and names stay as they are: rules and preflight say what is wrong with them."""
+    if not isinstance(datasets, tuple):
+        return datasets  # type: ignore[return-value]
+    return tuple(_dataset(text, use_hf=recipe.bridge.use_hf) for text in datasets)
+
+
+def _dataset(text: str, *, use_hf: bool) -> str:
+    try:
+        return parse(text, use_hf=use_hf).absolute()
+    except (DataError, TypeError):
+        return text
+
+
+def _folder(name: str | None) -> str | None:
+    """A model or tokenizer that is a folder here, or spelled like a path."""
+    if not isinstance(name, str):
+        return name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.is_dir() or name.startswith(("/", "./", "../", "~")) else name
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).expanduser().absolute()) if isinstance(path, str) else path

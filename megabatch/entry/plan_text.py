@@ -1,0 +1,129 @@
+"""The plan of a run, for people: what is trained, how it is split, how much each step takes, where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megabatch.entry.launch import Launch
+from megabatch.entry.model import download_command
+from megabatch.errors import Fault
+from megabatch.plan.model_size import num_active_parameters, num_parameters
+from megabatch.plan.shape import ModelShape
+from megabatch.slurm.environment import job_variables
+from megabatch.trainer.data.names import parse
+
+_WIDTH = 12
+
+
+def plan_text(launch: Launch, *, refusals: list[Fault], local: bool = False) -> str:
+    """One line for each concern, then notes; `refusals` are what a real start would be refused for here."""
+    lines = [
+        ("run", f"{launch.recipe.name} ({launch.recipe.task}) in {launch.directory.path}"),
+        ("model", _model(launch)),
+        ("layout", _layout(launch)),
+        ("batch", _batch(launch)),
+        ("length", _length(launch)),
+        ("data", _data(launch)),
+        ("where", _where(launch, local=local)),
+        ("environment", " ".join(f"{v.name}={v.value}" for v in job_variables(launch.job, launch.profile))),
+    ]
+    text = [f"{name:{_WIDTH}} {value}" for name, value in lines]
+    text += [f"{'note':{_WIDTH}} {note}" for note in _notes(launch)]
+    text += [f"{'refused here':{_WIDTH}} {fault}" for fault in refusals]
+    return "\n".join(text)
+
+
+def _model(launch: Launch) -> str:
+    name, shape = launch.recipe.model.model or "made on the spot", launch.model.shape
+    if shape is None:
+        return f"{name}: {launch.model.origin}"
+    origin = "" if launch.recipe.model.model is None else f" ({launch.model.origin})"
+    return f"{name}: {shape_text(shape)}{origin}"
+
+
+def shape_text(shape: ModelShape) -> str:
+    """`qwen3_moe, 48 layers, hidden 2048, 128 experts top 8, 30.5 B parameters, 3.4 B active`."""
+    parts = [shape.model_type, f"{shape.num_layers} layers", f"hidden {shape.hidden_size}"]
+    if shape.num_experts is not None:
+        parts.append(f"{shape.num_experts} experts top {shape.moe_router_topk}")
+    parts.append(f"{_count(num_parameters(shape))} parameters")
+    if shape.num_experts is not None:
+        parts.append(f"{_count(num_active_parameters(shape))} active")
+    return ", ".join(parts)
+
+
+def _count(number: int) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _layout(launch: Launch) -> str:
+    layout = launch.layout
+    if layout is None:
+        return f"{launch.job.world_size} ranks that this layout does not divide"
+    sizes = f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {layout.dp}"
+    chunks = f", {layout.vp} chunks a stage" if layout.vp > 1 else ""
+    shape = launch.model.shape
+    experts = shape is None or shape.num_experts is not None
+    expert_sizes = f"; experts ep {layout.ep} x etp {layout.etp} x dp {layout.edp}" if experts else ""
+    return f"world {layout.world_size} = {sizes}{chunks}{expert_sizes}"
+
+
+def _batch(launch: Launch) -> str:
+    recipe, layout = launch.recipe, launch.layout
+    total, micro = recipe.batch.global_batch_size, recipe.batch.micro_batch_size
+    what = "packed rows" if recipe.data.packing else "samples"
+    split = f" = micro-batch {micro} x dp {layout.dp} x {layout.num_microbatches} micro-batches" if layout else ""
+    length = _tokens_of_a_row(launch)
+    tokens = f"; up to {total * length:,} tokens" if length else ""
+    return f"{total} {what} a step{split}{tokens}"
+
+
+def _tokens_of_a_row(launch: Launch) -> int | None:
+    data, shape = launch.recipe.data, launch.model.shape
+    packed = data.packing_length if data.packing else None
+    return packed or data.max_length or (shape.max_position_embeddings if shape else None)
+
+
+def _length(launch: Launch) -> str:
+    training = launch.recipe.training
+    if training.train_iters is not None:
+        return f"{training.train_iters:,} steps"
+    epochs = f"{training.max_epochs} epoch{'s' if training.max_epochs != 1 else ''}"
+    return f"{epochs}; the number of steps is counted when the data is prepared"
+
+
+def _data(launch: Launch) -> str:
+    data = launch.recipe.data
+    text = ", ".join(data.dataset)
+    if data.val_dataset:
+        return f"{text}; validation {', '.join(data.val_dataset)}"
+    ratio = data.split_dataset_ratio
+    return f"{text}; {ratio:.1%} set aside for validation" if ratio else f"{text}; no validation"
+
+
+def _where(launch: Launch, *, local: bool) -> str:
+    if local:
+        return f"this machine, {launch.job.world_size} processes"
+    job, profile = launch.job, launch.profile
+    devices = f"{job.gpus_per_node} GPUs" if job.gpus_per_node else "no GPUs"
+    cluster = f"cluster {launch.cluster}" if launch.cluster else "the default cluster"
+    partition = f", partition {profile.partition}" if profile.partition else ""
+    nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
+    return f"{nodes} x {job.tasks_per_node} ranks, {devices} each, {job.time} on {cluster}{partition}"
+
+
+def _notes(launch: Launch) -> Iterator[str]:
+    recipe, model = launch.recipe, launch.model
+    if model.shape is None:
+        yield "the model's shape is not known here, so rules about it were not checked"
+    elif recipe.model.model is not None and model.folder is None:
+        command = download_command(recipe.model.model, use_hf=recipe.bridge.use_hf)
+        yield f"the weights are downloaded when the run starts; where nodes have no network, first: {command}"
+    hubs = {"hf": "Hugging Face", "ms": "ModelScope"}
+    named = [parse(text, use_hf=recipe.bridge.use_hf) for text in (*recipe.data.dataset, *recipe.data.val_dataset)]
+    for name in named:
+        if name.kind in hubs:
+            yield f"{name.where} is taken from {hubs[name.kind]} when the run starts"

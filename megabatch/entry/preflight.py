@@ -1,0 +1,129 @@
+"""What can be seen on this machine before a run is queued: files that are missing, empty, damaged or in the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+from megabatch.config.recipe import Recipe
+from megabatch.converters.hf_model import open_hf_model
+from megabatch.entry.model import FoundModel, download_command, is_hub_name, told
+from megabatch.errors import DataError, Fault, MegabatchError
+from megabatch.trainer.data import files, names, tokenizer
+
+SCANNED_BYTES = 64 << 20
+"""JSONL, JSON and CSV files up to this size are read through before submission; it takes about a second."""
+_SCANNED_SUFFIXES = (".jsonl", ".json", ".csv")
+
+
+def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
+    """Faults of the run's inputs as far as names and sizes tell; reads no data."""
+    return [*_datasets(recipe, _check_presence), *_model(recipe, model), *_tokenizer(recipe, model), *_load(recipe)]
+
+
+def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
+    """Faults inside the inputs: malformed lines, and weights that are not those of their config.json."""
+    return [*_datasets(recipe, _check_content), *_weights(recipe, model)]
+
+
+def unwritable(run_directory: Path) -> list[Fault]:
+    """Whether the run directory can be made."""
+    existing = next(path for path in (run_directory, *run_directory.parents) if path.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return []
+    problem = "cannot be written by you" if existing.is_dir() else "is a file"
+    rule = f"cannot be made: {existing} {problem}; choose another folder with --save or --run_dir"
+    return [Fault("run directory", str(run_directory), rule)]
+
+
+def _datasets(recipe: Recipe, check: Callable[[names.DatasetName], None]) -> Iterator[Fault]:
+    for field in ("dataset", "val_dataset"):
+        for text in getattr(recipe.data, field):
+            try:
+                check(names.parse(text, use_hf=recipe.bridge.use_hf))
+            except DataError as error:
+                yield told(f"data.{field}", error)
+
+
+def _check_presence(name: names.DatasetName) -> None:
+    if name.kind != "path":
+        return
+    for path in names.local_files(name):
+        try:
+            with open(path, "rb") as file:
+                empty = not file.read(1)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        if empty:
+            raise DataError(f"{path} is empty; give a file with at least one example")
+
+
+def _check_content(name: names.DatasetName) -> None:
+    if name.kind != "path":
+        return
+    try:
+        found = names.local_files(name)
+    except DataError:
+        return  # `missing_inputs` says so
+    scanned = [path for path in found if path.suffix.lower() in _SCANNED_SUFFIXES]
+    for path in scanned:
+        if path.stat().st_size <= SCANNED_BYTES:
+            rows = sum(1 for _ in files.rows(path))
+            if not rows and path.stat().st_size and len(found) == 1:
+                raise DataError(f"{path} holds no rows; give a file with at least one example")
+
+
+def _model(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
+    name = recipe.model.model
+    if model.fault is not None:
+        yield model.fault
+    elif name is not None and model.shape is None and model.folder is None:
+        if is_hub_name(name):
+            fix = download_command(name, use_hf=recipe.bridge.use_hf)
+            rule = f"is neither a folder here nor downloaded, so its shape is not known; first: {fix}"
+        else:
+            rule = f"does not exist{_nearest_folder(Path(name).expanduser())}"
+        yield Fault("model.model", name, rule)
+
+
+def _nearest_folder(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent}; check the path"
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=2, cutoff=0.5)
+    return f"; nearest in {path.parent}: {', '.join(near)}" if near else "; check the path"
+
+
+def _tokenizer(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
+    name = recipe.model.tokenizer
+    folder = model.folder if name is None else Path(name).expanduser()
+    if folder is None or (name is not None and not folder.is_dir() and is_hub_name(name)):
+        return
+    try:
+        tokenizer.check(folder)
+    except DataError as error:
+        yield told("model.tokenizer", error)
+
+
+def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
+    if model.folder is None or model.fault is not None:
+        return
+    try:
+        open_hf_model(model.folder, compare_duplicates=False)
+    except MegabatchError as error:
+        yield told("model.model", error)
+
+
+def _load(recipe: Recipe) -> Iterator[Fault]:
+    """A run directory, its `checkpoints`, or one `step_*` folder."""
+    load = recipe.checkpoint.load
+    if load is None or not recipe.checkpoint.exit_on_missing_checkpoint:
+        return
+    path = Path(load).expanduser()
+    marks = (path / "latest", path / "checkpoints" / "latest", path / "trainer.json")
+    if not path.is_dir():
+        yield Fault("checkpoint.load", load, f"does not exist{_nearest_folder(path)}")
+    elif not any(mark.is_file() for mark in marks):
+        rule = "holds no checkpoint; give a run directory that has saved one, or a step_* folder"
+        yield Fault("checkpoint.load", load, rule)
