@@ -42,7 +42,7 @@ def recipe() -> Recipe:
         evaluation=Evaluation(eval_on_start=True, eval_interval=20),
         logging=Logging(log_interval=5),
         checkpoint=Checkpoint(save_interval=30, save_total_limit=1),
-        resources=Resources(nodes=1, gpus_per_node=0, tasks_per_node=2, time="30"),
+        resources=Resources(nodes=1, gpus_per_node=0, tasks_per_node=2, time="0:30:00"),
     )
 
 

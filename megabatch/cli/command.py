@@ -1,0 +1,103 @@
+"""Commands and their arguments; each command's work is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabatch.errors import MegabatchError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of the command line: 0 done, 1 failed, 2 a fault of what was asked for."""
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and options.command != "plan":
+        print(f"error: {rest[0]} is not an option of `megabatch {options.command}`; see --help", file=sys.stderr)
+        return 2
+    try:
+        return _COMMANDS[options.command](options, rest)
+    except MegabatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megabatch", description="Watch, stop and resume runs; check recipes and machines."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    status = commands.add_parser("status", help="state of runs")
+    status.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories, or folders of them")
+    status.add_argument("--json", action="store_true", help="one JSON array, for programs")
+
+    logs = commands.add_parser("logs", help="a rank's log")
+    logs.add_argument("run", type=Path, metavar="RUN")
+    logs.add_argument("-f", "--follow", action="store_true", help="wait for more until the run ends")
+    logs.add_argument("--rank", default="0", help="which rank, or `batch` for the job script (default: 0)")
+    logs.add_argument("--restart", type=int, help="which start after a requeue (default: the newest)")
+
+    for name, help_ in (("cancel", "cancel a run's job"), ("resume", "submit a run again, from its last checkpoint")):
+        command = commands.add_parser(name, help=help_)
+        command.add_argument("run", type=Path, metavar="RUN")
+
+    plan = commands.add_parser("plan", help="what a recipe would do, with any of its flags", add_help=False)
+    plan.add_argument("recipe", type=Path, metavar="RECIPE.py")
+
+    doctor = commands.add_parser("doctor", help="check this machine, with a fix for each failure")
+    doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    return parser
+
+
+def _status(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.status import show_status
+
+    return show_status(options.runs, as_json=options.json)
+
+
+def _logs(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.jobs import show_logs
+
+    return show_logs(options.run, rank=options.rank, restart=options.restart, follow=options.follow)
+
+
+def _cancel(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.jobs import cancel_run
+
+    return cancel_run(options.run)
+
+
+def _resume(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.jobs import resume_run
+
+    return resume_run(options.run)
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> int:
+    from megabatch.cli.plan import show_plan
+
+    return show_plan(options.recipe, rest)
+
+
+def _doctor(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.doctor.report import show_report
+
+    return show_report(as_json=options.json)
+
+
+_COMMANDS = {
+    "status": _status,
+    "logs": _logs,
+    "cancel": _cancel,
+    "resume": _resume,
+    "plan": _plan,
+    "doctor": _doctor,
+}

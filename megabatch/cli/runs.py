@@ -1,0 +1,54 @@
+"""Run directories by what people type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from megabatch.errors import LaunchError
+from megabatch.run_directory import RunDirectory
+
+DEFAULT_FOLDER = Path("megatron_output")
+"""Where runs are saved unless a recipe says otherwise."""
+_DEPTH = 3
+
+
+def is_run(path: Path) -> bool:
+    return RunDirectory(path).run_json.is_file()
+
+
+def one_run(path: Path) -> Path:
+    """The run directory that a path names: itself, or the only one beneath it.
+
+    Raises: LaunchError when there is none, with the nearest names, or more than one.
+    """
+    found = runs_in(path)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(str(run) for run in found[:4])
+        raise LaunchError(f"{path} holds {len(found)} runs; name one: {names}{' …' if len(found) > 4 else ''}")
+    if path.exists():
+        raise LaunchError(f"{path} is no run directory: it has no run.json; `megabatch status` lists runs")
+    folder = path.parent
+    near = get_close_matches(path.name, [p.name for p in folder.iterdir()] if folder.is_dir() else [], n=2)
+    hint = f"; nearest in {folder}: {', '.join(near)}" if near else "; `megabatch status` lists runs"
+    raise LaunchError(f"{path} does not exist{hint}")
+
+
+def all_runs(paths: Sequence[Path]) -> list[Path]:
+    """Every run at or beneath the paths, or beneath `megatron_output` when none is given."""
+    if not paths:
+        return runs_in(DEFAULT_FOLDER)
+    return [run for path in paths for run in (runs_in(path) or [one_run(path)])]
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The path itself when it is a run, else the runs a few levels beneath it, oldest first."""
+    if is_run(path):
+        return [path]
+    found: list[Path] = []
+    for depth in range(1, _DEPTH + 1):
+        found += [p.parent for p in path.glob("/".join(["*"] * depth + ["run.json"]))]
+    return sorted(found, key=lambda run: (run / "run.json").stat().st_mtime)

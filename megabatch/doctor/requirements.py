@@ -1,0 +1,88 @@
+"""What megabatch works with: versions, what works without it, and how to get it. One table, compared with
+pyproject.toml by a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["core", "train", "optional"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Requirement:
+    """A Python package."""
+
+    name: str
+    """Distribution name."""
+    supported: str
+    """Range of versions that work, as in pyproject.toml; empty for any."""
+    level: Level
+    """`core`: nothing works without it. `train`: every machine that trains needs it. `optional`: see `without`."""
+    without: str
+    """What is different without it."""
+    fix: str
+    """How to install a supported version."""
+
+
+_TRAIN = "pip install -c constraints.txt 'megabatch[train]'"
+_NO_TRAINING = "recipes can be planned and submitted here, not trained"
+
+REQUIREMENTS = (
+    Requirement(
+        name="submitit",
+        supported=">=1.5.3,<1.6",
+        level="core",
+        without="runs cannot be submitted",
+        fix="pip install 'submitit>=1.5.3,<1.6'",
+    ),
+    Requirement(name="torch", supported=">=2.6,<2.14", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(name="megatron-core", supported=">=0.16.1,<0.20", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(name="transformers", supported=">=4.57,<6", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(name="tokenizers", supported=">=0.22,<0.24", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(name="safetensors", supported=">=0.5,<0.9", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(name="datasets", supported=">=3.6,<6", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(name="numpy", supported=">=1.26,<3", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(name="tensorboard", supported=">=2.18,<3", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(name="tqdm", supported=">=4.66,<5", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(
+        name="transformer-engine",
+        supported=">=2.3,<3",
+        level="optional",
+        without="megatron-core's own layers with PyTorch's attention; no FP8",
+        fix="pip install --no-build-isolation 'transformer-engine[pytorch]>=2.3,<3'; where cudnn.h or nccl.h is not "
+        "found, point CUDNN_PATH and CPLUS_INCLUDE_PATH at site-packages/nvidia/cudnn and nvidia/nccl (their include "
+        "folders), LIBRARY_PATH at their lib folders, and CUDA_HOME at the folder that holds bin/nvcc",
+    ),
+    Requirement(
+        name="flash-attn",
+        supported=">=2.7,<2.9",
+        level="optional",
+        without="PyTorch's own fused attention",
+        fix="MAX_JOBS=8 pip install --no-build-isolation 'flash-attn==2.8.3'; never newer than transformer-engine's "
+        "limit",
+    ),
+    Requirement(
+        name="apex",
+        supported="",
+        level="optional",
+        without="weight gradients are added up outside the matrix product (no_gradient_accumulation_fusion)",
+        fix="git clone https://github.com/NVIDIA/apex && pip install --no-build-isolation --config-settings "
+        "'--build-option=--cpp_ext --cuda_ext' ./apex",
+    ),
+    Requirement(
+        name="vllm",
+        supported=">=0.10,<0.25",
+        level="optional",
+        without="no vLLM rollouts (reinforcement learning is not built yet)",
+        fix="pip install 'megabatch[vllm]'",
+    ),
+    Requirement(
+        name="modelscope",
+        supported="",
+        level="optional",
+        without="models and datasets come from Hugging Face (--use_hf true) or from folders",
+        fix="pip install modelscope",
+    ),
+)
+PYTHON = ">=3.11"
