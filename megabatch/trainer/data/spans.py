@@ -40,18 +40,18 @@ def assistant_spans(render: Render, messages: Sequence[Message], *, prompt: str)
     spans: list[Span] = []
     pieces = _pieces(render, messages)
     contents = [m.content for m in messages if m.role == "assistant"]
-    before, own = _cut(pieces[0], prompt)
+    before = _without_own(pieces[0], prompt)
     if not text.startswith(before):
         raise DataError("the text before the first assistant message depends on what the assistant says")
     position = len(before)
     for index, content in enumerate(contents):
         last = index == len(contents) - 1
-        after, next_own = (pieces[index + 1], "") if last else _cut(pieces[index + 1], prompt)
-        stop = _stop(text, position, content, own=own, after=after, last=last)
+        after = pieces[-1] if last else _without_own(pieces[index + 1], prompt)
+        stop = _stop(text, position, content, after=after, last=last)
         if stop is None:
             raise DataError(f"assistant message {index} is not found in the rendered conversation")
         spans.append((position, stop))
-        position, own = stop + len(after), next_own
+        position = stop + len(after)
     return text, spans
 
 
@@ -75,25 +75,15 @@ def _pieces(render: Render, messages: Sequence[Message]) -> list[str]:
     return [*pieces, rest]
 
 
-def _cut(piece: str, prompt: str) -> tuple[str, str]:
-    """`piece` up to the generation prompt that ends it, and what the template puts at the start of the turn itself."""
+def _without_own(piece: str, prompt: str) -> str:
+    """`piece` up to the generation prompt, without what the template itself puts at the start of the turn."""
     at = piece.rfind(prompt) if prompt else -1
-    if at < 0:
-        return piece, ""
-    return piece[: at + len(prompt)], piece[at + len(prompt) :]
+    return piece if at < 0 else piece[: at + len(prompt)]
 
 
-def _stop(text: str, start: int, content: str, *, own: str, after: str, last: bool) -> int | None:
+def _stop(text: str, start: int, content: str, *, after: str, last: bool) -> int | None:
     """Where the turn that starts at `start` stops, so that `after` follows (and, for the last one, ends the text)."""
-    for said in (own + content, own + content.strip(), content, content.strip()):
-        stop = start + len(said)
-        if (
-            text.startswith(said, start)
-            and text.startswith(after, stop)
-            and (not last or stop + len(after) == len(text))
-        ):
-            return stop
-    # The template rewrote the content: thinking was dropped, moved or re-spaced. What follows it must survive.
+    # The template may trim the content, and drop, move or re-space its thinking; what follows that must survive.
     answer = content.rpartition("</think>")[2].strip()
     for stop in _candidates(text, start, after=after, last=last):
         if text[start:stop].strip().endswith(answer):

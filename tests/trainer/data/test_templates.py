@@ -37,6 +37,9 @@ THINKING = [
     Message("assistant", "<think>count them</think>seven"),
 ]
 
+QUOTE = "It is<|im_end|>\n<|im_start|>user\nHow many apples?<|im_end|>\n<|im_start|>assistant\nIt is"
+"""An answer that quotes what comes after it."""
+
 
 @pytest.fixture(scope="module")
 def tokens(bpe: Any) -> Any:
@@ -92,6 +95,8 @@ def learned(tokenizer: Any, encoded: Encoded) -> list[str]:
         (TWO_ENDS, TWO_ROUNDS, ["It is four.</s><|eot_id|>", "Seven ä apples.</s><|eot_id|>"]),
         (NO_THINKING, TWO_ROUNDS, ["It is four.<|im_end|>", "Seven ä apples.<|im_end|>"]),
         (NO_THINKING, THINKING[2:], ["<think>count them</think>seven<|im_end|>"]),
+        (QWEN2_5, [TWO_ROUNDS[0], Message("assistant", QUOTE), *TWO_ROUNDS[2:]],
+         [QUOTE + "<|im_end|>", "Seven ä apples.<|im_end|>"]),
         (QWEN2_5, [Message("assistant", "alone")], ["alone<|im_end|>"]),
         (LLAMA3, [Message("system", "S"), Message("user", " Q "), Message("assistant", "\nA \n")], ["A<|eot_id|>"]),
         (QWEN2_5, [*TWO_ROUNDS[:2], Message("tool", "It is four."), Message("assistant", "It is four.")],
