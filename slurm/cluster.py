@@ -147,8 +147,8 @@ class PrivateCluster:
 
     def _wait_until_idle(self, *, deadline: float) -> None:
         while not self._all_idle():
-            if time.monotonic() > deadline:
-                logs = "\n".join(_tail(path) for path in sorted(self.layout.directory.glob("slurm*.log")))
+            if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self.daemons):
+                logs = "\n".join(_tail(path) for path in sorted(self.layout.directory.glob("slurm*.out")))
                 raise LaunchError(f"the private cluster in {self.layout.directory} did not come up:\n{logs}")
             time.sleep(0.1)
 

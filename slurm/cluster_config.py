@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import secrets
 import shutil
 import socket
@@ -68,7 +68,10 @@ def write_configuration(layout: ClusterLayout) -> None:
     with os.fdopen(descriptor, "wb") as file:
         file.write(secrets.token_bytes(128))
     for gpu in range(layout.gpus_per_node):
-        (layout.directory / f"gpu{gpu}").touch()
+        device = layout.directory / f"gpu{gpu}"
+        device.unlink(missing_ok=True)
+        # Slurm wants a device behind each GPU's name
+        device.symlink_to("/dev/null")
     write_atomic(layout.configuration, slurm_conf(layout))
     write_atomic(layout.directory / "gres.conf", _gres_conf(layout))
 
@@ -83,7 +86,7 @@ def slurm_conf(layout: ClusterLayout) -> str:
     directory = str(layout.directory)
     if not directory.isprintable() or set(directory) & set(" \"'#%\\,=[]"):
         raise LaunchError(f"{directory}: Slurm's configuration cannot hold this folder's name; choose a plain one")
-    host, user = socket.gethostname().split(".")[0], getpass.getuser()
+    host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.geteuid()).pw_name
     settings: dict[str, str | int | Path] = {
         "ClusterName": "megabatch",
         "SlurmctldHost": f"{host}(127.0.0.1)",
@@ -106,6 +109,8 @@ def slurm_conf(layout: ClusterLayout) -> str:
         "SlurmdParameters": "config_overrides",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU",
+        # what can never run is refused, not queued
+        "EnforcePartLimits": "ALL",
         "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0",
         "ProctrackType": "proctrack/linuxproc",
         "TaskPlugin": "task/none",

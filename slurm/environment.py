@@ -110,6 +110,7 @@ SHARED_CACHES = (
     Variable("HF_HOME", "huggingface", "models, datasets and tokens of the hub are downloaded once for all nodes"),
     Variable("HF_DATASETS_CACHE", "huggingface/datasets", "tokenised and mapped datasets are shared between runs"),
     Variable("MODELSCOPE_CACHE", "modelscope", "the same for downloads from ModelScope"),
+    Variable("MEGABATCH_CACHE", "megabatch", "tokenised datasets are made once and shared between runs"),
     Variable("TORCH_HOME", "torch", "the same for torch.hub"),
 )
 

@@ -14,7 +14,7 @@ from megabatch.slurm.state import status
 
 _NAME = re.compile(r"rank_(\d+)\.(\d+)\.log")
 _POLL_S = 0.5
-_STATE_EVERY_S = 10.0
+_STATE_EVERY_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, order=True)

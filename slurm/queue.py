@@ -151,7 +151,10 @@ def _exit_code(text: str) -> int | None:
     code, colon, number = text.partition(":")
     if not code.isdigit():
         return None
-    exit_, signal_ = (int(code), int(number) if number.isdigit() else 0) if colon else divmod(int(code), 256)
+    if colon:
+        exit_, signal_ = int(code), int(number) if number.isdigit() else 0
+    else:
+        exit_, signal_ = int(code) >> 8, int(code) & 0x7F
     return 128 + signal_ if signal_ else exit_
 
 

@@ -59,6 +59,13 @@ def _check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
             )
 
 
+def _log_folder(job: JobSpec) -> str:
+    """As a pattern of sbatch's, where % begins a symbol and one backslash anywhere turns all symbols off."""
+    if "\\" in str(job.run_directory):
+        raise LaunchError(f"{job.run_directory}: Slurm cannot write to a folder with a backslash; choose another name")
+    return str(job.files.logs).replace("%", "%%")
+
+
 def _time_limit(job: JobSpec, profile: ClusterProfile) -> str | None:
     """The run's limit, cut to the longest that the cluster gives: a run that is cut saves, requeues and goes on."""
     limits = [limit for limit in (job.time, profile.time) if limit is not None]
@@ -90,7 +97,7 @@ def _directives(job: JobSpec, profile: ClusterProfile) -> list[str]:
         "requeue" if job.requeue else "no-requeue": True,
         "open-mode": "append",
         "chdir": None if job.working_directory is None else str(job.working_directory),
-        "output": str(job.files.logs / "batch.%j.log").replace("%", "%%").replace("%%j", "%j"),
+        "output": f"{_log_folder(job)}/batch.%j.log",
         "export": "ALL",
         "kill-on-invalid-dep": "yes",
     }
@@ -121,6 +128,7 @@ def _run_directory(job: JobSpec) -> list[str]:
         f"export MEGABATCH_RUN={shell(str(job.run_directory))}",
         'export MEGABATCH_RESTART="${SLURM_RESTART_COUNT:-0}"',
         'export MEGABATCH_STOPPED="$MEGABATCH_RUN/logs/stopped.$SLURM_JOB_ID.$MEGABATCH_RESTART"',
+        'export MEGABATCH_FAILED="$MEGABATCH_RUN/logs/failed.$SLURM_JOB_ID.$MEGABATCH_RESTART"',
         'mkdir -p -- "$MEGABATCH_RUN/logs"',
     ]
 
@@ -192,18 +200,21 @@ def _rank_script(variables: list[Variable], profile: ClusterProfile) -> list[str
     ]
     return [
         "rank_script=$(cat <<'RANK'",
+        "# a request to stop that comes before the rank listens must not end it: it is sent again",
+        "trap '' USR2",
+        "trap : TERM",
         'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"',
         'exec >>"$MEGABATCH_RUN/logs/rank_$RANK.$MEGABATCH_RESTART.log" 2>&1',
         *(cache if caches else []),
-        "# a signal that comes before the rank listens must not end it: it is sent again",
-        "trap '' USR2",
-        "trap : TERM",
         "status=0",
         '"$@" || status=$?',
         f"# an exit of {ExitCode.REQUEUE} would let --kill-on-bad-exit end ranks that are still closing their files",
         f'if [ "$status" -eq {ExitCode.REQUEUE} ]; then',
         '    if [ "$RANK" -eq 0 ]; then : >"$MEGABATCH_STOPPED"; fi',
         "    status=0",
+        'elif [ "$status" -ne 0 ]; then',
+        "    # srun gives the largest code, often of a rank it ended itself: the first to fail writes down its own",
+        '    (set -C && echo "$RANK $status $SLURMD_NODENAME" >"$MEGABATCH_FAILED") 2>/dev/null || true',
         "fi",
         'exit "$status"',
         "RANK",
@@ -238,11 +249,7 @@ def _finish(job: JobSpec) -> list[str]:
     back = [
         "    # after TERM, Slurm or a person has decided already whether the job comes back",
         '    if [ "$stop" = USR2 ]; then',
-        '        if scontrol requeue "$SLURM_JOB_ID"; then',
-        "            # Slurm holds a requeued job for about two minutes; nothing of this one is left to wait for",
-        '            scontrol update JobId="$SLURM_JOB_ID" StartTime=now || true',
-        "            exit 0",
-        "        fi",
+        '        if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi',
         f"        echo {refused} >&2",
         "    fi",
     ]
@@ -250,6 +257,10 @@ def _finish(job: JobSpec) -> list[str]:
         'if [ "$status" -eq 0 ] && [ -e "$MEGABATCH_STOPPED" ]; then',
         '    rm -f -- "$MEGABATCH_STOPPED"',
         f"    status={ExitCode.REQUEUE}",
+        'elif [ "$status" -ne 0 ] && [ -e "$MEGABATCH_FAILED" ]; then',
+        '    read -r rank status node <"$MEGABATCH_FAILED"',
+        '    log="logs/rank_$rank.$MEGABATCH_RESTART.log"',
+        '    echo "megabatch: rank $rank on $node failed first, with exit code $status: $log"',
         "fi",
         'printf \'{"job_id": "%s", "restart": %d, "exit_code": %d, "time": %d}\\n\' \\',
         '    "$SLURM_JOB_ID" "$MEGABATCH_RESTART" "$status" "$EPOCHSECONDS" >>"$MEGABATCH_RUN/jobs.jsonl" || true',

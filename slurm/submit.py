@@ -29,7 +29,10 @@ _FIXES = (
     ("invalid feature", "`sinfo -o '%N %f'` lists node features; set `constraint` in the cluster profile"),
     ("time limit", "`sinfo -o '%P %l'` lists the limits; set resources.time below the partition's"),
     ("node count", "`sinfo -o '%P %D'` lists the nodes of each partition; ask for fewer in resources.nodes"),
-    ("more processors", "ask for fewer resources.cpus_per_task or tasks_per_node; `sinfo -o '%N %c'` lists CPUs"),
+    (
+        "more processors",
+        "ask for fewer resources.nodes, tasks_per_node or cpus_per_task; `sinfo -o '%P %D %c'` lists what there is",
+    ),
     (
         "node configuration",
         "no node has that many CPUs, GPUs or that much memory; `sinfo -o '%N %c %m %G'` lists them",

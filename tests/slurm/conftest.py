@@ -83,27 +83,31 @@ class Submitted:
 Submit = Callable[..., Submitted]
 
 
+def payload_spec(folder: Path) -> JobSpec:
+    """One rank on one node that ends at once."""
+    return JobSpec(name="payload", run_directory=folder / "run", python=sys.executable, cpus_per_task=1, time="10")
+
+
+def submit_job(job: JobSpec, *, profile: ClusterProfile | None = None, options: dict[str, object]) -> Submitted:
+    """Submits the payload as `job` to the Slurm that the environment names."""
+    words = tuple(f"{name}={value}" for name, value in options.items())
+    job = replace(job, arguments=(str(PAYLOAD), *words))
+    return Submitted(job.files, submit(job.files, render(job, profile or ClusterProfile())).job_id)
+
+
 @pytest.fixture
 def payload_job(tmp_path: Path) -> JobSpec:
-    """One rank on one node that ends at once."""
-    return JobSpec(
-        name="payload",
-        run_directory=tmp_path / "run",
-        python=sys.executable,
-        cpus_per_task=1,
-        signal_delay_s=30,
-        time="10",
-    )
+    return payload_spec(tmp_path)
 
 
 @pytest.fixture
 def submit_payload(slurm: PrivateCluster, payload_job: JobSpec) -> Submit:
+    """Submits the payload; keywords beside `profile` and `options` change its JobSpec."""
+
     def submit_(
         *, profile: ClusterProfile | None = None, options: dict[str, object] | None = None, **spec: Any
     ) -> Submitted:
-        words = tuple(f"{name}={value}" for name, value in (options or {}).items())
-        job = replace(payload_job, arguments=(str(PAYLOAD), *words), **spec)
-        return Submitted(job.files, submit(job.files, render(job, profile or ClusterProfile())).job_id)
+        return submit_job(replace(payload_job, **spec), profile=profile, options=options or {})
 
     return submit_
 

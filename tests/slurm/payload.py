@@ -33,7 +33,8 @@ def meet(path: str) -> None:
         json.dump(ranks, file)
 
 
-time.sleep(float(options.get("deaf_s", 0)))
+fails = rank == int(options.get("fail_rank", -1))
+time.sleep(0.0 if fails else float(options.get("deaf_s", 0)))
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
 say(argv=sys.argv[1:], environment=dict(os.environ), cwd=os.getcwd())
@@ -41,7 +42,7 @@ if "meet" in options:
     # rank 0 must listen before the others come
     time.sleep(0.5 if rank else 0)
     meet(options["meet"])
-if rank == int(options.get("fail_rank", -1)):
+if fails:
     if options["fail"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(int(options["fail"]))

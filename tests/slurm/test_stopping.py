@@ -4,38 +4,47 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from megabatch.slurm.cluster import PrivateCluster
 from megabatch.slurm.control import cancel, resume
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
 
-from .conftest import Submit, until
+from .conftest import Submit, Submitted, payload_spec, submit_job, until
 
 pytestmark = pytest.mark.slurm
 
+FIRST_NODES = ClusterProfile(partition="urgent", sbatch={"nodelist": "n[1-2]"})
+"""Out of reach of preemption."""
+LAST_NODES = ClusterProfile(sbatch={"nodelist": "n[3-4]"})
 
-def test_the_time_limits_warning_stops_all_ranks_together_and_requeues(submit_payload: Submit) -> None:
+
+@pytest.fixture(scope="module", autouse=True)
+def time_limited(slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    """Submitted first, looked at last: the warning takes half a minute, in which the other tests run."""
     # Slurm rounds limits up to minutes and warns up to half a minute early: this warns within half a minute
-    job = submit_payload(nodes=2, tasks_per_node=2, time="1", signal_delay_s=40, options={"until_restart": 1})
-    job.wait_listening(restart=1, ranks=4, timeout_s=90)
-    assert [job.said(rank)[-1] for rank in range(4)] == [{"stopped": "SIGUSR2"}] * 4
-    end = job.wait()
-    assert (end.state, end.restart) == (State.COMPLETED, 1)
-    assert [job.said(rank, 1)[-1] for rank in range(4)] == [{"done": True}] * 4
-    endings = [(e.restart, e.exit_code) for e in read_records(job.run)[0].endings]
-    assert endings == [(0, 75), (1, 0)]
-    assert not list(job.run.logs.glob("stopped.*"))
+    job = replace(
+        payload_spec(tmp_path_factory.mktemp("limit")), nodes=2, tasks_per_node=2, time="1", signal_delay_s=40
+    )
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in slurm_cluster.environment.items():
+            environment.setenv(name, value)
+        return submit_job(job, profile=FIRST_NODES, options={"until_restart": 1})
 
 
 def test_a_warning_before_the_ranks_listen_is_not_lost(submit_payload: Submit) -> None:
-    job = submit_payload(options={"until_restart": 1, "deaf_s": 2})
+    job = submit_payload(requeue=False, options={"until_restart": 1, "deaf_s": 2})
     until(job.run.rank_log(0, 0).exists)
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
     end = job.wait()
-    assert (end.state, end.restart, job.said(0)[-1]) == (State.COMPLETED, 1, {"stopped": "SIGUSR2"})
+    assert job.said(0)[-1] == {"stopped": "SIGUSR2"}
+    assert (end.state, end.exit_code, end.restart) == (State.STOPPED, 75, 0), (
+        "it may not requeue: the code says why it ended"
+    )
 
 
 def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Submit) -> None:
@@ -79,22 +88,45 @@ def test_a_node_that_goes_down_requeues(submit_payload: Submit, scontrol: Callab
     try:
         assert job.wait(State.PENDING).restart == 1
     finally:
-        scontrol("update", "NodeName=n4", "State=RESUME")
+        bring_back(scontrol, "n4")
     end = job.wait()
     assert (end.state, end.restart) == (State.COMPLETED, 1)
 
 
-@pytest.mark.parametrize(("fail", "code"), [("3", 3), ("kill", 137)])
-def test_one_dead_rank_ends_the_job_with_its_exit_code(submit_payload: Submit, fail: str, code: int) -> None:
-    job = submit_payload(nodes=2, tasks_per_node=2, options={"seconds": 120, "fail_rank": 3, "fail": fail})
+def bring_back(scontrol: Callable[..., str], node: str) -> None:
+    """Slurm refuses while the node is still being cleaned up."""
+
+    def resumed() -> bool:
+        try:
+            scontrol("update", f"NodeName={node}", "State=RESUME")
+        except subprocess.CalledProcessError:
+            return "State=DOWN" not in scontrol("show", "node", node)
+        return True
+
+    until(resumed, what=f"{node} to come back")
+
+
+@pytest.mark.parametrize(("fail", "code", "deaf_s"), [("3", 3, 0), ("1", 1, 60), ("kill", 137, 0)])
+def test_one_dead_rank_ends_the_job_with_its_exit_code(
+    submit_payload: Submit, fail: str, code: int, deaf_s: int
+) -> None:
+    # ranks that do not listen are killed by srun with a larger code, which must not hide the first one's
+    options = {"seconds": 120, "fail_rank": 3, "fail": fail, "deaf_s": deaf_s}
+    job = submit_payload(profile=LAST_NODES, nodes=2, tasks_per_node=2, options=options)
     end = job.wait(timeout_s=30)
     assert (end.state, end.exit_code) == (State.FAILED, code)
     assert {"done": True} not in job.said(0)
+    assert f"rank 3 on n4 failed first, with exit code {code}: logs/rank_3.0.log" in job.batch_log()
 
 
-def test_a_run_that_may_not_requeue_stops_with_the_reserved_code(submit_payload: Submit) -> None:
-    job = submit_payload(requeue=False, options={"until_restart": 1})
-    job.wait_listening()
-    subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
+@pytest.mark.usefixtures("slurm")
+def test_the_time_limits_warning_stops_all_ranks_together_and_requeues(time_limited: Submitted) -> None:
+    job = time_limited
+    job.wait_listening(restart=1, ranks=4, timeout_s=90)
+    assert [job.said(rank)[-1] for rank in range(4)] == [{"stopped": "SIGUSR2"}] * 4
     end = job.wait()
-    assert (end.state, end.exit_code, end.restart) == (State.STOPPED, 75, 0)
+    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert [job.said(rank, 1)[-1] for rank in range(4)] == [{"done": True}] * 4
+    endings = [(e.restart, e.exit_code) for e in read_records(job.run)[0].endings]
+    assert endings == [(0, 75), (1, 0)]
+    assert not list(job.run.logs.glob("stopped.*"))

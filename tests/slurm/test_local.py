@@ -1,0 +1,138 @@
+"""Running ranks on this machine without Slurm."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megabatch.errors import LaunchError
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.local import run_local
+
+from .conftest import PAYLOAD, until
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> JobSpec:
+    return JobSpec(name="local", run_directory=tmp_path / "a 'run'", tasks_per_node=2, python=sys.executable)
+
+
+def with_options(job: JobSpec, **options: object) -> JobSpec:
+    return replace(job, arguments=(str(PAYLOAD), *(f"{name}={value}" for name, value in options.items())))
+
+
+def first_line(job: JobSpec, rank: int, restart: int = 0) -> dict[str, dict[str, str]]:
+    line: dict[str, dict[str, str]] = json.loads(job.files.rank_log(rank, restart).read_text().splitlines()[0])
+    return line
+
+
+def test_ranks_get_their_environment_and_logs_and_rank_0_the_terminal(job: JobSpec, tmp_path: Path) -> None:
+    terminal = io.BytesIO()
+    run = with_options(replace(job, environment={"EXTRA": "1"}), meet=tmp_path / "met.json")
+    assert run_local(run, terminal=terminal) == 0
+    assert json.loads((tmp_path / "met.json").read_text()) == [1]
+    for rank in range(2):
+        environment = first_line(job, rank)["environment"]
+        assert (environment["RANK"], environment["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (environment["WORLD_SIZE"], environment["LOCAL_WORLD_SIZE"]) == ("2", "2")
+        assert (environment["MASTER_ADDR"], environment["MEGABATCH_RESTART"]) == ("127.0.0.1", "0")
+        assert (environment["OMP_NUM_THREADS"], environment["EXTRA"]) == ("1", "1")
+    assert terminal.getvalue() == job.files.rank_log(0, 0).read_bytes()
+
+
+def test_each_run_counts_as_a_restart(job: JobSpec) -> None:
+    for restart in range(2):
+        run_local(with_options(job), terminal=io.BytesIO())
+        assert first_line(job, 1, restart)["environment"]["MEGABATCH_RESTART"] == str(restart)
+
+
+@pytest.mark.parametrize(("fail", "code"), [("3", 3), ("kill", 137)])
+def test_one_dead_rank_ends_the_others(job: JobSpec, fail: str, code: int) -> None:
+    start = time.monotonic()
+    assert run_local(with_options(job, fail_rank=1, fail=fail, seconds=60), terminal=io.BytesIO()) == code
+    assert time.monotonic() - start < 20
+    assert "done" not in job.files.rank_log(0, 0).read_text()
+
+
+def test_a_command_that_is_not_there_is_an_error(job: JobSpec) -> None:
+    with pytest.raises(LaunchError, match="cannot run /no/such/python"):
+        run_local(replace(job, python="/no/such/python"))
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.local import run_local
+run, arguments = sys.argv[1], tuple(sys.argv[2:])
+job = JobSpec(name="local", run_directory=Path(run), tasks_per_node=2, python=sys.executable, arguments=arguments)
+sys.exit(run_local(job))
+"""
+
+
+def launch(job: JobSpec, **options: object) -> subprocess.Popen[bytes]:
+    words = [f"{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-c", LAUNCHER, str(job.run_directory), str(PAYLOAD), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    until(lambda: all(job.files.rank_log(rank, 0).exists() for rank in range(2)))
+    return process
+
+
+def listening(job: JobSpec) -> bool:
+    return all("argv" in job.files.rank_log(rank, 0).read_text() for rank in range(2))
+
+
+def rank_pids(job: JobSpec) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if f"MEGABATCH_RUN={job.run_directory}\0".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_asks_to_stop_and_75_stays_75(job: JobSpec, number: signal.Signals) -> None:
+    process = launch(job, seconds=60)
+    until(lambda: listening(job))
+    process.send_signal(number)
+    assert process.wait(20) == 75
+    assert all('{"stopped": "SIGUSR2"}' in job.files.rank_log(rank, 0).read_text() for rank in range(2))
+
+
+def test_a_request_before_the_ranks_listen_is_repeated(job: JobSpec) -> None:
+    process = launch(job, seconds=60, deaf_s=1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 75
+
+
+def test_a_second_signal_kills(job: JobSpec) -> None:
+    process = launch(job, seconds=60, deaf_s=60)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert process.wait(20) == 137
+    assert not rank_pids(job)
+
+
+def test_ranks_die_with_a_killed_launcher(job: JobSpec) -> None:
+    process = launch(job, seconds=60)
+    until(lambda: listening(job))
+    process.kill()
+    process.wait()
+    until(lambda: not rank_pids(job), timeout_s=5, what="the ranks to die")

@@ -1,0 +1,159 @@
+"""The rendered script, without Slurm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megabatch.errors import LaunchError
+from megabatch.slurm.environment import NETWORKS, job_variables, reference_table
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile, Container
+from megabatch.slurm.quoting import directive, label, shell
+from megabatch.slurm.render import render
+
+GOLDENS = Path(__file__).with_name("goldens")
+
+GPU_JOB = JobSpec(
+    name="qwen3-moe-sft",
+    run_directory=Path("/shared/runs/qwen3-moe-sft"),
+    nodes=2,
+    tasks_per_node=8,
+    gpus_per_node=8,
+    cpus_per_task=12,
+    time="24:00:00",
+    python="/shared/venv/bin/python",
+    snapshot=Path("/shared/runs/.snapshots/0123456789abcdef"),
+    working_directory=Path("/home/someone/project"),
+    inherit=("WANDB_API_KEY",),
+)
+SITE = ClusterProfile(
+    partition="gpu",
+    account="nlp",
+    qos="high",
+    constraint="h100&ib",
+    time="12:00:00",
+    modules=("cuda/12.8",),
+    network="infiniband",
+    shared_cache="/shared/cache",
+    environment={"NCCL_IB_HCA": "=mlx5_0,mlx5_1"},
+    sbatch={"exclusive": True, "mail_type": "END"},
+)
+IMAGE = Container(image="/images/train.sqsh", mounts=("/data:/data",))
+CASES: dict[str, tuple[JobSpec, ClusterProfile]] = {
+    "infiniband": (GPU_JOB, SITE),
+    "cpu": (JobSpec(name="quickstart", run_directory=Path("/runs/quickstart"), tasks_per_node=2), ClusterProfile()),
+    "pyxis_efa": (GPU_JOB, ClusterProfile(partition="p5", network="efa", container=IMAGE)),
+    "apptainer_roce": (
+        GPU_JOB,
+        ClusterProfile(network="roce", container=replace(IMAGE, runtime="apptainer", image="/images/train.sif")),
+    ),
+    "single_node": (replace(GPU_JOB, nodes=1, requeue=False), SITE),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_goldens(name: str) -> None:
+    golden = GOLDENS / f"{name}.sbatch"
+    text = render(*CASES[name])
+    if os.environ.get("MEGABATCH_GOLDEN") == "1":
+        golden.write_text(text)
+    assert text == golden.read_text(), "if this change is meant: make golden, and review the diff"
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_every_golden_has_its_case() -> None:
+    assert {path.stem for path in GOLDENS.iterdir()} == set(CASES)
+
+
+def test_any_number_of_nodes_costs_the_same_script() -> None:
+    one, many = render(replace(GPU_JOB, nodes=2), SITE), render(replace(GPU_JOB, nodes=1024), SITE)
+    assert len(many) - len(one) < 10
+
+
+def test_rendering_takes_no_time() -> None:
+    start = time.perf_counter()
+    for _ in range(20):
+        render(replace(GPU_JOB, nodes=1024), SITE)
+    assert (time.perf_counter() - start) / 20 < 0.02
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "", "a b", "'", '"', "$(x)", "`x`", "\\", "a\nb\tc\r", "é漢\u2028", "-n", "!x", "\\'\n$HOME'"]
+)
+def test_shell_words_are_exactly_the_text_on_one_line(text: str) -> None:
+    word = shell(text)
+    assert "\n" not in word
+    script = f'x={word}; printf "%s" "$x"'
+    assert subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout == text.encode()
+
+
+def test_directives_and_labels() -> None:
+    assert directive("nodes", 2) == "#SBATCH --nodes=2"
+    assert directive("requeue", True) == "#SBATCH --requeue"
+    assert directive("comment", 'a "b" #c\\') == '#SBATCH --comment="a \\"b\\" #c\\\\"'
+    assert label("a\nb") == "a b"
+    assert label("\n") == "megabatch"
+    with pytest.raises(LaunchError, match="control character"):
+        directive("output", "a\nb")
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "wandb_apikey"])
+def test_a_secret_is_refused_wherever_it_is_set(name: str) -> None:
+    with pytest.raises(LaunchError, match=rf"{name}.*inherit"):
+        render(replace(GPU_JOB, environment={name: "x"}), SITE)
+    with pytest.raises(LaunchError, match=rf"{name}.*inherit"):
+        render(GPU_JOB, ClusterProfile(environment={name: "x"}))
+
+
+def test_names_that_are_not_names_are_refused() -> None:
+    for job in (replace(GPU_JOB, environment={"A=$(x)": "1"}), replace(GPU_JOB, inherit=("A;x",))):
+        with pytest.raises(LaunchError, match="not a name"):
+            render(job, SITE)
+
+
+def test_a_warning_must_come_before_the_limit() -> None:
+    with pytest.raises(LaunchError, match=r"signal_delay_s=90 must be below the time limit of 60 s.*try 15"):
+        render(replace(GPU_JOB, time="1"), ClusterProfile())
+
+
+def test_the_nearest_wins_and_each_variable_is_set_once() -> None:
+    profile = replace(SITE, environment={"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "2"})
+    variables = job_variables(replace(GPU_JOB, environment={"NCCL_DEBUG": "TRACE"}), profile)
+    values = {v.name: v.value for v in variables}
+    assert len(values) == len(variables)
+    assert (values["NCCL_DEBUG"], values["OMP_NUM_THREADS"]) == ("TRACE", "2")
+
+
+def test_one_node_needs_no_network() -> None:
+    names = {v.name for v in job_variables(replace(GPU_JOB, nodes=1), SITE)}
+    assert "NCCL_IB_DISABLE" in names
+    assert "NCCL_NET" not in names
+
+
+def test_every_variable_has_a_reason() -> None:
+    assert all(len(v.reason) > 15 for variables in NETWORKS.values() for v in variables)
+
+
+def test_the_docs_show_every_variable() -> None:
+    docs = Path(__file__).parents[2] / "docs" / "slurm.md"
+    text = docs.read_text()
+    before, rest = text.split("<!-- presets: printed by python -m megabatch.slurm.environment -->\n")
+    after = rest.split("<!-- end of presets -->\n")[1]
+    new = (
+        f"{before}<!-- presets: printed by python -m megabatch.slurm.environment -->\n"
+        f"{reference_table()}<!-- end of presets -->\n{after}"
+    )
+    if os.environ.get("MEGABATCH_GOLDEN") == "1":
+        docs.write_text(new)
+    assert text == new or os.environ.get("MEGABATCH_GOLDEN") == "1", "run: make golden"
+
+
+def test_a_container_mount_with_a_comma_is_refused() -> None:
+    with pytest.raises(LaunchError, match="comma"):
+        render(replace(GPU_JOB, run_directory=Path("/a,b")), ClusterProfile(container=IMAGE))
