@@ -53,8 +53,8 @@ class Data:
     """Shuffles the dataset once, from the seed, before it is split and packed."""
     train_dataloader_shuffle: bool = param(True)
     """Draws the training rows in another order in each epoch, from the seed."""
-    no_data_sharding: bool = param(False)
-    """Shuffles all rows before they are dealt to data parallel ranks; False deals first, then shuffles each share."""
+    no_data_sharding: bool = param(False, speed_only=True)
+    """Has no effect: rows are always shuffled over the whole dataset, so that no layout changes their order."""
     group_by_length: bool = param(False, built=False)
     """Draws samples of similar length together."""
     dataloader_type: Literal["single", "cyclic", "external"] = param("cyclic", built=("cyclic",))

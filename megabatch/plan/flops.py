@@ -24,7 +24,7 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 def matmul_parameters(shape: ModelShape) -> int:
-    """Weights that each token is multiplied with: attention, its layer's MLP or chosen experts, and the output layer."""
+    """Weights that each token is multiplied with: attention, MLP or chosen experts, and the output layer."""
     heads = shape.num_attention_heads * shape.kv_channels
     groups = shape.num_query_groups * shape.kv_channels
     attention = shape.hidden_size * (2 * heads + 2 * groups)

@@ -15,8 +15,7 @@ def num_parameters(shape: ModelShape) -> int:
 def num_active_parameters(shape: ModelShape) -> int:
     """Those that one token meets: of each layer's experts only the chosen ones."""
     return _outside_layers(shape) + sum(
-        _attention(shape) + _mlp(shape, layer, experts=shape.moe_router_topk or 0)
-        for layer in range(shape.num_layers)
+        _attention(shape) + _mlp(shape, layer, experts=shape.moe_router_topk or 0) for layer in range(shape.num_layers)
     )
 
 

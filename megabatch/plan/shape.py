@@ -1,4 +1,4 @@
-"""The shape of a model: what planning, rules, converters and the trainer need to know of it, in megatron-core's names."""
+"""The shape of a model, in megatron-core's names: what planning, rules, converters and the trainer know of it."""
 
 from __future__ import annotations
 

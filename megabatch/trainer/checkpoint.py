@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megabatch.converters.mapping import Mapped
 from megabatch.errors import CheckpointError, MegabatchError
 from megabatch.plan.layout import Layout
 from megabatch.run_directory import RunDirectory, write_atomic
@@ -23,6 +25,7 @@ from megabatch.trainer.data.schedule import Cursor
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.hf_export import HfExport
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.weights import parameters_norm
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ class Progress:
 
     step: int = 0
     """Optimizer steps done."""
-    cursor: Cursor = Cursor()
+    cursor: Cursor = field(default_factory=Cursor)
     tokens: int = 0
     """Tokens trained on so far, without padding."""
     samples: int = 0
@@ -55,10 +58,18 @@ class Checkpoints:
     """Saves to and restores from one run directory; every method is collective."""
 
     def __init__(
-        self, run: RunDirectory, ranks: Ranks, layout: Layout, *, retention: Retention, export: HfExport | None
+        self,
+        run: RunDirectory,
+        ranks: Ranks,
+        layout: Layout,
+        *,
+        retention: Retention,
+        table: Sequence[Mapped],
+        export: HfExport | None,
     ) -> None:
         """`export` writes the Hugging Face folder; None writes none."""
-        self.run, self.ranks, self.layout, self.retention, self.export = run, ranks, layout, retention, export
+        self.run, self.ranks, self.layout = run, ranks, layout
+        self.retention, self.table, self.export = retention, table, export
         if ranks.is_main:
             for leftover in run.checkpoints.glob(".*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -72,11 +83,11 @@ class Checkpoints:
 
         return self.ranks.on_main(find)
 
-    def save(self, engine: Engine, progress: Progress, *, resumable: bool = True) -> Path:
+    def save(self, engine: Engine, progress: Progress, *, must_resume: bool = False) -> Path:
         """Writes the checkpoint of a step.
 
-        Args: resumable: whether optimizer and generators must be in it even if `no_save_optim` says otherwise, as
-        for a run that stops to be requeued.
+        Args: must_resume: optimizer and generators are saved even with `no_save_optim`, for a run that stops to be
+        requeued.
         Raises: CheckpointError on every rank, with nothing left behind, if any rank could not write.
         """
         target = self.run.step(progress.step)
@@ -85,7 +96,7 @@ class Checkpoints:
         try:
             if self.export is not None:
                 self.export.save(engine.model, self.ranks, temporary / HF)
-            if resumable or not self.retention.no_save_optim:
+            if must_resume or not self.retention.no_save_optim:
                 self._save_state(engine, temporary / MCORE)
             self.ranks.on_main(lambda: self._commit(temporary, target, progress))
         except MegabatchError as e:
@@ -129,6 +140,14 @@ class Checkpoints:
         for path in doomed:
             shutil.rmtree(path, ignore_errors=True)
 
+    def parameters_norm(self, engine: Engine) -> float:
+        """L2 norm of all parameters."""
+        return parameters_norm(engine.model, self.table, self.ranks)
+
+    def restore_weights(self, engine: Engine, folder: Path) -> None:
+        """Loads the weights alone: of a checkpoint of ours, or of a torch_dist folder of megatron-core's."""
+        self._load(engine, folder / MCORE if (folder / MCORE).is_dir() else folder, step=None, rng=False)
+
     def restore(self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True) -> Progress:
         """Loads a checkpoint of this or another run and says how far it was.
 
@@ -139,17 +158,19 @@ class Checkpoints:
         same = layout == asdict(self.layout)
         if rng and not same:
             logger.info("%s was saved by another layout: random generators begin anew", checkpoint)
-        try:
-            has_rng = rng and same and torch_dist.has_rng(checkpoint / MCORE)
-            step = progress.step if optimizer else None
-            torch_dist.load(engine, checkpoint / MCORE, step=step, rng=has_rng)
-        except MegabatchError:
-            raise
-        except Exception as e:  # megatron-core and torch raise many kinds for damaged files
-            raise CheckpointError(f"{checkpoint / MCORE} cannot be loaded: {_root_cause(e)}") from e
+        has_rng = rng and same and torch_dist.has_rng(checkpoint / MCORE)
+        self._load(engine, checkpoint / MCORE, step=progress.step if optimizer else None, rng=has_rng)
         if engine.optimizer is not None and optimizer:
             engine.optimizer.advance(progress.step)
         return progress
+
+    def _load(self, engine: Engine, folder: Path, *, step: int | None, rng: bool) -> None:
+        try:
+            torch_dist.load(engine, folder, step=step, rng=rng)
+        except MegabatchError:
+            raise
+        except Exception as e:  # megatron-core and torch raise many kinds for damaged files
+            raise CheckpointError(f"{folder} cannot be loaded: {_root_cause(e)}") from e
 
 
 def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
@@ -198,4 +219,3 @@ def _root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-

@@ -145,10 +145,8 @@ class Engine:
         sums = {name: torch.stack([mean.total, mean.count]).double() for name, mean in terms.metrics.items()}
         return terms.numerator * scale, sums
 
-    def _reduce(
-        self, stored: Sequence[Mapping[str, Tensor]], *, stop: bool
-    ) -> tuple[Mapping[str, Ratio], bool]:
-        """Sums metrics over micro-batches and data-parallel ranks and asks everyone whether to stop, in one collective.
+    def _reduce(self, stored: Sequence[Mapping[str, Tensor]], *, stop: bool) -> tuple[Mapping[str, Ratio], bool]:
+        """Sums metrics over micro-batches and data-parallel ranks and asks all whether to stop, in one collective.
 
         Every rank takes part; only one tensor-parallel rank of the last stage has something to add.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from megabatch.config.run import RunConfig
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> int:
     try:
         run = RunConfig.load(RunDirectory(Path(arguments[0])).run_json)
         _configure_logging(run)
+        if not run.recipe.resources.gpus_per_node:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run on CPUs is one, whatever the machine has
         from megabatch.trainer.loop import train
 
         return train(run, stop)
@@ -43,6 +46,9 @@ def _configure_logging(run: RunConfig) -> None:
     level = (run.recipe.logging.logging_level or ("info" if rank == 0 else "warning")).upper()
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s", force=True)
     logging.getLogger("megabatch").setLevel(level)
+    # megatron-core warns of each optional package that is missing, on import and on every rank; `doctor` lists them
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,19 @@ MODULES = (
 )
 """What the trainer uses of megatron-core; they must be loaded before they are adapted."""
 
-FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "ones_like", "rand", "randn", "tensor", "zeros", "zeros_like")
+FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
 
 
 class _Stream:
@@ -84,10 +96,14 @@ def _all_to_all_single(
     output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
 ) -> Any:
     """gloo takes split sizes as lists of int only; the MoE dispatcher passes arrays (0.16-0.19)."""
-    return torch.distributed.all_to_all_single(output, input, _ints(output_split_sizes), _ints(input_split_sizes), **kwargs)
+    return torch.distributed.all_to_all_single(
+        output, input, _ints(output_split_sizes), _ints(input_split_sizes), **kwargs
+    )
 
 
-def _all_gather(outputs: Sequence[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+def _all_gather(
+    outputs: Sequence[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
     """gloo gathers equal sizes only; the MoE dispatcher gathers unequal row counts over tp x ep (0.16-0.19)."""
     rows = [x.shape[0] for x in outputs]
     if len(set(rows)) == 1:
@@ -166,15 +182,15 @@ def adapt() -> None:
     on_cpu = _torch()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = on_cpu  # type: ignore[attr-defined]
+            module.__dict__["torch"] = on_cpu
     _adapt_rng()
     _adapt_router()
-    torch.Tensor.type = _cuda_type_name  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = _cuda_type_name
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
 
 
 def _adapt_rng() -> None:
-    """The tensor-parallel generators are kept in CUDA's; here they are states of the default CPU generator (0.16-0.19)."""
+    """The tensor-parallel generators are kept in CUDA's; here they are states of the CPU's (0.16-0.19)."""
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)

@@ -21,6 +21,7 @@ from megabatch.plan.flops import peak_tflops, training_flops
 from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.trainer.engine import Ratio
+from megabatch.trainer.ranks import Place
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +56,15 @@ class Metrics:
         run: RunDirectory,
         settings: Logging,
         *,
-        is_main: bool,
-        world_size: int,
+        place: Place,
         shape: ModelShape,
         mean_length: float,
         train_iters: int,
         first_step: int,
-        restart: int,
     ) -> None:
-        self.run, self.settings, self.is_main = run, settings, is_main
-        self.world_size, self.shape, self.mean_length = world_size, shape, mean_length
-        self.train_iters, self.step, self.restart = train_iters, first_step, restart
+        self.run, self.settings, self.is_main = run, settings, place.rank == 0
+        self.world_size, self.shape, self.mean_length = place.world_size, shape, mean_length
+        self.train_iters, self.step, self.restart = train_iters, first_step, place.restart
         self.recent: deque[tuple[float, int]] = deque(maxlen=50)
         self._beat_at = 0.0
         self._last: dict[str, Any] = {}
@@ -76,7 +75,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
             from tqdm import tqdm
 
-            self._file = open(self.run.metrics, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            self._file = open(self.run.metrics, "a", encoding="utf-8")
             self._board = SummaryWriter(self.settings.tensorboard_dir, max_queue=self.settings.tensorboard_queue_size)
             self._bar = tqdm(
                 total=self.train_iters, initial=self.step, unit="step", disable=not sys.stderr.isatty(), leave=True
@@ -84,7 +83,9 @@ class Metrics:
             self.heartbeat("running", force=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         if self.is_main:
             self._bar.close()
             self._board.close()
@@ -118,7 +119,9 @@ class Metrics:
         self._board.add_scalar("eval/loss", loss.value, step)
         if self.settings.log_validation_ppl_to_tensorboard:
             self._board.add_scalar("eval/perplexity", torch.tensor(loss.value).exp().item(), step)
-        logger.info("step %d of %d: validation loss %.6f over %d tokens", step, self.train_iters, loss.value, loss.count)
+        logger.info(
+            "step %d of %d: validation loss %.6f over %d tokens", step, self.train_iters, loss.value, loss.count
+        )
 
     def heartbeat(self, state: str, *, force: bool = False) -> None:
         """Tells the launcher that the run is alive: `running`, `saving`, `stopped`, `failed` or `done`."""
@@ -126,8 +129,10 @@ class Metrics:
         if not self.is_main or (not force and now - self._beat_at < HEARTBEAT_S):
             return
         self._beat_at = now
-        shown = {name: self._last[name] for name in ("loss", "tokens_per_s", "eta_s") if name in self._last}
-        beat = {
+        shown: dict[str, Any] = {
+            name: self._last[name] for name in ("loss", "tokens_per_s", "eta_s") if name in self._last
+        }
+        beat: dict[str, Any] = {
             "time": now,
             "state": state,
             "step": self.step,

@@ -1,7 +1,7 @@
 """Optimizer state by parameter: what a checkpoint holds, whatever the layout that wrote it.
 
 megatron-core's own layouts do not survive every model. In 0.16.1 `fully_reshardable` drops the tail of a buffer with
-more than one bucket (it says "can lead to data corruption"), `dp_reshardable` refuses parameters that are not a
+more than one bucket (it says "can lead to data corruption"), `dp_reshardable` refuses parameters that are no
 multiple of 64, and `fully_sharded_model_space` needs flattened ranges that were removed. Here each parameter's state is
 put together over its data-parallel group, one parameter at a time, on the rank that will write it; parameters are
 dealt round-robin, so that memory and writing are spread evenly. The keys are those of megatron-core's

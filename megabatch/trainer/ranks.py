@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from megabatch.errors import LaunchError, MegabatchError
 
-
 T = TypeVar("T")
 
 
@@ -56,7 +55,8 @@ class Place:
 class Ranks:
     """The process groups of one layout; use as a context manager.
 
-    Args are megatron-core's sizes. On CUDA the backend is nccl with gloo beside it, without CUDA gloo alone.
+    Args are megatron-core's sizes. With GPUs the backend is nccl, and gloo for what lies in host memory; without them
+    gloo alone.
     """
 
     def __init__(
@@ -70,9 +70,10 @@ class Ranks:
         expert_tensor_parallel_size: int = 1,
         distributed_timeout_minutes: int = 10,
         seed: int = 42,
+        gpus_per_node: int = 0,
     ) -> None:
         self.place = Place.from_environment()
-        self.device = _device(self.place.local_rank)
+        self.device = _device(self.place.local_rank, gpus_per_node)
         self.virtual_size = virtual_pipeline_model_parallel_size
         self._owns_world = not dist.is_initialized()
         if self._owns_world:
@@ -98,7 +99,7 @@ class Ranks:
         self._seed(seed)
 
     def _seed(self, seed: int) -> None:
-        """The same seed everywhere but in the pipeline dimension; tensor-parallel regions have their own generators."""
+        """The same seed but for the pipeline stage; tensor-parallel regions have generators of their own."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         staged = seed + 100 * self.pp_rank
@@ -110,7 +111,9 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.state.destroy_model_parallel()
         if self._owns_world and kind is None:
             dist.destroy_process_group()
@@ -214,8 +217,15 @@ class Ranks:
         return bool(value.item())
 
 
-def _device(local_rank: int) -> torch.device:
-    if torch.cuda.is_available():
+def _device(local_rank: int, gpus_per_node: int) -> torch.device:
+    if gpus_per_node:
+        seen = torch.cuda.device_count()
+        if local_rank >= seen:
+            raise LaunchError(
+                f"local rank {local_rank} wants a GPU of its own and sees {seen}; look at CUDA_VISIBLE_DEVICES and "
+                f"resources.gpus_per_node={gpus_per_node}, or set gpus_per_node=0 and distributed_backend=gloo for a "
+                "run on CPUs"
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     from megabatch.trainer.megatron_cpu import adapt

@@ -35,7 +35,7 @@ class _InProcessWriter(filesystem_async.FileSystemWriterAsync):
 
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
         super().prepare_write_data(plan, planner)
-        self.results_queue = queue.Queue() if self.write_buckets else None
+        self.results_queue: queue.Queue[Any] | None = queue.Queue() if self.write_buckets else None
 
     def get_save_function_and_args(self) -> Any:
         function, preload, arguments = super().get_save_function_and_args()

@@ -30,8 +30,10 @@ class RankServer:
         self._process = context.Process(target=_serve, args=(theirs,), daemon=False)
         self._process.start()
 
-    def run(self, function: Callable[..., Any], *, world_size: int, timeout_s: float = 120, **arguments: Any) -> list[Any]:
-        """Results of `function(**arguments)` on each rank; the first rank's traceback as RuntimeError if one failed."""
+    def run(
+        self, function: Callable[..., Any], *, world_size: int, timeout_s: float = 120, **arguments: Any
+    ) -> list[Any]:
+        """Results of `function(**arguments)` on each rank; tracebacks as RuntimeError if one failed."""
         source = (str(Path(sys.modules[function.__module__].__file__ or "").resolve()), function.__name__)
         self._connection.send((source, world_size, timeout_s, arguments))
         while not self._connection.poll(1):
@@ -66,7 +68,9 @@ def _serve(connection: Connection) -> None:
         connection.send(_world(source, world_size, timeout_s, arguments))
 
 
-def _world(source: tuple[str, str], world_size: int, timeout_s: float, arguments: dict[str, Any]) -> tuple[str, list[Any]]:
+def _world(
+    source: tuple[str, str], world_size: int, timeout_s: float, arguments: dict[str, Any]
+) -> tuple[str, list[Any]]:
     port = _free_port()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pids = [_fork(source, rank, world_size, port, Path(folder), arguments) for rank in range(world_size)]

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-
 
 
 def _flash() -> Callable[..., Tensor] | None:
@@ -90,7 +90,7 @@ class PackedAttention(MegatronModule):
 
     def _each_sequence(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, bounds: list[int]) -> Tensor:
         parts = []
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in pairwise(bounds):
             query, key, value = (x[start:stop].transpose(0, 1)[None] for x in (query_THD, key_TGD, value_TGD))
             out = scaled_dot_product_attention(
                 query,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
@@ -34,18 +33,26 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
 
 
-def build(shape: ModelShape, config: TransformerConfig, ranks: Ranks, ddp: DistributedDataParallelConfig) -> Model:
-    """Weights are allocated and not initialised: they are loaded next, from whatever source."""
-    vocab = padded_vocab_size(shape.vocab_size, ranks.tp_size)
+def build(
+    shape: ModelShape,
+    config: TransformerConfig,
+    ranks: Ranks,
+    ddp: DistributedDataParallelConfig,
+    *,
+    vocab_size: int | None = None,
+) -> Model:
+    """Weights are allocated and not initialised: they are loaded next, from whatever source.
+
+    Args: vocab_size: rows of the embedding with padding; None pads as little as tensor parallelism needs.
+    """
+    vocab = vocab_size or padded_vocab_size(shape.vocab_size, ranks.tp_size)
     stages = range(ranks.virtual_size) if ranks.virtual_size else [None]
     chunks: list[Any] = [_chunk(shape, config, vp_stage=stage, vocab=vocab) for stage in stages]
     for chunk in chunks:
         chunk.to(ranks.device)
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
-    wrapped = [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
-    ]
+    wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
     return Model(wrapped, config, shape, vocab)
 
 
@@ -91,5 +98,3 @@ def ddp_config(
 def parameter_count(model: Model) -> int:
     """Parameters on this rank, shared copies included."""
     return sum(p.numel() for chunk in model.chunks for p in chunk.parameters())
-
-

@@ -1,4 +1,4 @@
-"""The transformer layers of a model: megatron-core's own, with our attention and norms where Transformer Engine is not used."""
+"""Transformer layers: megatron-core's own, with our attention and norms where Transformer Engine is not used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class BiasedRowParallelLinear(RowParallelLinear):
         super().__init__(*args, **{**kwargs, "bias": True})
 
 
-def decoder_layers(config: TransformerConfig, shape: ModelShape, *, vp_stage: int | None) -> TransformerBlockSubmodules:
+def decoder_layers(
+    config: TransformerConfig, shape: ModelShape, *, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage builds, dense or mixture of experts as `moe_layer_freq` says."""
     if config.transformer_impl == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
@@ -63,9 +65,7 @@ def _moe_pattern(config: TransformerConfig) -> list[bool]:
     return [bool(x) for x in frequency]
 
 
-def _local_layer(
-    config: TransformerConfig, *, norm: type, moe: bool, output_bias: bool, mlp_bias: bool
-) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, *, norm: type, moe: bool, output_bias: bool, mlp_bias: bool) -> ModuleSpec:
     """megatron-core's local layer with our norms and attention, under the names that Transformer Engine saves.
 
     megatron-core's local spec maps `pre_mlp_layernorm` into `mlp.linear_fc1` for every layer; Transformer Engine does

@@ -1,4 +1,4 @@
-"""Names of live parameters ↔ the canonical names of the mapping tables (Transformer Engine's, with global layer numbers)."""
+"""Names of live parameters → canonical names of the mapping tables: Transformer Engine's, with global layers."""
 
 from __future__ import annotations
 

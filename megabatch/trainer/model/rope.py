@@ -36,7 +36,7 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
 
 
 def _llama3(plain: Tensor, *, factor: float, low: float, high: float, original: float) -> Tensor:
-    """Llama 3.1: wavelengths beyond original/low are stretched by `factor`, below original/high kept, between blended."""
+    """Llama 3.1: wavelengths above original/low are stretched by `factor`, below original/high kept, else blended."""
     wavelength = 2 * math.pi / plain
     blend = (original / wavelength - low) / (high - low)
     scaled = torch.where(wavelength > original / low, plain / factor, plain)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import importlib.util
-import json
 import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn import functional as F
+from torch.nn.functional import silu
 
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError
@@ -40,7 +43,7 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
 
 
 def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
-    dtype = DTYPES[recipe.model.torch_dtype]
+    dtype = DTYPES[recipe.model.torch_dtype or "float32"]
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -51,7 +54,7 @@ def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.norm_epsilon,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": silu,
         "add_bias_linear": False,
         "add_qkv_bias": shape.add_qkv_bias,
         "qk_layernorm": shape.qk_layernorm,
@@ -79,9 +82,13 @@ def transformer_impl(wanted: str) -> str:
     has_te = importlib.util.find_spec("transformer_engine") is not None
     if has_te and torch.cuda.is_available():
         return wanted
-    why = "transformer-engine is not installed" if not has_te else "there is no CUDA device"
-    logger.info("kernels.transformer_impl: megatron-core's local layers with torch attention, because %s", why)
+    _say_local("transformer-engine is not installed" if not has_te else "there is no CUDA device")
     return "local"
+
+
+@functools.cache
+def _say_local(why: str) -> None:
+    logger.info("kernels.transformer_impl: megatron-core's local layers with torch attention, because %s", why)
 
 
 def _moe(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
@@ -104,7 +111,17 @@ def _moe(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
         "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
         "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
         "moe_token_drop_policy": moe.moe_token_drop_policy,
-        "moe_grouped_gemm": False,
+        **_fused_experts(recipe),
+    }
+
+
+def _fused_experts(recipe: Recipe) -> dict[str, Any]:
+    """Transformer Engine's kernels for experts; without it each expert is computed by itself, with the same result."""
+    has_te = transformer_impl(recipe.kernels.transformer_impl) == "transformer_engine"
+    return {
+        "moe_grouped_gemm": has_te and recipe.moe.moe_grouped_gemm,
+        "moe_permute_fusion": has_te and recipe.moe.moe_permute_fusion,
+        "moe_shared_expert_overlap": has_te and recipe.moe.moe_shared_expert_overlap,
     }
 
 
@@ -153,24 +170,33 @@ def _recompute(recipe: Recipe) -> dict[str, Any]:
 def _kernels(recipe: Recipe) -> dict[str, Any]:
     """Fused kernels are for CUDA; without it they would only be slower ways to the same numbers."""
     kernels, cuda = recipe.kernels, torch.cuda.is_available()
+    has_te = transformer_impl(kernels.transformer_impl) == "transformer_engine"
+    has_wgrad = cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # a part of Apex
     return {
         "masked_softmax_fusion": cuda and not kernels.no_masked_softmax_fusion,
         "bias_dropout_fusion": cuda and not kernels.no_bias_dropout_fusion,
         "bias_activation_fusion": cuda and not kernels.no_bias_swiglu_fusion,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": has_te and not kernels.no_rope_fusion,
+        "gradient_accumulation_fusion": has_wgrad and not kernels.no_gradient_accumulation_fusion,
+        "attention_backend": AttnBackend[kernels.attention_backend],
+        "tp_comm_overlap": has_te and recipe.parallel.tp_comm_overlap,
         "attention_softmax_in_fp32": recipe.precision.attention_softmax_in_fp32,
         "deterministic_mode": recipe.training.deterministic_mode,
     }
 
 
-def _extra(text: str | None) -> dict[str, Any]:
+def _extra(values: Mapping[str, Any] | None) -> dict[str, Any]:
     """`megatron_extra_kwargs`: names that TransformerConfig has, nothing else."""
-    values: dict[str, Any] = json.loads(text) if text else {}
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values or {}) - known)
     if unknown:
         raise ConfigError(
-            f"training.megatron_extra_kwargs: {', '.join(unknown)} is no field of this megatron-core's TransformerConfig"
+            f"training.megatron_extra_kwargs: {', '.join(unknown)} is no field of this megatron-core's "
+            f"TransformerConfig{_nearest(unknown[0], known)}"
         )
-    return values
+    return dict(values or {})
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; try {near[0]}" if near else ""

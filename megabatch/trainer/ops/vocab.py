@@ -60,7 +60,9 @@ def _row_chunks(logits_TV: Tensor) -> range:
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, logits_TV: Tensor, targets_T: Tensor, shard: VocabShard) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, logits_TV: Tensor, targets_T: Tensor, shard: VocabShard
+    ) -> Tensor:
         chunks = _row_chunks(logits_TV)
         max_T, sums_2T = logits_TV.new_empty(len(targets_T), dtype=torch.float32), None
         for start in chunks:
@@ -83,14 +85,14 @@ class _TokenLogps(torch.autograd.Function):
             dist.all_reduce(sums_2T, group=shard.group)
         log_sum_T = sums_2T[0].log()
         ctx.save_for_backward(logits_TV, local_T, mine_T, max_T + log_sum_T)
-        ctx.real = shard.real  # type: ignore[attr-defined]
+        ctx.real = shard.real
         return sums_2T[1] - log_sum_T
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad_T,) = grads
-        logits_TV, local_T, mine_T, logsumexp_T = ctx.saved_tensors  # type: ignore[attr-defined]
-        real: int = ctx.real  # type: ignore[attr-defined]
+        logits_TV, local_T, mine_T, logsumexp_T = ctx.saved_tensors
+        real: int = ctx.real
         out_TV = torch.zeros_like(logits_TV)
         chunks = _row_chunks(logits_TV)
         for start in chunks:

@@ -1,0 +1,204 @@
+"""Puts the parts of a run together: ranks, data, engine, checkpoints, and the state that it starts from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megabatch.config.recipe import Recipe
+from megabatch.config.run import RunConfig
+from megabatch.errors import CheckpointError
+from megabatch.run_directory import RunDirectory
+from megabatch.trainer.checkpoint import Checkpoints, Progress, Retention
+from megabatch.trainer.data import datasets
+from megabatch.trainer.data.batches import Batches, Share
+from megabatch.trainer.data.cache import TokenCache
+from megabatch.trainer.data.samples import Encoding
+from megabatch.trainer.data.schedule import Schedule
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.hf_export import HfExport
+from megabatch.trainer.model.build import build, ddp_config
+from megabatch.trainer.model.transformer_config import transformer_config
+from megabatch.trainer.model_source import ModelSource
+from megabatch.trainer.optimizer import Optimizer
+from megabatch.trainer.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """Samples and the order in which they are drawn."""
+
+    train: TokenCache
+    schedule: Schedule
+    batches: Batches
+    validation: Batches | None
+
+    @property
+    def mean_length(self) -> float:
+        """Length of the sequence that a token is in, on average."""
+        lengths: np.ndarray = self.train.lengths.astype(np.float64)
+        return float(np.square(lengths).sum() / lengths.sum())
+
+
+def join_ranks(run: RunConfig) -> Ranks:
+    layout = run.layout
+    return Ranks(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=virtual_size(run),
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        distributed_timeout_minutes=run.recipe.parallel.distributed_timeout_minutes,
+        seed=run.recipe.training.seed,
+        gpus_per_node=run.recipe.resources.gpus_per_node,
+    )
+
+
+def virtual_size(run: RunConfig) -> int | None:
+    """Chunks of each pipeline stage as megatron-core wants it: None without interleaving."""
+    return run.layout.vp if run.layout.vp > 1 else None
+
+
+def open_data(run: RunConfig, source: ModelSource, ranks: Ranks) -> RunData:
+    """Tokenises on one rank what no cache holds yet, and opens it on all; collective. Raises: DataError."""
+    recipe, data = run.recipe, run.recipe.data
+    encoding = Encoding(
+        tokenizer=source.tokenizer,
+        task="pt" if recipe.task == "pt" else "sft",
+        template=data.template,
+        system=data.system,
+        columns=data.columns or {},
+        max_length=data.max_length,
+        truncation_strategy=data.truncation_strategy or "delete",
+        loss_scale=data.loss_scale or "default",
+    )
+    paths = ranks.on_main(
+        lambda: datasets.build(
+            encoding,
+            dataset=data.dataset,
+            val_dataset=data.val_dataset,
+            cache_dir=Path(os.environ.get("MEGABATCH_CACHE") or Path(run.run_dir) / "cache"),
+            seed=recipe.training.seed,
+            dataset_shuffle=data.dataset_shuffle,
+            dataset_num_proc=data.dataset_num_proc,
+            use_hf=recipe.bridge.use_hf,
+        )
+    )
+    train, validation = datasets.open_caches(
+        paths, split_dataset_ratio=data.split_dataset_ratio, seed=recipe.training.seed
+    )
+    share, schedule = _share(run, ranks), _schedule(recipe, train, shuffle=True)
+    evaluated = None
+    if validation is not None:
+        evaluated = Batches(validation, _schedule(recipe, validation, shuffle=False), share=share, num_workers=1)
+    return RunData(train, schedule, Batches(train, schedule, share=share, num_workers=data.num_workers), evaluated)
+
+
+def _schedule(recipe: Recipe, data: TokenCache, *, shuffle: bool) -> Schedule:
+    return Schedule(
+        data.lengths,
+        global_batch_size=recipe.batch.global_batch_size,
+        seed=recipe.training.seed,
+        dataset_shuffle=shuffle and recipe.data.dataset_shuffle,
+        train_dataloader_shuffle=shuffle and recipe.data.train_dataloader_shuffle,
+        packing_length=recipe.data.packing_length if recipe.data.packing else None,
+    )
+
+
+def _share(run: RunConfig, ranks: Ranks) -> Share:
+    return Share(
+        dp_rank=ranks.dp_rank,
+        dp_size=ranks.dp_size,
+        micro_batch_size=run.recipe.batch.micro_batch_size,
+        microbatch_multiple=ranks.pp_size if run.layout.vp > 1 else 1,
+        row_multiple=ranks.tp_size if run.recipe.parallel.sequence_parallel else 1,
+        hidden_size=run.shape.hidden_size,
+    )
+
+
+def build_engine(run: RunConfig, ranks: Ranks, *, train_iters: int) -> Engine:
+    """The model with uninitialised weights, and its optimizer."""
+    recipe, parallel = run.recipe, run.recipe.parallel
+    config = transformer_config(recipe, run.shape, virtual_size=virtual_size(run))
+    ddp = ddp_config(
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    model = build(run.shape, config, ranks, ddp, vocab_size=recipe.model.padded_vocab_size)
+    optimizer = Optimizer(
+        model,
+        group=recipe.optimizer,
+        learning_rate=recipe.learning_rate,
+        train_iters=train_iters,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    return Engine(model, ranks, optimizer=optimizer)
+
+
+def make_checkpoints(run: RunConfig, ranks: Ranks, source: ModelSource) -> Checkpoints:
+    group = run.recipe.checkpoint
+    table = source.family.tensors(run.shape)
+    export = HfExport(source.family, table, source.config_folder, group.max_shard_size)
+    return Checkpoints(
+        RunDirectory(Path(run.run_dir)),
+        ranks,
+        run.layout,
+        retention=Retention(
+            no_save_optim=group.no_save_optim,
+            no_save_rng=group.no_save_rng,
+            save_retain_interval=group.save_retain_interval,
+            save_total_limit=group.save_total_limit,
+        ),
+        table=table,
+        export=export if group.save_safetensors else None,
+    )
+
+
+def start(run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: ModelSource) -> Progress:
+    """Loads this run's own newest checkpoint, else the one it was told to load, else the model as it came; collective.
+
+    Returns: where the run goes on.
+    """
+    group = run.recipe.checkpoint
+    if own := checkpoints.latest():
+        logger.info("resuming from %s", own)
+        return checkpoints.restore(engine, own)
+    if group.load:
+        found = engine.ranks.on_main(lambda: find_checkpoint(Path(group.load or ""), run))
+        if found is not None:
+            logger.info("loading %s", found)
+            if group.finetune:
+                checkpoints.restore_weights(engine, found)
+                return Progress()
+            return checkpoints.restore(engine, found, optimizer=not group.no_load_optim, rng=not group.no_load_rng)
+    source.load(engine.model, engine.ranks)
+    engine.optimizer_from_model()
+    return Progress()
+
+
+def find_checkpoint(path: Path, run: RunConfig) -> Path | None:
+    """The folder that `checkpoint.load` means: a step's, a run's newest, or another tool's torch_dist folder.
+
+    Raises: CheckpointError where nothing is found and `exit_on_missing_checkpoint` is set.
+    """
+    for folder in (path, path / "checkpoints"):
+        for tracker, name in (("latest", "{}"), ("latest_checkpointed_iteration.txt", "iter_{:0>7}")):
+            if (folder / tracker).is_file():
+                return folder / name.format((folder / tracker).read_text(encoding="utf-8").strip())
+    if (path / "trainer.json").is_file() or (path / ".metadata").is_file():
+        return path
+    if run.recipe.checkpoint.exit_on_missing_checkpoint:
+        raise CheckpointError(
+            f"checkpoint.load={str(path)!r} holds no checkpoint; give a run directory, a step_* or a torch_dist folder, "
+            " or set exit_on_missing_checkpoint=False to start from the model"
+        )
+    return None

@@ -1,0 +1,58 @@
+"""Settings that change speed and never the numbers, and have no effect on this machine: said once, by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import torch
+
+from megabatch.config.declare import Parameter, parameters
+from megabatch.config.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+TRANSFORMER_ENGINE = ("moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap", "tp_comm_overlap")
+CUDA = (
+    "attention_backend",
+    "no_masked_softmax_fusion",
+    "no_bias_dropout_fusion",
+    "no_bias_swiglu_fusion",
+    "no_rope_fusion",
+    "no_gradient_accumulation_fusion",
+)
+NEVER = {
+    "cross_entropy_loss_fusion": "the loss is one fused vocabulary-parallel function in any case",
+    "dataloader_pin_memory": "batches are built by threads of the rank itself",
+    "dataloader_persistent_workers": "batches are built by threads of the rank itself",
+    "dataloader_prefetch_factor": "num_workers says how many steps are prepared ahead",
+    "load_from_cache_file": "tokenized data is always reused when its sources and settings are unchanged",
+    "no_initialization": "weights are loaded or drawn tensor by tensor, never initialised twice",
+    "no_data_sharding": "rows are always shuffled over the whole dataset, so that no layout changes their order",
+}
+
+
+def note_settings_without_effect(recipe: Recipe, *, is_main: bool) -> None:
+    """Logs one line for each speed-only setting away from its default that does nothing in this run."""
+    if not is_main:
+        return
+    for parameter in parameters(Recipe):
+        value = getattr(getattr(recipe, parameter.group), parameter.name)
+        reason = reason_without_effect(parameter)
+        if reason is not None and value != parameter.default:
+            logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
+
+
+def reason_without_effect(parameter: Parameter) -> str | None:
+    """Why a setting does nothing here, or None where it does something."""
+    if parameter.name in NEVER:
+        return NEVER[parameter.name]
+    cuda = torch.cuda.is_available()
+    if parameter.name in CUDA and not cuda:
+        return "there is no CUDA device"
+    if parameter.name in TRANSFORMER_ENGINE:
+        if not cuda:
+            return "there is no CUDA device"
+        if importlib.util.find_spec("transformer_engine") is None:
+            return "transformer-engine is not installed"
+    return None

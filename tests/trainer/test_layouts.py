@@ -1,0 +1,111 @@
+"""The same batches give the same losses and gradient norms at every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_server import RankServer
+from runs import MODELS, curve, evaluations, recipe, train, write_run
+
+DENSE: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "dp2": (2, {}),
+    "dp2_plain_optimizer": (2, {"parallel": {"use_distributed_optimizer": False}}),
+    "dp2_overlapped": (2, {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+    "micro4": (1, {"batch": {"micro_batch_size": 4}}),
+    "tp2": (2, {"parallel": {"tensor_model_parallel_size": 2}}),
+    "tp2_sp": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
+    "pp2": (2, {"parallel": {"pipeline_model_parallel_size": 2}}),
+    "pp2_vpp2": (2, {"parallel": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}}),
+    "pp2_uneven": (2, {"parallel": {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 3}}),
+    "pp2_layout": (2, {"parallel": {"pipeline_model_parallel_size": 2,
+                                    "pipeline_model_parallel_layout": "Et|ttt|,|L"}}),
+    "tp2_sp_pp2": (4, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+                                    "pipeline_model_parallel_size": 2}}),
+    "dp2_pp2": (4, {"parallel": {"pipeline_model_parallel_size": 2}}),
+    "recompute_full": (1, {"recompute": {"recompute_granularity": "full", "recompute_method": "uniform",
+                                         "recompute_num_layers": 2}}),
+    "recompute_none": (1, {"recompute": {"recompute_granularity": "none"}}),
+    "recompute_block_pp2": (2, {"parallel": {"pipeline_model_parallel_size": 2},
+                                "recompute": {"recompute_granularity": "full", "recompute_method": "block",
+                                              "recompute_num_layers": 1}}),
+    "fused_cross_entropy": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+                                "kernels": {"cross_entropy_loss_fusion": True}}),
+}  # fmt: skip
+
+EXPERTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "dp2": DENSE["dp2"],
+    "micro4": DENSE["micro4"],
+    # replicas of the experts on tensor-parallel ranks: their gradients must be added up
+    "tp2_sp": DENSE["tp2_sp"],
+    "pp2_vpp2": DENSE["pp2_vpp2"],
+    "ep2": (2, {"parallel": {"expert_model_parallel_size": 2}}),
+    "ep4": (4, {"parallel": {"expert_model_parallel_size": 4}}),
+    "tp2_etp2": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+                                  "expert_tensor_parallel_size": 2}}),
+    "tp2_ep2": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+                                 "expert_model_parallel_size": 2}}),
+    "tp2_ep2_dp2": (4, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+                                     "expert_model_parallel_size": 2}}),
+    "pp2_ep2": (4, {"parallel": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}}),
+    "recompute_moe": (1, {"recompute": {"recompute_modules": ["core_attn", "moe"]}}),
+}  # fmt: skip
+
+CASES = [
+    *[("qwen2", layout) for layout in DENSE],
+    *[(model, layout) for model in ("llama", "qwen3") for layout in ("micro4", "tp2", "tp2_sp_pp2")],
+    *[("qwen3_moe", layout) for layout in EXPERTS],
+]
+
+
+@pytest.fixture(scope="module")
+def references(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One process for each model, one sample a micro-batch."""
+    folder = tmp_path_factory.mktemp("layouts")
+    runs = {}
+    for model in MODELS:
+        runs[model] = write_run(recipe(folder, model), folder / model)
+        assert ranks.run(train, world_size=1, run_dir=str(runs[model])) == [0]
+    return runs
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_losses_and_gradients_do_not_depend_on_the_layout(
+    model: str, layout: str, ranks: RankServer, references: dict[str, Path]
+) -> None:
+    world_size, groups = {**DENSE, **EXPERTS}[layout]
+    folder = references[model].parent
+    groups = {**groups, "resources": {"tasks_per_node": world_size}}
+    run = write_run(recipe(folder, model, **groups), folder / f"{model}-{layout}")
+    assert set(ranks.run(train, world_size=world_size, run_dir=str(run))) == {0}
+    found, expected = curve(run), curve(references[model])
+    assert len(found) == len(expected) == 4
+    for (step, loss, norm), (_, reference_loss, reference_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(reference_loss, rel=1e-5), f"step {step}"
+        assert norm == pytest.approx(reference_norm, rel=1e-4), f"step {step}"
+    for (_, loss), (_, reference_loss) in zip(evaluations(run), evaluations(references[model]), strict=True):
+        assert loss == pytest.approx(reference_loss, rel=1e-5)
+
+
+def test_training_learns(references: dict[str, Path]) -> None:
+    for run in references.values():
+        losses = [loss for _, loss in evaluations(run)]
+        assert losses[-1] < losses[0] - 0.1
+
+
+def test_packing_changes_the_batch_and_not_the_mathematics(ranks: RankServer, references: dict[str, Path]) -> None:
+    """A packed row is a micro-batch of its sequences: the same rows at another layout give the same losses."""
+    folder = references["qwen3"].parent
+    losses = []
+    for world_size, parallel in ((1, {}), (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True})):
+        groups: dict[str, dict[str, Any]] = {
+            "parallel": parallel,
+            "data": {"packing": True, "packing_length": 192},
+            "batch": {"global_batch_size": 2},
+            "resources": {"tasks_per_node": world_size},
+        }
+        run = write_run(recipe(folder, "qwen3", **groups), folder / f"packed-{world_size}")
+        ranks.run(train, world_size=world_size, run_dir=str(run))
+        losses.append([loss for _, loss, _ in curve(run)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
