@@ -47,12 +47,12 @@ def recipe() -> Recipe:
             num_workers=1,
         ),
         batch=Batch(micro_batch_size=8, global_batch_size=32),
-        training=Training(train_iters=200),
+        training=Training(train_iters=300),
         parallel=Parallel(distributed_backend="gloo"),
         learning_rate=LearningRate(lr=3e-3, min_lr=3e-4, lr_warmup_iters=20),
         evaluation=Evaluation(eval_on_start=True, eval_interval=50),
         logging=Logging(log_interval=10),
-        checkpoint=Checkpoint(save_interval=100),
+        checkpoint=Checkpoint(save_interval=150),
         resources=Resources(nodes=1, gpus_per_node=0, tasks_per_node=2, time="1:00:00"),
     )
 

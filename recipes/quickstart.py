@@ -36,12 +36,12 @@ def recipe() -> Recipe:
         moe=MoE(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=64),
         data=Data(dataset=["example:arithmetic#400"], split_dataset_ratio=0.1, max_length=256, num_workers=0),
         batch=Batch(micro_batch_size=4, global_batch_size=16),
-        training=Training(train_iters=60),
+        training=Training(train_iters=100),
         parallel=Parallel(expert_model_parallel_size=2, distributed_backend="gloo"),
         learning_rate=LearningRate(lr=5e-3, min_lr=5e-4, lr_warmup_iters=5),
-        evaluation=Evaluation(eval_on_start=True, eval_interval=20),
+        evaluation=Evaluation(eval_on_start=True, eval_interval=25),
         logging=Logging(log_interval=5),
-        checkpoint=Checkpoint(save_interval=30, save_total_limit=1),
+        checkpoint=Checkpoint(save_interval=50, save_total_limit=1),
         resources=Resources(nodes=1, gpus_per_node=0, tasks_per_node=2, time="0:30:00"),
     )
 

@@ -1,0 +1,64 @@
+"""The import contract: who may import whom (import-linter), and what importing a room does not pull in."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "megatron", "transformers", "numpy", "datasets", "submitit", "safetensors", "tokenizers")
+
+
+def test_rooms_import_only_what_they_may() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 broken" in done.stdout
+
+
+def test_the_contract_sees_the_linked_rooms() -> None:
+    """A contract about modules that the linter does not find would hold for ever."""
+    import grimp
+
+    modules = grimp.build_graph("megabatch", cache_dir=None).modules
+    assert {"megabatch.slurm.render", "megabatch.converters.family", "megabatch.trainer.loop"} <= modules
+
+
+def _modules_outside_trainer() -> list[str]:
+    package = ROOT / "megabatch"
+    found = [*package.rglob("*.py"), *(package / "slurm").rglob("*.py"), *(package / "converters").rglob("*.py")]
+    names = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for path in found}
+    light = ("names", "files", "tokenizer")
+    return sorted(
+        name
+        for name in names
+        if not name.startswith("megabatch.trainer") or name in {f"megabatch.trainer.data.{one}" for one in light}
+    )
+
+
+def _imported(statement: str) -> set[str]:
+    """Heavy packages in `sys.modules` of a fresh process after a statement."""
+    code = f"import sys, json\n{statement}\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_nothing_outside_the_trainer_imports_heavy_packages() -> None:
+    """All modules in one process first; module by module only to name the culprit."""
+    modules = [name for name in _modules_outside_trainer() if not name.endswith("__main__")]
+    assert len(modules) > 50
+    allowed = {"megabatch.slurm.submit": {"submitit", "numpy"}}
+    rest = [name for name in modules if name not in allowed]
+    found = _imported("\n".join(f"import {name}" for name in rest))
+    if found:
+        culprits = {name: heavy for name in rest if (heavy := _imported(f"import {name}"))}
+        pytest.fail(f"imported at module level: {culprits}")
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*.py")))
+def test_recipes_import_nothing_heavy(recipe: str) -> None:
+    assert _imported(f"import runpy; runpy.run_path('recipes/{recipe}')") == set()
