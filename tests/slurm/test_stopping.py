@@ -42,9 +42,8 @@ def test_a_warning_before_the_ranks_listen_is_not_lost(submit_payload: Submit) -
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
     end = job.wait()
     assert job.said(0)[-1] == {"stopped": "SIGUSR2"}
-    assert (end.state, end.exit_code, end.restart) == (State.STOPPED, 75, 0), (
-        "it may not requeue: the code says why it ended"
-    )
+    # it may not requeue: the code says why it ended
+    assert (end.state, end.exit_code, end.restart) == (State.STOPPED, 75, 0)
 
 
 def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Submit) -> None:
@@ -61,18 +60,11 @@ def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Subm
 
 
 def test_preemption_requeues_through_slurm(submit_payload: Submit) -> None:
-    job = submit_payload(nodes=2, tasks_per_node=2, options={"until_restart": 1})
+    job = submit_payload(profile=LAST_NODES, nodes=2, tasks_per_node=2, options={"until_restart": 1})
     job.wait_listening(ranks=4)
-    urgent = [
-        "sbatch",
-        "--wait",
-        "--partition=urgent",
-        "--nodes=4",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap=true",
-    ]
+    urgent = ["sbatch", "--partition=urgent", "--nodelist=n[3-4]", "--exclusive", "--output=/dev/null", "--wrap=true"]
     subprocess.run(urgent, check=True, capture_output=True)
+    job.wait_listening(restart=1, ranks=4)
     end = job.wait()
     assert (end.state, end.restart) == (State.COMPLETED, 1)
     assert all("stopped" in job.said(rank)[-1] for rank in range(4))
