@@ -44,6 +44,7 @@ REQUIREMENTS = (
     Requirement(name="datasets", supported=">=3.6,<6", level="train", without=_NO_TRAINING, fix=_TRAIN),
     Requirement(name="numpy", supported=">=1.26,<3", level="train", without=_NO_TRAINING, fix=_TRAIN),
     Requirement(name="tensorboard", supported=">=2.18,<3", level="train", without=_NO_TRAINING, fix=_TRAIN),
+    Requirement(name="psutil", supported=">=5.9,<8", level="train", without=_NO_TRAINING, fix=_TRAIN),
     Requirement(name="tqdm", supported=">=4.66,<5", level="train", without=_NO_TRAINING, fix=_TRAIN),
     Requirement(
         name="transformer-engine",
