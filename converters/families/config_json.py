@@ -130,7 +130,8 @@ def decoder_config(shape: ModelShape, *, dtype: str, **token_ids: int | None) ->
     `rope_theta`, `rope_scaling` and `torch_dtype` are the spellings that both transformers 4 and 5 read.
     """
     return {
-        "architectures": [shape.architecture],
+        # a declared shape has no class name yet: reading this config.json gives it the family's
+        "architectures": [shape.architecture] if shape.architecture else [],
         "model_type": shape.model_type,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
