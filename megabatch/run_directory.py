@@ -39,7 +39,7 @@ class RunDirectory:
 
     @property
     def jobs(self) -> Path:
-        """One JSON line for each submission: job id, time, cluster."""
+        """JSON lines: each submission (job id, time, cluster) and each incarnation's end (job id, restart, exit code)."""
         return self.path / "jobs.jsonl"
 
     @property

@@ -26,8 +26,6 @@ from megabatch.slurm.processes import die_with_parent, end_processes, marked_pro
 from megabatch.slurm.profile import ClusterProfile
 
 _POLL_S = 0.05
-_ASK_AGAIN_S = 5.0
-"""A rank that did not listen yet ignored the first request."""
 _LAST_WORDS_S = 1.0
 """After one rank died, the others may still write why before they are killed."""
 
@@ -45,9 +43,10 @@ def run_local(job: JobSpec, profile: ClusterProfile | None = None, *, terminal: 
         job.files.logs.mkdir(parents=True, exist_ok=True)
         restart = max((log.restart + 1 for log in rank_logs(job.run_directory)), default=0)
         with _Requests() as requests, _kill_at_end(mark):
-            ranks = _start(job, profile or ClusterProfile(), restart=restart, mark=mark)
-            with open(job.files.rank_log(0, restart), "rb") as log:
-                return _watch(ranks, requests, log, terminal or sys.stdout.buffer)
+            request = job.files.logs / f"stop.local.{restart}"
+            ranks = _start(job, profile or ClusterProfile(), restart=restart, request=request, mark=mark)
+            with open(job.files.rank_log(0, restart), "rb") as log, _removed_at_end(request):
+                return _watch(ranks, requests, log, terminal or sys.stdout.buffer, request=request)
     except OSError as error:
         raise LaunchError(f"cannot run {job.command[0]} in {job.run_directory}: {error}") from error
 
@@ -111,6 +110,14 @@ class _Requests:
 
 
 @contextlib.contextmanager
+def _removed_at_end(path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _kill_at_end(mark: str) -> Iterator[None]:
     """Ends every process of the run, whatever session it moved to."""
     try:
@@ -119,14 +126,14 @@ def _kill_at_end(mark: str) -> Iterator[None]:
         end_processes(lambda: marked_processes(mark))
 
 
-def _start(job: JobSpec, profile: ClusterProfile, *, restart: int, mark: str) -> list[_Rank]:
+def _start(job: JobSpec, profile: ClusterProfile, *, restart: int, request: Path, mark: str) -> list[_Rank]:
     shared = os.environ | local_environment(job, profile) | dict([mark.split("=", 1)])
-    shared["MEGABATCH_RESTART"] = str(restart)
+    shared |= {"MEGABATCH_RESTART": str(restart), "MEGABATCH_STOP_REQUEST": str(request)}
     parent = os.getpid()
 
     def before_exec() -> None:
         die_with_parent(parent)
-        # a request that comes before the rank listens must not end it: it is sent again
+        # a request that comes before the rank listens must not end it: it finds the file then
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     ranks = []
@@ -146,15 +153,15 @@ def _start(job: JobSpec, profile: ClusterProfile, *, restart: int, mark: str) ->
     return ranks
 
 
-def _watch(ranks: list[_Rank], requests: _Requests, log: BinaryIO, terminal: BinaryIO) -> int:
-    """Waits for all ranks, showing rank 0's log and passing requests on."""
-    asked_at, died_at, first_death = float("-inf"), None, 0
+def _watch(ranks: list[_Rank], requests: _Requests, log: BinaryIO, terminal: BinaryIO, *, request: Path) -> int:
+    """Waits for all ranks, showing rank 0's log and passing a request on: as a file first, then as a signal."""
+    died_at, first_death = None, 0
     while any(rank.code is None for rank in ranks):
         time.sleep(_POLL_S)
         _show(log, terminal)
         now = time.monotonic()
-        if requests.count and now - asked_at > _ASK_AGAIN_S:
-            asked_at = now
+        if requests.count and not request.exists():
+            request.touch()
             for rank in ranks:
                 rank.ask_to_stop()
         dead = [rank.code for rank in ranks if rank.code not in (None, ExitCode.DONE, ExitCode.REQUEUE)]

@@ -108,7 +108,7 @@ def _directives(job: JobSpec, profile: ClusterProfile) -> list[str]:
 
 _STOP_HANDLING = """\
 # USR2 is the time limit's warning; TERM is scancel, preemption or an operator's requeue. srun passes USR2 on to the
-# ranks and TERM not, so both go on as USR2, again and again for ranks that do not listen yet.
+# ranks and TERM not, so both go on as USR2; a rank that does not listen yet finds the file.
 stop= interrupted= srun_pid=
 ask_to_stop() {
     if [ "$1" = TERM ] || [ -z "$stop" ]; then stop=$1; fi
@@ -116,19 +116,25 @@ ask_to_stop() {
     if [ -n "$srun_pid" ]; then forward_stop; fi
 }
 forward_stop() {
-    kill -USR2 "$srun_pid" 2>/dev/null || return 0
-    while sleep 5 && kill -USR2 "$srun_pid" 2>/dev/null; do :; done &
+    : >"$MEGABATCH_STOP_REQUEST" || true
+    kill -USR2 "$srun_pid" 2>/dev/null || true
 }
 trap 'ask_to_stop USR2' USR2
 trap 'ask_to_stop TERM' TERM""".splitlines()
+
+
+_MARKS = {"MEGABATCH_STOP_REQUEST": "stop", "MEGABATCH_STOPPED": "stopped", "MEGABATCH_FAILED": "failed"}
 
 
 def _run_directory(job: JobSpec) -> list[str]:
     return [
         f"export MEGABATCH_RUN={shell(str(job.run_directory))}",
         'export MEGABATCH_RESTART="${SLURM_RESTART_COUNT:-0}"',
-        'export MEGABATCH_STOPPED="$MEGABATCH_RUN/logs/stopped.$SLURM_JOB_ID.$MEGABATCH_RESTART"',
-        'export MEGABATCH_FAILED="$MEGABATCH_RUN/logs/failed.$SLURM_JOB_ID.$MEGABATCH_RESTART"',
+        "# asked to stop, stopped with everything saved, and who failed first",
+        *(
+            f'export {name}="$MEGABATCH_RUN/logs/{file}.$SLURM_JOB_ID.$MEGABATCH_RESTART"'
+            for name, file in _MARKS.items()
+        ),
         'mkdir -p -- "$MEGABATCH_RUN/logs"',
     ]
 
@@ -200,7 +206,7 @@ def _rank_script(variables: list[Variable], profile: ClusterProfile) -> list[str
     ]
     return [
         "rank_script=$(cat <<'RANK'",
-        "# a request to stop that comes before the rank listens must not end it: it is sent again",
+        "# a request to stop that comes before the rank listens must not end it: it finds the file then",
         "trap '' USR2",
         "trap : TERM",
         'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"',
@@ -229,7 +235,8 @@ def _launch(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> li
     return [
         "status=0",
         'if [ -z "$stop" ]; then',
-        f"    {' '.join(words)} &",
+        "    # a signal that comes before srun listens must not end it",
+        f"    (trap '' USR2; exec {' '.join(words)}) &",
         "    srun_pid=$!",
         '    if [ -n "$stop" ]; then forward_stop; fi',
         "    while :; do",
@@ -254,6 +261,7 @@ def _finish(job: JobSpec) -> list[str]:
         "    fi",
     ]
     return [
+        'rm -f -- "$MEGABATCH_STOP_REQUEST"',
         'if [ "$status" -eq 0 ] && [ -e "$MEGABATCH_STOPPED" ]; then',
         '    rm -f -- "$MEGABATCH_STOPPED"',
         f"    status={ExitCode.REQUEUE}",

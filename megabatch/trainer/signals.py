@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -15,6 +16,10 @@ class StopSignal:
         self.requested = False
         for number in self.SIGNALS:
             signal.signal(number, self._remember)
+        # a request made before these handlers were there: its signal was ignored, its file is not
+        request = os.environ.get("MEGABATCH_STOP_REQUEST")
+        if request and os.path.exists(request):
+            self.requested = True
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

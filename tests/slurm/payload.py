@@ -37,6 +37,8 @@ fails = rank == int(options.get("fail_rank", -1))
 time.sleep(0.0 if fails else float(options.get("deaf_s", 0)))
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
+if os.path.exists(os.environ["MEGABATCH_STOP_REQUEST"]):
+    asked.append("file")
 say(argv=sys.argv[1:], environment=dict(os.environ), cwd=os.getcwd())
 if "meet" in options:
     # rank 0 must listen before the others come

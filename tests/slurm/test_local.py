@@ -115,10 +115,12 @@ def test_a_first_signal_asks_to_stop_and_75_stays_75(job: JobSpec, number: signa
     assert all('{"stopped": "SIGUSR2"}' in job.files.rank_log(rank, 0).read_text() for rank in range(2))
 
 
-def test_a_request_before_the_ranks_listen_is_repeated(job: JobSpec) -> None:
+def test_a_request_before_the_ranks_listen_is_not_lost(job: JobSpec) -> None:
     process = launch(job, seconds=60, deaf_s=1)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 75
+    assert '{"stopped": "file"}' in job.files.rank_log(1, 0).read_text()
+    assert not list(job.files.logs.glob("stop*"))
 
 
 def test_a_second_signal_kills(job: JobSpec) -> None:

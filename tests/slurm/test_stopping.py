@@ -10,6 +10,7 @@ import pytest
 
 from megabatch.slurm.cluster import PrivateCluster
 from megabatch.slurm.control import cancel, resume
+from megabatch.slurm.logs import rank_logs
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
@@ -41,9 +42,17 @@ def test_a_warning_before_the_ranks_listen_is_not_lost(submit_payload: Submit) -
     until(job.run.rank_log(0, 0).exists)
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
     end = job.wait()
-    assert job.said(0)[-1] == {"stopped": "SIGUSR2"}
+    assert job.said(0)[-1] == {"stopped": "file"}
     # it may not requeue: the code says why it ended
     assert (end.state, end.exit_code, end.restart) == (State.STOPPED, 75, 0)
+
+
+def test_a_warning_before_the_ranks_start_starts_none(submit_payload: Submit) -> None:
+    job = submit_payload(requeue=False, profile=ClusterProfile(setup=("sleep 2",)))
+    until(lambda: job.now().state is State.RUNNING and job.run.logs.joinpath(f"batch.{job.job_id}.log").exists())
+    subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
+    assert job.wait().state is State.STOPPED
+    assert not rank_logs(job.run.path)
 
 
 def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Submit) -> None:
@@ -121,4 +130,4 @@ def test_the_time_limits_warning_stops_all_ranks_together_and_requeues(time_limi
     assert [job.said(rank, 1)[-1] for rank in range(4)] == [{"done": True}] * 4
     endings = [(e.restart, e.exit_code) for e in read_records(job.run)[0].endings]
     assert endings == [(0, 75), (1, 0)]
-    assert not list(job.run.logs.glob("stopped.*"))
+    assert not list(job.run.logs.glob("stop*"))
