@@ -39,7 +39,7 @@ class RunDirectory:
 
     @property
     def jobs(self) -> Path:
-        """JSON lines: each submission (job id, time, cluster) and each incarnation's end (job id, restart, exit code)."""
+        """JSON lines: submissions (job id, time, cluster) and ends of incarnations (job id, restart, exit code)."""
         return self.path / "jobs.jsonl"
 
     @property
