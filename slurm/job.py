@@ -58,5 +58,6 @@ class JobSpec:
     @property
     def command(self) -> tuple[str, ...]:
         """Full argument vector of one rank, without any container in front."""
-        trainer = ("-m", "megabatch.trainer.main", str(self.run_directory))
+        # -P: a checkout in the folder that the job was submitted from must not hide the snapshot
+        trainer = ("-P", "-m", "megabatch.trainer.main", str(self.run_directory))
         return (self.python, *(trainer if self.arguments is None else self.arguments))
