@@ -1,0 +1,93 @@
+"""Where the shape of a recipe's model is found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megabatch import Bridge, Model, MoE, Recipe
+from megabatch.entry.model import find_model
+
+
+def _with(recipe: Recipe, name: str, *, use_hf: bool = True) -> Recipe:
+    return replace(recipe, model=Model(model=name), bridge=Bridge(use_hf=use_hf))
+
+
+def test_a_folder_says_its_own_shape(recipe: Recipe, model_folder: Path) -> None:
+    found = find_model(recipe)
+    assert found.folder == model_folder
+    assert found.shape is not None and found.shape.hidden_size == 8 and found.shape.qk_layernorm
+
+
+def test_the_hugging_face_cache_is_found_by_its_main_commit(
+    recipe: Recipe, model_folder: Path, tmp_path: Path
+) -> None:
+    repository = tmp_path / "caches" / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc123")
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / "abc123").symlink_to(model_folder)
+    found = find_model(_with(recipe, "org/tiny"))
+    assert found.folder == repository / "snapshots" / "abc123" and found.shape is not None
+    (repository / "refs" / "main").write_text("another")
+    assert find_model(_with(recipe, "org/tiny")).shape is None
+
+
+@pytest.mark.parametrize("layout", ["hub/models/org/ti___ny", "models/org/ti___ny", "hub/org/ti.ny"])
+def test_modelscope_caches_of_several_versions(
+    recipe: Recipe, model_folder: Path, tmp_path: Path, layout: str
+) -> None:
+    target = tmp_path / "caches" / layout
+    target.parent.mkdir(parents=True)
+    target.symlink_to(model_folder)
+    assert find_model(_with(recipe, "org/ti.ny", use_hf=False)).folder == target
+
+
+def test_a_profiles_shared_cache_is_asked_instead(recipe: Recipe, model_folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "shared" / "huggingface" / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / "abc").symlink_to(model_folder)
+    assert find_model(_with(recipe, "org/tiny"), shared_cache=str(tmp_path / "shared")).folder is not None
+    assert find_model(_with(recipe, "org/tiny")).folder is None
+
+
+def test_a_known_model_is_planned_without_its_files(recipe: Recipe) -> None:
+    found = find_model(_with(recipe, "Qwen/Qwen3-30B-A3B-Instruct-2507"))
+    assert found.folder is None and found.shape is not None
+    assert (found.shape.num_experts, found.shape.rotary_base) == (128, 1e7)
+
+
+def test_an_unknown_model_has_no_shape(recipe: Recipe) -> None:
+    found = find_model(_with(recipe, "org/never-heard-of"))
+    assert found.shape is None and found.folder is None and found.fault is None
+
+
+def test_a_family_corrects_what_a_made_model_declares(recipe: Recipe) -> None:
+    made = Model(
+        model_type="qwen3_moe", num_layers=2, hidden_size=16, num_attention_heads=4, padded_vocab_size=300,
+        num_query_groups=2, add_qkv_bias=True,
+    )  # fmt: skip
+    found = find_model(replace(recipe, model=made, moe=MoE(num_experts=4, moe_router_topk=2)))
+    assert found.shape is not None
+    assert found.shape.architecture == "Qwen3MoeForCausalLM" and found.shape.qk_layernorm
+    assert not found.shape.add_qkv_bias, "Qwen3-MoE has none"
+    assert found.shape.hf_config["torch_dtype"] == "bfloat16"
+
+
+def test_an_unknown_family_is_a_fault_with_the_nearest(recipe: Recipe) -> None:
+    made = Model(model_type="qwen3_mo", num_layers=2, hidden_size=16, num_attention_heads=4, padded_vocab_size=300)
+    found = find_model(replace(recipe, model=made))
+    assert found.fault is not None and "qwen3_moe" in str(found.fault)
+
+
+def test_an_unreadable_config_is_a_fault(recipe: Recipe, model_folder: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen9ForCausalLM"]}))
+    found = find_model(recipe)
+    assert found.shape is None and found.fault is not None
+    assert "Qwen9ForCausalLM" in str(found.fault) and "nearest" in str(found.fault)

@@ -1,0 +1,103 @@
+"""Bad input that is seen before a run is queued, each with its place and a fix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megabatch import Checkpoint, Model, Recipe
+from megabatch.entry.model import find_model
+from megabatch.entry.preflight import damaged_inputs, missing_inputs, unwritable
+
+
+def _faults(recipe: Recipe) -> list[str]:
+    model = find_model(recipe)
+    return [str(fault) for fault in (*missing_inputs(recipe, model), *damaged_inputs(recipe, model))]
+
+
+def _data(recipe: Recipe, *paths: object) -> Recipe:
+    return replace(recipe, data=replace(recipe.data, dataset=[str(path) for path in paths]))
+
+
+def test_good_input_has_no_fault(recipe: Recipe, tmp_path: Path) -> None:
+    assert _faults(recipe) == []
+    assert unwritable(tmp_path / "a" / "b") == []
+    assert _faults(_data(recipe, "example:arithmetic#7", "org/on-the-hub#5")) == []
+
+
+def test_a_missing_dataset_names_the_nearest(recipe: Recipe, dataset: Path) -> None:
+    (fault,) = _faults(_data(recipe, dataset.with_name("trian.jsonl")))
+    assert fault.startswith("data.dataset: ") and "does not exist" in fault and "train.jsonl" in fault
+
+
+def test_each_missing_dataset_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    assert len(_faults(_data(recipe, tmp_path / "a.jsonl", tmp_path / "b.csv"))) == 2
+
+
+def test_an_empty_dataset(recipe: Recipe, dataset: Path) -> None:
+    dataset.write_text("")
+    assert "is empty" in _faults(recipe)[0]
+    dataset.write_text("\n\n")
+    assert "holds no rows" in _faults(recipe)[0]
+
+
+def test_a_malformed_line_is_named_by_its_number(recipe: Recipe, dataset: Path) -> None:
+    lines = ['{"question": "1 + 1?", "answer": "2"}'] * 5000
+    lines[4710] = lines[4710][:-3]
+    dataset.write_text("\n".join(lines))
+    (fault,) = _faults(recipe)
+    assert f"{dataset}:4711" in fault
+
+
+def test_an_unknown_example(recipe: Recipe) -> None:
+    assert "example:arithmetic" in _faults(_data(recipe, "example:arithmetics"))[0]
+
+
+def test_a_missing_model_folder_names_the_nearest(recipe: Recipe, model_folder: Path) -> None:
+    (fault,) = _faults(replace(recipe, model=Model(model=str(model_folder.with_name("tiny-qwen")))))
+    assert "does not exist" in fault and "tiny-qwen3" in fault
+
+
+def test_a_model_of_unknown_shape_says_how_to_get_it(recipe: Recipe) -> None:
+    (fault,) = _faults(replace(recipe, model=Model(model="org/name")))
+    assert "modelscope download --model org/name" in fault
+
+
+def test_a_model_folder_without_tokenizer(recipe: Recipe, model_folder: Path) -> None:
+    (model_folder / "tokenizer.json").unlink()
+    (fault,) = _faults(recipe)
+    assert "tokenizer.json" in fault
+    other = replace(recipe.model, tokenizer=str(model_folder.parent))
+    assert str(model_folder.parent) in _faults(replace(recipe, model=other))[0]
+
+
+def test_cut_off_weights(recipe: Recipe, model_folder: Path) -> None:
+    weights = model_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (fault,) = _faults(recipe)
+    assert fault.startswith("model.model: ") and "model.safetensors" in fault
+
+
+def test_load_must_be_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    asked = replace(recipe, checkpoint=Checkpoint(load=str(folder)))
+    assert "does not exist" in _faults(asked)[0]
+    folder.mkdir()
+    assert "holds no checkpoint" in _faults(asked)[0]
+    lenient = Checkpoint(load=str(folder), exit_on_missing_checkpoint=False)
+    assert _faults(replace(recipe, checkpoint=lenient)) == []
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "latest").write_text("step_00000001\n")
+    assert _faults(asked) == []
+
+
+def test_a_run_directory_below_a_file(dataset: Path) -> None:
+    (fault,) = unwritable(dataset / "run")
+    assert "is a file" in str(fault)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl#0"])
+def test_zero_rows_asked_for(recipe: Recipe, tmp_path: Path, name: str) -> None:
+    assert "#0" in _faults(_data(recipe, tmp_path / name))[0]

@@ -1,0 +1,54 @@
+"""Each recipe's run.json and job script, as files: `make golden` rewrites them, and the diff is reviewed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megabatch.cli.plan import load_recipe
+from megabatch.config.flags import parse
+from megabatch.entry.launch import Launch, prepare
+from megabatch.slurm.render import render
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+GOLDENS = Path(__file__).with_name("goldens")
+NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
+
+
+@pytest.fixture
+def launch(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """A recipe's launch with all that depends on this machine replaced."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
+    name = request.param
+    file = RECIPES / f"{name}.py"
+    actions, recipe = parse(["--run_dir", f"/shared/runs/{name}", "--save", "/shared/runs"], load_recipe(file)())
+    ready = prepare(recipe, actions, recipe_file=file)
+    job = replace(ready.job, python="/shared/venv/bin/python", snapshot=Path("/shared/runs/code/0123456789abcdef"))
+    return replace(ready, job=job)
+
+
+def _compare(golden: Path, text: str) -> None:
+    if os.environ.get("MEGABATCH_GOLDEN") == "1":
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(text)
+    assert text == golden.read_text(), "if this change is meant: make golden, and review the diff"
+
+
+@pytest.mark.parametrize("launch", NAMES, indirect=True, ids=NAMES)
+def test_run_json(launch: Launch, tmp_path: Path) -> None:
+    written = tmp_path / "run.json"
+    launch.config(provenance={}).save(written)
+    _compare(GOLDENS / f"{launch.recipe_file.stem}.json", written.read_text())
+
+
+@pytest.mark.parametrize("launch", NAMES, indirect=True, ids=NAMES)
+def test_job_script(launch: Launch) -> None:
+    _compare(GOLDENS / f"{launch.recipe_file.stem}.sbatch", render(launch.job, launch.profile))
+
+
+def test_every_golden_has_its_recipe() -> None:
+    assert {path.stem for path in GOLDENS.iterdir()} == set(NAMES)
