@@ -118,7 +118,8 @@ class Checkpoints:
 
     def _commit(self, temporary: Path, target: Path, progress: Progress) -> None:
         try:
-            state = {**asdict(progress), "cursor": progress.cursor.to_json(), "layout": asdict(self.layout)}
+            generators = None if self.retention.no_save_rng else asdict(self.layout)
+            state = {**asdict(progress), "cursor": progress.cursor.to_json(), "generators_of": generators}
             write_atomic(temporary / TRAINER, json.dumps(state, indent=2) + "\n")
             _sync_tree(temporary)
             if target.exists():
@@ -154,12 +155,11 @@ class Checkpoints:
         Generators are taken over only by the layout that saved them.
         Raises: CheckpointError naming the file.
         """
-        progress, layout = self.ranks.on_main(lambda: read_progress(checkpoint))
-        same = layout == asdict(self.layout)
+        progress, generators_of = self.ranks.on_main(lambda: read_progress(checkpoint))
+        same = generators_of == asdict(self.layout)
         if rng and not same:
-            logger.info("%s was saved by another layout: random generators begin anew", checkpoint)
-        has_rng = rng and same and torch_dist.has_rng(checkpoint / MCORE)
-        self._load(engine, checkpoint / MCORE, step=progress.step if optimizer else None, rng=has_rng)
+            logger.info("%s has no random generators of this layout: they begin anew", checkpoint)
+        self._load(engine, checkpoint / MCORE, step=progress.step if optimizer else None, rng=rng and same)
         if engine.optimizer is not None and optimizer:
             engine.optimizer.advance(progress.step)
         return progress
@@ -173,13 +173,13 @@ class Checkpoints:
             raise CheckpointError(f"{folder} cannot be loaded: {_root_cause(e)}") from e
 
 
-def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
-    """What `trainer.json` says: progress, and the layout that saved it. Raises: CheckpointError."""
+def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any] | None]:
+    """What `trainer.json` says: progress, and the layout whose generators were saved. Raises: CheckpointError."""
     path = checkpoint / TRAINER
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        layout = state.pop("layout")
-        return Progress(**{**state, "cursor": Cursor.from_json(state["cursor"])}), layout
+        generators_of = state.pop("generators_of")
+        return Progress(**{**state, "cursor": Cursor.from_json(state["cursor"])}), generators_of
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path} cannot be read ({e}); give the folder of a checkpoint, step_*") from e
 

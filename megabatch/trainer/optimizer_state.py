@@ -2,8 +2,8 @@
 
 megatron-core's own layouts do not survive every model. In 0.16.1 `fully_reshardable` drops the tail of a buffer with
 more than one bucket (it says "can lead to data corruption"), `dp_reshardable` refuses parameters that are no
-multiple of 64, and `fully_sharded_model_space` needs flattened ranges that were removed. Here each parameter's state is
-put together over its data-parallel group, one parameter at a time, on the rank that will write it; parameters are
+multiple of 64, and `fully_sharded_model_space` needs flattened ranges that were removed. Here a parameter's state is
+put together over its data-parallel group, one parameter at a time, on the rank that will write it. Parameters are
 dealt round-robin, so that memory and writing are spread evenly. The keys are those of megatron-core's
 `fully_reshardable`: `optimizer.state.{param,exp_avg,exp_avg_sq}.<parameter>`.
 """

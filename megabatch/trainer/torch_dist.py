@@ -96,11 +96,6 @@ def load(engine: Engine, directory: Path, *, step: int | None, rng: bool) -> Non
         _set_rng(read({"rng": _rng_object(engine.ranks)})["rng"])
 
 
-def has_rng(directory: Path) -> bool:
-    """Whether a checkpoint holds generators."""
-    return any("rng_state" in key for key in dist_checkpointing.load_sharded_metadata(str(directory)))
-
-
 def _read(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     strategy = get_default_load_sharded_strategy(str(directory))
     loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory), sharded_strategy=strategy)

@@ -59,7 +59,7 @@ def write_dataset(path: Path, *, samples: int = 64, seed: int = 0) -> Path:
     return path
 
 
-def recipe(folder: Path, model: str = "qwen3_moe", **groups: dict[str, Any]) -> Recipe:
+def recipe(folder: Path, model: str = "qwen3_moe", /, **groups: dict[str, Any]) -> Recipe:
     """A recipe of four steps on a made dataset; keyword arguments replace fields of groups."""
     train, validation = folder / "train.jsonl", folder / "validation.jsonl"
     if not train.exists():

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rank_server import RankServer
+
+from megabatch.trainer.ops import vocab
+from megabatch.trainer.ops.vocab import VocabShard, token_logps
+
+
+def _case(vocab_size: int, padded: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(11, padded, generator=generator) * 5
+    targets = torch.randint(0, vocab_size, (11,), generator=generator)
+    return logits, targets, torch.randn(11, generator=generator)
+
+
+def _reference(vocab_size: int, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and gradient in fp64, with padding columns cut off."""
+    logits, targets, weights = _case(vocab_size, padded)
+    exact = logits.double().requires_grad_()
+    logps = exact[:, :vocab_size].log_softmax(1).gather(1, targets[:, None])[:, 0]
+    (logps * weights.double()).sum().backward()
+    assert exact.grad is not None
+    return logps.detach(), exact.grad
+
+
+def split_logps(vocab_size: int, padded: int) -> tuple[Any, Any]:
+    """On each rank: its columns' log-probabilities and gradient."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    width = padded // dist.get_world_size()
+    start = dist.get_rank() * width
+    logits, targets, weights = _case(vocab_size, padded)
+    local = logits[:, start : start + width].clone().requires_grad_()
+    logps = token_logps(local, targets, VocabShard(start, width, vocab_size, dist.group.WORLD))
+    (logps * weights).sum().backward()
+    assert local.grad is not None
+    return logps.detach().numpy(), local.grad.numpy()
+
+
+@pytest.mark.parametrize(("vocab_size", "padded"), [(13, 13), (13, 16)])
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 24])
+def test_equals_log_softmax_on_one_rank(
+    vocab_size: int, padded: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+    logits, targets, weights = _case(vocab_size, padded)
+    logits.requires_grad_()
+    logps = token_logps(logits, targets, VocabShard(0, padded, vocab_size, None))
+    (logps * weights).sum().backward()
+    expected, gradient = _reference(vocab_size, padded)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-6)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.double(), gradient, rtol=1e-6, atol=1e-6)
+
+
+# 5 ids over 4 ranks of 2 columns: the last rank has nothing but padding
+@pytest.mark.parametrize(("world_size", "vocab_size", "padded"), [(2, 16, 16), (2, 13, 16), (4, 5, 8)])
+def test_split_vocabulary_gives_the_same_loss_and_gradient(
+    world_size: int, vocab_size: int, padded: int, ranks: RankServer
+) -> None:
+    results = ranks.run(split_logps, world_size=world_size, vocab_size=vocab_size, padded=padded)
+    expected, gradient = _reference(vocab_size, padded)
+    for logps, _ in results:
+        torch.testing.assert_close(torch.from_numpy(logps).double(), expected, rtol=1e-5, atol=1e-5)
+    found = torch.cat([torch.from_numpy(grad) for _, grad in results], dim=1)
+    torch.testing.assert_close(found.double(), gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_logits_are_reduced_in_fp32() -> None:
+    logits, targets, _ = _case(13, 13)
+    half = logits.bfloat16()
+    exact = half.double().log_softmax(1).gather(1, targets[:, None])[:, 0]
+    found = token_logps(half, targets, VocabShard(0, 13, 13, None))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,219 @@
+"""Models saved by transformers: the same logits, and the same bytes back, at every layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rank_server import RankServer
+from runs import MODELS, recipe, write_run
+from safetensors.torch import load_file, save_file
+
+from megabatch import Model
+from megabatch.config.run import RunConfig
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 301,  # does not divide by 2: tensor parallelism pads it
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False, "rope_theta": 500000.0, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}}),
+    "llama_biased": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "rope_theta": 1000000.0}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": False}),
+    "qwen3_biased": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", {"tie_word_embeddings": False, "norm_topk_prob": True, **EXPERTS}),
+    "qwen3_moe_mixed": ("qwen3_moe", {"tie_word_embeddings": True, "norm_topk_prob": False, "mlp_only_layers": [1],
+                                      **EXPERTS}),
+}  # fmt: skip
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "single": (1, {}),
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2_sp_pp2": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "tp2_etp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2}),
+    "dp2": (2, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random models saved by transformers, biases and norms random too, with a tokenizer of bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megabatch.trainer.data.tokenizer import train_bpe
+
+    base = tmp_path_factory.mktemp("models")
+    made = {}
+    for name, (kind, fields) in CASES.items():
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, **fields}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.normal_(1.0, 0.2)
+        made[name] = base / name
+        model.save_pretrained(made[name], max_shard_size="60KB")
+        train_bpe(["a small text"], vocab_size=300, out_dir=made[name])
+    return made
+
+
+def logits(run_dir: str, ids: list[list[int]]) -> Any:
+    """This rank's logits for one row of these sequences, [T, V/tp], or None before the last pipeline stage."""
+    from megabatch.trainer import assemble
+    from megabatch.trainer.data.pack import collate
+    from megabatch.trainer.data.samples import Sample
+    from megabatch.trainer.engine import Engine
+    from megabatch.trainer.model_source import model_source
+    from megabatch.trainer.objectives.sft import Sft
+
+    run = RunConfig.load(Path(run_dir) / "run.json")
+    seen: list[Any] = []
+    with assemble.join_ranks(run) as ranks:
+        source = model_source(run, ranks)
+        engine = assemble.build_engine(run, ranks, train_iters=1)
+        source.load(engine.model, ranks)
+        loss = Engine._loss
+
+        def spy(self: Any, pack: Any, objective: Any, factor: float, values: torch.Tensor) -> Any:
+            seen.append(values[0, : sum(map(len, ids))].detach().clone().numpy())
+            return loss(self, pack, objective, factor, values)
+
+        Engine._loss = spy  # type: ignore[method-assign]
+        samples = [Sample(np.array(x, np.int32), np.ones(len(x), np.float32)) for x in ids]
+        multiple = ranks.tp_size if run.recipe.parallel.sequence_parallel else 1
+        engine.evaluate([collate(samples, row_multiple=multiple)], Sft())
+    return seen[0] if seen else None
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", ["single", "tp2_sp_pp2"])
+def test_logits_equal_those_of_transformers(
+    name: str, layout: str, folders: dict[str, Path], ranks: RankServer, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    world_size, parallel = LAYOUTS[layout]
+    run = _run(tmp_path, folders[name], world_size, parallel)
+    ids = [[5, 17, 200, 3, 99, 4, 4, 250], [300, 1, 2], [42] * 20]
+    parts = [part for part in ranks.run(logits, world_size=world_size, run_dir=str(run), ids=ids) if part is not None]
+    found = torch.from_numpy(np.concatenate(parts, axis=1)[:, : COMMON["vocab_size"]])
+    model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([sequence])).logits[0] for sequence in ids])
+    scale = float(expected.abs().max())
+    assert scale > 1, "a comparison of vanishing logits would show nothing"
+    assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, scale)
+
+
+def export(run_dir: str, target: str) -> None:
+    """Loads the run's model and saves it again."""
+    from megabatch.trainer import assemble
+    from megabatch.trainer.model_source import model_source
+
+    run = RunConfig.load(Path(run_dir) / "run.json")
+    with assemble.join_ranks(run) as ranks:
+        source = model_source(run, ranks)
+        engine = assemble.build_engine(run, ranks, train_iters=1)
+        source.load(engine.model, ranks)
+        checkpoints = assemble.make_checkpoints(run, ranks, source)
+        assert checkpoints.export is not None
+        checkpoints.export.save(engine.model, ranks, Path(target))
+
+
+DENSE_LAYOUTS, EXPERT_LAYOUTS = ("tp2", "pp2", "tp2_sp_pp2", "dp2"), ("pp2", "tp2_sp_pp2", "dp2", "ep2", "tp2_etp2")
+ROUND_TRIPS = [
+    *((name, layout) for name in ("llama_biased", "qwen2_tied", "qwen3") for layout in DENSE_LAYOUTS),
+    *((name, layout) for name in ("qwen3_moe", "qwen3_moe_mixed") for layout in EXPERT_LAYOUTS),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), ROUND_TRIPS)
+def test_a_model_comes_back_byte_for_byte(
+    name: str, layout: str, folders: dict[str, Path], ranks: RankServer, tmp_path: Path
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    run = _run(tmp_path, folders[name], world_size, parallel, max_shard_size="50KB")
+    target = tmp_path / "exported"
+    target.mkdir()
+    ranks.run(export, world_size=world_size, run_dir=str(run), target=str(target))
+    before, after = _tensors(folders[name]), _tensors(target)
+    assert sorted(after) == sorted(before)
+    for tensor, value in before.items():
+        assert torch.equal(after[tensor], value), tensor
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
+    assert {p.name for p in target.glob("*.safetensors")} == set(index["weight_map"].values())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)[1]
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    assert len(AutoTokenizer.from_pretrained(target)) > 250
+
+
+def test_fused_experts_are_read_too(folders: dict[str, Path], ranks: RankServer, tmp_path: Path) -> None:
+    """transformers 5 holds experts as one 3-D tensor; a folder saved that way trains the same model."""
+    tensors = _tensors(folders["qwen3_moe"])
+    fused = {name: t for name, t in tensors.items() if ".experts." not in name}
+    for layer in range(COMMON["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        experts = range(EXPERTS["num_experts"])
+        gate_up = [torch.cat([tensors[f"{prefix}{e}.{x}_proj.weight"] for x in ("gate", "up")]) for e in experts]
+        fused[f"{prefix}gate_up_proj"] = torch.stack(gate_up)
+        fused[f"{prefix}down_proj"] = torch.stack([tensors[f"{prefix}{e}.down_proj.weight"] for e in experts])
+    folder = tmp_path / "fused"
+    folder.mkdir()
+    for path in folders["qwen3_moe"].iterdir():
+        if "safetensors" not in path.name:
+            (folder / path.name).write_bytes(path.read_bytes())
+    save_file(fused, folder / "model.safetensors")
+    run = _run(tmp_path, folder, 2, {"expert_model_parallel_size": 2})
+    target = tmp_path / "exported"
+    target.mkdir()
+    ranks.run(export, world_size=2, run_dir=str(run), target=str(target))
+    assert all(torch.equal(value, _tensors(target)[name]) for name, value in tensors.items())
+
+
+def test_a_model_made_on_the_spot_does_not_depend_on_the_layout(ranks: RankServer, tmp_path: Path) -> None:
+    exported = []
+    for world_size, parallel in ((1, {}), LAYOUTS["tp2_sp_pp2"]):
+        made = recipe(tmp_path, "qwen3_moe", parallel=parallel, resources={"tasks_per_node": world_size})
+        run = write_run(made, tmp_path / f"run{world_size}")
+        target = tmp_path / f"exported{world_size}"
+        target.mkdir()
+        ranks.run(export, world_size=world_size, run_dir=str(run), target=str(target))
+        exported.append(_tensors(target))
+    assert exported[0].keys() == exported[1].keys()
+    assert all(torch.equal(exported[1][name], value) for name, value in exported[0].items())
+
+
+def _run(tmp_path: Path, folder: Path, world_size: int, parallel: dict[str, Any], **checkpoint: Any) -> Path:
+    made = recipe(
+        tmp_path, "qwen3", parallel=parallel, checkpoint=checkpoint, resources={"tasks_per_node": world_size}
+    )
+    return write_run(replace(made, model=Model(model=str(folder), torch_dtype="float32")), tmp_path / "run")
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_every_family_of_the_trainer_is_covered() -> None:
+    assert {kind for kind, _ in CASES.values()} == set(MODELS)
