@@ -22,9 +22,7 @@ def test_a_folder_says_its_own_shape(recipe: Recipe, model_folder: Path) -> None
     assert found.shape is not None and found.shape.hidden_size == 8 and found.shape.qk_layernorm
 
 
-def test_the_hugging_face_cache_is_found_by_its_main_commit(
-    recipe: Recipe, model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_hugging_face_cache_is_found_by_its_commit(recipe: Recipe, model_folder: Path, tmp_path: Path) -> None:
     repository = tmp_path / "caches" / "hub" / "models--org--tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc123")
@@ -37,9 +35,7 @@ def test_the_hugging_face_cache_is_found_by_its_main_commit(
 
 
 @pytest.mark.parametrize("layout", ["hub/models/org/ti___ny", "models/org/ti___ny", "hub/org/ti.ny"])
-def test_modelscope_caches_of_several_versions(
-    recipe: Recipe, model_folder: Path, tmp_path: Path, layout: str
-) -> None:
+def test_modelscope_caches_of_all_versions(recipe: Recipe, model_folder: Path, tmp_path: Path, layout: str) -> None:
     target = tmp_path / "caches" / layout
     target.parent.mkdir(parents=True)
     target.symlink_to(model_folder)

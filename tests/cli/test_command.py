@@ -1,0 +1,153 @@
+"""The `megabatch` command on run directories, with and without a Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megabatch.cli.command import main
+from megabatch.errors import LaunchError
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.cluster import PrivateCluster
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def _run(folder: Path, *, state: str, age_s: float = 0, step: int = 7) -> Path:
+    """A run directory as a local run leaves it."""
+    run = RunDirectory(folder)
+    run.logs.mkdir(parents=True)
+    run.run_json.write_text("{}")
+    beat = {"time": time.time() - age_s, "step": step, "state": state, "job_id": None, "restart": 0}
+    run.heartbeat.write_text(json.dumps(beat))
+    run.rank_log(0, 0).write_text("first\nsecond\n")
+    run.rank_log(1, 0).write_text("other\n")
+    return folder
+
+
+def test_status_lists_runs_below_the_default_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _run(tmp_path / "megatron_output" / "a" / "v0-1", state="done")
+    _run(tmp_path / "megatron_output" / "b" / "v0-1", state="failed", age_s=7300)
+    assert main(["status"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["RUN", "STATE", "STEP", "JOB", "HEARD", "WHY"]
+    assert ["completed" in lines[0], "failed" in lines[1], "2 h ago" in lines[1]] == [True] * 3
+
+
+def test_status_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(tmp_path / "x", state="running", step=41)
+    assert main(["status", "--json", str(run)]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["run"], found["state"], found["step"]) == (str(run), "running", 41)
+
+
+def test_status_without_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 0
+    assert "no runs beneath megatron_output" in capsys.readouterr().out
+
+
+def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(tmp_path / "outer" / "x", state="done")
+    assert main(["logs", str(run)]) == 0
+    assert capsys.readouterr().out == "first\nsecond\n"
+    assert main(["logs", "--rank", "1", "-f", str(tmp_path / "outer")]) == 0, "the only run below a folder"
+    assert capsys.readouterr().out == "other\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["logs", "{run}", "--rank", "9"], "no log of rank 9"),
+        (["logs", "{run}", "--rank", "first"], "must be a number or `batch`"),
+        (["cancel", "{run}"], "no job was submitted"),
+        (["resume", "{run}"], "submit its recipe instead"),
+        (["status", "{near}"], "nearest in"),
+        (["plan", "{near}"], "does not exist"),
+    ],
+)
+def test_mistakes_get_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    places = {"run": _run(tmp_path / "quickstart", state="done"), "near": tmp_path / "quickstrat"}
+    assert main([argument.format(**places) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--jsno"]) == 2
+    assert "--jsno" in capsys.readouterr().err
+
+
+def test_plan_shows_a_recipe_with_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "qwen3_moe_sft.py"), "--nodes", "2", "--global_batch_size", "8"]) == 0
+    assert "world 16 = tp 4 x pp 2 x cp 1 x dp 2" in capsys.readouterr().out
+    assert main(["plan", str(RECIPES / "qwen3_moe_sft.py"), "--nodes", "0"]) == 2
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = "import sys\nfrom megabatch.cli.command import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted(m for m in sys.modules if m.startswith('megabatch.') and m.count('.') == 1))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1]
+    assert "megabatch.slurm" not in loaded and "megabatch.entry" not in loaded and "megabatch.cli" in loaded
+
+
+def _megabatch(*arguments: object, cwd: Path) -> str:
+    command = [sys.executable, "-m", "megabatch.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise LaunchError(done.stdout + done.stderr)
+    return done.stdout
+
+
+def _wait(run: Path, *states: str, seconds: float = 90) -> str:
+    deadline = time.monotonic() + seconds
+    while (state := json.loads(_megabatch("status", "--json", run, cwd=run.parent))[0]["state"]) not in states:
+        assert time.monotonic() < deadline, f"still {state}: " + _logs(run)
+        time.sleep(0.5)
+    return str(state)
+
+
+def _logs(run: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted((run / "logs").glob("*.log")))
+
+
+@pytest.mark.slurm
+def test_submit_cancel_resume_on_slurm(slurm: PrivateCluster, tmp_path: Path) -> None:
+    """What a user does, on two real nodes: a cancelled run saves, and its resumed job trains on to the end."""
+    flags = ["--nodes", "2", "--tasks_per_node", "1", "--train_iters", "4000", "--run_dir", "run", "--lr_decay_iters"]
+    recipe = [sys.executable, RECIPES / "quickstart.py", *flags, "4000", "--eval_iters", "0", "--submit"]
+    done = subprocess.run(recipe, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert "submitted job" in done.stdout and f"megabatch logs -f {run}" in done.stdout
+    again = subprocess.run(recipe, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+    assert again.returncode == 1 and "cancel it first" in again.stderr
+
+    deadline = time.monotonic() + 90
+    while not RunDirectory(run).metrics.exists() or not RunDirectory(run).metrics.read_text():
+        assert time.monotonic() < deadline, _logs(run)
+        time.sleep(0.5)
+    assert "cancelled job" in _megabatch("cancel", run, cwd=tmp_path)
+    _wait(run, "cancelled")
+    saved = RunDirectory(run).latest.read_text().strip()
+    assert "submitted job" in _megabatch("resume", run, cwd=tmp_path)
+    deadline = time.monotonic() + 90
+    while f"resuming from {RunDirectory(run).checkpoints / saved}" not in _megabatch("logs", run, cwd=tmp_path):
+        assert time.monotonic() < deadline, _logs(run)
+        time.sleep(0.5)
+    _megabatch("cancel", run, cwd=tmp_path)
+    _wait(run, "cancelled")

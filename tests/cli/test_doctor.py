@@ -1,0 +1,108 @@
+"""The doctor's table, its verdicts, and its report on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from megabatch.doctor import checks
+from megabatch.doctor.requirements import PYTHON, REQUIREMENTS
+from megabatch.doctor.versions import supports
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+def _declared() -> dict[str, str]:
+    """Distribution → range, as pyproject.toml has them for whoever runs megabatch."""
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *extras["train"], *extras["gpu"], *extras["vllm"]]
+    parts = [line.replace("[pytorch]", "").partition(">=") for line in lines]
+    return {name: f">={rest}" for name, _, rest in parts}
+
+
+def test_the_table_is_pyproject() -> None:
+    assert {r.name: r.supported for r in REQUIREMENTS if r.supported} == _declared()
+    assert PROJECT["requires-python"] == PYTHON
+
+
+def test_training_packages_are_those_of_the_extra() -> None:
+    train = {line.partition(">=")[0] for line in PROJECT["optional-dependencies"]["train"]}
+    assert {r.name for r in REQUIREMENTS if r.level == "train"} == train
+
+
+@pytest.mark.parametrize(
+    ("range_", "version", "expected"),
+    [
+        (">=2.6,<2.14", "2.13.0+cpu", True),
+        (">=2.6,<2.14", "2.14", False),
+        (">=2.6,<2.14", "2.5.9", False),
+        (">=0.16.1,<0.20", "0.16.1rc0", True),
+        (">=0.16.1,<0.20", "0.16", False),
+        (">=4.57,<6", "5.23.0", True),
+        (">=3.11", "3.11.7", True),
+        ("==1.2", "1.2.0", True),
+        ("", "anything", True),
+    ],
+)
+def test_versions(range_: str, version: str, expected: bool) -> None:
+    assert supports(range_, version) is expected
+
+
+def test_a_machine_without_training_packages_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login node plans and submits; half of the training packages on the other hand is a broken installation."""
+    real = checks.version
+    training = {r.name for r in REQUIREMENTS if r.level == "train"}
+
+    def without(missing: set[str]) -> list[checks.Finding]:
+        def version(name: str) -> str:
+            if name in missing:
+                raise checks.PackageNotFoundError(name)
+            return real(name)
+
+        monkeypatch.setattr(checks, "version", version)
+        return [finding for finding in checks.examine() if finding.needed]
+
+    assert without(training) == []
+    broken = without(training - {"numpy"})
+    assert {finding.name for finding in broken} == training - {"numpy"}
+    assert all(finding.fix and finding.without for finding in broken)
+
+
+def test_an_unsupported_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "version", lambda name: "99.0")
+    found = {finding.name: finding for finding in checks.examine()}
+    assert found["submitit"].state == "unsupported" and found["submitit"].needed
+    assert found["flash-attn"].state == "unsupported" and not found["flash-attn"].needed
+
+
+def test_a_probe_that_hangs_or_crashes_is_an_answer() -> None:
+    assert checks.probe("import time; time.sleep(60)", timeout_s=0.5) == "no answer within 0 s"
+    crashed = checks.probe("import os; os.abort()")
+    assert isinstance(crashed, str) and crashed.startswith("error: ")
+    assert checks.probe("raise RuntimeError('driver too old')") == "error: RuntimeError: driver too old"
+    assert checks.probe("print('noise'); print('{\"a\": 1}')") == {"a": 1}
+
+
+def test_a_broken_driver_is_reported_with_a_fix() -> None:
+    answer = {"CUDA": "13.0", "built for CUDA": "13.0", "GPUs": ["NVIDIA H100"], "NCCL": "2.28.3"}
+    cuda, nccl = checks._devices(answer)
+    assert (cuda.state, nccl.state) == ("ok", "ok") and "H100" in cuda.found
+    cuda, nccl = checks._devices(answer | {"kernel": "error: RuntimeError: no kernel image", "NCCL": None})
+    assert cuda.needed and nccl.needed and "nvidia-smi" in cuda.fix
+
+
+def test_the_report_of_this_machine(tmp_path: Path) -> None:
+    """This machine passes the tests, so nothing that it needs is missing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megabatch.cli", "doctor", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["ok"]
+    found = {finding["name"]: finding for finding in report["findings"]}
+    assert found["megatron-core"]["state"] == "ok" and found["torch"]["supported"] == ">=2.6,<2.14"
