@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -12,7 +12,19 @@ from megabatch.slurm.cluster import PrivateCluster, missing_programs
 def _require_slurm() -> None:
     missing = missing_programs()
     if missing:
-        pytest.skip(f"no Slurm here: {', '.join(missing)} missing; on Debian: apt install slurm-wlm munge")
+        pytest.skip(f"{_NO_SLURM}: {', '.join(missing)} missing; on Debian: apt install slurm-wlm munge")
+
+
+_NO_SLURM = "no Slurm here"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Gives all tests that want Slurm in vain one place, so that pytest's summary folds them into one line."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple) and _NO_SLURM in report.longrepr[2]:
+        report.longrepr = (__file__, 1, report.longrepr[2])
+    return report
 
 
 @pytest.fixture(autouse=True)
