@@ -32,8 +32,8 @@ check: $(VENV)/.dev  ## style, types, import contract, tests
 	$(RUN) -m pytest -q
 
 golden: $(VENV)/.dev  ## rewrite the goldens; review the diff
-	MEGABATCH_GOLDEN=1 $(RUN) -m pytest -q tests/recipes tests/slurm/test_render.py
-	git --no-pager diff --stat -- tests docs
+	MEGABATCH_GOLDEN=1 $(RUN) -m pytest -q tests/recipes tests/slurm/test_render.py tests/test_readme.py
+	git --no-pager diff --stat -- tests docs README.md
 
 docs: $(VENV)/.dev  ## rewrite docs/parameters.md from the declarations
 	$(RUN) -m megabatch.config.document > docs/parameters.md.tmp

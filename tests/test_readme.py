@@ -1,0 +1,93 @@
+"""README's tree has one phrase for each folder and file; `make golden` writes it from the modules' first lines."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BEGIN = "<!-- tree: written by make golden from the first line of each module -->\n"
+END = "<!-- end of tree -->"
+ROOMS = {
+    "recipes": "runs to start from; loaded by path, not installed",
+    "megabatch": "the installed package: config, plan, entry, command line, trainer",
+    "slurm": "installed as megabatch.slurm: scripts, submission, state, private clusters; no torch",
+    "converters": "installed as megabatch.converters: Hugging Face and megatron-core checkpoints; no torch",
+    "tests": "mirror the tree",
+    "docs": "recipes, parameters, Slurm, architecture, decisions",
+    "megabatch/cli": "the megabatch command",
+    "megabatch/config": "every parameter, declared once; rules; flags; run.json",
+    "megabatch/config/rules": "what must hold between parameters",
+    "megabatch/doctor": "checks of a machine",
+    "megabatch/entry": "a recipe's own command line",
+    "megabatch/plan": "pure arithmetic: layouts, batches, stages, sizes",
+    "megabatch/trainer": "the only room with torch and megatron-core",
+    "megabatch/trainer/data": "from dataset names to each rank's batches",
+    "megabatch/trainer/model": "megatron-core models of our families",
+    "megabatch/trainer/objectives": "losses, as numerators with a named denominator",
+    "megabatch/trainer/ops": "collectives inside autograd",
+    "converters/families": "one mapping table for each model family",
+    "converters/safetensors_io": "safetensors by byte ranges",
+    "converters/torch_dist": "megatron-core's checkpoint format by byte ranges",
+}
+LONGEST = 88
+
+
+def _phrase(path: Path) -> str:
+    """The module's first line without its full stop, cut where its main clause ends if it is long."""
+    line = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0].rstrip(".")
+    while len(line) > LONGEST and (cut := re.search(r"^(.*)(?:[:;] |\. )", line)):
+        line = cut[1]
+    return line
+
+
+def _tree() -> str:
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    ).stdout.split()  # fmt: skip
+    lines: list[str] = []
+    for room in ("recipes", "megabatch", "slurm", "converters"):
+        files = [Path(name) for name in tracked if name.startswith(f"{room}/") and name.endswith(".py")]
+        lines += _folder(Path(room), [path for path in files if (ROOT / path).exists()], depth=0)
+    return "\n".join(lines + [f"    {name + '/':30} {ROOMS[name]}" for name in ("tests", "docs")])
+
+
+def _folder(folder: Path, files: list[Path], *, depth: int) -> list[str]:
+    indent = "    " + "  " * depth
+    lines = [f"{indent}{folder.name + '/':{30 - 2 * depth}} {ROOMS[folder.as_posix()]}"]
+    for child in sorted({path.relative_to(folder).parts[0] for path in files}):
+        below = folder / child
+        if below.suffix != ".py":
+            lines += _folder(below, [path for path in files if below in path.parents], depth=depth + 1)
+        elif child not in ("__init__.py", "__main__.py"):
+            lines.append(f"{indent}  {child:{28 - 2 * depth}} {_phrase(ROOT / below)}")
+    return lines
+
+
+def test_the_tree_is_current() -> None:
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    old, _, after = rest.partition(END)
+    new = f"\n{_tree()}\n\n"
+    if os.environ.get("MEGABATCH_GOLDEN") == "1":
+        README.write_text(before + BEGIN + new + END + after)
+        return
+    assert old == new, "files have changed; run: make golden"
+
+
+def test_its_first_commands_are_the_two(tmp_path: Path) -> None:
+    code = [line.strip() for line in README.read_text().splitlines() if line.startswith("    ")]
+    assert code[0].startswith("make demo") and code[1].startswith("make test")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"demo", "test", "check", "golden", "docs", "bench", "cluster", "cluster-down"} <= targets
+
+
+def test_its_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text())
+    assert len(links) > 4
+    assert [link for link in links if not (ROOT / link).exists()] == []
