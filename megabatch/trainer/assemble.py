@@ -198,7 +198,7 @@ def find_checkpoint(path: Path, run: RunConfig) -> Path | None:
         return path
     if run.recipe.checkpoint.exit_on_missing_checkpoint:
         raise CheckpointError(
-            f"checkpoint.load={str(path)!r} holds no checkpoint; give a run directory, a step_* or a torch_dist folder,"
+            f"checkpoint.load={str(path)!r} holds no checkpoint; give a run directory, step_* or torch_dist folder,"
             " or set exit_on_missing_checkpoint=False to start from the model"
         )
     return None

@@ -82,7 +82,7 @@ class Engine:
         factor = self._factor(objective, weight=weight, micro_batches=len(packs))
         stored = self._run(packs, objective, factor=factor, forward_only=False)
         grad_norm = self.optimizer.step()
-        metrics, stop = self._reduce(stored, stop=stop)
+        metrics, stop = self._reduce(stored, objective.metrics, stop=stop)
         return StepResult(metrics, grad_norm, self.optimizer.learning_rate, stop)
 
     def optimizer_from_model(self) -> None:
@@ -96,7 +96,7 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             stored = self._run(packs, objective, factor=1.0, forward_only=True)
-        return self._reduce(stored, stop=False)[0]
+        return self._reduce(stored, objective.metrics, stop=False)[0]
 
     def _factor(self, objective: Objective, *, weight: float, micro_batches: int) -> float:
         """What a numerator is multiplied with, so that the gradient is that of sum(numerators) / denominator."""
@@ -145,12 +145,13 @@ class Engine:
         sums = {name: torch.stack([mean.total, mean.count]).double() for name, mean in terms.metrics.items()}
         return terms.numerator * scale, sums
 
-    def _reduce(self, stored: Sequence[Mapping[str, Tensor]], *, stop: bool) -> tuple[Mapping[str, Ratio], bool]:
+    def _reduce(
+        self, stored: Sequence[Mapping[str, Tensor]], names: tuple[str, ...], *, stop: bool
+    ) -> tuple[Mapping[str, Ratio], bool]:
         """Sums metrics over micro-batches and data-parallel ranks and asks all whether to stop, in one collective.
 
         Every rank takes part; only one tensor-parallel rank of the last stage has something to add.
         """
-        names = ("loss",)
         local = torch.zeros(2 * len(names) + 1, dtype=torch.float64)
         if self.ranks.is_last_stage and self.ranks.tp_rank == 0:
             for sums in stored:

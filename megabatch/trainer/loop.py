@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
+from megabatch.errors import MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.trainer import assemble
 from megabatch.trainer.checkpoint import Checkpoints, Progress
@@ -106,6 +108,7 @@ class Loop:
             started = time.perf_counter()
             batch = next(steps)
             result = self.engine.step(batch.packs, self.objective, weight=batch.weight, stop=self.stop.requested)
+            _check_finite(result, step=progress.step + 1, batch=batch)
             progress = Progress(
                 step=progress.step + 1,
                 cursor=batch.cursor,
@@ -156,3 +159,13 @@ class Loop:
         interval = self.recipe.training.manual_gc_interval
         if (interval and step % interval == 0) or (not interval and pause):
             gc.collect()
+
+
+def _check_finite(result: StepResult, *, step: int, batch: Step) -> None:
+    """Ends the run before weights that are no numbers are saved."""
+    loss, norm = result.metrics["loss"].value, result.grad_norm
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise MegabatchError(
+            f"step {step}: loss={loss}, gradient norm={norm} over {batch.samples} samples; lower learning_rate.lr, "
+            "warm up for longer, or look at the data of this step. The last checkpoint is from before it"
+        )

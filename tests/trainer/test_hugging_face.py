@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from rank_server import RankServer
-from runs import MODELS, recipe, write_run
+from runs import MODELS, evaluations, recipe, train, write_run
 from safetensors.torch import load_file, save_file
 
 from megabatch import Model
 from megabatch.config.run import RunConfig
+from megabatch.trainer.data.cache import TokenCache
 
 COMMON: dict[str, Any] = {
     "vocab_size": 301,  # does not divide by 2: tensor parallelism pads it
@@ -213,6 +214,36 @@ def _run(tmp_path: Path, folder: Path, world_size: int, parallel: dict[str, Any]
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("task", ["sft", "pt"])
+@pytest.mark.parametrize("layout", ["single", "tp2_sp_pp2"])
+def test_the_last_validation_loss_is_that_of_the_exported_model_in_transformers(
+    task: str, layout: str, ranks: RankServer, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    world_size, parallel = LAYOUTS[layout]
+    made = recipe(tmp_path, "qwen3_moe", parallel=parallel, resources={"tasks_per_node": world_size})
+    if task == "pt":
+        documents = [{"text": f"{a} and {b} make {a + b}. " * 3} for a in range(6) for b in range(5)]
+        for path, rows in ((made.data.dataset[0], documents), (made.data.val_dataset[0], documents[::7])):
+            Path(path).write_text("\n".join(map(json.dumps, rows)))
+    run = write_run(replace(made, task=task), tmp_path / "run")
+    assert set(ranks.run(train, world_size=world_size, run_dir=str(run))) == {0}
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step_00000004" / "hf", dtype=torch.float32)
+    caches = [TokenCache.open(path) for path in (run / "cache").iterdir()]
+    validation = min(caches, key=len)
+    total = weight = 0.0
+    with torch.no_grad():
+        for sample in (validation[i] for i in range(len(validation))):
+            ids = torch.from_numpy(sample.ids.astype(np.int64))[None]
+            logps = model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            weights = torch.from_numpy(sample.weights[1:].copy()).double()
+            total, weight = total - float((logps * weights).sum()), weight + float(weights.sum())
+    if task == "pt":
+        assert weight == sum(len(validation[i].ids) - 1 for i in range(len(validation)))
+    assert evaluations(run)[-1][1] == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_every_family_of_the_trainer_is_covered() -> None:

@@ -57,5 +57,8 @@ class TokenOutput:
 
 class Objective(Protocol):
     norm: Norm
+    """Denominator of the loss."""
+    metrics: tuple[str, ...]
+    """Names of the metrics that every micro-batch has; the same on every rank."""
 
     def terms(self, out: TokenOutput, pack: Pack) -> Terms: ...
