@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Sft:
     """- sum_t w_t log p(y_t | y_<t), over the sum of the weights of the global batch or of each micro-batch."""
 
-    metrics = ("loss",)
+    metrics: tuple[str, ...] = ("loss",)
 
     def __init__(self, *, calculate_per_token_loss: bool = True) -> None:
         self.norm = Norm.GLOBAL_TOKENS if calculate_per_token_loss else Norm.MICRO_BATCH
