@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,12 +114,22 @@ def _megabatch(*arguments: object, cwd: Path) -> str:
     return done.stdout
 
 
-def _wait(run: Path, *states: str, seconds: float = 90) -> str:
+def _until(condition: Callable[[], bool], run: Path, *, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
-    while (state := json.loads(_megabatch("status", "--json", run, cwd=run.parent))[0]["state"]) not in states:
-        assert time.monotonic() < deadline, f"still {state}: " + _logs(run)
-        time.sleep(0.5)
-    return str(state)
+    while not condition():
+        assert time.monotonic() < deadline, _logs(run)
+        time.sleep(0.3)
+
+
+def _state(run: Path) -> str:
+    return str(json.loads(_megabatch("status", "--json", run, cwd=run.parent))[0]["state"])
+
+
+def _last_step(run: Path) -> int:
+    """Of the newest line of metrics.jsonl; -1 before the first."""
+    metrics = RunDirectory(run).metrics
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else -1
 
 
 def _logs(run: Path) -> str:
@@ -137,17 +148,12 @@ def test_submit_cancel_resume_on_slurm(slurm: PrivateCluster, tmp_path: Path) ->
     again = subprocess.run(recipe, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
     assert again.returncode == 1 and "cancel it first" in again.stderr
 
-    deadline = time.monotonic() + 90
-    while not RunDirectory(run).metrics.exists() or not RunDirectory(run).metrics.read_text():
-        assert time.monotonic() < deadline, _logs(run)
-        time.sleep(0.5)
+    _until(lambda: _last_step(run) >= 1, run)
     assert "cancelled job" in _megabatch("cancel", run, cwd=tmp_path)
-    _wait(run, "cancelled")
-    saved = RunDirectory(run).latest.read_text().strip()
+    _until(lambda: _state(run) == "cancelled", run)
+    saved = int(RunDirectory(run).latest.read_text().strip().removeprefix("step_"))
     assert "submitted job" in _megabatch("resume", run, cwd=tmp_path)
-    deadline = time.monotonic() + 90
-    while f"resuming from {RunDirectory(run).checkpoints / saved}" not in _megabatch("logs", run, cwd=tmp_path):
-        assert time.monotonic() < deadline, _logs(run)
-        time.sleep(0.5)
+    _until(lambda: _last_step(run) > saved, run)
+    assert f"step_{saved:08d}" in _megabatch("logs", run, cwd=tmp_path)
     _megabatch("cancel", run, cwd=tmp_path)
-    _wait(run, "cancelled")
+    _until(lambda: _state(run) == "cancelled", run)
