@@ -26,7 +26,7 @@ def recipe() -> Recipe:
         task="pt",
         model=Model(model="Qwen/Qwen2.5-7B"),
         bridge=Bridge(use_hf=True),
-        data=Data(dataset=["Salesforce/wikitext:wikitext-103-raw-v1"], max_length=4096, packing=True),
+        data=Data(dataset=["NeelNanda/pile-10k"], max_length=4096, packing=True),
         batch=Batch(micro_batch_size=4, global_batch_size=32),
         training=Training(max_epochs=1),
         parallel=Parallel(tensor_model_parallel_size=2, sequence_parallel=True),

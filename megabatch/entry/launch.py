@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megabatch.config.declare import group_types
 from megabatch.config.flags import Actions
 from megabatch.config.layout import layout_of
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
+from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.run import RunConfig, resolve
 from megabatch.entry.model import FoundModel, find_model
 from megabatch.entry.paths import absolute_paths, code_store, run_directory
@@ -65,7 +67,12 @@ class Launch:
 
 
 def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Launch:
-    """Decides everything about a run without writing anything. Raises: ConfigError for a faulty cluster profile."""
+    """Decides everything about a run without writing anything.
+
+    Raises: ConfigError for values of a wrong type, with all other faults, and for a faulty cluster profile.
+    """
+    if _has_invalid_values(recipe):
+        raise ConfigError(check(recipe))
     profile = load_profile(actions.cluster) if actions.cluster else ClusterProfile()
     model = find_model(recipe, shared_cache=profile.shared_cache)
     directory = RunDirectory(run_directory(recipe, given=actions.run_dir))
@@ -81,6 +88,12 @@ def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Launch:
         cluster=actions.cluster,
         profile=profile,
     )
+
+
+def _has_invalid_values(recipe: Recipe) -> bool:
+    """Whether a group or field is not of its declared type, so that nothing can be computed from it."""
+    wrong_group = any(not isinstance(getattr(recipe, name), group) for name, group in group_types(Recipe).items())
+    return wrong_group or any(True for _ in invalid_fields(recipe))
 
 
 def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) -> JobSpec:

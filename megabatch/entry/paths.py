@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,27 +57,24 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     )
 
 
-def _datasets(recipe: Recipe, datasets: object) -> tuple[str, ...]:
-    """Wrong types and names stay as they are: rules and preflight say what is wrong with them."""
-    if not isinstance(datasets, tuple):
-        return datasets  # type: ignore[return-value]
+def _datasets(recipe: Recipe, datasets: Sequence[str]) -> tuple[str, ...]:
     return tuple(_dataset(text, use_hf=recipe.bridge.use_hf) for text in datasets)
 
 
 def _dataset(text: str, *, use_hf: bool) -> str:
     try:
         return parse(text, use_hf=use_hf).absolute()
-    except (DataError, TypeError):
-        return text
+    except DataError:
+        return text  # preflight says what is wrong with it
 
 
 def _folder(name: str | None) -> str | None:
     """A model or tokenizer that is a folder here, or spelled like a path."""
-    if not isinstance(name, str):
-        return name
+    if name is None:
+        return None
     path = Path(name).expanduser()
     return str(path.absolute()) if path.is_dir() or name.startswith(("/", "./", "../", "~")) else name
 
 
 def _absolute(path: str | None) -> str | None:
-    return str(Path(path).expanduser().absolute()) if isinstance(path, str) else path
+    return None if path is None else str(Path(path).expanduser().absolute())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megabatch import Checkpoint, LearningRate, Recipe
+from megabatch import Checkpoint, LearningRate, Model, Parallel, Recipe
 from megabatch.config.flags import Actions
 from megabatch.config.run import RunConfig
 from megabatch.entry.launch import Launch, prepare, written
@@ -53,6 +53,19 @@ def test_run_json_holds_absolute_paths(recipe: Recipe, tmp_path: Path) -> None:
     assert got.recipe.checkpoint.save == f"{tmp_path}/out" and got.recipe.checkpoint.load == f"{tmp_path}/earlier"
     assert got.recipe.logging.tensorboard_dir == f"{tmp_path}/boards"
     assert got.run_dir == str(directory.path)
+
+
+def test_values_of_wrong_types_are_all_named(recipe: Recipe) -> None:
+    wrong = replace(
+        recipe,
+        model=Model(model=7),  # type: ignore[arg-type]
+        parallel=Parallel(tensor_model_parallel_size="2"),  # type: ignore[arg-type]
+    )
+    with pytest.raises(ConfigError) as caught:
+        _launch(wrong)
+    assert {"model.model", "parallel.tensor_model_parallel_size"} <= {fault.field for fault in caught.value.faults}
+    with pytest.raises(ConfigError, match="model must be a Model"):
+        _launch(replace(recipe, model="Qwen/Qwen3-8B"))  # type: ignore[arg-type]
 
 
 def test_planning_writes_nothing(recipe: Recipe, tmp_path: Path) -> None:
