@@ -89,9 +89,11 @@ class PackedAttention(MegatronModule):
         return query_THD.is_cuda and half and not (self.training and self.dropout)
 
     def _each_sequence(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, bounds: list[int]) -> Tensor:
+        lengths = [stop - start for start, stop in pairwise(bounds)]
+        # splitting once rather than slicing: the gradient of a slice is a zero-filled tensor of the whole row
+        split = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query_THD, key_TGD, value_TGD))
         parts = []
-        for start, stop in pairwise(bounds):
-            query, key, value = (x[start:stop].transpose(0, 1)[None] for x in (query_THD, key_TGD, value_TGD))
+        for query, key, value in zip(*split, strict=True):
             out = scaled_dot_product_attention(
                 query,
                 key,

@@ -53,9 +53,22 @@ def token_logps(logits_TV: Tensor, targets_T: Tensor, shard: VocabShard) -> Tens
     return _TokenLogps.apply(logits_TV, targets_T, shard)
 
 
-def _row_chunks(logits_TV: Tensor) -> range:
+def _row_chunks(logits_TV: Tensor) -> list[slice]:
     step = max(1, CHUNK_ELEMENTS // max(1, logits_TV.shape[1]))
-    return range(0, logits_TV.shape[0], step)
+    return [slice(start, start + step) for start in range(0, logits_TV.shape[0], step)]
+
+
+def _empty_fp32(logits_TV: Tensor, leading: tuple[int, ...]) -> Tensor:
+    return logits_TV.new_empty((*leading, logits_TV.shape[0]), dtype=torch.float32)
+
+
+def _index(local_T: Tensor, real: int) -> Tensor:
+    """[T, 1]: column of each target; any valid one where another rank holds it."""
+    return local_T.clamp(0, real - 1)[:, None]
+
+
+def _picked(part_TV: Tensor, local_T: Tensor) -> Tensor:
+    return part_TV.gather(1, _index(local_T, part_TV.shape[1]))[:, 0]
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -63,24 +76,17 @@ class _TokenLogps(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx, logits_TV: Tensor, targets_T: Tensor, shard: VocabShard
     ) -> Tensor:
-        chunks = _row_chunks(logits_TV)
-        max_T, sums_2T = logits_TV.new_empty(len(targets_T), dtype=torch.float32), None
-        for start in chunks:
-            rows = slice(start, start + chunks.step)
-            part = logits_TV[rows, : shard.real]
-            max_T[rows] = part.amax(dim=1).float() if shard.real else float("-inf")
+        max_T, sums_2T = _empty_fp32(logits_TV, ()), _empty_fp32(logits_TV, (2,))
+        for rows in _row_chunks(logits_TV):
+            max_T[rows] = logits_TV[rows, : shard.real].amax(dim=1) if shard.real else float("-inf")
         if shard.is_split:
             dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=shard.group)
-        sums_2T = torch.zeros(2, len(targets_T), dtype=torch.float32, device=logits_TV.device)
         local_T = targets_T - shard.start
         mine_T = (local_T >= 0) & (local_T < shard.real)
-        for start in chunks:
-            rows = slice(start, start + chunks.step)
+        for rows in _row_chunks(logits_TV):
             part = logits_TV[rows, : shard.real].float() - max_T[rows, None]
-            sums_2T[0, rows] = part.exp().sum(dim=1)
-            if shard.real:
-                picked = part.gather(1, local_T[rows].clamp(0, shard.real - 1)[:, None])[:, 0]
-                sums_2T[1, rows] = torch.where(mine_T[rows], picked, 0.0)
+            sums_2T[1, rows] = _picked(part, local_T[rows]).where(mine_T[rows], 0.0) if shard.real else 0.0
+            sums_2T[0, rows] = part.exp_().sum(dim=1)
         if shard.is_split:
             dist.all_reduce(sums_2T, group=shard.group)
         log_sum_T = sums_2T[0].log()
@@ -93,13 +99,14 @@ class _TokenLogps(torch.autograd.Function):
         (grad_T,) = grads
         logits_TV, local_T, mine_T, logsumexp_T = ctx.saved_tensors
         real: int = ctx.real
-        out_TV = torch.zeros_like(logits_TV)
-        chunks = _row_chunks(logits_TV)
-        for start in chunks:
-            rows = slice(start, start + chunks.step)
-            grad = (logits_TV[rows, :real].float() - logsumexp_T[rows, None]).exp_().mul_(-grad_T[rows, None])
-            if real:
-                index = local_T[rows].clamp(0, real - 1)[:, None]
-                grad.scatter_add_(1, index, torch.where(mine_T[rows], grad_T[rows], 0.0)[:, None])
-            out_TV[rows, :real] = grad.to(out_TV.dtype)
+        out_TV = torch.empty_like(logits_TV)
+        out_TV[:, real:] = 0.0
+        for rows in _row_chunks(logits_TV) if real else ():
+            part, into = logits_TV[rows, :real], out_TV[rows, :real]
+            # fp32 gradients are computed where they go, others in a temporary of their chunk
+            grad = torch.sub(part, logsumexp_T[rows, None], out=into if into.dtype == torch.float32 else None)
+            grad.exp_().mul_(-grad_T[rows, None])
+            grad.scatter_add_(1, _index(local_T[rows], real), (grad_T[rows] * mine_T[rows])[:, None])
+            if grad is not into:
+                into.copy_(grad)
         return out_TV, None, None
