@@ -39,6 +39,11 @@ _FIXES = (
     ),
     ("memory", "ask for less in resources.mem_gib; `sinfo -o '%N %m'` lists each node's"),
     ("gres", "`sinfo -o '%N %G'` lists the GPUs of each node"),
+    (
+        "dns srv lookup",
+        "Slurm is installed here but belongs to no cluster: submit from a login node, set SLURM_CONF, or for a private "
+        "one: make cluster",
+    ),
     ("unable to contact", "Slurm's controller does not answer; `scontrol ping`, and check SLURM_CONF"),
     ("job violates", "an accounting limit of yours is reached; `sacctmgr show associations user=$USER` lists them"),
 )

@@ -144,7 +144,7 @@ def written(launch: Launch, arguments: Sequence[str]) -> Iterator[RunDirectory]:
     try:
         yield directory
     except BaseException:
-        if not directory.jobs.exists() and not directory.logs.exists():
+        if not directory.jobs.exists() and not any(directory.logs.glob("rank_*.log")):
             _take_away(directory, made)
         raise
 

@@ -76,7 +76,9 @@ def test_planning_writes_nothing(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_a_failed_start_leaves_nothing(recipe: Recipe, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(LaunchError), written(_launch(recipe), []):
+    with pytest.raises(LaunchError), written(_launch(recipe), []) as directory:
+        directory.logs.mkdir()
+        directory.script.write_text("#!/bin/bash")
         raise LaunchError("sbatch refused the job")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -93,6 +95,7 @@ def test_a_run_that_started_keeps_its_directory(recipe: Recipe) -> None:
     launch = _launch(recipe)
     with pytest.raises(KeyboardInterrupt), written(launch, []) as directory:
         directory.logs.mkdir()
+        directory.rank_log(0, 0).touch()
         raise KeyboardInterrupt
     assert launch.directory.run_json.exists()
 
