@@ -41,8 +41,8 @@ _FIXES = (
     ("gres", "`sinfo -o '%N %G'` lists the GPUs of each node"),
     (
         "dns srv lookup",
-        "Slurm is installed here but belongs to no cluster: submit from a login node, set SLURM_CONF, or for a private "
-        "one: make cluster",
+        "Slurm is installed here but knows no cluster: submit from a login node, set SLURM_CONF, or start a private "
+        "one with make cluster",
     ),
     ("unable to contact", "Slurm's controller does not answer; `scontrol ping`, and check SLURM_CONF"),
     ("job violates", "an accounting limit of yours is reached; `sacctmgr show associations user=$USER` lists them"),
