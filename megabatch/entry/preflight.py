@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
+from megabatch.config.data import Data
 from megabatch.config.recipe import Recipe
 from megabatch.converters.hf_model import open_hf_model
 from megabatch.entry.model import FoundModel, download_command, is_hub_name, told
 from megabatch.errors import DataError, Fault, MegabatchError
 from megabatch.trainer.data import files, names, tokenizer
+from megabatch.trainer.data.formats import messages_of
 
 SCANNED_BYTES = 64 << 20
 """JSONL, JSON and CSV files up to this size are read through before submission; it takes about a second."""
@@ -24,8 +27,8 @@ def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
 
 
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
-    """Faults inside the inputs: malformed lines, and weights that are not those of their config.json."""
-    return [*_datasets(recipe, _check_content), *_weights(recipe, model)]
+    """Faults inside the inputs: malformed rows, and weights that are not those of their config.json."""
+    return [*_datasets(recipe, partial(_check_content, recipe.data)), *_weights(recipe, model)]
 
 
 def unwritable(run_directory: Path) -> list[Fault]:
@@ -60,7 +63,7 @@ def _check_presence(name: names.DatasetName) -> None:
             raise DataError(f"{path} is empty; give a file with at least one example")
 
 
-def _check_content(name: names.DatasetName) -> None:
+def _check_content(data: Data, name: names.DatasetName) -> None:
     if name.kind != "path":
         return
     try:
@@ -70,7 +73,7 @@ def _check_content(name: names.DatasetName) -> None:
     scanned = [path for path in found if path.suffix.lower() in _SCANNED_SUFFIXES]
     for path in scanned:
         if path.stat().st_size <= SCANNED_BYTES:
-            rows = sum(1 for _ in files.rows(path))
+            rows = sum(1 for row in files.rows(path) if messages_of(row, columns=data.columns, system=data.system))
             if not rows and path.stat().st_size and len(found) == 1:
                 raise DataError(f"{path} holds no rows; give a file with at least one example")
 

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 from megabatch.config.run import RunConfig
-from megabatch.errors import ConfigError, DataError, MegabatchError
+from megabatch.errors import ConfigError, ConversionError, DataError, MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.trainer.signals import StopSignal
 
@@ -35,10 +35,9 @@ def main(arguments: list[str]) -> int:
     except MegabatchError as e:
         from megabatch.trainer.ranks import ElsewhereError
 
+        print(f"error: {e}", file=sys.stderr)  # on every rank: whichever log is looked at first tells the cause
         cause = e.error if isinstance(e, ElsewhereError) else e
-        if cause is e:
-            print(f"error: {e}", file=sys.stderr)
-        return ExitCode.CONFIG if isinstance(cause, ConfigError | DataError) else ExitCode.FAILED
+        return ExitCode.CONFIG if isinstance(cause, ConfigError | DataError | ConversionError) else ExitCode.FAILED
 
 
 def _configure_logging(run: RunConfig) -> None:

@@ -76,8 +76,8 @@ def messages_of(row: Row, *, columns: Mapping[str, str] | None = None, system: s
             break
     else:
         raise DataError(
-            f"{row.origin}: no accepted format has the fields {', '.join(sorted(map(repr, fields))) or '(none)'}; "
-            f"accepted are {_shape_list()}; rename fields with data.columns"
+            f"{row.origin}: no accepted format has the fields {_field_list(fields)}; accepted are {_shape_list()}; "
+            f"rename fields with data.columns"
         )
     system = _text(fields, "system", row) if fields.get("system") else system
     if system and found[:1] and found[0].role != "system" and "text" not in required:
@@ -122,6 +122,11 @@ _SHAPES: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any], Row], list[Me
     (("prompt", "completion"), _exchange("prompt", "completion")),
     (("text",), _from_text),
 )
+
+
+def _field_list(fields: Mapping[str, Any]) -> str:
+    names = [f"{name!r} (null)" if fields[name] is None else repr(name) for name in sorted(fields)]
+    return ", ".join(names) or "(none)"
 
 
 def _shape_list() -> str:
