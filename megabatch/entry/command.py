@@ -169,7 +169,7 @@ def _local(launch: Launch, arguments: Sequence[str]) -> int:
     with written(launch, arguments) as directory:
         print(plan_text(launch, refusals=[], local=True), flush=True)
         code = run_local(launch.job, launch.profile)
-    _report_end(directory, code)
+    _report_end(directory, code, arguments)
     return code
 
 
@@ -184,14 +184,16 @@ def _require_torch() -> None:
         )
 
 
-def _report_end(directory: RunDirectory, code: int) -> None:
+def _report_end(directory: RunDirectory, code: int, arguments: Sequence[str]) -> None:
     if code == ExitCode.DONE:
         newest = directory.checkpoints / directory.latest.read_text(encoding="utf-8").strip()
         print(f"done: {directory.path}\n  metrics      {directory.metrics}\n  checkpoint   {newest}")
         if (newest / "hf").is_dir():
             print(f"  Hugging Face {newest / 'hf'}")
     elif code == ExitCode.REQUEUE:
-        again = shlex.join([Path(sys.executable).name, *sys.argv])
-        print(f"stopped and saved; go on with: {again} --run_dir {shlex.quote(str(directory.path))}")
+        given = any(argument.startswith(("--run_dir", "--run-dir")) for argument in arguments)
+        where = [] if given else ["--run_dir", str(directory.path)]
+        again = shlex.join(["python", sys.argv[0], *arguments, *where])
+        print(f"stopped and saved; go on with: {again}")
     else:
         print(f"error: a rank failed with exit code {code}; all logs are in {directory.logs}", file=sys.stderr)
