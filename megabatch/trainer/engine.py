@@ -137,7 +137,7 @@ class Engine:
         self, pack: Pack, objective: Objective, factor: float, logits: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Runs on the last pipeline stage: logits [1, T, V] of this rank's vocabulary shard."""
-        logps_T = token_logps(logits[0], pack.targets_T, self.vocab)
+        logps_T = token_logps(logits.squeeze(0), pack.targets_T, self.vocab)
         terms = objective.terms(TokenOutput(logps_T=logps_T), pack)
         scale: Tensor | float = factor
         if objective.norm is Norm.MICRO_BATCH:

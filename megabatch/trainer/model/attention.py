@@ -103,5 +103,5 @@ class PackedAttention(MegatronModule):
                 enable_gqa=query.shape[1] != key.shape[1],
                 dropout_p=self.dropout if self.training else 0.0,
             )
-            parts.append(out[0].transpose(0, 1))
+            parts.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(parts)
