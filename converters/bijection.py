@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-Span = tuple[tuple[int, int], Mapped]
+Span = tuple[Piece, Mapped]
 
 
 def invert(tensors: Iterable[Mapped]) -> dict[str, tuple[int, ...]]:
@@ -40,7 +40,7 @@ def invert(tensors: Iterable[Mapped]) -> dict[str, tuple[int, ...]]:
         seen.add(key)
         _check_rows(mapped)
         for piece in mapped.pieces:
-            spans.setdefault(piece.hf, {}).setdefault(piece.index, []).append((piece.rows, mapped))
+            spans.setdefault(piece.hf, {}).setdefault(piece.index, []).append((piece, mapped))
     return {name: _covered(name, by_index) for name, by_index in spans.items()}
 
 
@@ -63,19 +63,42 @@ def _covered(name: str, by_index: Mapping[int | None, list[Span]]) -> tuple[int,
 
 
 def _tiled(name: str, spans: list[Span]) -> tuple[int, ...]:
+    """Shape of the Hugging Face tensor (behind a leading index) whose rows the pieces use once each."""
+    first, owner = spans[0]
+    tail = owner.shape[1:]
+    for piece, mapped in spans:
+        if mapped.shape[1:] != tail:
+            raise ConversionError(f"{name}: two row lengths, {tail} and {mapped.shape[1:]}, in entry {mapped.entry}")
+        if (piece.step, piece.transposed) != (first.step, first.transposed):
+            raise ConversionError(f"{name}: pieces that are woven in different ways, in entry {mapped.entry}")
+    rows = _consecutive(name, spans) if first.step == 1 else _woven(name, spans)
+    return (*tail, rows) if first.transposed else (rows, *tail)
+
+
+def _consecutive(name: str, spans: list[Span]) -> int:
     position = 0
-    tail = spans[0][1].shape[1:]
-    for (start, stop), mapped in sorted(spans, key=lambda span: span[0]):
+    for piece, mapped in sorted(spans, key=lambda span: span[0].rows):
+        start = piece.rows[0]
         if start != position:
             word = "left out" if start > position else "used twice"
             raise ConversionError(
                 f"{name}: rows {min(start, position)} to {max(start, position)} are {word} by the table, "
                 f"next entry is {mapped.entry}"
             )
-        if mapped.shape[1:] != tail:
-            raise ConversionError(f"{name}: two row lengths, {tail} and {mapped.shape[1:]}, in entry {mapped.entry}")
-        position = stop
-    return (position, *tail)
+        position = piece.rows[1]
+    return position
+
+
+def _woven(name: str, spans: list[Span]) -> int:
+    """`step` pieces that begin one row apart and are equally long use every row once."""
+    step, count = spans[0][0].step, spans[0][0].count
+    starts = sorted(piece.rows[0] for piece, _ in spans)
+    if starts != list(range(step)) or any(piece.count != count for piece, _ in spans):
+        raise ConversionError(
+            f"{name}: its pieces begin at {starts}, but {step} of equal length must begin at 0 to {step - 1}, "
+            f"entry {spans[0][1].entry}"
+        )
+    return step * count
 
 
 def compare(
@@ -84,9 +107,11 @@ def compare(
     found: Mapping[str, TensorInfo],
     *,
     family: str,
+    scaled: Collection[str] = (),
 ) -> None:
     """Compares what the table needs with what a folder has.
 
+    Args: scaled: tensors whose bytes are FP8 numbers, to be multiplied with scales that were found.
     Raises: ConversionError with every fault (at most eight spelled out): missing, left over, shape, dtype.
     """
     missing = [name for name in expected if name not in found]
@@ -96,7 +121,7 @@ def compare(
         *(_missing(name, expected[name], users[name]) + _nearest(name, extra) for name in missing[:_SHOWN]),
         *(_left_over(name, found[name]) + _nearest(name, missing) for name in extra[:_SHOWN]),
     ]
-    wrong = [*_misshaped(users, expected, found), *_mixed_dtypes(tensors, found)]
+    wrong = [*_misshaped(users, expected, found), *_mixed_dtypes(tensors, found, scaled)]
     total = len(missing) + len(extra) + len(wrong)
     if not total:
         return
@@ -140,12 +165,14 @@ def _misshaped(
     ]
 
 
-def _mixed_dtypes(tensors: Sequence[Mapped], found: Mapping[str, TensorInfo]) -> list[str]:
+def _mixed_dtypes(
+    tensors: Sequence[Mapped], found: Mapping[str, TensorInfo], scaled: Collection[str]
+) -> list[str]:
     faults = []
     for mapped in tensors:
         first = next(mapped.pieces)
         for piece in _one_per_name(mapped):
-            if piece.hf not in found:
+            if piece.hf not in found or piece.hf in scaled:
                 continue
             dtype = found[piece.hf].dtype
             if dtype not in FLOATS:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from megabatch.converters.bijection import TensorInfo, compare, invert
-from megabatch.converters.mapping import ExpertLayout, Experts, Mapped, Row
+from megabatch.converters.mapping import Block, ExpertLayout, Experts, Mapped, Row
+from megabatch.converters.scales import Scale, block_scales
+from megabatch.converters.sizes import sizes_of
 from megabatch.plan.shape import ModelShape
 
 
@@ -30,8 +32,14 @@ class Checked:
     ignored: dict[str, str]
     """Tensors in the folder that are not read, each with the reason."""
     duplicates: dict[str, str]
-    """Tensors in the folder that must repeat another one (tied embeddings), with that one's name. The shapes were
-    compared; `safetensors_io.HfFolder.same` compares the bytes."""
+    """Tensors in the folder that must repeat another one (tied embeddings, embeddings that layers of multi-token
+    prediction bring along), with that one's name. The shapes were compared; `safetensors_io.HfFolder.same` compares
+    the bytes."""
+    scales: dict[str, Scale]
+    """Tensors in FP8 with the scales of their blocks; empty unless `check` was allowed to find some."""
+    carried: list[str]
+    """Tensors of another part of the model (a vision tower) that goes along unchanged: no megatron-core tensor has
+    them, and a Hugging Face folder is not complete without."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,24 +56,30 @@ class Family:
     """`hf_config(shape, *, dtype, **token_ids)`: a config.json for a model built on the spot."""
     tied: Mapping[str, str]
     """Tensors left out of the file when embeddings are tied, with the tensor they repeat."""
+    untrainable: Callable[[ModelShape], str | None]
+    """Why the trainer cannot train a model of this shape yet, or None when it can."""
     ignorable: tuple[Ignorable, ...] = ()
+    mtp_copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that each layer of multi-token prediction brings along in a folder, with the tensor they repeat; `{l}`
+    is its layer."""
+    carried: str | None = None
+    """Regular expression for tensors of another part of the model that goes along unchanged."""
 
     def tensors(self, shape: ModelShape, *, experts: ExpertLayout = "per_expert") -> list[Mapped]:
         """Every megatron-core tensor of the model, in layer order, over the folder's layout of experts."""
         return list(self._expanded(shape, experts))
 
     def _expanded(self, shape: ModelShape, experts: ExpertLayout) -> Iterator[Mapped]:
+        sizes = sizes_of(shape)
         rows = [row for row in self.rows if row.applies(shape)]
-        for per_layer, run in groupby(rows, key=lambda row: row.per_layer):
-            block = list(run)
-            if not per_layer:
-                for row in block:
-                    yield from row.expand(shape, layer=None, experts=experts)
-                continue
-            for layer in range(shape.num_layers):
-                for row in block:
-                    if row.applies_to(shape, layer=layer):
-                        yield from row.expand(shape, layer=layer, experts=experts)
+        for block, run in groupby(rows, key=lambda row: row.block):
+            in_block = list(run)
+            for layer, mtp in _layers(shape, block):
+                # a layer of multi-token prediction is of the decoder's last kind
+                kind = min(layer or 0, shape.num_layers - 1)
+                for row in in_block:
+                    if layer is None or row.applies_to(shape, layer=kind):
+                        yield from row.expand(sizes, layer=layer, mtp=mtp, experts=experts)
 
     def hf_tensors(self, shape: ModelShape, *, experts: ExpertLayout = "per_expert") -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model with its shape, in layer order."""
@@ -73,31 +87,63 @@ class Family:
 
     def expert_layout(self, names: Mapping[str, Any], shape: ModelShape) -> ExpertLayout:
         """Which layout of experts a folder with these tensor names uses."""
-        fused = [row.fused for row in self.rows if isinstance(row, Experts)]
+        fused = [row.fused for row in self.rows if isinstance(row, Experts) and row.fused]
         layers = [layer for layer in range(shape.num_layers) if shape.is_moe_layer(layer)]
         found = any(name.replace("{l}", str(layer)) in names for name in fused for layer in layers)
         return "fused" if found else "per_expert"
 
-    def check(self, shape: ModelShape, found: Mapping[str, TensorInfo]) -> Checked:
+    def copies(self, shape: ModelShape) -> dict[str, str]:
+        """Tensors that a whole folder holds although they repeat another one, with that one's name."""
+        layers = range(shape.num_layers, shape.num_layers + (shape.mtp_num_layers or 0))
+        return {name.replace("{l}", str(layer)): of for layer in layers for name, of in self.mtp_copies.items()}
+
+    def present(self, shape: ModelShape, names: Iterable[str], *, mtp: str | None = None) -> ModelShape:
+        """The shape without layers of multi-token prediction when no tensor of theirs is among the names.
+
+        transformers leaves these layers out of a folder and their number in config.json. A folder that has some of
+        their tensors keeps them in its shape, and `check` names those that are missing.
+        Args: mtp: what the names of their tensors start with; by default Hugging Face's.
+        """
+        if not shape.mtp_num_layers:
+            return shape
+        own = invert(mapped for mapped in self.tensors(shape) if mapped.name.startswith("mtp."))
+        found = any(name.startswith(mtp) if mtp else name in own for name in names)
+        return shape if found else replace(shape, mtp_num_layers=None)
+
+    def check(self, shape: ModelShape, found: Mapping[str, TensorInfo], *, scaled: bool = False) -> Checked:
         """Proves that the table is a bijection between its tensors and those found in a Hugging Face folder.
 
+        Args: scaled: whether FP8 tensors with block scales may be among them; only who dequantises may say so.
         Raises: ConversionError naming missing, left-over, mis-shaped and mis-typed tensors with their table entries.
         """
         tensors = self.tensors(shape, experts=self.expert_layout(found, shape))
         expected = invert(tensors)
         rest = [name for name in found if name not in expected]
+        scales = block_scales(shape.hf_config, expected, found) if scaled else {}
         duplicates = {name: of for name, of in self._repeated(shape, found) if name in rest}
+        carried = [name for name in rest if self.carried and re.fullmatch(self.carried, name)]
         ignored = {
             name: known.reason for name in rest for known in self.ignorable if re.fullmatch(known.pattern, name)
         }
-        left = {name: info for name, info in found.items() if name not in ignored and name not in duplicates}
-        compare(tensors, expected, left, family=self.name)
-        ignored |= {name: f"embeddings are tied: it repeats {of}" for name, of in duplicates.items()}
-        return Checked(tensors, ignored, duplicates)
+        aside = {*ignored, *duplicates, *carried, *(scale.name for scale in scales.values())}
+        left = {name: info for name, info in found.items() if name not in aside}
+        compare(tensors, expected, left, family=self.name, scaled=scales)
+        ignored |= {name: f"it repeats {of}" for name, of in duplicates.items()}
+        return Checked(tensors, ignored, duplicates, scales, carried)
 
     def _repeated(self, shape: ModelShape, found: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
-        """Tensors that repeat another one because embeddings are tied."""
-        if not shape.untie_embeddings_and_output_weights:
-            for name, of in self.tied.items():
-                if name in found and found[name] == found.get(of):
-                    yield name, of
+        """Tensors that repeat another one: embeddings are tied, or layers of multi-token prediction bring them."""
+        tied = {} if shape.untie_embeddings_and_output_weights else self.tied
+        for name, of in (*tied.items(), *self.copies(shape).items()):
+            if name in found and found[name] == found.get(of):
+                yield name, of
+
+
+def _layers(shape: ModelShape, block: Block) -> Iterator[tuple[int | None, int | None]]:
+    """Hugging Face's layer, and the layer of multi-token prediction, of each place in a block."""
+    if block == "model":
+        yield None, None
+    elif block == "layers":
+        yield from ((layer, None) for layer in range(shape.num_layers))
+    else:
+        yield from ((shape.num_layers + mtp, mtp) for mtp in range(shape.mtp_num_layers or 0))

@@ -1,7 +1,7 @@
 """Mapping tables: which rows of which Hugging Face tensors make up each megatron-core tensor.
 
-A family's table is data. Its rows carry `{l}` for the layer, `{e}` for the expert and `{a,b,c}` for the Hugging Face
-tensors that are fused; expanded for one `ModelShape` they become `Mapped` tensors made of `Piece`s, and those are
+A family's table is data. Its rows carry `{l}` for the layer, `{m}` for a layer of multi-token prediction, `{e}` for the
+expert and `{a,b,c}` for the Hugging Face tensors that are fused; expanded for one `ModelShape` they become `Mapped` tensors made of `Piece`s, and those are
 read in both directions: towards megatron-core by `shards.shard_reads`, towards Hugging Face by `shards.hf_writes`.
 Nothing here touches a file or a tensor.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Literal
 
+from megabatch.converters.sizes import Sizes
 from megabatch.plan.shape import ModelShape
 
 Split = Literal["column", "row", "replicated", "vocab"]
@@ -22,24 +23,36 @@ Split = Literal["column", "row", "replicated", "vocab"]
 ExpertLayout = Literal["per_expert", "fused"]
 """How a Hugging Face folder holds experts: one tensor for each, or one 3-D tensor for all experts of a layer."""
 
-Layers = Literal["all", "dense", "moe"]
-"""The layers a row applies to."""
+Layers = Literal["all", "dense", "moe", "attention", "linear_attention"]
+"""The layers a row applies to, by the kind of their MLP or of their attention."""
+
+Block = Literal["model", "layers", "mtp"]
+"""Where a row stands: once, in each decoder layer, in each layer of multi-token prediction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive rows of one Hugging Face tensor."""
+    """Rows of one Hugging Face tensor, one after the other unless it is `woven`."""
 
     hf: str
     """Name of the Hugging Face tensor."""
     rows: tuple[int, int]
-    """First row and the row after the last, in dimension 0 (behind `index`)."""
+    """First row and a row after the last, in dimension 0 (behind `index`)."""
     index: int | None = None
     """Leading index of a fused 3-D tensor, or None."""
+    step: int = 1
+    """Every `step`th row, from the first on."""
+    transposed: bool = False
+    """The file holds the tensor's transpose: `rows` are the columns there."""
 
     @property
     def count(self) -> int:
-        return self.rows[1] - self.rows[0]
+        return -((self.rows[0] - self.rows[1]) // self.step)
+
+    @property
+    def woven(self) -> bool:
+        """Whether its rows are not runs of bytes in the file."""
+        return self.step != 1 or self.transposed
 
 
 Section = tuple[Piece, ...]
@@ -64,27 +77,18 @@ class Mapped:
     """safetensors' name of the dtype that megatron-core insists on, or None for the model's own."""
     entry: Row | None = field(default=None, compare=False, repr=False)
     """The table's row, for error messages."""
+    offset: float = 0.0
+    """Added to Hugging Face's values to give megatron-core's (a norm that megatron-core centres on zero)."""
+
+    @property
+    def woven(self) -> bool:
+        """Whether its bytes are not runs of bytes of the Hugging Face file. All its pieces then come from one tensor,
+        or one leading index of it, and use it up: `weave` moves it whole."""
+        return any(piece.woven for piece in self.pieces)
 
     @property
     def pieces(self) -> Iterator[Piece]:
         return (piece for section in self.sections for piece in section)
-
-
-Dimensions = Mapping[str, int]
-
-
-def dimensions(shape: ModelShape) -> Dimensions:
-    """The sizes that rows refer to by name."""
-    return {
-        "vocab": shape.vocab_size,
-        "hidden": shape.hidden_size,
-        "head": shape.kv_channels,
-        "heads": shape.num_attention_heads * shape.kv_channels,
-        "groups": shape.num_query_groups * shape.kv_channels,
-        "ffn": shape.ffn_hidden_size,
-        "experts": shape.num_experts or 0,
-        "expert_ffn": shape.moe_ffn_hidden_size or 0,
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,44 +96,66 @@ class Row:
     """A megatron-core tensor and the Hugging Face tensors it consists of; subclasses say how."""
 
     name: str
-    """Canonical name; `{l}` stands for the layer."""
+    """Canonical name; `{l}` stands for the layer, `{m}` for the layer of multi-token prediction."""
     hf: str
-    """Hugging Face name; `{l}` layer, `{e}` expert, `{a,b}` the tensors that are fused, in order."""
+    """Hugging Face name; `{l}` layer, counted on behind the decoder's for multi-token prediction, `{m}` layer of
+    multi-token prediction, `{e}` expert, `{a,b}` the tensors that are fused, in order."""
     dims: tuple[str, ...]
-    """Shape of each Hugging Face tensor, in names of `dimensions`."""
+    """Shape of each Hugging Face tensor, in names of `sizes_of`."""
     _: KW_ONLY
     split: Split = "replicated"
     layers: Layers = "all"
     when: str | None = None
-    """Attribute of `ModelShape` that must be true for the row to apply."""
+    """Attribute of `ModelShape` that must be true for the row to apply, or false where it starts with `!`."""
     dtype: str | None = None
+    hf_fused: str | None = None
+    """Hugging Face name in a folder with fused experts, where it is another one."""
+    offset: float = 0.0
 
-    def sections(self, names: tuple[str, ...], shape: ModelShape) -> tuple[Section, ...]:
+    def sections(self, names: tuple[str, ...], sizes: Sizes) -> tuple[Section, ...]:
         """The pieces, given the Hugging Face names with layer and expert filled in."""
         raise NotImplementedError
 
-    def expand(self, shape: ModelShape, *, layer: int | None, experts: ExpertLayout) -> Iterator[Mapped]:
-        """The tensors of this row in one layer (None for a row outside the layers)."""
-        yield self.mapped(self.sections(hf_names(self.hf, layer=layer), shape), shape, layer=layer)
+    def expand(
+        self, sizes: Sizes, *, layer: int | None, mtp: int | None = None, experts: ExpertLayout
+    ) -> Iterator[Mapped]:
+        """The tensors of this row in one layer (None for a row outside the layers).
+
+        Args: layer: Hugging Face's; mtp: the layer of multi-token prediction, for rows of that block.
+        """
+        template = self.hf_fused if self.hf_fused and experts == "fused" else self.hf
+        yield self.mapped(self.sections(hf_names(template, layer=layer, mtp=mtp), sizes), sizes, layer=layer, mtp=mtp)
 
     def mapped(
-        self, sections: tuple[Section, ...], shape: ModelShape, *, layer: int | None, expert: int | None = None
+        self,
+        sections: tuple[Section, ...],
+        sizes: Sizes,
+        *,
+        layer: int | None,
+        mtp: int | None = None,
+        expert: int | None = None,
     ) -> Mapped:
-        sizes = dimensions(shape)
         rows = sum(piece.count for section in sections for piece in section)
         full = (rows, *(sizes[dim] for dim in self.dims[1:]))
-        name = self.name.replace("{l}", str(layer))
-        return Mapped(name, layer, expert, full, self.split, sections, self.dtype, self)
+        name = self.name.replace("{l}", str(layer)).replace("{m}", str(mtp))
+        decoder_layer = layer if mtp is None else None
+        return Mapped(name, decoder_layer, expert, full, self.split, sections, self.dtype, self, self.offset)
 
     @property
-    def per_layer(self) -> bool:
-        return "{l}" in self.name
+    def block(self) -> Block:
+        return "layers" if "{l}" in self.name else "mtp" if "{m}" in self.name else "model"
 
     def applies(self, shape: ModelShape) -> bool:
-        return self.when is None or bool(getattr(shape, self.when))
+        if self.when is None:
+            return True
+        return bool(getattr(shape, self.when.removeprefix("!"))) != self.when.startswith("!")
 
     def applies_to(self, shape: ModelShape, *, layer: int) -> bool:
-        return self.layers == "all" or (self.layers == "moe") == shape.is_moe_layer(layer)
+        if self.layers == "all":
+            return True
+        if self.layers in ("dense", "moe"):
+            return (self.layers == "moe") == shape.is_moe_layer(layer)
+        return (self.layers == "linear_attention") == shape.is_linear_attention_layer(layer)
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({self.name} <- {self.hf})"
@@ -139,8 +165,16 @@ class Row:
 class Rename(Row):
     """The same tensor under another name."""
 
-    def sections(self, names: tuple[str, ...], shape: ModelShape) -> tuple[Section, ...]:
-        return ((Piece(names[0], (0, dimensions(shape)[self.dims[0]])),),)
+    def sections(self, names: tuple[str, ...], sizes: Sizes) -> tuple[Section, ...]:
+        return ((Piece(names[0], (0, sizes[self.dims[0]])),),)
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed(Row):
+    """The same tensor with rows and columns exchanged; `dims` is megatron-core's shape."""
+
+    def sections(self, names: tuple[str, ...], sizes: Sizes) -> tuple[Section, ...]:
+        return ((Piece(names[0], (0, sizes[self.dims[0]]), transposed=True),),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,48 +184,104 @@ class Qkv(Row):
     `dims` is the query tensor's shape. One section: a tensor-parallel rank holds consecutive groups.
     """
 
-    def sections(self, names: tuple[str, ...], shape: ModelShape) -> tuple[Section, ...]:
+    def sections(self, names: tuple[str, ...], sizes: Sizes) -> tuple[Section, ...]:
         query, key, value = names
-        head = shape.kv_channels
-        wide = shape.num_attention_heads // shape.num_query_groups * head
-        groups = range(shape.num_query_groups)
+        head = sizes["head"]
+        wide = sizes["num_heads"] // sizes["num_groups"] * head
         return (
             tuple(
                 Piece(name, (group * rows, (group + 1) * rows))
-                for group in groups
+                for group in range(sizes["num_groups"])
                 for name, rows in ((query, wide), (key, head), (value, head))
             ),
         )
 
 
 @dataclass(frozen=True, slots=True)
+class GatedQkv(Row):
+    """As `Qkv`, with an output gate: Hugging Face's query tensor has a head's query rows and then its gate's, for each
+    head; megatron-core has all query heads of a group, their gates, the key head, the value head."""
+
+    def sections(self, names: tuple[str, ...], sizes: Sizes) -> tuple[Section, ...]:
+        query, key, value = names
+        head, ratio = sizes["head"], sizes["num_heads"] // sizes["num_groups"]
+        pieces: list[Piece] = []
+        for group in range(sizes["num_groups"]):
+            heads = range(2 * group * ratio, 2 * (group + 1) * ratio, 2)
+            for part in (0, 1):
+                pieces += (Piece(query, ((i + part) * head, (i + part + 1) * head)) for i in heads)
+            pieces += (Piece(name, (group * head, (group + 1) * head)) for name in (key, value))
+        return (tuple(pieces),)
+
+
+@dataclass(frozen=True, slots=True)
 class GateUp(Row):
     """The gate's rows and then the up projection's: two sections, so that a rank holds a part of both."""
 
-    def sections(self, names: tuple[str, ...], shape: ModelShape) -> tuple[Section, ...]:
-        rows = dimensions(shape)[self.dims[0]]
+    def sections(self, names: tuple[str, ...], sizes: Sizes) -> tuple[Section, ...]:
+        rows = sizes[self.dims[0]]
         return tuple((Piece(name, (0, rows)),) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
+class WovenGateUp(Row):
+    """One Hugging Face tensor whose even rows are the gate's and whose odd rows are the up projection's.
+
+    `dims` is the shape of either in megatron-core.
+    """
+
+    transposed: bool = False
+
+    def sections(self, names: tuple[str, ...], sizes: Sizes) -> tuple[Section, ...]:
+        rows = 2 * sizes[self.dims[0]]
+        return tuple((Piece(names[0], (first, rows), step=2, transposed=self.transposed),) for first in (0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class PartOfGroups(Row):
+    """A part of one Hugging Face tensor that is laid out group by group, each group with the same parts one below the
+    other; megatron-core has a tensor for each part. `dims` is the part's shape, without groups."""
+
+    groups: str
+    """Size that counts the groups."""
+    parts: tuple[str, ...]
+    """Sizes of the parts of all groups together."""
+    part: int
+    """Which one."""
+
+    def sections(self, names: tuple[str, ...], sizes: Sizes) -> tuple[Section, ...]:
+        groups = sizes[self.groups]
+        widths = [sizes[part] // groups for part in self.parts]
+        start, width, whole = sum(widths[: self.part]), widths[self.part], sum(widths)
+        firsts = range(start, groups * whole, whole)
+        return (tuple(Piece(names[0], (first, first + width)) for first in firsts),)
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
-    """A row for each expert of each mixture-of-experts layer; `row.hf` has `{e}`."""
+    """A row for each expert of each mixture-of-experts layer; `row.hf` has `{e}`, unless experts are always fused."""
 
     row: Row
     _: KW_ONLY
-    fused: str
-    """Name of the 3-D Hugging Face tensor whose leading index is the expert and whose rows are `row`'s, in order."""
+    fused: str | None = None
+    """Name of the 3-D Hugging Face tensor whose leading index is the expert and whose rows are `row`'s, in order. None:
+    `row.hf` names such a tensor itself, and there is no other layout."""
 
-    def expand(self, shape: ModelShape, *, layer: int | None, experts: ExpertLayout) -> Iterator[Mapped]:
-        for expert in range(shape.num_experts or 0):
-            sections = self.row.sections(hf_names(self.row.hf, layer=layer, expert=expert), shape)
-            if experts == "fused":
-                sections = _stacked(sections, self.fused.replace("{l}", str(layer)), index=expert)
-            yield self.row.mapped(sections, shape, layer=layer, expert=expert)
+    def expand(
+        self, sizes: Sizes, *, layer: int | None, mtp: int | None = None, experts: ExpertLayout
+    ) -> Iterator[Mapped]:
+        fused = None if self.fused is None else hf_names(self.fused, layer=layer, mtp=mtp)[0]
+        for expert in range(sizes["experts"]):
+            sections = self.row.sections(hf_names(self.row.hf, layer=layer, mtp=mtp, expert=expert), sizes)
+            if fused is None:
+                sections = tuple(tuple(replace(piece, index=expert) for piece in section) for section in sections)
+            elif experts == "fused":
+                sections = _stacked(sections, fused, index=expert)
+            yield self.row.mapped(sections, sizes, layer=layer, mtp=mtp, expert=expert)
 
     @property
-    def per_layer(self) -> bool:
-        return self.row.per_layer
+    def block(self) -> Block:
+        return self.row.block
 
     def applies(self, shape: ModelShape) -> bool:
         return bool(shape.num_experts) and self.row.applies(shape)
@@ -216,9 +306,11 @@ def _stacked(sections: tuple[Section, ...], hf: str, *, index: int) -> tuple[Sec
 _CHOICE = re.compile(r"\{(\w+(?:,\w+)+)\}")
 
 
-def hf_names(template: str, *, layer: int | None = None, expert: int | None = None) -> tuple[str, ...]:
+def hf_names(
+    template: str, *, layer: int | None = None, mtp: int | None = None, expert: int | None = None
+) -> tuple[str, ...]:
     """Fills in layer and expert and expands `{a,b}`: one name for each alternative, in order."""
-    filled = template.replace("{l}", str(layer)).replace("{e}", str(expert))
+    filled = template.replace("{l}", str(layer)).replace("{m}", str(mtp)).replace("{e}", str(expert))
     choice = _CHOICE.search(filled)
     if choice is None:
         return (filled,)

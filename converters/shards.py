@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megabatch.converters import weave
 from megabatch.converters.mapping import Mapped, Piece, elements
 from megabatch.errors import ConversionError
 
@@ -67,8 +68,10 @@ def shard_shape(mapped: Mapped, *, tp_size: int, padded_vocab: int | None = None
 def shard_reads(mapped: Mapped, *, tp_rank: int, tp_size: int, padded_vocab: int | None = None) -> list[Read]:
     """The least that one rank reads to have its shard; rows of the shard that no read fills are zero (padding).
 
-    Raises: ConversionError when the tensor cannot be cut into equal parts.
+    Raises: ConversionError when the tensor cannot be cut into equal parts, or is woven: it has no runs of bytes.
     """
+    if mapped.woven:
+        raise ConversionError(f"{mapped.name} is woven, not moved by rows; `weave` moves it, entry {mapped.entry}")
     if mapped.split == "replicated":
         return list(_rows_between(mapped.pieces, 0, mapped.shape[0]))
     if mapped.split == "row":
@@ -155,7 +158,11 @@ class Source(Protocol):
 def read_shard(
     folder: Source, mapped: Mapped, *, tp_rank: int, tp_size: int, padded_vocab: int | None = None
 ) -> bytearray:
-    """One rank's shard as contiguous bytes, shape `shard_shape`; only that rank's bytes are read."""
+    """One rank's shard as contiguous bytes, shape `shard_shape`; only that rank's bytes are read, except for a woven
+    tensor, which is read whole."""
+    _refuse_arithmetic(mapped)
+    if mapped.woven:
+        return _woven_shard(folder, mapped, tp_rank=tp_rank, tp_size=tp_size)
     shape = shard_shape(mapped, tp_size=tp_size, padded_vocab=padded_vocab)
     row_bytes = elements(shape[1:]) * folder.itemsize(next(mapped.pieces).hf)
     data = bytearray(shape[0] * row_bytes)
@@ -165,6 +172,43 @@ def read_shard(
         into = view[read.dest_row * row_bytes : (read.dest_row + count) * row_bytes]
         folder.read_into(read.hf, into, rows=read.rows, cols=read.cols, index=read.index)
     return data
+
+
+def _woven_shard(folder: Source, mapped: Mapped, *, tp_rank: int, tp_size: int) -> bytearray:
+    piece = next(mapped.pieces)
+    itemsize = folder.itemsize(piece.hf)
+    whole = bytearray(elements(mapped.shape) * itemsize)
+    folder.read_into(piece.hf, memoryview(whole), index=piece.index)
+    data = weave.to_mcore(mapped, whole, itemsize=itemsize)
+    return cut(mapped, data, itemsize=itemsize, tp_rank=tp_rank, tp_size=tp_size)
+
+
+def cut(mapped: Mapped, data: bytearray, *, itemsize: int, tp_rank: int, tp_size: int) -> bytearray:
+    """One rank's shard of a whole megatron-core tensor."""
+    row_bytes = elements(mapped.shape[1:]) * itemsize
+    view = memoryview(data)
+    if tp_size == 1 or mapped.split == "replicated":
+        return data
+    if mapped.split == "row":
+        width = _part(mapped, mapped.shape[1], tp_size, "columns") * itemsize
+        starts = range(tp_rank * width, len(data), row_bytes)
+        return bytearray(b"".join(view[start : start + width] for start in starts))
+    parts, position = [], 0
+    for section in mapped.sections:
+        rows = sum(piece.count for piece in section)
+        part = _part(mapped, rows, tp_size, "rows")
+        first = position + tp_rank * part
+        parts.append(view[first * row_bytes : (first + part) * row_bytes])
+        position += rows
+    return bytearray(b"".join(parts))
+
+
+def _refuse_arithmetic(mapped: Mapped) -> None:
+    if mapped.offset:
+        raise ConversionError(
+            f"{mapped.name} differs from {next(mapped.pieces).hf} by {mapped.offset:g}: its bytes cannot be moved as "
+            f"they are, entry {mapped.entry}"
+        )
 
 
 def assemble(
@@ -177,8 +221,9 @@ def assemble(
     """Hugging Face rows from the bytes of all ranks' shards, in the order of the ranks.
 
     Replicated tensors need rank 0's only. Nothing is copied, except that a row split is joined in blocks of at most
-    `BLOCK_BYTES`.
+    `BLOCK_BYTES`, and a woven tensor whole.
     """
+    _refuse_arithmetic(mapped)
     tp_size = len(shards)
     views = [memoryview(shard).cast("B") for shard in shards]
     shape = shard_shape(mapped, tp_size=tp_size, padded_vocab=padded_vocab)
@@ -186,6 +231,10 @@ def assemble(
     for rank, view in enumerate(views):
         if view.nbytes != shape[0] * row_bytes and not (mapped.split == "replicated" and rank):
             raise ConversionError(f"{mapped.name}: shard {rank} has {view.nbytes} bytes, {list(shape)} expected")
+    if mapped.woven:
+        piece = next(mapped.pieces)
+        yield HfRows(piece.hf, piece.index, 0, weave.to_hf(mapped, join(mapped, views), itemsize=itemsize))
+        return
     if mapped.split == "row" and tp_size > 1:
         yield from _joined(mapped, views, row_bytes)
         return
@@ -193,6 +242,26 @@ def assemble(
         start, stop = write.shard_rows
         rows = views[write.tp_rank][start * row_bytes : stop * row_bytes]
         yield HfRows(write.hf, write.index, write.rows[0], rows)
+
+
+def join(mapped: Mapped, shards: Sequence[memoryview]) -> memoryview:
+    """The whole megatron-core tensor of all ranks' shards (not of a vocabulary): `cut` turned round."""
+    if len(shards) == 1 or mapped.split == "replicated":
+        return shards[0]
+    if mapped.split == "row":
+        row_bytes = shards[0].nbytes // mapped.shape[0]
+        block = memoryview(bytearray(row_bytes * len(shards) * mapped.shape[0]))
+        for rank, shard in enumerate(shards):
+            interleave(block, shard, offset=rank * row_bytes, width=row_bytes, stride=row_bytes * len(shards))
+        return block
+    position = 0
+    parts: list[memoryview] = []
+    row_bytes = sum(shard.nbytes for shard in shards) // mapped.shape[0]
+    for section in mapped.sections:
+        width = sum(piece.count for piece in section) // len(shards) * row_bytes
+        parts += (shard[position : position + width] for shard in shards)
+        position += width
+    return memoryview(bytearray(b"".join(parts)))
 
 
 def _joined(mapped: Mapped, views: Sequence[memoryview], row_bytes: int) -> Iterator[HfRows]:

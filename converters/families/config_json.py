@@ -73,13 +73,19 @@ def rope(config: Config, *, default_theta: float = 10000.0) -> tuple[float, dict
     return theta, {"rope_type": kind, **{key: value for key, value in given.items() if key not in left_out}}
 
 
+def refuse_quantised(config: Config) -> None:
+    """Refuses, by name, quantised checkpoints other than FP8 with block scales (`converters.scales`)."""
+    quantised = config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+    if quantised and not (method == "fp8" and quantised.get("weight_block_size")):
+        raise ConversionError(
+            f"config.json: quantization_config is set ({method!r}); of quantised checkpoints only fp8 with "
+            "weight_block_size is supported, use the unquantised checkpoint"
+        )
+
+
 def refuse_unsupported(config: Config) -> None:
     """Refuses, by name, what would change the model's numbers and is not built yet."""
-    if config.get("quantization_config"):
-        raise ConversionError(
-            "config.json: quantization_config is set; quantised checkpoints are not supported yet, "
-            "use the unquantised checkpoint"
-        )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConversionError(f"config.json: hidden_act={activation!r} is not supported by this family; it uses silu")
@@ -93,18 +99,40 @@ def refuse_unsupported(config: Config) -> None:
         raise ConversionError(f"config.json: layer_types has {', '.join(odd)}; only full_attention is supported yet")
 
 
-def decoder(config: Config, *, model_type: str, default_architecture: str, head_dim: int | None) -> dict[str, Any]:
+def refuse_biases(config: Config, *names: str) -> None:
+    """Refuses, by name, biases that a family's table has no rows for."""
+    for name in names:
+        if switch(config, name):
+            raise ConversionError(f"config.json: {name}=true is not supported by this family's table")
+
+
+def decoder(
+    config: Config,
+    *,
+    model_type: str,
+    default_architecture: str,
+    head_dim: int | None,
+    theta: float = 10000.0,
+    epsilon: float = 1e-6,
+    trains: bool = True,
+) -> dict[str, Any]:
     """The fields of `ModelShape` that every family here reads in the same way.
 
-    `head_dim` is what transformers uses for this family when config.json has none; None: hidden size / heads.
+    Args:
+        head_dim: what transformers uses for this family when config.json has none; None: hidden size / heads.
+        theta, epsilon: what it uses for the base of the rotary embedding and the norms' epsilon.
+        trains: False for a family that is converted only: settings that change the model's numbers but not its
+            tensors are then left in config.json, unread.
     """
-    refuse_unsupported(config)
+    refuse_quantised(config)
+    if trains:
+        refuse_unsupported(config)
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     groups = size(config, "num_key_value_heads", default=heads)
     if heads % groups:
         raise ConversionError(f"config.json: num_key_value_heads={groups} must divide num_attention_heads={heads}")
     head = size(config, "head_dim", default=head_dim or hidden // heads)
-    theta, scaling = rope(config)
+    base, scaling = rope(config, default_theta=theta) if trains else (theta, None)
     return {
         "architecture": architecture(config, default=default_architecture),
         "model_type": model_type,
@@ -117,8 +145,8 @@ def decoder(config: Config, *, model_type: str, default_architecture: str, head_
         "vocab_size": size(config, "vocab_size"),
         "max_position_embeddings": size(config, "max_position_embeddings"),
         "untie_embeddings_and_output_weights": not switch(config, "tie_word_embeddings"),
-        "norm_epsilon": number(config, "rms_norm_eps", default=1e-6),
-        "rotary_base": theta,
+        "norm_epsilon": number(config, "rms_norm_eps", default=epsilon),
+        "rotary_base": base,
         "rope_scaling": scaling,
         "hf_config": dict(config),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megabatch.converters.family import Ignorable
 from megabatch.converters.mapping import Experts, GateUp, Qkv, Rename, Row
+from megabatch.plan.shape import ModelShape
 
 _L, _HF = "decoder.layers.{l}.", "model.layers.{l}."
 
@@ -64,3 +65,11 @@ ROTARY_BUFFERS = Ignorable(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq",
     "rotary frequencies are computed from config.json",
 )
+
+_BUILT_ROPES = ("default", "linear", "llama3")
+
+
+def unbuilt_rope(shape: ModelShape) -> str | None:
+    """Why a decoder that needs nothing else cannot be trained: the trainer lacks its rotary embedding."""
+    kind = (shape.rope_scaling or {}).get("rope_type", "default")
+    return None if kind in _BUILT_ROPES else f"rope_type={kind!r} is not built; {', '.join(_BUILT_ROPES)} are"

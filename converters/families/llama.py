@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from megabatch.converters.families.config_json import Config, decoder, decoder_config, switch
-from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, ROTARY_BUFFERS, TIED
+from megabatch.converters.families.decoder import (
+    ATTENTION,
+    DENSE_MLP,
+    EMBEDDING,
+    OUTPUT,
+    ROTARY_BUFFERS,
+    TIED,
+    unbuilt_rope,
+)
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
 
@@ -35,5 +43,6 @@ LLAMA = Family(
     shape=_shape,
     hf_config=_config,
     tied=TIED,
+    untrainable=unbuilt_rope,
     ignorable=(ROTARY_BUFFERS,),
 )

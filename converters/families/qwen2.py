@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from megabatch.converters.families.config_json import Config, decoder, decoder_config
-from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, ROTARY_BUFFERS, TIED
+from megabatch.converters.families.decoder import (
+    ATTENTION,
+    DENSE_MLP,
+    EMBEDDING,
+    OUTPUT,
+    ROTARY_BUFFERS,
+    TIED,
+    unbuilt_rope,
+)
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
 
@@ -28,5 +36,6 @@ QWEN2 = Family(
     shape=_shape,
     hf_config=_config,
     tied=TIED,
+    untrainable=unbuilt_rope,
     ignorable=(ROTARY_BUFFERS,),
 )

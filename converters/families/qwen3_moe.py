@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megabatch.converters.families.config_json import Config, decoder, decoder_config, size, switch
-from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, MOE_MLP, OUTPUT, TIED
+from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, MOE_MLP, OUTPUT, TIED, unbuilt_rope
 from megabatch.converters.family import Family
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
@@ -64,4 +64,5 @@ QWEN3_MOE = Family(
     shape=_shape,
     hf_config=_config,
     tied=TIED,
+    untrainable=unbuilt_rope,
 )

@@ -44,8 +44,46 @@ class ModelShape:
     moe_router_pre_softmax: bool = False
     """Softmax over all experts before top-k, without renormalising (`norm_topk_prob=false`)."""
     moe_shared_expert_intermediate_size: int | None = None
+    """Width of all shared experts together; None for a model without."""
+    moe_shared_expert_gate: bool = False
+    """Each token's shared expert output is scaled by the sigmoid of one learned logit."""
+    moe_router_enable_expert_bias: bool = False
+    """A bias for each expert, float32, that takes part in choosing experts but not in weighing them."""
+    multi_latent_attention: bool = False
+    """DeepSeek's attention: queries, keys and values go through low-rank latents; the next five fields are its own."""
+    q_lora_rank: int | None = None
+    """Rank of the queries' latent; None: queries are projected directly."""
+    kv_lora_rank: int | None = None
+    qk_head_dim: int | None = None
+    """Head dimension of queries and keys without position."""
+    qk_pos_emb_head_dim: int | None = None
+    """Head dimension of the rotated part of queries and keys, which follows the other."""
+    v_head_dim: int | None = None
+    mtp_num_layers: int | None = None
+    """Layers of multi-token prediction behind the decoder; None for none."""
+    sliding_window: int | None = None
+    """Tokens that a query sees, itself included, in layers with windowed attention; None where every layer sees all."""
+    attention_sinks: bool = False
+    """A learned logit for each head joins every softmax (megatron-core's `softmax_type="learnable"`)."""
+    attention_output_gate: bool = False
+    """The attention's output is scaled by the sigmoid of a second query projection."""
+    post_layernorms: bool = False
+    """Norms behind attention and MLP too, before they join the residual (Gemma)."""
+    linear_attention_layers: tuple[bool, ...] = ()
+    """For each layer whether its attention is linear (gated delta net); empty for none."""
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int | None = None
+    """Tokens that the convolution before a linear attention sees."""
+    num_labels: int | None = None
+    """Outputs of a sequence classifier or reward model, which has a score head in place of the output layer."""
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json this shape was read from."""
 
     def is_moe_layer(self, layer: int) -> bool:
         return bool(self.moe_layers) and self.moe_layers[layer]
+
+    def is_linear_attention_layer(self, layer: int) -> bool:
+        return bool(self.linear_attention_layers) and self.linear_attention_layers[layer]
