@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megabatch.converters.mapping import Mapped
 from megabatch.errors import CheckpointError, MegabatchError
 from megabatch.plan.layout import Layout
@@ -52,6 +54,10 @@ class Retention:
     no_save_rng: bool = False
     save_retain_interval: int | None = None
     save_total_limit: int | None = None
+
+
+class _LeftAloneError(CheckpointError):
+    """This rank failed while the others wait for it inside megatron-core: it can tell them only by leaving."""
 
 
 class Checkpoints:
@@ -100,7 +106,8 @@ class Checkpoints:
                 self._save_state(engine, temporary / MCORE)
             self.ranks.on_main(lambda: self._commit(temporary, target, progress))
         except MegabatchError as e:
-            self.ranks.barrier()
+            if not isinstance(e, _LeftAloneError):
+                self.ranks.barrier()
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"the checkpoint of step {progress.step} was not saved: {e}") from e
@@ -112,8 +119,12 @@ class Checkpoints:
         error: MegabatchError | None = None
         try:
             torch_dist.save(engine, directory, optimizer=True, rng=not self.retention.no_save_rng)
+        except CheckpointException as e:  # no Exception, but word to every rank that some failed; one is told why
+            for failure, _ in e.failures.values():
+                error = CheckpointError(f"{directory}: {_root_cause(failure)}; {_room(directory)}")
         except Exception as e:  # megatron-core and torch wrap a full disk in exceptions of their own
-            error = CheckpointError(f"{directory}: {_root_cause(e)}")
+            logger.debug("saving %s", directory, exc_info=True)
+            raise _LeftAloneError(f"{directory}: {_root_cause(e)}; {_room(directory)}") from e
         self.ranks.raise_together(error)
 
     def _commit(self, temporary: Path, target: Path, progress: Progress) -> None:
@@ -128,7 +139,7 @@ class Checkpoints:
             _sync(target.parent)
             write_atomic(self.run.latest, target.name + "\n")
         except OSError as e:
-            raise CheckpointError(f"{target}: {e.strerror or e}") from e
+            raise CheckpointError(f"{target}: {e.strerror or e}; {_room(temporary)}") from e
 
     def _forget(self, step: int) -> None:
         """Deletes what `save_retain_interval` and `save_total_limit` do not keep; never the newest."""
@@ -219,3 +230,11 @@ def _root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _room(folder: Path) -> str:
+    free = shutil.disk_usage(folder).free
+    return (
+        f"{free / 2**20:.0f} MiB are free in {folder}; if that is too little, save elsewhere or keep fewer with "
+        "checkpoint.save_total_limit"
+    )

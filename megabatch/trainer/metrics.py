@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from megabatch.config.watching import Logging
+from megabatch.errors import MegabatchError
 from megabatch.plan.flops import peak_tflops, training_flops
 from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import RunDirectory, write_atomic
@@ -88,8 +90,9 @@ class Metrics:
     ) -> None:
         if self.is_main:
             self._bar.close()
-            self._board.close()
-            self._file.close()
+            for writer in (self._board, self._file):
+                with contextlib.suppress(OSError):  # what a full disk did not take has been said already
+                    writer.close()
             if kind is not None:
                 self.heartbeat("failed", force=True)
 
@@ -100,9 +103,10 @@ class Metrics:
         self.step = record.step
         self.recent.append((record.seconds, record.tokens))
         values = self._values(record)
-        self._write({"kind": "train", **values})
-        if record.step % self.settings.tensorboard_log_interval == 0:
-            self._to_board(values, record.step)
+        with self._explained():
+            self._write({"kind": "train", **values})
+            if record.step % self.settings.tensorboard_log_interval == 0:
+                self._to_board(values, record.step)
         if self._bar.disable and (record.step % self.settings.log_interval == 0 or record.step == self.train_iters):
             logger.info("%s", self._line(values))
         self._bar.update(1)
@@ -115,10 +119,11 @@ class Metrics:
         if not self.is_main:
             return
         values = {"step": step, "eval_loss": loss.value, "eval_loss_sum": loss.total, "eval_loss_count": loss.count}
-        self._write({"kind": "eval", **values, "seconds": seconds, "restart": self.restart})
-        self._board.add_scalar("eval/loss", loss.value, step)
-        if self.settings.log_validation_ppl_to_tensorboard:
-            self._board.add_scalar("eval/perplexity", torch.tensor(loss.value).exp().item(), step)
+        with self._explained():
+            self._write({"kind": "eval", **values, "seconds": seconds, "restart": self.restart})
+            self._board.add_scalar("eval/loss", loss.value, step)
+            if self.settings.log_validation_ppl_to_tensorboard:
+                self._board.add_scalar("eval/perplexity", torch.tensor(loss.value).exp().item(), step)
         logger.info(
             "step %d of %d: validation loss %.6f over %d tokens", step, self.train_iters, loss.value, loss.count
         )
@@ -141,7 +146,10 @@ class Metrics:
             "restart": self.restart,
             **shown,
         }
-        write_atomic(self.run.heartbeat, json.dumps(beat) + "\n")
+        try:
+            write_atomic(self.run.heartbeat, json.dumps(beat) + "\n")
+        except OSError as e:  # no reason to end a run, still less to hide the one that ended it
+            logger.warning("%s cannot be written: %s", self.run.heartbeat, e.strerror or e)
 
     def _values(self, record: StepRecord) -> dict[str, Any]:
         seconds = sum(s for s, _ in self.recent)
@@ -198,6 +206,13 @@ class Metrics:
             parts.append(f"MFU {values['mfu']:.1%}")
         minutes, seconds = divmod(int(values["eta_s"]), 60)
         return ", ".join([*parts, f"{minutes}:{seconds:02d} left"])
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise MegabatchError(f"{self.run.metrics} cannot be written ({e.strerror or e}); make room there") from e
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")

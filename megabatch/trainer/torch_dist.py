@@ -27,15 +27,11 @@ METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
 class _InProcessWriter(filesystem_async.FileSystemWriterAsync):
-    """Writes in this process.
+    """Writes in this process, as megatron-core from 0.19 on does.
 
-    megatron-core 0.16-0.19 starts a manager and two writers as processes for every rank even for a synchronous save,
-    which costs seconds, and a killed writer leaves the rank waiting for ever.
+    0.16 starts two processes for every rank even for a synchronous save, and a killed writer leaves the rank waiting
+    for ever.
     """
-
-    def prepare_write_data(self, plan: Any, planner: Any) -> None:
-        super().prepare_write_data(plan, planner)
-        self.results_queue: queue.Queue[Any] | None = queue.Queue() if self.write_buckets else None
 
     def get_save_function_and_args(self) -> Any:
         function, preload, arguments = super().get_save_function_and_args()
@@ -61,8 +57,12 @@ def _write_buckets(transforms: list[Any], rank: int, buckets: list[Any], results
 
 
 def _use_in_process_writer() -> None:
-    filesystem_async._get_write_results_queue = lambda: None
-    torch_strategies.FileSystemWriterAsync = _InProcessWriter
+    """0.16-0.19 also start a manager process, by spawn, to hold the results of writers: seconds for every rank."""
+    for name in ("_get_write_results_queue", "get_write_results_queue"):
+        if hasattr(filesystem_async, name):
+            setattr(filesystem_async, name, lambda mp_mode="spawn": queue.Queue())
+    if hasattr(filesystem_async.FileSystemWriterAsync, "write_preloaded_data_multiproc"):
+        torch_strategies.FileSystemWriterAsync = _InProcessWriter
 
 
 def save(engine: Engine, directory: Path, *, optimizer: bool, rng: bool) -> None:
