@@ -233,8 +233,5 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _room(folder: Path) -> str:
-    free = shutil.disk_usage(folder).free
-    return (
-        f"{free / 2**20:.0f} MiB are free in {folder}; if that is too little, save elsewhere or keep fewer with "
-        "checkpoint.save_total_limit"
-    )
+    free = shutil.disk_usage(folder).free / 2**20
+    return f"{free:.0f} MiB are free there; if that is too little, save elsewhere or set checkpoint.save_total_limit"
