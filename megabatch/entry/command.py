@@ -14,7 +14,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.unknown import unknown_field
 from megabatch.entry.launch import Launch, prepare, written
 from megabatch.entry.plan_text import plan_text
-from megabatch.entry.preflight import damaged_inputs, missing_inputs, unwritable
+from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, unwritable
 from megabatch.errors import ConfigError, ConversionError, DataError, Fault, LaunchError, MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
 
@@ -118,9 +118,9 @@ def _checked(launch: Launch) -> list[Fault]:
     return missing_inputs(launch.recipe, launch.model)
 
 
-def _require_startable(launch: Launch) -> None:
+def _require_startable(launch: Launch, *, local: bool = False) -> None:
     """Raises ConfigError with every fault that can be seen before the run starts."""
-    faults = launch.faults()
+    faults = launch.faults() + (missing_gpus(launch.recipe) if local else [])
     faults += missing_inputs(launch.recipe, launch.model) + unwritable(launch.directory.path)
     if not faults:
         faults += damaged_inputs(launch.recipe, launch.model)
@@ -163,7 +163,7 @@ def _require_idle(directory: RunDirectory) -> None:
 def _local(launch: Launch, arguments: Sequence[str]) -> int:
     from megabatch.slurm.local import run_local
 
-    _require_startable(launch)
+    _require_startable(launch, local=True)
     _require_torch()
     _require_idle(launch.directory)
     with written(launch, arguments) as directory:

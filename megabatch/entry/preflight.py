@@ -41,6 +41,16 @@ def unwritable(run_directory: Path) -> list[Fault]:
     return [Fault("run directory", str(run_directory), rule)]
 
 
+def missing_gpus(recipe: Recipe) -> list[Fault]:
+    """Whether this machine has a GPU for each rank of a run on it; told by device files, without torch."""
+    wanted, found = recipe.resources.world_size, len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if not recipe.resources.gpus_per_node or wanted <= found or Path("/dev/dxg").exists():  # WSL does not list them
+        return []
+    rule = f"needs {wanted} GPUs with --local, and this machine has {found}"
+    fix = ("--submit", "--gpus_per_node 0 --distributed_backend gloo for CPUs")
+    return [Fault("resources.gpus_per_node", recipe.resources.gpus_per_node, rule, try_=fix)]
+
+
 def _datasets(recipe: Recipe, check: Callable[[names.DatasetName], None]) -> Iterator[Fault]:
     for field in ("dataset", "val_dataset"):
         for text in getattr(recipe.data, field):

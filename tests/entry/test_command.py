@@ -102,6 +102,14 @@ def test_a_field_that_does_not_exist_is_explained_with_its_line(tmp_path: Path) 
     assert "tensor_model_parallel_size" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU")
+def test_a_run_for_gpus_is_not_started_without_them(tmp_path: Path) -> None:
+    flags = ["--gpus_per_node", "2", "--distributed_backend", "nccl", "--local"]
+    done = _run(RECIPES / "quickstart.py", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert "resources.gpus_per_node=2 needs 2 GPUs with --local, and this machine has 0" in done.stderr
+
+
 def test_a_closed_pipe_is_no_crash(tmp_path: Path) -> None:
     command = f"{sys.executable} {RECIPES / 'quickstart.py'} --help | head -1"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
