@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -107,11 +107,9 @@ def compare(
     found: Mapping[str, TensorInfo],
     *,
     family: str,
-    scaled: Collection[str] = (),
 ) -> None:
     """Compares what the table needs with what a folder has.
 
-    Args: scaled: tensors whose bytes are FP8 numbers, to be multiplied with scales that were found.
     Raises: ConversionError with every fault (at most eight spelled out): missing, left over, shape, dtype.
     """
     missing = [name for name in expected if name not in found]
@@ -121,7 +119,7 @@ def compare(
         *(_missing(name, expected[name], users[name]) + _nearest(name, extra) for name in missing[:_SHOWN]),
         *(_left_over(name, found[name]) + _nearest(name, missing) for name in extra[:_SHOWN]),
     ]
-    wrong = [*_misshaped(users, expected, found), *_mixed_dtypes(tensors, found, scaled)]
+    wrong = [*_misshaped(users, expected, found), *_mixed_dtypes(tensors, found)]
     total = len(missing) + len(extra) + len(wrong)
     if not total:
         return
@@ -165,14 +163,12 @@ def _misshaped(
     ]
 
 
-def _mixed_dtypes(
-    tensors: Sequence[Mapped], found: Mapping[str, TensorInfo], scaled: Collection[str]
-) -> list[str]:
+def _mixed_dtypes(tensors: Sequence[Mapped], found: Mapping[str, TensorInfo]) -> list[str]:
     faults = []
     for mapped in tensors:
         first = next(mapped.pieces)
         for piece in _one_per_name(mapped):
-            if piece.hf not in found or piece.hf in scaled:
+            if piece.hf not in found:
                 continue
             dtype = found[piece.hf].dtype
             if dtype not in FLOATS:

@@ -10,7 +10,6 @@ from typing import Any
 
 from megabatch.converters.bijection import TensorInfo, compare, invert
 from megabatch.converters.mapping import Block, ExpertLayout, Experts, Mapped, Row
-from megabatch.converters.scales import Scale, block_scales
 from megabatch.converters.sizes import sizes_of
 from megabatch.plan.shape import ModelShape
 
@@ -35,8 +34,6 @@ class Checked:
     """Tensors in the folder that must repeat another one (tied embeddings, embeddings that layers of multi-token
     prediction bring along), with that one's name. The shapes were compared; `safetensors_io.HfFolder.same` compares
     the bytes."""
-    scales: dict[str, Scale]
-    """Tensors in FP8 with the scales of their blocks; empty unless `check` was allowed to find some."""
     carried: list[str]
     """Tensors of another part of the model (a vision tower) that goes along unchanged: no megatron-core tensor has
     them, and a Hugging Face folder is not complete without."""
@@ -110,26 +107,24 @@ class Family:
         found = any(name.startswith(mtp) if mtp else name in own for name in names)
         return shape if found else replace(shape, mtp_num_layers=None)
 
-    def check(self, shape: ModelShape, found: Mapping[str, TensorInfo], *, scaled: bool = False) -> Checked:
+    def check(self, shape: ModelShape, found: Mapping[str, TensorInfo]) -> Checked:
         """Proves that the table is a bijection between its tensors and those found in a Hugging Face folder.
 
-        Args: scaled: whether FP8 tensors with block scales may be among them; only who dequantises may say so.
         Raises: ConversionError naming missing, left-over, mis-shaped and mis-typed tensors with their table entries.
         """
         tensors = self.tensors(shape, experts=self.expert_layout(found, shape))
         expected = invert(tensors)
         rest = [name for name in found if name not in expected]
-        scales = block_scales(shape.hf_config, expected, found) if scaled else {}
         duplicates = {name: of for name, of in self._repeated(shape, found) if name in rest}
         carried = [name for name in rest if self.carried and re.fullmatch(self.carried, name)]
         ignored = {
             name: known.reason for name in rest for known in self.ignorable if re.fullmatch(known.pattern, name)
         }
-        aside = {*ignored, *duplicates, *carried, *(scale.name for scale in scales.values())}
+        aside = {*ignored, *duplicates, *carried}
         left = {name: info for name, info in found.items() if name not in aside}
-        compare(tensors, expected, left, family=self.name, scaled=scales)
+        compare(tensors, expected, left, family=self.name)
         ignored |= {name: f"it repeats {of}" for name, of in duplicates.items()}
-        return Checked(tensors, ignored, duplicates, scales, carried)
+        return Checked(tensors, ignored, duplicates, carried)
 
     def _repeated(self, shape: ModelShape, found: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
         """Tensors that repeat another one: embeddings are tied, or layers of multi-token prediction bring them."""

@@ -1,8 +1,9 @@
 """Mapping tables: which rows of which Hugging Face tensors make up each megatron-core tensor.
 
-A family's table is data. Its rows carry `{l}` for the layer, `{m}` for a layer of multi-token prediction, `{e}` for the
-expert and `{a,b,c}` for the Hugging Face tensors that are fused; expanded for one `ModelShape` they become `Mapped` tensors made of `Piece`s, and those are
-read in both directions: towards megatron-core by `shards.shard_reads`, towards Hugging Face by `shards.hf_writes`.
+A family's table is data. Its rows carry `{l}` for the layer, `{m}` for a layer of multi-token prediction, `{e}` for
+the expert and `{a,b,c}` for the Hugging Face tensors that are fused; expanded for one `ModelShape` they become
+`Mapped` tensors made of `Piece`s, and those are read in both directions: towards megatron-core by
+`shards.shard_reads`, towards Hugging Face by `shards.hf_writes`.
 Nothing here touches a file or a tensor.
 """
 
@@ -264,8 +265,8 @@ class Experts:
     row: Row
     _: KW_ONLY
     fused: str | None = None
-    """Name of the 3-D Hugging Face tensor whose leading index is the expert and whose rows are `row`'s, in order. None:
-    `row.hf` names such a tensor itself, and there is no other layout."""
+    """Name of the 3-D Hugging Face tensor whose leading index is the expert and whose rows are `row`'s, in order.
+    None: `row.hf` names such a tensor itself, and there is no other layout."""
 
     def expand(
         self, sizes: Sizes, *, layer: int | None, mtp: int | None = None, experts: ExpertLayout

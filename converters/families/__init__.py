@@ -7,13 +7,15 @@ from difflib import get_close_matches
 from typing import Any
 
 from megabatch.converters.families.llama import LLAMA
+from megabatch.converters.families.mistral import MISTRAL
+from megabatch.converters.families.mixtral import MIXTRAL
 from megabatch.converters.families.qwen2 import QWEN2
 from megabatch.converters.families.qwen3 import QWEN3
 from megabatch.converters.families.qwen3_moe import QWEN3_MOE
 from megabatch.converters.family import Family
 from megabatch.errors import ConversionError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)}
 """Families by Hugging Face's model type."""
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES.values() for name in family.architectures}

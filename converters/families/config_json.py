@@ -73,14 +73,22 @@ def rope(config: Config, *, default_theta: float = 10000.0) -> tuple[float, dict
     return theta, {"rope_type": kind, **{key: value for key, value in given.items() if key not in left_out}}
 
 
+def experts_of(config: Config, *names: str) -> tuple[int, int]:
+    """Number of experts, under the first of its spellings that is set, and how many of them a token meets."""
+    experts, topk = size(config, *names), size(config, "num_experts_per_tok")
+    if topk > experts:
+        raise ConversionError(f"config.json: num_experts_per_tok={topk} must be at most {names[0]}={experts}")
+    return experts, topk
+
+
 def refuse_quantised(config: Config) -> None:
-    """Refuses, by name, quantised checkpoints other than FP8 with block scales (`converters.scales`)."""
-    quantised = config.get("quantization_config")
-    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-    if quantised and not (method == "fp8" and quantised.get("weight_block_size")):
+    """Refuses a config.json of quantised weights; who dequantises takes `quantization_config` out before."""
+    given = config.get("quantization_config")
+    if given:
+        method = given.get("quant_method") if isinstance(given, Mapping) else given
         raise ConversionError(
-            f"config.json: quantization_config is set ({method!r}); of quantised checkpoints only fp8 with "
-            "weight_block_size is supported, use the unquantised checkpoint"
+            f"config.json: quantization_config is set ({method}); quantised checkpoints are not supported here, "
+            "use the unquantised checkpoint"
         )
 
 

@@ -44,20 +44,30 @@ DENSE_MLP: tuple[Row, ...] = (
     Rename(_L + "mlp.linear_fc2.bias", _HF + "mlp.down_proj.bias", ("hidden",), layers="dense", when="mlp_bias"),
 )  # fmt: skip
 
-MOE_MLP: tuple[Row | Experts, ...] = (
-    Rename(_L + "pre_mlp_layernorm.weight", _HF + "post_attention_layernorm.weight", ("hidden",), layers="moe"),
-    Rename(_L + "mlp.router.weight", _HF + "mlp.gate.weight", ("experts", "hidden"), layers="moe"),
-    Experts(
-        GateUp(_L + "mlp.experts.linear_fc1.weight", _HF + "mlp.experts.{e}.{gate_proj,up_proj}.weight",
-               ("expert_ffn", "hidden"), split="column"),
-        fused=_HF + "mlp.experts.gate_up_proj",
-    ),
-    Experts(
-        Rename(_L + "mlp.experts.linear_fc2.weight", _HF + "mlp.experts.{e}.down_proj.weight",
-               ("hidden", "expert_ffn"), split="row"),
-        fused=_HF + "mlp.experts.down_proj",
-    ),
-)  # fmt: skip
+_ROUTER = "mlp.gate.weight"
+
+
+def moe_mlp(
+    *,
+    router: str = _ROUTER,
+    gate_up: str = "mlp.experts.{e}.{gate_proj,up_proj}.weight",
+    down: str = "mlp.experts.{e}.down_proj.weight",
+) -> tuple[Row | Experts, ...]:
+    """Norm, router and experts of a layer, by the names that a folder has behind the layer's; fused experts, and the
+    router beside them, have the same names in every family."""
+    return (
+        Rename(_L + "pre_mlp_layernorm.weight", _HF + "post_attention_layernorm.weight", ("hidden",), layers="moe"),
+        Rename(_L + "mlp.router.weight", _HF + router, ("experts", "hidden"), layers="moe", hf_fused=_HF + _ROUTER),
+        Experts(
+            GateUp(_L + "mlp.experts.linear_fc1.weight", _HF + gate_up, ("expert_ffn", "hidden"), split="column"),
+            fused=_HF + "mlp.experts.gate_up_proj",
+        ),
+        Experts(
+            Rename(_L + "mlp.experts.linear_fc2.weight", _HF + down, ("hidden", "expert_ffn"), split="row"),
+            fused=_HF + "mlp.experts.down_proj",
+        ),
+    )
+
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -73,3 +83,13 @@ def unbuilt_rope(shape: ModelShape) -> str | None:
     """Why a decoder that needs nothing else cannot be trained: the trainer lacks its rotary embedding."""
     kind = (shape.rope_scaling or {}).get("rope_type", "default")
     return None if kind in _BUILT_ROPES else f"rope_type={kind!r} is not built; {', '.join(_BUILT_ROPES)} are"
+
+
+def unbuilt_attention(shape: ModelShape) -> str | None:
+    """As `unbuilt_rope`, for families that may have a sliding window."""
+    if shape.sliding_window is not None:
+        return (
+            f"attention in a sliding window (sliding_window={shape.sliding_window}) is not built; with sliding_window "
+            "null in config.json it is the same model for sequences no longer than that"
+        )
+    return unbuilt_rope(shape)

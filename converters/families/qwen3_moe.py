@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megabatch.converters.families.config_json import Config, decoder, decoder_config, size, switch
-from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, MOE_MLP, OUTPUT, TIED, unbuilt_rope
+from megabatch.converters.families.config_json import Config, decoder, decoder_config, experts_of, size, switch
+from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, moe_mlp, unbuilt_rope
 from megabatch.converters.family import Family
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
@@ -14,10 +14,7 @@ from megabatch.plan.shape import ModelShape
 def _shape(config: Config) -> ModelShape:
     fields = decoder(config, model_type="qwen3_moe", default_architecture="Qwen3MoeForCausalLM", head_dim=None)
     bias = switch(config, "attention_bias")
-    experts = size(config, "num_experts", "num_local_experts")
-    topk = size(config, "num_experts_per_tok")
-    if topk > experts:
-        raise ConversionError(f"config.json: num_experts_per_tok={topk} must be at most num_experts={experts}")
+    experts, topk = experts_of(config, "num_experts", "num_local_experts")
     return ModelShape(
         **fields,
         add_qkv_bias=bias,
@@ -60,7 +57,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
-    rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *MOE_MLP, *OUTPUT),
+    rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *moe_mlp(), *OUTPUT),
     shape=_shape,
     hf_config=_config,
     tied=TIED,

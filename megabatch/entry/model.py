@@ -46,7 +46,8 @@ def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel
             return _in_folder(folder)
         if name in KNOWN_MODELS:
             config = KNOWN_MODELS[name]
-            return FoundModel(family_of(config).shape(config), "published config.json, not downloaded yet")
+            shape = family_of(config).shape(config)
+            return FoundModel(shape, "published config.json, not downloaded yet", fault=_untrainable("model", shape))
     return FoundModel(None, "not on this machine")
 
 
@@ -76,7 +77,8 @@ def _made(recipe: Recipe) -> FoundModel:
         return FoundModel(None, "not known", fault=told("model.model_type", error))
     try:
         dtype = recipe.model.torch_dtype or "bfloat16"
-        return FoundModel(family.shape(family.hf_config(declared, dtype=dtype)), "made on the spot")
+        shape = family.shape(family.hf_config(declared, dtype=dtype))
+        return FoundModel(shape, "made on the spot", fault=_untrainable("model_type", shape))
     except (ConversionError, ArithmeticError, TypeError):
         return FoundModel(declared, "made on the spot")  # the rules name what does not fit together
 
@@ -84,6 +86,17 @@ def _made(recipe: Recipe) -> FoundModel:
 def _in_folder(folder: Path) -> FoundModel:
     try:
         config = read_config(folder)
-        return FoundModel(family_of(config).shape(config), f"config.json in {folder}", folder)
+        shape = family_of(config).shape(config)
+        return FoundModel(shape, f"config.json in {folder}", folder, _untrainable("model", shape))
     except ConversionError as error:
         return FoundModel(None, f"unreadable in {folder}", folder, told("model.model", error))
+
+
+def _untrainable(field: str, shape: ModelShape) -> Fault | None:
+    """Families that are converted only, and settings of others that the trainer has not built."""
+    reason = family_named(shape.model_type).untrainable(shape)
+    if reason is None:
+        return None
+    return Fault(
+        f"model.{field}: {shape.architecture or shape.model_type}", None, f"cannot be trained: {reason}", bare=True
+    )

@@ -62,7 +62,8 @@ class ModelShape:
     mtp_num_layers: int | None = None
     """Layers of multi-token prediction behind the decoder; None for none."""
     sliding_window: int | None = None
-    """Tokens that a query sees, itself included, in layers with windowed attention; None where every layer sees all."""
+    """Tokens that a query sees, itself included, in layers with windowed attention; None where every layer sees all
+    of them."""
     attention_sinks: bool = False
     """A learned logit for each head joins every softmax (megatron-core's `softmax_type="learnable"`)."""
     attention_output_gate: bool = False

@@ -10,6 +10,7 @@ import pytest
 
 from megabatch import Bridge, Model, MoE, Recipe
 from megabatch.entry.model import find_model
+from megabatch.entry.preflight import missing_inputs
 
 
 def _with(recipe: Recipe, name: str, *, use_hf: bool = True) -> Recipe:
@@ -87,3 +88,18 @@ def test_an_unreadable_config_is_a_fault(recipe: Recipe, model_folder: Path) -> 
     found = find_model(recipe)
     assert found.shape is None and found.fault is not None
     assert "Qwen9ForCausalLM" in str(found.fault) and "nearest" in str(found.fault)
+
+
+def test_what_the_trainer_cannot_train_is_refused_before_the_queue(recipe: Recipe, model_folder: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    assert find_model(recipe).fault is None
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4}
+    (model_folder / "config.json").write_text(json.dumps(config))
+    found = find_model(recipe)
+    assert found.shape is not None and found.fault in missing_inputs(recipe, found)
+    assert str(found.fault).startswith(
+        "model.model: MistralForCausalLM cannot be trained: attention in a sliding window (sliding_window=4) "
+    )
+    config |= {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    (model_folder / "config.json").write_text(json.dumps(config))
+    assert "rope_type='yarn' is not built" in str(find_model(recipe).fault)

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from megabatch.config.recipe import Recipe
+from megabatch.converters.families import family_named
 from megabatch.errors import ConfigError
 from megabatch.plan.shape import ModelShape
 
@@ -27,7 +28,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -> TransformerConfig:
     """The configuration of a resolved recipe; `virtual_size` is the number of chunks of each pipeline stage.
 
-    Raises: ConfigError for a combination that megatron-core itself refuses, with its own words."""
+    Raises: ConfigError for a model that the trainer has not built, and for a combination that megatron-core itself
+    refuses, with its own words.
+    """
+    if reason := family_named(shape.model_type).untrainable(shape):
+        raise ConfigError(f"{shape.architecture or shape.model_type} cannot be trained: {reason}")
     values = {
         **_model(shape, recipe),
         **_moe(shape, recipe),

@@ -1,0 +1,50 @@
+"""Mistral, and Ministral of that architecture: `MistralForCausalLM`; Llama's tensors without biases.
+
+A sliding window shorter than the context is converted; the trainer refuses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megabatch.converters.families.config_json import Config, decoder, decoder_config, size
+from megabatch.converters.families.decoder import (
+    ATTENTION,
+    DENSE_MLP,
+    EMBEDDING,
+    OUTPUT,
+    ROTARY_BUFFERS,
+    TIED,
+    unbuilt_attention,
+)
+from megabatch.converters.family import Family
+from megabatch.plan.shape import ModelShape
+
+
+def sliding_window(config: Config, *, positions: int) -> int | None:
+    """The window of every layer, or None where no sequence is longer than it."""
+    if config.get("sliding_window") is None:
+        return None
+    window = size(config, "sliding_window")
+    return window if window < positions else None
+
+
+def _shape(config: Config) -> ModelShape:
+    fields = decoder(config, model_type="mistral", default_architecture="MistralForCausalLM", head_dim=None)
+    return ModelShape(**fields, sliding_window=sliding_window(config, positions=fields["max_position_embeddings"]))
+
+
+def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | None) -> dict[str, Any]:
+    return {**decoder_config(shape, dtype=dtype, **token_ids), "sliding_window": shape.sliding_window}
+
+
+MISTRAL = Family(
+    name="mistral",
+    architectures=("MistralForCausalLM",),
+    rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *OUTPUT),
+    shape=_shape,
+    hf_config=_config,
+    tied=TIED,
+    untrainable=unbuilt_attention,
+    ignorable=(ROTARY_BUFFERS,),
+)

@@ -1,0 +1,130 @@
+"""megatron-core's tensors from Hugging Face's, family by family, by plain numpy: what the tables are compared with.
+
+Each tensor comes as a `Cut`: the parts that tensor parallelism cuts one by one, and how.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from megabatch.plan.shape import ModelShape
+
+Arrays = dict[str, np.ndarray]
+PADDED_VOCAB = 64
+
+
+class Cut(NamedTuple):
+    parts: list[np.ndarray]
+    how: str
+
+    def shard(self, rank: int, tp: int) -> np.ndarray:
+        if self.how == "whole":
+            return self.parts[0]
+        if self.how == "columns":
+            return np.split(self.parts[0], tp, axis=1)[rank]
+        if self.how == "vocab":
+            padded = np.zeros((PADDED_VOCAB, self.parts[0].shape[1]), self.parts[0].dtype)
+            padded[: len(self.parts[0])] = self.parts[0]
+            return np.split(padded, tp)[rank]
+        return np.concatenate([np.split(part, tp)[rank] for part in self.parts])
+
+
+def whole(array: np.ndarray) -> Cut:
+    return Cut([array], "whole")
+
+
+def rows(*parts: np.ndarray) -> Cut:
+    return Cut(list(parts), "rows")
+
+
+def columns(array: np.ndarray) -> Cut:
+    return Cut([array], "columns")
+
+
+Tensors = dict[tuple[str, int | None], Cut]
+
+
+class Tables:
+    """Collects a model's tensors; `at` and `of` say which layer of which side is being filled in."""
+
+    def __init__(self, hf: Arrays, shape: ModelShape) -> None:
+        self.hf, self.shape = hf, shape
+        self.out: Tensors = {}
+        self.at = self.of = ""
+
+    def put(self, name: str, cut: Cut, expert: int | None = None) -> None:
+        assert (self.at + name, expert) not in self.out
+        self.out[self.at + name, expert] = cut
+
+    def get(self, name: str) -> np.ndarray:
+        return self.hf[self.of + name]
+
+    def has(self, name: str) -> bool:
+        return self.of + name in self.hf
+
+    def layer(self, number: int, prefix: str = "model.") -> None:
+        self.at, self.of = f"decoder.layers.{number}.", f"{prefix}layers.{number}."
+
+    def ends(self, prefix: str = "model.", head: str = "lm_head.weight") -> None:
+        self.at = self.of = ""
+        self.put("embedding.word_embeddings.weight", Cut([self.get(f"{prefix}embed_tokens.weight")], "vocab"))
+        self.put("decoder.final_layernorm.weight", whole(self.get(f"{prefix}norm.weight")))
+        if head in self.hf:
+            self.put("output_layer.weight", Cut([self.get(head)], "vocab"))
+
+    def attention(self) -> None:
+        groups = self.shape.num_query_groups
+        self.put("self_attention.linear_qkv.layer_norm_weight", whole(self.get("input_layernorm.weight")))
+        for kind in ("weight", "bias"):
+            if self.has(f"self_attn.q_proj.{kind}"):
+                qkv = [self.get(f"self_attn.{x}_proj.{kind}") for x in "qkv"]
+                tail = qkv[0].shape[1:]
+                fused = np.concatenate([x.reshape(groups, -1, *tail) for x in qkv], axis=1)
+                self.put(f"self_attention.linear_qkv.{kind}", rows(fused.reshape(-1, *tail)))
+        for x in "qk":
+            if self.has(f"self_attn.{x}_norm.weight"):
+                self.put(f"self_attention.{x}_layernorm.weight", whole(self.get(f"self_attn.{x}_norm.weight")))
+        self.put("self_attention.linear_proj.weight", columns(self.get("self_attn.o_proj.weight")))
+        if self.has("self_attn.o_proj.bias"):
+            self.put("self_attention.linear_proj.bias", whole(self.get("self_attn.o_proj.bias")))
+
+    def dense(self, norm: str = "post_attention_layernorm.weight") -> None:
+        self.put("mlp.linear_fc1.layer_norm_weight", whole(self.get(norm)))
+        gate, up = (self.get(f"mlp.{x}_proj.weight") for x in ("gate", "up"))
+        self.put("mlp.linear_fc1.weight", rows(gate, up))
+        self.put("mlp.linear_fc2.weight", columns(self.get("mlp.down_proj.weight")))
+
+    def experts(self, router: str, names: tuple[str, str, str]) -> None:
+        """`names`: gate, up and down of expert `{}`."""
+        self.put("pre_mlp_layernorm.weight", whole(self.get("post_attention_layernorm.weight")))
+        self.put("mlp.router.weight", whole(self.get(router)))
+        for e in range(self.shape.num_experts or 0):
+            gate, up, down = (self.get(name.format(e)) for name in names)
+            self.put("mlp.experts.linear_fc1.weight", rows(gate, up), e)
+            self.put("mlp.experts.linear_fc2.weight", columns(down), e)
+
+
+USUAL = ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight", "mlp.experts.{}.down_proj.weight")
+
+
+def mistral(hf: Arrays, shape: ModelShape) -> Tensors:
+    tables = Tables(hf, shape)
+    tables.ends()
+    for layer in range(shape.num_layers):
+        tables.layer(layer)
+        tables.attention()
+        tables.dense()
+    return tables.out
+
+
+def mixtral(hf: Arrays, shape: ModelShape) -> Tensors:
+    tables = Tables(hf, shape)
+    tables.ends()
+    for layer in range(shape.num_layers):
+        tables.layer(layer)
+        tables.attention()
+        experts = "block_sparse_moe.experts.{}."
+        tables.experts("block_sparse_moe.gate.weight", tuple(experts + x + ".weight" for x in ("w1", "w3", "w2")))  # type: ignore[arg-type]
+    return tables.out
