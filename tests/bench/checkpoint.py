@@ -1,0 +1,92 @@
+"""Saving, resuming and loading against plain writes and reads of the same bytes.
+
+Run by `run.py`: python tests/bench/checkpoint.py FOLDER ANSWER
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from made_runs import WEIGHTY, recipe, write_run
+from measure import MIB, Figure, answer, bytes_below, median, peak_memory, read_plain, seconds, write_plain
+
+from megabatch.converters.hf_model import open_hf_model
+from megabatch.trainer import assemble
+from megabatch.trainer.checkpoint import Checkpoints, Progress
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.model_source import ModelSource, model_source
+from megabatch.trainer.objectives.sft import Sft
+
+TIMES = 3
+
+
+def figures(folder: Path) -> list[Figure]:
+    groups = {"batch": {"micro_batch_size": 1, "global_batch_size": 1}, "data": {"max_length": 128}}
+    run = write_run(recipe(folder, WEIGHTY, checkpoint={"save_safetensors": True}, **groups), folder / "run")
+    with assemble.join_ranks(run) as ranks:
+        source = model_source(run, ranks)
+        data = assemble.open_data(run, source, ranks)
+        engine = assemble.build_engine(run, ranks, train_iters=10)
+        checkpoints = assemble.make_checkpoints(run, ranks, source)
+        assemble.start(run, engine, checkpoints, source)
+        batch = next(data.batches.train(Progress().cursor))
+        engine.step(batch.packs, Sft(), weight=batch.weight)  # gives Adam its state
+        saved = _save(engine, checkpoints, folder)
+        newest = checkpoints.latest()
+        assert newest is not None
+        return [*saved, *_restore(engine, checkpoints, newest), *_load(engine, source, newest / "hf")]
+
+
+def _save(engine: Engine, checkpoints: Checkpoints, folder: Path) -> list[Figure]:
+    """A whole checkpoint, with optimizer state and Hugging Face folder; saves and plain writes take turns."""
+    ours, plain = [], []
+    for step in range(1, TIMES + 1):
+        with peak_memory() as peak:
+            ours.append(seconds(lambda step=step: checkpoints.save(engine, Progress(step=step))))  # type: ignore[misc]
+        size = bytes_below(checkpoints.run.step(step))
+        plain.append(write_plain(folder / "plain", size))
+        if step < TIMES:
+            shutil.rmtree(checkpoints.run.step(step))
+    return [
+        _ratio("checkpoint save / plain write", ours, plain, f"{size / MIB:.0f} MiB written and synced"),
+        Figure(name="checkpoint save, peak memory", value=peak.mib, unit="MiB", note="above the trainer's own"),
+    ]
+
+
+def _restore(engine: Engine, checkpoints: Checkpoints, saved: Path) -> list[Figure]:
+    ours, plain = [], []
+    for _ in range(TIMES):
+        ours.append(seconds(lambda: checkpoints.restore(engine, saved)))
+        plain.append(read_plain(saved / "mcore"))
+    note = f"{bytes_below(saved / 'mcore') / MIB:.0f} MiB from the file cache"
+    return [_ratio("checkpoint restore / plain read", ours, plain, note)]
+
+
+def _load(engine: Engine, source: ModelSource, hf: Path) -> list[Figure]:
+    """The model alone from its Hugging Face folder, as a fresh run starts."""
+    ours, plain = [], []
+    for _ in range(TIMES):
+        with peak_memory() as peak:
+            ours.append(seconds(lambda: _open(source, hf).load(engine.model, engine.ranks)))
+        plain.append(read_plain(hf))
+    return [
+        _ratio("model load / plain read", ours, plain, f"{bytes_below(hf) / MIB:.0f} MiB from the file cache"),
+        Figure(name="model load, peak memory", value=peak.mib, unit="MiB", note="mapped file pages included"),
+    ]
+
+
+def _open(source: ModelSource, hf: Path) -> ModelSource:
+    return ModelSource(source.family, hf, source.tokenizer, open_hf_model(hf))
+
+
+def _ratio(name: str, ours: list[float], plain: list[float], note: str) -> Figure:
+    ratio = median([o / p for o, p in zip(ours, plain, strict=True)])
+    return Figure(name=name, value=ratio, unit="x", note=f"{median(ours):.2f} s / {median(plain):.2f} s; {note}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    answer(figures(Path(sys.argv[1])), sys.argv[2])

@@ -1,0 +1,56 @@
+"""What a person waits for before a run: a dry run, a recipe's import, the command line's help."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import ROOT, Figure, alternated, median
+
+RECIPE = ROOT / "recipes" / "qwen3_moe_sft.py"
+TIMES = 5
+
+
+def dry_run() -> list[Figure]:
+    """`python recipes/qwen3_moe_sft.py --dry_run`, whole process, from a folder with nothing in it."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        (costs,) = alternated([[sys.executable, str(RECIPE), "--dry_run"]], times=TIMES, cwd=Path(folder))
+    return [
+        Figure(
+            name="dry run", value=median([c.wall_s for c in costs]), unit="s", target=0.35, note="wall, median of 5"
+        ),
+        Figure(name="dry run, processor", value=median([c.cpu_s for c in costs]), unit="s"),
+    ]
+
+
+def recipe_import() -> list[Figure]:
+    """Executing a recipe file's code, and building its recipe, above a bare interpreter's start."""
+    load = f"space = {{'__name__': 'recipe'}}; exec(compile(open({str(RECIPE)!r}).read(), 'r.py', 'exec'), space)"
+    commands = [[sys.executable, "-c", code] for code in ("pass", load, f"{load}; space['recipe']()")]
+    bare, imported, built = alternated(commands, times=2 * TIMES)
+    return [
+        Figure(
+            name="recipe import",
+            value=median([i.wall_s - b.wall_s for i, b in zip(imported, bare, strict=True)]),
+            unit="s",
+            target=0.1,
+            note="wall above a bare interpreter, median of 10",
+        ),
+        Figure(
+            name="recipe import and build",
+            value=median([i.wall_s - b.wall_s for i, b in zip(built, bare, strict=True)]),
+            unit="s",
+        ),
+        Figure(name="bare interpreter", value=median([b.wall_s for b in bare]), unit="s"),
+    ]
+
+
+def command_help() -> list[Figure]:
+    """`megabatch --help` and a recipe's `--help`, which lists every parameter."""
+    commands = [[sys.executable, "-m", "megabatch.cli", "--help"], [sys.executable, str(RECIPE), "--help"]]
+    command, recipe = alternated(commands, times=TIMES)
+    return [
+        Figure(name="megabatch --help", value=median([c.wall_s for c in command]), unit="s", note="wall, median of 5"),
+        Figure(name="recipe --help", value=median([c.wall_s for c in recipe]), unit="s", note="wall, median of 5"),
+    ]

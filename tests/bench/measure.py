@@ -1,0 +1,163 @@
+"""Figures and how they are taken: time of commands, peak memory of a block, the plain cost of reading and writing."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """One measured number."""
+
+    name: str
+    value: float
+    unit: str
+    """`s`, `ms`, `MiB`, or `x` for a ratio."""
+    target: float | None = None
+    """What it should be at most; None where nothing was promised."""
+    note: str = ""
+    """What the number is made of."""
+
+    @property
+    def missed(self) -> bool:
+        return self.target is not None and self.value > self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One run of a command."""
+
+    wall_s: float
+    cpu_s: float
+    """User and system time of the process and the children that it waited for."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment with one thread for each process, as the launcher sets it."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **more}
+
+
+def command_cost(command: Sequence[str], *, cwd: Path = ROOT) -> Cost:
+    """Raises: CalledProcessError with the command's output when it fails."""
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        started = time.perf_counter()
+        assert process.stderr is not None
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command), stderr=said)
+    return Cost(wall, usage.ru_utime + usage.ru_stime)
+
+
+def alternated(commands: Sequence[Sequence[str]], *, times: int, cwd: Path = ROOT) -> list[list[Cost]]:
+    """Costs of each command, run in turn after one unmeasured round that warms the file cache."""
+    rounds = [[command_cost(command, cwd=cwd) for command in commands] for _ in range(times + 1)][1:]
+    return [list(costs) for costs in zip(*rounds, strict=True)]
+
+
+def median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+class Peak:
+    """How far resident memory rose above its start within a `peak_memory` block."""
+
+    mib = 0.0
+
+
+@contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """Mapped file pages count too. Linux only: the kernel's high-water mark is set back through /proc."""
+    peak = Peak()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the process still holds would hide what the block takes
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _status_kib("VmRSS")
+    yield peak
+    peak.mib = max(0, _status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def write_plain(path: Path, size: int) -> float:
+    """Seconds to write and sync `size` bytes from memory: what `dd` would take."""
+    block = memoryview(os.urandom(MIB) * 16)
+
+    def write() -> None:
+        with open(path, "wb", buffering=0) as file:
+            left = size
+            while left:
+                left -= file.write(block[: min(left, len(block))])
+            os.fsync(file.fileno())
+
+    taken = seconds(write)
+    path.unlink()
+    return taken
+
+
+def read_plain(path: Path) -> float:
+    """Seconds to read every file below `path` from the file cache into memory of its own."""
+    return seconds(lambda: [file.read_bytes() for file in files_below(path)])
+
+
+def copy_plain(source: Path, target: Path) -> float:
+    """Seconds to read `source` and write it to `target`, synced; both are files, the target is removed again."""
+
+    def copy() -> None:
+        with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write:
+            while block := read.read(16 * MIB):
+                write.write(block)
+            os.fsync(write.fileno())
+
+    taken = seconds(copy)
+    target.unlink()
+    return taken
+
+
+def files_below(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def bytes_below(path: Path) -> int:
+    return sum(p.stat().st_size for p in files_below(path))
+
+
+def in_trainer_process(script: str, folder: Path) -> list[Figure]:
+    """Figures of a script beside this one that needs torch; it runs as the only rank of a world of one."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    answer = folder / "figures.json"
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), str(folder), str(answer)]
+    subprocess.run(command, cwd=ROOT, env=environment(**place), check=True)
+    return [Figure(**values) for values in json.loads(answer.read_text(encoding="utf-8"))]
+
+
+def answer(figures: Sequence[Figure], path: str) -> None:
+    """The other end of `in_trainer_process`."""
+    Path(path).write_text(json.dumps([asdict(figure) for figure in figures]), encoding="utf-8")

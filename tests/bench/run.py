@@ -1,0 +1,91 @@
+"""All benchmarks: `python tests/bench/run.py [NAME …] [--json PATH]`; without names, all but the demo.
+
+Comparisons are ratios taken side by side in one process, so that they mean something on a busy machine too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, installed or not
+
+import launch
+import startup
+from measure import Figure, in_trainer_process
+
+
+def _in_trainer(script: str) -> Callable[[], list[Figure]]:
+    def measure() -> list[Figure]:
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            return in_trainer_process(script, Path(folder))
+
+    return measure
+
+
+BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
+    "dry_run": launch.dry_run,
+    "import": launch.recipe_import,
+    "help": launch.command_help,
+    "step": _in_trainer("step.py"),
+    "checkpoint": _in_trainer("checkpoint.py"),
+    "convert": _in_trainer("convert.py"),
+    "startup": startup.startup,
+    "demo": startup.demo,
+}
+ON_REQUEST = {"demo"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.names if name not in BENCHMARKS]:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    record = {**_machine(), "benchmarks": {}}
+    for name in options.names or [name for name in BENCHMARKS if name not in ON_REQUEST]:
+        before = os.getloadavg()[0]
+        figures = BENCHMARKS[name]()
+        record["benchmarks"][name] = {"load_before": before, "figures": [asdict(figure) for figure in figures]}
+        for figure in figures:
+            print(_line(figure), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _line(figure: Figure) -> str:
+    target = "" if figure.target is None else f"<= {figure.target:g}"
+    verdict = "" if figure.target is None else "MISSED" if figure.missed else "met"
+    return f"{figure.name:42} {figure.value:9.3f} {figure.unit:4} {target:8} {verdict:7} {figure.note}".rstrip()
+
+
+def _machine() -> dict[str, object]:
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processors": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "megatron-core", "transformers")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

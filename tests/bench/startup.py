@@ -1,0 +1,74 @@
+"""From the start of a rank's process to its first step, and what importing costs; and the demo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from made_runs import EXPERTS, SMALL, recipe, write_run
+from measure import ROOT, Figure, alternated, environment, median, seconds
+
+from megabatch import Model, MoE
+
+TIMES = 3
+TIMEOUT_S = 120.0
+
+
+def startup() -> list[Figure]:
+    """A fresh start from a Hugging Face folder and a resume, tokens cached by an earlier run."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        made = recipe(folder, SMALL, experts=EXPERTS, training={"train_iters": 1})
+        write_run(made, folder / "made")
+        _first_step_s(folder / "made", lines=1)
+        hf = folder / "made" / "checkpoints" / "step_00000001" / "hf"
+        made = replace(made, model=Model(model=str(hf), torch_dtype="float32"), moe=MoE())
+        fresh, resumed = [], []
+        for number in range(TIMES):
+            run_dir = folder / f"run{number}"
+            write_run(made, run_dir)
+            fresh.append(_first_step_s(run_dir, lines=1))
+            write_run(replace(made, training=replace(made.training, train_iters=2)), run_dir)
+            resumed.append(_first_step_s(run_dir, lines=2))
+    names = ("torch", "megatron.core", "megabatch.trainer.loop")
+    imports = alternated([[sys.executable, "-W", "ignore", "-c", f"import {name}"] for name in names], times=TIMES)
+    return [
+        Figure(name="rank start to first step", value=median(fresh), unit="s", note="one rank, small experts"),
+        Figure(name="resume / fresh start", value=median(resumed) / median(fresh), unit="x", note="to the first step"),
+        *(
+            Figure(name=f"import {name}", value=median([c.wall_s for c in costs]), unit="s", note="whole process")
+            for name, costs in zip(names, imports, strict=True)
+        ),
+    ]
+
+
+def _first_step_s(run_dir: Path, *, lines: int) -> float:
+    """Seconds until metrics.jsonl has this many lines; then waits for the run to end."""
+    metrics = run_dir / "metrics.jsonl"
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    place["MEGABATCH_CACHE"] = str(run_dir.with_name("cache"))
+    with open(run_dir / "log", "ab") as log:
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "megabatch.trainer.main", str(run_dir)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(**place), stdout=log, stderr=log)
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
+            if process.poll() is not None or time.perf_counter() - started > TIMEOUT_S:
+                process.kill()
+                raise SystemExit(f"the run in {run_dir} ended early:\n{(run_dir / 'log').read_text()[-2000:]}")
+            time.sleep(0.005)
+        taken = time.perf_counter() - started
+        if process.wait(TIMEOUT_S):
+            raise SystemExit(f"the run in {run_dir} failed:\n{(run_dir / 'log').read_text()[-2000:]}")
+    return taken
+
+
+def demo() -> list[Figure]:
+    """What `make demo` does once everything is installed."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        command = [sys.executable, str(ROOT / "recipes" / "quickstart.py"), "--local"]
+        taken = seconds(lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL))
+    return [Figure(name="demo", value=taken, unit="s", target=180, note="after installation")]

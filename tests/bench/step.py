@@ -1,0 +1,206 @@
+"""One training step of ours against a bare megatron-core loop on the same model and batches.
+
+Both run in one process on the same weights and take turns, so that what else the machine does meets both. Ours is the
+whole of a step as a run does it: the batch from the token cache, the optimizer step, metrics.jsonl and TensorBoard.
+The bare loop finds its batch in memory and logs nothing. Before anything is timed, both must agree on loss and
+gradient norm. Run by `run.py`: python tests/bench/step.py FOLDER ANSWER
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bare_loop import BareLoop, Rows
+from made_runs import EXPERTS, LARGE, MEDIUM, SMALL, recipe, write_run
+from measure import Figure, answer, median
+
+from megabatch.config.run import RunConfig
+from megabatch.run_directory import RunDirectory
+from megabatch.trainer import assemble
+from megabatch.trainer.checkpoint import Progress
+from megabatch.trainer.loop import Loop
+from megabatch.trainer.metrics import Metrics
+from megabatch.trainer.model.naming import unwrap
+from megabatch.trainer.model.transformer_config import transformer_config
+from megabatch.trainer.model_source import model_source
+from megabatch.trainer.objectives.sft import Sft
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.signals import StopSignal
+
+WARM_UP = 3
+TARGET = 1.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    name: str
+    model: dict[str, Any]
+    experts: bool = False
+    max_length: int = 128
+    micro_batch_size: int = 4
+    pairs: int = 20
+    promised: bool = True
+    """Whether the ratio has a target; a model so small that only Python is measured has none."""
+    fused_attention: bool = True
+    """Whether the bare loop's attention is torch's fused kernel or megatron-core's own."""
+
+
+CPU_CASES = (
+    Case(name="dense", model=MEDIUM),
+    Case(name="dense, one row", model=MEDIUM, micro_batch_size=1),
+    Case(name="dense, plain attention", model=MEDIUM, fused_attention=False),
+    Case(name="experts", model=MEDIUM, experts=True),
+    Case(name="small experts", model=SMALL, experts=True, promised=False),
+)
+GPU_CASES = (
+    Case(name="dense", model=LARGE, max_length=2048, micro_batch_size=2, pairs=30),
+    Case(name="experts", model=LARGE, experts=True, max_length=2048, micro_batch_size=2, pairs=30),
+    Case(name="small experts", model=SMALL, experts=True, promised=False),
+)
+
+
+def compare(case: Case, folder: Path) -> list[Figure]:
+    """Median over pairs of steps of (ours / bare)."""
+    run = _run(case, folder)
+    with assemble.join_ranks(run) as ranks:
+        ours, batches = _ours(run, ranks, case)
+        bare = BareLoop(
+            transformer_config(run.recipe, run.shape, virtual_size=None),
+            run.shape,
+            unwrap(ours.engine.model.chunks[0]).state_dict(),
+            vocab_size=ours.engine.model.padded_vocab_size,
+            fused_attention=case.fused_attention,
+            device=ranks.device,
+            lr=run.recipe.learning_rate.lr,
+        )
+        with ours.metrics:
+            pairs = _pairs(ours, bare, batches, case)
+    ours_ms, bare_ms = (1e3 * median([pair[side].wall_s for pair in pairs]) for side in (0, 1))
+    return [
+        Figure(
+            name=f"step / bare, {case.name}",
+            value=median([o.wall_s / b.wall_s for o, b in pairs]),
+            unit="x",
+            target=TARGET if case.promised else None,
+            note=f"{ours_ms:.1f} ms ours, {bare_ms:.1f} ms bare; median of {len(pairs)} pairs",
+        ),
+        Figure(
+            name=f"step / bare, {case.name}, processor",
+            value=median([o.cpu_s / b.cpu_s for o, b in pairs]),
+            unit="x",
+            note="the same pairs by processor time",
+        ),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    wall_s: float
+    cpu_s: float
+
+
+def _pairs(ours: Loop, bare: BareLoop, batches: Iterator[list[Rows]], case: Case) -> list[tuple[_Taken, _Taken]]:
+    steps = ours._steps(Progress())
+    pairs = []
+    for number in range(WARM_UP + case.pairs):
+        rows = next(batches)
+        turns: list[Any] = [lambda: next(steps), lambda rows=rows: bare.step(rows)]
+        order = (0, 1) if number % 2 else (1, 0)
+        taken: list[Any] = [None, None]
+        for turn in order:
+            taken[turn] = _timed(turns[turn])
+        if number == 0:
+            _agree(ours, taken[1][1])
+        pairs.append((taken[0][0], taken[1][0]))
+    return pairs[WARM_UP:]
+
+
+def _timed(step: Any) -> tuple[_Taken, Any]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return _Taken(time.perf_counter() - wall, time.process_time() - cpu), result
+
+
+def _agree(ours: Loop, bare: tuple[float, float]) -> None:
+    """A comparison of two different computations would mean nothing."""
+    loss, norm = ours.metrics._last["loss"], ours.metrics._last["grad_norm"]
+    tolerance = 1e-2 if ours.engine.model.config.bf16 else 1e-4
+    for mine, other, what in ((loss, bare[0], "loss"), (norm, bare[1], "gradient norm")):
+        if abs(mine - other) > tolerance * abs(other):
+            raise SystemExit(f"the trainer and the bare loop differ in their first {what}: {mine} and {other}")
+
+
+def _run(case: Case, folder: Path) -> RunConfig:
+    cuda = torch.cuda.is_available()
+    groups: dict[str, dict[str, Any]] = {
+        "data": {"max_length": case.max_length},
+        "batch": {"micro_batch_size": case.micro_batch_size, "global_batch_size": 2 * case.micro_batch_size},
+        "kernels": {"transformer_impl": "local"},
+    }
+    if cuda:
+        groups |= {"model": {"torch_dtype": "bfloat16"}, "resources": {"gpus_per_node": 1}}
+        groups["parallel"] = {"distributed_backend": "nccl"}
+    folder.mkdir()
+    return write_run(recipe(folder, case.model, experts=EXPERTS if case.experts else None, **groups), folder / "run")
+
+
+def _ours(run: RunConfig, ranks: Ranks, case: Case) -> tuple[Loop, Iterator[list[Rows]]]:
+    source = model_source(run, ranks)
+    data = assemble.open_data(run, source, ranks)
+    engine = assemble.build_engine(run, ranks, train_iters=10_000)
+    checkpoints = assemble.make_checkpoints(run, ranks, source)
+    metrics = Metrics(
+        RunDirectory(Path(run.run_dir)),
+        run.recipe.logging,
+        place=ranks.place,
+        shape=run.shape,
+        mean_length=data.mean_length,
+        train_iters=10_000,
+        first_step=0,
+    )
+    loop = Loop(
+        recipe=run.recipe,
+        engine=engine,
+        objective=Sft(calculate_per_token_loss=True),
+        data=data,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        stop=StopSignal(),
+        train_iters=10_000,
+    )
+    assemble.start(run, engine, checkpoints, source)
+    return loop, _rows(data, case, ranks.device)
+
+
+def _rows(data: assemble.RunData, case: Case, device: torch.device) -> Iterator[list[Rows]]:
+    """The same batches as [rows, length] tensors, made outside the timed part."""
+    shape = (case.micro_batch_size, case.max_length)
+    for step in data.batches.train(Progress().cursor):
+        packs = [pack.to(device) for pack in step.packs]
+        assert all(pack.ids_T.numel() == shape[0] * shape[1] for pack in packs), "rows are not equally long"
+        yield [
+            (p.ids_T.view(shape), p.positions_T.view(shape), p.targets_T.view(shape), p.weights_T.view(shape))
+            for p in packs
+        ]
+
+
+def main(folder: str, path: str) -> None:
+    torch.set_num_threads(1)
+    figures: list[Figure] = []
+    cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+    for number, case in enumerate(cases):
+        figures += compare(case, Path(folder) / str(number))
+        print(*figures[-2:], sep="\n", file=sys.stderr)
+    answer(figures, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
