@@ -12,8 +12,9 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -77,7 +78,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
             from tqdm import tqdm
 
-            self._file = open(self.run.metrics, "a", encoding="utf-8")
+            self._file = _appending(self.run.metrics)
             self._board = SummaryWriter(self.settings.tensorboard_dir, max_queue=self.settings.tensorboard_queue_size)
             self._bar = tqdm(
                 total=self.train_iters, initial=self.step, unit="step", disable=not sys.stderr.isatty(), leave=True
@@ -217,6 +218,17 @@ class Metrics:
     def _write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+
+def _appending(path: Path) -> TextIO:
+    """The file, without a last line that a full disk cut short."""
+    if path.exists():
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(max(0, size - 2**16))
+            end = file.read()
+        os.truncate(path, size - len(end) + end.rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8")
 
 
 def _memory_gib() -> float:

@@ -1,0 +1,191 @@
+"""The quickstart recipe on the private Slurm, started, watched and disturbed as people and clusters do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.cluster import PrivateCluster
+from megabatch.slurm.processes import marked_processes
+from megabatch.slurm.queue import State
+from megabatch.slurm.state import RunStatus, status
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+STEPS = 60
+SAVED_EVERY = 10
+SIZE = {
+    "nodes": 2,
+    "tasks_per_node": 1,
+    "train_iters": STEPS,
+    "save_interval": SAVED_EVERY,
+    "eval_interval": 20,
+    "val_dataset": "example:arithmetic#24",
+    "split_dataset_ratio": 0,
+}
+"""Flags of every run here: two nodes with one rank each, which share the experts and the optimizer's state."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run directory, and the commands that a person would give for it."""
+
+    files: RunDirectory
+    folder: Path
+    """Where its commands are given."""
+    environment: Mapping[str, str]
+
+    def submit(self, **flags: object) -> subprocess.CompletedProcess[str]:
+        """`python recipes/quickstart.py --submit`, which must succeed."""
+        words = [word for name, value in (SIZE | flags).items() for word in (f"--{name}", str(value))]
+        folder = str(self.files.path)
+        return self._run(str(RECIPES / "quickstart.py"), "--submit", "--run_dir", folder, *words)
+
+    def megabatch(self, command: str, *words: str) -> str:
+        """Output of `megabatch COMMAND RUN_DIRECTORY`, which must succeed."""
+        return self._run("-m", "megabatch.cli", command, str(self.files.path), *words).stdout
+
+    def _run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-P", *words],
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def now(self) -> RunStatus:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", self.environment["SLURM_CONF"])
+            return status([self.files.path], fresh_s=0)[0]
+
+    def wait(self, *states: State, timeout_s: float = 120) -> RunStatus:
+        """Until the run is in one of `states`."""
+
+        def reached() -> RunStatus | None:
+            now = self.now()
+            assert now.state in states or now.state.active, f"{now}\n{self.logs()}"
+            return now if now.state in states else None
+
+        found = until(reached, timeout_s=timeout_s, what=f"{states}, now {self.now()}\n{self.logs()}")
+        assert isinstance(found, RunStatus)
+        return found
+
+    def wait_step(self, step: int, *, timeout_s: float = 60) -> None:
+        """Until that step is in metrics.jsonl."""
+        until(lambda: self.steps()[-1:] >= [step], timeout_s=timeout_s, what=f"step {step}\n{self.logs()}")
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        """metrics.jsonl, without a last line that is still being written."""
+        text = self.files.metrics.read_text() if self.files.metrics.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [line for line in lines if line["kind"] == kind]
+
+    def steps(self) -> list[int]:
+        """Training steps in the order in which they were done; a step may come again after a resume."""
+        return [line["step"] for line in self.lines("train")]
+
+    def curves(self) -> dict[str, dict[int, tuple[float, ...]]]:
+        """All that training computed of each step and of each evaluation; the last line of a step counts."""
+        exact = ("loss_sum", "loss_count", "loss", "grad_norm", "learning_rate", "consumed_tokens", "epoch")
+        return {
+            "train": {line["step"]: tuple(line[name] for name in exact) for line in self.lines("train")},
+            "eval": {line["step"]: (line["eval_loss_sum"], line["eval_loss_count"]) for line in self.lines("eval")},
+        }
+
+    def exported(self) -> dict[str, str]:
+        """Checksums of the last checkpoint's Hugging Face folder."""
+        folder = self.files.step(STEPS) / "hf"
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+    def checkpoints(self) -> list[int]:
+        """Steps with a folder of a final name."""
+        return sorted(int(path.name.removeprefix("step_")) for path in self.files.checkpoints.glob("step_*"))
+
+    def ranks(self) -> list[int]:
+        """Process ids of the trainer, rank 0 first."""
+        found = {}
+        for pid in marked_processes(f"MEGABATCH_RUN={self.files.path}", also="RANK="):
+            if b"megabatch.trainer.main" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                found[next(v for v in variables if v.startswith(b"RANK="))] = pid
+        return [found[rank] for rank in sorted(found)]
+
+    def freeze(self) -> list[int]:
+        """Stops all ranks where they are, so that what comes next meets them in the middle of training."""
+        ranks = self.ranks()
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        return ranks
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.files.logs.glob("*")))
+
+
+def until(condition: Callable[[], Any], *, timeout_s: float, what: str, poll_s: float = 0.05) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(poll_s)
+    return value
+
+
+def signal_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a stopped process has that signal waiting for it."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(fields["ShdPnd"], 16) >> (number - 1) & 1)
+
+
+NewTraining = Callable[..., Training]
+
+
+@pytest.fixture(scope="session")
+def environment(slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every command talks to the private Slurm, and all runs share one token cache."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return os.environ | slurm_cluster.environment | {"MEGABATCH_CACHE": cache}
+
+
+@pytest.fixture(scope="session")
+def new_training(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> NewTraining:
+    def new(name: str, *, on: str = "n[1-2]", sbatch: Mapping[str, object] | None = None, **flags: object) -> Training:
+        """Submits a run to those nodes, with more options of sbatch."""
+        folder = tmp_path_factory.mktemp(name)
+        profile = folder / "cluster.toml"
+        options = {"nodelist": on, **(sbatch or {})}
+        profile.write_text("\n".join(["[sbatch]", *(f"{k} = {json.dumps(v)}" for k, v in options.items())]))
+        decoy = folder / "megabatch"
+        decoy.mkdir()
+        (decoy / "__init__.py").write_text(
+            "raise SystemExit('jobs must run the snapshot, not the folder they are in')"
+        )
+        training = Training(RunDirectory(folder / "run"), folder, environment)
+        training.submit(cluster=profile, **flags)
+        return training
+
+    return new
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(new_training: NewTraining) -> Training:
+    """The run that nobody disturbs, to which the others must come out equal."""
+    training = new_training("uninterrupted")
+    training.wait(State.COMPLETED)
+    assert training.steps() == list(range(1, STEPS + 1))
+    return training

@@ -1,0 +1,159 @@
+"""A run that is stopped, preempted, killed or loses a node ends exactly as one that nobody disturbed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megabatch.run_directory import ExitCode
+from megabatch.slurm.cluster import PrivateCluster
+from megabatch.slurm.processes import marked_processes
+from megabatch.slurm.queue import State
+from megabatch.slurm.records import read_records
+
+from .conftest import SAVED_EVERY, STEPS, NewTraining, Training, signal_pending, until
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def time_limited(new_training: NewTraining) -> Iterator[Training]:
+    """Stands still after some steps until its time is up, and costs the other tests nothing while it does."""
+    # Slurm looks at limits every 30 s and warns up to that much early: between 25 and 55 s after the start
+    training = new_training("limit", on="n[3-4]", time="1", signal_delay_s=5)
+    training.wait_step(7)
+    going_on = threading.Thread(target=_go_on_when_warned, args=(training.freeze(),), daemon=True)
+    going_on.start()
+    yield training
+    going_on.join()
+
+
+def _go_on_when_warned(ranks: list[int]) -> None:
+    # a rank that is gone, or was never warned, is the test's to find
+    with contextlib.suppress(OSError, AssertionError):
+        until(lambda: all(signal_pending(pid, signal.SIGUSR2) for pid in ranks), timeout_s=100, what="the warning")
+    for pid in ranks:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def require_same_end(training: Training, uninterrupted: Training) -> None:
+    assert training.curves() == uninterrupted.curves()
+    assert training.exported() == uninterrupted.exported()
+    assert training.files.latest.read_text().strip() == f"step_{STEPS:08d}"
+
+
+def incarnations(training: Training) -> tuple[list[int], list[int]]:
+    """The steps done before and after the one requeue."""
+    lines = training.lines("train")
+    assert {line["restart"] for line in lines} == {0, 1}
+    return ([line["step"] for line in lines if line["restart"] == restart] for restart in (0, 1))  # type: ignore[return-value]
+
+
+def require_saved_at_once(training: Training) -> None:
+    """The first incarnation saved the very step that it left after, well before the end."""
+    first, second = incarnations(training)
+    assert [*first, *second] == list(range(1, STEPS + 1)), "no step was lost or done twice"
+    assert first[-1] < STEPS / 2
+
+
+def test_cancelled_then_resumed(new_training: NewTraining, uninterrupted: Training) -> None:
+    training = new_training("cancelled", save_total_limit=2)
+    training.wait_step(12)
+    training.freeze()
+    training.megabatch("cancel")
+    training.wait(State.CANCELLED)
+    assert training.checkpoints()[-1] == training.steps()[-1] < STEPS / 2, "every step that was done is saved"
+    training.megabatch("resume")
+    training.wait(State.COMPLETED)
+    assert training.steps() == list(range(1, STEPS + 1)), "no step was done twice"
+    assert training.checkpoints() == [STEPS - SAVED_EVERY, STEPS]
+    require_same_end(training, uninterrupted)
+
+
+def test_preempted(new_training: NewTraining, uninterrupted: Training) -> None:
+    training = new_training("preempted")
+    training.wait_step(12)
+    training.freeze()
+    urgent = ("--partition=urgent", "--nodelist=n[1-2]", "--nodes=2", "--exclusive", "--output=/dev/null", "--quiet")
+    subprocess.run(["sbatch", "--wait", *urgent, "--wrap=true"], env=training.environment, check=True, timeout=60)
+    assert training.wait(State.COMPLETED).restart == 1
+    require_saved_at_once(training)
+    require_same_end(training, uninterrupted)
+
+
+def test_a_node_stops_answering(new_training: NewTraining, uninterrupted: Training, slurm: PrivateCluster) -> None:
+    training = new_training("node")
+    training.wait_step(2 * SAVED_EVERY + 2)
+    slurmd = daemon_of(slurm, "n2")
+    processes = marked_processes(f"MEGABATCH_RUN={training.files.path}", also="SLURMD_NODENAME=n2")
+    for pid in (slurmd, *processes):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        scontrol("update", "NodeName=n2", "State=DOWN", "Reason=test")
+        training.wait(State.PENDING)
+    finally:
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+        os.kill(slurmd, signal.SIGCONT)
+        until(bring_back, timeout_s=60, what="n2 to come back")
+    assert training.wait(State.COMPLETED).restart == 1
+    first, second = incarnations(training)
+    assert second[0] == first[-1] // SAVED_EVERY * SAVED_EVERY + 1, "it went on from the last periodic checkpoint"
+    require_same_end(training, uninterrupted)
+
+
+def daemon_of(cluster: PrivateCluster, node: str) -> int:
+    """The node's slurmd."""
+    found = marked_processes(f"MEGABATCH_PRIVATE_CLUSTER={cluster.layout.directory}")
+    command = ["-D", "-N", node, ""]
+    [pid] = [pid for pid in found if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:] == command]
+    return pid
+
+
+def scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def bring_back() -> bool:
+    """Slurm refuses while the node is still being cleaned up."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        scontrol("update", "NodeName=n2", "State=RESUME")
+        return True
+    return "State=DOWN" not in scontrol("show", "node", "n2")
+
+
+def test_a_rank_is_killed_while_it_saves(new_training: NewTraining, uninterrupted: Training) -> None:
+    training = new_training("killed")
+    training.wait_step(SAVED_EVERY + 5)
+    victim = training.ranks()[1]
+    half_written = training.files.checkpoints / f".step_{2 * SAVED_EVERY:08d}.tmp"
+    until(half_written.exists, timeout_s=30, what="the second checkpoint", poll_s=0.001)
+    os.kill(victim, signal.SIGKILL)
+    end = training.wait(State.FAILED, timeout_s=30)
+    assert end.exit_code == 128 + signal.SIGKILL
+    assert "rank 1 on n2 failed first, with exit code 137: logs/rank_1.0.log" in training.logs()
+    assert training.checkpoints() == [SAVED_EVERY], "what was half written has no final name"
+    assert training.files.latest.read_text().strip() == f"step_{SAVED_EVERY:08d}"
+    with open(training.files.metrics, "a") as file:
+        file.write('{"kind": "tra')  # what a full disk leaves
+    training.megabatch("resume")
+    training.wait(State.COMPLETED)
+    assert not half_written.exists()
+    require_same_end(training, uninterrupted)
+
+
+def test_the_time_limit(time_limited: Training, uninterrupted: Training) -> None:
+    training = time_limited
+    assert training.wait(State.COMPLETED).restart == 1
+    require_saved_at_once(training)
+    endings = [(ending.restart, ending.exit_code) for ending in read_records(training.files)[0].endings]
+    assert endings == [(0, ExitCode.REQUEUE), (1, ExitCode.DONE)]
+    require_same_end(training, uninterrupted)
