@@ -10,6 +10,7 @@ from typing import Any
 from megabatch.converters.families import family_of
 from megabatch.converters.family import Family
 from megabatch.converters.mapping import Mapped
+from megabatch.converters.quantised import Quantised, plain, quantised
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.errors import ConversionError
@@ -28,6 +29,10 @@ class HfModel:
     """The table over the folder's own layout of experts, in layer order."""
     ignored: dict[str, str]
     """Tensors in the folder that are not read, each with the reason."""
+    carried: list[str]
+    """Tensors of another part of the model (a vision tower), which no megatron-core tensor has."""
+    quantised: Quantised | None = None
+    """How its weights must be read, for those that asked for them as they are."""
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -40,18 +45,25 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return parse_object(raw, path, what="config")
 
 
-def open_hf_model(folder: str | os.PathLike[str], *, compare_duplicates: bool = True) -> HfModel:
+def open_hf_model(
+    folder: str | os.PathLike[str], *, compare_duplicates: bool = True, accept_quantised: bool = False
+) -> HfModel:
     """Opens a folder and proves that its tensors are exactly those of its config.json.
 
     `compare_duplicates` reads a tied output layer that the folder holds although it need not, and refuses it when it
     differs from the embedding: transformers would then not tie them. One rank of many is enough to do that.
+    `accept_quantised` is for callers that apply the scales of block-scaled FP8 weights themselves.
     Raises: ConversionError.
     """
     config = read_config(folder)
+    how = quantised(config) if accept_quantised else None
+    if how is not None:
+        del config["quantization_config"]
     family = family_of(config)
     shape = family.shape(config)
     source = HfFolder(folder)
-    checked = family.check(shape, source.tensors)
+    shape = family.present(shape, source.names)
+    checked = family.check(shape, source.tensors if how is None else plain(source.tensors, how))
     if compare_duplicates:
         for name, of in checked.duplicates.items():
             if not source.same(name, of):
@@ -59,4 +71,4 @@ def open_hf_model(folder: str | os.PathLike[str], *, compare_duplicates: bool = 
                     f"{folder}: {name} differs from {of} though config.json has tie_word_embeddings=true; "
                     f"set it to false to use both, or remove {name}"
                 )
-    return HfModel(config, family, shape, source, checked.tensors, checked.ignored)
+    return HfModel(config, family, shape, source, checked.tensors, checked.ignored, checked.carried, how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Collection
@@ -9,6 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from megabatch.converters.atomic import replacing
+from megabatch.converters.dtypes import TORCH
+from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.errors import ConversionError
 
 CARRIED = (
@@ -53,3 +56,18 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfileobj(reader, writer)
     except OSError as error:
         raise ConversionError(f"{error.filename or target}: cannot be carried over: {error.strerror}") from error
+
+
+def replaced_config(folder: Path, *, dtype: str | None, plain: bool) -> dict[str, bytes]:
+    """config.json for weights that were cast to `dtype` (safetensors' name) or made `plain` of quantised ones.
+
+    Empty when the folder's own is right.
+    """
+    if dtype is None and not plain:
+        return {}
+    path = folder / "config.json"
+    config = parse_object(path.read_bytes(), path, what="config")
+    if plain:
+        config.pop("quantization_config", None)
+    config["dtype" if "dtype" in config else "torch_dtype"] = TORCH[dtype or "BF16"]
+    return {path.name: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}

@@ -1,75 +1,227 @@
-"""megatron-core torch_dist, of any sharding → Hugging Face safetensors: rows gathered and written to their place."""
+"""megatron-core torch_dist, of any sharding → Hugging Face safetensors, planned: rows gathered into their place."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megabatch.converters.atomic import new_folder
 from megabatch.converters.bijection import TensorInfo
+from megabatch.converters.dtypes import read_dtype
+from megabatch.converters.engine.plan import Numbered, Plan, SideFiles, SmallFile, Strip, TargetFile, Tensor
+from megabatch.converters.engine.run import run
 from megabatch.converters.families import family_of
+from megabatch.converters.family import Family
 from megabatch.converters.hf_model import read_config
 from megabatch.converters.mapping import Mapped, elements
-from megabatch.converters.safetensors_io import ShardFile, Writer, split_shards, write_index
-from megabatch.converters.safetensors_io.header import ITEMSIZE
-from megabatch.converters.side_files import carry_over
-from megabatch.converters.torch_dist.folder import TorchDistFolder
+from megabatch.converters.quantised import quantised
+from megabatch.converters.safetensors_io import HfFolder, split_shards
+from megabatch.converters.safetensors_io.folder import INDEX
+from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, build_header
+from megabatch.converters.safetensors_io.sharding import index_json
+from megabatch.converters.side_files import replaced_config
+from megabatch.converters.torch_dist.find import find_checkpoint
+from megabatch.converters.torch_dist.folder import Block, TorchDistFolder
 from megabatch.converters.torch_dist.keys import Cell, cell
+from megabatch.converters.weave import Weave
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
-_BUFFER_BYTES = 4 << 20
 _OPTIMIZER = ("optimizer.", "chained_", "rerun_state_machine_state", "rng_state")
+_SHOWN = 8
 
 Placed = tuple[Mapped, Cell]
 
 
 def to_hf(
-    mcore_folder: str | os.PathLike[str],
+    mcore: str | os.PathLike[str],
     hf_reference: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
     max_shard_size: str | int = "5GB",
     workers: int = 2,
 ) -> None:
-    """Converts a checkpoint; config, tokenizer and the like come from `hf_reference`, whose weights are not read.
+    """Converts a checkpoint; the output must not exist or be empty. The arguments are those of `plan_to_hf`.
 
-    The output must not exist or be empty. Optimizer state in the checkpoint is left aside.
-    Raises: ConversionError; there is no output then.
+    Raises: ConversionError.
     """
-    target = Path(output)
-    config = read_config(hf_reference)
-    family = family_of(config)
-    shape = family.shape(config)
-    source = TorchDistFolder(mcore_folder)
-    placed = locate(source, family.tensors(shape), shape)
-    entries = _entries(source, placed, family.hf_tensors(shape))
-    shards = split_shards(entries, max_shard_size=max_shard_size)
+    run(plan_to_hf(mcore, hf_reference, max_shard_size=max_shard_size), output, workers=workers)
+
+
+def plan_to_hf(
+    mcore: str | os.PathLike[str],
+    hf_reference: str | os.PathLike[str] | None = None,
+    *,
+    torch_dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+) -> Plan:
+    """Plans a Hugging Face folder from a checkpoint; optimizer state in it is left aside.
+
+    `mcore`: whatever `find_checkpoint` understands. `hf_reference`: the folder that config, tokenizer and the like
+    come from, whose weights are not read; None looks for a config.json beside the checkpoint.
+    `torch_dtype` casts every weight but those whose dtype megatron-core prescribes.
+    Raises: ConversionError for whatever does not fit, before anything is written.
+    """
+    folder = find_checkpoint(mcore)
+    reference = Path(hf_reference) if hf_reference is not None else find_reference(Path(mcore), folder)
+    source = TorchDistFolder(folder)
     try:
-        with new_folder(target) as staged:
-            _write(source, placed, shards, staged, workers)
-            carry_over(hf_reference, staged)
-    except OSError as error:
-        raise ConversionError(f"{target}: cannot be written: {error.strerror}") from error
+        return _planned(source, reference, read_dtype(torch_dtype), max_shard_size)
     finally:
         source.close()
 
 
-def _write(
-    source: TorchDistFolder, placed: Sequence[Placed], shards: Sequence[ShardFile], folder: Path, workers: int
-) -> None:
-    with ExitStack() as stack:
-        writers: dict[str, Writer] = {}
-        for shard in shards:
-            writer = stack.enter_context(Writer(folder / shard.name, shard.entries))
-            writers |= dict.fromkeys(shard.entries, writer)
-        with ThreadPoolExecutor(workers) as pool:
-            for _ in pool.map(lambda item: _move(source, item, writers), placed):
-                pass
-    write_index(folder, shards)
+def find_reference(given: Path, checkpoint: Path) -> Path:
+    """The folder with config.json that belongs to a checkpoint. Raises: ConversionError when there is none."""
+    places = [given, given / "hf", checkpoint, checkpoint.parent, checkpoint.parent / "hf"]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise ConversionError(
+        f"{given}: there is no config.json beside this checkpoint; name the Hugging Face folder of the model that it "
+        "was trained from as --model"
+    )
+
+
+def _planned(source: TorchDistFolder, reference: Path, dtype: str | None, max_shard_size: str | int) -> Plan:
+    config = read_config(reference)
+    plain = quantised(config) is not None
+    config.pop("quantization_config", None)
+    family = family_of(config)
+    shape = family.present(family.shape(config), source.entries, mtp="mtp.")
+    numbered = Numbered()
+    parts = _gathered(source, locate(source, family.tensors(shape), shape), numbered, dtype)
+    shapes = family.hf_tensors(shape)
+    for name, of in family.copies(shape).items():
+        shapes[name], parts[name] = shapes[of], parts[of]
+    entries = {name: TensorInfo(parts[name][0].dtype, dims) for name, dims in shapes.items()}
+    for name, tensor in _carried(family, reference, numbered):
+        entries[name], parts[name] = TensorInfo(tensor.dtype, tensor.shape), [tensor]
+    shards = split_shards(entries, max_shard_size=max_shard_size)
+    tensors: list[Tensor] = []
+    files: list[TargetFile] = []
+    for number, shard in enumerate(shards):
+        head, extents = build_header(shard.entries, metadata={"format": "pt"})
+        files.append(TargetFile(shard.name, len(head) + sum(extent.size for extent in extents.values()), head))
+        for name, extent in extents.items():
+            tensors += _placed(parts[name], name, number, extent)
+    return Plan(
+        direction="to_hf",
+        source=source.path,
+        sources=numbered.files,
+        files=files,
+        tensors=tensors,
+        small=[SmallFile(INDEX, lambda: index_json(shards))] if len(shards) > 1 else [],
+        side=SideFiles(reference, _config(reference, entries, dtype, plain)),
+        ignored={key: "optimizer and generators are not converted" for key in source.entries if _is_optimizer(key)},
+    )
+
+
+def _config(reference: Path, entries: Mapping[str, TensorInfo], dtype: str | None, plain: bool) -> dict[str, bytes]:
+    """config.json with the dtype of the weights, where the reference's own would be wrong."""
+    if plain and dtype is None:
+        dtypes = [info.dtype for info in entries.values()]
+        dtype = max(sorted(set(dtypes)), key=dtypes.count)
+    return replaced_config(reference, dtype=dtype, plain=plain)
+
+
+def _placed(parts: Sequence[Tensor], name: str, file: int, extent: Extent) -> Iterator[Tensor]:
+    """The parts of a tensor, by leading index, one behind the other."""
+    if sum(part.data_bytes for part in parts) != extent.size:
+        raise ConversionError(f"{name} {list(extent.info.shape)}: its parts have other sizes; this is a fault of ours")
+    at = extent.start
+    for index, part in enumerate(parts):
+        yield part._replace(name=name if len(parts) == 1 else f"{name}[{index}]", file=file, offset=at)
+        at += part.data_bytes
+
+
+def _carried(family: Family, reference: Path, numbered: Numbered) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a part of the model that is not converted, from the reference folder.
+
+    Raises: ConversionError when the model has such a part and the folder no weights.
+    """
+    if family.carried is None:
+        return
+    with HfFolder(reference) as folder:
+        for name, info in folder.tensors.items():
+            if re.fullmatch(family.carried, name):
+                path, offset, size = folder.extent(name)
+                strip = Strip(0, 1, numbered.number(path), offset, 0, size)
+                yield name, Tensor(name, 0, 0, info.shape, info.dtype, info.dtype, 1, size, size, (strip,))
+
+
+Key = tuple[str, int]
+"""Name and leading index (0 where it has none) of a Hugging Face tensor."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """What is gathered for a Hugging Face tensor, or for one leading index of it."""
+
+    mapped: Mapped
+    dtype: str
+    strips: list[Strip] = field(default_factory=list)
+
+
+def _gathered(
+    source: TorchDistFolder, placed: Sequence[Placed], numbered: Numbered, dtype: str | None
+) -> dict[str, list[Tensor]]:
+    """Every Hugging Face tensor as its parts by leading index, lying nowhere yet."""
+    parts: dict[Key, _Part] = {}
+    for mapped, place in placed:
+        blocks, read, position = source.blocks(place.key, place.lead), source.dtype(place.key), 0
+        unit = elements(mapped.shape[2:]) * ITEMSIZE[read]
+        for piece in mapped.pieces:
+            part = parts.setdefault((piece.hf, piece.index or 0), _Part(mapped, read))
+            if (part.dtype, part.mapped.offset) != (read, mapped.offset):
+                raise ConversionError(
+                    f"{source.path}: {piece.hf} is made of {part.mapped.name} {part.dtype} and {mapped.name} {read}, "
+                    f"which differ in dtype or in what is added to them, entry {mapped.entry}"
+                )
+            first = position if mapped.woven else piece.rows[0]
+            part.strips += _strips(first, piece.count, position, blocks, unit, numbered)
+            position += piece.count
+    tensors: dict[str, list[Tensor]] = {}
+    for (name, _), part in sorted(parts.items(), key=lambda item: item[0][1]):
+        tensors.setdefault(name, []).append(_tensor(name, part, dtype))
+    return tensors
+
+
+def _tensor(name: str, part: _Part, dtype: str | None) -> Tensor:
+    mapped = part.mapped
+    written = part.dtype if mapped.dtype is not None or dtype is None else dtype
+    columns = elements(mapped.shape[1:])
+    strips = sorted(part.strips, key=lambda strip: strip.row)
+    rows = max(strip.row + strip.rows for strip in strips)
+    return Tensor(
+        name=name,
+        file=0,
+        offset=0,
+        shape=(rows, *mapped.shape[1:]),
+        dtype=written,
+        source_dtype=part.dtype,
+        rows=rows,
+        row_bytes=columns * ITEMSIZE[written],
+        source_row_bytes=columns * ITEMSIZE[part.dtype],
+        strips=tuple(strips),
+        add=-mapped.offset,
+        arrangement=Weave(mapped, True) if mapped.woven else None,
+    )
+
+
+def _strips(
+    row: int, count: int, position: int, blocks: Sequence[Block], unit: int, numbered: Numbered
+) -> Iterator[Strip]:
+    """What the blocks of a megatron-core tensor have of its rows from `position` on, as rows from `row` on."""
+    for block in blocks:
+        first, last = max(position, block.rows[0]), min(position + count, block.rows[1])
+        if first < last:
+            width = (block.cols[1] - block.cols[0]) * unit
+            offset = block.offset + (first - block.rows[0]) * width
+            left = block.cols[0] * unit
+            yield Strip(row + first - position, last - first, numbered.number(block.path), offset, left, width)
 
 
 def locate(source: TorchDistFolder, tensors: Sequence[Mapped], shape: ModelShape) -> list[Placed]:
@@ -86,13 +238,17 @@ def locate(source: TorchDistFolder, tensors: Sequence[Mapped], shape: ModelShape
         *(
             f"{key} {list(entry.size)} is left over: no entry of the table makes it"
             for key, entry in source.entries.items()
-            if key not in expected and not key.startswith(_OPTIMIZER)
+            if key not in expected and not _is_optimizer(key)
         ),
     ]
     if faults:
-        more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise ConversionError(f"{source.path}: does not fit config.json\n  " + "\n  ".join(faults[:8]) + more)
+        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ConversionError(f"{source.path}: does not fit config.json\n  " + "\n  ".join(faults[:_SHOWN]) + more)
     return placed
+
+
+def _is_optimizer(key: str) -> bool:
+    return key.startswith(_OPTIMIZER)
 
 
 def _shape_faults(source: TorchDistFolder, expected: Mapping[str, tuple[int, ...]], padded: set[str]) -> Iterator[str]:
@@ -104,25 +260,3 @@ def _shape_faults(source: TorchDistFolder, expected: Mapping[str, tuple[int, ...
             key in padded and len(entry.size) == len(size) and entry.size[1:] == size[1:] and entry.size[0] >= size[0]
         ):
             yield f"{key} has shape {list(entry.size)}, config.json gives {list(size)}"
-
-
-def _entries(
-    source: TorchDistFolder, placed: Sequence[Placed], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, TensorInfo]:
-    dtypes = {piece.hf: place.key for mapped, place in placed for piece in mapped.pieces}
-    return {name: TensorInfo(source.dtype(dtypes[name]), dims) for name, dims in shapes.items()}
-
-
-def _move(source: TorchDistFolder, item: Placed, writers: Mapping[str, Writer]) -> None:
-    mapped, place = item
-    row_bytes = elements(mapped.shape[1:]) * ITEMSIZE[source.dtype(place.key)]
-    step = max(1, _BUFFER_BYTES // row_bytes)
-    buffer = memoryview(bytearray(min(step, mapped.shape[0]) * row_bytes))
-    position = 0
-    for piece in mapped.pieces:
-        for first in range(0, piece.count, step):
-            count = min(step, piece.count - first)
-            block = buffer[: count * row_bytes]
-            source.read_rows(place.key, place.lead, (position + first, position + first + count), block)
-            writers[piece.hf].write(piece.hf, block, row_start=piece.rows[0] + first, index=piece.index)
-        position += piece.count

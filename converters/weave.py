@@ -6,6 +6,7 @@ strided copies of the standard library's memoryview.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.converters.mapping import Mapped, elements
@@ -14,6 +15,19 @@ _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "
 """memoryview's name of an unsigned number of so many bytes."""
 
 Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Weave:
+    """One direction for one tensor, as a plan holds it."""
+
+    mapped: Mapped
+    towards_hf: bool
+
+    def __call__(self, raw: memoryview, *, itemsize: int) -> memoryview:
+        if self.towards_hf:
+            return to_hf(self.mapped, raw, itemsize=itemsize)
+        return memoryview(to_mcore(self.mapped, raw, itemsize=itemsize))
 
 
 def to_mcore(mapped: Mapped, hf: Buffer, *, itemsize: int) -> bytearray:

@@ -67,8 +67,13 @@ def write_index(folder: str | os.PathLike[str], shards: Sequence[ShardFile]) -> 
     """Writes `model.safetensors.index.json` for several files; a single file needs none."""
     if len(shards) == 1:
         return
+    with replacing(Path(folder) / INDEX) as file:
+        file.write(index_json(shards))
+
+
+def index_json(shards: Sequence[ShardFile]) -> bytes:
+    """The text of `model.safetensors.index.json`."""
     total = sum(entries_bytes(shard.entries.values()) for shard in shards)
     weight_map = {name: shard.name for shard in shards for name in shard.entries}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    with replacing(Path(folder) / INDEX) as file:
-        file.write(f"{json.dumps(index, indent=2)}\n".encode())
+    return f"{json.dumps(index, indent=2)}\n".encode()

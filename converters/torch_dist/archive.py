@@ -6,6 +6,7 @@ bytes, aligned to 64), `archive/version`.
 
 from __future__ import annotations
 
+import functools
 import struct
 import zipfile
 import zlib
@@ -123,6 +124,13 @@ def _end(count: int, directory: int, end: int) -> bytes:
         large += struct.pack("<IIQI", 0x07064B50, 0, end, 1)
     shown = min(directory, _LIMIT)
     return large + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, count, count, end - directory, shown, 0)
+
+
+@functools.cache
+def archive_of(dtype: str, shape: tuple[int, ...]) -> Archive:
+    """The archive of a contiguous tensor that is all of its storage; many tensors share one."""
+    count = elements(shape)
+    return Archive.of_tensor(dtype, shape, count=count, size=count * ITEMSIZE[dtype])
 
 
 @dataclass(frozen=True, slots=True)

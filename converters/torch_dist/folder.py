@@ -1,26 +1,35 @@
-"""A torch_dist checkpoint, opened without torch: rows of any of its tensors, whatever ranks wrote them."""
+"""A torch_dist checkpoint, opened without torch: where the rows of its tensors lie, whatever ranks wrote them."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from megabatch.converters.mapping import elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
-from megabatch.converters.shards import interleave
 from megabatch.converters.torch_dist.archive import StoredTensor, open_tensor
 from megabatch.converters.torch_dist.metadata import Chunk, Entry, Stored, load_metadata
 from megabatch.errors import ConversionError
 
 
+class Block(NamedTuple):
+    """Rows and columns of a cell that lie densely in one file."""
+
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    path: Path
+    offset: int
+    """First byte."""
+
+
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _Part:
     """The part of a chunk that lies in one cell: rows and columns of the cell."""
 
     rows: tuple[int, int]
@@ -45,8 +54,7 @@ class TorchDistFolder:
         self.entries: dict[str, Entry] = load_metadata(_read(metadata), place=str(metadata))
         self._files: dict[str, int] = {}
         self._opened: dict[Stored, StoredTensor] = {}
-        self._cells: dict[tuple[str, int], dict[tuple[int, ...], list[_Block]]] = {}
-        self._lock = threading.Lock()
+        self._cells: dict[tuple[str, int], dict[tuple[int, ...], list[_Part]]] = {}
 
     def dtype(self, key: str) -> str:
         """safetensors' name of a tensor's dtype. Raises: ConversionError when it has no chunks."""
@@ -55,104 +63,100 @@ class TorchDistFolder:
             raise ConversionError(f"{self.path}: {key} has no chunks")
         return self._open_chunk(key, entry.chunks[0].stored, entry.chunks[0].sizes).dtype
 
-    def read_rows(self, key: str, lead: tuple[int, ...], rows: tuple[int, int], into: memoryview) -> None:
-        """Fills `into` with whole rows of one cell.
+    def blocks(self, key: str, lead: tuple[int, ...]) -> list[Block]:
+        """The parts of one cell in the order of their rows, which give every element of it once.
 
-        Raises: ConversionError when chunks leave a hole or overlap.
+        Raises: ConversionError when chunks leave a hole or overlap, or differ in dtype.
         """
+        place = f"{self.path}: {key} {list(lead)}"
         size = self.entries[key].size[len(lead) :]
-        unit = elements(size[2:]) * ITEMSIZE[self.dtype(key)]
-        row_bytes = unit * (size[1] if len(size) > 1 else 1)
-        filled = 0
-        for block in self._blocks(key, len(lead)).get(lead, []):
-            first, last = max(rows[0], block.rows[0]), min(rows[1], block.rows[1])
-            if first >= last:
-                continue
-            width = (block.cols[1] - block.cols[0]) * unit
-            height = block.rows[1] - block.rows[0]
-            tensor = self._open_chunk(key, block.stored, block.sizes)
-            start = block.stored.offset + tensor.offset + (block.place * height + first - block.rows[0]) * width
-            target = into[(first - rows[0]) * row_bytes : (last - rows[0]) * row_bytes]
-            self._fill(block.stored.file, target, start, block.cols[0] * unit, width, row_bytes)
-            filled += (last - first) * width
-        if filled != into.nbytes:
-            word = "leave a hole in" if filled < into.nbytes else "overlap in"
-            raise ConversionError(f"{self.path}: chunks {word} rows {rows[0]} to {rows[1]} of {key} {list(lead)}")
+        dtype = self.dtype(key)
+        unit = elements(size[2:]) * ITEMSIZE[dtype]
+        found = []
+        for part in self._parts(key, len(lead)).get(lead, []):
+            tensor = self._open_chunk(key, part.stored, part.sizes)
+            if tensor.dtype != dtype:
+                raise ConversionError(f"{place}: chunks are {dtype} and {tensor.dtype}")
+            bytes_ = (part.rows[1] - part.rows[0]) * (part.cols[1] - part.cols[0]) * unit
+            offset = part.stored.offset + tensor.offset + part.place * bytes_
+            found.append(Block(part.rows, part.cols, self.path / part.stored.file, offset))
+        found.sort(key=lambda block: (block.rows, block.cols))
+        check_tiling(found, (size[0], size[1] if len(size) > 1 else 1), place)
+        return found
 
-    def _fill(self, file: str, target: memoryview, start: int, offset: int, width: int, stride: int) -> None:  # noqa: PLR0917
-        if width == stride:
-            self._pread(file, target, start)
-            return
-        part = memoryview(bytearray(target.nbytes // stride * width))
-        self._pread(file, part, start)
-        interleave(target, part, offset=offset, width=width, stride=stride)
-
-    def _blocks(self, key: str, leading: int) -> dict[tuple[int, ...], list[_Block]]:
-        with self._lock:
-            if (key, leading) not in self._cells:
-                cells: dict[tuple[int, ...], list[_Block]] = {}
-                for chunk in self.entries[key].chunks:
-                    for lead, block in _split(chunk, leading, f"{self.path}: {key}"):
-                        cells.setdefault(lead, []).append(block)
-                self._cells[key, leading] = cells
-            return self._cells[key, leading]
+    def _parts(self, key: str, leading: int) -> dict[tuple[int, ...], list[_Part]]:
+        if (key, leading) not in self._cells:
+            cells: dict[tuple[int, ...], list[_Part]] = {}
+            entry = self.entries[key]
+            for chunk in entry.chunks:
+                for lead, part in _split(chunk, entry.size, leading, f"{self.path}: {key}"):
+                    cells.setdefault(lead, []).append(part)
+            self._cells[key, leading] = cells
+        return self._cells[key, leading]
 
     def _open_chunk(self, key: str, stored: Stored, sizes: tuple[int, ...]) -> StoredTensor:
-        with self._lock:
-            known = self._opened.get(stored)
-        if known is not None:
-            return known
+        if stored in self._opened:
+            return self._opened[stored]
         place = f"{self.path / stored.file}: {key} at byte {stored.offset}"
         with open(self._file(stored.file), "rb", closefd=False, buffering=0) as raw:
             window = io.BufferedReader(_Window(raw.fileno(), stored.offset, stored.length), 1 << 12)
             tensor = open_tensor(window, place=place)
         if tensor.shape != sizes and tensor.shape != tuple(size for size in sizes if size != 1):
             raise ConversionError(f"{place}: shape {list(tensor.shape)}, .metadata gives {list(sizes)}")
-        with self._lock:
-            self._opened[stored] = tensor
+        self._opened[stored] = tensor
         return tensor
 
     def _file(self, name: str) -> int:
-        with self._lock:
-            if name not in self._files:
-                try:
-                    self._files[name] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise ConversionError(f"{self.path / name}: cannot be read: {error.strerror}") from error
-            return self._files[name]
-
-    def _pread(self, name: str, into: memoryview, offset: int) -> None:
-        file = self._file(name)
-        while into.nbytes:
+        if name not in self._files:
             try:
-                count = os.preadv(file, [into], offset)
+                self._files[name] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise ConversionError(f"{self.path / name}: cannot be read: {error.strerror}") from error
-            if count == 0:
-                raise ConversionError(f"{self.path / name}: truncated at byte {offset}")
-            into, offset = into[count:], offset + count
+        return self._files[name]
 
     def close(self) -> None:
         """Closes the files; a later read opens them again."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def __del__(self) -> None:
         if hasattr(self, "_files"):
             self.close()
 
 
-def _split(chunk: Chunk, leading: int, place: str) -> Iterator[tuple[tuple[int, ...], _Block]]:
-    """A chunk's blocks, one for each leading index that it covers."""
-    inner, sizes = chunk.offsets[leading:], chunk.sizes[leading:]
-    if not sizes or any(inner[2:]) or len(inner) != len(sizes):
-        raise ConversionError(f"{place}: a chunk at {chunk.offsets} of {chunk.sizes} cannot be read as rows")
-    rows = (inner[0], inner[0] + sizes[0])
-    cols = (inner[1], inner[1] + sizes[1]) if len(sizes) > 1 else (0, 1)
-    ranges = [range(at, at + size) for at, size in zip(chunk.offsets[:leading], chunk.sizes, strict=False)]
-    for place_in_chunk, lead in enumerate(product(*ranges)):
-        yield lead, _Block(rows, cols, chunk.stored, chunk.sizes, place_in_chunk)
+def _split(chunk: Chunk, size: tuple[int, ...], leading: int, place: str) -> Iterator[tuple[tuple[int, ...], _Part]]:
+    """A chunk's parts, one for each leading index that it covers."""
+    offsets, sizes = chunk.offsets, chunk.sizes
+    fits = len(offsets) == len(sizes) == len(size) > leading and all(
+        at + count <= whole for at, count, whole in zip(offsets, sizes, size, strict=True)
+    )
+    if not fits or sizes[leading + 2 :] != size[leading + 2 :]:
+        raise ConversionError(f"{place} {list(size)}: a chunk at {offsets} of {sizes} cannot be read as rows")
+    rows = (offsets[leading], offsets[leading] + sizes[leading])
+    cols = (offsets[leading + 1], offsets[leading + 1] + sizes[leading + 1]) if len(sizes) > leading + 1 else (0, 1)
+    ranges = [range(at, at + count) for at, count in zip(offsets[:leading], sizes, strict=False)]
+    for place_in_chunk, lead in enumerate(itertools.product(*ranges)):
+        yield lead, _Part(rows, cols, chunk.stored, sizes, place_in_chunk)
+
+
+def check_tiling(blocks: list[Block], size: tuple[int, int], place: str) -> None:
+    """Checks that sorted blocks cover each row and column once.
+
+    Raises: ConversionError naming the first rows that they do not.
+    """
+    edges = sorted({0, size[0], *(edge for block in blocks for edge in block.rows)})
+    for first, last in itertools.pairwise(edges):
+        column = 0
+        for block in blocks:
+            if block.rows[0] <= first and last <= block.rows[1]:
+                column = block.cols[1] if block.cols[0] == column else -1
+        if column != size[1] or last > size[0]:
+            word = "overlap in" if sum(map(_area, blocks)) > size[0] * size[1] else "leave a hole in"
+            raise ConversionError(f"{place}: chunks {word} rows {first} to {last}")
+
+
+def _area(block: Block) -> int:
+    return (block.rows[1] - block.rows[0]) * (block.cols[1] - block.cols[0])
 
 
 class _Window(io.RawIOBase):

@@ -1,0 +1,101 @@
+"""The last step of a conversion: small files, the index, the manifest, and the final name."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megabatch.converters.atomic import replacing, sync_folder
+from megabatch.converters.engine.journal import Staged
+from megabatch.converters.engine.manifest import MANIFEST, is_of, manifest
+from megabatch.converters.engine.plan import Plan
+from megabatch.converters.side_files import carry_over, side_files
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def commit(plan: Plan, staged: Staged, hashes: dict[int, str]) -> None:
+    """Gives the output its name; ranks that come here at the same time do it once.
+
+    `hashes`: digests of the tensors that were verified.
+    """
+    with _alone(staged):
+        if is_of(staged.output, plan):  # another rank did
+            return
+        if plan.side is not None:
+            carry_over(plan.side.folder, staged.files, skip=plan.side.replaced)
+            for name, data in plan.side.replaced.items():
+                _write(staged.files / name, data)
+        for small in plan.small:
+            _write(staged.files / small.name, small.make())
+        _write(staged.files / MANIFEST, manifest(plan, hashes))
+        for folder in {path.parent for path in staged.files.rglob("*")}:
+            sync_folder(folder)
+        _name(staged)
+        staged.remove()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(data)
+
+
+def _name(staged: Staged) -> None:
+    """Renames the files to the output; one that exists is exchanged in the same instant where the system can."""
+    if not staged.output.exists():
+        os.rename(staged.files, staged.output)
+    elif staged.output.is_dir() and not any(staged.output.iterdir()):
+        os.rename(staged.files, staged.output)  # replaces an empty folder
+    elif not _exchanged(staged.files, staged.output):
+        old = staged.folder / "replaced"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(staged.output, old)
+        os.rename(staged.files, staged.output)
+    sync_folder(staged.output.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swaps two names at once, where kernel and file system can (Linux; not NFS)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    if ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+
+
+@contextmanager
+def _alone(staged: Staged) -> Iterator[None]:
+    """Waits for the other ranks' commits; a rank that was killed holds nothing."""
+    try:
+        file = os.open(staged.journals / "commit", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:  # another rank has just committed
+        yield
+        return
+    try:
+        # where a file system has no locks, ranks that commit at once write the same bytes, and one renames
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        yield
+    finally:
+        os.close(file)
+
+
+def carried(plan: Plan) -> list[str]:
+    """Names of the files that come from a Hugging Face folder."""
+    if plan.side is None:
+        return []
+    names = {name.as_posix() for name in side_files(plan.side.folder)}
+    return sorted(names | set(plan.side.replaced))

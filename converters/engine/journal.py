@@ -1,0 +1,114 @@
+"""Which tensors of a plan are on disk: lines that are written after the bytes they speak of were synced.
+
+A staged conversion is a folder beside the output, `.NAME.partial/`: `files/` becomes the output, `journal/` has one
+file for each rank, whose first line names the plan. A tensor's number in any of them means that its bytes will be
+there whatever happens to processes or machines.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from megabatch.converters.atomic import sync_folder
+from megabatch.converters.engine.plan import Plan
+from megabatch.errors import ConversionError
+
+
+class Staged:
+    """The names inside `.NAME.partial/`, and what it says of its state."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.with_name(f".{output.name}.partial")
+        self.files = self.folder / "files"
+        self.journals = self.folder / "journal"
+
+    def plans(self) -> set[str]:
+        """Digests of the plans that left a journal here."""
+        return {digest for digest, _ in self._read()}
+
+    def done(self, plan: Plan) -> dict[int, str]:
+        """Numbers of the tensors that are on disk, each with the digest of its bytes if it was verified."""
+        found: dict[int, str] = {}
+        for digest, lines in self._read():
+            if digest == plan.digest:
+                for line in lines:
+                    number, _, hashed = line.partition(" ")
+                    if hashed or int(number) not in found:
+                        found[int(number)] = hashed
+        return found
+
+    def _read(self) -> Iterable[tuple[str, list[str]]]:
+        for path in sorted(self.journals.glob("rank_*")):
+            lines = path.read_text(encoding="ascii").split("\n")[:-1]  # a last line without its end was cut off
+            if lines and lines[0].startswith("plan "):
+                yield lines[0].removeprefix("plan "), lines[1:]
+
+    def open(self, plan: Plan, *, join: bool) -> None:
+        """Makes the folders, or takes up those of the same plan.
+
+        `join`: other ranks may have begun, or an earlier run was interrupted.
+        Raises: ConversionError for leftovers that must not be touched.
+        """
+        plans = self.plans()
+        if self.folder.exists():
+            if plans - {plan.digest} or (not plans and any(self.folder.glob("*/*"))):
+                raise ConversionError(
+                    f"{self.folder}: left by the conversion of another source or with other flags; finish that one "
+                    "with its own command and --resume, or remove the folder"
+                )
+            if not join and plans:
+                raise ConversionError(
+                    f"{self.folder}: left by an interrupted conversion of the same source ({self._progress(plan)}); "
+                    "add --resume to finish it, or remove the folder"
+                )
+        self.files.mkdir(parents=True, exist_ok=True)
+        self.journals.mkdir(exist_ok=True)
+
+    def _progress(self, plan: Plan) -> str:
+        done = self.done(plan)
+        return f"{sum(plan.tensors[number].total for number in done)} of {plan.tensor_file_bytes} bytes are done"
+
+    def remove(self) -> None:
+        """Removes it all; whatever is left of a conversion that has its final name."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Journal:
+    """One rank's file, appended to."""
+
+    def __init__(self, staged: Staged, plan: Plan, *, rank: int) -> None:
+        path = staged.journals / f"rank_{rank:05d}"
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        raw = path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        if whole != len(raw):
+            os.ftruncate(self._file, whole)
+        if not whole:
+            self._append(f"plan {plan.digest}\n")
+            sync_folder(path.parent)
+
+    def add(self, numbers: Iterable[int], hashes: dict[int, str] | None = None) -> None:
+        """Records tensors whose bytes are synced."""
+        known = hashes or {}
+        text = "".join(f"{number} {known[number]}\n" if number in known else f"{number}\n" for number in numbers)
+        if text:
+            self._append(text)
+
+    def _append(self, text: str) -> None:
+        view = text.encode("ascii")
+        while view:
+            view = view[os.write(self._file, view) :]
+        os.fsync(self._file)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)

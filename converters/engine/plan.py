@@ -1,0 +1,216 @@
+"""A conversion as data: every byte of every output file, and where it comes from.
+
+A plan is made before anything is written and is the same on every machine that makes it from the same files: its
+digest names it, so that ranks can share it without talking and a later run can take up an interrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from megabatch.errors import ConversionError
+
+FORMAT = 1
+"""Raised when the same plan would be executed into other bytes: leftovers of before are then refused."""
+
+
+class Frame(Protocol):
+    """Bytes around a tensor's data that depend on its checksum; `torch_dist.archive.Archive` is one."""
+
+    data_offset: int
+    total: int
+
+    def prefix(self, crc: int) -> bytes: ...
+
+    def suffix(self, crc: int) -> bytes: ...
+
+
+class Scales(NamedTuple):
+    """Block scales of quantised rows: one for each `block` rows and columns of the whole source tensor."""
+
+    source: int
+    offset: int
+    """First byte of the whole scale tensor in its file."""
+    dtype: str
+    columns: int
+    """Scales in a row of it."""
+    first: int
+    """Number, in the whole source tensor, of the strip's first row."""
+    block: tuple[int, int]
+
+
+class Strip(NamedTuple):
+    """Consecutive rows of a target tensor, or a range of columns of them, that lie densely in one source file."""
+
+    row: int
+    rows: int
+    source: int
+    """Number of the source file."""
+    offset: int
+    """First byte in it."""
+    left: int
+    """First byte of each row that the strip gives, counted in the source's dtype."""
+    width: int
+    """Bytes of each row that it gives."""
+    scales: Scales | None = None
+
+
+class Arrangement(Protocol):
+    """Puts the numbers of a whole tensor into another order; its `repr` says which."""
+
+    def __call__(self, raw: memoryview, *, itemsize: int) -> memoryview: ...
+
+
+class Tensor(NamedTuple):
+    """One tensor of the output (of one that holds all experts, one expert), as rows of equal length."""
+
+    name: str
+    file: int
+    """Number of the target file."""
+    offset: int
+    """First byte in it: of the frame, where there is one, else of the data."""
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors' name of what is written."""
+    source_dtype: str
+    rows: int
+    row_bytes: int
+    """Bytes of a row as it is written."""
+    source_row_bytes: int
+    strips: tuple[Strip, ...]
+    """In the order of their rows; together they give every byte of the tensor once."""
+    add: float = 0.0
+    """Added to every value."""
+    arrangement: Arrangement | None = None
+    """For a tensor whose strips give it in another order; it is then moved whole."""
+    frame: Frame | None = None
+
+    @property
+    def data_bytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    @property
+    def total(self) -> int:
+        """Bytes in the target file, with the frame."""
+        return self.data_bytes if self.frame is None else self.frame.total
+
+    @property
+    def data_offset(self) -> int:
+        return self.offset + (0 if self.frame is None else self.frame.data_offset)
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the bytes stay as they are."""
+        return self.dtype == self.source_dtype and not self.add
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that is read; size and time tell a changed one."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFile:
+    """A file of tensors: `size` bytes that begin with `head`."""
+
+    name: str
+    size: int
+    head: bytes = b""
+    tail: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class SmallFile:
+    """A file written when the tensors are there; made when it is needed, since it may be large for a large model."""
+
+    name: str
+    make: Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class SideFiles:
+    """Files carried over from a Hugging Face folder, some of them with other contents."""
+
+    folder: Path
+    replaced: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will be read and written."""
+
+    direction: str
+    """`to_mcore` or `to_hf`."""
+    source: Path
+    sources: list[SourceFile]
+    files: list[TargetFile]
+    tensors: list[Tensor]
+    small: list[SmallFile]
+    """In the order in which they are written: last the one without which no loader accepts the folder."""
+    side: SideFiles | None
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of the source that are left aside, each with the reason."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the plan: hexadecimal, equal for equal plans over unchanged files."""
+        made = hashlib.blake2b(digest_size=20)
+        made.update(repr((FORMAT, self.direction)).encode())
+        for source in self.sources:
+            made.update(repr((source.path.name, source.size, source.mtime_ns)).encode())
+        for file in self.files:
+            made.update(repr((file.name, file.size)).encode() + file.head + file.tail)
+        for tensor in self.tensors:
+            made.update(repr(tensor[:-1]).encode())
+        if self.side is not None:
+            made.update(repr(sorted(self.side.replaced.items())).encode())
+        return made.hexdigest()
+
+    @property
+    def tensor_file_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Free disk that the output needs: all files of tensors, and an upper bound for the others."""
+        return self.tensor_file_bytes + 1_000 * len(self.tensors) + _side_bytes(self.side) + (64 << 10)
+
+
+def _side_bytes(side: SideFiles | None) -> int:
+    from megabatch.converters.side_files import side_files
+
+    if side is None:
+        return 0
+    return sum((side.folder / name).stat().st_size for name in side_files(side.folder))
+
+
+class Numbered:
+    """Gives source files their numbers."""
+
+    def __init__(self) -> None:
+        self.files: list[SourceFile] = []
+        self._numbers: dict[Path, int] = {}
+
+    def number(self, path: Path) -> int:
+        if path not in self._numbers:
+            self._numbers[path] = len(self.files)
+            self.files.append(_source_file(path))
+        return self._numbers[path]
+
+
+def _source_file(path: Path) -> SourceFile:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+    return SourceFile(path, found.st_size, found.st_mtime_ns)

@@ -1,0 +1,119 @@
+"""From a plan to an output with its final name: checks, shares, executes, verifies, commits; or resumes all that."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabatch.converters.engine.commit import commit
+from megabatch.converters.engine.execute import execute, share, unwritable
+from megabatch.converters.engine.journal import Journal, Staged
+from megabatch.converters.engine.manifest import is_of
+from megabatch.converters.engine.plan import Plan
+from megabatch.converters.engine.verify import compare
+from megabatch.errors import ConversionError
+
+Say = Callable[[str, int], None]
+"""Told what is done (`written`, `verified`) and the bytes of each tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one rank did."""
+
+    written: int
+    """Bytes of tensors that it wrote."""
+    resumed: int
+    """Bytes of its share that had been written before."""
+    committed: bool
+    """Whether the output has its name now; else other ranks are at work."""
+
+
+def run(
+    plan: Plan,
+    output: str | os.PathLike[str],
+    *,
+    workers: int = 2,
+    rank: int = 0,
+    world: int = 1,
+    exist_ok: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    say: Say = lambda what, size: None,
+) -> Outcome:
+    """Executes this rank's share of a plan; the last rank to finish gives the output its name.
+
+    Args: exist_ok: an output that exists is replaced, in one instant, when the new one is complete. resume: takes up
+    what an interrupted run left in `.NAME.partial` beside the output. verify: compares every byte with its source
+    before the output gets its name, and writes digests into its manifest.
+    Raises: ConversionError; what was done until then stays in `.NAME.partial`.
+    """
+    target = Path(os.path.abspath(output))
+    staged = Staged(target)
+    try:
+        if (resume or world > 1) and is_of(target, plan):
+            staged.remove()
+            return Outcome(0, plan.tensor_file_bytes, True)
+        check_output(target, exist_ok=exist_ok)
+        _check_disk(plan, staged)
+        staged.open(plan, join=resume or world > 1)
+        mine = share(plan, rank=rank, world=world)
+        try:
+            return _finish(plan, staged, mine, workers=workers, rank=rank, verify=verify, say=say)
+        except BaseException:
+            if world == 1 and not staged.done(plan):
+                staged.remove()  # there is nothing to resume
+            raise
+    except OSError as error:
+        raise unwritable(target, plan, error) from error
+
+
+def _finish(
+    plan: Plan, staged: Staged, mine: list[int], *, workers: int, rank: int, verify: bool, say: Say
+) -> Outcome:
+    done = staged.done(plan)
+    left = [number for number in mine if number not in done]
+    with Journal(staged, plan, rank=rank) as journal:
+        execute(plan, left, staged.files, journal, workers=workers, progress=lambda size: say("written", size))
+        if verify:
+            unverified = [number for number in mine if not done.get(number)]
+            hashes = compare(
+                plan, unverified, staged.files, workers=workers, progress=lambda size: say("verified", size)
+            )
+            journal.add(unverified, hashes)
+    written = sum(plan.tensors[number].data_bytes for number in left)
+    resumed = sum(plan.tensors[number].data_bytes for number in mine) - written
+    everything = staged.done(plan)
+    complete = len(everything) == len(plan.tensors) and (not verify or all(everything.values()))
+    if complete:
+        commit(plan, staged, everything)
+    return Outcome(written, resumed, complete or is_of(staged.output, plan))
+
+
+def check_output(target: Path, *, exist_ok: bool) -> None:
+    """Raises: ConversionError when there is something at `target` that may not be replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir():
+        raise ConversionError(f"{target}: exists and is no folder; choose another output_dir")
+    if not exist_ok:
+        raise ConversionError(
+            f"{target}: exists and is not empty; choose another output_dir, or replace it with --exist_ok"
+        )
+
+
+def _check_disk(plan: Plan, staged: Staged) -> None:
+    """Raises: ConversionError when the disk cannot hold what is left to write."""
+    parent = staged.output.parent
+    while not parent.exists():
+        parent = parent.parent
+    there = sum(path.stat().st_blocks * 512 for path in staged.files.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free
+    if free + there < plan.bytes_needed:
+        raise ConversionError(
+            f"{staged.output}: disk full: {plan.bytes_needed} bytes are needed, {free} are free"
+            + (f" and {there} written" if there else "")
+        )

@@ -1,0 +1,56 @@
+"""The files that a plan reads, opened once and shared by all threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+from megabatch.converters.engine.plan import SourceFile
+from megabatch.errors import ConversionError
+
+
+class Sources:
+    """Positioned reads by file number. Raises: ConversionError naming file and byte."""
+
+    def __init__(self, files: Sequence[SourceFile]) -> None:
+        self._files = files
+        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def read_into(self, number: int, into: memoryview, offset: int) -> None:
+        """Fills `into` from one file."""
+        file = self._descriptor(number)
+        try:
+            while into.nbytes:
+                count = os.preadv(file, [into], offset)
+                if count == 0:
+                    raise ConversionError(f"{self._files[number].path}: truncated while it was read, at byte {offset}")
+                into, offset = into[count:], offset + count
+        except OSError as error:
+            path = self._files[number].path
+            raise ConversionError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
+
+    def _descriptor(self, number: int) -> int:
+        with self._lock:
+            if number not in self._open:
+                path = self._files[number].path
+                try:
+                    self._open[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+            return self._open[number]
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

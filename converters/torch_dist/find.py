@@ -1,0 +1,57 @@
+"""From what people name (a run, a step, a folder with a tracker file) to the torch_dist folder in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megabatch.errors import ConversionError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron-LM's file beside `iter_0000100/` or `release/` that says which is the newest."""
+_METADATA = ".metadata"
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The folder with `.metadata`: `path` itself, or the newest checkpoint below it.
+
+    `path` may be a run directory of ours, its `checkpoints/`, one `step_*/`, or the folder that Megatron-LM and
+    ms-swift save to.
+    Raises: ConversionError naming what is there.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: no such folder of a checkpoint")
+    for found in _candidates(folder):
+        if (found / _METADATA).is_file():
+            return found
+    there = sorted(child.name for child in folder.iterdir())[:8]
+    raise ConversionError(
+        f"{folder}: no torch_dist checkpoint (a folder with .metadata) in it; it has {', '.join(there) or 'no files'}"
+    )
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield folder / "mcore"
+    for parent in (folder, folder / "checkpoints"):
+        if (newest := _newest(parent)) is not None:
+            yield newest
+            yield newest / "mcore"
+
+
+def _newest(folder: Path) -> Path | None:
+    """The checkpoint that a tracker file names: Megatron-LM's, or the `latest` of a run of ours."""
+    if (text := _text(folder / TRACKER)) is not None:
+        return folder / (text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else "")
+    if (text := _text(folder / "latest")) is not None and "/" not in text:
+        return folder / text
+    return None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
