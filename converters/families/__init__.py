@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from megabatch.converters.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from megabatch.converters.families.glm4_moe import GLM4_MOE
 from megabatch.converters.families.llama import LLAMA
 from megabatch.converters.families.mistral import MISTRAL
 from megabatch.converters.families.mixtral import MIXTRAL
@@ -15,7 +17,9 @@ from megabatch.converters.families.qwen3_moe import QWEN3_MOE
 from megabatch.converters.family import Family
 from megabatch.errors import ConversionError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)}
+_ALL = (DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 """Families by Hugging Face's model type."""
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES.values() for name in family.architectures}

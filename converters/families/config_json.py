@@ -81,6 +81,18 @@ def experts_of(config: Config, *names: str) -> tuple[int, int]:
     return experts, topk
 
 
+def count(config: Config, *names: str) -> int:
+    """A whole number, 0 when none of its spellings is set."""
+    value = next((config[name] for name in names if config.get(name) is not None), 0)
+    return 0 if value == 0 else size({names[0]: value}, names[0])
+
+
+def leading_dense_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
+    """Which layers have experts: those from `first_k_dense_replace` on, of them every `moe_layer_freq`th."""
+    dense, step = count(config, "first_k_dense_replace"), size(config, "moe_layer_freq", default=1)
+    return tuple(layer >= dense and layer % step == 0 for layer in range(layers))
+
+
 def refuse_quantised(config: Config) -> None:
     """Refuses a config.json of quantised weights; who dequantises takes `quantization_config` out before."""
     given = config.get("quantization_config")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from megabatch.converters.family import Ignorable
 from megabatch.converters.mapping import Experts, GateUp, Qkv, Rename, Row
+from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 _L, _HF = "decoder.layers.{l}.", "model.layers.{l}."
@@ -69,6 +74,52 @@ def moe_mlp(
     )
 
 
+def shared_experts(name: str = "mlp.shared_experts") -> tuple[Row, ...]:
+    """The experts that every token meets, in one MLP; a gate on their output where the model has one."""
+    ours, theirs = _L + "mlp.shared_experts.", f"{_HF}{name}."
+    when = "moe_shared_expert_intermediate_size"
+    return (
+        GateUp(ours + "linear_fc1.weight", theirs + "{gate_proj,up_proj}.weight", ("shared_ffn", "hidden"),
+               split="column", layers="moe", when=when),
+        Rename(ours + "linear_fc2.weight", theirs + "down_proj.weight", ("hidden", "shared_ffn"), split="row",
+               layers="moe", when=when),
+        Rename(ours + "gate_weight", f"{_HF}{name}_gate.weight", ("one", "hidden"), layers="moe",
+               when="moe_shared_expert_gate"),
+    )  # fmt: skip
+
+
+EXPERT_BIAS = Rename(
+    _L + "mlp.router.expert_bias", _HF + "mlp.gate.e_score_correction_bias", ("experts",), layers="moe", dtype="F32",
+    when="moe_router_enable_expert_bias",
+)  # fmt: skip
+
+
+def mtp(layer: tuple[Row | Experts, ...]) -> tuple[Row | Experts, ...]:
+    """Layers of multi-token prediction, which a folder numbers on behind the decoder's, around a decoder layer's rows.
+
+    A layer also brings a copy of the embedding and one of the output layer: `MTP_COPIES`.
+    """
+    ours = "mtp.layers.{m}."
+    return (
+        Rename(ours + "enorm.weight", _HF + "enorm.weight", ("hidden",)),
+        Rename(ours + "hnorm.weight", _HF + "hnorm.weight", ("hidden",)),
+        Rename(ours + "eh_proj.weight", _HF + "eh_proj.weight", ("hidden", "two_hidden"), split="column"),
+        *(_moved(row, ours + "transformer_layer.") for row in layer),
+        Rename(ours + "final_layernorm.weight", _HF + "shared_head.norm.weight", ("hidden",)),
+    )
+
+
+def _moved(row: Row | Experts, prefix: str) -> Row | Experts:
+    if isinstance(row, Experts):
+        return replace(row, row=replace(row.row, name=row.row.name.replace(_L, prefix)))
+    return replace(row, name=row.name.replace(_L, prefix))
+
+
+MTP_COPIES = {
+    _HF + "embed_tokens.weight": "model.embed_tokens.weight",
+    _HF + "shared_head.head.weight": "lm_head.weight",
+}
+
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 ROTARY_BUFFERS = Ignorable(
@@ -93,3 +144,15 @@ def unbuilt_attention(shape: ModelShape) -> str | None:
             "null in config.json it is the same model for sequences no longer than that"
         )
     return unbuilt_rope(shape)
+
+
+def only_converted(lacks: str) -> Callable[[ModelShape], str]:
+    """`Family.untrainable` of a family that the trainer has not built."""
+    return lambda shape: (
+        f"the trainer has not built {lacks}; megabatch converts this family, and does not train it yet"
+    )
+
+
+def not_made(shape: ModelShape, **_: Any) -> dict[str, Any]:
+    """`Family.hf_config` of such a family. Raises: ConversionError."""
+    raise ConversionError(f"{shape.model_type}: a model of this family cannot be made on the spot, only converted")

@@ -10,6 +10,7 @@ from megabatch.converters.mapping import Mapped
 from megabatch.plan.shape import ModelShape
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_HAS_STATE = re.compile(r".*\.(?:linear_\w+|eh_proj|in_proj|out_proj|core_attention)\.")
 _EXPERTS, _EXPERTS_ON_DISK = "mlp.experts.", "mlp.experts.experts."
 
 
@@ -25,7 +26,12 @@ class Cell:
 
 
 def stacks_layers(shape: ModelShape) -> bool:
-    """Whether megatron-core stacks the layers under one key: it does when all are alike."""
+    """Whether megatron-core stacks the layers under one key: it does when all are alike.
+
+    Layers of multi-token prediction have keys of their own always.
+    """
+    if any(shape.linear_attention_layers):
+        return False
     return not shape.moe_layers or all(shape.moe_layers) or not any(shape.moe_layers)
 
 
@@ -44,12 +50,18 @@ def cell(mapped: Mapped, shape: ModelShape, *, stacked: bool) -> Cell:
 
 
 def extra_states(tensors: Iterable[Mapped], shape: ModelShape, *, stacked: bool) -> Iterator[str]:
-    """Keys of the empty `_extra_state` objects that strict loading asks for: one for each linear layer."""
+    """Keys of the empty `_extra_state` objects that strict loading asks for: one for each linear layer, and one for
+    each attention with parameters of its own."""
+    seen: set[str] = set()
     for mapped in tensors:
-        module, _, kind = mapped.name.rpartition(".")
-        if mapped.layer is None or kind != "weight" or not module.rpartition(".")[2].startswith("linear_"):
+        module = _HAS_STATE.match(mapped.name)
+        if module is None:
             continue
         place = cell(mapped, shape, stacked=stacked)
         at = ".".join(map(str, place.lead or (0,)))
         of = ".".join(map(str, place.axes or (1,)))
-        yield f"{place.key.removesuffix('weight')}_extra_state/shard_{at}_{of}"
+        prefix = place.key[: len(place.key) - len(mapped.name) + module.end()]
+        state = f"{prefix}_extra_state/shard_{at}_{of}"
+        if state not in seen:
+            seen.add(state)
+            yield state

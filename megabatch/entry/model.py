@@ -75,10 +75,11 @@ def _made(recipe: Recipe) -> FoundModel:
         family = family_named(declared.model_type)
     except ConversionError as error:
         return FoundModel(None, "not known", fault=told("model.model_type", error))
+    if fault := _untrainable("model_type", declared):
+        return FoundModel(None, "made on the spot", fault=fault)
     try:
         dtype = recipe.model.torch_dtype or "bfloat16"
-        shape = family.shape(family.hf_config(declared, dtype=dtype))
-        return FoundModel(shape, "made on the spot", fault=_untrainable("model_type", shape))
+        return FoundModel(family.shape(family.hf_config(declared, dtype=dtype)), "made on the spot")
     except (ConversionError, ArithmeticError, TypeError):
         return FoundModel(declared, "made on the spot")  # the rules name what does not fit together
 

@@ -5,6 +5,7 @@ Each tensor comes as a `Cut`: the parts that tensor parallelism cuts one by one,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -105,6 +106,31 @@ class Tables:
             self.put("mlp.experts.linear_fc1.weight", rows(gate, up), e)
             self.put("mlp.experts.linear_fc2.weight", columns(down), e)
 
+    def routed_and_shared(self, gate: str | None = None, shared: str = "shared_experts") -> None:
+        self.experts("mlp.gate.weight", USUAL)
+        if self.has("mlp.gate.e_score_correction_bias"):
+            self.put("mlp.router.expert_bias", whole(self.get("mlp.gate.e_score_correction_bias")))
+        if self.has(f"mlp.{shared}.up_proj.weight"):
+            up, down, gate_proj = (self.get(f"mlp.{shared}.{x}_proj.weight") for x in ("up", "down", "gate"))
+            self.put("mlp.shared_experts.linear_fc1.weight", rows(gate_proj, up))
+            self.put("mlp.shared_experts.linear_fc2.weight", columns(down))
+        if gate:
+            self.put("mlp.shared_experts.gate_weight", whole(self.get(gate)))
+
+    def latent_attention(self) -> None:
+        ours = "self_attention.linear_"
+        self.put("input_layernorm.weight", whole(self.get("input_layernorm.weight")))
+        if self.has("self_attn.q_proj.weight"):
+            self.put(ours + "q_proj.weight", rows(self.get("self_attn.q_proj.weight")))
+        else:
+            self.put(ours + "q_down_proj.weight", whole(self.get("self_attn.q_a_proj.weight")))
+            self.put(ours + "q_up_proj.layer_norm_weight", whole(self.get("self_attn.q_a_layernorm.weight")))
+            self.put(ours + "q_up_proj.weight", rows(self.get("self_attn.q_b_proj.weight")))
+        self.put(ours + "kv_down_proj.weight", whole(self.get("self_attn.kv_a_proj_with_mqa.weight")))
+        self.put(ours + "kv_up_proj.layer_norm_weight", whole(self.get("self_attn.kv_a_layernorm.weight")))
+        self.put(ours + "kv_up_proj.weight", rows(self.get("self_attn.kv_b_proj.weight")))
+        self.put(ours + "proj.weight", columns(self.get("self_attn.o_proj.weight")))
+
 
 USUAL = ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight", "mlp.experts.{}.down_proj.weight")
 
@@ -128,3 +154,44 @@ def mixtral(hf: Arrays, shape: ModelShape) -> Tensors:
         experts = "block_sparse_moe.experts.{}."
         tables.experts("block_sparse_moe.gate.weight", tuple(experts + x + ".weight" for x in ("w1", "w3", "w2")))  # type: ignore[arg-type]
     return tables.out
+
+
+def _latent_layer(tables: Tables) -> None:
+    tables.latent_attention()
+    if tables.has("mlp.gate.weight"):
+        tables.routed_and_shared()
+    else:
+        tables.dense()
+
+
+def _glm_layer(tables: Tables) -> None:
+    tables.attention()
+    if tables.has("mlp.gate.weight"):
+        tables.routed_and_shared()
+    else:
+        tables.dense()
+
+
+def _with_mtp(hf: Arrays, shape: ModelShape, fill: Callable[[Tables], None]) -> Tensors:
+    tables = Tables(hf, shape)
+    tables.ends()
+    for layer in range(shape.num_layers):
+        tables.layer(layer)
+        fill(tables)
+    for depth in range(shape.mtp_num_layers or 0):
+        tables.at, tables.of = f"mtp.layers.{depth}.", f"model.layers.{shape.num_layers + depth}."
+        for norm in ("enorm", "hnorm"):
+            tables.put(f"{norm}.weight", whole(tables.get(f"{norm}.weight")))
+        tables.put("eh_proj.weight", rows(tables.get("eh_proj.weight")))
+        tables.put("final_layernorm.weight", whole(tables.get("shared_head.norm.weight")))
+        tables.at += "transformer_layer."
+        fill(tables)
+    return tables.out
+
+
+def deepseek(hf: Arrays, shape: ModelShape) -> Tensors:
+    return _with_mtp(hf, shape, _latent_layer)
+
+
+def glm4_moe(hf: Arrays, shape: ModelShape) -> Tensors:
+    return _with_mtp(hf, shape, _glm_layer)

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -46,3 +48,19 @@ def _save(case: Case, folder: Path) -> None:
             if tensor.is_floating_point():
                 tensor.normal_()
     model.save_pretrained(folder)
+    if case.mtp:
+        _add_mtp(folder, layers=config.num_hidden_layers)
+
+
+def _add_mtp(folder: Path, *, layers: int) -> None:
+    """A layer behind the last, as DeepSeek-V3 and GLM-4.5 are published: that layer's tensors, and its own."""
+    arrays = load_file(folder / "model.safetensors")
+    random, last, own = np.random.default_rng(1), f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    shapes = {own + name.removeprefix(last): a.shape for name, a in arrays.items() if name.startswith(last)}
+    hidden = arrays["model.norm.weight"].shape[0]
+    shapes |= {own + name: (hidden,) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
+    shapes[own + "eh_proj.weight"] = (hidden, 2 * hidden)
+    added = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    added[own + "embed_tokens.weight"] = arrays["model.embed_tokens.weight"]
+    added[own + "shared_head.head.weight"] = arrays["lm_head.weight"]
+    save_file(arrays | added, folder / "model.safetensors")

@@ -37,9 +37,11 @@ def padded(mapped: Mapped) -> int | None:
 def test_every_tensor_that_transformers_saves_is_in_the_table(case: str, saved: Saved) -> None:
     family, shape, folder = opened(saved(case))
     checked = family.check(shape, folder.tensors)
-    left = {name: info.shape for name, info in folder.tensors.items() if name not in checked.carried}
+    aside = {*checked.carried, *family.copies(shape)}
+    left = {name: info.shape for name, info in folder.tensors.items() if name not in aside}
     assert family.hf_tensors(shape) == left
-    assert not checked.ignored
+    assert checked.duplicates == family.copies(shape)
+    assert checked.ignored.keys() == checked.duplicates.keys()
     expected = CASES[case].expected(load_file(saved(case) / "model.safetensors"), shape)
     assert {(mapped.name, mapped.expert) for mapped in checked.tensors} == set(expected)
 
@@ -50,7 +52,8 @@ def test_shards_equal_plain_numpy_and_go_back_bit_by_bit(case: str, tp: int, sav
     reference = load_file(saved(case) / "model.safetensors")
     expected = CASES[case].expected(reference, shape)
     checked = family.check(shape, folder.tensors)
-    entries = {name: info for name, info in folder.tensors.items() if name not in checked.carried}
+    aside = {*checked.carried, *checked.duplicates}
+    entries = {name: info for name, info in folder.tensors.items() if name not in aside}
     if any(mapped.split != "replicated" and _uneven(mapped, tp) for mapped in checked.tensors):
         pytest.skip("this shape does not divide")
     with Writer(tmp_path / "model.safetensors", entries) as writer:
