@@ -58,6 +58,7 @@ def _tree() -> str:
 
 
 def _folder(folder: Path, files: list[Path], *, depth: int) -> list[str]:
+    assert folder.as_posix() in ROOMS, f"a new folder: say in ROOMS what {folder} is for, then make golden"
     indent = "    " + "  " * depth
     lines = [f"{indent}{folder.name + '/':{30 - 2 * depth}} {ROOMS[folder.as_posix()]}"]
     for child in sorted({path.relative_to(folder).parts[0] for path in files}):
