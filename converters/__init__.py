@@ -1,0 +1,19 @@
+"""Checkpoints between Hugging Face's format and megatron-core's: `convert`, and the tables that the trainer reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megabatch.converters.conversion import convert
+
+__all__ = ["convert"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the engine when it is asked for: the trainer needs the tables alone."""
+    if name != "convert":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megabatch.converters.conversion import convert
+
+    return convert

@@ -11,6 +11,7 @@ from megabatch.errors import ConversionError
 
 FP8 = "F8_E4M3"
 SUFFIX = "_scale_inv"
+_FORMATS = ("e4m3", None)
 PLAIN = "BF16"
 """dtype of the weights once they are made plain."""
 
@@ -35,13 +36,16 @@ def quantised(config: Mapping[str, Any]) -> Quantised | None:
     if not given:
         return None
     block = given.get("weight_block_size") if isinstance(given, Mapping) else None
-    fits = isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
-    if not fits or given.get("quant_method") != "fp8" or given.get("fmt", "e4m3") != "e4m3":
+    if block is None or not _is_block(block) or given.get("quant_method") != "fp8" or given.get("fmt") not in _FORMATS:
         raise ConversionError(
             f"config.json: quantization_config={given!r} is not supported; block-scaled FP8 is (quant_method fp8 with "
             "weight_block_size), for others use the unquantised checkpoint"
         )
     return Quantised((block[0], block[1]))
+
+
+def _is_block(block: object) -> bool:
+    return isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
 
 
 def plain(found: Mapping[str, TensorInfo], how: Quantised) -> dict[str, TensorInfo]:

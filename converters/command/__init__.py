@@ -1,0 +1,5 @@
+"""`megabatch-convert`: the converters' command line."""
+
+from megabatch.converters.command.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,156 @@
+"""What `megabatch-convert` does with its flags, and what it prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megabatch.converters.command.flags import Flags, help_text, parse
+from megabatch.errors import ConversionError, MegabatchError
+
+if TYPE_CHECKING:
+    from megabatch.converters.engine.plan import Plan
+
+_EVERY_S = 10.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of the command line: 0 done, 1 failed, 2 a fault of what was asked for."""
+    try:
+        flags = parse(sys.argv[1:] if arguments is None else arguments)
+        if flags.help or arguments == [] or (arguments is None and len(sys.argv) == 1):
+            print(help_text())
+            return 0
+        _check(flags)
+    except MegabatchError as error:
+        return _failed(error, code=2)
+    try:
+        return _run(flags)
+    except MegabatchError as error:
+        return _failed(error, code=1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run again with --resume to go on", file=sys.stderr)
+        return 130
+
+
+def _failed(error: MegabatchError, *, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _check(flags: Flags) -> None:
+    """Raises: ConversionError for flags that do not go together, or are not built yet."""
+    if flags.adapters or flags.merge_lora:
+        name = "--adapters" if flags.adapters else "--merge_lora"
+        raise ConversionError(f"{name} is not built yet: adapters can be neither converted nor merged")
+    if flags.to_mcore and flags.to_hf:
+        raise ConversionError("--to_mcore and --to_hf exclude each other; give one of them")
+    if not flags.output_dir:
+        raise ConversionError("--output_dir is missing; name the folder to make (or, with --verify, to check)")
+    if not (flags.to_mcore or flags.to_hf or flags.verify):
+        raise ConversionError("give --to_mcore or --to_hf, or --verify to check an output by its own digests")
+    if flags.to_mcore and not flags.model:
+        raise ConversionError("--to_mcore needs --model, the Hugging Face folder to convert")
+    if flags.to_hf and not flags.mcore_model:
+        raise ConversionError("--to_hf needs --mcore_model, the checkpoint to convert")
+    if flags.to_mcore and flags.mcore_model:
+        raise ConversionError("--mcore_model is the source of --to_hf; --to_mcore converts --model")
+    if (flags.rank < 0) != (flags.world == 0) or flags.rank >= max(flags.world, 1):
+        raise ConversionError("--rank and --world belong together, and rank counts from 0 to world - 1")
+
+
+def _run(flags: Flags) -> int:
+    from megabatch.converters import conversion
+
+    if not (flags.to_mcore or flags.to_hf):
+        checked = conversion.verify_output(flags.output_dir, workers=_workers(flags))
+        print(f"{flags.output_dir}: {_size(checked)} are as its manifest says")
+        return 0
+    plan = conversion.make_plan(
+        to_mcore=flags.to_mcore,
+        model=flags.model or None,
+        mcore_model=flags.mcore_model or None,
+        torch_dtype=flags.torch_dtype or None,
+        max_shard_size=flags.max_shard_size,
+    )
+    if flags.dry_run:
+        from megabatch.converters.command.report import show_plan
+
+        show_plan(plan, flags.output_dir)
+        return 0
+    rank, world = (flags.rank, flags.world) if flags.world else conversion.place(os.environ)
+    checks = (flags.verify or flags.test_convert_precision) and not (flags.exist_ok or flags.resume)
+    if checks and conversion.is_there(flags.output_dir):
+        if flags.verify:
+            conversion.compare_output(plan, flags.output_dir, workers=_workers(flags), rank=rank, world=world)
+            print(f"{flags.output_dir}: equal to its source in every byte of its tensors")
+    else:
+        _convert(plan, flags, rank, world)
+    return _precision(flags) if flags.test_convert_precision and rank == 0 else 0
+
+
+def _convert(plan: Plan, flags: Flags, rank: int, world: int) -> None:
+    from megabatch.converters.engine.run import run
+
+    started = time.monotonic()
+    outcome = run(
+        plan,
+        flags.output_dir,
+        workers=_workers(flags),
+        rank=rank,
+        world=world,
+        exist_ok=flags.exist_ok,
+        resume=flags.resume,
+        verify=flags.verify,
+        say=_Progress(plan),
+    )
+    taken = time.monotonic() - started
+    for name, reason in plan.ignored.items():
+        if rank == 0 and reason not in _QUIET:
+            print(f"left aside: {name}: {reason}")
+    resumed = f", {_size(outcome.resumed)} had been written before" if outcome.resumed else ""
+    state = "complete" if outcome.committed else f"rank {rank} of {world} is done, others are not"
+    speed = _size(round(outcome.written / taken)) if taken else "-"
+    print(f"{flags.output_dir}: wrote {_size(outcome.written)} in {taken:.2f} s, {speed}/s{resumed}; {state}")
+
+
+_QUIET = ("optimizer and generators are not converted",)
+
+
+class _Progress:
+    """Prints a line from time to time."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._whole = sum(tensor.data_bytes for tensor in plan.tensors)
+        self._next = time.monotonic() + _EVERY_S
+        self._done = {"written": 0, "verified": 0}
+
+    def __call__(self, what: str, size: int) -> None:
+        self._done[what] += size
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _EVERY_S
+            print(f"{what} {_size(self._done[what])} of {_size(self._whole)}", file=sys.stderr, flush=True)
+
+
+def _precision(flags: Flags) -> int:
+    raise ConversionError("--test_convert_precision is not built yet")
+
+
+def _workers(flags: Flags) -> int:
+    return flags.workers or min(8, os.cpu_count() or 1)
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in powers of 1000 as disks count."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"

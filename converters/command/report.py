@@ -1,0 +1,51 @@
+"""What `--dry_run` prints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megabatch.converters.engine.plan import Plan, Tensor
+
+
+def show_plan(plan: Plan, output: str) -> None:
+    """Every file and tensor of a plan with its bytes, what is left aside, and the disk needed."""
+    for line in _lines(plan, output):
+        print(line)
+
+
+def _lines(plan: Plan, output: str) -> Iterator[str]:
+    by_file: list[list[Tensor]] = [[] for _ in plan.files]
+    for tensor in plan.tensors:
+        by_file[tensor.file].append(tensor)
+    for file, tensors in zip(plan.files, by_file, strict=True):
+        yield f"{file.name}: {file.size} bytes, {len(tensors)} tensors"
+        for tensor in tensors:
+            place = f"{tensor.data_offset:>14} {tensor.data_bytes:>13} B"
+            yield f"  {place}  {tensor.name} {list(tensor.shape)} {_how(plan, tensor)}"
+    for name, reason in plan.ignored.items():
+        yield f"left aside: {name}: {reason}"
+    moved = sum(tensor.data_bytes for tensor in plan.tensors if tensor.is_moved)
+    whole = sum(tensor.data_bytes for tensor in plan.tensors)
+    yield f"{len(plan.tensors)} tensors of {whole} bytes, {moved} of them moved as they are; plan {plan.digest}"
+    yield f"from {plan.source} ({len(plan.sources)} files) to {output}: {_disk(plan, output)}"
+
+
+def _how(plan: Plan, tensor: Tensor) -> str:
+    files = sorted({plan.sources[strip.source].path.name for strip in tensor.strips})
+    way = tensor.dtype if tensor.dtype == tensor.source_dtype else f"{tensor.source_dtype} to {tensor.dtype}"
+    if tensor.add:
+        way += f", {tensor.add:+g}"
+    if tensor.arrangement is not None:
+        way += ", rearranged"
+    extents = f"{len(tensor.strips)} extent{'s' if len(tensor.strips) != 1 else ''}"
+    return f"{way}: {extents} of {', '.join(files)}"
+
+
+def _disk(plan: Plan, output: str) -> str:
+    parent = Path(os.path.abspath(output)).parent
+    while not parent.exists():
+        parent = parent.parent
+    return f"{plan.bytes_needed} bytes of disk are needed, {shutil.disk_usage(parent).free} are free"

@@ -1,0 +1,114 @@
+"""Conversion as functions: what `megabatch-convert` does, for programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megabatch.converters.engine.execute import share
+from megabatch.converters.engine.plan import Plan
+from megabatch.converters.engine.run import Outcome, Say, check_output, run
+from megabatch.converters.engine.verify import check_manifest, compare
+from megabatch.converters.to_hf import plan_to_hf
+from megabatch.converters.to_mcore import plan_to_mcore
+from megabatch.errors import ConversionError
+
+Path_ = str | os.PathLike[str]
+
+
+def convert(
+    *,
+    output_dir: Path_,
+    to_mcore: bool = False,
+    to_hf: bool = False,
+    model: Path_ | None = None,
+    mcore_model: Path_ | None = None,
+    torch_dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    exist_ok: bool = False,
+    workers: int = 2,
+    resume: bool = False,
+    verify: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    say: Say = lambda what, size: None,
+) -> Outcome:
+    """Converts a checkpoint; the arguments are the flags of `megabatch-convert`.
+
+    Args: rank, world: this process among those that share the work. `say(what, bytes)` is told of each tensor that is
+    `written` or `verified`, from any thread.
+    Raises: ConversionError. What was done until then stays beside the output, for `resume`.
+    """
+    if to_mcore == to_hf:
+        raise ConversionError("give one of to_mcore and to_hf")
+    plan = make_plan(
+        to_mcore=to_mcore,
+        model=model,
+        mcore_model=mcore_model,
+        torch_dtype=torch_dtype,
+        max_shard_size=max_shard_size,
+    )
+    return run(
+        plan,
+        output_dir,
+        workers=workers,
+        rank=rank,
+        world=world,
+        exist_ok=exist_ok,
+        resume=resume,
+        verify=verify,
+        say=say,
+    )
+
+
+def make_plan(
+    *,
+    to_mcore: bool,
+    model: Path_ | None = None,
+    mcore_model: Path_ | None = None,
+    torch_dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+) -> Plan:
+    """The plan of a conversion, towards Hugging Face's format unless `to_mcore`; nothing is written.
+
+    Raises: ConversionError for whatever does not fit.
+    """
+    if to_mcore:
+        if model is None:
+            raise ConversionError("to_mcore needs model, the Hugging Face folder to convert")
+        return plan_to_mcore(model, torch_dtype=torch_dtype)
+    if mcore_model is None:
+        raise ConversionError("to_hf needs mcore_model, the checkpoint to convert")
+    return plan_to_hf(mcore_model, model, torch_dtype=torch_dtype, max_shard_size=max_shard_size)
+
+
+def is_there(output: Path_) -> bool:
+    """Whether there is something at the output's name."""
+    try:
+        check_output(Path(output), exist_ok=False)
+    except ConversionError:
+        return True
+    return False
+
+
+def compare_output(plan: Plan, output: Path_, *, workers: int = 2, rank: int = 0, world: int = 1) -> None:
+    """Compares an output that exists with its source, byte by byte. Raises: ConversionError naming what differs."""
+    compare(plan, share(plan, rank=rank, world=world), Path(output), workers=workers)
+
+
+def verify_output(output: Path_, *, workers: int = 2) -> int:
+    """Compares an output with the digests of its manifest; returns the bytes of it.
+
+    Raises: ConversionError naming what is damaged.
+    """
+    return check_manifest(Path(output), workers=workers)
+
+
+def place(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and number of the tasks of this Slurm step; 0 and 1 outside of one.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, but is alone: only srun counts its step's tasks.
+    """
+    world = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    return (int(environment["SLURM_PROCID"]), world) if world > 1 else (0, 1)
