@@ -23,12 +23,14 @@ _SCANNED_SUFFIXES = (".jsonl", ".json", ".csv")
 
 def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     """Faults of the run's inputs as far as names and sizes tell; reads no data."""
-    return [*_datasets(recipe, _check_presence), *_model(recipe, model), *_tokenizer(recipe, model), *_load(recipe)]
+    found = _tokenizer(recipe, model, tokenizer.check)
+    return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *_load(recipe)]
 
 
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
-    """Faults inside the inputs: malformed rows, and weights that are not those of their config.json."""
-    return [*_datasets(recipe, partial(_check_content, recipe.data)), *_weights(recipe, model)]
+    """Faults inside the inputs: malformed rows and files, and weights that are not those of their config.json."""
+    rows = _datasets(recipe, partial(_check_content, recipe.data))
+    return [*rows, *_tokenizer(recipe, model, tokenizer.check_readable), *_weights(recipe, model)]
 
 
 def unwritable(run_directory: Path) -> list[Fault]:
@@ -108,13 +110,13 @@ def _nearest_folder(path: Path) -> str:
     return f"; nearest in {path.parent}: {', '.join(near)}" if near else "; check the path"
 
 
-def _tokenizer(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
+def _tokenizer(recipe: Recipe, model: FoundModel, check: Callable[[Path], None]) -> Iterator[Fault]:
     name = recipe.model.tokenizer
     folder = model.folder if name is None else Path(name).expanduser()
     if folder is None or (name is not None and not folder.is_dir() and is_hub_name(name)):
         return
     try:
-        tokenizer.check(folder)
+        check(folder)
     except DataError as error:
         yield told("model.tokenizer", error)
 

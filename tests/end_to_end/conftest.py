@@ -74,7 +74,7 @@ class Training:
             patch.setenv("SLURM_CONF", self.environment["SLURM_CONF"])
             return status([self.files.path], fresh_s=0)[0]
 
-    def wait(self, *states: State, timeout_s: float = 120) -> RunStatus:
+    def wait(self, *states: State, timeout_s: float = 180) -> RunStatus:
         """Until the run is in one of `states`."""
 
         def reached() -> RunStatus | None:
@@ -86,7 +86,7 @@ class Training:
         assert isinstance(found, RunStatus)
         return found
 
-    def wait_step(self, step: int, *, timeout_s: float = 60) -> None:
+    def wait_step(self, step: int, *, timeout_s: float = 120) -> None:
         """Until that step is in metrics.jsonl."""
         until(lambda: self.steps()[-1:] >= [step], timeout_s=timeout_s, what=f"step {step}\n{self.logs()}")
 

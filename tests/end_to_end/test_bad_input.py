@@ -156,6 +156,7 @@ def _scramble(path: Path) -> None:
     ("name", "damage", "saying"),
     [
         ("tokenizer.json", Path.unlink, "model.tokenizer: .* has no tokenizer; it must hold tokenizer.json"),
+        ("tokenizer.json", _cut, "model.tokenizer: .*tokenizer.json is not valid JSON .*; download it again"),
         ("config.json", Path.unlink, "model.model: .*config.json"),
         ("config.json", _cut, "model.model: .*config.json: .*not valid JSON"),
         ("model.safetensors", Path.unlink, "model.model: .*safetensors"),

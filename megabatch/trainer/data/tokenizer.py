@@ -57,6 +57,16 @@ def check(folder: Path | str) -> None:
         raise DataError(f"model.tokenizer: {folder} has no tokenizer; it must hold {wanted}")
 
 
+def check_readable(folder: Path | str) -> None:
+    """Raises DataError when a file of the tokenizer is cut short or only a pointer to it, as Git LFS leaves."""
+    for path in (Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")):
+        try:
+            if path.is_file():
+                json.loads(path.read_bytes())
+        except (OSError, ValueError) as e:
+            raise DataError(f"model.tokenizer: {path} is not valid JSON ({e}); download it again") from e
+
+
 def train_bpe(texts: Iterable[str], *, vocab_size: int, out_dir: Path | str) -> Path:
     """Trains a byte-level BPE with ChatML tokens and saves it so that transformers' AutoTokenizer loads it.
 
