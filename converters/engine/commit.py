@@ -28,6 +28,7 @@ def commit(plan: Plan, staged: Staged, hashes: dict[int, str]) -> None:
     with _alone(staged):
         if is_of(staged.output, plan):  # another rank did
             return
+        _clear(plan, staged)
         if plan.side is not None:
             carry_over(plan.side.folder, staged.files, skip=plan.side.replaced)
             for name, data in plan.side.replaced.items():
@@ -39,6 +40,14 @@ def commit(plan: Plan, staged: Staged, hashes: dict[int, str]) -> None:
             sync_folder(folder)
         _name(staged)
         staged.remove()
+
+
+def _clear(plan: Plan, staged: Staged) -> None:
+    """Removes what a commit that was killed left: all of it is written again, and halves of files never used."""
+    kept = {staged.files / file.name for file in plan.files}
+    for path in staged.files.rglob("*"):
+        if path not in kept and not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def _write(path: Path, data: bytes) -> None:

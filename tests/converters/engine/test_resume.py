@@ -1,0 +1,221 @@
+"""Conversions killed anywhere, resumed, shared by ranks, replaced: always the same bytes, or no output at all."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from megabatch.converters import convert
+from megabatch.converters.engine.journal import Staged
+from megabatch.errors import ConversionError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import MOE, contents, make_folder
+
+PROGRAM = """
+import os, sys, random
+from megabatch.converters.engine import commit, execute, journal
+from megabatch.converters import convert
+kill_at = int(sys.argv[4])
+left = kill_at
+def dying(function):
+    def call(*arguments, **named):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        return function(*arguments, **named)
+    return call
+for owner, name in ((os, "pwrite"), (os, "write"), (os, "fsync"), (os, "fdatasync"), (os, "rename"), (os, "replace"),
+                    (os, "open"), (os, "ftruncate")):
+    setattr(owner, name, dying(getattr(owner, name)))
+execute.SYNC_BYTES = 40_000
+way, source, output = sys.argv[1:4]
+given = {"to_mcore": True, "model": source} if way == "to_mcore" else {"to_hf": True, "mcore_model": source}
+convert(output_dir=output, resume=True, verify=len(sys.argv) > 5, max_shard_size="100KB", exist_ok=True, **given)
+print(kill_at - left)
+"""
+
+
+def convert_until(way: str, source: Path, output: Path, kill_at: int, *more: str) -> subprocess.CompletedProcess[str]:
+    """A process that converts and kills itself at its `kill_at`th call to the system."""
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, way, source, output, str(kill_at), *more],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def mcore(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "mcore"
+    convert(to_mcore=True, model=hf, output_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wholes(hf: Path, mcore: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    back = tmp_path_factory.mktemp("whole") / "hf"
+    convert(to_hf=True, mcore_model=mcore, output_dir=back, max_shard_size="100KB")
+    return {"to_mcore": contents(mcore), "to_hf": contents(back)}
+
+
+@pytest.mark.parametrize("way", ["to_mcore", "to_hf"])
+def test_killed_anywhere_and_resumed_the_files_are_identical(
+    way: str, hf: Path, mcore: Path, wholes: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    source = {"to_mcore": hf, "to_hf": mcore}[way]
+    done = convert_until(way, source, tmp_path / "count", 1 << 30)
+    calls = int(done.stdout)
+    assert contents(tmp_path / "count") == wholes[way]
+    kills = 0
+    for number, place in enumerate(random.Random(5).sample(range(1, calls), 15)):
+        output = tmp_path / str(number)
+        # a count near the last may not be reached: threads share their syncs differently each time
+        kills += convert_until(way, source, output, place).returncode == -9
+        if output.exists():  # it has its name only when it is whole
+            assert contents(output) == wholes[way]
+        again = convert_until(way, source, output, max(2, place // 2))  # and killed once more
+        assert again.returncode in (-9, 0), again.stderr
+        done = convert_until(way, source, output, 1 << 30)
+        assert done.returncode == 0, done.stderr
+        assert contents(output) == wholes[way], place
+        assert not Staged(output).folder.exists()
+    assert kills > 10
+
+
+def test_killed_while_verifying_the_digests_are_complete(hf: Path, tmp_path: Path) -> None:
+    calls = int(convert_until("to_mcore", hf, tmp_path / "whole", 1 << 30, "verify").stdout)
+    expected = contents(tmp_path / "whole")
+    assert b"null" not in expected["megabatch-manifest.json"]
+    for number, place in enumerate(random.Random(6).sample(range(calls // 2, calls - 5), 5)):
+        output = tmp_path / str(number)
+        convert_until("to_mcore", hf, output, place, "verify")
+        done = convert_until("to_mcore", hf, output, 1 << 30, "verify")
+        assert done.returncode == 0, done.stderr
+        assert contents(output) == expected
+
+
+def test_a_kill_between_the_two_names_of_a_replaced_output(hf: Path, mcore: Path, tmp_path: Path) -> None:
+    """The instant after the old and the new output were exchanged: the old one lies where the new one was staged."""
+    output = tmp_path / "out"
+    convert(to_mcore=True, model=hf, output_dir=output, torch_dtype="float32")
+    calls = int(convert_until("to_mcore", hf, tmp_path / "count", 1 << 30).stdout)
+    for place in range(calls - 30, calls + 6):
+        convert_until("to_mcore", hf, output, place)
+        assert output.is_dir()
+    assert convert_until("to_mcore", hf, output, 1 << 30).returncode == 0
+    assert contents(output) == contents(mcore)
+    assert os.listdir(tmp_path) == ["out", "count"] or sorted(os.listdir(tmp_path)) == ["count", "out"]
+
+
+def test_leftovers_are_taken_up_only_when_asked_and_only_of_the_same_plan(
+    hf: Path, mcore: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert convert_until("to_mcore", hf, output, 150).returncode == -9
+    with pytest.raises(ConversionError, match=r"out\.partial: left by an interrupted .* bytes are done.*--resume"):
+        convert(to_mcore=True, model=hf, output_dir=output)
+    with pytest.raises(ConversionError, match=r"out\.partial: left by the conversion of another source"):
+        convert(to_mcore=True, model=hf, output_dir=output, torch_dtype="float32", resume=True)
+    outcome = convert(to_mcore=True, model=hf, output_dir=output, resume=True)
+    assert outcome.resumed > 0
+    assert contents(output) == contents(mcore)
+    assert convert(to_mcore=True, model=hf, output_dir=output, resume=True).written == 0
+
+
+def test_a_source_that_changed_is_another_plan(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "hf", MOE)
+    assert convert_until("to_mcore", source, tmp_path / "out", 150).returncode == -9
+    os.utime(next(source.glob("*.safetensors")), ns=(1, 1))
+    with pytest.raises(ConversionError, match="left by the conversion of another source"):
+        convert(to_mcore=True, model=source, output_dir=tmp_path / "out", resume=True)
+
+
+def test_a_folder_that_is_not_ours_is_not_taken_for_a_leftover(hf: Path, tmp_path: Path) -> None:
+    mine = tmp_path / ".out.partial" / "files" / "thesis.tex"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("all of it")
+    with pytest.raises(ConversionError, match="remove the folder"):
+        convert(to_mcore=True, model=hf, output_dir=tmp_path / "out", resume=True)
+    assert mine.read_text() == "all of it"
+
+
+@pytest.mark.parametrize("world", [2, 3, 40])
+def test_ranks_share_the_work_and_the_last_one_commits(world: int, hf: Path, mcore: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    outcomes = []
+    for rank in random.Random(world).sample(range(world), world):
+        assert not output.exists()
+        outcomes.append(convert(to_mcore=True, model=hf, output_dir=output, rank=rank, world=world))
+    assert [outcome.committed for outcome in outcomes] == [False] * (world - 1) + [True]
+    assert contents(output) == contents(mcore)
+
+
+def test_ranks_at_the_same_time(hf: Path, mcore: Path, tmp_path: Path) -> None:
+    for attempt in range(5):
+        output = tmp_path / str(attempt)
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "megabatch.converters.command", "--to_mcore", "--model", hf, "--output_dir",
+                 output],
+                env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "3"},
+            )
+            for rank in range(3)
+        ]  # fmt: skip
+        assert [rank.wait() for rank in ranks] == [0, 0, 0]
+        assert contents(output) == contents(mcore)
+
+
+def test_a_rank_that_was_killed_is_run_again_alone(hf: Path, mcore: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for rank in (0, 2):
+        assert not convert(to_mcore=True, model=hf, output_dir=output, rank=rank, world=3).committed
+    outcome = convert(to_mcore=True, model=hf, output_dir=output, resume=True)
+    assert (outcome.committed, outcome.resumed > outcome.written) == (True, True)
+    assert contents(output) == contents(mcore)
+
+
+def test_an_output_is_replaced_only_when_told_and_only_when_the_new_one_is_whole(
+    hf: Path, mcore: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    with pytest.raises(ConversionError, match=r"exists and is not empty.*--exist_ok"):
+        convert(to_mcore=True, model=hf, output_dir=output)
+    seen: list[bool] = []
+    watching = threading.Event()
+
+    def watch() -> None:
+        while not watching.is_set():
+            seen.append(output.is_dir())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    convert(to_mcore=True, model=hf, output_dir=output, exist_ok=True)
+    watching.set()
+    watcher.join()
+    assert all(seen)
+    assert contents(output) == contents(mcore)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_umask_is_honoured(umask: int, hf: Path, mcore: Path, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        convert(to_hf=True, mcore_model=mcore, output_dir=tmp_path / "hf")
+        convert(to_mcore=True, model=hf, output_dir=tmp_path / "mcore")
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        wanted = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == wanted & ~umask, path
