@@ -7,17 +7,24 @@ from difflib import get_close_matches
 from typing import Any
 
 from megabatch.converters.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from megabatch.converters.families.gemma3 import GEMMA3_TEXT
 from megabatch.converters.families.glm4_moe import GLM4_MOE
+from megabatch.converters.families.gpt_oss import GPT_OSS
 from megabatch.converters.families.llama import LLAMA
 from megabatch.converters.families.mistral import MISTRAL
 from megabatch.converters.families.mixtral import MIXTRAL
+from megabatch.converters.families.multimodal import MULTIMODAL
 from megabatch.converters.families.qwen2 import QWEN2
 from megabatch.converters.families.qwen3 import QWEN3
 from megabatch.converters.families.qwen3_moe import QWEN3_MOE
+from megabatch.converters.families.qwen3_next import QWEN3_NEXT
 from megabatch.converters.family import Family
 from megabatch.errors import ConversionError
 
-_ALL = (DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
+_ALL = (
+    *(DEEPSEEK_V2, DEEPSEEK_V3, GEMMA3_TEXT, GLM4_MOE, GPT_OSS, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE),
+    *(QWEN3_NEXT, *MULTIMODAL),
+)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 """Families by Hugging Face's model type."""

@@ -93,6 +93,23 @@ def leading_dense_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
     return tuple(layer >= dense and layer % step == 0 for layer in range(layers))
 
 
+def sparse_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
+    """Which layers have experts: every `decoder_sparse_step`th, those in `mlp_only_layers` never."""
+    step = size(config, "decoder_sparse_step", default=1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(not isinstance(layer, int) for layer in dense):
+        raise ConversionError(f"config.json: mlp_only_layers={dense!r} must be a list of layer numbers")
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+
+
+def _num_labels(config: Config) -> int | None:
+    """Outputs of the score head of a class that has one; transformers leaves the default, 2, out of config.json."""
+    if not architecture(config, default="").endswith("ForSequenceClassification"):
+        return None
+    labels = config.get("id2label")
+    return len(labels) if labels else size(config, "num_labels", default=2)
+
+
 def refuse_quantised(config: Config) -> None:
     """Refuses a config.json of quantised weights; who dequantises takes `quantization_config` out before."""
     given = config.get("quantization_config")
@@ -134,13 +151,15 @@ def decoder(
     head_dim: int | None,
     theta: float = 10000.0,
     epsilon: float = 1e-6,
+    tied: bool = False,
     trains: bool = True,
 ) -> dict[str, Any]:
     """The fields of `ModelShape` that every family here reads in the same way.
 
     Args:
         head_dim: what transformers uses for this family when config.json has none; None: hidden size / heads.
-        theta, epsilon: what it uses for the base of the rotary embedding and the norms' epsilon.
+        theta, epsilon, tied: what it uses for the base of the rotary embedding, the norms' epsilon and tied
+            embeddings.
         trains: False for a family that is converted only: settings that change the model's numbers but not its
             tensors are then left in config.json, unread.
     """
@@ -164,10 +183,11 @@ def decoder(
         "kv_channels": head,
         "vocab_size": size(config, "vocab_size"),
         "max_position_embeddings": size(config, "max_position_embeddings"),
-        "untie_embeddings_and_output_weights": not switch(config, "tie_word_embeddings"),
+        "untie_embeddings_and_output_weights": not switch(config, "tie_word_embeddings", default=tied),
         "norm_epsilon": number(config, "rms_norm_eps", default=epsilon),
         "rotary_base": base,
         "rope_scaling": scaling,
+        "num_labels": _num_labels(config),
         "hf_config": dict(config),
     }
 

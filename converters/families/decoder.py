@@ -20,7 +20,8 @@ EMBEDDING: tuple[Row, ...] = (
 OUTPUT: tuple[Row, ...] = (
     Rename("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
     Rename("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), split="vocab",
-           when="untie_embeddings_and_output_weights"),
+           when="has_output_layer"),
+    Rename("output_layer.weight", "score.weight", ("labels", "hidden"), when="num_labels"),
 )  # fmt: skip
 
 ATTENTION: tuple[Row, ...] = (
@@ -104,15 +105,29 @@ def mtp(layer: tuple[Row | Experts, ...]) -> tuple[Row | Experts, ...]:
         Rename(ours + "enorm.weight", _HF + "enorm.weight", ("hidden",)),
         Rename(ours + "hnorm.weight", _HF + "hnorm.weight", ("hidden",)),
         Rename(ours + "eh_proj.weight", _HF + "eh_proj.weight", ("hidden", "two_hidden"), split="column"),
-        *(_moved(row, ours + "transformer_layer.") for row in layer),
+        *(moved(row, ours + "transformer_layer.", _HF) for row in layer),
         Rename(ours + "final_layernorm.weight", _HF + "shared_head.norm.weight", ("hidden",)),
     )
 
 
-def _moved(row: Row | Experts, prefix: str) -> Row | Experts:
+def moved(row: Row | Experts, ours: str, theirs: str) -> Row | Experts:
+    """A decoder layer's row in another layer, given what stands before the names of both sides there."""
+    return renamed(row, ours=lambda name: name.replace(_L, ours), theirs=lambda name: name.replace(_HF, theirs))
+
+
+Renaming = Callable[[str], str]
+
+
+def renamed(row: Row | Experts, *, ours: Renaming, theirs: Renaming) -> Row | Experts:
+    """The same row between other names."""
     if isinstance(row, Experts):
-        return replace(row, row=replace(row.row, name=row.row.name.replace(_L, prefix)))
-    return replace(row, name=row.name.replace(_L, prefix))
+        return replace(row, row=_renamed(row.row, ours, theirs), fused=row.fused and theirs(row.fused))
+    return _renamed(row, ours, theirs)
+
+
+def _renamed(row: Row, ours: Renaming, theirs: Renaming) -> Row:
+    hf_fused = row.hf_fused and theirs(row.hf_fused)
+    return replace(row, name=ours(row.name), hf=theirs(row.hf), hf_fused=hf_fused)
 
 
 MTP_COPIES = {
@@ -130,20 +145,22 @@ ROTARY_BUFFERS = Ignorable(
 _BUILT_ROPES = ("default", "linear", "llama3")
 
 
-def unbuilt_rope(shape: ModelShape) -> str | None:
-    """Why a decoder that needs nothing else cannot be trained: the trainer lacks its rotary embedding."""
+def unbuilt_ends(shape: ModelShape) -> str | None:
+    """Why a decoder that needs nothing else cannot be trained: the trainer lacks its rotary embedding or its head."""
+    if shape.num_labels is not None:
+        return "score heads (sequence classification, reward models) are not built; they are converted only"
     kind = (shape.rope_scaling or {}).get("rope_type", "default")
     return None if kind in _BUILT_ROPES else f"rope_type={kind!r} is not built; {', '.join(_BUILT_ROPES)} are"
 
 
 def unbuilt_attention(shape: ModelShape) -> str | None:
-    """As `unbuilt_rope`, for families that may have a sliding window."""
+    """As `unbuilt_ends`, for families that may have a sliding window."""
     if shape.sliding_window is not None:
         return (
             f"attention in a sliding window (sliding_window={shape.sliding_window}) is not built; with sliding_window "
             "null in config.json it is the same model for sequences no longer than that"
         )
-    return unbuilt_rope(shape)
+    return unbuilt_ends(shape)
 
 
 def only_converted(lacks: str) -> Callable[[ModelShape], str]:

@@ -92,7 +92,7 @@ def _v3(config: Config) -> ModelShape:
 
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
-    architectures=("DeepseekV2ForCausalLM",),
+    architectures=("DeepseekV2ForCausalLM", "DeepseekV2ForSequenceClassification"),
     rows=(*EMBEDDING, *_LAYER, *OUTPUT),
     shape=_v2,
     hf_config=not_made,
@@ -103,7 +103,7 @@ DEEPSEEK_V2 = Family(
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
-    architectures=("DeepseekV3ForCausalLM",),
+    architectures=("DeepseekV3ForCausalLM", "DeepseekV3ForSequenceClassification"),
     rows=(*EMBEDDING, *_LAYER, *mtp(_LAYER), *OUTPUT),
     shape=_v3,
     hf_config=not_made,

@@ -40,7 +40,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 MISTRAL = Family(
     name="mistral",
-    architectures=("MistralForCausalLM",),
+    architectures=("MistralForCausalLM", "MistralForSequenceClassification"),
     rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *OUTPUT),
     shape=_shape,
     hf_config=_config,

@@ -57,7 +57,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 MIXTRAL = Family(
     name="mixtral",
-    architectures=("MixtralForCausalLM",),
+    architectures=("MixtralForCausalLM", "MixtralForSequenceClassification"),
     rows=(
         *EMBEDDING,
         *ATTENTION,

@@ -12,7 +12,7 @@ from megabatch.converters.families.decoder import (
     OUTPUT,
     ROTARY_BUFFERS,
     TIED,
-    unbuilt_rope,
+    unbuilt_ends,
 )
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
@@ -31,11 +31,11 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 QWEN2 = Family(
     name="qwen2",
-    architectures=("Qwen2ForCausalLM",),
+    architectures=("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
     rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *OUTPUT),
     shape=_shape,
     hf_config=_config,
     tied=TIED,
-    untrainable=unbuilt_rope,
+    untrainable=unbuilt_ends,
     ignorable=(ROTARY_BUFFERS,),
 )

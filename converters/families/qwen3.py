@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megabatch.converters.families.config_json import Config, decoder, decoder_config, switch
-from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, unbuilt_rope
+from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, unbuilt_ends
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
 
@@ -34,10 +34,10 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 QWEN3 = Family(
     name="qwen3",
-    architectures=("Qwen3ForCausalLM",),
+    architectures=("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
     rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *OUTPUT),
     shape=_shape,
     hf_config=_config,
     tied=TIED,
-    untrainable=unbuilt_rope,
+    untrainable=unbuilt_ends,
 )

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from megabatch.converters.families.config_json import Config, decoder, decoder_config, experts_of, size, switch
-from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, moe_mlp, unbuilt_rope
+from megabatch.converters.families.config_json import (
+    Config,
+    decoder,
+    decoder_config,
+    experts_of,
+    size,
+    sparse_layers,
+    switch,
+)
+from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, moe_mlp, unbuilt_ends
 from megabatch.converters.family import Family
-from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 
@@ -21,20 +28,11 @@ def _shape(config: Config) -> ModelShape:
         attention_output_bias=bias,
         qk_layernorm=True,
         num_experts=experts,
-        moe_layers=_moe_layers(config, layers=fields["num_layers"]),
+        moe_layers=sparse_layers(config, layers=fields["num_layers"]),
         moe_ffn_hidden_size=size(config, "moe_intermediate_size"),
         moe_router_topk=topk,
         moe_router_pre_softmax=not switch(config, "norm_topk_prob"),
     )
-
-
-def _moe_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
-    """Every `decoder_sparse_step`th layer has experts, those in `mlp_only_layers` never."""
-    step = size(config, "decoder_sparse_step", default=1)
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or any(not isinstance(layer, int) for layer in dense):
-        raise ConversionError(f"config.json: mlp_only_layers={dense!r} must be a list of layer numbers")
-    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
 
 def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | None) -> dict[str, Any]:
@@ -56,10 +54,10 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
-    architectures=("Qwen3MoeForCausalLM",),
+    architectures=("Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification"),
     rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *moe_mlp(), *OUTPUT),
     shape=_shape,
     hf_config=_config,
     tied=TIED,
-    untrainable=unbuilt_rope,
+    untrainable=unbuilt_ends,
 )

@@ -86,5 +86,10 @@ class ModelShape:
     def is_moe_layer(self, layer: int) -> bool:
         return bool(self.moe_layers) and self.moe_layers[layer]
 
+    @property
+    def has_output_layer(self) -> bool:
+        """Whether there are weights from hidden states to the vocabulary besides the embedding's."""
+        return self.untie_embeddings_and_output_weights and self.num_labels is None
+
     def is_linear_attention_layer(self, layer: int) -> bool:
         return bool(self.linear_attention_layers) and self.linear_attention_layers[layer]

@@ -135,16 +135,6 @@ class Tables:
 USUAL = ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight", "mlp.experts.{}.down_proj.weight")
 
 
-def mistral(hf: Arrays, shape: ModelShape) -> Tensors:
-    tables = Tables(hf, shape)
-    tables.ends()
-    for layer in range(shape.num_layers):
-        tables.layer(layer)
-        tables.attention()
-        tables.dense()
-    return tables.out
-
-
 def mixtral(hf: Arrays, shape: ModelShape) -> Tensors:
     tables = Tables(hf, shape)
     tables.ends()
@@ -195,3 +185,126 @@ def deepseek(hf: Arrays, shape: ModelShape) -> Tensors:
 
 def glm4_moe(hf: Arrays, shape: ModelShape) -> Tensors:
     return _with_mtp(hf, shape, _glm_layer)
+
+
+def plain(hf: Arrays, shape: ModelShape) -> Tensors:
+    """Grouped attention and a dense MLP; with a score head where there is one."""
+    tables = Tables(hf, shape)
+    tables.ends()
+    if "score.weight" in hf:
+        tables.put("output_layer.weight", whole(hf["score.weight"]))
+    for layer in range(shape.num_layers):
+        tables.layer(layer)
+        tables.attention()
+        tables.dense()
+    return tables.out
+
+
+def gemma3(hf: Arrays, shape: ModelShape, outer: str = "", inner: str = "model.") -> Tensors:
+    tables = Tables(hf, shape)
+    tables.ends(outer + inner, outer + "lm_head.weight")
+    for layer in range(shape.num_layers):
+        tables.layer(layer, outer + inner)
+        tables.attention()
+        after, behind = "self_attention.linear_proj.post_layernorm.weight", "mlp.linear_fc2.post_layernorm.weight"
+        tables.put(after, whole(tables.get("post_attention_layernorm.weight")))
+        tables.dense(norm="pre_feedforward_layernorm.weight")
+        tables.put(behind, whole(tables.get("post_feedforward_layernorm.weight")))
+    return tables.out
+
+
+def inside(outer: str, inner: str) -> Callable[[Arrays, ModelShape], Tensors]:
+    """The language part of a model that sees images."""
+
+    def fill(hf: Arrays, shape: ModelShape) -> Tensors:
+        if shape.post_layernorms:
+            return gemma3(hf, shape, outer, inner)
+        tables = Tables(hf, shape)
+        tables.ends(outer + inner, outer + "lm_head.weight")
+        for layer in range(shape.num_layers):
+            tables.layer(layer, outer + inner)
+            tables.attention()
+            tables.dense()
+        return tables.out
+
+    return fill
+
+
+def gpt_oss(hf: Arrays, shape: ModelShape) -> Tensors:
+    tables = Tables(hf, shape)
+    tables.ends()
+    for layer in range(shape.num_layers):
+        tables.layer(layer)
+        tables.attention()
+        tables.put("self_attention.core_attention.softmax_offset", rows(tables.get("self_attn.sinks")))
+        tables.put("pre_mlp_layernorm.weight", whole(tables.get("post_attention_layernorm.weight")))
+        tables.put("mlp.router.weight", whole(tables.get("mlp.router.weight")))
+        tables.put("mlp.router.bias", whole(tables.get("mlp.router.bias")))
+        for e in range(shape.num_experts or 0):
+            for kind, suffix in (("weight", ""), ("bias", "_bias")):
+                gate_up = tables.get("mlp.experts.gate_up_proj" + suffix)[e].T
+                tables.put(f"mlp.experts.linear_fc1.{kind}", rows(gate_up[0::2], gate_up[1::2]), e)
+            tables.put("mlp.experts.linear_fc2.weight", columns(tables.get("mlp.experts.down_proj")[e].T), e)
+            tables.put("mlp.experts.linear_fc2.bias", whole(tables.get("mlp.experts.down_proj_bias")[e]), e)
+    return tables.out
+
+
+def _linear_attention(tables: Tables) -> None:
+    shape, ours = tables.shape, "self_attention."
+    groups, hidden = shape.linear_num_key_heads or 0, shape.hidden_size
+    key, value = shape.linear_key_head_dim or 0, shape.linear_value_head_dim or 0
+    ratio = (shape.linear_num_value_heads or 0) // groups
+    tables.put(ours + "in_proj.layer_norm_weight", whole(tables.get("input_layernorm.weight")))
+    qkvz = tables.get("linear_attn.in_proj_qkvz.weight").reshape(groups, -1, hidden)
+    for name, part in zip(
+        ("query", "key", "value", "z"), np.split(qkvz, [key, 2 * key, 2 * key + ratio * value], axis=1), strict=True
+    ):
+        tables.put(f"{ours}in_proj.weight.{name}", rows(part.reshape(-1, hidden)))
+    ba = tables.get("linear_attn.in_proj_ba.weight").reshape(groups, 2, ratio, hidden)
+    for i, name in enumerate(("beta", "alpha")):
+        tables.put(f"{ours}in_proj.weight.{name}", rows(ba[:, i].reshape(-1, hidden)))
+    conv = np.split(tables.get("linear_attn.conv1d.weight"), [groups * key, 2 * groups * key])
+    for name, part in zip(("query", "key", "value"), conv, strict=True):
+        tables.put(f"{ours}conv1d.weight.{name}", rows(part))
+    for name in ("A_log", "dt_bias"):
+        tables.put(ours + name, rows(tables.get(f"linear_attn.{name}")))
+    tables.put(ours + "out_norm.weight", whole(tables.get("linear_attn.norm.weight") - 1))
+    tables.put(ours + "out_proj.weight", columns(tables.get("linear_attn.out_proj.weight")))
+
+
+def _gated_attention(tables: Tables) -> None:
+    """Plain attention, with the gates' rows between a group's queries and its key."""
+    shape, hidden = tables.shape, tables.shape.hidden_size
+    groups, head = shape.num_query_groups, shape.kv_channels
+    query_gate = tables.get("self_attn.q_proj.weight").reshape(groups, -1, 2, head, hidden)
+    query, gate = (query_gate[:, :, i].reshape(groups, -1, hidden) for i in (0, 1))
+    key, value = (tables.get(f"self_attn.{x}_proj.weight").reshape(groups, head, hidden) for x in "kv")
+    fused = np.concatenate([query, gate, key, value], axis=1).reshape(-1, hidden)
+    tables.attention()
+    tables.out[tables.at + "self_attention.linear_qkv.weight", None] = rows(fused)
+
+
+def qwen3_next(hf: Arrays, shape: ModelShape) -> Tensors:
+    def mlp() -> None:
+        if tables.has("mlp.gate.weight"):
+            tables.routed_and_shared(gate="mlp.shared_expert_gate.weight", shared="shared_expert")
+        else:
+            tables.dense()
+
+    tables = Tables(hf, shape)
+    tables.ends()
+    for layer in range(shape.num_layers):
+        tables.layer(layer)
+        (_linear_attention if tables.has("linear_attn.A_log") else _gated_attention)(tables)
+        mlp()
+    if shape.mtp_num_layers:
+        tables.at, tables.of = "mtp.layers.0.", "mtp."
+        for ours, theirs in (
+            ("enorm", "pre_fc_norm_embedding"), ("hnorm", "pre_fc_norm_hidden"), ("final_layernorm", "norm")
+        ):  # fmt: skip
+            tables.put(f"{ours}.weight", whole(tables.get(f"{theirs}.weight")))
+        tables.put("eh_proj.weight", rows(tables.get("fc.weight")))
+        tables.at, tables.of = "mtp.layers.0.transformer_layer.", "mtp.layers.0."
+        _gated_attention(tables)
+        mlp()
+    return tables.out

@@ -41,8 +41,13 @@ def _save(case: Case, folder: Path) -> None:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{case.prefix}Config")(**case.settings)
-    model = getattr(transformers, f"{case.prefix}{case.head}")(config)
+    make = getattr(transformers, f"{case.prefix}Config")
+    if case.vision is None:
+        config = make(**case.settings)
+    else:
+        tied = case.settings.get("tie_word_embeddings", False)
+        config = make(text_config=case.settings, vision_config=case.vision, tie_word_embeddings=tied)
+    model = getattr(transformers, case.model or f"{case.prefix}ForCausalLM")(config)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():

@@ -1,0 +1,93 @@
+"""Models that see images: the language part is converted, everything else of the folder is carried along unchanged.
+
+megatron-core's tensors have the names of the language model alone. Converted only: the trainer has not built vision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megabatch.converters.families.config_json import Config, architecture
+from megabatch.converters.families.decoder import not_made, only_converted, renamed
+from megabatch.converters.families.gemma3 import GEMMA3_TEXT
+from megabatch.converters.families.llama import LLAMA
+from megabatch.converters.families.mistral import MISTRAL
+from megabatch.converters.families.qwen2 import QWEN2
+from megabatch.converters.families.qwen3 import QWEN3
+from megabatch.converters.family import Family
+from megabatch.plan.shape import ModelShape
+
+
+def _with_vision(
+    text: Family, *, name: str, architectures: tuple[str, ...], model: str, head: str, carried: str
+) -> Family:
+    """A family around another one's table.
+
+    Args:
+        model, head: what its folders have in place of the text model's `model.` and `lm_head.`.
+        carried: regular expression for the tensors of its other parts.
+    """
+
+    def theirs(name: str) -> str:
+        if name.startswith("model."):
+            return model + name.removeprefix("model.")
+        return head + name.removeprefix("lm_head.") if name.startswith("lm_head.") else name
+
+    def shape(config: Config) -> ModelShape:
+        return replace(text.shape(_text(config, text)), model_type=name, architecture=architecture(
+            config, default=architectures[0]), hf_config=dict(config))  # fmt: skip
+
+    return Family(
+        name=name,
+        architectures=architectures,
+        rows=tuple(renamed(row, ours=str, theirs=theirs) for row in text.rows),
+        shape=shape,
+        hf_config=not_made,
+        tied={theirs(name): theirs(of) for name, of in text.tied.items()},
+        untrainable=only_converted("models that see images"),
+        carried=carried,
+    )
+
+
+def _text(config: Config, text: Family) -> Config:
+    """The language model's config.json; older folders have its keys beside `vision_config`.
+
+    Whether embeddings are tied, the outer config.json decides where it says so. Quantisation stands there only.
+    """
+    inner = dict(config.get("text_config") or config)
+    inner["architectures"] = [text.architectures[0]]
+    for outer in ("tie_word_embeddings", "quantization_config"):
+        if config.get(outer) is not None:
+            inner[outer] = config[outer]
+    return inner
+
+
+_TOWER = r"(vision_tower|multi_modal_projector)\..+"
+
+MULTIMODAL = (
+    _with_vision(
+        GEMMA3_TEXT, name="gemma3", architectures=("Gemma3ForConditionalGeneration",),
+        model="language_model.model.", head="language_model.lm_head.", carried=_TOWER,
+    ),
+    _with_vision(
+        LLAMA, name="llava", architectures=("LlavaForConditionalGeneration",),
+        model="language_model.model.", head="language_model.lm_head.", carried=_TOWER,
+    ),
+    _with_vision(
+        MISTRAL, name="mistral3", architectures=("Mistral3ForConditionalGeneration",),
+        model="language_model.model.", head="language_model.lm_head.", carried=_TOWER,
+    ),
+    _with_vision(
+        QWEN2, name="qwen2_vl", architectures=("Qwen2VLForConditionalGeneration",),
+        model="model.", head="lm_head.", carried=r"visual\..+",
+    ),
+    _with_vision(
+        QWEN2, name="qwen2_5_vl", architectures=("Qwen2_5_VLForConditionalGeneration",),
+        model="model.", head="lm_head.", carried=r"visual\..+",
+    ),
+    _with_vision(
+        QWEN3, name="qwen3_vl", architectures=("Qwen3VLForConditionalGeneration",),
+        model="model.language_model.", head="lm_head.", carried=r"model\.visual\..+",
+    ),
+)  # fmt: skip
+"""Published folders and those that transformers saves have the same names."""
