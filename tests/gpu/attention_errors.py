@@ -1,0 +1,91 @@
+"""Errors of packed attention on CUDA against fp64, as JSON; a process of its own, which nothing has adapted to CPUs.
+
+python attention_errors.py LENGTHS HEADS GROUPS WIDTH      (LENGTHS: comma-separated)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megabatch.trainer.model.attention import PackedAttention
+
+
+def errors(lengths: list[int], *, heads: int, groups: int, width: int) -> dict[str, float | bool]:
+    """Relative L2 errors of output and gradients, and what else must hold of the bf16 kernel."""
+    attention = _attention(heads, groups, width)
+    generator = torch.Generator("cuda").manual_seed(sum(lengths))
+    shapes = [(sum(lengths), n, width) for n in (heads, groups, groups)]
+    tensors = [torch.randn(s, generator=generator, device="cuda").bfloat16().requires_grad_() for s in shapes]
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+    out = attention(*tensors, None, packed_seq_params=packed)
+    weights = torch.randn(out.shape, generator=generator, device="cuda").bfloat16()
+    (out * weights).sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    parts = zip(*(t.split(lengths) for t in exact), strict=True)
+    reference = torch.cat([_one_sequence(*part) for part in parts])
+    (reference * weights.double()).sum().backward()
+    changed = [t.detach().clone() for t in tensors]
+    for tensor in changed:
+        tensor[: lengths[0]] = 3.0
+    with torch.no_grad():
+        others = attention(*changed, None, packed_seq_params=packed)[lengths[0] :]
+    return {
+        "is_flash": attention.flash is not None and attention._fits_flash(tensors[0]),
+        "is_isolated": torch.equal(others, out[lengths[0] :]),
+        "output": _relative(out, reference),
+        **{
+            name: _relative(tensor.grad, truth.grad)
+            for name, tensor, truth in zip(("query", "key", "value"), tensors, exact, strict=True)
+        },
+    }
+
+
+def _attention(heads: int, groups: int, width: int) -> PackedAttention:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=heads * width,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=width,
+        attention_dropout=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+    )
+    return PackedAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def _one_sequence(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V under a causal mask, written out."""
+    length, heads, width = query.shape
+    repeat = heads // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) / width**0.5
+    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value).reshape(length, heads * width)
+
+
+def _relative(found: Tensor | None, truth: Tensor | None) -> float:
+    assert found is not None and truth is not None
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+if __name__ == "__main__":
+    lengths_, heads_, groups_, width_ = sys.argv[1:]
+    print(
+        json.dumps(errors([*map(int, lengths_.split(","))], heads=int(heads_), groups=int(groups_), width=int(width_)))
+    )
