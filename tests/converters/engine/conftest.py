@@ -1,55 +1,18 @@
-"""Hugging Face folders of random bytes, made without torch, large enough to be interrupted."""
+"""One folder to convert."""
 
 from __future__ import annotations
 
-import json
-import random
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megabatch.converters.bijection import TensorInfo
-from megabatch.converters.families import family_of
-from megabatch.converters.mapping import elements
-from megabatch.converters.safetensors_io import Writer, split_shards, write_index
-from megabatch.converters.safetensors_io.header import ITEMSIZE
+sys.path.insert(0, str(Path(__file__).parent))
 
-MOE: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 96,
-    "moe_intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "head_dim": 20, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True, "vocab_size": 210,
-    "max_position_embeddings": 64, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "torch_dtype": "bfloat16",
-}  # fmt: skip
-
-
-def make_folder(folder: Path, config: dict[str, Any], *, dtype: str = "BF16", max_shard_size: str = "200KB") -> Path:
-    """A folder of a model whose weights are random bits, finite numbers all."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
-    family = family_of(config)
-    shapes = family.hf_tensors(family.shape(config))
-    files = split_shards({n: TensorInfo(dtype, d) for n, d in shapes.items()}, max_shard_size=max_shard_size)
-    bits = random.Random(0)
-    for file in files:
-        with Writer(folder / file.name, file.entries) as writer:
-            for name, info in file.entries.items():
-                data = bytearray(bits.randbytes(elements(info.shape) * ITEMSIZE[dtype]))
-                for at in range(ITEMSIZE[dtype] - 1, len(data), ITEMSIZE[dtype]):
-                    data[at] &= 0xBF  # an exponent below the largest
-                writer.write(name, data)
-    write_index(folder, files)
-    return folder
+from made_folders import MOE, make_folder
 
 
 @pytest.fixture(scope="session")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture of experts in several shards, 0.5 MB."""
     return make_folder(tmp_path_factory.mktemp("made") / "hf", MOE)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

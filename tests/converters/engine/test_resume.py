@@ -10,13 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from made_folders import MOE, contents, make_folder
 
 from megabatch.converters import convert
 from megabatch.converters.engine.journal import Staged
 from megabatch.errors import ConversionError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import MOE, contents, make_folder
 
 PROGRAM = """
 import os, sys, random
@@ -120,7 +118,7 @@ def test_leftovers_are_taken_up_only_when_asked_and_only_of_the_same_plan(
     hf: Path, mcore: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    assert convert_until("to_mcore", hf, output, 150).returncode == -9
+    convert(to_mcore=True, model=hf, output_dir=output, rank=0, world=2)  # and the other half never came
     with pytest.raises(ConversionError, match=r"out\.partial: left by an interrupted .* bytes are done.*--resume"):
         convert(to_mcore=True, model=hf, output_dir=output)
     with pytest.raises(ConversionError, match=r"out\.partial: left by the conversion of another source"):
@@ -133,7 +131,7 @@ def test_leftovers_are_taken_up_only_when_asked_and_only_of_the_same_plan(
 
 def test_a_source_that_changed_is_another_plan(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "hf", MOE)
-    assert convert_until("to_mcore", source, tmp_path / "out", 150).returncode == -9
+    convert(to_mcore=True, model=source, output_dir=tmp_path / "out", rank=0, world=2)
     os.utime(next(source.glob("*.safetensors")), ns=(1, 1))
     with pytest.raises(ConversionError, match="left by the conversion of another source"):
         convert(to_mcore=True, model=source, output_dir=tmp_path / "out", resume=True)

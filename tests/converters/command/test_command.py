@@ -1,0 +1,181 @@
+"""The command as people type it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megabatch.converters.command import main
+from megabatch.converters.command.flags import Flags, parse
+from megabatch.errors import ConversionError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from made_folders import MOE, contents, make_folder
+
+COMMAND = [sys.executable, "-m", "megabatch.converters.command"]
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("made") / "hf", MOE)
+
+
+def test_there_and_back_again(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mcore, back = str(tmp_path / "mcore"), str(tmp_path / "back")
+    assert main(["--to_mcore", "true", "--model", str(hf), "--output_dir", mcore]) == 0
+    assert re.search(r"mcore: wrote .* kB in .* s, .*/s; complete", capsys.readouterr().out)
+    assert (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert main(["--to-hf", "--mcore_model", mcore, "--output_dir", back, "--max_shard_size", "200KB"]) == 0
+    found, source = contents(tmp_path / "back"), contents(hf)
+    del found["megabatch-manifest.json"]
+    assert found == source
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--to_hf"], {"to_hf": True}),
+        (["--to_hf", "true", "--exist_ok=false"], {"to_hf": True, "exist_ok": False}),
+        (["--to-mcore=1", "--workers", "3"], {"to_mcore": True, "workers": 3}),
+        (["--max_shard_size=2GiB", "--resume", "off"], {"max_shard_size": "2GiB", "resume": False}),
+        (["-h"], {"help": True}),
+        ([], {}),
+    ],
+)
+def test_flags_are_read(arguments: list[str], expected: dict[str, object]) -> None:
+    assert parse(arguments) == Flags(**expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to_hff"], r"--to_hff is not a flag; did you mean --to_hf\?"),
+        (["--mcore-modell", "x"], r"--mcore_modell is not a flag; did you mean --mcore_model\?"),
+        (["--qqqqqq"], "--qqqqqq is not a flag; see --help"),
+        (["--to_hf", "perhaps"], "--to_hf perhaps must be true or false"),
+        (["--workers", "many"], "--workers many must be a whole number"),
+        (["--model"], "--model needs one value"),
+        (["--model", "a", "b"], "--model needs one value, not 'a b'"),
+        (["--resume", "--resume"], "--resume is given twice"),
+        (["folder", "--resume"], "'folder' is no flag"),
+    ],
+)
+def test_faults_of_the_command_line_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        parse(arguments)
+
+
+def test_all_faults_are_said_at_once() -> None:
+    with pytest.raises(ConversionError, match=r"--to_hff .*\n.*--workers x"):
+        parse(["--to_hff", "--workers", "x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to_mcore", "--to_hf", "--output_dir", "o"], "exclude each other"),
+        (["--to_mcore", "--output_dir", "o"], "--to_mcore needs --model"),
+        (["--to_hf", "--model", "m", "--output_dir", "o"], "--to_hf needs --mcore_model"),
+        (["--to_mcore", "--model", "m"], "--output_dir is missing"),
+        (["--model", "m", "--output_dir", "o"], "give --to_mcore or --to_hf"),
+        (["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--rank", "1"], "--rank and --world belong together"),
+        (["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--rank", "2", "--world", "2"], "rank counts from 0"),
+    ],
+)
+def test_flags_that_do_not_go_together(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_every_flag_and_needs_no_heavy_package() -> None:
+    code = "import sys; from megabatch.converters.command import main; main(['--help']); print(*sys.modules)"
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    *lines, modules = text.splitlines()
+    for flag in Flags.__slots__:
+        assert f"--{flag}" in "\n".join(lines)
+    assert not {"numpy", "torch", "json.decoder", "concurrent.futures", "argparse"} & set(modules.split())
+
+
+def test_help_is_quick() -> None:
+    """The best of several, since others use the machine; the time of an interpreter that does nothing is taken off."""
+
+    def best(*command: str) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert best("-m", "megabatch.converters.command", "--help") - best("-c", "pass") < 0.15
+
+
+def test_moving_bytes_needs_neither_numpy_nor_torch(hf: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from megabatch.converters.command import main; "
+        f"main(['--to_mcore', '--model', {str(hf)!r}, '--output_dir', {str(tmp_path / 'o')!r}, '--verify']); "
+        "print(*sys.modules)"
+    )
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"numpy", "torch", "safetensors", "transformers"} & set(modules)
+    assert "megabatch.converters.engine.execute" in modules
+
+
+def test_a_dry_run_shows_every_tensor_and_writes_nothing(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    flags = ["--to_mcore", "--model", str(hf), "--output_dir", out, "--torch_dtype", "float16"]
+    assert main([*flags, "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert os.listdir(tmp_path) == []
+    assert re.search(r"decoder\.layers\.1\.mlp\.experts\.linear_fc1\.weight\[4\] \[1, 1, 64, 64\] BF16 to F16", text)
+    assert "bytes of disk are needed" in text
+    main(flags)
+    made = json.loads((tmp_path / "out" / "megabatch-manifest.json").read_text())
+    assert f"plan {made['plan']}" in text
+    for name, file in made["files"].items():
+        assert f"{name}: {file['size']} bytes, {len(file['tensors'])} tensors" in text
+        assert all(f"{tensor} [" in text for tensor, *_ in file["tensors"])
+
+
+def test_verify_with_and_without_a_source(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    given = ["--to_mcore", "--model", str(hf), "--output_dir", str(out), "--verify"]
+    assert main(given) == 0
+    assert main(["--verify", "--output_dir", str(out)]) == 0
+    assert "as its manifest says" in capsys.readouterr().out
+    assert main(given) == 0
+    assert "equal to its source" in capsys.readouterr().out
+    with open(out / "release" / "__0_1.distcp", "r+b") as file:
+        file.seek(5000)
+        file.write(b"0123456789")
+    for flags in (given, ["--verify", "--output_dir", str(out)]):
+        assert main(flags) == 1
+        assert re.search(r"error: .*out: (differs|is damaged).*\n.*__0_1\.distcp: ", capsys.readouterr().err)
+
+
+def test_failures_are_one_message_and_a_code(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--to_mcore", "--model", str(tmp_path), "--output_dir", str(tmp_path / "o")]) == 1
+    assert re.fullmatch(r"error: .*config\.json: cannot be read: No such file.*\n", capsys.readouterr().err)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert main(["--to_mcore", "--model", str(hf), "--output_dir", str(blocked / "o")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["--to_mcore", "--model", str(hf), "--output_dir", str(blocked)]) == 1
+    assert "exists and is no folder" in capsys.readouterr().err
+
+
+def test_only_tasks_of_srun_share_the_work() -> None:
+    from megabatch.converters.conversion import place
+
+    assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1)
+    assert place({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}) == (3, 8)
+    assert place({}) == (0, 1)
