@@ -56,7 +56,7 @@ class Staged:
         """
         plans = self.plans()
         if self.folder.exists():
-            if plans - {plan.digest} or (not plans and any(self.folder.glob("*/*"))):
+            if plans - {plan.digest} or (not plans and self._has_files()):
                 raise ConversionError(
                     f"{self.folder}: left by the conversion of another source or with other flags; finish that one "
                     "with its own command and --resume, or remove the folder"
@@ -68,6 +68,10 @@ class Staged:
                 )
         self.files.mkdir(parents=True, exist_ok=True)
         self.journals.mkdir(exist_ok=True)
+
+    def _has_files(self) -> bool:
+        """Whether there is anything but folders and journals: those come first, so without a plan it is not ours."""
+        return any(path for path in self.folder.rglob("*") if path.parent != self.journals and not path.is_dir())
 
     def _progress(self, plan: Plan) -> str:
         done = self.done(plan)
