@@ -61,6 +61,8 @@ def _check(flags: Flags) -> None:
         raise ConversionError("--to_hf needs --mcore_model, the checkpoint to convert")
     if flags.to_mcore and flags.mcore_model:
         raise ConversionError("--mcore_model is the source of --to_hf; --to_mcore converts --model")
+    if flags.test_convert_dtype not in ("float32", "bfloat16"):
+        raise ConversionError(f"--test_convert_dtype={flags.test_convert_dtype} must be float32 or bfloat16")
     if (flags.rank < 0) != (flags.world == 0) or flags.rank >= max(flags.world, 1):
         raise ConversionError("--rank and --world belong together, and rank counts from 0 to world - 1")
 
@@ -92,7 +94,7 @@ def _run(flags: Flags) -> int:
             print(f"{flags.output_dir}: equal to its source in every byte of its tensors")
     else:
         _convert(plan, flags, rank, world)
-    return _precision(flags) if flags.test_convert_precision and rank == 0 else 0
+    return _precision(flags) if flags.test_convert_precision and rank == world - 1 else 0
 
 
 def _convert(plan: Plan, flags: Flags, rank: int, world: int) -> None:
@@ -139,7 +141,21 @@ class _Progress:
 
 
 def _precision(flags: Flags) -> int:
-    raise ConversionError("--test_convert_precision is not built yet")
+    """The trainer's program compares; it is started and not imported, because it needs torch and megatron-core."""
+    import subprocess
+
+    from megabatch.converters.dtypes import TORCH, read_dtype
+    from megabatch.converters.torch_dist.find import find_checkpoint
+
+    folder, checkpoint = (flags.model, flags.output_dir) if flags.to_mcore else (flags.output_dir, flags.mcore_model)
+    program = [sys.executable, "-m", "megabatch.trainer.precision", folder, str(find_checkpoint(checkpoint))]
+    program += ["--dtype", flags.test_convert_dtype]
+    if (rounded := read_dtype(flags.torch_dtype or None)) is not None:
+        program += ["--weights", TORCH[rounded]]
+    done = subprocess.run(program, check=False)
+    if done.returncode:
+        raise ConversionError("the models of both formats do not compute the same, or could not be compared")
+    return 0
 
 
 def _workers(flags: Flags) -> int:
