@@ -67,8 +67,16 @@ def open_hf_model(
     if compare_duplicates:
         for name, of in checked.duplicates.items():
             if not source.same(name, of):
-                raise ConversionError(
-                    f"{folder}: {name} differs from {of} though config.json has tie_word_embeddings=true; "
-                    f"set it to false to use both, or remove {name}"
-                )
+                raise ConversionError(f"{folder}: {_differs(name, of, tied=name in family.tied)}")
     return HfModel(config, family, shape, source, checked.tensors, checked.ignored, checked.carried, how)
+
+
+def _differs(name: str, of: str, *, tied: bool) -> str:
+    if tied:
+        return (
+            f"{name} differs from {of} though config.json has tie_word_embeddings=true; set it to false to use both, "
+            f"or remove {name}"
+        )
+    return (
+        f"{name} differs from {of}, which a layer of multi-token prediction must share: megatron-core has one of them"
+    )

@@ -1,6 +1,8 @@
 """megatron-core's own models, built on the CPU and filled through the tables; run as a program, saves their logits.
 
-    python mcore_logits.py FOLDER IDS.npy LOGITS.npy [FOLDER …]
+    python mcore_logits.py IDS.npy FOLDER…
+
+writes into each folder the logits and the names that the model asks a checkpoint for.
 
 The trainer builds the families that it trains; here the others are put together from megatron-core's modules, with
 norms and attention of ours where its own need CUDA or Transformer Engine. Building adapts megatron-core to the CPU,
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -73,7 +76,7 @@ def settings(model: HfModel) -> dict[str, Any]:
         "perform_initialization": False,
         "attention_output_gate": shape.attention_output_gate,
         "num_moe_experts": shape.num_experts,
-        "moe_layer_freq": [int(x) for x in shape.moe_layers],
+        "moe_layer_freq": 1 if all(shape.moe_layers) else [int(x) for x in shape.moe_layers],
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
         "moe_router_topk": shape.moe_router_topk,
         "moe_router_dtype": "fp32",
@@ -284,9 +287,33 @@ def logits(folder: str, ids: np.ndarray) -> np.ndarray:
     tokens = torch.from_numpy(ids)[None]
     positions = torch.arange(ids.shape[0])[None]
     mask = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool).triu(1)
+    (Path(folder) / "mcore_keys.json").write_text(json.dumps(keys(gpt)))
     with torch.no_grad():
         out: np.ndarray = gpt(tokens, positions, mask)[0].float().numpy()
     return out
+
+
+def keys(gpt: Any) -> dict[str, list[int] | None]:
+    """What this model asks a checkpoint for: tensors with their whole shapes, other objects with None."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    found: dict[str, list[int] | None] = {}
+
+    def add(item: Any) -> None:
+        if isinstance(item, ShardedTensorFactory):
+            item = item.build()
+        if isinstance(item, dict):
+            item = list(item.values())
+        if isinstance(item, list):
+            for one in item:
+                add(one)
+        elif isinstance(item, ShardedTensor):
+            found[item.key] = list(item.global_shape)
+        else:
+            found[item.unique_key] = None
+
+    add(gpt.sharded_state_dict())
+    return found
 
 
 def main(arguments: list[str]) -> None:

@@ -5,17 +5,20 @@ The families that are trained are compared by the trainer's own tests, at severa
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from cases import CASES
 
 import megabatch
+from megabatch.converters.hf_model import open_hf_model
+from megabatch.converters.torch_dist.keys import cell, extra_states, stacks_layers
 
 PROGRAM = Path(__file__).with_name("mcore_logits.py")
 IDS = np.array([5, 17, 20, 3, 59, 4, 4, 25, 40, 41, 42])
@@ -39,9 +42,21 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+class Ran(NamedTuple):
+    """A model in both."""
+
+    expected: np.ndarray
+    """transformers' logits, [T, V]."""
+    found: np.ndarray
+    """megatron-core's."""
+    keys: dict[str, list[int] | None]
+    """What megatron-core's model asks a checkpoint for: tensors with their shapes, other objects."""
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """transformers' and megatron-core's, [T, V]; megatron-core's from one process for all families."""
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
+    """One process of megatron-core for all families."""
     base = tmp_path_factory.mktemp("logits")
     np.save(base / "ids.npy", IDS)
     expected = {name: _transformers(name, base / name) for name in CHANGES}
@@ -49,7 +64,15 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[np.ndarr
     command = [sys.executable, str(PROGRAM), str(base / "ids.npy"), *(str(base / name) for name in CHANGES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: (expected[name], np.load(base / name / "mcore_logits.npy")) for name in CHANGES}
+    return {
+        name: Ran(
+            expected[name],
+            np.load(base / name / "mcore_logits.npy"),
+            json.loads((base / name / "mcore_keys.json").read_text()),
+            base / name,
+        )
+        for name in CHANGES
+    }
 
 
 def _transformers(name: str, folder: Path) -> np.ndarray:
@@ -73,8 +96,23 @@ def _transformers(name: str, folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_logits_equal_those_of_transformers(name: str, logits: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    expected, found = logits[name]
-    scale = float(np.abs(expected).max())
+def test_logits_equal_those_of_transformers(name: str, ran: dict[str, Ran]) -> None:
+    scale = float(np.abs(ran[name].expected).max())
     assert scale > 1, "a comparison of vanishing logits would show nothing"
-    assert float(np.abs(found - expected).max()) <= 1e-5 * max(1.0, scale)
+    assert float(np.abs(ran[name].found - ran[name].expected).max()) <= 1e-5 * max(1.0, scale)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_checkpoint_has_all_that_megatron_core_asks_for(name: str, ran: dict[str, Ran]) -> None:
+    """Keys and whole shapes. Norms are left out: Transformer Engine has other names for them than the local layers."""
+    model = open_hf_model(ran[name].folder)
+    stacked = stacks_layers(model.shape)
+    ours: dict[str, list[int] | None] = dict.fromkeys(extra_states(model.tensors, model.shape, stacked=stacked))
+    for mapped in model.tensors:
+        place = cell(mapped, model.shape, stacked=stacked)
+        ours[place.key] = [*place.axes, *mapped.shape]
+    asked = {key: shape for key, shape in ran[name].keys.items() if "norm" not in key}
+    assert len(asked) > 10
+    assert {key: shape for key, shape in asked.items() if ours.get(key, 0) != shape} == {}
+    tensors = {key for key, shape in ours.items() if shape is not None and "norm" not in key}
+    assert tensors == {key for key, shape in asked.items() if shape is not None}

@@ -10,10 +10,11 @@ import by_hand
 import numpy as np
 import pytest
 from cases import CASES
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from megabatch.converters.families import FAMILIES, family_of
 from megabatch.converters.family import Family
+from megabatch.converters.hf_model import open_hf_model
 from megabatch.converters.mapping import Mapped
 from megabatch.converters.safetensors_io import HfFolder, Writer
 from megabatch.converters.shards import assemble, read_shard, shard_shape
@@ -145,6 +146,15 @@ def test_layers_of_multi_token_prediction_are_taken_whole_or_not_at_all(saved: S
     tensors["model.layers.3.embed_tokens.weight"] = tensors["model.norm.weight"]
     with pytest.raises(ConversionError, match=r"model.layers.3.embed_tokens.weight .* is left over"):
         family.check(shape, tensors)
+
+
+def test_embeddings_that_multi_token_prediction_does_not_share_are_refused(saved: Saved, tmp_path: Path) -> None:
+    arrays = load_file(saved("deepseek-v3-mtp") / "model.safetensors")
+    name = "model.layers.3.shared_head.head.weight"
+    save_file(arrays | {name: arrays[name] + 1}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").symlink_to(saved("deepseek-v3-mtp") / "config.json")
+    with pytest.raises(ConversionError, match=f"{name} differs from lm_head.weight, which a layer of multi-token"):
+        open_hf_model(tmp_path)
 
 
 def test_expert_biases_are_float32_to_megatron_core(saved: Saved) -> None:
