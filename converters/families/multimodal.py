@@ -19,13 +19,21 @@ from megabatch.plan.shape import ModelShape
 
 
 def _with_vision(
-    text: Family, *, name: str, architectures: tuple[str, ...], model: str, head: str, carried: str
+    text: Family,
+    *,
+    name: str,
+    architectures: tuple[str, ...],
+    model: str,
+    head: str,
+    carried: str,
+    defaults: Config | None = None,
 ) -> Family:
     """A family around another one's table.
 
     Args:
         model, head: what its folders have in place of the text model's `model.` and `lm_head.`.
         carried: regular expression for the tensors of its other parts.
+        defaults: what transformers takes for keys that `text_config` leaves out; published ones leave out many.
     """
 
     def theirs(name: str) -> str:
@@ -34,8 +42,9 @@ def _with_vision(
         return head + name.removeprefix("lm_head.") if name.startswith("lm_head.") else name
 
     def shape(config: Config) -> ModelShape:
-        return replace(text.shape(_text(config, text)), model_type=name, architecture=architecture(
-            config, default=architectures[0]), hf_config=dict(config))  # fmt: skip
+        own = text.shape(_text(config, text, defaults or {}))
+        name_of_class = architecture(config, default=architectures[0])
+        return replace(own, model_type=name, architecture=name_of_class, hf_config=dict(config))
 
     return Family(
         name=name,
@@ -49,12 +58,13 @@ def _with_vision(
     )
 
 
-def _text(config: Config, text: Family) -> Config:
+def _text(config: Config, text: Family, defaults: Config) -> Config:
     """The language model's config.json; older folders have its keys beside `vision_config`.
 
     Whether embeddings are tied, the outer config.json decides where it says so. Quantisation stands there only.
     """
-    inner = dict(config.get("text_config") or config)
+    nested = config.get("text_config")
+    inner = {**defaults, **nested} if nested else dict(config)
     inner["architectures"] = [text.architectures[0]]
     for outer in ("tie_word_embeddings", "quantization_config"):
         if config.get(outer) is not None:
@@ -62,20 +72,33 @@ def _text(config: Config, text: Family) -> Config:
     return inner
 
 
+_LLAMA = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048,
+}  # fmt: skip
+_MISTRAL = {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_GEMMA3 = {
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072,
+}  # fmt: skip
+
 _TOWER = r"(vision_tower|multi_modal_projector)\..+"
 
 MULTIMODAL = (
     _with_vision(
         GEMMA3_TEXT, name="gemma3", architectures=("Gemma3ForConditionalGeneration",),
         model="language_model.model.", head="language_model.lm_head.", carried=_TOWER,
+        defaults=_GEMMA3,
     ),
     _with_vision(
         LLAMA, name="llava", architectures=("LlavaForConditionalGeneration",),
         model="language_model.model.", head="language_model.lm_head.", carried=_TOWER,
+        defaults=_LLAMA,
     ),
     _with_vision(
         MISTRAL, name="mistral3", architectures=("Mistral3ForConditionalGeneration",),
         model="language_model.model.", head="language_model.lm_head.", carried=_TOWER,
+        defaults=_MISTRAL,
     ),
     _with_vision(
         QWEN2, name="qwen2_vl", architectures=("Qwen2VLForConditionalGeneration",),

@@ -207,6 +207,29 @@ def test_older_spellings_are_the_same_shape(saved: Saved) -> None:
     assert family_of(flat).shape(flat).hidden_size == 60
 
 
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("Gemma3", {"hidden_size": 2560, "num_hidden_layers": 34}),
+        ("Llava", {"model_type": "llama", "vocab_size": 32064}),
+        ("Mistral3", {"model_type": "mistral", "num_hidden_layers": 40}),
+    ],
+)
+def test_a_sparse_text_config_means_what_transformers_takes_it_for(model: str, text: dict[str, object]) -> None:
+    import transformers
+
+    config = {"architectures": [f"{model}ForConditionalGeneration"], "text_config": text}
+    shape = family_of(config).shape(config)
+    theirs = getattr(transformers, f"{model}Config")(text_config=text).text_config
+    for ours, name in {
+        "vocab_size": "vocab_size", "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
+        "num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads", "kv_channels": "head_dim",
+        "num_query_groups": "num_key_value_heads", "norm_epsilon": "rms_norm_eps",
+        "max_position_embeddings": "max_position_embeddings",
+    }.items():  # fmt: skip
+        assert getattr(shape, ours) == getattr(theirs, name), name
+
+
 def test_models_of_deepseeks_architecture_need_no_entry_of_their_own() -> None:
     config = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2"}
     assert family_of(config) is FAMILIES["deepseek_v3"]
