@@ -91,7 +91,8 @@ class Peak:
 
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """Mapped file pages count too. Linux only: the kernel's high-water mark is set back through /proc."""
+    """Mapped file pages count too; memory that an earlier block left to this process's threads does not, so that of
+    several blocks the largest peak is the true one. Linux only: the high-water mark is set back through /proc."""
     peak = Peak()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the process still holds would hide what the block takes

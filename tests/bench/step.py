@@ -198,7 +198,6 @@ def main(folder: str, path: str) -> None:
     cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES
     for number, case in enumerate(cases):
         figures += compare(case, Path(folder) / str(number))
-        print(*figures[-2:], sep="\n", file=sys.stderr)
     answer(figures, path)
 
 
