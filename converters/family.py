@@ -92,7 +92,9 @@ class Family:
     def copies(self, shape: ModelShape) -> dict[str, str]:
         """Tensors that a whole folder holds although they repeat another one, with that one's name."""
         layers = range(shape.num_layers, shape.num_layers + (shape.mtp_num_layers or 0))
-        return {name.replace("{l}", str(layer)): of for layer in layers for name, of in self.mtp_copies.items()}
+        # without weights of its own the output layer is the embedding
+        own = {of: of if shape.has_output_layer else self.tied.get(of, of) for of in self.mtp_copies.values()}
+        return {name.replace("{l}", str(layer)): own[of] for layer in layers for name, of in self.mtp_copies.items()}
 
     def present(self, shape: ModelShape, names: Iterable[str], *, mtp: str | None = None) -> ModelShape:
         """The shape without layers of multi-token prediction when no tensor of theirs is among the names.

@@ -83,6 +83,7 @@ CASES: dict[str, Case] = {
     ),
     "glm4-moe": Case("Glm4Moe", {**_GLM, "use_qk_norm": True, "attention_bias": True}, by_hand.glm4_moe),
     "glm4-moe-air-mtp": Case("Glm4Moe", {**_GLM, "n_shared_experts": 2}, by_hand.glm4_moe, mtp=True),
+    "glm4-moe-tied-mtp": Case("Glm4Moe", {**_GLM, "tie_word_embeddings": True}, by_hand.glm4_moe, mtp=True),
     "gpt-oss": Case("GptOss", _OSS, by_hand.gpt_oss),
     "gpt-oss-one-kv-head": Case("GptOss", {**_OSS, "num_key_value_heads": 1}, by_hand.gpt_oss),
     "gemma3": Case("Gemma3Text", {}, by_hand.gemma3, "Gemma3ForCausalLM"),

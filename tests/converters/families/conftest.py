@@ -67,5 +67,5 @@ def _add_mtp(folder: Path, *, layers: int) -> None:
     shapes[own + "eh_proj.weight"] = (hidden, 2 * hidden)
     added = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     added[own + "embed_tokens.weight"] = arrays["model.embed_tokens.weight"]
-    added[own + "shared_head.head.weight"] = arrays["lm_head.weight"]
+    added[own + "shared_head.head.weight"] = arrays.get("lm_head.weight", arrays["model.embed_tokens.weight"])
     save_file(arrays | added, folder / "model.safetensors")
