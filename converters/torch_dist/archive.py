@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import struct
-import zipfile
 import zlib
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from megabatch.converters.mapping import elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.pickle_codec import Call, Global, Persistent, dump, load
+from megabatch.converters.torch_dist.zip_directory import ZipDirectory
 from megabatch.errors import ConversionError
 
 STORAGES = {"BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage", "F64": "DoubleStorage"}
@@ -143,23 +142,46 @@ class StoredTensor:
     """First byte of its data in the archive."""
 
 
-def open_tensor(window: BinaryIO, *, place: str) -> StoredTensor:
-    """Finds the tensor in an archive. Raises: ConversionError naming `place`."""
+def open_tensor(file: int, start: int, length: int, *, place: str) -> StoredTensor:
+    """Finds the tensor in the archive in `length` bytes of a file from `start` on.
+
+    Raises: ConversionError naming `place`.
+    """
     try:
-        with zipfile.ZipFile(window) as archive:
-            root = archive.namelist()[0].split("/")[0]
-            record = load(archive.read(f"{root}/data.pkl"), place=place)
-            if type(record).__name__ != "_rebuild_tensor_v2":
-                raise ValueError(f"{type(record).__name__} is no plain tensor")
-            storage, skip, shape, strides = record.args[:4]
-            _, kind, key, *_ = storage.key
-            member = archive.getinfo(f"{root}/data/{key}")
-        dtype = _DTYPES[kind.__name__]
-        _check_contiguous(tuple(shape), tuple(strides))
-        _check_fits(dtype, skip, tuple(shape), member)
-        return StoredTensor(dtype, tuple(shape), _data_offset(window, member) + skip * ITEMSIZE[dtype])
-    except (zipfile.BadZipFile, KeyError, ValueError, AttributeError, IndexError, TypeError, OSError) as error:
+        archive = ZipDirectory(file, start, length)
+        root = next(iter(archive.members)).split("/")[0]
+        order = f"{root}/byteorder"
+        if order in archive.members and archive.read(order) != b"little":
+            raise ValueError("it was saved on a big-endian machine")
+        dtype, skip, shape, key = _described(archive.read(f"{root}/data.pkl"))
+        needed, size = (skip + elements(shape)) * ITEMSIZE[dtype], archive.members[f"{root}/data/{key}"].size
+        if skip < 0 or needed > size:
+            raise ValueError(f"{shape} {dtype} does not fit its storage of {size} bytes")
+        offset = archive.data_offset(f"{root}/data/{key}") + skip * ITEMSIZE[dtype]
+        if offset + elements(shape) * ITEMSIZE[dtype] > length:
+            raise ValueError("its data ends behind it")
+        return StoredTensor(dtype, shape, offset)
+    except ConversionError as error:
+        raise ConversionError(f"{place}: {error}") from error
+    except (struct.error, KeyError, ValueError, AttributeError, StopIteration, TypeError, OSError) as error:
         raise ConversionError(f"{place}: no tensor saved by torch.save: {type(error).__name__} {error}") from error
+
+
+@functools.lru_cache(1 << 12)
+def _described(pickled: bytes) -> tuple[str, int, tuple[int, ...], str]:
+    """dtype, elements to skip, shape and the storage's name; chunks of equal shape have equal pickles.
+
+    Raises: ValueError, or what else a broken pickle leads to.
+    """
+    record = load(pickled, place="data.pkl")
+    if type(record).__name__ != "_rebuild_tensor_v2":
+        raise ValueError(f"{type(record).__name__} is no plain tensor")
+    storage, skip, shape, strides = record.args[:4]
+    _, kind, key, *_ = storage.key
+    if type(skip) is not int:
+        raise ValueError(f"an offset of {skip!r}")
+    _check_contiguous(tuple(shape), tuple(strides))
+    return _DTYPES[kind.__name__], skip, tuple(shape), str(key)
 
 
 def _check_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
@@ -168,19 +190,3 @@ def _check_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
     usual = contiguous_strides(shape)
     if any(dim > 1 and a != b for dim, a, b in zip(shape, strides, usual, strict=True)):
         raise ValueError(f"the tensor is not contiguous: shape {shape}, strides {strides}")
-
-
-def _check_fits(dtype: str, skip: int, shape: tuple[int, ...], member: zipfile.ZipInfo) -> None:
-    needed = (skip + elements(shape)) * ITEMSIZE[dtype]
-    if member.compress_type != zipfile.ZIP_STORED or skip < 0 or needed > member.file_size:
-        raise ValueError(f"{shape} {dtype} does not fit its storage of {member.file_size} bytes")
-
-
-def _data_offset(window: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin; only its local header says how long that header is."""
-    window.seek(member.header_offset)
-    header = window.read(_LOCAL.size)
-    if len(header) != _LOCAL.size or header[:4] != b"PK\x03\x04":
-        raise ValueError("corrupt archive")
-    name, extra = _LOCAL.unpack(header)[-2:]
-    return int(member.header_offset + _LOCAL.size + name + extra)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -53,6 +52,11 @@ class TorchDistFolder:
         metadata = self.path / ".metadata"
         self.entries: dict[str, Entry] = load_metadata(_read(metadata), place=str(metadata))
         self._files: dict[str, int] = {}
+        self._paths = {
+            chunk.stored.file: self.path / chunk.stored.file
+            for entry in self.entries.values()
+            for chunk in entry.chunks
+        }
         self._opened: dict[Stored, StoredTensor] = {}
         self._cells: dict[tuple[str, int], dict[tuple[int, ...], list[_Part]]] = {}
 
@@ -79,7 +83,7 @@ class TorchDistFolder:
                 raise ConversionError(f"{place}: chunks are {dtype} and {tensor.dtype}")
             bytes_ = (part.rows[1] - part.rows[0]) * (part.cols[1] - part.cols[0]) * unit
             offset = part.stored.offset + tensor.offset + part.place * bytes_
-            found.append(Block(part.rows, part.cols, self.path / part.stored.file, offset))
+            found.append(Block(part.rows, part.cols, self._paths[part.stored.file], offset))
         found.sort(key=lambda block: (block.rows, block.cols))
         check_tiling(found, (size[0], size[1] if len(size) > 1 else 1), place)
         return found
@@ -98,9 +102,7 @@ class TorchDistFolder:
         if stored in self._opened:
             return self._opened[stored]
         place = f"{self.path / stored.file}: {key} at byte {stored.offset}"
-        with open(self._file(stored.file), "rb", closefd=False, buffering=0) as raw:
-            window = io.BufferedReader(_Window(raw.fileno(), stored.offset, stored.length), 1 << 12)
-            tensor = open_tensor(window, place=place)
+        tensor = open_tensor(self._file(stored.file), stored.offset, stored.length, place=place)
         if tensor.shape != sizes and tensor.shape != tuple(size for size in sizes if size != 1):
             raise ConversionError(f"{place}: shape {list(tensor.shape)}, .metadata gives {list(sizes)}")
         self._opened[stored] = tensor
@@ -157,29 +159,6 @@ def check_tiling(blocks: list[Block], size: tuple[int, int], place: str) -> None
 
 def _area(block: Block) -> int:
     return (block.rows[1] - block.rows[0]) * (block.cols[1] - block.cols[0])
-
-
-class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, file: int, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._length)[whence])
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = min(len(buffer), max(0, self._length - self._at))
-        got = os.preadv(self._file, [memoryview(buffer)[:count]], self._start + self._at) if count else 0
-        self._at += got
-        return got
 
 
 def _read(path: Path) -> bytes:

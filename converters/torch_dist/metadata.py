@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megabatch.converters.torch_dist.pickle_codec import Call, Global, Instance, Recorded, dump, load
+from megabatch.converters.torch_dist.pickle_codec import Call, Global, Instance, Recorded, Stream, dump, load
 from megabatch.errors import ConversionError
 
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -58,43 +58,43 @@ def _properties(dtype: str) -> Instance:
 
 def dump_metadata(tensors: Mapping[str, Entry], objects: Iterable[tuple[str, Stored]], *, save_id: str) -> bytes:
     """The pickle for these tensors and byte objects."""
-    state: dict[str, Any] = {}
-    storage: list[tuple[Instance, Instance]] = []
-    for key, entry in tensors.items():
-        chunks = [
-            _meta("ChunkStorageMetadata", offsets=_size(chunk.offsets), sizes=_size(chunk.sizes))
-            for chunk in entry.chunks
-        ]
-        state[key] = _meta(
-            "TensorStorageMetadata", properties=_properties(entry.dtype), size=_size(entry.size), chunks=chunks
-        )
-        for index, chunk in enumerate(entry.chunks):
-            storage.append((_index(key, _size(chunk.offsets), index), _info(chunk.stored)))
-    for key, stored in objects:
-        state[key] = _meta("BytesStorageMetadata")
-        storage.append((_index(key, None, None), _info(stored)))
+    kept = list(objects)
     saved = _meta("StorageMeta", checkpoint_id=None, save_id=save_id, load_id=None, modules=[])
     return dump(
         _meta(
             "Metadata",
-            state_dict_metadata=state,
+            state_dict_metadata=Stream(_described(tensors, kept), pairs=True),
             planner_data=None,
-            storage_data=_Pairs(storage),
+            storage_data=Stream(_located(tensors, kept), pairs=True),
             storage_meta=saved,
             version="1.0.0",
         )
     )
 
 
-class _Pairs(dict[Any, Any]):
-    """A dict to write whose keys need no hash."""
+Objects = Sequence[tuple[str, Stored]]
 
-    def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
-        super().__init__()
-        self._pairs = pairs
 
-    def items(self) -> Any:
-        return self._pairs
+def _described(tensors: Mapping[str, Entry], objects: Objects) -> Iterator[tuple[str, Instance]]:
+    """What each key is; made one by one, because a large model has a hundred thousand chunks."""
+    for key, entry in tensors.items():
+        chunks = Stream(
+            _meta("ChunkStorageMetadata", offsets=_size(chunk.offsets), sizes=_size(chunk.sizes))
+            for chunk in entry.chunks
+        )
+        properties, size = _properties(entry.dtype), _size(entry.size)
+        yield key, _meta("TensorStorageMetadata", properties=properties, size=size, chunks=chunks)
+    for key, _ in objects:
+        yield key, _meta("BytesStorageMetadata")
+
+
+def _located(tensors: Mapping[str, Entry], objects: Objects) -> Iterator[tuple[Instance, Instance]]:
+    """Where each chunk and each object lies."""
+    for key, entry in tensors.items():
+        for index, chunk in enumerate(entry.chunks):
+            yield _index(key, _size(chunk.offsets), index), _info(chunk.stored)
+    for key, stored in objects:
+        yield _index(key, None, None), _info(stored)
 
 
 def _index(key: str, offset: Call | None, index: int | None) -> Instance:

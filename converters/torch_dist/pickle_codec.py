@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,14 @@ class Persistent:
     key: tuple[Any, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A list, or a dict of pairs, whose parts are made while they are written."""
+
+    parts: Iterable[Any]
+    pairs: bool = False
+
+
 def dump(value: Any) -> bytes:
     """A protocol 2 pickle of None, bool, int, float, str, tuples, lists, dicts and the records above."""
     writer = _Writer()
@@ -76,8 +85,12 @@ class _Writer:
         elif isinstance(value, list):
             self._sequence(pickle.EMPTY_LIST + pickle.MARK, value, pickle.APPENDS)
         elif isinstance(value, dict):
-            pairs = [side for pair in value.items() for side in pair]
-            self._sequence(pickle.EMPTY_DICT + pickle.MARK, pairs, pickle.SETITEMS)
+            self.save(Stream(value.items(), pairs=True))
+        elif isinstance(value, Stream) and value.pairs:
+            sides = (side for pair in value.parts for side in pair)
+            self._sequence(pickle.EMPTY_DICT + pickle.MARK, sides, pickle.SETITEMS)
+        elif isinstance(value, Stream):
+            self._sequence(pickle.EMPTY_LIST + pickle.MARK, value.parts, pickle.APPENDS)
         elif isinstance(value, Call):
             self._pair(value.function, value.args, pickle.REDUCE)
         elif isinstance(value, Instance):
@@ -97,7 +110,7 @@ class _Writer:
         self._memo[key] = len(self._memo)
         self.out += code + pickle.LONG_BINPUT + struct.pack("<I", self._memo[key])
 
-    def _sequence(self, before: bytes, values: tuple[Any, ...] | list[Any], after: bytes) -> None:
+    def _sequence(self, before: bytes, values: Iterable[Any], after: bytes) -> None:
         self.out += before
         for value in values:
             self.save(value)
