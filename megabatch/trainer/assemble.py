@@ -26,6 +26,7 @@ from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.weights import prove_complete
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ def start(run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: Mode
 
     Returns: where the run goes on.
     """
+    prove_complete(engine.model, checkpoints.table, engine.ranks)
     group = run.recipe.checkpoint
     if own := checkpoints.latest():
         logger.info("resuming from %s", own)

@@ -124,14 +124,34 @@ class Engine:
     def _forward(
         self, packs: Iterator[Pack], chunk: Any, *, objective: Objective, factor: float
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]]]:
-        pack = next(packs).to(self.ranks.device)
+        bounds = self._sequence_bounds(on_host := next(packs))
+        pack = on_host.to(self.ranks.device)
         output = chunk(
             input_ids=pack.ids_T[None],
             position_ids=pack.positions_T[None],
             attention_mask=None,
-            packed_seq_params=_sequence_bounds(pack),
+            packed_seq_params=bounds,
         )
         return output, partial(self._loss, pack, objective, factor)
+
+    def _sequence_bounds(self, pack: Pack) -> PackedSeqParams:
+        """Where each sequence of a row starts and ends.
+
+        Transformer Engine wants the bounds on the GPU. megatron-core's own rotary embedding and our attention read
+        them as numbers, for which bounds in host memory need no wait for the GPU in every layer.
+        """
+        on_device = pack.cu_seqlens_padded.to(self.ranks.device, non_blocking=True)
+        uses_te = self.model.config.transformer_impl == "transformer_engine"
+        read_as_numbers = on_device if uses_te else pack.cu_seqlens_padded
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=on_device,
+            cu_seqlens_kv=on_device,
+            cu_seqlens_q_padded=read_as_numbers,
+            cu_seqlens_kv_padded=read_as_numbers,
+            max_seqlen_q=pack.max_seqlen,
+            max_seqlen_kv=pack.max_seqlen,
+        )
 
     def _loss(
         self, pack: Pack, objective: Objective, factor: float, logits: Tensor
@@ -176,13 +196,3 @@ def _overlap(model: Model) -> None:
     if chunks[0].ddp_config.overlap_param_gather:
         gather = [chunk.start_param_sync for chunk in chunks]
         model.config.param_sync_func = gather if len(chunks) > 1 else gather[0]
-
-
-def _sequence_bounds(pack: Pack) -> PackedSeqParams:
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=pack.cu_seqlens_padded,
-        cu_seqlens_kv=pack.cu_seqlens_padded,
-        max_seqlen_q=pack.max_seqlen,
-        max_seqlen_kv=pack.max_seqlen,
-    )

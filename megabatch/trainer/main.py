@@ -27,8 +27,7 @@ def main(arguments: list[str]) -> int:
     try:
         run = RunConfig.load(RunDirectory(Path(arguments[0])).run_json)
         _configure_logging(run)
-        if not run.recipe.resources.gpus_per_node:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run on CPUs is one, whatever the machine has
+        _prepare_device(run)
         from megabatch.trainer.loop import train
 
         return train(run, stop)
@@ -38,6 +37,17 @@ def main(arguments: list[str]) -> int:
         print(f"error: {e}", file=sys.stderr)  # on every rank: whichever log is looked at first tells the cause
         cause = e.error if isinstance(e, ElsewhereError) else e
         return ExitCode.CONFIG if isinstance(cause, ConfigError | DataError | ConversionError) else ExitCode.FAILED
+
+
+def _prepare_device(run: RunConfig) -> None:
+    """What must be settled before the first use of torch or CUDA in this process."""
+    if not run.recipe.resources.gpus_per_node:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run on CPUs is one, whatever the machine has
+        from megabatch.trainer.megatron_cpu import adapt
+
+        adapt()
+    elif run.recipe.training.deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to run cuBLAS without it
 
 
 def _configure_logging(run: RunConfig) -> None:

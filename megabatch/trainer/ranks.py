@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megabatch.errors import LaunchError, MegabatchError
+from megabatch.trainer.megatron_cpu import adapt, adapt_router
 
 T = TypeVar("T")
 
@@ -227,8 +228,7 @@ def _device(local_rank: int, gpus_per_node: int) -> torch.device:
                 "run on CPUs"
             )
         torch.cuda.set_device(local_rank)
+        adapt_router()
         return torch.device("cuda", local_rank)
-    from megabatch.trainer.megatron_cpu import adapt
-
     adapt()
     return torch.device("cpu")

@@ -68,6 +68,28 @@ def load(model: Model, source: Source, table: Sequence[Mapped], ranks: Ranks, *,
             item.parameter.copy_(_read(item.mapped, source, ranks, dtype_of, model.padded_vocab_size))
 
 
+def prove_complete(model: Model, table: Sequence[Mapped], ranks: Ranks) -> None:
+    """Proves that every tensor of the table has a live parameter on some rank; collective.
+
+    Raises: ConversionError naming tensors that would be dropped silently.
+    """
+    mine = [
+        (item.mapped.name, item.mapped.expert)
+        for item in placed(model, table, ranks)
+        if in_first_replica(item.mapped, ranks) and tensor_split(item.mapped, ranks)[0] == 0
+    ]
+    everyone: list[list[tuple[str, int | None]]] = [[] for _ in range(ranks.place.world_size)]
+    dist.all_gather_object(everyone, mine)
+    live = {key for keys in everyone for key in keys}
+    missing = [mapped for mapped in table if (mapped.name, mapped.expert) not in live]
+    if missing:
+        names = ", ".join(f"{mapped.name} {list(mapped.shape)}" for mapped in missing[:3])
+        raise ConversionError(
+            f"{len(missing)} of {len(table)} tensors of {model.shape.architecture} have no parameter in the model of "
+            f"megatron-core, for example {names}; set kernels.transformer_impl=local or report the model"
+        )
+
+
 def _read(mapped: Mapped, source: Source, ranks: Ranks, dtype_of: Mapping[str, str], vocab: int) -> Tensor:
     rank, size = tensor_split(mapped, ranks)
     padded = vocab if mapped.split == "vocab" else None

@@ -81,7 +81,10 @@ class PackedAttention(MegatronModule):
                 window_size=(-1, 0),
             )
         else:
-            out = self._each_sequence(query_THD, key_TGD, value_TGD, bounds.tolist())
+            on_host = (
+                bounds if packed_seq_params.cu_seqlens_q_padded is None else packed_seq_params.cu_seqlens_q_padded
+            )
+            out = self._each_sequence(query_THD, key_TGD, value_TGD, on_host.tolist())
         return out.reshape(out.shape[0], -1)
 
     def _fits_flash(self, query_THD: Tensor) -> bool:

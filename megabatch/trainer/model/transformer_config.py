@@ -33,12 +33,14 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
     """
     if reason := family_named(shape.model_type).untrainable(shape):
         raise ConfigError(f"{shape.architecture or shape.model_type} cannot be trained: {reason}")
+    impl = transformer_impl(recipe.kernels.transformer_impl, shape)
     values = {
         **_model(shape, recipe),
-        **_moe(shape, recipe),
+        **_moe(shape, recipe, has_te=impl == "transformer_engine"),
         **_parallel(recipe, virtual_size),
         **_recompute(recipe),
-        **_kernels(recipe),
+        **_kernels(recipe, has_te=impl == "transformer_engine"),
+        "transformer_impl": impl,
         **_extra(recipe.training.megatron_extra_kwargs),
     }
     try:
@@ -71,7 +73,6 @@ def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
         "init_method": leave_uninitialised,
         "output_layer_init_method": leave_uninitialised,
         "moe_token_dispatcher_type": "alltoall",
-        "transformer_impl": transformer_impl(recipe.kernels.transformer_impl),
     }
 
 
@@ -80,14 +81,19 @@ def leave_uninitialised(weight: torch.Tensor) -> None:
     too, and then gradient norms leave out the shards of every rank but the first."""
 
 
-def transformer_impl(wanted: str) -> str:
-    """`local` wherever Transformer Engine or CUDA is missing; said once, by name."""
+def transformer_impl(wanted: str, shape: ModelShape) -> str:
+    """`local` wherever Transformer Engine cannot be used; said once, by name."""
     if wanted == "local":
         return wanted
-    has_te = importlib.util.find_spec("transformer_engine") is not None
-    if has_te and torch.cuda.is_available():
+    if importlib.util.find_spec("transformer_engine") is None:
+        why = "transformer-engine is not installed"
+    elif not torch.cuda.is_available():
+        why = "there is no CUDA device"
+    elif shape.attention_output_bias or shape.mlp_bias:
+        why = "megatron-core's Transformer Engine layers lack some of this model's biases"
+    else:
         return wanted
-    _say_local("transformer-engine is not installed" if not has_te else "there is no CUDA device")
+    _say_local(why)
     return "local"
 
 
@@ -96,7 +102,7 @@ def _say_local(why: str) -> None:
     logger.info("kernels.transformer_impl: megatron-core's local layers with torch attention, because %s", why)
 
 
-def _moe(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
+def _moe(shape: ModelShape, recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
     if shape.num_experts is None:
         return {}
     moe = recipe.moe
@@ -116,13 +122,12 @@ def _moe(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
         "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
         "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
         "moe_token_drop_policy": moe.moe_token_drop_policy,
-        **_fused_experts(recipe),
+        **_fused_experts(recipe, has_te=has_te),
     }
 
 
-def _fused_experts(recipe: Recipe) -> dict[str, Any]:
+def _fused_experts(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
     """Transformer Engine's kernels for experts; without it each expert is computed by itself, with the same result."""
-    has_te = transformer_impl(recipe.kernels.transformer_impl) == "transformer_engine"
     return {
         "moe_grouped_gemm": has_te and recipe.moe.moe_grouped_gemm,
         "moe_permute_fusion": has_te and recipe.moe.moe_permute_fusion,
@@ -172,10 +177,9 @@ def _recompute(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def _kernels(recipe: Recipe) -> dict[str, Any]:
+def _kernels(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
     """Fused kernels are for CUDA; without it they would only be slower ways to the same numbers."""
     kernels, cuda = recipe.kernels, torch.cuda.is_available()
-    has_te = transformer_impl(kernels.transformer_impl) == "transformer_engine"
     has_wgrad = cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # a part of Apex
     return {
         "masked_softmax_fusion": cuda and not kernels.no_masked_softmax_fusion,
