@@ -30,6 +30,8 @@ ROOMS = {
     "megabatch/trainer/model": "megatron-core models of our families",
     "megabatch/trainer/objectives": "losses, as numerators with a named denominator",
     "megabatch/trainer/ops": "collectives inside autograd",
+    "converters/command": "the megabatch-convert command",
+    "converters/engine": "plan, execute, journal, commit, verify: what a conversion does",
     "converters/families": "one mapping table for each model family",
     "converters/safetensors_io": "safetensors by byte ranges",
     "converters/torch_dist": "megatron-core's checkpoint format by byte ranges",
