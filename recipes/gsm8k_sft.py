@@ -38,7 +38,7 @@ def recipe() -> Recipe:
             max_position_embeddings=512,
             torch_dtype="float32",
         ),
-        moe=MoE(num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=128, moe_aux_loss_coeff=1e-3),
+        moe=MoE(num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=128),
         bridge=Bridge(use_hf=True),
         data=Data(
             dataset=["openai/gsm8k:main"],
