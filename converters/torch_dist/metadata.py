@@ -124,11 +124,14 @@ def load_metadata(raw: bytes, *, place: str) -> dict[str, Entry]:
             if key in tensors
             for chunk in meta.field("chunks")
         }
+        used: dict[Stored, tuple[str, tuple[int, ...]]] = {}
         for index, info in root.field("storage_data").items():
             key = index.field("fqn")
             if key in tensors:
-                offsets = _ints(index.field("offset"))
-                tensors[key].chunks.append(Chunk(offsets, shapes[key, offsets], _stored(info, place)))
+                offsets, stored = _ints(index.field("offset")), _stored(info, place)
+                if used.setdefault(stored, (key, offsets)) != (key, offsets):
+                    raise ValueError(f"{key} {offsets} and {used[stored]} are in the same bytes of {stored.file}")
+                tensors[key].chunks.append(Chunk(offsets, shapes[key, offsets], stored))
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ConversionError(f"{place}: no checkpoint metadata: {type(error).__name__} {error}") from error
     return tensors

@@ -17,6 +17,8 @@ _NEAR = 4096
 """Bytes read at once at either end; torch's directory and its first members lie within."""
 _MAX_DIRECTORY = 1 << 20
 _WIDE = 0xFFFFFFFF
+_NEXT = (b"PK\x03\x04", b"PK\x01\x02")
+"""What follows a member: another one, or the directory."""
 
 
 class Member(NamedTuple):
@@ -26,6 +28,8 @@ class Member(NamedTuple):
     crc: int
     header: int
     """Offset of its local header."""
+    described: bool
+    """Whether sizes and checksum are said again behind its bytes."""
 
 
 class ZipDirectory:
@@ -82,9 +86,14 @@ class ZipDirectory:
         """Where a member's bytes begin; only its local header says how long that header is. Raises: KeyError."""
         header = self.members[name].header
         fields = _LOCAL.unpack(self._bytes(header, _LOCAL.size))
-        if fields[0] != b"PK\x03\x04":
-            raise ValueError("a member without its header")
-        return int(header + _LOCAL.size + fields[-2] + fields[-1])
+        found = self._bytes(header + _LOCAL.size, fields[-2])
+        if fields[0] != b"PK\x03\x04" or found != name.encode():
+            raise ValueError(f"{name} without its header")
+        start = int(header + _LOCAL.size + fields[-2] + fields[-1])
+        end = start + self.members[name].size
+        if self._bytes(end, 4) not in ((b"PK\x07\x08",) if self.members[name].described else _NEXT):
+            raise ValueError(f"{name} does not end where it should")
+        return start
 
     def read(self, name: str) -> bytes:
         """A member's bytes, its checksum compared unless torch was told to write none. Raises: KeyError."""
@@ -114,7 +123,7 @@ def _member(raw: bytes, at: int) -> tuple[str, Member, int]:
     size, stored, header = _wide(raw[extras : extras + extra], size, stored, header)
     if size != stored:
         raise ValueError("members of two sizes")
-    return raw[names:extras].decode(), Member(size, crc, header), following
+    return raw[names:extras].decode(), Member(size, crc, header, bool(flags & 8)), following
 
 
 def _wide(extra: bytes, *values: int) -> tuple[int, ...]:
