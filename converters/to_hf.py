@@ -22,6 +22,7 @@ from megabatch.converters.safetensors_io.folder import INDEX
 from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, build_header
 from megabatch.converters.safetensors_io.sharding import index_json
 from megabatch.converters.side_files import replaced_config
+from megabatch.converters.torch_dist.aliases import respelled, unwrapped
 from megabatch.converters.torch_dist.find import find_checkpoint
 from megabatch.converters.torch_dist.folder import Block, TorchDistFolder
 from megabatch.converters.torch_dist.keys import Cell, cell
@@ -75,7 +76,8 @@ def plan_to_hf(
 
 def find_reference(given: Path, checkpoint: Path) -> Path:
     """The folder with config.json that belongs to a checkpoint. Raises: ConversionError when there is none."""
-    places = [given, given / "hf", checkpoint, checkpoint.parent, checkpoint.parent / "hf"]
+    step = checkpoint.parent
+    places = [given, given / "hf", checkpoint, step, step / "hf", *(parent / "model" for parent in step.parents[1:2])]
     for place in places:
         if (place / "config.json").is_file():
             return place
@@ -90,6 +92,7 @@ def _planned(source: TorchDistFolder, reference: Path, dtype: str | None, max_sh
     plain = quantised(config) is not None
     config.pop("quantization_config", None)
     family = family_of(config)
+    source.rename(unwrapped([key for key in source.entries if not _is_optimizer(key)]))
     shape = family.present(family.shape(config), source.entries, mtp="mtp.")
     numbered = Numbered()
     parts = _gathered(source, locate(source, family.tensors(shape), shape), numbered, dtype)
@@ -225,7 +228,7 @@ def _strips(
 
 
 def locate(source: TorchDistFolder, tensors: Sequence[Mapped], shape: ModelShape) -> list[Placed]:
-    """Each canonical tensor's cell, after proving that the checkpoint has exactly these.
+    """Each canonical tensor's cell, after proving that the checkpoint has exactly these, in whatever spelling.
 
     Raises: ConversionError naming missing, left-over and mis-shaped tensors.
     """
@@ -233,6 +236,7 @@ def locate(source: TorchDistFolder, tensors: Sequence[Mapped], shape: ModelShape
     placed = [(mapped, cell(mapped, shape, stacked=stacked)) for mapped in tensors]
     expected = {place.key: (*place.axes, *mapped.shape) for mapped, place in placed}
     padded = {place.key for mapped, place in placed if mapped.split == "vocab"}
+    source.rename(respelled(expected, source.entries))
     faults = [
         *_shape_faults(source, expected, padded),
         *(

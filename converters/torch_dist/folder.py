@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +59,10 @@ class TorchDistFolder:
         }
         self._opened: dict[Stored, StoredTensor] = {}
         self._cells: dict[tuple[str, int], dict[tuple[int, ...], list[_Part]]] = {}
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives tensors other keys."""
+        self.entries = {names.get(key, key): entry for key, entry in self.entries.items()}
 
     def dtype(self, key: str) -> str:
         """safetensors' name of a tensor's dtype. Raises: ConversionError when it has no chunks."""

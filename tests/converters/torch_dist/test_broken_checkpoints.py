@@ -118,7 +118,9 @@ def test_holes_and_overlaps_leave_no_loadable_folder(
         entry.chunks = entry.chunks[:1] if fault == "hole" else [*entry.chunks, entry.chunks[0]]
 
     rewrite(checkpoint, change)
-    with pytest.raises(ConversionError, match=rf"decoder\.layers\.mlp\.router\.weight \[.\]: .*{fault}.* in rows 0 to 4"):
+    with pytest.raises(
+        ConversionError, match=rf"decoder\.layers\.mlp\.router\.weight \[.\]: .*{fault}.* in rows 0 to 4"
+    ):
         to_hf(checkpoint, saved("qwen3-moe"), tmp_path / "hf")
     assert sorted(os.listdir(tmp_path)) == ["mcore"]
 
