@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from megabatch.converters.engine.execute import share
@@ -76,27 +74,13 @@ def make_plan(
 
     Raises: ConversionError for whatever does not fit.
     """
-    with _uncollected():
-        if to_mcore:
-            if model is None:
-                raise ConversionError("to_mcore needs model, the Hugging Face folder to convert")
-            return plan_to_mcore(model, torch_dtype=torch_dtype)
-        if mcore_model is None:
-            raise ConversionError("to_hf needs mcore_model, the checkpoint to convert")
-        return plan_to_hf(mcore_model, model, torch_dtype=torch_dtype, max_shard_size=max_shard_size)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the collector of cycles: a plan is a million small objects and no cycle, and looking at them again and
-    again takes 40 % of the time for a model of 10^12 parameters."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+    if to_mcore:
+        if model is None:
+            raise ConversionError("to_mcore needs model, the Hugging Face folder to convert")
+        return plan_to_mcore(model, torch_dtype=torch_dtype)
+    if mcore_model is None:
+        raise ConversionError("to_hf needs mcore_model, the checkpoint to convert")
+    return plan_to_hf(mcore_model, model, torch_dtype=torch_dtype, max_shard_size=max_shard_size)
 
 
 def is_there(output: Path_) -> bool:

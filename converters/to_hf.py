@@ -10,7 +10,16 @@ from pathlib import Path
 
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.dtypes import read_dtype
-from megabatch.converters.engine.plan import Numbered, Plan, SideFiles, SmallFile, Strip, TargetFile, Tensor
+from megabatch.converters.engine.plan import (
+    Numbered,
+    Plan,
+    SideFiles,
+    SmallFile,
+    Strip,
+    TargetFile,
+    Tensor,
+    uncollected,
+)
 from megabatch.converters.engine.run import run
 from megabatch.converters.families import family_of
 from megabatch.converters.family import Family
@@ -51,6 +60,7 @@ def to_hf(
     run(plan_to_hf(mcore, hf_reference, max_shard_size=max_shard_size), output, workers=workers)
 
 
+@uncollected()
 def plan_to_hf(
     mcore: str | os.PathLike[str],
     hf_reference: str | os.PathLike[str] | None = None,

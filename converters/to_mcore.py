@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megabatch.converters.dtypes import read_dtype
-from megabatch.converters.engine.plan import Numbered, Plan, Scales, SideFiles, SmallFile, Strip, TargetFile, Tensor
+from megabatch.converters.engine.plan import (
+    Numbered,
+    Plan,
+    Scales,
+    SideFiles,
+    SmallFile,
+    Strip,
+    TargetFile,
+    Tensor,
+    uncollected,
+)
 from megabatch.converters.engine.run import run
 from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.converters.mapping import Mapped, Piece, elements
@@ -50,6 +60,7 @@ def to_mcore(
     return plan
 
 
+@uncollected()
 def plan_to_mcore(
     hf_folder: str | os.PathLike[str], *, torch_dtype: str | None = None, files: int | None = None, bare: bool = False
 ) -> Plan:
