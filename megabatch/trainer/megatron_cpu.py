@@ -190,6 +190,7 @@ def adapt() -> None:
             module.__dict__["torch"] = on_cpu
     _adapt_rng()
     adapt_router()
+    _adapt_norm()
     torch.Tensor.type = _cuda_type_name
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
 
@@ -208,6 +209,20 @@ def _adapt_rng() -> None:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _adapt_norm() -> None:
+    """On CPUs `torch.norm` adds up fp32 squares in fp32: 5e-6 off at a million elements, and as clipping scales by it,
+    so would be the update, differently for each layout (0.16-0.19 without Transformer Engine and Apex)."""
+    clipping: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
+    clipping.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(
+    chunk_size: int, overflow: torch.Tensor, tensor_lists: Sequence[Sequence[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for tensors in tensor_lists for x in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
 
 
 def adapt_router() -> None:
