@@ -17,7 +17,7 @@ from megabatch.converters.engine.sources import Sources
 from megabatch.converters.engine.windows import Windows
 from megabatch.errors import ConversionError
 
-SYNC_BYTES = 256 << 20
+SYNC_BYTES = 64 << 20
 """How much a killed rank does again, at most, besides the tensors in its hands."""
 _LARGE = 64 << 20
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from megabatch.converters.engine.plan import Strip, Tensor
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.shards import interleave
 
-BUFFER_BYTES = 4 << 20
+if TYPE_CHECKING:
+    from megabatch.converters.engine.compute import Computer
+
+BUFFER_BYTES = 2 << 20
+"""Of one worker. Larger ones leave the processor's cache between reading, checksum and writing."""
 
 
 class Windows:
@@ -19,6 +24,8 @@ class Windows:
         self._sources = sources
         self._size = buffer_bytes
         self._raw = memoryview(bytearray(buffer_bytes))
+        self._made = memoryview(bytearray())
+        self._computer: Computer | None = None
 
     def of(self, tensor: Tensor) -> Iterator[memoryview]:
         """The data in order; each block is valid until the next is asked for."""
@@ -53,18 +60,24 @@ class Windows:
         interleave(target, part, offset=strip.left, width=strip.width, stride=stride)
 
     def _converted(self, tensor: Tensor, first: int, last: int, raw: memoryview) -> memoryview:
-        from megabatch.converters.engine import compute
+        if self._computer is None:
+            from megabatch.converters.engine.compute import Computer
 
+            self._computer = Computer(self._sources)
+        size = (last - first) * tensor.row_bytes
+        if size > self._made.nbytes:
+            self._made = memoryview(bytearray(size))
+        made = self._made[:size]
         strips = _overlapping(tensor.strips, first, last)
         if all(strip.scales is None for strip in strips):
-            return compute.cast(raw, tensor.source_dtype, tensor.dtype, add=tensor.add)
-        out = memoryview(bytearray((last - first) * tensor.row_bytes))
+            self._computer.cast(raw, tensor.source_dtype, tensor.dtype, out=made, add=tensor.add)
+            return made
         for strip in strips:
             start, stop = max(first, strip.row), min(last, strip.row + strip.rows)
             rows = raw[(start - first) * tensor.source_row_bytes : (stop - first) * tensor.source_row_bytes]
-            done = compute.dequantise(rows, tensor, strip, start - strip.row, self._sources)
-            out[(start - first) * tensor.row_bytes : (stop - first) * tensor.row_bytes] = done
-        return out
+            out = made[(start - first) * tensor.row_bytes : (stop - first) * tensor.row_bytes]
+            self._computer.dequantise(rows, tensor, strip, start - strip.row, out=out)
+        return made
 
 
 def _overlapping(strips: tuple[Strip, ...], first: int, last: int) -> list[Strip]:

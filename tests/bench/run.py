@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, installed or not
 
+import files
 import giants
 import launch
 import startup
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "step": _in_trainer("step.py"),
     "checkpoint": _in_trainer("checkpoint.py"),
     "convert": _in_trainer("convert.py"),
+    "files": files.files,
     "giants": giants.giants,
     "startup": startup.startup,
     "demo": startup.demo,

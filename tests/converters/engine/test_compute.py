@@ -11,7 +11,8 @@ from made_folders import MOE, make_folder
 from safetensors.torch import load_file, save_file
 
 from megabatch.converters import convert
-from megabatch.converters.engine import compute
+from megabatch.converters.engine.compute import Computer
+from megabatch.converters.engine.sources import Sources
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.errors import ConversionError
 
@@ -44,7 +45,9 @@ def samples(dtype: str) -> torch.Tensor:
 def test_casts_equal_torchs(source: str, target: str) -> None:
     values = samples(source)
     expected = values.float().to(TORCH[target])
-    got = torch.frombuffer(bytearray(compute.cast(memoryview(bits_of(values)), source, target)), dtype=TORCH[target])
+    made = bytearray(expected.nbytes)
+    Computer(Sources([])).cast(memoryview(bits_of(values)), source, target, out=memoryview(made))
+    got = torch.frombuffer(made, dtype=TORCH[target])
     number = ~expected.isnan()
     assert bits_of(got[number]) == bits_of(expected[number])
     assert got[~number].isnan().all()
