@@ -131,14 +131,15 @@ def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
 
 
 def _load(recipe: Recipe) -> Iterator[Fault]:
-    """A run directory, its `checkpoints`, or one `step_*` folder."""
+    """A run directory, its `checkpoints`, one `step_*` folder, or what `megabatch-convert` or Megatron-LM wrote."""
     load = recipe.checkpoint.load
     if load is None or not recipe.checkpoint.exit_on_missing_checkpoint:
         return
     path = Path(load).expanduser()
-    marks = (path / "latest", path / "checkpoints" / "latest", path / "trainer.json")
+    names = ("latest", "checkpoints/latest", "trainer.json", "latest_checkpointed_iteration.txt", ".metadata")
+    marks = [path / name for name in names]
     if not path.is_dir():
         yield Fault("checkpoint.load", load, f"does not exist{_nearest_folder(path)}")
     elif not any(mark.is_file() for mark in marks):
-        rule = "holds no checkpoint; give a run directory that has saved one, or a step_* folder"
+        rule = "holds no checkpoint; give a run directory that has saved one, a step_* folder, or a torch_dist folder"
         yield Fault("checkpoint.load", load, rule)

@@ -195,7 +195,8 @@ def find_checkpoint(path: Path, run: RunConfig) -> Path | None:
     for folder in (path, path / "checkpoints"):
         for tracker, name in (("latest", "{}"), ("latest_checkpointed_iteration.txt", "iter_{:0>7}")):
             if (folder / tracker).is_file():
-                return folder / name.format((folder / tracker).read_text(encoding="utf-8").strip())
+                newest = (folder / tracker).read_text(encoding="utf-8").strip()
+                return folder / (newest if newest == "release" else name.format(newest))
     if (path / "trainer.json").is_file() or (path / ".metadata").is_file():
         return path
     if run.recipe.checkpoint.exit_on_missing_checkpoint:
