@@ -11,6 +11,9 @@ NAMES = {
 }  # fmt: skip
 """Spellings of `--torch_dtype`."""
 TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+"""torch's names."""
+FP8 = "F8_E4M3"
+"""Eight bits, without infinities: what block-scaled checkpoints hold."""
 
 
 def read_dtype(text: str | None) -> str | None:

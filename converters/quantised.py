@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
+from megabatch.converters.dtypes import FP8
 from megabatch.errors import ConversionError
 
-FP8 = "F8_E4M3"
 SUFFIX = "_scale_inv"
 _FORMATS = ("e4m3", None)
 PLAIN = "BF16"

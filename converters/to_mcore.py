@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megabatch.converters.bijection import FLOATS
 from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.plan import (
     Numbered,
@@ -24,17 +25,17 @@ from megabatch.converters.engine.plan import (
 from megabatch.converters.engine.run import run
 from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.converters.mapping import Mapped, Piece, elements
+from megabatch.converters.quantised import PLAIN
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import replaced_config
 from megabatch.converters.torch_dist.archive import Archive, archive_of, tensor_record
+from megabatch.converters.torch_dist.find import RELEASE, TRACKER
 from megabatch.converters.torch_dist.keys import Cell, cell, extra_states, stacks_layers
 from megabatch.converters.torch_dist.metadata import Chunk, Entry, Stored, dump_metadata
 from megabatch.converters.torch_dist.pickle_codec import dump
 from megabatch.converters.weave import Weave
 from megabatch.errors import ConversionError
 
-TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
-"""Megatron-LM's file that names the newest checkpoint of a folder, and its name for one that no training made."""
 _FILE_BYTES = 8 << 30
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
            "common_backend_version": 1}  # fmt: skip
@@ -134,10 +135,7 @@ def _bytes(model: HfModel, dtype: str | None) -> int:
 def _dtypes(model: HfModel, mapped: Mapped, dtype: str | None) -> tuple[str, str]:
     """What is read and what is written."""
     read = model.folder.info(next(mapped.pieces).hf).dtype
-    return read, mapped.dtype or dtype or (read if model.quantised is None or read in _FLOATS else "BF16")
-
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
+    return read, mapped.dtype or dtype or (read if model.quantised is None or read in FLOATS else PLAIN)
 
 
 def _tensor(model: HfModel, mapped: Mapped, place: Cell, numbered: Numbered, *, dtype: str | None) -> Tensor:
@@ -188,7 +186,7 @@ def _whole(model: HfModel, mapped: Mapped, row_bytes: int, numbered: Numbered) -
     """All of the one tensor, or of the one leading index of it, that a woven tensor is made of."""
     piece = next(mapped.pieces)
     path, start, _ = model.folder.extent(piece.hf)
-    if model.quantised is not None and model.folder.info(piece.hf).dtype not in _FLOATS:
+    if model.quantised is not None and model.folder.info(piece.hf).dtype not in FLOATS:
         raise ConversionError(f"{piece.hf} is quantised and woven; this is not supported, entry {mapped.entry}")
     size = mapped.shape[0] * row_bytes
     return Strip(0, mapped.shape[0], numbered.number(path), start + (piece.index or 0) * size, 0, row_bytes)
@@ -205,7 +203,7 @@ def _rows_before(model: HfModel, piece: Piece) -> int:
 
 def _scales(model: HfModel, piece: Piece, first: int, numbered: Numbered) -> Scales | None:
     info = model.folder.info(piece.hf)
-    if model.quantised is None or info.dtype in _FLOATS:
+    if model.quantised is None or info.dtype in FLOATS:
         return None
     name = model.quantised.scales_of(piece.hf)
     path, offset, _ = model.folder.extent(name)

@@ -15,7 +15,7 @@ from megabatch.converters.atomic import replacing, sync_folder
 from megabatch.converters.engine.journal import Staged
 from megabatch.converters.engine.manifest import MANIFEST, is_of, manifest
 from megabatch.converters.engine.plan import Plan
-from megabatch.converters.side_files import carry_over, side_files
+from megabatch.converters.side_files import carry_over
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -100,11 +100,3 @@ def _alone(staged: Staged) -> Iterator[None]:
         yield
     finally:
         os.close(file)
-
-
-def carried(plan: Plan) -> list[str]:
-    """Names of the files that come from a Hugging Face folder."""
-    if plan.side is None:
-        return []
-    names = {name.as_posix() for name in side_files(plan.side.folder)}
-    return sorted(names | set(plan.side.replaced))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megabatch.converters.dtypes import FP8
 from megabatch.converters.engine.plan import Scales, Strip, Tensor
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.safetensors_io.header import ITEMSIZE
@@ -18,7 +19,6 @@ _TILE = 1 << 16
 """Elements."""
 CASTS = ("F64", "F32", "F16", "BF16")
 """dtypes that can be cast to each other, in safetensors' names."""
-FP8 = "F8_E4M3"
 
 
 def numpy() -> Any:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megabatch.errors import ConversionError
 
-TRACKER = "latest_checkpointed_iteration.txt"
-"""Megatron-LM's file beside `iter_0000100/` or `release/` that says which is the newest."""
+TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
+"""Megatron-LM's file beside `iter_0000100/` or `release/` that says which is the newest, and the name of a checkpoint
+that no training made."""
 _METADATA = ".metadata"
 
 
@@ -44,7 +45,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
 def _newest(folder: Path) -> Path | None:
     """The checkpoint that a tracker file names: Megatron-LM's, or the `latest` of a run of ours."""
     if (text := _text(folder / TRACKER)) is not None:
-        return folder / (text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else "")
+        return folder / (text if text == RELEASE else f"iter_{int(text):07d}" if text.isdigit() else "")
     if (text := _text(folder / "latest")) is not None and "/" not in text:
         return folder / text
     return None

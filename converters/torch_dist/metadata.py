@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megabatch.converters.dtypes import TORCH
 from megabatch.converters.torch_dist.pickle_codec import Call, Global, Instance, Recorded, Stream, dump, load
 from megabatch.errors import ConversionError
 
 _MODULE = "torch.distributed.checkpoint.metadata"
-TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def _properties(dtype: str) -> Instance:
     """dtype, layout, requires_grad, memory format and pinning, as torch's own `__getstate__` gives them."""
     layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
     memory_format = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))
-    state = (Global("torch", TORCH_DTYPES[dtype]), layout, False, memory_format, False)
+    state = (Global("torch", TORCH[dtype]), layout, False, memory_format, False)
     return Instance(Global(_MODULE, "TensorProperties"), state)
 
 
