@@ -95,6 +95,10 @@ def is_there(output: Path_) -> bool:
 def compare_output(plan: Plan, output: Path_, *, workers: int = 2, rank: int = 0, world: int = 1) -> None:
     """Compares an output that exists with its source, byte by byte. Raises: ConversionError naming what differs."""
     compare(plan, share(plan, rank=rank, world=world), Path(output), workers=workers)
+    for small in plan.small if rank == 0 else []:
+        path = Path(output) / small.name
+        if not path.is_file() or path.read_bytes() != small.make():
+            raise ConversionError(f"{path}: is missing or not what the plan makes")
 
 
 def verify_output(output: Path_, *, workers: int = 2) -> int:

@@ -88,16 +88,19 @@ def _run(flags: Flags) -> int:
         return 0
     rank, world = (flags.rank, flags.world) if flags.world else conversion.place(os.environ)
     checks = (flags.verify or flags.test_convert_precision) and not (flags.exist_ok or flags.resume)
+    whole = rank == 0
     if checks and conversion.is_there(flags.output_dir):
         if flags.verify:
             conversion.compare_output(plan, flags.output_dir, workers=_workers(flags), rank=rank, world=world)
             print(f"{flags.output_dir}: equal to its source in every byte of its tensors")
     else:
-        _convert(plan, flags, rank, world)
-    return _precision(flags) if flags.test_convert_precision and rank == world - 1 else 0
+        whole = _convert(plan, flags, rank, world)
+    # of several ranks the one that gave the output its name compares, or, where it had one, the first
+    return _precision(flags) if flags.test_convert_precision and whole else 0
 
 
-def _convert(plan: Plan, flags: Flags, rank: int, world: int) -> None:
+def _convert(plan: Plan, flags: Flags, rank: int, world: int) -> bool:
+    """Whether the output has its name now."""
     from megabatch.converters.engine.run import run
 
     started = time.monotonic()
@@ -120,6 +123,7 @@ def _convert(plan: Plan, flags: Flags, rank: int, world: int) -> None:
     state = "complete" if outcome.committed else f"rank {rank} of {world} is done, others are not"
     speed = _size(round(outcome.written / taken)) if taken else "-"
     print(f"{flags.output_dir}: wrote {_size(outcome.written)} in {taken:.2f} s, {speed}/s{resumed}; {state}")
+    return outcome.committed
 
 
 _QUIET = ("optimizer and generators are not converted",)

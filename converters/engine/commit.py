@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,16 +16,18 @@ from megabatch.converters.engine.journal import Staged
 from megabatch.converters.engine.manifest import MANIFEST, is_of, manifest
 from megabatch.converters.engine.plan import Plan
 from megabatch.converters.side_files import carry_over
+from megabatch.errors import ConversionError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def commit(plan: Plan, staged: Staged, hashes: dict[int, str]) -> None:
-    """Gives the output its name; ranks that come here at the same time do it once.
+def commit(plan: Plan, staged: Staged, hashes: Mapping[int, str], *, world: int) -> None:
+    """Gives the output its name; of `world` ranks that come here at the same time one does.
 
     `hashes`: digests of the tensors that were verified.
+    Raises: ConversionError when ranks cannot wait for each other.
     """
-    with _alone(staged):
+    with _alone(staged, world):
         if is_of(staged.output, plan):  # another rank did
             return
         _clear(plan, staged)
@@ -33,9 +35,10 @@ def commit(plan: Plan, staged: Staged, hashes: dict[int, str]) -> None:
             carry_over(plan.side.folder, staged.files, skip=plan.side.replaced)
             for name, data in plan.side.replaced.items():
                 _write(staged.files / name, data)
-        for small in plan.small:
-            _write(staged.files / small.name, small.make())
-        _write(staged.files / MANIFEST, manifest(plan, hashes))
+        small = {file.name: file.make() for file in plan.small}
+        for name, data in small.items():
+            _write(staged.files / name, data)
+        _write(staged.files / MANIFEST, manifest(plan, hashes, small))
         for folder in {path.parent for path in staged.files.rglob("*")}:
             sync_folder(folder)
         _name(staged)
@@ -83,7 +86,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def _alone(staged: Staged) -> Iterator[None]:
+def _alone(staged: Staged, world: int) -> Iterator[None]:
     """Waits for the other ranks' commits; a rank that was killed holds nothing."""
     try:
         file = os.open(staged.journals / "commit", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -91,12 +94,16 @@ def _alone(staged: Staged) -> Iterator[None]:
         yield
         return
     try:
-        # where a file system has no locks, ranks that commit at once write the same bytes, and one renames
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
+            if world > 1:
+                raise ConversionError(
+                    f"{staged.folder}: everything is written, but this file system has no locks by which ranks agree "
+                    "who commits; run once more as one process with --resume"
+                ) from error
         yield
     finally:
         os.close(file)

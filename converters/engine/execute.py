@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megabatch.converters.engine.journal import Journal
 from megabatch.converters.engine.plan import Plan, TargetFile, Tensor
-from megabatch.converters.engine.sources import Sources
+from megabatch.converters.engine.sources import Sources, allow_files
 from megabatch.converters.engine.windows import Windows
 from megabatch.errors import ConversionError
 
@@ -83,6 +83,7 @@ def execute(
 
     Raises: ConversionError naming what could not be read or written; tensors journalled until then stay done.
     """
+    allow_files(len(plan.sources) + len(plan.files))
     targets = Targets(folder, plan.files)
     with Sources(plan.sources) as sources:
         try:

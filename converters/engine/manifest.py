@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,25 @@ DIGEST_BYTES = 16
 _VERSION = 1
 
 
-def manifest(plan: Plan, hashes: dict[int, str]) -> bytes:
-    """Its text: every file of tensors as consecutive ranges, one for each tensor.
+def manifest(plan: Plan, hashes: Mapping[int, str], small: Mapping[str, bytes]) -> bytes:
+    """Its text: every file that was made as consecutive ranges, one for each tensor.
 
-    A range is [name, bytes, BLAKE2b digest of 16 bytes in hexadecimal, or null where nothing was verified].
+    A range is [name, offset, bytes, digest], the digest null where nothing was verified. `small` are the files
+    beside the tensors with their contents.
     """
     ranges: list[list[Any]] = [[] for _ in plan.files]
     for number, tensor in enumerate(plan.tensors):
         ranges[tensor.file].append([tensor.name, tensor.offset, tensor.total, hashes.get(number) or None])
+    for number, file in enumerate(plan.files):
+        for name, offset, data in (("header", 0, file.head), ("end", file.size - len(file.tail), file.tail)):
+            if data:
+                ranges[number].append([name, offset, len(data), digest_of(data)])
     files = {
-        file.name: {"size": file.size, "tensors": sorted(ranges[number], key=lambda entry: entry[1])}
+        file.name: {"size": file.size, "ranges": sorted(ranges[number], key=lambda entry: entry[1])}
         for number, file in enumerate(plan.files)
     }
+    for name, data in small.items():
+        files[name] = {"size": len(data), "ranges": [["all of it", 0, len(data), digest_of(data)]]}
     made = {
         "version": _VERSION,
         "direction": plan.direction,
@@ -35,6 +44,11 @@ def manifest(plan: Plan, hashes: dict[int, str]) -> bytes:
         "files": files,
     }
     return (json.dumps(made, separators=(",", ":")) + "\n").encode()
+
+
+def digest_of(data: bytes) -> str:
+    """BLAKE2b in hexadecimal."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
 
 
 def read_manifest(output: Path) -> dict[str, Any] | None:

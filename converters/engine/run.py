@@ -52,17 +52,19 @@ def run(
     Raises: ConversionError; what was done until then stays in `.NAME.partial`.
     """
     target = Path(os.path.abspath(output))
-    staged = Staged(target)
+    staged, mine = Staged(target), share(plan, rank=rank, world=world)
     try:
         if (resume or world > 1) and is_of(target, plan):
             staged.remove()
-            return Outcome(0, plan.tensor_file_bytes, True)
+            if verify:
+                compare(plan, mine, target, workers=workers, progress=lambda size: say("verified", size))
+            return Outcome(0, sum(plan.tensors[number].data_bytes for number in mine), True)
         check_output(target, exist_ok=exist_ok)
+        _check_apart(plan, target)
         _check_disk(plan, staged)
         staged.open(plan, join=resume or world > 1)
-        mine = share(plan, rank=rank, world=world)
         try:
-            return _finish(plan, staged, mine, workers=workers, rank=rank, verify=verify, say=say)
+            return _finish(plan, staged, mine, workers=workers, rank=rank, world=world, verify=verify, say=say)
         except BaseException:
             if world == 1 and not staged.done(plan):
                 staged.remove()  # there is nothing to resume
@@ -72,7 +74,7 @@ def run(
 
 
 def _finish(
-    plan: Plan, staged: Staged, mine: list[int], *, workers: int, rank: int, verify: bool, say: Say
+    plan: Plan, staged: Staged, mine: list[int], *, workers: int, rank: int, world: int, verify: bool, say: Say
 ) -> Outcome:
     done = staged.done(plan)
     left = [number for number in mine if number not in done]
@@ -89,7 +91,7 @@ def _finish(
     everything = staged.done(plan)
     complete = len(everything) == len(plan.tensors) and (not verify or all(everything.values()))
     if complete:
-        commit(plan, staged, everything)
+        commit(plan, staged, everything, world=world)
     return Outcome(written, resumed, complete or is_of(staged.output, plan))
 
 
@@ -103,6 +105,15 @@ def check_output(target: Path, *, exist_ok: bool) -> None:
         raise ConversionError(
             f"{target}: exists and is not empty; choose another output_dir, or replace it with --exist_ok"
         )
+
+
+def _check_apart(plan: Plan, target: Path) -> None:
+    """Raises: ConversionError when the output would replace what it is made from."""
+    place = target.resolve()
+    read = [source.path for source in plan.sources] + ([plan.side.folder / "config.json"] if plan.side else [])
+    for path in read:
+        if place in path.resolve().parents:
+            raise ConversionError(f"{target}: {path} is in it, from which it is to be made; choose another output_dir")
 
 
 def _check_disk(plan: Plan, staged: Staged) -> None:

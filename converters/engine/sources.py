@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -11,10 +12,21 @@ from megabatch.converters.engine.plan import SourceFile
 from megabatch.errors import ConversionError
 
 
+def allow_files(count: int) -> None:
+    """Lets this process have so many files open, where its limit may be raised: checkpoints have a file for each rank
+    that saved them, and often 1024 is the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        ceiling = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (ceiling, hard))
+
+
 class Sources:
     """Positioned reads by file number. Raises: ConversionError naming file and byte."""
 
     def __init__(self, files: Sequence[SourceFile]) -> None:
+        allow_files(len(files))
         self._files = files
         self._open: dict[int, int] = {}
         self._lock = threading.Lock()

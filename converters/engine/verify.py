@@ -137,11 +137,13 @@ def _ranges(output: Path, made: dict[str, Any]) -> Iterator[tuple[Path, str, int
     try:
         for name, file in made["files"].items():
             path = output / name
+            if ".." in path.parts or path.is_relative_to(output) is False:
+                raise ValueError(f"{name} is no file of this folder")
             size = path.stat().st_size
             if size != file["size"]:
                 raise ConversionError(f"{path}: has {size} bytes, its manifest gives {file['size']}")
-            for tensor, offset, length, hashed in file["tensors"]:
-                yield path, tensor, offset, length, hashed
+            for part, offset, length, hashed in file["ranges"]:
+                yield path, part, offset, length, hashed
     except OSError as error:
         raise ConversionError(f"{error.filename}: cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:

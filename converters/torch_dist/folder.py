@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from megabatch.converters.engine.sources import allow_files
 from megabatch.converters.mapping import elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.archive import StoredTensor, open_tensor
@@ -57,6 +58,7 @@ class TorchDistFolder:
             for entry in self.entries.values()
             for chunk in entry.chunks
         }
+        allow_files(len(self._paths))
         self._opened: dict[Stored, StoredTensor] = {}
         self._cells: dict[tuple[str, int], dict[tuple[int, ...], list[_Part]]] = {}
 

@@ -14,6 +14,7 @@ from made_folders import MOE, contents, make_folder
 
 from megabatch.converters import convert
 from megabatch.converters.engine.journal import Staged
+from megabatch.converters.to_mcore import to_mcore
 from megabatch.errors import ConversionError
 
 PROGRAM = """
@@ -217,3 +218,23 @@ def test_the_umask_is_honoured(umask: int, hf: Path, mcore: Path, tmp_path: Path
     for path in tmp_path.rglob("*"):
         wanted = 0o777 if path.is_dir() else 0o666
         assert path.stat().st_mode & 0o777 == wanted & ~umask, path
+
+
+def test_an_output_never_replaces_its_own_source(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "hf", MOE)
+    for output in (source, tmp_path):
+        with pytest.raises(ConversionError, match="is in it, from which it is to be made"):
+            convert(to_mcore=True, model=source, output_dir=output, exist_ok=True)
+    convert(to_mcore=True, model=source, output_dir=tmp_path / "mcore")
+    with pytest.raises(ConversionError, match="is in it, from which it is to be made"):
+        convert(to_hf=True, mcore_model=tmp_path / "mcore", model=source, output_dir=source, exist_ok=True)
+
+
+def test_more_files_than_a_process_may_usually_open(hf: Path, tmp_path: Path) -> None:
+    to_mcore(hf, tmp_path / "mcore", files=80)
+    code = (
+        "import resource, sys; from megabatch.converters import convert; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1])); "
+        "convert(to_hf=True, mcore_model=sys.argv[1], model=sys.argv[2], output_dir=sys.argv[3], verify=True)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "mcore", hf, tmp_path / "back"], check=True)

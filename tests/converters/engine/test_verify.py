@@ -73,10 +73,19 @@ def test_headers_sizes_and_missing_files_are_compared(verified: Path, back: Path
     path.write_bytes(raw.replace(b'"format":"pt"', b'"format":"np"'))
     with pytest.raises(ConversionError, match="its header is not the plan's"):
         compare_output(plan, tmp_path / "out")
+    with pytest.raises(ConversionError, match="header is damaged"):
+        verify_output(tmp_path / "out")
     path.write_bytes(raw[:-1])
     with pytest.raises(ConversionError, match="bytes, the plan gives"):
         compare_output(plan, tmp_path / "out")
     with pytest.raises(ConversionError, match="bytes, its manifest gives"):
+        verify_output(tmp_path / "out")
+    path.write_bytes(raw)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("00001-of", "00002-of", 1))
+    with pytest.raises(ConversionError, match=r"index\.json: is missing or not what the plan makes"):
+        compare_output(plan, tmp_path / "out")
+    with pytest.raises(ConversionError, match=r"index\.json: all of it is damaged"):
         verify_output(tmp_path / "out")
     path.unlink()
     with pytest.raises(ConversionError, match="cannot be read: No such file"):
@@ -93,7 +102,17 @@ def test_an_output_without_digests_says_so(hf: Path, tmp_path: Path) -> None:
         verify_output(hf)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"version": 1}', '{"version": 1, "files": {"a": 3}}', '{"version": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"version": 1}',
+        '{"version": 1, "files": {"a": 3}}',
+        '{"version": 1, "files": {"../a": {"size": 0, "ranges": []}}}',
+        '{"version": 2}',
+    ],
+)
 def test_a_broken_manifest_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "megabatch-manifest.json").write_text(text)
     (tmp_path / "a").write_text("")
@@ -130,11 +149,11 @@ def test_shares_are_a_partition(hf: Path) -> None:
         assert sorted(number for one in shares for number in one) == list(range(len(plan.tensors)))
 
 
-def test_the_manifest_tiles_every_file_of_tensors(back: Path, verified: Path) -> None:
+def test_the_manifest_tiles_every_file_that_was_made(back: Path, verified: Path) -> None:
     for folder in (back, verified):
         made = json.loads((folder / "megabatch-manifest.json").read_text())
         for name, file in made["files"].items():
-            ends = [offset + size for _, offset, size, _ in file["tensors"]]
-            starts = [offset for _, offset, _, _ in file["tensors"]]
-            assert starts[1:] == ends[:-1]
-            assert ends[-1] <= file["size"] == (folder / name).stat().st_size
+            ends = [offset + size for _, offset, size, _ in file["ranges"]]
+            starts = [offset for _, offset, _, _ in file["ranges"]]
+            assert [*starts, file["size"]] == [0, *ends]
+            assert file["size"] == (folder / name).stat().st_size
