@@ -1,7 +1,7 @@
 """GSM8K with a small Qwen3-MoE made on the spot, its tokenizer trained on the data: minutes on two CPU cores.
 
-    python recipes/gsm8k_sft.py --dataset gsm8k_train.jsonl --val_dataset gsm8k_test.jsonl --local
-    python recipes/gsm8k_sft.py --nodes 2 --tasks_per_node 2 --submit
+python recipes/gsm8k_sft.py --dataset gsm8k_train.jsonl --val_dataset gsm8k_test.jsonl --local
+python recipes/gsm8k_sft.py --nodes 2 --tasks_per_node 2 --submit
 """
 
 from megabatch import (

@@ -1,6 +1,6 @@
 """Continued pre-training of Qwen2.5-7B on plain text, 4K packed, on four GPUs with tensor parallelism.
 
-    python recipes/pretrain.py --dataset /path/to/pretrain_data.jsonl --submit      # lines like {"text": "…"}
+python recipes/pretrain.py --dataset /path/to/pretrain_data.jsonl --submit      # lines like {"text": "…"}
 """
 
 from megabatch import (
