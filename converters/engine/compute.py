@@ -93,10 +93,10 @@ class Computer:
         elif dtype == "BF16":
             np.left_shift(np.frombuffer(raw, "<u2"), 16, out=bits, dtype=np.uint32, casting="unsafe")
         elif dtype == "F16":
-            self._widen(np.frombuffer(raw, "<u2"), bits, shift=13, exponents=0x0F800000, bias=112)
+            self._widen(np.frombuffer(raw, "<i2"), bits, shift=13, exponents=0x7C00, bias=112)
         elif dtype == FP8:
             # E4M3 has no infinities, and NaN alone above its numbers
-            self._widen(np.frombuffer(raw, np.uint8), bits, shift=20, exponents=0x07F00000, bias=120)
+            self._widen(np.frombuffer(raw, np.int8), bits, shift=20, exponents=0x7F, bias=120)
         else:
             raise ConversionError(f"dtype {dtype} cannot be computed with; known are {', '.join((*CASTS, FP8))}")
         return values
@@ -104,43 +104,41 @@ class Computer:
     def _widen(self, raw: Any, bits: Any, *, shift: int, exponents: int, bias: int) -> None:
         """Small floats: their bits moved to float32's places are the value / 2^bias, subnormals too.
 
-        Magnitudes from `exponents` on are infinities and NaN.
+        `raw` are signed numbers, so that the sign comes along. Magnitudes from `exponents` on, as in `raw`, are
+        infinities and NaN.
         """
-        np, magnitude = self._np, self._one[: len(bits)]
-        sign = 1 << (shift + 8 * raw.itemsize - 1)
-        np.left_shift(raw, shift, out=bits, dtype=np.uint32, casting="unsafe")
-        np.bitwise_and(bits, sign - 1, out=magnitude)
-        np.bitwise_and(bits, sign, out=bits)
-        np.left_shift(bits, 32 - sign.bit_length(), out=bits)
-        np.bitwise_or(bits, magnitude, out=bits)
+        np = self._np
+        largest = (1 << 8 * raw.itemsize - 1) - 1
+        np.left_shift(raw, shift, out=bits.view(np.int32), dtype=np.int32, casting="unsafe")
+        np.bitwise_and(bits, 0x80000000 | largest << shift, out=bits)
         np.multiply(bits.view(np.float32), np.float32(2.0**bias), out=bits.view(np.float32))
+        magnitude = raw & largest
         if len(magnitude) and magnitude.max() >= exponents:
-            odd = magnitude >= exponents
             # float32's largest exponent above the same fraction; E4M3's NaN has no fraction left to keep
-            bits[odd] |= 0x7F800000 if shift == 13 else 0x7FC00000
+            bits[magnitude >= exponents] |= 0x7F800000 if raw.itemsize > 1 else 0x7FC00000
 
     def _store(self, values: Any, dtype: str, out: memoryview) -> None:
         """Rounds float32 values into bytes."""
         np = self._np
-        if dtype in ("F32", "F64"):
+        if dtype == "BF16":
+            self._round_bfloat(values, np.frombuffer(out, "<u2"))
+        elif dtype == "F16":
+            np.frombuffer(out, "<u2")[:] = self._rounded_half(values)
+        else:
             np.frombuffer(out, {"F32": "<f4", "F64": "<f8"}[dtype])[:] = values
-            return
-        rounded = self._rounded_bfloat(values) if dtype == "BF16" else self._rounded_half(values)
-        np.frombuffer(out, "<u2")[:] = rounded
 
-    def _rounded_bfloat(self, values: Any) -> Any:
-        """Bits in the lower half of each number: half a unit is added, less one bit where the kept part is even."""
+    def _round_bfloat(self, values: Any, out: Any) -> None:
+        """The upper half of each number's bits: half a unit is added, less one bit where the kept part is even."""
         np, bits = self._np, values.view(self._np.uint32)
         rounded, magnitude = self._one[: len(bits)], self._other[: len(bits)]
         np.right_shift(bits, 16, out=rounded)
         np.bitwise_and(rounded, 1, out=rounded)
         np.add(rounded, 0x7FFF, out=rounded)
         np.add(rounded, bits, out=rounded)
-        np.right_shift(rounded, 16, out=rounded)
+        np.right_shift(rounded, 16, out=out, casting="unsafe")
         np.bitwise_and(bits, 0x7FFFFFFF, out=magnitude)
         if len(magnitude) and magnitude.max() > 0x7F800000:
-            rounded[magnitude > 0x7F800000] = 0x7FC0
-        return rounded
+            out[magnitude > 0x7F800000] = 0x7FC0
 
     def _rounded_half(self, values: Any) -> Any:
         """As above, with the exponent moved; below 2^-14 adding 0.5 makes the processor round at the right bit.
