@@ -34,7 +34,7 @@ class Data:
     max_length: int | None = param(None, at_least=2)
     """Longest sample in tokens; longer ones meet `truncation_strategy`. None takes the model's longest position."""
     seq_length: int | None = param(None, at_least=2)
-    """Length that megatron-core is told; None means `max_length`, and there is seldom a reason to set it."""
+    """Has no effect of its own: rows are as long as their samples. None or the same as `max_length`."""
     truncation_strategy: Literal["delete", "left", "right", "raise"] | None = param(None)
     """What happens to a sample above `max_length`: left out, cut at that end, or an error. None means `delete`, for
     GRPO `left`."""

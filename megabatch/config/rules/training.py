@@ -140,10 +140,21 @@ def task_and_algorithm_agree(recipe: Recipe, shape: ModelShape | None, layout: L
         yield Fault("training.num_labels", labels, f"needs task_type='seq_cls', which is {task_type!r}")
 
 
-def cpu_runs_use_gloo(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    if recipe.resources.gpus_per_node == 0 and recipe.parallel.distributed_backend == "nccl":
+def backend_fits_the_device(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    gpus, backend = recipe.resources.gpus_per_node, recipe.parallel.distributed_backend
+    if gpus == 0 and backend == "nccl":
         rule = "needs GPUs, but resources.gpus_per_node is 0"
         yield Fault("parallel.distributed_backend", "nccl", rule, try_=("gloo",))
+    if gpus and backend == "gloo":
+        rule = f"is for runs on CPUs, but resources.gpus_per_node is {gpus}"
+        yield Fault("parallel.distributed_backend", "gloo", rule, try_=("nccl",))
+
+
+def seq_length_says_nothing_else(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    wanted, longest = recipe.data.seq_length, recipe.data.max_length
+    if wanted is not None and wanted != longest:
+        rule = f"must equal max_length={longest}: rows are as long as their samples"
+        yield Fault("data.seq_length", wanted, rule, try_=(longest,) if longest else ())
 
 
 def each_rank_has_its_gpu(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -174,7 +185,8 @@ RULES = (
     recompute_units_divide,
     precision_is_said_once,
     task_and_algorithm_agree,
-    cpu_runs_use_gloo,
+    backend_fits_the_device,
+    seq_length_says_nothing_else,
     each_rank_has_its_gpu,
     time_covers_the_signal,
 )

@@ -13,6 +13,22 @@ PP2 = {"pipeline_model_parallel_size": 2}
 CASES = [
     # rule, base, changes that break it, changes that keep it, field, words of the fault
     (
+        training.backend_fits_the_device,
+        "dense",
+        {"parallel": {"distributed_backend": "gloo"}, "resources": {"gpus_per_node": 8}},
+        {"parallel": {"distributed_backend": "nccl"}, "resources": {"gpus_per_node": 8}},
+        "parallel.distributed_backend",
+        ["is for runs on CPUs", "try nccl"],
+    ),
+    (
+        training.seq_length_says_nothing_else,
+        "dense",
+        {"data": {"seq_length": 64, "max_length": 128}},
+        {"data": {"seq_length": 128, "max_length": 128}},
+        "data.seq_length",
+        ["must equal max_length=128", "try 128"],
+    ),
+    (
         training.data_is_given,
         "dense",
         {"data": {"dataset": []}},
@@ -221,7 +237,7 @@ CASES = [
         ["'causal_lm'"],
     ),
     (
-        training.cpu_runs_use_gloo,
+        training.backend_fits_the_device,
         "dense",
         {"resources": {"gpus_per_node": 0}},
         {"resources": {"gpus_per_node": 0}, "parallel": {"distributed_backend": "gloo"}},
