@@ -30,6 +30,7 @@ ROOMS = {
     "megabatch/trainer/model": "megatron-core models of our families",
     "megabatch/trainer/objectives": "losses, as numerators with a named denominator",
     "megabatch/trainer/ops": "collectives inside autograd",
+    "slurm/script": "the sections of a batch script",
     "converters/command": "the megabatch-convert command",
     "converters/engine": "plan, execute, journal, commit, verify: what a conversion does",
     "converters/families": "one mapping table for each model family",

@@ -1,0 +1,56 @@
+"""What sbatch is asked for: the `#SBATCH` lines."""
+
+from __future__ import annotations
+
+from megabatch.config.walltime import seconds
+from megabatch.errors import LaunchError
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.quoting import directive, label
+
+
+def directives(job: JobSpec, profile: ClusterProfile) -> list[str]:
+    options: dict[str, str | int | bool | None] = {
+        "job-name": label(job.name),
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "reservation": profile.reservation,
+        "exclude": profile.exclude,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.tasks_per_node,
+        "cpus-per-task": job.cpus_per_task,
+        "gpus-per-node": job.gpus_per_node or None,
+        "mem": None if job.mem_gib is None else f"{job.mem_gib}G" if job.mem_gib else "0",
+        "time": _time_limit(job, profile),
+        "signal": f"B:USR2@{job.signal_delay_s}",
+        "requeue" if job.requeue else "no-requeue": True,
+        "open-mode": "append",
+        "chdir": None if job.working_directory is None else str(job.working_directory),
+        "output": f"{_log_folder(job)}/batch.%j.log",
+        "export": "ALL",
+        "kill-on-invalid-dep": "yes",
+    }
+    options |= {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
+    chosen = {name: value for name, value in options.items() if value is not None and value is not False}
+    return ["#!/bin/bash", *(directive(name, value) for name, value in chosen.items())]
+
+
+def _time_limit(job: JobSpec, profile: ClusterProfile) -> str | None:
+    """The run's limit, cut to the longest that the cluster gives: a run that is cut saves, requeues and goes on."""
+    limits = [limit for limit in (job.time, profile.time) if limit is not None]
+    shortest = min(limits, key=seconds, default=None)
+    if shortest is not None and job.signal_delay_s >= seconds(shortest):
+        raise LaunchError(
+            f"resources.signal_delay_s={job.signal_delay_s} must be below the time limit of {seconds(shortest)} s, or "
+            f"every run is asked to stop as it starts; try {max(1, seconds(shortest) // 4)}"
+        )
+    return shortest
+
+
+def _log_folder(job: JobSpec) -> str:
+    """As a pattern of sbatch's, where % begins a symbol and one backslash anywhere turns all symbols off."""
+    if "\\" in str(job.run_directory):
+        raise LaunchError(f"{job.run_directory}: Slurm cannot write to a folder with a backslash; choose another name")
+    return str(job.files.logs).replace("%", "%%")

@@ -1,0 +1,67 @@
+"""What each task runs, and the srun that starts it."""
+
+from __future__ import annotations
+
+from megabatch.run_directory import ExitCode
+from megabatch.slurm.container import inside, srun_flags
+from megabatch.slurm.environment import Variable
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.quoting import shell
+from megabatch.slurm.script.variables import comment
+
+
+def rank_script(variables: list[Variable], profile: ClusterProfile) -> list[str]:
+    """What each task runs before the rank's own command, held in a variable of the batch script."""
+    caches = [v for v in variables if v.node_local]
+    cache = [
+        "# compiled kernels are loaded as code: the folder must belong to this user alone",
+        f'cache={shell(profile.local_cache)}/megabatch-"$UID"',
+        'mkdir -m 700 -- "$cache" 2>/dev/null || true',
+        'if [ ! -d "$cache" ] || [ -L "$cache" ] || [ ! -O "$cache" ]; then cache=$(mktemp -d); fi',
+        *(line for v in caches for line in (*comment(v.reason), f'export {v.name}="$cache"/{shell(v.value)}')),
+    ]
+    return [
+        "rank_script=$(cat <<'RANK'",
+        "# a request to stop that comes before the rank listens must not end it: it finds the file then",
+        "trap '' USR2",
+        "trap : TERM",
+        'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"',
+        'exec >>"$MEGABATCH_RUN/logs/rank_$RANK.$MEGABATCH_RESTART.log" 2>&1',
+        *(cache if caches else []),
+        "status=0",
+        '"$@" || status=$?',
+        f"# an exit of {ExitCode.REQUEUE} would let --kill-on-bad-exit end ranks that are still closing their files",
+        f'if [ "$status" -eq {ExitCode.REQUEUE} ]; then',
+        '    if [ "$RANK" -eq 0 ]; then : >"$MEGABATCH_STOPPED"; fi',
+        "    status=0",
+        'elif [ "$status" -ne 0 ]; then',
+        "    # srun gives the largest code, often of a rank it ended itself: the first to fail writes down its own",
+        '    (set -C && echo "$RANK $status $SLURMD_NODENAME" >"$MEGABATCH_FAILED") 2>/dev/null || true',
+        "fi",
+        'exit "$status"',
+        "RANK",
+        ")",
+    ]
+
+
+def launch(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> list[str]:
+    srun = ["srun", "--kill-on-bad-exit=1", *srun_flags(job, profile, exported=exported), *profile.srun]
+    command = [*srun, "bash", "-c", "$rank_script", "rank", *inside(job, profile)]
+    words = ['"$rank_script"' if word == "$rank_script" else shell(word) for word in command]
+    return [
+        "status=0",
+        'if [ -z "$stop" ]; then',
+        "    # a signal that comes before srun listens must not end it",
+        f"    (trap '' USR2; exec {' '.join(words)}) &",
+        "    srun_pid=$!",
+        '    if [ -n "$stop" ]; then forward_stop; fi',
+        "    while :; do",
+        "        interrupted= status=0",
+        '        wait "$srun_pid" || status=$?',
+        '        if [ -z "$interrupted" ] || [ "$status" -le 128 ]; then break; fi',
+        "    done",
+        "else",
+        '    : >"$MEGABATCH_STOPPED"',
+        "fi",
+    ]

@@ -1,0 +1,38 @@
+"""Requests to stop, and the files by which script, ranks and launcher tell each other of it."""
+
+from __future__ import annotations
+
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.quoting import shell
+
+STOP_HANDLING = """\
+# USR2 is the time limit's warning; TERM is scancel, preemption or an operator's requeue. srun passes USR2 on to the
+# ranks and TERM not, so both go on as USR2; a rank that does not listen yet finds the file.
+stop= interrupted= srun_pid=
+ask_to_stop() {
+    if [ "$1" = TERM ] || [ -z "$stop" ]; then stop=$1; fi
+    interrupted=1
+    if [ -n "$srun_pid" ]; then forward_stop; fi
+}
+forward_stop() {
+    : >"$MEGABATCH_STOP_REQUEST" || true
+    kill -USR2 "$srun_pid" 2>/dev/null || true
+}
+trap 'ask_to_stop USR2' USR2
+trap 'ask_to_stop TERM' TERM""".splitlines()
+
+
+_MARKS = {"MEGABATCH_STOP_REQUEST": "stop", "MEGABATCH_STOPPED": "stopped", "MEGABATCH_FAILED": "failed"}
+
+
+def run_directory(job: JobSpec) -> list[str]:
+    return [
+        f"export MEGABATCH_RUN={shell(str(job.run_directory))}",
+        'export MEGABATCH_RESTART="${SLURM_RESTART_COUNT:-0}"',
+        "# asked to stop, stopped with everything saved, and who failed first",
+        *(
+            f'export {name}="$MEGABATCH_RUN/logs/{file}.$SLURM_JOB_ID.$MEGABATCH_RESTART"'
+            for name, file in _MARKS.items()
+        ),
+        'mkdir -p -- "$MEGABATCH_RUN/logs"',
+    ]

@@ -1,0 +1,66 @@
+"""Modules and the environment that every rank inherits."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+from megabatch.errors import LaunchError
+from megabatch.slurm.environment import Variable
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.quoting import shell
+
+_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)", re.I)
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
+    for name in (*(v.name for v in variables), *inherit):
+        if not _NAME.fullmatch(name):
+            raise LaunchError(f"environment variable {name!r} is not a name that a shell can export; rename it")
+    for variable in variables:
+        if _SECRET.search(variable.name):
+            raise LaunchError(
+                f"environment.{variable.name} looks like a secret, and job scripts are readable by others; export it "
+                f"in the shell that submits and list its name under `inherit`"
+            )
+
+
+def modules(profile: ClusterProfile) -> list[str]:
+    lines = list(profile.setup)
+    if profile.modules:
+        lines += [
+            "for init in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /usr/share/lmod/lmod/init/bash; do",
+            '    if ! type module >/dev/null 2>&1 && [ -r "$init" ]; then . "$init"; fi',
+            "done",
+            f"module load {' '.join(map(shell, profile.modules))}",
+        ]
+    return lines
+
+
+def environment(job: JobSpec, variables: list[Variable], inherit: tuple[str, ...]) -> list[str]:
+    lines: list[str] = []
+    for variable in variables:
+        if not variable.node_local:
+            lines += [*comment(variable.reason), f"export {variable.name}={shell(variable.value)}"]
+    if job.snapshot is not None:
+        path = shell(str(job.snapshot))
+        lines += ["# the code as it was at submission", f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+    for name in inherit:
+        lines.append(f'[ -n "${{{name}+set}}" ] || echo "megabatch: {name} is not set in the submitting shell" >&2')
+    if job.cpus_per_task is not None:
+        lines += [
+            "# sbatch's --cpus-per-task does not reach srun by itself",
+            f"export SRUN_CPUS_PER_TASK={job.cpus_per_task}",
+        ]
+    return [
+        *lines,
+        f"export WORLD_SIZE={job.world_size} LOCAL_WORLD_SIZE={job.tasks_per_node}",
+    ]
+
+
+def comment(text: str) -> list[str]:
+    return textwrap.wrap(text, width=118, initial_indent="# ", subsequent_indent="# ")
