@@ -39,7 +39,7 @@ class RunDirectory:
 
     @property
     def jobs(self) -> Path:
-        """JSON lines: submissions (job id, time, cluster) and ends of incarnations (job id, restart, exit code)."""
+        """JSON lines: submissions (job id, time, cluster), starts (job id, restart, nodes), ends (…, exit code)."""
         return self.path / "jobs.jsonl"
 
     @property
@@ -72,7 +72,12 @@ class RunDirectory:
         return self.checkpoints / f"step_{step:08d}"
 
     def rank_log(self, rank: int, restart: int) -> Path:
+        """`restart` counts the run's starts: 0 is the first, whichever job it belongs to."""
         return self.logs / f"rank_{rank}.{restart}.log"
+
+    def mark(self, name: str, job_id: str, restart: int) -> Path:
+        """`failed` (rank, exit code and node of the first rank that failed), `stop` (asked to stop) or `stopped`."""
+        return self.logs / f"{name}.{job_id}.{restart}"
 
 
 def write_atomic(path: Path, text: str) -> None:

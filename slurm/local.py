@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,10 +22,10 @@ from megabatch.errors import LaunchError
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.environment import job_variables
 from megabatch.slurm.job import JobSpec
-from megabatch.slurm.logs import rank_logs
 from megabatch.slurm.ports import free_port_block
-from megabatch.slurm.processes import die_with_parent, end_processes, marked_processes
+from megabatch.slurm.processes import die_with_parent, end_processes, identity, marked_processes
 from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.records import LOCAL, Ending, Start, next_restart, record_ending, record_start
 
 _POLL_S = 0.05
 _LAST_WORDS_S = 1.0
@@ -41,12 +43,15 @@ def run_local(job: JobSpec, profile: ClusterProfile | None = None, *, terminal: 
     mark = f"MEGABATCH_LOCAL_RUN={secrets.token_hex(8)}"
     try:
         job.files.logs.mkdir(parents=True, exist_ok=True)
-        restart = max((log.restart + 1 for log in rank_logs(job.run_directory)), default=0)
+        restart = next_restart(job.files)
         with _Requests() as requests, _kill_at_end(mark):
-            request = job.files.logs / f"stop.local.{restart}"
+            request, failed = (job.files.mark(name, LOCAL, restart) for name in ("stop", "failed"))
             ranks = _start(job, profile or ClusterProfile(), restart=restart, request=request, mark=mark)
+            record_start(job.files, Start(restart, time.time(), socket.gethostname(), identity(os.getpid())))
             with open(job.files.rank_log(0, restart), "rb") as log, _removed_at_end(request):
-                return _watch(ranks, requests, log, terminal or sys.stdout.buffer, request=request)
+                code = _watch(ranks, requests, log, terminal or sys.stdout.buffer, request=request, failed=failed)
+            record_ending(job.files, Ending(restart, code, time.time()))
+            return code
     except OSError as error:
         raise LaunchError(f"cannot run {job.command[0]} in {job.run_directory}: {error}") from error
 
@@ -70,6 +75,7 @@ def local_environment(job: JobSpec, profile: ClusterProfile) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
+    number: int
     process: subprocess.Popen[bytes]
 
     @property
@@ -149,29 +155,47 @@ def _start(job: JobSpec, profile: ClusterProfile, *, restart: int, request: Path
                 start_new_session=True,
                 preexec_fn=before_exec,  # noqa: PLW1509 - takes no lock
             )
-        ranks.append(_Rank(process))
+        ranks.append(_Rank(rank, process))
     return ranks
 
 
-def _watch(ranks: list[_Rank], requests: _Requests, log: BinaryIO, terminal: BinaryIO, *, request: Path) -> int:
-    """Waits for all ranks, showing rank 0's log and passing a request on: as a file first, then as a signal."""
+def _watch(
+    ranks: list[_Rank], requests: _Requests, log: BinaryIO, terminal: BinaryIO, *, request: Path, failed: Path
+) -> int:
+    """Waits for all ranks, showing rank 0's log and passing a request on: as a file first, then as a signal.
+
+    Whoever fails first is written to `failed` as the batch script does it: rank, exit code, node.
+    """
     died_at, first_death = None, 0
     while any(rank.code is None for rank in ranks):
-        time.sleep(_POLL_S)
+        _wait_for_an_end(ranks)
         _show(log, terminal)
         now = time.monotonic()
         if requests.count and not request.exists():
             request.touch()
             for rank in ranks:
                 rank.ask_to_stop()
-        dead = [rank.code for rank in ranks if rank.code not in (None, ExitCode.DONE, ExitCode.REQUEUE)]
+        dead = [rank for rank in ranks if rank.code not in (None, ExitCode.DONE, ExitCode.REQUEUE)]
         if dead and died_at is None:
-            died_at, first_death = now, dead[0] or 0
+            died_at, first_death = now, dead[0].code or 0
+            failed.write_text(f"{dead[0].number} {first_death} {socket.gethostname()}\n", encoding="utf-8")
         if requests.count > 1 or (died_at is not None and now - died_at > _LAST_WORDS_S):
             for rank in ranks:
                 rank.kill()
     _show(log, terminal)
     return first_death or _worst([rank.code or 0 for rank in ranks])
+
+
+def _wait_for_an_end(ranks: list[_Rank]) -> None:
+    """Until a rank ends, at most for a while: the peers of a dead rank follow within milliseconds."""
+    poll, descriptors = select.poll(), []
+    for rank in ranks:
+        if rank.code is None:
+            descriptors.append(os.pidfd_open(rank.process.pid))
+            poll.register(descriptors[-1], select.POLLIN)
+    poll.poll(_POLL_S * 1000)
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _worst(codes: list[int]) -> int:

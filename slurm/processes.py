@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -68,6 +69,14 @@ def descendants(pids: set[int]) -> set[int]:
         found |= new
         todo += new
     return found
+
+
+def identity(pid: int) -> str:
+    """Host, number and start of a process: numbers are used again. Empty when there is none here."""
+    with contextlib.suppress(OSError, IndexError):
+        started = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+        return f"{socket.gethostname()}:{pid}:{started}"
+    return ""
 
 
 def end_processes(find: Callable[[], set[int]], *, timeout_s: float = 10) -> None:

@@ -1,13 +1,31 @@
-"""`jobs.jsonl`: a run's submissions, and how each incarnation of a job ended as its batch script saw it."""
+"""`jobs.jsonl`: a run's submissions, and how each start of a job began and ended as its batch script saw it."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megabatch.run_directory import RunDirectory
+
+LOCAL = "local"
+"""Stands for a job id where ranks ran without Slurm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The first thing that a batch script, or the local launcher, did."""
+
+    restart: int
+    """Its number among the run's starts, 0 first; log names carry it."""
+    time: float
+    """Seconds since the epoch."""
+    nodes: str = ""
+    """As Slurm writes lists of nodes (`n[1-2]`), or this machine's name."""
+    process: str = ""
+    """The local launcher's process, as `megabatch.slurm.processes.identity` gives it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,36 +40,70 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """One submission."""
+    """One submission; all local starts of a run together."""
 
     job_id: str
+    """Slurm's (an element of an array is `123_4`), or `LOCAL`."""
     time: float
     """When it was submitted, in seconds since the epoch."""
-    cluster: str | None
+    cluster: str | None = None
     """Name of the cluster profile."""
+    starts: tuple[Start, ...] = ()
+    """Oldest first."""
     endings: tuple[Ending, ...] = ()
-    """One for each incarnation that ended by itself, oldest first."""
+    """One for each start that ended by itself, oldest first."""
+
+    def ending_of(self, start: Start) -> Ending | None:
+        """None while it runs, and when it was killed."""
+        return next((ending for ending in self.endings if ending.restart == start.restart), None)
 
 
 def record_submission(run: RunDirectory, job_id: str, *, cluster: str | None = None) -> None:
     """Appends one line."""
-    line = json.dumps({"job_id": job_id, "time": time.time(), "cluster": cluster})
-    with open(run.jobs, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    _append(run, {"job_id": job_id, "time": time.time(), "cluster": cluster})
+
+
+def record_start(run: RunDirectory, start: Start) -> None:
+    """Appends the line of a local start."""
+    line: dict[str, Any] = {"job_id": LOCAL, "restart": start.restart, "start": start.time, "nodes": start.nodes}
+    _append(run, line | {"process": start.process})
+
+
+def record_ending(run: RunDirectory, ending: Ending) -> None:
+    """Appends the line of a local ending."""
+    line: dict[str, Any] = {"job_id": LOCAL, "restart": ending.restart, "exit_code": ending.exit_code}
+    _append(run, line | {"time": ending.time})
 
 
 def read_records(run: RunDirectory) -> list[JobRecord]:
-    """The run's submissions, oldest first; a line that a full disk cut short is left out."""
+    """The run's jobs, the one that began last at the end; a line that a full disk cut short is left out."""
     records: dict[str, JobRecord] = {}
     for line in _lines(run):
         job_id = str(line["job_id"])
-        if "exit_code" not in line:
-            records[job_id] = JobRecord(job_id, float(line.get("time", 0)), line.get("cluster"))
-        elif job_id in records:
-            old = records[job_id]
-            ending = Ending(int(line.get("restart", 0)), int(line["exit_code"]), float(line.get("time", 0)))
-            records[job_id] = JobRecord(job_id, old.time, old.cluster, (*old.endings, ending))
+        # a job may start before its submission is written down
+        old = records.get(job_id) or JobRecord(job_id, _number(line, "start", _number(line, "time")))
+        if "exit_code" in line:
+            ending = Ending(int(_number(line, "restart")), int(_number(line, "exit_code")), _number(line, "time"))
+            records[job_id] = replace(old, endings=(*old.endings, ending))
+            continue
+        records.pop(job_id, None)
+        if "start" in line:
+            words = {name: str(line.get(name) or "") for name in ("nodes", "process")}
+            start = Start(int(_number(line, "restart")), _number(line, "start"), **words)
+            records[job_id] = replace(old, starts=(*old.starts, start))
+        else:
+            records[job_id] = replace(old, time=_number(line, "time"), cluster=line.get("cluster"))
     return list(records.values())
+
+
+def next_restart(run: RunDirectory) -> int:
+    """The number of the run's next start; the batch script counts the same lines."""
+    return sum("start" in line for line in _lines(run))
+
+
+def _append(run: RunDirectory, line: Mapping[str, Any]) -> None:
+    with open(run.jobs, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _lines(run: RunDirectory) -> list[dict[str, Any]]:
@@ -68,3 +120,8 @@ def _lines(run: RunDirectory) -> list[dict[str, Any]]:
         if isinstance(value, dict) and "job_id" in value:
             lines.append(value)
     return lines
+
+
+def _number(line: Mapping[str, Any], name: str, default: float = 0) -> float:
+    value = line.get(name, default)
+    return float(value) if isinstance(value, int | float) else default

@@ -44,6 +44,8 @@ class Progress:
     tokens: int = 0
     """Tokens trained on so far, without padding."""
     samples: int = 0
+    seconds: float = 0.0
+    """Wall-clock time of these steps: a step that a resume takes again counts once, as it was taken last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

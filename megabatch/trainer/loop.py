@@ -109,13 +109,15 @@ class Loop:
             batch = next(steps)
             result = self.engine.step(batch.packs, self.objective, weight=batch.weight, stop=self.stop.requested)
             _check_finite(result, step=progress.step + 1, batch=batch)
+            seconds = time.perf_counter() - started
             progress = Progress(
                 step=progress.step + 1,
                 cursor=batch.cursor,
                 tokens=progress.tokens + batch.tokens,
                 samples=progress.samples + batch.samples,
+                seconds=progress.seconds + seconds,
             )
-            self._log(progress, batch, result, seconds=time.perf_counter() - started)
+            self._log(progress, batch, result, seconds=seconds)
             yield progress, result.stop
 
     def _log(self, progress: Progress, batch: Step, result: StepResult, *, seconds: float) -> None:
@@ -133,6 +135,7 @@ class Loop:
             consumed_tokens=progress.tokens,
             consumed_samples=progress.samples,
             seconds=seconds,
+            trained_s=progress.seconds,
             extra=extra,
         )
         self.metrics.log_step(record)

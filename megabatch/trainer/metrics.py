@@ -48,6 +48,8 @@ class StepRecord:
     consumed_samples: int
     seconds: float
     """Wall-clock time of the step, data included."""
+    trained_s: float
+    """Such time of all steps that led here, each counted once."""
     extra: Mapping[str, float]
 
 
@@ -168,6 +170,7 @@ class Metrics:
             "consumed_tokens": record.consumed_tokens,
             "consumed_samples": record.consumed_samples,
             "step_s": record.seconds,
+            "trained_s": record.trained_s,
             "tokens_per_s": rate,
             "eta_s": (self.train_iters - record.step) * seconds / len(self.recent),
             "memory_gib": _memory_gib(),
@@ -189,7 +192,7 @@ class Metrics:
         if not self.settings.log_memory_to_tensorboard:
             skipped.add("memory_gib")
         if not self.settings.log_timers_to_tensorboard:
-            skipped |= {"step_s", "tokens_per_s", "eta_s"}
+            skipped |= {"step_s", "trained_s", "tokens_per_s", "eta_s"}
         for name, value in values.items():
             if name not in skipped:
                 self._board.add_scalar(f"train/{name}", value, step)

@@ -36,7 +36,7 @@ class Place:
     world_size: int
     local_rank: int
     restart: int
-    """How often the job was requeued before this start."""
+    """Number of this start of the run, 0 first."""
 
     @staticmethod
     def from_environment() -> Place:

@@ -28,7 +28,7 @@ def finish(job: JobSpec) -> list[str]:
         '    echo "megabatch: rank $rank on $node failed first, with exit code $status: $log"',
         "fi",
         'printf \'{"job_id": "%s", "restart": %d, "exit_code": %d, "time": %d}\\n\' \\',
-        '    "$SLURM_JOB_ID" "$MEGABATCH_RESTART" "$status" "$EPOCHSECONDS" >>"$MEGABATCH_RUN/jobs.jsonl" || true',
+        '    "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$status" "$EPOCHSECONDS" >>"$MEGABATCH_RUN/jobs.jsonl" || true',
         *([f'if [ "$status" -eq {ExitCode.REQUEUE} ]; then', *back, "fi"] if job.requeue else []),
         'exit "$status"',
     ]

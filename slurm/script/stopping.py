@@ -28,11 +28,19 @@ _MARKS = {"MEGABATCH_STOP_REQUEST": "stop", "MEGABATCH_STOPPED": "stopped", "MEG
 def run_directory(job: JobSpec) -> list[str]:
     return [
         f"export MEGABATCH_RUN={shell(str(job.run_directory))}",
-        'export MEGABATCH_RESTART="${SLURM_RESTART_COUNT:-0}"',
+        'mkdir -p -- "$MEGABATCH_RUN/logs"',
+        "# an element of an array goes by the name that people see in squeue",
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        'export MEGABATCH_JOB_ID="${job:-$SLURM_JOB_ID}"',
+        "# starts count over the run, not the job: a resumed run must not write into the logs of an earlier job",
+        'MEGABATCH_RESTART=$(grep -c \'"start"\' -- "$MEGABATCH_RUN/jobs.jsonl" 2>/dev/null) || true',
+        'export MEGABATCH_RESTART="${MEGABATCH_RESTART:-0}"',
         "# asked to stop, stopped with everything saved, and who failed first",
         *(
-            f'export {name}="$MEGABATCH_RUN/logs/{file}.$SLURM_JOB_ID.$MEGABATCH_RESTART"'
+            f'export {name}="$MEGABATCH_RUN/logs/{file}.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART"'
             for name, file in _MARKS.items()
         ),
-        'mkdir -p -- "$MEGABATCH_RUN/logs"',
+        'printf \'{"job_id": "%s", "restart": %d, "start": %d, "nodes": "%s"}\\n\' \\',
+        '    "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$EPOCHSECONDS" "$SLURM_JOB_NODELIST" \\',
+        '    >>"$MEGABATCH_RUN/jobs.jsonl" || true',
     ]

@@ -64,8 +64,11 @@ def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Subm
     assert {job.said(rank)[-1]["stopped"] for rank in range(2)} <= {"SIGTERM", "SIGUSR2"}
     second = resume(job.run.path)
     assert second != job.job_id
+    job.wait_listening(restart=1, ranks=2)
+    # the second job's logs are its own: starts count over the run
     assert [record.job_id for record in read_records(job.run)] == [job.job_id, second]
-    cancel(job.run.path)
+    assert [[start.restart for start in record.starts] for record in read_records(job.run)] == [[0], [1]]
+    assert len(job.said(0)) == 2 and "SLURM_RESTART_COUNT" not in job.said(0, 1)[0]["environment"]
 
 
 def test_preemption_requeues_through_slurm(submit_payload: Submit) -> None:
