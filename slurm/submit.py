@@ -61,9 +61,9 @@ class Submission:
 class _ScriptExecutor(submitit.SlurmExecutor):
     """Submits a text of ours where submitit would write its own."""
 
-    def __init__(self, folder: Path, *, script: str) -> None:
+    def __init__(self, folder: Path, *, script: str, options: tuple[str, ...] = ()) -> None:
         super().__init__(folder)
-        self._script = script
+        self._script, self._options = script, options
 
     def submit_script(self) -> submitit.SlurmJob[Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -74,15 +74,21 @@ class _ScriptExecutor(submitit.SlurmExecutor):
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._script
 
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["sbatch", *self._options, str(submission_file_path)]
+
     def _num_tasks(self) -> int:
         """One handle for the job, whatever its ranks: submitit would make an object for each."""
         return 1
 
 
-def submit(run: RunDirectory, script: str, *, cluster: str | None = None) -> Submission:
+def submit(
+    run: RunDirectory, script: str, *, cluster: str | None = None, dependency: str | None = None, hold: bool = False
+) -> Submission:
     """Stores `script` as the run's, submits it, and notes the job in `jobs.jsonl`.
 
-    Args: `cluster` is the profile's name, for the record.
+    Args: `cluster` is the profile's name, for the record. `dependency` is Slurm's text, of which the stored script
+    knows nothing: a resumed run waits for nobody. `hold` keeps the job from starting until it is released.
     Raises: LaunchError when sbatch is missing or refuses, with its own message and the likely fix.
     """
     _check_programs()
@@ -92,7 +98,8 @@ def submit(run: RunDirectory, script: str, *, cluster: str | None = None) -> Sub
     if re.search(r"%[jtAa]", str(run.path)):
         raise LaunchError(f"{run.path}: a run directory may not contain %j, %t, %A or %a; choose another name")
     with _explained(), _outside_any_job():
-        job = _ScriptExecutor(run.path / "slurm", script=script).submit_script()
+        options = (*([f"--dependency={dependency}"] if dependency else []), *(["--hold"] if hold else []))
+        job = _ScriptExecutor(run.path / "slurm", script=script, options=options).submit_script()
     record_submission(run, job.job_id, cluster=cluster)
     return Submission(job.job_id, job)
 
