@@ -51,6 +51,7 @@ def _shape(config: Config) -> ModelShape:
         moe_ffn_hidden_size=fields["ffn_hidden_size"],
         moe_router_topk=topk,
         sliding_window=size(config, "sliding_window", default=128),
+        mlp_bias=True,
         attention_sinks=True,
     )
 

@@ -1,51 +1,67 @@
-"""Arithmetic of a training step, and what accelerators can do. Pure numbers, no torch."""
+"""Floating-point operations of a training step. Pure numbers, no torch."""
 
 from __future__ import annotations
 
-from megabatch.plan.shape import ModelShape
+from collections import Counter
 
-PEAK_TFLOPS_BF16 = {
-    "A100": 312.0,
-    "A800": 312.0,
-    "H100": 989.4,
-    "H800": 989.4,
-    "H200": 989.4,
-    "H20": 148.0,
-    "B200": 2250.0,
-    "L40S": 362.05,
-}
-"""Dense bf16 tensor-core peak of one device in TFLOP/s, from NVIDIA's data sheets (without sparsity)."""
+from megabatch.plan import weights
+from megabatch.plan.gpus import gpu_named
+from megabatch.plan.shape import ModelShape
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak of the device with this name as CUDA reports it, or None where it is not known."""
-    words = device_name.upper().replace("-", " ").split()
-    return next((PEAK_TFLOPS_BF16[word] for word in words if word in PEAK_TFLOPS_BF16), None)
+    """Dense bf16 peak of the device with this name as CUDA reports it, or None where it is not known."""
+    gpu = gpu_named(device_name)
+    return None if gpu is None else gpu.peak_tflops
+
+
+def kinds(shape: ModelShape) -> Counter[weights.Kind]:
+    """How many layers of each kind the model has."""
+    return Counter(weights.kind_of(shape, layer) for layer in range(shape.num_layers))
 
 
 def matmul_parameters(shape: ModelShape) -> int:
-    """Weights that each token is multiplied with: attention, MLP or chosen experts, and the output layer."""
-    heads = shape.num_attention_heads * shape.kv_channels
-    groups = shape.num_query_groups * shape.kv_channels
-    attention = shape.hidden_size * (2 * heads + 2 * groups)
-    total = 0
-    for layer in range(shape.num_layers):
-        if shape.is_moe_layer(layer):
-            width = (shape.moe_ffn_hidden_size or 0) * (shape.moe_router_topk or 0)
-            width += shape.moe_shared_expert_intermediate_size or 0
-            mlp = 3 * shape.hidden_size * width + shape.hidden_size * (shape.num_experts or 0)
-        else:
-            mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
-        total += attention + mlp
-    return total + shape.hidden_size * shape.vocab_size
+    """Weights that each token is multiplied with: attention, MLP or chosen experts, and the output layer.
+
+    Without layers of multi-token prediction, which are not trained unless a recipe asks for them.
+    """
+    layers = sum(count * _multiplied(shape, weights.layer(shape, kind)) for kind, count in kinds(shape).items())
+    return layers + _multiplied(shape, (weights.output_layer(shape),))
+
+
+def _multiplied(shape: ModelShape, found: tuple[weights.Weight, ...]) -> int:
+    chosen = shape.moe_router_topk or 0
+    return sum(weight.elements * (chosen if weight.experts else 1) for weight in found if weight.cols is not None)
+
+
+def attention_flops(shape: ModelShape, kind: weights.Kind, *, mean_length: float) -> float:
+    """Of one token in one layer, forward, besides the projections.
+
+    Causal attention: 2 for each channel of query and value and each of the mean_length / 2 tokens before it, a sliding
+    window not counted. Linear attention: each head's state is read twice and written once (arXiv:2412.06464).
+    """
+    _, linear = kind
+    if linear:
+        state = (shape.linear_key_head_dim or 0) * (shape.linear_value_head_dim or 0)
+        return 6.0 * (shape.linear_num_value_heads or 0) * state
+    return mean_length * shape.num_attention_heads * sum(head_channels(shape))
+
+
+def head_channels(shape: ModelShape) -> tuple[int, int]:
+    """Channels of a head's query (or key) and of its value."""
+    if not shape.multi_latent_attention:
+        return shape.kv_channels, shape.kv_channels
+    return (shape.qk_head_dim or 0) + (shape.qk_pos_emb_head_dim or 0), shape.v_head_dim or 0
 
 
 def training_flops(shape: ModelShape, *, tokens: int, mean_length: float) -> float:
     """Floating-point operations of forward and backward over `tokens` tokens, recomputation not counted.
 
-    6 per weight and token, and for causal attention 6 * mean_length * heads per token and layer (arXiv:2104.04473,
-    appendix, halved for the causal mask).
+    6 per weight and token, and for attention three times the forward pass (arXiv:2104.04473, appendix, halved for the
+    causal mask).
     Args: mean_length: token-weighted mean length of the sequences that attend to themselves.
     """
-    heads = shape.num_attention_heads * shape.kv_channels
-    return tokens * (6.0 * matmul_parameters(shape) + 6.0 * shape.num_layers * mean_length * heads)
+    attention = sum(
+        count * attention_flops(shape, kind, mean_length=mean_length) for kind, count in kinds(shape).items()
+    )
+    return tokens * (6.0 * matmul_parameters(shape) + 3.0 * attention)

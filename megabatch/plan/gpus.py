@@ -35,9 +35,9 @@ GPUS = {
         Gpu(name="L40S", memory_gib=44.5, peak_tflops=362.05, memory_gb_s=864, nvlink_gb_s=32, network_gb_s=25),
     )
 }
-"""By name. Sources: NVIDIA's data sheets of each GPU (A100 80GB SXM, H100 SXM5, H200 SXM, HGX B200, H20, L40S); A800 and
-H800 are A100 and H100 with NVLink cut to 400 GB/s both ways. Network: one 200 Gb/s adapter (A100), half of one (A800
-instances of public clouds), one 400 Gb/s adapter (H100 and newer) for each GPU, as in DGX and HGX systems."""
+"""By name. Sources: NVIDIA's data sheets (A100 80GB SXM, H100 SXM5, H200 SXM, HGX B200, H20, L40S); A800 and H800 are
+A100 and H100 with NVLink cut to 400 GB/s both ways. Network: one 200 Gb/s adapter (A100), half of one (A800 instances
+of public clouds) or one 400 Gb/s adapter (H100 and newer) for each GPU, as in DGX and HGX systems."""
 
 
 def gpu_named(name: str) -> Gpu | None:

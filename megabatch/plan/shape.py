@@ -35,6 +35,7 @@ class ModelShape:
     attention_output_bias: bool = False
     """Bias on the attention's output projection (Llama's `attention_bias`)."""
     mlp_bias: bool = False
+    """Bias on the matrices of each MLP; in a mixture of experts on each expert's and on the router."""
     qk_layernorm: bool = False
     num_experts: int | None = None
     moe_layers: tuple[bool, ...] = ()

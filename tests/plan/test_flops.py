@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from megabatch.converters.families import FAMILIES, family_of
-from megabatch.plan.flops import PEAK_TFLOPS_BF16, matmul_parameters, peak_tflops, training_flops
+from megabatch.plan.flops import matmul_parameters, peak_tflops, training_flops
+from megabatch.plan.gpus import GPUS
 from megabatch.plan.known_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 
@@ -79,7 +80,7 @@ def test_the_well_known_6_n_d() -> None:
     ],
 )
 def test_peaks_are_found_by_the_name_that_cuda_reports(name: str, device: str) -> None:
-    assert peak_tflops(name) == PEAK_TFLOPS_BF16[device]
+    assert peak_tflops(name) == GPUS[device].peak_tflops
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "NVIDIA A10", "Tesla V100-SXM2-32GB", ""])
