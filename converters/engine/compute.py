@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from megabatch.converters.dtypes import FP8
-from megabatch.converters.engine.plan import Scales, Strip, Tensor
-from megabatch.converters.engine.sources import Sources
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.errors import ConversionError
 
@@ -33,9 +31,8 @@ def numpy() -> Any:
 class Computer:
     """One worker's arithmetic and the arrays of its tile."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self) -> None:
         self._np = numpy()
-        self._sources = sources
         self._values, self._one, self._other = (self._np.empty(_TILE, self._np.uint32) for _ in range(3))
 
     def cast(self, raw: memoryview, source: str, target: str, *, out: memoryview, add: float = 0.0) -> None:
@@ -48,39 +45,22 @@ class Computer:
                 values += self._np.float32(add)
             self._store(values, target, out[start * ITEMSIZE[target] : stop * ITEMSIZE[target]])
 
-    def dequantise(self, raw: memoryview, tensor: Tensor, strip: Strip, skip: int, *, out: memoryview) -> None:
-        """Fills `out` with FP8 values times their block's scale, in float32, rounded once to the tensor's dtype.
+    def multiply(self, raw: memoryview, source: str, factors: Any, target: str, *, out: memoryview) -> None:
+        """Fills `out` with values times their column's factor (float32), rounded once to another dtype.
 
-        `raw` holds whole rows of the strip from its row `skip` on.
+        `raw` holds rows of as many values as there are factors.
         """
-        scales = strip.scales
-        assert scales is not None
-        columns = tensor.source_row_bytes
-        self._reserve(columns)
-        count = raw.nbytes // columns
-        step = max(1, _TILE // columns)
-        row = 0
-        while row < count:
-            number = scales.first + skip + row
-            rows = min(step, scales.block[0] - number % scales.block[0], count - row)
-            factors = self._factors(scales, number // scales.block[0], columns)
-            values = self._load(raw[row * columns : (row + rows) * columns], tensor.source_dtype)
-            grid = values.reshape(rows, columns)
+        self._reserve(raw.nbytes // ITEMSIZE[source])
+        values = self._load(raw, source)
+        grid = values.reshape(-1, len(factors))
+        with self._np.errstate(over="ignore", invalid="ignore"):
             grid *= factors
-            self._store(values, tensor.dtype, out[row * tensor.row_bytes : (row + rows) * tensor.row_bytes])
-            row += rows
+        self._store(values, target, out)
 
     def _reserve(self, count: int) -> None:
-        """Makes room for a row that is longer than a tile."""
+        """Makes room for more than a tile."""
         if count > len(self._values):
             self._values, self._one, self._other = (self._np.empty(count, self._np.uint32) for _ in range(3))
-
-    def _factors(self, scales: Scales, row: int, columns: int) -> Any:
-        """The scale of each column in one row of blocks."""
-        size = scales.columns * ITEMSIZE[scales.dtype]
-        raw = memoryview(bytearray(size))
-        self._sources.read_into(scales.source, raw, scales.offset + row * size)
-        return self._np.repeat(self._load(raw, scales.dtype), scales.block[1])[:columns]
 
     def _load(self, raw: memoryview, dtype: str) -> Any:
         """float32 values, in an array that the next call fills again."""

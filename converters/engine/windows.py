@@ -11,6 +11,7 @@ from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.shards import interleave
 
 if TYPE_CHECKING:
+    from megabatch.converters.engine.block_scaled import BlockScaled
     from megabatch.converters.engine.compute import Computer
 
 BUFFER_BYTES = 2 << 20
@@ -26,10 +27,11 @@ class Windows:
         self._raw = memoryview(bytearray(buffer_bytes))
         self._made = memoryview(bytearray())
         self._computer: Computer | None = None
+        self._scaled: BlockScaled | None = None
 
     def of(self, tensor: Tensor) -> Iterator[memoryview]:
         """The data in order; each block is valid until the next is asked for."""
-        step = max(1, self._size // max(1, tensor.source_row_bytes))
+        step = max(1, self._size // max(1, tensor.source_row_bytes, tensor.row_bytes))
         if tensor.arrangement is not None:
             step = tensor.rows
         for first in range(0, tensor.rows, step):
@@ -63,7 +65,7 @@ class Windows:
         if self._computer is None:
             from megabatch.converters.engine.compute import Computer
 
-            self._computer = Computer(self._sources)
+            self._computer = Computer()
         size = (last - first) * tensor.row_bytes
         if size > self._made.nbytes:
             self._made = memoryview(bytearray(size))
@@ -72,11 +74,15 @@ class Windows:
         if all(strip.scales is None for strip in strips):
             self._computer.cast(raw, tensor.source_dtype, tensor.dtype, out=made, add=tensor.add)
             return made
+        if self._scaled is None:
+            from megabatch.converters.engine.block_scaled import BlockScaled
+
+            self._scaled = BlockScaled(self._computer, self._sources)
         for strip in strips:
             start, stop = max(first, strip.row), min(last, strip.row + strip.rows)
             rows = raw[(start - first) * tensor.source_row_bytes : (stop - first) * tensor.source_row_bytes]
             out = made[(start - first) * tensor.row_bytes : (stop - first) * tensor.row_bytes]
-            self._computer.dequantise(rows, tensor, strip, start - strip.row, out=out)
+            self._scaled.dequantise(rows, tensor, strip, start - strip.row, out=out)
         return made
 
 

@@ -11,7 +11,9 @@ from made_folders import MOE, make_folder
 from safetensors.torch import load_file, save_file
 
 from megabatch.converters import convert
+from megabatch.converters.engine.block_scaled import BlockScaled
 from megabatch.converters.engine.compute import Computer
+from megabatch.converters.engine.plan import Scales, SourceFile, Strip, Tensor
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.errors import ConversionError
@@ -46,7 +48,7 @@ def test_casts_equal_torchs(source: str, target: str) -> None:
     values = samples(source)
     expected = values.float().to(TORCH[target])
     made = bytearray(expected.nbytes)
-    Computer(Sources([])).cast(memoryview(bits_of(values)), source, target, out=memoryview(made))
+    Computer().cast(memoryview(bits_of(values)), source, target, out=memoryview(made))
     got = torch.frombuffer(made, dtype=TORCH[target])
     number = ~expected.isnan()
     assert bits_of(got[number]) == bits_of(expected[number])
@@ -121,6 +123,45 @@ def test_fp8_with_block_scales_equals_torchs_product(
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["torch_dtype"] == (name or "bfloat16")
+
+
+SCALES = (1.0, 0.0, -0.75, 1e-4 / 448, 3.1e-39, 1e-45, 127.99, 128.0, 3e38, float("inf"), float("nan"), 2.0**-120)
+
+
+@pytest.mark.parametrize("name", ["BF16", "F32", "F16"])
+@pytest.mark.parametrize("nan", [True, False])
+def test_every_fp8_byte_times_any_scale_equals_torchs_product(nan: bool, name: str, tmp_path: Path) -> None:
+    """Rare scales stand in rows of blocks of their own beside usual ones, so that each way of computing is taken."""
+    rng = torch.Generator().manual_seed(3)
+    block, columns = (4, 256), 515
+    scales = torch.rand(2 * len(SCALES) + 400, 3, generator=rng) * 2e-3
+    scales[: len(SCALES), 1] = torch.tensor(SCALES)
+    bits = torch.arange(256, dtype=torch.uint8).repeat(len(scales) * 4 * columns // 256 + 1)[
+        : len(scales) * 4 * columns
+    ]
+    bits = bits.clone() if nan else bits.masked_fill(bits & 0x7F == 0x7F, 3)
+    file = tmp_path / "scales"
+    file.write_bytes(bits_of(scales))
+    given = Scales(0, 0, "F32", 3, 6, block)  # as if six rows of the tensor lay before
+    rows = len(scales) * 4 - 6
+    raw = bits.view(-1, columns)[6:]
+    expected = raw.view(torch.float8_e4m3fn).float()
+    expected = (expected * scales.repeat_interleave(4, 0)[6:].repeat_interleave(256, 1)[:, :columns]).to(TORCH[name])
+    width = expected.element_size() * columns
+    strip = Strip(0, rows, 0, 0, 0, columns, given)
+    tensor = Tensor("x", 0, 0, (rows, columns), name, "F8_E4M3", rows, width, columns, (strip,))
+    made = bytearray(expected.nbytes)
+    with Sources([SourceFile(file, file.stat().st_size, 0)]) as sources:
+        scaled = BlockScaled(Computer(), sources)
+        half = rows // 2 + 1
+        for first, last in ((0, half), (half, rows)):
+            part = memoryview(bits_of(raw[first:last]))
+            scaled.dequantise(part, tensor, strip, first, out=memoryview(made)[first * width : last * width])
+    got = torch.frombuffer(made, dtype=TORCH[name]).view(expected.shape)
+    number = ~expected.isnan()
+    assert number.any() and (nan or not number.all())
+    assert bits_of(got[number]) == bits_of(expected[number])
+    assert got[~number].isnan().all()
 
 
 def test_fp8_is_rounded_once_when_it_becomes_single(tmp_path: Path) -> None:
