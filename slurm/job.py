@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megabatch.run_directory import RunDirectory
+
+Preflight = Literal["none", "light", "full"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,10 @@ class JobSpec:
     """OMP_NUM_THREADS of each rank; None means `cpus_per_task`, or 1."""
     mem_gib: int | None = None
     """Memory per node in GiB; 0 asks for all of it, None for the partition's default."""
+    preflight: Preflight = "none"
+    """What a short step asks of each node before the ranks start."""
+    max_bad_nodes: int = 2
+    """How many nodes the job may leave out, over all its starts, because that step found them bad."""
     time: str | None = None
     """Time limit in Slurm's spelling (`12:00:00`, `2-00:00:00`, minutes); None is the partition's."""
     signal_delay_s: int = 90

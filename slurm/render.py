@@ -13,6 +13,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.script.directives import directives
 from megabatch.slurm.script.ending import finish
+from megabatch.slurm.script.preflight import preflight
 from megabatch.slurm.script.ranks import launch, rank_script
 from megabatch.slurm.script.rendezvous import RENDEZVOUS
 from megabatch.slurm.script.stopping import STOP_HANDLING, run_directory
@@ -27,6 +28,7 @@ def render(job: JobSpec, profile: ClusterProfile) -> str:
     variables = job_variables(job, profile)
     inherit = tuple(dict.fromkeys((*profile.inherit, *job.inherit)))
     check_names(variables, inherit)
+    exported = [v.name for v in variables if not v.node_local] + list(inherit)
     sections = (
         directives(job, profile),
         ["set -eo pipefail"],
@@ -35,8 +37,9 @@ def render(job: JobSpec, profile: ClusterProfile) -> str:
         modules(profile),
         environment(job, variables, inherit),
         RENDEZVOUS,
+        preflight(job, profile, exported=exported),
         rank_script(variables, profile),
-        launch(job, profile, exported=[v.name for v in variables if not v.node_local] + list(inherit)),
+        launch(job, profile, exported=exported),
         finish(job),
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"

@@ -1,0 +1,107 @@
+"""A short step before the ranks: each node is compared with its peers, and bad ones are left out from then on.
+
+It is a step of its own and not the ranks' first act: memory that another process left on a GPU is seen before ours is
+on it, a node whose driver hangs can be named and ended from outside, and what it imports is in the nodes' page cache
+when the ranks import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megabatch.run_directory import ExitCode
+from megabatch.slurm.container import inside, srun_flags
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.quoting import shell
+
+_WAIT_S = 30
+"""How long srun waits for the other nodes once the first one is done."""
+
+
+def preflight(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> list[str]:
+    """The step and what follows from its verdict; nothing for a job that asks for none."""
+    if job.preflight == "none":
+        return []
+    words = " ".join(map(shell, _step(job, profile, exported=exported)))
+    return [
+        'preflight="$MEGABATCH_RUN/logs/preflight.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART" verdict= bad=',
+        "export MEGABATCH_NODES=\"${nodes//$'\\n'/ }\"",
+        'if [ -z "$stop" ]; then',
+        "    # a request to stop meanwhile is acted on after it, before any rank starts",
+        f"    (trap '' USR2; exec {words}) &",
+        "    preflight_pid=$!",
+        "    while :; do",
+        "        interrupted= status=0",
+        '        wait "$preflight_pid" || status=$?',
+        '        if [ -z "$interrupted" ] || [ "$status" -le 128 ]; then break; fi',
+        "    done",
+        '    if [ -r "$preflight" ]; then read -r verdict bad <"$preflight" || true; fi',
+        '    rm -f -- "$preflight"',
+        '    if [ -z "$verdict" ] && [ -z "$stop" ]; then',
+        '        echo "megabatch: preflight ended with exit code $status and no verdict: going on without it" >&2',
+        "    fi",
+        "fi",
+        *_LEAVE_OUT,
+        f'if [ "$verdict" = exclude ] && [ -z "$stop" ]; then {"leave_out" if job.requeue else "verdict=fail"}; fi',
+        'if [ "$verdict" = fail ] && [ -z "$stop" ]; then',
+        '    echo "megabatch: preflight: not started on $bad; leave bad nodes out with \\`exclude\\` in the cluster'
+        ' profile, or go on without the preflight: --preflight none" >&2',
+        f"    record_preflight {ExitCode.FAILED}",
+        f"    exit {ExitCode.FAILED}",
+        "fi",
+    ]
+
+
+def _step(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> list[str]:
+    options = {
+        "level": job.preflight,
+        "gpus": job.gpus_per_node,
+        "ranks": job.tasks_per_node,
+        "local_cache": profile.local_cache,
+        "max_bad_nodes": job.max_bad_nodes,
+    }
+    arguments = ("-P", "-m", "megabatch.trainer.preflight", str(job.run_directory))
+    step = replace(job, arguments=(*arguments, *(f"--{name}={value}" for name, value in options.items())))
+    one_each = [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", f"--wait={_WAIT_S}"]
+    return ["srun", *one_each, *srun_flags(job, profile, exported=exported), *profile.srun, *inside(step, profile)]
+
+
+_LEAVE_OUT = """\
+record_preflight() {
+    printf '{"job_id": "%s", "restart": %d, "exit_code": %d, "time": %d, "reason": "preflight: %s"}\\n' \\
+        "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$1" "$EPOCHSECONDS" "$bad" >>"$MEGABATCH_RUN/jobs.jsonl" || true
+}
+leave_out() {
+    local known excluded left=0 node
+    known=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    excluded=${known##* ExcNodeList=}
+    excluded=${excluded%% *}
+    if [ "$excluded" = "(null)" ]; then excluded=$bad; else excluded="$excluded,$bad"; fi
+    excluded=$(scontrol show hostnames "$excluded" | sort -u)
+    while read -r node known; do
+        case $known in down* | drain* | drng* | fail* | unk* | maint*) continue ;; esac
+        if ! grep -qxF -- "$node" <<<"$excluded"; then left=$((left + 1)); fi
+    done < <(sinfo --noheader --Node --responding --partition="$SLURM_JOB_PARTITION" --format='%N %t' | sort -u)
+    if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
+        echo "megabatch: preflight: without $bad partition $SLURM_JOB_PARTITION has only $left nodes" >&2
+        verdict=fail
+        return
+    fi
+    # Slurm changes this list of a pending job alone, and a job is pending from its requeue on: this script then has
+    # KillWait to live
+    trap '' TERM
+    record_preflight 75
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        for _ in {1..20}; do
+            if scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded//$'\\n'/,}"; then
+                echo "megabatch: preflight: back into the queue without $bad"
+                exit 0
+            fi
+            sleep 0.2
+        done
+        echo "megabatch: preflight: back into the queue, but Slurm may give it $bad again" >&2
+        exit 0
+    fi
+    verdict=fail
+}""".splitlines()

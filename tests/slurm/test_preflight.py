@@ -1,0 +1,128 @@
+"""The preflight step on a real Slurm. There is no GPU here: an executable of ours stands in for nvidia-smi."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.queue import State
+from megabatch.slurm.records import read_records
+
+from .conftest import Submit, Submitted, until
+
+pytestmark = pytest.mark.slurm
+
+FAKE = Path(__file__).with_name("fake_nvidia_smi.py")
+Nodes = Callable[..., None]
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nodes:
+    """Puts nvidia-smi's stand-in on PATH; `nodes(n1={…})` says what it answers there."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!{sys.executable} -S\n{FAKE.read_text()}")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def answer(**found: dict[str, Any]) -> None:
+        for name, words in found.items():
+            (folder / f"{name}.json").write_text(json.dumps(words))
+
+    return answer
+
+
+def bad_nodes(job: Submitted) -> list[dict[str, Any]]:
+    path = job.run.path / "bad_nodes.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measured(job: Submitted, restart: int = 0) -> dict[str, Any]:
+    [path] = job.run.logs.glob(f"preflight.*.{restart}.json")
+    found = json.loads(path.read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def excluded(scontrol: Callable[..., str], job: Submitted) -> str:
+    shown = scontrol("--oneliner", "show", "job", job.job_id)
+    return shown.split(" ExcNodeList=")[1].split()[0]
+
+
+def test_a_bad_node_is_left_out_and_the_job_runs_on_the_others(
+    submit_payload: Submit, nodes: Nodes, scontrol: Callable[..., str]
+) -> None:
+    nodes(n1={"values": {"ecc.errors.uncorrected.volatile.total": "3"}})
+    profile = ClusterProfile(exclude="n4", sbatch={"exclusive": True})
+    job = submit_payload(profile=profile, nodes=2, gpus_per_node=2, preflight="light")
+    end = job.wait(timeout_s=60)
+    assert end.state is State.COMPLETED, job.batch_log()
+    [bad] = bad_nodes(job)
+    assert (bad["node"], bad["check"], bad["excluded"], bad["job_id"], bad["restart"]) == (
+        "n1",
+        "ecc",
+        True,
+        job.job_id,
+        0,
+    )
+    assert bad["value"] == "GPU 0: ecc.errors.uncorrected.volatile.total=3"
+    assert excluded(scontrol, job) in ("n1,n4", "n[1,4]"), "the profile's own list stays"
+    assert {rank["environment"]["SLURMD_NODENAME"] for r in range(2) for rank in job.said(r, 1)[:1]} == {"n2", "n3"}
+    assert not job.said(0, 0), "no rank may start on a bad node"
+    assert [(e.restart, e.exit_code) for e in read_records(job.run)[0].endings] == [(0, 75), (1, 0)]
+    assert not [path for path in job.run.logs.glob("preflight.*") if path.suffix != ".json"]
+
+
+def test_all_checks_of_good_nodes(submit_payload: Submit) -> None:
+    job = submit_payload(nodes=3, preflight="full")
+    assert job.wait().state is State.COMPLETED, job.batch_log()
+    assert "preflight of 3 nodes: ok" in job.batch_log()
+    found = measured(job)
+    assert sorted(report["node"] for report in found["reports"]) == ["n1", "n2", "n3"]
+    assert all(report["matmul"][0]["tflops"] > 0 for report in found["reports"])
+    pairs = [tuple(link["pair"]) for link in found["links"]]
+    assert sorted(pairs) == sorted([(0, 1), (0, 2), (1, 2)] * 2), "both nodes of a pair report it"
+    assert all(link["gb_per_s"] > 0 for link in found["links"])
+    assert not bad_nodes(job)
+
+
+def test_what_all_nodes_have_in_common_is_no_nodes_fault(submit_payload: Submit, nodes: Nodes) -> None:
+    nodes(n1={"exit": 15}, n2={"exit": 15})
+    job = submit_payload(
+        profile=ClusterProfile(sbatch={"nodelist": "n[1-2]"}), nodes=2, gpus_per_node=2, preflight="light"
+    )
+    end = job.wait()
+    assert (end.state, end.exit_code) == (State.FAILED, 1)
+    log = job.batch_log()
+    assert "2 of 2 nodes fail: that is the site's or the job's fault" in log
+    assert "Unable to determine the device handle" in log
+    assert not any(bad["excluded"] for bad in bad_nodes(job))
+
+
+def test_a_job_that_could_not_run_without_the_bad_node_fails(submit_payload: Submit, nodes: Nodes) -> None:
+    nodes(n2={"gpus": 1})
+    job = submit_payload(nodes=4, gpus_per_node=2, preflight="light")
+    assert job.wait().state is State.FAILED
+    assert "without n2 partition batch has only 3 nodes" in job.batch_log()
+    assert bad_nodes(job)[0]["value"] == "1 GPUs"
+
+
+def test_a_request_to_stop_during_the_preflight_is_not_lost(submit_payload: Submit, tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text(f'#!/bin/bash\ntouch {tmp_path}/begun\nsleep 2\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    job = submit_payload(python=str(slow), preflight="light", requeue=False)
+    until((tmp_path / "begun").exists)
+    subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
+    end = job.wait()
+    assert (end.state, end.exit_code) == (State.STOPPED, 75)
+    assert not job.said(0)
