@@ -30,6 +30,7 @@ ROOMS = {
     "megabatch/trainer/model": "megatron-core models of our families",
     "megabatch/trainer/objectives": "losses, as numerators with a named denominator",
     "megabatch/trainer/ops": "collectives inside autograd",
+    "megabatch/trainer/preflight": "one node's part of the step that looks for bad nodes before the ranks start",
     "slurm/script": "the sections of a batch script",
     "converters/command": "the megabatch-convert command",
     "converters/engine": "plan, execute, journal, commit, verify: what a conversion does",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megabatch.config.declare import param
 
@@ -27,6 +28,12 @@ class Resources:
     """Seconds before that limit at which the ranks are told to save and stop; must be below `time`."""
     requeue: bool = param(True)
     """Puts the job back into the queue after it saved on a signal, or after a node failed."""
+    preflight: Literal["none", "light", "full"] | None = param(None)
+    """What a short step asks of each node before the ranks start; bad nodes are left out and the job requeued. `light`
+    looks at GPUs, disks and clocks; `full` also multiplies matrices and reduces between pairs of nodes. None means
+    `full` with GPUs and `none` without."""
+    max_bad_nodes: int = param(2, at_least=0)
+    """How many nodes a job may leave out because of that step; with more it fails."""
     job_name: str | None = param(None)
     """Name in the queue; None means the recipe's."""
     omp_num_threads: int | None = param(None, at_least=1)
@@ -35,6 +42,10 @@ class Resources:
     @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def preflight_level(self) -> Literal["none", "light", "full"]:
+        return self.preflight or ("full" if self.gpus_per_node else "none")
 
     @property
     def world_size(self) -> int:

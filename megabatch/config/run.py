@@ -131,6 +131,7 @@ def _derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
             resources,
             tasks_per_node=resources.ranks_per_node,
             job_name=resources.job_name or recipe.name,
+            preflight=resources.preflight_level,
             omp_num_threads=resources.omp_num_threads or resources.cpus_per_task or 1,
         ),
     )

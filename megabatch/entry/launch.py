@@ -111,6 +111,8 @@ def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) ->
         time=resources.time,
         signal_delay_s=resources.signal_delay_s,
         requeue=resources.requeue,
+        preflight=resources.preflight_level,
+        max_bad_nodes=resources.max_bad_nodes,
         python=sys.executable,
         snapshot=snapshot,
         inherit=(recipe.bridge.hub_token,) if recipe.bridge.hub_token else (),
