@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -113,7 +113,8 @@ class Parameter:
         return () if any(value == item and type(value) is type(item) for item in allowed) else (value,)
 
 
-def group_types(recipe_type: type) -> dict[str, type]:
+@functools.cache
+def group_types(recipe_type: type) -> Mapping[str, type]:
     """Group name → dataclass, for each field of a recipe that is a group, in declaration order."""
     hints = typing.get_type_hints(recipe_type)
     return {

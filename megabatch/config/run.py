@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import typing
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ def save_folder(recipe: Recipe) -> Path:
 
 def _derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
     training, data, resources = recipe.training, recipe.data, recipe.resources
-    dtype = _dtype(recipe, shape)
+    dtype = torch_dtype(recipe, shape)
     max_length = data.max_length or shape.max_position_embeddings
     per_token = training.calculate_per_token_loss
     if per_token is None:
@@ -144,7 +145,7 @@ def _truncation(recipe: Recipe) -> Any:
     return "left" if recipe.task == "rlhf" and recipe.rlhf.rlhf_type == "grpo" else "delete"
 
 
-def _dtype(recipe: Recipe, shape: ModelShape) -> Any:
+def torch_dtype(recipe: Recipe, shape: ModelShape) -> Any:
     """From the recipe, its precision flags, or config.json (`torch_dtype`; `dtype` since transformers 5)."""
     if recipe.model.torch_dtype:
         return recipe.model.torch_dtype
@@ -189,7 +190,7 @@ def _built(hint: Any, found: Any, *, place: str) -> Any:
 
 
 def _built_group(group: type, found: Any, *, place: str) -> Any:
-    hints = typing.get_type_hints(group)
+    hints = _hints(group)
     names = [field.name for field in dataclasses.fields(group)]
     if not isinstance(found, dict):
         raise ConfigError(f"{place} must be an object with the fields of {group.__name__}")
@@ -202,3 +203,7 @@ def _built_group(group: type, found: Any, *, place: str) -> Any:
             raise ConfigError(f"{place}: {name} of {group.__name__} is missing; submit the run again")
     values = {name: _built(hints[name], found[name], place=f"{place}: {name}") for name in names}
     return group(**values)
+
+
+# evaluating annotations is most of the time that reading a run takes, and a sweep resolves hundreds
+_hints = functools.cache(typing.get_type_hints)
