@@ -9,11 +9,11 @@ from pathlib import Path
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.records import read_records
-from megabatch.slurm.state import status
+from megabatch.slurm.state import active_jobs, status
 
 
 def cancel(run: Path) -> str:
-    """Cancels the run's newest job and returns its id; ranks get the time to save that the cluster's KillWait gives.
+    """Cancels the run's jobs and returns their ids; ranks get the time to save that the cluster's KillWait gives.
 
     Raises: LaunchError when there is nothing to cancel or scancel refuses.
     """
@@ -23,10 +23,13 @@ def cancel(run: Path) -> str:
         raise LaunchError(f"{run}: job {job_id} is not in the queue ({state}); nothing to cancel")
     if shutil.which("scancel") is None:
         raise LaunchError("scancel not found: this machine has no Slurm; cancel from a login node")
-    done = subprocess.run(["scancel", job_id], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LaunchError(f"scancel refused to cancel job {job_id}: {done.stderr.strip()}")
-    return job_id
+    # of a run in links the later jobs go first: a link that ends lets the next one start
+    jobs = [*reversed(active_jobs(run))] or [job_id]
+    for one in jobs:
+        done = subprocess.run(["scancel", one], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise LaunchError(f"scancel refused to cancel job {one}: {done.stderr.strip()}")
+    return ", ".join(reversed(jobs))
 
 
 def resume(run: Path) -> str:

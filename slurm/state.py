@@ -44,12 +44,19 @@ def status(runs: Iterable[Path], *, fresh_s: float = 60) -> list[RunStatus]:
         _from_heartbeat(directory, job_records, beat, fresh_s=fresh_s)
         for directory, job_records, beat in zip(directories, records, beats, strict=True)
     ]
-    asked = {rs[-1].job_id for rs, found in zip(records, known, strict=True) if found is None and rs}
+    asked = {job.job_id for rs, found in zip(records, known, strict=True) if found is None for job in _open(rs)}
     answers = ask_slurm(asked)
     return [
         found if found is not None else _from_slurm(directory, job_records, beat, answers)
         for found, directory, job_records, beat in zip(known, directories, records, beats, strict=True)
     ]
+
+
+def active_jobs(run: Path) -> list[str]:
+    """The run's jobs that wait or run, as Slurm says: several for a run in links."""
+    jobs = _open(read_records(RunDirectory(run)))
+    answers = ask_slurm(job.job_id for job in jobs)
+    return [job.job_id for job in jobs if _is_active(job, answers)]
 
 
 def read_heartbeat(run: RunDirectory) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def _from_heartbeat(
 def _from_slurm(
     run: RunDirectory, records: list[JobRecord], beat: dict[str, Any], answers: Mapping[str, tuple[str, JobState]]
 ) -> RunStatus:
-    job = records[-1]
+    job = _current(records, answers)
     if job.job_id in answers:
         source, said = answers[job.job_id]
         state = State.STOPPED if said.exit_code == ExitCode.REQUEUE and said.state is State.FAILED else said.state
@@ -92,6 +99,21 @@ def _from_slurm(
     code = job.endings[-1].exit_code
     state = {ExitCode.DONE.value: State.COMPLETED, ExitCode.REQUEUE.value: State.STOPPED}.get(code, State.FAILED)
     return _status(run, state, "records", job.job_id, beat, exit_code=code, restart=job.endings[-1].restart)
+
+
+def _open(records: list[JobRecord]) -> list[JobRecord]:
+    """The job that began last, and before it those that have not started: the links of a run wait for each other."""
+    return [job for job in records if job is records[-1] or not job.starts]
+
+
+def _current(records: list[JobRecord], answers: Mapping[str, tuple[str, JobState]]) -> JobRecord:
+    """Of a run's jobs the one that tells its state: the one that runs, else the next to run, else the last that ran."""
+    active = [job for job in _open(records) if _is_active(job, answers)]
+    return next((job for job in active if job.starts), active[0] if active else records[-1])
+
+
+def _is_active(job: JobRecord, answers: Mapping[str, tuple[str, JobState]]) -> bool:
+    return job.job_id in answers and answers[job.job_id][1].state.active
 
 
 def _status(
