@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from megabatch.errors import ConversionError
 
@@ -47,6 +47,20 @@ class Scales(NamedTuple):
     block: tuple[int, int]
 
 
+class Blocks(NamedTuple):
+    """How a tensor of floats is made block-scaled FP8; two tensors come of it, the numbers and their scales."""
+
+    height: int
+    width: int
+    """Rows and columns that share a scale."""
+    powers_of_two: bool
+    """Whether scales are."""
+    rows: int
+    """Rows that the strips give."""
+    columns: int
+    makes: Literal["weights", "scales"]
+
+
 class Strip(NamedTuple):
     """Consecutive rows of a target tensor, or a range of columns of them, that lie densely in one source file."""
 
@@ -61,6 +75,42 @@ class Strip(NamedTuple):
     width: int
     """Bytes of each row that it gives."""
     scales: Scales | None = None
+
+
+class Matrix(NamedTuple):
+    """A small matrix of an adapter, held in memory while a tensor is written."""
+
+    rows: int
+    columns: int
+    """As it lies in its files."""
+    dtype: str
+    strips: tuple[Strip, ...]
+    """Its rows; numbers that none gives are zero."""
+    pick: tuple[int, int, int] | None = None
+    """First column, a column after the last, and the step between the columns that count; None for all of them."""
+    transposed: bool = False
+    """It is the transpose, of the columns that count, that is meant."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of what is meant."""
+        columns = self.columns if self.pick is None else len(range(*self.pick))
+        return (columns, self.rows) if self.transposed else (self.rows, columns)
+
+
+class LowRank(NamedTuple):
+    """`scale * left @ right`, in float32, added to consecutive rows of a tensor."""
+
+    row: int
+    rows: int
+    left: Matrix
+    """[its rows, rank]"""
+    first: int
+    every: int
+    """Of the left matrix every so many-th row counts, from the `first` on."""
+    right: Matrix
+    """[rank, columns of the tensor]"""
+    scale: float
 
 
 class Arrangement(Protocol):
@@ -86,11 +136,15 @@ class Tensor(NamedTuple):
     """Bytes of a row as it is written."""
     source_row_bytes: int
     strips: tuple[Strip, ...]
-    """In the order of their rows; together they give every byte of the tensor once."""
+    """In the order of their rows; they give a byte of the tensor once at most, and those that they leave are zero."""
     add: float = 0.0
     """Added to every value."""
     arrangement: Arrangement | None = None
     """For a tensor whose strips give it in another order; it is then moved whole."""
+    blocks: Blocks | None = None
+    """For block-scaled FP8 and its scales; the strips then give `blocks.rows` rows of floats."""
+    low_rank: tuple[LowRank, ...] = ()
+    """What adapters add to it, in this order, where it has its final arrangement and before it is rounded."""
     frame: Frame | None = None
 
     @property
@@ -109,7 +163,12 @@ class Tensor(NamedTuple):
     @property
     def is_moved(self) -> bool:
         """Whether the bytes stay as they are."""
-        return self.dtype == self.source_dtype and not self.add
+        return self.dtype == self.source_dtype and not self.add and self.blocks is None and not self.low_rank
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether there are bytes that no strip gives."""
+        return sum(strip.rows * strip.width for strip in self.strips) < self.rows * self.source_row_bytes
 
 
 @dataclass(frozen=True, slots=True)
