@@ -7,6 +7,7 @@ through float32, as in torch; a NaN becomes a quiet one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from megabatch.converters.dtypes import FP8
@@ -56,6 +57,18 @@ class Computer:
         with self._np.errstate(over="ignore", invalid="ignore"):
             grid *= factors
         self._store(values, target, out)
+
+    def change(
+        self, raw: memoryview, source: str, target: str, *, count: int, by: Callable[[Any, int], None], out: memoryview
+    ) -> None:
+        """Fills `out` with values that `by(values, number of the first)` changes in float32, `count` at a time."""
+        self._reserve(count)
+        whole = raw.nbytes // ITEMSIZE[source]
+        for start in range(0, whole, count):
+            stop = min(whole, start + count)
+            values = self._load(raw[start * ITEMSIZE[source] : stop * ITEMSIZE[source]], source)
+            by(values, start)
+            self._store(values, target, out[start * ITEMSIZE[target] : stop * ITEMSIZE[target]])
 
     def _reserve(self, count: int) -> None:
         """Makes room for more than a tile."""

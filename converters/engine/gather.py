@@ -1,0 +1,48 @@
+"""Rows of a tensor or a matrix from the strips that they lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megabatch.converters.engine.plan import Matrix, Strip
+from megabatch.converters.engine.sources import Sources
+from megabatch.converters.safetensors_io.header import ITEMSIZE
+from megabatch.converters.shards import interleave
+
+
+def overlapping(strips: Sequence[Strip], first: int, last: int) -> list[Strip]:
+    """The strips with rows between `first` and `last`."""
+    return [strip for strip in strips if strip.row < last and strip.row + strip.rows > first]
+
+
+def fill(sources: Sources, strip: Strip, first: int, last: int, raw: memoryview, *, stride: int) -> None:
+    """The rows `first` to `last` of a strip, into their place in a window of rows of `stride` bytes that begins at
+    `first`."""
+    start, stop = max(first, strip.row), min(last, strip.row + strip.rows)
+    target = raw[(start - first) * stride : (stop - first) * stride]
+    offset = strip.offset + (start - strip.row) * strip.width
+    if strip.width == stride:
+        sources.read_into(strip.source, target, offset)
+        return
+    part = memoryview(bytearray((stop - start) * strip.width))
+    sources.read_into(strip.source, part, offset)
+    interleave(target, part, offset=strip.left, width=strip.width, stride=stride)
+
+
+def sliced(strips: Sequence[Strip], first: int, count: int, *, row: int) -> list[Strip]:
+    """What strips give of `count` rows from `first` on, as rows from `row` on."""
+    cut = []
+    for strip in overlapping(strips, first, first + count):
+        start, stop = max(first, strip.row), min(first + count, strip.row + strip.rows)
+        offset = strip.offset + (start - strip.row) * strip.width
+        cut.append(strip._replace(row=row + start - first, rows=stop - start, offset=offset))
+    return cut
+
+
+def matrix_bytes(sources: Sources, matrix: Matrix) -> bytearray:
+    """A matrix as it lies in its files, row by row."""
+    stride = matrix.columns * ITEMSIZE[matrix.dtype]
+    made = bytearray(matrix.rows * stride)
+    for strip in matrix.strips:
+        fill(sources, strip, 0, matrix.rows, memoryview(made), stride=stride)
+    return made

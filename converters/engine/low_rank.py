@@ -1,0 +1,107 @@
+"""Adapters added to weights: `W + scale * B @ A` in float32, a tile at a time.
+
+How a product is rounded depends on the shapes that the linear algebra library is asked for, and on how many threads
+it divides one among. So the shapes depend on the tensor alone, and each product is small enough that the library keeps
+it in one thread: the same bytes come out of any number of workers, ranks and resumptions on processors of one kind.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from megabatch.converters.engine.compute import Computer, numpy
+from megabatch.converters.engine.gather import matrix_bytes
+from megabatch.converters.engine.plan import LowRank, Matrix, Tensor
+from megabatch.converters.engine.sources import Sources
+from megabatch.converters.safetensors_io.header import ITEMSIZE
+
+_TILE = 1 << 16
+"""Elements whose arrays stay in a processor's cache."""
+_LEAST_ROWS = 8
+"""Rows of a tile: with fewer, reading the right matrix would cost more than the product."""
+_PRODUCT = 1 << 18
+"""Multiplications in one call; OpenBLAS divides larger ones among threads."""
+
+
+class Merger:
+    """One worker's arrays, and the matrices of the tensor in its hands."""
+
+    def __init__(self, computer: Computer, sources: Sources) -> None:
+        self._np = numpy()
+        self._computer, self._sources = computer, sources
+        self._tensor: Tensor | None = None
+        self._factors: list[tuple[Any, Any]] = []
+        self._held: dict[Matrix, Any] = {}
+        self._made = memoryview(bytearray())
+
+    def add(self, raw: memoryview, tensor: Tensor, first: int, *, source_dtype: str) -> memoryview:
+        """The tensor's rows from `first` on, of which `raw` has the values without adapters; the next call reuses
+        the memory."""
+        self._hold(tensor)
+        columns = tensor.row_bytes // ITEMSIZE[tensor.dtype]
+        size = raw.nbytes // ITEMSIZE[source_dtype] * ITEMSIZE[tensor.dtype]
+        if size > self._made.nbytes:
+            self._made = memoryview(bytearray(size))
+        out = self._made[:size]
+        rows = max(_LEAST_ROWS, _TILE // columns)
+
+        def change(values: Any, start: int) -> None:
+            if tensor.add:
+                values += self._np.float32(tensor.add)
+            self._add(tensor, values.reshape(-1, columns), first + start // columns)
+
+        self._computer.change(raw, source_dtype, tensor.dtype, count=rows * columns, by=change, out=out)
+        return out
+
+    def _add(self, tensor: Tensor, grid: Any, top: int) -> None:
+        for term, (left, right) in zip(tensor.low_rank, self._factors, strict=True):
+            start, stop = max(top, term.row), min(top + len(grid), term.row + term.rows)
+            if start < stop:
+                self._multiply(grid[start - top : stop - top], left[start - term.row : stop - term.row], right)
+
+    def _multiply(self, grid: Any, left: Any, right: Any) -> None:
+        """grid += left @ right, some columns at a time."""
+        np, (rank, columns) = self._np, right.shape
+        if (
+            len(left) == 1
+        ):  # a product of its own kind, which is divided among threads; a second row makes it like others
+            left = np.concatenate([left, np.zeros_like(left)])
+        parts = -(-columns * rank * len(left) // _PRODUCT)
+        edges = [columns * part // parts for part in range(parts + 1)]
+        for begin, end in itertools.pairwise(edges):
+            grid[:, begin:end] += np.matmul(left, right[:, begin:end])[: len(grid)]
+
+    def _hold(self, tensor: Tensor) -> None:
+        """Loads the matrices; neighbours (experts) often share them, so those of the tensor before are kept."""
+        if tensor is self._tensor:
+            return
+        before, self._held = self._held, {}
+        factors = []
+        for term in tensor.low_rank:
+            left, right = (self._loaded(matrix, before) for matrix in (term.left, term.right))
+            rows = left[term.first :: term.every][: term.rows]
+            factors.append((rows * self._np.float32(term.scale), right))
+        self._factors, self._tensor = factors, tensor
+
+    def _loaded(self, matrix: Matrix, before: dict[Matrix, Any]) -> Any:
+        """float32, contiguous, as it is meant."""
+        whole = matrix._replace(pick=None, transposed=False)
+        if whole not in self._held:
+            self._held[whole] = before[whole] if whole in before else self._read(whole)
+        values = self._held[whole]
+        if matrix.pick is not None:
+            values = values[:, slice(*matrix.pick)]
+        return self._np.ascontiguousarray(values.T if matrix.transposed else values)
+
+    def _read(self, matrix: Matrix) -> Any:
+        made = bytearray(4 * matrix.rows * matrix.columns)
+        raw = matrix_bytes(self._sources, matrix)
+        self._computer.cast(memoryview(raw), matrix.dtype, "F32", out=memoryview(made))
+        return self._np.frombuffer(made, "<f4").reshape(matrix.rows, matrix.columns)
+
+
+def scaled_rank(terms: tuple[LowRank, ...]) -> str:
+    """Ranks of what is added, for people: `16`, or `16+8` where several are."""
+    ranks = [term.right.shape[0] for term in terms]
+    return "+".join(str(rank) for rank in dict.fromkeys(ranks))
