@@ -89,11 +89,12 @@ def _gpus(wanted: int) -> Iterator[Bad]:
         yield Bad("gpus", f"{len(allotted)} GPUs", f"{wanted} were asked for")
     for row in allotted:
         yield from _gpu(row)
-    numbers = {row.get("uuid"): row.get("index", "?") for row in allotted}
+    numbers = {row.get("uuid"): row.get("index") for row in allotted}
     for row in remapped:
+        number = numbers.get(row.get("gpu_uuid"))
         for field, meaning in _REMAPPED.items():
-            if row["gpu_uuid"] in numbers and _raised(row.get(field, "")):
-                yield Bad("ecc", f"GPU {numbers[row['gpu_uuid']]}: {field}={row[field]}", meaning)
+            if number is not None and _raised(row.get(field, "")):
+                yield Bad("ecc", f"GPU {number}: {field}={row[field]}", meaning)
 
 
 def _visible(rows: list[dict[str, str]]) -> list[dict[str, str]]:
