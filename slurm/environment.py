@@ -6,7 +6,7 @@ The reason becomes the comment above the export in the job script, and the table
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megabatch.slurm.job import JobSpec
@@ -152,6 +152,14 @@ def _last_wins(variables: Iterable[Variable]) -> list[Variable]:
     for variable in variables:
         chosen[variable.name] = variable
     return list(chosen.values())
+
+
+def outside_any_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without the variables of a Slurm job that we may be running in: sbatch would take them for options."""
+    ours = ("SLURM_CONF", "SLURM_JWT")
+    inside = "SLURM_JOB_ID" in environment
+    hidden = {k for k in environment if inside and k.startswith(("SLURM_", "SRUN_")) and k not in ours}
+    return {name: value for name, value in environment.items() if name not in hidden}
 
 
 def reference_table() -> str:

@@ -17,6 +17,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.slurm.array import JobArray, element_id
+from megabatch.slurm.environment import outside_any_job
 from megabatch.slurm.records import record_submission
 
 _FIXES = (
@@ -91,17 +93,33 @@ def submit(
     knows nothing: a resumed run waits for nobody. `hold` keeps the job from starting until it is released.
     Raises: LaunchError when sbatch is missing or refuses, with its own message and the likely fix.
     """
-    _check_programs()
     run.logs.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.script, script)
-    # submitit fills in %j, %t, %A and %a wherever they stand in its folder's name, and ours is to be taken literally
-    if re.search(r"%[jtAa]", str(run.path)):
-        raise LaunchError(f"{run.path}: a run directory may not contain %j, %t, %A or %a; choose another name")
-    with _explained(), _outside_any_job():
-        options = (*([f"--dependency={dependency}"] if dependency else []), *(["--hold"] if hold else []))
-        job = _ScriptExecutor(run.path / "slurm", script=script, options=options).submit_script()
+    options = (*([f"--dependency={dependency}"] if dependency else []), *(["--hold"] if hold else []))
+    job = _sbatch(run, script, options)
     record_submission(run, job.job_id, cluster=cluster)
     return Submission(job.job_id, job)
+
+
+def submit_array(array: JobArray, script: str, *, cluster: str | None = None) -> list[str]:
+    """Submits an array by one call of sbatch, whose runs' own scripts are in place, and notes each element in its run.
+
+    Returns: the elements' ids (`123_4`), in order. Raises: LaunchError as `submit` does.
+    """
+    job = _sbatch(array.files, script, ())
+    ids = [element_id(job.job_id, index) for index in range(len(array.jobs))]
+    for element, job_id in zip(array.jobs, ids, strict=True):
+        record_submission(element.files, job_id, cluster=cluster)
+    return ids
+
+
+def _sbatch(files: RunDirectory, script: str, options: tuple[str, ...]) -> submitit.SlurmJob[Any]:
+    _check_programs()
+    write_atomic(files.script, script)
+    # submitit fills in %j, %t, %A and %a wherever they stand in its folder's name, and ours is to be taken literally
+    if re.search(r"%[jtAa]", str(files.path)):
+        raise LaunchError(f"{files.path}: a run directory may not contain %j, %t, %A or %a; choose another name")
+    with _explained(), _outside_any_job():
+        return _ScriptExecutor(files.path / "slurm", script=script, options=options).submit_script()
 
 
 def _check_programs() -> None:
@@ -131,13 +149,11 @@ def explain(output: str) -> str:
 
 @contextmanager
 def _outside_any_job() -> Iterator[None]:
-    """Without the variables of a Slurm job that we may be running in: sbatch would take them for options."""
-    inside = "SLURM_JOB_ID" in os.environ
-    ours = ("SLURM_CONF", "SLURM_JWT")
-    hidden = {k: v for k, v in os.environ.items() if inside and k.startswith(("SLURM_", "SRUN_")) and k not in ours}
-    for name in hidden:
+    """submitit gives sbatch this process's own environment."""
+    before, after = dict(os.environ), outside_any_job(os.environ)
+    for name in before.keys() - after.keys():
         del os.environ[name]
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        os.environ.update(before)

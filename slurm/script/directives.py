@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megabatch.config.walltime import seconds
 from megabatch.errors import LaunchError
 from megabatch.slurm.job import JobSpec
@@ -9,9 +11,12 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import directive, label
 
 
-def directives(job: JobSpec, profile: ClusterProfile) -> list[str]:
+def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = None) -> list[str]:
+    """Args: `array` are the indices of a job array (`0-255%4`), whose own folder is the job's run directory."""
+    logs = _pattern(job.run_directory if array else job.files.logs)
     options: dict[str, str | int | bool | None] = {
         "job-name": label(job.name),
+        "array": array,
         "partition": profile.partition,
         "account": profile.account,
         "qos": profile.qos,
@@ -28,7 +33,7 @@ def directives(job: JobSpec, profile: ClusterProfile) -> list[str]:
         "requeue" if job.requeue else "no-requeue": True,
         "open-mode": "append",
         "chdir": None if job.working_directory is None else str(job.working_directory),
-        "output": f"{_log_folder(job)}/batch.%j.log",
+        "output": f"{logs}/batch.log" if array else f"{logs}/batch.%j.log",
         "export": "ALL",
         "kill-on-invalid-dep": "yes",
     }
@@ -49,8 +54,8 @@ def _time_limit(job: JobSpec, profile: ClusterProfile) -> str | None:
     return shortest
 
 
-def _log_folder(job: JobSpec) -> str:
+def _pattern(folder: Path) -> str:
     """As a pattern of sbatch's, where % begins a symbol and one backslash anywhere turns all symbols off."""
-    if "\\" in str(job.run_directory):
-        raise LaunchError(f"{job.run_directory}: Slurm cannot write to a folder with a backslash; choose another name")
-    return str(job.files.logs).replace("%", "%%")
+    if "\\" in str(folder):
+        raise LaunchError(f"{folder}: Slurm cannot write to a folder with a backslash; choose another name")
+    return str(folder).replace("%", "%%")

@@ -1,0 +1,125 @@
+"""Job arrays: many runs that ask for the same resources, submitted by one call of sbatch.
+
+The array's script finds its element's run directory by its index, sends what it says there, and hands over to the job
+script that lies in it: a run of an array is stopped, requeued, watched and resumed like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megabatch.errors import LaunchError
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.environment import outside_any_job
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.quoting import shell
+from megabatch.slurm.script.directives import directives
+
+DEFAULT_MAX_SIZE = 1001
+"""Slurm's own MaxArraySize where a site sets none."""
+_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobArray:
+    """Jobs of one shape; the element with index i runs `jobs[i]`."""
+
+    name: str
+    """As people see it in squeue; any text."""
+    folder: Path
+    """Absolute folder of its own: its script, and what an element says before it has found its run directory."""
+    jobs: tuple[JobSpec, ...]
+    max_parallel: int | None = None
+    """How many elements may run at a time; None is no limit."""
+
+    @property
+    def files(self) -> RunDirectory:
+        return RunDirectory(self.folder)
+
+    @property
+    def indices(self) -> str:
+        """As sbatch wants them: `0-255%4`."""
+        return f"0-{len(self.jobs) - 1}" + ("" if self.max_parallel is None else f"%{self.max_parallel}")
+
+
+def grouped(jobs: Sequence[JobSpec], profile: ClusterProfile, *, max_size: int) -> list[list[int]]:
+    """Positions of the jobs of each array: what asks sbatch for the same, in at most `max_size` elements.
+
+    Raises: LaunchError for what Slurm cannot carry.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for position, job in enumerate(jobs):
+        alike = replace(job, name="", run_directory=Path("/"))
+        groups.setdefault(tuple(directives(alike, profile)), []).append(position)
+    return [group[i : i + max_size] for group in groups.values() for i in range(0, len(group), max_size)]
+
+
+def render_array(array: JobArray, profile: ClusterProfile) -> str:
+    """The exact text that sbatch gets; each element's own is `megabatch.slurm.render.render` of its job.
+
+    Raises: LaunchError for text that Slurm or bash cannot carry.
+    """
+    shape = replace(array.jobs[0], name=array.name, run_directory=array.folder)
+    lines = [
+        *directives(shape, profile, array=array.indices),
+        "",
+        "set -eo pipefail",
+        "# the run directory of each index",
+        "runs=(",
+        *(f"    {shell(str(job.run_directory))}" for job in array.jobs),
+        ")",
+        "run=${runs[SLURM_ARRAY_TASK_ID]}",
+        'mkdir -p -- "$run/logs"',
+        'exec >>"$run/logs/batch.${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.log" 2>&1',
+        'exec bash "$run/job.sbatch"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def element_id(array_id: str, index: int) -> str:
+    """As squeue shows it: `123_4`."""
+    return f"{array_id}_{index}"
+
+
+def max_array_size() -> int:
+    """How many elements this cluster's arrays may have; Slurm's default where it does not say.
+
+    Raises: LaunchError where arrays are turned off.
+    """
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _output("scontrol", "show", "config"), re.MULTILINE)
+    size = int(found[1]) if found else DEFAULT_MAX_SIZE
+    if size < 2:
+        raise LaunchError("this cluster takes no job arrays (MaxArraySize=0); submit the runs one by one")
+    return size
+
+
+def expected_start(script: str) -> str | None:
+    """When Slurm would start a job of this script, `2026-11-21T10:50:00`; None where it does not say."""
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only"],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            env=outside_any_job(os.environ),
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"to start at (\S+)", done.stderr)
+    return found[1] if found else None
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
