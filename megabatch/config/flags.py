@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from megabatch.config.declare import Parameter, group_types, parameters
-from megabatch.config.kinds import is_boolean, is_list, read
+from megabatch.config.kinds import fits, is_boolean, is_list, read, spelled
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError, Fault
 
@@ -33,16 +34,14 @@ class Actions:
     """Cluster profile to submit with."""
     run_dir: str | None = None
     """Run directory, instead of a new one below `save`."""
+    sweep: tuple[str, ...] = ()
+    """Runs every combination of parameters' values instead of one run: `--sweep lr=1e-5,2e-5 seed=1,2`."""
+    max_parallel: int | None = None
+    """How many runs of a sweep's array may run at a time."""
+    keep_all: bool = False
+    """Keeps points of a sweep that the memory estimate would leave out."""
     help: bool = False
     """Show all flags and exit."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """A parameter under one of its names."""
-
-    parameter: Parameter
-    negated: bool
 
 
 _ACTIONS = {field.name: field.default is False for field in dataclasses.fields(Actions)}
@@ -70,6 +69,42 @@ def parse(arguments: Sequence[str], recipe: Recipe) -> tuple[Actions, Recipe]:
     if faults:
         raise ConfigError(faults)
     return Actions(**actions), overridden(recipe, {dotted: one.value for dotted, one in given.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A parameter under one of its names."""
+
+    parameter: Parameter
+    negated: bool
+    """The name is an alias of the opposite meaning."""
+
+    def typed(self, value: Any) -> Any:
+        """A value given in Python, as a recipe holds it. Raises: ValueError where its type is wrong."""
+        value = tuple(value) if isinstance(value, list) else value
+        if not fits(value, self.parameter.hint):
+            raise ValueError(f"must be {spelled(self.parameter.hint)}")
+        return not value if self.negated and isinstance(value, bool) else value
+
+    def values(self, text: str) -> list[Any]:
+        """The values in `1,2,4`, or in a JSON array where a value is a list or holds a comma; each read as a flag's.
+
+        Raises: ValueError where one cannot be read.
+        """
+        if text.lstrip().startswith("["):
+            texts = [one if isinstance(one, str) else json.dumps(one) for one in json.loads(text)]
+        else:
+            texts = text.split(",") if text else []
+        read_ = [read([one.strip()], self.parameter.hint) for one in texts]
+        return [not value if self.negated and isinstance(value, bool) else value for value in read_]
+
+
+def named(name: str, recipe: Recipe) -> Named | Fault:
+    """The parameter of a flag's name, or the fault that names the nearest ones.
+
+    `beta` and `loss_type` are those of the recipe's algorithm.
+    """
+    return _find(name.replace("-", "_"), _algorithm((), recipe))
 
 
 def overridden(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -123,12 +158,21 @@ def _algorithm(flags: Sequence[tuple[str, list[str]]], recipe: Recipe) -> str | 
 
 def _take_action(name: str, texts: list[str], actions: dict[str, Any], faults: list[Fault]) -> None:
     alone = _ACTIONS[name]
-    if alone and texts:
+    if name == "sweep":
+        if not texts:
+            rule = "needs at least one parameter=value,value"
+            faults.append(Fault("--sweep", None, rule, try_=("--sweep seed=1,2,3",), bare=True))
+        actions["sweep"] = (*actions.get("sweep", ()), *texts)
+    elif alone and texts:
         faults.append(Fault(f"--{name}", None, f"takes no value, but {texts[0]!r} follows it", bare=True))
     elif not alone and len(texts) != 1:
         faults.append(Fault(f"--{name}", None, "needs one value", bare=True))
     elif name in actions:
         faults.append(Fault(f"--{name}", None, "is given twice", bare=True))
+    elif name == "max_parallel":
+        if not (texts[0].isdecimal() and int(texts[0])):
+            faults.append(Fault("--max_parallel", texts[0], "must be a whole number, at least 1"))
+        actions[name] = int(texts[0]) if texts[0].isdecimal() else None
     else:
         actions[name] = True if alone else texts[0]
 
@@ -156,7 +200,7 @@ def _parameter(name: str, texts: list[str], algorithm: str | None) -> tuple[str,
     return (name, found) if isinstance(found, Fault) else (found.parameter.dotted, _value(found, texts))
 
 
-def _value(named: _Named, texts: list[str]) -> Any:
+def _value(named: Named, texts: list[str]) -> Any:
     """The value of a flag's texts, or the fault in them."""
     parameter, hint = named.parameter, named.parameter.hint
     secret = parameter.name == "hub_token"
@@ -173,7 +217,7 @@ def _value(named: _Named, texts: list[str]) -> Any:
     return not value if named.negated and isinstance(value, bool) else value
 
 
-def _find(name: str, algorithm: str | None) -> _Named | Fault:
+def _find(name: str, algorithm: str | None) -> Named | Fault:
     """The parameter of that name, or the fault that names the nearest ones."""
     found = _names().get(name, ())
     if len(found) > 1 and algorithm is not None:
@@ -200,13 +244,13 @@ def _dashed(names: Sequence[str]) -> list[str]:
 
 
 @functools.cache
-def _names() -> Mapping[str, tuple[_Named, ...]]:
+def _names() -> Mapping[str, tuple[Named, ...]]:
     """Every spelling of every parameter, flat and dotted."""
-    index: dict[str, tuple[_Named, ...]] = {}
+    index: dict[str, tuple[Named, ...]] = {}
     for parameter in parameters(Recipe):
         facts = parameter.facts
         spellings = [(name, False) for name in (parameter.name, *facts.aliases)]
         for name, negated in [*spellings, *((alias, True) for alias in facts.negated_aliases)]:
             for spelling in (name, f"{parameter.group}.{name}"):
-                index[spelling] = (*index.get(spelling, ()), _Named(parameter, negated))
+                index[spelling] = (*index.get(spelling, ()), Named(parameter, negated))
     return index

@@ -1,0 +1,195 @@
+"""The points of a sweep: every recipe that it asks for, with its name, or every fault of its declaration."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megabatch.config.flags import Named, named, overridden
+from megabatch.config.recipe import Recipe
+from megabatch.config.rules.fields import invalid_fields
+from megabatch.config.run import save_folder
+from megabatch.errors import ConfigError, Fault
+from megabatch.sweep.declaration import Sweep
+from megabatch.sweep.names import run_names, value_text
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run of a sweep."""
+
+    name: str
+    """Of its folder."""
+    values: Mapping[str, Any]
+    """Dotted name → value, of what is swept."""
+    recipe: Recipe
+
+
+def points_of(sweep: Sweep, recipe: Recipe, *, given: Sequence[str] = ()) -> list[Point]:
+    """Every point in the order of declaration, the last parameter changing fastest.
+
+    Args: `recipe` is the sweep's own with the command line's flags; `given` are the texts of `--sweep`
+    (`parameter=value,value`), which take the place of the sweep's `grid` values or add to them.
+    Raises: ConfigError with every unknown name, wrong value, empty list and repetition.
+    """
+    faults: list[Fault] = []
+    base = replace(recipe, checkpoint=replace(recipe.checkpoint, save=str(save_folder(recipe))))
+    parts = _parts(sweep, base, given, faults)
+    if not faults and not any(parts):
+        faults.append(Fault("sweep", None, "has no points: give it grid, zip or list", bare=True))
+    if faults:
+        raise ConfigError(faults)
+    rows = [dict(itertools.chain(*(row.items() for row in rows))) for rows in itertools.product(*filter(None, parts))]
+    names = run_names(rows)
+    _refuse_repetitions(rows, base, names)
+    return [
+        Point(name, values, overridden(base, {"name": f"{recipe.name}-{name}", **values}))
+        for name, values in zip(names, rows, strict=True)
+    ]
+
+
+Rows = list[dict[str, Any]]
+
+
+def _parts(sweep: Sweep, base: Recipe, given: Sequence[str], faults: list[Fault]) -> tuple[Rows, Rows, Rows]:
+    """What `grid`, `zip` and `list` ask for, each as rows of dotted names and values."""
+    columns = [_Reader(part, base, faults) for part in ("grid", "zip", "list", "--sweep")]
+    grid, zipped, listed, flags = columns
+    for name, values in sweep.grid.items():
+        grid.add(name, values)
+    for name, values in sweep.zip.items():
+        zipped.add(name, values)
+    lengths = {name: len(values) for name, values in zipped.columns.items()}
+    if len(set(lengths.values())) > 1:
+        faults.append(Fault("sweep.zip", lengths, "must have as many values for each parameter"))
+    rows = [listed.row(number, row) for number, row in enumerate(sweep.list)]
+    for text in given:
+        flags.add_text(text)
+    fixed = {*zipped.columns, *(name for row in rows for name in row)}
+    for name in [*flags.columns, *grid.columns]:
+        if name in fixed:
+            faults.append(Fault(name, None, "is swept twice; a parameter belongs to one of grid, zip, list", bare=True))
+    both = grid.columns | flags.columns
+    return (
+        [dict(zip(both, values, strict=True)) for values in itertools.product(*both.values())] if both else [],
+        [dict(zip(lengths, values, strict=False)) for values in zip(*zipped.columns.values(), strict=False)],
+        rows,
+    )
+
+
+class _Reader:
+    """Reads the names and values of one part of a sweep, and notes what is wrong with them."""
+
+    def __init__(self, part: str, base: Recipe, faults: list[Fault]) -> None:
+        self.part, self.base, self.faults = part, base, faults
+        self.columns: dict[str, list[Any]] = {}
+
+    def add(self, name: str, values: Any) -> None:
+        """A parameter with the list of its values."""
+        if not isinstance(values, list | tuple | range):
+            self._fault(name, values, "must be a list of values")
+        elif not values:
+            self._fault(name, list(values), "is empty; give at least one value")
+        elif (found := self._named(name)) is not None:
+            typed = [self._typed(name, found, value) for value in values]
+            self._put(name, found, typed)
+
+    def add_text(self, text: str) -> None:
+        """`parameter=value,value`."""
+        name, equals, words = text.partition("=")
+        if not equals:
+            self.faults.append(Fault(f"--sweep {text}", None, "needs values", try_=(f"--sweep {name}=1,2",), bare=True))
+        elif (found := self._named(name)) is not None:
+            try:
+                values = found.values(words)
+            except ValueError as error:
+                self._fault(name, words, f"{error}; values stand between commas, or in a JSON array")
+                return
+            if not values:
+                self._fault(name, words, "is empty; give at least one value")
+            for value in values:
+                self._check(name, found, value)
+            self._put(name, found, values)
+
+    def row(self, number: int, row: Any) -> dict[str, Any]:
+        """One entry of `list`."""
+        if not isinstance(row, Mapping):
+            self._fault(str(number), row, "must be a dictionary of parameters and values")
+            return {}
+        found = {name: self._named(name) for name in row}
+        return {
+            one.parameter.dotted: self._typed(name, one, row[name]) for name, one in found.items() if one is not None
+        }
+
+    def _put(self, name: str, found: Named, values: list[Any]) -> None:
+        if found.parameter.dotted in self.columns:
+            self._fault(name, None, f"is given twice: it is {found.parameter.dotted}", bare=True)
+        self.columns[found.parameter.dotted] = values
+
+    def _named(self, name: str) -> Named | None:
+        found = named(name, self.base)
+        if isinstance(found, Named):
+            return found
+        near = [str(one).removeprefix("--") for one in found.try_]
+        self.faults.append(replace(found, field=self._place(name), try_=near))
+        return None
+
+    def _typed(self, name: str, found: Named, value: Any) -> Any:
+        try:
+            value = found.typed(value)
+        except ValueError as error:
+            self._fault(name, value, str(error))
+            return value
+        self._check(name, found, value)
+        return value
+
+    def _check(self, name: str, found: Named, value: Any) -> None:
+        """Range and form; what depends on other parameters is a matter of each point."""
+        dotted = found.parameter.dotted
+        for fault in invalid_fields(overridden(self.base, {dotted: value})):
+            if fault.field == dotted:
+                self.faults.append(replace(fault, field=self._place(name)))
+
+    def _fault(self, name: str, value: Any, rule: str, *, bare: bool = False) -> None:
+        self.faults.append(Fault(self._place(name), value, rule, bare=bare))
+
+    def _place(self, name: str) -> str:
+        return f"--sweep {name}" if self.part == "--sweep" else f"sweep.{self.part}[{name!r}]"
+
+
+def _refuse_repetitions(rows: Rows, base: Recipe, names: Sequence[str]) -> None:
+    """Two points that ask for the same run. Raises: ConfigError with all of them."""
+    swept = sorted({name for row in rows for name in row})
+    declared = {name: _value(base, name) for name in swept}
+    first: dict[Any, int] = {}
+    faults = []
+    for index, row in enumerate(rows):
+        key = tuple(_key((declared | row)[name]) for name in swept)
+        before = first.setdefault(key, index)
+        if before != index:
+            told = ", ".join(f"{name}={value_text(value)}" for name, value in (declared | row).items())
+            rule = f"are the same run ({told}); leave one of them out"
+            faults.append(Fault(f"points {before + 1} and {index + 1} ({names[before]})", None, rule, bare=True))
+    if faults:
+        raise ConfigError(faults)
+
+
+def _value(recipe: Recipe, dotted: str) -> Any:
+    group, _, name = dotted.partition(".")
+    return getattr(getattr(recipe, group), name)
+
+
+def _key(value: Any) -> Any:
+    """Equal for equal values, whatever way a number is spelled, and hashable."""
+    if isinstance(value, Mapping):
+        return tuple(sorted((key, _key(item)) for key, item in value.items()))
+    if isinstance(value, tuple):
+        return tuple(_key(item) for item in value)
+    return (isinstance(value, bool), value)
+
+
+def swept(points: Sequence[Point]) -> Iterator[str]:
+    """Dotted names of what differs between the points' declarations."""
+    yield from dict.fromkeys(name for point in points for name in point.values)
