@@ -14,11 +14,21 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     """Trained to the end."""
     FAILED = 1
-    """A fault; the log has one clear message."""
+    """A fault that the same command would meet again from the same checkpoint; the log has one clear message."""
     CONFIG = 2
     """A fault of the configuration, data or environment that the same command would meet again."""
+    CRASHED = 70
+    """An exception that nobody foresaw, or a lost peer, with its words in the log; another try may go well
+    (EX_SOFTWARE of sysexits.h)."""
     REQUEUE = 75
     """Stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)."""
+    HUNG = 124
+    """Nothing got done for `resources.hang_timeout_min`, so the launcher ended it (the code of timeout(1))."""
+
+    @staticmethod
+    def may_pass(code: int) -> bool:
+        """Whether the same command may go well next time: crashes, hangs, and death by a signal (128 + its number)."""
+        return code in (ExitCode.CRASHED, ExitCode.HUNG) or code > 128
 
 
 @dataclass(frozen=True, slots=True)

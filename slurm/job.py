@@ -40,7 +40,11 @@ class JobSpec:
     signal_delay_s: int = 90
     """Seconds before the time limit at which the ranks are asked to save and stop."""
     requeue: bool = True
-    """Back into the queue after saving on that request, or when Slurm takes the nodes away."""
+    """Back into the queue after saving on that request, when Slurm takes the nodes away, and after what may pass."""
+    max_restarts_without_progress: int = 2
+    """How often in a row the job requeues itself without a newer checkpoint."""
+    hang_timeout_s: float = 1800
+    """Seconds without a new heartbeat after which the run counts as hung; 0 waits for ever."""
     python: str = "python3"
     """Interpreter of the ranks."""
     snapshot: Path | None = None

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import megabatch
 from megabatch.errors import LaunchError
 from megabatch.run_directory import ExitCode
+from megabatch.slurm import hang
 from megabatch.slurm.environment import job_variables
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.ports import free_port_block
@@ -49,7 +50,9 @@ def run_local(job: JobSpec, profile: ClusterProfile | None = None, *, terminal: 
             ranks = _start(job, profile or ClusterProfile(), restart=restart, request=request, mark=mark)
             record_start(job.files, Start(restart, time.time(), socket.gethostname(), identity(os.getpid())))
             with open(job.files.rank_log(0, restart), "rb") as log, _removed_at_end(request):
-                code = _watch(ranks, requests, log, terminal or sys.stdout.buffer, request=request, failed=failed)
+                beat = hang.Watch(job.files.heartbeat, job.hang_timeout_s)
+                output = _Output(log, terminal or sys.stdout.buffer)
+                code = _watch(ranks, requests, output, beat, request=request, failed=failed)
             record_ending(job.files, Ending(restart, code, time.time()))
             return code
     except OSError as error:
@@ -77,6 +80,7 @@ def local_environment(job: JobSpec, profile: ClusterProfile) -> dict[str, str]:
 class _Rank:
     number: int
     process: subprocess.Popen[bytes]
+    log: Path
 
     @property
     def code(self) -> int | None:
@@ -88,11 +92,32 @@ class _Rank:
         """Reaches the rank alone: its data workers have nothing to save."""
         self.process.send_signal(signal.SIGUSR2)
 
+    def ask_where(self) -> None:
+        """Has it write its stacks to its log."""
+        self.process.send_signal(signal.SIGUSR1)
+
     def kill(self) -> None:
         """Reaches the rank's whole process group."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Rank 0's log on the terminal, as it grows."""
+
+    log: BinaryIO
+    terminal: BinaryIO
+
+    def show(self) -> None:
+        if text := self.log.read():
+            self.terminal.write(text)
+            self.terminal.flush()
+
+    def say(self, text: str) -> None:
+        self.terminal.write(f"megabatch: {text}\n".encode())
+        self.terminal.flush()
 
 
 class _Requests:
@@ -139,12 +164,14 @@ def _start(job: JobSpec, profile: ClusterProfile, *, restart: int, request: Path
 
     def before_exec() -> None:
         die_with_parent(parent)
-        # a request that comes before the rank listens must not end it: it finds the file then
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        # signals that come before the rank listens must not end it: a request to stop is found as a file then
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
 
     ranks = []
     for rank in range(job.world_size):
-        with open(job.files.rank_log(rank, restart), "ab") as log:
+        path = job.files.rank_log(rank, restart)
+        with open(path, "ab") as log:
             process = subprocess.Popen(
                 job.command,
                 env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -155,35 +182,49 @@ def _start(job: JobSpec, profile: ClusterProfile, *, restart: int, request: Path
                 start_new_session=True,
                 preexec_fn=before_exec,  # noqa: PLW1509 - takes no lock
             )
-        ranks.append(_Rank(rank, process))
+        ranks.append(_Rank(rank, process, path))
     return ranks
 
 
 def _watch(
-    ranks: list[_Rank], requests: _Requests, log: BinaryIO, terminal: BinaryIO, *, request: Path, failed: Path
+    ranks: list[_Rank], requests: _Requests, output: _Output, beat: hang.Watch, *, request: Path, failed: Path
 ) -> int:
     """Waits for all ranks, showing rank 0's log and passing a request on: as a file first, then as a signal.
 
     Whoever fails first is written to `failed` as the batch script does it: rank, exit code, node.
     """
-    died_at, first_death = None, 0
+    died_at, first_death, looked_at = None, 0, time.monotonic()
     while any(rank.code is None for rank in ranks):
         _wait_for_an_end(ranks)
-        _show(log, terminal)
-        now = time.monotonic()
+        output.show()
+        passed, looked_at = time.monotonic() - looked_at, time.monotonic()
         if requests.count and not request.exists():
             request.touch()
             for rank in ranks:
                 rank.ask_to_stop()
         dead = [rank for rank in ranks if rank.code not in (None, ExitCode.DONE, ExitCode.REQUEUE)]
-        if dead and died_at is None:
-            died_at, first_death = now, dead[0].code or 0
-            failed.write_text(f"{dead[0].number} {first_death} {socket.gethostname()}\n", encoding="utf-8")
-        if requests.count > 1 or (died_at is not None and now - died_at > _LAST_WORDS_S):
+        number, code = (dead[0].number, dead[0].code or 0) if dead else (0, 0)
+        if not dead and beat.hangs(min(passed, 1.0)):  # a machine that slept has not hung
+            number, code = _name_hung(ranks, output), ExitCode.HUNG
+        if code and died_at is None:
+            died_at, first_death = looked_at, code
+            failed.write_text(f"{number} {code} {socket.gethostname()}\n", encoding="utf-8")
+        if requests.count > 1 or (died_at is not None and looked_at - died_at > _LAST_WORDS_S):
             for rank in ranks:
                 rank.kill()
-    _show(log, terminal)
+    output.show()
     return first_death or _worst([rank.code or 0 for rank in ranks])
+
+
+def _name_hung(ranks: list[_Rank], output: _Output) -> int:
+    """Has all ranks write their stacks, and says which one to look at first."""
+    output.say("the run hangs; every rank writes its stacks to its log")
+    for rank in ranks:
+        rank.ask_where()
+    time.sleep(hang.ANSWER_S)
+    number, why = hang.suspect([rank.log for rank in ranks])
+    output.say(f"rank {number} {why}: {ranks[number].log}")
+    return number
 
 
 def _wait_for_an_end(ranks: list[_Rank]) -> None:
@@ -202,10 +243,3 @@ def _worst(codes: list[int]) -> int:
     """A failure goes over a request to be run again, and that over success."""
     failures = [code for code in codes if code not in (ExitCode.DONE, ExitCode.REQUEUE)]
     return failures[0] if failures else max(codes)
-
-
-def _show(log: BinaryIO, terminal: BinaryIO) -> None:
-    text = log.read()
-    if text:
-        terminal.write(text)
-        terminal.flush()

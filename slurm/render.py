@@ -3,7 +3,7 @@
 How a run stops: Slurm sends USR2 to the batch shell before the time limit, which forwards it to every rank through
 srun. All ranks save after the same step and exit with `ExitCode.REQUEUE`; the shell then puts the job back into the
 queue. After TERM (scancel, preemption, an operator's requeue) the ranks save too, but whether the job comes back is
-Slurm's decision.
+Slurm's decision. Failures that may pass put it back too, as long as the starts before them made progress.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megabatch.slurm.script.ranks import launch, rank_script
 from megabatch.slurm.script.rendezvous import RENDEZVOUS
 from megabatch.slurm.script.stopping import STOP_HANDLING, run_directory
 from megabatch.slurm.script.variables import check_names, environment, modules
+from megabatch.slurm.script.watching import watching
 
 
 def render(job: JobSpec, profile: ClusterProfile) -> str:
@@ -39,6 +40,7 @@ def render(job: JobSpec, profile: ClusterProfile) -> str:
         RENDEZVOUS,
         preflight(job, profile, exported=exported),
         rank_script(variables, profile),
+        watching(job),
         launch(job, profile, exported=exported),
         finish(job),
     )

@@ -26,11 +26,12 @@ from megabatch.trainer.notes import note_settings_without_effect
 from megabatch.trainer.objectives.objective import Objective
 from megabatch.trainer.objectives.sft import Sft
 from megabatch.trainer.signals import StopSignal
+from megabatch.trainer.whereabouts import Whereabouts
 
 logger = logging.getLogger(__name__)
 
 
-def train(run: RunConfig, stop: StopSignal) -> ExitCode:
+def train(run: RunConfig, stop: StopSignal, where: Whereabouts) -> ExitCode:
     """Trains until the last step or until asked to stop. Raises: MegabatchError, on every rank."""
     training = run.recipe.training
     if training.deterministic_mode:
@@ -63,6 +64,7 @@ def train(run: RunConfig, stop: StopSignal) -> ExitCode:
                 checkpoints=checkpoints,
                 metrics=metrics,
                 stop=stop,
+                where=where,
                 train_iters=train_iters,
             )
             return loop.run_from(progress)
@@ -79,6 +81,7 @@ class Loop:
     checkpoints: Checkpoints
     metrics: Metrics
     stop: StopSignal
+    where: Whereabouts
     train_iters: int
 
     def run_from(self, start: Progress) -> ExitCode:
@@ -106,7 +109,9 @@ class Loop:
         steps = self.data.batches.train(progress.cursor)
         while progress.step < self.train_iters:
             started = time.perf_counter()
+            self.where.at("waiting for data", progress.step + 1)
             batch = next(steps)
+            self.where.at("training", progress.step + 1)
             result = self.engine.step(batch.packs, self.objective, weight=batch.weight, stop=self.stop.requested)
             _check_finite(result, step=progress.step + 1, batch=batch)
             seconds = time.perf_counter() - started
@@ -143,6 +148,7 @@ class Loop:
     def _evaluate(self, step: int) -> None:
         if self.data.validation is None or self.recipe.evaluation.eval_iters == 0:
             return
+        self.where.at("evaluating", step)
         started = time.perf_counter()
         loss = Ratio(0.0, 0.0)
         for batch in self.data.validation.evaluate(eval_iters=self.recipe.evaluation.eval_iters):
@@ -151,6 +157,7 @@ class Loop:
         self.metrics.log_evaluation(step, loss, time.perf_counter() - started)
 
     def _save(self, progress: Progress, *, must_resume: bool) -> None:
+        self.where.at("saving", progress.step)
         self.metrics.heartbeat("saving", force=True)
         path = self.checkpoints.save(self.engine, progress, must_resume=must_resume)
         logger.info("saved %s", path)

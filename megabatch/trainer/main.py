@@ -13,14 +13,17 @@ import warnings
 from pathlib import Path
 
 from megabatch.config.run import RunConfig
-from megabatch.errors import ConfigError, ConversionError, DataError, MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.trainer import failures
 from megabatch.trainer.signals import StopSignal
+from megabatch.trainer.whereabouts import Whereabouts
 
 
 def main(arguments: list[str]) -> int:
     """Exit status of the rank; see `ExitCode`."""
     stop = StopSignal()
+    where = Whereabouts(_rank())
+    where.listen()
     if len(arguments) != 1:
         print("usage: python -m megabatch.trainer.main RUN_DIR", file=sys.stderr)
         return ExitCode.CONFIG
@@ -30,13 +33,13 @@ def main(arguments: list[str]) -> int:
         _prepare_device(run)
         from megabatch.trainer.loop import train
 
-        return train(run, stop)
-    except MegabatchError as e:
-        from megabatch.trainer.ranks import ElsewhereError
+        return train(run, stop, where)
+    except Exception as e:
+        return failures.report(e)
 
-        print(f"error: {e}", file=sys.stderr)  # on every rank: whichever log is looked at first tells the cause
-        cause = e.error if isinstance(e, ElsewhereError) else e
-        return ExitCode.CONFIG if isinstance(cause, ConfigError | DataError | ConversionError) else ExitCode.FAILED
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _prepare_device(run: RunConfig) -> None:
@@ -51,7 +54,7 @@ def _prepare_device(run: RunConfig) -> None:
 
 
 def _configure_logging(run: RunConfig) -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     level = (run.recipe.logging.logging_level or ("info" if rank == 0 else "warning")).upper()
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s", force=True)
     logging.getLogger("megabatch").setLevel(level)

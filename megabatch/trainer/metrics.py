@@ -115,7 +115,7 @@ class Metrics:
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_s']:.0f} tokens/s", refresh=False)
         self._last = values
-        self.heartbeat("running")
+        self.heartbeat("running", force=len(self.recent) == 1)
 
     def log_evaluation(self, step: int, loss: Ratio, seconds: float) -> None:
         """One evaluation of the validation data."""
@@ -132,7 +132,10 @@ class Metrics:
         )
 
     def heartbeat(self, state: str, *, force: bool = False) -> None:
-        """Tells the launcher that the run is alive: `running`, `saving`, `stopped`, `failed` or `done`."""
+        """Tells the launcher that the run is alive: `running`, `saving`, `stopped`, `failed` or `done`.
+
+        `running` is written as `starting` until the first step is done, which may take longer than others.
+        """
         now = time.time()
         if not self.is_main or (not force and now - self._beat_at < HEARTBEAT_S):
             return
@@ -142,7 +145,7 @@ class Metrics:
         }
         beat: dict[str, Any] = {
             "time": now,
-            "state": state,
+            "state": "starting" if state == "running" and not self.recent else state,
             "step": self.step,
             "train_iters": self.train_iters,
             "job_id": os.environ.get("SLURM_JOB_ID"),

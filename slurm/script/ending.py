@@ -8,27 +8,52 @@ from megabatch.slurm.quoting import shell
 
 
 def finish(job: JobSpec) -> list[str]:
-    resume = f"megabatch resume {shell(str(job.run_directory))}"
-    refused = shell(f"megabatch: saved, but Slurm refused to requeue this job; run: {resume}")
-    back = [
-        "    # after TERM, Slurm or a person has decided already whether the job comes back",
-        '    if [ "$stop" = USR2 ]; then',
-        '        if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi',
-        f"        echo {refused} >&2",
-        "    fi",
-    ]
     return [
         'rm -f -- "$MEGABATCH_STOP_REQUEST"',
+        "may_pass=",
         'if [ "$status" -eq 0 ] && [ -e "$MEGABATCH_STOPPED" ]; then',
         '    rm -f -- "$MEGABATCH_STOPPED"',
-        f"    status={ExitCode.REQUEUE}",
+        f"    status={ExitCode.REQUEUE} may_pass=1",
         'elif [ "$status" -ne 0 ] && [ -e "$MEGABATCH_FAILED" ]; then',
         '    read -r rank status node <"$MEGABATCH_FAILED"',
         '    log="logs/rank_$rank.$MEGABATCH_RESTART.log"',
         '    echo "megabatch: rank $rank on $node failed first, with exit code $status: $log"',
+        "    # crashes, hangs and deaths by a signal; what has an error message of its own would only come again",
+        f'    case "$status" in {ExitCode.CRASHED} | {ExitCode.HUNG}) may_pass=1 ;; esac',
+        '    if [ "$status" -gt 128 ]; then may_pass=1; fi',
+        'elif [ "$status" -ne 0 ]; then',
+        "    may_pass=1 # no rank had a word to say: srun or a node is gone",
         "fi",
         'printf \'{"job_id": "%s", "restart": %d, "exit_code": %d, "time": %d}\\n\' \\',
         '    "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$status" "$EPOCHSECONDS" >>"$MEGABATCH_RUN/jobs.jsonl" || true',
-        *([f'if [ "$status" -eq {ExitCode.REQUEUE} ]; then', *back, "fi"] if job.requeue else []),
+        *(_requeue(job) if job.requeue else []),
         'exit "$status"',
+    ]
+
+
+def _requeue(job: JobSpec) -> list[str]:
+    """Where it may help, unless the job starts over and over without getting anywhere."""
+    resume = f"megabatch resume {shell(str(job.run_directory))}"
+    allowed = job.max_restarts_without_progress
+    return [
+        "# after TERM, Slurm or a person has decided already whether the job comes back",
+        'if [ -n "$may_pass" ] && [ "$stop" != TERM ]; then',
+        "    # starts in a row that ended with the checkpoint they began with; `megabatch resume` counts anew",
+        "    fruitless=0 count=$MEGABATCH_RUN/logs/fruitless.$MEGABATCH_JOB_ID newest=$(newest_checkpoint)",
+        '    if [ "$newest" = "$began_with" ]; then',
+        '        read -r fruitless 2>/dev/null <"$count" || true',
+        "        fruitless=$((fruitless + 1))",
+        "    fi",
+        f'    if [ "$fruitless" -gt {allowed} ]; then',
+        '        echo "megabatch: not requeued: $fruitless starts in a row ended without a checkpoint newer than'
+        ' ${newest:-none}" >&2',
+        '    elif ! echo "$fruitless" >"$count"; then',
+        '        echo "megabatch: not requeued: $count cannot be written" >&2',
+        '    elif scontrol requeue "$SLURM_JOB_ID"; then',
+        "        exit 0",
+        "    else",
+        '        echo "megabatch: Slurm refused to requeue this job" >&2',
+        "    fi",
+        f"    echo {shell(f'megabatch: go on with: {resume}')} >&2",
+        "fi",
     ]

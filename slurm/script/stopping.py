@@ -15,7 +15,7 @@ ask_to_stop() {
     if [ -n "$srun_pid" ]; then forward_stop; fi
 }
 forward_stop() {
-    : >"$MEGABATCH_STOP_REQUEST" || true
+    echo "$stop" >"$MEGABATCH_STOP_REQUEST" || true
     kill -USR2 "$srun_pid" 2>/dev/null || true
 }
 trap 'ask_to_stop USR2' USR2
@@ -40,6 +40,8 @@ def run_directory(job: JobSpec) -> list[str]:
             f'export {name}="$MEGABATCH_RUN/logs/{file}.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART"'
             for name, file in _MARKS.items()
         ),
+        'newest_checkpoint() { cat -- "$MEGABATCH_RUN/checkpoints/latest" 2>/dev/null || true; }',
+        "began_with=$(newest_checkpoint)",
         'printf \'{"job_id": "%s", "restart": %d, "start": %d, "nodes": "%s"}\\n\' \\',
         '    "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$EPOCHSECONDS" "$SLURM_JOB_NODELIST" \\',
         '    >>"$MEGABATCH_RUN/jobs.jsonl" || true',

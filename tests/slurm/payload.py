@@ -1,8 +1,9 @@
 """Stands in for the trainer on the private Slurm: says what it sees, stops on request, fails on demand.
 
 Arguments are `key=value`: `seconds` to run, `until_restart` (runs on before that incarnation, then ends well),
-`fail_rank`, `fail` (an exit code, or `kill`), `deaf_s` (seconds before it listens), `meet` (a file where rank 0 writes
-who reached it).
+`fail_rank`, `fail` (an exit code, `kill`, or `hang`), `fail_until` (fails before that incarnation only), `save_until`
+(makes a checkpoint first before that incarnation), `deaf_s` (seconds before it listens), `meet` (a file where rank 0
+writes who reached it).
 """
 
 import json
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 options = dict(argument.split("=", 1) for argument in sys.argv[1:])
 rank, restart = int(os.environ["RANK"]), int(os.environ["MEGABATCH_RESTART"])
@@ -33,20 +35,31 @@ def meet(path: str) -> None:
         json.dump(ranks, file)
 
 
-fails = rank == int(options.get("fail_rank", -1))
+fails = rank == int(options.get("fail_rank", -1)) and restart < int(options.get("fail_until", 1000))
 time.sleep(0.0 if fails else float(options.get("deaf_s", 0)))
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
 if os.path.exists(os.environ["MEGABATCH_STOP_REQUEST"]):
     asked.append("file")
 say(argv=sys.argv[1:], environment=dict(os.environ), cwd=os.getcwd())
+signal.signal(signal.SIGUSR1, lambda number, frame: print(f"rank {rank} is at step 7, training, for 1 s", flush=True))
+if rank == 0:
+    Path(os.environ["MEGABATCH_RUN"], "heartbeat.json").write_text(
+        json.dumps({"state": "running", "time": time.time()})
+    )
+    if restart < int(options.get("save_until", 0)):
+        latest = Path(os.environ["MEGABATCH_RUN"], "checkpoints", "latest")
+        latest.parent.mkdir(exist_ok=True)
+        latest.write_text(f"step_{restart:08d}\n")
 if "meet" in options:
     # rank 0 must listen before the others come
     time.sleep(0.5 if rank else 0)
     meet(options["meet"])
 if fails:
-    if options["fail"] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
+    # the others come as far as they can first
+    time.sleep(0.3 if options["fail"] == "kill" else 0)
+    if options["fail"] in ("kill", "hang"):
+        os.kill(os.getpid(), signal.SIGSTOP if options["fail"] == "hang" else signal.SIGKILL)
     sys.exit(int(options["fail"]))
 end = time.monotonic() + float(options.get("seconds", 0))
 while restart < int(options.get("until_restart", 0)) or time.monotonic() < end:

@@ -116,7 +116,8 @@ def test_one_dead_rank_ends_the_job_with_its_exit_code(
 ) -> None:
     # ranks that do not listen are killed by srun with a larger code, which must not hide the first one's
     options = {"seconds": 120, "fail_rank": 3, "fail": fail, "deaf_s": deaf_s}
-    job = submit_payload(profile=LAST_NODES, nodes=2, tasks_per_node=2, options=options)
+    spec = {"nodes": 2, "tasks_per_node": 2, "max_restarts_without_progress": 0}
+    job = submit_payload(profile=LAST_NODES, options=options, **spec)
     end = job.wait(timeout_s=30)
     assert (end.state, end.exit_code) == (State.FAILED, code)
     assert {"done": True} not in job.said(0)

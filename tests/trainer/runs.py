@@ -110,6 +110,7 @@ def train(run_dir: str, stop_after: int | None = None) -> int:
     from megabatch.trainer import loop
     from megabatch.trainer.engine import Engine
     from megabatch.trainer.signals import StopSignal
+    from megabatch.trainer.whereabouts import Whereabouts
 
     stop = StopSignal()
     if stop_after is not None:
@@ -123,7 +124,7 @@ def train(run_dir: str, stop_after: int | None = None) -> int:
             return step(engine, *arguments, **keywords)
 
         Engine.step = counted  # type: ignore[method-assign]
-    return int(loop.train(RunConfig.load(Path(run_dir) / "run.json"), stop))
+    return int(loop.train(RunConfig.load(Path(run_dir) / "run.json"), stop, Whereabouts(0)))
 
 
 def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -1,0 +1,77 @@
+"""How a failed rank ends: what it says, and the exit code that tells the launcher whether to try again."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+
+from megabatch.errors import ConfigError, ConversionError, DataError, MegabatchError
+from megabatch.run_directory import ExitCode
+
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "Connection refused",
+    "remote process exited",
+    "NCCL communicator was aborted",
+    "failed to recv",
+    "recvValue failed",
+    "sendBytes failed",
+)
+"""What gloo, NCCL and torch's store say when the other end of a connection is gone."""
+
+_FIRST_S = 1.0
+"""Time for the rank that failed to be named as the first: those that lost it notice within milliseconds."""
+
+
+def report(error: Exception) -> ExitCode:
+    """Says in this rank's log why it ends, and returns its exit code."""
+    if lost_peer(error):
+        print(
+            f"error: a rank that this one was talking to is gone ({_first_line(root(error))}). That is a consequence: "
+            "the batch log names the rank that failed first",
+            file=sys.stderr,
+        )
+        time.sleep(_FIRST_S)
+        return ExitCode.CRASHED
+    if isinstance(error, MegabatchError):
+        print(f"error: {error}", file=sys.stderr)  # on every rank: whichever log is looked at first tells the cause
+        return _code_of(error)
+    traceback.print_exception(error, file=sys.stderr)
+    return ExitCode.CRASHED
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether it failed because another rank is gone, however that was wrapped on the way."""
+    # torch's are RuntimeErrors; a hub or a disk that says the same raises an OSError
+    said = [str(e) for e in _chain(error) if isinstance(e, RuntimeError)]
+    return any(sign in text for sign in LOST_PEER for text in said)
+
+
+def root(error: BaseException) -> BaseException:
+    """The exception that started it."""
+    *_, first = _chain(error)
+    return first
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+def _code_of(error: MegabatchError) -> ExitCode:
+    from megabatch.trainer.ranks import ElsewhereError
+
+    cause = error.error if isinstance(error, ElsewhereError) else error
+    return ExitCode.CONFIG if isinstance(cause, ConfigError | DataError | ConversionError) else ExitCode.FAILED
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,47 @@
+"""What a rank is doing, written into its log when somebody asks with SIGUSR1: every thread's stack, phase and step.
+
+The stacks are written by the signal handler itself, in C: also while the main thread hangs in a collective, and while
+nothing else can run because a call holds Python's lock. The line with the phase then stays out, which says so.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+
+ASK = signal.SIGUSR1
+
+
+class Whereabouts:
+    """Kept up to date by the loop, which costs two assignments a phase; read only when asked for."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.phase, self.step = rank, "starting", 0
+        self._since = time.monotonic()
+
+    def at(self, phase: str, step: int) -> None:
+        """Step `step` is in `phase` from now on."""
+        self.phase, self.step, self._since = phase, step, time.monotonic()
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self._since
+        return f"rank {self.rank} is at step {self.step}, {self.phase}, for {seconds:.0f} s"
+
+    def listen(self) -> None:
+        """Answers from now on; in the main thread, once for each process."""
+        # Python's own handler does nothing but wake the thread below, which needs no help of the main thread
+        signal.signal(ASK, lambda number, frame: None)
+        faulthandler.register(ASK, all_threads=True, chain=True)
+        heard, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        threading.Thread(target=self._answer, args=(heard,), name="whereabouts", daemon=True).start()
+
+    def _answer(self, heard: int) -> None:
+        while True:
+            if ASK in os.read(heard, 64):
+                print(self, file=sys.stderr, flush=True)

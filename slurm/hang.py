@@ -1,0 +1,70 @@
+"""Noticing that a run hangs, and naming the rank that does: shared by the batch script and the local launcher.
+
+While `heartbeat.json` does not change, nothing gets done. Whoever watches it is outside the ranks: a rank that is
+stopped, or whose Python lock is held, cannot watch itself. Asked with SIGUSR1, each rank writes its stacks and its
+whereabouts (megabatch/trainer/whereabouts.py) to its log.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+START_FACTOR = 4
+"""The first step may take so many times longer: data is tokenised, kernels are compiled."""
+ANSWER_S = 5
+"""For the ranks to write their stacks."""
+
+SUSPECT = """\
+function say(rank, why) { print rank, why; exit }
+match($0, /^rank [0-9]+ is at step [0-9]+, [a-z ]+/) {
+    place = substr($0, RSTART, RLENGTH); sub(/^rank [0-9]+ is /, "", place); at[$2] = place
+}
+END {
+    for (rank = 0; rank < world; rank++) if (rank in at) count[at[rank]]++
+    for (rank = 0; rank < world; rank++) if (!(rank in at)) say(rank, "does not answer: stopped, or stuck in a call")
+    for (place in count) if (!rarest || count[place] < count[rarest]) rarest = place
+    others = count[rarest] == world ? ", as all are" : ", unlike the others"
+    for (rank = 0; rank < world; rank++) if (at[rank] == rarest) say(rank, "is " rarest others)
+}
+"""
+"""An awk program over the logs of `world` ranks: prints the rank to look at first, and why."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """A heartbeat seen from outside: counts the time in which it stayed as it was."""
+
+    heartbeat: Path
+    timeout_s: float
+    """0 waits for ever."""
+    _first: bytes = field(init=False)
+    _last: bytes = field(init=False)
+    _idle_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._first = self._last = self._read()
+
+    def hangs(self, passed_s: float) -> bool:
+        """Whether it has been too long, `passed_s` after the last call: a machine that slept does not count."""
+        beat = self._read()
+        self._idle_s = 0.0 if beat != self._last else self._idle_s + passed_s
+        self._last = beat
+        starting = beat == self._first or b'"state": "starting"' in beat
+        return 0 < self.timeout_s * (START_FACTOR if starting else 1) <= self._idle_s
+
+    def _read(self) -> bytes:
+        try:
+            return self.heartbeat.read_bytes()
+        except OSError:
+            return b""
+
+
+def suspect(logs: Sequence[Path]) -> tuple[int, str]:
+    """The rank to look at first, from the logs of all ranks after they were asked, and what it does."""
+    command = ["awk", "-v", f"world={len(logs)}", SUSPECT, *map(str, logs)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rank, _, why = said.strip().partition(" ")
+    return int(rank), why

@@ -1,0 +1,86 @@
+"""Which failures put a job back into the queue, and for how long, on a real Slurm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from megabatch.run_directory import ExitCode
+from megabatch.slurm.processes import marked_processes
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.queue import State
+from megabatch.slurm.records import read_records
+
+from .conftest import Submit, Submitted, until
+
+pytestmark = pytest.mark.slurm
+
+NODES = ClusterProfile(partition="urgent")
+
+
+def codes(job: Submitted) -> list[int]:
+    return [ending.exit_code for ending in read_records(job.run)[0].endings]
+
+
+def test_a_killed_rank_puts_the_job_back_until_starts_make_no_progress(submit_payload: Submit) -> None:
+    options = {"fail_rank": 1, "fail": "kill", "seconds": 30, "save_until": 2}
+    job = submit_payload(profile=NODES, nodes=2, max_restarts_without_progress=1, options=options)
+    end = job.wait()
+    assert (end.state, end.exit_code, end.restart) == (State.FAILED, 137, 3)
+    assert "not requeued: 2 starts in a row ended without a checkpoint newer than step_00000001" in job.batch_log()
+    assert "go on with: megabatch resume" in job.batch_log()
+
+
+@pytest.mark.parametrize("code", [ExitCode.FAILED, ExitCode.CONFIG])
+def test_a_fault_with_a_message_of_its_own_is_final(submit_payload: Submit, code: int) -> None:
+    job = submit_payload(profile=NODES, options={"fail_rank": 0, "fail": int(code), "save_until": 1})
+    end = job.wait()
+    assert (end.state, end.exit_code, end.restart) == (State.FAILED, code, 0)
+    assert "requeue" not in job.batch_log()
+
+
+def test_a_rank_that_hangs_is_named_and_the_job_comes_back(submit_payload: Submit) -> None:
+    options = {"fail_rank": 1, "fail": "hang", "fail_until": 1, "until_restart": 1}
+    job = submit_payload(profile=NODES, nodes=2, hang_timeout_s=2, options=options)
+    end = job.wait()
+    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert codes(job) == [ExitCode.HUNG, ExitCode.DONE]
+    log = job.batch_log()
+    assert "the run hangs; rank 1 on n2 does not answer" in log
+    assert f"rank 1 on n2 failed first, with exit code {ExitCode.HUNG}: logs/rank_1.0.log" in log
+
+
+def test_ranks_that_do_not_save_before_the_limit_are_ended_and_come_back(submit_payload: Submit) -> None:
+    job = submit_payload(profile=NODES, signal_delay_s=2, options={"deaf_s": 60, "fail_rank": 7})
+    until(lambda: job.now().state is State.RUNNING and job.run.rank_log(0, 0).exists(), what="the rank")
+    subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
+    job.wait(State.PENDING)
+    assert "the ranks have not saved in 1 s" in job.batch_log()
+    subprocess.run(["scancel", job.job_id], check=True)
+    assert codes(job) == [137]
+
+
+def test_a_killed_srun_puts_the_job_back(submit_payload: Submit) -> None:
+    job = submit_payload(profile=NODES, options={"until_restart": 1})
+    job.wait_listening()
+    [srun] = [
+        pid
+        for pid in marked_processes(f"MEGABATCH_RUN={job.run.path}")
+        if os.readlink(f"/proc/{pid}/exe").endswith("/srun") and parent(pid) not in sruns(job)
+    ]
+    os.kill(srun, signal.SIGKILL)
+    end = job.wait()
+    assert (end.state, end.restart) == (State.COMPLETED, 1)
+
+
+def sruns(job: Submitted) -> set[int]:
+    pids = marked_processes(f"MEGABATCH_RUN={job.run.path}")
+    return {pid for pid in pids if os.readlink(f"/proc/{pid}/exe").endswith("/srun")}
+
+
+def parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
