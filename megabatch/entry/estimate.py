@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megabatch.config.layout import chunks_of, layout_of
+from megabatch.config.optimization import Optimizer
 from megabatch.config.recipe import Recipe
+from megabatch.config.run import torch_dtype
 from megabatch.plan.estimate import Estimate
 from megabatch.plan.gpus import Gpu
+from megabatch.plan.settings import Lora, Settings
 from megabatch.plan.shape import ModelShape
+from megabatch.plan.stages import Chunk
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,3 +36,65 @@ def estimate_of(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> Estimate:
 def verdict_of(recipe: Recipe, shape: ModelShape, *, gpu_memory_gib: float | None = None, gpu: Gpu) -> Verdict:
     """Checks the rules, the memory (`gpu_memory_gib`, by default the GPU's), and that tp and ep stay inside a node."""
     raise NotImplementedError
+
+
+def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
+    """What the plan's estimates need of a recipe without faults.
+
+    Rows are taken to be full, and a full row to be one sequence: the data is not looked at.
+    """
+    parallel, recompute, tuner = recipe.parallel, recipe.recompute, recipe.tuner
+    layout, chunks = layout_of(recipe, shape), chunks_of(parallel, shape.num_layers)
+    assert layout is not None and chunks is not None, "a recipe without faults has a layout"
+    mtp_layers = recipe.mtp.mtp_num_layers or 0
+    longest = recipe.data.max_length or shape.max_position_embeddings
+    row = (recipe.data.packing_length or longest) if recipe.data.packing else longest
+    weight_bytes = _BYTES[torch_dtype(recipe, shape)]
+    lora = Lora(rank=tuner.lora_rank, targets=tuner.target_modules, saved=tuner.modules_to_save)
+    return Settings(
+        layout=layout,
+        chunks=_with_mtp(chunks, mtp_layers),
+        mtp_layers=mtp_layers,
+        gpus_per_node=recipe.resources.ranks_per_node,
+        micro_batch_size=recipe.batch.micro_batch_size,
+        row_tokens=row,
+        mean_length=row,
+        vocab_size=recipe.model.padded_vocab_size or -(-shape.vocab_size // layout.tp) * layout.tp,
+        microbatch_group_size=parallel.microbatch_group_size_per_virtual_pipeline_stage or layout.pp,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=recompute.recompute_granularity,
+        recompute_method=recompute.recompute_method,
+        recompute_num_layers=recompute.recompute_num_layers,
+        recompute_modules=recompute.recompute_modules,
+        attention_scores=recipe.kernels.attention_backend in ("unfused", "local"),
+        weight_bytes=weight_bytes,
+        gradient_bytes=_BYTES[recipe.optimizer.main_grads_dtype],
+        optimizer_bytes=optimizer_bytes(recipe.optimizer, weight_bytes=weight_bytes),
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        moe_permute_fusion=recipe.moe.moe_permute_fusion,
+        lora=lora if tuner.tuner_type == "lora" else None,
+    )
+
+
+def optimizer_bytes(optimizer: Optimizer, *, weight_bytes: int) -> int:
+    """Of a parameter's main copy and moments.
+
+    fp32 weights are their own main copy. The precision-aware optimizer keeps of an fp32 copy only the half that the
+    bf16 weights lack.
+    """
+    moments = 4 if optimizer.sgd_momentum else 0
+    if optimizer.optimizer == "adam":
+        moments = _BYTES[optimizer.exp_avg_dtype] + _BYTES[optimizer.exp_avg_sq_dtype]
+    if weight_bytes == 4:
+        return moments
+    return moments + (2 if optimizer.use_precision_aware_optimizer else 4)
+
+
+def _with_mtp(chunks: tuple[Chunk, ...], mtp_layers: int) -> tuple[Chunk, ...]:
+    """Layers of multi-token prediction are beside the loss unless a layout string puts them elsewhere."""
+    if not mtp_layers or any(chunk.mtp_layers for chunk in chunks):
+        return chunks
+    return tuple(replace(chunk, mtp_layers=mtp_layers) if chunk.loss else chunk for chunk in chunks)

@@ -1,0 +1,201 @@
+"""Parameters, and the bytes of weights, gradients and optimizer on each rank, as megatron-core allocates them.
+
+Trained parameters of a chunk lie in flat buffers, one of the experts and one of all else. With the distributed
+optimizer (ZeRO-1, arXiv:1910.02054) each parameter starts at a multiple of 64 elements, each bucket ends at one of 128
+and of the data parallel size, and each data parallel rank keeps the optimizer's state of an equal part of every bucket
+(megatron-core 0.16.1, `distributed/param_and_grad_buffer.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import lcm
+
+from megabatch.plan import weights
+from megabatch.plan.adapters import beside
+from megabatch.plan.settings import Settings
+from megabatch.plan.shape import ModelShape
+from megabatch.plan.stages import Chunk
+from megabatch.plan.weights import Weight
+
+PARAMETER_UNIT = 64
+BUCKET_UNIT = 128
+BUCKET_ELEMENTS, BUCKET_ELEMENTS_OF_A_RANK = 40_000_000, 1_000_000
+"""A bucket is closed at the larger of the two, times the data parallel size for the second, where gradients are
+reduced while the backward pass runs; otherwise a buffer is one bucket."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankSize:
+    """What one rank holds, in elements."""
+
+    parameters: int = 0
+    """Of its part of the model, shared copies included."""
+    frozen: int = 0
+    """Those of them that are not trained."""
+    dense: int = 0
+    """Buffers of trained parameters outside experts, with padding."""
+    experts: int = 0
+    """Buffers of the experts' trained parameters, with padding."""
+    shard: int = 0
+    """Optimizer state: this rank's part of both."""
+
+    def __add__(self, other: RankSize) -> RankSize:
+        return RankSize(
+            self.parameters + other.parameters,
+            self.frozen + other.frozen,
+            self.dense + other.dense,
+            self.experts + other.experts,
+            self.shard + other.shard,
+        )
+
+    def weight_bytes(self, settings: Settings) -> int:
+        return (self.frozen + self.dense + self.experts) * settings.weight_bytes
+
+    def gradient_bytes(self, settings: Settings) -> int:
+        return (self.dense + self.experts) * settings.gradient_bytes
+
+    def optimizer_bytes(self, settings: Settings) -> int:
+        return self.shard * settings.optimizer_bytes
+
+
+def rank_sizes(shape: ModelShape, settings: Settings) -> list[RankSize]:
+    """One for each pipeline rank; all its data parallel ranks have the same but for padding inside their shards."""
+    sizer = _Sizer(shape, settings)
+    sizes = [RankSize()] * settings.layout.pp
+    for chunk in settings.chunks:
+        sizes[chunk.pp_rank] += sizer.size(chunk)
+    return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring tensors of one size on a rank."""
+
+    elements: int
+    count: int
+    expert: bool
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """Over the tensors of a layer or of an end of the model; trained ones with their padding."""
+
+    parameters: int
+    frozen: int
+    dense: int
+    experts: int
+
+
+class _Sizer:
+    """Sizes the chunks of one model in one layout; a layer of each kind is looked at once."""
+
+    def __init__(self, shape: ModelShape, settings: Settings) -> None:
+        self.shape, self.settings = shape, settings
+        self.unit = PARAMETER_UNIT if settings.use_distributed_optimizer else 1
+        layout = settings.layout
+        self.ranks = {False: layout.dp * layout.cp, True: layout.edp}
+        self.kinds = [weights.kind_of(shape, layer) for layer in range(shape.num_layers)]
+        self.layers = {kind: list(self._runs(weights.layer(shape, kind))) for kind in set(self.kinds)}
+        self.sums = {kind: self._sum(runs) for kind, runs in self.layers.items()}
+
+    def size(self, chunk: Chunk) -> RankSize:
+        before, behind, shared = ends(self.shape, self.settings, chunk)
+        around = list(self._runs([*before, *behind]))
+        mtp = list(self._runs(weights.mtp_layer(self.shape))) * chunk.mtp_layers if chunk.mtp_layers else []
+        apart = self._sum(self._runs(shared))
+        counted = Counter(self.kinds[layer] for layer in chunk.layers)
+        parts = [(self._sum([*around, *mtp]), 1), *((self.sums[kind], count) for kind, count in counted.items())]
+        if self.settings.overlap_grad_reduce and chunk.pp_rank == chunk.vp_stage == 0:
+            inside = [run for layer in chunk.layers for run in self.layers[self.kinds[layer]]]
+            runs = [*self._runs(before), *inside, *mtp, *self._runs(behind)]
+            dense, experts = (self._bucketed(runs, expert=expert) for expert in (False, True))
+        else:
+            dense = self._bucket(sum(part.dense * count for part, count in parts), expert=False)
+            experts = self._bucket(sum(part.experts * count for part, count in parts), expert=True)
+        dense += self._bucket(apart.dense, expert=False)
+        return RankSize(
+            parameters=apart.parameters + sum(part.parameters * count for part, count in parts),
+            frozen=apart.frozen + sum(part.frozen * count for part, count in parts),
+            dense=dense,
+            experts=experts,
+            shard=self._shard(dense, expert=False) + self._shard(experts, expert=True),
+        )
+
+    def _runs(self, found: Iterable[Weight]) -> Iterator[_Run]:
+        layout, lora = self.settings.layout, self.settings.lora
+        for weight in found:
+            if not weight.trained:
+                continue
+            count = weight.experts // layout.ep if weight.experts else 1
+            yield _Run(weight.shard(tp=layout.tp, etp=layout.etp), count, bool(weight.experts), lora is None)
+            for added in beside(weight, lora) if lora is not None else ():
+                yield _Run(added.shard(tp=layout.tp, etp=layout.etp), count, bool(added.experts), True)
+
+    def _sum(self, runs: Iterable[_Run]) -> _Sum:
+        found = list(runs)
+
+        def total(size: Callable[[int], int], wanted: Callable[[_Run], bool]) -> int:
+            return sum(size(run.elements) * run.count for run in found if wanted(run))
+
+        return _Sum(
+            parameters=total(int, lambda run: True),
+            frozen=total(int, lambda run: not run.trained),
+            dense=total(self._aligned, lambda run: run.trained and not run.expert),
+            experts=total(self._aligned, lambda run: run.trained and run.expert),
+        )
+
+    def _aligned(self, elements: int) -> int:
+        return -(-elements // self.unit) * self.unit
+
+    def _bucket(self, elements: int, *, expert: bool) -> int:
+        """With the padding behind it."""
+        if not self.settings.use_distributed_optimizer:
+            return elements
+        unit = lcm(self.ranks[expert], BUCKET_UNIT)
+        return -(-elements // unit) * unit
+
+    def _bucketed(self, runs: Iterable[_Run], *, expert: bool) -> int:
+        """A buffer that is filled from the last tensor to the first, bucket by bucket."""
+        full = max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_OF_A_RANK * self.settings.layout.dp)
+        closed = filled = 0
+        for run in reversed([run for run in runs if run.trained and run.expert == expert]):
+            size, left = self._aligned(run.elements), run.count
+            while left:
+                # the last tensor's own end decides, before the next one's alignment
+                taken = min(left, max(1, -(-(full - filled - run.elements) // size) + 1))
+                filled, left = filled + taken * size, left - taken
+                if filled - size + run.elements >= full:
+                    closed, filled = closed + self._bucket(filled, expert=expert), 0
+        return closed + self._bucket(filled, expert=expert)
+
+    def _shard(self, elements: int, *, expert: bool) -> int:
+        return elements // self.ranks[expert] if self.settings.use_distributed_optimizer else elements
+
+
+def ends(shape: ModelShape, settings: Settings, chunk: Chunk) -> tuple[list[Weight], list[Weight], list[Weight]]:
+    """What a chunk holds before and behind its layers, and those of its tensors that have a bucket of their own.
+
+    Copies of the embedding on the first stage and on the one that has the tied output layer, or layers of multi-token
+    prediction, are kept equal; each is a bucket, so that all of them are cut alike.
+    """
+    tied = not shape.untie_embeddings_and_output_weights and shape.num_labels is None
+    pipelined = settings.layout.pp > 1
+    vocabulary = weights.embedding(shape, vocab_size=settings.vocab_size)
+    before: list[Weight] = []
+    behind: list[Weight] = []
+    shared: list[Weight] = []
+    if chunk.embedding or chunk.mtp_layers:
+        copied = pipelined and (tied or settings.mtp_layers > 0)
+        (shared if copied else before).append(vocabulary)
+    if chunk.loss:
+        behind.append(weights.final_norm(shape))
+        output = weights.output_layer(shape, vocab_size=settings.vocab_size)
+        if not tied:
+            behind.append(output)
+        elif not chunk.embedding:
+            (behind if chunk.mtp_layers else shared).append(output)
+    return before, behind, shared

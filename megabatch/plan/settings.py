@@ -1,0 +1,72 @@
+"""What estimates need to know of a run besides its model's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megabatch.plan.layout import Layout
+from megabatch.plan.stages import Chunk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """Adapters beside frozen weights (arXiv:2106.09685)."""
+
+    rank: int
+    targets: Sequence[str]
+    """Ends of the names of modules that get adapters; `all-linear` and `all-router` stand for all of their kind."""
+    saved: Sequence[str] = ()
+    """Ends of the names of modules that are trained in full, in a copy beside the frozen one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """A run's layout, batch, precision and recomputation, in megatron-core's names where it has them."""
+
+    layout: Layout
+    chunks: Sequence[Chunk]
+    """Which layers each pipeline rank's chunks hold."""
+    mtp_layers: int = 0
+    """Layers of multi-token prediction that are trained."""
+    gpus_per_node: int = 8
+    micro_batch_size: int = 1
+    row_tokens: int
+    """Tokens of a row: the packing length, or the length of a sample."""
+    mean_length: float
+    """Token-weighted mean length of the sequences in a row, which attend only to themselves."""
+    vocab_size: int
+    """Rows of the embedding with padding."""
+    microbatch_group_size: int = 0
+    """Micro-batches that go through one chunk before the next has its turn; 0 means pp."""
+
+    sequence_parallel: bool = False
+    recompute_granularity: str = "selective"
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: Sequence[str] = ("core_attn",)
+    attention_scores: bool = False
+    """Whether the attention kernel writes all scores to memory (unfused), which flash attention never does."""
+
+    weight_bytes: int = 2
+    """Of a parameter, a gradient of an activation, and an activation."""
+    gradient_bytes: int = 4
+    """Of an accumulated gradient."""
+    optimizer_bytes: int = 12
+    """Of a parameter's main copy and its moments."""
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    tp_comm_overlap: bool = False
+    moe_permute_fusion: bool = False
+    lora: Lora | None = None
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch on one context parallel rank."""
+        return self.micro_batch_size * self.row_tokens // self.layout.cp
+
+    @property
+    def sp(self) -> int:
+        """Into how many parts sequence parallelism cuts what lies between the matrices."""
+        return self.layout.tp if self.sequence_parallel else 1

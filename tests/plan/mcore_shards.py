@@ -1,0 +1,91 @@
+"""Real megatron-core models, buffers and optimizers without memory: what one rank of a layout allocates.
+
+Run as a program: recipes as pickles on standard input, sizes as JSON on standard output. The world is torch's fake process
+group, so that this one process is any rank of a thousand; tensors are on the meta device. Models, data parallelism and
+optimizers are made by the trainer's own functions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megabatch.config.recipe import Recipe
+from megabatch.config.run import resolve
+from megabatch.plan.shape import ModelShape
+from megabatch.trainer import assemble, megatron_cpu, ranks
+
+
+def adapt() -> None:
+    """megatron-core's adaptation to CPUs, with the meta device for the CPU, and without groups over real sockets."""
+    megatron_cpu.adapt()
+    from megatron.core import optimizer, parallel_state
+    from megatron.core.tensor_parallel import layers
+
+    layers.torch.cuda.current_device = lambda: torch.device("meta")
+    parallel_state.initialize_model_parallel = _without_gloo(parallel_state.initialize_model_parallel)
+    assemble.Optimizer.__init__.__globals__["get_megatron_optimizer"] = partial(
+        optimizer.get_megatron_optimizer, use_gloo_process_groups=False
+    )
+    spelled = torch.Tensor.type
+    torch.Tensor.type = lambda tensor, *to: spelled(tensor, *to) if to else spelled(tensor).replace("cuda.meta.", "")
+    dist.all_gather_object = lambda found, own, group=None: found.__setitem__(slice(None), [own] * len(found))
+    torch.set_default_device("meta")
+    ranks.adapt = lambda: None  # it is done
+
+
+def _without_gloo(function):
+    return lambda **sizes: function(**sizes | {"create_gloo_process_groups": False})
+
+
+def sizes(recipe: Recipe, shape: ModelShape, rank: int) -> dict[str, int]:
+    """What this rank allocates: elements, and bytes of weights, gradients and optimizer state."""
+    run = resolve(recipe, shape=shape, run_dir=Path("/nowhere"), provenance={})
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(run.layout.world_size), "LOCAL_RANK": "0"}
+    dist.init_process_group("fake", rank=rank, world_size=run.layout.world_size, store=FakeStore())
+    try:
+        with assemble.join_ranks(run) as place:
+            place.device = torch.device("meta")
+            engine = assemble.build_engine(run, place, train_iters=10)
+            engine.optimizer.allocate_state(step=1)
+            return _measured(engine)
+    finally:
+        dist.destroy_process_group()
+
+
+def _measured(engine) -> dict[str, int]:
+    chunks = engine.model.chunks
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    state: dict[int, torch.Tensor] = {}
+    for inner in engine.optimizer.inner:
+        for group in inner.optimizer.param_groups:
+            for main in group["params"]:
+                held = [main, *(x for x in inner.optimizer.state[main].values() if x.dim())]
+                state |= {id(x): x for x in held}
+    own = {id(p) for chunk in chunks for p in chunk.parameters()}
+    return {
+        "rank": engine.ranks.rank,
+        "stage": engine.ranks.pp_rank,
+        "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+        "weights": sum(_bytes(buffer.param_data) for buffer in buffers),
+        "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
+        "optimizer": sum(_bytes(x) for key, x in state.items() if key not in own),
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+if __name__ == "__main__":
+    adapt()
+    found = [[sizes(recipe, shape, rank) for rank in ranks] for recipe, shape, ranks in pickle.load(sys.stdin.buffer)]
+    print(json.dumps(found))
