@@ -26,6 +26,7 @@ from pathlib import Path
 
 from megabatch.errors import LaunchError, MegabatchError
 from megabatch.run_directory import write_atomic
+from megabatch.slurm import cluster_accounting
 from megabatch.slurm.cluster_config import ClusterLayout, write_configuration
 from megabatch.slurm.ports import free_port_block
 from megabatch.slurm.processes import Daemon, end_processes, marked_processes, start_daemon
@@ -34,9 +35,10 @@ from megabatch.slurm.quoting import shell
 PROGRAMS = ("slurmctld", "slurmd", "munged", "scontrol", "sbatch", "srun")
 
 
-def missing_programs() -> list[str]:
+def missing_programs(*, accounting: bool = False) -> list[str]:
     """Programs that a private cluster needs and this machine lacks; Debian keeps daemons in /usr/sbin."""
-    return [program for program in PROGRAMS if _program(program) is None]
+    wanted = PROGRAMS + (cluster_accounting.PROGRAMS if accounting else ())
+    return [program for program in wanted if _program(program) is None]
 
 
 def _program(name: str) -> str | None:
@@ -59,22 +61,27 @@ class PrivateCluster:
         directory: Path,
         gpus_per_node: int = 0,
         cpus_per_node: int = 16,
+        accounting: bool = False,
+        min_job_age_s: int = 300,
         keep: bool = False,
         timeout_s: float = 60,
     ) -> PrivateCluster:
         """Starts the daemons and returns once every node is idle (one to four seconds).
 
-        Args: `directory` is created, and must not hold a running cluster; `keep` lets the cluster outlive this
-        process, else it ends with it, however it ends.
+        Args: `directory` is created, and must not hold a running cluster; `accounting` adds what sacct needs (two
+        seconds more); `min_job_age_s` is how long slurmctld remembers ended jobs; `keep` lets the cluster outlive
+        this process, else it ends with it, however it ends.
         Raises: LaunchError with the daemons' last lines when it does not come up; nothing is left running then.
         """
-        _check_can_start(directory)
+        _check_can_start(directory, accounting=accounting)
         layout = ClusterLayout(
             directory=directory.absolute(),
             nodes=nodes,
             gpus_per_node=gpus_per_node,
             cpus_per_node=cpus_per_node,
-            first_port=free_port_block(nodes + 1),
+            accounting=accounting,
+            min_job_age_s=min_job_age_s,
+            first_port=free_port_block(nodes + 1 + accounting),
             socket_directory=Path(tempfile.mkdtemp(prefix="megabatch-munge-")),
         )
         cluster = cls(layout)
@@ -134,16 +141,36 @@ class PrivateCluster:
         munged = ["munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in layout.munge_options().items())]
         self._spawn(munged, log="munged.out", tied=tied)
         _wait_for(layout.munge_socket.exists, what="munged", log=layout.directory / "munged.out")
+        if layout.accounting:
+            self._start_accounting(tied=tied)
         self._spawn(["slurmctld", "-D"], log="slurmctld.out", tied=tied)
         for name in layout.node_names:
             self._spawn(["slurmd", "-D", "-N", name], log=f"slurmd.{name}.out", tied=tied)
 
+    def _start_accounting(self, *, tied: bool) -> None:
+        layout, log = self.layout, self.layout.directory / "database.out"
+        cluster_accounting.make_folders(layout)
+        cluster_accounting.write_slurmdbd_conf(layout)
+        with open(log, "ab") as output:
+            subprocess.run(
+                _found(cluster_accounting.make_database_command(layout)), stdout=output, stderr=output, check=False
+            )
+        self._spawn(cluster_accounting.database_command(layout), log=log.name, tied=tied)
+        _wait_for(lambda: cluster_accounting.database_is_up(layout), what="mariadbd", log=log)
+        self._spawn(["slurmdbd", "-D"], log="slurmdbd.out", tied=tied)
+        _wait_for(self._has_accounting, what="slurmdbd", log=layout.directory / "slurmdbd.log", timeout_s=30)
+
+    def _has_accounting(self) -> bool:
+        """Whether slurmdbd answers and knows the cluster: slurmctld would wait for it, and jobs be lost until then."""
+        self._ask("sacctmgr", "--immediate", "add", "cluster", "megabatch")
+        return "megabatch" in self._ask("sacctmgr", "--noheader", "--parsable2", "show", "cluster", "format=cluster")
+
     def _spawn(self, command: list[str], *, log: str, tied: bool) -> None:
-        program = _program(command[0])
-        assert program is not None
         environment = _without_job(os.environ) | self.environment | dict([_mark(self.layout.directory).split("=", 1)])
+        if self.layout.accounting:
+            environment |= cluster_accounting.accounting_environment(self.layout)
         log_path = self.layout.directory / log
-        self.daemons.append(start_daemon([program, *command[1:]], environment, log=log_path, tied=tied))
+        self.daemons.append(start_daemon(_found(command), environment, log=log_path, tied=tied))
 
     def _wait_until_idle(self, *, deadline: float) -> None:
         while not self._all_idle():
@@ -157,10 +184,17 @@ class PrivateCluster:
         return len(states) == self.layout.nodes and set(states.values()) == {"idle"}
 
 
-def _check_can_start(directory: Path) -> None:
-    missing = missing_programs()
+def _found(command: list[str]) -> list[str]:
+    program = _program(command[0])
+    assert program is not None
+    return [program, *command[1:]]
+
+
+def _check_can_start(directory: Path, *, accounting: bool) -> None:
+    missing = missing_programs(accounting=accounting)
     if missing:
-        raise LaunchError(f"a private cluster needs {', '.join(missing)}; on Debian: apt install slurm-wlm munge")
+        packages = "slurm-wlm munge" + " slurmdbd mariadb-server" * accounting
+        raise LaunchError(f"a private cluster needs {', '.join(missing)}; on Debian: apt install {packages}")
     if marked_processes(_mark(directory.absolute())):
         raise LaunchError(f"{directory} holds a private cluster already; take it down with `down --dir {directory}`")
 
@@ -215,6 +249,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--nodes", type=int, default=4)
             command.add_argument("--gpus_per_node", type=int, default=0, help="pretended GPUs (plain files)")
             command.add_argument("--cpus_per_node", type=int, default=16, help="pretended CPUs")
+            command.add_argument("--accounting", action="store_true", help="with a database, so that sacct answers")
     return parser.parse_args(arguments)
 
 
@@ -224,6 +259,7 @@ def _up(options: argparse.Namespace) -> None:
         directory=options.dir,
         gpus_per_node=options.gpus_per_node,
         cpus_per_node=options.cpus_per_node,
+        accounting=options.accounting,
         keep=True,
     )
     command = f"python -m megabatch.slurm.cluster env --dir {shell(str(options.dir))}"

@@ -23,9 +23,13 @@ class ClusterLayout:
     gpus_per_node: int
     cpus_per_node: int
     first_port: int
-    """slurmctld's; node k has `first_port + k`."""
+    """slurmctld's; node k has `first_port + k`, slurmdbd the one after the last node's."""
     socket_directory: Path
     """A short path: a Unix socket's name may have 107 bytes."""
+    accounting: bool = False
+    """With a database and slurmdbd, so that sacct answers."""
+    min_job_age_s: int = 300
+    """How long slurmctld remembers a job that has ended."""
 
     @staticmethod
     def state_file_in(directory: Path) -> Path:
@@ -47,6 +51,14 @@ class ClusterLayout:
     @property
     def node_names(self) -> list[str]:
         return [f"n{k}" for k in range(1, self.nodes + 1)]
+
+    @property
+    def ports(self) -> int:
+        return self.nodes + 1 + self.accounting
+
+    @property
+    def accounting_port(self) -> int:
+        return self.first_port + self.nodes + 1
 
     def munge_options(self) -> dict[str, str | Path]:
         """Long options of munged."""
@@ -115,12 +127,12 @@ def slurm_conf(layout: ClusterLayout) -> str:
         "ProctrackType": "proctrack/linuxproc",
         "TaskPlugin": "task/none",
         "JobAcctGatherType": "jobacct_gather/none",
-        "AccountingStorageType": "accounting_storage/none",
+        "AccountingStorageType": f"accounting_storage/{'slurmdbd' if layout.accounting else 'none'}",
         "MpiDefault": "none",
         "ReturnToService": 2,
         "KillWait": 5,
         "InactiveLimit": 0,
-        "MinJobAge": 300,
+        "MinJobAge": layout.min_job_age_s,
         "SlurmctldTimeout": 60,
         "SlurmdTimeout": 30,
         "PreemptType": "preempt/partition_prio",
@@ -130,6 +142,13 @@ def slurm_conf(layout: ClusterLayout) -> str:
         "JobCompLoc": layout.directory / "jobcomp.log",
         "MailProg": "/bin/true",
     }
+    if layout.accounting:
+        settings |= {
+            "AccountingStorageHost": "127.0.0.1",
+            "AccountingStoragePort": layout.accounting_port,
+            # munge's socket, whatever the name says
+            "AccountingStoragePass": layout.munge_socket,
+        }
     if layout.gpus_per_node:
         settings["GresTypes"] = "gpu"
     nodes = ",".join(layout.node_names)

@@ -1,7 +1,7 @@
-"""Asking Slurm about jobs: sacct, then squeue, then scontrol, each once for all jobs.
+"""Asking Slurm about jobs: squeue, then sacct, then scontrol, each once for all jobs that are still unknown.
 
-Accounting may be missing and Slurm may have forgotten a job. `--json` is never used: its form changes with Slurm's
-version.
+squeue says why a job waits and how often it was requeued, and is never late; accounting may be missing, but remembers
+what the controller has forgotten. `--json` is never used: its form changes with Slurm's version.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def ask_slurm(job_ids: Iterable[str]) -> dict[str, tuple[str, JobState]]:
     """Who answered, and what, for each job that Slurm still knows."""
     missing = set(job_ids)
     answers: dict[str, tuple[str, JobState]] = {}
-    for source, ask in (("sacct", _sacct), ("squeue", _squeue), ("scontrol", _scontrol)):
+    for source, ask in (("squeue", _squeue), ("sacct", _sacct), ("scontrol", _scontrol)):
         if not missing:
             break
         found = {job_id: state for job_id, state in ask(missing).items() if job_id in missing}
@@ -82,16 +82,16 @@ def ask_slurm(job_ids: Iterable[str]) -> dict[str, tuple[str, JobState]]:
 
 
 def _sacct(job_ids: set[str]) -> dict[str, JobState]:
-    columns = "JobID,State,ExitCode,Restarts"
-    jobs = ",".join(sorted(job_ids))
-    text = _output("sacct", "--allocations", "--noheader", "--parsable2", f"--format={columns}", f"--jobs={jobs}")
-    if not text:  # older versions have no column of restarts
-        columns = columns.removesuffix(",Restarts")
-        text = _output("sacct", "--allocations", "--noheader", "--parsable2", f"--format={columns}", f"--jobs={jobs}")
+    # asked by its own name, an element that waits is not found among the others of its array
+    jobs = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
+    command = ("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={jobs}")
+    columns = "JobID,State,ExitCode"
+    # older versions have no column of restarts
+    text = _output(*command, f"--format={columns},Restarts") or _output(*command, f"--format={columns}")
     found = {}
     for line in text.splitlines():
         job_id, state, exit_code, restarts = (*line.strip().split("|"), "", "", "")[:4]
-        found[job_id] = _parse(state, exit_code=exit_code, restarts=restarts)
+        found |= dict.fromkeys(elements(job_id), _parse(state, exit_code=exit_code, restarts=restarts))
     return _known(found)
 
 
@@ -101,7 +101,7 @@ _SQUEUE_COLUMNS = {"JobArrayID": 40, "State": 24, "RestartCnt": 12, "exit_code":
 def _squeue(job_ids: set[str]) -> dict[str, JobState]:
     columns = ",".join(f"{name}:{width}" for name, width in _SQUEUE_COLUMNS.items())
     text = _output(
-        "squeue", "--noheader", "--states=all", f"--jobs={','.join(sorted(job_ids))}", f"--Format={columns}"
+        "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(sorted(job_ids))}", f"--Format={columns}"
     )
     found = {}
     for line in text.splitlines():
@@ -110,8 +110,13 @@ def _squeue(job_ids: set[str]) -> dict[str, JobState]:
             words.append(line[start : start + width].strip())
             start += width
         job_id, state, restarts, exit_code, reason = words
-        found[job_id] = _parse(state, reason=reason, exit_code=exit_code, restarts=restarts)
+        parsed = _parse(state, reason=reason, exit_code=exit_code, restarts=restarts)
+        found |= dict.fromkeys(elements(job_id), parsed)
     return _known(found)
+
+
+_SCONTROL_WORD = re.compile(r"(?:^|\s)(JobId|ArrayJobId|ArrayTaskId|JobState|Reason|ExitCode|Restarts)=(\S*)")
+_RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
 
 def _scontrol(job_ids: set[str]) -> dict[str, JobState]:
@@ -119,14 +124,32 @@ def _scontrol(job_ids: set[str]) -> dict[str, JobState]:
     text = _output("scontrol", "--oneliner", "show", "job", *([one] if one else []))
     found = {}
     for line in text.splitlines():
-        words = dict(re.findall(r"(?:^|\s)(JobId|JobState|Reason|ExitCode|Restarts)=(\S*)", line))
-        found[words.get("JobId", "")] = _parse(
+        words: dict[str, str] = dict(_SCONTROL_WORD.findall(line))
+        parsed = _parse(
             words.get("JobState", ""),
             reason=words.get("Reason", ""),
             exit_code=words.get("ExitCode", ""),
             restarts=words.get("Restarts", ""),
         )
+        job_id = words.get("JobId", "")
+        if "ArrayTaskId" in words:
+            job_id = f"{words['ArrayJobId']}_[{words['ArrayTaskId']}]"
+        found |= dict.fromkeys(elements(job_id), parsed)
     return _known(found)
+
+
+def elements(job_id: str) -> list[str]:
+    """The jobs that a name stands for: elements of an array that wait are one line, `123_[0,4-8:2%3]`."""
+    array, bracket, tasks = job_id.partition("_[")
+    if not bracket:
+        return [job_id]
+    found = []
+    for part in tasks.rstrip("]").partition("%")[0].split(","):
+        match = _RANGE.fullmatch(part)
+        if match:
+            first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+            found += [f"{array}_{task}" for task in range(first, last + 1, step)]
+    return found
 
 
 def _known(found: dict[str, JobState | None]) -> dict[str, JobState]:

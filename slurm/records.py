@@ -52,6 +52,8 @@ class JobRecord:
     """Oldest first."""
     endings: tuple[Ending, ...] = ()
     """One for each start that ended by itself, oldest first."""
+    cancelled: float | None = None
+    """When `megabatch cancel` ended it: Slurm forgets at once an element of an array that never started."""
 
     def ending_of(self, start: Start) -> Ending | None:
         """None while it runs, and when it was killed."""
@@ -61,6 +63,11 @@ class JobRecord:
 def record_submission(run: RunDirectory, job_id: str, *, cluster: str | None = None) -> None:
     """Appends one line."""
     _append(run, {"job_id": job_id, "time": time.time(), "cluster": cluster})
+
+
+def record_cancellation(run: RunDirectory, job_id: str) -> None:
+    """Appends one line."""
+    _append(run, {"job_id": job_id, "cancelled": time.time()})
 
 
 def record_start(run: RunDirectory, start: Start) -> None:
@@ -85,6 +92,9 @@ def read_records(run: RunDirectory) -> list[JobRecord]:
         if "exit_code" in line:
             ending = Ending(int(_number(line, "restart")), int(_number(line, "exit_code")), _number(line, "time"))
             records[job_id] = replace(old, endings=(*old.endings, ending))
+            continue
+        if "cancelled" in line:
+            records[job_id] = replace(old, cancelled=_number(line, "cancelled"))
             continue
         records.pop(job_id, None)
         if "start" in line:

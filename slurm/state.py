@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.slurm.processes import identity
 from megabatch.slurm.queue import JobState, State, ask_slurm
-from megabatch.slurm.records import JobRecord, read_records
+from megabatch.slurm.records import LOCAL, JobRecord, read_records
+
+_BY_EXIT_CODE = {ExitCode.DONE.value: State.COMPLETED, ExitCode.REQUEUE.value: State.STOPPED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,15 +24,21 @@ class RunStatus:
     run: Path
     state: State
     source: str
-    """Who said so: `heartbeat`, `sacct`, `squeue`, `scontrol`, `records` or `nobody`."""
+    """Who said so: `heartbeat`, `squeue`, `sacct`, `scontrol`, `records`, `process` (a local run's) or `nobody`."""
     job_id: str | None = None
+    """The newest job's, or `local`; None before the first."""
     reason: str = ""
     """Why a pending job waits, in Slurm's words."""
     exit_code: int | None = None
     step: int | None = None
     """Optimizer steps done, from the heartbeat."""
     restart: int | None = None
+    """Number of the run's newest start, 0 first, or of the one that it waits for."""
     heartbeat_age_s: float | None = None
+    heartbeat: Mapping[str, Any] = field(default_factory=dict)
+    """All that `heartbeat.json` says, of whichever job."""
+    jobs: Sequence[JobRecord] = ()
+    """The run's jobs, oldest first."""
 
 
 def status(runs: Iterable[Path], *, fresh_s: float = 60) -> list[RunStatus]:
@@ -37,19 +46,9 @@ def status(runs: Iterable[Path], *, fresh_s: float = 60) -> list[RunStatus]:
 
     Args: `fresh_s`: a heartbeat younger than this many seconds proves that its job runs; 0 always asks Slurm.
     """
-    directories = [RunDirectory(Path(run)) for run in runs]
-    records = [read_records(directory) for directory in directories]
-    beats = [read_heartbeat(directory) for directory in directories]
-    known: list[RunStatus | None] = [
-        _from_heartbeat(directory, job_records, beat, fresh_s=fresh_s)
-        for directory, job_records, beat in zip(directories, records, beats, strict=True)
-    ]
-    asked = {job.job_id for rs, found in zip(records, known, strict=True) if found is None for job in _open(rs)}
-    answers = ask_slurm(asked)
-    return [
-        found if found is not None else _from_slurm(directory, job_records, beat, answers)
-        for found, directory, job_records, beat in zip(known, directories, records, beats, strict=True)
-    ]
+    known = [_from_files(RunDirectory(Path(run)), fresh_s=fresh_s) for run in runs]
+    answers = ask_slurm({job.job_id for found in known if isinstance(found, _Unsettled) for job in _open(found.jobs)})
+    return [_settled(found, answers) if isinstance(found, _Unsettled) else found for found in known]
 
 
 def active_jobs(run: Path) -> list[str]:
@@ -68,67 +67,118 @@ def read_heartbeat(run: RunDirectory) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _from_heartbeat(
-    run: RunDirectory, records: list[JobRecord], beat: dict[str, Any], *, fresh_s: float
-) -> RunStatus | None:
-    if not beat and not records:
+@dataclass(frozen=True, slots=True)
+class _Unsettled:
+    """A run whose newest job Slurm must be asked about."""
+
+    run: RunDirectory
+    jobs: list[JobRecord]
+    beat: dict[str, Any]
+
+
+def _from_files(run: RunDirectory, *, fresh_s: float) -> RunStatus | _Unsettled:
+    jobs, beat = read_records(run), read_heartbeat(run)
+    if not beat and not jobs:
         return RunStatus(run=run.path, state=State.NOT_SUBMITTED, source="nobody")
-    job_id = records[-1].job_id if records else None
-    of_this_job = bool(beat) and str(beat.get("job_id") or "") in ("", job_id)
-    if of_this_job and beat.get("state") == "done":
-        return _status(run, State.COMPLETED, "heartbeat", job_id, beat, exit_code=ExitCode.DONE)
-    if of_this_job and beat.get("state") not in ("stopped", "failed") and _age_s(beat) < fresh_s:
-        return _status(run, State.RUNNING, "heartbeat", job_id, beat)
-    if records:
-        return None
-    word = {"stopped": State.STOPPED, "failed": State.FAILED}.get(str(beat.get("state")), State.LOST)
-    return _status(run, word, "heartbeat", job_id, beat)
+    found = _Unsettled(run, jobs, beat)
+    if beat and _is_of_newest_job(beat, jobs):
+        if beat.get("state") == "done":
+            return _status(found, State.COMPLETED, "heartbeat", exit_code=ExitCode.DONE)
+        if beat.get("state") not in ("stopped", "failed") and _age_s(beat) < fresh_s:
+            return _status(found, State.RUNNING, "heartbeat")
+    if jobs and jobs[-1].job_id != LOCAL:
+        return found
+    return _local(found)
 
 
-def _from_slurm(
-    run: RunDirectory, records: list[JobRecord], beat: dict[str, Any], answers: Mapping[str, tuple[str, JobState]]
-) -> RunStatus:
-    job = _current(records, answers)
-    if job.job_id in answers:
-        source, said = answers[job.job_id]
-        state = State.STOPPED if said.exit_code == ExitCode.REQUEUE and said.state is State.FAILED else said.state
-        more = {"reason": said.reason, "exit_code": said.exit_code}
-        return _status(run, state, source, job.job_id, beat, restart=said.restarts, **more)
-    if not job.endings:
-        return _status(run, State.LOST, "nobody", job.job_id, beat)
-    code = job.endings[-1].exit_code
-    state = {ExitCode.DONE.value: State.COMPLETED, ExitCode.REQUEUE.value: State.STOPPED}.get(code, State.FAILED)
-    return _status(run, state, "records", job.job_id, beat, exit_code=code, restart=job.endings[-1].restart)
+def _is_of_newest_job(beat: Mapping[str, Any], jobs: Sequence[JobRecord]) -> bool:
+    """A local rank knows no job; one of an array knows its element by another number."""
+    said, newest = str(beat.get("job_id") or ""), jobs[-1] if jobs else None
+    if newest is None or said == newest.job_id:
+        return True
+    began = newest.starts[-1].time if newest.starts else newest.time
+    return (not said or "_" in newest.job_id) and _number(beat, "time") >= began
 
 
-def _open(records: list[JobRecord]) -> list[JobRecord]:
+def _local(found: _Unsettled) -> RunStatus:
+    """A run without Slurm: its launcher's process, its records, else its last heartbeat."""
+    job = found.jobs[-1] if found.jobs else None
+    if job is not None and job.starts:
+        process = job.starts[-1].process
+        if job.ending_of(job.starts[-1]) is not None:
+            return _from_records(found)
+        if process and process == _identity_of(process):
+            return _status(found, State.RUNNING, "process")
+    word = {"stopped": State.STOPPED, "failed": State.FAILED}.get(str(found.beat.get("state")), State.LOST)
+    return _status(found, word, "heartbeat" if found.beat else "nobody")
+
+
+def _identity_of(process: str) -> str:
+    """What the process with that number is now, on this machine."""
+    number = process.split(":")[1:2]
+    return identity(int(number[0])) if number and number[0].isdigit() else ""
+
+
+def _open(jobs: list[JobRecord]) -> list[JobRecord]:
     """The job that began last, and before it those that have not started: the links of a run wait for each other."""
-    return [job for job in records if job is records[-1] or not job.starts]
+    return [job for job in jobs if job.job_id != LOCAL and (job is jobs[-1] or not job.starts)]
 
 
-def _current(records: list[JobRecord], answers: Mapping[str, tuple[str, JobState]]) -> JobRecord:
-    """Of a run's jobs the one that tells its state: the one that runs, else the next to run, else the last that ran."""
-    active = [job for job in _open(records) if _is_active(job, answers)]
-    return next((job for job in active if job.starts), active[0] if active else records[-1])
+def _current(jobs: list[JobRecord], answers: Mapping[str, tuple[str, JobState]]) -> JobRecord:
+    """The job that tells the state of its run: the one that runs, else the next to run, else the last that ran."""
+    active = [job for job in _open(jobs) if _is_active(job, answers)]
+    return next((job for job in active if job.starts), active[0] if active else jobs[-1])
 
 
 def _is_active(job: JobRecord, answers: Mapping[str, tuple[str, JobState]]) -> bool:
     return job.job_id in answers and answers[job.job_id][1].state.active
 
 
-def _status(
-    run: RunDirectory, state: State, source: str, job_id: str | None, beat: dict[str, Any], **more: Any
-) -> RunStatus:
+def _settled(found: _Unsettled, answers: Mapping[str, tuple[str, JobState]]) -> RunStatus:
+    job = _current(found.jobs, answers)
+    if job.job_id not in answers:
+        return _from_records(found)
+    source, said = answers[job.job_id]
+    state = State.STOPPED if said.exit_code == ExitCode.REQUEUE and said.state is State.FAILED else said.state
+    earlier = sum(len(record.starts) for record in found.jobs if record is not job)
+    restart = None if said.restarts is None else earlier + said.restarts
+    return _status(found, state, source, job=job, reason=said.reason, exit_code=said.exit_code, restart=restart)
+
+
+def _from_records(found: _Unsettled) -> RunStatus:
+    """The batch script's last word, where Slurm knows nothing."""
+    job = found.jobs[-1]
+    if job.endings and (not job.starts or job.ending_of(job.starts[-1])):
+        ending = job.endings[-1]
+        state = _BY_EXIT_CODE.get(ending.exit_code, State.FAILED)
+        return _status(found, state, "records", exit_code=ending.exit_code, restart=ending.restart)
+    if job.cancelled is not None:
+        return _status(found, State.CANCELLED, "records")
+    reason = "" if job.starts or found.beat else "not in the queue, and it never started"
+    return _status(found, State.LOST, "nobody", reason=reason)
+
+
+def _status(found: _Unsettled, state: State, source: str, *, job: JobRecord | None = None, **more: Any) -> RunStatus:
+    job = job or (found.jobs[-1] if found.jobs else None)
     if more.get("restart") is None:
-        more["restart"] = beat.get("restart")
-    age = _age_s(beat) if beat else None
+        more["restart"] = job.starts[-1].restart if job and job.starts else found.beat.get("restart")
     return RunStatus(
-        run=run.path, state=state, source=source, job_id=job_id, step=beat.get("step"), heartbeat_age_s=age, **more
+        run=found.run.path,
+        state=state,
+        source=source,
+        job_id=job.job_id if job else None,
+        step=found.beat.get("step"),
+        heartbeat_age_s=_age_s(found.beat) if found.beat else None,
+        heartbeat=found.beat,
+        jobs=found.jobs,
+        **more,
     )
 
 
-def _age_s(beat: dict[str, Any]) -> float:
-    try:
-        return time.time() - float(beat["time"])
-    except (KeyError, TypeError, ValueError):
-        return float("inf")
+def _age_s(beat: Mapping[str, Any]) -> float:
+    return time.time() - _number(beat, "time", float("-inf"))
+
+
+def _number(beat: Mapping[str, Any], name: str, default: float = 0) -> float:
+    value = beat.get(name)
+    return float(value) if isinstance(value, int | float) else default
