@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from megabatch.chain.declare import Chain, Command, Convert, Step, ended, notok, ok, output, singleton
 from megabatch.config.checkpoint import Bridge, Checkpoint
 from megabatch.config.data import Data
 from megabatch.config.export import Export
@@ -17,6 +18,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.recompute import Recompute
 from megabatch.config.resources import Resources
 from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
+from megabatch.config.roles import Role
 from megabatch.config.training import Batch, Training
 from megabatch.config.tuner import Tuner
 from megabatch.config.watching import Evaluation, Logging
@@ -27,7 +29,10 @@ __all__ = [
     "MTP",
     "Batch",
     "Bridge",
+    "Chain",
     "Checkpoint",
+    "Command",
+    "Convert",
     "Data",
     "Dpo",
     "Evaluation",
@@ -48,15 +53,22 @@ __all__ = [
     "Resources",
     "Rlhf",
     "Rm",
+    "Role",
     "Rollout",
+    "Step",
     "Training",
     "Tuner",
+    "ended",
     "main",
+    "notok",
+    "ok",
+    "output",
+    "singleton",
 ]
 
 
-def main(recipe: Callable[[], Recipe], argv: Sequence[str] | None = None) -> None:
-    """Runs a recipe file's command line (`--submit`, `--dry_run`, `--local`, any parameter) and exits."""
+def main(recipe: Callable[[], Recipe | Chain], argv: Sequence[str] | None = None) -> None:
+    """Runs a recipe's or chain's command line (`--submit`, `--dry_run`, `--local`, any parameter) and exits."""
     from megabatch import entry
 
     entry.main(recipe, argv)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from megabatch.errors import LaunchError
+from megabatch.slurm.environment import job_variables
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile, Container
 
+_SCRIPTS = ("PYTHONPATH", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Exported by the batch script itself; an image's own PYTHONPATH would hide the code snapshot."""
+_TASKS = ("RANK", "LOCAL_RANK", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURMD_NODENAME")
+"""Known to each task alone, and to Apptainer's `--cleanenv` unknown."""
 
-def srun_flags(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> list[str]:
-    """Pyxis's flags; `exported` are the variables that must win over the image's own."""
+
+def srun_flags(job: JobSpec, profile: ClusterProfile) -> list[str]:
+    """Pyxis's flags. An image's variables win over the host's, but for those that `--container-env` names."""
     container = profile.container
     if container is None or container.runtime != "pyxis":
         return []
@@ -20,32 +26,49 @@ def srun_flags(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) ->
     ]
     if job.working_directory is not None:
         flags.append(f"--container-workdir={job.working_directory}")
-    if exported:
-        flags.append(f"--container-env={','.join(exported)}")
-    return flags
+    shared = [v.name for v in job_variables(job, profile) if not v.node_local]
+    names = dict.fromkeys([*shared, *profile.inherit, *job.inherit, *_SCRIPTS])
+    return [*flags, f"--container-env={','.join(names)}", *container.options]
 
 
 def inside(job: JobSpec, profile: ClusterProfile) -> list[str]:
     """The argument vector of one rank, with the profile's interpreter and, for Apptainer, its `exec` in front."""
     container = profile.container
+    interpreter = container.python if container is not None else profile.python
+    command = list(job.command)
+    if interpreter and job.program is None:
+        command[0] = interpreter
     if container is None:
-        return [profile.python or job.command[0], *job.command[1:]]
-    command = [container.python, *job.command[1:]]
+        return command
     if container.runtime == "pyxis":
         return command
     bind = [word for mount in _mounts(job, profile, container) for word in ("--bind", mount)]
     workdir = [] if job.working_directory is None else ["--pwd", str(job.working_directory)]
     gpu = ["--nv"] if job.gpus_per_node else []
-    return ["apptainer", "exec", *gpu, *bind, *workdir, container.image, *command]
+    apptainer = ["apptainer", "exec", *gpu, *bind, *workdir, *container.options, container.image, *command]
+    return ["bash", "-c", _apptainer_environment(job, profile), "apptainer", *apptainer]
+
+
+def _apptainer_environment(job: JobSpec, profile: ClusterProfile) -> str:
+    """Bash that gives every variable of ours its `APPTAINERENV_` twin and goes on with its arguments.
+
+    Those win over what the image sets and survive `--cleanenv`; `--env` would split values at their commas.
+    """
+    names = [v.name for v in job_variables(job, profile)]
+    words = " ".join(dict.fromkeys([*names, *profile.inherit, *job.inherit, *_SCRIPTS, *_TASKS]))
+    return (
+        f'for name in {words} "${{!MEGABATCH_@}}"; do '
+        'if [ -n "${!name+set}" ]; then export "APPTAINERENV_$name=${!name}"; fi; done; exec "$@"'
+    )
 
 
 def _mounts(job: JobSpec, profile: ClusterProfile, container: Container) -> list[str]:
-    """Our own folders under the same name inside, then the profile's.
+    """Our own folders under the same name inside, then the profile's; enroot's own /tmp is memory.
 
     Raises: LaunchError for a folder that the runtimes' `host:inside,…` syntax cannot name.
     """
-    shared = Path(profile.shared_cache) if profile.shared_cache else None
-    ours = [path for path in (job.run_directory, job.snapshot, job.working_directory, shared) if path is not None]
+    folders = (job.run_directory, job.snapshot, job.working_directory, profile.shared_cache, profile.local_cache)
+    ours = [Path(path) for path in folders if path is not None]
     for path in ours:
         if set(str(path)) & set(",:"):
             raise LaunchError(

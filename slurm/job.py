@@ -7,9 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megabatch.config.roles import Role
 from megabatch.run_directory import RunDirectory
 
 Preflight = Literal["none", "light", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Something that an earlier job makes and this one reads."""
+
+    path: Path
+    """What must be there when the job starts."""
+    run: Path | None = None
+    """Run directory whose newest checkpoint `link` is to name."""
+    link: Path | None = None
+    """Symbolic link to that checkpoint, made at the job's first start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +70,14 @@ class JobSpec:
     """Names of variables (secrets) that come from the submitting shell; their values are never written anywhere."""
     arguments: tuple[str, ...] | None = None
     """What each rank runs after `python`; None is the trainer on this run directory."""
+    program: tuple[str, ...] | None = None
+    """What each rank runs in place of python and its arguments."""
+    links: int = 1
+    """Jobs that share the run, each after the one before; such jobs do not requeue."""
+    inputs: tuple[Input, ...] = ()
+    """What it reads of earlier jobs."""
+    roles: tuple[Role, ...] = ()
+    """Servers that run beside the ranks, on further nodes."""
 
     @property
     def files(self) -> RunDirectory:
@@ -69,6 +90,8 @@ class JobSpec:
     @property
     def command(self) -> tuple[str, ...]:
         """Full argument vector of one rank, without any container in front."""
+        if self.program is not None:
+            return self.program
         # -P: a checkout in the folder that the job was submitted from must not hide the snapshot
         trainer = ("-P", "-m", "megabatch.trainer.main", str(self.run_directory))
         return (self.python, *(trainer if self.arguments is None else self.arguments))

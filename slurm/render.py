@@ -13,6 +13,8 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.script.directives import directives
 from megabatch.slurm.script.ending import finish
+from megabatch.slurm.script.inputs import inputs
+from megabatch.slurm.script.links import earlier_links
 from megabatch.slurm.script.preflight import preflight
 from megabatch.slurm.script.ranks import launch, rank_script
 from megabatch.slurm.script.rendezvous import RENDEZVOUS
@@ -29,19 +31,20 @@ def render(job: JobSpec, profile: ClusterProfile) -> str:
     variables = job_variables(job, profile)
     inherit = tuple(dict.fromkeys((*profile.inherit, *job.inherit)))
     check_names(variables, inherit)
-    exported = [v.name for v in variables if not v.node_local] + list(inherit)
     sections = (
         directives(job, profile),
         ["set -eo pipefail"],
         STOP_HANDLING,
+        earlier_links(job),
         run_directory(job),
+        inputs(job),
         modules(profile),
-        environment(job, variables, inherit),
+        environment(job, variables, inherit, contained=profile.container is not None),
         RENDEZVOUS,
-        preflight(job, profile, exported=exported),
+        preflight(job, profile),
         rank_script(variables, profile),
         watching(job),
-        launch(job, profile, exported=exported),
+        launch(job, profile),
         finish(job),
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"

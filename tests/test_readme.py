@@ -19,6 +19,7 @@ ROOMS = {
     "converters": "installed as megabatch.converters: Hugging Face and megatron-core checkpoints; no torch",
     "tests": "mirror the tree",
     "docs": "recipes, parameters, Slurm, architecture, decisions",
+    "megabatch/chain": "chains of jobs: declared, checked, submitted or run here",
     "megabatch/cli": "the megabatch command",
     "megabatch/config": "every parameter, declared once; rules; flags; run.json",
     "megabatch/config/rules": "what must hold between parameters",

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.help or arguments == [] or (arguments is None and len(sys.argv) == 1):
             print(help_text())
             return 0
-        _check(flags)
+        check_flags(flags)
     except MegabatchError as error:
         return _failed(error, code=2)
     try:
@@ -44,7 +44,7 @@ def _failed(error: MegabatchError, *, code: int) -> int:
     return code
 
 
-def _check(flags: Flags) -> None:
+def check_flags(flags: Flags) -> None:
     """Raises: ConversionError for flags that do not go together, or are not built yet."""
     if flags.adapters or flags.merge_lora:
         name = "--adapters" if flags.adapters else "--merge_lora"

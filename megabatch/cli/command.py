@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a recipe would do, with any of its flags", add_help=False)
     plan.add_argument("recipe", type=Path, metavar="RECIPE.py")
 
+    chain = commands.add_parser("chain", help="what has become of the steps of a chain")
+    chain.add_argument("action", choices=("show",))
+    chain.add_argument("folder", type=Path, metavar="FOLDER", help="the chain's folder")
+
     doctor = commands.add_parser("doctor", help="check this machine, with a fix for each failure")
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
     return parser
@@ -87,6 +91,12 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     return show_plan(options.recipe, rest)
 
 
+def _chain(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.chain import chain
+
+    return chain(options.action, options.folder)
+
+
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.doctor.report import show_report
 
@@ -99,5 +109,6 @@ _COMMANDS = {
     "cancel": _cancel,
     "resume": _resume,
     "plan": _plan,
+    "chain": _chain,
     "doctor": _doctor,
 }

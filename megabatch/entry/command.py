@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megabatch.chain.declare import Chain
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.config.unknown import unknown_field
@@ -26,7 +27,7 @@ python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [-
 """
 
 
-def main(recipe: Callable[[], Recipe], argv: Sequence[str] | None = None) -> None:
+def main(recipe: Callable[[], Recipe | Chain], argv: Sequence[str] | None = None) -> None:
     """Runs a recipe's command line and exits: 0 done, 2 faults of the configuration, else see `ExitCode`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -46,10 +47,14 @@ def exit_code(error: MegabatchError) -> ExitCode:
     return ExitCode.CONFIG if isinstance(error, ConfigError | DataError | ConversionError) else ExitCode.FAILED
 
 
-def run(recipe: Callable[[], Recipe], arguments: Sequence[str]) -> int:
+def run(recipe: Callable[[], Recipe | Chain], arguments: Sequence[str]) -> int:
     """Exit code of a recipe's command line. Raises: MegabatchError."""
     recipe_file = Path(recipe.__code__.co_filename)
     declared = _declared(recipe, recipe_file)
+    if isinstance(declared, Chain):
+        from megabatch.chain.command import run as run_chain
+
+        return run_chain(declared, arguments, file=recipe_file.absolute())
     actions, chosen = parse(arguments, declared)
     if actions.help:
         from megabatch.config.help import help_text
@@ -65,8 +70,8 @@ def run(recipe: Callable[[], Recipe], arguments: Sequence[str]) -> int:
     return _show(launch, dry_run=actions.dry_run, file=recipe_file.name)
 
 
-def _declared(recipe: Callable[[], Recipe], file: Path) -> Recipe:
-    """The recipe as its file builds it; a field that does not exist is explained with its line."""
+def _declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Chain:
+    """The recipe or chain as its file builds it; a field that does not exist is explained with its line."""
     try:
         return recipe()
     except TypeError as error:

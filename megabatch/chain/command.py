@@ -1,0 +1,114 @@
+"""The command line of a chain file, and `megabatch chain`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megabatch.chain.declare import Chain
+from megabatch.chain.ready import ReadyChain, make_ready
+from megabatch.chain.record import recorded_chain, states
+from megabatch.chain.text import graph_table, state_table
+from megabatch.config.flags import Actions, parse
+from megabatch.config.recipe import Recipe
+from megabatch.errors import ConfigError, Fault
+from megabatch.run_directory import ExitCode
+
+_USAGE = """\
+python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [--<step>.<parameter> VALUE …]
+
+  --submit    send the steps to Slurm     --local    run them here, one after the other
+  --dry_run   show graph and job scripts
+"""
+
+
+def run(chain: Chain, arguments: Sequence[str], *, file: Path) -> int:
+    """Exit code of a chain file's command line. Raises: MegabatchError."""
+    if "--help" in arguments or "-h" in arguments:
+        print(f"usage: {_USAGE.format(file=file.name)}")
+        return ExitCode.DONE
+    actions, chosen = parsed(chain, arguments)
+    ready = make_ready(chosen, actions, file=file)
+    if actions.submit:
+        return _submit(ready, arguments)
+    if actions.local:
+        from megabatch.chain.local import run_chain
+
+        code = run_chain(ready, arguments)
+        print(f"{'done' if code == 0 else f'ended with exit code {code}'}: {ready.folder}")
+        return code
+    return _show(ready, scripts=actions.dry_run)
+
+
+def parsed(chain: Chain, arguments: Sequence[str]) -> tuple[Actions, Chain]:
+    """Actions, and the chain with its training steps' flags (`--train.lr 1e-5`) in place of their own values.
+
+    Raises: ConfigError for flags of no step.
+    """
+    own: list[str] = []
+    of_steps: dict[str, list[str]] = {step.name: [] for step in chain.steps if isinstance(step.work, Recipe)}
+    into = own
+    for word in arguments:
+        name, dot, rest = word.removeprefix("--").partition(".")
+        if word.startswith("--"):
+            into = of_steps[name] if dot and name in of_steps else own
+        into.append(f"--{rest}" if word.startswith("--") and into is not own else word)
+    nothing = Recipe(name="chain", task="sft")
+    actions, changed = parse(own, nothing)
+    faults = []
+    if changed != nothing:
+        names = [f"--{name}.<parameter>" for name in of_steps]
+        faults = [Fault("a parameter", None, "is given without a training step's name", try_=names, bare=True)]
+    given = [f"--{name}" for name in ("submit", "local", "dry_run") if getattr(actions, name)]
+    if len(given) > 1:
+        faults.append(Fault(" and ".join(given), None, "exclude each other; give one of them", bare=True))
+    steps = []
+    for step in chain.steps:
+        work = step.work
+        if isinstance(work, Recipe):
+            asked, work = parse(of_steps[step.name], work)
+            if asked != Actions():
+                faults.append(Fault(f"--{step.name}.…", None, "takes parameters, not actions", bare=True))
+        steps.append(replace(step, work=work))
+    if faults:
+        raise ConfigError(faults)
+    return actions, replace(chain, steps=steps)
+
+
+def _submit(ready: ReadyChain, arguments: Sequence[str]) -> int:
+    from megabatch.chain.submission import submit_chain
+
+    ids = submit_chain(ready, arguments)
+    folder = shlex.quote(str(ready.folder))
+    if not ids:
+        print(f"nothing to submit: every step in {ready.folder} is done, in the queue, or can never start")
+    for name, jobs in ids.items():
+        print(f"submitted {name}: job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}")
+    print(f"  megabatch chain show {folder}")
+    return ExitCode.DONE
+
+
+def _show(ready: ReadyChain, *, scripts: bool) -> int:
+    from megabatch.cli.table import table
+
+    header, *rows = graph_table(ready)
+    text = f"chain {ready.chain.name} in {ready.folder}\n{table(header, rows)}"
+    if not scripts:
+        print(f"usage: {_USAGE.format(file=ready.file.name)}\n{text}")
+        return ExitCode.DONE
+    print(text, file=sys.stderr, flush=True)
+    for one in ready.steps:
+        print(f"### {one.step.name}: {one.job.files.script}\n{ready.script(one)}")
+    return ExitCode.DONE
+
+
+def show_chain(folder: Path) -> int:
+    """Prints what has become of each step. Raises: LaunchError when the folder holds no chain."""
+    from megabatch.cli.table import table
+
+    header, *rows = state_table(states(recorded_chain(folder), folder))
+    print(table(header, rows))
+    return ExitCode.DONE

@@ -1,0 +1,149 @@
+"""What a chain file builds: steps, what each does, and which steps it waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megabatch.chain.outputs import reference
+from megabatch.config.recipe import Recipe
+from megabatch.config.resources import Resources
+from megabatch.config.roles import Role
+
+_ON_CPUS = Resources(gpus_per_node=0, time="4:00:00")
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One condition of a step's start."""
+
+    kind: Literal["ok", "notok", "any", "singleton"]
+    step: str = ""
+    """The step waited for; empty for `singleton`."""
+
+
+def ok(*steps: str) -> tuple[Edge, ...]:
+    """Starts once these steps have ended well (`afterok`)."""
+    return tuple(Edge("ok", step) for step in steps)
+
+
+def notok(*steps: str) -> tuple[Edge, ...]:
+    """Starts once these steps have failed or can never run (`afternotok`)."""
+    return tuple(Edge("notok", step) for step in steps)
+
+
+def ended(*steps: str) -> tuple[Edge, ...]:
+    """Starts once these steps have ended, however they did (`afterany`)."""
+    return tuple(Edge("any", step) for step in steps)
+
+
+def singleton() -> tuple[Edge, ...]:
+    """Starts when no other job of this user with the same job name, `<chain>-<step>`, is in the queue before it."""
+    return (Edge("singleton"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step makes, for another step to read: each property stands for a path that is known once it is made."""
+
+    step: str
+
+    @property
+    def hf(self) -> str:
+        """Hugging Face folder: of a training step's last checkpoint, or of a conversion `to_hf`."""
+        return reference(self.step, "hf")
+
+    @property
+    def mcore(self) -> str:
+        """megatron-core checkpoint: of a training step's last checkpoint, or of a conversion `to_mcore`."""
+        return reference(self.step, "mcore")
+
+    @property
+    def checkpoint(self) -> str:
+        """A training step's last checkpoint, whole: what another training step can `load` to go on from."""
+        return reference(self.step, "checkpoint")
+
+    @property
+    def folder(self) -> str:
+        """The step's own folder, with its logs."""
+        return reference(self.step, "folder")
+
+    def file(self, name: str) -> str:
+        """A file that a `Command` declares under `outputs`."""
+        return reference(self.step, f"file {name}")
+
+
+def output(step: str) -> Output:
+    """What the step of that name makes."""
+    return Output(step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Convert:
+    """A conversion by `megabatch-convert`, whose flags these are; all tasks of the job share the work."""
+
+    to_mcore: bool = False
+    """Hugging Face's format to megatron-core's."""
+    to_hf: bool = False
+    """megatron-core's format to Hugging Face's."""
+    model: str | None = None
+    """Hugging Face folder: the source, or where `to_hf` takes config and tokenizer from."""
+    mcore_model: str | None = None
+    """Checkpoint for `to_hf`."""
+    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Dtype of the result; None leaves tensors as they are."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file."""
+    workers: int | None = None
+    """Threads of each task; None means as many as processors, at most 8."""
+    verify: bool = False
+    """Compares every byte with its source before the result gets its name."""
+    resources: Resources = _ON_CPUS
+    """Nodes, tasks, memory and time; it needs no GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Any program, run by each task of the job; `python` as its first word is the interpreter that ranks have."""
+
+    argv: Sequence[str]
+    """The program and its arguments; no shell reads them."""
+    outputs: Sequence[str] = ()
+    """Files that it makes, relative to its step's folder (`MEGABATCH_RUN`), for `output(step).file(name)`."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of its tasks; no secrets: those are named under `inherit`."""
+    inherit: Sequence[str] = ()
+    """Names of variables (secrets) that come from the submitting shell."""
+    roles: Sequence[Role] = ()
+    """Servers on nodes of their own, which run as long as it does."""
+    resources: Resources = _ON_CPUS
+    """Nodes, tasks, GPUs, memory and time."""
+
+
+Work = Recipe | Convert | Command
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One job of a chain."""
+
+    name: str
+    """Letters, digits, dot, dash and underscore: also the name of its folder."""
+    work: Work
+    """A training run, a conversion or a command."""
+    after: Sequence[Edge] = ()
+    """All that must hold before it starts: `ok("train")`, `ok("a", "b")`, `(*ended("a"), *singleton())`, …"""
+    links: int = 1
+    """A training run in that many jobs, each going on where the one before stopped, for clusters without requeue."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chain:
+    """Jobs that wait for each other."""
+
+    name: str
+    """Names the chain: letters, digits, dot, dash and underscore."""
+    steps: Sequence[Step]
+    save: str | None = None
+    """Folder of the chain, with one for each step; None means `megatron_output/<name>`."""

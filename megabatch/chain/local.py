@@ -1,0 +1,78 @@
+"""Running a chain on this machine: the same graph, one step after the other."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megabatch.chain.declare import Convert
+from megabatch.chain.graph import Fate, may_start
+from megabatch.chain.ready import ReadyChain, ReadyStep
+from megabatch.chain.record import to_run, write_record
+from megabatch.chain.submission import written_step
+from megabatch.errors import LaunchError
+from megabatch.run_directory import ExitCode
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.local import run_local
+from megabatch.slurm.script.inputs import inputs
+
+
+def run_chain(ready: ReadyChain, arguments: Sequence[str]) -> int:
+    """Runs what is missing or failed, in order, each step if what it waits for has happened.
+
+    Returns 0 when every step that could start ended well, `REQUEUE` when a step was asked to stop, else the exit code
+    of the first step that failed. Raises: ConfigError, LaunchError.
+    """
+    again = {one.step.name for one in to_run(ready)}
+    write_record(ready)
+    fates: dict[str, Fate] = {}
+    first_failure = int(ExitCode.DONE)
+    for one in ready.steps:
+        name = one.step.name
+        if not may_start(one.step, fates):
+            fates[name] = "never"
+            print(f"=== {name}: never starts, because of how the steps before it ended", flush=True)
+        elif name not in again:
+            fates[name] = "done"
+            print(f"=== {name}: done already", flush=True)
+        else:
+            print(f"=== {name}: {one.job.run_directory}", flush=True)
+            code = _run(one, ready, arguments)
+            if code == ExitCode.REQUEUE:
+                return code
+            fates[name] = "failed" if code else "done"
+            first_failure = first_failure or code
+            if code:
+                print(f"=== {name}: failed with exit code {code}; logs are in {one.job.files.logs}", flush=True)
+    return first_failure
+
+
+def _run(one: ReadyStep, ready: ReadyChain, arguments: Sequence[str]) -> int:
+    with written_step(one, arguments):
+        if missing := _fix_inputs(one.job):
+            print(missing, end="", flush=True)
+            return ExitCode.CONFIG
+        return run_local(local_job(one), ready.profile)
+
+
+def local_job(one: ReadyStep) -> JobSpec:
+    """The step's job here: a conversion shares its work among threads, not among tasks."""
+    return replace(one.job, nodes=1, tasks_per_node=1) if isinstance(one.work, Convert) else one.job
+
+
+def _fix_inputs(job: JobSpec) -> str:
+    """Does what the batch script does first; returns what is missing."""
+    if not job.inputs:
+        return ""
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(["set -eo pipefail", *inputs(job)])],
+        env=os.environ | {"MEGABATCH_RUN": str(job.run_directory)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (ExitCode.DONE, ExitCode.CONFIG):
+        raise LaunchError(f"{job.run_directory}: inputs cannot be named: {done.stderr.strip()}")
+    return done.stderr if done.returncode else ""

@@ -1,0 +1,154 @@
+"""`chain.json`: what a chain is, beside its steps' folders; and what has become of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megabatch.chain.declare import Chain, Command, Edge, Step
+from megabatch.chain.graph import Fate, in_order, may_start
+from megabatch.chain.ready import ReadyChain, ReadyStep
+from megabatch.config.recipe import Recipe
+from megabatch.entry.launch import written
+from megabatch.errors import ConfigError, Fault, LaunchError
+from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.slurm.queue import State
+from megabatch.slurm.records import read_records
+from megabatch.slurm.state import RunStatus, status
+
+FILE = "chain.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """What is known of a step."""
+
+    step: Step
+    status: RunStatus
+    fate: Fate | None
+    """None while it may still run."""
+
+
+def write_record(ready: ReadyChain) -> None:
+    """Replaces `chain.json`."""
+    steps = [
+        {
+            "name": one.step.name,
+            "kind": one.kind,
+            "after": [[edge.kind, edge.step] for edge in one.step.after],
+            "links": one.step.links,
+            "definition": definition(one),
+        }
+        for one in ready.steps
+    ]
+    whole = {"name": ready.chain.name, "file": str(ready.file), "cluster": ready.cluster, "steps": steps}
+    ready.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(ready.folder / FILE, json.dumps(whole, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Raises: LaunchError when the folder holds no chain."""
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{folder} holds no chain: {FILE} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise LaunchError(f"{folder / FILE} is no record of a chain")
+    return found
+
+
+def recorded_chain(folder: Path) -> Chain:
+    """The chain of a folder as far as its graph goes: steps do nothing here. Raises: LaunchError."""
+    found = read_record(folder)
+    steps = [
+        Step(one["name"], Command(()), tuple(Edge(kind, name) for kind, name in one["after"]), one["links"])
+        for one in found["steps"]
+    ]
+    return Chain(name=found["name"], steps=steps)
+
+
+def definition(ready: ReadyStep) -> Any:
+    """What a step that is no training run does, as JSON; run.json says it of a training run."""
+    if isinstance(ready.work, Recipe):
+        return None
+    plain = dataclasses.asdict(ready.work)
+    plain.pop("resources")
+    return json.loads(json.dumps(plain))
+
+
+def states(chain: Chain, folder: Path) -> list[StepState]:
+    """What has become of each step, in order; Slurm is asked once for all of them."""
+    steps = in_order(chain)
+    found = status([folder / step.name for step in steps], fresh_s=0)
+    fates: dict[str, Fate] = {}
+    told = []
+    for step, now in zip(steps, found, strict=True):
+        fate = _fate(step, now, fates)
+        if fate is not None:
+            fates[step.name] = fate
+        told.append(StepState(step, now, fate))
+    return told
+
+
+def _fate(step: Step, now: RunStatus, fates: Mapping[str, Fate]) -> Fate | None:
+    if now.state is State.COMPLETED:
+        return "done"
+    started = any(job.starts or job.endings for job in read_records(RunDirectory(now.run)))
+    if now.state.active:
+        return None
+    if started and now.state is not State.NOT_SUBMITTED:
+        return "failed"
+    if may_start(step, fates) is False:
+        return "never"
+    return None if now.state is State.NOT_SUBMITTED else "failed"
+
+
+def to_run(ready: ReadyChain) -> list[ReadyStep]:
+    """The steps that are missing or failed, with those that wait for them, in order; none that can never start.
+
+    Raises: ConfigError for a step that is done and is now declared otherwise, LaunchError for one that is in the queue
+    and would have to run again.
+    """
+    now = {state.step.name: state for state in states(ready.chain, ready.folder)}
+    _require_unchanged(ready, now)
+    fates: dict[str, Fate] = {}
+    again: list[ReadyStep] = []
+    for one in ready.steps:
+        state, name = now[one.step.name], one.step.name
+        waits_for_new = {edge.step for edge in one.step.after} & {other.step.name for other in again}
+        if may_start(one.step, fates) is False:
+            fates[name] = "never"
+        elif state.status.state.active:
+            if waits_for_new:
+                raise LaunchError(
+                    f"{name} is {state.status.state} as job {state.status.job_id} and waits for {min(waits_for_new)}, "
+                    f"which must run again; first: megabatch cancel {state.status.run}"
+                )
+        elif state.fate == "done" and not waits_for_new:
+            fates[name] = "done"
+        else:
+            again.append(one)
+    return again
+
+
+def _require_unchanged(ready: ReadyChain, now: Mapping[str, StepState]) -> None:
+    if not (ready.folder / FILE).exists():
+        return
+    before = {one["name"]: one for one in read_record(ready.folder)["steps"]}
+    faults = []
+    for one in ready.steps:
+        old, state = before.get(one.step.name), now[one.step.name]
+        made = state.fate == "done" or state.status.state.active
+        if made and one.launch is not None and one.job.files.run_json.exists():
+            with written(one.launch, []):
+                pass  # says what differs
+        if made and old is not None and old["definition"] != definition(one):
+            changed = [k for k, v in (definition(one) or {}).items() if (old["definition"] or {}).get(k) != v]
+            rule = f"is {state.status.state} already and is declared otherwise now; choose another --run_dir"
+            faults.append(Fault(f"{one.step.name}: {', '.join(changed) or 'its work'}", None, rule, bare=True))
+    if faults:
+        raise ConfigError(faults)

@@ -1,0 +1,73 @@
+"""Sending a chain to Slurm: the steps that are to run, all or none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from megabatch.chain.ready import ReadyChain, ReadyStep
+from megabatch.chain.record import to_run, write_record
+from megabatch.entry.launch import written
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.chain import ChainedJob, submit_all
+from megabatch.slurm.state import active_jobs
+
+
+def submit_chain(ready: ReadyChain, arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Queues what is missing or failed and all that waits for it; returns the new jobs' ids by step.
+
+    Raises: ConfigError, LaunchError; nothing is queued then, and folders that were made are gone.
+    """
+    again = to_run(ready)
+    if not again:
+        return {}
+    names = {one.step.name for one in again}
+    waiting = {one.step.name: tuple(active_jobs(one.job.run_directory)) for one in ready.steps}
+    queued = {name: ids for name, ids in waiting.items() if ids and name not in names}
+    jobs = [_job(ready, one, waits_for=names | queued.keys()) for one in again]
+    from megabatch.slurm.snapshot import take_snapshot
+
+    with ExitStack() as stack:
+        for one in again:
+            stack.enter_context(written_step(one, arguments))
+        take_snapshot(ready.code, recipe=ready.file)
+        ids = submit_all(jobs, queued=queued, cluster=ready.cluster)
+    write_record(ready)
+    return ids
+
+
+def _job(ready: ReadyChain, one: ReadyStep, *, waits_for: set[str]) -> ChainedJob:
+    """Conditions on steps that have ended hold already, else the step would not be here."""
+    return ChainedJob(
+        name=one.step.name,
+        run=one.job.files,
+        script=ready.script(one),
+        after=tuple(
+            (edge.kind, edge.step) for edge in one.step.after if edge.kind != "singleton" and edge.step in waits_for
+        ),
+        singleton=any(edge.kind == "singleton" for edge in one.step.after),
+        links=one.job.links,
+    )
+
+
+@contextmanager
+def written_step(one: ReadyStep, arguments: Sequence[str]) -> Iterator[RunDirectory]:
+    """The step's folder, with a training run's run.json; taken away when the body fails before the step started."""
+    directory = one.job.files
+    new = not directory.jobs.exists()
+    made = not directory.path.exists()
+    with ExitStack() as stack:
+        if one.launch is not None:
+            stack.enter_context(written(one.launch, arguments))
+        else:
+            directory.path.mkdir(parents=True, exist_ok=True)
+        try:
+            yield directory
+        except BaseException:
+            # jobs that were cancelled while they were held have left nothing but their line
+            if new and not any(directory.logs.glob("*")):
+                directory.jobs.unlink(missing_ok=True)
+                if one.launch is None and made:
+                    shutil.rmtree(directory.path, ignore_errors=True)
+            raise
