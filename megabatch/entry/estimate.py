@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from megabatch.config.layout import chunks_of, layout_of
 from megabatch.config.optimization import Optimizer
 from megabatch.config.recipe import Recipe
+from megabatch.config.rules.check import check
 from megabatch.config.run import torch_dtype
-from megabatch.plan.estimate import Estimate
+from megabatch.plan.estimate import Estimate, estimate
+from megabatch.plan.figures import GIB, MemoryEstimate
 from megabatch.plan.gpus import Gpu
+from megabatch.plan.links import groups, leaves_node
 from megabatch.plan.settings import Lora, Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
@@ -30,12 +33,35 @@ class Verdict:
 
 def estimate_of(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> Estimate:
     """What a step of a recipe without faults takes on these GPUs."""
-    raise NotImplementedError
+    return estimate(shape, settings_of(recipe, shape), gpu)
 
 
 def verdict_of(recipe: Recipe, shape: ModelShape, *, gpu_memory_gib: float | None = None, gpu: Gpu) -> Verdict:
-    """Checks the rules, the memory (`gpu_memory_gib`, by default the GPU's), and that tp and ep stay inside a node."""
-    raise NotImplementedError
+    """Checks the rules, that tp and ep stay inside a node, and the memory (`gpu_memory_gib`, by default the GPU's)."""
+    faults = check(recipe, shape)
+    if faults:
+        return Verdict(keep=False, reason=str(faults[0]), estimate=None)
+    settings = settings_of(recipe, shape)
+    crossing = [name for name in ("tp", "ep") if _leaves_node(settings, name)]
+    found = estimate(shape, settings, gpu)
+    if crossing:
+        reason = f"{crossing[0]} crosses nodes of {settings.gpus_per_node} GPUs"
+    elif found.memory.total_gib > (limit := gpu_memory_gib or gpu.memory_gib):
+        reason = f"{found.memory.total_gib:.1f} GiB > {limit:g} GiB ({_largest(found.memory)})"
+    else:
+        reason = ""
+    return Verdict(keep=not reason, reason=reason, estimate=found)
+
+
+def _leaves_node(settings: Settings, name: str) -> bool:
+    return leaves_node(groups(settings)[name], gpus_per_node=settings.gpus_per_node)
+
+
+def _largest(memory: MemoryEstimate) -> str:
+    """The two largest kinds: `optimizer 62.1, activations 31.0`."""
+    kinds = {field.name: getattr(memory, field.name) / GIB for field in fields(memory)}
+    largest = sorted(kinds, key=kinds.__getitem__, reverse=True)[:2]
+    return ", ".join(f"{kind} {kinds[kind]:.1f}" for kind in largest)
 
 
 def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:

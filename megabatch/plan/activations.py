@@ -1,0 +1,143 @@
+"""What the backward pass needs of a micro-batch, layer by layer, and what recomputation leaves of it.
+
+After Korthikanti et al. (arXiv:2205.05198, section 4), counted tensor by tensor for what megatron-core's layers save
+today: grouped queries, gated MLPs, flash attention, no dropout, experts. Sizes are bytes on one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megabatch.plan.flops import head_channels
+from megabatch.plan.routing import routed_tokens
+from megabatch.plan.settings import Settings
+from megabatch.plan.shape import ModelShape
+from megabatch.plan.weights import Kind
+
+_DROPPED: Mapping[str, tuple[str, ...]] = {
+    "core_attn": ("scores",),
+    "layernorm": ("attention_norm", "mlp_norm"),
+    "mla_up_proj": ("up_projected",),
+    "mlp": ("mlp",),
+    "moe": ("router", "experts", "experts_act", "shared_experts"),
+    "moe_act": ("experts_act",),
+}
+"""What each of `recompute_modules` leaves out."""
+
+LSE_BYTES, FP32_BYTES, STATE_CHUNK = 4, 4, 64
+"""Of flash attention's log-sum-exp for each head and token; of a router's scores; tokens for which a linear attention
+keeps one state."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerActivations:
+    """Of one micro-batch in one layer."""
+
+    whole: float
+    """Without recomputation."""
+    kept: float
+    """With the run's selective recomputation."""
+    working: float
+    """Largest gradients and gathered or exchanged rows beside them while the layer is computed."""
+
+
+def stream(shape: ModelShape, settings: Settings) -> float:
+    """The residual stream of a micro-batch."""
+    return settings.micro_batch_tokens * shape.hidden_size * settings.weight_bytes / settings.sp
+
+
+def layer_activations(shape: ModelShape, settings: Settings, kind: Kind) -> LayerActivations:
+    saved = _saved(shape, settings, kind)
+    whole = sum(saved.values())
+    dropped = 0.0
+    if settings.recompute_granularity == "selective":
+        names = {name for module in settings.recompute_modules for name in _DROPPED[module]}
+        dropped = sum(size for name, size in saved.items() if name in names)
+    return LayerActivations(whole, whole - dropped, _working(shape, settings, kind, saved))
+
+
+def _saved(shape: ModelShape, settings: Settings, kind: Kind) -> dict[str, float]:
+    moe, linear = kind
+    mixer = _linear_attention if linear else _latent_attention if shape.multi_latent_attention else _attention
+    rows = stream(shape, settings)
+    saved = {"input": rows, "attention_norm": rows, **mixer(shape, settings), "mlp_input": rows, "mlp_norm": rows}
+    if shape.post_layernorms:
+        saved["post_norms"] = 2 * rows
+    return saved | (_experts(shape, settings) if moe else _dense_mlp(shape, settings))
+
+
+def _attention(shape: ModelShape, settings: Settings) -> dict[str, float]:
+    """Queries, keys and values behind their rotation, before their norms too, and the output."""
+    a_channel = settings.micro_batch_tokens * settings.weight_bytes * shape.kv_channels / settings.layout.tp
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    projected = heads * (1 + shape.attention_output_gate) + 2 * groups
+    return {
+        "qkv": a_channel * (projected + (heads + groups) * shape.qk_layernorm),
+        "scores": _scores(shape, settings),
+        "attention_output": a_channel * heads * (1 + shape.attention_output_gate),
+    }
+
+
+def _scores(shape: ModelShape, settings: Settings) -> float:
+    """Flash attention's log-sum-exp, or the softmax of every pair of tokens."""
+    each = settings.mean_length * settings.weight_bytes if settings.attention_scores else LSE_BYTES
+    return settings.micro_batch_tokens * shape.num_attention_heads / settings.layout.tp * each
+
+
+def _latent_attention(shape: ModelShape, settings: Settings) -> dict[str, float]:
+    """Latents before and behind their norms are not cut by tensor parallelism; what they are projected up to is."""
+    tokens, tp = settings.micro_batch_tokens * settings.weight_bytes, settings.layout.tp
+    key, value = head_channels(shape)
+    queries, latent = shape.q_lora_rank or 0, shape.kv_lora_rank or 0
+    heads = tokens * shape.num_attention_heads / tp
+    return {
+        "latents": tokens * (2 * queries + 2 * latent + (shape.qk_pos_emb_head_dim or 0)) / settings.sp,
+        "up_projected": heads * (2 * key + value),
+        "scores": _scores(shape, settings),
+        "attention_output": heads * value,
+    }
+
+
+def _linear_attention(shape: ModelShape, settings: Settings) -> dict[str, float]:
+    """Projections, their convolution, normalised queries and keys, chunk states, the gated norm's input and output."""
+    tokens = settings.micro_batch_tokens * settings.weight_bytes / settings.layout.tp
+    heads, value = shape.linear_num_value_heads or 0, shape.linear_value_head_dim or 0
+    key = shape.linear_key_head_dim or 0
+    keys, values = (shape.linear_num_key_heads or 0) * key, heads * value
+    return {
+        "qkv": tokens * (2 * keys + 2 * values + 2 * heads + 2 * (2 * keys + values)),
+        "states": tokens * heads * key * value / STATE_CHUNK,
+        "attention_output": tokens * 3 * values,
+    }
+
+
+def _dense_mlp(shape: ModelShape, settings: Settings) -> dict[str, float]:
+    """Gate and up projection, and their product."""
+    tokens = settings.micro_batch_tokens * settings.weight_bytes / settings.layout.tp
+    return {"mlp": tokens * 3 * shape.ffn_hidden_size}
+
+
+def _experts(shape: ModelShape, settings: Settings) -> dict[str, float]:
+    tokens, size = routed_tokens(shape, settings), settings.weight_bytes
+    width = (shape.moe_ffn_hidden_size or 0) / settings.layout.etp
+    own = settings.micro_batch_tokens / settings.sp
+    shared = settings.micro_batch_tokens * (shape.moe_shared_expert_intermediate_size or 0) / settings.layout.tp
+    return {
+        "router": own * (shape.num_experts or 0) * 3 * FP32_BYTES,
+        "experts": tokens * size * (shape.hidden_size + 2 * width),
+        "experts_act": tokens * size * width,
+        "shared_experts": size * 3 * shared,
+    }
+
+
+def _working(shape: ModelShape, settings: Settings, kind: Kind, saved: Mapping[str, float]) -> float:
+    """What a module saved has gradients of its size while its backward pass runs; the larger of the two counts."""
+    moe, _ = kind
+    gathered = settings.micro_batch_tokens * shape.hidden_size * settings.weight_bytes if settings.sp > 1 else 0.0
+    mixer = saved.get("qkv", 0.0) + saved.get("up_projected", 0.0) + saved["attention_output"]
+    if not moe:
+        return 2 * saved["input"] + gathered + max(mixer, saved["mlp"])
+    exchanged = 2 * routed_tokens(shape, settings) * shape.hidden_size * settings.weight_bytes
+    experts = exchanged + saved["experts"] + saved["experts_act"] + saved["shared_experts"]
+    return 2 * saved["input"] + max(gathered + mixer, experts)

@@ -1,0 +1,120 @@
+"""Memory of each pipeline stage's ranks at the peak of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megabatch.plan import weights
+from megabatch.plan.activations import LayerActivations, layer_activations, stream
+from megabatch.plan.figures import GIB, MemoryEstimate
+from megabatch.plan.rank_size import RankSize
+from megabatch.plan.settings import Settings
+from megabatch.plan.shape import ModelShape
+from megabatch.plan.stages import Chunk
+from megabatch.plan.weights import Kind
+
+LOGIT_BYTES = 8
+"""fp32 logits and their gradient, for each token and entry of the rank's part of the vocabulary."""
+
+CONTEXT_BYTES = int(0.75 * GIB)
+"""CUDA context with the kernels of all libraries, and workspaces of cuBLAS and Transformer Engine."""
+NCCL_BYTES_OF_A_GROUP = int(0.25 * GIB)
+"""NCCL's buffers for each group of ranks that a rank is in."""
+FRAGMENTATION = 0.05
+"""Part of what comes and goes that the allocator cannot use; with `expandable_segments`. Calibrated."""
+
+
+def stage_memory(shape: ModelShape, settings: Settings, sizes: list[RankSize]) -> list[MemoryEstimate]:
+    """One for each pipeline stage. Args: sizes: `rank_size.rank_sizes`."""
+    kinds = {weights.kind_of(shape, layer) for layer in range(shape.num_layers)}
+    layers = {kind: layer_activations(shape, settings, kind) for kind in kinds}
+    return [_stage(shape, settings, layers, size, pp_rank=rank) for rank, size in enumerate(sizes)]
+
+
+def _stage(
+    shape: ModelShape,
+    settings: Settings,
+    layers: Mapping[Kind, LayerActivations],
+    size: RankSize,
+    *,
+    pp_rank: int,
+) -> MemoryEstimate:
+    chunks = [chunk for chunk in settings.chunks if chunk.pp_rank == pp_rank]
+    flying = in_flight(settings, pp_rank)
+    stored = sum(count * _stored(shape, settings, layers, chunk) for chunk, count in zip(chunks, flying, strict=True))
+    logits = _logits(shape, settings) if any(chunk.loss for chunk in chunks) else 0.0
+    passing = max((_passing(shape, settings, layers, chunk) for chunk in chunks), default=0.0)
+    # the loss has given its memory back before the layers' backward pass begins
+    temporary = max(0.0, passing - logits)
+    groups = sum(ways > 1 for ways in _group_sizes(settings))
+    dynamic = stored + logits + temporary
+    return MemoryEstimate(
+        weights=size.weight_bytes(settings),
+        gradients=size.gradient_bytes(settings),
+        optimizer=size.optimizer_bytes(settings),
+        activations=int(stored),
+        logits=int(logits),
+        temporary=int(temporary),
+        framework=CONTEXT_BYTES + groups * NCCL_BYTES_OF_A_GROUP + int(FRAGMENTATION * dynamic),
+    )
+
+
+def in_flight(settings: Settings, pp_rank: int) -> list[int]:
+    """Micro-batches of each chunk whose activations a stage holds at most.
+
+    1F1B (arXiv:2104.04473, section 2.2): a stage runs as far ahead as there are stages behind it. Interleaved: twice
+    as far, and a group of micro-batches for each chunk but the last (megatron-core's `schedules.py`).
+    """
+    layout = settings.layout
+    count, behind = layout.num_microbatches, layout.pp - pp_rank - 1
+    if layout.vp == 1:
+        return [min(behind + 1, count)]
+    group = settings.microbatch_group_size or layout.pp
+    ahead = min(2 * behind + (layout.vp - 1) * group + 1, count * layout.vp)
+    rounds, rest = divmod(ahead, group * layout.vp)
+    return [rounds * group + min(max(rest - stage * group, 0), group) for stage in range(layout.vp)]
+
+
+def _stored(shape: ModelShape, settings: Settings, layers: Mapping[Kind, LayerActivations], chunk: Chunk) -> float:
+    """What one micro-batch leaves in a chunk."""
+    rows = stream(shape, settings)
+    found = [layers[weights.kind_of(shape, layer)] for layer in chunk.layers]
+    found += [layers[weights.kind_of(shape, shape.num_layers - 1)]] * chunk.mtp_layers
+    unit = settings.recompute_num_layers or 1
+    if settings.recompute_granularity != "full":
+        stored = sum(layer.kept for layer in found)
+    elif settings.recompute_method == "block":
+        stored = rows * len(found[:unit]) + sum(layer.whole for layer in found[unit:])
+    else:
+        stored = rows * -(-len(found) // unit)
+    if chunk.loss:
+        stored += 2 * rows  # the final norm's input and output
+    elif settings.layout.pp > 1:
+        stored += rows  # what was sent on
+    return stored + chunk.mtp_layers * 5 * rows  # two norms, their joined output twice as wide, the norm behind
+
+
+def _passing(shape: ModelShape, settings: Settings, layers: Mapping[Kind, LayerActivations], chunk: Chunk) -> float:
+    """Most that a chunk's forward or backward pass has beside what is stored."""
+    kinds = {weights.kind_of(shape, layer) for layer in chunk.layers}
+    full, unit = settings.recompute_granularity == "full", 1
+    if full and settings.recompute_method == "uniform":
+        unit = min(settings.recompute_num_layers or 1, len(chunk.layers))
+    return max(
+        (
+            layers[kind].working + (unit * layers[kind].whole if full else layers[kind].whole - layers[kind].kept)
+            for kind in kinds
+        ),
+        default=0.0,
+    )
+
+
+def _logits(shape: ModelShape, settings: Settings) -> float:
+    columns = shape.num_labels or settings.vocab_size / settings.layout.tp
+    return settings.micro_batch_tokens * columns * LOGIT_BYTES
+
+
+def _group_sizes(settings: Settings) -> tuple[int, ...]:
+    layout = settings.layout
+    experts = (layout.ep * layout.etp, layout.edp) if layout.ep * layout.etp > 1 else (1, 1)
+    return (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp, *experts)
