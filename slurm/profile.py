@@ -29,6 +29,8 @@ class Container:
     """`/host:/inside` or `/both`; the run directory and the code snapshot are always mounted."""
     python: str = "python3"
     """Interpreter inside the image."""
+    options: tuple[str, ...] = ()
+    """Further arguments of `apptainer exec` (`--cleanenv`), or further Pyxis flags (`--container-mount-home`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,11 +19,11 @@ _WAIT_S = 30
 """How long srun waits for the other nodes once the first one is done."""
 
 
-def preflight(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> list[str]:
+def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
     """The step and what follows from its verdict; nothing for a job that asks for none."""
     if job.preflight == "none":
         return []
-    words = " ".join(map(shell, _step(job, profile, exported=exported)))
+    words = " ".join(map(shell, _step(job, profile)))
     return [
         'preflight="$MEGABATCH_RUN/logs/preflight.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART" verdict= bad=',
         "export MEGABATCH_NODES=\"${nodes//$'\\n'/ }\"",
@@ -53,7 +53,7 @@ def preflight(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> 
     ]
 
 
-def _step(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> list[str]:
+def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
     options = {
         "level": job.preflight,
         "gpus": job.gpus_per_node,
@@ -64,7 +64,7 @@ def _step(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> list
     arguments = ("-P", "-m", "megabatch.trainer.preflight", str(job.run_directory))
     step = replace(job, arguments=(*arguments, *(f"--{name}={value}" for name, value in options.items())))
     one_each = [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", f"--wait={_WAIT_S}"]
-    return ["srun", *one_each, *srun_flags(job, profile, exported=exported), *profile.srun, *inside(step, profile)]
+    return ["srun", *one_each, *srun_flags(job, profile), *profile.srun, *inside(step, profile)]
 
 
 _LEAVE_OUT = """\

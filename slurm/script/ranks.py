@@ -45,8 +45,8 @@ def rank_script(variables: list[Variable], profile: ClusterProfile) -> list[str]
     ]
 
 
-def launch(job: JobSpec, profile: ClusterProfile, *, exported: list[str]) -> list[str]:
-    srun = ["srun", "--kill-on-bad-exit=1", *srun_flags(job, profile, exported=exported), *profile.srun]
+def launch(job: JobSpec, profile: ClusterProfile) -> list[str]:
+    srun = ["srun", "--kill-on-bad-exit=1", *srun_flags(job, profile), *profile.srun]
     command = [*srun, "bash", "-c", "$rank_script", "rank", *inside(job, profile)]
     words = ['"$rank_script"' if word == "$rank_script" else shell(word) for word in command]
     return [

@@ -41,14 +41,18 @@ def modules(profile: ClusterProfile) -> list[str]:
     return lines
 
 
-def environment(job: JobSpec, variables: list[Variable], inherit: tuple[str, ...]) -> list[str]:
+def environment(
+    job: JobSpec, variables: list[Variable], inherit: tuple[str, ...], *, contained: bool = False
+) -> list[str]:
+    """Exports; the host's own packages are not for a container's Python."""
     lines: list[str] = []
     for variable in variables:
         if not variable.node_local:
             lines += [*comment(variable.reason), f"export {variable.name}={shell(variable.value)}"]
     if job.snapshot is not None:
         path = shell(str(job.snapshot))
-        lines += ["# the code as it was at submission", f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+        hosts = "" if contained else '"${PYTHONPATH:+:$PYTHONPATH}"'
+        lines += ["# the code as it was at submission", f"export PYTHONPATH={path}{hosts}"]
     for name in inherit:
         lines.append(f'[ -n "${{{name}+set}}" ] || echo "megabatch: {name} is not set in the submitting shell" >&2')
     if job.cpus_per_task is not None:
