@@ -84,11 +84,17 @@ def _from_files(run: RunDirectory, *, fresh_s: float) -> RunStatus | _Unsettled:
     if beat and _is_of_newest_job(beat, jobs):
         if beat.get("state") == "done":
             return _status(found, State.COMPLETED, "heartbeat", exit_code=ExitCode.DONE)
-        if beat.get("state") not in ("stopped", "failed") and _age_s(beat) < fresh_s:
+        ended = beat.get("state") in ("stopped", "failed") or _has_ended(jobs)
+        if not ended and _age_s(beat) < fresh_s:
             return _status(found, State.RUNNING, "heartbeat")
     if jobs and jobs[-1].job_id != LOCAL:
         return found
     return _local(found)
+
+
+def _has_ended(jobs: Sequence[JobRecord]) -> bool:
+    """Whether the run's newest start has had its last word."""
+    return bool(jobs and jobs[-1].starts and jobs[-1].ending_of(jobs[-1].starts[-1]))
 
 
 def _is_of_newest_job(beat: Mapping[str, Any], jobs: Sequence[JobRecord]) -> bool:
@@ -105,7 +111,7 @@ def _local(found: _Unsettled) -> RunStatus:
     job = found.jobs[-1] if found.jobs else None
     if job is not None and job.starts:
         process = job.starts[-1].process
-        if job.ending_of(job.starts[-1]) is not None:
+        if _has_ended(found.jobs):
             return _from_records(found)
         if process and process == _identity_of(process):
             return _status(found, State.RUNNING, "process")
@@ -148,7 +154,7 @@ def _settled(found: _Unsettled, answers: Mapping[str, tuple[str, JobState]]) -> 
 def _from_records(found: _Unsettled) -> RunStatus:
     """The batch script's last word, where Slurm knows nothing."""
     job = found.jobs[-1]
-    if job.endings and (not job.starts or job.ending_of(job.starts[-1])):
+    if job.endings and (not job.starts or _has_ended(found.jobs)):
         ending = job.endings[-1]
         state = _BY_EXIT_CODE.get(ending.exit_code, State.FAILED)
         return _status(found, state, "records", exit_code=ending.exit_code, restart=ending.restart)
