@@ -105,3 +105,16 @@ def _cancelled(job_ids: list[str]) -> str:
     if done.returncode:
         return f"{named} could not be cancelled ({done.stderr.strip()}); run: scancel {' '.join(job_ids)}"
     return f"{named}, submitted before it, {'were' if len(job_ids) > 1 else 'was'} cancelled"
+
+
+def forbids_requeue(job_id: str) -> bool:
+    """Whether Slurm will not take this job back into the queue, although it was asked to.
+
+    `JobRequeue=0` in slurm.conf is only a default, which `--requeue` overrides; sites that mean it change the job as it
+    is submitted, and Slurm's own record of the job shows it.
+    """
+    try:
+        done = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return "Requeue=0" in done.stdout.split()

@@ -34,6 +34,8 @@ class Actions:
     """Cluster profile to submit with."""
     run_dir: str | None = None
     """Run directory, instead of a new one below `save`."""
+    chain: int | None = None
+    """Submits the run as that many jobs, each going on where the one before stopped: for clusters without requeue."""
     sweep: tuple[str, ...] = ()
     """Runs every combination of parameters' values instead of one run: `--sweep lr=1e-5,2e-5 seed=1,2`."""
     max_parallel: int | None = None
@@ -169,9 +171,9 @@ def _take_action(name: str, texts: list[str], actions: dict[str, Any], faults: l
         faults.append(Fault(f"--{name}", None, "needs one value", bare=True))
     elif name in actions:
         faults.append(Fault(f"--{name}", None, "is given twice", bare=True))
-    elif name == "max_parallel":
+    elif name in ("max_parallel", "chain"):
         if not (texts[0].isdecimal() and int(texts[0])):
-            faults.append(Fault("--max_parallel", texts[0], "must be a whole number, at least 1"))
+            faults.append(Fault(f"--{name}", texts[0], "must be a whole number, at least 1"))
         actions[name] = int(texts[0]) if texts[0].isdecimal() else None
     else:
         actions[name] = True if alone else texts[0]

@@ -62,7 +62,7 @@ def run(recipe: Callable[[], Recipe | Chain], arguments: Sequence[str]) -> int:
         print(help_text(f"python {recipe_file.name} [--submit | --local | --dry_run]"))
         return ExitCode.DONE
     _one_action(actions)
-    launch = prepare(chosen, actions, recipe_file=recipe_file.absolute())
+    launch = _in_links(prepare(chosen, actions, recipe_file=recipe_file.absolute()), actions)
     if actions.submit:
         return _submit(launch, arguments)
     if actions.local:
@@ -95,6 +95,15 @@ def _one_action(actions: Actions) -> None:
     given = [f"--{name}" for name in ("submit", "local", "dry_run") if getattr(actions, name)]
     if len(given) > 1:
         raise ConfigError([Fault(" and ".join(given), None, "exclude each other; give one of them", bare=True)])
+
+
+def _in_links(launch: Launch, actions: Actions) -> Launch:
+    """The run as `--chain` jobs, none of which requeues."""
+    if actions.chain is None:
+        return launch
+    if actions.local:
+        raise ConfigError([Fault("--chain", None, "is for Slurm; leave it out with --local", bare=True)])
+    return replace(launch, job=replace(launch.job, links=actions.chain, requeue=False))
 
 
 def _show(launch: Launch, *, dry_run: bool, file: str) -> int:
@@ -134,6 +143,7 @@ def _require_startable(launch: Launch, *, local: bool = False) -> None:
 
 
 def _submit(launch: Launch, arguments: Sequence[str]) -> int:
+    from megabatch.slurm.chain import forbids_requeue
     from megabatch.slurm.render import render
 
     _require_startable(launch)
@@ -141,13 +151,20 @@ def _submit(launch: Launch, arguments: Sequence[str]) -> int:
     script = render(launch.job, launch.profile)
     with written(launch, arguments) as directory:
         # submitit's import costs more than all the rest of a dry run
+        from megabatch.slurm.chain import ChainedJob, submit_all
         from megabatch.slurm.snapshot import take_snapshot
-        from megabatch.slurm.submit import submit
 
         take_snapshot(launch.code, recipe=launch.recipe_file)
-        job = submit(directory, script, cluster=launch.cluster)
+        name = launch.recipe.name
+        jobs = submit_all(
+            [ChainedJob(name=name, run=directory, script=script, links=launch.job.links)], cluster=launch.cluster
+        )[name]
     folder = shlex.quote(str(directory.path))
-    print(f"submitted job {job.job_id}: {launch.recipe.name}, {launch.job.world_size} ranks, in {directory.path}")
+    named = f"job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}"
+    print(f"submitted {named}: {name}, {launch.job.world_size} ranks, in {directory.path}")
+    if launch.job.requeue and forbids_requeue(jobs[0]):
+        print(f"  note: this cluster does not let job {jobs[0]} requeue: at its time limit it saves and ends. Submit it")
+        print("  with --chain N, which queues N jobs that go on where the one before stopped, or use megabatch resume")
     print(f"  megabatch status {folder}")
     print(f"  megabatch logs -f {folder}")
     print(f"  megabatch cancel {folder}")
