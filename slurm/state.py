@@ -52,8 +52,8 @@ def status(runs: Iterable[Path], *, fresh_s: float = 60) -> list[RunStatus]:
 
 
 def active_jobs(run: Path) -> list[str]:
-    """The run's jobs that wait or run, as Slurm says: several for a run in links."""
-    jobs = _open(read_records(RunDirectory(run)))
+    """The run's jobs that wait or run, as Slurm says, in the order of submission: several for a run in links."""
+    jobs = sorted(_open(read_records(RunDirectory(run))), key=lambda job: job.time)
     answers = ask_slurm(job.job_id for job in jobs)
     return [job.job_id for job in jobs if _is_active(job, answers)]
 
