@@ -9,6 +9,12 @@ import pytest
 from megabatch.slurm.cluster import PrivateCluster, missing_programs
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("megabatch")
+    group.addoption("--faults", type=int, help="faults in a row in tests/end_to_end/test_faults.py (default: a few)")
+    group.addoption("--faults_seed", type=int, default=0, help="seed of their kinds, times and victims")
+
+
 def _require_slurm() -> None:
     missing = missing_programs()
     if missing:

@@ -100,7 +100,7 @@ class Checkpoints:
         """
         target = self.run.step(progress.step)
         temporary = target.with_name(f".{target.name}.tmp")
-        self.ranks.on_main(lambda: _fresh(temporary))
+        self.ranks.on_main(lambda: self._begin(temporary))
         try:
             if self.export is not None:
                 self.export.save(engine.model, self.ranks, temporary / HF)
@@ -117,6 +117,10 @@ class Checkpoints:
             self._forget(progress.step)
         return target
 
+    def _begin(self, temporary: Path) -> None:
+        self._require_newest_start()
+        _fresh(temporary)
+
     def _save_state(self, engine: Engine, directory: Path) -> None:
         error: MegabatchError | None = None
         try:
@@ -129,7 +133,17 @@ class Checkpoints:
             raise _LeftAloneError(f"{directory}: {_root_cause(e)}; {_room(directory)}") from e
         self.ranks.raise_together(error)
 
+    def _require_newest_start(self) -> None:
+        """A start whose node Slurm gave up may live on beside the one that took over: it must not touch the run."""
+        jobs = self.run.jobs
+        starts = jobs.read_text(encoding="utf-8", errors="replace").count('"start"') if jobs.exists() else 0
+        if starts > self.ranks.place.restart + 1:
+            raise CheckpointError(
+                f"restart {starts - 1} has taken over this run; restart {self.ranks.place.restart} ends"
+            )
+
     def _commit(self, temporary: Path, target: Path, progress: Progress) -> None:
+        self._require_newest_start()
         try:
             generators = None if self.retention.no_save_rng else asdict(self.layout)
             state = {**asdict(progress), "cursor": progress.cursor.to_json(), "generators_of": generators}

@@ -36,8 +36,12 @@ def _requeue(job: JobSpec) -> list[str]:
     resume = f"megabatch resume {shell(str(job.run_directory))}"
     allowed = job.max_restarts_without_progress
     return [
-        "# after TERM, Slurm or a person has decided already whether the job comes back",
-        'if [ -n "$may_pass" ] && [ "$stop" != TERM ]; then',
+        "# after TERM, and once Slurm gave this start up for another, it is decided whether the job comes back",
+        "still_ours() {",
+        '    local job; job=$(scontrol --oneliner show job "$SLURM_JOB_ID")',
+        '    [[ "$job " = *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]',
+        "}",
+        'if [ -n "$may_pass" ] && [ "$stop" != TERM ] && still_ours; then',
         "    # starts in a row that ended with the checkpoint they began with; `megabatch resume` counts anew",
         "    fruitless=0 count=$MEGABATCH_RUN/logs/fruitless.$MEGABATCH_JOB_ID newest=$(newest_checkpoint)",
         '    if [ "$newest" = "$began_with" ]; then',

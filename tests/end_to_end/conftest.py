@@ -108,9 +108,9 @@ class Training:
             "eval": {line["step"]: (line["eval_loss_sum"], line["eval_loss_count"]) for line in self.lines("eval")},
         }
 
-    def exported(self) -> dict[str, str]:
-        """Checksums of the last checkpoint's Hugging Face folder."""
-        folder = self.files.step(STEPS) / "hf"
+    def exported(self, step: int = STEPS) -> dict[str, str]:
+        """Checksums of a checkpoint's Hugging Face folder."""
+        folder = self.files.step(step) / "hf"
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
     def checkpoints(self) -> list[int]:
@@ -164,11 +164,13 @@ def environment(slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="session")
 def new_training(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> NewTraining:
-    def new(name: str, *, on: str = "n[1-2]", sbatch: Mapping[str, object] | None = None, **flags: object) -> Training:
-        """Submits a run to those nodes, with more options of sbatch."""
+    def new(
+        name: str, *, on: str | None = "n[1-2]", sbatch: Mapping[str, object] | None = None, **flags: object
+    ) -> Training:
+        """Submits a run to those nodes, or any, with more options of sbatch."""
         folder = tmp_path_factory.mktemp(name)
         profile = folder / "cluster.toml"
-        options = {"nodelist": on, **(sbatch or {})}
+        options = {**({"nodelist": on} if on else {}), **(sbatch or {})}
         profile.write_text("\n".join(["[sbatch]", *(f"{k} = {json.dumps(v)}" for k, v in options.items())]))
         decoy = folder / "megabatch"
         decoy.mkdir()
