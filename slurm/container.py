@@ -45,7 +45,18 @@ def inside(job: JobSpec, profile: ClusterProfile) -> list[str]:
     bind = [word for mount in _mounts(job, profile, container) for word in ("--bind", mount)]
     workdir = [] if job.working_directory is None else ["--pwd", str(job.working_directory)]
     gpu = ["--nv"] if job.gpus_per_node else []
-    apptainer = ["apptainer", "exec", *gpu, *bind, *workdir, *container.options, container.image, *command]
+    # without --no-eval Apptainer runs `$(…)` in the values of variables
+    apptainer = [
+        "apptainer",
+        "exec",
+        "--no-eval",
+        *gpu,
+        *bind,
+        *workdir,
+        *container.options,
+        container.image,
+        *command,
+    ]
     return ["bash", "-c", _apptainer_environment(job, profile), "apptainer", *apptainer]
 
 
