@@ -22,6 +22,7 @@ from megabatch.config.roles import Role
 from megabatch.config.training import Batch, Training
 from megabatch.config.tuner import Tuner
 from megabatch.config.watching import Evaluation, Logging
+from megabatch.sweep.declare import Sweep
 
 __all__ = [
     "FP8",
@@ -56,6 +57,7 @@ __all__ = [
     "Role",
     "Rollout",
     "Step",
+    "Sweep",
     "Training",
     "Tuner",
     "ended",
@@ -67,8 +69,8 @@ __all__ = [
 ]
 
 
-def main(recipe: Callable[[], Recipe | Chain], argv: Sequence[str] | None = None) -> None:
-    """Runs a recipe's or chain's command line (`--submit`, `--dry_run`, `--local`, any parameter) and exits."""
+def main(recipe: Callable[[], Recipe | Chain] | Sweep, argv: Sequence[str] | None = None) -> None:
+    """Runs the command line of a recipe, chain or sweep (`--submit`, `--local`, any parameter) and exits."""
     from megabatch import entry
 
     entry.main(recipe, argv)

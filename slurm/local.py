@@ -33,26 +33,35 @@ _LAST_WORDS_S = 1.0
 """After one rank died, the others may still write why before they are killed."""
 
 
-def run_local(job: JobSpec, profile: ClusterProfile | None = None, *, terminal: BinaryIO | None = None) -> int:
+def run_local(
+    job: JobSpec,
+    profile: ClusterProfile | None = None,
+    *,
+    terminal: BinaryIO | None = None,
+    requests: StopRequests | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> int:
     """Runs all `nodes * tasks_per_node` ranks here and returns the worst rank's exit code.
 
     Rank 0's log is shown on `terminal` (standard output unless given) as it grows. SIGINT and SIGTERM ask the ranks to
     save and stop, the second one kills them. One dead rank ends the others. No process is left behind, also when this
     one is killed.
+    Args: `requests` are those of a caller that runs several jobs, each in a thread; `variables` win over all others.
     Raises: LaunchError when the run directory cannot be written or the command cannot be started.
     """
     mark = f"MEGABATCH_LOCAL_RUN={secrets.token_hex(8)}"
     try:
         job.files.logs.mkdir(parents=True, exist_ok=True)
         restart = next_restart(job.files)
-        with _Requests() as requests, _kill_at_end(mark):
+        shared = local_environment(job, profile or ClusterProfile()) | dict(variables or {})
+        with contextlib.nullcontext(requests) if requests else StopRequests() as asked, _kill_at_end(mark):
             request, failed = (job.files.mark(name, LOCAL, restart) for name in ("stop", "failed"))
-            ranks = _start(job, profile or ClusterProfile(), restart=restart, request=request, mark=mark)
+            ranks = _start(job, shared, restart=restart, request=request, mark=mark)
             record_start(job.files, Start(restart, time.time(), socket.gethostname(), identity(os.getpid())))
             with open(job.files.rank_log(0, restart), "rb") as log, _removed_at_end(request):
                 beat = hang.Watch(job.files.heartbeat, job.hang_timeout_s)
                 output = _Output(log, terminal or sys.stdout.buffer)
-                code = _watch(ranks, requests, output, beat, request=request, failed=failed)
+                code = _watch(ranks, asked, output, beat, request=request, failed=failed)
             record_ending(job.files, Ending(restart, code, time.time()))
             return code
     except OSError as error:
@@ -120,14 +129,14 @@ class _Output:
         self.terminal.flush()
 
 
-class _Requests:
+class StopRequests:
     """Counts requests to stop while it is entered: SIGINT, SIGTERM and SIGUSR2."""
 
     def __init__(self) -> None:
         self.count = 0
         self._before: Mapping[int, object] = {}
 
-    def __enter__(self) -> _Requests:
+    def __enter__(self) -> StopRequests:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
         self._before = {number: signal.signal(number, self._heard) for number in numbers}
         return self
@@ -157,8 +166,8 @@ def _kill_at_end(mark: str) -> Iterator[None]:
         end_processes(lambda: marked_processes(mark))
 
 
-def _start(job: JobSpec, profile: ClusterProfile, *, restart: int, request: Path, mark: str) -> list[_Rank]:
-    shared = os.environ | local_environment(job, profile) | dict([mark.split("=", 1)])
+def _start(job: JobSpec, shared: Mapping[str, str], *, restart: int, request: Path, mark: str) -> list[_Rank]:
+    shared = os.environ | dict(shared) | dict([mark.split("=", 1)])
     shared |= {"MEGABATCH_RESTART": str(restart), "MEGABATCH_STOP_REQUEST": str(request)}
     parent = os.getpid()
 
@@ -187,7 +196,7 @@ def _start(job: JobSpec, profile: ClusterProfile, *, restart: int, request: Path
 
 
 def _watch(
-    ranks: list[_Rank], requests: _Requests, output: _Output, beat: hang.Watch, *, request: Path, failed: Path
+    ranks: list[_Rank], requests: StopRequests, output: _Output, beat: hang.Watch, *, request: Path, failed: Path
 ) -> int:
     """Waits for all ranks, showing rank 0's log and passing a request on: as a file first, then as a signal.
 

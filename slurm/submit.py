@@ -100,16 +100,16 @@ def submit(
     return Submission(job.job_id, job)
 
 
-def submit_array(array: JobArray, script: str, *, cluster: str | None = None) -> list[str]:
-    """Submits an array by one call of sbatch, whose runs' own scripts are in place, and notes each element in its run.
+def submit_array(array: JobArray, script: str, *, cluster: str | None = None) -> str:
+    """Submits an array by one call of sbatch and notes in each run its element's id (`123_4`); returns the array's.
 
-    Returns: the elements' ids (`123_4`), in order. Raises: LaunchError as `submit` does.
+    Args: `script` as `render_array` gives it; each run's own script must be in place.
+    Raises: LaunchError as `submit` does.
     """
-    job = _sbatch(array.files, script, ())
-    ids = [element_id(job.job_id, index) for index in range(len(array.jobs))]
-    for element, job_id in zip(array.jobs, ids, strict=True):
-        record_submission(element.files, job_id, cluster=cluster)
-    return ids
+    array_id = _sbatch(array.files, script, ()).job_id
+    for index, job in enumerate(array.jobs):
+        record_submission(job.files, element_id(array_id, index), cluster=cluster)
+    return array_id
 
 
 def _sbatch(files: RunDirectory, script: str, options: tuple[str, ...]) -> submitit.SlurmJob[Any]:

@@ -14,6 +14,7 @@ BEGIN = "<!-- tree: written by make golden from the first line of each module --
 END = "<!-- end of tree -->"
 ROOMS = {
     "recipes": "runs to start from; loaded by path, not installed",
+    "recipes/sweeps": "sweeps over parallel layouts",
     "megabatch": "the installed package: config, plan, entry, command line, trainer",
     "slurm": "installed as megabatch.slurm: scripts, submission, state, private clusters; no torch",
     "converters": "installed as megabatch.converters: Hugging Face and megatron-core checkpoints; no torch",
@@ -26,6 +27,7 @@ ROOMS = {
     "megabatch/doctor": "checks of a machine",
     "megabatch/entry": "a recipe's own command line",
     "megabatch/plan": "pure arithmetic: layouts, batches, stages, sizes",
+    "megabatch/sweep": "one recipe at many points: table, arrays, results",
     "megabatch/trainer": "the only room with torch and megatron-core",
     "megabatch/trainer/data": "from dataset names to each rank's batches",
     "megabatch/trainer/model": "megatron-core models of our families",

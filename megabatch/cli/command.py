@@ -56,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     chain.add_argument("action", choices=("show",))
     chain.add_argument("folder", type=Path, metavar="FOLDER", help="the chain's folder")
 
+    sweep = commands.add_parser("sweep", help="the runs of a sweep, ranked")
+    sweep.add_argument("action", choices=("show",))
+    sweep.add_argument("folder", type=Path, metavar="FOLDER", help="the sweep's folder")
+    ranks = ("tokens_per_s", "mfu", "memory_gib", "loss", "eval_loss")
+    sweep.add_argument("--by", choices=ranks, default=ranks[0], help="what ranks them (default: %(default)s)")
+    sweep.add_argument("--json", action="store_true", help="one JSON array, for programs")
+
     doctor = commands.add_parser("doctor", help="check this machine, with a fix for each failure")
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
     return parser
@@ -97,6 +104,12 @@ def _chain(options: argparse.Namespace, _: list[str]) -> int:
     return chain(options.action, options.folder)
 
 
+def _sweep(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.sweep import show_sweep
+
+    return show_sweep(options.folder, by=options.by, as_json=options.json)
+
+
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.doctor.report import show_report
 
@@ -110,5 +123,6 @@ _COMMANDS = {
     "resume": _resume,
     "plan": _plan,
     "chain": _chain,
+    "sweep": _sweep,
     "doctor": _doctor,
 }

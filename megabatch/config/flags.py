@@ -41,7 +41,7 @@ class Actions:
     max_parallel: int | None = None
     """How many runs of a sweep's array may run at a time."""
     keep_all: bool = False
-    """Keeps points of a sweep that the memory estimate would leave out."""
+    """Keeps points of a sweep that estimates alone speak against: memory, or groups of ranks that cross nodes."""
     help: bool = False
     """Show all flags and exit."""
 

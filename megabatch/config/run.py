@@ -43,7 +43,11 @@ class RunConfig:
 
     def save(self, path: Path) -> None:
         """Writes it as JSON, atomically."""
-        write_atomic(path, _json(self))
+        write_atomic(path, self.text())
+
+    def text(self) -> str:
+        """What `save` writes."""
+        return json.dumps(_plain(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> RunConfig:
@@ -85,7 +89,7 @@ def resolve(recipe: Recipe, *, shape: ModelShape, run_dir: Path, provenance: Map
         provenance=provenance,
     )
     # Through JSON once, so that the launcher holds exactly what each rank will read.
-    return typing.cast(RunConfig, _built(RunConfig, json.loads(_json(config)), place="run.json"))
+    return typing.cast(RunConfig, _built(RunConfig, json.loads(config.text()), place="run.json"))
 
 
 def save_folder(recipe: Recipe) -> Path:
@@ -163,10 +167,6 @@ def _derived_moe(recipe: Recipe, shape: ModelShape) -> Any:
         moe_router_score_function=recipe.moe.moe_router_score_function or "softmax",
         moe_router_load_balancing_type=recipe.moe.moe_router_load_balancing_type or "aux_loss",
     )
-
-
-def _json(config: RunConfig) -> str:
-    return json.dumps(_plain(config), indent=2, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from megabatch.entry.plan_text import plan_text
 from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, unwritable
 from megabatch.errors import ConfigError, ConversionError, DataError, Fault, LaunchError, MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.sweep.declare import Sweep
 
 _USAGE = """\
 python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [--<parameter> VALUE …]
@@ -27,7 +28,7 @@ python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [-
 """
 
 
-def main(recipe: Callable[[], Recipe | Chain], argv: Sequence[str] | None = None) -> None:
+def main(recipe: Callable[[], Recipe | Chain] | Sweep, argv: Sequence[str] | None = None) -> None:
     """Runs a recipe's command line and exits: 0 done, 2 faults of the configuration, else see `ExitCode`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -47,8 +48,10 @@ def exit_code(error: MegabatchError) -> ExitCode:
     return ExitCode.CONFIG if isinstance(error, ConfigError | DataError | ConversionError) else ExitCode.FAILED
 
 
-def run(recipe: Callable[[], Recipe | Chain], arguments: Sequence[str]) -> int:
+def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) -> int:
     """Exit code of a recipe's command line. Raises: MegabatchError."""
+    sweep = recipe if isinstance(recipe, Sweep) else Sweep(recipe)  # type: ignore[arg-type]
+    recipe = sweep.recipe
     recipe_file = Path(recipe.__code__.co_filename)
     declared = _declared(recipe, recipe_file)
     if isinstance(declared, Chain):
@@ -62,6 +65,11 @@ def run(recipe: Callable[[], Recipe | Chain], arguments: Sequence[str]) -> int:
         print(help_text(f"python {recipe_file.name} [--submit | --local | --dry_run]"))
         return ExitCode.DONE
     _one_action(actions)
+    if sweep.declared or actions.sweep:
+        from megabatch.sweep.command import run_sweep
+
+        return run_sweep(sweep, chosen, actions, arguments, recipe_file=recipe_file.absolute())
+    _refuse_sweep_flags(actions)
     launch = _in_links(prepare(chosen, actions, recipe_file=recipe_file.absolute()), actions)
     if actions.submit:
         return _submit(launch, arguments)
@@ -104,6 +112,12 @@ def _in_links(launch: Launch, actions: Actions) -> Launch:
     if actions.local:
         raise ConfigError([Fault("--chain", None, "is for Slurm; leave it out with --local", bare=True)])
     return replace(launch, job=replace(launch.job, links=actions.chain, requeue=False))
+
+
+def _refuse_sweep_flags(actions: Actions) -> None:
+    given = [f"--{name}" for name in ("max_parallel", "keep_all") if getattr(actions, name)]
+    if given:
+        raise ConfigError([Fault(name, None, "says something of a sweep; add --sweep", bare=True) for name in given])
 
 
 def _show(launch: Launch, *, dry_run: bool, file: str) -> int:
@@ -186,7 +200,7 @@ def _local(launch: Launch, arguments: Sequence[str]) -> int:
     from megabatch.slurm.local import run_local
 
     _require_startable(launch, local=True)
-    _require_torch()
+    require_torch()
     _require_idle(launch.directory)
     with written(launch, arguments) as directory:
         print(plan_text(launch, refusals=[], local=True), flush=True)
@@ -195,7 +209,7 @@ def _local(launch: Launch, arguments: Sequence[str]) -> int:
     return code
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
     from importlib.util import find_spec
 
     missing = [name for name in ("torch", "megatron", "transformers") if find_spec(name) is None]

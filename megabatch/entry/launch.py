@@ -168,18 +168,21 @@ def _take_away(directory: RunDirectory, made: list[Path]) -> None:
 
 
 def _require_same(existing: RunConfig, config: RunConfig) -> None:
+    if changed := differences(existing, config):
+        raise ConfigError(
+            f"{config.run_dir} holds another run (it differs in {', '.join(changed)}); choose another --run_dir, or "
+            f"go on with that one: megabatch resume {shlex.quote(config.run_dir)}"
+        )
+
+
+def differences(existing: RunConfig, config: RunConfig) -> list[str]:
+    """Names of the fields by which two runs differ; where they come from does not count."""
     changed = [
         f"{group}.{name}" if name else group
         for group in existing.recipe.__slots__
         for name in _differing(getattr(existing.recipe, group), getattr(config.recipe, group))
     ]
-    if existing.shape != config.shape:
-        changed.append("the model's shape")
-    if changed:
-        raise ConfigError(
-            f"{config.run_dir} holds another run (it differs in {', '.join(changed)}); choose another --run_dir, or "
-            f"go on with that one: megabatch resume {shlex.quote(config.run_dir)}"
-        )
+    return changed if existing.shape == config.shape else [*changed, "the model's shape"]
 
 
 def _differing(old: Any, new: Any) -> list[str]:

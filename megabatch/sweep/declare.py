@@ -31,3 +31,8 @@ class Sweep:
     """How many runs of one array may run at a time; None sets no limit on Slurm, and one at a time with `--local`."""
     name: str | None = None
     """Folder of its runs beneath `save`, and the arrays' name in the queue; None means the recipe file's name."""
+
+    @property
+    def declared(self) -> bool:
+        """Whether it asks for anything."""
+        return bool(self.grid or self.zip or self.list)

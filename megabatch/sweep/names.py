@@ -67,14 +67,16 @@ def run_names(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _name(point: Mapping[str, Any], label: Mapping[str, str]) -> str:
-    name = "-".join(f"{label[one]}{_joined(label[one], point[one])}" for one in in_order(point)) or "base"
+    name = "-".join(_part(label[one], point[one]) for one in in_order(point)) or "base"
     return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}-{_digest(dict(point))}"
 
 
-def _joined(label: str, value: Any) -> str:
-    """The value, set off from its label unless it is a number behind a letter."""
+def _part(label: str, value: Any) -> str:
+    """`tp4`, `loss_dapo`, `sp`, `no_sp`: text is set off from its label, and so is a number from a digit."""
+    if isinstance(value, bool):
+        return label if value else f"no_{label}"
     text = value_text(value)
-    return text if text[0].isdigit() and label[-1].isalpha() else f"_{text}"
+    return f"{label}{text}" if text[0].isdigit() and label[-1].isalpha() else f"{label}_{text}"
 
 
 def value_text(value: Any) -> str:

@@ -12,7 +12,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.run import save_folder
 from megabatch.errors import ConfigError, Fault
-from megabatch.sweep.declaration import Sweep
+from megabatch.sweep.declare import Sweep
 from megabatch.sweep.names import run_names, value_text
 
 
@@ -54,9 +54,8 @@ Rows = list[dict[str, Any]]
 
 
 def _parts(sweep: Sweep, base: Recipe, given: Sequence[str], faults: list[Fault]) -> tuple[Rows, Rows, Rows]:
-    """What `grid`, `zip` and `list` ask for, each as rows of dotted names and values."""
-    columns = [_Reader(part, base, faults) for part in ("grid", "zip", "list", "--sweep")]
-    grid, zipped, listed, flags = columns
+    """What `zip`, `grid` and `list` ask for, each as rows of dotted names and values."""
+    zipped, grid, listed, flags = (_Reader(part, base, faults) for part in ("zip", "grid", "list", "--sweep"))
     for name, values in sweep.grid.items():
         grid.add(name, values)
     for name, values in sweep.zip.items():
@@ -70,11 +69,13 @@ def _parts(sweep: Sweep, base: Recipe, given: Sequence[str], faults: list[Fault]
     fixed = {*zipped.columns, *(name for row in rows for name in row)}
     for name in [*flags.columns, *grid.columns]:
         if name in fixed:
-            faults.append(Fault(name, None, "is swept twice; a parameter belongs to one of grid, zip, list", bare=True))
+            faults.append(
+                Fault(name, None, "is swept twice; a parameter belongs to one of grid, zip, list", bare=True)
+            )
     both = grid.columns | flags.columns
     return (
-        [dict(zip(both, values, strict=True)) for values in itertools.product(*both.values())] if both else [],
         [dict(zip(lengths, values, strict=False)) for values in zip(*zipped.columns.values(), strict=False)],
+        [dict(zip(both, values, strict=True)) for values in itertools.product(*both.values())] if both else [],
         rows,
     )
 
@@ -100,7 +101,9 @@ class _Reader:
         """`parameter=value,value`."""
         name, equals, words = text.partition("=")
         if not equals:
-            self.faults.append(Fault(f"--sweep {text}", None, "needs values", try_=(f"--sweep {name}=1,2",), bare=True))
+            self.faults.append(
+                Fault(f"--sweep {text}", None, "needs values", try_=(f"--sweep {name}=1,2",), bare=True)
+            )
         elif (found := self._named(name)) is not None:
             try:
                 values = found.values(words)

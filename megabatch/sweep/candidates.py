@@ -1,0 +1,141 @@
+"""The runs that a sweep asks for, each made ready and judged: kept, or left out for a reason that is said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megabatch.config.flags import Actions
+from megabatch.config.layout import layout_of
+from megabatch.config.recipe import Recipe
+from megabatch.config.rules.fields import unbuilt_fields
+from megabatch.config.run import save_folder
+from megabatch.entry.estimate import verdict_of
+from megabatch.entry.launch import Launch, job_of, prepare
+from megabatch.entry.model import FoundModel, find_model
+from megabatch.errors import ConfigError, Fault
+from megabatch.plan.estimate import Estimate
+from megabatch.plan.gpus import GPUS, Gpu
+from megabatch.run_directory import RunDirectory
+from megabatch.sweep.declare import Sweep
+from megabatch.sweep.points import Point, points_of
+
+_SHAPES = ("model", "moe", "mla", "mtp", "bridge", "data", "tuner")
+"""Groups of the recipe that a model's shape depends on."""
+_INPUTS = ("model", "data", "checkpoint", "bridge", "tuner", "rlhf", "gkd", "training")
+"""Groups that name files which a run reads, or say how."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One point, and what is decided about it."""
+
+    point: Point
+    launch: Launch
+    pruned: str = ""
+    """Why it is left out; empty where it is kept."""
+    unbuilt: tuple[Fault, ...] = ()
+    """What it asks for that is not built yet: shown, and refused where it would run."""
+    estimate: Estimate | None = None
+    """None without GPUs, and where nothing can be said."""
+
+    @property
+    def kept(self) -> bool:
+        return not self.pruned
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """A sweep made ready; nothing is on disk yet."""
+
+    name: str
+    folder: Path
+    """Of the run directories, the arrays and `sweep.json`."""
+    base: Launch
+    """The recipe itself."""
+    all: tuple[Candidate, ...]
+    max_parallel: int | None
+    parameters: tuple[str, ...]
+    """Dotted names of what is swept."""
+
+    gpu: Gpu | None
+    """What estimates are made for; None for a recipe without GPUs."""
+
+    @property
+    def kept(self) -> list[Candidate]:
+        return [candidate for candidate in self.all if candidate.kept]
+
+    def distinct_inputs(self) -> list[Candidate]:
+        """One candidate for each set of files that the kept ones read."""
+        groups = {
+            repr([c.point.values[name] for name in c.point.values if name.partition(".")[0] in _INPUTS]): c
+            for c in self.kept
+        }
+        return list(groups.values())
+
+
+def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Candidates:
+    """Every point judged. Raises: ConfigError for faults of the declaration, or of the recipe's single values."""
+    name = sweep.name or recipe_file.stem
+    if "/" in name or name in (".", ".."):
+        raise ConfigError([Fault("sweep.name", name, "names a folder: it may hold no /, and not be . or ..")])
+    points = points_of(sweep, recipe, given=actions.sweep)
+    base = prepare(recipe, actions, recipe_file=recipe_file)
+    given = Path(actions.run_dir).expanduser() if actions.run_dir else save_folder(recipe).expanduser() / name
+    models: dict[str, FoundModel] = {}
+    gpu = GPUS["H100"] if recipe.resources.gpus_per_node else None
+    return Candidates(
+        name=name,
+        folder=given.absolute(),
+        base=base,
+        all=tuple(
+            _judged(
+                point,
+                _launch(point, base, given.absolute() / point.name, models),
+                sweep=sweep,
+                gpu=gpu,
+                keep_all=actions.keep_all,
+            )
+            for point in points
+        ),
+        max_parallel=actions.max_parallel or sweep.max_parallel,
+        gpu=gpu,
+        parameters=tuple(dict.fromkeys(name for point in points for name in point.values)),
+    )
+
+
+def _launch(point: Point, base: Launch, folder: Path, models: dict[str, FoundModel]) -> Launch:
+    """What `prepare` would decide; what points have in common is found once."""
+    recipe, directory = point.recipe, RunDirectory(folder)
+    key = repr([point.values.get(name) for name in point.values if name.partition(".")[0] in _SHAPES])
+    if key not in models:
+        models[key] = find_model(recipe, shared_cache=base.profile.shared_cache)
+    return replace(
+        base,
+        recipe=recipe,
+        model=models[key],
+        layout=layout_of(recipe, models[key].shape),
+        directory=directory,
+        job=job_of(recipe, directory, snapshot=base.job.snapshot),
+    )
+
+
+def _judged(point: Point, launch: Launch, *, sweep: Sweep, gpu: Gpu | None, keep_all: bool) -> Candidate:
+    if sweep.filter is not None and not sweep.filter(point.recipe):
+        return Candidate(point=point, launch=launch, pruned="left out by the sweep's filter")
+    shape = launch.model.shape
+    if gpu is not None and shape is not None and launch.model.fault is None:
+        verdict = verdict_of(point.recipe, shape, gpu=gpu)
+        if verdict.estimate is not None:
+            pruned = "" if keep_all else verdict.reason
+            return Candidate(point=point, launch=launch, pruned=pruned, estimate=verdict.estimate)
+    unbuilt = set(map(str, unbuilt_fields(point.recipe)))
+    faults = launch.faults() + ([launch.model.fault] if launch.model.fault else [])
+    broken = [fault for fault in faults if str(fault) not in unbuilt]
+    more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+    return Candidate(
+        point=point,
+        launch=launch,
+        pruned=f"{broken[0]}{more}" if broken else "",
+        unbuilt=tuple(fault for fault in faults if str(fault) in unbuilt),
+    )

@@ -1,0 +1,155 @@
+"""A sweep's command line: its table, and then its arrays, its runs on this machine, or no more."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from megabatch.config.flags import Actions, Named, named
+from megabatch.config.recipe import Recipe
+from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, unwritable
+from megabatch.errors import ConfigError, Fault
+from megabatch.run_directory import ExitCode
+from megabatch.slurm.array import JobArray, expected_start, render_array
+from megabatch.slurm.render import render
+from megabatch.sweep.candidates import Candidates, candidates
+from megabatch.sweep.declare import Sweep
+from megabatch.sweep.folder import describe, other_runs
+from megabatch.sweep.submission import arrays_of, left_alone, submit_arrays
+from megabatch.sweep.table import table_text
+
+_USAGE = """\
+python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [--max_parallel N]
+    [--sweep <parameter>=VALUE,VALUE …] [--<parameter> VALUE …]
+
+  --submit    send the runs to Slurm, one job array for each shape     --local    run them here
+  --dry_run   show the table and the arrays' scripts                   --help     all parameters
+"""
+
+
+def run_sweep(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequence[str], *, recipe_file: Path) -> int:
+    """Exit code of a sweep's command line; `recipe` is the sweep's own with the flags. Raises: MegabatchError."""
+    _refuse_swept_flags(sweep, recipe, actions, arguments)
+    found = candidates(sweep, recipe, actions, recipe_file=recipe_file)
+    left = left_alone(found)
+    if actions.local:
+        return _local(found, left, arguments)
+    arrays = arrays_of(found, [c for c in found.kept if c.point.name not in left])
+    starts = _starts(found, arrays)
+    text = table_text(found, arrays=[len(array.jobs) for array in arrays], starts=starts, left=left)
+    if actions.submit:
+        print(text, flush=True)
+        return _submit(found, arrays, left, arguments)
+    remarks = [f"refused here: {fault}" for fault in (*_unbuilt(found), *_missing(found), *other_runs(found))]
+    if actions.dry_run:
+        print("\n".join([text, *remarks]), file=sys.stderr, flush=True)
+        sys.stdout.write("\n".join(_scripts(found, arrays)))
+    else:
+        print("\n".join([f"usage: {_USAGE.format(file=recipe_file.name)}", text, *remarks]))
+    _require_one(found)
+    return ExitCode.DONE
+
+
+def _refuse_swept_flags(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequence[str]) -> None:
+    """A flag for a parameter that is swept would change nothing. Raises: ConfigError."""
+    swept = {*sweep.grid, *sweep.zip, *(name for row in sweep.list for name in row)}
+    swept |= {text.partition("=")[0] for text in actions.sweep}
+    dotted = {one.parameter.dotted for name in swept if isinstance(one := named(name, recipe), Named)}
+    faults = []
+    for argument in arguments:
+        flag = argument.removeprefix("--").partition("=")[0]
+        found = named(flag, recipe) if argument.startswith("--") else None
+        if isinstance(found, Named) and found.parameter.dotted in dotted:
+            rule = "is swept, so that one value of it changes nothing"
+            faults.append(Fault(f"--{flag}", None, rule, try_=(f"--sweep {flag}=VALUE",), bare=True))
+    if faults:
+        raise ConfigError(faults)
+
+
+def _submit(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, str], arguments: Sequence[str]) -> int:
+    _require_startable(found)
+    if not arrays:
+        print("nothing is missing or failed: nothing was submitted")
+        return ExitCode.DONE
+    ids = submit_arrays(found, arrays, arguments)
+    describe(found)
+    for array, job_id in zip(arrays, ids, strict=True):
+        print(f"submitted job array {job_id}: {len(array.jobs)} runs, from {array.folder}")
+    _tell_left(left)
+    folder = shlex.quote(str(found.folder))
+    print(f"  megabatch sweep show {folder}\n  megabatch status {folder}")
+    return ExitCode.DONE
+
+
+def _tell_left(left: Mapping[str, str]) -> None:
+    for name, why in left.items():
+        print(f"  left alone: {name}, {why}")
+
+
+def _local(found: Candidates, left: Mapping[str, str], arguments: Sequence[str]) -> int:
+    from megabatch.sweep.local import run_here
+
+    print(table_text(found, arrays=(), starts={}, left=left), flush=True)
+    _require_startable(found, local=True)
+    describe(found)
+    _tell_left(left)
+    return run_here(found, [c for c in found.kept if c.point.name not in left], arguments)
+
+
+def _require_startable(found: Candidates, *, local: bool = False) -> None:
+    """Raises ConfigError with every fault that can be seen before the runs start."""
+    _require_one(found)
+    if others := other_runs(found):
+        fix = "nothing was submitted; give the sweep another name or --run_dir, or remove those folders"
+        raise ConfigError("\n  ".join([f"{len(others)} folders hold other runs, {fix}", *others]))
+    faults = [*_unbuilt(found), *_missing(found), *unwritable(found.folder)]
+    if local:
+        faults += _once(fault for c in found.kept for fault in missing_gpus(c.point.recipe))
+    if not faults:
+        inputs = [(candidate.point.recipe, candidate.launch.model) for candidate in found.distinct_inputs()]
+        faults = _once(fault for recipe, model in inputs for fault in damaged_inputs(recipe, model))
+    if faults:
+        raise ConfigError(faults)
+
+
+def _require_one(found: Candidates) -> None:
+    if not found.kept:
+        reasons = dict.fromkeys(candidate.pruned for candidate in found.all)
+        raise ConfigError([Fault("every point is pruned:", None, reason, bare=True) for reason in reasons])
+
+
+def _unbuilt(found: Candidates) -> list[Fault]:
+    return _once(fault for candidate in found.kept for fault in candidate.unbuilt)
+
+
+def _missing(found: Candidates) -> list[Fault]:
+    return _once(fault for c in found.distinct_inputs() for fault in missing_inputs(c.point.recipe, c.launch.model))
+
+
+def _once(faults: Iterable[Fault]) -> list[Fault]:
+    return list({str(fault): fault for fault in faults}.values())
+
+
+def _starts(found: Candidates, arrays: Sequence[JobArray]) -> dict[str, str]:
+    """When Slurm would start each point's run: asked once for each array, and only where there is Slurm."""
+    if shutil.which("sbatch") is None:
+        return {}
+    starts: dict[str, str] = {}
+    for array in arrays:
+        when = expected_start(render_array(array, found.base.profile))
+        if when is not None:
+            starts |= {job.run_directory.name: when for job in array.jobs}
+    return starts
+
+
+def _scripts(found: Candidates, arrays: Sequence[JobArray]) -> list[str]:
+    """What sbatch would get, each followed by what its first element hands over to."""
+    texts = []
+    for array in arrays:
+        first = array.jobs[0]
+        texts.append(render_array(array, found.base.profile))
+        texts.append(f"# {first.files.script}, and so for each run:\n{render(first, found.base.profile)}")
+    return texts

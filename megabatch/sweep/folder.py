@@ -1,0 +1,145 @@
+"""What a sweep's folder holds: one run directory for each point, its arrays, and `sweep.json`.
+
+Hundreds of runs are written together: under temporary names, synced once, then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megabatch.config.run import RunConfig
+from megabatch.entry.launch import Launch, differences
+from megabatch.errors import LaunchError
+from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.sweep.candidates import Candidates
+
+SWEEP_JSON = "sweep.json"
+SCHEMA_VERSION = 1
+
+
+def other_runs(found: Candidates) -> list[str]:
+    """Folders of points that hold a run of another configuration, and what differs."""
+    refused = []
+    for candidate in found.kept:
+        path = candidate.launch.directory.run_json
+        if path.exists():
+            existing = RunConfig.load(path)
+            changed = differences(existing, candidate.launch.config(provenance=existing.provenance))
+            refused += [f"{path.parent} holds another run: it differs in {', '.join(changed)}"] if changed else []
+    return refused
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one submission made, to be taken away again if it fails."""
+
+    runs: tuple[RunDirectory, ...]
+    folders: tuple[Path, ...]
+    """That hold them, innermost first."""
+
+    def take_away(self) -> None:
+        """Removes the runs of which no job knows, and folders that are empty then."""
+        for directory in self.runs:
+            if not directory.jobs.exists():
+                shutil.rmtree(directory.path, ignore_errors=True)
+        for folder in self.folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: Mapping[str, Any]) -> Written:
+    """Makes the run directories that are not there yet, complete or not at all, and gives the others their script.
+
+    Args: an empty script is none, for a run on this machine.
+
+    Raises: LaunchError when they cannot be written.
+    """
+    folder = launches[0].directory.path.parent
+    missing = tuple(path for path in (folder, *folder.parents) if not path.exists())
+    staged = folder / f".staged.{os.getpid()}"
+    made: list[RunDirectory] = []
+    new = [not launch.directory.run_json.exists() for launch in launches]
+    try:
+        for launch, script, is_new in zip(launches, scripts, new, strict=True):
+            if not is_new:
+                if script:
+                    write_atomic(launch.directory.script, script)
+                continue
+            place = RunDirectory(staged / launch.directory.path.name)
+            place.logs.mkdir(parents=True)
+            place.run_json.write_text(launch.config(provenance=provenance).text(), encoding="utf-8")
+            if script:
+                place.script.write_text(script, encoding="utf-8")
+        if any(new):
+            _sync(staged)
+        for launch, is_new in zip(launches, new, strict=True):
+            if is_new:
+                os.rename(staged / launch.directory.path.name, launch.directory.path)
+                made.append(launch.directory)
+    except OSError as error:
+        Written(tuple(made), ()).take_away()
+        raise LaunchError(
+            f"{folder} cannot be written: {error.strerror or error}; free space, or choose another with --run_dir"
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return Written(tuple(made), missing)
+
+
+def _sync(folder: Path) -> None:
+    """Everything written to the folder's file system so far reaches its disk: one call for any number of files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(descriptor)
+
+
+def array_folders(folder: Path) -> Iterator[Path]:
+    """`arrays/<number>`, of numbers that are free: an array that waits still has its own."""
+    taken = [int(path.name) for path in (folder / "arrays").glob("*") if path.name.isdecimal()]
+    for number in itertools.count(max(taken, default=-1) + 1):
+        yield folder / "arrays" / str(number)
+
+
+def describe(found: Candidates) -> None:
+    """Writes `sweep.json`: every point with its values and why it was left out; earlier points stay."""
+    path = found.folder / SWEEP_JSON
+    found.folder.mkdir(parents=True, exist_ok=True)
+    points = read_sweep(found.folder).get("points", {}) if path.exists() else {}
+    for candidate in found.all:
+        points[candidate.point.name] = {
+            "values": dict(candidate.point.values),
+            "pruned": candidate.pruned or None,
+        }
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "name": found.name,
+        "recipe_file": str(found.base.recipe_file),
+        "points": points,
+    }
+    write_atomic(path, json.dumps(document, indent=1) + "\n")
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """`sweep.json`. Raises: LaunchError when it is not there or cannot be read."""
+    path = folder / SWEEP_JSON
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{folder} is no sweep's folder: {SWEEP_JSON} cannot be read ({error})") from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION:
+        raise LaunchError(f"{path}: schema_version={version!r}, but this megabatch reads {SCHEMA_VERSION}")
+    return dict(document)

@@ -1,0 +1,99 @@
+"""Sending a sweep to Slurm: what is missing or failed, one array for each shape of job."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from megabatch.entry.launch import Launch, provenance
+from megabatch.errors import LaunchError
+from megabatch.slurm.array import DEFAULT_MAX_SIZE, JobArray, grouped, max_array_size, render_array
+from megabatch.slurm.queue import State
+from megabatch.slurm.render import render
+from megabatch.slurm.state import status
+from megabatch.sweep.candidates import Candidate, Candidates
+from megabatch.sweep.folder import array_folders, write_runs
+
+
+def left_alone(found: Candidates) -> dict[str, str]:
+    """Names of the points whose run is done, or in the queue, with that word."""
+    there = [candidate for candidate in found.kept if candidate.launch.directory.run_json.exists()]
+    states = status([candidate.launch.directory.path for candidate in there]) if there else []
+    return {
+        candidate.point.name: f"{one.state}" + (f" as job {one.job_id}" if one.job_id and one.state.active else "")
+        for candidate, one in zip(there, states, strict=True)
+        if one.state.active or one.state is State.COMPLETED
+    }
+
+
+def arrays_of(found: Candidates, wanted: Sequence[Candidate]) -> list[JobArray]:
+    """The arrays that these points make; a folder is chosen for each and not yet made."""
+    jobs = [candidate.launch.job for candidate in wanted]
+    if not jobs:
+        return []
+    # a cluster is asked only where its answer could matter
+    size = max_array_size() if len(jobs) > 1 else DEFAULT_MAX_SIZE
+    groups = grouped(jobs, found.base.profile, max_size=size)
+    return [
+        JobArray(name=found.name, folder=folder, jobs=tuple(jobs[i] for i in group), max_parallel=found.max_parallel)
+        for folder, group in zip(array_folders(found.folder), groups, strict=False)
+    ]
+
+
+def submit_arrays(found: Candidates, arrays: Sequence[JobArray], arguments: Sequence[str]) -> list[str]:
+    """Writes the runs, then calls sbatch once for each array; returns the arrays' ids.
+
+    Raises: ConfigError where a run's folder holds another run; LaunchError where sbatch refuses: runs that are not
+    queued are taken away again, and arrays that are queued are named.
+    """
+    # submitit's import costs more than all the rest of a dry run
+    from megabatch.slurm.snapshot import take_snapshot
+    from megabatch.slurm.submit import submit_array
+
+    launches = launches_of(found, arrays)
+    scripts = [render(launch.job, launch.profile) for launch in launches]
+    written = write_runs(launches, scripts, sweep_provenance(found, arguments))
+    ids: list[str] = []
+    try:
+        take_snapshot(found.base.code, recipe=found.base.recipe_file)
+        for array in arrays:
+            with _folder_of(array):
+                script = render_array(array, found.base.profile)
+                ids.append(submit_array(array, script, cluster=found.base.cluster))
+    except BaseException as error:
+        written.take_away()
+        if ids and isinstance(error, LaunchError):
+            raise LaunchError(f"{error}; queued before that: {', '.join(ids)}") from error
+        raise
+    return ids
+
+
+@contextmanager
+def _folder_of(array: JobArray) -> Iterator[None]:
+    """The array's own folder; taken away when the body fails."""
+    try:
+        array.folder.mkdir(parents=True)
+    except OSError as error:
+        raise LaunchError(
+            f"{array.folder} cannot be made: {error.strerror}; is someone submitting this sweep?"
+        ) from error
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(array.folder, ignore_errors=True)
+        with suppress(OSError):
+            array.folder.parent.rmdir()
+        raise
+
+
+def launches_of(found: Candidates, arrays: Sequence[JobArray]) -> list[Launch]:
+    """Of the arrays' runs, in their order."""
+    by_folder = {candidate.launch.directory.path: candidate.launch for candidate in found.kept}
+    return [by_folder[job.run_directory] for array in arrays for job in array.jobs]
+
+
+def sweep_provenance(found: Candidates, arguments: Sequence[str]) -> dict[str, Any]:
+    """As of any run; which point it is, its values say."""
+    return {**provenance(found.base, arguments), "sweep": found.name}

@@ -1,0 +1,116 @@
+"""What a sweep would run, for people: one line for each point, kept or left out and why, and what it all takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megabatch.config.recipe import Recipe
+from megabatch.config.walltime import seconds
+from megabatch.sweep.candidates import Candidate, Candidates
+from megabatch.sweep.names import in_order, labels, number_text
+
+_REASON_WIDTH = 150
+
+
+def table_text(found: Candidates, *, arrays: Sequence[int], starts: Mapping[str, str], left: Mapping[str, str]) -> str:
+    """The table and its sum.
+
+    Args: `arrays` are the sizes of the arrays that would be submitted, none for `--local`; `starts` tells for a
+    point's name when Slurm would start it; `left` why a point's run is not started: it runs or is done.
+    """
+    swept = in_order(found.parameters)
+    label = labels(swept)
+    estimated = any(candidate.estimate for candidate in found.all)
+    header = [label[name] for name in swept]
+    header += ["dp"] * _splits(swept) + ["GiB/rank", "s/step", "GPU-hours"] * estimated + ["start"] * bool(starts)
+    rows = [[*header, "verdict"]]
+    for candidate in found.all:
+        row = [_shown(candidate, name) for name in swept]
+        if _splits(swept):
+            layout = candidate.launch.layout
+            row.append("-" if layout is None else str(layout.dp))
+        if estimated:
+            row += _estimate(candidate)
+        if starts:
+            row.append(starts.get(candidate.point.name, "-"))
+        rows.append([*row, _verdict(candidate, left)])
+    lines = [_aligned(row, [max(len(line[i]) for line in rows) for i in range(len(header))]) for row in rows]
+    return "\n".join([*lines, _sum(found, arrays, left)])
+
+
+def _splits(swept: Sequence[str]) -> bool:
+    return any(name.startswith(("parallel.", "resources.")) for name in swept)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
+    return "  ".join([*cells, row[-1]])
+
+
+def _shown(candidate: Candidate, name: str) -> str:
+    """A value as people write it, on one line."""
+    group, _, field = name.partition(".")
+    value: Any = getattr(getattr(candidate.point.recipe, group), field)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return number_text(value)
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 40 else f"…{text[-39:]}"
+
+
+def _estimate(candidate: Candidate) -> list[str]:
+    estimate = candidate.estimate
+    if estimate is None:
+        return ["-", "-", "-"]
+    hours = gpu_hours(candidate)
+    step = f"{estimate.step.total_s:.3g}"
+    return [f"{estimate.memory.total_gib:.1f}", step, "-" if hours is None or not candidate.kept else f"{hours:.3g}"]
+
+
+def gpu_hours(candidate: Candidate) -> float | None:
+    """Of all its steps by the estimate; None where either is not known."""
+    recipe, estimate = candidate.point.recipe, candidate.estimate
+    if estimate is None or recipe.training.train_iters is None:
+        return None
+    return estimate.step.total_s * recipe.training.train_iters * _gpus(recipe) / 3600
+
+
+def _gpus(recipe: Recipe) -> int:
+    return recipe.resources.nodes * recipe.resources.gpus_per_node
+
+
+def _verdict(candidate: Candidate, left: Mapping[str, str]) -> str:
+    if candidate.pruned:
+        return f"pruned: {' '.join(candidate.pruned.split())[:_REASON_WIDTH]}"
+    if candidate.unbuilt:
+        return "not built yet"
+    return left.get(candidate.point.name, "run")
+
+
+def _sum(found: Candidates, arrays: Sequence[int], left: Mapping[str, str]) -> str:
+    kept = [candidate for candidate in found.kept if candidate.point.name not in left]
+    parts = [f"{len(kept)} run{'s' * (len(kept) != 1)}"]
+    if arrays:
+        limit = "" if found.max_parallel is None else f", at most {found.max_parallel} of each at a time"
+        sizes = " and ".join(map(str, arrays)) if len(arrays) <= 4 else f"{min(arrays)} to {max(arrays)}"
+        parts[0] += f" in {len(arrays)} array{'s' * (len(arrays) != 1)} of {sizes}{limit}"
+    parts += _resources([candidate.point.recipe for candidate in kept])
+    hours = [gpu_hours(candidate) for candidate in kept]
+    if kept and None not in hours:
+        parts.append(f"about {sum(filter(None, hours)):.3g} GPU-hours")
+    elif any(_gpus(candidate.point.recipe) for candidate in kept):
+        most = sum(_gpus(c.point.recipe) * seconds(c.point.recipe.resources.time) / 3600 for c in kept)
+        parts.append(f"at most {most:.3g} GPU-hours by their time limits")
+    text = ", ".join(parts)
+    return text + f"; {len(found.all) - len(found.kept)} pruned" * (len(found.kept) != len(found.all))
+
+
+def _resources(recipes: Sequence[Recipe]) -> list[str]:
+    """`16 GPUs each`, or the ranks where there are none."""
+    sizes = sorted({(_gpus(recipe) or recipe.resources.world_size, bool(_gpus(recipe))) for recipe in recipes})
+    if len(sizes) != 1:
+        return []
+    number, gpus = sizes[0]
+    word = "GPU" if gpus else "rank"
+    return [f"{number} {word}{'s' * (number != 1)} each"]

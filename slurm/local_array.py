@@ -1,0 +1,99 @@
+"""Running many jobs on this machine, a few at a time: what a job array is to a cluster."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from megabatch.errors import LaunchError
+from megabatch.run_directory import ExitCode
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.local import StopRequests, run_local
+from megabatch.slurm.ports import free_port_block
+from megabatch.slurm.profile import ClusterProfile
+
+Told = Callable[[JobSpec, str], None]
+
+
+def run_local_array(jobs: Sequence[JobSpec], profile: ClusterProfile, *, max_parallel: int, tell: Told) -> list[int]:
+    """Runs each job as `run_local` does, at most `max_parallel` at a time, and returns their exit codes in order.
+
+    A request to stop (SIGINT, SIGTERM) has all that run save and stop, and starts no more of them: these give
+    `ExitCode.REQUEUE` too. A second one kills. GPUs are dealt out: as many jobs run as have GPUs of their own.
+
+    Args: `tell` hears of each job how it starts and ends; it is called from several threads, one at a time.
+    """
+    places = _Places(jobs, max_parallel)
+    lock = threading.Lock()
+
+    def tell_one(job: JobSpec, text: str) -> None:
+        with lock:
+            tell(job, text)
+
+    with StopRequests() as requests, ThreadPoolExecutor(places.count) as pool:
+
+        def run_one(job: JobSpec) -> int:
+            if requests.count:
+                return ExitCode.REQUEUE
+            with places.taken() as variables, open(os.devnull, "wb") as nowhere:
+                tell_one(job, "started")
+                try:
+                    code = run_local(job, profile, terminal=nowhere, requests=requests, variables=variables)
+                except LaunchError as error:
+                    tell_one(job, str(error))
+                    return ExitCode.FAILED
+                tell_one(job, _ended(code))
+                return code
+
+        return list(pool.map(run_one, jobs))
+
+
+def _ended(code: int) -> str:
+    words = {ExitCode.DONE.value: "done", ExitCode.REQUEUE.value: "stopped and saved"}
+    return words.get(code, f"failed with exit code {code}")
+
+
+class _Places:
+    """Room for jobs that run at the same time: a port each, and GPUs of their own."""
+
+    def __init__(self, jobs: Sequence[JobSpec], max_parallel: int) -> None:
+        ranks = max((job.world_size for job in jobs), default=1)
+        self._devices = device_shares(ranks) if any(job.gpus_per_node for job in jobs) else []
+        self.count = max(1, min(max_parallel, len(jobs), len(self._devices) or max_parallel))
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for place in range(self.count):
+            self._free.put(place)
+        self._ports: set[int] = set()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def taken(self) -> Iterator[dict[str, str]]:
+        """The variables by which a job's ranks know their place."""
+        place, port = self._free.get(), self._new_port()
+        try:
+            devices = {"CUDA_VISIBLE_DEVICES": self._devices[place]} if self._devices else {}
+            yield {"MASTER_PORT": str(port), **devices}
+        finally:
+            self._ports.discard(port)
+            self._free.put(place)
+
+    def _new_port(self) -> int:
+        """One that no job of ours is about to listen on."""
+        with self._lock:
+            port = next(port for port in iter(free_port_block, None) if port not in self._ports)
+            self._ports.add(port)
+        return port
+
+
+def device_shares(ranks: int, *, visible: Sequence[str] | None = None) -> list[str]:
+    """Lists of `ranks` GPUs each, as CUDA_VISIBLE_DEVICES has them, of those that this process sees."""
+    if visible is None:
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found = sorted(int(path.name[6:]) for path in Path("/dev").glob("nvidia[0-9]*"))
+        visible = given.split(",") if given else [str(number) for number in found]
+    return [",".join(visible[first : first + ranks]) for first in range(0, len(visible) - ranks + 1, ranks)]
