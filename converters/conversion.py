@@ -10,6 +10,7 @@ from megabatch.converters.engine.execute import share
 from megabatch.converters.engine.plan import Plan
 from megabatch.converters.engine.run import Outcome, Say, check_output, run
 from megabatch.converters.engine.verify import check_manifest, compare
+from megabatch.converters.mapping import ExpertLayout
 from megabatch.converters.to_hf import plan_to_hf
 from megabatch.converters.to_mcore import plan_to_mcore
 from megabatch.errors import ConversionError
@@ -26,6 +27,8 @@ def convert(
     mcore_model: Path_ | None = None,
     torch_dtype: str | None = None,
     max_shard_size: str | int = "5GB",
+    expert_layout: ExpertLayout | None = None,
+    fp8_quantise: bool = False,
     exist_ok: bool = False,
     workers: int = 2,
     resume: bool = False,
@@ -48,6 +51,8 @@ def convert(
         mcore_model=mcore_model,
         torch_dtype=torch_dtype,
         max_shard_size=max_shard_size,
+        expert_layout=expert_layout,
+        fp8_quantise=fp8_quantise,
     )
     return run(
         plan,
@@ -69,6 +74,8 @@ def make_plan(
     mcore_model: Path_ | None = None,
     torch_dtype: str | None = None,
     max_shard_size: str | int = "5GB",
+    expert_layout: ExpertLayout | None = None,
+    fp8_quantise: bool = False,
 ) -> Plan:
     """The plan of a conversion, towards Hugging Face's format unless `to_mcore`; nothing is written.
 
@@ -77,10 +84,19 @@ def make_plan(
     if to_mcore:
         if model is None:
             raise ConversionError("to_mcore needs model, the Hugging Face folder to convert")
+        if expert_layout is not None or fp8_quantise:
+            raise ConversionError("expert_layout and fp8_quantise are of Hugging Face folders that are written")
         return plan_to_mcore(model, torch_dtype=torch_dtype)
     if mcore_model is None:
         raise ConversionError("to_hf needs mcore_model, the checkpoint to convert")
-    return plan_to_hf(mcore_model, model, torch_dtype=torch_dtype, max_shard_size=max_shard_size)
+    return plan_to_hf(
+        mcore_model,
+        model,
+        torch_dtype=torch_dtype,
+        max_shard_size=max_shard_size,
+        expert_layout=expert_layout,
+        fp8_quantise=fp8_quantise,
+    )
 
 
 def is_there(output: Path_) -> bool:

@@ -1,8 +1,13 @@
-"""Block-scaled FP8 in a Hugging Face folder: `X` in F8_E4M3 beside `X_scale_inv`, one scale for each block of it."""
+"""Block-scaled FP8 in a Hugging Face folder: `X` in F8_E4M3 beside `X_scale_inv`, one scale for each block of it.
+
+Written, it is laid out as DeepSeek-V3's: weights of linear layers are quantised, and embeddings, output layer, norms,
+routers and the projection of multi-token prediction are not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +17,15 @@ from megabatch.errors import ConversionError
 
 SUFFIX = "_scale_inv"
 _FORMATS = ("e4m3", None)
+DEEPSEEK_V3 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+"""DeepSeek-V3's `quantization_config`."""
+LINEAR = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "in_proj_qkvz", "out_proj", "w1", "w2", "w3",
+)  # fmt: skip
+"""Modules whose weights are quantised."""
+_NEVER_CONVERTED = ("embed_tokens", "lm_head", "score", "gate", "router")
+"""Modules that loaders leave alone without being told."""
 PLAIN = "BF16"
 """dtype of the weights once they are made plain."""
 
@@ -22,6 +36,31 @@ class Quantised:
 
     block: tuple[int, int]
     """Rows and columns that share a scale."""
+    config: Mapping[str, Any]
+    """`quantization_config`."""
+
+    @property
+    def powers_of_two(self) -> bool:
+        """Whether scales are powers of two, as in DeepSeek-V3.1."""
+        return self.config.get("scale_fmt") == "ue8m0"
+
+    def takes(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor of a model is quantised where it is written."""
+        module = name.removesuffix(".weight")
+        left = self.config.get("modules_to_not_convert") or ()
+        return (
+            len(shape) == 2
+            and name.endswith(".weight")
+            and module.rpartition(".")[2] in LINEAR
+            and not any(re.match(rf"(?:{pattern})(?:\.|$)", module) or module.endswith(pattern) for pattern in left)
+        )
+
+    def written(self, plain: Iterable[str]) -> dict[str, Any]:
+        """`quantization_config` of a folder with these matrices that are not quantised."""
+        modules = (name.removesuffix(".weight") for name in plain)
+        left = sorted(module for module in modules if module.rpartition(".")[2] not in _NEVER_CONVERTED)
+        known = self.config.get("modules_to_not_convert") or []
+        return {**self.config, **({"modules_to_not_convert": sorted({*known, *left})} if known or left else {})}
 
     def scales_of(self, name: str) -> str:
         return name + SUFFIX
@@ -41,7 +80,12 @@ def quantised(config: Mapping[str, Any]) -> Quantised | None:
             f"config.json: quantization_config={given!r} is not supported; block-scaled FP8 is (quant_method fp8 with "
             "weight_block_size), for others use the unquantised checkpoint"
         )
-    return Quantised((block[0], block[1]))
+    return Quantised((block[0], block[1]), given)
+
+
+def as_deepseek_v3() -> Quantised:
+    """For a model whose own config.json does not say how it is quantised."""
+    return Quantised((128, 128), DEEPSEEK_V3)
 
 
 def _is_block(block: object) -> bool:

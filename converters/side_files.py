@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from megabatch.converters.atomic import replacing
 from megabatch.converters.dtypes import TORCH
@@ -58,16 +60,19 @@ def _copy(source: Path, target: Path) -> None:
         raise ConversionError(f"{error.filename or target}: cannot be carried over: {error.strerror}") from error
 
 
-def replaced_config(folder: Path, *, dtype: str | None, plain: bool) -> dict[str, bytes]:
-    """config.json for weights that were cast to `dtype` (safetensors' name) or made `plain` of quantised ones.
+def replaced_config(
+    folder: Path, *, dtype: str | None, changes: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, bytes]:
+    """config.json for weights of another `dtype` (safetensors' name), with other values for the keys in `changes`; a
+    key is left out where its value is None.
 
     Empty when the folder's own is right.
     """
-    if dtype is None and not plain:
+    if dtype is None and not changes:
         return {}
     path = folder / "config.json"
-    config = parse_object(path.read_bytes(), path, what="config")
-    if plain:
-        config.pop("quantization_config", None)
-    config["dtype" if "dtype" in config else "torch_dtype"] = TORCH[dtype or "BF16"]
+    config = parse_object(path.read_bytes(), path, what="config") | dict(changes)
+    config = {key: value for key, value in config.items() if value is not None or key not in changes}
+    if dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = TORCH[dtype]
     return {path.name: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megabatch.converters.bijection import TensorInfo
+from megabatch.converters.bijection import invert
 from megabatch.converters.dtypes import read_dtype
-from megabatch.converters.engine.plan import (
-    Numbered,
-    Plan,
-    SideFiles,
-    SmallFile,
-    Strip,
-    TargetFile,
-    Tensor,
-    uncollected,
-)
+from megabatch.converters.engine.plan import Numbered, Plan, Strip, Tensor, uncollected
 from megabatch.converters.engine.run import run
 from megabatch.converters.families import family_of
-from megabatch.converters.family import Family
 from megabatch.converters.hf_model import read_config
-from megabatch.converters.mapping import Mapped, elements
-from megabatch.converters.quantised import quantised
-from megabatch.converters.safetensors_io import HfFolder, split_shards
-from megabatch.converters.safetensors_io.folder import INDEX
-from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, build_header
-from megabatch.converters.safetensors_io.sharding import index_json
-from megabatch.converters.side_files import replaced_config
+from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
+from megabatch.converters.mapping import ExpertLayout, Mapped, elements
+from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.aliases import respelled, unwrapped
 from megabatch.converters.torch_dist.find import find_checkpoint
 from megabatch.converters.torch_dist.folder import Block, TorchDistFolder
@@ -67,19 +52,24 @@ def plan_to_hf(
     *,
     torch_dtype: str | None = None,
     max_shard_size: str | int = "5GB",
+    expert_layout: ExpertLayout | None = None,
+    fp8_quantise: bool = False,
 ) -> Plan:
     """Plans a Hugging Face folder from a checkpoint; optimizer state in it is left aside.
 
     `mcore`: whatever `find_checkpoint` understands. `hf_reference`: the folder that config, tokenizer and the like
     come from, whose weights are not read; None looks for a config.json beside the checkpoint.
-    `torch_dtype` casts every weight but those whose dtype megatron-core prescribes.
+    `torch_dtype` casts every weight but those whose dtype megatron-core prescribes, and those that `fp8_quantise`
+    makes block-scaled FP8, of the numbers that the checkpoint has.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
     folder = find_checkpoint(mcore)
     reference = Path(hf_reference) if hf_reference is not None else find_reference(Path(mcore), folder)
     source = TorchDistFolder(folder)
     try:
-        return _planned(source, reference, read_dtype(torch_dtype), max_shard_size)
+        return _planned(
+            source, reference, HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
+        )
     finally:
         source.close()
 
@@ -97,72 +87,25 @@ def find_reference(given: Path, checkpoint: Path) -> Path:
     )
 
 
-def _planned(source: TorchDistFolder, reference: Path, dtype: str | None, max_shard_size: str | int) -> Plan:
+def _planned(source: TorchDistFolder, reference: Path, form: HfForm) -> Plan:
     config = read_config(reference)
-    plain = quantised(config) is not None
     config.pop("quantization_config", None)
     family = family_of(config)
     source.rename(unwrapped([key for key in source.entries if not _is_optimizer(key)]))
     shape = family.present(family.shape(config), source.entries, mtp="mtp.")
-    numbered = Numbered()
-    parts = _gathered(source, locate(source, family.tensors(shape), shape), numbered, dtype)
-    shapes = family.hf_tensors(shape)
-    for name, of in family.copies(shape).items():
-        shapes[name], parts[name] = shapes[of], parts[of]
-    entries = {name: TensorInfo(parts[name][0].dtype, dims) for name, dims in shapes.items()}
-    for name, tensor in _carried(family, reference, numbered):
-        entries[name], parts[name] = TensorInfo(tensor.dtype, tensor.shape), [tensor]
-    shards = split_shards(entries, max_shard_size=max_shard_size)
-    tensors: list[Tensor] = []
-    files: list[TargetFile] = []
-    for number, shard in enumerate(shards):
-        head, extents = build_header(shard.entries, metadata={"format": "pt"})
-        files.append(TargetFile(shard.name, len(head) + sum(extent.size for extent in extents.values()), head))
-        for name, extent in extents.items():
-            tensors += _placed(parts[name], name, number, extent)
-    return Plan(
-        direction="to_hf",
-        source=source.path,
-        sources=numbered.files,
-        files=files,
-        tensors=tensors,
-        small=[SmallFile(INDEX, lambda: index_json(shards))] if len(shards) > 1 else [],
-        side=SideFiles(reference, _config(reference, entries, dtype, plain)),
+    table, numbered = family.tensors(shape, experts=layout_of(family, shape, form)), Numbered()
+    return plan_folder(
+        "to_hf",
+        source.path,
+        family=family,
+        shapes=invert(table),
+        copies=family.copies(shape),
+        parts=_gathered(source, locate(source, table, shape), numbered, form.dtype),
+        numbered=numbered,
+        reference=reference,
+        form=form,
         ignored={key: "optimizer and generators are not converted" for key in source.entries if _is_optimizer(key)},
     )
-
-
-def _config(reference: Path, entries: Mapping[str, TensorInfo], dtype: str | None, plain: bool) -> dict[str, bytes]:
-    """config.json with the dtype of the weights, where the reference's own would be wrong."""
-    if plain and dtype is None:
-        dtypes = [info.dtype for info in entries.values()]
-        dtype = max(sorted(set(dtypes)), key=dtypes.count)
-    return replaced_config(reference, dtype=dtype, plain=plain)
-
-
-def _placed(parts: Sequence[Tensor], name: str, file: int, extent: Extent) -> Iterator[Tensor]:
-    """The parts of a tensor, by leading index, one behind the other."""
-    if sum(part.data_bytes for part in parts) != extent.size:
-        raise ConversionError(f"{name} {list(extent.info.shape)}: its parts have other sizes; this is a fault of ours")
-    at = extent.start
-    for index, part in enumerate(parts):
-        yield part._replace(name=name if len(parts) == 1 else f"{name}[{index}]", file=file, offset=at)
-        at += part.data_bytes
-
-
-def _carried(family: Family, reference: Path, numbered: Numbered) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a part of the model that is not converted, from the reference folder.
-
-    Raises: ConversionError when the model has such a part and the folder no weights.
-    """
-    if family.carried is None:
-        return
-    with HfFolder(reference) as folder:
-        for name, info in folder.tensors.items():
-            if re.fullmatch(family.carried, name):
-                path, offset, size = folder.extent(name)
-                strip = Strip(0, 1, numbered.number(path), offset, 0, size)
-                yield name, Tensor(name, 0, 0, info.shape, info.dtype, info.dtype, 1, size, size, (strip,))
 
 
 Key = tuple[str, int]

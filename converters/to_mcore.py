@@ -81,7 +81,7 @@ def plan_to_mcore(
 def _planned(model: HfModel, source: Path, dtype: str | None, files: int | None, bare: bool) -> Plan:
     prefix = "" if bare else f"{RELEASE}/"
     tracker = [] if bare else [SmallFile(TRACKER, RELEASE.encode)]
-    side = SideFiles(source, replaced_config(source, dtype=dtype, plain=model.quantised is not None))
+    side = SideFiles(source, _config(model, source, dtype))
     numbered = Numbered()
     stacked = stacks_layers(model.shape)
     whole = _bytes(model, dtype)
@@ -122,6 +122,13 @@ def _planned(model: HfModel, source: Path, dtype: str | None, files: int | None,
         ignored=model.ignored
         | dict.fromkeys(model.carried, "megatron-core has no such part; it goes along on the way back"),
     )
+
+
+def _config(model: HfModel, source: Path, dtype: str | None) -> dict[str, bytes]:
+    """config.json for the weights as they will be, where the source's own would be wrong."""
+    if model.quantised is None:
+        return replaced_config(source, dtype=dtype)
+    return replaced_config(source, dtype=dtype or PLAIN, changes={"quantization_config": None})
 
 
 def file_name(file: int) -> str:

@@ -30,6 +30,8 @@ class Flags:
     output_dir: str = _flag("", "folder to make")
     torch_dtype: str = _flag("", "bfloat16, float16 or float32; left as they are by default")
     max_shard_size: str = _flag("5GB", "largest safetensors file")
+    expert_layout: str = _flag("", "per_expert or fused (as transformers 5 has them): experts of the folder written")
+    fp8_quantise: bool = _flag(False, "write the weights of linear layers in block-scaled FP8, as DeepSeek-V3's")
     exist_ok: bool = _flag(False, "replace an output that exists, once the new one is complete")
     workers: int = _flag(0, "threads; by default as many as processors, at most 8")
     resume: bool = _flag(False, "finish what an interrupted conversion left")

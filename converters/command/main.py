@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megabatch.converters.command.flags import Flags, help_text, parse
 from megabatch.errors import ConversionError, MegabatchError
 
 if TYPE_CHECKING:
     from megabatch.converters.engine.plan import Plan
+    from megabatch.converters.mapping import ExpertLayout
 
 _EVERY_S = 10.0
 
@@ -61,6 +62,11 @@ def check_flags(flags: Flags) -> None:
         raise ConversionError("--to_hf needs --mcore_model, the checkpoint to convert")
     if flags.to_mcore and flags.mcore_model:
         raise ConversionError("--mcore_model is the source of --to_hf; --to_mcore converts --model")
+    if flags.expert_layout not in ("", "per_expert", "fused"):
+        raise ConversionError(f"--expert_layout={flags.expert_layout} must be per_expert or fused")
+    if not flags.to_hf and (flags.expert_layout or flags.fp8_quantise):
+        name = "--expert_layout" if flags.expert_layout else "--fp8_quantise"
+        raise ConversionError(f"{name} is about the Hugging Face folder that --to_hf writes")
     if flags.test_convert_dtype not in ("float32", "bfloat16"):
         raise ConversionError(f"--test_convert_dtype={flags.test_convert_dtype} must be float32 or bfloat16")
     if (flags.rank < 0) != (flags.world == 0) or flags.rank >= max(flags.world, 1):
@@ -80,6 +86,8 @@ def _run(flags: Flags) -> int:
         mcore_model=flags.mcore_model or None,
         torch_dtype=flags.torch_dtype or None,
         max_shard_size=flags.max_shard_size,
+        expert_layout=cast("ExpertLayout | None", flags.expert_layout or None),
+        fp8_quantise=flags.fp8_quantise,
     )
     if flags.dry_run:
         from megabatch.converters.command.report import show_plan

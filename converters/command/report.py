@@ -40,6 +40,8 @@ def _how(plan: Plan, tensor: Tensor) -> str:
         way += f", {tensor.add:+g}"
     if tensor.arrangement is not None:
         way += ", rearranged"
+    if tensor.blocks is not None:
+        way += f", {tensor.blocks.makes} of blocks of {tensor.blocks.height} x {tensor.blocks.width}"
     extents = f"{len(tensor.strips)} extent{'s' if len(tensor.strips) != 1 else ''}"
     return f"{way}: {extents} of {', '.join(files)}"
 
