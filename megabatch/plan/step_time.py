@@ -80,7 +80,7 @@ def _chunk(
 
 
 def _between_stages_s(shape: ModelShape, settings: Settings, gpu: Gpu) -> float:
-    """Activations and their gradients from stage to stage; an interleaved pipeline sends more of them, and overlaps."""
+    """Activations and their gradients from stage to stage; an interleaved pipeline sends more, and overlaps it."""
     group, layout = groups(settings)["pp"], settings.layout
     once = send_s(gpu, group, stream(shape, settings), gpus_per_node=settings.gpus_per_node)
     hidden = 1 - OVERLAP if layout.vp > 1 else 1.0

@@ -1,8 +1,8 @@
 """Real megatron-core models, buffers and optimizers without memory: what one rank of a layout allocates.
 
-Run as a program: recipes as pickles on standard input, sizes as JSON on standard output. The world is torch's fake process
-group, so that this one process is any rank of a thousand; tensors are on the meta device. Models, data parallelism and
-optimizers are made by the trainer's own functions.
+Run as a program: recipes as pickles on standard input, sizes as JSON on standard output. The world is torch's fake
+process group, so that this one process is any rank of a thousand; tensors are on the meta device. Models, data
+parallelism and optimizers are made by the trainer's own functions.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import json
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.run import resolve
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer import assemble, megatron_cpu, ranks
+from megabatch.trainer.engine import Engine
 
 
 def adapt() -> None:
@@ -42,7 +45,7 @@ def adapt() -> None:
     ranks.adapt = lambda: None  # it is done
 
 
-def _without_gloo(function):
+def _without_gloo(function: Callable[..., None]) -> Callable[..., None]:
     return lambda **sizes: function(**sizes | {"create_gloo_process_groups": False})
 
 
@@ -61,24 +64,27 @@ def sizes(recipe: Recipe, shape: ModelShape, rank: int) -> dict[str, int]:
         dist.destroy_process_group()
 
 
-def _measured(engine) -> dict[str, int]:
-    chunks = engine.model.chunks
+def _measured(engine: Engine) -> dict[str, int]:
+    chunks: list[Any] = engine.model.chunks
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    state: dict[int, torch.Tensor] = {}
-    for inner in engine.optimizer.inner:
-        for group in inner.optimizer.param_groups:
-            for main in group["params"]:
-                held = [main, *(x for x in inner.optimizer.state[main].values() if x.dim())]
-                state |= {id(x): x for x in held}
-    own = {id(p) for chunk in chunks for p in chunk.parameters()}
+    flat = [buffer.param_data for buffer in buffers if buffer.param_data is not None]
     return {
         "rank": engine.ranks.rank,
         "stage": engine.ranks.pp_rank,
-        "parameters": sum(p.numel() for chunk in chunks for p in chunk.parameters()),
-        "weights": sum(_bytes(buffer.param_data) for buffer in buffers),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "weights": sum(map(_bytes, flat or parameters)),
         "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
-        "optimizer": sum(_bytes(x) for key, x in state.items() if key not in own),
+        "optimizer": sum(_state_bytes(inner.optimizer) for inner in engine.optimizer.inner),
     }
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Main copies, where they are not the weights themselves, and moments."""
+    mains = [main for group in optimizer.param_groups for main in group["params"]]
+    copies = sum(_bytes(main) for main in mains if not (main._is_view() or isinstance(main, torch.nn.Parameter)))
+    moments = (x for main in mains for x in optimizer.state[main].values() if x.dim())
+    return copies + sum(map(_bytes, moments))
 
 
 def _bytes(tensor: torch.Tensor) -> int:
