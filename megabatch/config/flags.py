@@ -42,6 +42,8 @@ class Actions:
     """How many runs of a sweep's array may run at a time."""
     keep_all: bool = False
     """Keeps points of a sweep that estimates alone speak against: memory, or groups of ranks that cross nodes."""
+    gpu: str | None = None
+    """GPU that a sweep's memory and time are estimated for: A100, H100, H200, …; None means H100."""
     help: bool = False
     """Show all flags and exit."""
 

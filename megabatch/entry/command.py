@@ -115,7 +115,7 @@ def _in_links(launch: Launch, actions: Actions) -> Launch:
 
 
 def _refuse_sweep_flags(actions: Actions) -> None:
-    given = [f"--{name}" for name in ("max_parallel", "keep_all") if getattr(actions, name)]
+    given = [f"--{name}" for name in ("max_parallel", "keep_all", "gpu") if getattr(actions, name)]
     if given:
         raise ConfigError([Fault(name, None, "says something of a sweep; add --sweep", bare=True) for name in given])
 
@@ -177,7 +177,9 @@ def _submit(launch: Launch, arguments: Sequence[str]) -> int:
     named = f"job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}"
     print(f"submitted {named}: {name}, {launch.job.world_size} ranks, in {directory.path}")
     if launch.job.requeue and forbids_requeue(jobs[0]):
-        print(f"  note: this cluster does not let job {jobs[0]} requeue: at its time limit it saves and ends. Submit it")
+        print(
+            f"  note: this cluster does not let job {jobs[0]} requeue: at its time limit it saves and ends. Submit it"
+        )
         print("  with --chain N, which queues N jobs that go on where the one before stopped, or use megabatch resume")
     print(f"  megabatch status {folder}")
     print(f"  megabatch logs -f {folder}")

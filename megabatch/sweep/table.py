@@ -65,7 +65,7 @@ def _estimate(candidate: Candidate) -> list[str]:
         return ["-", "-", "-"]
     hours = gpu_hours(candidate)
     step = f"{estimate.step.total_s:.3g}"
-    return [f"{estimate.memory.total_gib:.1f}", step, "-" if hours is None or not candidate.kept else f"{hours:.3g}"]
+    return [f"{estimate.memory.total_gib:.1f}", step, "-" if hours is None or not candidate.kept else _hours(hours)]
 
 
 def gpu_hours(candidate: Candidate) -> float | None:
@@ -98,12 +98,20 @@ def _sum(found: Candidates, arrays: Sequence[int], left: Mapping[str, str]) -> s
     parts += _resources([candidate.point.recipe for candidate in kept])
     hours = [gpu_hours(candidate) for candidate in kept]
     if kept and None not in hours:
-        parts.append(f"about {sum(filter(None, hours)):.3g} GPU-hours")
+        parts.append(f"about {_hours(sum(filter(None, hours)))} GPU-hours")
     elif any(_gpus(candidate.point.recipe) for candidate in kept):
         most = sum(_gpus(c.point.recipe) * seconds(c.point.recipe.resources.time) / 3600 for c in kept)
-        parts.append(f"at most {most:.3g} GPU-hours by their time limits")
+        parts.append(f"at most {_hours(most)} GPU-hours by their time limits")
     text = ", ".join(parts)
-    return text + f"; {len(found.all) - len(found.kept)} pruned" * (len(found.kept) != len(found.all))
+    if pruned := len(found.all) - len(found.kept):
+        text += f"; {pruned} pruned"
+    if found.gpu is not None and any(candidate.estimate for candidate in found.all):
+        text += f"; estimated for {found.gpu.name} GPUs of {found.gpu.memory_gib:g} GiB (--gpu)"
+    return text
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _resources(recipes: Sequence[Recipe]) -> list[str]:

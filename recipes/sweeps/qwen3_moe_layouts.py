@@ -36,7 +36,9 @@ def recipe() -> Recipe:
         recompute=Recompute(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
         kernels=Kernels(attention_backend="flash", cross_entropy_loss_fusion=True),
         learning_rate=LearningRate(lr=1e-5, min_lr=1e-6),
-        checkpoint=Checkpoint(save="megatron_output/qwen3_moe", save_interval=1000, no_save_optim=True, no_save_rng=True),
+        checkpoint=Checkpoint(
+            save="megatron_output/qwen3_moe", save_interval=1000, no_save_optim=True, no_save_rng=True
+        ),
         resources=Resources(nodes=2, gpus_per_node=8, time="1:00:00"),
     )
 

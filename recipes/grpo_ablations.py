@@ -1,0 +1,55 @@
+"""GRPO ablations on Qwen2.5-7B as one job array: how the loss is averaged x weight of the KL term x seed.
+
+python recipes/grpo_ablations.py --dry_run      # the table and the array's script; GRPO's trainer is not built yet
+"""
+
+from megabatch import (
+    Batch,
+    Bridge,
+    Checkpoint,
+    Data,
+    Grpo,
+    Kernels,
+    LearningRate,
+    Model,
+    Parallel,
+    Recipe,
+    Recompute,
+    Resources,
+    Rlhf,
+    Rollout,
+    Sweep,
+    Training,
+    main,
+)
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        name="grpo-ablations",
+        task="rlhf",
+        model=Model(model="Qwen/Qwen2.5-7B-Instruct"),
+        bridge=Bridge(use_hf=True),
+        data=Data(dataset=["openai/gsm8k"], max_length=2048),
+        rlhf=Rlhf(rlhf_type="grpo"),
+        grpo=Grpo(num_generations=8, reward_funcs=["accuracy", "format"]),
+        rollout=Rollout(vllm_mode="colocate", vllm_gpu_memory_utilization=0.5, max_completion_length=1024),
+        batch=Batch(micro_batch_size=4, global_batch_size=128),
+        training=Training(train_iters=200),
+        parallel=Parallel(tensor_model_parallel_size=2, sequence_parallel=True),
+        recompute=Recompute(recompute_granularity="selective"),
+        kernels=Kernels(attention_backend="flash"),
+        learning_rate=LearningRate(lr=1e-6),
+        checkpoint=Checkpoint(save="megatron_output", save_interval=100, save_total_limit=1),
+        resources=Resources(nodes=1, gpus_per_node=8, time="12:00:00"),
+    )
+
+
+ablations = Sweep(
+    recipe,
+    grid={"loss_type": ["grpo", "dr_grpo", "dapo"], "beta": [0.0, 0.04], "seed": [1, 2, 3]},
+    max_parallel=4,
+)
+
+if __name__ == "__main__":
+    main(ablations)
