@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fp8_reference import by_torch
 
 from megabatch.converters.engine.block_quantise import BlockQuantiser
 from megabatch.converters.engine.compute import Computer
@@ -11,24 +12,6 @@ from megabatch.converters.engine.plan import Blocks
 from megabatch.errors import ConversionError
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def by_torch(values: torch.Tensor, height: int, width: int, *, powers: bool = False) -> tuple[torch.Tensor, ...]:
-    """FP8 and scales of each block on its own."""
-    rows, columns = values.shape
-    weights = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(-(-rows // height), -(-columns // width))
-    for top in range(0, rows, height):
-        for left in range(0, columns, width):
-            part = values[top : top + height, left : left + width].float()
-            largest = part.abs().max()
-            scale = torch.clamp(largest / 448.0, min=2.0**-126)
-            if powers:
-                scale = torch.exp2(torch.ceil(torch.log2(scale.double()))).float()
-            scale = scale if largest > 0 else torch.ones(())
-            scales[top // height, left // width] = scale
-            weights[top : top + height, left : left + width] = (part / scale).to(torch.float8_e4m3fn)
-    return weights, scales
 
 
 def ours(values: torch.Tensor, height: int, width: int, *, powers: bool = False) -> tuple[torch.Tensor, ...]:
