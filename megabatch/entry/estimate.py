@@ -36,9 +36,19 @@ def estimate_of(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> Estimate:
     return estimate(shape, settings_of(recipe, shape), gpu)
 
 
-def verdict_of(recipe: Recipe, shape: ModelShape, *, gpu_memory_gib: float | None = None, gpu: Gpu) -> Verdict:
-    """Checks the rules, that tp and ep stay inside a node, and the memory (`gpu_memory_gib`, by default the GPU's)."""
-    faults = check(recipe, shape)
+def verdict_of(
+    recipe: Recipe,
+    shape: ModelShape,
+    *,
+    gpu_memory_gib: float | None = None,
+    gpu: Gpu,
+    variant_of: Recipe | None = None,
+) -> Verdict:
+    """Checks the rules, that tp and ep stay inside a node, and the memory (`gpu_memory_gib`, by default the GPU's).
+
+    Args: variant_of: see `config.rules.check.check`.
+    """
+    faults = check(recipe, shape, variant_of=variant_of)
     if faults:
         return Verdict(keep=False, reason=str(faults[0]), estimate=None)
     settings = settings_of(recipe, shape)

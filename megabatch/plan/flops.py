@@ -15,17 +15,14 @@ def peak_tflops(device_name: str) -> float | None:
     return None if gpu is None else gpu.peak_tflops
 
 
-def kinds(shape: ModelShape) -> Counter[weights.Kind]:
-    """How many layers of each kind the model has."""
-    return Counter(weights.kind_of(shape, layer) for layer in range(shape.num_layers))
-
-
 def matmul_parameters(shape: ModelShape) -> int:
     """Weights that each token is multiplied with: attention, MLP or chosen experts, and the output layer.
 
     Without layers of multi-token prediction, which are not trained unless a recipe asks for them.
     """
-    layers = sum(count * _multiplied(shape, weights.layer(shape, kind)) for kind, count in kinds(shape).items())
+    layers = sum(
+        count * _multiplied(shape, weights.layer(shape, kind)) for kind, count in Counter(weights.kinds(shape)).items()
+    )
     return layers + _multiplied(shape, (weights.output_layer(shape),))
 
 
@@ -62,6 +59,7 @@ def training_flops(shape: ModelShape, *, tokens: int, mean_length: float) -> flo
     Args: mean_length: token-weighted mean length of the sequences that attend to themselves.
     """
     attention = sum(
-        count * attention_flops(shape, kind, mean_length=mean_length) for kind, count in kinds(shape).items()
+        count * attention_flops(shape, kind, mean_length=mean_length)
+        for kind, count in Counter(weights.kinds(shape)).items()
     )
     return tokens * (6.0 * matmul_parameters(shape) + 3.0 * attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from megabatch.plan import weights
 from megabatch.plan.activations import LayerActivations, layer_activations, stream
@@ -11,7 +11,6 @@ from megabatch.plan.rank_size import RankSize
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
-from megabatch.plan.weights import Kind
 
 LOGIT_BYTES = 8
 """fp32 logits and their gradient, for each token and entry of the rank's part of the vocabulary."""
@@ -26,15 +25,16 @@ FRAGMENTATION = 0.05
 
 def stage_memory(shape: ModelShape, settings: Settings, sizes: list[RankSize]) -> list[MemoryEstimate]:
     """One for each pipeline stage. Args: sizes: `rank_size.rank_sizes`."""
-    kinds = {weights.kind_of(shape, layer) for layer in range(shape.num_layers)}
-    layers = {kind: layer_activations(shape, settings, kind) for kind in kinds}
+    kinds = weights.kinds(shape)
+    by_kind = {kind: layer_activations(shape, settings, kind) for kind in set(kinds)}
+    layers = [by_kind[kind] for kind in kinds]
     return [_stage(shape, settings, layers, size, pp_rank=rank) for rank, size in enumerate(sizes)]
 
 
 def _stage(
     shape: ModelShape,
     settings: Settings,
-    layers: Mapping[Kind, LayerActivations],
+    layers: Sequence[LayerActivations],
     size: RankSize,
     *,
     pp_rank: int,
@@ -43,7 +43,7 @@ def _stage(
     flying = in_flight(settings, pp_rank)
     stored = sum(count * _stored(shape, settings, layers, chunk) for chunk, count in zip(chunks, flying, strict=True))
     logits = _logits(shape, settings) if any(chunk.loss for chunk in chunks) else 0.0
-    passing = max((_passing(shape, settings, layers, chunk) for chunk in chunks), default=0.0)
+    passing = max((_passing(settings, layers, chunk) for chunk in chunks), default=0.0)
     # the loss has given its memory back before the layers' backward pass begins
     temporary = max(0.0, passing - logits)
     groups = sum(ways > 1 for ways in _group_sizes(settings))
@@ -75,11 +75,10 @@ def in_flight(settings: Settings, pp_rank: int) -> list[int]:
     return [rounds * group + min(max(rest - stage * group, 0), group) for stage in range(layout.vp)]
 
 
-def _stored(shape: ModelShape, settings: Settings, layers: Mapping[Kind, LayerActivations], chunk: Chunk) -> float:
+def _stored(shape: ModelShape, settings: Settings, layers: Sequence[LayerActivations], chunk: Chunk) -> float:
     """What one micro-batch leaves in a chunk."""
     rows = stream(shape, settings)
-    found = [layers[weights.kind_of(shape, layer)] for layer in chunk.layers]
-    found += [layers[weights.kind_of(shape, shape.num_layers - 1)]] * chunk.mtp_layers
+    found = [layers[number] for number in chunk.layers] + [layers[-1]] * chunk.mtp_layers
     unit = settings.recompute_num_layers or 1
     if settings.recompute_granularity != "full":
         stored = sum(layer.kept for layer in found)
@@ -94,17 +93,14 @@ def _stored(shape: ModelShape, settings: Settings, layers: Mapping[Kind, LayerAc
     return stored + chunk.mtp_layers * 5 * rows  # two norms, their joined output twice as wide, the norm behind
 
 
-def _passing(shape: ModelShape, settings: Settings, layers: Mapping[Kind, LayerActivations], chunk: Chunk) -> float:
+def _passing(settings: Settings, layers: Sequence[LayerActivations], chunk: Chunk) -> float:
     """Most that a chunk's forward or backward pass has beside what is stored."""
-    kinds = {weights.kind_of(shape, layer) for layer in chunk.layers}
+    found = {id(layers[number]): layers[number] for number in chunk.layers}.values()
     full, unit = settings.recompute_granularity == "full", 1
     if full and settings.recompute_method == "uniform":
         unit = min(settings.recompute_num_layers or 1, len(chunk.layers))
     return max(
-        (
-            layers[kind].working + (unit * layers[kind].whole if full else layers[kind].whole - layers[kind].kept)
-            for kind in kinds
-        ),
+        (layer.working + (unit * layer.whole if full else layer.whole - layer.kept) for layer in found),
         default=0.0,
     )
 

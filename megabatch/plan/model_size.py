@@ -8,10 +8,10 @@ from megabatch.plan.shape import ModelShape
 
 def num_parameters(shape: ModelShape) -> int:
     """All weights and biases, tied embeddings counted once, layers of multi-token prediction with the rest."""
-    return sum(weight.elements * (weight.experts or 1) for weight in weights.model(shape))
+    return sum(weight.elements * (weight.experts or 1) * count for weight, count in weights.model(shape))
 
 
 def num_active_parameters(shape: ModelShape) -> int:
     """Those that one token meets: of each layer's experts only the chosen ones."""
     chosen = shape.moe_router_topk or 0
-    return sum(weight.elements * (chosen if weight.experts else 1) for weight in weights.model(shape))
+    return sum(weight.elements * (chosen if weight.experts else 1) * count for weight, count in weights.model(shape))

@@ -98,7 +98,7 @@ class _Sizer:
         self.unit = PARAMETER_UNIT if settings.use_distributed_optimizer else 1
         layout = settings.layout
         self.ranks = {False: layout.dp * layout.cp, True: layout.edp}
-        self.kinds = [weights.kind_of(shape, layer) for layer in range(shape.num_layers)]
+        self.kinds = weights.kinds(shape)
         self.layers = {kind: list(self._runs(weights.layer(shape, kind))) for kind in set(self.kinds)}
         self.sums = {kind: self._sum(runs) for kind, runs in self.layers.items()}
 

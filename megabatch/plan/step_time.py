@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megabatch.plan import weights
 from megabatch.plan.activations import stream
@@ -21,10 +21,10 @@ from megabatch.plan.weights import Kind
 def step_time(shape: ModelShape, settings: Settings, sizes: list[RankSize], gpu: Gpu) -> StepEstimate:
     """Args: sizes: `rank_size.rank_sizes`."""
     layout = settings.layout
-    kinds = {weights.kind_of(shape, layer) for layer in range(shape.num_layers)}
-    layers = {kind: layer_seconds(shape, settings, kind, gpu) for kind in kinds}
+    kinds = weights.kinds(shape)
+    layers = {kind: layer_seconds(shape, settings, kind, gpu) for kind in set(kinds)}
     head = head_seconds(shape, settings, gpu)
-    stages = [_stage(shape, settings, layers, head, pp_rank=rank) for rank in range(layout.pp)]
+    stages = [_stage(settings, kinds, layers, head, pp_rank=rank) for rank in range(layout.pp)]
     totals = [forward.total + backward.total for forward, backward in stages]
     slowest = max(range(layout.pp), key=totals.__getitem__)
     forward, backward = stages[slowest]
@@ -50,13 +50,18 @@ def step_time(shape: ModelShape, settings: Settings, sizes: list[RankSize], gpu:
 
 
 def _stage(
-    shape: ModelShape, settings: Settings, layers: Mapping[Kind, LayerSeconds], head: LayerSeconds, *, pp_rank: int
+    settings: Settings,
+    kinds: Sequence[Kind],
+    layers: Mapping[Kind, LayerSeconds],
+    head: LayerSeconds,
+    *,
+    pp_rank: int,
 ) -> tuple[Seconds, Seconds]:
     """Forward and backward seconds of one micro-batch through all chunks of a stage."""
     forward = backward = Seconds()
     for chunk in settings.chunks:
         if chunk.pp_rank == pp_rank:
-            ahead, back = _chunk(shape, settings, layers, chunk)
+            ahead, back = _chunk(settings, kinds, layers, chunk)
             heads = chunk.loss + chunk.mtp_layers
             forward += ahead + head.forward.times(heads)
             backward += back + head.backward.times(heads)
@@ -64,18 +69,17 @@ def _stage(
 
 
 def _chunk(
-    shape: ModelShape, settings: Settings, layers: Mapping[Kind, LayerSeconds], chunk: Chunk
+    settings: Settings, kinds: Sequence[Kind], layers: Mapping[Kind, LayerSeconds], chunk: Chunk
 ) -> tuple[Seconds, Seconds]:
-    kinds = [weights.kind_of(shape, layer) for layer in chunk.layers]
-    kinds += [weights.kind_of(shape, shape.num_layers - 1)] * chunk.mtp_layers
-    again = len(kinds) if settings.recompute_granularity == "full" else 0
+    held = [kinds[number] for number in chunk.layers] + [kinds[-1]] * chunk.mtp_layers
+    again = len(held) if settings.recompute_granularity == "full" else 0
     if settings.recompute_method == "block":
         again = min(again, settings.recompute_num_layers or 1)
     forward = backward = Seconds()
-    for kind in set(kinds):
-        layer, count = layers[kind], kinds.count(kind)
+    for kind in set(held):
+        layer, count = layers[kind], held.count(kind)
         forward += layer.forward.times(count)
-        backward += (layer.backward + layer.selective).times(count) + layer.forward.times(kinds[:again].count(kind))
+        backward += (layer.backward + layer.selective).times(count) + layer.forward.times(held[:again].count(kind))
     return forward, backward
 
 

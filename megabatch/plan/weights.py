@@ -6,6 +6,7 @@ name the same tensors for moving their bytes, and tests hold the two against eac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -49,8 +50,10 @@ Kind = tuple[bool, bool]
 """What tells layers of a model apart: mixture of experts, linear attention."""
 
 
-def kind_of(shape: ModelShape, layer: int) -> Kind:
-    return shape.is_moe_layer(layer), shape.is_linear_attention_layer(layer)
+def kinds(shape: ModelShape) -> list[Kind]:
+    """One for each layer."""
+    none = (False,) * shape.num_layers
+    return list(zip(shape.moe_layers or none, shape.linear_attention_layers or none, strict=True))
 
 
 def embedding(shape: ModelShape, *, vocab_size: int | None = None) -> Weight:
@@ -83,22 +86,21 @@ def mtp_layer(shape: ModelShape) -> tuple[Weight, ...]:
         Weight("enorm.weight", hidden),
         Weight("hnorm.weight", hidden),
         Weight("eh_proj.weight", hidden, 2 * hidden, "column"),
-        *layer(shape, kind_of(shape, shape.num_layers - 1)),
+        *layer(shape, kinds(shape)[-1]),
         Weight("final_layernorm.weight", hidden),
     )
 
 
-def model(shape: ModelShape) -> Iterator[Weight]:
-    """All tensors of the model as it is published, tied embeddings once."""
-    yield embedding(shape)
-    kinds = {kind: layer(shape, kind) for kind in {kind_of(shape, number) for number in range(shape.num_layers)}}
-    for number in range(shape.num_layers):
-        yield from kinds[kind_of(shape, number)]
-    for _ in range(shape.mtp_num_layers or 0):
-        yield from mtp_layer(shape)
-    yield final_norm(shape)
+def model(shape: ModelShape) -> Iterator[tuple[Weight, int]]:
+    """All tensors of the model as it is published, tied embeddings once; each with how many layers have it."""
+    yield embedding(shape), 1
+    for kind, count in Counter(kinds(shape)).items():
+        yield from ((weight, count) for weight in layer(shape, kind))
+    if shape.mtp_num_layers:
+        yield from ((weight, shape.mtp_num_layers) for weight in mtp_layer(shape))
+    yield final_norm(shape), 1
     if shape.has_output_layer or shape.num_labels is not None:
-        yield output_layer(shape)
+        yield output_layer(shape), 1
 
 
 def _attention(shape: ModelShape) -> Iterator[Weight]:

@@ -76,8 +76,8 @@ def shape_of(name: str) -> ModelShape:
     return family_of(config_of(name)).shape(config_of(name))
 
 
-def _rank_elements(found: Iterable[Weight], *, tp: int, ep: int, etp: int) -> int:
-    return sum(w.shard(tp=tp, etp=etp) * (w.experts // ep if w.experts else 1) for w in found)
+def _rank_elements(found: Iterable[tuple[Weight, int]], *, tp: int, ep: int, etp: int) -> int:
+    return sum(w.shard(tp=tp, etp=etp) * (w.experts // ep if w.experts else 1) * layers for w, layers in found)
 
 
 def _table_elements(table: Iterable[Mapped], *, tp: int, ep: int, etp: int, experts: int, vocab: int) -> int:

@@ -22,8 +22,12 @@ RULES: tuple[Rule, ...] = (*training.RULES, *models.RULES, *parallelism.RULES, *
 """Rules between fields; each yields nothing where it has nothing to say."""
 
 
-def check(recipe: Recipe, shape: ModelShape | None = None) -> list[Fault]:
-    """Every fault of a recipe. Without `shape`, a model made on the spot is checked by the shape it declares."""
+def check(recipe: Recipe, shape: ModelShape | None = None, *, variant_of: Recipe | None = None) -> list[Fault]:
+    """Every fault of a recipe. Without `shape`, a model made on the spot is checked by the shape it declares.
+
+    Args: variant_of: a recipe without faults; groups that it shares with this one (`dataclasses.replace` keeps all
+    others) are not looked at field by field again, which is most of the time that checking many layouts takes.
+    """
     wrong_groups = [
         Fault(name, getattr(recipe, name), f"must be a {group.__name__}", bare=True)
         for name, group in group_types(Recipe).items()
@@ -31,11 +35,12 @@ def check(recipe: Recipe, shape: ModelShape | None = None) -> list[Fault]:
     ]
     if wrong_groups:
         return wrong_groups
-    invalid = list(invalid_fields(recipe))
+    invalid = list(invalid_fields(recipe, variant_of=variant_of))
     checkable = _with_defaults(recipe, {fault.field for fault in invalid})
     shape = shape or declared_shape(checkable)
     layout = layout_of(checkable, shape)
-    found = [*unbuilt_fields(checkable), *(fault for rule in RULES for fault in rule(checkable, shape, layout))]
+    unbuilt = unbuilt_fields(checkable, variant_of=variant_of)
+    found = [*unbuilt, *(fault for rule in RULES for fault in rule(checkable, shape, layout))]
     reported = {fault.field for fault in invalid}
     return _once([*invalid, *(fault for fault in found if fault.field not in reported)])
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import groupby
 from typing import Any
 
 from megabatch.config.declare import Parameter, parameters
@@ -17,10 +19,13 @@ _SECRET = "bridge.hub_token"
 """Its value is never shown: someone may have put the token itself there."""
 
 
-def invalid_fields(recipe: Recipe) -> Iterator[Fault]:
-    """Values of the wrong type, choice or range; rules between fields are not asked about these fields."""
+def invalid_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
+    """Values of the wrong type, choice or range; rules between fields are not asked about these fields.
+
+    Args: variant_of: a recipe without faults, whose groups are not looked at again where this one shares them.
+    """
     yield from _name_and_task(recipe)
-    for parameter in parameters(Recipe):
+    for parameter in _own(recipe, variant_of):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
         if not fits(value, parameter.hint):
             yield _mistyped(parameter, value)
@@ -29,17 +34,29 @@ def invalid_fields(recipe: Recipe) -> Iterator[Fault]:
     yield from _formats(recipe)
 
 
-def unbuilt_fields(recipe: Recipe) -> Iterator[Fault]:
-    """Values whose effect is not built yet: refused by name, never ignored."""
+def unbuilt_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
+    """Values whose effect is not built yet: refused by name, never ignored. Args: as above."""
     if recipe.task == "rlhf":
         yield Fault("task", recipe.task, "is not built yet", try_=("pt", "sft"))
-    for parameter in parameters(Recipe):
+    for parameter in _own(recipe, variant_of):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
         if parameter.unbuilt(value):
             built = parameter.facts.built
             works = built if isinstance(built, tuple) else (parameter.default,)
             shown = [f"{item!r}" if isinstance(item, str) else f"{item}" for item in works]
             yield Fault(parameter.dotted, value, f"is not built yet; works: {', '.join(shown)}")
+
+
+def _own(recipe: Recipe, variant_of: Recipe | None) -> Iterator[Parameter]:
+    """The parameters of the groups that a recipe does not share with another one."""
+    for name, found in _by_group().items():
+        if variant_of is None or getattr(recipe, name) is not getattr(variant_of, name):
+            yield from found
+
+
+@functools.cache
+def _by_group() -> dict[str, tuple[Parameter, ...]]:
+    return {name: tuple(found) for name, found in groupby(parameters(Recipe), key=lambda parameter: parameter.group)}
 
 
 def _name_and_task(recipe: Recipe) -> Iterator[Fault]:

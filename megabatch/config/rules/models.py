@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
-from megabatch.config.declare import parameters
+from megabatch.config.declare import Parameter, parameters
 from megabatch.config.made_model import REQUIRED, moe_layers
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
@@ -40,6 +41,11 @@ _SHAPE_FIELDS = {
 """Fields that a model's config.json decides, under the same name in `ModelShape`."""
 
 
+@functools.cache
+def _shape_parameters() -> tuple[Parameter, ...]:
+    return tuple(found for found in parameters(Recipe) if found.name in _SHAPE_FIELDS.get(found.group, ()))
+
+
 def made_model_is_described(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     if recipe.model.model is not None:
         return
@@ -58,9 +64,7 @@ def given_model_decides_its_shape(recipe: Recipe, shape: ModelShape | None, layo
     """With `model` given its config.json decides; fields that say otherwise are an error."""
     if recipe.model.model is None or shape is None:
         return
-    for parameter in parameters(Recipe):
-        if parameter.name not in _SHAPE_FIELDS.get(parameter.group, ()):
-            continue
+    for parameter in _shape_parameters():
         value, own = getattr(getattr(recipe, parameter.group), parameter.name), getattr(shape, parameter.name)
         if value not in (parameter.default, own):
             yield Fault(parameter.dotted, value, f"must be unset or the model's own {own!r} (from its config.json)")
