@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from megabatch.cli.plan import load_recipe
+from megabatch.cli.plan import load_declared, load_recipe
 from megabatch.config.flags import parse
+from megabatch.entry.command import run
 from megabatch.entry.launch import Launch, prepare
 from megabatch.slurm.render import render
+from megabatch.sweep.declare import Sweep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GOLDENS = Path(__file__).with_name("goldens")
-NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
+FILES = sorted(RECIPES.glob("*.py")) + sorted((RECIPES / "sweeps").glob("*.py"))
+SWEEPS = {path.stem: path for path in FILES if isinstance(load_declared(path), Sweep)}
+NAMES = [path.stem for path in FILES if path.stem not in SWEEPS]
 
 
 @pytest.fixture
@@ -50,5 +54,19 @@ def test_job_script(launch: Launch) -> None:
     _compare(GOLDENS / f"{launch.recipe_file.stem}.sbatch", render(launch.job, launch.profile))
 
 
+@pytest.mark.parametrize("name", SWEEPS)
+def test_array_script(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every point that the rules allow, since estimates grow better; what an element hands over to is a job's."""
+    for variable in ("HF_HOME", "MODELSCOPE_CACHE", "PATH"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    flags = ["--dry_run", "--keep_all", "--run_dir", f"/shared/{name}", "--save", "/shared"]
+    assert run(load_declared(SWEEPS[name]), flags) == 0
+    array, marker, _ = capsys.readouterr().out.partition("\n# /shared")
+    assert marker
+    _compare(GOLDENS / f"{name}.sbatch", array)
+
+
 def test_every_golden_has_its_recipe() -> None:
-    assert {path.stem for path in GOLDENS.iterdir()} == set(NAMES)
+    assert {path.stem for path in GOLDENS.iterdir()} == {*NAMES, *SWEEPS}
