@@ -14,7 +14,7 @@ from megabatch.errors import MegabatchError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the command line: 0 done, 1 failed, 2 a fault of what was asked for."""
     options, rest = _parser().parse_known_args(arguments)
-    if rest and options.command != "plan":
+    if rest and options.command not in ("plan", "rehearse"):
         print(f"error: {rest[0]} is not an option of `megabatch {options.command}`; see --help", file=sys.stderr)
         return 2
     try:
@@ -52,6 +52,16 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a recipe would do, with any of its flags", add_help=False)
     plan.add_argument("recipe", type=Path, metavar="RECIPE.py")
 
+    rehearse = commands.add_parser(
+        "rehearse",
+        help="prove here that a recipe's runs resume bit for bit, with any of its flags",
+        allow_abbrev=False,
+    )
+    rehearse.add_argument("recipe", type=Path, metavar="RECIPE.py")
+    rehearse.add_argument("--steps", type=int, default=20, help="steps of the rehearsal (default: %(default)s)")
+    rehearse.add_argument("--faults_seed", type=int, default=0, help="another stop, kill and victim for each number")
+    rehearse.add_argument("--dir", type=Path, help="keep both runs there")
+
     chain = commands.add_parser("chain", help="what has become of the steps of a chain")
     chain.add_argument("action", choices=("show",))
     chain.add_argument("folder", type=Path, metavar="FOLDER", help="the chain's folder")
@@ -63,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--by", choices=ranks, default=ranks[0], help="what ranks them (default: %(default)s)")
     sweep.add_argument("--json", action="store_true", help="one JSON array, for programs")
 
-    doctor = commands.add_parser("doctor", help="check this machine, with a fix for each failure")
+    doctor = commands.add_parser("doctor", help="check this machine or a cluster, with a fix for each failure")
+    doctor.add_argument("--cluster", metavar="NAME", help="compare this cluster profile with the live cluster")
+    doctor.add_argument("--run", action="store_true", help="with --cluster: also look from a node, by a short job")
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
     return parser
 
@@ -98,6 +110,12 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     return show_plan(options.recipe, rest)
 
 
+def _rehearse(options: argparse.Namespace, rest: list[str]) -> int:
+    from megabatch.cli.rehearse import rehearse_recipe
+
+    return rehearse_recipe(options.recipe, rest, steps=options.steps, seed=options.faults_seed, folder=options.dir)
+
+
 def _chain(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.chain import chain
 
@@ -113,7 +131,7 @@ def _sweep(options: argparse.Namespace, _: list[str]) -> int:
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.doctor.report import show_report
 
-    return show_report(as_json=options.json)
+    return show_report(as_json=options.json, cluster=options.cluster, run=options.run)
 
 
 _COMMANDS = {
@@ -122,6 +140,7 @@ _COMMANDS = {
     "cancel": _cancel,
     "resume": _resume,
     "plan": _plan,
+    "rehearse": _rehearse,
     "chain": _chain,
     "sweep": _sweep,
     "doctor": _doctor,

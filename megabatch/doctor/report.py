@@ -1,4 +1,4 @@
-"""`megabatch doctor`: what this machine has, what works without the rest, and how to fix each failure."""
+"""`megabatch doctor`: what this machine or a cluster has, what works without the rest, how to fix each failure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import textwrap
 
 from megabatch.cli.table import table
 from megabatch.doctor.checks import Finding, examine
+from megabatch.doctor.cluster import examine_cluster
+from megabatch.doctor.site import examine_site
+from megabatch.slurm.profile import load_profile
 
 _MARKS = {"ok": "ok", "missing": "-", "unsupported": "VERSION", "broken": "BROKEN"}
 
 
-def show_report(*, as_json: bool) -> int:
-    """Prints the findings; 1 when something that this machine needs is missing or broken, else 0."""
-    findings = examine()
+def show_report(*, as_json: bool, cluster: str | None = None, run: bool = False) -> int:
+    """Prints the findings; 1 when something that this machine, or a profile's cluster, needs is missing or broken.
+
+    Args: `cluster` names a profile to compare with the live cluster; `run` also starts a short job there.
+    Raises: ConfigError for a profile that cannot be read.
+    """
+    findings = examine() if cluster is None else _examine_profile(cluster, run=run)
     failed = [finding for finding in findings if finding.needed]
     if as_json:
         plain = [{name: getattr(one, name) for name in one.__slots__} for one in findings]
@@ -21,6 +28,11 @@ def show_report(*, as_json: bool) -> int:
     else:
         print(_text(findings, failed))
     return 1 if failed else 0
+
+
+def _examine_profile(cluster: str, *, run: bool) -> list[Finding]:
+    profile = load_profile(cluster)
+    return [*examine_cluster(profile), *examine_site(profile, run=run)]
 
 
 def _text(findings: list[Finding], failed: list[Finding]) -> str:

@@ -1,0 +1,44 @@
+"""Asking a program, and never waiting for ever."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command said on both streams."""
+
+    ok: bool
+    text: str
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.strip() for line in self.text.splitlines() if line.strip()]
+
+    @property
+    def first(self) -> str:
+        return self.lines[0] if self.lines else ""
+
+
+def ask(*command: str, timeout_s: float = _TIMEOUT_S) -> Answer:
+    """Runs a command to its end; one that is missing or hangs gives an answer too."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except OSError as error:
+        return Answer(False, f"{command[0]}: {error.strerror}")
+    except subprocess.TimeoutExpired:
+        return Answer(False, f"{command[0]} does not answer within {timeout_s:.0f} s")
+    return Answer(done.returncode == 0, done.stdout)
