@@ -176,8 +176,9 @@ def _test_only(*options: str) -> Answer:
 
 
 def _reason(said: Answer) -> str:
-    lines = [line.removeprefix("sbatch: error: ").removeprefix("allocation failure: ") for line in said.lines]
-    return lines[-1] if lines else "sbatch refuses it"
+    for words in ("sbatch: error: ", "sbatch: ", "allocation failure: "):
+        said = Answer(said.ok, said.first.removeprefix(words))
+    return said.first or "sbatch refuses it"
 
 
 def _accounts(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
