@@ -128,8 +128,8 @@ def job_variables(job: JobSpec, profile: ClusterProfile) -> list[Variable]:
     """All variables of a job's ranks, each name once: the recipe's win over the profile's, those over the presets."""
     presets: list[Variable] = [*PROCESS, _threads(job)]
     if job.gpus_per_node:
-        presets += [*GPU, *NETWORKS["single_node" if job.nodes == 1 else profile.network], *NODE_CACHES]
-    elif job.nodes == 1:
+        presets += [*GPU, *NETWORKS["single_node" if job.total_nodes == 1 else profile.network], *NODE_CACHES]
+    elif job.total_nodes == 1:
         presets += [v for v in NETWORKS["single_node"] if v.name == "GLOO_SOCKET_IFNAME"]
     if profile.shared_cache:
         presets += [Variable(v.name, f"{profile.shared_cache}/{v.value}", v.reason) for v in SHARED_CACHES]

@@ -84,6 +84,11 @@ class JobSpec:
         return RunDirectory(self.run_directory)
 
     @property
+    def total_nodes(self) -> int:
+        """Nodes of the ranks and of all roles."""
+        return self.nodes + sum(role.nodes for role in self.roles)
+
+    @property
     def world_size(self) -> int:
         return self.nodes * self.tasks_per_node
 

@@ -18,6 +18,7 @@ from megabatch.slurm.script.links import earlier_links
 from megabatch.slurm.script.preflight import preflight
 from megabatch.slurm.script.ranks import launch, rank_script
 from megabatch.slurm.script.rendezvous import RENDEZVOUS
+from megabatch.slurm.script.roles import end_roles, start_roles
 from megabatch.slurm.script.stopping import STOP_HANDLING, run_directory
 from megabatch.slurm.script.variables import check_names, environment, modules
 from megabatch.slurm.script.watching import watching
@@ -44,7 +45,9 @@ def render(job: JobSpec, profile: ClusterProfile) -> str:
         preflight(job, profile),
         rank_script(variables, profile),
         watching(job),
+        start_roles(job, profile),
         launch(job, profile),
+        end_roles(job),
         finish(job),
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"

@@ -9,11 +9,13 @@ from megabatch.errors import LaunchError
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import directive, label
+from megabatch.slurm.roles import allocation
 
 
 def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = None) -> list[str]:
     """Args: `array` are the indices of a job array (`0-255%4`), whose own folder is the job's run directory."""
     logs = _pattern(job.run_directory if array else job.files.logs)
+    size = allocation(job)
     options: dict[str, str | int | bool | None] = {
         "job-name": label(job.name),
         "array": array,
@@ -23,10 +25,10 @@ def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = Non
         "constraint": profile.constraint,
         "reservation": profile.reservation,
         "exclude": profile.exclude,
-        "nodes": job.nodes,
-        "ntasks-per-node": job.tasks_per_node,
-        "cpus-per-task": job.cpus_per_task,
-        "gpus-per-node": job.gpus_per_node or None,
+        "nodes": size.nodes,
+        "ntasks-per-node": size.tasks_per_node,
+        "cpus-per-task": size.cpus_per_task,
+        "gpus-per-node": size.gpus_per_node or None,
         "mem": None if job.mem_gib is None else f"{job.mem_gib}G" if job.mem_gib else "0",
         "time": _time_limit(job, profile),
         "signal": f"B:USR2@{job.signal_delay_s}",

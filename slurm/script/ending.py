@@ -22,7 +22,7 @@ def finish(job: JobSpec) -> list[str]:
         f'    case "$status" in {ExitCode.CRASHED} | {ExitCode.HUNG}) may_pass=1 ;; esac',
         '    if [ "$status" -gt 128 ]; then may_pass=1; fi',
         'elif [ "$status" -ne 0 ]; then',
-        "    may_pass=1 # no rank had a word to say: srun or a node is gone",
+        f"    may_pass={'$role_may_pass' if job.roles else 1} # no rank had a word to say: srun or a node is gone",
         "fi",
         'printf \'{"job_id": "%s", "restart": %d, "exit_code": %d, "time": %d}\\n\' \\',
         '    "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$status" "$EPOCHSECONDS" >>"$MEGABATCH_RUN/jobs.jsonl" || true',

@@ -63,7 +63,8 @@ def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
     }
     arguments = ("-P", "-m", "megabatch.trainer.preflight", str(job.run_directory))
     step = replace(job, arguments=(*arguments, *(f"--{name}={value}" for name, value in options.items())))
-    one_each = [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", f"--wait={_WAIT_S}"]
+    nodes = job.total_nodes
+    one_each = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--wait={_WAIT_S}"]
     return ["srun", *one_each, *srun_flags(job, profile), *profile.srun, *inside(step, profile)]
 
 

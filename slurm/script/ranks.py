@@ -8,6 +8,7 @@ from megabatch.slurm.environment import Variable
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
+from megabatch.slurm.script.roles import step_size
 from megabatch.slurm.script.variables import comment
 
 
@@ -45,13 +46,25 @@ def rank_script(variables: list[Variable], profile: ClusterProfile) -> list[str]
     ]
 
 
+def _size_beside_roles(job: JobSpec) -> list[str]:
+    return step_size(
+        job,
+        nodes=job.nodes,
+        tasks_per_node=job.tasks_per_node,
+        gpus_per_node=job.gpus_per_node,
+        cpus_per_task=job.cpus_per_task,
+    )
+
+
 def launch(job: JobSpec, profile: ClusterProfile) -> list[str]:
-    srun = ["srun", "--kill-on-bad-exit=1", *srun_flags(job, profile), *profile.srun]
+    size = ["--nodelist=$rank_nodes", *_size_beside_roles(job)] if job.roles else []
+    srun = ["srun", "--kill-on-bad-exit=1", *size, *srun_flags(job, profile), *profile.srun]
     command = [*srun, "bash", "-c", "$rank_script", "rank", *inside(job, profile)]
-    words = ['"$rank_script"' if word == "$rank_script" else shell(word) for word in command]
+    words = [f'"{word}"' if word in ("$rank_script", "--nodelist=$rank_nodes") else shell(word) for word in command]
+    failed = ['if [ -n "$role_failed" ]; then', "    :", 'elif [ -z "$stop" ]; then'] if job.roles else []
     return [
         "status=0",
-        'if [ -z "$stop" ]; then',
+        *(failed or ['if [ -z "$stop" ]; then']),
         "    # a signal that comes before srun listens must not end it",
         f"    (trap '' USR1 USR2; exec {' '.join(words)}) &",
         "    srun_pid=$!",
