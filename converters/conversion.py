@@ -29,6 +29,7 @@ def convert(
     max_shard_size: str | int = "5GB",
     expert_layout: ExpertLayout | None = None,
     fp8_quantise: bool = False,
+    accept_bin: bool = False,
     exist_ok: bool = False,
     workers: int = 2,
     resume: bool = False,
@@ -53,6 +54,7 @@ def convert(
         max_shard_size=max_shard_size,
         expert_layout=expert_layout,
         fp8_quantise=fp8_quantise,
+        accept_bin=accept_bin,
     )
     return run(
         plan,
@@ -76,6 +78,7 @@ def make_plan(
     max_shard_size: str | int = "5GB",
     expert_layout: ExpertLayout | None = None,
     fp8_quantise: bool = False,
+    accept_bin: bool = False,
 ) -> Plan:
     """The plan of a conversion, towards Hugging Face's format unless `to_mcore`; nothing is written.
 
@@ -86,7 +89,9 @@ def make_plan(
             raise ConversionError("to_mcore needs model, the Hugging Face folder to convert")
         if expert_layout is not None or fp8_quantise:
             raise ConversionError("expert_layout and fp8_quantise are of Hugging Face folders that are written")
-        return plan_to_mcore(model, torch_dtype=torch_dtype)
+        return plan_to_mcore(model, torch_dtype=torch_dtype, accept_bin=accept_bin)
+    if accept_bin:
+        raise ConversionError("accept_bin is about the Hugging Face folder that to_mcore reads")
     if mcore_model is None:
         raise ConversionError("to_hf needs mcore_model, the checkpoint to convert")
     return plan_to_hf(

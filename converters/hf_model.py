@@ -13,6 +13,7 @@ from megabatch.converters.mapping import Mapped
 from megabatch.converters.quantised import Quantised, plain, quantised
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.safetensors_io.header import parse_object
+from megabatch.converters.torch_bin import open_folder
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
@@ -46,13 +47,18 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def open_hf_model(
-    folder: str | os.PathLike[str], *, compare_duplicates: bool = True, accept_quantised: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    compare_duplicates: bool = True,
+    accept_quantised: bool = False,
+    accept_bin: bool = False,
 ) -> HfModel:
     """Opens a folder and proves that its tensors are exactly those of its config.json.
 
     `compare_duplicates` reads a tied output layer that the folder holds although it need not, and refuses it when it
     differs from the embedding: transformers would then not tie them. One rank of many is enough to do that.
-    `accept_quantised` is for callers that apply the scales of block-scaled FP8 weights themselves.
+    `accept_quantised` is for callers that apply the scales of block-scaled FP8 weights themselves. `accept_bin` reads
+    `pytorch_model.bin` where there is nothing else, as data.
     Raises: ConversionError.
     """
     config = read_config(folder)
@@ -61,7 +67,7 @@ def open_hf_model(
         del config["quantization_config"]
     family = family_of(config)
     shape = family.shape(config)
-    source = HfFolder(folder)
+    source = open_folder(folder, accept_bin=accept_bin)
     shape = family.present(shape, source.names)
     checked = family.check(shape, source.tensors if how is None else plain(source.tensors, how))
     if compare_duplicates:

@@ -63,15 +63,21 @@ def to_mcore(
 
 @uncollected()
 def plan_to_mcore(
-    hf_folder: str | os.PathLike[str], *, torch_dtype: str | None = None, files: int | None = None, bare: bool = False
+    hf_folder: str | os.PathLike[str],
+    *,
+    torch_dtype: str | None = None,
+    files: int | None = None,
+    bare: bool = False,
+    accept_bin: bool = False,
 ) -> Plan:
     """Plans a folder that Megatron-LM loads: `release/` with the checkpoint, its tracker file, and the side files.
 
     `torch_dtype` casts every weight but those whose dtype megatron-core prescribes. `files` is the number of files of
     tensors, else one for each 8 GiB and at least two. `bare`: the checkpoint alone, not in a folder of its own.
+    `accept_bin`: weights of `pytorch_model.bin` are read too, as data.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
-    model = open_hf_model(hf_folder, accept_quantised=True)
+    model = open_hf_model(hf_folder, accept_quantised=True, accept_bin=accept_bin)
     try:
         return _planned(model, Path(hf_folder), read_dtype(torch_dtype), files, bare)
     finally:

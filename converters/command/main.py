@@ -67,6 +67,8 @@ def check_flags(flags: Flags) -> None:
     if not flags.to_hf and (flags.expert_layout or flags.fp8_quantise):
         name = "--expert_layout" if flags.expert_layout else "--fp8_quantise"
         raise ConversionError(f"{name} is about the Hugging Face folder that --to_hf writes")
+    if flags.accept_bin and not flags.to_mcore:
+        raise ConversionError("--accept_bin is about the Hugging Face folder that --to_mcore reads")
     if flags.test_convert_dtype not in ("float32", "bfloat16"):
         raise ConversionError(f"--test_convert_dtype={flags.test_convert_dtype} must be float32 or bfloat16")
     if (flags.rank < 0) != (flags.world == 0) or flags.rank >= max(flags.world, 1):
@@ -88,6 +90,7 @@ def _run(flags: Flags) -> int:
         max_shard_size=flags.max_shard_size,
         expert_layout=cast("ExpertLayout | None", flags.expert_layout or None),
         fp8_quantise=flags.fp8_quantise,
+        accept_bin=flags.accept_bin,
     )
     if flags.dry_run:
         from megabatch.converters.command.report import show_plan

@@ -42,9 +42,13 @@ class HfFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._where = _locate(self.path)
+        self._where = self._locate()
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
+
+    def _locate(self) -> dict[str, tuple[Path, Extent]]:
+        """Every tensor's file and place in it."""
+        return _locate(self.path)
 
     @property
     def names(self) -> list[str]:
@@ -230,8 +234,8 @@ def _what_is_there(folder: Path) -> str:
         return f"has {shards[0]} but no {INDEX}; complete the download"
     if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         return (
-            f"has only pickled weights ({pickles[0]}), which can run code on loading and are refused; save them as "
-            "safetensors with transformers' save_pretrained"
+            f"has only pickled weights ({pickles[0]}), which are refused unless asked for; --accept_bin reads "
+            "pytorch_model.bin as data alone, or save them as safetensors with transformers' save_pretrained"
         )
     return f"no {SINGLE} and no {INDEX} in it"
 

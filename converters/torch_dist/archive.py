@@ -180,11 +180,12 @@ def _described(pickled: bytes) -> tuple[str, int, tuple[int, ...], str]:
     _, kind, key, *_ = storage.key
     if type(skip) is not int:
         raise ValueError(f"an offset of {skip!r}")
-    _check_contiguous(tuple(shape), tuple(strides))
+    check_contiguous(tuple(shape), tuple(strides))
     return _DTYPES[kind.__name__], skip, tuple(shape), str(key)
 
 
-def _check_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+def check_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Raises: ValueError for a shape that cannot be, and for numbers that do not lie in order without gaps."""
     if len(shape) > 16 or any(not isinstance(dim, int) or not 0 <= dim < 1 << 48 for dim in shape):
         raise ValueError(f"impossible shape {shape}")
     usual = contiguous_strides(shape)

@@ -155,12 +155,19 @@ class Recorded:
         return self.state[name]
 
 
+class _Ordered(dict[Any, Any]):
+    """collections.OrderedDict, of which a module's state keeps notes in attributes: those are left aside."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class _Reader(pickle._Unpickler):
     """The Python implementation, whose memo is a dict: a corrupt index costs no memory, as it does in C."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        self._kinds: dict[tuple[str, str], type[Any]] = {("collections", "OrderedDict"): dict}
+        self._kinds: dict[tuple[str, str], type[Any]] = {("collections", "OrderedDict"): _Ordered}
 
     def find_class(self, module: str, name: str) -> Any:
         key = (module, name)

@@ -15,7 +15,8 @@ _END, _END64, _LOCATOR = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q"),
 _CENTRAL, _LOCAL = struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
 _NEAR = 4096
 """Bytes read at once at either end; torch's directory and its first members lie within."""
-_MAX_DIRECTORY = 1 << 20
+_LARGEST = 1 << 20
+"""Bytes of a directory, or of a member that is read, in the archive of one tensor."""
 _WIDE = 0xFFFFFFFF
 _NEXT = (b"PK\x03\x04", b"PK\x01\x02")
 """What follows a member: another one, or the directory."""
@@ -38,8 +39,8 @@ class ZipDirectory:
     Raises: ValueError for whatever is no such archive; OSError.
     """
 
-    def __init__(self, file: int, start: int, length: int) -> None:
-        self._file, self._start, self._length = file, start, length
+    def __init__(self, file: int, start: int, length: int, *, largest: int = _LARGEST) -> None:
+        self._file, self._start, self._length, self._largest = file, start, length, largest
         self._head = os.pread(file, min(_NEAR, length), start)
         self._tail_at = max(0, length - _NEAR)
         self._tail = os.pread(file, min(_NEAR, length), start + self._tail_at)
@@ -60,7 +61,7 @@ class ZipDirectory:
 
     def _members(self) -> dict[str, Member]:
         count, size, offset = self._end()
-        if size > _MAX_DIRECTORY:
+        if size > self._largest:
             raise ValueError(f"a directory of {size} bytes")
         raw, at, found = self._bytes(offset, size), 0, {}
         for _ in range(count):
@@ -98,7 +99,7 @@ class ZipDirectory:
     def read(self, name: str) -> bytes:
         """A member's bytes, its checksum compared unless torch was told to write none. Raises: KeyError."""
         member = self.members[name]
-        if member.size > _MAX_DIRECTORY:
+        if member.size > self._largest:
             raise ValueError(f"{name} has {member.size} bytes")
         raw = self._bytes(self.data_offset(name), member.size)
         if member.crc and zlib.crc32(raw) != member.crc:

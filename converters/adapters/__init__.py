@@ -1,0 +1,1 @@
+"""LoRA adapters: PEFT's folders and megatron-core's checkpoints of them, converted and merged into weights."""

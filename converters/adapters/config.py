@@ -1,0 +1,190 @@
+"""adapter_config.json: which ranks and scales its tensors have. What changes numbers is honoured or refused by name.
+
+Matching is PEFT's (peft 0.21, `tuners_utils.check_target_module_exists` and `utils.other.get_pattern_key`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megabatch.converters.safetensors_io.header import parse_object
+from megabatch.errors import ConversionError
+
+NAME = "adapter_config.json"
+_HONOURED = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+    "target_parameters", "modules_to_save", "bias", "layers_to_transform", "layers_pattern", "init_lora_weights",
+}  # fmt: skip
+_NO_NUMBERS = {
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
+    "lora_dropout", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config", "runtime_config",
+}  # fmt: skip
+"""Keys that say nothing of what trained adapters add to the weights."""
+_INITIAL = (True, False, "gaussian", "eva", "orthogonal")
+"""Ways to begin that leave the base model as it is; others change its weights whenever an adapter is loaded."""
+_BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A config that was checked."""
+
+    path: Path
+    values: dict[str, Any]
+    """As the file has them."""
+
+    @property
+    def bias(self) -> str:
+        return str(self.values.get("bias") or "none")
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        return list(self.values.get("modules_to_save") or [])
+
+    def rank(self, key: str) -> int:
+        """Rank of a module or parameter of the model, by its full name."""
+        return int(self._by_pattern("rank_pattern", key, self.values.get("r", 8)))
+
+    def alpha(self, key: str) -> float:
+        return float(self._by_pattern("alpha_pattern", key, self.values.get("lora_alpha", 8)))
+
+    def scale(self, key: str, rank: int) -> float:
+        """What B @ A is multiplied by: alpha / rank, or alpha / sqrt(rank) when rank-stabilised (arXiv:2312.03732)."""
+        return self.alpha(key) / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
+
+    def alpha_for(self, scale: float, rank: int) -> float:
+        """`scale` turned round."""
+        alpha = scale * (math.sqrt(rank) if self.values.get("use_rslora") else rank)
+        return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+    def _by_pattern(self, field: str, key: str, default: Any) -> Any:
+        patterns: Mapping[str, Any] = self.values.get(field) or {}
+        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", key)), default)
+
+    def targets(self, module: str) -> bool:
+        """Whether the module has an adapter."""
+        wanted = self.values.get("target_modules")
+        if wanted is None or _excluded(self.values, module):
+            return False
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
+        if not any(module == name or module.endswith(f".{name}") for name in wanted):
+            return False
+        layers = self.values.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        layer = _layer(module, self.values.get("layers_pattern"))
+        return layer is not None and layer in (layers if isinstance(layers, list) else [layers])
+
+    def targets_parameter(self, parameter: str) -> bool:
+        """Whether the parameter itself has an adapter, not the module that it belongs to."""
+        wanted = self.values.get("target_parameters") or []
+        return any(parameter == name or parameter.endswith(f".{name}") for name in wanted)
+
+
+def _excluded(values: Mapping[str, Any], module: str) -> bool:
+    excluded = values.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        found = re.fullmatch(excluded, module) is not None
+    else:
+        found = any(module == name or module.endswith(f".{name}") for name in excluded)
+    return found or any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in values.get("modules_to_save") or [])
+
+
+def _layer(module: str, pattern: object) -> int | None:
+    """The first number behind a name of layers."""
+    names = [pattern] if isinstance(pattern, str) and pattern else pattern if isinstance(pattern, list) else []
+    places = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((match for place in places if (match := re.match(place, module))), None)
+    return None if found is None else int(found[1])
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """Raises: ConversionError for what is missing, has another type, or changes numbers in a way that is not built."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+    return checked(path, parse_object(raw, path, what="adapter config"))
+
+
+def checked(path: Path, values: dict[str, Any]) -> AdapterConfig:
+    """As `read_config`, for values that are there."""
+    if str(values.get("peft_type")).upper() != "LORA":
+        raise ConversionError(f"{path}: peft_type={values.get('peft_type')!r} is not supported; LORA is")
+    for key, value in values.items():
+        if key not in _HONOURED | _NO_NUMBERS and value not in (None, False, [], {}):
+            raise ConversionError(
+                f"{path}: {key}={_short(value)} is not supported: it changes what the adapter adds to the weights"
+            )
+    if values.get("init_lora_weights", True) not in _INITIAL:
+        raise ConversionError(
+            f"{path}: init_lora_weights={values['init_lora_weights']!r} is not supported: the base model's weights "
+            "were changed when training began; save the adapter with peft's path_initial_model_for_weight_conversion"
+        )
+    if values.get("bias", "none") not in _BIASES:
+        raise ConversionError(f"{path}: bias={_short(values['bias'])} must be one of {', '.join(_BIASES)}")
+    _check_ranks(path, values)
+    _check_names(path, values)
+    return AdapterConfig(path, values)
+
+
+def _check_ranks(path: Path, values: Mapping[str, Any]) -> None:
+    for field, default in (("r", 8), ("lora_alpha", 8)):
+        if not _is_number(values.get(field, default), whole=field == "r"):
+            raise ConversionError(f"{path}: {field}={_short(values[field])} must be a positive number")
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = values.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise ConversionError(f"{path}: {field}={_short(patterns)} must map patterns to numbers")
+        for pattern, value in patterns.items():
+            if not _is_number(value, whole=field == "rank_pattern"):
+                raise ConversionError(f"{path}: {field}[{pattern!r}]={_short(value)} must be a positive number")
+            _check_regex(path, field, pattern)
+    if values.get("use_rslora") not in (None, True, False):
+        raise ConversionError(f"{path}: use_rslora={_short(values['use_rslora'])} must be true or false")
+
+
+def _check_names(path: Path, values: Mapping[str, Any]) -> None:
+    for field in ("target_modules", "exclude_modules"):
+        given = values.get(field)
+        if isinstance(given, str):
+            _check_regex(path, field, given)
+        elif given is not None and not _is_names(given):
+            raise ConversionError(f"{path}: {field}={_short(given)} must be a list of names, or a regular expression")
+    for field in ("target_parameters", "modules_to_save"):
+        if values.get(field) is not None and not _is_names(values[field]):
+            raise ConversionError(f"{path}: {field}={_short(values[field])} must be a list of names")
+    for name in values.get("modules_to_save") or []:
+        _check_regex(path, "modules_to_save", name)
+
+
+def _is_number(value: object, *, whole: bool) -> bool:
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1e9
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _check_regex(path: Path, field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConversionError(f"{path}: {field}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _short(value: object) -> str:
+    return repr(value)[:80]
+
+
+def dump(values: Mapping[str, Any]) -> bytes:
+    """The text of a config, as PEFT writes it."""
+    return json.dumps(dict(values), indent=2, sort_keys=True).encode()

@@ -1,0 +1,54 @@
+"""Opens adapters of either format against the table of their base model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabatch.converters.adapters.adapter import Adapter, Tables
+from megabatch.converters.adapters.config import NAME, read_config
+from megabatch.converters.adapters.mcore_folder import find_config, open_mcore
+from megabatch.converters.adapters.peft_folder import is_peft, open_peft
+from megabatch.converters.engine.plan import Numbered
+from megabatch.converters.torch_dist.find import find_checkpoint
+from megabatch.errors import ConversionError
+
+Path_ = str | os.PathLike[str]
+
+
+def open_adapters(paths: Sequence[Path_], tables: Tables, numbered: Numbered) -> list[Adapter]:
+    """One after the other. Raises: ConversionError for whatever does not fit the base model."""
+    return [
+        open_peft(path, tables, numbered) if is_peft(path) else open_mcore(path, tables, numbered)
+        for path in map(_existing, paths)
+    ]
+
+
+def _existing(given: Path_) -> Path:
+    path = Path(given)
+    if not path.is_dir():
+        raise ConversionError(f"{path}: no such folder of an adapter")
+    if (path / NAME).is_file() and not is_peft(path) and not any(path.rglob(".metadata")):
+        raise ConversionError(f"{path}: has {NAME} and no adapter_model.safetensors; complete the download")
+    return path
+
+
+def base_model_of(path: Path_) -> Path:
+    """The folder of the base model's config.json: beside a checkpoint of ours, or where adapter_config.json says.
+
+    Raises: ConversionError when there is none.
+    """
+    folder = _existing(path)
+    if is_peft(folder):
+        config = read_config(folder / NAME)
+        places = [Path(str(config.values.get("base_model_name_or_path")))]
+    else:
+        config = read_config(find_config(folder, find_checkpoint(folder)))
+        places = [config.path.parent, Path(str(config.values.get("base_model_name_or_path")))]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise ConversionError(
+        f"{folder}: the base model's config.json is needed to know its layers; name its folder as --model"
+    )

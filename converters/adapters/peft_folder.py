@@ -1,0 +1,183 @@
+"""A PEFT adapter folder, read strictly: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+from megabatch.converters.adapters.adapter import Adapter, Tables, Whole
+from megabatch.converters.adapters.config import NAME, AdapterConfig, read_config
+from megabatch.converters.adapters.names import BASE, Name, Side, parse
+from megabatch.converters.bijection import FLOATS
+from megabatch.converters.engine.plan import Matrix, Numbered, Strip
+from megabatch.converters.mapping import elements
+from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, read_header
+from megabatch.errors import ConversionError
+
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder is one of PEFT's."""
+    return (folder / WEIGHTS).exists() or (folder / PICKLED).exists()
+
+
+def open_peft(folder: Path, tables: Tables, numbered: Numbered) -> Adapter:
+    """Opens an adapter and proves that each of its tensors belongs to the base model.
+
+    Raises: ConversionError naming what does not.
+    """
+    weights = folder / WEIGHTS
+    if not weights.exists() and (folder / PICKLED).exists():
+        raise ConversionError(
+            f"{folder / PICKLED}: is pickled, which can run code on loading, and refused; load it with peft "
+            "(torch.load with weights_only) and save it with save_pretrained, which writes safetensors"
+        )
+    config = read_config(folder / NAME)
+    return _Reader(weights, read_header(weights), config, tables, numbered).read()
+
+
+class _Reader:
+    """One folder on its way into an `Adapter`."""
+
+    def __init__(
+        self, path: Path, extents: dict[str, Extent], config: AdapterConfig, tables: Tables, numbered: Numbered
+    ) -> None:
+        self._path, self._extents, self._config, self._tables = path, extents, config, tables
+        self._file = numbered.number(path)
+        self._adapter = Adapter(path.parent, config, tables, numbered.files)
+
+    def read(self) -> Adapter:
+        pairs: dict[tuple[str, bool], dict[Side, str]] = {}
+        for name, extent in self._extents.items():
+            parsed = self._parsed(name, extent)
+            if parsed.side is None:
+                self._whole(name, parsed.module, extent)
+            else:
+                pairs.setdefault((parsed.module, parsed.embedding), {})[parsed.side] = name
+        for (module, embedding), sides in pairs.items():
+            if len(sides) < 2:
+                there = next(iter(sides.values()))
+                raise self._fault(there, f"its lora_{'B' if 'A' in sides else 'A'} is missing")
+            self._pair(module, sides["A"], sides["B"], embedding=embedding)
+        for blocks in self._adapter.blocks.values():
+            blocks.sort(key=lambda block: block.spans[0].row)
+        self._check_whole()
+        if not self._extents:
+            raise ConversionError(f"{self._path}: has no tensors")
+        return self._adapter
+
+    def _parsed(self, name: str, extent: Extent) -> Name:
+        if extent.info.dtype not in FLOATS:
+            raise self._fault(name, f"its dtype must be one of {', '.join(FLOATS)}")
+        try:
+            return parse(name)
+        except ConversionError as error:
+            raise ConversionError(f"{self._path}: {error}") from error
+
+    def _fault(self, name: str, what: str) -> ConversionError:
+        info = self._extents[name].info
+        return ConversionError(f"{self._path}: {name} {list(info.shape)} {info.dtype}: {what}")
+
+    def _whole(self, name: str, tensor: str, extent: Extent) -> None:
+        shape = self._tables.shapes.get(tensor)
+        if shape is None:
+            raise self._fault(name, f"the base model has no tensor {tensor}{_near(tensor, self._tables.shapes)}")
+        if shape != extent.info.shape:
+            raise self._fault(name, f"the base model's {tensor} is {list(shape)}")
+        rows = shape[0] * (shape[1] if tensor in self._tables.stacks else 1)
+        size = elements(shape) // rows * ITEMSIZE[extent.info.dtype]
+        strip = Strip(0, rows, self._file, extent.start, 0, size)
+        self._adapter.whole[tensor] = Whole(shape, extent.info.dtype, (strip,))
+
+    def _pair(self, module: str, a: str, b: str, *, embedding: bool) -> None:
+        stacked = self._parameters(module)
+        if stacked is not None:
+            self._stacked(stacked, a, b)
+            return
+        weight = f"{module}.weight"
+        shape = self._tables.shapes.get(weight)
+        if shape is None or len(shape) != 2:
+            known = [name.removesuffix(".weight") for name, dims in self._tables.shapes.items() if len(dims) == 2]
+            raise self._fault(a, f"the base model has no linear layer or embedding {module}{_near(module, known)}")
+        key = weight if self._config.targets_parameter(weight) else module
+        self._check_targeted(a, key, parameter=key == weight)
+        rank = self._config.rank(key)
+        if self._extents[a].info.shape[:1] != (rank,):
+            raise self._fault(a, f"{NAME} gives {key} rank {rank}")
+        rows, columns = shape
+        self._check_shape(a, (rank, rows if embedding else columns))
+        self._check_shape(b, (columns if embedding else rows, rank))
+        left, right = self._matrix(b), self._matrix(a)
+        if embedding:
+            left, right = (matrix._replace(transposed=True) for matrix in (right, left))
+        self._add((weight, None), left, right, self._config.scale(key, rank))
+
+    def _parameters(self, module: str) -> str | None:
+        """The stacked tensor that these adapters are of, or None for a module of one weight."""
+        owner = module
+        while owner.endswith(BASE):
+            owner = owner.removesuffix(BASE)
+        depth = (len(module) - len(owner)) // len(BASE)
+        own = [name for name in self._tables.stacks if name.rpartition(".")[0] == owner]
+        wanted = [name for name in own if self._config.targets_parameter(name)]
+        if depth >= len(wanted):
+            return None
+        return wanted[-1 - depth]
+
+    def _stacked(self, name: str, a: str, b: str) -> None:
+        """All experts' adapters of one parameter: A has an expert's rows one below the other, and in B an expert's
+        columns lie `experts` apart."""
+        experts, shape = self._tables.stacks[name], self._tables.shapes[name]
+        if len(shape) != 3:
+            raise self._fault(a, f"adapters of {name} {list(shape)} are not supported")
+        mapped = next(iter(self._tables.users((name, 0))))
+        # outputs and inputs, as a linear layer has them
+        rows, columns = shape[:0:-1] if mapped.woven and next(mapped.pieces).transposed else shape[1:]
+        ranks = self._extents[a].info.shape[:1]
+        rank = self._config.rank(name)
+        if ranks != (experts * rank,):
+            raise self._fault(a, f"{NAME} gives rank {rank} to each of the {experts} experts of {name}")
+        self._check_shape(a, (experts * rank, columns))
+        self._check_shape(b, (rows, rank * experts))
+        whole, all_ = self._matrix(b), self._matrix(a)
+        size = rank * columns * ITEMSIZE[all_.dtype]
+        for expert in range(experts):
+            left = whole._replace(pick=(expert, whole.columns, experts))
+            strip = all_.strips[0]._replace(offset=all_.strips[0].offset + expert * size, rows=rank)
+            right = all_._replace(rows=rank, strips=(strip,))
+            self._add((name, expert), left, right, self._config.scale(name, rank))
+
+    def _add(self, part: tuple[str, int | None], left: Matrix, right: Matrix, scale: float) -> None:
+        for target, block in self._tables.block(part, left, right, scale):
+            self._adapter.blocks.setdefault(target, []).append(block)
+
+    def _check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        if self._extents[name].info.shape != shape:
+            raise self._fault(name, f"{list(shape)} is needed for its layer of the base model")
+
+    def _check_targeted(self, name: str, key: str, *, parameter: bool) -> None:
+        tied = self._config.values.get("ensure_weight_tying")
+        if not parameter and not tied and not self._config.targets(key):
+            raise self._fault(name, f"{NAME} does not give {key} an adapter: target_modules does not name it")
+
+    def _check_whole(self) -> None:
+        """Every name of `modules_to_save` has a tensor."""
+        modules = {name.rpartition(".")[0] for name in self._adapter.whole}
+        for wanted in self._config.modules_to_save:
+            if not any(module == wanted or module.endswith(wanted) for module in modules):
+                raise ConversionError(
+                    f"{self._path}: {NAME} names {wanted} in modules_to_save, and no tensor is of it"
+                )
+
+    def _matrix(self, name: str) -> Matrix:
+        extent = self._extents[name]
+        rows, columns = extent.info.shape
+        size = columns * ITEMSIZE[extent.info.dtype]
+        return Matrix(rows, columns, extent.info.dtype, (Strip(0, rows, self._file, extent.start, 0, size),))
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = get_close_matches(name, list(names)[:4000], n=1, cutoff=0.7)
+    return f"; the nearest is {near[0]}" if near else ""
