@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megabatch.errors import ConfigError, Fault
+from megabatch.secret_text import secret_assigned_in, secret_in
 
 Network = Literal["none", "single_node", "ethernet", "infiniband", "roce", "efa"]
 Runtime = Literal["pyxis", "apptainer"]
@@ -55,6 +56,8 @@ class ClusterProfile:
     """Loaded by `module load` in the batch script, in this order."""
     setup: tuple[str, ...] = ()
     """Bash lines run as they are before the ranks start, for what modules cannot do."""
+    gpu: str | None = None
+    """GPU of its nodes (`H100`), for estimates of memory and time; it asks Slurm for nothing."""
     network: Network = "ethernet"
     """How nodes reach each other; picks the NCCL preset of multi-node GPU jobs."""
     shared_cache: str | None = None
@@ -99,6 +102,7 @@ def load_profile(cluster: str) -> ClusterProfile:
         raise ConfigError(f"--cluster={cluster!r}: cannot read {path}: {error}") from error
     faults: list[Fault] = []
     profile = _build(ClusterProfile, table, place="cluster", faults=faults)
+    faults += _secrets(table, "cluster")
     if faults:
         raise ConfigError(faults)
     return profile
@@ -152,6 +156,22 @@ def _expect(ok: bool, value: Any, place: str, rule: str, faults: list[Fault], *,
     if not ok:
         faults.append(Fault(place, value, rule, try_=choices))
     return value if ok else None
+
+
+def _secrets(value: Any, place: str) -> Iterator[Fault]:
+    """Texts of a profile that hold a secret; all of them end in scripts that others may read."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _secrets(item, f"{place}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from _secrets(item, place)
+    elif isinstance(value, str):
+        assigned = secret_assigned_in(value)
+        kind = f"a value for {assigned}" if assigned else secret_in(value)
+        if kind is not None:
+            rule = f"holds {kind}, and job scripts are readable by others; export it in the shell that submits and "
+            yield Fault(place, None, rule + "list its name under `inherit`", bare=True)
 
 
 def _unknown(place: str, key: str, *, known: list[str]) -> Fault:

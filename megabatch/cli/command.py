@@ -49,8 +49,18 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_)
         command.add_argument("run", type=Path, metavar="RUN")
 
-    plan = commands.add_parser("plan", help="what a recipe would do, with any of its flags", add_help=False)
+    plan = commands.add_parser(
+        "plan",
+        help="what a recipe would do and take, with any of its flags; or its layouts on some GPUs, ranked",
+        add_help=False,
+        allow_abbrev=False,
+    )
     plan.add_argument("recipe", type=Path, metavar="RECIPE.py")
+    plan.add_argument("--gpu", metavar="NAME")
+    plan.add_argument("--gpus", type=int, metavar="N")
+    plan.add_argument("--gpu_memory_gib", type=float, metavar="GIB")
+    plan.add_argument("--all", action="store_true")
+    plan.add_argument("--json", action="store_true")
 
     rehearse = commands.add_parser(
         "rehearse",
@@ -105,9 +115,16 @@ def _resume(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> int:
-    from megabatch.cli.plan import show_plan
+    from megabatch.cli.plan import PlanOptions, show_plan
 
-    return show_plan(options.recipe, rest)
+    asked = PlanOptions(
+        gpu=options.gpu,
+        gpus=options.gpus,
+        gpu_memory_gib=options.gpu_memory_gib,
+        everything=options.all,
+        as_json=options.json,
+    )
+    return show_plan(options.recipe, rest, asked)
 
 
 def _rehearse(options: argparse.Namespace, rest: list[str]) -> int:

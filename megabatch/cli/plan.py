@@ -1,26 +1,130 @@
-"""`megabatch plan RECIPE.py [flags]`: the recipe file's own plan, without running the file as a program."""
+"""`megabatch plan RECIPE.py [flags]`: a recipe's plan with estimates, or all its layouts on some GPUs, ranked."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from megabatch import entry
+from megabatch.cli.estimate_text import estimate_document, estimate_text
+from megabatch.cli.layouts_text import layouts_document, layouts_text
+from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
-from megabatch.errors import ConfigError
+from megabatch.config.rules.fields import unbuilt_fields
+from megabatch.entry.command import as_declared, exit_code
+from megabatch.entry.estimate import estimate_of, gpu_of
+from megabatch.entry.launch import Launch, prepare
+from megabatch.entry.layouts import judged_layouts
+from megabatch.entry.plan_text import plan_text
+from megabatch.entry.preflight import missing_inputs
+from megabatch.errors import ConfigError, Fault, MegabatchError
+from megabatch.plan.shape import ModelShape
 from megabatch.sweep.declare import Sweep
 
 
-def show_plan(path: Path, flags: Sequence[str]) -> int:
-    """Prints the plan and returns the exit code of the recipe's command line."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """What `megabatch plan` was asked for besides the recipe's own flags."""
+
+    gpu: str | None = None
+    """Name of the GPU that estimates are for; None takes the cluster profile's, or an H100."""
+    gpus: int | None = None
+    """Judges every layout on that many; None plans the recipe as it is."""
+    gpu_memory_gib: float | None = None
+    """Memory that a layout may take on each; None takes the GPU's."""
+    everything: bool = False
+    as_json: bool = False
+
+
+def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = None) -> int:
+    """Prints the plan; exit code 0, or what the recipe's own command line would say of a fault.
+
+    Sweeps, chains, and flags that do more than plan are that command line's.
+    """
+    found = load_declared(path)
     try:
-        entry.main(load_declared(path), list(flags))
+        if not isinstance(found, Sweep):
+            recipe = as_declared(found, path)
+            if isinstance(recipe, Recipe):
+                actions, chosen = parse(list(flags), recipe)
+                if not _does_more(actions):
+                    return _show(path, chosen, actions, options or PlanOptions())
+    except MegabatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(exit_code(error))
+    return _own_command_line(found, flags)
+
+
+def _does_more(actions: Actions) -> bool:
+    return bool(actions.help or actions.submit or actions.local or actions.dry_run or actions.sweep)
+
+
+def _own_command_line(found: Callable[[], Recipe] | Sweep, flags: Sequence[str]) -> int:
+    try:
+        entry.main(found, list(flags))
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def _show(path: Path, recipe: Recipe, actions: Actions, options: PlanOptions) -> int:
+    launch = prepare(recipe, actions, recipe_file=path.absolute())
+    if options.gpus is not None:
+        print(_layouts(launch, options, gpus=options.gpus))
+        return 0
+    unbuilt = _faults_but_unbuilt(launch)
+    gpu = gpu_of(options.gpu or launch.profile.gpu)
+    wanted = launch.model.shape is not None and (recipe.resources.gpus_per_node or options.gpu)
+    found = estimate_of(recipe, launch.model.shape, gpu) if wanted and launch.model.shape else None
+    if options.as_json:
+        if found is None:
+            raise ConfigError(_no_estimate(launch))
+        print(json.dumps(estimate_document(found, gpu), indent=2))
+        return 0
+    print(plan_text(launch, refusals=[*unbuilt, *missing_inputs(recipe, launch.model)]))
+    print(f"\n{estimate_text(found, gpu) if found else _no_estimate(launch)}")
+    return 0
+
+
+def _no_estimate(launch: Launch) -> str:
+    if launch.model.shape is None:
+        return f"no estimate: the model's shape is not known ({launch.model.origin})"
+    return "no estimate: the recipe asks for no GPUs (resources.gpus_per_node=0); --gpu h100 estimates it on some"
+
+
+def _faults_but_unbuilt(launch: Launch) -> list[Fault]:
+    """What is not built yet can be planned all the same. Raises: ConfigError for every other fault."""
+    unbuilt = list(unbuilt_fields(launch.recipe))
+    known = {str(fault) for fault in unbuilt}
+    faults = [fault for fault in launch.faults() if str(fault) not in known]
+    if faults:
+        raise ConfigError(faults)
+    return unbuilt
+
+
+def _layouts(launch: Launch, options: PlanOptions, *, gpus: int) -> str:
+    recipe, shape = launch.recipe, _shape(launch)
+    a_node = recipe.resources.gpus_per_node or gpus
+    if gpus < 1 or (gpus > a_node and gpus % a_node):
+        rule = f"must be whole nodes of gpus_per_node={a_node}, or less than one"
+        raise ConfigError([Fault("--gpus", gpus, rule, try_=(max(1, gpus // a_node) * a_node,))])
+    gpu = gpu_of(options.gpu or launch.profile.gpu)
+    limit = options.gpu_memory_gib or gpu.memory_gib
+    judged = judged_layouts(recipe, shape, gpus=gpus, gpu=gpu, gpu_memory_gib=limit)
+    if options.as_json:
+        return json.dumps(layouts_document(judged, gpu), indent=2)
+    return layouts_text(judged, gpus=gpus, gpu=gpu, limit_gib=limit, everything=options.everything)
+
+
+def _shape(launch: Launch) -> ModelShape:
+    if launch.model.shape is None:
+        raise ConfigError(_no_estimate(launch))
+    return launch.model.shape
 
 
 def load_declared(path: Path) -> Callable[[], Recipe] | Sweep:

@@ -53,7 +53,7 @@ def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) 
     sweep = recipe if isinstance(recipe, Sweep) else Sweep(recipe)  # type: ignore[arg-type]
     recipe = sweep.recipe
     recipe_file = Path(recipe.__code__.co_filename)
-    declared = _declared(recipe, recipe_file)
+    declared = as_declared(recipe, recipe_file)
     if isinstance(declared, Chain):
         from megabatch.chain.command import run as run_chain
 
@@ -78,7 +78,7 @@ def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) 
     return _show(launch, dry_run=actions.dry_run, file=recipe_file.name)
 
 
-def _declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Chain:
+def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Chain:
     """The recipe or chain as its file builds it; a field that does not exist is explained with its line."""
     try:
         return recipe()

@@ -9,14 +9,16 @@ from megabatch.config.optimization import Optimizer
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
 from megabatch.config.run import torch_dtype
+from megabatch.errors import ConfigError, Fault
 from megabatch.plan.estimate import Estimate, estimate
 from megabatch.plan.figures import GIB, MemoryEstimate
-from megabatch.plan.gpus import Gpu
+from megabatch.plan.gpus import GPUS, Gpu, gpu_named
 from megabatch.plan.links import groups, leaves_node
 from megabatch.plan.settings import Lora, Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
 
+DEFAULT_GPU = "H100"
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
@@ -29,6 +31,14 @@ class Verdict:
     """Why not, in words: the first broken rule, or the memory that it takes; empty where it is kept."""
     estimate: Estimate | None
     """None where the rules say that it cannot run."""
+
+
+def gpu_of(name: str | None) -> Gpu:
+    """The GPU of that name, by default an H100. Raises: ConfigError for a name that is not known."""
+    gpu = gpu_named(name or DEFAULT_GPU)
+    if gpu is None:
+        raise ConfigError([Fault("gpu", name, f"is not known; there are {', '.join(GPUS)}")])
+    return gpu
 
 
 def estimate_of(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> Estimate:

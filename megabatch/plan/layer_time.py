@@ -74,6 +74,7 @@ def layer_seconds(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -
     # frozen weights have no gradients of their own
     passes = 1.0 if settings.lora else 2.0
     compute = passes * (linear + experts) + ATTENTION_BACKWARD * attention + 2 * touched + sorted_ + host
+    compute += _accumulated_s(settings, weights.layer(shape, kind), gpu)
     backward = Seconds(compute) + _links(shape, settings, kind, gpu)
     return LayerSeconds(forward, backward, _selective(settings, kind, forward, attention, linear))
 
@@ -97,7 +98,8 @@ def head_seconds(shape: ModelShape, settings: Settings, gpu: Gpu) -> LayerSecond
     logits = settings.micro_batch_tokens * head.rows / (settings.layout.tp if head.split == "vocab" else 1)
     passed = logits * _LOGIT_PASSES * 4 / _memory_bytes_per_s(gpu)
     passes = 1.0 if settings.lora else 2.0
-    return LayerSeconds(Seconds(product + passed), Seconds(passes * product + passed), Seconds())
+    backward = Seconds(passes * product + passed + _accumulated_s(settings, (head,), gpu))
+    return LayerSeconds(Seconds(product + passed), backward, Seconds())
 
 
 _LOGIT_PASSES = 4
@@ -118,6 +120,18 @@ def _matmul_s(shape: ModelShape, settings: Settings, found: tuple[Weight, ...], 
             dense += 2.0 * weight.shard(tp=layout.tp, etp=layout.etp) * own
     peak = gpu.peak_tflops * 1e12
     return dense / peak / MATMUL_EFFICIENCY, experts / peak / GROUPED_EFFICIENCY
+
+
+def _accumulated_s(settings: Settings, found: tuple[Weight, ...], gpu: Gpu) -> float:
+    """Every micro-batch's gradients are added to those before: read and written."""
+    if settings.lora:
+        return 0.0
+    layout = settings.layout
+    held = sum(
+        weight.shard(tp=layout.tp, etp=layout.etp) * (weight.experts // layout.ep if weight.experts else 1)
+        for weight in found
+    )
+    return 2 * held * settings.gradient_bytes / _memory_bytes_per_s(gpu)
 
 
 def _attention_s(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -> float:
