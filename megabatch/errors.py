@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megabatch.secret_text import masked
+
 
 class MegabatchError(Exception):
     """Base of every error that megabatch raises on purpose; its text is one clear message with the fix."""
@@ -53,7 +55,7 @@ class Fault:
     def __str__(self) -> str:
         place = self.field if self.bare else f"{self.field}={self.value!r}"
         fix = f"; try {' or '.join(str(x) for x in self.try_)}" if self.try_ else ""
-        return f"{place} {self.rule}{fix}"
+        return masked(f"{place} {self.rule}{fix}")
 
 
 class ConfigError(MegabatchError):

@@ -6,13 +6,11 @@ import re
 import textwrap
 
 from megabatch.errors import LaunchError
+from megabatch.secret_text import SECRET_NAME, secret_in
 from megabatch.slurm.environment import Variable
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
-
-_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)", re.I)
-
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -22,7 +20,7 @@ def check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
         if not _NAME.fullmatch(name):
             raise LaunchError(f"environment variable {name!r} is not a name that a shell can export; rename it")
     for variable in variables:
-        if _SECRET.search(variable.name):
+        if SECRET_NAME.search(variable.name) or secret_in(variable.value):
             raise LaunchError(
                 f"environment.{variable.name} looks like a secret, and job scripts are readable by others; export it "
                 f"in the shell that submits and list its name under `inherit`"

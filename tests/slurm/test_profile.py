@@ -80,3 +80,20 @@ def test_broken_toml_names_the_file_and_the_place(tmp_path: Path) -> None:
     path.write_text("partition = \n")
     with pytest.raises(ConfigError, match=r"broken\.toml.*line 1"):
         load_profile(str(path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'setup = ["export WANDB_API_KEY=hunter2"]',
+        '[container]\nimage = "docker://me:hunter2@registry/x"',
+        'srun = ["--export=ALL,HF_TOKEN=hunter2"]',
+        '[environment]\nDATA = "https://me:hunter2@host"',
+    ],
+)
+def test_a_secret_in_a_profile_is_refused_and_not_shown(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "leaky.toml"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigError, match=r"readable by others.*inherit") as caught:
+        load_profile(str(path))
+    assert "hunter2" not in str(caught.value)

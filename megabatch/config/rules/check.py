@@ -10,7 +10,7 @@ from megabatch.config.declare import group_types
 from megabatch.config.layout import layout_of
 from megabatch.config.made_model import declared_shape
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules import batches, models, parallelism, pipeline, training
+from megabatch.config.rules import batches, models, parallelism, pipeline, secrets, training
 from megabatch.config.rules.fields import invalid_fields, unbuilt_fields
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
@@ -18,7 +18,14 @@ from megabatch.plan.shape import ModelShape
 
 Rule = Callable[[Recipe, ModelShape | None, Layout | None], Iterator[Fault]]
 
-RULES: tuple[Rule, ...] = (*training.RULES, *models.RULES, *parallelism.RULES, *pipeline.RULES, *batches.RULES)
+RULES: tuple[Rule, ...] = (
+    *training.RULES,
+    *models.RULES,
+    *parallelism.RULES,
+    *pipeline.RULES,
+    *batches.RULES,
+    *secrets.RULES,
+)
 """Rules between fields; each yields nothing where it has nothing to say."""
 
 
