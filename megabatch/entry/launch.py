@@ -22,11 +22,12 @@ from megabatch.config.layout import layout_of
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
-from megabatch.config.run import RunConfig, resolve
+from megabatch.config.run import RunConfig, resolve, run_json
 from megabatch.entry.model import FoundModel, find_model
 from megabatch.entry.paths import absolute_paths, code_store, run_directory
 from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.plan.layout import Layout
+from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile, load_profile
@@ -56,6 +57,17 @@ class Launch:
 
     def config(self, *, provenance: Mapping[str, Any]) -> RunConfig:
         """What run.json will hold. Raises: ConfigError for a recipe with faults or a model of unknown shape."""
+        recipe, shape = self._to_resolve()
+        return resolve(recipe, shape=shape, run_dir=self.directory.path, provenance=provenance)
+
+    def run_json(self, *, provenance: Mapping[str, Any], variant_of: Recipe | None) -> str:
+        """Its text; see `config.run.run_json`. Raises: ConfigError as `config` does."""
+        recipe, shape = self._to_resolve()
+        place = self.directory.path
+        return run_json(recipe, shape=shape, run_dir=place, provenance=provenance, variant_of=variant_of)
+
+    def _to_resolve(self) -> tuple[Recipe, ModelShape]:
+        """The recipe with every path as the ranks need it, and the model's shape."""
         if self.model.shape is None:
             raise ConfigError(
                 f"the shape of model.model={self.recipe.model.model!r} is not known: {self.model.origin}"
@@ -63,7 +75,7 @@ class Launch:
         recipe = absolute_paths(self.recipe)
         if self.model.folder is not None:
             recipe = replace(recipe, model=replace(recipe.model, model=str(self.model.folder)))
-        return resolve(recipe, shape=self.model.shape, run_dir=self.directory.path, provenance=provenance)
+        return recipe, self.model.shape
 
 
 def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Launch:

@@ -8,6 +8,7 @@ from pathlib import Path
 from megabatch.config.flags import Actions
 from megabatch.config.layout import layout_of
 from megabatch.config.recipe import Recipe
+from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import unbuilt_fields
 from megabatch.config.run import save_folder
 from megabatch.entry.estimate import verdict_of
@@ -54,6 +55,8 @@ class Candidates:
     """Of the run directories, the arrays and `sweep.json`."""
     base: Launch
     """The recipe itself."""
+    variant_of: Recipe | None
+    """What points share groups with, which need no second look then; None where it asks for what is not built."""
     all: tuple[Candidate, ...]
     max_parallel: int | None
     parameters: tuple[str, ...]
@@ -82,6 +85,7 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
         raise ConfigError([Fault("sweep.name", name, "names a folder: it may hold no /, and not be . or ..")])
     points = points_of(sweep, recipe, given=actions.sweep)
     base = prepare(recipe, actions, recipe_file=recipe_file)
+    variant_of = None if any(unbuilt_fields(recipe)) else recipe
     given = Path(actions.run_dir).expanduser() if actions.run_dir else save_folder(recipe).expanduser() / name
     models: dict[str, FoundModel] = {}
     gpu = _gpu(actions.gpu) if recipe.resources.gpus_per_node else None
@@ -89,11 +93,13 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
         name=name,
         folder=given.absolute(),
         base=base,
+        variant_of=variant_of,
         all=tuple(
             _judged(
                 point,
                 _launch(point, base, given.absolute() / point.name, models),
                 sweep=sweep,
+                variant_of=variant_of,
                 gpu=gpu,
                 keep_all=actions.keep_all,
             )
@@ -128,17 +134,19 @@ def _launch(point: Point, base: Launch, folder: Path, models: dict[str, FoundMod
     )
 
 
-def _judged(point: Point, launch: Launch, *, sweep: Sweep, gpu: Gpu | None, keep_all: bool) -> Candidate:
+def _judged(
+    point: Point, launch: Launch, *, sweep: Sweep, variant_of: Recipe | None, gpu: Gpu | None, keep_all: bool
+) -> Candidate:
     if sweep.filter is not None and not sweep.filter(point.recipe):
         return Candidate(point=point, launch=launch, pruned="left out by the sweep's filter")
     shape = launch.model.shape
     if gpu is not None and shape is not None and launch.model.fault is None:
-        verdict = verdict_of(point.recipe, shape, gpu=gpu)
+        verdict = verdict_of(point.recipe, shape, gpu=gpu, variant_of=variant_of)
         if verdict.estimate is not None:
             pruned = "" if keep_all else verdict.reason
             return Candidate(point=point, launch=launch, pruned=pruned, estimate=verdict.estimate)
-    unbuilt = set(map(str, unbuilt_fields(point.recipe)))
-    faults = launch.faults() + ([launch.model.fault] if launch.model.fault else [])
+    unbuilt = set(map(str, unbuilt_fields(point.recipe, variant_of=variant_of)))
+    faults = check(point.recipe, shape, variant_of=variant_of) + ([launch.model.fault] if launch.model.fault else [])
     broken = [fault for fault in faults if str(fault) not in unbuilt]
     more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
     return Candidate(

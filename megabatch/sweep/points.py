@@ -151,7 +151,7 @@ class _Reader:
     def _check(self, name: str, found: Named, value: Any) -> None:
         """Range and form; what depends on other parameters is a matter of each point."""
         dotted = found.parameter.dotted
-        for fault in invalid_fields(overridden(self.base, {dotted: value})):
+        for fault in invalid_fields(overridden(self.base, {dotted: value}), variant_of=self.base):
             if fault.field == dotted:
                 self.faults.append(replace(fault, field=self._place(name)))
 
