@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megabatch.converters.engine.execute import share
 from megabatch.converters.engine.plan import Plan
 from megabatch.converters.engine.run import Outcome, Say, check_output, run
 from megabatch.converters.engine.verify import check_manifest, compare
+from megabatch.converters.hf_model import find_folder
 from megabatch.converters.mapping import ExpertLayout
 from megabatch.converters.to_hf import plan_to_hf
 from megabatch.converters.to_mcore import plan_to_mcore
@@ -30,6 +31,9 @@ def convert(
     expert_layout: ExpertLayout | None = None,
     fp8_quantise: bool = False,
     accept_bin: bool = False,
+    adapters: Sequence[Path_] = (),
+    merge_lora: bool = False,
+    peft_format: str | None = None,
     exist_ok: bool = False,
     workers: int = 2,
     resume: bool = False,
@@ -55,6 +59,9 @@ def convert(
         expert_layout=expert_layout,
         fp8_quantise=fp8_quantise,
         accept_bin=accept_bin,
+        adapters=adapters,
+        merge_lora=merge_lora,
+        peft_format=peft_format,
     )
     return run(
         plan,
@@ -79,19 +86,33 @@ def make_plan(
     expert_layout: ExpertLayout | None = None,
     fp8_quantise: bool = False,
     accept_bin: bool = False,
+    adapters: Sequence[Path_] = (),
+    merge_lora: bool = False,
+    peft_format: str | None = None,
 ) -> Plan:
     """The plan of a conversion, towards Hugging Face's format unless `to_mcore`; nothing is written.
 
+    `adapters` are merged into the model's weights with `merge_lora`, else one is converted alone.
     Raises: ConversionError for whatever does not fit.
     """
+    model = None if model is None else find_folder(model)
+    if merge_lora and not adapters:
+        raise ConversionError("merge_lora needs adapters, the folders to merge")
+    if adapters and not merge_lora:
+        form = (torch_dtype, expert_layout, fp8_quantise or None, mcore_model)
+        return _adapter_plan(adapters, model, peft_format, to_mcore=to_mcore, form=form)
+    if peft_format is not None:
+        raise ConversionError("peft_format is of adapters that are converted, not merged")
     if to_mcore:
         if model is None:
             raise ConversionError("to_mcore needs model, the Hugging Face folder to convert")
         if expert_layout is not None or fp8_quantise:
             raise ConversionError("expert_layout and fp8_quantise are of Hugging Face folders that are written")
-        return plan_to_mcore(model, torch_dtype=torch_dtype, accept_bin=accept_bin)
+        return plan_to_mcore(model, torch_dtype=torch_dtype, accept_bin=accept_bin, adapters=adapters)
     if accept_bin:
         raise ConversionError("accept_bin is about the Hugging Face folder that to_mcore reads")
+    if mcore_model is None and model is not None and merge_lora:
+        return _merge_plan(model, adapters, torch_dtype, max_shard_size, expert_layout, fp8_quantise)
     if mcore_model is None:
         raise ConversionError("to_hf needs mcore_model, the checkpoint to convert")
     return plan_to_hf(
@@ -101,7 +122,49 @@ def make_plan(
         max_shard_size=max_shard_size,
         expert_layout=expert_layout,
         fp8_quantise=fp8_quantise,
+        adapters=adapters,
     )
+
+
+def _adapter_plan(
+    adapters: Sequence[Path_],
+    model: Path_ | None,
+    peft_format: str | None,
+    *,
+    to_mcore: bool,
+    form: Sequence[object],
+) -> Plan:
+    """An adapter converted alone; `form` is what only weights of a model can be given."""
+    from megabatch.converters.adapters.to_mcore import plan_adapter_to_mcore
+    from megabatch.converters.adapters.to_peft import plan_adapter_to_peft
+
+    if len(adapters) > 1:
+        raise ConversionError("several adapters can be merged (merge_lora), and are converted one at a time")
+    if any(value is not None for value in form):
+        raise ConversionError(
+            "torch_dtype, expert_layout, fp8_quantise and mcore_model are of models; an adapter is converted as it "
+            "is, for the base model in model"
+        )
+    if to_mcore and peft_format is not None:
+        raise ConversionError("peft_format is of adapters in PEFT's format, which to_hf writes")
+    if to_mcore:
+        return plan_adapter_to_mcore(adapters[0], model)
+    return plan_adapter_to_peft(adapters[0], model, peft_format=peft_format)
+
+
+def _merge_plan(
+    model: Path_,
+    adapters: Sequence[Path_],
+    torch_dtype: str | None,
+    max_shard_size: str | int,
+    expert_layout: ExpertLayout | None,
+    fp8_quantise: bool,
+) -> Plan:
+    from megabatch.converters.adapters.merge_hf import plan_merge
+
+    if expert_layout is not None or fp8_quantise:
+        raise ConversionError("expert_layout and fp8_quantise are of checkpoints in megatron-core's format")
+    return plan_merge(model, adapters, torch_dtype=torch_dtype, max_shard_size=max_shard_size)
 
 
 def is_there(output: Path_) -> bool:

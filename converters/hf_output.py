@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megabatch.converters.adapters.merge import UNTIED, Merged
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.dtypes import FP8
 from megabatch.converters.engine.plan import Numbered, Plan, SideFiles, SmallFile, Strip, TargetFile, Tensor
@@ -66,10 +67,14 @@ def plan_folder(
     reference: Path,
     form: HfForm,
     ignored: Mapping[str, str],
+    merged: Merged | None = None,
 ) -> Plan:
     """Args: copies: tensors that repeat another one, with its name. parts: of each tensor in `shapes`, lying nowhere
-    yet. reference: where config.json and the like come from, and parts of the model that are not converted.
+    yet. reference: where config.json and the like come from, and parts of the model that are not converted. merged:
+    what adapters add to the parts.
     """
+    if merged is not None:
+        shapes, parts = merged.folder(shapes, parts, fp8=form.fp8)
     how = _way_of_quantising(reference) if form.fp8 else None
     entries: dict[str, TensorInfo] = {}
     placed: dict[str, Parts] = {}
@@ -93,7 +98,7 @@ def plan_folder(
         files=files,
         tensors=tensors,
         small=[SmallFile(INDEX, lambda: index_json(shards))] if len(shards) > 1 else [],
-        side=SideFiles(reference, _config(reference, entries, form, how)),
+        side=SideFiles(reference, _config(reference, entries, form, how, merged)),
         ignored=ignored,
     )
 
@@ -114,17 +119,20 @@ def _written(
 
 
 def _config(
-    reference: Path, entries: Mapping[str, TensorInfo], form: HfForm, how: Quantised | None
+    reference: Path, entries: Mapping[str, TensorInfo], form: HfForm, how: Quantised | None, merged: Merged | None
 ) -> dict[str, bytes]:
     """config.json with the weights' dtype and how they are quantised, where the reference's own would be wrong."""
+    changes = UNTIED if merged is not None and merged.untied else {}
     if how is not None:
         plain = (name for name, info in entries.items() if len(info.shape) == 2 and not _is_of_fp8(name, entries))
         return replaced_config(
             reference, dtype=form.dtype or _usual(entries), changes={"quantization_config": how.written(plain)}
         )
     if quantised(read_config(reference)) is not None:
-        return replaced_config(reference, dtype=form.dtype or _usual(entries), changes={"quantization_config": None})
-    return replaced_config(reference, dtype=form.dtype)
+        return replaced_config(
+            reference, dtype=form.dtype or _usual(entries), changes={"quantization_config": None, **changes}
+        )
+    return replaced_config(reference, dtype=form.dtype, changes=changes)
 
 
 def _is_of_fp8(name: str, entries: Mapping[str, TensorInfo]) -> bool:

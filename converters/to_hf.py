@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megabatch.converters.adapters.merge import merged_adapters
 from megabatch.converters.bijection import invert
 from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.plan import Numbered, Plan, Strip, Tensor, uncollected
@@ -16,7 +17,7 @@ from megabatch.converters.hf_model import read_config
 from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
 from megabatch.converters.mapping import ExpertLayout, Mapped, elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
-from megabatch.converters.torch_dist.aliases import respelled, unwrapped
+from megabatch.converters.torch_dist.aliases import is_optimizer, respelled, unwrapped
 from megabatch.converters.torch_dist.find import find_checkpoint
 from megabatch.converters.torch_dist.folder import Block, TorchDistFolder
 from megabatch.converters.torch_dist.keys import Cell, cell
@@ -24,7 +25,6 @@ from megabatch.converters.weave import Weave
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
-_OPTIMIZER = ("optimizer.", "chained_", "rerun_state_machine_state", "rng_state")
 _SHOWN = 8
 
 Placed = tuple[Mapped, Cell]
@@ -54,22 +54,22 @@ def plan_to_hf(
     max_shard_size: str | int = "5GB",
     expert_layout: ExpertLayout | None = None,
     fp8_quantise: bool = False,
+    adapters: Sequence[str | os.PathLike[str]] = (),
 ) -> Plan:
     """Plans a Hugging Face folder from a checkpoint; optimizer state in it is left aside.
 
     `mcore`: whatever `find_checkpoint` understands. `hf_reference`: the folder that config, tokenizer and the like
     come from, whose weights are not read; None looks for a config.json beside the checkpoint.
     `torch_dtype` casts every weight but those whose dtype megatron-core prescribes, and those that `fp8_quantise`
-    makes block-scaled FP8, of the numbers that the checkpoint has.
+    makes block-scaled FP8, of the numbers that the checkpoint has. `adapters` are merged into the weights.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
     folder = find_checkpoint(mcore)
     reference = Path(hf_reference) if hf_reference is not None else find_reference(Path(mcore), folder)
     source = TorchDistFolder(folder)
     try:
-        return _planned(
-            source, reference, HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
-        )
+        form = HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
+        return _planned(source, reference, form, adapters)
     finally:
         source.close()
 
@@ -87,24 +87,29 @@ def find_reference(given: Path, checkpoint: Path) -> Path:
     )
 
 
-def _planned(source: TorchDistFolder, reference: Path, form: HfForm) -> Plan:
+def _planned(
+    source: TorchDistFolder, reference: Path, form: HfForm, adapters: Sequence[str | os.PathLike[str]]
+) -> Plan:
     config = read_config(reference)
     config.pop("quantization_config", None)
     family = family_of(config)
-    source.rename(unwrapped([key for key in source.entries if not _is_optimizer(key)]))
+    source.rename(unwrapped([key for key in source.entries if not is_optimizer(key)]))
     shape = family.present(family.shape(config), source.entries, mtp="mtp.")
     table, numbered = family.tensors(shape, experts=layout_of(family, shape, form)), Numbered()
+    parts = _gathered(source, locate(source, table, shape), numbered, form.dtype)
+    merged = merged_adapters(adapters, family, shape, numbered) if adapters else None
     return plan_folder(
         "to_hf",
         source.path,
         family=family,
         shapes=invert(table),
         copies=family.copies(shape),
-        parts=_gathered(source, locate(source, table, shape), numbered, form.dtype),
+        parts=parts,
         numbered=numbered,
         reference=reference,
         form=form,
-        ignored={key: "optimizer and generators are not converted" for key in source.entries if _is_optimizer(key)},
+        merged=merged,
+        ignored={key: "optimizer and generators are not converted" for key in source.entries if is_optimizer(key)},
     )
 
 
@@ -195,17 +200,13 @@ def locate(source: TorchDistFolder, tensors: Sequence[Mapped], shape: ModelShape
         *(
             f"{key} {list(entry.size)} is left over: no entry of the table makes it"
             for key, entry in source.entries.items()
-            if key not in expected and not _is_optimizer(key)
+            if key not in expected and not is_optimizer(key)
         ),
     ]
     if faults:
         more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ConversionError(f"{source.path}: does not fit config.json\n  " + "\n  ".join(faults[:_SHOWN]) + more)
     return placed
-
-
-def _is_optimizer(key: str) -> bool:
-    return key.startswith(_OPTIMIZER)
 
 
 def _shape_faults(source: TorchDistFolder, expected: Mapping[str, tuple[int, ...]], padded: set[str]) -> Iterator[str]:

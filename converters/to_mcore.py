@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from megabatch.converters.adapters.merge import UNTIED, Merged, merged_adapters
 from megabatch.converters.bijection import FLOATS
 from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.plan import (
@@ -18,7 +16,6 @@ from megabatch.converters.engine.plan import (
     SideFiles,
     SmallFile,
     Strip,
-    TargetFile,
     Tensor,
     uncollected,
 )
@@ -28,25 +25,12 @@ from megabatch.converters.mapping import Mapped, Piece, elements
 from megabatch.converters.quantised import PLAIN
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import replaced_config
-from megabatch.converters.torch_dist.archive import Archive, archive_of, tensor_record
+from megabatch.converters.torch_dist.archive import archive_of
 from megabatch.converters.torch_dist.find import RELEASE, TRACKER
 from megabatch.converters.torch_dist.keys import Cell, cell, extra_states, stacks_layers
-from megabatch.converters.torch_dist.metadata import Chunk, Entry, Stored, dump_metadata
-from megabatch.converters.torch_dist.pickle_codec import dump
+from megabatch.converters.torch_dist.layout import Item, lay_out
 from megabatch.converters.weave import Weave
 from megabatch.errors import ConversionError
-
-_FILE_BYTES = 8 << 30
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
-           "common_backend_version": 1}  # fmt: skip
-
-
-class _Item(NamedTuple):
-    """A tensor's place in the checkpoint."""
-
-    mapped: Mapped
-    cell: Cell
-    tensor: Tensor
 
 
 def to_mcore(
@@ -68,6 +52,7 @@ def plan_to_mcore(
     torch_dtype: str | None = None,
     files: int | None = None,
     bare: bool = False,
+    adapters: Sequence[str | os.PathLike[str]] = (),
     accept_bin: bool = False,
 ) -> Plan:
     """Plans a folder that Megatron-LM loads: `release/` with the checkpoint, its tracker file, and the side files.
@@ -75,74 +60,69 @@ def plan_to_mcore(
     `torch_dtype` casts every weight but those whose dtype megatron-core prescribes. `files` is the number of files of
     tensors, else one for each 8 GiB and at least two. `bare`: the checkpoint alone, not in a folder of its own.
     `accept_bin`: weights of `pytorch_model.bin` are read too, as data.
+    `adapters` are merged into the weights.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
     model = open_hf_model(hf_folder, accept_quantised=True, accept_bin=accept_bin)
     try:
-        return _planned(model, Path(hf_folder), read_dtype(torch_dtype), files, bare)
+        numbered = Numbered()
+        merged = merged_adapters(adapters, model.family, model.shape, numbered) if adapters else None
+        return _planned(model, Path(hf_folder), read_dtype(torch_dtype), files, bare, numbered, merged)
     finally:
         model.folder.close()
 
 
-def _planned(model: HfModel, source: Path, dtype: str | None, files: int | None, bare: bool) -> Plan:
+def _planned(
+    model: HfModel,
+    source: Path,
+    dtype: str | None,
+    files: int | None,
+    bare: bool,
+    numbered: Numbered,
+    merged: Merged | None,
+) -> Plan:
     prefix = "" if bare else f"{RELEASE}/"
-    tracker = [] if bare else [SmallFile(TRACKER, RELEASE.encode)]
-    side = SideFiles(source, _config(model, source, dtype))
-    numbered = Numbered()
     stacked = stacks_layers(model.shape)
-    whole = _bytes(model, dtype)
-    count = files or max(2, -(-whole // _FILE_BYTES))
-    sizes, file = [0] * count, 0
     items = []
-    for mapped in model.tensors:
-        if sizes[file] * count >= whole and file + 1 < count:
-            file += 1
+    for mapped, read in _reads(model, merged):
         place = cell(mapped, model.shape, stacked=stacked)
-        tensor = _tensor(model, mapped, place, numbered, dtype=dtype)._replace(file=file, offset=sizes[file])
-        items.append(_Item(mapped, place, tensor))
-        sizes[file] += tensor.total
-    entries = _entries(items)
-    # what torch.save writes for [torch.empty(0, dtype=uint8)], the state of a layer without FP8; one serves all
-    state = Archive(dump([tensor_record("ByteStorage", (0,), 0)]), 0)
-    empty = Stored(file_name(0), sizes[0], state.total)
-    sizes[0] += state.total
-    tails = [state.prefix(0) + state.suffix(0), *[b""] * (count - 1)]
-
-    def metadata() -> bytes:
-        states = extra_states(model.tensors, model.shape, stacked=stacked)
-        return dump_metadata(entries, ((key, empty) for key in states), save_id=_save_id(items))
-
+        tensor = _tensor(model, read, place, numbered, dtype=dtype)
+        tensor = tensor if merged is None else merged.mcore(tensor, mapped)
+        items.append(Item(place, mapped.shape, tensor, f"entry {mapped.entry}"))
+    checkpoint = lay_out(
+        items,
+        prefix=prefix,
+        files=files,
+        states=lambda: extra_states(model.tensors, model.shape, stacked=stacked),
+    )
+    untied = merged is not None and merged.untied
     return Plan(
         direction="to_mcore",
         source=source,
         sources=numbered.files,
-        files=[TargetFile(prefix + file_name(i), size, b"", tails[i]) for i, size in enumerate(sizes)],
-        tensors=[item.tensor for item in items],
-        small=[
-            *tracker,
-            SmallFile(f"{prefix}common.pt", _common),
-            SmallFile(f"{prefix}metadata.json", json.dumps(_FORMAT).encode),
-            SmallFile(f"{prefix}.metadata", metadata),
-        ],
-        side=None if bare else side,
+        files=checkpoint.files,
+        tensors=checkpoint.tensors,
+        small=[*([] if bare else [SmallFile(TRACKER, RELEASE.encode)]), *checkpoint.small],
+        side=None if bare else SideFiles(source, _config(model, source, dtype, untied=untied)),
         ignored=model.ignored
         | dict.fromkeys(model.carried, "megatron-core has no such part; it goes along on the way back"),
     )
 
 
-def _config(model: HfModel, source: Path, dtype: str | None) -> dict[str, bytes]:
+def _reads(model: HfModel, merged: Merged | None) -> Iterator[tuple[Mapped, Mapped]]:
+    """Every tensor of the checkpoint, and what is read for it: an output layer that is tied no longer begins as the
+    embedding."""
+    yield from ((mapped, mapped) for mapped in model.tensors)
+    if merged is not None:
+        yield from merged.extra_mapped()
+
+
+def _config(model: HfModel, source: Path, dtype: str | None, *, untied: bool) -> dict[str, bytes]:
     """config.json for the weights as they will be, where the source's own would be wrong."""
+    changes = UNTIED if untied else {}
     if model.quantised is None:
-        return replaced_config(source, dtype=dtype)
-    return replaced_config(source, dtype=dtype or PLAIN, changes={"quantization_config": None})
-
-
-def file_name(file: int) -> str:
-    return f"__0_{file}.distcp"
-
-
-def _bytes(model: HfModel, dtype: str | None) -> int:
-    return sum(elements(mapped.shape) * ITEMSIZE[_dtypes(model, mapped, dtype)[1]] for mapped in model.tensors)
+        return replaced_config(source, dtype=dtype, changes=changes)
+    return replaced_config(source, dtype=dtype or PLAIN, changes={"quantization_config": None, **changes})
 
 
 def _dtypes(model: HfModel, mapped: Mapped, dtype: str | None) -> tuple[str, str]:
@@ -225,32 +205,3 @@ def _scales(model: HfModel, piece: Piece, first: int, numbered: Numbered) -> Sca
         offset += piece.index * elements(shape[1:]) * ITEMSIZE[dtype]
         first -= _rows_before(model, piece)
     return Scales(numbered.number(path), offset, dtype, shape[-1], first, model.quantised.block)
-
-
-def _common() -> bytes:
-    """common.pt; both flags say how megatron-core laid the state out, and here only its own defaults matter."""
-    archive = Archive(dump({"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {
-        "singleton_local_shards": False, "chained_optim_avoid_prefix": True}}), 0)  # fmt: skip
-    return archive.prefix(0) + archive.suffix(0)
-
-
-def _save_id(items: Sequence[_Item]) -> str:
-    made = hashlib.sha256()
-    for item in items:
-        made.update(repr((item.cell, item.tensor.shape, item.tensor.dtype)).encode())
-    return made.hexdigest()[:36]
-
-
-def _entries(items: Sequence[_Item]) -> dict[str, Entry]:
-    entries: dict[str, Entry] = {}
-    for item in items:
-        shape, lead, tensor = item.mapped.shape, item.cell.lead, item.tensor
-        entry = entries.setdefault(item.cell.key, Entry((*item.cell.axes, *shape), dtype=tensor.dtype))
-        if entry.dtype != tensor.dtype:
-            raise ConversionError(
-                f"{item.mapped.name} {list(shape)} is {tensor.dtype} and other layers of {item.cell.key} are "
-                f"{entry.dtype}: one dtype is needed, give it as --torch_dtype, entry {item.mapped.entry}"
-            )
-        stored = Stored(file_name(tensor.file), tensor.offset, tensor.total)
-        entry.chunks.append(Chunk((*lead, *[0] * len(shape)), (*[1] * len(lead), *shape), stored))
-    return entries

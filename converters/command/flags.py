@@ -23,10 +23,11 @@ class Flags:
 
     to_mcore: bool = _flag(False, "Hugging Face's format to megatron-core's")
     to_hf: bool = _flag(False, "megatron-core's format to Hugging Face's")
-    model: str = _flag("", "Hugging Face folder: the source, or where --to_hf takes config and tokenizer from")
+    model: str = _flag("", "Hugging Face folder or downloaded org/name: the source, or for --to_hf its config and tokenizer")
     mcore_model: str = _flag("", "checkpoint for --to_hf: of a run, a step, or of Megatron-LM or ms-swift")
-    adapters: str = _flag("", "LoRA adapters (not built yet)")
-    merge_lora: bool = _flag(False, "add the adapters to the weights (not built yet)")
+    adapters: tuple[str, ...] = _flag((), "LoRA adapters, PEFT's or megatron-core's: one to convert, or some to merge")
+    merge_lora: bool = _flag(False, "add the adapters to the weights, in their order")
+    peft_format: str = _flag("", "per_expert or fused (as transformers 5 has them): experts' adapters for --to_hf")
     output_dir: str = _flag("", "folder to make")
     torch_dtype: str = _flag("", "bfloat16, float16 or float32; left as they are by default")
     max_shard_size: str = _flag("5GB", "largest safetensors file")
@@ -83,6 +84,8 @@ def _split(arguments: Sequence[str], faults: list[str]) -> Iterator[tuple[str, l
 
 def _value(flag: Field[Any], texts: list[str], faults: list[str]) -> Any:
     kind = type(flag.default)
+    if kind is tuple and texts and all(texts):
+        return tuple(texts)
     if kind is bool and not texts:
         return True
     if len(texts) != 1 or not texts[0]:
@@ -104,11 +107,13 @@ def help_text() -> str:
     lines = [
         "usage: megabatch-convert --to_mcore --model HF_FOLDER --output_dir OUT",
         "       megabatch-convert --to_hf --mcore_model CHECKPOINT [--model HF_FOLDER] --output_dir OUT",
+        "       megabatch-convert --to_mcore|--to_hf --adapters ADAPTER [--model HF_FOLDER] --output_dir OUT",
+        "       megabatch-convert --merge_lora --adapters ADAPTER ... --to_mcore|--to_hf --model HF_FOLDER ...",
         "       megabatch-convert --verify --output_dir OUT",
         "",
     ]
     for flag in fields(Flags):
-        default = "" if flag.default in (False, "", 0, -1, MISSING) else f" (default: {flag.default})"
+        default = "" if flag.default in (False, "", 0, -1, (), MISSING) else f" (default: {flag.default})"
         lines.append(f"  --{flag.name:24}{flag.metadata['help']}{default}")
     lines += ["", "Switches are accepted bare and with a value: --to_hf, --to_hf true, --to_hf=false."]
     return "\n".join(lines)

@@ -47,18 +47,17 @@ def _failed(error: MegabatchError, *, code: int) -> int:
 
 def check_flags(flags: Flags) -> None:
     """Raises: ConversionError for flags that do not go together, or are not built yet."""
-    if flags.adapters or flags.merge_lora:
-        name = "--adapters" if flags.adapters else "--merge_lora"
-        raise ConversionError(f"{name} is not built yet: adapters can be neither converted nor merged")
     if flags.to_mcore and flags.to_hf:
         raise ConversionError("--to_mcore and --to_hf exclude each other; give one of them")
     if not flags.output_dir:
         raise ConversionError("--output_dir is missing; name the folder to make (or, with --verify, to check)")
     if not (flags.to_mcore or flags.to_hf or flags.verify):
         raise ConversionError("give --to_mcore or --to_hf, or --verify to check an output by its own digests")
-    if flags.to_mcore and not flags.model:
+    _check_adapters(flags)
+    alone = flags.adapters and not flags.merge_lora
+    if flags.to_mcore and not flags.model and not alone:
         raise ConversionError("--to_mcore needs --model, the Hugging Face folder to convert")
-    if flags.to_hf and not flags.mcore_model:
+    if flags.to_hf and not flags.mcore_model and not alone and not (flags.merge_lora and flags.model):
         raise ConversionError("--to_hf needs --mcore_model, the checkpoint to convert")
     if flags.to_mcore and flags.mcore_model:
         raise ConversionError("--mcore_model is the source of --to_hf; --to_mcore converts --model")
@@ -73,6 +72,17 @@ def check_flags(flags: Flags) -> None:
         raise ConversionError(f"--test_convert_dtype={flags.test_convert_dtype} must be float32 or bfloat16")
     if (flags.rank < 0) != (flags.world == 0) or flags.rank >= max(flags.world, 1):
         raise ConversionError("--rank and --world belong together, and rank counts from 0 to world - 1")
+
+
+def _check_adapters(flags: Flags) -> None:
+    if flags.merge_lora and not flags.adapters:
+        raise ConversionError("--merge_lora needs --adapters, the folders to merge")
+    if flags.peft_format not in ("", "per_expert", "fused"):
+        raise ConversionError(f"--peft_format={flags.peft_format} must be per_expert or fused")
+    if flags.peft_format and (not flags.adapters or flags.merge_lora or not flags.to_hf):
+        raise ConversionError("--peft_format is about the adapter that --to_hf --adapters writes")
+    if flags.adapters and not flags.merge_lora and flags.test_convert_precision:
+        raise ConversionError("--test_convert_precision compares models; merge the adapter with --merge_lora")
 
 
 def _run(flags: Flags) -> int:
@@ -91,6 +101,9 @@ def _run(flags: Flags) -> int:
         expert_layout=cast("ExpertLayout | None", flags.expert_layout or None),
         fp8_quantise=flags.fp8_quantise,
         accept_bin=flags.accept_bin,
+        adapters=flags.adapters,
+        merge_lora=flags.merge_lora,
+        peft_format=flags.peft_format or None,
     )
     if flags.dry_run:
         from megabatch.converters.command.report import show_plan
@@ -160,9 +173,11 @@ def _precision(flags: Flags) -> int:
     import subprocess
 
     from megabatch.converters.dtypes import TORCH, read_dtype
+    from megabatch.converters.hf_model import find_folder
     from megabatch.converters.torch_dist.find import find_checkpoint
 
-    folder, checkpoint = (flags.model, flags.output_dir) if flags.to_mcore else (flags.output_dir, flags.mcore_model)
+    model = str(find_folder(flags.model))
+    folder, checkpoint = (model, flags.output_dir) if flags.to_mcore else (flags.output_dir, flags.mcore_model)
     program = [sys.executable, "-m", "megabatch.trainer.precision", folder, str(find_checkpoint(checkpoint))]
     program += ["--dtype", flags.test_convert_dtype]
     if (rounded := read_dtype(flags.torch_dtype or None)) is not None:

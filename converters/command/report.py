@@ -40,6 +40,9 @@ def _how(plan: Plan, tensor: Tensor) -> str:
         way += f", {tensor.add:+g}"
     if tensor.arrangement is not None:
         way += ", rearranged"
+    if tensor.low_rank:
+        ranks = dict.fromkeys(str(term.right.shape[0]) for term in tensor.low_rank)
+        way += f", merged with adapters of rank {', '.join(ranks)}"
     if tensor.blocks is not None:
         way += f", {tensor.blocks.makes} of blocks of {tensor.blocks.height} x {tensor.blocks.width}"
     extents = f"{len(tensor.strips)} extent{'s' if len(tensor.strips) != 1 else ''}"

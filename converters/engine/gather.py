@@ -35,7 +35,8 @@ def sliced(strips: Sequence[Strip], first: int, count: int, *, row: int) -> list
     for strip in overlapping(strips, first, first + count):
         start, stop = max(first, strip.row), min(first + count, strip.row + strip.rows)
         offset = strip.offset + (start - strip.row) * strip.width
-        cut.append(strip._replace(row=row + start - first, rows=stop - start, offset=offset))
+        scales = strip.scales and strip.scales._replace(first=strip.scales.first + start - strip.row)
+        cut.append(strip._replace(row=row + start - first, rows=stop - start, offset=offset, scales=scales))
     return cut
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megabatch.converters.engine.compute import Computer, numpy
 from megabatch.converters.engine.gather import matrix_bytes
-from megabatch.converters.engine.plan import LowRank, Matrix, Tensor
+from megabatch.converters.engine.plan import Matrix, Tensor
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 
@@ -99,9 +99,3 @@ class Merger:
         raw = matrix_bytes(self._sources, matrix)
         self._computer.cast(memoryview(raw), matrix.dtype, "F32", out=memoryview(made))
         return self._np.frombuffer(made, "<f4").reshape(matrix.rows, matrix.columns)
-
-
-def scaled_rank(terms: tuple[LowRank, ...]) -> str:
-    """Ranks of what is added, for people: `16`, or `16+8` where several are."""
-    ranks = [term.right.shape[0] for term in terms]
-    return "+".join(str(rank) for rank in dict.fromkeys(ranks))

@@ -37,3 +37,11 @@ def respelled(expected: Collection[str], keys: Collection[str]) -> dict[str, str
         for ours, other in SPELLINGS
         if ours in key and key.replace(ours, other) in spare
     }
+
+
+_OPTIMIZER = ("optimizer.", "chained_", "rerun_state_machine_state", "rng_state")
+
+
+def is_optimizer(key: str) -> bool:
+    """Whether a key is of the optimizer's state or of random generators, not of the model."""
+    return key.startswith(_OPTIMIZER)
