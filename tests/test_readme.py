@@ -27,6 +27,7 @@ ROOMS = {
     "megabatch/doctor": "checks of a machine",
     "megabatch/entry": "a recipe's own command line",
     "megabatch/plan": "pure arithmetic: layouts, batches, stages, sizes",
+    "megabatch/rehearse": "proof that a recipe's runs resume bit for bit",
     "megabatch/sweep": "one recipe at many points: table, arrays, results",
     "megabatch/trainer": "the only room with torch and megatron-core",
     "megabatch/trainer/data": "from dataset names to each rank's batches",

@@ -20,12 +20,13 @@ pytestmark = pytest.mark.slurm
 FEW = 4
 
 
+@pytest.mark.timeout(3600)
 def test_random_faults_in_a_row(
     new_training: NewTraining, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     number, seed = request.config.getoption("faults") or FEW, request.config.getoption("faults_seed")
     random.seed(seed)
-    steps = STEPS if number == FEW else 20 * number
+    steps = STEPS if number == FEW else 15 * number
     if number == FEW:
         undisturbed: Training = request.getfixturevalue("uninterrupted")
     else:
