@@ -21,7 +21,7 @@ _KINDS = (
     ("an AWS access key", re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")),
     ("a private key", re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
 )
-_ASSIGNED = re.compile(r"\b([A-Za-z][\w-]*)=(['\"]?)([^\s'\"$]\S*)")
+_ASSIGNED = re.compile(r"\b([A-Za-z][\w-]*)=(?=['\"]?[^\s'\"$])")
 
 
 def secret_in(text: str) -> str | None:
