@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
-from megabatch.slurm.records import read_records
-from megabatch.slurm.state import active_jobs, status
+from megabatch.slurm.records import LOCAL, read_records, record_cancellation
+from megabatch.slurm.state import active_jobs_of, local_launcher, status
+
+_AT_ONCE = 1000
+"""Jobs that one scancel gets."""
 
 
 def cancel(run: Path) -> str:
@@ -18,18 +24,45 @@ def cancel(run: Path) -> str:
     Raises: LaunchError when there is nothing to cancel or scancel refuses.
     """
     job_id = _newest_job(run)
-    state = status([run], fresh_s=0)[0].state
-    if not state.active:
+    cancelled = cancel_all([run])
+    if not cancelled:
+        state = status([run], fresh_s=0)[0].state
         raise LaunchError(f"{run}: job {job_id} is not in the queue ({state}); nothing to cancel")
-    if shutil.which("scancel") is None:
+    return ", ".join(cancelled[run])
+
+
+def cancel_all(runs: Sequence[Path]) -> dict[Path, list[str]]:
+    """Cancels what waits or runs of these runs: ids by run, in the order of their turn. A local run is asked to stop.
+
+    Raises: LaunchError when scancel is missing or refuses.
+    """
+    jobs = {run: ids for run, ids in active_jobs_of(runs).items() if ids}
+    if jobs and shutil.which("scancel") is None:
         raise LaunchError("scancel not found: this machine has no Slurm; cancel from a login node")
     # of a run in links the later jobs go first: a link that ends lets the next one start
-    jobs = [*reversed(active_jobs(run))] or [job_id]
-    for one in jobs:
-        done = subprocess.run(["scancel", one], capture_output=True, text=True, check=False)
+    for turn in range(max(map(len, jobs.values()), default=0), 0, -1):
+        _scancel([ids[turn - 1] for ids in jobs.values() if len(ids) >= turn])
+    for run, ids in jobs.items():
+        for one in ids:
+            record_cancellation(RunDirectory(run), one)
+    return jobs | {run: [LOCAL] for run in runs if run not in jobs and _stop_local(run)}
+
+
+def _scancel(jobs: Sequence[str]) -> None:
+    for first in range(0, len(jobs), _AT_ONCE):
+        some = jobs[first : first + _AT_ONCE]
+        done = subprocess.run(["scancel", *some], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise LaunchError(f"scancel refused to cancel job {one}: {done.stderr.strip()}")
-    return ", ".join(reversed(jobs))
+            raise LaunchError(f"scancel refused to cancel {', '.join(some[:8])}: {done.stderr.strip()}")
+
+
+def _stop_local(run: Path) -> bool:
+    """Asks the launcher of a local run to stop, as Ctrl-C does; False when there is none on this machine."""
+    pid = local_launcher(read_records(RunDirectory(run)))
+    if pid is None:
+        return False
+    os.kill(pid, signal.SIGTERM)
+    return True
 
 
 def resume(run: Path) -> str:

@@ -1,4 +1,4 @@
-"""Reading the logs of a run: one file per rank and incarnation, and one of the batch script."""
+"""Reading the logs of a run: one file for each rank and start, and one for each job's batch script."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def _follow(run: Path, *, rank: int | None, restart: int | None) -> Iterator[str
         if chunk:
             continue
         if newest != path:
-            path, position = newest, 0
+            if rest:
+                yield rest.decode(errors="replace")
+            path, position, rest = newest, 0, b""
         elif ended:
             if rest:
                 yield rest.decode(errors="replace")

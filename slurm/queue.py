@@ -88,7 +88,7 @@ def _sacct(job_ids: set[str]) -> dict[str, JobState]:
     columns = "JobID,State,ExitCode"
     # older versions have no column of restarts
     text = _output(*command, f"--format={columns},Restarts") or _output(*command, f"--format={columns}")
-    found = {}
+    found: dict[str, JobState | None] = {}
     for line in text.splitlines():
         job_id, state, exit_code, restarts = (*line.strip().split("|"), "", "", "")[:4]
         found |= dict.fromkeys(elements(job_id), _parse(state, exit_code=exit_code, restarts=restarts))
@@ -103,7 +103,7 @@ def _squeue(job_ids: set[str]) -> dict[str, JobState]:
     text = _output(
         "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(sorted(job_ids))}", f"--Format={columns}"
     )
-    found = {}
+    found: dict[str, JobState | None] = {}
     for line in text.splitlines():
         words, start = [], 0
         for width in _SQUEUE_COLUMNS.values():
@@ -122,7 +122,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 def _scontrol(job_ids: set[str]) -> dict[str, JobState]:
     one = next(iter(job_ids)) if len(job_ids) == 1 else ""
     text = _output("scontrol", "--oneliner", "show", "job", *([one] if one else []))
-    found = {}
+    found: dict[str, JobState | None] = {}
     for line in text.splitlines():
         words: dict[str, str] = dict(_SCONTROL_WORD.findall(line))
         parsed = _parse(

@@ -53,9 +53,14 @@ def status(runs: Iterable[Path], *, fresh_s: float = 60) -> list[RunStatus]:
 
 def active_jobs(run: Path) -> list[str]:
     """The run's jobs that wait or run, as Slurm says, in the order of submission: several for a run in links."""
-    jobs = sorted(_open(read_records(RunDirectory(run))), key=lambda job: job.time)
-    answers = ask_slurm(job.job_id for job in jobs)
-    return [job.job_id for job in jobs if _is_active(job, answers)]
+    return active_jobs_of([run])[run]
+
+
+def active_jobs_of(runs: Iterable[Path]) -> dict[Path, list[str]]:
+    """The same of many runs, for one call of each of Slurm's commands."""
+    jobs = {run: sorted(_open(read_records(RunDirectory(run))), key=lambda job: job.time) for run in runs}
+    answers = ask_slurm(job.job_id for opened in jobs.values() for job in opened)
+    return {run: [job.job_id for job in opened if _is_active(job, answers)] for run, opened in jobs.items()}
 
 
 def read_heartbeat(run: RunDirectory) -> dict[str, Any]:
@@ -108,21 +113,19 @@ def _is_of_newest_job(beat: Mapping[str, Any], jobs: Sequence[JobRecord]) -> boo
 
 def _local(found: _Unsettled) -> RunStatus:
     """A run without Slurm: its launcher's process, its records, else its last heartbeat."""
-    job = found.jobs[-1] if found.jobs else None
-    if job is not None and job.starts:
-        process = job.starts[-1].process
-        if _has_ended(found.jobs):
-            return _from_records(found)
-        if process and process == _identity_of(process):
-            return _status(found, State.RUNNING, "process")
+    if _has_ended(found.jobs):
+        return _from_records(found)
+    if local_launcher(found.jobs) is not None:
+        return _status(found, State.RUNNING, "process")
     word = {"stopped": State.STOPPED, "failed": State.FAILED}.get(str(found.beat.get("state")), State.LOST)
     return _status(found, word, "heartbeat" if found.beat else "nobody")
 
 
-def _identity_of(process: str) -> str:
-    """What the process with that number is now, on this machine."""
-    number = process.split(":")[1:2]
-    return identity(int(number[0])) if number and number[0].isdigit() else ""
+def local_launcher(jobs: Sequence[JobRecord]) -> int | None:
+    """The process that runs the newest start on this machine; None when there is none, or it runs elsewhere."""
+    process = jobs[-1].starts[-1].process if jobs and jobs[-1].job_id == LOCAL and jobs[-1].starts else ""
+    number = process.split(":")[1] if process.count(":") == 2 else ""
+    return int(number) if number.isdigit() and identity(int(number)) == process else None
 
 
 def _open(jobs: list[JobRecord]) -> list[JobRecord]:

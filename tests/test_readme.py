@@ -26,6 +26,7 @@ ROOMS = {
     "megabatch/config/rules": "what must hold between parameters",
     "megabatch/doctor": "checks of a machine",
     "megabatch/entry": "a recipe's own command line",
+    "megabatch/insight": "what the files of runs tell: goodput, causes of failure, differences, reports",
     "megabatch/plan": "pure arithmetic: layouts, batches, stages, sizes",
     "megabatch/rehearse": "proof that a recipe's runs resume bit for bit",
     "megabatch/sweep": "one recipe at many points: table, arrays, results",

@@ -38,6 +38,22 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="state of runs")
     status.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories, or folders of them")
     status.add_argument("--json", action="store_true", help="one JSON array, for programs")
+    status.add_argument("--watch", action="store_true", help="draw it again and again; q ends")
+
+    why = commands.add_parser("why", help="why a run failed: the first rank, the cause, the fix, its log")
+    why.add_argument("run", type=Path, metavar="RUN")
+    why.add_argument("--restart", type=int, help="which start (default: the newest that failed)")
+    why.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
+    diff = commands.add_parser("diff", help="how two runs differ: configuration, environment, code, script")
+    diff.add_argument("a", type=Path, metavar="A")
+    diff.add_argument("b", type=Path, metavar="B")
+    diff.add_argument("--code", action="store_true", help="also every changed line of code")
+    diff.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
+    report = commands.add_parser("report", help="one HTML page about runs, with curves and timelines")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
+    report.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
 
     logs = commands.add_parser("logs", help="a rank's log")
     logs.add_argument("run", type=Path, metavar="RUN")
@@ -45,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("--rank", default="0", help="which rank, or `batch` for the job script (default: 0)")
     logs.add_argument("--restart", type=int, help="which start after a requeue (default: the newest)")
 
-    for name, help_ in (("cancel", "cancel a run's job"), ("resume", "submit a run again, from its last checkpoint")):
+    for name, help_ in (("cancel", "cancel runs' jobs"), ("resume", "submit runs again, from their last checkpoint")):
         command = commands.add_parser(name, help=help_)
-        command.add_argument("run", type=Path, metavar="RUN")
+        command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
 
     plan = commands.add_parser(
         "plan",
@@ -93,7 +109,25 @@ def _parser() -> argparse.ArgumentParser:
 def _status(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.status import show_status
 
-    return show_status(options.runs, as_json=options.json)
+    return show_status(options.runs, as_json=options.json, watch=options.watch)
+
+
+def _why(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.why import show_why
+
+    return show_why(options.run, restart=options.restart, as_json=options.json)
+
+
+def _diff(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.diff import show_diff
+
+    return show_diff(options.a, options.b, code=options.code, as_json=options.json)
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.report import write_report
+
+    return write_report(options.runs, output=options.output)
 
 
 def _logs(options: argparse.Namespace, _: list[str]) -> int:
@@ -103,15 +137,15 @@ def _logs(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _cancel(options: argparse.Namespace, _: list[str]) -> int:
-    from megabatch.cli.jobs import cancel_run
+    from megabatch.cli.jobs import cancel_runs
 
-    return cancel_run(options.run)
+    return cancel_runs(options.runs)
 
 
 def _resume(options: argparse.Namespace, _: list[str]) -> int:
-    from megabatch.cli.jobs import resume_run
+    from megabatch.cli.jobs import resume_runs
 
-    return resume_run(options.run)
+    return resume_runs(options.runs)
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> int:
@@ -153,6 +187,9 @@ def _doctor(options: argparse.Namespace, _: list[str]) -> int:
 
 _COMMANDS = {
     "status": _status,
+    "why": _why,
+    "diff": _diff,
+    "report": _report,
     "logs": _logs,
     "cancel": _cancel,
     "resume": _resume,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from megabatch.cli.runs import one_run
+from megabatch.cli.runs import all_runs, one_run
 from megabatch.errors import LaunchError
 from megabatch.slurm import control
 from megabatch.slurm.logs import logs
+from megabatch.slurm.queue import State
+from megabatch.slurm.state import status
+
+_AT_END = (State.COMPLETED, State.NOT_SUBMITTED)
 
 
 def show_logs(path: Path, *, rank: str, restart: int | None, follow: bool) -> int:
@@ -19,15 +25,35 @@ def show_logs(path: Path, *, rank: str, restart: int | None, follow: bool) -> in
     return 0
 
 
-def cancel_run(path: Path) -> int:
-    """Cancels the newest job. Raises: LaunchError when it is not in the queue."""
-    run = one_run(path)
-    print(f"cancelled job {control.cancel(run)}; its ranks save if the cluster's KillWait is long enough")
+def cancel_runs(paths: Sequence[Path]) -> int:
+    """Cancels every job of the runs at or beneath the paths. Raises: LaunchError when none is in the queue."""
+    runs = all_runs(paths)
+    cancelled = {runs[0]: [control.cancel(runs[0])]} if len(runs) == 1 else control.cancel_all(runs)
+    if not cancelled:
+        raise LaunchError(f"none of the {len(runs)} runs is in the queue; nothing to cancel")
+    for run, jobs in cancelled.items():
+        print(f"cancelled job {', '.join(jobs)} of {run}")
+    print("their ranks save if the cluster's KillWait is long enough")
     return 0
 
 
-def resume_run(path: Path) -> int:
-    """Submits the stored script again. Raises: LaunchError when a job is still in the queue."""
-    run = one_run(path)
-    print(f"submitted job {control.resume(run)} in {run}")
-    return 0
+def resume_runs(paths: Sequence[Path]) -> int:
+    """Submits the stored scripts of the runs at or beneath the paths again; of several, those that can go on.
+
+    Raises: LaunchError when one run alone cannot go on, or none of several can.
+    """
+    runs = all_runs(paths)
+    if len(runs) == 1:
+        print(f"submitted job {control.resume(runs[0])} in {runs[0]}")
+        return 0
+    able = [found.run for found in status(runs, fresh_s=0) if not found.state.active and found.state not in _AT_END]
+    if not able:
+        raise LaunchError(f"none of the {len(runs)} runs can go on: they wait, run or are done")
+    refused = 0
+    for run in able:
+        try:
+            print(f"submitted job {control.resume(run)} in {run}")
+        except LaunchError as error:
+            refused += 1
+            print(f"error: {error}", file=sys.stderr)
+    return 1 if refused else 0

@@ -1,46 +1,74 @@
-"""`megabatch status`: one line for each run."""
+"""`megabatch status`: one line for each run, once or until someone has seen enough."""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megabatch.cli.runs import all_runs
-from megabatch.cli.table import table
-from megabatch.slurm.state import RunStatus, status
+from megabatch.cli.table import amount, duration, table, terminal_width
+from megabatch.errors import LaunchError
+from megabatch.insight.overview import Overview, overview
+
+_HEADER = ("RUN", "STATE", "STEP", "LOSS", "TOK/S", "ETA", "GOODPUT", "JOB", "HEARD", "WHY")
+REDRAW_S = 2.0
 
 
-def show_status(paths: Sequence[Path], *, as_json: bool) -> int:
+def show_status(paths: Sequence[Path], *, as_json: bool, watch: bool = False) -> int:
     """Prints the state of the runs at or beneath the paths. Raises: LaunchError for a path that holds no run."""
-    found = status(all_runs(paths))
-    if as_json:
-        print(json.dumps([_plain(one) for one in found], indent=2))
-    elif found:
-        print(table(("RUN", "STATE", "STEP", "JOB", "HEARD", "WHY"), [_row(one) for one in found]))
-    else:
-        print("no runs beneath megatron_output; name their folder: megabatch status DIR")
+    if watch:
+        return _watch(paths)
+    found = overview(all_runs(paths))
+    print(json.dumps([one.plain() for one in found], indent=2) if as_json else status_table(found))
     return 0
 
 
-def _row(one: RunStatus) -> tuple[str, ...]:
-    job = one.job_id or "-"
-    if one.restart:
-        job += f" (restart {one.restart})"
-    why = one.reason or (f"exit code {one.exit_code}" if one.exit_code else "")
-    step = "-" if one.step is None else str(one.step)
-    return str(one.run), one.state.value, step, job, _age(one.heartbeat_age_s), why
+def status_table(found: Sequence[Overview]) -> str:
+    """As wide as the terminal at most."""
+    if not found:
+        return "no runs beneath megatron_output; name their folder: megabatch status DIR"
+    return table(_HEADER, [_row(one) for one in found], width=terminal_width())
 
 
-def _plain(one: RunStatus) -> dict[str, object]:
-    return {name: str(value) if isinstance(value := getattr(one, name), Path) else value for name in one.__slots__}
+def _watch(paths: Sequence[Path]) -> int:
+    from megabatch.cli.screen import Screen
+
+    if not sys.stdout.isatty():
+        raise LaunchError("--watch draws on a terminal, and standard output is none; leave --watch out")
+    with Screen() as screen:
+        while True:
+            text = status_table(overview(all_runs(paths)))
+            screen.draw(f"{time.strftime('%H:%M:%S')}   q ends\n\n{text}")
+            if screen.key_within(REDRAW_S) in ("q", "Q", "\x03", "\x04"):
+                return 0
 
 
-def _age(seconds: float | None) -> str:
-    """`12 s ago`, `3 min ago`, `5 h ago`, `2 d ago`."""
-    if seconds is None or seconds == float("inf"):
-        return "-"
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+def _row(one: Overview) -> tuple[str, ...]:
+    now = one.status
+    job = now.job_id or "-"
+    if now.restart:
+        job += f" #{now.restart}"
+    why = now.reason or (f"exit code {now.exit_code}" if now.exit_code else "")
+    return (
+        _short(now.run),
+        now.state.value,
+        "-" if one.step is None else f"{one.step}/{one.train_iters or '?'}",
+        "-" if one.loss is None else f"{one.loss:.4f}",
+        "-" if one.tokens_per_s is None else amount(one.tokens_per_s),
+        "-" if one.eta_s is None else duration(one.eta_s),
+        "-" if one.goodput is None else f"{one.goodput:.0%}",
+        job,
+        "-" if now.heartbeat_age_s in (None, float("inf")) else duration(max(0.0, now.heartbeat_age_s or 0.0)),
+        why,
+    )
+
+
+def _short(run: Path) -> str:
+    """Relative where it lies beneath the current folder."""
+    try:
+        return str(run.absolute().relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(run)

@@ -1,15 +1,65 @@
-"""Plain tables for a terminal."""
+"""Plain tables and short numbers for a terminal."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
+NARROWEST = 12
+"""Columns that are cut keep at least so many characters."""
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the last one is not padded."""
-    lines = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
+
+def terminal_width() -> int:
+    """Of the terminal; 120 where there is none."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
+    """Columns as wide as their widest cell; the last one is not padded.
+
+    Args: `width` is what a line may have; the first column is cut at its front and the last one at its end for it.
+    """
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    if width is not None:
+        _cut(lines, widths, width=width)
     return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        "  ".join([*(cell.ljust(size) for cell, size in zip(line[:-1], widths, strict=False)), line[-1]]).rstrip()
         for line in lines
     )
+
+
+def _cut(lines: list[list[str]], widths: list[int], *, width: int) -> None:
+    """The last column gives way first, then the first one, each down to NARROWEST."""
+    for column in (len(widths) - 1, 0):
+        excess = sum(widths) + 2 * (len(widths) - 1) - width
+        size = max(min(NARROWEST, widths[column]), widths[column] - max(0, excess))
+        if size < widths[column]:
+            widths[column] = size
+            for line in lines:
+                if len(line[column]) > size:
+                    line[column] = _shortened(line[column], size, at_front=column == 0)
+
+
+def _shortened(text: str, size: int, *, at_front: bool) -> str:
+    return "…" + text[len(text) - size + 1 :] if at_front else text[: size - 1] + "…"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def amount(value: float) -> str:
+    """Three digits or so: `950`, `12.3k`, `4.56M`."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'k' else size):.3g}{letter}"
+    return f"{value:.0f}"

@@ -40,8 +40,8 @@ def test_status_lists_runs_below_the_default_folder(
     _run(tmp_path / "megatron_output" / "b" / "v0-1", state="failed", age_s=7300)
     assert main(["status"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["RUN", "STATE", "STEP", "JOB", "HEARD", "WHY"]
-    assert ["completed" in lines[0], "failed" in lines[1], "2 h ago" in lines[1]] == [True] * 3
+    assert header.split() == ["RUN", "STATE", "STEP", "LOSS", "TOK/S", "ETA", "GOODPUT", "JOB", "HEARD", "WHY"]
+    assert ["completed" in lines[0], "failed" in lines[1], "2 h 02 min" in lines[1]] == [True] * 3
 
 
 def test_status_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,61 @@
+"""`megabatch why`: the rank that failed first, the class of the failure, what to do, and the log that says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megabatch.cli.runs import one_run
+from megabatch.insight.diagnosis import Diagnosis, diagnose
+from megabatch.insight.masking import Masker
+
+
+def show_why(path: Path, *, restart: int | None, as_json: bool) -> int:
+    """Prints a diagnosis; secrets in log lines are masked. Raises: LaunchError when there is no such run or start."""
+    found, mask = diagnose(one_run(path), restart=restart), Masker()
+    if as_json:
+        print(json.dumps(_masked(found.plain(), mask), indent=2))
+    else:
+        print(mask(text(found)))
+    return 0
+
+
+def text(found: Diagnosis) -> str:
+    head = f"{found.run} is {found.state}"
+    if found.job_id is not None:
+        head += f", job {found.job_id}"
+    cause = found.cause
+    if cause is None:
+        return f"{head}; no start of it is known to have failed"
+    if found.restart is not None:
+        head += f"; its start {found.restart} failed"
+    lines = [head, f"cause: {cause.title} [{cause.name}]"]
+    if found.rank is not None:
+        place = f" on {found.node}" if found.node else ""
+        code = "" if found.exit_code is None else f", exit code {found.exit_code}"
+        lines.append(f"first: rank {found.rank}{place}{code}")
+    elif found.exit_code is not None:
+        lines.append(f"exit code: {found.exit_code}")
+    if found.evidence:
+        place = "" if found.log is None or found.line is None else f"   ({found.log.name}:{found.line})"
+        lines.append(f"said: {found.evidence[:300]}{place}")
+    lines.append(f"fix: {cause.fix}")
+    if found.followers:
+        lines.append(f"taken along, with no cause in their logs: {_ranks(found.followers)}")
+    if found.last_lines:
+        lines += ["", f"last lines of {found.log}:", *(f"    {line}" for line in found.last_lines)]
+    return "\n".join(lines)
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{' …' if len(ranks) > 8 else ''}"
+
+
+def _masked(value: Any, mask: Masker) -> Any:
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, list):
+        return [_masked(one, mask) for one in value]
+    return {name: _masked(one, mask) for name, one in value.items()} if isinstance(value, dict) else value

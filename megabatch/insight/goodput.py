@@ -1,0 +1,86 @@
+"""How much of what a run was given went into its training.
+
+Goodput is the time spent in steps of the final history, over the time for which GPUs were allocated:
+
+    goodput = GPU-seconds in steps of the final history / allocated GPU-seconds
+
+A step that was lost and taken again counts once, as it was taken last. What is left are starting, compiling, saving,
+evaluating, lost steps, and waiting for dead peers. All GPUs of a run take part in every step and are allocated
+together, so the number of GPUs cancels out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megabatch.slurm.records import JobRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """One start of a run and the time that it held its nodes."""
+
+    job_id: str
+    restart: int
+    nodes: str
+    start: float
+    """Seconds since the epoch."""
+    end: float
+    """The same; now for one that runs, the last sign of life for one that was killed."""
+    exit_code: int | None
+    """None for one that runs or was killed."""
+
+
+def stays(jobs: Sequence[JobRecord], *, last_sign: float, running: bool, now: float | None = None) -> list[Stay]:
+    """Every start of a run, oldest first.
+
+    Args: `last_sign`: when the run was last heard of, for a start that left no word; `running`: whether its newest
+    start still holds its nodes.
+    """
+    now = time.time() if now is None else now
+    starts = sorted(((start, job) for job in jobs for start in job.starts), key=lambda pair: pair[0].time)
+    found = []
+    for index, (start, job) in enumerate(starts):
+        ending, newest = job.ending_of(start), index == len(starts) - 1
+        if ending is not None:
+            end = ending.time
+        elif newest:
+            end = now if running else last_sign
+        else:
+            # killed, and started again: it held its nodes until then at the latest
+            end = min(starts[index + 1][0].time, max(last_sign, start.time))
+        code = None if ending is None else ending.exit_code
+        found.append(Stay(job.job_id, start.restart, start.nodes, start.time, max(end, start.time), code))
+    return found
+
+
+def allocated_s(held: Sequence[Stay]) -> float:
+    """Seconds for which the run held its nodes."""
+    return sum(stay.end - stay.start for stay in held)
+
+
+def goodput(step: Mapping[str, Any], held: Sequence[Stay]) -> float | None:
+    """The ratio above, between 0 and 1; None before the first step. `step` is the newest line of `metrics.jsonl`."""
+    useful, allocated = step.get("trained_s"), allocated_s(held)
+    if not isinstance(useful, int | float) or allocated <= 0:
+        return None
+    return min(1.0, useful / allocated)
+
+
+def remaining_s(step: Mapping[str, Any], *, train_iters: int, held: Sequence[Stay]) -> float | None:
+    """Seconds until the last step, across requeues: None before the first step.
+
+    The steps that are left at the recent pace; for a run that was started more than once, times what an hour of steps
+    has cost it so far: waiting, starting and lost steps between its first start and now.
+    """
+    left, done, pace = step.get("eta_s"), step.get("step"), step.get("trained_s")
+    if not isinstance(left, int | float) or not isinstance(done, int) or not isinstance(pace, int | float):
+        return None
+    if done >= train_iters:
+        return 0.0
+    if len(held) < 2 or pace <= 0:
+        return float(left)
+    return float(left) * max(1.0, (held[-1].end - held[0].start) / pace)

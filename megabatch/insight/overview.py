@@ -1,0 +1,137 @@
+"""One line about each of many runs: where it is, how fast, how much longer, and how well it uses its GPUs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megabatch.insight.goodput import Stay, allocated_s, goodput, remaining_s, stays
+from megabatch.insight.tails import last_step
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.queue import State
+from megabatch.slurm.state import RunStatus, status
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """A run's state and progress; what is not known is None."""
+
+    status: RunStatus
+    name: str | None
+    """As the recipe calls it."""
+    step: int | None
+    train_iters: int | None
+    loss: float | None
+    tokens_per_s: float | None
+    eta_s: float | None
+    """Seconds until the last step, across requeues; of runs that wait or run."""
+    goodput: float | None
+    gpus: int | None
+    """GPUs that the run is given; its ranks where it has none."""
+    allocated_gpu_h: float | None
+    """GPU-hours held so far."""
+    starts: int
+
+    def plain(self) -> dict[str, object]:
+        """For JSON: the keys that docs/knowing.md lists."""
+        now = self.status
+        return {
+            "run": str(now.run),
+            "name": self.name,
+            "state": now.state.value,
+            "source": now.source,
+            "reason": now.reason,
+            "job_id": now.job_id,
+            "restart": now.restart,
+            "starts": self.starts,
+            "exit_code": now.exit_code,
+            "step": self.step,
+            "train_iters": self.train_iters,
+            "loss": self.loss,
+            "tokens_per_s": self.tokens_per_s,
+            "eta_s": self.eta_s,
+            "goodput": self.goodput,
+            "gpus": self.gpus,
+            "allocated_gpu_h": self.allocated_gpu_h,
+            "heartbeat_age_s": _number(now.heartbeat_age_s),
+        }
+
+
+def overview(runs: Sequence[Path]) -> list[Overview]:
+    """Of each run, in order; Slurm's commands are called once for all of them."""
+    return [_overview(found) for found in status(runs)]
+
+
+def run_json(run: Path) -> dict[str, Any]:
+    """What `run.json` says, of whatever version; empty when it cannot be read."""
+    try:
+        value = json.loads(RunDirectory(run).run_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def history(found: RunStatus, *, step: Mapping[str, Any]) -> list[Stay]:
+    """The run's starts and how long they held their nodes."""
+    run = RunDirectory(found.run)
+    beat = _number(found.heartbeat.get("time")) or 0.0
+    running = found.state is State.RUNNING
+    # a killed run's last line may be younger than its last heartbeat
+    last_sign = beat if running or not step else max(beat, _changed(run.metrics))
+    return stays(found.jobs, last_sign=last_sign, running=running, now=time.time())
+
+
+def _overview(found: RunStatus) -> Overview:
+    directory, config = RunDirectory(found.run), run_json(found.run)
+    step, beat = last_step(directory.metrics), found.heartbeat
+    held = history(found, step=step)
+    recipe = config.get("recipe") if isinstance(config.get("recipe"), dict) else {}
+    train_iters = _integer(beat.get("train_iters")) or _integer(_group(recipe, "training").get("train_iters"))
+    gpus = gpus_of(config)
+    waits = found.state.active and train_iters is not None
+    allocated = allocated_s(held)
+    return Overview(
+        status=found,
+        name=str(recipe["name"]) if recipe and "name" in recipe else None,
+        step=_integer(step.get("step")) if step else _integer(beat.get("step")),
+        train_iters=train_iters,
+        loss=_number(step.get("loss")),
+        tokens_per_s=_number(step.get("tokens_per_s")),
+        eta_s=remaining_s(step, train_iters=train_iters, held=held) if waits and train_iters is not None else None,
+        goodput=goodput(step, held),
+        gpus=gpus,
+        allocated_gpu_h=allocated * gpus / 3600 if held and gpus else None,
+        starts=len(held),
+    )
+
+
+def gpus_of(config: Mapping[str, Any]) -> int | None:
+    """GPUs of a run by its `run.json`; its ranks where it has none."""
+    resources = _group(config.get("recipe"), "resources")
+    nodes, per_node = _integer(resources.get("nodes")), _integer(resources.get("gpus_per_node"))
+    return (nodes or 0) * (per_node or 0) or _integer(_group(config, "layout").get("world_size"))
+
+
+def _group(values: object, name: str) -> Mapping[str, Any]:
+    value = values.get(name) if isinstance(values, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) else None
