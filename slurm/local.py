@@ -23,6 +23,7 @@ from megabatch.run_directory import ExitCode
 from megabatch.slurm import hang
 from megabatch.slurm.environment import job_variables
 from megabatch.slurm.job import JobSpec
+from megabatch.slurm.local_roles import Requests, Servers
 from megabatch.slurm.ports import free_port_block
 from megabatch.slurm.processes import die_with_parent, end_processes, identity, marked_processes
 from megabatch.slurm.profile import ClusterProfile
@@ -56,12 +57,18 @@ def run_local(
         shared = local_environment(job, profile or ClusterProfile()) | dict(variables or {})
         with contextlib.nullcontext(requests) if requests else StopRequests() as asked, _kill_at_end(mark):
             request, failed = (job.files.mark(name, LOCAL, restart) for name in ("stop", "failed"))
-            ranks = _start(job, shared, restart=restart, request=request, mark=mark)
-            record_start(job.files, Start(restart, time.time(), socket.gethostname(), identity(os.getpid())))
-            with open(job.files.rank_log(0, restart), "rb") as log, _removed_at_end(request):
+            rank_0 = job.files.rank_log(0, restart)
+            rank_0.touch()
+            with open(rank_0, "rb") as log, _removed_at_end(request):
                 beat = hang.Watch(job.files.heartbeat, job.hang_timeout_s)
                 output = _Output(log, terminal or sys.stdout.buffer)
-                code = _watch(ranks, asked, output, beat, request=request, failed=failed)
+                servers = Servers(job, asked, output.say)
+                shared |= servers.start(os.environ | shared | dict([mark.split("=", 1)]), restart=restart)
+                may_start = servers.failed is None and not (job.roles and asked.count)
+                ranks = _start(job, shared, restart=restart, request=request, mark=mark) if may_start else []
+                record_start(job.files, Start(restart, time.time(), socket.gethostname(), identity(os.getpid())))
+                code = _watch(ranks, servers, output, beat, request=request, failed=failed)
+                code = servers.stop(code if may_start else ExitCode.REQUEUE)
             record_ending(job.files, Ending(restart, code, time.time()))
             return code
     except OSError as error:
@@ -196,7 +203,7 @@ def _start(job: JobSpec, shared: Mapping[str, str], *, restart: int, request: Pa
 
 
 def _watch(
-    ranks: list[_Rank], requests: StopRequests, output: _Output, beat: hang.Watch, *, request: Path, failed: Path
+    ranks: list[_Rank], requests: Requests, output: _Output, beat: hang.Watch, *, request: Path, failed: Path
 ) -> int:
     """Waits for all ranks, showing rank 0's log and passing a request on: as a file first, then as a signal.
 
@@ -251,4 +258,4 @@ def _wait_for_an_end(ranks: list[_Rank]) -> None:
 def _worst(codes: list[int]) -> int:
     """A failure goes over a request to be run again, and that over success."""
     failures = [code for code in codes if code not in (ExitCode.DONE, ExitCode.REQUEUE)]
-    return failures[0] if failures else max(codes)
+    return failures[0] if failures else max(codes, default=0)
