@@ -15,6 +15,7 @@ from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.converters.torch_bin import open_folder
 from megabatch.errors import ConversionError
+from megabatch.hub_cache import cached_folder, download_command, is_hub_name
 from megabatch.plan.shape import ModelShape
 
 
@@ -34,6 +35,23 @@ class HfModel:
     """Tensors of another part of the model (a vision tower), which no megatron-core tensor has."""
     quantised: Quantised | None = None
     """How its weights must be read, for those that asked for them as they are."""
+
+
+def find_folder(model: str | os.PathLike[str]) -> Path:
+    """A folder, or the one that a hub's client downloaded a model `organisation/name` to.
+
+    Raises: ConversionError naming what downloads it.
+    """
+    path, name = Path(model).expanduser(), os.fspath(model)
+    if path.exists() or not is_hub_name(name):
+        return path
+    folder = cached_folder(name, use_hf=True)
+    if folder is None:
+        commands = " or ".join(f"`{download_command(name, use_hf=use_hf)}`" for use_hf in (True, False))
+        raise ConversionError(
+            f"{name}: there is no such folder, and no hub's cache on this machine has it; download it with {commands}"
+        )
+    return folder
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

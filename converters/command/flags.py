@@ -23,7 +23,7 @@ class Flags:
 
     to_mcore: bool = _flag(False, "Hugging Face's format to megatron-core's")
     to_hf: bool = _flag(False, "megatron-core's format to Hugging Face's")
-    model: str = _flag("", "Hugging Face folder or downloaded org/name: the source, or for --to_hf its config and tokenizer")
+    model: str = _flag("", "Hugging Face folder or downloaded org/name: the source, or --to_hf takes its config")
     mcore_model: str = _flag("", "checkpoint for --to_hf: of a run, a step, or of Megatron-LM or ms-swift")
     adapters: tuple[str, ...] = _flag((), "LoRA adapters, PEFT's or megatron-core's: one to convert, or some to merge")
     merge_lora: bool = _flag(False, "add the adapters to the weights, in their order")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +9,11 @@ from megabatch.config.made_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.converters.families import family_named, family_of
 from megabatch.converters.hf_model import read_config
-from megabatch.entry.hub_cache import cached_folder
 from megabatch.errors import ConversionError, Fault, MegabatchError
+from megabatch.hub_cache import cached_folder, is_hub_name
 from megabatch.plan.known_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
-
-_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+from megabatch.slurm.environment import SHARED_CACHES
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,8 @@ def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel
     if path.is_dir():
         return _in_folder(path.absolute())
     if is_hub_name(name):
-        folder = cached_folder(name, use_hf=recipe.bridge.use_hf, shared_cache=shared_cache)
+        own = {cache.name: f"{shared_cache}/{cache.value}" for cache in SHARED_CACHES} if shared_cache else None
+        folder = cached_folder(name, use_hf=recipe.bridge.use_hf, environment=own)
         if folder is not None:
             return _in_folder(folder)
         if name in KNOWN_MODELS:
@@ -49,16 +48,6 @@ def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel
             shape = family_of(config).shape(config)
             return FoundModel(shape, "published config.json, not downloaded yet", fault=_untrainable("model", shape))
     return FoundModel(None, "not on this machine")
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a model or tokenizer that is no folder here can be a hub's `organisation/name`."""
-    return bool(_HUB_NAME.fullmatch(name))
-
-
-def download_command(name: str, *, use_hf: bool) -> str:
-    """What downloads a hub's model into its client's cache."""
-    return f"hf download {name}" if use_hf else f"modelscope download --model {name}"
 
 
 def told(field: str, error: MegabatchError) -> Fault:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megabatch.entry.launch import Launch
-from megabatch.entry.model import download_command
 from megabatch.errors import Fault
+from megabatch.hub_cache import download_command
 from megabatch.plan.model_size import num_active_parameters, num_parameters
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.environment import job_variables

@@ -11,8 +11,9 @@ from pathlib import Path
 from megabatch.config.data import Data
 from megabatch.config.recipe import Recipe
 from megabatch.converters.hf_model import open_hf_model
-from megabatch.entry.model import FoundModel, download_command, is_hub_name, told
+from megabatch.entry.model import FoundModel, told
 from megabatch.errors import DataError, Fault, MegabatchError
+from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.trainer.data import files, names, tokenizer
 from megabatch.trainer.data.formats import messages_of
 

@@ -1,0 +1,74 @@
+"""Models found where hubs' own clients keep them, laid out as the clients do; and converted by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megabatch.converters.conversion import make_plan
+from megabatch.converters.hf_model import find_folder
+from megabatch.errors import ConversionError
+from megabatch.hub_cache import cached_folder, is_hub_name
+
+
+def hugging_face(home: Path, name: str) -> Path:
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    for commit in ("aaa", "bbb"):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("bbb")
+    return repository / "snapshots" / "bbb"
+
+
+def modelscope(cache: Path, name: str) -> Path:
+    folder = cache / "models" / name.replace(".", "___")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_each_clients_cache_is_asked_the_chosen_hubs_first(caches: Path) -> None:
+    assert cached_folder("org/Model-1.5", use_hf=True) is None
+    theirs = modelscope(caches / "ms", "org/Model-1.5")
+    assert cached_folder("org/Model-1.5", use_hf=True) == theirs
+    ours = hugging_face(caches / "hf", "org/Model-1.5")
+    assert cached_folder("org/Model-1.5", use_hf=True) == ours
+    assert cached_folder("org/Model-1.5", use_hf=False) == theirs
+
+
+def test_a_jobs_own_caches_alone_are_asked_when_they_are_given(caches: Path) -> None:
+    hugging_face(caches / "hf", "org/name")
+    shared = hugging_face(caches / "shared", "org/name")
+    assert cached_folder("org/name", use_hf=True, environment={"HF_HOME": str(caches / "shared")}) == shared
+
+
+def test_a_converters_model_may_be_a_hubs_name(caches: Path) -> None:
+    folder = hugging_face(caches / "hf", "org/name")
+    assert find_folder("org/name") == folder
+    (caches / "org" / "name").mkdir(parents=True)
+    assert find_folder("org/name") == Path("org/name")  # a folder that is there comes first
+    with pytest.raises(
+        ConversionError, match=r"^org/other: .*`hf download org/other` or `modelscope download --model"
+    ):
+        make_plan(to_mcore=True, model="org/other")
+    with pytest.raises(ConversionError, match=r"^/no/such/folder/config\.json: cannot be read"):
+        make_plan(to_mcore=True, model="/no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "may_be"), [("Qwen/Qwen3-0.6B", True), ("folder", False), ("/a/b", False), ("a/b/c", False)]
+)
+def test_names_that_a_hub_can_have(name: str, may_be: bool) -> None:
+    assert is_hub_name(name) is may_be
