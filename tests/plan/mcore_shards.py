@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import resolve
+from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer import assemble, megatron_cpu, ranks
 from megabatch.trainer.engine import Engine
@@ -59,7 +60,7 @@ def sizes(recipe: Recipe, shape: ModelShape, rank: int) -> dict[str, int]:
             place.device = torch.device("meta")
             engine = assemble.build_engine(run, place, train_iters=10)
             engine.optimizer.allocate_state(step=1)
-            return _measured(engine)
+            return _measured(engine) | {"passes": _passes(run.layout)}
     finally:
         dist.destroy_process_group()
 
@@ -77,6 +78,14 @@ def _measured(engine: Engine) -> dict[str, int]:
         "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
         "optimizer": sum(_state_bytes(inner.optimizer) for inner in engine.optimizer.inner),
     }
+
+
+def _passes(layout: Layout) -> int:
+    """Forward passes of chunks before this rank's first backward pass."""
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    total, _, ahead, _ = get_pp_rank_microbatches(layout.num_microbatches, layout.vp, layout.pp)
+    return min(total, ahead + 1)
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -18,6 +18,7 @@ from megabatch import Batch, Data, Model, Parallel, Recipe, Resources, Training
 from megabatch.converters.families import family_of
 from megabatch.entry.estimate import settings_of
 from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.plan.memory import in_flight
 from megabatch.plan.rank_size import rank_sizes
 from megabatch.plan.shape import ModelShape
 
@@ -39,6 +40,7 @@ class Case:
     ranks: tuple[int, ...]
     changes: dict[str, Any] = field(default_factory=dict)
     dtype: Any = "bfloat16"
+    batch: int | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -58,7 +60,7 @@ class Case:
             task="pt",
             model=Model(model=self.model, torch_dtype=self.dtype),
             data=Data(dataset=["nothing"], max_length=4096),
-            batch=Batch(global_batch_size=self.world),
+            batch=Batch(global_batch_size=self.batch or self.world),
             training=Training(train_iters=1),
             parallel=parallel,
             resources=Resources(nodes=1, gpus_per_node=0, tasks_per_node=self.world),
@@ -71,7 +73,7 @@ FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_la
 CASES = {
     "dense": Case(DENSE, 3, 8, {TP: 4}, (0, 7)),
     "groups-shared-by-no-one": Case(DENSE, 2, 8, {TP: 8}, (3,)),
-    "uneven-stages": Case(DENSE, 7, 16, {TP: 2, PP: 4, FIRST: 2, LAST: 1}, (0, 4, 8, 12)),
+    "uneven-stages": Case(DENSE, 7, 16, {TP: 2, PP: 4, FIRST: 2, LAST: 1}, (0, 4, 8, 12), batch=6),
     "tied-stages": Case(DENSE, 4, 24, {PP: 2}, (0, 12), TIED),
     "tied-chunks": Case(DENSE, 8, 12, {PP: 2, VP: 2}, (5, 11), TIED),
     "layout-string": Case(DENSE, 6, 4, {PP: 2, "pipeline_model_parallel_layout": "E|t*3|tt|tL"}, (0, 2)),
@@ -111,6 +113,7 @@ def test_ranks_hold_what_megatron_core_allocates(name: str, allocated: dict[str,
     sizes = rank_sizes(case.shape, settings)
     for found in allocated[name]:
         expected = sizes[found["stage"]]
+        assert found["passes"] == sum(in_flight(settings, found["stage"]))
         assert found["parameters"] == expected.parameters
         assert found["weights"] == expected.weight_bytes(settings)
         assert found["gradients"] == expected.gradient_bytes(settings)

@@ -1,0 +1,104 @@
+"""`megabatch plan`: estimates of a recipe, and its layouts ranked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch.cli import main
+
+ROOT = Path(__file__).parents[2]
+MOE, SMALL = ROOT / "recipes" / "qwen3_moe_sft.py", ROOT / "recipes" / "quickstart.py"
+
+
+@pytest.fixture(autouse=True)
+def _empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _plan(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> str:
+    assert main(["plan", *map(str, arguments)]) == code
+    shown = capsys.readouterr()
+    return shown.out if code == 0 else shown.err
+
+
+def _json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
+    return json.loads(_plan(capsys, *arguments, "--json"))
+
+
+def test_memory_is_shown_by_stage_and_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _plan(capsys, MOE, "--gpu", "a800")
+    assert "estimate on A800 (79.2 GiB)" in shown
+    header, *stages = [line.split() for line in shown.splitlines() if line.startswith(("stage", "0 ", "1 "))]
+    assert header[1:4] == ["weights", "gradients", "optimizer"]
+    first, second = [dict(zip(header, stage, strict=False)) for stage in stages]
+    assert float(first["optimizer"]) == pytest.approx(3 * float(first["gradients"]), abs=0.2)
+    assert first["logits"] == "0.0" and float(second["logits"]) > 1
+    assert "MFU" in shown and "note" in shown
+
+
+def test_programs_get_bytes_and_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    found = _json(capsys, MOE, "--gpu", "h100")
+    memory = dict(found["memory"])
+    assert memory.pop("total") == sum(memory.values())
+    step = found["step"]
+    parts = step["compute_s"] + step["bubble_s"] + step["optimizer_s"] + sum(step["communication_s"].values())
+    assert step["total_s"] == pytest.approx(parts)
+    assert found["parameters"] == 30_532_122_624 and found["gpu"]["name"] == "H100"
+
+
+def test_flags_of_the_recipe_count(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = _json(capsys, MOE)
+    kept = _json(capsys, MOE, "--recompute_granularity", "none", "--recompute_method", "none",
+                 "--recompute_num_layers", "none")  # fmt: skip
+    assert kept["memory"]["activations"] > 10 * plain["memory"]["activations"]
+    assert kept["step"]["total_s"] < plain["step"]["total_s"]
+
+
+def test_layouts_are_ranked_and_those_left_out_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    layouts = _json(capsys, MOE, "--gpus", 16, "--gpu_memory_gib", 60, "--gpu", "a800")
+    kept = [one for one in layouts if one["keep"]]
+    times = [one["estimate"]["step"]["total_s"] for one in kept]
+    assert times == sorted(times) and layouts[: len(kept)] == kept
+    assert all(one["estimate"]["memory"]["total"] <= 60 * 2**30 for one in kept)
+    assert all(one["tp"] <= 4 and one["ep"] * one["etp"] <= 8 for one in kept)  # key and value heads, a node
+    reasons = " ".join(one["reason"] for one in layouts[len(kept) :])
+    assert "num_query_groups=4" in reasons and "> 60 GiB" in reasons and "ep crosses nodes of 8 GPUs" in reasons
+    shown = _plan(capsys, MOE, "--gpus", 16, "--gpu_memory_gib", 60, "--gpu", "a800")
+    assert shown.startswith(f"{len(kept)} of {len(layouts)} layouts can run on 16 x A800 with 60 GiB each")
+    counts = [int(line.split()[0]) for line in shown.splitlines() if "left out:" in line]
+    assert sum(counts) == len(layouts) - len(kept)
+    everything = _plan(capsys, MOE, "--gpus", 16, "--gpu_memory_gib", 60, "--gpu", "a800", "--all")
+    assert len(everything.splitlines()) == len(layouts) + 3
+
+
+def test_the_recipes_own_layout_is_among_them_with_its_own_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    own = _json(capsys, MOE, "--gpu", "a800")
+    sizes = {"tp": 4, "pp": 2, "vp": 1, "cp": 1, "ep": 4, "etp": 1, "micro_batch_size": 1}
+    (same,) = [
+        one
+        for one in _json(capsys, MOE, "--gpus", 8, "--gpu", "a800")
+        if all(one[name] == size for name, size in sizes.items())
+    ]
+    assert same["keep"] and same["estimate"]["memory"] == own["memory"] and same["estimate"]["step"] == own["step"]
+
+
+def test_a_recipe_for_cpus_has_no_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "asks for no GPUs" in _plan(capsys, SMALL)
+    assert "estimate on H200" in _plan(capsys, SMALL, "--gpu", "h200")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--gpu", "v100"], "gpu='v100' is not known; there are A100"),
+        (["--gpus", "12"], "--gpus=12 must be whole nodes of gpus_per_node=8, or less than one; try 8"),
+        (["--expert_model_parallel_size", "6"], "must divide the model's num_experts=128"),
+        (["--gpus_per_nod", "8"], "gpus_per_node"),
+    ],
+)
+def test_mistakes_are_faults(capsys: pytest.CaptureFixture[str], arguments: list[str], text: str) -> None:
+    assert text in _plan(capsys, MOE, *arguments, code=2)

@@ -1,0 +1,112 @@
+"""Verdicts on layouts: rules first, then nodes, then memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megabatch import Batch, Data, Model, Optimizer, Parallel, Recipe, Resources, Training, Tuner
+from megabatch.config.recipe import Recipe as RecipeType
+from megabatch.config.rules.check import check
+from megabatch.converters.families import family_of
+from megabatch.entry.estimate import estimate_of, gpu_of, optimizer_bytes, settings_of, verdict_of
+from megabatch.entry.layouts import judged_layouts, on_gpus, with_choice
+from megabatch.errors import ConfigError
+from megabatch.plan.gpus import GPUS
+from megabatch.plan.known_models import KNOWN_MODELS
+
+MODEL = "Qwen/Qwen3-30B-A3B"
+SHAPE = family_of(KNOWN_MODELS[MODEL]).shape(KNOWN_MODELS[MODEL])
+H100 = GPUS["H100"]
+
+
+def _recipe(**parallel: int | bool) -> RecipeType:
+    return Recipe(
+        name="moe",
+        task="sft",
+        model=Model(model=MODEL),
+        data=Data(dataset=["data.jsonl"], max_length=4096, packing=True),
+        batch=Batch(global_batch_size=32),
+        training=Training(train_iters=10),
+        parallel=Parallel(**parallel),  # type: ignore[arg-type]
+        resources=Resources(nodes=4, gpus_per_node=8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("parallel", "reason"),
+    [
+        ({"expert_model_parallel_size": 8, "pipeline_model_parallel_size": 2}, ""),
+        ({"tensor_model_parallel_size": 8, "sequence_parallel": True}, "num_query_groups=4"),
+        ({"expert_model_parallel_size": 16}, "ep crosses nodes of 8 GPUs"),
+        ({}, " GiB > 79.1 GiB (gradients "),
+    ],
+)
+def test_a_layout_is_kept_or_has_a_reason(parallel: dict[str, int | bool], reason: str) -> None:
+    verdict = verdict_of(_recipe(**parallel), SHAPE, gpu=H100)
+    assert verdict.keep == (not reason)
+    assert reason in verdict.reason
+    assert (verdict.estimate is None) == ("must divide" in verdict.reason)
+
+
+def test_the_memory_limit_can_be_given() -> None:
+    recipe = _recipe(expert_model_parallel_size=8, pipeline_model_parallel_size=2)
+    needed = estimate_of(recipe, SHAPE, H100).memory.total_gib
+    assert verdict_of(recipe, SHAPE, gpu=H100, gpu_memory_gib=needed + 0.1).keep
+    assert not verdict_of(recipe, SHAPE, gpu=H100, gpu_memory_gib=needed - 0.1).keep
+
+
+@pytest.mark.parametrize("gpus", [4, 8, 32])
+def test_every_kept_layout_breaks_no_rule(gpus: int) -> None:
+    """The screening and the checking of what changed alone lose no fault."""
+    judged = judged_layouts(_recipe(), SHAPE, gpus=gpus, gpu=H100)
+    kept = [one.choice for one in judged if one.verdict.keep]
+    base = on_gpus(_recipe(), gpus)
+    assert kept or gpus == 4
+    for choice in kept:
+        assert check(with_choice(base, choice), SHAPE) == []
+    for one in [one for one in judged if one.verdict.estimate is None][:: max(1, len(judged) // 50)]:
+        assert one.verdict.reason in [str(fault) for fault in check(with_choice(base, one.choice), SHAPE)]
+
+
+def test_a_variant_is_checked_by_what_it_changed() -> None:
+    base = _recipe()
+    wrong = replace(base, parallel=replace(base.parallel, expert_model_parallel_size=0))
+    assert check(wrong, SHAPE, variant_of=base) == check(wrong, SHAPE) != []
+    elsewhere = replace(base, tuner=Tuner(tuner_type="lora"))
+    variant = replace(elsewhere, batch=Batch(global_batch_size=64))
+    assert all(fault.field != "tuner.tuner_type" for fault in check(variant, SHAPE, variant_of=elsewhere))
+
+
+def test_lora_is_estimated_by_its_settings() -> None:
+    recipe = replace(_recipe(expert_model_parallel_size=8), tuner=Tuner(tuner_type="lora", lora_rank=16))
+    full, lora = (settings_of(one, SHAPE) for one in (_recipe(expert_model_parallel_size=8), recipe))
+    assert full.lora is None and lora.lora is not None and lora.lora.rank == 16
+    whole, adapters = (estimate_of(one, SHAPE, H100).memory for one in (_recipe(expert_model_parallel_size=8), recipe))
+    assert adapters.optimizer < whole.optimizer / 10 and adapters.weights > whole.weights
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "weight_bytes", "expected"),
+    [
+        (Optimizer(), 2, 4 + 4 + 4),
+        (Optimizer(), 4, 4 + 4),
+        (Optimizer(optimizer="sgd"), 2, 4 + 4),
+        (Optimizer(optimizer="sgd", sgd_momentum=0), 2, 4),
+        (Optimizer(use_precision_aware_optimizer=True), 2, 2 + 4 + 4),
+        (
+            Optimizer(use_precision_aware_optimizer=True, exp_avg_dtype="bf16", exp_avg_sq_dtype="fp8"),
+            2,
+            2 + 2 + 1,
+        ),
+    ],
+)
+def test_bytes_of_optimizer_state(optimizer: Optimizer, weight_bytes: int, expected: int) -> None:
+    assert optimizer_bytes(optimizer, weight_bytes=weight_bytes) == expected
+
+
+def test_a_gpu_that_is_not_known_is_named() -> None:
+    assert gpu_of(None) == H100 and gpu_of("NVIDIA H200") == GPUS["H200"]
+    with pytest.raises(ConfigError, match="gpu='v100' is not known; there are A100"):
+        gpu_of("v100")

@@ -1,0 +1,185 @@
+"""Estimates: published runs, and each part against numbers made by hand."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch.converters.families import family_of
+from megabatch.entry.estimate import estimate_of, settings_of
+from megabatch.plan.activations import layer_activations
+from megabatch.plan.estimate import estimate
+from megabatch.plan.gpus import GPUS, gpu_named
+from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.plan.layout import layout
+from megabatch.plan.memory import in_flight
+from megabatch.plan.rank_size import rank_sizes
+from megabatch.plan.settings import Lora, Settings
+from megabatch.plan.shape import ModelShape
+from megabatch.plan.stages import chunks_of_counts, even_counts
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from recipes_measured import MEASURED
+
+A800 = GPUS["A800"]
+DENSE, MOE = "Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B"
+
+
+def _shape(name: str, **changes: Any) -> ModelShape:
+    return replace(family_of(KNOWN_MODELS[name]).shape(KNOWN_MODELS[name]), **changes)
+
+
+def _settings(shape: ModelShape, *, world: int = 1, batch: int = 8, **changes: Any) -> Settings:
+    """Rows of 4,096 tokens in fitting layouts; `changes` are sizes of the layout, or other settings."""
+    sizes = {name: changes.pop(name) for name in ("tp", "pp", "vp", "ep", "etp") if name in changes}
+    found = layout(world_size=world, global_batch_size=batch, **sizes)
+    assert found is not None
+    counts = even_counts(shape.num_layers, pp=found.pp, vp=found.vp)
+    given = {"row_tokens": 4096, "mean_length": 4096, "vocab_size": shape.vocab_size, **changes}
+    return Settings(layout=found, chunks=chunks_of_counts(counts, pp=found.pp), **given)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_published_runs_are_met(name: str) -> None:
+    """Memory within 15%, time within 30%."""
+    measured = MEASURED[name]
+    found = estimate_of(measured.recipe, measured.shape, A800)
+    assert found.memory.total_gib == pytest.approx(measured.gib, rel=0.15)
+    if measured.seconds is not None:
+        assert found.step.total_s == pytest.approx(measured.seconds, rel=0.30)
+
+
+def test_a_dense_layer_keeps_what_its_tensors_add_up_to() -> None:
+    """Qwen3-8B, 4,096 tokens in bf16, by hand: tensors of hidden 4096, 32 + 8 + 8 heads of 128, width 12288."""
+    shape = _shape(DENSE)
+    stream, head, lse = 4096 * 4096 * 2, 4096 * 128 * 2, 4096 * 32 * 4
+    whole = 4 * stream + (32 + 8 + 8) * head + (32 + 8) * head + 32 * head + lse + 3 * 4096 * 12288 * 2
+    none = layer_activations(shape, _settings(shape, recompute_granularity="none"), (False, False))
+    assert none.whole == none.kept == whole
+    modules = layer_activations(shape, _settings(shape, recompute_modules=("core_attn", "mlp")), (False, False))
+    assert modules.kept == whole - lse - 3 * 4096 * 12288 * 2
+
+
+def test_sequence_parallelism_cuts_the_stream_and_tensor_parallelism_the_rest() -> None:
+    shape = _shape(DENSE)
+    whole = layer_activations(shape, _settings(shape), (False, False)).whole
+    stream = 4 * 4096 * 4096 * 2
+    only_tp = layer_activations(shape, _settings(shape, world=4, tp=4), (False, False)).whole
+    both = layer_activations(shape, _settings(shape, world=4, tp=4, sequence_parallel=True), (False, False)).whole
+    assert only_tp == stream + (whole - stream) / 4
+    assert both == whole / 4
+
+
+def test_full_recomputation_keeps_the_input_of_each_unit() -> None:
+    shape = _shape(DENSE)  # 36 layers, and the final norm's input and output
+    stream = 4096 * 4096 * 2
+    for method, count, kept in (("uniform", 1, 36), ("uniform", 4, 9)):
+        settings = _settings(shape, recompute_granularity="full", recompute_method=method, recompute_num_layers=count)
+        assert estimate(shape, settings, A800).memory.activations == (kept + 2) * stream
+    first_six = _settings(shape, recompute_granularity="full", recompute_method="block", recompute_num_layers=6)
+    layer = layer_activations(shape, first_six, (False, False)).whole
+    assert estimate(shape, first_six, A800).memory.activations == 8 * stream + 30 * layer
+
+
+def test_logits_and_their_gradients_are_fp32() -> None:
+    shape = _shape(DENSE)
+    settings = _settings(shape, world=8, tp=4, pp=2)
+    stages = estimate(shape, settings, A800).stages
+    assert [stage.logits for stage in stages] == [0, 4096 * shape.vocab_size // 4 * 8]
+
+
+@pytest.mark.parametrize(
+    ("pp", "vp", "micro_batches", "expected"),
+    [
+        (1, 1, 8, [[1]]),
+        (4, 1, 8, [[4], [3], [2], [1]]),
+        (4, 1, 2, [[2], [2], [2], [1]]),
+        # megatron-core warms up with 2 * (stages behind) + (chunks - 1) * pp passes and computes one more
+        (2, 2, 8, [[3, 2], [2, 1]]),
+        (4, 2, 8, [[7, 4], [5, 4], [4, 3], [4, 1]]),
+        (2, 2, 2, [[2, 2], [2, 1]]),
+    ],
+)
+def test_micro_batches_in_flight(pp: int, vp: int, micro_batches: int, expected: list[list[int]]) -> None:
+    shape = _shape(DENSE, num_layers=8)
+    settings = _settings(shape, world=pp, pp=pp, vp=vp, batch=micro_batches)
+    assert [in_flight(settings, rank) for rank in range(pp)] == expected
+
+
+def test_a_pipeline_waits_for_the_stages_behind() -> None:
+    """The part of a step that is bubble is (pp - 1) / m, and a vp-th of it with vp chunks (arXiv:2104.04473)."""
+    shape = _shape(DENSE, vocab_size=128)
+    for vp, part in ((1, 3 / 16), (3, 1 / 16)):
+        step = estimate(shape, _settings(shape, world=4, pp=4, vp=vp, batch=16, vocab_size=128), A800).step
+        assert step.bubble_s / step.compute_s == pytest.approx(part, rel=0.02)
+
+
+def test_frozen_weights_have_neither_gradients_nor_optimizer_state() -> None:
+    """Rank 8 beside each matrix: 8 * (inputs + outputs), by hand for Qwen3-8B's four."""
+    shape = _shape(DENSE)
+    settings = _settings(shape, lora=Lora(rank=8, targets=("all-linear",)))
+    size = rank_sizes(shape, settings)[0]
+    adapters = 8 * ((4096 + 6144) + (4096 + 4096) + (4096 + 24576) + (12288 + 4096)) * 36
+    assert size.dense == adapters and size.frozen == size.parameters - adapters
+    memory = estimate(shape, settings, A800).memory
+    assert memory.weights == 2 * size.parameters
+    assert (memory.gradients, memory.optimizer) == (4 * adapters, 12 * adapters)
+
+
+def test_adapters_are_cut_where_their_weights_are() -> None:
+    """Tensor parallel 2 halves the outputs of a column's and the inputs of a row's, the other side stays whole."""
+    shape = _shape(DENSE)
+    lora = Lora(rank=8, targets=("linear_qkv", "linear_fc2"))
+    size = rank_sizes(shape, _settings(shape, world=2, tp=2, lora=lora))[0]
+    assert size.dense == 8 * ((4096 + 6144 // 2) + (12288 // 2 + 4096)) * 36
+
+
+def test_operations_are_those_of_the_whole_step() -> None:
+    """6 per weight and token and 6 * length * heads per token and layer; what all GPUs could do is peak * world."""
+    shape = _shape(DENSE)
+    step = estimate(shape, _settings(shape, world=8, tp=2, batch=16), A800).step
+    tokens = 16 * 4096
+    matrices = 36 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 12288) + 4096 * shape.vocab_size
+    assert step.tokens == tokens
+    assert step.model_flops == tokens * (6.0 * matrices + 6 * 36 * 4096 * 4096)
+    assert step.mfu == pytest.approx(step.model_flops / step.total_s / (8 * 312e12))
+
+
+def test_links_between_nodes_are_slower() -> None:
+    shape = _shape(MOE)
+    inside = estimate(shape, _settings(shape, world=8, ep=8, gpus_per_node=8), A800).step
+    across = estimate(shape, _settings(shape, world=8, ep=8, gpus_per_node=4), A800).step
+    assert across.communication_s["ep"] > 2 * inside.communication_s["ep"]
+
+
+def test_overlap_and_fusion_save_time_and_recomputation_costs_it() -> None:
+    shape = _shape(MOE)
+    plain = _settings(shape, world=8, ep=4, recompute_granularity="none")
+
+    def seconds(**changes: Any) -> float:
+        return estimate(shape, replace(plain, **changes), A800).step.total_s
+
+    assert seconds(overlap_grad_reduce=True) < seconds()
+    assert seconds(moe_permute_fusion=True) < seconds()
+    full = seconds(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    assert 1.2 * seconds() < full < 1.5 * seconds()
+
+
+def test_settings_follow_the_recipe() -> None:
+    measured = MEASURED["Qwen3-30B-A3B, 8 GPUs"]
+    settings = settings_of(measured.recipe, measured.shape)
+    assert (settings.row_tokens, settings.vocab_size, settings.weight_bytes) == (8192, 151936, 2)
+    assert [len(chunk.layers) for chunk in settings.chunks] == [25, 23]
+    assert settings.optimizer_bytes == 12 and settings.lora is None
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"), [("h100", "H100"), ("NVIDIA H200", "H200"), ("B200", "B200"), ("a800-sxm4-80gb", "A800")]
+)
+def test_gpus_by_name(name: str, gpu: str) -> None:
+    assert gpu_named(name) == GPUS[gpu]
