@@ -37,6 +37,8 @@ async def gather(place: Place, value: Any, answer: Callable[[Values], Any], *, t
     Each value arrives with `clock_s`, how far that node's clock is ahead of node 0's, when it is a dict.
     Raises: TimeoutError or OSError when node 0 is not reached.
     """
+    if place.count == 1:
+        return answer({0: value})
     if place.index == 0:
         return await _lead(place, value, answer, timeout_s=timeout_s)
     # node 0 answers once its own time is over, so it must be given longer than that
@@ -65,8 +67,6 @@ async def _lead(place: Place, value: Any, answer: Callable[[Values], Any], *, ti
         writer.close()
         serving.discard(task)
 
-    if place.count == 1:
-        complete.set()
     async with await asyncio.start_server(serve, port=place.port, limit=_LIMIT_BYTES, reuse_address=True):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(complete.wait(), timeout_s)
