@@ -1,12 +1,18 @@
-"""What a person waits for before a run: a dry run, a recipe's import, the command line's help."""
+"""What a person waits for before a run: a dry run, a recipe's import, the command line's help, a job's script."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
 from measure import ROOT, Figure, alternated, median
+
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.render import render
 
 RECIPE = ROOT / "recipes" / "qwen3_moe_sft.py"
 TIMES = 5
@@ -53,4 +59,22 @@ def command_help() -> list[Figure]:
     return [
         Figure(name="megabatch --help", value=median([c.wall_s for c in command]), unit="s", note="wall, median of 5"),
         Figure(name="recipe --help", value=median([c.wall_s for c in recipe]), unit="s", note="wall, median of 5"),
+    ]
+
+
+def rendering() -> list[Figure]:
+    """The batch script of one node and of 1,024, taken in turns."""
+    one = JobSpec(name="bench", run_directory=Path("/runs/bench"), tasks_per_node=8, gpus_per_node=8)
+    jobs = (one, replace(one, nodes=1024))
+    profile = ClusterProfile(network="infiniband")
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(50):
+        for job, times in zip(jobs, seconds, strict=True):
+            started = time.perf_counter()
+            render(job, profile)
+            times.append(time.perf_counter() - started)
+    few, many = map(median, seconds)
+    return [
+        Figure(name="render, 1,024 nodes / 1 node", value=many / few, unit="x", target=1.2, note="median of 50"),
+        Figure(name="render, 1 node", value=1000 * few, unit="ms"),
     ]

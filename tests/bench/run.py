@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, in
 import files
 import giants
 import launch
+import plan
 import startup
 from measure import Figure, in_trainer_process
 
@@ -38,6 +39,8 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "dry_run": launch.dry_run,
     "import": launch.recipe_import,
     "help": launch.command_help,
+    "render": launch.rendering,
+    "plan": plan.plan,
     "step": _in_trainer("step.py"),
     "checkpoint": _in_trainer("checkpoint.py"),
     "convert": _in_trainer("convert.py"),
