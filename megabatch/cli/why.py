@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from megabatch.cli.runs import one_run
 from megabatch.insight.diagnosis import Diagnosis, diagnose
@@ -15,9 +14,9 @@ def show_why(path: Path, *, restart: int | None, as_json: bool) -> int:
     """Prints a diagnosis; secrets in log lines are masked. Raises: LaunchError when there is no such run or start."""
     found, mask = diagnose(one_run(path), restart=restart), Masker()
     if as_json:
-        print(json.dumps(_masked(found.plain(), mask), indent=2))
+        print(json.dumps(mask(found.plain()), indent=2))
     else:
-        print(mask(text(found)))
+        print(mask.text(text(found)))
     return 0
 
 
@@ -51,11 +50,3 @@ def text(found: Diagnosis) -> str:
 def _ranks(ranks: tuple[int, ...]) -> str:
     shown = ", ".join(map(str, ranks[:8]))
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{' …' if len(ranks) > 8 else ''}"
-
-
-def _masked(value: Any, mask: Masker) -> Any:
-    if isinstance(value, str):
-        return mask(value)
-    if isinstance(value, list):
-        return [_masked(one, mask) for one in value]
-    return {name: _masked(one, mask) for name, one in value.items()} if isinstance(value, dict) else value

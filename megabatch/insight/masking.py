@@ -1,29 +1,22 @@
-"""Secrets out of what is shown: values of secret variables, and what looks like a token."""
+"""Secrets out of what is shown: values of this environment's secret variables, assignments, tokens by their form."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
-from megabatch.slurm.script.variables import SECRET_NAME
+from megabatch.secret_text import SECRET_NAME, masked
 
-_ASSIGNMENT = re.compile(
-    r"\b(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY))(['\"]?\s*[=:]\s*['\"]?)"
-    r"([^\s'\",;)}\]]{6,})",
-    re.I,
-)
-_TOKENS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16}"
-    r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{5,})|(?<=Bearer )[A-Za-z0-9._~+/-]{8,}"
-)
+_ASSIGNMENT = re.compile(r"\b([A-Za-z][\w-]*)(['\"]?\s*[=:]\s*(?:Bearer )?['\"]?)([^\s'\",;)}\]]{6,})")
 _SHORTEST = 6
 """Shorter values would be found in innocent words."""
-MASK = "***"
+_MASK = "…"
 
 
 class Masker:
-    """Replaces the values of secret variables of an environment, and texts of the forms that tokens have."""
+    """Call it with a text, or with what JSON can hold."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         variables = os.environ if environment is None else environment
@@ -31,7 +24,18 @@ class Masker:
         # a value that holds another one goes first
         self._values = sorted(values, key=len, reverse=True)
 
-    def __call__(self, text: str) -> str:
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, list | tuple):
+            return [self(one) for one in value]
+        return {name: self(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+    def text(self, text: str) -> str:
         for value in self._values:
-            text = text.replace(value, MASK)
-        return _ASSIGNMENT.sub(rf"\1\2{MASK}", _TOKENS.sub(MASK, text))
+            text = text.replace(value, _MASK)
+        return _ASSIGNMENT.sub(_without_value, masked(text))
+
+
+def _without_value(match: re.Match[str]) -> str:
+    return f"{match[1]}{match[2]}{_MASK}" if SECRET_NAME.search(match[1]) else match[0]

@@ -1,0 +1,199 @@
+"""A page about runs: where they are, curves over one another, what they cost, why they failed, how they differ."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megabatch.insight import page
+from megabatch.insight.chart import Bar, Series, line_chart, timeline
+from megabatch.insight.comparison import flat
+from megabatch.insight.curves import Point, curve, final_history
+from megabatch.insight.diagnosis import Diagnosis, diagnose
+from megabatch.insight.goodput import Stay
+from megabatch.insight.masking import Masker
+from megabatch.insight.overview import Overview, history, overview, run_json
+from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.slurm.queue import State
+
+_CHARTS = (
+    ("loss", "Loss"),
+    ("grad_norm", "Gradient norm"),
+    ("learning_rate", "Learning rate"),
+    ("tokens_per_s", "Throughput (tokens/s)"),
+    ("step_s", "Time of a step (s)"),
+    ("memory_gib", "Peak memory of rank 0 (GiB)"),
+    ("mfu", "Model FLOPs utilisation"),
+)
+"""Name in `metrics.jsonl`, and title."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """All that the page needs of one run."""
+
+    overview: Overview
+    config: Mapping[str, Any]
+    stays: list[Stay]
+    curves: Mapping[str, list[Point]]
+    evaluation: list[Point]
+    diagnosis: Diagnosis | None
+
+
+def report(runs: Sequence[Path], *, mask: Masker | None = None) -> str:
+    """One HTML document; secrets are masked, everything that runs wrote is escaped."""
+    mask = mask or Masker()
+    found = [_read(one) for one in overview(runs)]
+    labels = [mask.text(_label(run)) for run in found]
+    title = "Runs: " + ", ".join(labels[:3]) + (" …" if len(labels) > 3 else "")
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        page.paragraph(time.strftime("Made on %Y-%m-%d at %H:%M %Z by megabatch report."), soft=True),
+        page.legend(labels),
+        page.section("Progress", _progress(found)),
+        page.section("Curves", f'<div class="charts">{_charts(found, labels)}</div>'),
+        page.section("Time on nodes", _timeline(found, labels)),
+        page.section("Model and layout", _layouts(found)),
+        page.section("How they differ", _differences(found, mask)),
+        *(_failure(run, label, mask) for run, label in zip(found, labels, strict=True)),
+    ]
+    return page.page(title, "".join(body))
+
+
+def _read(one: Overview) -> _Run:
+    run = RunDirectory(one.status.run)
+    train, evaluations = final_history(run.metrics)
+    failed = one.status.state not in (State.COMPLETED, State.NOT_SUBMITTED)
+    return _Run(
+        overview=one,
+        config=run_json(run.path),
+        stays=history(one.status, step=train[-1] if train else {}),
+        curves={name: curve(train, name) for name, _ in _CHARTS},
+        evaluation=curve(evaluations, "eval_loss"),
+        diagnosis=diagnose(run.path) if failed else None,
+    )
+
+
+def _label(run: _Run) -> str:
+    folder = run.overview.status.run
+    return f"{run.overview.name or folder.name} ({folder.name})"
+
+
+def _progress(found: Sequence[_Run]) -> str:
+    rows = []
+    for number, run in enumerate(found, 1):
+        one = run.overview
+        rows.append((
+            str(number),
+            one.status.state.value,
+            "-" if one.step is None else f"{one.step} of {one.train_iters or '?'}",
+            "-" if one.loss is None else f"{one.loss:.4f}",
+            "-" if not run.evaluation else f"{run.evaluation[-1][1]:.4f}",
+            "-" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}",
+            "-" if one.goodput is None else f"{one.goodput:.1%}",
+            "-" if one.allocated_gpu_h is None else f"{one.allocated_gpu_h:,.2f}",
+            str(one.starts),
+            str(one.status.run),
+        ))  # fmt: skip
+    header = ("", "State", "Step", "Loss", "Validation loss", "Tokens/s", "Goodput", "GPU-hours", "Starts", "Folder")
+    return page.table(header, rows, caption="Progress of each run")
+
+
+def _charts(found: Sequence[_Run], labels: Sequence[str]) -> str:
+    parts = []
+    for name, title in _CHARTS:
+        series = [Series(label, index, run.curves[name]) for index, (run, label) in _numbered(found, labels)]
+        parts.append(page.figure(title, line_chart(series, title=title)))
+        if name == "loss":
+            series = [
+                Series(label, index, run.evaluation, dotted=True) for index, (run, label) in _numbered(found, labels)
+            ]
+            parts.append(page.figure("Validation loss", line_chart(series, title="Validation loss")))
+    return "".join(parts)
+
+
+def _numbered(found: Sequence[_Run], labels: Sequence[str]) -> list[tuple[int, tuple[_Run, str]]]:
+    return list(enumerate(zip(found, labels, strict=True)))
+
+
+def _timeline(found: Sequence[_Run], labels: Sequence[str]) -> str:
+    bars = [
+        Bar(index, stay.start, stay.end, _outcome(stay, run), _said(stay, run, index))
+        for index, run in enumerate(found)
+        for stay in run.stays
+    ]
+    rows = [
+        (
+            str(bar.row + 1),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(bar.start)),
+            f"{(bar.end - bar.start) / 60:.1f} min",
+            bar.label,
+        )
+        for bar in bars
+    ]
+    if not bars:
+        return ""
+    title = "Hours since the first start; one row for each run"
+    listed = page.table(("Run", "From", "For", "Start"), rows, caption="Every start of each run")
+    return (
+        page.figure(title, timeline(labels, bars, title=title))
+        + f"<details><summary>All starts</summary>{listed}</details>"
+    )
+
+
+def _outcome(stay: Stay, run: _Run) -> str:
+    if stay.exit_code is None:
+        newest = stay is run.stays[-1]
+        return "running" if newest and run.overview.status.state is State.RUNNING else "failed"
+    return {ExitCode.DONE.value: "done", ExitCode.REQUEUE.value: "saved"}.get(stay.exit_code, "failed")
+
+
+def _said(stay: Stay, run: _Run, index: int) -> str:
+    how = {"done": "done", "saved": "saved and stopped", "running": "runs"}.get(_outcome(stay, run))
+    how = how or (f"exit code {stay.exit_code}" if stay.exit_code is not None else "killed")
+    return f"run {index + 1}, start {stay.restart}, job {stay.job_id} on {stay.nodes or '?'}: {how}"
+
+
+def _layouts(found: Sequence[_Run]) -> str:
+    names = ("world_size", "tp", "pp", "vp", "cp", "dp", "ep", "etp", "num_microbatches")
+    rows = []
+    for number, run in enumerate(found, 1):
+        layout, shape = (run.config.get(name) or {} for name in ("layout", "shape"))
+        model = f"{shape.get('architecture', '?')}, {shape.get('num_layers')} layers of {shape.get('hidden_size')}"
+        rows.append((str(number), model, *(str(layout.get(name, "-")) for name in names)))
+    return page.table(("", "Model", *names), rows, caption="Model and layout of each run")
+
+
+def _differences(found: Sequence[_Run], mask: Masker) -> str:
+    """Fields of the recipes that are not the same in all runs."""
+    if len(found) < 2:
+        return ""
+    recipes = [dict(flat(run.config.get("recipe"))) for run in found]
+    names = dict.fromkeys(name for recipe in recipes for name in recipe)
+    rows = []
+    for name in names:
+        values = [json.dumps(recipe.get(name)) for recipe in recipes]
+        if len(set(values)) > 1:
+            rows.append((name, *(mask.text(value) for value in values)))
+    header = ("Parameter", *(str(number) for number in range(1, len(found) + 1)))
+    return page.table(header, rows, caption="Parameters that differ") if rows else page.paragraph("They do not.")
+
+
+def _failure(run: _Run, label: str, mask: Masker) -> str:
+    why = run.diagnosis
+    if why is None or why.cause is None:
+        return ""
+    place = "" if why.rank is None else f" First: rank {why.rank}{f' on {why.node}' if why.node else ''}."
+    start = "" if why.restart is None else f"start {why.restart}: "
+    said = page.paragraph(mask.text(f"{start}{why.cause.title} [{why.cause.name}].{place}"))
+    said += page.lines([mask.text(why.evidence)] if why.evidence else [])
+    said += page.paragraph(f"Fix: {why.cause.fix}")
+    if why.last_lines and why.log is not None:
+        said += page.paragraph(f"Last lines of {why.log.name}:", soft=True)
+        said += page.lines([mask.text(line) for line in why.last_lines])
+    return page.section(f"Why {label} failed", said)
