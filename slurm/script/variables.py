@@ -27,16 +27,17 @@ def check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
             )
 
 
+_FIND_MODULES = """\
+for init in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /usr/share/lmod/lmod/init/bash; do
+    if ! type module >/dev/null 2>&1 && [ -r "$init" ]; then . "$init"; fi
+done""".splitlines()
+
+
 def modules(profile: ClusterProfile) -> list[str]:
-    lines = list(profile.setup)
-    if profile.modules:
-        lines += [
-            "for init in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /usr/share/lmod/lmod/init/bash; do",
-            '    if ! type module >/dev/null 2>&1 && [ -r "$init" ]; then . "$init"; fi',
-            "done",
-            f"module load {' '.join(map(shell, profile.modules))}",
-        ]
-    return lines
+    """Finds `module`, which a batch shell may lack, runs the site's own lines (`module use …`), and loads."""
+    needed = profile.modules or any("module" in line for line in profile.setup)
+    load = [f"module load {' '.join(map(shell, profile.modules))}"] if profile.modules else []
+    return [*(_FIND_MODULES if needed else []), *profile.setup, *load]
 
 
 def environment(

@@ -91,6 +91,27 @@ def test_modules_and_setup_run_before_the_ranks(submit_payload: Submit) -> None:
     assert (environment["SET_UP"], environment["LOADED"]) == ("yes", "load cuda/12.4 nccl")
 
 
+def test_a_real_module_reaches_the_ranks(submit_payload: Submit, tmp_path: Path) -> None:
+    """Environment Modules or Lmod, whichever is installed; both read this file."""
+    if not any(Path(path).exists() for path in ("/etc/profile.d/modules.sh", "/etc/profile.d/lmod.sh")):
+        pytest.skip("no modules here; on Debian: apt install environment-modules")
+    folder = tmp_path / "module files"
+    (folder / "cuda").mkdir(parents=True)
+    (folder / "cuda" / "12.8").write_text("#%Module1.0\nsetenv CUDA_HOME {/opt/cuda 12.8}\nprepend-path PATH /opt/x\n")
+    profile = ClusterProfile(setup=(f"module use {folder.as_posix()!r}",), modules=("cuda/12.8",))
+    job = submit_payload(profile=profile, nodes=2)
+    assert job.wait().state is State.COMPLETED, job.batch_log()
+    for rank in range(2):
+        environment = job.said(rank)[0]["environment"]
+        assert environment["CUDA_HOME"] == "/opt/cuda 12.8"
+        assert "/opt/x" in environment["PATH"].split(":")
+    missing = submit_payload(
+        profile=ClusterProfile(modules=("cuda/99",)), run_directory=job.run.path.with_name("missing"), requeue=False
+    )
+    assert missing.wait().state is State.FAILED
+    assert "cuda/99" in missing.batch_log() and not missing.said(0)
+
+
 def test_a_failing_setup_line_fails_the_job(submit_payload: Submit) -> None:
     job = submit_payload(profile=ClusterProfile(setup=("false",)))
     assert job.wait().state is State.FAILED
