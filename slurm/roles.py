@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megabatch.config.roles import Role
+from megabatch.config.rules.roles import role_faults
 from megabatch.errors import LaunchError
 from megabatch.slurm.job import JobSpec
-
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_TAKEN = ("rank", "batch", "token", "port", "task", "stop", "stopped", "failed", "preflight", "fruitless")
-"""Names of other logs, marks and variables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +35,9 @@ def allocation(job: JobSpec) -> Allocation:
 
 
 def check_roles(roles: tuple[Role, ...]) -> None:
-    """Raises: LaunchError for names that cannot be used, and for numbers that make no sense."""
-    for fault in _faults(roles):
-        raise LaunchError(fault)
-
-
-def _faults(roles: tuple[Role, ...]) -> Iterator[str]:
-    names = [role.name for role in roles]
-    for role in roles:
-        place = f"role {role.name!r}"
-        if not _NAME.fullmatch(role.name) or role.name in _TAKEN:
-            yield f"{place} must be named by lower-case letters, digits and underscores, and not {', '.join(_TAKEN)}"
-        if names.count(role.name) > 1:
-            yield f"{place} is there {names.count(role.name)} times; give each its own name"
-        if not role.command or isinstance(role.command, str):
-            yield f"{place}: command must be a list of the program and its arguments"
-        for number in ("nodes", "tasks_per_node", "ready_s"):
-            if getattr(role, number) < 1:
-                yield f"{place}: {number}={getattr(role, number)} must be at least 1"
-        if not role.health.startswith("/") or not role.health.isprintable() or " " in role.health:
-            yield f"{place}: health={role.health!r} must be a path such as /health"
+    """Raises: LaunchError with every fault of the roles."""
+    if faults := list(role_faults(roles)):
+        raise LaunchError("; ".join(map(str, faults)))
 
 
 def role_job(job: JobSpec, role: Role) -> JobSpec:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megabatch.config.checkpoint import Bridge, Checkpoint
 from megabatch.config.data import Data
+from megabatch.config.declare import freeze_lists
 from megabatch.config.export import Export
 from megabatch.config.grpo import Grpo, Rollout
 from megabatch.config.kernels import Kernels
@@ -17,6 +19,7 @@ from megabatch.config.parallel import Parallel
 from megabatch.config.recompute import Recompute
 from megabatch.config.resources import Resources
 from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
+from megabatch.config.roles import Role
 from megabatch.config.training import Batch, Training
 from megabatch.config.tuner import Tuner
 from megabatch.config.watching import Evaluation, Logging
@@ -58,3 +61,8 @@ class Recipe:
     rollout: Rollout = field(default_factory=Rollout)
     export: Export = field(default_factory=Export)
     resources: Resources = field(default_factory=Resources)
+    roles: Sequence[Role] = ()
+    """Servers beside the ranks, on further nodes; a recipe file alone sets them, no flag does."""
+
+    def __post_init__(self) -> None:
+        freeze_lists(self)

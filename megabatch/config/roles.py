@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megabatch.config.declare import freeze_lists
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Role:
@@ -27,6 +29,9 @@ class Role:
     """Path that answers `200` once the server is ready; the ranks start when every server has."""
     ready_s: int = 900
     """Seconds that it may take until then."""
+
+    def __post_init__(self) -> None:
+        freeze_lists(self)
 
     @property
     def tasks(self) -> int:

@@ -196,8 +196,9 @@ def _built(hint: Any, found: Any, *, place: str) -> Any:
     """The value of a declared type that `_plain` made `found` of."""
     if dataclasses.is_dataclass(hint):
         return _built_group(typing.cast(type, hint), found, place=place)
-    if isinstance(found, list) and any(typing.get_origin(option) in (tuple, Sequence) for option in options(hint)):
-        return tuple(found)
+    for option in options(hint) if isinstance(found, list) else ():
+        if typing.get_origin(option) in (tuple, Sequence):
+            return tuple(_built(typing.get_args(option)[0], one, place=place) for one in found)
     return found
 
 

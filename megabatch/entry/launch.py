@@ -130,6 +130,7 @@ def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) ->
         python=sys.executable,
         snapshot=snapshot,
         inherit=(recipe.bridge.hub_token,) if recipe.bridge.hub_token else (),
+        roles=tuple(recipe.roles),
     )
 
 

@@ -221,5 +221,5 @@ def test_faulty_roles_are_refused(tmp_path: Path, change: dict[str, Any], says: 
     with pytest.raises(LaunchError, match=says):
         render(job, ClusterProfile())
     twice = replace(job_of(tmp_path), roles=job_of(tmp_path).roles * 2)
-    with pytest.raises(LaunchError, match="2 times"):
+    with pytest.raises(LaunchError, match="names 2 roles"):
         render(twice, ClusterProfile())

@@ -10,7 +10,7 @@ from megabatch.config.declare import group_types
 from megabatch.config.layout import layout_of
 from megabatch.config.made_model import declared_shape
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules import batches, models, parallelism, pipeline, secrets, training
+from megabatch.config.rules import batches, models, parallelism, pipeline, roles, secrets, training
 from megabatch.config.rules.fields import invalid_fields, unbuilt_fields
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
@@ -24,6 +24,7 @@ RULES: tuple[Rule, ...] = (
     *parallelism.RULES,
     *pipeline.RULES,
     *batches.RULES,
+    *roles.RULES,
     *secrets.RULES,
 )
 """Rules between fields; each yields nothing where it has nothing to say."""
