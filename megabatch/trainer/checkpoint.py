@@ -196,6 +196,9 @@ class Checkpoints:
             torch_dist.load(engine, folder, step=step, rng=rng)
         except MegabatchError:
             raise
+        except CheckpointException as e:  # no Exception either
+            failure, _ = next(iter(e.failures.values()))
+            raise CheckpointError(f"{folder} cannot be loaded: {_root_cause(failure)}") from e
         except Exception as e:  # megatron-core and torch raise many kinds for damaged files
             raise CheckpointError(f"{folder} cannot be loaded: {_root_cause(e)}") from e
 
@@ -245,6 +248,8 @@ def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("Weights only load failed"):  # torch goes on to advise loading it all the same
+        return "an object in it is more than data: loading it could run code"
     return lines[0] if lines else type(error).__name__
 
 

@@ -21,6 +21,7 @@ from megabatch.trainer import optimizer_state
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.unpickling import as_data
 
 METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """How megatron-core lays out the model's state."""
@@ -98,7 +99,8 @@ def load(engine: Engine, directory: Path, *, step: int | None, rng: bool) -> Non
 
 def _read(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     strategy = get_default_load_sharded_strategy(str(directory))
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory), sharded_strategy=strategy)
+    with as_data():
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory), sharded_strategy=strategy)
     return loaded
 
 
