@@ -12,6 +12,7 @@ from megabatch.converters.engine.run import Outcome, Say, check_output, run
 from megabatch.converters.engine.verify import check_manifest, compare
 from megabatch.converters.hf_model import find_folder
 from megabatch.converters.mapping import ExpertLayout
+from megabatch.converters.rewrite import plan_rewrite
 from megabatch.converters.to_hf import plan_to_hf
 from megabatch.converters.to_mcore import plan_to_mcore
 from megabatch.errors import ConversionError
@@ -109,12 +110,24 @@ def make_plan(
         if expert_layout is not None or fp8_quantise:
             raise ConversionError("expert_layout and fp8_quantise are of Hugging Face folders that are written")
         return plan_to_mcore(model, torch_dtype=torch_dtype, accept_bin=accept_bin, adapters=adapters)
-    if accept_bin:
-        raise ConversionError("accept_bin is about the Hugging Face folder that to_mcore reads")
     if mcore_model is None and model is not None and merge_lora:
         return _merge_plan(model, adapters, torch_dtype, max_shard_size, expert_layout, fp8_quantise)
+    if mcore_model is None and model is not None and (torch_dtype or expert_layout or fp8_quantise or accept_bin):
+        return plan_rewrite(
+            model,
+            torch_dtype=torch_dtype,
+            max_shard_size=max_shard_size,
+            expert_layout=expert_layout,
+            fp8_quantise=fp8_quantise,
+            accept_bin=accept_bin,
+        )
     if mcore_model is None:
-        raise ConversionError("to_hf needs mcore_model, the checkpoint to convert")
+        raise ConversionError(
+            "to_hf needs mcore_model, the checkpoint to convert; or, to write model anew, one of torch_dtype, "
+            "expert_layout, fp8_quantise and accept_bin"
+        )
+    if accept_bin:
+        raise ConversionError("accept_bin is about weights that are read, and here those of mcore_model are")
     return plan_to_hf(
         mcore_model,
         model,

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megabatch.converters.adapters.merge import UNTIED, Merged, merged_adapters
-from megabatch.converters.bijection import FLOATS
 from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.plan import (
     Numbered,
     Plan,
-    Scales,
     SideFiles,
     SmallFile,
     Strip,
@@ -21,7 +19,8 @@ from megabatch.converters.engine.plan import (
 )
 from megabatch.converters.engine.run import run
 from megabatch.converters.hf_model import HfModel, open_hf_model
-from megabatch.converters.mapping import Mapped, Piece, elements
+from megabatch.converters.hf_strips import joined, plain_dtype, strip_of, whole_strip
+from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.quantised import PLAIN
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import replaced_config
@@ -30,7 +29,6 @@ from megabatch.converters.torch_dist.find import RELEASE, TRACKER
 from megabatch.converters.torch_dist.keys import Cell, cell, extra_states, stacks_layers
 from megabatch.converters.torch_dist.layout import Item, lay_out
 from megabatch.converters.weave import Weave
-from megabatch.errors import ConversionError
 
 
 def to_mcore(
@@ -128,7 +126,7 @@ def _config(model: HfModel, source: Path, dtype: str | None, *, untied: bool) ->
 def _dtypes(model: HfModel, mapped: Mapped, dtype: str | None) -> tuple[str, str]:
     """What is read and what is written."""
     read = model.folder.info(next(mapped.pieces).hf).dtype
-    return read, mapped.dtype or dtype or (read if model.quantised is None or read in FLOATS else PLAIN)
+    return read, mapped.dtype or dtype or plain_dtype(read)
 
 
 def _tensor(model: HfModel, mapped: Mapped, place: Cell, numbered: Numbered, *, dtype: str | None) -> Tensor:
@@ -154,54 +152,12 @@ def _tensor(model: HfModel, mapped: Mapped, place: Cell, numbered: Numbered, *, 
 
 
 def _strips(model: HfModel, mapped: Mapped, row_bytes: int, numbered: Numbered) -> Iterator[Strip]:
-    """The pieces one below the other; neighbours in the source are one strip."""
-    position, last = 0, None
+    """The pieces one below the other."""
     if mapped.woven:
-        yield _whole(model, mapped, row_bytes, numbered)
+        yield whole_strip(model, mapped, row_bytes, numbered)
         return
+    position, strips = 0, []
     for piece in mapped.pieces:
-        path, start, _ = model.folder.extent(piece.hf)
-        first = piece.rows[0] + _rows_before(model, piece)
-        offset, source = start + first * row_bytes, numbered.number(path)
-        strip = Strip(position, piece.count, source, offset, 0, row_bytes, _scales(model, piece, first, numbered))
+        strips.append(strip_of(model, piece, position, row_bytes, numbered))
         position += piece.count
-        if last is not None and last.scales is None and strip.scales is None and _follows(last, strip):
-            last = last._replace(rows=last.rows + strip.rows)
-            continue
-        if last is not None:
-            yield last
-        last = strip
-    if last is not None:
-        yield last
-
-
-def _whole(model: HfModel, mapped: Mapped, row_bytes: int, numbered: Numbered) -> Strip:
-    """All of the one tensor, or of the one leading index of it, that a woven tensor is made of."""
-    piece = next(mapped.pieces)
-    path, start, _ = model.folder.extent(piece.hf)
-    if model.quantised is not None and model.folder.info(piece.hf).dtype not in FLOATS:
-        raise ConversionError(f"{piece.hf} is quantised and woven; this is not supported, entry {mapped.entry}")
-    size = mapped.shape[0] * row_bytes
-    return Strip(0, mapped.shape[0], numbered.number(path), start + (piece.index or 0) * size, 0, row_bytes)
-
-
-def _follows(last: Strip, strip: Strip) -> bool:
-    return strip.source == last.source and strip.offset == last.offset + last.rows * last.width
-
-
-def _rows_before(model: HfModel, piece: Piece) -> int:
-    """Rows before a piece's leading index, in a tensor that holds all experts."""
-    return 0 if piece.index is None else piece.index * model.folder.info(piece.hf).shape[1]
-
-
-def _scales(model: HfModel, piece: Piece, first: int, numbered: Numbered) -> Scales | None:
-    info = model.folder.info(piece.hf)
-    if model.quantised is None or info.dtype in FLOATS:
-        return None
-    name = model.quantised.scales_of(piece.hf)
-    path, offset, _ = model.folder.extent(name)
-    dtype, shape = model.folder.info(name)
-    if piece.index is not None:
-        offset += piece.index * elements(shape[1:]) * ITEMSIZE[dtype]
-        first -= _rows_before(model, piece)
-    return Scales(numbered.number(path), offset, dtype, shape[-1], first, model.quantised.block)
+    yield from joined(strips)

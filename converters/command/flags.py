@@ -109,6 +109,7 @@ def help_text() -> str:
         "       megabatch-convert --to_hf --mcore_model CHECKPOINT [--model HF_FOLDER] --output_dir OUT",
         "       megabatch-convert --to_mcore|--to_hf --adapters ADAPTER [--model HF_FOLDER] --output_dir OUT",
         "       megabatch-convert --merge_lora --adapters ADAPTER ... --to_mcore|--to_hf --model HF_FOLDER ...",
+        "       megabatch-convert --to_hf --model HF_FOLDER --fp8_quantise|--expert_layout|--torch_dtype|--accept_bin",
         "       megabatch-convert --verify --output_dir OUT",
         "",
     ]

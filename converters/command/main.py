@@ -57,8 +57,12 @@ def check_flags(flags: Flags) -> None:
     alone = flags.adapters and not flags.merge_lora
     if flags.to_mcore and not flags.model and not alone:
         raise ConversionError("--to_mcore needs --model, the Hugging Face folder to convert")
-    if flags.to_hf and not flags.mcore_model and not alone and not (flags.merge_lora and flags.model):
-        raise ConversionError("--to_hf needs --mcore_model, the checkpoint to convert")
+    anew = flags.torch_dtype or flags.expert_layout or flags.fp8_quantise or flags.accept_bin or flags.merge_lora
+    if flags.to_hf and not flags.mcore_model and not alone and not (anew and flags.model):
+        raise ConversionError(
+            "--to_hf needs --mcore_model, the checkpoint to convert; or --model, a folder to write anew, with "
+            "--torch_dtype, --expert_layout, --fp8_quantise or --accept_bin"
+        )
     if flags.to_mcore and flags.mcore_model:
         raise ConversionError("--mcore_model is the source of --to_hf; --to_mcore converts --model")
     if flags.expert_layout not in ("", "per_expert", "fused"):
@@ -66,8 +70,10 @@ def check_flags(flags: Flags) -> None:
     if not flags.to_hf and (flags.expert_layout or flags.fp8_quantise):
         name = "--expert_layout" if flags.expert_layout else "--fp8_quantise"
         raise ConversionError(f"{name} is about the Hugging Face folder that --to_hf writes")
-    if flags.accept_bin and not flags.to_mcore:
-        raise ConversionError("--accept_bin is about the Hugging Face folder that --to_mcore reads")
+    if flags.accept_bin and flags.mcore_model:
+        raise ConversionError("--accept_bin is about weights that are read, and here those of --mcore_model are")
+    if flags.test_convert_precision and flags.to_hf and not flags.mcore_model:
+        raise ConversionError("--test_convert_precision compares both formats, and megatron-core's is not there")
     if flags.test_convert_dtype not in ("float32", "bfloat16"):
         raise ConversionError(f"--test_convert_dtype={flags.test_convert_dtype} must be float32 or bfloat16")
     if (flags.rank < 0) != (flags.world == 0) or flags.rank >= max(flags.world, 1):

@@ -50,7 +50,11 @@ def save(folder: Path, prefix: str, changes: dict[str, Any], *, dtype: torch.dty
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.normal_(float(tensor.dim() == 1), 0.1 if tensor.dim() == 1 else 0.3)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.data.float()  # as published
+    model.save_pretrained(folder)
     return folder
 
 
@@ -103,6 +107,33 @@ def test_transformers_loads_fp8_as_the_dequantised_model(case: tuple[Path, Path]
     assert torch.equal(logits_of(tmp_path / "fp8"), logits_of(tmp_path / "plain"))
 
 
+def test_a_folder_is_written_anew_without_a_checkpoint_between(case: tuple[Path, Path], tmp_path: Path) -> None:
+    hf, mcore = case
+    for name, form in {"fused": {"expert_layout": "fused"}, "fp8": {"fp8_quantise": True}}.items():
+        convert(to_hf=True, mcore_model=mcore, output_dir=tmp_path / f"{name}-by-mcore", **form)
+        convert(to_hf=True, model=hf, output_dir=tmp_path / name, verify=True, **form)
+        same(tmp_path / name, tmp_path / f"{name}-by-mcore")
+    convert(to_hf=True, model=tmp_path / "fused", output_dir=tmp_path / "apart", expert_layout="per_expert")
+    same(tmp_path / "apart", hf)
+    convert(to_mcore=True, model=tmp_path / "fp8", output_dir=tmp_path / "mcore")
+    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "plain-by-mcore")
+    convert(to_hf=True, model=tmp_path / "fp8", output_dir=tmp_path / "plain", torch_dtype="bfloat16")
+    same(tmp_path / "plain", tmp_path / "plain-by-mcore")
+    with pytest.raises(ConversionError, match="in block-scaled FP8 already"):
+        convert(to_hf=True, model=tmp_path / "fp8", output_dir=tmp_path / "o", fp8_quantise=True)
+
+
+def same(one: Path, other: Path) -> None:
+    """Tensors and config.json; the order of names in a file may differ."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype, name
+        assert torch.equal(value.view(torch.uint8), theirs[name].view(torch.uint8)), name
+    first, second = (json.loads((folder / "config.json").read_text()) for folder in (one, other))
+    assert first == second
+
+
 def test_experts_that_are_not_there_or_never_apart_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "dense", "Qwen3", {})
     convert(to_mcore=True, model=tmp_path / "dense", output_dir=tmp_path / "dense-mcore")
@@ -114,5 +145,7 @@ def test_experts_that_are_not_there_or_never_apart_are_refused(tmp_path: Path) -
         convert(to_hf=True, mcore_model=tmp_path / "oss-mcore", output_dir=tmp_path / "o", expert_layout="per_expert")
     with pytest.raises(ConversionError, match=r"fp8_quantise: .* fused experts"):
         convert(to_hf=True, mcore_model=tmp_path / "oss-mcore", output_dir=tmp_path / "o", fp8_quantise=True)
+    convert(to_hf=True, model=tmp_path / "oss", output_dir=tmp_path / "oss-again", expert_layout="fused")
+    same(tmp_path / "oss-again", tmp_path / "oss")
     assert not (tmp_path / "o").exists()
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["model_type"] == "qwen3"

@@ -49,6 +49,15 @@ def test_weights_are_those_of_the_safetensors(shards: int, saved: Any, tmp_path:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+def test_pickles_become_safetensors(saved: Any, tmp_path: Path) -> None:
+    source = saved("qwen2-tied")
+    pickled = save_as_bin(source, tmp_path / "bin", shards=2)
+    convert(to_hf=True, model=pickled, output_dir=tmp_path / "out", accept_bin=True)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_pickles_are_refused_unless_asked_for(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pickled = save_as_bin(saved("qwen3"), tmp_path / "bin")
     arguments = ["--to_mcore", "--model", str(pickled), "--output_dir", str(tmp_path / "out")]

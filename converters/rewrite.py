@@ -1,0 +1,109 @@
+"""Hugging Face safetensors → Hugging Face safetensors in another form, planned: experts, dtype, FP8, pickles no more.
+
+The table of a family says twice which rows make up a megatron-core tensor, once for each layout of experts; both have
+the same rows in the same order, so that rows go from one to the other without megatron-core's format between.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megabatch.converters.bijection import invert
+from megabatch.converters.dtypes import read_dtype
+from megabatch.converters.engine.plan import Numbered, Plan, Strip, Tensor, uncollected
+from megabatch.converters.hf_model import HfModel, open_hf_model
+from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
+from megabatch.converters.hf_strips import joined, plain_dtype, strip_of, whole_strip
+from megabatch.converters.mapping import ExpertLayout, Mapped, elements
+from megabatch.converters.safetensors_io.header import ITEMSIZE
+from megabatch.errors import ConversionError
+
+Key = tuple[str, int]
+"""Name and leading index (0 where it has none) of a tensor that is written."""
+
+
+@uncollected()
+def plan_rewrite(
+    hf_folder: str | os.PathLike[str],
+    *,
+    torch_dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    expert_layout: ExpertLayout | None = None,
+    fp8_quantise: bool = False,
+    accept_bin: bool = False,
+) -> Plan:
+    """Plans the folder; block-scaled FP8 is made plain, and experts are one by one unless `expert_layout` says fused.
+
+    Raises: ConversionError for whatever does not fit, before anything is written.
+    """
+    form = HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
+    model = open_hf_model(hf_folder, accept_quantised=True, accept_bin=accept_bin)
+    try:
+        if model.quantised is not None and fp8_quantise:
+            raise ConversionError(f"{hf_folder}: fp8_quantise: its weights are in block-scaled FP8 already")
+        return _planned(model, Path(hf_folder), form)
+    finally:
+        model.folder.close()
+
+
+def _planned(model: HfModel, folder: Path, form: HfForm) -> Plan:
+    numbered = Numbered()
+    table = model.family.tensors(model.shape, experts=layout_of(model.family, model.shape, form))
+    copies = {name: of for name, of in model.family.copies(model.shape).items() if name in model.ignored}
+    return plan_folder(
+        "to_hf",
+        folder,
+        family=model.family,
+        shapes=invert(table),
+        copies=copies,
+        parts=_parts(model, table, numbered, form.dtype),
+        numbered=numbered,
+        reference=folder,
+        form=form,
+        ignored={name: why for name, why in model.ignored.items() if name not in copies},
+    )
+
+
+def _parts(model: HfModel, table: Sequence[Mapped], numbered: Numbered, dtype: str | None) -> dict[str, list[Tensor]]:
+    """Every tensor to write, or its parts by leading index, lying nowhere yet."""
+    strips: dict[Key, list[Strip]] = {}
+    owners: dict[Key, tuple[Mapped, str]] = {}
+    for read, written in zip(model.tensors, table, strict=True):
+        first = next(read.pieces)
+        dtype_read = model.folder.info(first.hf).dtype
+        row_bytes = elements(read.shape[1:]) * ITEMSIZE[dtype_read]
+        if read.woven:  # such a tensor has one layout only
+            pairs = [(first, whole_strip(model, read, row_bytes, numbered))]
+        else:
+            pairs = [
+                (target, strip_of(model, source, target.rows[0], row_bytes, numbered))
+                for source, target in zip(read.pieces, written.pieces, strict=True)
+            ]
+        for target, strip in pairs:
+            key = (target.hf, target.index or 0)
+            strips.setdefault(key, []).append(strip)
+            owners[key] = (read, dtype_read)
+    tensors: dict[str, list[Tensor]] = {}
+    for key in sorted(strips, key=lambda key: key[1]):
+        tensors.setdefault(key[0], []).append(_tensor(key[0], strips[key], *owners[key], dtype))
+    return tensors
+
+
+def _tensor(name: str, strips: Iterable[Strip], mapped: Mapped, read: str, dtype: str | None) -> Tensor:
+    rows = list(joined(sorted(strips, key=lambda strip: strip.row)))
+    count, columns = rows[-1].row + rows[-1].rows, elements(mapped.shape[1:])
+    written = mapped.dtype or dtype or plain_dtype(read)
+    return Tensor(
+        name=name,
+        file=0,
+        offset=0,
+        shape=(count, *mapped.shape[1:]),
+        dtype=written,
+        source_dtype=read,
+        rows=count,
+        row_bytes=columns * ITEMSIZE[written],
+        source_row_bytes=columns * ITEMSIZE[read],
+        strips=tuple(rows),
+    )
