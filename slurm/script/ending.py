@@ -38,7 +38,7 @@ def _requeue(job: JobSpec) -> list[str]:
     return [
         "# after TERM, and once Slurm gave this start up for another, it is decided whether the job comes back",
         "still_ours() {",
-        '    local job; job=$(scontrol --oneliner show job "$SLURM_JOB_ID")',
+        '    local job; job=$(scontrol --oneliner show job "$MEGABATCH_JOB_ID")',
         '    [[ "$job " = *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]',
         "}",
         'if [ -n "$may_pass" ] && [ "$stop" != TERM ] && still_ours; then',
@@ -53,7 +53,7 @@ def _requeue(job: JobSpec) -> list[str]:
         ' ${newest:-none}" >&2',
         '    elif ! echo "$fruitless" >"$count"; then',
         '        echo "megabatch: not requeued: $count cannot be written" >&2',
-        '    elif scontrol requeue "$SLURM_JOB_ID"; then',
+        '    elif scontrol requeue "$MEGABATCH_JOB_ID"; then',
         "        exit 0",
         "    else",
         '        echo "megabatch: Slurm refused to requeue this job" >&2',

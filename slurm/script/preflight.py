@@ -75,7 +75,7 @@ record_preflight() {
 }
 leave_out() {
     local known excluded left=0 node
-    known=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    known=$(scontrol --oneliner show job "$MEGABATCH_JOB_ID")
     excluded=${known##* ExcNodeList=}
     excluded=${excluded%% *}
     if [ "$excluded" = "(null)" ]; then excluded=$bad; else excluded="$excluded,$bad"; fi
@@ -93,9 +93,9 @@ leave_out() {
     # KillWait to live
     trap '' TERM
     record_preflight 75
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$MEGABATCH_JOB_ID"; then
         for _ in {1..20}; do
-            if scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded//$'\\n'/,}"; then
+            if scontrol update JobId="$MEGABATCH_JOB_ID" ExcNodeList="${excluded//$'\\n'/,}"; then
                 echo "megabatch: preflight: back into the queue without $bad"
                 exit 0
             fi

@@ -122,6 +122,7 @@ def test_an_element_that_is_told_to_stop_comes_back_alone(slurm: PrivateCluster,
     runs = [Submitted(job.files, f"{array_id}_{number}") for number, job in enumerate(jobs)]
     for run in runs:
         run.wait_listening()
+    # the last element's own job id is the array's: by that number Slurm would requeue them all
     subprocess.run(["scancel", "--batch", "--signal=USR2", f"{array_id}_1"], check=True)
     runs[1].wait(State.COMPLETED)
     assert runs[0].now().state is State.RUNNING
@@ -135,10 +136,12 @@ def test_an_element_that_is_told_to_stop_comes_back_alone(slurm: PrivateCluster,
 def test_a_folder_that_submitit_would_fill_in_is_refused_before_anything_is_queued(
     slurm: PrivateCluster, tmp_path: Path
 ) -> None:
-    array = _array(tmp_path / "%a", [_job(tmp_path / "run")])
+    array = _array(tmp_path / "%a", [_job(tmp_path / "run")], name="refused")
     with pytest.raises(LaunchError, match=r"may not contain %j, %t, %A or %a"):
         _submit(array)
-    queue = subprocess.run(["squeue", "--noheader", "--name=s"], check=True, capture_output=True, text=True).stdout
+    queue = subprocess.run(
+        ["squeue", "--noheader", "--name=refused"], check=True, capture_output=True, text=True
+    ).stdout
     assert queue == "" and not array.jobs[0].files.jobs.exists()
 
 
