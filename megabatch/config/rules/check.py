@@ -10,8 +10,9 @@ from megabatch.config.declare import group_types
 from megabatch.config.layout import layout_of
 from megabatch.config.made_model import declared_shape
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules import batches, models, parallelism, pipeline, roles, secrets, training
+from megabatch.config.rules import batches, models, parallelism, pipeline, roles, training
 from megabatch.config.rules.fields import invalid_fields, unbuilt_fields
+from megabatch.config.rules.secrets import no_secrets
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -25,7 +26,6 @@ RULES: tuple[Rule, ...] = (
     *pipeline.RULES,
     *batches.RULES,
     *roles.RULES,
-    *secrets.RULES,
 )
 """Rules between fields; each yields nothing where it has nothing to say."""
 
@@ -49,6 +49,7 @@ def check(recipe: Recipe, shape: ModelShape | None = None, *, variant_of: Recipe
     layout = layout_of(checkable, shape)
     unbuilt = unbuilt_fields(checkable, variant_of=variant_of)
     found = [*unbuilt, *(fault for rule in RULES for fault in rule(checkable, shape, layout))]
+    found += no_secrets(checkable, variant_of=variant_of)
     reported = {fault.field for fault in invalid}
     return _once([*invalid, *(fault for fault in found if fault.field not in reported)])
 

@@ -25,7 +25,7 @@ def invalid_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Itera
     Args: variant_of: a recipe without faults, whose groups are not looked at again where this one shares them.
     """
     yield from _name_and_task(recipe)
-    for parameter in _own(recipe, variant_of):
+    for parameter in own_parameters(recipe, variant_of):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
         if not fits(value, parameter.hint):
             yield _mistyped(parameter, value)
@@ -38,7 +38,7 @@ def unbuilt_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Itera
     """Values whose effect is not built yet: refused by name, never ignored. Args: as above."""
     if recipe.task == "rlhf":
         yield Fault("task", recipe.task, "is not built yet", try_=("pt", "sft"))
-    for parameter in _own(recipe, variant_of):
+    for parameter in own_parameters(recipe, variant_of):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
         if parameter.unbuilt(value):
             built = parameter.facts.built
@@ -47,7 +47,7 @@ def unbuilt_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Itera
             yield Fault(parameter.dotted, value, f"is not built yet; works: {', '.join(shown)}")
 
 
-def _own(recipe: Recipe, variant_of: Recipe | None) -> Iterator[Parameter]:
+def own_parameters(recipe: Recipe, variant_of: Recipe | None) -> Iterator[Parameter]:
     """The parameters of the groups that a recipe does not share with another one."""
     for name, found in _by_group().items():
         if variant_of is None or getattr(recipe, name) is not getattr(variant_of, name):

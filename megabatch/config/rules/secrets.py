@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megabatch.config.declare import parameters
 from megabatch.config.recipe import Recipe
+from megabatch.config.rules.fields import own_parameters
 from megabatch.errors import Fault
-from megabatch.plan.layout import Layout
-from megabatch.plan.shape import ModelShape
 from megabatch.secret_text import SECRET_NAME, secret_in
 
 
-def no_secrets(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    for parameter in parameters(Recipe):
+def no_secrets(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
+    """Args: variant_of: a recipe without faults, whose groups are not looked at again where this one shares them."""
+    for parameter in own_parameters(recipe, variant_of):
         for kind in _secrets(getattr(getattr(recipe, parameter.group), parameter.name)):
             rule = f"holds {kind}, and run.json is readable by others; export it in the shell that submits instead"
             yield Fault(parameter.dotted, None, rule, bare=True)
@@ -32,6 +31,3 @@ def _secrets(value: Any, name: str = "") -> Iterator[str]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from _secrets(item, name)
-
-
-RULES = (no_secrets,)
