@@ -96,6 +96,7 @@ def _show(ready: ReadyChain, *, scripts: bool) -> int:
 
     header, *rows = graph_table(ready)
     text = f"chain {ready.chain.name} in {ready.folder}\n{table(header, rows)}"
+    text += "".join(f"\nrefused here: {fault}" for fault in ready.refusals)
     if not scripts:
         print(f"usage: {_USAGE.format(file=ready.file.name)}\n{text}")
         return ExitCode.DONE

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from megabatch.chain.declare import Convert
 from megabatch.chain.graph import Fate, may_start
-from megabatch.chain.ready import ReadyChain, ReadyStep
+from megabatch.chain.ready import ReadyChain
 from megabatch.chain.record import to_run, write_record
+from megabatch.chain.step import ReadyStep
 from megabatch.chain.submission import written_step
 from megabatch.errors import LaunchError
 from megabatch.run_directory import ExitCode

@@ -11,7 +11,8 @@ from typing import Any
 
 from megabatch.chain.declare import Chain, Command, Edge, Step
 from megabatch.chain.graph import Fate, in_order, may_start
-from megabatch.chain.ready import ReadyChain, ReadyStep
+from megabatch.chain.ready import ReadyChain
+from megabatch.chain.step import ReadyStep
 from megabatch.config.recipe import Recipe
 from megabatch.entry.launch import written
 from megabatch.errors import ConfigError, Fault, LaunchError

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from megabatch.chain.ready import ReadyChain, ReadyStep
+from megabatch.chain.ready import ReadyChain
 from megabatch.chain.record import to_run, write_record
+from megabatch.chain.step import ReadyStep
 from megabatch.entry.launch import written
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.chain import ChainedJob, submit_all

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from megabatch.chain.declare import Step
 from megabatch.chain.graph import Fate
-from megabatch.chain.ready import ReadyChain, ReadyStep
+from megabatch.chain.ready import ReadyChain
 from megabatch.chain.record import StepState
+from megabatch.chain.step import ReadyStep
 
 _WORDS = {"ok": "ok", "notok": "not ok", "any": "ended", "singleton": "singleton"}
 

@@ -1,0 +1,236 @@
+"""One step made ready: its folder, its job, and its faults, with what earlier steps make counted as there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megabatch.chain.conversion import conversion_arguments, flag_faults, source_faults
+from megabatch.chain.declare import Chain, Command, Convert, Step
+from megabatch.chain.outputs import Reference, references, resolved
+from megabatch.config.flags import Actions
+from megabatch.config.layout import layout_of
+from megabatch.config.model import Model
+from megabatch.config.recipe import Recipe
+from megabatch.config.resources import Resources
+from megabatch.config.rules.check import check
+from megabatch.config.rules.roles import role_faults
+from megabatch.entry.launch import Launch, prepare
+from megabatch.entry.model import FoundModel, find_model
+from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs
+from megabatch.errors import ConfigError, Fault, LaunchError
+from megabatch.plan.shape import ModelShape
+from megabatch.slurm.job import Input, JobSpec
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.render import render
+
+OUTPUT = "output"
+"""Folder of a conversion's result, inside its step's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadyStep:
+    """One step, decided."""
+
+    step: Step
+    job: JobSpec
+    work: Recipe | Convert | Command
+    """The step's own, with paths in place of references."""
+    launch: Launch | None = None
+    """Of a training run."""
+    shape: ModelShape | None = None
+    """Of the model that it makes or passes on."""
+
+    @property
+    def kind(self) -> str:
+        return {Recipe: "train", Convert: "convert", Command: "command"}[type(self.work)]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBuilder:
+    """What is needed to decide one step, with the steps before it."""
+
+    chain: Chain
+    step: Step
+    folder: Path
+    made: Mapping[str, ReadyStep]
+    actions: Actions
+    file: Path
+
+    @property
+    def directory(self) -> Path:
+        return self.folder / self.step.name
+
+    def ready(self) -> ReadyStep:
+        """Raises: ConfigError."""
+        work = resolved(self.step.work, lambda ref: str(self._input(ref).path))
+        if isinstance(work, Recipe):
+            return self._training(work)
+        if isinstance(work, Convert):
+            work = replace(work, model=_absolute(work.model), mcore_model=_absolute(work.mcore_model))
+            job = replace(self.spec(work.resources), arguments=conversion_arguments(work, self.directory / OUTPUT))
+            return ReadyStep(step=self.step, work=work, job=job, shape=self._shape_of_conversion(work))
+        if isinstance(work, Command):
+            return ReadyStep(step=self.step, work=work, job=self._command(work))
+        rule = f"must be a Recipe, a Convert or a Command, not {type(work).__name__}"
+        raise ConfigError([Fault("work", None, rule, bare=True)])
+
+    def decided(self, snapshot: Path | None, profile: ClusterProfile) -> tuple[ReadyStep, list[Fault]]:
+        """The step and its broken rules; with some of them only what other steps need to know of it."""
+        try:
+            ready = self.ready()
+            job = replace(ready.job, snapshot=snapshot)
+            ready = replace(ready, job=job, launch=ready.launch and replace(ready.launch, job=job))
+            if faults := list(self.faults(ready)):
+                return ready, faults
+            render(job, profile)
+            return ready, []
+        except ConfigError as error:
+            faults = [*error.faults] or [Fault("", None, str(error), bare=True)]
+        except LaunchError as error:
+            faults = [Fault("", None, str(error), bare=True)]
+        return ReadyStep(step=self.step, job=self.spec(Resources()), work=self.step.work), faults
+
+    def faults(self, ready: ReadyStep) -> Iterator[Fault]:
+        """The rules that the step would break alone, too."""
+        work = self.step.work
+        if ready.launch is not None and isinstance(work, Recipe):
+            yield from ready.launch.faults()
+            model = ready.launch.model
+            if model.fault is not None:
+                yield model.fault
+            if model.shape is None and references(work.model.model):
+                rule = "is made by a step whose model's shape is not known before it runs; training needs to know it"
+                yield Fault("model.model", None, rule, bare=True)
+        elif isinstance(ready.work, Convert | Command):
+            yield from _resource_faults(ready.work.resources)
+        if isinstance(ready.work, Convert):
+            yield from flag_faults(ready.work)
+        elif isinstance(ready.work, Command):
+            yield from role_faults(ready.work.roles)
+
+    def refusals(self, ready: ReadyStep) -> Iterator[Fault]:
+        """What is missing or damaged on this machine, but for what earlier steps make."""
+        work = self.step.work
+        if ready.launch is not None and isinstance(work, Recipe):
+            own, model = _without_references(work), ready.launch.model
+            yield from missing_gpus(own) if self.actions.local else ()
+            yield from missing_inputs(own, model) or damaged_inputs(own, model)
+        elif isinstance(ready.work, Convert) and not references(work):
+            yield from source_faults(ready.work)
+
+    def spec(self, resources: Resources) -> JobSpec:
+        """A job of these resources that is no training run."""
+        return JobSpec(
+            name=resources.job_name or f"{self.chain.name}-{self.step.name}",
+            run_directory=self.directory,
+            nodes=resources.nodes,
+            tasks_per_node=resources.ranks_per_node,
+            gpus_per_node=resources.gpus_per_node,
+            cpus_per_task=resources.cpus_per_task,
+            omp_num_threads=resources.omp_num_threads,
+            mem_gib=resources.mem_gib,
+            time=resources.time,
+            signal_delay_s=resources.signal_delay_s,
+            requeue=resources.requeue,
+            max_restarts_without_progress=resources.max_restarts_without_progress,
+            hang_timeout_s=0,
+            python=sys.executable,
+            working_directory=Path.cwd(),
+            inputs=self._inputs(),
+        )
+
+    def _training(self, recipe: Recipe) -> ReadyStep:
+        declared = self.step.work
+        assert isinstance(declared, Recipe)
+        launch = prepare(recipe, replace(self.actions, run_dir=str(self.directory)), recipe_file=self.file)
+        made = references(declared.model.model)
+        if made:
+            shape = self.made[made[0].step].shape
+            launch = replace(
+                launch,
+                model=FoundModel(shape, f"made by step {made[0].step}"),
+                layout=layout_of(recipe, shape),
+            )
+        job = replace(
+            launch.job,
+            name=recipe.resources.job_name or f"{self.chain.name}-{self.step.name}",
+            inputs=self._inputs(),
+            links=self.step.links,
+            requeue=launch.job.requeue and self.step.links == 1,
+        )
+        launch = replace(launch, job=job, code=self.folder / "code")
+        return ReadyStep(step=self.step, work=recipe, job=job, launch=launch, shape=launch.model.shape)
+
+    def _command(self, work: Command) -> JobSpec:
+        words = [str(word) for word in work.argv]
+        if isinstance(work.argv, str) or not words:
+            rule = "must be a list of the program and its arguments"
+            raise ConfigError([Fault("argv", work.argv, rule, try_=(["python", "evaluate.py"],))])
+        own_python = words[0] == "python"
+        return replace(
+            self.spec(work.resources),
+            arguments=tuple(words[1:]) if own_python else None,
+            program=None if own_python else tuple(words),
+            environment=work.environment,
+            inherit=tuple(work.inherit),
+            roles=tuple(work.roles),
+        )
+
+    def _inputs(self) -> tuple[Input, ...]:
+        return tuple(self._input(ref) for ref in references(self.step.work) if ref.what != "folder")
+
+    def _input(self, ref: Reference) -> Input:
+        """Where what is referred to will be."""
+        maker = self.folder / ref.step
+        if ref.what == "folder":
+            return Input(maker)
+        if ref.what.startswith("file "):
+            return Input(maker / ref.what.removeprefix("file "))
+        if isinstance(self.made[ref.step].step.work, Convert):
+            return Input(maker / OUTPUT)
+        link = self.directory / "inputs" / ref.step
+        return Input(link if ref.what == "checkpoint" else link / ref.what, run=maker, link=link)
+
+    def _shape_of_conversion(self, work: Convert) -> ModelShape | None:
+        """Of the model that it converts, as far as it is known: a folder here, or what an earlier step makes."""
+        declared = self.step.work
+        assert isinstance(declared, Convert)
+        source = declared.mcore_model if declared.to_hf else declared.model
+        if made := references(source):
+            return self.made[made[0].step].shape
+        return find_model(Recipe(name="x", task="pt", model=Model(model=work.model))).shape if work.model else None
+
+
+def _resource_faults(resources: Resources) -> list[Fault]:
+    """Of the fields themselves, and of their rules."""
+    if not isinstance(resources, Resources):
+        return [Fault("resources", None, "must be a Resources", bare=True)]
+    found = check(Recipe(name="x", task="pt", resources=resources))
+    alone = ("resources.nodes",)  # how nodes divide into a layout is no concern of these jobs
+    return [fault for fault in found if fault.field.startswith("resources.") and fault.field not in alone]
+
+
+def _without_references(recipe: Recipe) -> Recipe:
+    """Only what is to be found on this machine already."""
+    data = recipe.data
+    return replace(
+        recipe,
+        model=replace(recipe.model, tokenizer=_own(recipe.model.tokenizer)),
+        data=replace(data, dataset=_owned(data.dataset), val_dataset=_owned(data.val_dataset)),
+        checkpoint=replace(recipe.checkpoint, load=_own(recipe.checkpoint.load)),
+    )
+
+
+def _own(text: str | None) -> str | None:
+    return None if references(text) else text
+
+
+def _owned(texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(text for text in texts if not references(text))
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
