@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 from megabatch.plan import weights
@@ -15,6 +16,7 @@ def peak_tflops(device_name: str) -> float | None:
     return None if gpu is None else gpu.peak_tflops
 
 
+@functools.lru_cache(maxsize=64)
 def matmul_parameters(shape: ModelShape) -> int:
     """Weights that each token is multiplied with: attention, MLP or chosen experts, and the output layer.
 

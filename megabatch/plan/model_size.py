@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from megabatch.plan import weights
 from megabatch.plan.shape import ModelShape
 
 
+@functools.lru_cache(maxsize=64)
 def num_parameters(shape: ModelShape) -> int:
     """All weights and biases, tied embeddings counted once, layers of multi-token prediction with the rest."""
     return sum(weight.elements * (weight.experts or 1) * count for weight, count in weights.model(shape))

@@ -84,6 +84,10 @@ class ModelShape:
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json this shape was read from."""
 
+    def __hash__(self) -> int:
+        """Over some of the fields, as mappings have no hash: what is counted of a shape can then be kept."""
+        return hash((self.model_type, self.num_layers, self.hidden_size, self.vocab_size))
+
     def is_moe_layer(self, layer: int) -> bool:
         return bool(self.moe_layers) and self.moe_layers[layer]
 

@@ -6,6 +6,7 @@ name the same tensors for moving their bytes, and tests hold the two against eac
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def final_norm(shape: ModelShape) -> Weight:
     return Weight("decoder.final_layernorm.weight", shape.hidden_size)
 
 
+@functools.lru_cache(maxsize=64)
 def layer(shape: ModelShape, kind: Kind) -> tuple[Weight, ...]:
     """A transformer layer's tensors, in the order in which megatron-core registers them."""
     moe, linear = kind
