@@ -18,7 +18,7 @@ from megabatch.insight.causes import DEATHS, Cause
 from megabatch.insight.evidence import Finding, Mark, findings, foremost, read_mark
 from megabatch.insight.goodput import Stay
 from megabatch.insight.overview import history, run_json
-from megabatch.insight.tails import last_step, tail
+from megabatch.insight.tails import tail
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.logs import rank_logs
 from megabatch.slurm.nodelist import node_names
@@ -92,8 +92,7 @@ def diagnose(run: Path, *, restart: int | None = None) -> Diagnosis:
     Raises: LaunchError when there is no such start.
     """
     found = status([run])[0]
-    directory = RunDirectory(run)
-    held = history(found, step=last_step(directory.metrics))
+    held = history(found)
     stay = _failed_start(found, held, restart=restart)
     base = Diagnosis(run=run, state=found.state, job_id=found.job_id)
     if found.state is State.PENDING and found.reason.startswith("Dependency") and restart is None:

@@ -12,7 +12,7 @@ together, so the number of GPUs cancels out.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,13 @@ class Stay:
     """None for one that runs or was killed."""
 
 
-def stays(jobs: Sequence[JobRecord], *, last_sign: float, running: bool, now: float | None = None) -> list[Stay]:
+def stays(
+    jobs: Sequence[JobRecord], *, last_sign: Callable[[int], float], running: bool, now: float | None = None
+) -> list[Stay]:
     """Every start of a run, oldest first.
 
-    Args: `last_sign`: when the run was last heard of, for a start that left no word; `running`: whether its newest
-    start still holds its nodes.
+    Args: `last_sign`: when the start with that number was last heard of, asked where it left no word; `running`:
+    whether the newest start still holds its nodes.
     """
     now = time.time() if now is None else now
     starts = sorted(((start, job) for job in jobs for start in job.starts), key=lambda pair: pair[0].time)
@@ -48,10 +50,10 @@ def stays(jobs: Sequence[JobRecord], *, last_sign: float, running: bool, now: fl
         if ending is not None:
             end = ending.time
         elif newest:
-            end = now if running else last_sign
+            end = now if running else last_sign(start.restart)
         else:
             # killed, and started again: it held its nodes until then at the latest
-            end = min(starts[index + 1][0].time, max(last_sign, start.time))
+            end = min(starts[index + 1][0].time, last_sign(start.restart))
         code = None if ending is None else ending.exit_code
         found.append(Stay(job.job_id, start.restart, start.nodes, start.time, max(end, start.time), code))
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,20 +75,17 @@ def run_json(run: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def history(found: RunStatus, *, step: Mapping[str, Any]) -> list[Stay]:
-    """The run's starts and how long they held their nodes."""
+def history(found: RunStatus) -> list[Stay]:
+    """The run's starts and how long they held their nodes; one that was killed, until rank 0 last wrote to its log."""
     run = RunDirectory(found.run)
-    beat = _number(found.heartbeat.get("time")) or 0.0
     running = found.state is State.RUNNING
-    # a killed run's last line may be younger than its last heartbeat
-    last_sign = beat if running or not step else max(beat, _changed(run.metrics))
-    return stays(found.jobs, last_sign=last_sign, running=running, now=time.time())
+    return stays(found.jobs, last_sign=lambda restart: _changed(run.rank_log(0, restart)), running=running)
 
 
 def _overview(found: RunStatus) -> Overview:
     directory, config = RunDirectory(found.run), run_json(found.run)
     step, beat = last_step(directory.metrics), found.heartbeat
-    held = history(found, step=step)
+    held = history(found)
     recipe = config.get("recipe") if isinstance(config.get("recipe"), dict) else {}
     train_iters = _integer(beat.get("train_iters")) or _integer(_group(recipe, "training").get("train_iters"))
     gpus = gpus_of(config)

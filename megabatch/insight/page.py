@@ -22,7 +22,7 @@ STYLE = (
     "*{box-sizing:border-box}body{background:var(--page);color:var(--text);font:15px/1.45 system-ui,sans-serif;"
     "margin:0 auto;max-width:1360px;padding:16px}h1{font-size:1.4em}h2{font-size:1.1em;margin:1.6em 0 .4em}"
     ".charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:16px}"
-    "figure{margin:0}figcaption{font-weight:600}svg{width:100%;height:auto;display:block}"
+    "figure{margin:0;max-width:660px}figcaption{font-weight:600}svg{width:100%;height:auto;display:block}"
     ".scroll{overflow-x:auto}table{border-collapse:collapse}th,td{text-align:left;padding:3px 12px 3px 0;"
     "border-bottom:1px solid var(--grid);vertical-align:top}th{color:var(--soft);font-weight:600}"
     "pre{overflow-x:auto;background:color-mix(in srgb,var(--text) 6%,transparent);padding:8px;font-size:13px}"

@@ -72,7 +72,7 @@ def _read(one: Overview) -> _Run:
     return _Run(
         overview=one,
         config=run_json(run.path),
-        stays=history(one.status, step=train[-1] if train else {}),
+        stays=history(one.status),
         curves={name: curve(train, name) for name, _ in _CHARTS},
         evaluation=curve(evaluations, "eval_loss"),
         diagnosis=diagnose(run.path) if failed else None,

@@ -1,0 +1,169 @@
+"""Why runs failed: evidence against evidence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megabatch.cli.command import main
+from megabatch.errors import LaunchError
+from megabatch.insight.diagnosis import diagnose
+from megabatch.insight.evidence import search
+from megabatch.slurm.nodelist import node_names
+
+from .made_run import MadeRun
+
+PEER = "RuntimeError: [pair.cc:534] Connection closed by peer [127.0.0.1]:4242\n"
+OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeRun:
+    """Started once on two nodes of four ranks, and failed; no Slurm knows it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = MadeRun.at(tmp_path / "run")
+    run.submitted()
+    run.started(0, 1000)
+    return run
+
+
+def test_the_cause_goes_before_who_was_noticed_first(run: MadeRun) -> None:
+    run.ended(0, 70, 1100)
+    run.failed_first(1, 70, "n1")
+    for rank in range(8):
+        run.log(rank, "step 3\n" + (OOM if rank == 6 else PEER))
+    found = diagnose(run.files.path)
+    assert found.cause is not None
+    assert (found.cause.name, found.rank, found.node, found.line) == ("oom_gpu", 6, "n2", 2)
+    assert found.followers == (0, 1, 2, 3, 4, 5, 7)
+    assert found.last_lines[-1].startswith("torch.OutOfMemoryError") and found.log == run.files.rank_log(6, 0)
+
+
+def test_of_ranks_with_a_cause_the_marked_one_is_blamed(run: MadeRun) -> None:
+    run.ended(0, 1, 1100)
+    run.failed_first(5, 1, "n2")
+    for rank in (2, 5):
+        run.log(rank, OOM)
+    found = diagnose(run.files.path)
+    assert (found.rank, found.node, found.exit_code, found.log) == (5, "n2", 1, run.files.rank_log(5, 0))
+
+
+def test_what_another_rank_is_said_to_have_failed_of_is_not_ones_own(run: MadeRun) -> None:
+    run.ended(0, 1, 1100)
+    run.log(0, "error: rank 3 failed: step 9: loss=nan, gradient norm=nan over 4 samples\n")
+    run.log(3, "error: step 9: loss=nan, gradient norm=nan over 4 samples\n")
+    found = diagnose(run.files.path)
+    assert found.cause is not None and (found.cause.name, found.rank, found.followers) == ("nan", 3, (0,))
+
+
+def test_a_rank_killed_without_a_word(run: MadeRun) -> None:
+    run.ended(0, 137, 1100)
+    run.failed_first(5, 137, "n2")
+    run.log(5, "step 3\n")
+    for rank in (0, 4):
+        run.log(rank, PEER)
+    found = diagnose(run.files.path)
+    assert found.cause is not None
+    assert (found.cause.name, found.rank, found.node, found.exit_code) == ("killed", 5, "n2", 137)
+    assert "signal 9" in found.evidence and found.last_lines == ("step 3",)
+    run.files.logs.joinpath("batch.7.log").write_text(
+        "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.\n"
+    )
+    found = diagnose(run.files.path)
+    assert found.cause is not None and (found.cause.name, found.rank) == ("oom_host", 5)
+
+
+def test_only_consequences_leave_the_marked_rank(run: MadeRun) -> None:
+    run.ended(0, 70, 1100)
+    run.failed_first(2, 70, "n1")
+    for rank in range(4):
+        run.log(rank, PEER)
+    found = diagnose(run.files.path)
+    assert found.cause is not None and (found.cause.name, found.rank) == ("communication", 2)
+
+
+def test_hung_names_the_suspect(run: MadeRun) -> None:
+    run.ended(0, 124, 1100)
+    run.failed_first(6, 124, "n2")
+    run.files.logs.joinpath("batch.7.log").write_text("megabatch: the run hangs; rank 6 on n2 does not answer\n")
+    found = diagnose(run.files.path)
+    assert found.cause is not None and (found.cause.name, found.rank, found.node) == ("hung", 6, "n2")
+
+
+def test_earlier_starts_by_number_and_by_themselves(run: MadeRun) -> None:
+    run.ended(0, 70, 1100)
+    run.log(0, OOM)
+    run.started(1, 1200)
+    run.log(0, "ModuleNotFoundError: No module named 'x'\n", restart=1)
+    run.ended(1, 1, 1300)
+    run.started(2, time.time())
+    run.beat(time=time.time(), state="running", step=3, job_id="7", restart=2)
+    found = diagnose(run.files.path)
+    assert found.cause is not None and (found.state.value, found.restart, found.cause.name) == (
+        "running",
+        1,
+        "environment",
+    )
+    earlier = diagnose(run.files.path, restart=0)
+    assert earlier.cause is not None and earlier.cause.name == "oom_gpu"
+    with pytest.raises(LaunchError, match="no start 9; there are 0, 1, 2"):
+        diagnose(run.files.path, restart=9)
+
+
+def test_nothing_failed(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run.ended(0, 0, 1100)
+    assert diagnose(run.files.path).cause is None
+    assert main(["why", str(run.files.path)]) == 0
+    assert "no start of it is known to have failed" in capsys.readouterr().out
+
+
+def test_secrets_in_logs_are_masked(
+    run: MadeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "correct horse")
+    run.ended(0, 1, 1100)
+    run.log(0, f"using correct horse and WANDB_API_KEY=0123456789\nhf_{'a' * 30}\nValueError: correct horse\n")
+    for arguments in ([], ["--json"]):
+        assert main(["why", str(run.files.path), *arguments]) == 0
+        out = capsys.readouterr().out
+        assert "ValueError: " in out and "exception" in out
+        assert not any(secret in out for secret in ("correct horse", "0123456789", "hf_aaa"))
+    assert json.loads(out)["rank"] == 0
+
+
+def test_node_lists() -> None:
+    assert node_names("n[1-2,08-10],login,gpu[3]-ib") == ["n1", "n2", "n08", "n09", "n10", "login", "gpu3-ib"]
+    assert node_names("") == []
+
+
+def test_a_local_run_whose_rank_dies(tmp_path: Path) -> None:
+    """Real ranks over gloo: the killed one is named, whatever its peers write."""
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.py"
+    code = (
+        "import os, threading, time\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    def die():\n"
+        "        while not os.path.exists(os.environ['MEGABATCH_RUN'] + '/metrics.jsonl'): time.sleep(0.05)\n"
+        "        os.write(2, b'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB.\\n')\n"
+        "        os._exit(1)\n"
+        "    threading.Thread(target=die, daemon=True).start()\n"
+    )
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, str(recipe), "--local", "--train_iters", "5000", "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    found = diagnose(tmp_path / "run")
+    assert found.cause is not None
+    assert (found.cause.name, found.rank, found.exit_code, found.followers) == ("oom_gpu", 1, 1, (0,))
+    peer = search((tmp_path / "run" / "logs" / "rank_0.0.log").read_text())
+    assert peer is not None and peer[0].consequence, "what gloo says on the peer does not mislead"
