@@ -60,11 +60,10 @@ class Launch:
         recipe, shape = self._to_resolve()
         return resolve(recipe, shape=shape, run_dir=self.directory.path, provenance=provenance)
 
-    def run_json(self, *, provenance: Mapping[str, Any], variant_of: Recipe | None) -> str:
-        """Its text; see `config.run.run_json`. Raises: ConfigError as `config` does."""
+    def run_json(self, *, provenance: Mapping[str, Any]) -> str:
+        """Its text, for a recipe known to have no faults. Raises: ConfigError for a model of unknown shape."""
         recipe, shape = self._to_resolve()
-        place = self.directory.path
-        return run_json(recipe, shape=shape, run_dir=place, provenance=provenance, variant_of=variant_of)
+        return run_json(recipe, shape=shape, run_dir=self.directory.path, provenance=provenance)
 
     def _to_resolve(self) -> tuple[Recipe, ModelShape]:
         """The recipe with every path as the ranks need it, and the model's shape."""

@@ -55,8 +55,6 @@ class Candidates:
     """Of the run directories, the arrays and `sweep.json`."""
     base: Launch
     """The recipe itself."""
-    variant_of: Recipe | None
-    """What points share groups with, which need no second look then; None where it asks for what is not built."""
     all: tuple[Candidate, ...]
     max_parallel: int | None
     parameters: tuple[str, ...]
@@ -93,7 +91,6 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
         name=name,
         folder=given.absolute(),
         base=base,
-        variant_of=variant_of,
         all=tuple(
             _judged(
                 point,

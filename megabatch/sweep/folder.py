@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
 from megabatch.entry.launch import Launch, differences
 from megabatch.errors import LaunchError
@@ -57,12 +56,10 @@ class Written:
                 folder.rmdir()
 
 
-def write_runs(
-    launches: Sequence[Launch], scripts: Sequence[str], provenance: Mapping[str, Any], *, variant_of: Recipe | None
-) -> Written:
+def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: Mapping[str, Any]) -> Written:
     """Makes the run directories that are not there yet, complete or not at all, and gives the others their script.
 
-    Args: an empty script is none, for a run on this machine; `variant_of` is what the runs' recipes share groups with.
+    Args: `launches` are without faults; an empty script is none, for a run on this machine.
 
     Raises: LaunchError when they cannot be written.
     """
@@ -79,7 +76,7 @@ def write_runs(
                 continue
             place = RunDirectory(staged / launch.directory.path.name)
             place.logs.mkdir(parents=True)
-            place.run_json.write_text(launch.run_json(provenance=provenance, variant_of=variant_of), encoding="utf-8")
+            place.run_json.write_text(launch.run_json(provenance=provenance), encoding="utf-8")
             if script:
                 place.script.write_text(script, encoding="utf-8")
         if any(new):

@@ -23,7 +23,7 @@ def run_here(found: Candidates, wanted: Sequence[Candidate], arguments: Sequence
     launches = [candidate.launch for candidate in wanted]
     codes: list[int] = []
     if launches:
-        write_runs(launches, [""] * len(launches), sweep_provenance(found, arguments), variant_of=found.variant_of)
+        write_runs(launches, [""] * len(launches), sweep_provenance(found, arguments))
         jobs = [launch.job for launch in launches]
         codes = run_local_array(jobs, found.base.profile, max_parallel=found.max_parallel or 1, tell=_say)
     print(results_table(results_in(found.folder), by="tokens_per_s"))

@@ -54,7 +54,7 @@ def submit_arrays(found: Candidates, arrays: Sequence[JobArray], arguments: Sequ
 
     launches = launches_of(found, arrays)
     scripts = [render(launch.job, launch.profile) for launch in launches]
-    written = write_runs(launches, scripts, sweep_provenance(found, arguments), variant_of=found.variant_of)
+    written = write_runs(launches, scripts, sweep_provenance(found, arguments))
     ids: list[str] = []
     try:
         take_snapshot(found.base.code, recipe=found.base.recipe_file)
