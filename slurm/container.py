@@ -85,4 +85,6 @@ def _mounts(job: JobSpec, profile: ClusterProfile, container: Container) -> list
             raise LaunchError(
                 f"{path} cannot be mounted into a container: a mount may hold no comma or colon; rename it"
             )
-    return [*dict.fromkeys(f"{path}:{path}" for path in ours), *container.mounts]
+    # older versions of Pyxis want both sides
+    theirs = (mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts)
+    return [*dict.fromkeys([*(f"{path}:{path}" for path in ours), *theirs])]

@@ -23,7 +23,9 @@ from megabatch.slurm.render import render
 from .conftest import PAYLOAD, Submit
 
 JOB = JobSpec(name="j", run_directory=Path("/runs/j"), gpus_per_node=8, inherit=("HF_TOKEN",))
-PYXIS = ClusterProfile(container=Container(image="a#b:c", options=("--no-container-mount-home",)))
+PYXIS = ClusterProfile(
+    container=Container(image="a#b:c", mounts=("/data", "/a:/b:ro"), options=("--no-container-mount-home",))
+)
 APPTAINER = ClusterProfile(container=Container(image="/i.sif", runtime="apptainer", options=("--cleanenv",)))
 
 
@@ -33,6 +35,7 @@ def test_pyxis_lets_our_variables_win_over_the_images() -> None:
     assert {"PYTHONPATH", "MASTER_ADDR", "WORLD_SIZE", "HF_TOKEN", "NCCL_DEBUG", "OMP_NUM_THREADS"} <= set(names)
     assert len(names) == len(set(names))
     assert "/runs/j:/runs/j" in flags["--container-mounts"].split(",")
+    assert {"/data:/data", "/a:/b:ro"} <= set(flags["--container-mounts"].split(","))
     assert "/tmp:/tmp" in flags["--container-mounts"].split(","), "enroot's own /tmp is memory"
     assert "--no-container-mount-home" in flags
 
