@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from megabatch.chain.declare import Chain
@@ -23,6 +23,8 @@ python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [-
   --submit    send the steps to Slurm     --local    run them here, one after the other
   --dry_run   show graph and job scripts
 """
+
+_ACTIONS = ("submit", "local", "dry_run", "cluster", "run_dir")
 
 
 def run(chain: Chain, arguments: Sequence[str], *, file: Path) -> int:
@@ -62,6 +64,10 @@ def parsed(chain: Chain, arguments: Sequence[str]) -> tuple[Actions, Chain]:
     if changed != nothing:
         names = [f"--{name}.<parameter>" for name in of_steps]
         faults = [Fault("a parameter", None, "is given without a training step's name", try_=names, bare=True)]
+    for field in fields(Actions):
+        if field.name not in _ACTIONS and getattr(actions, field.name) != field.default:
+            rule = "is for a recipe of its own" + ("; here a Step has links=…" if field.name == "chain" else "")
+            faults.append(Fault(f"--{field.name}", None, rule, bare=True))
     given = [f"--{name}" for name in ("submit", "local", "dry_run") if getattr(actions, name)]
     if len(given) > 1:
         faults.append(Fault(" and ".join(given), None, "exclude each other; give one of them", bare=True))

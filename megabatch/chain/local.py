@@ -52,7 +52,7 @@ def run_chain(ready: ReadyChain, arguments: Sequence[str]) -> int:
 
 def _run(one: ReadyStep, ready: ReadyChain, arguments: Sequence[str]) -> int:
     with written_step(one, arguments):
-        if missing := _fix_inputs(one.job):
+        if missing := fix_inputs(one.job):
             print(missing, end="", flush=True)
             return ExitCode.CONFIG
         return run_local(local_job(one), ready.profile)
@@ -63,7 +63,7 @@ def local_job(one: ReadyStep) -> JobSpec:
     return replace(one.job, nodes=1, tasks_per_node=1) if isinstance(one.work, Convert) else one.job
 
 
-def _fix_inputs(job: JobSpec) -> str:
+def fix_inputs(job: JobSpec) -> str:
     """Does what the batch script does first; returns what is missing."""
     if not job.inputs:
         return ""

@@ -16,9 +16,8 @@ from megabatch.chain.step import ReadyStep
 from megabatch.config.recipe import Recipe
 from megabatch.entry.launch import written
 from megabatch.errors import ConfigError, Fault, LaunchError
-from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.run_directory import write_atomic
 from megabatch.slurm.queue import State
-from megabatch.slurm.records import read_records
 from megabatch.slurm.state import RunStatus, status
 
 FILE = "chain.json"
@@ -98,7 +97,7 @@ def states(chain: Chain, folder: Path) -> list[StepState]:
 def _fate(step: Step, now: RunStatus, fates: Mapping[str, Fate]) -> Fate | None:
     if now.state is State.COMPLETED:
         return "done"
-    started = any(job.starts or job.endings for job in read_records(RunDirectory(now.run)))
+    started = bool(now.jobs) and bool(now.jobs[-1].starts or now.jobs[-1].endings)
     if now.state.active:
         return None
     if started and now.state is not State.NOT_SUBMITTED:

@@ -42,7 +42,7 @@ def training(name: str, *, model: Model, checkpoint: Checkpoint) -> Recipe:
     )
 
 
-def chain() -> Chain:
+def recipe() -> Chain:
     small = Model(
         model_type="qwen3",
         num_layers=2,
@@ -94,4 +94,4 @@ def chain() -> Chain:
 
 
 if __name__ == "__main__":
-    main(chain)
+    main(recipe)
