@@ -37,6 +37,7 @@ ROOMS = {
     "megabatch/trainer/ops": "collectives inside autograd",
     "megabatch/trainer/preflight": "one node's part of the step that looks for bad nodes before the ranks start",
     "slurm/script": "the sections of a batch script",
+    "converters/adapters": "LoRA adapters, PEFT's and megatron-core's: converted, merged",
     "converters/command": "the megabatch-convert command",
     "converters/engine": "plan, execute, journal, commit, verify: what a conversion does",
     "converters/families": "one mapping table for each model family",

@@ -44,7 +44,7 @@ class Merged:
             raise ConversionError(f"{biased[0]} and {biased[1]}: both bring biases, of which a model can have one")
         for adapter in adapters:
             for name, whole in adapter.whole.items():
-                if name in self._whole:
+                if name in self._whole and not _equal(whole, self._whole[name], sources):
                     raise ConversionError(f"{adapter.path}: {name} is replaced by an adapter before it already")
                 self._whole[name] = whole
         self._tied: dict[str, str] = {}
@@ -68,14 +68,8 @@ class Merged:
 
     def _same(self, one: str, other: str, sources: list[SourceFile]) -> bool:
         """Whether an adapter brings two equal tensors."""
-        pair = [self._whole.get(one), self._whole.get(other)]
-        if pair[0] is None or pair[1] is None or pair[0].dtype != pair[1].dtype:
-            return False
-        with Sources(sources) as opened:
-            return all(
-                _bytes(opened, a) == _bytes(opened, b)
-                for a, b in zip(_chunks(pair[0]), _chunks(pair[1]), strict=False)
-            )
+        first, second = self._whole.get(one), self._whole.get(other)
+        return first is not None and second is not None and _equal(first, second, sources)
 
     @property
     def untied(self) -> bool:
@@ -201,6 +195,15 @@ def _joined(terms: Iterable[LowRank]) -> list[LowRank]:
 _CHUNK = 1 << 20
 
 
+def _equal(one: Whole, other: Whole, sources: list[SourceFile]) -> bool:
+    """Whether two tensors have the same bytes, cut in the same way."""
+    cuts = [[strip[:2] + strip[4:6] for strip in whole.strips] for whole in (one, other)]
+    if one.dtype != other.dtype or cuts[0] != cuts[1]:
+        return False
+    with Sources(sources) as opened:
+        return all(_bytes(opened, *a) == _bytes(opened, *b) for a, b in zip(_chunks(one), _chunks(other), strict=True))
+
+
 def _chunks(whole: Whole) -> Iterable[tuple[Strip, int, int]]:
     for strip in whole.strips:
         size = strip.rows * strip.width
@@ -208,8 +211,7 @@ def _chunks(whole: Whole) -> Iterable[tuple[Strip, int, int]]:
             yield strip, at, min(_CHUNK, size - at)
 
 
-def _bytes(sources: Sources, chunk: tuple[Strip, int, int]) -> bytes:
-    strip, at, size = chunk
+def _bytes(sources: Sources, strip: Strip, at: int, size: int) -> bytes:
     data = bytearray(size)
     sources.read_into(strip.source, memoryview(data), strip.offset + at)
     return bytes(data)

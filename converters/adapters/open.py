@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megabatch.converters.adapters.adapter import Adapter, Tables
-from megabatch.converters.adapters.config import NAME, read_config
+from megabatch.converters.adapters.config import NAME, AdapterConfig, read_config
 from megabatch.converters.adapters.mcore_folder import find_config, open_mcore
 from megabatch.converters.adapters.peft_folder import is_peft, open_peft
 from megabatch.converters.engine.plan import Numbered
+from megabatch.converters.hf_model import find_folder
 from megabatch.converters.torch_dist.find import find_checkpoint
 from megabatch.errors import ConversionError
 
@@ -42,13 +43,22 @@ def base_model_of(path: Path_) -> Path:
     folder = _existing(path)
     if is_peft(folder):
         config = read_config(folder / NAME)
-        places = [Path(str(config.values.get("base_model_name_or_path")))]
+        places = [_named(config)]
     else:
         config = read_config(find_config(folder, find_checkpoint(folder)))
-        places = [config.path.parent, Path(str(config.values.get("base_model_name_or_path")))]
+        places = [config.path.parent, _named(config)]
     for place in places:
-        if (place / "config.json").is_file():
+        if place is not None and (place / "config.json").is_file():
             return place
     raise ConversionError(
         f"{folder}: the base model's config.json is needed to know its layers; name its folder as --model"
     )
+
+
+def _named(config: AdapterConfig) -> Path | None:
+    """The base model by the name that it had in training, a folder or one in a hub's cache."""
+    name = config.values.get("base_model_name_or_path")
+    try:
+        return find_folder(name) if isinstance(name, str) and name else None
+    except ConversionError:
+        return None

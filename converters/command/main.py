@@ -126,7 +126,11 @@ def _run(flags: Flags) -> int:
     else:
         whole = _convert(plan, flags, rank, world)
     # of several ranks the one that gave the output its name compares, or, where it had one, the first
-    return _precision(flags) if flags.test_convert_precision and whole else 0
+    if flags.test_convert_precision and whole:
+        from megabatch.converters.command.precision import compare_models
+
+        compare_models(flags)
+    return 0
 
 
 def _convert(plan: Plan, flags: Flags, rank: int, world: int) -> bool:
@@ -172,26 +176,6 @@ class _Progress:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + _EVERY_S
             print(f"{what} {_size(self._done[what])} of {_size(self._whole)}", file=sys.stderr, flush=True)
-
-
-def _precision(flags: Flags) -> int:
-    """The trainer's program compares; it is started and not imported, because it needs torch and megatron-core."""
-    import subprocess
-
-    from megabatch.converters.dtypes import TORCH, read_dtype
-    from megabatch.converters.hf_model import find_folder
-    from megabatch.converters.torch_dist.find import find_checkpoint
-
-    model = str(find_folder(flags.model))
-    folder, checkpoint = (model, flags.output_dir) if flags.to_mcore else (flags.output_dir, flags.mcore_model)
-    program = [sys.executable, "-m", "megabatch.trainer.precision", folder, str(find_checkpoint(checkpoint))]
-    program += ["--dtype", flags.test_convert_dtype]
-    if (rounded := read_dtype(flags.torch_dtype or None)) is not None:
-        program += ["--weights", TORCH[rounded]]
-    done = subprocess.run(program, check=False)
-    if done.returncode:
-        raise ConversionError("the models of both formats do not compute the same, or could not be compared")
-    return 0
 
 
 def _workers(flags: Flags) -> int:

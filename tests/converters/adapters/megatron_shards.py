@@ -65,7 +65,8 @@ def sharded(found: list[Found], *, blank: bool, spelled: tuple[tuple[str, str], 
     from megatron.core.dist_checkpointing import ShardedTensor
 
     state: dict[str, Any] = {}
-    for key, places, whole, cut in found:
+    for name, places, whole, cut in found:
+        key = name
         for ours, theirs in spelled:
             key = key.replace(ours, theirs)
         for rank, part in enumerate(whole.chunk(2, cut) if cut is not None else [whole]):

@@ -99,7 +99,11 @@ def test_one_layout_and_back_is_the_other_byte_for_byte(made: Get, tmp_path: Pat
     one = made("moe-shared")
     convert(to_hf=True, adapters=[one.adapter], model=one.base, peft_format="fused", output_dir=tmp_path / "fused")
     convert(
-        to_hf=True, adapters=[tmp_path / "fused"], model=one.base, peft_format="per_expert", output_dir=tmp_path / "one"
+        to_hf=True,
+        adapters=[tmp_path / "fused"],
+        model=one.base,
+        peft_format="per_expert",
+        output_dir=tmp_path / "one",
     )
     name = "adapter_model.safetensors"
     assert (tmp_path / "one" / name).read_bytes() == (one.adapter / name).read_bytes()

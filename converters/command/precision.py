@@ -1,0 +1,51 @@
+"""`--test_convert_precision`: the trainer's program compares the models of both formats.
+
+It is started and not imported, because it needs torch and megatron-core.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megabatch.converters.command.flags import Flags
+from megabatch.converters.conversion import convert
+from megabatch.converters.dtypes import TORCH, read_dtype
+from megabatch.converters.hf_model import find_folder
+from megabatch.converters.torch_dist.find import find_checkpoint
+from megabatch.errors import ConversionError
+
+
+def compare_models(flags: Flags) -> None:
+    """Raises: ConversionError when the models do not compute the same."""
+    with _both(flags) as (folder, checkpoint):
+        program = [sys.executable, "-m", "megabatch.trainer.precision", folder, str(find_checkpoint(checkpoint))]
+        program += ["--dtype", flags.test_convert_dtype]
+        if (rounded := read_dtype(flags.torch_dtype or None)) is not None:
+            program += ["--weights", TORCH[rounded]]
+        done = subprocess.run(program, check=False)
+    if done.returncode:
+        raise ConversionError("the models of both formats do not compute the same, or could not be compared")
+
+
+@contextmanager
+def _both(flags: Flags) -> Iterator[tuple[str, str]]:
+    """The Hugging Face folder and the checkpoint; of a merged model there is only one, and the other is made of it."""
+    if not flags.merge_lora:
+        folder = str(find_folder(flags.model))
+        yield (folder, flags.output_dir) if flags.to_mcore else (flags.output_dir, flags.mcore_model)
+        return
+    parent = Path(os.path.abspath(flags.output_dir)).parent
+    with tempfile.TemporaryDirectory(prefix=".precision-", dir=parent) as name:
+        other = os.path.join(name, "other")
+        if flags.to_mcore:
+            convert(to_hf=True, mcore_model=flags.output_dir, output_dir=other)
+            yield other, flags.output_dir
+        else:
+            convert(to_mcore=True, model=flags.output_dir, output_dir=other)
+            yield flags.output_dir, other
