@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import traceback
@@ -30,19 +31,25 @@ _FIRST_S = 1.0
 
 def report(error: Exception) -> ExitCode:
     """Says in this rank's log why it ends, and returns its exit code."""
+    with contextlib.suppress(OSError):  # a full disk takes the words, not the exit code
+        _say(error)
+    if lost_peer(error):
+        time.sleep(_FIRST_S)
+        return ExitCode.CRASHED
+    return _code_of(error) if isinstance(error, MegabatchError) else ExitCode.CRASHED
+
+
+def _say(error: Exception) -> None:
     if lost_peer(error):
         print(
             f"error: a rank that this one was talking to is gone ({_first_line(root(error))}). That is a consequence: "
             "the batch log names the rank that failed first",
             file=sys.stderr,
         )
-        time.sleep(_FIRST_S)
-        return ExitCode.CRASHED
-    if isinstance(error, MegabatchError):
+    elif isinstance(error, MegabatchError):
         print(f"error: {error}", file=sys.stderr)  # on every rank: whichever log is looked at first tells the cause
-        return _code_of(error)
-    traceback.print_exception(error, file=sys.stderr)
-    return ExitCode.CRASHED
+    else:
+        traceback.print_exception(error, file=sys.stderr)
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -106,9 +106,9 @@ class Metrics:
         self.step = record.step
         self.recent.append((record.seconds, record.tokens))
         values = self._values(record)
-        with self._explained():
-            self._write({"kind": "train", **values})
-            if record.step % self.settings.tensorboard_log_interval == 0:
+        self._write({"kind": "train", **values})
+        if record.step % self.settings.tensorboard_log_interval == 0:
+            with self._explained(self._board.log_dir):
                 self._to_board(values, record.step)
         if self._bar.disable and (record.step % self.settings.log_interval == 0 or record.step == self.train_iters):
             logger.info("%s", self._line(values))
@@ -122,8 +122,8 @@ class Metrics:
         if not self.is_main:
             return
         values = {"step": step, "eval_loss": loss.value, "eval_loss_sum": loss.total, "eval_loss_count": loss.count}
-        with self._explained():
-            self._write({"kind": "eval", **values, "seconds": seconds, "restart": self.restart})
+        self._write({"kind": "eval", **values, "seconds": seconds, "restart": self.restart})
+        with self._explained(self._board.log_dir):
             self._board.add_scalar("eval/loss", loss.value, step)
             if self.settings.log_validation_ppl_to_tensorboard:
                 self._board.add_scalar("eval/perplexity", torch.tensor(loss.value).exp().item(), step)
@@ -215,15 +215,16 @@ class Metrics:
         return ", ".join([*parts, f"{minutes}:{seconds:02d} left"])
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, place: Path | str) -> Iterator[None]:
         try:
             yield
         except OSError as e:
-            raise MegabatchError(f"{self.run.metrics} cannot be written ({e.strerror or e}); make room there") from e
+            raise MegabatchError(f"{place} cannot be written ({e.strerror or e}); make room there") from e
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with self._explained(self.run.metrics):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
 
 def _appending(path: Path) -> TextIO:
