@@ -8,48 +8,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from killing import NEVER, convert_until, kill_and_resume, ways
 from made_folders import MOE, contents, make_folder
 
 from megabatch.converters import convert
-from megabatch.converters.engine.journal import Staged
 from megabatch.converters.to_mcore import to_mcore
 from megabatch.errors import ConversionError
-
-PROGRAM = """
-import os, sys, random
-from megabatch.converters.engine import commit, execute, journal
-from megabatch.converters import convert
-kill_at = int(sys.argv[4])
-left = kill_at
-def dying(function):
-    def call(*arguments, **named):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), 9)
-        return function(*arguments, **named)
-    return call
-for owner, name in ((os, "pwrite"), (os, "write"), (os, "fsync"), (os, "fdatasync"), (os, "rename"), (os, "replace"),
-                    (os, "open"), (os, "ftruncate")):
-    setattr(owner, name, dying(getattr(owner, name)))
-execute.SYNC_BYTES = 40_000
-way, source, output = sys.argv[1:4]
-given = {"to_mcore": True, "model": source} if way == "to_mcore" else {"to_hf": True, "mcore_model": source}
-convert(output_dir=output, resume=True, verify=len(sys.argv) > 5, max_shard_size="100KB", exist_ok=True, **given)
-print(kill_at - left)
-"""
-
-
-def convert_until(way: str, source: Path, output: Path, kill_at: int, *more: str) -> subprocess.CompletedProcess[str]:
-    """A process that converts and kills itself at its `kill_at`th call to the system."""
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, way, source, output, str(kill_at), *more],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -60,44 +27,29 @@ def mcore(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wholes(hf: Path, mcore: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    back = tmp_path_factory.mktemp("whole") / "hf"
-    convert(to_hf=True, mcore_model=mcore, output_dir=back, max_shard_size="100KB")
-    return {"to_mcore": contents(mcore), "to_hf": contents(back)}
+def named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return ways(tmp_path_factory.mktemp("ways"))
 
 
-@pytest.mark.parametrize("way", ["to_mcore", "to_hf"])
+@pytest.mark.parametrize("number", range(6))
 def test_killed_anywhere_and_resumed_the_files_are_identical(
-    way: str, hf: Path, mcore: Path, wholes: dict[str, dict[str, bytes]], tmp_path: Path
+    number: int, named: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    source = {"to_mcore": hf, "to_hf": mcore}[way]
-    done = convert_until(way, source, tmp_path / "count", 1 << 30)
-    calls = int(done.stdout)
-    assert contents(tmp_path / "count") == wholes[way]
-    kills = 0
-    for number, place in enumerate(random.Random(5).sample(range(1, calls), 15)):
-        output = tmp_path / str(number)
-        # a count near the last may not be reached: threads share their syncs differently each time
-        kills += convert_until(way, source, output, place).returncode == -9
-        if output.exists():  # it has its name only when it is whole
-            assert contents(output) == wholes[way]
-        again = convert_until(way, source, output, max(2, place // 2))  # and killed once more
-        assert again.returncode in (-9, 0), again.stderr
-        done = convert_until(way, source, output, 1 << 30)
-        assert done.returncode == 0, done.stderr
-        assert contents(output) == wholes[way], place
-        assert not Staged(output).folder.exists()
-    assert kills > 10
+    """`killing.py --kills 100` is the long form."""
+    title, given = list(named.items())[number]
+    found = kill_and_resume(tmp_path, 4, random.Random(number), **given)
+    assert (found.kills, found.faults) == (4, []), title
 
 
 def test_killed_while_verifying_the_digests_are_complete(hf: Path, tmp_path: Path) -> None:
-    calls = int(convert_until("to_mcore", hf, tmp_path / "whole", 1 << 30, "verify").stdout)
+    given = {"to_mcore": True, "model": hf, "verify": True}
+    calls = int(convert_until(NEVER, tmp_path / "whole", **given).stdout)
     expected = contents(tmp_path / "whole")
     assert b"null" not in expected["megabatch-manifest.json"]
     for number, place in enumerate(random.Random(6).sample(range(calls // 2, calls - 5), 5)):
         output = tmp_path / str(number)
-        convert_until("to_mcore", hf, output, place, "verify")
-        done = convert_until("to_mcore", hf, output, 1 << 30, "verify")
+        convert_until(place, output, **given)
+        done = convert_until(NEVER, output, **given)
         assert done.returncode == 0, done.stderr
         assert contents(output) == expected
 
@@ -106,11 +58,11 @@ def test_a_kill_between_the_two_names_of_a_replaced_output(hf: Path, mcore: Path
     """The instant after the old and the new output were exchanged: the old one lies where the new one was staged."""
     output = tmp_path / "out"
     convert(to_mcore=True, model=hf, output_dir=output, torch_dtype="float32")
-    calls = int(convert_until("to_mcore", hf, tmp_path / "count", 1 << 30).stdout)
+    calls = int(convert_until(NEVER, tmp_path / "count", to_mcore=True, model=hf).stdout)
     for place in range(calls - 30, calls + 6):
-        convert_until("to_mcore", hf, output, place)
+        convert_until(place, output, to_mcore=True, model=hf)
         assert output.is_dir()
-    assert convert_until("to_mcore", hf, output, 1 << 30).returncode == 0
+    assert convert_until(NEVER, output, to_mcore=True, model=hf).returncode == 0
     assert contents(output) == contents(mcore)
     assert os.listdir(tmp_path) == ["out", "count"] or sorted(os.listdir(tmp_path)) == ["count", "out"]
 
