@@ -1,0 +1,137 @@
+"""Many runs at once: asked about, cancelled and resumed together; logs over requeues."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megabatch.cli.command import main
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.array import JobArray, render_array
+from megabatch.slurm.local import run_local
+from megabatch.slurm.logs import logs
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.queue import State
+from megabatch.slurm.records import read_records
+from megabatch.slurm.render import render
+from megabatch.slurm.state import status
+from megabatch.slurm.submit import submit_array
+
+from .conftest import PAYLOAD, Submit, payload_spec, until
+
+
+@pytest.fixture
+def sweep(slurm: object, tmp_path: Path) -> list[RunDirectory]:
+    """Three elements of one array that run until they are asked to stop, and run.json in each."""
+    options = (str(PAYLOAD), "seconds=100")
+    jobs = [
+        replace(payload_spec(tmp_path), run_directory=tmp_path / "sweep" / name, arguments=options, requeue=False)
+        for name in ("a", "b", "c")
+    ]
+    for job in jobs:
+        job.files.logs.mkdir(parents=True)
+        job.files.run_json.write_text("{}")
+        job.files.script.write_text(render(job, ClusterProfile()))
+    array = JobArray(name="sweep", folder=tmp_path / "array", jobs=tuple(jobs))
+    array.folder.mkdir()
+    submit_array(array, render_array(array, ClusterProfile()))
+    return [job.files for job in jobs]
+
+
+def states(runs: list[RunDirectory]) -> list[State]:
+    return [found.state for found in status([run.path for run in runs], fresh_s=0)]
+
+
+@pytest.mark.slurm
+def test_a_sweep_is_cancelled_and_resumed_as_a_whole(
+    sweep: list[RunDirectory], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "sweep")
+    until(lambda: all(run.rank_log(0, 0).exists() and run.rank_log(0, 0).read_text() for run in sweep))
+    assert main(["cancel", str(sweep[1].path)]) == 0, "one element"
+    until(lambda: states(sweep) == [State.RUNNING, State.CANCELLED, State.RUNNING])
+    assert main(["cancel", folder]) == 0
+    assert "cancelled job" in capsys.readouterr().out
+    until(lambda: states(sweep) == [State.CANCELLED] * 3)
+    assert main(["cancel", folder]) == 1
+    assert "none of the 3 runs is in the queue" in capsys.readouterr().err
+    assert main(["resume", folder]) == 0
+    until(lambda: states(sweep) == [State.RUNNING] * 3)
+    # each is a job of its own now, and its second start
+    jobs = [read_records(run) for run in sweep]
+    assert [["_" in job.job_id for job in found] for found in jobs] == [[True, False]] * 3
+    until(lambda: all(run.rank_log(0, 1).exists() for run in sweep))
+    assert main(["resume", folder]) == 1
+    assert "none of the 3 runs can go on" in capsys.readouterr().err
+    assert main(["cancel", folder]) == 0
+
+
+@pytest.mark.slurm
+def test_each_of_slurms_commands_is_called_once_for_all_runs(
+    sweep: list[RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = tmp_path / "calls"
+    (tmp_path / "bin").mkdir()
+    for name in ("squeue", "sacct", "scontrol", "scancel"):
+        real = subprocess.run(["which", name], capture_output=True, text=True, check=True).stdout.strip()
+        wrapper = tmp_path / "bin" / name
+        wrapper.write_text(f'#!/bin/sh\necho {name} >>{calls}\nexec {real} "$@"\n')
+        wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    assert main(["status", "--json", str(tmp_path / "sweep")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["job_id"].partition("_")[2] for one in found] == ["0", "1", "2"]
+    assert calls.read_text().split() == ["squeue"]
+    calls.unlink()
+    assert main(["cancel", str(tmp_path / "sweep")]) == 0
+    assert calls.read_text().split().count("scancel") == 1
+
+
+@pytest.mark.slurm
+def test_logs_are_followed_over_a_requeue(submit_payload: Submit, scontrol: Callable[..., str]) -> None:
+    job = submit_payload(options={"until_restart": 1})
+    job.wait_listening()
+    followed: list[str] = []
+    reader = threading.Thread(target=lambda: followed.extend(logs(job.run.path, follow=True)))
+    reader.start()
+    scontrol("requeue", job.job_id)
+    job.wait(State.PENDING)
+    scontrol("update", f"JobId={job.job_id}", "StartTime=now")
+    job.wait(State.COMPLETED)
+    reader.join(30)
+    assert not reader.is_alive()
+    assert [line.startswith('{"stopped"') for line in followed] == [False, True, False, False]
+    assert followed == [*logs(job.run.path, restart=0), *logs(job.run.path, restart=1)]
+
+
+def test_a_local_run_is_known_by_its_launcher_and_cancelled(tmp_path: Path) -> None:
+    job = replace(payload_spec(tmp_path), python="python3", arguments=("-c", "raise SystemExit(3)"))
+    job.run_directory.mkdir()
+    assert run_local(job) == 3
+    found = status([job.run_directory])[0]
+    assert (found.state, found.source, found.exit_code, found.job_id) == (State.FAILED, "records", 3, "local")
+    assert job.files.mark("failed", "local", 0).read_text().split()[:2] == ["0", "3"]
+    code = (
+        "import sys; from pathlib import Path\nfrom megabatch.slurm.job import JobSpec\n"
+        "from megabatch.slurm.local import run_local\n"
+        f"sys.exit(run_local(JobSpec(name='x', run_directory=Path({str(job.run_directory)!r}), python=sys.executable,"
+        f" arguments=({str(PAYLOAD)!r}, 'seconds=60'))))"
+    )
+
+    job.files.run_json.write_text("{}")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL) as launcher:
+        until(lambda: status([job.run_directory])[0].state is State.RUNNING)
+        until(lambda: "argv" in job.files.rank_log(0, 1).read_text())
+        assert main(["cancel", str(job.run_directory)]) == 0
+        assert launcher.wait(20) == 75
+    assert status([job.run_directory])[0].state is State.STOPPED
