@@ -14,6 +14,7 @@ from megabatch.slurm.container import inside, srun_flags
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
+from megabatch.slurm.roles import allocation
 
 _WAIT_S = 30
 """How long srun waits for the other nodes once the first one is done."""
@@ -56,13 +57,14 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
 def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
     options = {
         "level": job.preflight,
-        "gpus": job.gpus_per_node,
+        "gpus": allocation(job).gpus_per_node,
         "ranks": job.tasks_per_node,
         "local_cache": profile.local_cache,
         "max_bad_nodes": job.max_bad_nodes,
     }
     arguments = ("-P", "-m", "megabatch.trainer.preflight", str(job.run_directory))
-    step = replace(job, arguments=(*arguments, *(f"--{name}={value}" for name, value in options.items())))
+    words = (*arguments, *(f"--{name}={value}" for name, value in options.items()))
+    step = replace(job, arguments=words, program=None)
     nodes = job.total_nodes
     one_each = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--wait={_WAIT_S}"]
     return ["srun", *one_each, *srun_flags(job, profile), *profile.srun, *inside(step, profile)]

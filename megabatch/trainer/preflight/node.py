@@ -85,7 +85,7 @@ def _gpus(wanted: int) -> Iterator[Bad]:
         yield Bad("gpus", str(error), f"nvidia-smi lists {wanted} GPUs")
         return
     allotted = _visible(rows)
-    if len(allotted) != wanted:
+    if len(allotted) < wanted:
         yield Bad("gpus", f"{len(allotted)} GPUs", f"{wanted} were asked for")
     for row in allotted:
         yield from _gpu(row)
