@@ -1,0 +1,48 @@
+"""A rank that hangs says where, whatever it hangs in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STUCK = """
+import ctypes, sys
+from megabatch.trainer.whereabouts import Whereabouts
+where = Whereabouts(rank=3)
+where.listen()
+where.at("training", 7)
+def hang():
+    print("hangs", flush=True)
+    while True:
+        ctypes.{library}(None).sleep(60)
+hang()
+"""
+
+
+@pytest.mark.parametrize(("library", "answers"), [("CDLL", True), ("PyDLL", False)])
+def test_stacks_come_out_of_calls_that_do_not_return(library: str, answers: bool) -> None:
+    """A PyDLL's functions hold Python's lock: no thread runs beside them."""
+    rank = subprocess.Popen(
+        [sys.executable, "-c", STUCK.format(library=library)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert rank.stdout is not None and rank.stdout.readline() == "hangs\n"
+        time.sleep(0.3)
+        rank.send_signal(signal.SIGUSR1)
+        time.sleep(1.0)
+    finally:
+        rank.kill()
+    said = rank.communicate()[1]
+    assert "line 10 in hang" in said and "(most recent call first)" in said
+    assert ("rank 3 is at step 7, training, for" in said) == answers
