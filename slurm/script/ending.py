@@ -56,7 +56,7 @@ def _requeue(job: JobSpec) -> list[str]:
         '    elif scontrol requeue "$MEGABATCH_JOB_ID"; then',
         "        exit 0",
         "    else",
-        '        echo "megabatch: Slurm refused to requeue this job" >&2',
+        '        echo "megabatch: Slurm refused to requeue this job; where it always does, submit with --chain N" >&2',
         "    fi",
         f"    echo {shell(f'megabatch: go on with: {resume}')} >&2",
         "fi",
