@@ -75,7 +75,7 @@ def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: M
                     write_atomic(launch.directory.script, script)
                 continue
             place = RunDirectory(staged / launch.directory.path.name)
-            place.logs.mkdir(parents=True)
+            place.path.mkdir(parents=True)
             place.run_json.write_text(launch.run_json(provenance=provenance), encoding="utf-8")
             if script:
                 place.script.write_text(script, encoding="utf-8")

@@ -22,8 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, in
 import files
 import giants
 import launch
+import lora
 import plan
 import startup
+import status
+import sweeps
 from measure import Figure, in_trainer_process
 
 
@@ -37,6 +40,7 @@ def _in_trainer(script: str) -> Callable[[], list[Figure]]:
 
 BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "dry_run": launch.dry_run,
+    "array": sweeps.array,
     "import": launch.recipe_import,
     "help": launch.command_help,
     "render": launch.rendering,
@@ -45,8 +49,10 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "checkpoint": _in_trainer("checkpoint.py"),
     "convert": _in_trainer("convert.py"),
     "files": files.files,
+    "lora": lora.lora,
     "giants": giants.giants,
     "startup": startup.startup,
+    "status": status.status,
     "demo": startup.demo,
 }
 ON_REQUEST = {"demo"}

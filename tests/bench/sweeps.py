@@ -1,0 +1,71 @@
+"""Sweeps: a table of 18 layouts, and 256 runs given to a private Slurm as one array."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import ROOT, Figure, alternated, command_cost, median
+
+from megabatch.slurm.cluster import PrivateCluster, missing_programs
+
+LAYOUTS = ROOT / "recipes" / "sweeps" / "qwen3_moe_layouts.py"
+SMALL = ROOT / "recipes" / "quickstart.py"
+ELEMENTS = 256
+TIMES = 5
+
+
+def array() -> list[Figure]:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        (costs,) = alternated([[sys.executable, str(LAYOUTS), "--dry_run"]], times=TIMES, cwd=Path(folder))
+        figures = [
+            Figure(
+                name="dry run of 18 layouts, processor", value=median([c.cpu_s for c in costs]), unit="s", target=0.35
+            )
+        ]
+        return figures if missing_programs() else figures + _submission(Path(folder))
+
+
+def _submission(folder: Path) -> list[Figure]:
+    """Whole processes, each in a folder of its own, to a cluster whose nodes are kept from starting anything."""
+    cluster = PrivateCluster.start(nodes=1, directory=folder / "slurm")
+    os.environ.update(cluster.environment)
+    calls = _counted(folder)
+    try:
+        subprocess.run(["scontrol", "update", "PartitionName=batch", "State=DOWN"], check=True)
+        seeds = ",".join(map(str, range(ELEMENTS)))
+        costs = []
+        for turn in range(TIMES + 1):
+            # code that was submitted before is not stored again
+            save = ["--save", str(folder / "save"), "--run_dir", str(folder / f"sweep{turn}")]
+            command = [sys.executable, str(SMALL), "--submit", "--sweep", f"seed={seeds}", *save]
+            costs.append(command_cost(command, cwd=folder))
+            shutil.rmtree(folder / f"sweep{turn}")
+        submitted = calls.read_text().count("submit\n") / len(costs)
+    finally:
+        cluster.stop()
+    name = f"submit an array of {ELEMENTS}"
+    return [
+        Figure(name=name, value=median([c.wall_s for c in costs[1:]]), unit="s", target=1, note="wall, median of 5"),
+        Figure(name=f"{name}, processor", value=median([c.cpu_s for c in costs[1:]]), unit="s"),
+        Figure(name=f"{name}, calls of sbatch", value=submitted, unit="x", target=1),
+    ]
+
+
+def _counted(folder: Path) -> Path:
+    """Puts an sbatch before the real one that notes each call; asking when a job would start is another matter."""
+    real, calls = shutil.which("sbatch"), folder / "calls"
+    program = folder / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = --test-only ] && echo test >>{shlex.quote(str(calls))} || '
+        f'echo submit >>{shlex.quote(str(calls))}\nexec {shlex.quote(str(real))} "$@"\n'
+    )
+    program.chmod(0o755)
+    os.environ["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+    return calls
