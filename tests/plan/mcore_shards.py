@@ -15,13 +15,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megabatch.config.recipe import Recipe
-from megabatch.config.run import resolve
+from megabatch.config.run import RunConfig, resolve
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer import assemble, megatron_cpu, ranks
@@ -58,11 +59,21 @@ def sizes(recipe: Recipe, shape: ModelShape, rank: int) -> dict[str, int]:
     try:
         with assemble.join_ranks(run) as place:
             place.device = torch.device("meta")
-            engine = assemble.build_engine(run, place, train_iters=10)
+            engine = _engine(run, place)
             engine.optimizer.allocate_state(step=1)
             return _measured(engine) | {"passes": _passes(run.layout)}
     finally:
         dist.destroy_process_group()
+
+
+def _engine(run: RunConfig, place: ranks.Ranks) -> Engine:
+    if not run.shape.multi_latent_attention:
+        return assemble.build_engine(run, place, train_iters=10)
+    from mcore_latent import latent_model
+
+    made = {"build": lambda *_, **__: latent_model(run), "transformer_config": lambda *_, **__: None}
+    with patch.multiple(assemble, **made):
+        return assemble.build_engine(run, place, train_iters=10)
 
 
 def _measured(engine: Engine) -> dict[str, int]:

@@ -29,6 +29,16 @@ ODD = {"hidden_size": 200, "ffn_hidden_size": 331, "num_attention_heads": 10, "n
        "vocab_size": 997}  # fmt: skip
 
 
+LATENT = {
+    "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1, "num_hidden_layers": 2, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "vocab_size": 129280, "max_position_embeddings": 4096,
+}  # fmt: skip
+"""DeepSeek-V3's sizes, with one dense layer and one of experts."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A layout of a published model with fewer layers, and perhaps with other sizes."""
@@ -44,6 +54,8 @@ class Case:
 
     @property
     def shape(self) -> ModelShape:
+        if self.model == "latent":
+            return family_of(LATENT).shape(LATENT)
         shape = family_of(KNOWN_MODELS[self.model]).shape(KNOWN_MODELS[self.model])
         experts = (True,) * self.layers if shape.num_experts else ()
         return replace(shape, num_layers=self.layers, moe_layers=experts, **self.changes)
@@ -82,6 +94,7 @@ CASES = {
     "experts-split": Case(MOE, 2, 16, {EP: 8, ETP: 2}, (9,)),
     "experts-in-chunks": Case(MOE, 4, 16, {PP: 2, VP: 2, EP: 8}, (0, 8)),
     "a-thousand-ranks": Case(MOE, 16, 1024, {TP: 4, PP: 8, EP: 16}, (0, 500, 1023)),
+    "latent-attention": Case("latent", 2, 64, {TP: 8, EP: 32}, (0, 63)),
     "odd-sizes": Case(DENSE, 3, 6, {TP: 1}, (0, 5), ODD),
     "odd-buckets": Case(DENSE, 3, 6, {PP: 3, "overlap_grad_reduce": True}, (0, 2, 4), ODD | TIED),
     "whole-optimizer": Case(DENSE, 2, 4, {TP: 2, "use_distributed_optimizer": False}, (0,)),
