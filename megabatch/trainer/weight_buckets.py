@@ -1,0 +1,138 @@
+"""Live weights as Hugging Face tensors in bounded buckets of bytes, for an engine that is to have them.
+
+A bucket is one block of bytes with a manifest of what lies where in it and a CRC-32 of it all. Tensors are whole in a
+bucket, one behind the other; only a tensor that is larger than a bucket is cut, into buckets of its own but the last.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megabatch.converters.bijection import invert
+from megabatch.converters.mapping import Mapped, elements
+from megabatch.converters.safetensors_io.header import ITEMSIZE
+from megabatch.converters.shards import HfRows
+from megabatch.trainer.model.build import Model
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.weights import SAFETENSORS_DTYPES, export
+
+BUCKET_BYTES = 512 << 20
+_ALIGN = 64
+"""Every tensor begins at a multiple of so many bytes, so that it can be used where it lies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor in a bucket, or the part of one that a bucket has room for."""
+
+    name: str
+    dtype: str
+    """safetensors' name."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    start: int
+    """Byte of the whole tensor that the part begins with."""
+    offset: int
+    """Byte of the bucket."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Some tensors; the data is valid until the next bucket is asked for."""
+
+    parts: tuple[Part, ...]
+    data: memoryview
+    checksum: int
+    """CRC-32 of the data."""
+
+    def manifest(self) -> dict[str, Any]:
+        """What an engine needs beside the data, as JSON has it."""
+        return {"size": self.data.nbytes, "crc32": self.checksum, "parts": [asdict(part) for part in self.parts]}
+
+
+def export_buckets(
+    model: Model, table: Sequence[Mapped], ranks: Ranks, *, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[Bucket]:
+    """The tensors that this rank owns; all ranks' buckets together have every tensor once.
+
+    Collective: every rank must run the iterator to its end, also those that own nothing. In memory are one bucket and
+    the one tensor that is being gathered.
+    """
+    dtype = SAFETENSORS_DTYPES[model.config.params_dtype]
+    return fill_buckets(export(model, table, ranks), invert(table), dtype=dtype, bucket_bytes=bucket_bytes)
+
+
+def fill_buckets(
+    tensors: Iterable[tuple[Mapped, Iterator[HfRows]]],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: str,
+    bucket_bytes: int,
+) -> Iterator[Bucket]:
+    """Packs rows as `weights.export` yields them. Args: shapes: of the Hugging Face tensors."""
+    filling = _Filling(bucket_bytes)
+    for mapped, rows in tensors:
+        for row in _in_order(mapped, rows):
+            shape = shapes[row.hf]
+            own = shape if row.index is None else shape[1:]
+            size = elements(own) * ITEMSIZE[dtype]
+            first = row.row_start * elements(own[1:]) * ITEMSIZE[dtype]
+            start = (row.index or 0) * size + first
+            if first == 0:
+                yield from filling.make_room(size)
+            yield from filling.add(Part(row.hf, dtype, shape, start, 0, 0), row.data)
+    yield from filling.flush()
+
+
+def _in_order(mapped: Mapped, rows: Iterator[HfRows]) -> Iterable[HfRows]:
+    """The rows of each tensor one after the other. Those of a row split are joined one block at a time and come so;
+    the others are views of what was gathered."""
+    if mapped.split == "row":
+        return rows
+    return sorted(rows, key=lambda row: (row.hf, row.index or 0, row.row_start))
+
+
+class _Filling:
+    """The bucket that is being filled."""
+
+    def __init__(self, size: int) -> None:
+        self._data = memoryview(bytearray(max(size, _ALIGN)))
+        self._parts: list[Part] = []
+        self._used = 0
+
+    def make_room(self, size: int) -> Iterator[Bucket]:
+        """For a tensor of this size, which begins now."""
+        self._used += -self._used % _ALIGN
+        if self._parts and self._used + size > self._data.nbytes:
+            yield from self.flush()
+
+    def add(self, part: Part, data: memoryview) -> Iterator[Bucket]:
+        """`data` is what the tensor has from byte `part.start` on."""
+        while data.nbytes:
+            if self._used >= self._data.nbytes:
+                yield from self.flush()
+            piece = data[: self._data.nbytes - self._used]
+            self._data[self._used : self._used + piece.nbytes] = piece
+            self._note(part, piece.nbytes)
+            part, data = replace(part, start=part.start + piece.nbytes), data[piece.nbytes :]
+
+    def _note(self, part: Part, size: int) -> None:
+        last = self._parts[-1] if self._parts else None
+        if last is not None and (last.name, last.start + last.size, last.offset + last.size) == (
+            part.name, part.start, self._used,
+        ):  # fmt: skip
+            self._parts[-1] = replace(last, size=last.size + size)
+        else:
+            self._parts.append(replace(part, offset=self._used, size=size))
+        self._used += size
+
+    def flush(self) -> Iterator[Bucket]:
+        if self._parts:
+            data = self._data[: self._used]
+            yield Bucket(tuple(self._parts), data, zlib.crc32(data))
+        self._parts, self._used = [], 0
