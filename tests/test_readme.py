@@ -14,6 +14,7 @@ BEGIN = "<!-- tree: written by make golden from the first line of each module --
 END = "<!-- end of tree -->"
 ROOMS = {
     "recipes": "runs to start from; loaded by path, not installed",
+    "recipes/chains": "graphs of jobs",
     "recipes/sweeps": "sweeps over parallel layouts",
     "megabatch": "the installed package: config, plan, entry, command line, trainer",
     "slurm": "installed as megabatch.slurm: scripts, submission, state, private clusters; no torch",

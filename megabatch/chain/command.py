@@ -86,6 +86,7 @@ def parsed(chain: Chain, arguments: Sequence[str]) -> tuple[Actions, Chain]:
 
 def _submit(ready: ReadyChain, arguments: Sequence[str]) -> int:
     from megabatch.chain.submission import submit_chain
+    from megabatch.slurm.chain import forbids_requeue
 
     ids = submit_chain(ready, arguments)
     folder = shlex.quote(str(ready.folder))
@@ -93,7 +94,13 @@ def _submit(ready: ReadyChain, arguments: Sequence[str]) -> int:
         print(f"nothing to submit: every step in {ready.folder} is done, in the queue, or can never start")
     for name, jobs in ids.items():
         print(f"submitted {name}: job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}")
+    for one in ready.steps:
+        if one.job.requeue and one.launch and forbids_requeue(ids.get(one.step.name, ("",))[0]):
+            print(
+                f"  note: this cluster does not let {one.step.name} requeue; give its Step links=N to go on in N jobs"
+            )
     print(f"  megabatch chain show {folder}")
+    print(f"  megabatch chain cancel {folder}")
     return ExitCode.DONE
 
 
@@ -118,4 +125,19 @@ def show_chain(folder: Path) -> int:
 
     header, *rows = state_table(states(recorded_chain(folder), folder))
     print(table(header, rows))
+    return ExitCode.DONE
+
+
+def cancel_chain(folder: Path) -> int:
+    """Cancels every step that waits or runs, the last first: none starts because of another one's end.
+
+    Raises: LaunchError when the folder holds no chain, or a step cannot be cancelled.
+    """
+    from megabatch.slurm.control import cancel
+
+    active = [one for one in states(recorded_chain(folder), folder) if one.status.state.active]
+    for one in reversed(active):
+        print(f"cancelled {one.step.name}: job {cancel(one.status.run)}")
+    if not active:
+        print(f"no step of {folder} waits or runs")
     return ExitCode.DONE

@@ -1,13 +1,12 @@
-"""`megabatch chain show FOLDER`."""
+"""`megabatch chain show FOLDER` and `megabatch chain cancel FOLDER`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megabatch.chain.command import show_chain
+from megabatch.chain.command import cancel_chain, show_chain
 
 
 def chain(action: str, folder: Path) -> int:
     """Exit code. Raises: LaunchError."""
-    assert action == "show"
-    return show_chain(folder.absolute())
+    return {"show": show_chain, "cancel": cancel_chain}[action](folder.absolute())

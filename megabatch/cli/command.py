@@ -88,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     rehearse.add_argument("--faults_seed", type=int, default=0, help="another stop, kill and victim for each number")
     rehearse.add_argument("--dir", type=Path, help="keep both runs there")
 
-    chain = commands.add_parser("chain", help="what has become of the steps of a chain")
-    chain.add_argument("action", choices=("show",))
+    chain = commands.add_parser("chain", help="what has become of the steps of a chain; or cancel them all")
+    chain.add_argument("action", choices=("show", "cancel"))
     chain.add_argument("folder", type=Path, metavar="FOLDER", help="the chain's folder")
 
     sweep = commands.add_parser("sweep", help="the runs of a sweep, ranked")

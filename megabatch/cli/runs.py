@@ -23,6 +23,8 @@ def one_run(path: Path) -> Path:
 
     Raises: LaunchError when there is none, with the nearest names, or more than one.
     """
+    if (path.absolute().parent / "chain.json").is_file() and RunDirectory(path).jobs.is_file():
+        return path  # a step of a chain that is no training run
     found = runs_in(path)
     if len(found) == 1:
         return found[0]

@@ -112,7 +112,7 @@ healthy() {
     # bash's own TCP: there may be no curl here, and the token is on no command line
     timeout 5 bash -c 'exec 3<>"/dev/tcp/$0/$1" &&
         printf "%s\r\n" "GET $2 HTTP/1.0" "Host: $0:$1" "Authorization: Bearer $MEGABATCH_ROLE_TOKEN" "" >&3 &&
-        read -r _ code _ <&3 && [ "$code" = 200 ]' "$@" 2>/dev/null
+        read -r _ code _ <&3 && { read -rd "" -t 1 _ <&3 || true; } && [ "$code" = 200 ]' "$@" 2>/dev/null
 }
 # name, servers, path, seconds
 wait_for_role() {

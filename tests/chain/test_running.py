@@ -110,6 +110,24 @@ def test_what_waits_for_a_job_in_the_queue_is_added_to_it(tmp_path: Path, capsys
 
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.slurm
+def test_cancelled_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = chain_of(
+        tmp_path, shell("slow", "sleep 60"), shell("next", "true", ok("slow")), shell("anyway", "true", ended("slow"))
+    )
+    command(chain, "--submit")
+    folder = str(tmp_path / "demo")
+    assert megabatch(["chain", "cancel", folder]) == 0
+    said = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("cancelled")]
+    assert said == ["anyway:", "next:", "slow:"]
+    assert {state for state, _ in waited(chain).values()} == {"cancelled"}
+    assert megabatch(["chain", "cancel", folder]) == 0
+    assert "no step" in capsys.readouterr().out
+    assert megabatch(["cancel", f"{folder}/slow"]) == 1
+    assert "not in the queue" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("slurm")
+@pytest.mark.slurm
 def test_a_missing_input_is_named_by_the_job_that_wants_it(tmp_path: Path) -> None:
     lies = shell("makes", "true", outputs=["number"])
     chain = chain_of(tmp_path, lies, READS)
