@@ -26,6 +26,7 @@ import lora
 import plan
 import startup
 import status
+import status
 import sweeps
 from measure import Figure, in_trainer_process
 
@@ -52,6 +53,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "lora": lora.lora,
     "giants": giants.giants,
     "startup": startup.startup,
+    "status": status.status,
     "status": status.status,
     "demo": startup.demo,
 }
