@@ -24,7 +24,7 @@ from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
 from megabatch.slurm.render import render
 from megabatch.slurm.state import status
-from megabatch.slurm.submit import submit_array
+from megabatch.slurm.submit import submit, submit_array
 
 from .conftest import PAYLOAD, Submit, payload_spec, until
 
@@ -135,3 +135,47 @@ def test_a_local_run_is_known_by_its_launcher_and_cancelled(tmp_path: Path) -> N
         assert main(["cancel", str(job.run_directory)]) == 0
         assert launcher.wait(20) == 75
     assert status([job.run_directory])[0].state is State.STOPPED
+
+
+FAILING = """
+import os, sys, time
+time.sleep(0.5)
+if os.environ["RANK"] == "2":
+    print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", file=sys.stderr)
+    sys.exit(70)
+time.sleep(1)
+print("RuntimeError: [pair.cc:534] Connection closed by peer [127.0.0.1]:4242", file=sys.stderr)
+sys.exit(70)
+"""
+
+
+@pytest.mark.slurm
+def test_why_names_rank_node_and_cause(slurm: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = replace(payload_spec(tmp_path), nodes=2, tasks_per_node=2, arguments=("-c", FAILING), requeue=False)
+    profile = ClusterProfile(sbatch={"nodelist": "n[3-4]"})
+    job_id = submit(job.files, render(job, profile)).job_id
+    job.files.run_json.write_text("{}")
+    until(lambda: status([job.run_directory], fresh_s=0)[0].state is State.FAILED)
+    assert main(["why", "--json", str(job.run_directory)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = {"class": "oom_gpu", "rank": 2, "node": "n4", "exit_code": 70, "restart": 0, "job_id": job_id}
+    assert found | expected == found and found["line"] == 1
+    assert set(found["followers"]) <= {0, 1, 3}
+
+
+@pytest.mark.slurm
+def test_why_without_a_start(slurm: object, submit_payload: Submit, capsys: pytest.CaptureFixture[str]) -> None:
+    first = submit_payload(options={"seconds": 60})
+    waiting = submit_payload(
+        run_directory=first.run.path.with_name("second"),
+        profile=ClusterProfile(sbatch={"dependency": f"afterok:{first.job_id}"}),
+    )
+    waiting.run.run_json.write_text("{}")
+    waiting.wait(State.PENDING)
+    assert main(["why", str(waiting.run.path)]) == 0
+    assert "[dependency]" in capsys.readouterr().out
+    assert main(["cancel", str(waiting.run.path)]) == 0
+    waiting.wait(State.CANCELLED)
+    assert main(["why", str(waiting.run.path)]) == 0
+    assert "[cancelled]" in capsys.readouterr().out
+    subprocess.run(["scancel", first.job_id], check=True)
