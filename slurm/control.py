@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.queue import State
 from megabatch.slurm.records import LOCAL, read_records, record_cancellation
 from megabatch.slurm.state import active_jobs_of, local_launcher, status
 
@@ -68,13 +69,17 @@ def _stop_local(run: Path) -> bool:
 def resume(run: Path) -> str:
     """Submits the run's stored script again and returns the new job's id; it goes on from the last checkpoint.
 
-    Raises: LaunchError when a job of the run is still in the queue, or there is no stored script.
+    A job that was requeued, and that Slurm holds until its old credential has expired, may start now instead.
+    Raises: LaunchError when a job of the run is still in the queue otherwise, or there is no stored script.
     """
     # submitit's import costs more than all the rest of this room
     from megabatch.slurm.submit import submit
 
     directory = RunDirectory(run)
     now = status([run], fresh_s=0)[0]
+    if now.job_id and now.state is State.PENDING and now.reason == "BeginTime" and now.restart:
+        _start_now(now.job_id)
+        return now.job_id
     if now.state.active:
         raise LaunchError(f"{run}: job {now.job_id} is {now.state}; cancel it before resuming")
     try:
@@ -83,6 +88,14 @@ def resume(run: Path) -> str:
         raise LaunchError(f"{run}: no stored job script ({error}); submit its recipe instead") from error
     records = read_records(directory)
     return submit(directory, script, cluster=records[-1].cluster if records else None).job_id
+
+
+def _start_now(job_id: str) -> None:
+    done = subprocess.run(
+        ["scontrol", "update", f"JobId={job_id}", "StartTime=now"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise LaunchError(f"scontrol refused to start job {job_id} now: {done.stderr.strip()}")
 
 
 def _newest_job(run: Path) -> str:

@@ -44,7 +44,7 @@ def resume_runs(paths: Sequence[Path]) -> int:
     """
     runs = all_runs(paths)
     if len(runs) == 1:
-        print(f"submitted job {control.resume(runs[0])} in {runs[0]}")
+        print(f"job {control.resume(runs[0])} goes on in {runs[0]}")
         return 0
     able = [found.run for found in status(runs, fresh_s=0) if not found.state.active and found.state not in _AT_END]
     if not able:
@@ -52,7 +52,7 @@ def resume_runs(paths: Sequence[Path]) -> int:
     refused = 0
     for run in able:
         try:
-            print(f"submitted job {control.resume(run)} in {run}")
+            print(f"job {control.resume(run)} goes on in {run}")
         except LaunchError as error:
             refused += 1
             print(f"error: {error}", file=sys.stderr)

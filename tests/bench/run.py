@@ -24,8 +24,8 @@ import giants
 import launch
 import lora
 import plan
+import requeue
 import startup
-import status
 import status
 import sweeps
 from measure import Figure, in_trainer_process
@@ -54,7 +54,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "giants": giants.giants,
     "startup": startup.startup,
     "status": status.status,
-    "status": status.status,
+    "requeue": requeue.requeue,
     "demo": startup.demo,
 }
 ON_REQUEST = {"demo"}

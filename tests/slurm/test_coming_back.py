@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from megabatch.run_directory import ExitCode
+from megabatch.slurm.control import resume
 from megabatch.slurm.processes import marked_processes
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.queue import State
@@ -63,7 +64,7 @@ def test_ranks_that_do_not_save_before_the_limit_are_ended_and_come_back(submit_
     assert codes(job) == [137]
 
 
-def test_a_killed_srun_puts_the_job_back(submit_payload: Submit) -> None:
+def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(submit_payload: Submit) -> None:
     job = submit_payload(profile=NODES, options={"until_restart": 1})
     job.wait_listening()
     [srun] = [
@@ -72,6 +73,9 @@ def test_a_killed_srun_puts_the_job_back(submit_payload: Submit) -> None:
         if os.readlink(f"/proc/{pid}/exe").endswith("/srun") and parent(pid) not in sruns(job)
     ]
     os.kill(srun, signal.SIGKILL)
+    until(lambda: job.now().reason == "BeginTime", what="the job to be held")
+    assert resume(job.run.path) == job.job_id
+    assert job.now().reason != "BeginTime"
     end = job.wait()
     assert (end.state, end.restart) == (State.COMPLETED, 1)
 
