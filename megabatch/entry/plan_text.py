@@ -28,6 +28,7 @@ def plan_text(launch: Launch, *, refusals: list[Fault], local: bool = False) -> 
         ("environment", " ".join(f"{v.name}={v.value}" for v in job_variables(launch.job, launch.profile))),
     ]
     text = [f"{name:{_WIDTH}} {value}" for name, value in lines]
+    text += [f"{'estimate':{_WIDTH}} {estimate}" for estimate in _estimate(launch)]
     text += [f"{'note':{_WIDTH}} {note}" for note in _notes(launch)]
     text += [f"{'refused here':{_WIDTH}} {fault}" for fault in refusals]
     return "\n".join(text)
@@ -113,6 +114,19 @@ def _where(launch: Launch, *, local: bool) -> str:
     partition = f", partition {profile.partition}" if profile.partition else ""
     nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
     return f"{nodes} x {job.tasks_per_node} ranks, {devices} each, {job.time} on {cluster}{partition}"
+
+
+def _estimate(launch: Launch) -> Iterator[str]:
+    """Memory and time, where the cluster profile says which GPU its nodes have; `megabatch plan` says more."""
+    gpus, shape = launch.job.gpus_per_node, launch.model.shape
+    if not gpus or launch.profile.gpu is None or shape is None or launch.layout is None:
+        return
+    from megabatch.entry.estimate import estimate_of, gpu_of
+
+    gpu = gpu_of(launch.profile.gpu)
+    found = estimate_of(launch.recipe, shape, gpu)
+    room = f"of {gpu.memory_gib:g}" if found.memory.total_gib <= gpu.memory_gib else f"and has only {gpu.memory_gib:g}"
+    yield f"{gpu.name}: a rank takes {found.memory.total_gib:.1f} GiB {room}; {found.step.total_s:.2f} s a step"
 
 
 def _notes(launch: Launch) -> Iterator[str]:

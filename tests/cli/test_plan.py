@@ -102,3 +102,14 @@ def test_a_recipe_for_cpus_has_no_estimate(capsys: pytest.CaptureFixture[str]) -
 )
 def test_mistakes_are_faults(capsys: pytest.CaptureFixture[str], arguments: list[str], text: str) -> None:
     assert text in _plan(capsys, MOE, *arguments, code=2)
+
+
+def test_a_profile_that_names_its_gpu_brings_the_estimate_along(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    profile = tmp_path / "alps.toml"
+    profile.write_text('gpu = "A800"\n')
+    shown = _plan(capsys, MOE, "--cluster", profile)
+    assert "estimate     A800: a rank takes 69.3 GiB of 79.2; " in shown and "estimate on A800 (79.2 GiB)" in shown
+    profile.write_text('gpu = "A1000"\n')
+    assert "gpu='A1000' is not known" in _plan(capsys, MOE, "--cluster", profile, code=2)
