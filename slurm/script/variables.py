@@ -29,7 +29,7 @@ def check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
 
 _FIND_MODULES = """\
 for init in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /usr/share/lmod/lmod/init/bash; do
-    if ! type module >/dev/null 2>&1 && [ -r "$init" ]; then . "$init"; fi
+    if ! type module >/dev/null 2>&1 && [ -r "$init" ]; then . "$init" || true; fi
 done""".splitlines()
 
 

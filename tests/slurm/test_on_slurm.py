@@ -95,7 +95,7 @@ def test_a_real_module_reaches_the_ranks(submit_payload: Submit, tmp_path: Path)
     """Environment Modules or Lmod, whichever is installed; both read this file."""
     if not any(Path(path).exists() for path in ("/etc/profile.d/modules.sh", "/etc/profile.d/lmod.sh")):
         pytest.skip("no modules here; on Debian: apt install environment-modules")
-    folder = tmp_path / "module files"
+    folder = tmp_path / "modulefiles"  # Lmod itself fails at a space
     (folder / "cuda").mkdir(parents=True)
     (folder / "cuda" / "12.8").write_text("#%Module1.0\nsetenv CUDA_HOME {/opt/cuda 12.8}\nprepend-path PATH /opt/x\n")
     profile = ClusterProfile(setup=(f"module use {folder.as_posix()!r}",), modules=("cuda/12.8",))
