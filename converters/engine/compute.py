@@ -123,15 +123,14 @@ class Computer:
     def _round_bfloat(self, values: Any, out: Any) -> None:
         """The upper half of each number's bits: half a unit is added, less one bit where the kept part is even."""
         np, bits = self._np, values.view(self._np.uint32)
-        rounded, magnitude = self._one[: len(bits)], self._other[: len(bits)]
+        rounded = self._one[: len(bits)]
         np.right_shift(bits, 16, out=rounded)
         np.bitwise_and(rounded, 1, out=rounded)
         np.add(rounded, 0x7FFF, out=rounded)
         np.add(rounded, bits, out=rounded)
         np.right_shift(rounded, 16, out=out, casting="unsafe")
-        np.bitwise_and(bits, 0x7FFFFFFF, out=magnitude)
-        if len(magnitude) and magnitude.max() > 0x7F800000:
-            out[magnitude > 0x7F800000] = 0x7FC0
+        if len(values) and np.isnan(values.max()):
+            out[np.isnan(values)] = 0x7FC0
 
     def _rounded_half(self, values: Any) -> Any:
         """As above, with the exponent moved; below 2^-14 adding 0.5 makes the processor round at the right bit.

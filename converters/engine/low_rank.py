@@ -7,7 +7,6 @@ it in one thread: the same bytes come out of any number of workers, ranks and re
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from megabatch.converters.engine.compute import Computer, numpy
@@ -34,6 +33,7 @@ class Merger:
         self._factors: list[tuple[Any, Any]] = []
         self._held: dict[Matrix, Any] = {}
         self._made = memoryview(bytearray())
+        self._product = self._np.empty(0, self._np.float32)
 
     def add(self, raw: memoryview, tensor: Tensor, first: int, *, source_dtype: str) -> memoryview:
         """The tensor's rows from `first` on, of which `raw` has the values without adapters; the next call reuses
@@ -61,16 +61,18 @@ class Merger:
                 self._multiply(grid[start - top : stop - top], left[start - term.row : stop - term.row], right)
 
     def _multiply(self, grid: Any, left: Any, right: Any) -> None:
-        """grid += left @ right, some columns at a time."""
+        """grid += left @ right."""
         np, (rank, columns) = self._np, right.shape
-        if (
-            len(left) == 1
-        ):  # a product of its own kind, which is divided among threads; a second row makes it like others
+        if len(left) == 1:  # else it would be a product of another kind, divided among threads
             left = np.concatenate([left, np.zeros_like(left)])
-        parts = -(-columns * rank * len(left) // _PRODUCT)
-        edges = [columns * part // parts for part in range(parts + 1)]
-        for begin, end in itertools.pairwise(edges):
-            grid[:, begin:end] += np.matmul(left, right[:, begin:end])[: len(grid)]
+        if len(left) * columns > len(self._product):
+            self._product = np.empty(len(left) * columns, np.float32)
+        product = self._product[: len(left) * columns].reshape(len(left), columns)
+        parts = -(-product.size * rank // _PRODUCT)
+        for part in range(parts):
+            columns_of = slice(columns * part // parts, columns * (part + 1) // parts)
+            np.matmul(left, right[:, columns_of], out=product[:, columns_of])
+        grid += product[: len(grid)]
 
     def _hold(self, tensor: Tensor) -> None:
         """Loads the matrices; neighbours (experts) often share them, so those of the tensor before are kept."""

@@ -30,17 +30,17 @@ MODEL: dict[str, Any] = {
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 
 
-def make(folder: Path, *, quantised: bool) -> None:
-    """A folder of the model with random numbers, in block-scaled FP8 where it is `quantised`."""
+def make(folder: Path, *, quantised: bool, model: dict[str, Any] = MODEL) -> None:
+    """A folder of a model with random numbers, in block-scaled FP8 where it is `quantised`."""
     from megabatch.converters.bijection import TensorInfo
     from megabatch.converters.families import family_of
     from megabatch.converters.safetensors_io import Writer
 
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MODEL | ({"quantization_config": FP8} if quantised else {})))
-    family = family_of(MODEL)
+    (folder / "config.json").write_text(json.dumps(model | ({"quantization_config": FP8} if quantised else {})))
+    family = family_of(model)
     entries: dict[str, TensorInfo] = {}
-    for name, dims in family.hf_tensors(family.shape(MODEL)).items():
+    for name, dims in family.hf_tensors(family.shape(model)).items():
         entries[name] = TensorInfo("BF16", dims)
         if quantised and len(dims) == 2:
             entries[name] = TensorInfo("F8_E4M3", dims)
@@ -77,10 +77,10 @@ def files() -> list[Figure]:
             Way("FP8 to mcore", fp8, ["--to_mcore", "--model", str(fp8)], 4, fp8),
             Way("BF16 to F32", hf, ["--to_mcore", "--model", str(hf), "--torch_dtype", "float32"], 4, hf),
         )
-        return [figure for way in ways for figure in _compared(way, folder / "out", folder / "copy")]
+        return [figure for way in ways for figure in compared(way, folder / "out", folder / "copy")]
 
 
-def _compared(way: Way, out: Path, copy: Path) -> list[Figure]:
+def compared(way: Way, out: Path, copy: Path) -> list[Figure]:
     ours, plain, synced, peaks = [], [], [], []
     for _ in range(TIMES):
         cost, peak = _cold(way.source, out, lambda: _convert(way.flags, out))
