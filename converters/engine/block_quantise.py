@@ -59,9 +59,12 @@ class BlockQuantiser:
         """float32 values from the element `start` on."""
         if count > len(self._values):
             self._values, self._units = (self._np.empty(count, self._np.float32) for _ in range(2))
-        size = ITEMSIZE[dtype]
-        values = self._values[:count]
-        self._computer.cast(raw[start * size : (start + count) * size], dtype, "F32", out=memoryview(values).cast("B"))
+        values, part = self._values[:count], raw[start * ITEMSIZE[dtype] : (start + count) * ITEMSIZE[dtype]]
+        if dtype == "BF16":  # `cast` would need a pass more
+            bits = values.view(self._np.uint32)
+            self._np.left_shift(self._np.frombuffer(part, "<u2"), 16, out=bits, dtype=bits.dtype, casting="unsafe")
+        else:
+            self._computer.cast(part, dtype, "F32", out=memoryview(values).cast("B"))
         return values
 
     def _scales(self, grid: Any, blocks: Blocks) -> Any:
@@ -84,7 +87,7 @@ class BlockQuantiser:
         three bits of its fraction, below 2^-6 behind the last bit of the subnormals."""
         np = self._np
         np.signbit(values, out=out.view(bool))  # also of what is rounded to zero
-        np.left_shift(out, 7, out=out)
+        np.multiply(out, 0x80, out=out)
         units = self._units[: len(values)]
         bits = units.view(np.uint32)
         np.bitwise_and(values.view(np.uint32), 0x7F800000, out=bits)
@@ -93,5 +96,6 @@ class BlockQuantiser:
         np.add(values, units, out=values)
         np.subtract(values, units, out=values)
         np.multiply(values, np.float32(2.0**-120), out=values)
-        np.right_shift(values.view(np.uint32), 20, out=bits)
-        np.bitwise_or(out, bits, out=out, casting="unsafe", dtype=np.uint8)
+        low = units.view(np.uint8)[: len(out)]
+        np.right_shift(values.view(np.uint32), 20, out=low, casting="unsafe")
+        np.bitwise_or(out, low, out=out)
