@@ -42,8 +42,8 @@ def points_of(sweep: Sweep, recipe: Recipe, *, given: Sequence[str] = ()) -> lis
     if faults:
         raise ConfigError(faults)
     rows = [dict(itertools.chain(*(row.items() for row in rows))) for rows in itertools.product(*filter(None, parts))]
+    _refuse_repetitions(rows, base)
     names = run_names(rows)
-    _refuse_repetitions(rows, base, names)
     return [
         Point(name, values, overridden(base, {"name": f"{recipe.name}-{name}", **values}))
         for name, values in zip(names, rows, strict=True)
@@ -162,7 +162,7 @@ class _Reader:
         return f"--sweep {name}" if self.part == "--sweep" else f"sweep.{self.part}[{name!r}]"
 
 
-def _refuse_repetitions(rows: Rows, base: Recipe, names: Sequence[str]) -> None:
+def _refuse_repetitions(rows: Rows, base: Recipe) -> None:
     """Two points that ask for the same run. Raises: ConfigError with all of them."""
     swept = sorted({name for row in rows for name in row})
     declared = {name: _value(base, name) for name in swept}
@@ -174,7 +174,7 @@ def _refuse_repetitions(rows: Rows, base: Recipe, names: Sequence[str]) -> None:
         if before != index:
             told = ", ".join(f"{name}={value_text(value)}" for name, value in (declared | row).items())
             rule = f"are the same run ({told}); leave one of them out"
-            faults.append(Fault(f"points {before + 1} and {index + 1} ({names[before]})", None, rule, bare=True))
+            faults.append(Fault(f"points {before + 1} and {index + 1}", None, rule, bare=True))
     if faults:
         raise ConfigError(faults)
 

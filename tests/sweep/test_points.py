@@ -1,0 +1,120 @@
+"""Expanding a sweep, and every fault of its declaration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch import Sweep
+from megabatch.cli.plan import load_recipe
+from megabatch.config.recipe import Recipe
+from megabatch.errors import ConfigError
+from megabatch.sweep.points import Point, points_of
+
+RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.py")
+
+
+def _points(*given: str, recipe: Recipe | None = None, **sweep: Any) -> list[Point]:
+    return points_of(Sweep(RECIPE, **sweep), recipe or RECIPE(), given=given)
+
+
+def _faults(*given: str, **sweep: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        _points(*given, **sweep)
+    return [str(fault) for fault in caught.value.faults]
+
+
+def test_grid_zip_and_list_multiply() -> None:
+    points = _points(
+        zip={"lr": [1e-3, 1e-4], "min_lr": [1e-4, 1e-5]},
+        grid={"seed": [1, 2], "micro_batch_size": (2,)},
+        list=[{}, {"weight_decay": 0.0, "adam_eps": 1e-6}],
+    )
+    assert [point.name for point in points[:4]] == [
+        "mbs2-lr0.001-min_lr1e-4-seed1",
+        "mbs2-lr0.001-wd0-min_lr1e-4-adam_eps1e-6-seed1",
+        "mbs2-lr0.001-min_lr1e-4-seed2",
+        "mbs2-lr0.001-wd0-min_lr1e-4-adam_eps1e-6-seed2",
+    ]
+    assert len({point.name for point in points}) == 8
+    last = points[-1].recipe
+    assert (last.learning_rate.lr, last.learning_rate.min_lr, last.training.seed) == (1e-4, 1e-5, 2)
+    assert last.optimizer.weight_decay == 0.0 and points[-2].recipe.optimizer.weight_decay == 0.1
+
+
+def test_each_point_is_a_recipe_with_a_name_of_its_own() -> None:
+    (point,) = _points(grid={"seed": [7]})
+    assert point.recipe.name == "quickstart-seed7" and point.values == {"training.seed": 7}
+    assert point.recipe.checkpoint.save == "megatron_output/quickstart"
+
+
+def test_any_parameter_under_any_of_its_names() -> None:
+    points = _points(grid={"parallel.expert_model_parallel_size": [1], "rope_fusion": [True, False]})
+    assert [point.recipe.kernels.no_rope_fusion for point in points] == [False, True]
+    (point,) = _points(grid={"dataset": [["a.jsonl", "b c.jsonl"]]})
+    assert point.recipe.data.dataset == ("a.jsonl", "b c.jsonl")
+
+
+def test_values_on_the_command_line_are_read_as_flags_are() -> None:
+    points = _points("lr=1e-3, 2e-3", "sequence_parallel=false", 'dataset=["a,b.jsonl",["c","d"]]')
+    assert [(p.recipe.learning_rate.lr, p.recipe.data.dataset) for p in points] == [
+        (lr, dataset) for lr in (1e-3, 2e-3) for dataset in (("a,b.jsonl",), ("c", "d"))
+    ]
+
+
+def test_the_command_line_replaces_a_grids_values_and_adds_to_them() -> None:
+    points = _points("seed=5", "lr=1e-3", grid={"seed": [1, 2], "micro_batch_size": [1, 2]})
+    assert [point.name for point in points] == ["mbs1-lr0.001-seed5", "mbs2-lr0.001-seed5"]
+
+
+def test_every_fault_is_reported_with_its_fix() -> None:
+    assert _faults(
+        grid={"lrr": [1], "lr": ["fast", 1e-3], "micro_batch_size": [0], "global_batch_size": [], "seed": 3},
+        list=["x", {"num_layer": 2}],
+    ) == [
+        "sweep.grid['lrr'] is not a parameter; try lr",
+        "sweep.grid['lr']='fast' must be a number or None",
+        "sweep.grid['micro_batch_size']=0 must be at least 1",
+        "sweep.grid['global_batch_size']=[] is empty; give at least one value",
+        "sweep.grid['seed']=3 must be a list of values",
+        "sweep.list['0']='x' must be a dictionary of parameters and values",
+        "sweep.list['num_layer'] is not a parameter; try num_layers or mtp_num_layers",
+    ]
+
+
+def test_faults_of_the_command_line() -> None:
+    assert _faults("lr", "seed=", "tensor_parallel=1", "lr=1,fast", "micro_batch_size=0") == [
+        "--sweep lr needs values; try --sweep lr=1,2",
+        "--sweep seed='' is empty; give at least one value",
+        "--sweep tensor_parallel is not a parameter; try tensor_model_parallel_size or expert_tensor_parallel_size",
+        "--sweep lr='1,fast' must be a number or None; values stand between commas, or in a JSON array",
+        "--sweep micro_batch_size=0 must be at least 1",
+    ]
+
+
+def test_lengths_of_zip_and_a_parameter_in_two_places() -> None:
+    first, second = _faults(zip={"lr": [1e-3], "seed": [1, 2]}, grid={"lr": [1e-3]})
+    assert first.startswith("sweep.zip=") and "as many values" in first
+    assert second == "learning_rate.lr is swept twice; a parameter belongs to one of grid, zip, list"
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        {"grid": {"seed": [1, 1]}},
+        {"grid": {"lr": [1, 1.0]}},
+        {"list": [{"seed": 42}, {}]},
+        {"zip": {"lr": [1e-3, 1e-3], "seed": [1, 1]}},
+        {"grid": {"dataset": [["a"], ("a",)]}},
+    ],
+)
+def test_the_same_run_twice_is_a_fault(sweep: dict[str, Any]) -> None:
+    assert RECIPE().training.seed == 42
+    (fault,) = _faults(**sweep)
+    assert fault.startswith("points 1 and 2 are the same run (")
+
+
+def test_a_sweep_of_nothing() -> None:
+    assert _faults() == ["sweep has no points: give it grid, zip or list"]
