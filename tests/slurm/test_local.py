@@ -65,6 +65,16 @@ def test_one_dead_rank_ends_the_others(job: JobSpec, fail: str, code: int) -> No
     assert "done" not in job.files.rank_log(0, 0).read_text()
 
 
+def test_a_rank_that_hangs_is_named_and_ends_the_run(job: JobSpec) -> None:
+    terminal = io.BytesIO()
+    run = with_options(replace(job, hang_timeout_s=0.5), fail_rank=1, fail="hang", seconds=60)
+    assert run_local(run, terminal=terminal) == 124
+    assert "megabatch: rank 1 does not answer" in terminal.getvalue().decode()
+    [mark] = job.files.logs.glob("failed.*")
+    assert mark.read_text().split()[:2] == ["1", "124"]
+    assert "rank 0 is at step 7, training" in job.files.rank_log(0, 0).read_text()
+
+
 def test_a_command_that_is_not_there_is_an_error(job: JobSpec) -> None:
     with pytest.raises(LaunchError, match="cannot run /no/such/python"):
         run_local(replace(job, python="/no/such/python"))
