@@ -59,6 +59,8 @@ def test_nothing_outside_the_trainer_imports_heavy_packages() -> None:
         pytest.fail(f"imported at module level: {culprits}")
 
 
-@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*.py")))
+@pytest.mark.parametrize(
+    "recipe", sorted(str(p.relative_to(ROOT / "recipes")) for p in (ROOT / "recipes").rglob("*.py"))
+)
 def test_recipes_import_nothing_heavy(recipe: str) -> None:
     assert _imported(f"import runpy; runpy.run_path('recipes/{recipe}')") == set()

@@ -38,7 +38,10 @@ def run(chain: Chain, arguments: Sequence[str], *, file: Path) -> int:
         return _submit(ready, arguments)
     if actions.local:
         from megabatch.chain.local import run_chain
+        from megabatch.entry.command import require_torch
 
+        if any(one.launch for one in ready.steps):
+            require_torch()
         code = run_chain(ready, arguments)
         print(f"{'done' if code == 0 else f'ended with exit code {code}'}: {ready.folder}")
         return code

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ from megabatch.errors import LaunchError
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local import run_local
+from megabatch.slurm.records import LOCAL, Start, next_restart, record_start
 from megabatch.slurm.script.inputs import inputs
 
 
@@ -67,13 +70,17 @@ def fix_inputs(job: JobSpec) -> str:
     """Does what the batch script does first; returns what is missing."""
     if not job.inputs:
         return ""
+    restart = next_restart(job.files)
+    own = {"MEGABATCH_RUN": str(job.run_directory), "MEGABATCH_JOB_ID": LOCAL, "MEGABATCH_RESTART": str(restart)}
     done = subprocess.run(
         ["bash", "-c", "\n".join(["set -eo pipefail", *inputs(job)])],
-        env=os.environ | {"MEGABATCH_RUN": str(job.run_directory)},
+        env=os.environ | own,
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode not in (ExitCode.DONE, ExitCode.CONFIG):
         raise LaunchError(f"{job.run_directory}: inputs cannot be named: {done.stderr.strip()}")
+    if done.returncode:
+        record_start(job.files, Start(restart, time.time(), socket.gethostname()))
     return done.stderr if done.returncode else ""

@@ -14,24 +14,27 @@ def inputs(job: JobSpec) -> list[str]:
     """
     if not job.inputs:
         return []
-    lines = ["# what this job reads of earlier ones; a checkpoint is chosen once, at the first start"]
+    lines = [*_MISSING]
     for item in job.inputs:
         if item.run is not None and item.link is not None:
-            latest, link = shell(str(item.run / "checkpoints" / "latest")), shell(str(item.link))
+            checkpoints, link = shell(str(item.run / "checkpoints")), shell(str(item.link))
             lines += [
                 f"if [ ! -L {link} ]; then",
-                f"    if ! step=$(cat -- {latest}); then",
-                '        echo "megabatch: input missing: no checkpoint was saved" >&2',
-                f"        exit {ExitCode.CONFIG}",
-                "    fi",
+                f"    step=$(cat -- {checkpoints}/latest) || missing_input {checkpoints}/latest",
                 f"    mkdir -p -- {shell(str(item.link.parent))}",
-                f'    ln -sfn -- {shell(str(item.run / "checkpoints"))}/"$step" {link}',
+                f'    ln -sfn -- {checkpoints}/"$step" {link}',
                 "fi",
             ]
-        lines += [
-            f"if [ ! -e {shell(str(item.path))} ]; then",
-            f"    echo {shell(f'megabatch: input missing: {item.path}')} >&2",
-            f"    exit {ExitCode.CONFIG}",
-            "fi",
-        ]
+        path = shell(str(item.path))
+        lines.append(f"[ -e {path} ] || missing_input {path}")
     return lines
+
+
+_MISSING = f"""\
+# what this job reads of earlier ones; a checkpoint is chosen once, at the first start
+missing_input() {{
+    echo "megabatch: input missing: $1" >&2
+    printf '{{"job_id": "%s", "restart": %d, "exit_code": {ExitCode.CONFIG}, "time": %d}}\\n' \\
+        "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$EPOCHSECONDS" >>"$MEGABATCH_RUN/jobs.jsonl" || true
+    exit {ExitCode.CONFIG}
+}}""".splitlines()

@@ -13,6 +13,8 @@ from megabatch.chain.record import recorded_chain, states
 from megabatch.cli.command import main as megabatch
 from megabatch.entry.command import run
 from megabatch.errors import ConfigError, LaunchError
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.records import read_records
 
 from .conftest import chain_of, shell
 
@@ -135,6 +137,8 @@ def test_a_missing_input_is_named_by_the_job_that_wants_it(tmp_path: Path) -> No
     assert waited(chain)["reads"] == ("failed", "failed")
     [log] = (tmp_path / "demo" / "reads" / "logs").glob("batch.*.log")
     assert f"megabatch: input missing: {tmp_path}/demo/makes/number" in log.read_text()
+    [job] = read_records(RunDirectory(tmp_path / "demo" / "reads"))
+    assert [ending.exit_code for ending in job.endings] == [2]
 
 
 @pytest.mark.usefixtures("slurm")
@@ -164,6 +168,7 @@ def test_a_missing_input_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     chain = chain_of(tmp_path, shell("makes", "true", outputs=["number"]), READS)
     assert command(chain, "--local") == 2
     assert f"input missing: {tmp_path}/demo/makes/number" in capsys.readouterr().out
+    assert waited(chain)["reads"] == ("failed", "failed")
 
 
 def test_a_dry_run_shows_graph_and_scripts_and_writes_nothing(
@@ -191,7 +196,8 @@ def test_a_checkpoint_is_chosen_once(tmp_path: Path) -> None:
     job = JobSpec(
         name="x", run_directory=reader, inputs=(Input(reader / "inputs/train/hf", run_, reader / "inputs/train"),)
     )
-    assert "no checkpoint was saved" in fix_inputs(job)
+    reader.mkdir()
+    assert f"megabatch: input missing: {run_}/checkpoints/latest\n" in fix_inputs(job)
     for latest in ("step_00000001\n", "step_00000002\n"):
         (run_ / "checkpoints" / "latest").write_text(latest)
         assert not fix_inputs(job)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megabatch.config.roles import Role
 from megabatch.errors import LaunchError
 from megabatch.slurm.environment import NETWORKS, job_variables, reference_table
-from megabatch.slurm.job import JobSpec
+from megabatch.slurm.job import Input, JobSpec
 from megabatch.slurm.profile import ClusterProfile, Container
 from megabatch.slurm.quoting import directive, label, shell
 from megabatch.slurm.render import render
@@ -45,6 +46,9 @@ SITE = ClusterProfile(
     sbatch={"exclusive": True, "mail_type": "END"},
 )
 IMAGE = Container(image="/images/train.sqsh", mounts=("/data:/data",))
+SERVER = Role(name="server", command=("python", "serve.py"), nodes=2, gpus_per_node=8, cpus_per_task=96)
+EARLIER = Path("/shared/runs/pretrain")
+INPUTS = (Input(GPU_JOB.run_directory / "inputs/pretrain/hf", EARLIER, GPU_JOB.run_directory / "inputs/pretrain"),)
 CASES: dict[str, tuple[JobSpec, ClusterProfile]] = {
     "infiniband": (GPU_JOB, SITE),
     "cpu": (JobSpec(name="quickstart", run_directory=Path("/runs/quickstart"), tasks_per_node=2), ClusterProfile()),
@@ -54,6 +58,10 @@ CASES: dict[str, tuple[JobSpec, ClusterProfile]] = {
         ClusterProfile(network="roce", container=replace(IMAGE, runtime="apptainer", image="/images/train.sif")),
     ),
     "single_node": (replace(GPU_JOB, nodes=1, requeue=False), SITE),
+    "links_and_roles": (
+        replace(GPU_JOB, links=3, requeue=False, inputs=INPUTS, roles=(SERVER,)),
+        SITE,
+    ),
 }
 
 
