@@ -53,6 +53,11 @@ class RunDirectory:
         return self.path / "jobs.jsonl"
 
     @property
+    def bad_nodes(self) -> Path:
+        """JSON lines of the preflight: time, job_id, restart, node, check, value, rule, excluded (went on without it)."""
+        return self.path / "bad_nodes.jsonl"
+
+    @property
     def logs(self) -> Path:
         """`batch.<job>.log` and `rank_<rank>.<restart>.log`."""
         return self.path / "logs"

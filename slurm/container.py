@@ -73,6 +73,21 @@ def _apptainer_environment(job: JobSpec, profile: ClusterProfile) -> str:
     )
 
 
+def mounted(job: JobSpec, profile: ClusterProfile) -> list[Path]:
+    """Host folders that ranks find under their own names: ours, the profile's, and what Apptainer mounts by itself."""
+    container = profile.container
+    if container is None:
+        return [Path("/")]
+    pairs = (mount.split(":") for mount in _mounts(job, profile, container))
+    folders = [Path(pair[0]) for pair in pairs if pair[0] == pair[1]]
+    contained = {"-c", "-C", "--contain", "--containall"} & set(container.options)
+    if container.runtime == "apptainer" and not contained:
+        folders += [Path("/tmp"), *([] if "--no-home" in container.options else [Path.home()])]
+    if container.runtime == "pyxis" and "--container-mount-home" in container.options:
+        folders.append(Path.home())
+    return folders
+
+
 def _mounts(job: JobSpec, profile: ClusterProfile, container: Container) -> list[str]:
     """Our own folders under the same name inside, then the profile's; enroot's own /tmp is memory.
 

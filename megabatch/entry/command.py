@@ -14,6 +14,7 @@ from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.config.unknown import unknown_field
 from megabatch.entry.launch import Launch, prepare, written
+from megabatch.entry.mounts import unmounted
 from megabatch.entry.plan_text import plan_text
 from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, unwritable
 from megabatch.errors import ConfigError, ConversionError, DataError, Fault, LaunchError, MegabatchError
@@ -150,6 +151,7 @@ def _require_startable(launch: Launch, *, local: bool = False) -> None:
     """Raises ConfigError with every fault that can be seen before the run starts."""
     faults = launch.faults() + (missing_gpus(launch.recipe) if local else [])
     faults += missing_inputs(launch.recipe, launch.model) + unwritable(launch.directory.path)
+    faults += [] if local else unmounted(launch)
     if not faults:
         faults += damaged_inputs(launch.recipe, launch.model)
     if faults:

@@ -130,15 +130,10 @@ def _name(reports: Values, index: int) -> str:
     return os.environ["MEGABATCH_NODES"].split()[index]
 
 
-def _bad_nodes(run: RunDirectory) -> Path:
-    """JSON lines: time, job_id, restart, node, check, value, rule, and whether the job went on without that node."""
-    return run.path / "bad_nodes.jsonl"
-
-
 def _excluded_before(run: RunDirectory) -> set[str]:
     """Nodes that this job has left out already."""
     try:
-        lines = [json.loads(line) for line in _bad_nodes(run).read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in run.bad_nodes.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         return set()
     job_id = os.environ["MEGABATCH_JOB_ID"]
@@ -157,7 +152,7 @@ def _record(run: RunDirectory, bad: Mapping[str, list[Bad]], *, excluded: bool) 
         for fault in faults
     ]
     if lines:
-        with open(_bad_nodes(run), "a", encoding="utf-8") as file:
+        with open(run.bad_nodes, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
