@@ -54,7 +54,7 @@ class RunDirectory:
 
     @property
     def bad_nodes(self) -> Path:
-        """JSON lines of the preflight: time, job_id, restart, node, check, value, rule, excluded (went on without it)."""
+        """JSON lines of the preflight: time, job_id, restart, node, check, value, rule, excluded."""
         return self.path / "bad_nodes.jsonl"
 
     @property
