@@ -46,11 +46,17 @@ class Written:
     folders: tuple[Path, ...]
     """That hold them, innermost first."""
 
-    def take_away(self) -> None:
-        """Removes the runs of which no job knows, and folders that are empty then."""
+    def take_away(self, also: Sequence[Path] = ()) -> None:
+        """Removes the runs of which no job knows, and folders that are empty then.
+
+        Args: `also` are folders that go too where the folder that they lie in was made with the runs.
+        """
         for directory in self.runs:
             if not directory.jobs.exists():
                 shutil.rmtree(directory.path, ignore_errors=True)
+        for folder in also:
+            if folder.parent in self.folders:
+                shutil.rmtree(folder, ignore_errors=True)
         for folder in self.folders:
             with contextlib.suppress(OSError):
                 folder.rmdir()

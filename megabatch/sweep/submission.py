@@ -63,7 +63,7 @@ def submit_arrays(found: Candidates, arrays: Sequence[JobArray], arguments: Sequ
                 script = render_array(array, found.base.profile)
                 ids.append(submit_array(array, script, cluster=found.base.cluster))
     except BaseException as error:
-        written.take_away()
+        written.take_away(also=() if ids else (found.base.code,))
         if ids and isinstance(error, LaunchError):
             raise LaunchError(f"{error}; queued before that: {', '.join(ids)}") from error
         raise
