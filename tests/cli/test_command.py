@@ -14,6 +14,7 @@ import pytest
 
 from megabatch.cli.command import main
 from megabatch.errors import LaunchError
+from megabatch.insight.curves import final_history
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.cluster import PrivateCluster
 
@@ -157,3 +158,10 @@ def test_submit_cancel_resume_on_slurm(slurm: PrivateCluster, tmp_path: Path) ->
     assert f"step_{saved:08d}" in _megabatch("logs", run, cwd=tmp_path)
     _megabatch("cancel", run, cwd=tmp_path)
     _until(lambda: _state(run) == "cancelled", run)
+    # what goodput counts: the steps of the final history, over two jobs
+    steps, _ = final_history(RunDirectory(run).metrics)
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert {line["restart"] for line in steps} == {0, 1}
+    assert steps[-1]["trained_s"] == pytest.approx(sum(line["step_s"] for line in steps))
+    (found,) = json.loads(_megabatch("status", "--json", run, cwd=tmp_path))
+    assert 0 < found["goodput"] < 1 and found["starts"] == 2
