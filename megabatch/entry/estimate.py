@@ -113,6 +113,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         recompute_num_layers=recompute.recompute_num_layers,
         recompute_modules=recompute.recompute_modules,
         attention_scores=recipe.kernels.attention_backend in ("unfused", "local"),
+        transformer_engine=recipe.kernels.transformer_impl == "transformer_engine",
         weight_bytes=weight_bytes,
         gradient_bytes=_BYTES[recipe.optimizer.main_grads_dtype],
         optimizer_bytes=optimizer_bytes(recipe.optimizer, weight_bytes=weight_bytes),

@@ -68,12 +68,12 @@ def _saved(shape: ModelShape, settings: Settings, kind: Kind) -> dict[str, float
 
 
 def _attention(shape: ModelShape, settings: Settings) -> dict[str, float]:
-    """Queries, keys and values behind their rotation, before their norms too, and the output."""
+    """The projection's output, of which values are a part, queries and keys behind their rotation, the output."""
     a_channel = settings.micro_batch_tokens * settings.weight_bytes * shape.kv_channels / settings.layout.tp
     heads, groups = shape.num_attention_heads, shape.num_query_groups
     projected = heads * (1 + shape.attention_output_gate) + 2 * groups
     return {
-        "qkv": a_channel * (projected + (heads + groups) * shape.qk_layernorm),
+        "qkv": a_channel * (projected + heads + groups),
         "scores": _scores(shape, settings),
         "attention_output": a_channel * heads * (1 + shape.attention_output_gate),
     }
@@ -113,9 +113,9 @@ def _linear_attention(shape: ModelShape, settings: Settings) -> dict[str, float]
 
 
 def _dense_mlp(shape: ModelShape, settings: Settings) -> dict[str, float]:
-    """Gate and up projection, and their product."""
+    """Gate and up projection, and their product; unfused also the activated gate and a copy of the other half."""
     tokens = settings.micro_batch_tokens * settings.weight_bytes / settings.layout.tp
-    return {"mlp": tokens * 3 * shape.ffn_hidden_size}
+    return {"mlp": tokens * (3 if settings.transformer_engine else 5) * shape.ffn_hidden_size}
 
 
 def _experts(shape: ModelShape, settings: Settings) -> dict[str, float]:
@@ -126,7 +126,8 @@ def _experts(shape: ModelShape, settings: Settings) -> dict[str, float]:
     return {
         "router": own * (shape.num_experts or 0) * 3 * FP32_BYTES,
         "experts": tokens * size * (shape.hidden_size + 2 * width),
-        "experts_act": tokens * size * width,
+        # unfused as in a dense MLP, and the product once more without its weight
+        "experts_act": tokens * size * width * (1 if settings.transformer_engine else 4),
         "shared_experts": size * 3 * shared,
     }
 

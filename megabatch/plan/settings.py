@@ -48,6 +48,8 @@ class Settings:
     attention_scores: bool = False
     """Whether the attention kernel writes all scores to memory (unfused), which flash attention never does."""
 
+    transformer_engine: bool = True
+    """Whether layers are Transformer Engine's, which keep less; else megatron-core's local ones."""
     weight_bytes: int = 2
     """Of a parameter, a gradient of an activation, and an activation."""
     gradient_bytes: int = 4

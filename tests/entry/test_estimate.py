@@ -57,7 +57,7 @@ def test_the_memory_limit_can_be_given() -> None:
     assert not verdict_of(recipe, SHAPE, gpu=H100, gpu_memory_gib=needed - 0.1).keep
 
 
-@pytest.mark.parametrize("gpus", [4, 8, 32])
+@pytest.mark.parametrize("gpus", [4, 16])
 def test_every_kept_layout_breaks_no_rule(gpus: int) -> None:
     """The screening and the checking of what changed alone lose no fault."""
     judged = judged_layouts(_recipe(), SHAPE, gpus=gpus, gpu=H100)

@@ -32,19 +32,25 @@ from megabatch.trainer.engine import Engine
 def adapt() -> None:
     """megatron-core's adaptation to CPUs, with the meta device for the CPU, and without groups over real sockets."""
     megatron_cpu.adapt()
-    from megatron.core import optimizer, parallel_state
+    adapt_groups()
     from megatron.core.tensor_parallel import layers
 
     layers.torch.cuda.current_device = lambda: torch.device("meta")
-    parallel_state.initialize_model_parallel = _without_gloo(parallel_state.initialize_model_parallel)
-    assemble.Optimizer.__init__.__globals__["get_megatron_optimizer"] = partial(
-        optimizer.get_megatron_optimizer, use_gloo_process_groups=False
-    )
     spelled = torch.Tensor.type
     torch.Tensor.type = lambda tensor, *to: spelled(tensor, *to) if to else spelled(tensor).replace("cuda.meta.", "")
     dist.all_gather_object = lambda found, own, group=None: found.__setitem__(slice(None), [own] * len(found))
     torch.set_default_device("meta")
     ranks.adapt = lambda: None  # it is done
+
+
+def adapt_groups() -> None:
+    """No groups over real sockets."""
+    from megatron.core import optimizer, parallel_state
+
+    parallel_state.initialize_model_parallel = _without_gloo(parallel_state.initialize_model_parallel)
+    assemble.Optimizer.__init__.__globals__["get_megatron_optimizer"] = partial(
+        optimizer.get_megatron_optimizer, use_gloo_process_groups=False
+    )
 
 
 def _without_gloo(function: Callable[..., None]) -> Callable[..., None]:

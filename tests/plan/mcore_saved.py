@@ -1,0 +1,78 @@
+"""Bytes that a real layer of the trainer's models leaves for the backward pass, on the CPU; printed as JSON.
+
+A model of two layers keeps one layer more than a model of one. Storages that autograd saves are counted once, and
+parameters are not. PyTorch's RMS norm is one kernel on CUDA; on CPUs it is spelled out in fp32, whose copies are left
+out of the count: everything else is bf16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mcore_shards import adapt_groups
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megabatch.config.recipe import Recipe
+from megabatch.config.run import resolve
+from megabatch.plan.shape import ModelShape
+from megabatch.trainer import assemble, megatron_cpu
+from megabatch.trainer.engine import Engine
+
+
+def saved_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
+    """In the recipe's type, and in fp32, of a forward pass over one row."""
+    run = resolve(recipe, shape=shape, run_dir=Path("/nowhere"), provenance={})
+    with assemble.join_ranks(run) as place:
+        engine = assemble.build_engine(run, place, train_iters=10)
+        for parameter in engine.model.chunks[0].parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        return _saved(engine, length=recipe.data.max_length or 0)
+
+
+def _saved(engine: Engine, *, length: int) -> dict[str, int]:
+    chunk = engine.model.chunks[0]
+    own = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)  # alive to the end, so that no address is used twice
+        return tensor
+
+    bounds = torch.tensor([0, length], dtype=torch.int32)
+    row = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        chunk(
+            input_ids=torch.arange(length)[None] % 200,
+            position_ids=torch.arange(length)[None],
+            attention_mask=None,
+            packed_seq_params=row,
+        )
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in kept}
+    total = {"half": 0, "full": 0}
+    for address, tensor in storages.items():
+        if address not in own:
+            total["full" if tensor.dtype == torch.float32 else "half"] += tensor.untyped_storage().nbytes()
+    return total
+
+
+if __name__ == "__main__":
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    megatron_cpu.adapt()
+    adapt_groups()
+    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    print(json.dumps([saved_bytes(recipe, shape) for recipe, shape in pickle.load(sys.stdin.buffer)]))
