@@ -11,6 +11,8 @@ SECRET_NAME = re.compile(
 
 _KINDS = (
     ("a URL with a password in it", re.compile(r"(?<=://)[^/\s@?#'\"]+(?=@)")),
+    # what a path makes of one
+    ("a URL with a password in it", re.compile(r"(?<=:/)[^/\s@?#'\":]+:[^/\s@?#'\"]+(?=@)")),
     (
         "a secret in a URL's query",
         re.compile(r"(?<=[?&])(?:[\w-]*[_-])?(?:token|secret|password|api_?key|signature)=[^&\s'\"#]+", re.I),
