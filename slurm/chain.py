@@ -110,8 +110,8 @@ def _cancelled(job_ids: list[str]) -> str:
 def forbids_requeue(job_id: str) -> bool:
     """Whether Slurm will not take this job back into the queue, although it was asked to.
 
-    `JobRequeue=0` in slurm.conf is only a default, which `--requeue` overrides; sites that mean it change the job as it
-    is submitted, and Slurm's own record of the job shows it.
+    `JobRequeue=0` in slurm.conf is only a default, which `--requeue` overrides; sites that mean it change jobs as they
+    are submitted, and Slurm's own record of the job shows it.
     """
     try:
         done = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False)
