@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from megabatch.insight.causes import CAUSES, Cause
@@ -14,6 +15,8 @@ from megabatch.run_directory import RunDirectory
 
 SEARCHED_BYTES = 2**19
 """Of the end of each log."""
+_ORDINARY = re.compile(r"[\d-]+ [\d:,]+ rank \d+ (INFO|DEBUG) ")
+"""Most lines of a long log, in the trainer's format."""
 _ELSEWHERE = re.compile(r"\brank (\d+) failed: ")
 _TIME = re.compile(r"\b20\d\d-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d\b")
 _PATTERNS = tuple(re.compile(cause.pattern) for cause in CAUSES)
@@ -70,15 +73,20 @@ def search(text: str, *, since: float = 0) -> tuple[Cause, str, int] | None:
     best: tuple[int, str, int] | None = None
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.strip()
-        if since and _is_before(line, since):
+        if _ORDINARY.match(line) or (since and _is_before(line, since)):
             continue
-        # what another rank is said to have failed of is not this one's failure
-        first = _FIRST_CONSEQUENCE if _ELSEWHERE.search(line) else 0
-        rows = range(first, len(CAUSES) if best is None else best[0])
-        row = next((row for row in rows if _PATTERNS[row].search(line)), None)
-        if row is not None:
+        row = _row(line)
+        if row is not None and (best is None or row < best[0]):
             best = row, line, number
     return None if best is None else (CAUSES[best[0]], best[1], best[2])
+
+
+@lru_cache(maxsize=1 << 16)
+def _row(line: str) -> int | None:
+    """The first row that a line matches; ranks die with much the same words."""
+    # what another rank is said to have failed of is not this one's failure
+    first = _FIRST_CONSEQUENCE if _ELSEWHERE.search(line) else 0
+    return next((row for row in range(first, len(CAUSES)) if _PATTERNS[row].search(line)), None)
 
 
 def _is_before(line: str, since: float) -> bool:
