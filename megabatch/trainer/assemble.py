@@ -20,6 +20,7 @@ from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.samples import Encoding
 from megabatch.trainer.data.schedule import Schedule
 from megabatch.trainer.engine import Engine
+from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.hf_export import HfExport
 from megabatch.trainer.model.build import build, ddp_config
 from megabatch.trainer.model.transformer_config import transformer_config
@@ -67,7 +68,7 @@ def virtual_size(run: RunConfig) -> int | None:
     return run.layout.vp if run.layout.vp > 1 else None
 
 
-def open_data(run: RunConfig, source: ModelSource, ranks: Ranks) -> RunData:
+def open_data(run: RunConfig, source: ModelSource, ranks: Ranks, heartbeat: Heartbeat) -> RunData:
     """Tokenises on one rank what no cache holds yet, and opens it on all; collective. Raises: DataError."""
     recipe, data = run.recipe, run.recipe.data
     encoding = Encoding(
@@ -90,6 +91,7 @@ def open_data(run: RunConfig, source: ModelSource, ranks: Ranks) -> RunData:
             dataset_shuffle=data.dataset_shuffle,
             dataset_num_proc=data.dataset_num_proc,
             use_hf=recipe.bridge.use_hf,
+            on_chunk=lambda: heartbeat.beat("starting"),
         )
     )
     train, validation = datasets.open_caches(

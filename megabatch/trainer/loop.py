@@ -20,6 +20,7 @@ from megabatch.trainer import assemble
 from megabatch.trainer.checkpoint import Checkpoints, Progress
 from megabatch.trainer.data.batches import Step
 from megabatch.trainer.engine import Engine, Ratio, StepResult
+from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.metrics import Metrics, StepRecord
 from megabatch.trainer.model_source import model_source
 from megabatch.trainer.notes import note_settings_without_effect
@@ -39,7 +40,7 @@ def train(run: RunConfig, stop: StopSignal, where: Whereabouts) -> ExitCode:
     with assemble.join_ranks(run) as ranks:
         note_settings_without_effect(run.recipe, is_main=ranks.is_main)
         source = model_source(run, ranks)
-        data = assemble.open_data(run, source, ranks)
+        data = assemble.open_data(run, source, ranks, Heartbeat(RunDirectory(Path(run.run_dir)), ranks.place))
         train_iters = training.train_iters or data.schedule.train_iters(training.max_epochs or 1)
         engine = assemble.build_engine(run, ranks, train_iters=train_iters)
         checkpoints = assemble.make_checkpoints(run, ranks, source)

@@ -8,7 +8,6 @@ import logging
 import os
 import resource
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,14 +21,12 @@ from megabatch.config.watching import Logging
 from megabatch.errors import MegabatchError
 from megabatch.plan.flops import peak_tflops, training_flops
 from megabatch.plan.shape import ModelShape
-from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.run_directory import RunDirectory
 from megabatch.trainer.engine import Ratio
+from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.ranks import Place
 
 logger = logging.getLogger(__name__)
-
-HEARTBEAT_S = 5.0
-"""Seconds between heartbeats, at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +68,7 @@ class Metrics:
         self.world_size, self.shape, self.mean_length = place.world_size, shape, mean_length
         self.train_iters, self.step, self.restart = train_iters, first_step, place.restart
         self.recent: deque[tuple[float, int]] = deque(maxlen=50)
-        self._beat_at = 0.0
+        self._heart = Heartbeat(run, place)
         self._last: dict[str, Any] = {}
         self._peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
@@ -132,30 +129,10 @@ class Metrics:
         )
 
     def heartbeat(self, state: str, *, force: bool = False) -> None:
-        """Tells the launcher that the run is alive: `running`, `saving`, `stopped`, `failed` or `done`.
-
-        `running` is written as `starting` until the first step is done, which may take longer than others.
-        """
-        now = time.time()
-        if not self.is_main or (not force and now - self._beat_at < HEARTBEAT_S):
-            return
-        self._beat_at = now
-        shown: dict[str, Any] = {
-            name: self._last[name] for name in ("loss", "tokens_per_s", "eta_s") if name in self._last
-        }
-        beat: dict[str, Any] = {
-            "time": now,
-            "state": "starting" if state == "running" and not self.recent else state,
-            "step": self.step,
-            "train_iters": self.train_iters,
-            "job_id": os.environ.get("SLURM_JOB_ID"),
-            "restart": self.restart,
-            **shown,
-        }
-        try:
-            write_atomic(self.run.heartbeat, json.dumps(beat) + "\n")
-        except OSError as e:  # no reason to end a run, still less to hide the one that ended it
-            logger.warning("%s cannot be written: %s", self.run.heartbeat, e.strerror or e)
+        """Tells the launcher that the run is alive; `running` is `starting` until the first step is done."""
+        shown = {name: self._last[name] for name in ("loss", "tokens_per_s", "eta_s") if name in self._last}
+        known = "starting" if state == "running" and not self.recent else state
+        self._heart.beat(known, force=force, step=self.step, train_iters=self.train_iters, **shown)
 
     def _values(self, record: StepRecord) -> dict[str, Any]:
         seconds = sum(s for s, _ in self.recent)

@@ -77,5 +77,5 @@ def _load(file: IO[bytes]) -> Any:
 
 def _reconstruct() -> Any:
     """numpy's function for unpickling arrays; its module was renamed in numpy 2."""
-    function, *_ = np.empty(0).__reduce__()
-    return function
+    reduced: Any = np.empty(0).__reduce__()
+    return reduced[0]

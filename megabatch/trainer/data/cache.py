@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from megabatch.errors import DataError
 from megabatch.trainer.data import cache_files, files, tokenizer
 from megabatch.trainer.data.files import Origin
-from megabatch.trainer.data.samples import Encoding, Sample
+from megabatch.trainer.data.samples import Chunk, Encoding, Sample
 from megabatch.trainer.data.sources import Source
 from megabatch.trainer.data.workers import encoded_chunks
 
@@ -56,10 +56,12 @@ class TokenCache:
         seed: int = 42,
         shuffle: bool = True,
         num_proc: int = 1,
+        on_chunk: Callable[[], None] = lambda: None,
     ) -> Path:
         """Path of the cache of these sources, made now unless a sound one is there. Call it in one process.
 
-        Args: `seed` and `shuffle` choose the rows of a `#count`; `num_proc`: tokenising processes.
+        Args: `seed` and `shuffle` choose the rows of a `#count`; `num_proc`: tokenising processes;
+        `on_chunk` is called whenever some hundred rows are done.
         Raises: DataError for a faulty row, no usable sample, or a disk that cannot take the cache.
         """
         path = Path(cache_dir) / _key(sources, encoding, seed=seed, shuffle=shuffle)
@@ -69,7 +71,7 @@ class TokenCache:
                 if cls._is_sound(path):
                     return path
                 cache_files.remove(path)
-            cache_files.write(path, encoded_chunks(rows, encoding, num_proc=num_proc))
+            cache_files.write(path, _each(encoded_chunks(rows, encoding, num_proc=num_proc), on_chunk))
         except OSError as e:
             raise DataError(
                 f"{path}: the token cache cannot be written ({e.strerror or e}); free space there or choose another "
@@ -169,6 +171,12 @@ class TokenCache:
         lost = "".join(f", {count} rows dropped: {reason}" for reason, count in self.dropped.items())
         learned = int(np.count_nonzero(self.weights))
         log.info("%d samples, %d tokens, %d learned%s", len(self), len(self.ids), learned, lost)
+
+
+def _each(chunks: Iterable[Chunk], done: Callable[[], None]) -> Iterator[Chunk]:
+    for chunk in chunks:
+        yield chunk
+        done()
 
 
 def _key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuffle: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,11 @@ def build(
     dataset_shuffle: bool = True,
     dataset_num_proc: int = 1,
     use_hf: bool = True,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> CachePaths:
     """Token caches of all datasets, made unless they are there; one process of a shared file system calls it.
 
+    Args: `on_chunk` is called whenever some hundred rows are tokenised.
     Raises: DataError naming file and line.
     """
     if not dataset:
@@ -47,6 +49,7 @@ def build(
             seed=seed,
             shuffle=dataset_shuffle,
             num_proc=dataset_num_proc,
+            on_chunk=on_chunk,
         )
 
     return CachePaths(cache(dataset), cache(val_dataset) if val_dataset else None)

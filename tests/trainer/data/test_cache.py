@@ -197,6 +197,14 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path, write_jsonl: Write) -> Non
         TokenCache.build(resolve([str(path)]), Encoding(tokenizer=tmp_path / "none"), cache_dir=tmp_path / "cache")
 
 
+def test_each_chunk_of_rows_is_a_sign_of_life(write_jsonl: Write, tokenizer_folder: Path, tmp_path: Path) -> None:
+    chunks: list[None] = []
+    sources, encoding = resolve([str(write_jsonl("a.jsonl", rows(1100)))]), Encoding(tokenizer=tokenizer_folder)
+    for _ in range(2):  # a cache that is there needs none
+        TokenCache.build(sources, encoding, cache_dir=tmp_path / "cache", on_chunk=lambda: chunks.append(None))
+        assert len(chunks) == 3
+
+
 def test_column_names_may_be_a_read_only_view(build: Any, write_jsonl: Write) -> None:
     path = write_jsonl("a.jsonl", [{"ask": "Q", "say": "A"}])
     assert len(TokenCache.open(build(path, columns=MappingProxyType({"ask": "query", "say": "response"})))) == 1

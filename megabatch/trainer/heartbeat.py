@@ -1,0 +1,40 @@
+"""heartbeat.json: how launcher, batch script and people know that a run gets things done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from typing import Any
+
+from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.trainer.ranks import Place
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 5.0
+"""Seconds between heartbeats, at least."""
+
+
+class Heartbeat:
+    """Written by the main rank when something got done, never by a clock: while it stays the same, the run hangs."""
+
+    def __init__(self, run: RunDirectory, place: Place) -> None:
+        self.path, self.restart, self.is_main = run.heartbeat, place.restart, place.rank == 0
+        self._beat_at = 0.0
+
+    def beat(self, state: str, *, force: bool = False, **shown: Any) -> None:
+        """`starting` (until the first step is done), `running`, `saving`, `stopped`, `failed` or `done`.
+
+        Args: `force`: also within `INTERVAL_S` of the last one; `shown`: what else the file says.
+        """
+        now = time.time()
+        if not self.is_main or (not force and now - self._beat_at < INTERVAL_S):
+            return
+        self._beat_at = now
+        job = {"job_id": os.environ.get("SLURM_JOB_ID"), "restart": self.restart}
+        try:
+            write_atomic(self.path, json.dumps({"time": now, "state": state, **job, **shown}) + "\n")
+        except OSError as e:  # no reason to end a run, still less to hide the one that ended it
+            logger.warning("%s cannot be written: %s", self.path, e.strerror or e)
