@@ -95,6 +95,13 @@ CASES = {
     "llama-shared": Case("Llama", _BASE, {"r": 4, "target_modules": _LINEAR}, shared=True),
 }  # fmt: skip
 
+GPT_OSS = Case(
+    "GptOss",
+    {**_BASE, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2},
+    {"r": 2, "target_modules": _ATTENTION, "target_parameters": _EXPERTS},
+)
+"""Whose experts' rows are in another order than megatron-core's."""
+
 
 @dataclass(frozen=True)
 class Made:

@@ -81,6 +81,19 @@ def test_fused_experts_of_the_base_model(made: Get, tmp_path: Path) -> None:
     assert (logits_of(tmp_path / "merged") - one.logits).abs().max() < LOGITS
 
 
+def test_experts_whose_rows_are_in_another_order(made: Get, tmp_path: Path) -> None:
+    """GPT-OSS: merged on the way to megatron-core, and refused by name where that is not built."""
+    one = made("gpt-oss")
+    flags = {"adapters": [one.adapter], "model": one.base}
+    convert(to_mcore=True, merge_lora=True, output_dir=tmp_path / "mcore", **flags)
+    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "back")
+    check_equal(weights(tmp_path / "back"), one.merged)
+    with pytest.raises(ConversionError, match="merge its adapter with --to_mcore"):
+        convert(to_hf=True, merge_lora=True, output_dir=tmp_path / "out", **flags)
+    with pytest.raises(ConversionError, match="its adapter can be merged with --to_mcore, not converted"):
+        convert(to_mcore=True, output_dir=tmp_path / "out", **flags)
+
+
 def test_bfloat16_is_rounded_once(made: Get, tmp_path: Path) -> None:
     """Within half a unit of the last place of the exact sum, and of peft's, which rounds twice, within what that may
     cost."""
