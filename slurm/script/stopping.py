@@ -33,7 +33,7 @@ def run_directory(job: JobSpec) -> list[str]:
         "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         'export MEGABATCH_JOB_ID="${job:-$SLURM_JOB_ID}"',
         "# starts count over the run, not the job: a resumed run must not write into the logs of an earlier job",
-        'MEGABATCH_RESTART=$(grep -c \'"start"\' -- "$MEGABATCH_RUN/jobs.jsonl" 2>/dev/null) || true',
+        'MEGABATCH_RESTART=$(grep -c \'"start": \' -- "$MEGABATCH_RUN/jobs.jsonl" 2>/dev/null) || true',
         'export MEGABATCH_RESTART="${MEGABATCH_RESTART:-0}"',
         "# asked to stop, stopped with everything saved, and who failed first",
         *(
