@@ -57,7 +57,20 @@ def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = No
     except MegabatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(exit_code(error))
+    if any(flag in ("-h", "--help") for flag in flags):
+        print(_USAGE)
     return _own_command_line(found, flags)
+
+
+_USAGE = """\
+megabatch plan RECIPE.py [--gpu NAME] [--gpus N [--gpu_memory_gib GIB] [--all]] [--json] [--<parameter> VALUE …]
+
+  --gpu NAME            GPU that memory and time are estimated for, as h100; the cluster profile's, or an H100
+  --gpus N              rank every layout on that many instead of planning the recipe's own
+  --gpu_memory_gib GIB  memory that a layout may take on each; the GPU's
+  --all                 list every layout, with the reason of each that is left out
+  --json                for programs
+"""
 
 
 def _does_more(actions: Actions) -> bool:

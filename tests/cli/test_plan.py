@@ -113,3 +113,9 @@ def test_a_profile_that_names_its_gpu_brings_the_estimate_along(
     assert "estimate     A800: a rank takes 69.3 GiB of 79.2; " in shown and "estimate on A800 (79.2 GiB)" in shown
     profile.write_text('gpu = "A1000"\n')
     assert "gpu='A1000' is not known" in _plan(capsys, MOE, "--cluster", profile, code=2)
+
+
+def test_help_is_the_commands_and_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _plan(capsys, MOE, "--help")
+    assert shown.startswith("megabatch plan RECIPE.py") and "--gpu_memory_gib" in shown
+    assert "tensor_model_parallel_size" in shown
