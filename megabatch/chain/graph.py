@@ -23,8 +23,8 @@ def graph_faults(chain: Chain) -> list[Fault]:
     if not isinstance(chain.name, str) or not _NAME.fullmatch(chain.name):
         rule = "must be letters, digits, '.', '-' and '_', beginning with a letter or digit"
         return [Fault("chain.name", chain.name, rule)]
-    if not chain.steps:
-        return [Fault("chain.steps", None, "is empty; give at least one Step", bare=True)]
+    if not chain.steps or not all(isinstance(step, Step) for step in chain.steps):
+        return [Fault("chain.steps", None, "must be made of at least one Step(…)", bare=True)]
     found = [*_names(chain), *_edges(chain)]
     if not found:
         found += _cycles(chain)
@@ -88,7 +88,7 @@ def _edges(chain: Chain) -> Iterator[Fault]:
     names = [step.name for step in chain.steps]
     for step in chain.steps:
         place = f"{step.name}.after"
-        if not all(isinstance(edge, Edge) for edge in step.after):
+        if not isinstance(step.after, list | tuple) or not all(isinstance(edge, Edge) for edge in step.after):
             yield Fault(place, step.after, "must be made of ok(…), notok(…), ended(…) and singleton()")
             continue
         waits = [edge.step for edge in _waits(step)]

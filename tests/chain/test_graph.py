@@ -27,7 +27,8 @@ def said(*steps: Step) -> str:
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
-        ([], "chain.steps is empty"),
+        ([], "chain.steps must be made of"),
+        (["a"], "chain.steps must be made of"),
         ([Step("a", NOTHING), Step("a", NOTHING)], "step.name='a' is the name of 2 steps"),
         ([Step("a b", NOTHING)], "step.name='a b' must be letters"),
         ([Step("train", NOTHING), Step("b", NOTHING, after=ok("trian"))], "b.after='trian' is no step.*try train"),
@@ -42,6 +43,7 @@ def said(*steps: Step) -> str:
             "a.after goes in a circle: a after c after b after a",
         ),
         ([Step("a", NOTHING, after="b")], "must be made of ok"),  # type: ignore[arg-type]
+        ([Step("a", NOTHING, after=ok("b")[0]), Step("b", NOTHING)], "must be made of ok"),  # type: ignore[arg-type]
         ([Step("a", NOTHING, links=2)], "a.links=2 is for training runs"),
         ([Step("a", TRAIN, links=0)], "at least 1"),
         (

@@ -54,6 +54,7 @@ FIRST = Recipe(
     parallel=Parallel(distributed_backend="gloo"),
     resources=Resources(gpus_per_node=0, tasks_per_node=2, time="1:00:00"),
 )
+SERVER = Role(name="server", command=["python", "serve.py"], nodes=2)
 
 
 def ready(chain: Chain, **actions: object) -> ReadyChain:
@@ -138,13 +139,13 @@ def test_jobs_of_commands_and_links(tmp_path: Path) -> None:
         tmp_path,
         Step("train", FIRST, links=3),
         Step("python", Command(["python", "x.py"], inherit=["HF_TOKEN"], resources=SMALL), after=ok("train")),
-        Step("other", Command(["./x"], environment={"A": "1"}, resources=SMALL)),
+        Step("other", Command(["./x"], environment={"A": "1"}, roles=[SERVER], resources=SMALL)),
     )
     train, python, other = (step.job for step in ready(chain).steps)
     assert (train.links, train.requeue, train.name) == (3, False, "demo-train")
     assert python.command[1:] == ("x.py",) and python.inherit == ("HF_TOKEN",)
     assert other.command == ("./x",) and other.environment == {"A": "1"} and other.hang_timeout_s == 0
-    assert other.working_directory == tmp_path
+    assert other.working_directory == tmp_path and (other.roles, other.total_nodes) == ((SERVER,), 3)
 
 
 def test_flags_of_steps(tmp_path: Path) -> None:
