@@ -110,9 +110,8 @@ def make_plan(
         if expert_layout is not None or fp8_quantise:
             raise ConversionError("expert_layout and fp8_quantise are of Hugging Face folders that are written")
         return plan_to_mcore(model, torch_dtype=torch_dtype, accept_bin=accept_bin, adapters=adapters)
-    if mcore_model is None and model is not None and merge_lora:
-        return _merge_plan(model, adapters, torch_dtype, max_shard_size, expert_layout, fp8_quantise)
-    if mcore_model is None and model is not None and (torch_dtype or expert_layout or fp8_quantise or accept_bin):
+    anew = torch_dtype or expert_layout or fp8_quantise or accept_bin or adapters
+    if mcore_model is None and model is not None and anew:
         return plan_rewrite(
             model,
             torch_dtype=torch_dtype,
@@ -120,6 +119,7 @@ def make_plan(
             expert_layout=expert_layout,
             fp8_quantise=fp8_quantise,
             accept_bin=accept_bin,
+            adapters=adapters,
         )
     if mcore_model is None:
         raise ConversionError(
@@ -163,21 +163,6 @@ def _adapter_plan(
     if to_mcore:
         return plan_adapter_to_mcore(adapters[0], model)
     return plan_adapter_to_peft(adapters[0], model, peft_format=peft_format)
-
-
-def _merge_plan(
-    model: Path_,
-    adapters: Sequence[Path_],
-    torch_dtype: str | None,
-    max_shard_size: str | int,
-    expert_layout: ExpertLayout | None,
-    fp8_quantise: bool,
-) -> Plan:
-    from megabatch.converters.adapters.merge_hf import plan_merge
-
-    if expert_layout is not None or fp8_quantise:
-        raise ConversionError("expert_layout and fp8_quantise are of checkpoints in megatron-core's format")
-    return plan_merge(model, adapters, torch_dtype=torch_dtype, max_shard_size=max_shard_size)
 
 
 def is_there(output: Path_) -> bool:

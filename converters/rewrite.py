@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from megabatch.converters.adapters.merge import merged_adapters
 from megabatch.converters.bijection import invert
 from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.plan import Numbered, Plan, Strip, Tensor, uncollected
@@ -33,9 +34,11 @@ def plan_rewrite(
     expert_layout: ExpertLayout | None = None,
     fp8_quantise: bool = False,
     accept_bin: bool = False,
+    adapters: Sequence[str | os.PathLike[str]] = (),
 ) -> Plan:
     """Plans the folder; block-scaled FP8 is made plain, and experts are one by one unless `expert_layout` says fused.
 
+    `adapters` are merged into the weights.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
     form = HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
@@ -43,12 +46,12 @@ def plan_rewrite(
     try:
         if model.quantised is not None and fp8_quantise:
             raise ConversionError(f"{hf_folder}: fp8_quantise: its weights are in block-scaled FP8 already")
-        return _planned(model, Path(hf_folder), form)
+        return _planned(model, Path(hf_folder), form, adapters)
     finally:
         model.folder.close()
 
 
-def _planned(model: HfModel, folder: Path, form: HfForm) -> Plan:
+def _planned(model: HfModel, folder: Path, form: HfForm, adapters: Sequence[str | os.PathLike[str]]) -> Plan:
     numbered = Numbered()
     table = model.family.tensors(model.shape, experts=layout_of(model.family, model.shape, form))
     copies = {name: of for name, of in model.family.copies(model.shape).items() if name in model.ignored}
@@ -62,6 +65,7 @@ def _planned(model: HfModel, folder: Path, form: HfForm) -> Plan:
         numbered=numbered,
         reference=folder,
         form=form,
+        merged=merged_adapters(adapters, model.family, model.shape, numbered) if adapters else None,
         ignored={name: why for name, why in model.ignored.items() if name not in copies},
     )
 

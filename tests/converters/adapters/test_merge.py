@@ -75,7 +75,12 @@ def test_fused_experts_of_the_base_model(made: Get, tmp_path: Path) -> None:
     convert(to_mcore=True, model=one.base, output_dir=tmp_path / "mcore")
     convert(to_hf=True, mcore_model=tmp_path / "mcore", expert_layout="fused", output_dir=tmp_path / "fused")
     convert(
-        to_hf=True, model=tmp_path / "fused", adapters=[one.adapter], merge_lora=True, output_dir=tmp_path / "merged"
+        to_hf=True,
+        model=tmp_path / "fused",
+        adapters=[one.adapter],
+        merge_lora=True,
+        expert_layout="fused",
+        output_dir=tmp_path / "merged",
     )
     assert "model.layers.0.mlp.experts.gate_up_proj" in weights(tmp_path / "merged")
     assert (logits_of(tmp_path / "merged") - one.logits).abs().max() < LOGITS
@@ -224,8 +229,10 @@ def test_block_scaled_fp8_is_made_plain_before_the_sum(made: Get, tmp_path: Path
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     convert(to_hf=True, model=tmp_path / "plain", output_dir=tmp_path / "expected", **flags)
     check_equal(weights(tmp_path / "back"), weights(tmp_path / "expected"))
-    with pytest.raises(ConversionError, match="quantization_config"):
-        convert(to_hf=True, model=tmp_path / "fp8", output_dir=tmp_path / "hf", **flags)
+    convert(to_hf=True, model=tmp_path / "fp8", torch_dtype="float32", output_dir=tmp_path / "hf", **flags)
+    assert contents(tmp_path / "hf")["model.safetensors"] == contents(tmp_path / "back")["model.safetensors"]
+    with pytest.raises(ConversionError, match="fp8_quantise: merge the adapters first"):
+        convert(to_hf=True, model=one.base, fp8_quantise=True, output_dir=tmp_path / "no", **flags)
 
 
 def test_verification_makes_the_sums_again(made: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
