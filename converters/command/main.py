@@ -72,6 +72,10 @@ def check_flags(flags: Flags) -> None:
         raise ConversionError(f"{name} is about the Hugging Face folder that --to_hf writes")
     if flags.accept_bin and flags.mcore_model:
         raise ConversionError("--accept_bin is about weights that are read, and here those of --mcore_model are")
+    if flags.test_convert_precision and flags.fp8_quantise:
+        raise ConversionError("--test_convert_precision: weights in FP8 differ by more than it allows; leave one out")
+    if flags.test_convert_precision and flags.accept_bin:
+        raise ConversionError("--test_convert_precision reads safetensors: convert them first, --to_hf --accept_bin")
     if flags.test_convert_precision and flags.to_hf and not flags.mcore_model:
         raise ConversionError("--test_convert_precision compares both formats, and megatron-core's is not there")
     if flags.test_convert_dtype not in ("float32", "bfloat16"):

@@ -85,6 +85,16 @@ def test_all_faults_are_said_at_once() -> None:
         (["--to_hf", "--model", "m", "--output_dir", "o"], "--to_hf needs --mcore_model"),
         (["--to_mcore", "--model", "m"], "--output_dir is missing"),
         (["--model", "m", "--output_dir", "o"], "give --to_mcore or --to_hf"),
+        (["--to_mcore", "--model", "m", "--output_dir", "o", "--fp8_quantise"], "folder that --to_hf writes"),
+        (
+            ["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--expert_layout", "x"],
+            "must be per_expert or fused",
+        ),
+        (["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--accept_bin"], "those of --mcore_model are"),
+        (
+            ["--to_hf", "--model", "m", "--output_dir", "o", "--fp8_quantise", "--test_convert_precision"],
+            "in FP8 differ",
+        ),
         (["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--rank", "1"], "--rank and --world belong together"),
         (["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--rank", "2", "--world", "2"], "rank counts from 0"),
     ],
