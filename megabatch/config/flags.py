@@ -43,7 +43,8 @@ class Actions:
     keep_all: bool = False
     """Keeps points of a sweep that estimates alone speak against: memory, or groups of ranks that cross nodes."""
     gpu: str | None = None
-    """GPU that a sweep's memory and time are estimated for: A100, H100, H200, …; None means H100."""
+    """GPU that a sweep's memory and time are estimated for: A100, H100, H200, …; None means the cluster
+    profile's, or H100."""
     help: bool = False
     """Show all flags and exit."""
 

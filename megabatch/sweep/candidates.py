@@ -11,19 +11,18 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import unbuilt_fields
 from megabatch.config.run import save_folder
-from megabatch.entry.estimate import verdict_of
+from megabatch.entry.estimate import gpu_of, verdict_of
 from megabatch.entry.launch import Launch, job_of, prepare
 from megabatch.entry.model import FoundModel, find_model
 from megabatch.errors import ConfigError, Fault
 from megabatch.plan.estimate import Estimate
-from megabatch.plan.gpus import GPUS, Gpu, gpu_named
+from megabatch.plan.gpus import Gpu
 from megabatch.run_directory import RunDirectory
 from megabatch.sweep.declare import Sweep
 from megabatch.sweep.points import Point, points_of
 
 _SHAPES = ("model", "moe", "mla", "mtp", "bridge", "data", "tuner")
 """Groups of the recipe that a model's shape depends on."""
-_USUAL_GPU = "H100"
 _INPUTS = ("model", "data", "checkpoint", "bridge", "tuner", "rlhf", "gkd", "training")
 """Groups that name files which a run reads, or say how."""
 
@@ -86,7 +85,7 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
     variant_of = None if any(unbuilt_fields(recipe)) else recipe
     given = Path(actions.run_dir).expanduser() if actions.run_dir else save_folder(recipe).expanduser() / name
     models: dict[str, FoundModel] = {}
-    gpu = _gpu(actions.gpu) if recipe.resources.gpus_per_node else None
+    gpu = gpu_of(actions.gpu or base.profile.gpu) if recipe.resources.gpus_per_node else None
     return Candidates(
         name=name,
         folder=given.absolute(),
@@ -106,13 +105,6 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
         gpu=gpu,
         parameters=tuple(dict.fromkeys(name for point in points for name in point.values)),
     )
-
-
-def _gpu(name: str | None) -> Gpu:
-    found = gpu_named(name or _USUAL_GPU)
-    if found is None:
-        raise ConfigError([Fault("--gpu", name, "is not known", try_=tuple(GPUS))])
-    return found
 
 
 def _launch(point: Point, base: Launch, folder: Path, models: dict[str, FoundModel]) -> Launch:
