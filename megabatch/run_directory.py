@@ -31,6 +31,10 @@ class ExitCode(enum.IntEnum):
         return code in (ExitCode.CRASHED, ExitCode.HUNG) or code > 128
 
 
+FIRST_NODE_SILENT = 111
+"""Exit status of a node's preflight that the first node never answered."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
     """Names inside one run's directory; nothing here touches the disk."""

@@ -46,6 +46,8 @@ class JobSpec:
     """Memory per node in GiB; 0 asks for all of it, None for the partition's default."""
     preflight: Preflight = "none"
     """What a short step asks of each node before the ranks start."""
+    preflight_answer_s: float = 60
+    """How long a node may take for its report: torch's import and the devices' first use."""
     max_bad_nodes: int = 2
     """How many nodes the job may leave out, over all its starts, because that step found them bad."""
     time: str | None = None

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megabatch.run_directory import ExitCode
+from megabatch.run_directory import FIRST_NODE_SILENT, ExitCode
 from megabatch.slurm.container import inside, srun_flags
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.roles import allocation
 
-_WAIT_S = 30
-"""How long srun waits for the other nodes once the first one is done."""
+_LIMIT_S = 320
+"""Nodes end themselves before: only one that the kernel holds is still there then."""
 
 
 def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
@@ -26,6 +26,7 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
         return []
     words = " ".join(map(shell, _step(job, profile)))
     return [
+        *_LEAVE_OUT,
         'preflight="$MEGABATCH_RUN/logs/preflight.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART" verdict= bad=',
         "export MEGABATCH_NODES=\"${nodes//$'\\n'/ }\"",
         'if [ -z "$stop" ]; then',
@@ -39,11 +40,12 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
         "    done",
         '    if [ -r "$preflight" ]; then read -r verdict bad <"$preflight" || true; fi',
         '    rm -f -- "$preflight"',
-        '    if [ -z "$verdict" ] && [ -z "$stop" ]; then',
+        f'    if [ -z "$verdict" ] && [ -z "$stop" ] && [ "$status" -eq {FIRST_NODE_SILENT} ]; then',
+        f"        blame_first_node {job.max_bad_nodes}",
+        '    elif [ -z "$verdict" ] && [ -z "$stop" ]; then',
         '        echo "megabatch: preflight ended with exit code $status and no verdict: going on without it" >&2',
         "    fi",
         "fi",
-        *_LEAVE_OUT,
         f'if [ "$verdict" = exclude ] && [ -z "$stop" ]; then {"leave_out" if job.requeue else "verdict=fail"}; fi',
         'if [ "$verdict" = fail ] && [ -z "$stop" ]; then',
         '    echo "megabatch: preflight: not started on $bad; leave bad nodes out with \\`exclude\\` in the cluster'
@@ -61,12 +63,13 @@ def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
         "ranks": job.tasks_per_node,
         "local_cache": profile.local_cache,
         "max_bad_nodes": job.max_bad_nodes,
+        "answer_s": job.preflight_answer_s,
     }
     arguments = ("-P", "-m", "megabatch.trainer.preflight", str(job.run_directory))
     words = (*arguments, *(f"--{name}={value}" for name, value in options.items()))
     step = replace(job, arguments=words, program=None)
     nodes = job.total_nodes
-    one_each = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--wait={_WAIT_S}"]
+    one_each = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--wait={_LIMIT_S}"]
     return ["srun", *one_each, *srun_flags(job, profile), *profile.srun, *inside(step, profile)]
 
 
@@ -74,6 +77,20 @@ _LEAVE_OUT = """\
 record_preflight() {
     printf '{"job_id": "%s", "restart": %d, "exit_code": %d, "time": %d, "reason": "preflight: %s"}\\n' \\
         "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$1" "$EPOCHSECONDS" "$bad" >>"$MEGABATCH_RUN/jobs.jsonl" || true
+}
+blame_first_node() {
+    # the others live and it never answered them: it can judge nobody, itself least of all
+    local before excluded=true
+    before=$(grep -c '"job_id": "'"$MEGABATCH_JOB_ID"'".*"excluded": true' -- "$MEGABATCH_RUN/bad_nodes.jsonl" \\
+        2>/dev/null) || true
+    bad=${nodes%%$'\n'*} verdict=exclude
+    if [ "${before:-0}" -ge "$1" ]; then verdict=fail excluded=false; fi
+    echo "megabatch: preflight: $bad: answer: none (the first node answers the others)"
+    {
+        printf '{"time": %d, "job_id": "%s", "restart": %d, ' "$EPOCHSECONDS" "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART"
+        printf '"node": "%s", "check": "answer", "value": "none", "rule": "the first node answers the others", ' "$bad"
+        printf '"excluded": %s}\\n' "$excluded"
+    } >>"$MEGABATCH_RUN/bad_nodes.jsonl"
 }
 leave_out() {
     local known excluded left=0 node

@@ -116,6 +116,30 @@ def test_a_job_that_could_not_run_without_the_bad_node_fails(submit_payload: Sub
     assert bad_nodes(job)[0]["value"] == "1 GPUs"
 
 
+def test_a_first_node_that_cannot_even_start_is_left_out(submit_payload: Submit, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    fails = '[[ "$*" = *preflight* && "$SLURMD_NODENAME" = n1 ]] && exit 3'
+    broken.write_text(f'#!/bin/bash\n{fails}\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    profile = ClusterProfile(sbatch={"exclusive": True})
+    job = submit_payload(profile=profile, python=str(broken), nodes=3, preflight="light", preflight_answer_s=1)
+    assert job.wait().state is State.COMPLETED, job.batch_log()
+    [bad] = bad_nodes(job)
+    assert (bad["node"], bad["check"], bad["excluded"]) == ("n1", "answer", True)
+    assert {job.said(rank, 1)[0]["environment"]["SLURMD_NODENAME"] for rank in range(3)} == {"n2", "n3", "n4"}
+
+
+def test_a_node_that_does_not_report_is_left_out(submit_payload: Submit, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    fails = '[[ "$*" = *preflight* && "$SLURMD_NODENAME" = n2 ]] && exit 3'
+    broken.write_text(f'#!/bin/bash\n{fails}\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    profile = ClusterProfile(sbatch={"exclusive": True})
+    job = submit_payload(profile=profile, python=str(broken), nodes=3, preflight="light", preflight_answer_s=1)
+    assert job.wait().state is State.COMPLETED, job.batch_log()
+    assert [(bad["node"], bad["check"], bad["excluded"]) for bad in bad_nodes(job)] == [("n2", "answer", True)]
+
+
 def test_a_request_to_stop_during_the_preflight_is_not_lost(submit_payload: Submit, tmp_path: Path) -> None:
     slow = tmp_path / "slow"
     slow.write_text(f'#!/bin/bash\ntouch {tmp_path}/begun\nsleep 2\nexec {sys.executable} "$@"\n')

@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.errors import LaunchError
-from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.run_directory import FIRST_NODE_SILENT, RunDirectory, write_atomic
 from megabatch.trainer.preflight import node, speed
 from megabatch.trainer.preflight.exchange import Place, Values, gather
 from megabatch.trainer.preflight.judge import CPU_BOUNDS, GPU_BOUNDS, Verdict, bad_nodes, verdict
 from megabatch.trainer.preflight.node import Bad
 
-_ANSWER_S = 60
-"""For torch's import and the devices' first use on the slowest node."""
 _LIMIT_S = 300
 """A process that hangs for longer is ended wherever it hangs."""
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 once this node's part is done, whatever the verdict."""
+    """Exit code: 0 once this node's part is done, whatever the verdict; FIRST_NODE_SILENT without one."""
     options = _parse(arguments)
     faulthandler.dump_traceback_later(_LIMIT_S, exit=True)
     environment = os.environ
@@ -49,7 +47,7 @@ def main(arguments: list[str]) -> int:
         asyncio.run(_examine(options, place, name))
     except (OSError, TimeoutError, ValueError) as error:
         print(f"megabatch: preflight on {name}: the first node does not answer: {error!r}", file=sys.stderr)
-        return 1
+        return FIRST_NODE_SILENT
     return 0
 
 
@@ -61,7 +59,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, required=True, help="ranks of the run on each node")
     parser.add_argument("--local_cache", type=Path, required=True)
     parser.add_argument("--max_bad_nodes", type=int, required=True)
-    parser.add_argument("--answer_s", type=float, default=_ANSWER_S)
+    parser.add_argument("--answer_s", type=float, required=True, help="how long a node may take")
     return parser.parse_args(arguments)
 
 
