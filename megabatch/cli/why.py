@@ -9,6 +9,9 @@ from megabatch.cli.runs import one_run
 from megabatch.insight.diagnosis import Diagnosis, diagnose
 from megabatch.insight.masking import Masker
 
+LONGEST = 300
+"""Characters of a shown line of a log."""
+
 
 def show_why(path: Path, *, restart: int | None, as_json: bool) -> int:
     """Prints a diagnosis; secrets in log lines are masked. Raises: LaunchError when there is no such run or start."""
@@ -34,16 +37,17 @@ def text(found: Diagnosis) -> str:
         place = f" on {found.node}" if found.node else ""
         code = "" if found.exit_code is None else f", exit code {found.exit_code}"
         lines.append(f"first: rank {found.rank}{place}{code}")
-    elif found.exit_code is not None:
-        lines.append(f"exit code: {found.exit_code}")
+    else:
+        lines += [f"node: {found.node}"] if found.node else []
+        lines += [] if found.exit_code is None else [f"exit code: {found.exit_code}"]
     if found.evidence:
         place = "" if found.log is None or found.line is None else f"   ({found.log.name}:{found.line})"
-        lines.append(f"said: {found.evidence[:300]}{place}")
+        lines.append(f"said: {found.evidence[:LONGEST]}{place}")
     lines.append(f"fix: {cause.fix}")
     if found.followers:
         lines.append(f"taken along, with no cause in their logs: {_ranks(found.followers)}")
     if found.last_lines:
-        lines += ["", f"last lines of {found.log}:", *(f"    {line}" for line in found.last_lines)]
+        lines += ["", f"last lines of {found.log}:", *(f"    {line[:LONGEST]}" for line in found.last_lines)]
     return "\n".join(lines)
 
 

@@ -36,6 +36,7 @@ _BY_STATE = {
 }
 _BY_LAUNCHER = {"hardware", "oom_host", "hung", "time_limit", "node_failure", "preemption"}
 """What Slurm or the batch script knows better than an exception in a rank's log."""
+_NODE = re.compile(r"Node failure on ([\w.-]+)|\*\*\* \w+ \S+ ON ([\w.-]+) CANCELLED .* DUE TO NODE FAILURE")
 _HANGING = re.compile(r"megabatch: the run hangs; rank (\d+)")
 
 
@@ -126,7 +127,8 @@ def _without_start(base: Diagnosis, found: RunStatus) -> Diagnosis:
     finding = foremost(findings(_batch_logs(base)))
     cause = finding.cause if finding and name == "unknown" else DEATHS[name]
     reason = found.reason or f"Slurm's state is {found.state}"
-    return _with_log(replace(base, cause=cause, exit_code=found.exit_code, evidence=reason), finding)
+    result = replace(base, cause=cause, exit_code=found.exit_code or None, evidence=reason)
+    return _with_node(_with_log(result, finding))
 
 
 def _of_start(base: Diagnosis, found: RunStatus, stay: Stay, *, newest: bool) -> Diagnosis:
@@ -190,7 +192,8 @@ def _completed(
     """With the node of the blamed rank, its exit code where it is known, and the end of its log."""
     rank = result.rank
     own = mark is not None and rank == mark.rank
-    node = mark.node if mark is not None and own else _node_of(rank, run, nodes)
+    result = _with_node(result)
+    node = mark.node if mark is not None and own else _node_of(rank, run, nodes) or result.node
     log = logs.get(rank) if rank is not None and rank in logs else result.log
     if log is None and logs:
         log = logs[min(logs)]
@@ -214,6 +217,12 @@ def _ranks_per_node(run: RunDirectory) -> int:
     with contextlib.suppress(KeyError, TypeError, ValueError):
         return int(config["layout"]["world_size"]) // int(config["recipe"]["resources"]["nodes"])
     return 0
+
+
+def _with_node(result: Diagnosis) -> Diagnosis:
+    """With the node that Slurm names as failed."""
+    failed = _NODE.search(result.evidence)
+    return replace(result, node=failed[1] or failed[2]) if failed else result
 
 
 def _with_log(result: Diagnosis, finding: Finding | None) -> Diagnosis:

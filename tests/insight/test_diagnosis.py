@@ -116,6 +116,16 @@ def test_earlier_starts_by_number_and_by_themselves(run: MadeRun) -> None:
         diagnose(run.files.path, restart=9)
 
 
+def test_a_failed_node_is_named(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run.files.logs.joinpath("batch.7.log").write_text("srun: error: Node failure on n2\n")
+    run.log(0, PEER)
+    found = diagnose(run.files.path)
+    assert found.cause is not None
+    assert (found.cause.name, found.rank, found.node) == ("node_failure", None, "n2")
+    assert main(["why", str(run.files.path)]) == 0
+    assert "\nnode: n2\n" in capsys.readouterr().out
+
+
 def test_nothing_failed(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
     run.ended(0, 0, 1100)
     assert diagnose(run.files.path).cause is None
