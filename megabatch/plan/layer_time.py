@@ -19,7 +19,7 @@ from megabatch.plan.shape import ModelShape
 from megabatch.plan.weights import Kind, Weight
 
 MATMUL_EFFICIENCY = 0.7
-"""Part of the peak that large matrix products reach. Calibrated (docs/planning.md), as are the next two."""
+"""Part of the peak that large matrix products reach. Calibrated (docs/planning.md)."""
 GROUPED_EFFICIENCY = 0.5
 """The same for grouped products of a rank's experts."""
 ATTENTION_EFFICIENCY = 0.5
