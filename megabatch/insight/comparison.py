@@ -61,7 +61,10 @@ def compare(a: Path, b: Path) -> Comparison:
     exports = [_exports(script) for script in scripts]
     snapshots = [_snapshot(exported.get(_SNAPSHOT)) for exported in exports]
     derived = [{name: config.get(name) for name in ("shape", "layout")} for config in configs]
-    kept = [{k: v for k, v in exported.items() if k not in _OF_THE_RUN} for exported in exports]
+    kept = [
+        _placeless({k: v for k, v in exported.items() if k not in _OF_THE_RUN}, run)
+        for exported, run in zip(exports, (a, b), strict=True)
+    ]
     environment = [
         exported | {f"provenance.{name}": value for name, value in _provenance(config).items()}
         for exported, config in zip(kept, configs, strict=True)
@@ -124,7 +127,7 @@ def _script(run: Path) -> list[str]:
         text = RunDirectory(run).script.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return text.replace(str(run.absolute()), "RUN").splitlines()
+    return text.splitlines()
 
 
 def _exports(script: list[str]) -> dict[str, str]:
@@ -169,7 +172,12 @@ def _code(before: Path | None, after: Path | None, *, local: list[bool]) -> tupl
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    """By name; what Python compiled there is left out."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 def _text(path: Path) -> list[str]:
@@ -180,8 +188,8 @@ def _script_diff(before: list[str], after: list[str], *, a: Path, b: Path) -> It
     """Without exports, which are compared by name, and the comments above them."""
     if before and after:
         old, new = (
-            [line for line in script if not _EXPORT.match(line) and not line.startswith("# ")]
-            for script in (before, after)
+            [_placeless(line, run) for line in script if not _EXPORT.match(line) and not line.startswith("# ")]
+            for script, run in ((before, a), (after, b))
         )
         names = str(RunDirectory(a).script), str(RunDirectory(b).script)
         yield from difflib.unified_diff(old, new, names[0], names[1], lineterm="", n=1)

@@ -20,8 +20,10 @@ def made(
     recipe = {"name": "a", "learning_rate": {"lr": lr}, "parallel": {"tensor_model_parallel_size": tp}}
     config = {"run_dir": str(folder), "recipe": recipe, "layout": {"tp": tp}, "provenance": {"created": folder.name}}
     run.run_json.write_text(json.dumps(config))
-    snapshot = folder.parent / f"snapshot{hash(code) % 1000}"
-    (snapshot / "megabatch").mkdir(parents=True, exist_ok=True)
+    # with --run_dir the snapshot lies in the run's own folder, and Python compiles it there
+    snapshot = folder / "code" / "0123"
+    (snapshot / "megabatch" / "__pycache__").mkdir(parents=True)
+    (snapshot / "megabatch" / "__pycache__" / "one.pyc").write_text(folder.name)
     (snapshot / "megabatch" / "one.py").write_text(code)
     (snapshot / "megabatch" / "two.py").write_text("y = 2\n")
     run.jobs.write_text('{"job_id": "7", "time": 1, "cluster": null}\n')
