@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
             environment["MASTER_ADDR"],
             int(environment["MASTER_PORT"]),
             int(environment["SLURM_PROCID"]),
-            int(environment["SLURM_NTASKS"]),
+            tuple(range(int(environment["SLURM_NTASKS"]))),
         )
         name = environment["SLURMD_NODENAME"]
     except KeyError as error:
@@ -87,7 +87,7 @@ async def _examine(options: argparse.Namespace, place: Place, name: str) -> None
     if place.index in invitation["members"]:
         store = store or speed.open_store(place.address, invitation["port"], leads=False)
         links = await asyncio.to_thread(speed.links, store, place.index, invitation["members"], gpus=options.gpus)
-    await gather(replace(place, count=len(invitation["members"])), links, judge, timeout_s=options.answer_s)
+    await gather(replace(place, members=tuple(invitation["members"])), links, judge, timeout_s=options.answer_s)
 
 
 def _report(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -105,11 +105,11 @@ def _decide(
     """Writes what was measured, the record of bad nodes, and last the verdict."""
     run = RunDirectory(options.run_directory)
     bounds = GPU_BOUNDS if options.gpus else CPU_BOUNDS
-    bad = bad_nodes(reports, links, count=place.count, bounds=bounds)
-    names = {index: _name(reports, index) for index in range(place.count)}
+    bad = bad_nodes(reports, links, count=len(place.members), bounds=bounds)
+    names = {index: _name(reports, index) for index in range(len(place.members))}
     decided = verdict(
         len(bad),
-        count=place.count,
+        count=len(place.members),
         excluded_before=len(_excluded_before(run)),
         max_bad_nodes=options.max_bad_nodes,
     )

@@ -24,7 +24,8 @@ class Place:
     address: str
     port: int
     index: int
-    count: int
+    members: tuple[int, ...]
+    """Nodes that are expected, 0 among them."""
 
 
 Values = dict[int, Any]
@@ -37,7 +38,7 @@ async def gather(place: Place, value: Any, answer: Callable[[Values], Any], *, t
     Each value arrives with `clock_s`, how far that node's clock is ahead of node 0's, when it is a dict.
     Raises: TimeoutError or OSError when node 0 is not reached.
     """
-    if place.count == 1:
+    if len(place.members) == 1:
         return answer({0: value})
     if place.index == 0:
         return await _lead(place, value, answer, timeout_s=timeout_s)
@@ -58,9 +59,9 @@ async def _lead(place: Place, value: Any, answer: Callable[[Values], Any], *, ti
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a stranger on this port
             writer.write(f"{time.time()}\n".encode())
             index, theirs = json.loads(await reader.readline())
-            if 0 < index < place.count:
+            if index in place.members[1:]:
                 values[index] = theirs
-            if len(values) == place.count:
+            if len(values) == len(place.members):
                 complete.set()
             writer.write(json.dumps(await asyncio.shield(decided)).encode() + b"\n")
             await writer.drain()
