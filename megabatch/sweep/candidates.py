@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from megabatch.errors import ConfigError, Fault
 from megabatch.plan.estimate import Estimate
 from megabatch.plan.gpus import Gpu
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.profile import ClusterProfile
 from megabatch.sweep.declare import Sweep
 from megabatch.sweep.points import Point, points_of
 
 _SHAPES = ("model", "moe", "mla", "mtp", "bridge", "data", "tuner")
 """Groups of the recipe that a model's shape depends on."""
+_CACHE = "MEGABATCH_CACHE"
 _INPUTS = ("model", "data", "checkpoint", "bridge", "tuner", "rlhf", "gkd", "training")
 """Groups that name files which a run reads, or say how."""
 
@@ -110,6 +113,7 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
 def _launch(point: Point, base: Launch, folder: Path, models: dict[str, FoundModel]) -> Launch:
     """What `prepare` would decide; what points have in common is found once."""
     recipe, directory = point.recipe, RunDirectory(folder)
+    job = job_of(recipe, directory, snapshot=base.job.snapshot)
     key = repr([point.values.get(name) for name in point.values if name.partition(".")[0] in _SHAPES])
     if key not in models:
         models[key] = find_model(recipe, shared_cache=base.profile.shared_cache)
@@ -119,8 +123,14 @@ def _launch(point: Point, base: Launch, folder: Path, models: dict[str, FoundMod
         model=models[key],
         layout=layout_of(recipe, models[key].shape),
         directory=directory,
-        job=job_of(recipe, directory, snapshot=base.job.snapshot),
+        job=replace(job, environment={**job.environment, **_shared_tokens(folder.parent, base.profile)}),
     )
+
+
+def _shared_tokens(folder: Path, profile: ClusterProfile) -> dict[str, str]:
+    """Has runs of one sweep tokenise a dataset once, where nothing else says where tokens are kept."""
+    said = profile.shared_cache or _CACHE in profile.environment or _CACHE in os.environ
+    return {} if said else {_CACHE: str(folder / "cache")}
 
 
 def _judged(

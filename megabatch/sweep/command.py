@@ -75,7 +75,6 @@ def _submit(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, st
         print("nothing is missing or failed: nothing was submitted")
         return ExitCode.DONE
     ids = submit_arrays(found, arrays, arguments)
-    describe(found)
     for array, job_id in zip(arrays, ids, strict=True):
         print(f"submitted job array {job_id}: {len(array.jobs)} runs, from {array.folder}")
     _tell_left(left)

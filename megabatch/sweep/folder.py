@@ -51,6 +51,9 @@ class Written:
 
         Args: `also` are folders that go too where the folder that they lie in was made with the runs.
         """
+        if also:
+            for folder in self.folders:
+                (folder / SWEEP_JSON).unlink(missing_ok=True)
         for directory in self.runs:
             if not directory.jobs.exists():
                 shutil.rmtree(directory.path, ignore_errors=True)

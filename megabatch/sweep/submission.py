@@ -14,7 +14,7 @@ from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
 from megabatch.slurm.state import status
 from megabatch.sweep.candidates import Candidate, Candidates
-from megabatch.sweep.folder import array_folders, write_runs
+from megabatch.sweep.folder import array_folders, describe, write_runs
 
 
 def left_alone(found: Candidates) -> dict[str, str]:
@@ -57,6 +57,7 @@ def submit_arrays(found: Candidates, arrays: Sequence[JobArray], arguments: Sequ
     written = write_runs(launches, scripts, sweep_provenance(found, arguments))
     ids: list[str] = []
     try:
+        describe(found)
         take_snapshot(found.base.code, recipe=found.base.recipe_file)
         for array in arrays:
             with _folder_of(array):

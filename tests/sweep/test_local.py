@@ -18,7 +18,7 @@ def _run(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(RECIPES / "sft_ablations.py"), *flags, *data, *more],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MEGABATCH_CACHE": str(tmp_path / "cache")},
+        env={k: v for k, v in os.environ.items() if k != "MEGABATCH_CACHE"} | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=180,
@@ -34,6 +34,8 @@ def test_two_runs_side_by_side_then_nothing_to_do_then_a_failure(tmp_path: Path)
         files = RunDirectory(tmp_path / "sweep" / name)
         assert f"{name}: started" in done.stdout and f"{name}: done" in done.stdout
         assert files.rank_log(0, 0).exists() and files.step(2).is_dir()
+        assert not (files.path / "cache").exists()
+    assert any((tmp_path / "sweep" / "cache").iterdir())
     table = done.stdout.splitlines()[-3:]
     assert table[0].split()[:4] == ["run", "lr", "seed", "tokens/s"] and "eval_loss" in table[0]
     assert sorted(line.split()[0] for line in table[1:]) == names
