@@ -17,6 +17,7 @@ from megabatch.plan.gpus import GPUS, gpu_named
 from megabatch.plan.known_models import KNOWN_MODELS
 from megabatch.plan.layout import layout
 from megabatch.plan.memory import in_flight
+from megabatch.plan.model_size import num_parameters
 from megabatch.plan.rank_size import rank_sizes
 from megabatch.plan.settings import Lora, Settings
 from megabatch.plan.shape import ModelShape
@@ -25,6 +26,7 @@ from megabatch.plan.stages import chunks_of_counts, even_counts
 sys.path.insert(0, str(Path(__file__).parent))
 
 from recipes_measured import MEASURED
+from small_models import shape_of
 
 A800 = GPUS["A800"]
 DENSE, MOE = "Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B"
@@ -137,6 +139,17 @@ def test_adapters_are_cut_where_their_weights_are() -> None:
     lora = Lora(rank=8, targets=("linear_qkv", "linear_fc2"))
     size = rank_sizes(shape, _settings(shape, world=2, tp=2, lora=lora))[0]
     assert size.dense == 8 * ((4096 + 6144 // 2) + (12288 // 2 + 4096)) * 36
+
+
+@pytest.mark.parametrize("pp", [1, 3])
+def test_stages_hold_the_model_and_layers_that_predict_further_tokens_a_copy_of_the_embedding(pp: int) -> None:
+    """Three layers, one more behind them, all with experts but the first; biases of routers are buffers."""
+    shape = shape_of("deepseek-v3")
+    settings = _settings(shape, world=pp, pp=pp, mtp_layers=1)
+    last = replace(settings.chunks[-1], mtp_layers=1)
+    sizes = rank_sizes(shape, replace(settings, chunks=(*settings.chunks[:-1], last)))
+    copies = 60 * 24 if pp > 1 else 0
+    assert sum(size.parameters for size in sizes) == num_parameters(shape) - 3 * 4 + copies
 
 
 def test_operations_are_those_of_the_whole_step() -> None:
