@@ -16,7 +16,6 @@ LOST_PEER = (
     "Connection reset by peer",
     "Broken pipe",
     "Socket closed",
-    "Connection refused",
     "remote process exited",
     "NCCL communicator was aborted",
     "failed to recv",
