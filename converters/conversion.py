@@ -101,7 +101,7 @@ def make_plan(
         raise ConversionError("merge_lora needs adapters, the folders to merge")
     if adapters and not merge_lora:
         form = (torch_dtype, expert_layout, fp8_quantise or None, mcore_model)
-        return _adapter_plan(adapters, model, peft_format, to_mcore=to_mcore, form=form)
+        return _adapter_plan(adapters, model, peft_format, to_mcore=to_mcore, form=form, accept_bin=accept_bin)
     if peft_format is not None:
         raise ConversionError("peft_format is of adapters that are converted, not merged")
     if to_mcore:
@@ -126,7 +126,7 @@ def make_plan(
             "to_hf needs mcore_model, the checkpoint to convert; or, to write model anew, one of torch_dtype, "
             "expert_layout, fp8_quantise and accept_bin"
         )
-    if accept_bin:
+    if accept_bin and not adapters:
         raise ConversionError("accept_bin is about weights that are read, and here those of mcore_model are")
     return plan_to_hf(
         mcore_model,
@@ -136,6 +136,7 @@ def make_plan(
         expert_layout=expert_layout,
         fp8_quantise=fp8_quantise,
         adapters=adapters,
+        accept_bin=accept_bin,
     )
 
 
@@ -146,6 +147,7 @@ def _adapter_plan(
     *,
     to_mcore: bool,
     form: Sequence[object],
+    accept_bin: bool,
 ) -> Plan:
     """An adapter converted alone; `form` is what only weights of a model can be given."""
     from megabatch.converters.adapters.to_mcore import plan_adapter_to_mcore
@@ -161,8 +163,8 @@ def _adapter_plan(
     if to_mcore and peft_format is not None:
         raise ConversionError("peft_format is of adapters in PEFT's format, which to_hf writes")
     if to_mcore:
-        return plan_adapter_to_mcore(adapters[0], model)
-    return plan_adapter_to_peft(adapters[0], model, peft_format=peft_format)
+        return plan_adapter_to_mcore(adapters[0], model, accept_bin=accept_bin)
+    return plan_adapter_to_peft(adapters[0], model, peft_format=peft_format, accept_bin=accept_bin)
 
 
 def is_there(output: Path_) -> bool:

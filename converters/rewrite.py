@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megabatch.converters.adapters.merge import merged_adapters
+from megabatch.converters.adapters.merge import Merged, merged_adapters
 from megabatch.converters.bijection import invert
 from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.plan import Numbered, Plan, Strip, Tensor, uncollected
@@ -46,13 +46,14 @@ def plan_rewrite(
     try:
         if model.quantised is not None and fp8_quantise:
             raise ConversionError(f"{hf_folder}: fp8_quantise: its weights are in block-scaled FP8 already")
-        return _planned(model, Path(hf_folder), form, adapters)
+        numbered = Numbered()
+        merged = merged_adapters(adapters, model.family, model.shape, numbered, accept_bin=accept_bin)
+        return _planned(model, Path(hf_folder), form, numbered, merged)
     finally:
         model.folder.close()
 
 
-def _planned(model: HfModel, folder: Path, form: HfForm, adapters: Sequence[str | os.PathLike[str]]) -> Plan:
-    numbered = Numbered()
+def _planned(model: HfModel, folder: Path, form: HfForm, numbered: Numbered, merged: Merged | None) -> Plan:
     table = model.family.tensors(model.shape, experts=layout_of(model.family, model.shape, form))
     copies = {name: of for name, of in model.family.copies(model.shape).items() if name in model.ignored}
     return plan_folder(
@@ -65,7 +66,7 @@ def _planned(model: HfModel, folder: Path, form: HfForm, adapters: Sequence[str 
         numbered=numbered,
         reference=folder,
         form=form,
-        merged=merged_adapters(adapters, model.family, model.shape, numbered) if adapters else None,
+        merged=merged,
         ignored={name: why for name, why in model.ignored.items() if name not in copies},
     )
 

@@ -55,13 +55,15 @@ def plan_to_hf(
     expert_layout: ExpertLayout | None = None,
     fp8_quantise: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
+    accept_bin: bool = False,
 ) -> Plan:
     """Plans a Hugging Face folder from a checkpoint; optimizer state in it is left aside.
 
     `mcore`: whatever `find_checkpoint` understands. `hf_reference`: the folder that config, tokenizer and the like
     come from, whose weights are not read; None looks for a config.json beside the checkpoint.
     `torch_dtype` casts every weight but those whose dtype megatron-core prescribes, and those that `fp8_quantise`
-    makes block-scaled FP8, of the numbers that the checkpoint has. `adapters` are merged into the weights.
+    makes block-scaled FP8, of the numbers that the checkpoint has. `adapters` are merged into the weights;
+    `accept_bin` is about theirs.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
     folder = find_checkpoint(mcore)
@@ -69,7 +71,7 @@ def plan_to_hf(
     source = TorchDistFolder(folder)
     try:
         form = HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
-        return _planned(source, reference, form, adapters)
+        return _planned(source, reference, form, adapters, accept_bin=accept_bin)
     finally:
         source.close()
 
@@ -88,7 +90,12 @@ def find_reference(given: Path, checkpoint: Path) -> Path:
 
 
 def _planned(
-    source: TorchDistFolder, reference: Path, form: HfForm, adapters: Sequence[str | os.PathLike[str]]
+    source: TorchDistFolder,
+    reference: Path,
+    form: HfForm,
+    adapters: Sequence[str | os.PathLike[str]],
+    *,
+    accept_bin: bool,
 ) -> Plan:
     config = read_config(reference)
     config.pop("quantization_config", None)
@@ -97,7 +104,7 @@ def _planned(
     shape = family.present(family.shape(config), source.entries, mtp="mtp.")
     table, numbered = family.tensors(shape, experts=layout_of(family, shape, form)), Numbered()
     parts = _gathered(source, locate(source, table, shape), numbered, form.dtype)
-    merged = merged_adapters(adapters, family, shape, numbered) if adapters else None
+    merged = merged_adapters(adapters, family, shape, numbered, accept_bin=accept_bin)
     return plan_folder(
         "to_hf",
         source.path,

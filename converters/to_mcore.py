@@ -64,7 +64,7 @@ def plan_to_mcore(
     model = open_hf_model(hf_folder, accept_quantised=True, accept_bin=accept_bin)
     try:
         numbered = Numbered()
-        merged = merged_adapters(adapters, model.family, model.shape, numbered) if adapters else None
+        merged = merged_adapters(adapters, model.family, model.shape, numbered, accept_bin=accept_bin)
         return _planned(model, Path(hf_folder), read_dtype(torch_dtype), files, bare, numbered, merged)
     finally:
         model.folder.close()

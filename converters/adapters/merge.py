@@ -22,11 +22,21 @@ UNTIED = {"tie_word_embeddings": False}
 
 
 def merged_adapters(
-    adapters: Sequence[str | os.PathLike[str]], family: Family, shape: ModelShape, numbered: Numbered
-) -> Merged:
-    """Opens adapters of either format for merging. Raises: ConversionError for what does not fit the model."""
+    adapters: Sequence[str | os.PathLike[str]],
+    family: Family,
+    shape: ModelShape,
+    numbered: Numbered,
+    *,
+    accept_bin: bool = False,
+) -> Merged | None:
+    """Opens adapters of either format for merging; None where there are none.
+
+    Raises: ConversionError for what does not fit the model.
+    """
+    if not adapters:
+        return None
     tables = Tables(family, shape)
-    return Merged(open_adapters(adapters, tables, numbered), tables, numbered.files)
+    return Merged(open_adapters(adapters, tables, numbered, accept_bin=accept_bin), tables, numbered.files)
 
 
 class Merged:

@@ -18,10 +18,14 @@ from megabatch.errors import ConversionError
 Path_ = str | os.PathLike[str]
 
 
-def open_adapters(paths: Sequence[Path_], tables: Tables, numbered: Numbered) -> list[Adapter]:
+def open_adapters(
+    paths: Sequence[Path_], tables: Tables, numbered: Numbered, *, accept_bin: bool = False
+) -> list[Adapter]:
     """One after the other. Raises: ConversionError for whatever does not fit the base model."""
     return [
-        open_peft(path, tables, numbered) if is_peft(path) else open_mcore(path, tables, numbered)
+        open_peft(path, tables, numbered, accept_bin=accept_bin)
+        if is_peft(path)
+        else open_mcore(path, tables, numbered)
         for path in map(_existing, paths)
     ]
 

@@ -13,6 +13,7 @@ from megabatch.converters.bijection import FLOATS
 from megabatch.converters.engine.plan import Matrix, Numbered, Strip
 from megabatch.converters.mapping import elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, read_header
+from megabatch.converters.torch_bin import read_bin
 from megabatch.errors import ConversionError
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -23,19 +24,24 @@ def is_peft(folder: Path) -> bool:
     return (folder / WEIGHTS).exists() or (folder / PICKLED).exists()
 
 
-def open_peft(folder: Path, tables: Tables, numbered: Numbered) -> Adapter:
+def open_peft(folder: Path, tables: Tables, numbered: Numbered, *, accept_bin: bool = False) -> Adapter:
     """Opens an adapter and proves that each of its tensors belongs to the base model.
 
+    `accept_bin` reads adapter_model.bin where there is nothing else, as data.
     Raises: ConversionError naming what does not.
     """
     weights = folder / WEIGHTS
-    if not weights.exists() and (folder / PICKLED).exists():
+    if weights.exists():
+        extents = read_header(weights)
+    elif accept_bin:
+        weights = folder / PICKLED
+        extents = read_bin(weights)
+    else:
         raise ConversionError(
-            f"{folder / PICKLED}: is pickled, which can run code on loading, and refused; load it with peft "
-            "(torch.load with weights_only) and save it with save_pretrained, which writes safetensors"
+            f"{folder / PICKLED}: is pickled, which can run code on loading, and refused unless asked for; "
+            "--accept_bin reads it as data"
         )
-    config = read_config(folder / NAME)
-    return _Reader(weights, read_header(weights), config, tables, numbered).read()
+    return _Reader(weights, extents, read_config(folder / NAME), tables, numbered).read()
 
 
 class _Reader:

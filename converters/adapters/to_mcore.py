@@ -41,14 +41,16 @@ def tables_of(base: Path_) -> Tables:
 
 
 @uncollected()
-def plan_adapter_to_mcore(adapter: Path_, base: Path_ | None = None, *, files: int | None = None) -> Plan:
+def plan_adapter_to_mcore(
+    adapter: Path_, base: Path_ | None = None, *, files: int | None = None, accept_bin: bool = False
+) -> Plan:
     """Plans a checkpoint of an adapter. `base`: the Hugging Face folder of its model, whose weights are not read.
 
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
     model = base_model_of(adapter) if base is None else Path(base)
     tables, numbered = tables_of(model), Numbered()
-    (opened,) = open_adapters([adapter], tables, numbered)
+    (opened,) = open_adapters([adapter], tables, numbered, accept_bin=accept_bin)
     with Sources(numbered.files) as sources:
         made = list(_made(opened, sources))
     items = list(_items(made, tables))

@@ -37,7 +37,9 @@ class _Of(NamedTuple):
 
 
 @uncollected()
-def plan_adapter_to_peft(adapter: Path_, base: Path_ | None = None, *, peft_format: str | None = None) -> Plan:
+def plan_adapter_to_peft(
+    adapter: Path_, base: Path_ | None = None, *, peft_format: str | None = None, accept_bin: bool = False
+) -> Plan:
     """Plans a PEFT folder. `base`: the Hugging Face folder of its model, whose weights are not read.
 
     `peft_format`: how experts are written, `per_expert` or `fused`; by default as adapter_config.json has them.
@@ -45,7 +47,7 @@ def plan_adapter_to_peft(adapter: Path_, base: Path_ | None = None, *, peft_form
     """
     model = base_model_of(adapter) if base is None else Path(base)
     tables, numbered = tables_of(model), Numbered()
-    (opened,) = open_adapters([adapter], tables, numbered)
+    (opened,) = open_adapters([adapter], tables, numbered, accept_bin=accept_bin)
     with Sources(numbered.files) as sources:
         writer = _Writer(opened, sources, _layout(opened, peft_format))
         tensors = dict(sorted(writer.tensors().items()))

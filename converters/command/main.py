@@ -70,7 +70,7 @@ def check_flags(flags: Flags) -> None:
     if not flags.to_hf and (flags.expert_layout or flags.fp8_quantise):
         name = "--expert_layout" if flags.expert_layout else "--fp8_quantise"
         raise ConversionError(f"{name} is about the Hugging Face folder that --to_hf writes")
-    if flags.accept_bin and flags.mcore_model:
+    if flags.accept_bin and flags.mcore_model and not flags.adapters:
         raise ConversionError("--accept_bin is about weights that are read, and here those of --mcore_model are")
     if flags.test_convert_precision and flags.fp8_quantise:
         raise ConversionError("--test_convert_precision: weights in FP8 differ by more than it allows; leave one out")

@@ -120,6 +120,8 @@ def test_truncated_and_pickled_weights(made: Get, tmp_path: Path) -> None:
     (adapter / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(ConversionError, match=r"adapter_model\.bin: is pickled, which can run code"):
         convert(output_dir=tmp_path / "out", **flags)
+    with pytest.raises(ConversionError, match=r"adapter_model\.bin: no file of torch.save"):
+        convert(output_dir=tmp_path / "out", accept_bin=True, **flags)
     with pytest.raises(ConversionError, match="nowhere: no such folder of an adapter"):
         convert(output_dir=tmp_path / "out", **{**flags, "adapters": [tmp_path / "nowhere"]})
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -127,6 +127,18 @@ def test_bfloat16_is_rounded_once(made: Get, tmp_path: Path) -> None:
     assert compared == 14
 
 
+def test_pickled_adapters_are_read_as_data_when_asked_for(made: Get, tmp_path: Path) -> None:
+    one = made("llama")
+    (tmp_path / "pickled").mkdir()
+    torch.save(weights(one.adapter), tmp_path / "pickled" / "adapter_model.bin")
+    (tmp_path / "pickled" / "adapter_config.json").write_bytes((one.adapter / "adapter_config.json").read_bytes())
+    flags = {"to_hf": True, "model": one.base, "merge_lora": True, "accept_bin": True}
+    convert(adapters=[tmp_path / "pickled"], output_dir=tmp_path / "out", **flags)
+    convert(adapters=[one.adapter], output_dir=tmp_path / "expected", **flags)
+    found, expected = contents(tmp_path / "out"), contents(tmp_path / "expected")
+    assert found["model.safetensors"] == expected["model.safetensors"]
+
+
 def test_other_dtypes_are_written_when_asked_for(made: Get, tmp_path: Path) -> None:
     one = made("llama")
     flags = {"model": one.base, "adapters": [one.adapter], "merge_lora": True}
