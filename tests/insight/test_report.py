@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megabatch.cli.command import main
+from megabatch.insight.page import STYLE
 
 from .made_run import MadeRun
 
@@ -79,3 +80,22 @@ def test_a_browser_shows_it_and_runs_nothing(page: Path, tmp_path: Path) -> None
     assert done.stdout.count("<polyline") == 8 and done.stdout.count("<rect") == 3
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert console == [], "no script, style or picture was refused"
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2.2; `#rgb` or `#rrggbb`."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_colours_stand_out_from_the_page_in_both_settings() -> None:
+    light, dark = (dict(re.findall(r"--(\w+):(#\w+)", block)) for block in STYLE.split("@media", 1))
+    assert len(light) == len(dark) == 16
+    for colours in (light, dark):
+        page = _luminance(colours.pop("page"))
+        del colours["grid"]
+        for name, colour in colours.items():
+            low, high = sorted((page, _luminance(colour)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (name, colour)
