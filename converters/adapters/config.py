@@ -74,7 +74,9 @@ class AdapterConfig:
             return False
         if isinstance(wanted, str):
             return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
-        if not any(module == name or module.endswith(f".{name}") for name in wanted):
+        if module in wanted:
+            return True
+        if not any(module.endswith(f".{name}") for name in wanted):
             return False
         layers = self.values.get("layers_to_transform")
         if layers is None or layers == []:

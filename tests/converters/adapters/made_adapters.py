@@ -92,7 +92,9 @@ CASES = {
     "mixtral-fused": Case(
         "Mixtral", _MIXTRAL, {"r": 2, "target_modules": ["k_proj"], "target_parameters": _EXPERTS}
     ),
-    "llama-shared": Case("Llama", _BASE, {"r": 4, "target_modules": _LINEAR}, shared=True),
+    "llama-shared": Case(
+        "Llama", _BASE, {"r": 4, "target_modules": [*_LINEAR, "embed_tokens", "lm_head"]}, shared=True
+    ),
 }  # fmt: skip
 
 GPT_OSS = Case(

@@ -21,9 +21,10 @@ Found = tuple[str, tuple[tuple[int, int, int], ...], torch.Tensor, int | None]
 """Key, places in its leading dimensions, the tensor, and the dimension that tensor parallelism cuts."""
 
 
-def fused(adapter: Path, config: dict[str, Any]) -> Iterator[Found]:
-    """Every tensor of the checkpoint; layers and experts are leading dimensions."""
+def fused(adapter: Path, config: dict[str, Any], *, padded: bool) -> Iterator[Found]:
+    """Every tensor of the checkpoint; layers and experts are leading dimensions. `padded`: the vocabulary is."""
     given = load_file(adapter / "adapter_model.safetensors")
+    yield from _ends(given, 4 if padded else 0)
     layers, experts = config["num_hidden_layers"], config.get("num_experts") or config.get("num_local_experts") or 0
     for layer in range(layers):
         prefix = f"base_model.model.model.layers.{layer}."
@@ -40,6 +41,21 @@ def fused(adapter: Path, config: dict[str, Any]) -> Iterator[Found]:
         for expert in range(experts):
             places = (at, (1, expert, experts))
             yield from _mlp(f"{name}mlp.experts.experts.", f"mlp.experts.{expert}.", places, own)
+
+
+def _ends(given: Tensors, more: int) -> Iterator[Found]:
+    """Embedding and output layer, whose own weights PEFT saves beside, with `more` rows of the vocabulary."""
+    pad, prefix = torch.nn.functional.pad, "base_model.model."
+    embedding, output = f"{prefix}model.embed_tokens.", f"{prefix}lm_head."
+    if f"{output}lora_A.weight" not in given:
+        return
+    ours = "embedding.word_embeddings."
+    yield f"{ours}lora_embedding_A", (), pad(given[f"{embedding}lora_embedding_A"], (0, more)), 1
+    yield f"{ours}lora_embedding_B", (), given[f"{embedding}lora_embedding_B"], None
+    yield f"{ours}weight", (), pad(given[f"{embedding}base_layer.weight"], (0, 0, 0, more)), 0
+    rows = pad(given[f"{output}lora_B.weight"], (0, 0, 0, more))
+    yield from _pair("output_layer", (), given[f"{output}lora_A.weight"], rows, 0)
+    yield "output_layer.weight", (), pad(given[f"{output}base_layer.weight"], (0, 0, 0, more)), 0
 
 
 def _both(own: Tensors, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,12 +107,14 @@ def main(jobs: list[list[str]]) -> None:
     torch_dist._use_in_process_writer()
     bridge = ((".lora_A.", ".adapter.linear_in."), (".lora_B.", ".adapter.linear_out."))
     for adapter, base, output in jobs:
-        found = list(fused(Path(adapter), json.loads((Path(base) / "config.json").read_text())))
+        config = json.loads((Path(base) / "config.json").read_text())
         for name, spelled in (("tp2", ()), ("bridge", bridge)):
             (Path(output) / name).mkdir(parents=True)
             strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+            found = list(fused(Path(adapter), config, padded=name == "tp2"))
             state = sharded(found, blank=False, spelled=spelled)
             dist_checkpointing.save(state, str(Path(output) / name), sharded_strategy=strategy)
+        found = list(fused(Path(adapter), config, padded=False))
         # nested, because megatron-core puts the common state beside what was asked for
         asked = {"model": sharded(found, blank=True)}
         wanted = {name: part.data for name, part in sharded(found, blank=False).items()}
