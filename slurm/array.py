@@ -60,6 +60,22 @@ def grouped(jobs: Sequence[JobSpec], profile: ClusterProfile, *, max_size: int) 
     return [group[i : i + max_size] for group in groups.values() for i in range(0, len(group), max_size)]
 
 
+def limits(max_parallel: int | None, sizes: Sequence[int]) -> list[int | None]:
+    """How many elements of each array may run at a time, so that all together keep to `max_parallel`.
+
+    Each gets a part by its size, and one at the least: more arrays than that run one element each.
+    """
+    if max_parallel is None:
+        return [None] * len(sizes)
+    left, parts = max_parallel, []
+    for number, size in enumerate(sizes):
+        later = len(sizes) - number - 1
+        part = min(size, max(1, min(left - later, round(left * size / sum(sizes[number:])))))
+        parts.append(part)
+        left = max(left - part, 0)
+    return list(parts)
+
+
 def render_array(array: JobArray, profile: ClusterProfile) -> str:
     """The exact text that sbatch gets; each element's own is `megabatch.slurm.render.render` of its job.
 

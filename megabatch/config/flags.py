@@ -39,7 +39,7 @@ class Actions:
     sweep: tuple[str, ...] = ()
     """Runs every combination of parameters' values instead of one run: `--sweep lr=1e-5,2e-5 seed=1,2`."""
     max_parallel: int | None = None
-    """How many runs of a sweep's array may run at a time."""
+    """How many runs of a sweep may run at a time."""
     keep_all: bool = False
     """Keeps points of a sweep that estimates alone speak against: memory, or groups of ranks that cross nodes."""
     gpu: str | None = None

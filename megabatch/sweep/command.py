@@ -33,13 +33,15 @@ python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [-
 def run_sweep(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequence[str], *, recipe_file: Path) -> int:
     """Exit code of a sweep's command line; `recipe` is the sweep's own with the flags. Raises: MegabatchError."""
     _refuse_swept_flags(sweep, recipe, actions, arguments)
+    if actions.chain is not None:
+        raise ConfigError([Fault("--chain", actions.chain, "is of one run; runs of a sweep come back by requeueing")])
     found = candidates(sweep, recipe, actions, recipe_file=recipe_file)
     left = left_alone(found)
     if actions.local:
         return _local(found, left, arguments)
     arrays = arrays_of(found, [c for c in found.kept if c.point.name not in left])
     starts = _starts(found, arrays)
-    text = table_text(found, arrays=[len(array.jobs) for array in arrays], starts=starts, left=left)
+    text = table_text(found, arrays=arrays, starts=starts, left=left)
     if actions.submit:
         print(text, flush=True)
         return _submit(found, arrays, left, arguments)

@@ -28,7 +28,7 @@ class Sweep:
     filter: Callable[[Recipe], bool] | None = None
     """Says of a point's recipe whether to run it; a point that is left out is shown in the table."""
     max_parallel: int | None = None
-    """How many runs of one array may run at a time; None sets no limit on Slurm, and one at a time with `--local`."""
+    """How many runs may run at a time; None sets no limit on Slurm, and one at a time with `--local`."""
     name: str | None = None
     """Folder of its runs beneath `save`, and the arrays' name in the queue; None means the recipe file's name."""
 

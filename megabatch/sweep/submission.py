@@ -9,7 +9,7 @@ from typing import Any
 
 from megabatch.entry.launch import Launch, provenance
 from megabatch.errors import LaunchError
-from megabatch.slurm.array import DEFAULT_MAX_SIZE, JobArray, grouped, max_array_size, render_array
+from megabatch.slurm.array import DEFAULT_MAX_SIZE, JobArray, grouped, limits, max_array_size, render_array
 from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
 from megabatch.slurm.state import status
@@ -36,9 +36,10 @@ def arrays_of(found: Candidates, wanted: Sequence[Candidate]) -> list[JobArray]:
     # a cluster is asked only where its answer could matter
     size = max_array_size() if len(jobs) > 1 else DEFAULT_MAX_SIZE
     groups = grouped(jobs, found.base.profile, max_size=size)
+    parts = limits(found.max_parallel, [len(group) for group in groups])
     return [
-        JobArray(name=found.name, folder=folder, jobs=tuple(jobs[i] for i in group), max_parallel=found.max_parallel)
-        for folder, group in zip(array_folders(found.folder), groups, strict=False)
+        JobArray(name=found.name, folder=folder, jobs=tuple(jobs[i] for i in group), max_parallel=part)
+        for folder, group, part in zip(array_folders(found.folder), groups, parts, strict=False)
     ]
 
 

@@ -7,16 +7,19 @@ from typing import Any
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.walltime import seconds
+from megabatch.slurm.array import JobArray
 from megabatch.sweep.candidates import Candidate, Candidates
 from megabatch.sweep.names import in_order, labels, number_text
 
 _REASON_WIDTH = 150
 
 
-def table_text(found: Candidates, *, arrays: Sequence[int], starts: Mapping[str, str], left: Mapping[str, str]) -> str:
+def table_text(
+    found: Candidates, *, arrays: Sequence[JobArray], starts: Mapping[str, str], left: Mapping[str, str]
+) -> str:
     """The table and its sum.
 
-    Args: `arrays` are the sizes of the arrays that would be submitted, none for `--local`; `starts` tells for a
+    Args: `arrays` are those that would be submitted, none for `--local`; `starts` tells for a
     point's name when Slurm would start it; `left` why a point's run is not started: it runs or is done.
     """
     swept = in_order(found.parameters)
@@ -88,13 +91,15 @@ def _verdict(candidate: Candidate, left: Mapping[str, str]) -> str:
     return left.get(candidate.point.name, "run")
 
 
-def _sum(found: Candidates, arrays: Sequence[int], left: Mapping[str, str]) -> str:
+def _sum(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, str]) -> str:
     kept = [candidate for candidate in found.kept if candidate.point.name not in left]
     parts = [f"{len(kept)} run{'s' * (len(kept) != 1)}"]
     if arrays:
-        limit = "" if found.max_parallel is None else f", at most {found.max_parallel} of each at a time"
-        sizes = " and ".join(map(str, arrays)) if len(arrays) <= 4 else f"{min(arrays)} to {max(arrays)}"
-        parts[0] += f" in {len(arrays)} array{'s' * (len(arrays) != 1)} of {sizes}{limit}"
+        sizes = [len(array.jobs) for array in arrays]
+        told = " and ".join(map(str, sizes)) if len(sizes) <= 4 else f"{min(sizes)} to {max(sizes)}"
+        parts[0] += f" in {len(sizes)} array{'s' * (len(sizes) != 1)} of {told}"
+        if found.max_parallel is not None:
+            parts.append(f"at most {sum(array.max_parallel or 0 for array in arrays)} at a time")
     parts += _resources([candidate.point.recipe for candidate in kept])
     hours = [gpu_hours(candidate) for candidate in kept]
     if kept and None not in hours:

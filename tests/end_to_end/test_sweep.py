@@ -38,7 +38,7 @@ def test_learning_rates_and_seeds_by_one_array(environment: Mapping[str, str], t
     ]
     sweep = ["--sweep", "lr=0.001,0.02", "seed=1,2", "--dataset", "example:arithmetic#40"]
     said = python(str(RECIPES / "sft_ablations.py"), "--submit", *flags, *sweep)
-    assert "4 runs in 1 array of 4, at most 4 of each at a time" in said and said.count("submitted job array") == 1
+    assert "4 runs in 1 array of 4, at most 4 at a time" in said and said.count("submitted job array") == 1
     runs = {name: RunDirectory(tmp_path / "sweep" / name) for name in _names()}
 
     def shown() -> dict[str, dict[str, object]]:

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from megabatch.errors import LaunchError
-from megabatch.slurm.array import DEFAULT_MAX_SIZE, JobArray, expected_start, grouped, max_array_size, render_array
+from megabatch.slurm.array import (
+    DEFAULT_MAX_SIZE,
+    JobArray,
+    expected_start,
+    grouped,
+    limits,
+    max_array_size,
+    render_array,
+)
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 
@@ -35,6 +43,22 @@ def test_a_cluster_gives_all_the_same_limit() -> None:
 def test_an_array_is_split_where_slurm_takes_no_more() -> None:
     jobs = _named(*map(str, range(7)))
     assert grouped(jobs, ClusterProfile(), max_size=3) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize(
+    ("max_parallel", "sizes", "parts"),
+    [
+        (4, [14], [4]),
+        (4, [9, 9], [2, 2]),
+        (6, [1001, 1001, 10], [3, 2, 1]),
+        (9, [1, 10], [1, 8]),
+        (2, [4, 4, 2], [1, 1, 1]),
+        (100, [3, 5], [3, 5]),
+        (None, [3, 5], [None, None]),
+    ],
+)
+def test_arrays_share_the_limit(max_parallel: int | None, sizes: list[int], parts: list[int | None]) -> None:
+    assert limits(max_parallel, sizes) == parts
 
 
 def test_indices_and_limit() -> None:

@@ -30,9 +30,9 @@ def test_every_point_is_kept_or_pruned_with_its_reason(run: Run, tmp_path: Path)
     assert next(iter(rows)) == "tp pp dp" and rows["1 1 2"] == rows["1 2 1"] == "run"
     assert rows["2 1 1"].startswith("pruned: parallel.sequence_parallel=False must be true")
     assert "num_query_groups=2" in rows["4 1 -"] and len(rows) == 7
-    assert "2 runs in 1 array of 2, at most 3 of each at a time, 2 ranks each; 4 pruned" in done.stderr
+    assert "2 runs in 1 array of 2, at most 2 at a time, 2 ranks each; 4 pruned" in done.stderr
     script, _, first = done.stdout.partition("\n# /")
-    assert "#SBATCH --array=0-1%3\n" in script and script.count("tp1-pp") == 2
+    assert "#SBATCH --array=0-1%2\n" in script and script.count("tp1-pp") == 2
     assert f"/{first}".startswith(str(tmp_path / "work/megatron_output/quickstart/quickstart/tp1-pp1/job.sbatch"))
     assert subprocess.run(["/bin/bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
     assert list((tmp_path / "work").iterdir()) == []
@@ -85,6 +85,7 @@ def test_what_is_not_built_is_shown_and_refused(run: Run, tmp_path: Path) -> Non
         (["--sweep", "seed=1,1"], "points 1 and 2 are the same run (training.seed=1)"),
         (["--sweep", "seed=1", "--seed", "2"], "--seed is swept, so that one value of it changes nothing"),
         (["--sweep", "seed=1", "--max_parallel", "0"], "--max_parallel='0' must be a whole number, at least 1"),
+        (["--sweep", "seed=1", "--chain", "2"], "--chain=2 is of one run"),
         (["--max_parallel", "2"], "--max_parallel says something of a sweep; add --sweep"),
         (["--sweep", "seed=1", "--submit", "--local"], "exclude each other"),
         (["--sweep", "lr=1e-9", "--submit"], "learning_rate.min_lr=0.0005 must be at most lr"),

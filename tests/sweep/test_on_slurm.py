@@ -66,7 +66,7 @@ def test_a_sweep_goes_on_where_it_was_disturbed(
     sweep.mkdir()
     (sweep / "slow").write_text(" ".join(VICTIMS))
     done = submit("--max_parallel", "8")
-    assert "15 runs in 1 array of 15, at most 8 of each at a time, 4 ranks each; 3 pruned" in done.stdout
+    assert "15 runs in 1 array of 15, at most 8 at a time, 4 ranks each; 3 pruned" in done.stdout
     (array_id,) = {job_id.split("_")[0] for (job_id,) in _jobs(sweep).values()}
     assert _jobs(sweep) == {name: [f"{array_id}_{index}"] for index, name in enumerate(KEPT)}
 
@@ -99,6 +99,28 @@ def test_a_sweep_goes_on_where_it_was_disturbed(
         assert batch.exists() and (sweep / name / "logs" / "rank_0.1.log").exists()
     assert sorted(path.name for path in (sweep / "arrays").iterdir()) == ["0", "1"]
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_sweep_is_split_where_the_cluster_takes_no_more(
+    submit: Callable[..., Done], slurm: PrivateCluster, tmp_path: Path
+) -> None:
+    """`MaxArraySize` as the controller says it, not as it is by default."""
+    configuration = slurm.layout.configuration
+    before = configuration.read_text()
+    try:
+        configuration.write_text(f"{before}MaxArraySize=6\n")
+        subprocess.run(["scontrol", "reconfigure"], check=True)
+        done = submit("--max_parallel", "7")
+    finally:
+        configuration.write_text(before)
+        subprocess.run(["scontrol", "reconfigure"], check=True)
+    assert "15 runs in 3 arrays of 6 and 6 and 3, at most 7 at a time" in done.stdout
+    ids = [job_id.split("_") for (job_id,) in _jobs(tmp_path / "sweep").values()]
+    first, second, third = sorted({array for array, _ in ids}, key=int)
+    assert sorted((array, int(index)) for array, index in ids) == sorted(
+        [(first, i) for i in range(6)] + [(second, i) for i in range(6)] + [(third, i) for i in range(3)]
+    )
+    _wait(tmp_path / "sweep", KEPT, State.COMPLETED)
 
 
 def test_another_configuration_is_refused_and_nothing_is_queued(
