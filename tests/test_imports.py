@@ -64,3 +64,16 @@ def test_nothing_outside_the_trainer_imports_heavy_packages() -> None:
 )
 def test_recipes_import_nothing_heavy(recipe: str) -> None:
     assert _imported(f"import runpy; runpy.run_path('recipes/{recipe}')") == set()
+
+
+def test_names_of_recipes_are_imported_when_they_are_used() -> None:
+    code = (
+        "import sys, megabatch, megabatch.converters.command.main\n"
+        "assert 'megabatch.config' not in sys.modules\n"
+        "assert all(getattr(megabatch, name) for name in megabatch.__all__)\n"
+        "from megabatch import *\n"
+        "assert Recipe.__module__ == 'megabatch.config.recipe'\n"
+        "assert set(megabatch.__all__) <= set(dir(megabatch))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
