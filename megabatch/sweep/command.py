@@ -78,7 +78,8 @@ def _submit(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, st
         return ExitCode.DONE
     ids = submit_arrays(found, arrays, arguments)
     for array, job_id in zip(arrays, ids, strict=True):
-        print(f"submitted job array {job_id}: {len(array.jobs)} runs, from {array.folder}")
+        count = len(array.jobs)
+        print(f"submitted job array {job_id}: {count} run{'s' * (count > 1)}, from {array.folder}")
     _tell_left(left)
     folder = shlex.quote(str(found.folder))
     print(f"  megabatch sweep show {folder}\n  megabatch status {folder}")

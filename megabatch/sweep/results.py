@@ -13,7 +13,7 @@ from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.queue import State
 from megabatch.slurm.state import status
-from megabatch.sweep.folder import read_sweep
+from megabatch.sweep.folder import SWEEP_JSON, read_sweep
 from megabatch.sweep.names import in_order, labels, number_text
 
 Rank = Literal["tokens_per_s", "mfu", "memory_gib", "loss", "eval_loss"]
@@ -171,10 +171,13 @@ def _plain(value: Any) -> Any:
 
 
 def sweeps_folder(path: Path) -> Path:
-    """The sweep that a path names: itself, or the only one beneath it. Raises: LaunchError."""
-    found = [path] if (path / "sweep.json").is_file() else sorted(p.parent for p in path.glob("*/sweep.json"))
-    if len(found) == 1:
+    """The sweep that a path names: itself, or the only one a few levels beneath it. Raises: LaunchError."""
+    patterns = ("", "*/", "*/*/")
+    found = [place.parent for pattern in patterns for place in sorted(path.glob(f"{pattern}{SWEEP_JSON}"))]
+    if len(found) == 1 or (found and found[0] == path):
         return found[0]
     if not found:
-        raise LaunchError(f"{path} holds no sweep: there is no sweep.json in it; give the folder that --submit named")
+        raise LaunchError(
+            f"{path} holds no sweep: there is no {SWEEP_JSON} in it; give the folder that --submit named"
+        )
     raise LaunchError(f"{path} holds {len(found)} sweeps; name one: {', '.join(map(str, found[:4]))}")
