@@ -6,6 +6,8 @@ from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.quoting import shell
 
+_MAY_PASS = " | ".join(str(code) for code in range(129) if ExitCode.may_pass(code))
+
 
 def finish(job: JobSpec) -> list[str]:
     return [
@@ -19,7 +21,7 @@ def finish(job: JobSpec) -> list[str]:
         '    log="logs/rank_$rank.$MEGABATCH_RESTART.log"',
         '    echo "megabatch: rank $rank on $node failed first, with exit code $status: $log"',
         "    # crashes, hangs and deaths by a signal; what has an error message of its own would only come again",
-        f'    case "$status" in {ExitCode.CRASHED} | {ExitCode.HUNG}) may_pass=1 ;; esac',
+        f'    case "$status" in {_MAY_PASS}) may_pass=1 ;; esac',
         '    if [ "$status" -gt 128 ]; then may_pass=1; fi',
         'elif [ "$status" -ne 0 ]; then',
         f"    may_pass={'$role_may_pass' if job.roles else 1} # no rank had a word to say: srun or a node is gone",
