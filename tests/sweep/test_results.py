@@ -24,7 +24,7 @@ def test_a_sweep_is_found_beneath_what_people_type(tmp_path: Path) -> None:
     assert sweeps_folder(one) == one
     with pytest.raises(LaunchError, match=r"holds 2 sweeps; name one: .*layouts"):
         sweeps_folder(one.parent)
-    with pytest.raises(LaunchError, match=r"holds no sweep: no sweep\.json"):
+    with pytest.raises(LaunchError, match="holds no sweep: there is no sweep"):
         sweeps_folder(tmp_path / "nothing")
 
 
