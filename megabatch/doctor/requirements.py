@@ -52,8 +52,9 @@ REQUIREMENTS = (
         level="optional",
         without="megatron-core's own layers with PyTorch's attention; no FP8",
         fix="pip install --no-build-isolation 'transformer-engine[pytorch,core-cu13]>=2.3,<3'; where cudnn.h or "
-        "nccl.h is not found, point CUDNN_PATH and CPLUS_INCLUDE_PATH at site-packages/nvidia/cudnn and nvidia/nccl (their "
-        "include folders), LIBRARY_PATH at their lib folders, and CUDA_HOME at the folder that holds bin/nvcc",
+        "nccl.h is not found, point CUDNN_PATH and CPLUS_INCLUDE_PATH at site-packages/nvidia/cudnn and "
+        "nvidia/nccl (their include folders), LIBRARY_PATH at their lib folders, and "
+        "CUDA_HOME at the folder that holds bin/nvcc",
     ),
     Requirement(
         name="flash-attn",
