@@ -53,10 +53,21 @@ def recipe_import() -> list[Figure]:
 
 
 def command_help() -> list[Figure]:
-    """`megabatch --help` and a recipe's `--help`, which lists every parameter."""
-    commands = [[sys.executable, "-m", "megabatch.cli", "--help"], [sys.executable, str(RECIPE), "--help"]]
-    command, recipe = alternated(commands, times=TIMES)
+    """`--help` of `megabatch`, of `megabatch-convert` and of a recipe, which lists every parameter."""
+    commands = [
+        [sys.executable, "-m", "megabatch.cli", "--help"],
+        [sys.executable, "-m", "megabatch.converters.command", "--help"],
+        [sys.executable, str(RECIPE), "--help"],
+    ]
+    command, converter, recipe = alternated(commands, times=TIMES)
     return [
+        Figure(
+            name="megabatch-convert --help",
+            value=median([c.wall_s for c in converter]),
+            unit="s",
+            target=0.15,
+            note="wall, median of 5",
+        ),
         Figure(name="megabatch --help", value=median([c.wall_s for c in command]), unit="s", note="wall, median of 5"),
         Figure(name="recipe --help", value=median([c.wall_s for c in recipe]), unit="s", note="wall, median of 5"),
     ]
