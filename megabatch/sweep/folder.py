@@ -69,7 +69,6 @@ def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: M
     """Makes the run directories that are not there yet, complete or not at all, and gives the others their script.
 
     Args: `launches` are without faults; an empty script is none, for a run on this machine.
-
     Raises: LaunchError when they cannot be written.
     """
     folder = launches[0].directory.path.parent
@@ -95,7 +94,8 @@ def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: M
                 os.rename(staged / launch.directory.path.name, launch.directory.path)
                 made.append(launch.directory)
     except OSError as error:
-        Written(tuple(made), ()).take_away()
+        shutil.rmtree(staged, ignore_errors=True)
+        Written(tuple(made), missing).take_away()
         raise LaunchError(
             f"{folder} cannot be written: {error.strerror or error}; free space, or choose another with --run_dir"
         ) from error
