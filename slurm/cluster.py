@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,20 +28,24 @@ from megabatch.run_directory import write_atomic
 from megabatch.slurm import cluster_accounting
 from megabatch.slurm.cluster_config import ClusterLayout, write_configuration
 from megabatch.slurm.ports import free_port_block
-from megabatch.slurm.processes import Daemon, end_processes, marked_processes, start_daemon
+from megabatch.slurm.processes import (
+    Daemon,
+    end_processes,
+    last_lines,
+    marked_processes,
+    program_path,
+    start_daemon,
+    wait_for,
+)
 from megabatch.slurm.quoting import shell
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "scontrol", "sbatch", "srun")
 
 
 def missing_programs(*, accounting: bool = False) -> list[str]:
-    """Programs that a private cluster needs and this machine lacks; Debian keeps daemons in /usr/sbin."""
+    """Programs that a private cluster needs and this machine lacks."""
     wanted = PROGRAMS + (cluster_accounting.PROGRAMS if accounting else ())
-    return [program for program in wanted if _program(program) is None]
-
-
-def _program(name: str) -> str | None:
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+    return [program for program in wanted if program_path(program) is None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,54 +143,32 @@ class PrivateCluster:
         layout = self.layout
         munged = ["munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in layout.munge_options().items())]
         self._spawn(munged, log="munged.out", tied=tied)
-        _wait_for(layout.munge_socket.exists, what="munged", log=layout.directory / "munged.out")
+        wait_for(layout.munge_socket.exists, what="munged", log=layout.directory / "munged.out")
         if layout.accounting:
-            self._start_accounting(tied=tied)
+            cluster_accounting.start_accounting(
+                layout, spawn=lambda command, log: self._spawn(command, log=log, tied=tied), ask=self._ask
+            )
         self._spawn(["slurmctld", "-D"], log="slurmctld.out", tied=tied)
         for name in layout.node_names:
             self._spawn(["slurmd", "-D", "-N", name], log=f"slurmd.{name}.out", tied=tied)
-
-    def _start_accounting(self, *, tied: bool) -> None:
-        layout, log = self.layout, self.layout.directory / "database.out"
-        cluster_accounting.make_folders(layout)
-        cluster_accounting.write_slurmdbd_conf(layout)
-        with open(log, "ab") as output:
-            subprocess.run(
-                _found(cluster_accounting.make_database_command(layout)), stdout=output, stderr=output, check=False
-            )
-        self._spawn(cluster_accounting.database_command(layout), log=log.name, tied=tied)
-        _wait_for(lambda: cluster_accounting.database_is_up(layout), what="mariadbd", log=log)
-        self._spawn(["slurmdbd", "-D"], log="slurmdbd.out", tied=tied)
-        _wait_for(self._has_accounting, what="slurmdbd", log=layout.directory / "slurmdbd.log", timeout_s=30)
-
-    def _has_accounting(self) -> bool:
-        """Whether slurmdbd answers and knows the cluster: slurmctld would wait for it, and jobs be lost until then."""
-        self._ask("sacctmgr", "--immediate", "add", "cluster", "megabatch")
-        return "megabatch" in self._ask("sacctmgr", "--noheader", "--parsable2", "show", "cluster", "format=cluster")
 
     def _spawn(self, command: list[str], *, log: str, tied: bool) -> None:
         environment = _without_job(os.environ) | self.environment | dict([_mark(self.layout.directory).split("=", 1)])
         if self.layout.accounting:
             environment |= cluster_accounting.accounting_environment(self.layout)
         log_path = self.layout.directory / log
-        self.daemons.append(start_daemon(_found(command), environment, log=log_path, tied=tied))
+        self.daemons.append(start_daemon(command, environment, log=log_path, tied=tied))
 
     def _wait_until_idle(self, *, deadline: float) -> None:
         while not self._all_idle():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self.daemons):
-                logs = "\n".join(_tail(path) for path in sorted(self.layout.directory.glob("slurm*.out")))
+                logs = "\n".join(last_lines(path) for path in sorted(self.layout.directory.glob("slurm*.out")))
                 raise LaunchError(f"the private cluster in {self.layout.directory} did not come up:\n{logs}")
             time.sleep(0.1)
 
     def _all_idle(self) -> bool:
         states = self.node_states()
         return len(states) == self.layout.nodes and set(states.values()) == {"idle"}
-
-
-def _found(command: list[str]) -> list[str]:
-    program = _program(command[0])
-    assert program is not None
-    return [program, *command[1:]]
 
 
 def _check_can_start(directory: Path, *, accounting: bool) -> None:
@@ -207,21 +188,6 @@ def _mark(directory: Path) -> str:
 def _without_job(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without traces of a Slurm job that we may be running in."""
     return {name: value for name, value in environment.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
-
-
-def _wait_for(condition: Callable[[], bool], *, what: str, log: Path, timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise LaunchError(f"{what} did not start:\n{_tail(log)}")
-        time.sleep(0.02)
-
-
-def _tail(path: Path, lines: int = 8) -> str:
-    with contextlib.suppress(OSError):
-        text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-        return "\n".join([f"{path}:", *(f"  {line}" for line in text)])
-    return f"{path}: not written"
 
 
 def main(arguments: list[str] | None = None) -> int:

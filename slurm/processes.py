@@ -1,16 +1,19 @@
-"""Starting processes that cannot be left behind, and ending those that are (Linux)."""
+"""Starting processes that cannot be left behind, waiting for them, and ending those that are left (Linux)."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from megabatch.errors import LaunchError
 
 Daemon = subprocess.Popen[bytes]
 
@@ -27,12 +30,17 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def program_path(name: str) -> str | None:
+    """Where a program is; Debian keeps daemons in /usr/sbin."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+
+
 def start_daemon(command: list[str], environment: Mapping[str, str], *, log: Path, tied: bool) -> Daemon:
     """Starts `command` in a session of its own with output to `log`; `tied` ends it with this process."""
     parent = os.getpid()
     with open(log, "ab") as output:
         return subprocess.Popen(
-            command,
+            [program_path(command[0]) or command[0], *command[1:]],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -97,3 +105,20 @@ def _state(pid: int) -> str:
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     return ""
+
+
+def wait_for(condition: Callable[[], bool], *, what: str, log: Path, timeout_s: float = 10) -> None:
+    """Returns once the condition holds. Raises: LaunchError with the end of `log` when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LaunchError(f"{what} did not start:\n{last_lines(log)}")
+        time.sleep(0.02)
+
+
+def last_lines(path: Path, lines: int = 8) -> str:
+    """The end of a log under its name, for an error."""
+    with contextlib.suppress(OSError):
+        text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+        return "\n".join([f"{path}:", *(f"  {line}" for line in text)])
+    return f"{path}: not written"

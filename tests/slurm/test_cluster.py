@@ -110,7 +110,7 @@ def test_a_folder_that_slurms_configuration_cannot_hold_is_refused(tmp_path: Pat
 
 
 def test_missing_daemons_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megabatch.slurm.cluster._program", lambda name: None)
+    monkeypatch.setattr("megabatch.slurm.cluster.program_path", lambda name: None)
     with pytest.raises(LaunchError, match=r"needs slurmctld, .*apt install"):
         PrivateCluster.start(nodes=1, directory=tmp_path)
 
