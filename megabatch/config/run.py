@@ -167,20 +167,50 @@ def _derived_moe(recipe: Recipe, shape: ModelShape) -> Any:
 
 
 def _json(config: RunConfig) -> str:
-    return json.dumps(_plain(config), indent=2, allow_nan=False) + "\n"
+    """A line for each parameter."""
+    return _object(_plain(config), indent="  ", within="recipe") + "\n"
+
+
+def _object(fields: Mapping[str, Any], *, indent: str, within: str = "") -> str:
+    """Objects among the fields have a line for each of theirs too; the one called `within` goes one deeper."""
+    lines = []
+    for name, value in fields.items():
+        if name == within:
+            text = _object(value, indent=indent + "  ")
+        elif isinstance(value, dict) and value:
+            text = f"{{\n{indent}  {_encoder(indent + '  ').encode(value)[1:-1]}\n{indent}}}"
+        else:
+            text = _encoder("").encode(value)
+        lines.append(f'{indent}"{name}": {text}')
+    return "{\n" + ",\n".join(lines) + f"\n{indent[2:]}}}"
+
+
+@functools.cache
+def _encoder(indent: str) -> json.JSONEncoder:
+    """Lines are made by the separator: with its own indentation the encoder is not the one in C, and slow."""
+    return json.JSONEncoder(allow_nan=False, separators=(f",\n{indent}" if indent else ", ", ": "))
+
+
+_SCALARS = frozenset((type(None), bool, int, float, str))
 
 
 def _plain(value: Any) -> Any:
     """Dataclasses as objects, tuples as arrays."""
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) in _SCALARS:
         return value
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        found = ((name, getattr(value, name)) for name in _field_names(type(value)))
+        return {name: item if type(item) in _SCALARS else _plain(item) for name, item in found}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return value
+
+
+@functools.cache
+def _field_names(group: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(group))
 
 
 def _built(hint: Any, found: Any, *, place: str) -> Any:
