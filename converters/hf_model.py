@@ -13,7 +13,6 @@ from megabatch.converters.mapping import Mapped
 from megabatch.converters.quantised import Quantised, plain, quantised
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.safetensors_io.header import parse_object
-from megabatch.converters.torch_bin import open_folder
 from megabatch.errors import ConversionError
 from megabatch.hub_cache import cached_folder, download_command, is_hub_name
 from megabatch.plan.shape import ModelShape
@@ -85,6 +84,9 @@ def open_hf_model(
         del config["quantization_config"]
     family = family_of(config)
     shape = family.shape(config)
+    # the launcher needs the rest of this module, and no pickles
+    from megabatch.converters.torch_bin import open_folder
+
     source = open_folder(folder, accept_bin=accept_bin)
     shape = family.present(shape, source.names)
     checked = family.check(shape, source.tensors if how is None else plain(source.tensors, how))
