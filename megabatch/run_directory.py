@@ -73,7 +73,7 @@ class RunDirectory:
 
     @property
     def heartbeat(self) -> Path:
-        """JSON, replaced atomically by rank 0: time, step, state, job id, restart count."""
+        """JSON, replaced atomically by rank 0: time, step, state, job id, restart count, versions."""
         return self.path / "heartbeat.json"
 
     @property

@@ -176,6 +176,7 @@ def _kill_at_end(mark: str) -> Iterator[None]:
 def _start(job: JobSpec, shared: Mapping[str, str], *, restart: int, request: Path, mark: str) -> list[_Rank]:
     shared = os.environ | dict(shared) | dict([mark.split("=", 1)])
     shared |= {"MEGABATCH_RESTART": str(restart), "MEGABATCH_STOP_REQUEST": str(request)}
+    shared.pop("MEGABATCH_JOB_ID", None)  # of a job that we may be running in
     parent = os.getpid()
 
     def before_exec() -> None:

@@ -103,12 +103,12 @@ def _has_ended(jobs: Sequence[JobRecord]) -> bool:
 
 
 def _is_of_newest_job(beat: Mapping[str, Any], jobs: Sequence[JobRecord]) -> bool:
-    """A local rank knows no job; one of an array knows its element by another number."""
+    """A local rank knows no job."""
     said, newest = str(beat.get("job_id") or ""), jobs[-1] if jobs else None
     if newest is None or said == newest.job_id:
         return True
     began = newest.starts[-1].time if newest.starts else newest.time
-    return (not said or "_" in newest.job_id) and _number(beat, "time") >= began
+    return not said and _number(beat, "time") >= began
 
 
 def _local(found: _Unsettled) -> RunStatus:

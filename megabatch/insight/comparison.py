@@ -13,6 +13,7 @@ from typing import Any
 from megabatch.insight.overview import run_json
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.records import LOCAL, read_records
+from megabatch.slurm.state import read_heartbeat
 
 Differences = dict[str, tuple[Any, Any]]
 """Both values by dotted name; None where there is none."""
@@ -31,7 +32,7 @@ class Comparison:
     derived: Differences
     """The model's shape and the layout, which follow from the recipe and the model's files."""
     environment: Differences
-    """What the script exports, and the versions and places that run.json keeps."""
+    """What the script exports, the versions and places that run.json keeps, and the versions of the newest ranks."""
     code: tuple[str, ...]
     """Files whose content differs, or that only one snapshot has (`+` in the second, `-` in the first)."""
     code_note: str
@@ -66,8 +67,8 @@ def compare(a: Path, b: Path) -> Comparison:
         for exported, run in zip(exports, (a, b), strict=True)
     ]
     environment = [
-        exported | {f"provenance.{name}": value for name, value in _provenance(config).items()}
-        for exported, config in zip(kept, configs, strict=True)
+        exported | {f"provenance.{name}": value for name, value in _provenance(config).items()} | versions
+        for exported, config, versions in zip(kept, configs, _versions(a, b), strict=True)
     ]
     code, note = _code(*snapshots, local=[_is_local(run) for run in (a, b)])
     return Comparison(
@@ -120,6 +121,13 @@ def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
     said = config.get("provenance")
     left_out = ("created", "arguments", "recipe_file", "model")
     return {k: v for k, v in said.items() if k not in left_out} if isinstance(said, dict) else {}
+
+
+def _versions(a: Path, b: Path) -> list[dict[str, Any]]:
+    """What rank 0 of each run's newest start had; nothing where one of the two has not started."""
+    said = [read_heartbeat(RunDirectory(run)).get("versions") for run in (a, b)]
+    both = [{f"versions.{k}": v for k, v in one.items()} for one in said if isinstance(one, dict)]
+    return both if len(both) == 2 else [{}, {}]
 
 
 def _script(run: Path) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from megabatch.run_directory import RunDirectory, write_atomic
@@ -17,12 +19,18 @@ INTERVAL_S = 5.0
 """Seconds between heartbeats, at least."""
 
 
+_PACKAGES = ("torch", "megatron-core", "transformer-engine")
+"""Those that decide what a step computes; the launcher's machine may have others."""
+
+
 class Heartbeat:
     """Written by the main rank when something got done, never by a clock: while it stays the same, the run hangs."""
 
     def __init__(self, run: RunDirectory, place: Place) -> None:
         self.path, self.restart, self.is_main = run.heartbeat, place.restart, place.rank == 0
         self._beat_at = 0.0
+        # of an array's element this is `123_4`, as in jobs.jsonl; ranks without Slurm belong to no job
+        self._start = {"job_id": os.environ.get("MEGABATCH_JOB_ID"), "restart": self.restart, "versions": versions()}
 
     def beat(self, state: str, *, force: bool = False, **shown: Any) -> None:
         """`starting` (until the first step is done), `running`, `saving`, `stopped`, `failed` or `done`.
@@ -33,8 +41,16 @@ class Heartbeat:
         if not self.is_main or (not force and now - self._beat_at < INTERVAL_S):
             return
         self._beat_at = now
-        job = {"job_id": os.environ.get("SLURM_JOB_ID"), "restart": self.restart}
         try:
-            write_atomic(self.path, json.dumps({"time": now, "state": state, **job, **shown}) + "\n")
+            write_atomic(self.path, json.dumps({"time": now, "state": state, **self._start, **shown}) + "\n")
         except OSError as e:  # no reason to end a run, still less to hide the one that ended it
             logger.warning("%s cannot be written: %s", self.path, e.strerror or e)
+
+
+def versions() -> dict[str, str]:
+    """What is installed here, by its name."""
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

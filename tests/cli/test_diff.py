@@ -57,6 +57,14 @@ def test_each_kind_of_difference_is_told_apart(tmp_path: Path, capsys: pytest.Ca
     assert "learning_rate.lr                     0.1  ->  0.2" in text and "+#SBATCH --time=20" in text
 
 
+def test_the_versions_that_ranks_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = made(tmp_path / "a"), made(tmp_path / "b")
+    RunDirectory(a).heartbeat.write_text(json.dumps({"versions": {"torch": "2.8.0", "megatron-core": "0.17.0"}}))
+    assert not diff(a, b, capsys)["environment"], "nothing is known of a run that has not started"
+    RunDirectory(b).heartbeat.write_text(json.dumps({"versions": {"torch": "2.9.1", "megatron-core": "0.17.0"}}))
+    assert diff(a, b, capsys)["environment"] == {"versions.torch": ["2.8.0", "2.9.1"]}
+
+
 def test_the_same_run_in_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = made(tmp_path / "a"), made(tmp_path / "b")
     assert main(["diff", str(a), str(b)]) == 0

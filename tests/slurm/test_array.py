@@ -88,13 +88,15 @@ def test_one_element_is_an_array_and_slurm_holds_our_text(
     slurm: PrivateCluster, tmp_path: Path, scontrol: Callable[..., str]
 ) -> None:
     """submitit makes a plain job of one element, and of several an executor that is not ours."""
-    (job,) = jobs = [_job(tmp_path / "run", "seconds=0.2")]
+    (job,) = jobs = [_job(tmp_path / "run", "seconds=0.2", preflight="light")]
     array = _array(tmp_path / "array", jobs)
     array_id = _submit(array)
     assert scontrol("write", "batch_script", array_id, "-") == array.files.script.read_text()
     _wait(jobs, State.COMPLETED)
     (record,) = read_records(job.files)
     assert record.job_id == f"{array_id}_0"
+    log = (job.files.logs / f"batch.{array_id}_0.log").read_text()
+    assert "preflight of 1 nodes: ok" in log and "no verdict" not in log
 
 
 def test_no_more_run_at_a_time_than_asked(slurm: PrivateCluster, tmp_path: Path, scontrol: Callable[..., str]) -> None:

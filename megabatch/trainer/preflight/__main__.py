@@ -113,7 +113,7 @@ def _decide(
         excluded_before=len(_excluded_before(run)),
         max_bad_nodes=options.max_bad_nodes,
     )
-    mark = f"preflight.{os.environ['SLURM_JOB_ID']}.{os.environ['MEGABATCH_RESTART']}"
+    mark = f"preflight.{os.environ['MEGABATCH_JOB_ID']}.{os.environ['MEGABATCH_RESTART']}"
     said = {"seconds": round(seconds, 3), "reports": list(reports.values()), "links": links}
     write_atomic(run.logs / f"{mark}.json", json.dumps(said, indent=1) + "\n")
     _record(run, {names[index]: faults for index, faults in bad.items()}, excluded=decided.word == "exclude")
