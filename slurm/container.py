@@ -93,7 +93,11 @@ def _mounts(job: JobSpec, profile: ClusterProfile, container: Container) -> list
 
     Raises: LaunchError for a folder that the runtimes' `host:inside,…` syntax cannot name.
     """
-    folders = (job.run_directory, job.snapshot, job.working_directory, profile.shared_cache, profile.local_cache)
+    made = (one.run or one.path for one in job.inputs)
+    folders = (
+        *(job.run_directory, job.snapshot, job.working_directory, *made),
+        *(profile.shared_cache, profile.local_cache),
+    )
     ours = [Path(path) for path in folders if path is not None]
     for path in ours:
         if set(str(path)) & set(",:"):

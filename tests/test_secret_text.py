@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megabatch.errors import Fault
-from megabatch.secret_text import SECRET_NAME, masked, secret_assigned_in, secret_in
+from megabatch.secret_text import SECRET_NAME, masked, secret_assigned_in, secret_in, tokens_in
 
 SECRETS = [
     "https://someone:hunter2@host/data.jsonl",
@@ -50,3 +50,23 @@ def test_ordinary_names() -> None:
         name for name in ("max_tokens", "TOKENIZERS_PARALLELISM", "KEYBOARD", "PASS") if SECRET_NAME.search(name)
     ]
     assert secret_assigned_in('export HF_TOKEN="$(cat ~/.token)" HF_TOKEN=$T') is None, "no value is written there"
+
+
+def test_tokens_in_a_file_by_their_forms_alone() -> None:
+    random = "aB3dE5gH7jK9mN1pQ3sT5vX7"
+    tokens = [
+        f"hf_{random}",
+        f"ghp_{random}",
+        f"sk-proj-{random}",
+        "AKIAABCDEFGHIJKLMNOP",
+        "-----BEGIN PRIVATE KEY-----",
+    ]
+    code = [
+        "password = ask()",
+        "sk-learn-pipelines-of-2024",
+        "hf_checkpointconversionfolder",
+        "https://host/?token=x",
+        "",
+    ]
+    text = "\n".join([*code, *(f'key = "{token}"' for token in tokens)])
+    assert [number for number, _ in tokens_in(text)] == [6, 7, 8, 9, 10]

@@ -19,7 +19,7 @@ from megabatch.config.rules.check import check
 from megabatch.config.rules.roles import role_faults
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.model import FoundModel, find_model
-from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs
+from megabatch.entry.startable import unstartable
 from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.job import Input, JobSpec
@@ -115,9 +115,8 @@ class StepBuilder:
         """What is missing or damaged on this machine, but for what earlier steps make."""
         work = self.step.work
         if ready.launch is not None and isinstance(work, Recipe):
-            own, model = _without_references(work), ready.launch.model
-            yield from missing_gpus(own) if self.actions.local else ()
-            yield from missing_inputs(own, model) or damaged_inputs(own, model)
+            own = _without_references(work)
+            yield from unstartable(ready.launch, local=self.actions.local, own=own)
         elif isinstance(ready.work, Convert) and not references(work):
             yield from source_faults(ready.work)
 

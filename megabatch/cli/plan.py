@@ -21,7 +21,7 @@ from megabatch.entry.estimate import estimate_of, gpu_of
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.layouts import judged_layouts
 from megabatch.entry.plan_text import plan_text
-from megabatch.entry.preflight import missing_inputs
+from megabatch.entry.startable import missing
 from megabatch.errors import ConfigError, Fault, MegabatchError
 from megabatch.plan.shape import ModelShape
 from megabatch.sweep.declare import Sweep
@@ -99,7 +99,7 @@ def _show(path: Path, recipe: Recipe, actions: Actions, options: PlanOptions) ->
             raise ConfigError(_no_estimate(launch))
         print(json.dumps(estimate_document(found, gpu), indent=2))
         return 0
-    print(plan_text(launch, refusals=[*unbuilt, *missing_inputs(recipe, launch.model)]))
+    print(plan_text(launch, refusals=[*unbuilt, *missing(launch, local=False)]))
     print(f"\n{estimate_text(found, gpu) if found else _no_estimate(launch)}")
     return 0
 

@@ -14,9 +14,8 @@ from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.config.unknown import unknown_field
 from megabatch.entry.launch import Launch, prepare, written
-from megabatch.entry.mounts import unmounted
 from megabatch.entry.plan_text import plan_text
-from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, unwritable
+from megabatch.entry.startable import missing, unplaceable, unstartable
 from megabatch.errors import ConfigError, ConversionError, DataError, Fault, LaunchError, MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.sweep.declare import Sweep
@@ -144,16 +143,14 @@ def _checked(launch: Launch) -> list[Fault]:
         faults.append(launch.model.fault)
     if faults:
         raise ConfigError(faults)
-    return missing_inputs(launch.recipe, launch.model)
+    return missing(launch, local=False)
 
 
 def _require_startable(launch: Launch, *, local: bool = False) -> None:
     """Raises ConfigError with every fault that can be seen before the run starts."""
-    faults = launch.faults() + (missing_gpus(launch.recipe) if local else [])
-    faults += missing_inputs(launch.recipe, launch.model) + unwritable(launch.directory.path)
-    faults += [] if local else unmounted(launch)
-    if not faults:
-        faults += damaged_inputs(launch.recipe, launch.model)
+    faults = launch.faults() + unplaceable(launch.directory.path, recipe_file=launch.recipe_file, local=local)
+    # data and weights are read only for a run that could start otherwise
+    faults += missing(launch, local=local) if faults else unstartable(launch, local=local)
     if faults:
         raise ConfigError(faults)
 

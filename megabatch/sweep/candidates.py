@@ -26,8 +26,8 @@ from megabatch.sweep.points import Point, points_of
 _SHAPES = ("model", "moe", "mla", "mtp", "bridge", "data", "tuner")
 """Groups of the recipe that a model's shape depends on."""
 _CACHE = "MEGABATCH_CACHE"
-_INPUTS = ("model", "data", "checkpoint", "bridge", "tuner", "rlhf", "gkd", "training")
-"""Groups that name files which a run reads, or say how."""
+_INPUTS = ("model", "data", "checkpoint", "bridge", "tuner", "rlhf", "gkd", "training", "resources")
+"""Groups that name files which a run reads, or say how, or which GPUs it wants."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ class Candidates:
         return [candidate for candidate in self.all if candidate.kept]
 
     def distinct_inputs(self) -> list[Candidate]:
-        """One candidate for each set of files that the kept ones read."""
+        """One candidate for each set of files that the kept ones read, and of GPUs that they want."""
         groups = {
             repr([c.point.values[name] for name in c.point.values if name.partition(".")[0] in _INPUTS]): c
             for c in self.kept

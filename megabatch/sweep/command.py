@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megabatch.config.flags import Actions, Named, named
 from megabatch.config.recipe import Recipe
-from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, unwritable
+from megabatch.entry.startable import missing, unplaceable, unstartable
 from megabatch.errors import ConfigError, Fault
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.array import JobArray, expected_start, render_array
@@ -107,12 +107,9 @@ def _require_startable(found: Candidates, *, local: bool = False) -> None:
     if others := other_runs(found):
         fix = "nothing was submitted; give the sweep another name or --run_dir, or remove those folders"
         raise ConfigError("\n  ".join([f"{len(others)} folders hold other runs, {fix}", *others]))
-    faults = [*_unbuilt(found), *_missing(found), *unwritable(found.folder)]
-    if local:
-        faults += _once(fault for c in found.kept for fault in missing_gpus(c.point.recipe))
-    if not faults:
-        inputs = [(candidate.point.recipe, candidate.launch.model) for candidate in found.distinct_inputs()]
-        faults = _once(fault for recipe, model in inputs for fault in damaged_inputs(recipe, model))
+    faults = [*_unbuilt(found), *unplaceable(found.folder, recipe_file=found.base.recipe_file, local=local)]
+    asked = missing if faults else unstartable
+    faults += _once(fault for c in found.distinct_inputs() for fault in asked(c.launch, local=local))
     if faults:
         raise ConfigError(faults)
 
@@ -128,7 +125,7 @@ def _unbuilt(found: Candidates) -> list[Fault]:
 
 
 def _missing(found: Candidates) -> list[Fault]:
-    return _once(fault for c in found.distinct_inputs() for fault in missing_inputs(c.point.recipe, c.launch.model))
+    return _once(fault for c in found.distinct_inputs() for fault in missing(c.launch, local=False))
 
 
 def _once(faults: Iterable[Fault]) -> list[Fault]:

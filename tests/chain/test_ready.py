@@ -28,7 +28,9 @@ from megabatch.chain.command import parsed
 from megabatch.chain.ready import ReadyChain, make_ready
 from megabatch.config.flags import Actions
 from megabatch.errors import ConfigError
+from megabatch.slurm.container import mounted
 from megabatch.slurm.job import Input
+from megabatch.slurm.profile import ClusterProfile, Container
 
 from .conftest import SMALL, chain_of, shell
 
@@ -54,6 +56,7 @@ FIRST = Recipe(
     parallel=Parallel(distributed_backend="gloo"),
     resources=Resources(gpus_per_node=0, tasks_per_node=2, time="1:00:00"),
 )
+CONTAINED = ClusterProfile(container=Container(image="image.sif", runtime="apptainer"))
 SERVER = Role(name="server", command=["python", "serve.py"], nodes=2)
 
 
@@ -89,6 +92,7 @@ def test_a_model_that_an_earlier_step_makes_is_checked_by_its_shape(tmp_path: Pa
         Input(folder / "second/inputs/first/hf", folder / "first", folder / "second/inputs/first"),
         Input(folder / "convert/output"),
     )
+    assert {folder / "first", folder / "convert/output"} <= {*mounted(second.job, CONTAINED)}
     assert second.launch is not None
     config = second.launch.config(provenance={})
     assert config.recipe.model.model == str(folder / "second/inputs/first/hf")

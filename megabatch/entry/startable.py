@@ -1,0 +1,45 @@
+"""What would stop a run on this machine or its cluster, told before it is queued, whatever the way in.
+
+A recipe, each step of a chain and each point of a sweep ask the same; what is looked at lies in `preflight` and
+`mounts`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megabatch.config.recipe import Recipe
+from megabatch.entry.launch import Launch
+from megabatch.entry.mounts import unmounted
+from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, unwritable
+from megabatch.errors import Fault
+from megabatch.secret_text import tokens_in
+
+
+def missing(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
+    """What is not there, as far as names and sizes tell: GPUs for `--local`, else what the container must show.
+
+    Args: `own` is the recipe without what other runs have yet to make.
+    """
+    recipe = own or launch.recipe
+    return missing_inputs(recipe, launch.model) + (missing_gpus(recipe) if local else unmounted(launch))
+
+
+def unstartable(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
+    """What is missing; where nothing is, what is damaged, which takes reading."""
+    return missing(launch, local=local, own=own) or damaged_inputs(own or launch.recipe, launch.model)
+
+
+def unplaceable(folder: Path, *, recipe_file: Path, local: bool) -> list[Fault]:
+    """Whether `folder` can be made, and the recipe's file be copied into the code that runs there."""
+    return unwritable(folder) + ([] if local else _secrets(recipe_file))
+
+
+def _secrets(file: Path) -> list[Fault]:
+    rule = "and others can read the copy that a job runs from; export it in the shell that submits, and list its name "
+    rule += "under `inherit` of the cluster profile"
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []  # a recipe without a file of its own is not copied
+    return [Fault(f"{file}:{line}", None, f"holds {kind}, {rule}", bare=True) for line, kind in tokens_in(text)]

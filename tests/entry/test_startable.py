@@ -1,0 +1,75 @@
+"""The same faults before the queue, whether a recipe, a chain or a sweep is submitted."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megabatch.entry.command import main
+
+FILE = """\
+from megabatch import Batch, Chain, Data, Model, Recipe, Resources, Step, Sweep, Training
+
+TOKEN = {token!r}
+ORDINARY = "sk-learn-models-of-2024-and-later hf_datasetsfromthehub"
+
+
+def recipe():
+    return Recipe(
+        name="tiny",
+        task="sft",
+        model=Model(model={model!r}),
+        data=Data(dataset=[{dataset!r}], max_length=64),
+        batch=Batch(micro_batch_size=1, global_batch_size=4),
+        training=Training(train_iters=2),
+        resources=Resources(nodes=1, gpus_per_node=2, time="1:00:00"),
+    )
+
+
+def chain():
+    return Chain(name="c", steps=[Step("train", recipe())])
+
+
+sweep = Sweep(recipe, grid={{"seed": [1, 2]}})
+"""
+WAYS = ("recipe", "chain", "sweep")
+TOKEN = "hf_" + "aB3" * 11
+
+
+def submitted(way: str, folder: Path, capsys: pytest.CaptureFixture[str], token: str, *flags: str) -> str:
+    file = folder / "own.py"
+    text = FILE.format(token=token, model=str(folder / "models/tiny-qwen3"), dataset=str(folder / "train.jsonl"))
+    file.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("own", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit) as ended:
+        main(getattr(module, way), ["--submit", "--run_dir", str(folder / "runs"), *flags])
+    assert ended.value.code == 2 and not (folder / "runs").exists()
+    said = capsys.readouterr()
+    assert TOKEN not in said.out + said.err
+    return said.err
+
+
+@pytest.mark.usefixtures("model_folder", "dataset")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_token_in_the_file_and_inputs_that_no_mount_shows(
+    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/nowhere")
+    profile = tmp_path / "profile.toml"
+    profile.write_text('local_cache = "/var/cache"\n[container]\nimage = "a#b:c"\n')
+    said = submitted(way, tmp_path, capsys, TOKEN, "--cluster", str(profile))
+    assert f"{tmp_path}/own.py:3 holds a Hugging Face token, and others can read the copy" in said
+    assert "data.dataset=" in said and f"add '{tmp_path}' to container.mounts" in said
+    assert "model.model=" in said and said.startswith("error: 3 faults, nothing was submitted\n")
+
+
+@pytest.mark.usefixtures("model_folder")
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_missing(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = submitted(way, tmp_path, capsys, "no token")
+    assert "1 fault, " in said and "train.jsonl" in said and "does not exist" in said
