@@ -75,6 +75,7 @@ def files() -> list[Figure]:
             Way("hf to mcore", hf, ["--to_mcore", "--model", str(hf)], 1.5, hf),
             Way("mcore to hf", mcore, ["--to_hf", "--mcore_model", str(mcore)], 1.5, mcore),
             Way("FP8 to mcore", fp8, ["--to_mcore", "--model", str(fp8)], 4, fp8),
+            Way("FP8 to mcore, of what it writes", fp8, ["--to_mcore", "--model", str(fp8)], 4, mcore),
             Way("hf to FP8", hf, ["--to_hf", "--model", str(hf), "--fp8_quantise"], 4, hf),
             Way("BF16 to F32", hf, ["--to_mcore", "--model", str(hf), "--torch_dtype", "float32"], 4, hf),
         )
