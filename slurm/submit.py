@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.slurm.array import JobArray, element_id
+from megabatch.slurm.bad_nodes import avoided, exclude_option
 from megabatch.slurm.environment import outside_any_job
 from megabatch.slurm.records import record_submission
 
@@ -87,7 +88,7 @@ class _ScriptExecutor(submitit.SlurmExecutor):
 def submit(
     run: RunDirectory, script: str, *, cluster: str | None = None, dependency: str | None = None, hold: bool = False
 ) -> Submission:
-    """Stores `script` as the run's, submits it, and notes the job in `jobs.jsonl`.
+    """Stores `script` as the run's, submits it without nodes that were bad lately, and notes it in `jobs.jsonl`.
 
     Args: `cluster` is the profile's name, for the record. `dependency` is Slurm's text, of which the stored script
     knows nothing: a resumed run waits for nobody. `hold` keeps the job from starting until it is released.
@@ -95,7 +96,7 @@ def submit(
     """
     run.logs.mkdir(parents=True, exist_ok=True)
     options = (*([f"--dependency={dependency}"] if dependency else []), *(["--hold"] if hold else []))
-    job = _sbatch(run, script, options)
+    job = _sbatch(run, script, options, avoid=avoided([run]))
     record_submission(run, job.job_id, cluster=cluster)
     return Submission(job.job_id, job)
 
@@ -106,19 +107,23 @@ def submit_array(array: JobArray, script: str, *, cluster: str | None = None) ->
     Args: `script` as `render_array` gives it; each run's own script must be in place.
     Raises: LaunchError as `submit` does.
     """
-    array_id = _sbatch(array.files, script, ()).job_id
+    array_id = _sbatch(array.files, script, (), avoid=avoided(job.files for job in array.jobs)).job_id
     for index, job in enumerate(array.jobs):
         record_submission(job.files, element_id(array_id, index), cluster=cluster)
     return array_id
 
 
-def _sbatch(files: RunDirectory, script: str, options: tuple[str, ...]) -> submitit.SlurmJob[Any]:
+def _sbatch(
+    files: RunDirectory, script: str, options: tuple[str, ...], *, avoid: Sequence[str]
+) -> submitit.SlurmJob[Any]:
+    """The stored script does not name the nodes to avoid: they are asked for again each time."""
     _check_programs()
     write_atomic(files.script, script)
     # submitit fills in %j, %t, %A and %a wherever they stand in its folder's name, and ours is to be taken literally
     if re.search(r"%[jtAa]", str(files.path)):
         raise LaunchError(f"{files.path}: a run directory may not contain %j, %t, %A or %a; choose another name")
-    with _explained(), _outside_any_job():
+    options += exclude_option(script, avoid)
+    with _explained(avoid), _outside_any_job():
         return _ScriptExecutor(files.path / "slurm", script=script, options=options).submit_script()
 
 
@@ -132,11 +137,12 @@ def _check_programs() -> None:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(avoid: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
-        raise LaunchError(explain(str(error))) from error
+        without = f"; it was to run without {', '.join(avoid)}, bad lately by bad_nodes.jsonl" if avoid else ""
+        raise LaunchError(explain(str(error)) + without) from error
 
 
 def explain(output: str) -> str:

@@ -12,6 +12,7 @@ from megabatch.cli.runs import all_runs
 from megabatch.cli.table import amount, duration, table, terminal_width
 from megabatch.errors import LaunchError
 from megabatch.insight.overview import Overview, overview
+from megabatch.slurm.bad_nodes import told
 
 _HEADER = ("RUN", "STATE", "STEP", "LOSS", "TOK/S", "ETA", "GOODPUT", "JOB", "HEARD", "WHY")
 REDRAW_S = 2.0
@@ -51,7 +52,8 @@ def _row(one: Overview) -> tuple[str, ...]:
     job = now.job_id or "-"
     if now.restart:
         job += f" #{now.restart}"
-    why = now.reason or (f"exit code {now.exit_code}" if now.exit_code else "")
+    reason = now.reason or (f"exit code {now.exit_code}" if now.exit_code else "")
+    why = "; ".join(text for text in (reason, told(one.bad_nodes)) if text)
     return (
         _short(now.run),
         now.state.value,

@@ -29,7 +29,7 @@ def text(found: Diagnosis) -> str:
         head += f", job {found.job_id}"
     cause = found.cause
     if cause is None:
-        return f"{head}; no start of it is known to have failed"
+        return "\n".join([f"{head}; no start of it is known to have failed", *_bad_nodes(found)])
     if found.restart is not None:
         head += f"; its start {found.restart} failed"
     lines = [head, f"cause: {cause.title} [{cause.name}]"]
@@ -44,11 +44,21 @@ def text(found: Diagnosis) -> str:
         place = "" if found.log is None or found.line is None else f"   ({found.log.name}:{found.line})"
         lines.append(f"said: {found.evidence[:LONGEST]}{place}")
     lines.append(f"fix: {cause.fix}")
+    lines += _bad_nodes(found)
     if found.followers:
         lines.append(f"taken along, with no cause in their logs: {_ranks(found.followers)}")
     if found.last_lines:
         lines += ["", f"last lines of {found.log}:", *(f"    {line[:LONGEST]}" for line in found.last_lines)]
     return "\n".join(lines)
+
+
+def _bad_nodes(found: Diagnosis) -> list[str]:
+    """What the preflight saw, one line for each fault."""
+    return [
+        f"bad node: {bad.node}: {bad.check}: {bad.value[:LONGEST]} ({bad.rule})"
+        + ("; left out of the job" if bad.excluded else "")
+        for bad in found.bad_nodes
+    ]
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

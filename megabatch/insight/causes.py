@@ -29,6 +29,13 @@ _EXCLUDE = 'resubmit without the node (`exclude = "NODE"` in the cluster profile
 
 CAUSES = (
     Cause(
+        "bad_node",
+        "a node failed the check before the ranks",
+        r"megabatch: preflight: not started on ",
+        "a bad node, not the run: `megabatch resume` leaves it out for a day; if it is named with most others, it is "
+        "the job's or the site's fault: see what was found",
+    ),
+    Cause(
         "hardware",
         "a GPU reported an uncorrectable memory error",
         r"uncorrectable ECC error|Xid \(.*\): (48|63|64|94|95)\b|double.bit ECC",

@@ -17,9 +17,10 @@ from megabatch.errors import LaunchError
 from megabatch.insight.causes import DEATHS, Cause
 from megabatch.insight.evidence import Finding, Mark, findings, foremost, read_mark
 from megabatch.insight.goodput import Stay
-from megabatch.insight.overview import history, run_json
+from megabatch.insight.overview import bad_nodes_of, history, run_json
 from megabatch.insight.tails import tail
 from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.slurm.bad_nodes import BadNode
 from megabatch.slurm.logs import rank_logs
 from megabatch.slurm.nodelist import node_names
 from megabatch.slurm.queue import State
@@ -36,7 +37,10 @@ _BY_STATE = {
 }
 _BY_LAUNCHER = {"hardware", "oom_host", "hung", "time_limit", "node_failure", "preemption"}
 """What Slurm or the batch script knows better than an exception in a rank's log."""
-_NODE = re.compile(r"Node failure on ([\w.-]+)|\*\*\* \w+ \S+ ON ([\w.-]+) CANCELLED .* DUE TO NODE FAILURE")
+_NODE = re.compile(
+    r"Node failure on ([\w.-]+)|\*\*\* \w+ \S+ ON ([\w.-]+) CANCELLED .* DUE TO NODE FAILURE"
+    r"|megabatch: preflight: not started on ([^\s,;]+)"
+)
 _HANGING = re.compile(r"megabatch: the run hangs; rank (\d+)")
 
 
@@ -64,6 +68,8 @@ class Diagnosis:
     """Ranks that were taken along: their logs say only that a peer was gone."""
     last_lines: tuple[str, ...] = ()
     """Of `log`."""
+    bad_nodes: tuple[BadNode, ...] = ()
+    """What the job's preflight found."""
 
     def plain(self) -> dict[str, object]:
         """For JSON: the keys that docs/knowing.md lists."""
@@ -84,6 +90,7 @@ class Diagnosis:
             "line": self.line,
             "followers": list(self.followers),
             "last_lines": list(self.last_lines),
+            "bad_nodes": [bad.plain() for bad in self.bad_nodes],
         }
 
 
@@ -95,13 +102,17 @@ def diagnose(run: Path, *, restart: int | None = None) -> Diagnosis:
     found = status([run])[0]
     held = history(found)
     stay = _failed_start(found, held, restart=restart)
-    base = Diagnosis(run=run, state=found.state, job_id=found.job_id)
+    base = _with_bad_nodes(Diagnosis(run=run, state=found.state, job_id=found.job_id))
     if found.state is State.PENDING and found.reason.startswith("Dependency") and restart is None:
         return replace(base, cause=DEATHS["dependency"], evidence=f"Slurm says: {found.reason}")
     if stay is None:
         return _without_start(base, found)
-    base = replace(base, job_id=stay.job_id, restart=stay.restart, exit_code=stay.exit_code)
+    base = _with_bad_nodes(replace(base, job_id=stay.job_id, restart=stay.restart, exit_code=stay.exit_code))
     return _of_start(base, found, stay, newest=bool(held) and stay is held[-1])
+
+
+def _with_bad_nodes(base: Diagnosis) -> Diagnosis:
+    return replace(base, bad_nodes=bad_nodes_of(RunDirectory(base.run), base.job_id))
 
 
 def _failed_start(found: RunStatus, held: Sequence[Stay], *, restart: int | None) -> Stay | None:
@@ -220,9 +231,9 @@ def _ranks_per_node(run: RunDirectory) -> int:
 
 
 def _with_node(result: Diagnosis) -> Diagnosis:
-    """With the node that Slurm names as failed."""
+    """With the node that Slurm or the preflight names as failed."""
     failed = _NODE.search(result.evidence)
-    return replace(result, node=failed[1] or failed[2]) if failed else result
+    return replace(result, node=failed[1] or failed[2] or failed[3]) if failed else result
 
 
 def _with_log(result: Diagnosis, finding: Finding | None) -> Diagnosis:

@@ -12,6 +12,7 @@ from typing import Any
 from megabatch.insight.goodput import Stay, allocated_s, goodput, remaining_s, stays
 from megabatch.insight.tails import last_step
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.bad_nodes import BadNode, read_bad_nodes
 from megabatch.slurm.queue import State
 from megabatch.slurm.state import RunStatus, status
 
@@ -35,6 +36,8 @@ class Overview:
     allocated_gpu_h: float | None
     """GPU-hours held so far."""
     starts: int
+    bad_nodes: tuple[BadNode, ...]
+    """What the preflight of its newest job found."""
 
     def plain(self) -> dict[str, object]:
         """For JSON: the keys that docs/knowing.md lists."""
@@ -58,6 +61,7 @@ class Overview:
             "gpus": self.gpus,
             "allocated_gpu_h": self.allocated_gpu_h,
             "heartbeat_age_s": _number(now.heartbeat_age_s),
+            "bad_nodes": [bad.plain() for bad in self.bad_nodes],
         }
 
 
@@ -103,7 +107,13 @@ def _overview(found: RunStatus) -> Overview:
         gpus=gpus,
         allocated_gpu_h=allocated * gpus / 3600 if held and gpus else None,
         starts=len(held),
+        bad_nodes=bad_nodes_of(directory, found.job_id),
     )
+
+
+def bad_nodes_of(run: RunDirectory, job_id: str | None) -> tuple[BadNode, ...]:
+    """What the preflight found in that job."""
+    return tuple(bad for bad in read_bad_nodes(run) if bad.job_id == job_id)
 
 
 def gpus_of(config: Mapping[str, Any]) -> int | None:

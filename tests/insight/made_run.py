@@ -43,6 +43,11 @@ class MadeRun:
     def failed_first(self, rank: int, exit_code: int, node: str, *, restart: int = 0, job_id: str = "7") -> None:
         self.files.mark("failed", job_id, restart).write_text(f"{rank} {exit_code} {node}\n")
 
+    def bad_node(self, node: str, check: str, *, restart: int = 0, excluded: bool = True, job_id: str = "7") -> None:
+        words = {"time": 1000, "job_id": job_id, "restart": restart, "node": node, "check": check}
+        with open(self.files.bad_nodes, "a") as file:
+            file.write(json.dumps(words | {"value": "3", "rule": "0", "excluded": excluded}) + "\n")
+
     def beat(self, **words: object) -> None:
         self.files.heartbeat.write_text(json.dumps({"train_iters": 100} | words))
 

@@ -45,6 +45,20 @@ def test_the_cause_goes_before_who_was_noticed_first(run: MadeRun) -> None:
     assert found.last_lines[-1].startswith("torch.OutOfMemoryError") and found.log == run.files.rank_log(6, 0)
 
 
+def test_a_node_that_failed_the_check_before_the_ranks(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run.ended(0, 1, 1100)
+    run.bad_node("n2", "ecc")
+    run.bad_node("n9", "ecc", job_id="6")
+    said = "megabatch: preflight: not started on n2; leave bad nodes out with `exclude` in the cluster profile\n"
+    (run.files.logs / "batch.7.log").write_text(f"megabatch: preflight: n2: xid: NVRM: Xid (PCI:0): 79 (none)\n{said}")
+    found = diagnose(run.files.path)
+    assert found.cause is not None
+    assert (found.cause.name, found.rank, found.node) == ("bad_node", None, "n2")
+    assert [bad["node"] for bad in found.plain()["bad_nodes"]] == ["n2"]  # type: ignore[attr-defined]
+    assert main(["why", str(run.files.path)]) == 0
+    assert "\nbad node: n2: ecc: 3 (0); left out of the job\n" in capsys.readouterr().out
+
+
 def test_of_ranks_with_a_cause_the_marked_one_is_blamed(run: MadeRun) -> None:
     run.ended(0, 1, 1100)
     run.failed_first(5, 1, "n2")

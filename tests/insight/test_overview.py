@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megabatch.cli.status import status_table
 from megabatch.insight.goodput import allocated_s, goodput, remaining_s, stays
 from megabatch.insight.overview import overview
 from megabatch.insight.tails import MOST_BYTES, last_step
@@ -46,6 +47,15 @@ def test_goodput_counts_the_final_historys_steps_once(requeued: MadeRun) -> None
     assert found.eta_s is None, "it does not run"
 
 
+def test_nodes_that_its_job_runs_without(requeued: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    requeued.bad_node("n3", "link")
+    requeued.bad_node("n4", "ecc", job_id="6")
+    (found,) = overview([requeued.files.path])
+    assert [(bad["node"], bad["check"]) for bad in found.plain()["bad_nodes"]] == [("n3", "link")]  # type: ignore[attr-defined]
+    assert status_table([found]).endswith("exit code 75; without n3 (link)")
+
+
 def test_the_time_left_takes_what_requeues_cost_so_far(requeued: MadeRun) -> None:
     held = stays(read_records(requeued.files), last_sign=lambda _: 1200, running=False)
     step = last_step(requeued.files.metrics)
@@ -77,13 +87,13 @@ def test_a_running_run_has_time_left(tmp_path: Path) -> None:
     assert found.goodput == pytest.approx(20 / 40, rel=0.05)
 
 
-def test_an_element_of_an_array_is_known_by_both_its_names(tmp_path: Path) -> None:
+def test_an_element_of_an_array_is_known_by_its_name(tmp_path: Path) -> None:
     run, now = MadeRun.at(tmp_path / "run"), time.time()
     run.submitted("12_3", time=now - 20)
     run.started(0, now - 10, job_id="12_3")
-    run.beat(time=now, state="running", step=1, job_id="15", restart=0)
+    run.beat(time=now, state="running", step=1, job_id="12_3", restart=0)
     assert overview([run.files.path])[0].status.state.value == "running"
-    run.beat(time=now - 15, state="running", step=1, job_id="15", restart=0)
+    run.beat(time=now, state="running", step=1, job_id="12_2", restart=0)
     assert overview([run.files.path])[0].status.state.value == "lost", "an earlier job's heartbeat"
 
 

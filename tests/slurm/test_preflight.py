@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megabatch.slurm.control import resume
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
@@ -80,6 +81,10 @@ def test_a_bad_node_is_left_out_and_the_job_runs_on_the_others(
     assert not job.said(0, 0), "no rank may start on a bad node"
     assert [(e.restart, e.exit_code) for e in read_records(job.run)[0].endings] == [(0, 75), (1, 0)]
     assert not [path for path in job.run.logs.glob("preflight.*") if path.suffix != ".json"]
+    again = Submitted(job.run, resume(job.run.path))
+    assert excluded(scontrol, again) in ("n1,n4", "n[1,4]"), "a new job knows them, too"
+    assert again.wait().state is State.COMPLETED
+    assert "preflight" in again.batch_log() and "back into the queue" not in again.batch_log()
 
 
 def test_all_checks_of_good_nodes(submit_payload: Submit) -> None:
