@@ -57,6 +57,11 @@ class RunDirectory:
         return self.path / "jobs.jsonl"
 
     @property
+    def launcher_lock(self) -> Path:
+        """There while a launcher is at work in this folder, which holds a lock on it."""
+        return self.path / ".launcher.lock"
+
+    @property
     def bad_nodes(self) -> Path:
         """JSON lines of the preflight: time, job_id, restart, node, check, value, rule, excluded."""
         return self.path / "bad_nodes.jsonl"

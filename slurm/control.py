@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.alone import alone
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import LOCAL, read_records, record_cancellation
 from megabatch.slurm.state import active_jobs_of, local_launcher, status
@@ -72,10 +73,21 @@ def resume(run: Path) -> str:
     A job that was requeued, and that Slurm holds until its old credential has expired, may start now instead.
     Raises: LaunchError when a job of the run is still in the queue otherwise, or there is no stored script.
     """
+    directory = RunDirectory(run)
+    try:
+        with alone(directory):
+            return _resume(directory)
+    except OSError as error:
+        raise LaunchError(
+            f"{run} cannot be written: {error.strerror or error}; free space, or resume it as its owner"
+        ) from error
+
+
+def _resume(directory: RunDirectory) -> str:
     # submitit's import costs more than all the rest of this room
     from megabatch.slurm.submit import submit
 
-    directory = RunDirectory(run)
+    run = directory.path
     now = status([run], fresh_s=0)[0]
     if now.job_id and now.state is State.PENDING and now.reason == "BeginTime" and now.restart:
         _start_now(now.job_id)

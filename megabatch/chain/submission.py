@@ -10,7 +10,9 @@ from megabatch.chain.ready import ReadyChain
 from megabatch.chain.record import to_run, write_record
 from megabatch.chain.step import ReadyStep
 from megabatch.entry.launch import written
+from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.alone import alone
 from megabatch.slurm.chain import ChainedJob, submit_all
 from megabatch.slurm.state import active_jobs
 
@@ -20,7 +22,11 @@ def submit_chain(ready: ReadyChain, arguments: Sequence[str]) -> dict[str, tuple
 
     Raises: ConfigError, LaunchError; nothing is queued then, and folders that were made are gone.
     """
-    again = to_run(ready)
+    with _held(ready):
+        return _submit(ready, to_run(ready), arguments)
+
+
+def _submit(ready: ReadyChain, again: Sequence[ReadyStep], arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
     if not again:
         return {}
     names = {one.step.name for one in again}
@@ -36,6 +42,22 @@ def submit_chain(ready: ReadyChain, arguments: Sequence[str]) -> dict[str, tuple
         ids = submit_all(jobs, queued=queued, cluster=ready.cluster)
     write_record(ready)
     return ids
+
+
+@contextmanager
+def _held(ready: ReadyChain) -> Iterator[None]:
+    """The chain's folder, where this launcher is alone; one that is left without any step is taken away again."""
+    made = not ready.folder.exists()
+    try:
+        ready.folder.mkdir(parents=True, exist_ok=True)
+        with alone(RunDirectory(ready.folder)):
+            try:
+                yield
+            finally:
+                if made and not any((ready.folder / one.step.name).exists() for one in ready.steps):
+                    shutil.rmtree(ready.folder, ignore_errors=True)
+    except OSError as error:
+        raise LaunchError(f"{ready.folder} cannot be written: {error.strerror or error}; choose another") from error
 
 
 def _job(ready: ReadyChain, one: ReadyStep, *, waits_for: set[str]) -> ChainedJob:

@@ -18,6 +18,7 @@ from megabatch.entry.plan_text import plan_text
 from megabatch.entry.startable import missing, unplaceable, unstartable
 from megabatch.errors import ConfigError, ConversionError, DataError, Fault, LaunchError, MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.slurm.alone import TakenError
 from megabatch.sweep.declare import Sweep
 
 _USAGE = """\
@@ -70,12 +71,26 @@ def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) 
 
         return run_sweep(sweep, chosen, actions, arguments, recipe_file=recipe_file.absolute())
     _refuse_sweep_flags(actions)
-    launch = _in_links(prepare(chosen, actions, recipe_file=recipe_file.absolute()), actions)
-    if actions.submit:
-        return _submit(launch, arguments)
-    if actions.local:
-        return _local(launch, arguments)
-    return _show(launch, dry_run=actions.dry_run, file=recipe_file.name)
+
+    def prepared() -> Launch:
+        return _in_links(prepare(chosen, actions, recipe_file=recipe_file.absolute()), actions)
+
+    if actions.submit or actions.local:
+        return _start(_submit if actions.submit else _local, prepared, arguments)
+    return _show(prepared(), dry_run=actions.dry_run, file=recipe_file.name)
+
+
+def _start(
+    how: Callable[[Launch, Sequence[str]], int], prepared: Callable[[], Launch], arguments: Sequence[str]
+) -> int:
+    """In a folder with the next number where another launcher was quicker to take this one."""
+    while True:
+        launch = prepared()
+        try:
+            return how(launch, arguments)
+        except TakenError:
+            if not launch.numbered:
+                raise
 
 
 def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Chain:
@@ -160,9 +175,9 @@ def _submit(launch: Launch, arguments: Sequence[str]) -> int:
     from megabatch.slurm.render import render
 
     _require_startable(launch)
-    _require_idle(launch.directory)
     script = render(launch.job, launch.profile)
     with written(launch, arguments) as directory:
+        _require_idle(directory)
         # submitit's import costs more than all the rest of a dry run
         from megabatch.slurm.chain import ChainedJob, submit_all
         from megabatch.slurm.snapshot import take_snapshot
@@ -187,8 +202,6 @@ def _submit(launch: Launch, arguments: Sequence[str]) -> int:
 
 
 def _require_idle(directory: RunDirectory) -> None:
-    if not directory.run_json.exists():
-        return
     from megabatch.slurm.state import status
 
     now = status([directory.path])[0]
@@ -202,8 +215,8 @@ def _local(launch: Launch, arguments: Sequence[str]) -> int:
 
     _require_startable(launch, local=True)
     require_torch()
-    _require_idle(launch.directory)
     with written(launch, arguments) as directory:
+        _require_idle(directory)
         print(plan_text(launch, refusals=[], local=True), flush=True)
         code = run_local(launch.job, launch.profile)
     _report_end(directory, code, arguments)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.alone import alone, taken
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile, load_profile
 from megabatch.slurm.snapshot import snapshot_path
@@ -50,6 +51,8 @@ class Launch:
     job: JobSpec
     cluster: str | None
     profile: ClusterProfile
+    numbered: bool = False
+    """The run directory's name was made up for this launch: a run that is there all the same is somebody else's."""
 
     def faults(self) -> list[Fault]:
         """Every broken rule of the recipe."""
@@ -98,6 +101,7 @@ def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Launch:
         job=job_of(recipe, directory, snapshot=None if actions.local else snapshot_path(code, recipe=recipe_file)),
         cluster=actions.cluster,
         profile=profile,
+        numbered=recipe.checkpoint.add_version and not actions.run_dir,
     )
 
 
@@ -135,34 +139,57 @@ def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) ->
 
 @contextmanager
 def written(launch: Launch, arguments: Sequence[str]) -> Iterator[RunDirectory]:
-    """The run directory with its run.json; taken away again when the body fails before the run has started.
+    """The run directory with its run.json, held; taken away again when the body fails before the run has started.
 
     A directory that holds this very run is used as it is: the run goes on from its last checkpoint.
-    Raises: ConfigError when it holds another run, LaunchError when it cannot be written.
+    Raises: ConfigError when it holds another run, TakenError when another launcher has it, LaunchError when it cannot
+    be written.
     """
     directory = launch.directory
-    existing = RunConfig.load(directory.run_json) if directory.run_json.exists() else None
-    config = launch.config(provenance=existing.provenance if existing else provenance(launch, arguments))
-    if existing is not None:
-        _require_same(existing, config)
-        yield directory
-        return
     made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]
-    try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        config.save(directory.run_json)
-    except OSError as error:
-        _take_away(directory, made)
-        raise LaunchError(
-            f"{directory.path} cannot be written: {error.strerror or error}; free space or choose another folder with "
-            "--save or --run_dir"
-        ) from error
-    try:
+    with ExitStack() as held:
+        with _writable(directory, made):
+            directory.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(directory))
+        if not directory.run_json.exists():
+            held.enter_context(_new_run(launch, arguments, made))
+        elif launch.numbered:
+            raise taken(directory)
+        else:
+            existing = RunConfig.load(directory.run_json)
+            _require_same(existing, launch.config(provenance=existing.provenance))
         yield directory
+
+
+@contextmanager
+def _new_run(launch: Launch, arguments: Sequence[str], made: list[Path]) -> Iterator[None]:
+    directory = launch.directory
+    try:
+        config = launch.config(provenance=provenance(launch, arguments))
+    except BaseException:
+        _take_away(directory, made)
+        raise
+    with _writable(directory, made):
+        config.save(directory.run_json)
+    try:
+        yield
     except BaseException:
         if not directory.jobs.exists() and not any(directory.logs.glob("rank_*.log")):
             _take_away(directory, made)
         raise
+
+
+@contextmanager
+def _writable(directory: RunDirectory, made: list[Path]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if directory.path in made:
+            _take_away(directory, made)
+        raise LaunchError(
+            f"{directory.path} cannot be written: {error.strerror or error}; free space or choose another folder with "
+            "--save or --run_dir"
+        ) from error
 
 
 def _take_away(directory: RunDirectory, made: list[Path]) -> None:

@@ -12,6 +12,7 @@ from megabatch.config.flags import Actions
 from megabatch.config.run import RunConfig
 from megabatch.entry.launch import Launch, prepare, written
 from megabatch.errors import ConfigError, LaunchError
+from megabatch.slurm.alone import TakenError
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,19 @@ def test_the_same_run_goes_on_in_its_directory(recipe: Recipe) -> None:
         first = directory.run_json.read_text()
     with written(_launch(recipe, run_dir="here"), ["second"]) as directory:
         assert directory.run_json.read_text() == first, "run.json is written once"
+
+
+def test_two_launchers_never_share_a_run(recipe: Recipe) -> None:
+    first, second = _launch(recipe), _launch(recipe)
+    assert first.directory == second.directory, "planned in the same second"
+    with written(first, []):
+        with pytest.raises(TakenError), written(second, []):
+            pass
+        with pytest.raises(TakenError), written(_launch(recipe, run_dir=str(first.directory.path)), []):
+            pass
+    with pytest.raises(TakenError), written(second, []):
+        pass
+    assert first.directory.run_json.exists() and not first.directory.launcher_lock.exists()
 
 
 def test_another_run_is_refused_by_what_differs(recipe: Recipe) -> None:

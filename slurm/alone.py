@@ -1,0 +1,56 @@
+"""One launcher at a time in a run directory, so that two terminals cannot submit the same run together."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megabatch.errors import LaunchError
+from megabatch.run_directory import RunDirectory
+
+_BUSY = (BlockingIOError, PermissionError)
+"""What flock and lockf raise for a lock that somebody else holds."""
+
+
+class TakenError(LaunchError):
+    """Another launcher is at work in the run directory."""
+
+
+@contextmanager
+def alone(run: RunDirectory) -> Iterator[None]:
+    """Holds the run directory, which exists, for this process; the system lets go of it when the process ends.
+
+    A file system without locks is taken at its word: nothing is held there.
+    Raises: TakenError, at once, when another launcher holds it or has just taken it away; OSError when nothing can be
+    written there.
+    """
+    with open(run.launcher_lock, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except _BUSY as error:
+            raise taken(run) from error
+        except OSError:
+            pass
+        if not _is_there(run.launcher_lock, file.fileno()):
+            raise taken(run)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                run.launcher_lock.unlink()
+
+
+def _is_there(path: Path, descriptor: int) -> bool:
+    """Whether the name still means the open file: who held it before may have removed it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def taken(run: RunDirectory) -> TakenError:
+    """What to raise where another launcher was quicker."""
+    return TakenError(f"{run.path}: another launcher is at work there; look with megabatch status, or use --run_dir")
