@@ -197,6 +197,14 @@ def place(environment: Mapping[str, str]) -> tuple[int, int]:
     """Rank and number of the tasks of this Slurm step; 0 and 1 outside of one.
 
     A batch script has SLURM_PROCID and SLURM_NTASKS too, but is alone: only srun counts its step's tasks.
+    Raises: ConversionError when the step's variables are no place.
     """
-    world = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    return (int(environment["SLURM_PROCID"]), world) if world > 1 else (0, 1)
+    counted = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if counted == "1":
+        return 0, 1
+    rank = environment.get("SLURM_PROCID", "")
+    if not (counted.isdecimal() and rank.isdecimal() and int(rank) < int(counted)):
+        raise ConversionError(
+            f"SLURM_PROCID={rank} and SLURM_STEP_NUM_TASKS={counted} are no place in a step; give --rank and --world"
+        )
+    return int(rank), int(counted)

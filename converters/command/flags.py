@@ -67,6 +67,11 @@ def parse(arguments: Sequence[str]) -> Flags:
     return Flags(**given)
 
 
+def changed(flags: Flags) -> list[str]:
+    """Names of the flags whose values are not the defaults."""
+    return [flag.name for flag in fields(Flags) if getattr(flags, flag.name) != flag.default]
+
+
 def _split(arguments: Sequence[str], faults: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Each flag with the texts behind it; hyphens in names are read as underscores."""
     name, texts = None, []

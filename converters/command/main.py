@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from megabatch.converters.command.flags import Flags, help_text, parse
+from megabatch.converters.command.flags import Flags, changed, help_text, parse
 from megabatch.errors import ConversionError, MegabatchError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def check_flags(flags: Flags) -> None:
         raise ConversionError("--output_dir is missing; name the folder to make (or, with --verify, to check)")
     if not (flags.to_mcore or flags.to_hf or flags.verify):
         raise ConversionError("give --to_mcore or --to_hf, or --verify to check an output by its own digests")
+    _check_verify(flags)
     _check_adapters(flags)
     alone = flags.adapters and not flags.merge_lora
     if flags.to_mcore and not flags.model and not alone:
@@ -67,9 +68,9 @@ def check_flags(flags: Flags) -> None:
         raise ConversionError("--mcore_model is the source of --to_hf; --to_mcore converts --model")
     if flags.expert_layout not in ("", "per_expert", "fused"):
         raise ConversionError(f"--expert_layout={flags.expert_layout} must be per_expert or fused")
-    if not flags.to_hf and (flags.expert_layout or flags.fp8_quantise):
-        name = "--expert_layout" if flags.expert_layout else "--fp8_quantise"
-        raise ConversionError(f"{name} is about the Hugging Face folder that --to_hf writes")
+    for name in ("expert_layout", "fp8_quantise", "max_shard_size"):
+        if not flags.to_hf and name in changed(flags):
+            raise ConversionError(f"--{name} is about the Hugging Face folder that --to_hf writes")
     if flags.accept_bin and flags.mcore_model and not flags.adapters:
         raise ConversionError("--accept_bin is about weights that are read, and here those of --mcore_model are")
     if flags.test_convert_precision and flags.fp8_quantise:
@@ -78,10 +79,24 @@ def check_flags(flags: Flags) -> None:
         raise ConversionError("--test_convert_precision reads safetensors: convert them first, --to_hf --accept_bin")
     if flags.test_convert_precision and flags.to_hf and not flags.mcore_model:
         raise ConversionError("--test_convert_precision compares both formats, and megatron-core's is not there")
+    if not flags.test_convert_precision and "test_convert_dtype" in changed(flags):
+        raise ConversionError("--test_convert_dtype is about --test_convert_precision, which is not given")
     if flags.test_convert_dtype not in ("float32", "bfloat16"):
         raise ConversionError(f"--test_convert_dtype={flags.test_convert_dtype} must be float32 or bfloat16")
     if (flags.rank < 0) != (flags.world == 0) or flags.rank >= max(flags.world, 1):
         raise ConversionError("--rank and --world belong together, and rank counts from 0 to world - 1")
+
+
+def _check_verify(flags: Flags) -> None:
+    """Of an output that is checked alone nothing else can be said."""
+    if flags.to_mcore or flags.to_hf:
+        return
+    known = ("output_dir", "verify", "workers", "rank", "world", "help")
+    if odd := [f"--{name}" for name in changed(flags) if name not in known]:
+        raise ConversionError(
+            f"{', '.join(odd)}: --verify alone checks an output by its own digests; to compare it "
+            "with its source add --to_mcore or --to_hf"
+        )
 
 
 def _check_adapters(flags: Flags) -> None:

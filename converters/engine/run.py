@@ -52,6 +52,8 @@ def run(
     Raises: ConversionError; what was done until then stays in `.NAME.partial`.
     """
     target = Path(os.path.abspath(output))
+    if target == target.parent:
+        raise ConversionError(f"{target}: is no folder that can be made; choose another output_dir")
     staged, mine = Staged(target), share(plan, rank=rank, world=world)
     try:
         if (resume or world > 1) and is_of(target, plan):
@@ -97,6 +99,8 @@ def _finish(
 
 def check_output(target: Path, *, exist_ok: bool) -> None:
     """Raises: ConversionError when there is something at `target` that may not be replaced."""
+    if target.is_symlink() and not target.exists():
+        raise ConversionError(f"{target}: is a link to {os.readlink(target)}, which is not there; remove the link")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir():

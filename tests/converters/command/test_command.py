@@ -84,6 +84,12 @@ def test_all_faults_are_said_at_once() -> None:
         (["--to_hf", "--model", "m", "--output_dir", "o"], "--to_hf needs --mcore_model"),
         (["--to_mcore", "--model", "m"], "--output_dir is missing"),
         (["--model", "m", "--output_dir", "o"], "give --to_mcore or --to_hf"),
+        (["--verify", "--model", "m", "--resume", "--output_dir", "o"], "--model, --resume: --verify alone"),
+        (["--to_mcore", "--model", "m", "--output_dir", "o", "--max_shard_size", "1GB"], "--max_shard_size is about"),
+        (
+            ["--to_mcore", "--model", "m", "--output_dir", "o", "--test_convert_dtype", "bfloat16"],
+            "--test_convert_precision, which is not given",
+        ),
         (["--to_mcore", "--model", "m", "--output_dir", "o", "--fp8_quantise"], "folder that --to_hf writes"),
         (
             ["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--expert_layout", "x"],
@@ -176,3 +182,31 @@ def test_only_tasks_of_srun_share_the_work() -> None:
     assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1)
     assert place({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}) == (3, 8)
     assert place({}) == (0, 1)
+    for odd in ({"SLURM_STEP_NUM_TASKS": "8"}, {"SLURM_STEP_NUM_TASKS": "x", "SLURM_PROCID": "0"}):
+        with pytest.raises(ConversionError, match="no place in a step; give --rank and --world"):
+            place(odd)
+
+
+def test_exist_ok_replaces_an_output_of_the_same_source_too(hf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["--to_mcore", "--model", str(hf), "--output_dir", str(out), "--exist_ok"]
+    assert main(given) == 0
+    whole = contents(out)
+    with open(out / "release" / "__0_1.distcp", "r+b") as file:
+        file.seek(5000)
+        file.write(b"0123456789")
+    (out / "more").write_text("")
+    assert main(given) == 0
+    assert contents(out) == whole
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_outputs_that_cannot_be_are_refused_and_nothing_is_left(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    for output, message in ((str(link), "a link to nowhere, which is not there"), ("/", "no folder that can be made")):
+        assert main(["--to_mcore", "--model", str(hf), "--output_dir", output]) == 1
+        assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["link"]
