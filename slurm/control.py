@@ -6,14 +6,16 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megabatch.errors import LaunchError
-from megabatch.run_directory import RunDirectory
+from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.slurm.alone import alone
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import LOCAL, read_records, record_cancellation
+from megabatch.slurm.script.links import linked
 from megabatch.slurm.state import active_jobs_of, local_launcher, status
 
 _AT_ONCE = 1000
@@ -74,12 +76,39 @@ def resume(run: Path) -> str:
     Raises: LaunchError when a job of the run is still in the queue otherwise, or there is no stored script.
     """
     directory = RunDirectory(run)
+    with _held(directory):
+        return _resume(directory)
+
+
+def resume_in_links(run: Path, links: int) -> tuple[str, ...]:
+    """Submits the run in that many jobs, none of which requeues, and returns their ids; `resume` in all else.
+
+    Raises: LaunchError as `resume` does; nothing is queued then.
+    """
+    from megabatch.slurm.chain import ChainedJob, submit_all
+
+    directory = RunDirectory(run)
+    with _held(directory):
+        now = status([run], fresh_s=0)[0]
+        if now.state.active:
+            raise LaunchError(f"{run}: job {now.job_id} is {now.state}; cancel it before resuming")
+        stored = stored_script(directory)
+        job = ChainedJob(name=run.name, run=directory, script=linked(stored, directory), links=links)
+        try:
+            return submit_all([job], cluster=_cluster(directory))[job.name]
+        except BaseException:
+            write_atomic(directory.script, stored)
+            raise
+
+
+@contextmanager
+def _held(directory: RunDirectory) -> Iterator[None]:
     try:
         with alone(directory):
-            return _resume(directory)
+            yield
     except OSError as error:
         raise LaunchError(
-            f"{run} cannot be written: {error.strerror or error}; free space, or resume it as its owner"
+            f"{directory.path} cannot be written: {error.strerror or error}; free space, or resume it as its owner"
         ) from error
 
 
@@ -94,12 +123,20 @@ def _resume(directory: RunDirectory) -> str:
         return now.job_id
     if now.state.active:
         raise LaunchError(f"{run}: job {now.job_id} is {now.state}; cancel it before resuming")
+    return submit(directory, stored_script(directory), cluster=_cluster(directory)).job_id
+
+
+def stored_script(directory: RunDirectory) -> str:
+    """What was submitted last. Raises: LaunchError when there is nothing."""
     try:
-        script = directory.script.read_text(encoding="utf-8", errors="surrogateescape")
+        return directory.script.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
-        raise LaunchError(f"{run}: no stored job script ({error}); submit its recipe instead") from error
+        raise LaunchError(f"{directory.path}: no stored job script ({error}); submit its recipe instead") from error
+
+
+def _cluster(directory: RunDirectory) -> str | None:
     records = read_records(directory)
-    return submit(directory, script, cluster=records[-1].cluster if records else None).job_id
+    return records[-1].cluster if records else None
 
 
 def _start_now(job_id: str) -> None:

@@ -61,9 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("--rank", default="0", help="which rank, or `batch` for the job script (default: 0)")
     logs.add_argument("--restart", type=int, help="which start after a requeue (default: the newest)")
 
-    for name, help_ in (("cancel", "cancel runs' jobs"), ("resume", "submit runs again, from their last checkpoint")):
-        command = commands.add_parser(name, help=help_)
+    cancel = commands.add_parser("cancel", help="cancel runs' jobs")
+    resume = commands.add_parser("resume", help="submit runs again, from their last checkpoint")
+    for command in (cancel, resume):
         command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
+    resume.add_argument("--chain", type=_count, metavar="N", help="in N jobs, where a cluster lets none requeue")
 
     plan = commands.add_parser(
         "plan",
@@ -106,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
+
+
 def _status(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.status import show_status
 
@@ -145,7 +153,7 @@ def _cancel(options: argparse.Namespace, _: list[str]) -> int:
 def _resume(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.jobs import resume_runs
 
-    return resume_runs(options.runs)
+    return resume_runs(options.runs, links=options.chain)
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> int:

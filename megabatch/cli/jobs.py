@@ -8,9 +8,11 @@ from pathlib import Path
 
 from megabatch.cli.runs import all_runs, one_run
 from megabatch.errors import LaunchError
+from megabatch.run_directory import RunDirectory
 from megabatch.slurm import control
 from megabatch.slurm.logs import logs
 from megabatch.slurm.queue import State
+from megabatch.slurm.script.links import is_linked
 from megabatch.slurm.state import status
 
 _AT_END = (State.COMPLETED, State.NOT_SUBMITTED)
@@ -37,14 +39,15 @@ def cancel_runs(paths: Sequence[Path]) -> int:
     return 0
 
 
-def resume_runs(paths: Sequence[Path]) -> int:
+def resume_runs(paths: Sequence[Path], *, links: int | None = None) -> int:
     """Submits the stored scripts of the runs at or beneath the paths again; of several, those that can go on.
 
+    Args: `links`: in how many jobs, of which none requeues; None is one, as it was submitted.
     Raises: LaunchError when one run alone cannot go on, or none of several can.
     """
     runs = all_runs(paths)
     if len(runs) == 1:
-        print(f"job {control.resume(runs[0])} goes on in {runs[0]}")
+        _resume(runs[0], links=links)
         return 0
     able = [found.run for found in status(runs, fresh_s=0) if not found.state.active and found.state not in _AT_END]
     if not able:
@@ -52,8 +55,18 @@ def resume_runs(paths: Sequence[Path]) -> int:
     refused = 0
     for run in able:
         try:
-            print(f"job {control.resume(run)} goes on in {run}")
+            _resume(run, links=links)
         except LaunchError as error:
             refused += 1
             print(f"error: {error}", file=sys.stderr)
     return 1 if refused else 0
+
+
+def _resume(run: Path, *, links: int | None) -> None:
+    if links is not None:
+        jobs = control.resume_in_links(run, links)
+        print(f"job{'s' if links > 1 else ''} {', '.join(jobs)} go{'' if links > 1 else 'es'} on in {run}")
+        return
+    print(f"job {control.resume(run)} goes on in {run}")
+    if is_linked(control.stored_script(RunDirectory(run))):
+        print("  note: like the jobs before it, it does not requeue; --chain N queues N that go on one after another")

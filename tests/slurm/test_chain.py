@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megabatch.cli.command import main
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.chain import ChainedJob, dependency, forbids_requeue, submit_all
@@ -18,6 +19,7 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
 from megabatch.slurm.render import render
+from megabatch.slurm.script.links import linked
 from megabatch.slurm.state import active_jobs
 
 from .conftest import PAYLOAD, Submitted, payload_spec, until
@@ -122,6 +124,38 @@ def test_links_go_on_until_the_run_is_done_and_the_rest_never_start(tmp_path: Pa
     assert Submitted(after.run, ids["after"][0]).wait().state is State.COMPLETED
     assert Submitted(notok.run, ids["notok"][0]).wait().state is State.CANCELLED
     assert not third.batch_log(), "the third link was never given a node"
+
+
+@pytest.mark.parametrize("preflight", ["none", "light"])
+def test_a_stored_script_becomes_what_links_would_have_got(tmp_path: Path, preflight: str) -> None:
+    job = replace(payload_spec(tmp_path), preflight=preflight)  # type: ignore[arg-type]
+    links = render(replace(job, links=2, requeue=False), NODE)
+    for stored in (render(job, NODE), render(replace(job, requeue=False), NODE), links):
+        assert linked(stored, job.files) == links
+    with pytest.raises(LaunchError, match="is not as it was written"):
+        linked("#!/bin/bash\nsrun true\n", job.files)
+
+
+@pytest.mark.usefixtures("slurm")
+@pytest.mark.slurm
+def test_a_run_that_was_one_job_is_resumed_in_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = chained(tmp_path, "run", options={"until_restart": 2})
+    first = submitted([run])["run"]
+    run.run.run_json.write_text("{}")
+    first.wait_listening()
+    cancel(run.run.path)
+    first.wait()
+    assert main(["resume", str(run.run.path), "--chain", "3"]) == 0
+    ids = [job.job_id for job in read_records(run.run)][1:]
+    assert capsys.readouterr().out == f"jobs {', '.join(ids)} go on in {run.run.path}\n" and len(ids) == 3
+    second, third, last = (Submitted(run.run, job_id) for job_id in ids)
+    second.wait_listening(restart=1)
+    subprocess.run(["scancel", "--batch", "--signal=USR2", second.job_id], check=True)
+    assert third.wait().job_id == third.job_id and not last.batch_log()
+    assert [job.endings[-1].exit_code for job in read_records(run.run)[1:] if job.endings] == [75, 0]
+    assert main(["resume", str(run.run.path)]) == 0
+    assert "note: like the jobs before it, it does not requeue; --chain N" in capsys.readouterr().out
+    until(lambda: not active_jobs(run.run.path), what="the last job")
 
 
 @pytest.mark.usefixtures("slurm")
