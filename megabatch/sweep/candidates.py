@@ -11,6 +11,7 @@ from megabatch.config.layout import layout_of
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import unbuilt_fields
+from megabatch.config.rules.secrets import no_secrets
 from megabatch.config.run import save_folder
 from megabatch.entry.estimate import gpu_of, verdict_of
 from megabatch.entry.launch import Launch, job_of, prepare
@@ -85,7 +86,8 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
         raise ConfigError([Fault("sweep.name", name, "names a folder: it may hold no /, and not be . or ..")])
     points = points_of(sweep, recipe, given=actions.sweep)
     base = prepare(recipe, actions, recipe_file=recipe_file)
-    variant_of = None if any(unbuilt_fields(recipe)) else recipe
+    # what points share with a recipe without faults need not be looked at for each; `prepare` has seen its values
+    variant_of = None if any(unbuilt_fields(recipe)) or any(no_secrets(recipe)) else recipe
     given = Path(actions.run_dir).expanduser() if actions.run_dir else save_folder(recipe).expanduser() / name
     models: dict[str, FoundModel] = {}
     gpu = gpu_of(actions.gpu or base.profile.gpu) if recipe.resources.gpus_per_node else None

@@ -49,6 +49,22 @@ def test_memory_prunes_by_the_gpu_and_can_be_overruled(run: Run) -> None:
     assert "gpu='x' is not known; there are A100" in run(LAYOUTS, "--dry_run", "--gpu", "x", code=2).stderr
 
 
+def test_the_profiles_gpu_is_judged_for_unless_a_flag_names_another(run: Run, tmp_path: Path) -> None:
+    profile = tmp_path / "cluster.toml"
+    profile.write_text('gpu = "H200"\n')
+    small = ["--cluster", str(profile), "--sweep", "expert_model_parallel_size=2", "pipeline_model_parallel_size=1"]
+    on_h200 = run(LAYOUTS, "--dry_run", *small).stderr
+    assert "pruned" not in on_h200 and "estimated for H200" in on_h200
+    assert "GiB > 79.1 GiB" in run(LAYOUTS, "--dry_run", *small, "--gpu", "H100", code=2).stderr
+
+
+def test_a_secret_that_points_share_is_refused(run: Run) -> None:
+    secret = '--megatron_extra_kwargs={"wandb_api_key": "hunter2"}'
+    done = run(RECIPES / "quickstart.py", "--submit", "--sweep", "seed=1,2", secret, code=2)
+    assert "training.megatron_extra_kwargs holds `wandb_api_key`" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+
+
 def test_groups_that_cross_nodes_are_pruned(run: Run) -> None:
     flags = ["--nodes", "4", "--pipeline_model_parallel_size", "1", "--decoder_first_pipeline_num_layers", "none"]
     sweep = ["--sweep", "tensor_model_parallel_size=4", "expert_model_parallel_size=16"]
