@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ from megabatch.cli.layouts_text import layouts_document, layouts_text
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.fields import unbuilt_fields
-from megabatch.entry.command import as_declared, exit_code
+from megabatch.entry.command import exit_code
+from megabatch.entry.declared import as_declared, loaded
 from megabatch.entry.estimate import estimate_of, gpu_of
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.layouts import judged_layouts
@@ -44,8 +44,12 @@ class PlanOptions:
 def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = None) -> int:
     """Prints the plan; exit code 0, or what the recipe's own command line would say of a fault.
 
-    Sweeps, chains, and flags that do more than plan are that command line's.
+    Sweeps, chains, help and dry runs are that command line's.
+    Raises: ConfigError for flags that start something.
     """
+    if started := [flag for flag in flags if flag.split("=")[0] in ("--submit", "--local")]:
+        rule = f"is not for a plan, which starts nothing; python {path} {' '.join(flags)} does"
+        raise ConfigError([Fault(started[0], None, rule, bare=True)])
     found = load_declared(path)
     try:
         if not isinstance(found, Sweep):
@@ -74,7 +78,7 @@ megabatch plan RECIPE.py [--gpu NAME] [--gpus N [--gpu_memory_gib GIB] [--all]] 
 
 
 def _does_more(actions: Actions) -> bool:
-    return bool(actions.help or actions.submit or actions.local or actions.dry_run or actions.sweep)
+    return bool(actions.help or actions.dry_run or actions.sweep)
 
 
 def _own_command_line(found: Callable[[], Recipe] | Sweep, flags: Sequence[str]) -> int:
@@ -122,12 +126,16 @@ def _faults_but_unbuilt(launch: Launch) -> list[Fault]:
 
 def _layouts(launch: Launch, options: PlanOptions, *, gpus: int) -> str:
     recipe, shape = launch.recipe, _shape(launch)
+    if gpus < 1:
+        raise ConfigError([Fault("--gpus", gpus, "must be at least 1")])
     a_node = recipe.resources.gpus_per_node or gpus
-    if gpus < 1 or (gpus > a_node and gpus % a_node):
+    if gpus > a_node and gpus % a_node:
         rule = f"must be whole nodes of gpus_per_node={a_node}, or less than one"
-        raise ConfigError([Fault("--gpus", gpus, rule, try_=(max(1, gpus // a_node) * a_node,))])
+        raise ConfigError([Fault("--gpus", gpus, rule, try_=(gpus // a_node * a_node,))])
     gpu = gpu_of(options.gpu or launch.profile.gpu)
-    limit = options.gpu_memory_gib or gpu.memory_gib
+    limit = gpu.memory_gib if options.gpu_memory_gib is None else options.gpu_memory_gib
+    if limit <= 0:
+        raise ConfigError([Fault("--gpu_memory_gib", limit, "must be more than 0")])
     judged = judged_layouts(recipe, shape, gpus=gpus, gpu=gpu, gpu_memory_gib=limit)
     if options.as_json:
         return json.dumps(layouts_document(judged, gpu), indent=2)
@@ -145,7 +153,7 @@ def load_declared(path: Path) -> Callable[[], Recipe] | Sweep:
 
     Raises: ConfigError when there is no such file, neither of both, or more than one sweep.
     """
-    names = vars(module := _loaded(path))
+    names = vars(module := loaded(path))
     sweeps = [name for name, value in names.items() if isinstance(value, Sweep)]
     if len(sweeps) > 1:
         raise ConfigError(f"{path} declares {len(sweeps)} sweeps ({', '.join(sweeps)}); run the file itself")
@@ -154,19 +162,7 @@ def load_declared(path: Path) -> Callable[[], Recipe] | Sweep:
 
 def load_recipe(path: Path) -> Callable[[], Recipe]:
     """The function `recipe` of a recipe file. Raises: ConfigError when there is no such file or function."""
-    return _recipe(_loaded(path), path)
-
-
-def _loaded(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; give the path of a recipe file")
-    spec = importlib.util.spec_from_file_location(f"megabatch_recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file; give the path of a recipe file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return _recipe(loaded(path), path)
 
 
 def _recipe(module: ModuleType, path: Path) -> Callable[[], Recipe]:

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megabatch.cli.plan import load_recipe
+from megabatch.config.recipe import Recipe
+from megabatch.entry.declared import as_declared
+from megabatch.errors import ConfigError
 from megabatch.rehearse.command import Settings, rehearse
 
 
 def rehearse_recipe(path: Path, flags: Sequence[str], *, steps: int, seed: int, folder: Path | None) -> int:
     """Exit code: 0 where the recipe resumes exactly. Raises: MegabatchError."""
-    return rehearse(load_recipe(path)(), path, flags, Settings(steps=steps, seed=seed, folder=folder))
+    recipe = as_declared(load_recipe(path), path)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"{path} declares a chain; rehearse the recipe file of one of its training steps")
+    return rehearse(recipe, path, flags, Settings(steps=steps, seed=seed, folder=folder))

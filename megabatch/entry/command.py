@@ -7,12 +7,11 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from megabatch.chain.declare import Chain
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
-from megabatch.config.unknown import unknown_field
+from megabatch.entry.declared import as_declared, file_of
 from megabatch.entry.launch import Launch, prepare, written
 from megabatch.entry.plan_text import plan_text
 from megabatch.entry.startable import missing, unplaceable, unstartable
@@ -53,7 +52,7 @@ def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) 
     """Exit code of a recipe's command line. Raises: MegabatchError."""
     sweep = recipe if isinstance(recipe, Sweep) else Sweep(recipe)  # type: ignore[arg-type]
     recipe = sweep.recipe
-    recipe_file = Path(recipe.__code__.co_filename)
+    recipe_file = file_of(recipe)
     declared = as_declared(recipe, recipe_file)
     if isinstance(declared, Chain):
         from megabatch.chain.command import run as run_chain
@@ -91,27 +90,6 @@ def _start(
         except TakenError:
             if not launch.numbered:
                 raise
-
-
-def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Chain:
-    """The recipe or chain as its file builds it; a field that does not exist is explained with its line."""
-    try:
-        return recipe()
-    except TypeError as error:
-        fault = unknown_field(error)
-        if fault is None:
-            raise
-        raise ConfigError([replace(fault, field=f"{_place(error, file)}: {fault.field}")]) from error
-
-
-def _place(error: TypeError, file: Path) -> str:
-    """`file:line` of the recipe's own code that the error came through last."""
-    line, trace = 0, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(file):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f"{file.name}:{line}"
 
 
 def _one_action(actions: Actions) -> None:

@@ -83,7 +83,7 @@ def test_mistakes_get_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     places = {"run": _run(tmp_path / "quickstart", state="done"), "near": tmp_path / "quickstrat"}
-    assert main([argument.format(**places) for argument in arguments]) == 1
+    assert main([argument.format(**places) for argument in arguments]) == (2 if arguments[0] == "plan" else 1)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
 

@@ -21,8 +21,8 @@ def _declared() -> dict[str, str]:
     """Distribution → range, as pyproject.toml has them for whoever runs megabatch."""
     extras = PROJECT["optional-dependencies"]
     lines = [*PROJECT["dependencies"], *extras["train"], *extras["gpu"], *extras["vllm"]]
-    parts = [line.replace("[pytorch]", "").partition(">=") for line in lines]
-    return {name: f">={rest}" for name, _, rest in parts}
+    parts = [line.partition(">=") for line in lines]
+    return {name.split("[")[0]: f">={rest}" for name, _, rest in parts}
 
 
 def test_the_table_is_pyproject() -> None:

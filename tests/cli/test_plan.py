@@ -119,3 +119,16 @@ def test_help_is_the_commands_and_the_recipes(capsys: pytest.CaptureFixture[str]
     shown = _plan(capsys, MOE, "--help")
     assert shown.startswith("megabatch plan RECIPE.py") and "--gpu_memory_gib" in shown
     assert "tensor_model_parallel_size" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--submit"], "--submit is not for a plan"),
+        (["--gpus", "0"], "--gpus=0 must be at least 1"),
+        (["--gpus", "2", "--gpu_memory_gib", "-3"], "--gpu_memory_gib=-3.0 must be more than 0"),
+    ],
+)
+def test_what_a_plan_cannot_be_asked(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in _plan(capsys, SMALL, *flags, code=2)
+    assert not Path("megatron_output").exists()

@@ -1,0 +1,80 @@
+"""What a recipe file declares: read, built, and explained where that fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from traceback import extract_tb
+from types import ModuleType
+
+from megabatch.chain.declare import Chain
+from megabatch.config.recipe import Recipe
+from megabatch.config.unknown import unknown_field
+from megabatch.errors import ConfigError, MegabatchError
+
+
+def loaded(path: Path) -> ModuleType:
+    """The module of a recipe file. Raises: ConfigError when it is no Python file, or cannot be imported."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give the path of a recipe file in it")
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; give the path of a recipe file")
+    spec = importlib.util.spec_from_file_location(f"megabatch_recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file; give the path of a recipe file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except MegabatchError:
+        raise
+    except Exception as error:
+        raise ConfigError(_raised(error, path)) from error
+    return module
+
+
+def file_of(recipe: Callable[[], Recipe | Chain]) -> Path:
+    """Where a recipe's function is written. Raises: ConfigError for what is no such function."""
+    code = getattr(recipe, "__code__", None)
+    if code is None:
+        what = f"a {type(recipe).__name__}" if isinstance(recipe, Recipe | Chain) else repr(recipe)
+        raise ConfigError(f"main() was given {what}; it takes the function that builds one: main(recipe)")
+    return Path(code.co_filename)
+
+
+def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Chain:
+    """The recipe or chain as its file builds it.
+
+    Raises: ConfigError with the file's line for a field that does not exist, and for all else that it raises.
+    """
+    try:
+        built = recipe()
+    except MegabatchError:
+        raise
+    except Exception as error:
+        fault = unknown_field(error) if isinstance(error, TypeError) else None
+        if fault is None:
+            raise ConfigError(_raised(error, file)) from error
+        raise ConfigError([replace(fault, field=f"{_place(error, file)}: {fault.field}")]) from error
+    if not isinstance(built, Recipe | Chain):
+        raise ConfigError(f"{file.name}: recipe() returns {built!r}; it must return a Recipe or a Chain")
+    return built
+
+
+def _raised(error: Exception, file: Path) -> str:
+    """The line of the recipe's own code that the error came through, and where it was raised if that is elsewhere."""
+    place, last = _place(error, file), extract_tb(error.__traceback__)[-1]
+    deepest = f"{Path(last.filename).name}:{last.lineno}"
+    beneath = "" if deepest == place or last.filename.startswith("<") else f" (at {deepest})"
+    return f"{place}: {type(error).__name__}: {error}{beneath}"
+
+
+def _place(error: Exception, file: Path) -> str:
+    """`file:line` of the recipe's own code that the error came through last."""
+    own = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).absolute() == file.absolute()]
+    return f"{file.name}:{own[-1].lineno}" if own else file.name

@@ -1,0 +1,44 @@
+"""A recipe file that cannot be built is explained by its line, in one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megabatch.cli import main
+from megabatch.entry.command import run
+from megabatch.errors import ConfigError
+
+FIELD = 'from megabatch import Parallel, Recipe\ndef recipe():\n    return Recipe(name="x", parallel=Parallel(tp=2))\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def recipe(:\n", "r.py:1: invalid syntax"),
+        ("\nimport not_there\ndef recipe(): ...\n", "r.py:2: ModuleNotFoundError: No module named 'not_there'"),
+        ("def recipe():\n    raise ValueError('why')\n", "r.py:2: ValueError: why"),
+        ("import json\ndef recipe():\n    json.loads('{')\n", "r.py:3: JSONDecodeError: "),
+        ("def recipe():\n    pass\n", "r.py: recipe() returns None; it must return a Recipe or a Chain"),
+        (FIELD, "r.py:3: Parallel(tp=…) is not a field of Parallel"),
+    ],
+)
+def test_what_a_recipe_file_does_wrong(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.py").write_text(text)
+    assert main(["plan", "r.py"]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and "Traceback" not in shown
+
+
+def test_main_takes_the_function(recipe: object) -> None:
+    with pytest.raises(ConfigError, match=r"main\(recipe\)"):
+        run(recipe, ["--dry_run"])  # type: ignore[arg-type]
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
