@@ -60,7 +60,7 @@ def test_the_profiles_gpu_is_judged_for_unless_a_flag_names_another(run: Run, tm
 
 def test_a_secret_that_points_share_is_refused(run: Run) -> None:
     secret = '--megatron_extra_kwargs={"wandb_api_key": "hunter2"}'
-    done = run(RECIPES / "quickstart.py", "--submit", "--sweep", "seed=1,2", secret, code=2)
+    done = run(RECIPES / "quickstart.py", "--submit", "--sweep", "lr=0.1,0.2", secret, code=2)
     assert "training.megatron_extra_kwargs holds `wandb_api_key`" in done.stderr
     assert "hunter2" not in done.stdout + done.stderr
 
