@@ -82,12 +82,15 @@ class Family:
         """Every Hugging Face tensor of the model with its shape, in layer order."""
         return invert(self.tensors(shape, experts=experts))
 
-    def expert_layout(self, names: Mapping[str, Any], shape: ModelShape) -> ExpertLayout:
-        """Which layout of experts a folder with these tensor names uses."""
-        fused = [row.fused for row in self.rows if isinstance(row, Experts) and row.fused]
+    def expert_layout(self, found: Mapping[str, TensorInfo], shape: ModelShape) -> ExpertLayout:
+        """Which layout of experts a folder uses, by names, or by shapes where both have the same."""
+        experts = [row for row in self.rows if isinstance(row, Experts) and row.fused]
         layers = [layer for layer in range(shape.num_layers) if shape.is_moe_layer(layer)]
-        found = any(name.replace("{l}", str(layer)) in names for name in fused for layer in layers)
-        return "fused" if found else "per_expert"
+        names = {str(row.fused).replace("{l}", str(layer)) for row in experts for layer in layers} & found.keys()
+        if any(row.one_by_one for row in experts) or not names:
+            return "fused" if names else "per_expert"
+        expected = self.hf_tensors(shape, experts="fused")
+        return "fused" if all(found[name].shape == expected[name] for name in names) else "per_expert"
 
     def copies(self, shape: ModelShape) -> dict[str, str]:
         """Tensors that a whole folder holds although they repeat another one, with that one's name."""

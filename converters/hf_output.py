@@ -17,7 +17,7 @@ from megabatch.converters.mapping import ExpertLayout, Experts
 from megabatch.converters.quantised import SUFFIX, Quantised, as_deepseek_v3, quantised
 from megabatch.converters.requantise import Parts, requantised
 from megabatch.converters.safetensors_io import HfFolder, split_shards
-from megabatch.converters.safetensors_io.folder import INDEX
+from megabatch.converters.safetensors_io.folder import INDEX, SINGLE
 from megabatch.converters.safetensors_io.header import Extent, build_header
 from megabatch.converters.safetensors_io.sharding import index_json
 from megabatch.converters.side_files import replaced_config
@@ -45,7 +45,7 @@ def layout_of(family: Family, shape: ModelShape, form: HfForm) -> ExpertLayout:
     """
     layout = form.expert_layout
     experts = [row for row in family.rows if isinstance(row, Experts) and shape.num_experts]
-    fused_only = any(row.fused is None for row in experts)
+    fused_only = any(not row.one_by_one for row in experts)
     if layout is not None and not experts:
         raise ConversionError(f"expert_layout={layout}: {shape.architecture} has no experts; leave it out")
     if layout == "per_expert" and fused_only:
@@ -164,6 +164,11 @@ def _carried(family: Family, reference: Path, numbered: Numbered) -> Iterator[tu
     """
     if family.carried is None:
         return
+    if not any((reference / name).is_file() for name in (SINGLE, INDEX)):
+        raise ConversionError(
+            f"{reference}: {family.name} is converted in its language part, and its other parts are not in the "
+            "checkpoint; name the Hugging Face folder that has them as --model"
+        )
     with HfFolder(reference) as folder:
         for name, info in folder.tensors.items():
             if re.fullmatch(family.carried, name):

@@ -225,6 +225,16 @@ class GateUp(Row):
 
 
 @dataclass(frozen=True, slots=True)
+class TransposedGateUp(Row):
+    """One Hugging Face tensor whose columns are the gate's rows and then the up projection's; `dims` is the shape of
+    either in megatron-core."""
+
+    def sections(self, names: tuple[str, ...], sizes: Sizes) -> tuple[Section, ...]:
+        rows = sizes[self.dims[0]]
+        return tuple((Piece(names[0], (first, first + rows), transposed=True),) for first in (0, rows))
+
+
+@dataclass(frozen=True, slots=True)
 class WovenGateUp(Row):
     """One Hugging Face tensor whose even rows are the gate's and whose odd rows are the up projection's.
 
@@ -260,13 +270,14 @@ class PartOfGroups(Row):
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A row for each expert of each mixture-of-experts layer; `row.hf` has `{e}`, unless experts are always fused."""
+    """A row for each expert of each mixture-of-experts layer; `row.hf` has `{e}`, or names a 3-D tensor whose leading
+    index is the expert."""
 
     row: Row
     _: KW_ONLY
     fused: str | None = None
-    """Name of the 3-D Hugging Face tensor whose leading index is the expert and whose rows are `row`'s, in order.
-    None: `row.hf` names such a tensor itself, and there is no other layout."""
+    """Name of the 3-D Hugging Face tensor whose leading index is the expert and whose rows are `row`'s, in order; it
+    may be `row.hf`, laid out in another way. None: there is no other layout than `row.hf`."""
 
     def expand(
         self, sizes: Sizes, *, layer: int | None, mtp: int | None = None, experts: ExpertLayout
@@ -274,11 +285,16 @@ class Experts:
         fused = None if self.fused is None else hf_names(self.fused, layer=layer, mtp=mtp)[0]
         for expert in range(sizes["experts"]):
             sections = self.row.sections(hf_names(self.row.hf, layer=layer, mtp=mtp, expert=expert), sizes)
-            if fused is None:
-                sections = tuple(tuple(replace(piece, index=expert) for piece in section) for section in sections)
-            elif experts == "fused":
+            if fused is not None and experts == "fused":
                 sections = _stacked(sections, fused, index=expert)
+            elif not self.one_by_one:
+                sections = tuple(tuple(replace(piece, index=expert) for piece in section) for section in sections)
             yield self.row.mapped(sections, sizes, layer=layer, mtp=mtp, expert=expert)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether a folder can have a tensor for each expert."""
+        return "{e}" in self.row.hf
 
     @property
     def block(self) -> Block:

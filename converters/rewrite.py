@@ -1,14 +1,16 @@
 """Hugging Face safetensors → Hugging Face safetensors in another form, planned: experts, dtype, FP8, pickles no more.
 
 The table of a family says twice which rows make up a megatron-core tensor, once for each layout of experts; both have
-the same rows in the same order, so that rows go from one to the other without megatron-core's format between.
+the same rows in the same order, so that rows go from one to the other without megatron-core's format between; where
+one of them is woven (`weave`), by way of megatron-core's order.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from megabatch.converters.adapters.merge import Merged, merged_adapters
 from megabatch.converters.bijection import invert
@@ -19,6 +21,7 @@ from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
 from megabatch.converters.hf_strips import joined, plain_dtype, strip_of, whole_strip
 from megabatch.converters.mapping import ExpertLayout, Mapped, elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
+from megabatch.converters.weave import Weave
 from megabatch.errors import ConversionError
 
 Key = tuple[str, int]
@@ -74,13 +77,21 @@ def _planned(model: HfModel, folder: Path, form: HfForm, numbered: Numbered, mer
 def _parts(model: HfModel, table: Sequence[Mapped], numbered: Numbered, dtype: str | None) -> dict[str, list[Tensor]]:
     """Every tensor to write, or its parts by leading index, lying nowhere yet."""
     strips: dict[Key, list[Strip]] = {}
-    owners: dict[Key, tuple[Mapped, str]] = {}
+    owners: dict[Key, _Owner] = {}
     for read, written in zip(model.tensors, table, strict=True):
         first = next(read.pieces)
         dtype_read = model.folder.info(first.hf).dtype
         row_bytes = elements(read.shape[1:]) * ITEMSIZE[dtype_read]
-        if read.woven:  # such a tensor has one layout only
-            pairs = [(first, whole_strip(model, read, row_bytes, numbered))]
+        arrangement = None
+        if read.woven:
+            pairs = [(next(written.pieces), whole_strip(model, read, row_bytes, numbered))]
+            arrangement = None if written.woven else Weave(read, False)
+        elif written.woven:
+            pairs = [
+                (target, strip_of(model, source, row, row_bytes, numbered))
+                for source, target, row in zip(read.pieces, written.pieces, _positions(read), strict=True)
+            ]
+            arrangement = Weave(written, True)
         else:
             pairs = [
                 (target, strip_of(model, source, target.rows[0], row_bytes, numbered))
@@ -89,14 +100,31 @@ def _parts(model: HfModel, table: Sequence[Mapped], numbered: Numbered, dtype: s
         for target, strip in pairs:
             key = (target.hf, target.index or 0)
             strips.setdefault(key, []).append(strip)
-            owners[key] = (read, dtype_read)
+            owners[key] = _Owner(read, dtype_read, arrangement)
     tensors: dict[str, list[Tensor]] = {}
     for key in sorted(strips, key=lambda key: key[1]):
-        tensors.setdefault(key[0], []).append(_tensor(key[0], strips[key], *owners[key], dtype))
+        tensors.setdefault(key[0], []).append(_tensor(key[0], strips[key], owners[key], dtype))
     return tensors
 
 
-def _tensor(name: str, strips: Iterable[Strip], mapped: Mapped, read: str, dtype: str | None) -> Tensor:
+def _positions(mapped: Mapped) -> Iterator[int]:
+    """The first row of each piece in megatron-core's tensor."""
+    row = 0
+    for piece in mapped.pieces:
+        yield row
+        row += piece.count
+
+
+class _Owner(NamedTuple):
+    """Whose rows a tensor that is written has, and how they are arranged where only one of the layouts is woven."""
+
+    mapped: Mapped
+    dtype: str
+    arrangement: Weave | None
+
+
+def _tensor(name: str, strips: Iterable[Strip], owner: _Owner, dtype: str | None) -> Tensor:
+    mapped, read = owner.mapped, owner.dtype
     rows = list(joined(sorted(strips, key=lambda strip: strip.row)))
     count, columns = rows[-1].row + rows[-1].rows, elements(mapped.shape[1:])
     written = mapped.dtype or dtype or plain_dtype(read)
@@ -111,4 +139,5 @@ def _tensor(name: str, strips: Iterable[Strip], mapped: Mapped, read: str, dtype
         row_bytes=columns * ITEMSIZE[written],
         source_row_bytes=columns * ITEMSIZE[read],
         strips=tuple(rows),
+        arrangement=owner.arrangement,
     )

@@ -11,7 +11,8 @@ from megabatch.converters.adapters.config import AdapterConfig
 from megabatch.converters.bijection import invert
 from megabatch.converters.engine.plan import Matrix, SourceFile, Strip
 from megabatch.converters.family import Family
-from megabatch.converters.mapping import ExpertLayout, Mapped
+from megabatch.converters.mapping import ExpertLayout, Experts, Mapped
+from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 Target = tuple[str, int | None]
@@ -99,9 +100,14 @@ class Tables:
     """A family's table over both layouts of experts, for a model whose embeddings are not tied.
 
     An adapter may change the embedding and not the output layer, so that the two must be looked at on their own.
+    Raises: ConversionError for families whose two layouts have the same names.
     """
 
     def __init__(self, family: Family, shape: ModelShape) -> None:
+        if any(row.fused and not row.one_by_one for row in family.rows if isinstance(row, Experts)):
+            raise ConversionError(
+                f"adapters of {shape.architecture} are not supported: its experts have two layouts under one name"
+            )
         self.family, self.tied_shape = family, shape
         self.shape = replace(shape, untie_embeddings_and_output_weights=True)
         layouts: tuple[ExpertLayout, ...] = ("per_expert", "fused")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megabatch.converters.family import Ignorable
-from megabatch.converters.mapping import Experts, GateUp, Qkv, Rename, Row
+from megabatch.converters.mapping import Experts, GateUp, Qkv, Rename, Row, Transposed, TransposedGateUp
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
@@ -51,6 +51,7 @@ DENSE_MLP: tuple[Row, ...] = (
 )  # fmt: skip
 
 _ROUTER = "mlp.gate.weight"
+_GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
 def moe_mlp(
@@ -66,13 +67,30 @@ def moe_mlp(
         Rename(_L + "mlp.router.weight", _HF + router, ("experts", "hidden"), layers="moe", hf_fused=_HF + _ROUTER),
         Experts(
             GateUp(_L + "mlp.experts.linear_fc1.weight", _HF + gate_up, ("expert_ffn", "hidden"), split="column"),
-            fused=_HF + "mlp.experts.gate_up_proj",
+            fused=_HF + _GATE_UP,
         ),
         Experts(
             Rename(_L + "mlp.experts.linear_fc2.weight", _HF + down, ("hidden", "expert_ffn"), split="row"),
-            fused=_HF + "mlp.experts.down_proj",
+            fused=_HF + _DOWN,
         ),
     )
+
+
+def transposed_experts() -> tuple[Row | Experts, ...]:
+    """`moe_mlp` of folders that have all experts of a layer in one tensor, each of them transposed."""
+    norm_and_router = moe_mlp()[:2]
+    return (
+        *norm_and_router,
+        Experts(
+            TransposedGateUp(_L + "mlp.experts.linear_fc1.weight", _HF + _GATE_UP, ("expert_ffn", "hidden"),
+                             split="column"),
+            fused=_HF + _GATE_UP,
+        ),
+        Experts(
+            Transposed(_L + "mlp.experts.linear_fc2.weight", _HF + _DOWN, ("hidden", "expert_ffn"), split="row"),
+            fused=_HF + _DOWN,
+        ),
+    )  # fmt: skip
 
 
 def shared_experts(name: str = "mlp.shared_experts") -> tuple[Row, ...]:

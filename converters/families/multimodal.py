@@ -8,12 +8,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megabatch.converters.families.config_json import Config, architecture
-from megabatch.converters.families.decoder import not_made, only_converted, renamed
+from megabatch.converters.families.decoder import (
+    ATTENTION,
+    DENSE_MLP,
+    EMBEDDING,
+    OUTPUT,
+    not_made,
+    only_converted,
+    renamed,
+    transposed_experts,
+)
 from megabatch.converters.families.gemma3 import GEMMA3_TEXT
 from megabatch.converters.families.llama import LLAMA
 from megabatch.converters.families.mistral import MISTRAL
 from megabatch.converters.families.qwen2 import QWEN2
 from megabatch.converters.families.qwen3 import QWEN3
+from megabatch.converters.families.qwen3_moe import QWEN3_MOE
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
 
@@ -111,6 +121,12 @@ MULTIMODAL = (
     _with_vision(
         QWEN3, name="qwen3_vl", architectures=("Qwen3VLForConditionalGeneration",),
         model="model.language_model.", head="lm_head.", carried=r"model\.visual\..+",
+    ),
+    _with_vision(
+        replace(QWEN3_MOE, rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *transposed_experts(), *OUTPUT)),
+        name="qwen3_vl_moe", architectures=("Qwen3VLMoeForConditionalGeneration",),
+        model="model.language_model.", head="lm_head.", carried=r"model\.visual\..+",
+        defaults={"norm_topk_prob": True},
     ),
 )  # fmt: skip
 """Published folders and those that transformers saves have the same names."""

@@ -106,6 +106,13 @@ class Tables:
             self.put("mlp.experts.linear_fc1.weight", rows(gate, up), e)
             self.put("mlp.experts.linear_fc2.weight", columns(down), e)
 
+    def transposed_experts(self) -> None:
+        self.put("pre_mlp_layernorm.weight", whole(self.get("post_attention_layernorm.weight")))
+        self.put("mlp.router.weight", whole(self.get("mlp.gate.weight")))
+        for e, both in enumerate(self.get("mlp.experts.gate_up_proj")):
+            self.put("mlp.experts.linear_fc1.weight", rows(*np.split(both.T, 2)), e)
+            self.put("mlp.experts.linear_fc2.weight", columns(self.get("mlp.experts.down_proj")[e].T), e)
+
     def routed_and_shared(self, gate: str | None = None, shared: str = "shared_experts") -> None:
         self.experts("mlp.gate.weight", USUAL)
         if self.has("mlp.gate.e_score_correction_bias"):
@@ -224,7 +231,10 @@ def inside(outer: str, inner: str) -> Callable[[Arrays, ModelShape], Tensors]:
         for layer in range(shape.num_layers):
             tables.layer(layer, outer + inner)
             tables.attention()
-            tables.dense()
+            if shape.num_experts:
+                tables.transposed_experts()
+            else:
+                tables.dense()
         return tables.out
 
     return fill

@@ -34,6 +34,7 @@ _PIXTRAL = {
 }  # fmt: skip
 _QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": 24}
 _DEEP = {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+_VL_MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
 _MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 1]}, "head_dim": ...}
 
 
@@ -49,6 +50,9 @@ class Case(NamedTuple):
     """Whether a layer of multi-token prediction is added, which transformers does not save."""
     vision: dict[str, Any] | None = None
     """The settings of its vision part; `changes` are then the language part's."""
+
+    transposed: bool = False
+    """Whether it is published with each expert transposed, unlike transformers 5 saves it."""
 
     @property
     def fused(self) -> bool:
@@ -124,5 +128,9 @@ CASES: dict[str, Case] = {
     ),
     "qwen3-vl": Case(
         "Qwen3VL", {}, by_hand.inside("", "model.language_model."), "Qwen3VLForConditionalGeneration", vision=_DEEP
+    ),
+    "qwen3-vl-moe": Case(
+        "Qwen3VLMoe", _VL_MOE, by_hand.inside("", "model.language_model."), "Qwen3VLMoeForConditionalGeneration",
+        vision=_DEEP, transposed=True,
     ),
 }  # fmt: skip

@@ -55,6 +55,10 @@ def _save(case: Case, folder: Path) -> None:
     model.save_pretrained(folder)
     if case.mtp:
         _add_mtp(folder, layers=config.num_hidden_layers)
+    if case.transposed:
+        arrays = load_file(folder / "model.safetensors")
+        turned = {name: a.swapaxes(1, 2).copy() for name, a in arrays.items() if ".mlp.experts." in name}
+        save_file(arrays | turned, folder / "model.safetensors", {"format": "pt"})
 
 
 def _add_mtp(folder: Path, *, layers: int) -> None:
