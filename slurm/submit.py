@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,9 +48,14 @@ _FIXES = (
         "Slurm is installed here but knows no cluster: submit from a login node, set SLURM_CONF, or start a private "
         "one with make cluster",
     ),
+    ("unable to process configuration", "Slurm's configuration cannot be read here; check SLURM_CONF"),
     ("unable to contact", "Slurm's controller does not answer; `scontrol ping`, and check SLURM_CONF"),
     ("job violates", "an accounting limit of yours is reached; `sacctmgr show associations user=$USER` lists them"),
 )
+
+
+_TAKES_S = 0.5
+"""What the controller gets to list a job whose sbatch was interrupted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +114,13 @@ def submit_array(array: JobArray, script: str, *, cluster: str | None = None) ->
     Raises: LaunchError as `submit` does.
     """
     array_id = _sbatch(array.files, script, (), avoid=avoided(job.files for job in array.jobs)).job_id
-    for index, job in enumerate(array.jobs):
-        record_submission(job.files, element_id(array_id, index), cluster=cluster)
+    try:
+        for index, job in enumerate(array.jobs):
+            record_submission(job.files, element_id(array_id, index), cluster=cluster)
+    except BaseException:
+        # elements that their runs know nothing of could be neither watched nor cancelled
+        subprocess.run(["scancel", array_id], capture_output=True, check=False)
+        raise
     return array_id
 
 
@@ -123,8 +134,25 @@ def _sbatch(
     if re.search(r"%[jtAa]", str(files.path)):
         raise LaunchError(f"{files.path}: a run directory may not contain %j, %t, %A or %a; choose another name")
     options += exclude_option(script, avoid)
-    with _explained(avoid), _outside_any_job():
-        return _ScriptExecutor(files.path / "slurm", script=script, options=options).submit_script()
+    folder = files.path / "slurm"
+    try:
+        with _explained(avoid), _outside_any_job():
+            return _ScriptExecutor(folder, script=script, options=options).submit_script()
+    except KeyboardInterrupt as error:
+        _cancel_unheard(folder)
+        raise LaunchError(f"interrupted while {files.path} was being submitted; it is not in the queue") from error
+
+
+def _cancel_unheard(folder: Path) -> None:
+    """Slurm may have taken the job before sbatch was interrupted; it is known by where its script lies."""
+    time.sleep(_TAKES_S)
+    listed = subprocess.run(
+        ["squeue", "--me", "--noheader", "--format=%F %o"], capture_output=True, text=True, check=False
+    )
+    jobs = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+    ours = {job[0] for job in jobs if len(job) == 2 and Path(job[1].strip()).parent == folder}
+    if ours:
+        subprocess.run(["scancel", *sorted(ours)], capture_output=True, check=False)
 
 
 def _check_programs() -> None:

@@ -36,6 +36,9 @@ def main(recipe: Callable[[], Recipe | Chain] | Sweep, argv: Sequence[str] | Non
     except MegabatchError as error:
         print(f"error: {error}", file=sys.stderr)
         code = exit_code(error)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        code = 130
     except BrokenPipeError:
         # the reader of our output has gone, for example `| head`: nothing is left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
