@@ -35,11 +35,15 @@ def unplaceable(folder: Path, *, recipe_file: Path, local: bool) -> list[Fault]:
     return unwritable(folder) + ([] if local else _secrets(recipe_file))
 
 
+_FIX = (
+    "and others can read the copy that a job runs from; export it in the shell that submits, and list its name under "
+    "`inherit` of the cluster profile"
+)
+
+
 def _secrets(file: Path) -> list[Fault]:
-    rule = "and others can read the copy that a job runs from; export it in the shell that submits, and list its name "
-    rule += "under `inherit` of the cluster profile"
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []  # a recipe without a file of its own is not copied
-    return [Fault(f"{file}:{line}", None, f"holds {kind}, {rule}", bare=True) for line, kind in tokens_in(text)]
+    return [Fault(f"{file}:{line}", None, f"holds {kind}, {_FIX}", bare=True) for line, kind in tokens_in(text)]
