@@ -16,7 +16,7 @@ from megabatch.slurm.alone import alone
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import LOCAL, read_records, record_cancellation
 from megabatch.slurm.script.links import linked
-from megabatch.slurm.state import active_jobs_of, local_launcher, status
+from megabatch.slurm.state import RunStatus, active_jobs_of, local_launcher, status
 
 _AT_ONCE = 1000
 """Jobs that one scancel gets."""
@@ -90,8 +90,7 @@ def resume_in_links(run: Path, links: int) -> tuple[str, ...]:
     directory = RunDirectory(run)
     with _held(directory):
         now = status([run], fresh_s=0)[0]
-        if now.state.active:
-            raise LaunchError(f"{run}: job {now.job_id} is {now.state}; cancel it before resuming")
+        _require_over(now)
         stored = stored_script(directory)
         job = ChainedJob(name=run.name, run=directory, script=linked(stored, directory), links=links)
         try:
@@ -121,9 +120,18 @@ def _resume(directory: RunDirectory) -> str:
     if now.job_id and now.state is State.PENDING and now.reason == "BeginTime" and now.restart:
         _start_now(now.job_id)
         return now.job_id
-    if now.state.active:
-        raise LaunchError(f"{run}: job {now.job_id} is {now.state}; cancel it before resuming")
+    _require_over(now)
     return submit(directory, stored_script(directory), cluster=_cluster(directory)).job_id
+
+
+def _require_over(now: RunStatus) -> None:
+    """Raises: LaunchError for a run whose job has not ended, or that has trained to its end."""
+    if now.state is State.RUNNING and now.reason:
+        raise LaunchError(f"{now.run}: job {now.job_id} is {now.reason}; resume it once it has ended")
+    if now.state.active:
+        raise LaunchError(f"{now.run}: job {now.job_id} is {now.state}; cancel it before resuming")
+    if now.state is State.COMPLETED and now.source == "heartbeat":
+        raise LaunchError(f"{now.run} is completed, at step {now.step}; there is nothing to go on with")
 
 
 def stored_script(directory: RunDirectory) -> str:

@@ -28,7 +28,7 @@ class RunStatus:
     job_id: str | None = None
     """The newest job's, or `local`; None before the first."""
     reason: str = ""
-    """Why a pending job waits, in Slurm's words."""
+    """Why a pending job waits, in Slurm's words; or that a running one was cancelled."""
     exit_code: int | None = None
     step: int | None = None
     """Optimizer steps done, from the heartbeat."""
@@ -169,6 +169,8 @@ def _from_records(found: _Unsettled) -> RunStatus:
 
 def _status(found: _Unsettled, state: State, source: str, *, job: JobRecord | None = None, **more: Any) -> RunStatus:
     job = job or (found.jobs[-1] if found.jobs else None)
+    if state is State.RUNNING and job and job.cancelled is not None:
+        more["reason"] = "cancelled, still saving"
     if more.get("restart") is None:
         more["restart"] = job.starts[-1].restart if job and job.starts else found.beat.get("restart")
     return RunStatus(

@@ -188,6 +188,8 @@ def _sweep(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
+    if options.run and not options.cluster:
+        raise ConfigError("--run looks at a cluster from a node of it; add --cluster NAME")
     from megabatch.doctor.report import show_report
 
     return show_report(as_json=options.json, cluster=options.cluster, run=options.run)

@@ -30,10 +30,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | 
 
 
 def _cut(lines: list[list[str]], widths: list[int], *, width: int) -> None:
-    """The last column gives way first, then the first one, each down to NARROWEST."""
-    for column in (len(widths) - 1, 0):
-        excess = sum(widths) + 2 * (len(widths) - 1) - width
-        size = max(min(NARROWEST, widths[column]), widths[column] - max(0, excess))
+    """The last column gives way first, then the first one, each down to twice NARROWEST, and then down to it."""
+    last = len(widths) - 1
+    for column, least in ((last, 2 * NARROWEST), (0, 2 * NARROWEST), (last, NARROWEST), (0, NARROWEST)):
+        excess = sum(widths) + 2 * last - width
+        size = max(min(least, widths[column]), widths[column] - max(0, excess))
         if size < widths[column]:
             widths[column] = size
             for line in lines:

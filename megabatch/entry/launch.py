@@ -164,6 +164,9 @@ def written(launch: Launch, arguments: Sequence[str]) -> Iterator[RunDirectory]:
 @contextmanager
 def _new_run(launch: Launch, arguments: Sequence[str], made: list[Path]) -> Iterator[None]:
     directory = launch.directory
+    for name, what in (("sweep.json", "a sweep"), ("chain.json", "a chain")):
+        if (directory.path / name).exists():
+            raise ConfigError(f"{directory.path} is the folder of {what}, not of a run; choose another --run_dir")
     try:
         config = launch.config(provenance=provenance(launch, arguments))
     except BaseException:

@@ -74,7 +74,7 @@ def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["logs", "{run}", "--rank", "9"], "no log of rank 9"),
         (["logs", "{run}", "--rank", "first"], "must be a number or `batch`"),
         (["cancel", "{run}"], "no job was submitted"),
-        (["resume", "{run}"], "submit its recipe instead"),
+        (["resume", "{run}"], "completed"),
         (["status", "{near}"], "nearest in"),
         (["plan", "{near}"], "does not exist"),
     ],
@@ -86,6 +86,11 @@ def test_mistakes_get_one_clear_error(
     assert main([argument.format(**places) for argument in arguments]) == (2 if arguments[0] == "plan" else 1)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
+
+
+def test_a_run_without_a_script_is_submitted_by_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", str(_run(tmp_path / "x", state="failed"))]) == 1
+    assert "submit its recipe instead" in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

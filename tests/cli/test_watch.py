@@ -115,6 +115,10 @@ def test_tables_give_way_at_their_ends() -> None:
     rows = [("/long/path/of/a/run", "running", "a reason that goes on and on"), ("x", "failed", "")]
     lines = table(("RUN", "STATE", "WHY"), rows, width=44).splitlines()
     assert max(map(len, lines)) <= 44 and lines[1].startswith("/long/path/of/a/run  running  a reason that…")
+    rows[0] = (rows[0][0] + "/of/an/unusual/depth", *rows[0][1:])
+    wide = table(("RUN", "STATE", "WHY"), rows, width=60).splitlines()[1]
+    assert wide == "…/run/of/an/unusual/depth  running  a reason that goes on a…", "the reason stays readable"
+    rows[0] = ("/long/path/of/a/run", *rows[0][1:])
     assert table(("RUN", "STATE", "WHY"), rows, width=36).splitlines()[1] == "…ath/of/a/run  running  a reason th…"
 
 

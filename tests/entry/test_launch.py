@@ -130,6 +130,14 @@ def test_another_run_is_refused_by_what_differs(recipe: Recipe) -> None:
     assert "task" in str(caught.value) and "megabatch resume" in str(caught.value)
 
 
+def test_the_folder_of_a_sweep_is_no_run(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sweep.json").write_text("{}")
+    with pytest.raises(ConfigError, match="folder of a sweep"), written(_launch(recipe, run_dir="mine"), []):
+        pass
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["sweep.json"]
+
+
 def test_a_disk_that_takes_nothing(recipe: Recipe, tmp_path: Path) -> None:
     """/proc takes no new files, as a full or read-only disk would not."""
     with pytest.raises(LaunchError, match="cannot be written"), written(_launch(recipe, run_dir="/proc/1/x/y"), []):
