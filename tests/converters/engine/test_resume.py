@@ -37,8 +37,8 @@ def test_killed_anywhere_and_resumed_the_files_are_identical(
 ) -> None:
     """`killing.py --kills 100` is the long form."""
     title, given = list(named.items())[number]
-    found = kill_and_resume(tmp_path, 4, random.Random(number), **given)
-    assert (found.kills, found.faults) == (4, []), title
+    found = kill_and_resume(tmp_path, 2, random.Random(number), **given)
+    assert (found.kills, found.faults) == (2, []), title
 
 
 def test_killed_while_verifying_the_digests_are_complete(hf: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_killed_while_verifying_the_digests_are_complete(hf: Path, tmp_path: Pat
     calls = int(convert_until(NEVER, tmp_path / "whole", **given).stdout)
     expected = contents(tmp_path / "whole")
     assert b"null" not in expected["megabatch-manifest.json"]
-    for number, place in enumerate(random.Random(6).sample(range(calls // 2, calls - 5), 5)):
+    for number, place in enumerate(random.Random(6).sample(range(calls // 2, calls - 5), 3)):
         output = tmp_path / str(number)
         convert_until(place, output, **given)
         done = convert_until(NEVER, output, **given)
@@ -62,6 +62,8 @@ def test_a_kill_between_the_two_names_of_a_replaced_output(hf: Path, mcore: Path
     for place in range(calls - 30, calls + 6):
         convert_until(place, output, to_mcore=True, model=hf)
         assert output.is_dir()
+        if not (tmp_path / ".out.partial").exists():  # from here on there is nothing left to do
+            break
     assert convert_until(NEVER, output, to_mcore=True, model=hf).returncode == 0
     assert contents(output) == contents(mcore)
     assert os.listdir(tmp_path) == ["out", "count"] or sorted(os.listdir(tmp_path)) == ["count", "out"]
@@ -111,7 +113,7 @@ def test_ranks_share_the_work_and_the_last_one_commits(world: int, hf: Path, mco
 
 
 def test_ranks_at_the_same_time(hf: Path, mcore: Path, tmp_path: Path) -> None:
-    for attempt in range(5):
+    for attempt in range(3):
         output = tmp_path / str(attempt)
         ranks = [
             subprocess.Popen(
