@@ -117,6 +117,10 @@ def _run(flags: Flags) -> int:
         checked = conversion.verify_output(flags.output_dir, workers=_workers(flags))
         print(f"{flags.output_dir}: {_size(checked)} are as its manifest says")
         return 0
+    if flags.test_convert_precision:
+        from megabatch.converters.command.precision import check_comparable
+
+        check_comparable(flags)
     plan = conversion.make_plan(
         to_mcore=flags.to_mcore,
         model=flags.model or None,

@@ -16,9 +16,21 @@ from pathlib import Path
 from megabatch.converters.command.flags import Flags
 from megabatch.converters.conversion import convert
 from megabatch.converters.dtypes import TORCH, read_dtype
-from megabatch.converters.hf_model import find_folder
+from megabatch.converters.families import family_of
+from megabatch.converters.hf_model import find_folder, read_config
 from megabatch.converters.torch_dist.find import find_checkpoint
 from megabatch.errors import ConversionError
+
+
+def check_comparable(flags: Flags) -> None:
+    """Raises: ConversionError when the trainer has not built the model of --model."""
+    if not flags.model:
+        return
+    config = read_config(find_folder(flags.model))
+    family = family_of(config)
+    reason = family.untrainable(family.shape(config))
+    if reason is not None:
+        raise ConversionError(f"--test_convert_precision compares with the trainer's model: {reason}")
 
 
 def compare_models(flags: Flags) -> None:

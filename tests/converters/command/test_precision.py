@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,6 +56,18 @@ def test_other_dtypes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--to_mcore", "--model", "m", "--output_dir", "o", "--test_convert_precision"]
     assert main([*flags, "--test_convert_dtype", "int8"]) == 2
     assert "must be float32 or bfloat16" in capsys.readouterr().err
+
+
+def test_models_that_the_trainer_has_not_built_are_refused_before_anything_is_written(
+    saved: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((saved("llama") / "config.json").read_text())
+    config |= {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--to_mcore", "--model", str(tmp_path), "--output_dir", str(tmp_path / "o"), "--test_convert_precision"]
+    assert main(flags) == 1
+    assert "the trainer has not built" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_nan_never_passes() -> None:
