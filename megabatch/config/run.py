@@ -199,7 +199,8 @@ def _plain(value: Any) -> Any:
     if type(value) in _SCALARS:
         return value
     if dataclasses.is_dataclass(value):
-        found = ((name, getattr(value, name)) for name in _field_names(type(value)))
+        group: type = type(value)
+        found = ((name, getattr(value, name)) for name in _field_names(group))
         return {name: item if type(item) in _SCALARS else _plain(item) for name, item in found}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
