@@ -30,11 +30,11 @@ class Resources:
     """Puts the job back into the queue after it saved on a signal, after a node failed, and after failures that may
     pass: a killed rank, a lost connection, a hang. Faults with an error message of their own end it."""
     max_restarts_without_progress: int = param(2, at_least=0)
-    """How often in a row the job puts itself back into the queue without a newer checkpoint than when it started: after
-    a crash, a lost rank, a hang, or a time limit that came too early. With progress there is no limit."""
+    """How often in a row the job puts itself back into the queue without a newer checkpoint than when it started:
+    after a crash, a lost rank, a hang, or a time limit that came too early. With progress there is no limit."""
     hang_timeout_min: float = param(30.0, at_least=0)
-    """Minutes without a finished step, evaluation batch or checkpoint after which the stacks of all ranks are written to
-    their logs and the job ends as hung; four times as long until the first step is done. 0 waits for ever."""
+    """Minutes without a finished step, evaluation batch or checkpoint after which the stacks of all ranks are written
+    to their logs and the job ends as hung; four times as long until the first step is done. 0 waits for ever."""
     preflight: Literal["none", "light", "full"] | None = param(None)
     """What a short step asks of each node before the ranks start; bad nodes are left out and the job requeued. `light`
     looks at GPUs, disks and clocks; `full` also multiplies matrices and reduces between pairs of nodes. None means
