@@ -88,7 +88,7 @@ def execute(
     with Sources(plan.sources) as sources:
         try:
             targets.sync(set(range(len(plan.files))))
-            _Run(plan, numbers, targets, sources, journal, progress).finish(workers)
+            _Run(plan, numbers, targets, sources, journal, progress).finish(max(1, min(workers, len(numbers))))
         except OSError as error:
             raise unwritable(folder, plan, error) from error
         finally:
