@@ -54,8 +54,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Raises: LaunchError when the folder holds no chain."""
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LaunchError(f"{folder} holds no chain: there is no {FILE}") from error
     except (OSError, ValueError) as error:
-        raise LaunchError(f"{folder} holds no chain: {FILE} cannot be read ({error})") from error
+        raise LaunchError(f"{folder / FILE} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise LaunchError(f"{folder / FILE} is no record of a chain")
     return found

@@ -52,6 +52,8 @@ class Actions:
 _ACTIONS = {field.name: field.default is False for field in dataclasses.fields(Actions)}
 """Own flag → whether it stands alone."""
 _TOP = ("name", "task")
+_OF_THE_CLUSTER = frozenset(("partition", "account", "qos", "constraint", "reservation", "exclude", "modules"))
+"""What people know as options of sbatch, and look for among the flags."""
 
 
 def parse(arguments: Sequence[str], recipe: Recipe) -> tuple[Actions, Recipe]:
@@ -236,6 +238,8 @@ def _find(name: str, algorithm: str | None) -> Named | Fault:
     known = [*_names(), *_ACTIONS, *_TOP]
     if field and group in group_types(Recipe):
         known = [dotted for dotted in known if dotted.startswith(f"{group}.")]
+    if name in _OF_THE_CLUSTER:
+        return Fault(f"--{name}", None, "is set in the cluster profile that --cluster names, not in a run", bare=True)
     near = sorted(get_close_matches(name, known, n=3), key=_is_unbuilt)
     return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near[:2]), bare=True)
 

@@ -91,6 +91,7 @@ def test_help_reads_nothing_else(dense):
     [
         ("--tensor_parallel_size 2", "--tensor_parallel_size is not a parameter; try --tensor_model_parallel_size"),
         ("--learnin_rate 2", "--learnin_rate is not a parameter; try --learning_rate"),
+        ("--partition a100", "--partition is set in the cluster profile that --cluster names, not in a run"),
         ("--parallel.lr 2", "--parallel.lr is not a parameter"),
         ("--submitt", "--submitt is not a parameter; try --submit"),
         ("--train_iters many", "training.train_iters='many' must be a whole number or None"),
