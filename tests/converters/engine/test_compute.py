@@ -126,6 +126,8 @@ def test_fp8_with_block_scales_equals_torchs_product(
 
 
 SCALES = (1.0, 0.0, -0.75, 1e-4 / 448, 3.1e-39, 1e-45, 127.99, 128.0, 3e38, float("inf"), float("nan"), 2.0**-120)
+# products with these lie half-way between two numbers of bfloat16
+SCALES += (257 / 256 / 1024, 2.0**-7 * 259 / 256, -257 / 256 * 2.0**-100)
 
 
 @pytest.mark.parametrize("name", ["BF16", "F32", "F16"])
