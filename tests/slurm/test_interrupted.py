@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,15 @@ from megabatch.slurm.submit import submit
 from .conftest import payload_spec
 
 
-@pytest.mark.usefixtures("slurm")
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """A process that a shell starts in the background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("slurm", "listening")
 @pytest.mark.slurm
 @pytest.mark.parametrize("taken", [True, False])
 def test_no_job_is_left_behind(taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
