@@ -67,7 +67,8 @@ def watching(run: RunDirectory) -> Iterator[Terminal]:
     command = [sys.executable, "-m", "megabatch.cli", "status", "--watch", str(run.path)]
 
     def own() -> None:
-        """Makes it the controlling terminal, so that Ctrl-C is a signal."""
+        """Makes it the controlling terminal, so that Ctrl-C is a signal, and one that is not ignored."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(

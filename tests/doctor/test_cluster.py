@@ -103,7 +103,7 @@ class TestAgainstSlurm:
         done = doctor(bad)
         assert done.returncode == 1
         assert 'fix: partition = "batch"' in done.stdout
-        assert doctor(tmp_path / "none.toml").returncode == 1
+        assert doctor(tmp_path / "none.toml").returncode == 2
 
 
 def test_a_controller_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
