@@ -148,8 +148,9 @@ def _cluster(directory: RunDirectory) -> str | None:
 
 
 def _start_now(job_id: str) -> None:
+    # a node refuses a credential of the very second in which it revoked the last one: the job would fail at once
     done = subprocess.run(
-        ["scontrol", "update", f"JobId={job_id}", "StartTime=now"], capture_output=True, text=True, check=False
+        ["scontrol", "update", f"JobId={job_id}", "StartTime=now+1"], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise LaunchError(f"scontrol refused to start job {job_id} now: {done.stderr.strip()}")

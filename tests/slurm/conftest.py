@@ -49,15 +49,13 @@ class Submitted:
     def wait(self, *states: State, timeout_s: float = 60) -> RunStatus:
         """Until it is in one of `states`, by default until it ended."""
 
-        def reached() -> RunStatus | None:
-            now = self.now()
-            return now if now.state in (states or ENDED) else None
-
-        found = until(
-            reached, timeout_s=timeout_s, what=f"{states or 'the end'}, now {self.now()}\n{self.batch_log()}"
-        )
-        assert isinstance(found, RunStatus)
-        return found
+        wanted = set(states) or ENDED
+        deadline = time.monotonic() + timeout_s
+        while (now := self.now()).state not in wanted:
+            waiting = now.state not in ENDED and time.monotonic() < deadline
+            assert waiting, f"not one of {wanted} after at most {timeout_s} s: {now}\n{self.batch_log()}"
+            time.sleep(0.1)
+        return now
 
     def wait_listening(self, *, restart: int = 0, ranks: int = 1, timeout_s: float = 60) -> None:
         """Until `ranks` ranks of that incarnation have said what they see."""

@@ -59,7 +59,7 @@ def requeued(folder: Path) -> str:
     until((folder / "runs").exists)
     scontrol("requeue", job_id)
     until(lambda: not running(job_id))
-    scontrol("update", f"JobId={job_id}", "StartTime=now")
+    scontrol("update", f"JobId={job_id}", "StartTime=now+1")
     return job_id
 
 

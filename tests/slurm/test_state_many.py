@@ -105,8 +105,8 @@ def test_logs_are_followed_over_a_requeue(submit_payload: Submit, scontrol: Call
     reader.start()
     scontrol("requeue", job.job_id)
     job.wait(State.PENDING)
-    scontrol("update", f"JobId={job.job_id}", "StartTime=now")
-    job.wait(State.COMPLETED, timeout_s=150)
+    scontrol("update", f"JobId={job.job_id}", "StartTime=now+1")
+    job.wait(State.COMPLETED)
     reader.join(30)
     assert not reader.is_alive()
     written = [log.path.read_text().splitlines() for log in rank_logs(job.run.path)]
