@@ -11,6 +11,7 @@ from pathlib import Path
 
 import megabatch
 from megabatch.errors import LaunchError
+from megabatch.side_by_side import side_by_side
 
 _LEFT_OUT = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 
@@ -23,10 +24,10 @@ def take_snapshot(store: Path, *, recipe: Path | None = None, package: Path | No
     Raises: LaunchError when the store cannot be written.
     """
     try:
-        files = _files(recipe, package)
-        final = store / _digest(files)
+        contents = {name: path.read_bytes() for name, path in _files(recipe, package).items()}
+        final = store / _digest(contents)
         if not final.is_dir():
-            _publish(files, final)
+            _publish(contents, final)
     except OSError as error:
         raise LaunchError(
             f"cannot store the code snapshot in {store}: {error}; free space there or choose another"
@@ -36,7 +37,7 @@ def take_snapshot(store: Path, *, recipe: Path | None = None, package: Path | No
 
 def snapshot_path(store: Path, *, recipe: Path | None = None, package: Path | None = None) -> Path:
     """Where `take_snapshot` would put the code as it is now; nothing is written."""
-    return store / _digest(_files(recipe, package))
+    return store / _digest({name: path.read_bytes() for name, path in _files(recipe, package).items()})
 
 
 def _files(recipe: Path | None, package: Path | None) -> dict[str, Path]:
@@ -56,24 +57,23 @@ def _package_files(package: Path) -> Iterator[tuple[str, Path]]:
                 yield f"megabatch/{path.relative_to(package).as_posix()}", path
 
 
-def _digest(files: dict[str, Path]) -> str:
+def _digest(contents: dict[str, bytes]) -> str:
     whole = hashlib.sha256()
-    for name, path in sorted(files.items()):
+    for name, content in sorted(contents.items()):
         whole.update(f"{name}\0".encode(errors="surrogateescape"))
-        whole.update(hashlib.sha256(path.read_bytes()).digest())
+        whole.update(hashlib.sha256(content).digest())
     return whole.hexdigest()[:16]
 
 
-def _publish(files: dict[str, Path], final: Path) -> None:
-    """Copies under a temporary name and renames; who comes second finds the first one's folder."""
+def _publish(contents: dict[str, bytes], final: Path) -> None:
+    """Writes under a temporary name and renames; who comes second finds the first one's folder."""
     final.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
         staged.chmod(0o755)
-        for name, path in files.items():
-            target = staged / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+        for folder in dict.fromkeys((staged / name).parent for name in contents):
+            folder.mkdir(parents=True, exist_ok=True)
+        side_by_side(lambda name: (staged / name).write_bytes(contents[name]), contents)
         try:
             staged.rename(final)
         except OSError:

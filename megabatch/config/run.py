@@ -168,7 +168,7 @@ def _derived_moe(recipe: Recipe, shape: ModelShape) -> Any:
 
 def _json(config: RunConfig) -> str:
     """A line for each parameter."""
-    return _object(_plain(config), indent="  ", within="recipe") + "\n"
+    return _object(_fields(config), indent="  ", within="recipe") + "\n"
 
 
 def _object(fields: Mapping[str, Any], *, indent: str, within: str = "") -> str:
@@ -176,9 +176,9 @@ def _object(fields: Mapping[str, Any], *, indent: str, within: str = "") -> str:
     lines = []
     for name, value in fields.items():
         if name == within:
-            text = _object(value, indent=indent + "  ")
-        elif isinstance(value, dict) and value:
-            text = f"{{\n{indent}  {_encoder(indent + '  ').encode(value)[1:-1]}\n{indent}}}"
+            text = _object(_fields(value), indent=indent + "  ")
+        elif inner := _as_object(value):
+            text = f"{{\n{indent}  {_encoder(indent + '  ').encode(inner)[1:-1]}\n{indent}}}"
         else:
             text = _encoder("").encode(value)
         lines.append(f'{indent}"{name}": {text}')
@@ -188,25 +188,29 @@ def _object(fields: Mapping[str, Any], *, indent: str, within: str = "") -> str:
 @functools.cache
 def _encoder(indent: str) -> json.JSONEncoder:
     """Lines are made by the separator: with its own indentation the encoder is not the one in C, and slow."""
-    return json.JSONEncoder(allow_nan=False, separators=(f",\n{indent}" if indent else ", ", ": "))
-
-
-_SCALARS = frozenset((type(None), bool, int, float, str))
+    separators = (f",\n{indent}" if indent else ", ", ": ")
+    return json.JSONEncoder(allow_nan=False, separators=separators, default=_plain)
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as objects, tuples as arrays."""
-    if type(value) in _SCALARS:
-        return value
+    """What JSON has for a value that the encoder does not know."""
+    if (found := _as_object(value)) is not None:
+        return found
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"run.json cannot hold {value!r}")
+
+
+def _as_object(value: Any) -> dict[str, Any] | None:
+    """A dataclass or a mapping as a dictionary, whose own values are as they were; None for anything else."""
     if dataclasses.is_dataclass(value):
-        group: type = type(value)
-        found = ((name, getattr(value, name)) for name in _field_names(group))
-        return {name: item if type(item) in _SCALARS else _plain(item) for name, item in found}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
+        return _fields(value)
+    return dict(value) if isinstance(value, Mapping) else None
+
+
+def _fields(group: Any) -> dict[str, Any]:
+    kind: type = type(group)
+    return {name: getattr(group, name) for name in _field_names(kind)}
 
 
 @functools.cache
@@ -215,7 +219,7 @@ def _field_names(group: type) -> tuple[str, ...]:
 
 
 def _built(hint: Any, found: Any, *, place: str) -> Any:
-    """The value of a declared type that `_plain` made `found` of."""
+    """The value of a declared type of which JSON made `found`."""
     if dataclasses.is_dataclass(hint):
         return _built_group(typing.cast(type, hint), found, place=place)
     for option in options(hint) if isinstance(found, list) else ():

@@ -9,7 +9,7 @@ from typing import Any
 
 from megabatch.config.flags import Named, named, overridden
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules.fields import invalid_fields
+from megabatch.config.rules.fields import invalid_value
 from megabatch.config.run import save_folder
 from megabatch.errors import ConfigError, Fault
 from megabatch.sweep.declare import Sweep
@@ -150,10 +150,8 @@ class _Reader:
 
     def _check(self, name: str, found: Named, value: Any) -> None:
         """Range and form; what depends on other parameters is a matter of each point."""
-        dotted = found.parameter.dotted
-        for fault in invalid_fields(overridden(self.base, {dotted: value}), variant_of=self.base):
-            if fault.field == dotted:
-                self.faults.append(replace(fault, field=self._place(name)))
+        for fault in invalid_value(found.parameter, value):
+            self.faults.append(replace(fault, field=self._place(name)))
 
     def _fault(self, name: str, value: Any, rule: str, *, bare: bool = False) -> None:
         self.faults.append(Fault(self._place(name), value, rule, bare=bare))

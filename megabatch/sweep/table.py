@@ -38,7 +38,8 @@ def table_text(
         if starts:
             row.append(starts.get(candidate.point.name, "-"))
         rows.append([*row, _verdict(candidate, left)])
-    lines = [_aligned(row, [max(len(line[i]) for line in rows) for i in range(len(header))]) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [_aligned(row, widths) for row in rows]
     return "\n".join([*lines, _sum(found, arrays, left)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import functools
 import textwrap
 
 from megabatch.errors import LaunchError
@@ -65,5 +66,6 @@ def environment(
     ]
 
 
-def comment(text: str) -> list[str]:
-    return textwrap.wrap(text, width=118, initial_indent="# ", subsequent_indent="# ")
+@functools.cache
+def comment(text: str) -> tuple[str, ...]:
+    return tuple(textwrap.wrap(text, width=118, initial_indent="# ", subsequent_indent="# "))

@@ -47,8 +47,9 @@ class Cost:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment with one thread for each process, as the launcher sets it."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **more}
+    """This process's environment with one thread for each process, as the launcher sets it, and compiled code kept."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **more}
 
 
 def command_cost(command: Sequence[str], *, cwd: Path = ROOT) -> Cost:

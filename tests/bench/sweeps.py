@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from measure import ROOT, Figure, alternated, command_cost, median
@@ -39,8 +40,9 @@ def _submission(folder: Path) -> list[Figure]:
     try:
         subprocess.run(["scontrol", "update", "PartitionName=batch", "State=DOWN"], check=True)
         seeds = ",".join(map(str, range(ELEMENTS)))
-        costs = []
+        costs, bare = [], []
         for turn in range(TIMES + 1):
+            bare.append(_bare_files(folder / "bare"))
             # code that was submitted before is not stored again
             save = ["--save", str(folder / "save"), "--run_dir", str(folder / f"sweep{turn}")]
             command = [sys.executable, str(SMALL), "--submit", "--sweep", f"seed={seeds}", *save]
@@ -53,8 +55,22 @@ def _submission(folder: Path) -> list[Figure]:
     return [
         Figure(name=name, value=median([c.wall_s for c in costs[1:]]), unit="s", target=1, note="wall, median of 5"),
         Figure(name=f"{name}, processor", value=median([c.cpu_s for c in costs[1:]]), unit="s"),
+        Figure(name=f"{name}, its files alone", value=median(bare[1:]), unit="s", note="as many, as large, made bare"),
         Figure(name=f"{name}, calls of sbatch", value=submitted, unit="x", target=1),
     ]
+
+
+def _bare_files(folder: Path) -> float:
+    """Seconds that the disk takes for as many folders and files, of their usual sizes."""
+    begin = time.perf_counter()
+    for element in range(ELEMENTS):
+        place = folder / str(element)
+        place.mkdir(parents=True)
+        for name, size in (("run.json", 14_000), ("job.sbatch", 9_000), ("jobs.jsonl", 70)):
+            (place / name).write_bytes(b" " * size)
+    taken = time.perf_counter() - begin
+    shutil.rmtree(folder)
+    return taken
 
 
 def _counted(folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from itertools import groupby
 from typing import Any
@@ -26,12 +26,17 @@ def invalid_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Itera
     """
     yield from _name_and_task(recipe)
     for parameter in own_parameters(recipe, variant_of):
-        value = getattr(getattr(recipe, parameter.group), parameter.name)
-        if not fits(value, parameter.hint):
-            yield _mistyped(parameter, value)
-        elif not _in_range(parameter, value):
-            yield Fault(parameter.dotted, value, f"must be {parameter.facts.limits()}")
-    yield from _formats(recipe)
+        yield from invalid_value(parameter, getattr(getattr(recipe, parameter.group), parameter.name))
+
+
+def invalid_value(parameter: Parameter, value: Any) -> Iterator[Fault]:
+    """What is wrong with a parameter's value, whatever the others are: at most one fault."""
+    if not fits(value, parameter.hint):
+        yield _mistyped(parameter, value)
+    elif not _in_range(parameter, value):
+        yield Fault(parameter.dotted, value, f"must be {parameter.facts.limits()}")
+    elif parameter.dotted in _FORMS:
+        yield from _FORMS[parameter.dotted](value)
 
 
 def unbuilt_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
@@ -80,11 +85,19 @@ def _in_range(parameter: Parameter, value: Any) -> bool:
     return not number or parameter.facts.allows(value)
 
 
-def _formats(recipe: Recipe) -> Iterator[Fault]:
-    size = recipe.checkpoint.max_shard_size
-    if isinstance(size, str) and not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", size):
-        yield Fault("checkpoint.max_shard_size", size, "must be a number with B, KB, MB, GB or GiB", try_=("5GB",))
-    token = recipe.bridge.hub_token
-    if isinstance(token, str) and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", token):
+def _shard_size(value: Any) -> Iterator[Fault]:
+    if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", value):
+        yield Fault("checkpoint.max_shard_size", value, "must be a number with B, KB, MB, GB or GiB", try_=("5GB",))
+
+
+def _token_name(value: Any) -> Iterator[Fault]:
+    if isinstance(value, str) and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", value):
         rule = "must be the name of an environment variable that holds the token, never the token itself"
         yield Fault(_SECRET, None, rule, try_=("HF_TOKEN",), bare=True)
+
+
+_FORMS: dict[str, Callable[[Any], Iterator[Fault]]] = {
+    "checkpoint.max_shard_size": _shard_size,
+    _SECRET: _token_name,
+}
+"""Texts that must look like something."""
