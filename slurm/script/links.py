@@ -13,7 +13,10 @@ _NOTHING_LEFT = "nothing to go on with"
 _RUN = re.compile(r"^export MEGABATCH_RUN=", re.MULTILINE)
 _REQUEUES = (
     (re.compile(r"^#SBATCH --requeue$", re.MULTILINE), "#SBATCH --no-requeue"),
-    (re.compile(r'^(if \[ "\$verdict" = exclude .* then) leave_out; fi$', re.MULTILINE), r"\1 verdict=fail; fi"),
+    (
+        re.compile(r'^(if \[ "\$verdict" = exclude .* then) (?:leave_out|verdict=fail); fi$', re.MULTILINE),
+        r"\1 leave_to_next_link; fi",
+    ),
     (re.compile(r"^# after TERM, and once Slurm .*^fi\n(?=exit \"\$status\"\n\Z)", re.MULTILINE | re.DOTALL), ""),
 )
 """Where a script says that its job comes back, and what it says where the job does not."""

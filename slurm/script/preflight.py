@@ -46,7 +46,7 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
         '        echo "megabatch: preflight ended with exit code $status and no verdict: going on without it" >&2',
         "    fi",
         "fi",
-        f'if [ "$verdict" = exclude ] && [ -z "$stop" ]; then {"leave_out" if job.requeue else "verdict=fail"}; fi',
+        f'if [ "$verdict" = exclude ] && [ -z "$stop" ]; then {_without_bad_nodes(job)}; fi',
         'if [ "$verdict" = fail ] && [ -z "$stop" ]; then',
         '    echo "megabatch: preflight: not started on $bad; leave bad nodes out with \\`exclude\\` in the cluster'
         ' profile, or go on without the preflight: --preflight none" >&2',
@@ -54,6 +54,13 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
         f"    exit {ExitCode.FAILED}",
         "fi",
     ]
+
+
+def _without_bad_nodes(job: JobSpec) -> str:
+    """How the run goes on where its nodes are bad: in the same job, in its next link, or not at all."""
+    if job.links > 1:
+        return "leave_to_next_link"
+    return "leave_out" if job.requeue else "verdict=fail"
 
 
 def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
@@ -92,8 +99,9 @@ blame_first_node() {
         printf '"excluded": %s}\\n' "$excluded"
     } >>"$MEGABATCH_RUN/bad_nodes.jsonl"
 }
-leave_out() {
-    local known excluded left=0 node
+# the nodes that this job and the bad ones leave out, one a line; with too few others the verdict is a failure
+find_excluded() {
+    local known left=0 node
     known=$(scontrol --oneliner show job "$MEGABATCH_JOB_ID")
     excluded=${known##* ExcNodeList=}
     excluded=${excluded%% *}
@@ -106,8 +114,12 @@ leave_out() {
     if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
         echo "megabatch: preflight: without $bad partition $SLURM_JOB_PARTITION has only $left nodes" >&2
         verdict=fail
-        return
     fi
+}
+leave_out() {
+    local excluded
+    find_excluded
+    if [ "$verdict" = fail ]; then return; fi
     # Slurm changes this list of a pending job alone, and a job is pending from its requeue on: this script then has
     # KillWait to live
     trap '' TERM
@@ -124,4 +136,24 @@ leave_out() {
         exit 0
     fi
     verdict=fail
+}
+leave_to_next_link() {
+    local excluded later link own=$MEGABATCH_JOB_ID
+    find_excluded
+    if [ "$verdict" = fail ]; then return; fi
+    # those that were queued after this one
+    later=$(awk -F '"' -v own="$own" '/"cluster": / { if (found) print $4; if ($4 == own) found = 1 }' \\
+        "$MEGABATCH_RUN/jobs.jsonl") || true
+    verdict=fail
+    for link in $later; do
+        if scontrol update JobId="$link" ExcNodeList="${excluded//$'\\n'/,}"; then verdict=exclude; fi
+    done
+    if [ "$verdict" = fail ]; then
+        echo "megabatch: preflight: no later job of this run waits, to go on without $bad; queue some with:" \\
+            "megabatch resume $(printf %q "$MEGABATCH_RUN") --chain N" >&2
+        return
+    fi
+    record_preflight 75
+    echo "megabatch: preflight: the next job of this run starts without $bad"
+    exit 75
 }""".splitlines()

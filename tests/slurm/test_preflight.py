@@ -7,17 +7,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megabatch.slurm.control import resume
+from megabatch.slurm.chain import ChainedJob, submit_all
+from megabatch.slurm.cluster import PrivateCluster
+from megabatch.slurm.control import resume, resume_in_links
+from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
+from megabatch.slurm.render import render
 
-from .conftest import Submit, Submitted, until
+from .conftest import PAYLOAD, Submit, Submitted, until
 
 pytestmark = pytest.mark.slurm
 
@@ -85,6 +90,43 @@ def test_a_bad_node_is_left_out_and_the_job_runs_on_the_others(
     assert excluded(scontrol, again) in ("n1,n4", "n[1,4]"), "a new job knows them, too"
     assert again.wait().state is State.COMPLETED
     assert "preflight" in again.batch_log() and "back into the queue" not in again.batch_log()
+
+
+def test_the_links_after_one_that_met_a_bad_node_do_without_it(
+    slurm: PrivateCluster, payload_job: JobSpec, nodes: Nodes, scontrol: Callable[..., str]
+) -> None:
+    nodes(n1={"values": {"ecc.errors.uncorrected.volatile.total": "3"}})
+    job = replace(payload_job, nodes=2, gpus_per_node=2, preflight="light", requeue=False, links=3)
+    job = replace(job, arguments=(str(PAYLOAD), "until_restart=2"))
+    script = render(job, ClusterProfile(exclude="n4", sbatch={"exclusive": True}))
+    [ids] = submit_all([ChainedJob(name="run", run=job.files, script=script, links=3)]).values()
+    first, second, last = (Submitted(job.files, job_id) for job_id in ids)
+    second.wait_listening(restart=1, ranks=2)
+    assert "the next job of this run starts without n1" in first.batch_log()
+    assert {second.said(rank, 1)[0]["environment"]["SLURMD_NODENAME"] for rank in range(2)} == {"n2", "n3"}
+    assert excluded(scontrol, last) in ("n1,n4", "n[1,4]"), "not the next link alone, and the profile's own list stays"
+    assert second.now().job_id == second.job_id
+    nodes(n2={"values": {"ecc.errors.uncorrected.volatile.total": "3"}})
+    subprocess.run(["scancel", "--batch", "--signal=USR2", second.job_id], check=True)
+    assert last.wait().state is State.FAILED
+    assert "without n2 partition batch has only 1 nodes" in last.batch_log()
+    endings = [(end.restart, end.exit_code) for record in read_records(job.files) for end in record.endings]
+    assert endings == [(0, 75), (1, 75), (2, 1)]
+
+
+def test_the_last_link_says_how_to_go_on_without_a_bad_node(
+    slurm: PrivateCluster, payload_job: JobSpec, nodes: Nodes
+) -> None:
+    nodes(n1={"values": {"ecc.errors.uncorrected.volatile.total": "3"}})
+    job = replace(payload_job, nodes=2, gpus_per_node=2, preflight="light", requeue=False, links=2)
+    job = replace(job, arguments=(str(PAYLOAD),))
+    script = render(job, ClusterProfile(sbatch={"exclusive": True}))
+    last = Submitted(job.files, submit_all([ChainedJob(name="run", run=job.files, script=script)])["run"][0])
+    assert last.wait().state is State.FAILED
+    assert f"to go on without n1; queue some with: megabatch resume {job.run_directory} --chain N" in last.batch_log()
+    ids = resume_in_links(job.run_directory, 2)
+    assert Submitted(job.files, ids[0]).wait().state is State.COMPLETED
+    assert {last.said(rank, 1)[0]["environment"]["SLURMD_NODENAME"] for rank in range(2)} == {"n2", "n3"}
 
 
 def test_all_checks_of_good_nodes(submit_payload: Submit) -> None:
