@@ -34,7 +34,7 @@ def loaded(path: Path) -> ModuleType:
     except MegabatchError:
         raise
     except Exception as error:
-        raise ConfigError(_raised(error, path)) from error
+        raise ConfigError(raised(error, path)) from error
     return module
 
 
@@ -59,14 +59,14 @@ def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Ch
     except Exception as error:
         fault = unknown_field(error) if isinstance(error, TypeError) else None
         if fault is None:
-            raise ConfigError(_raised(error, file)) from error
+            raise ConfigError(raised(error, file)) from error
         raise ConfigError([replace(fault, field=f"{_place(error, file)}: {fault.field}")]) from error
     if not isinstance(built, Recipe | Chain):
         raise ConfigError(f"{file.name}: recipe() returns {built!r}; it must return a Recipe or a Chain")
     return built
 
 
-def _raised(error: Exception, file: Path) -> str:
+def raised(error: Exception, file: Path) -> str:
     """The line of the recipe's own code that the error came through, and where it was raised if that is elsewhere."""
     place, last = _place(error, file), extract_tb(error.__traceback__)[-1]
     deepest = f"{Path(last.filename).name}:{last.lineno}"

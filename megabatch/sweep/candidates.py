@@ -13,15 +13,17 @@ from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import unbuilt_fields
 from megabatch.config.rules.secrets import no_secrets
 from megabatch.config.run import save_folder
+from megabatch.entry.declared import raised
 from megabatch.entry.estimate import gpu_of, verdict_of
 from megabatch.entry.launch import Launch, job_of, prepare
 from megabatch.entry.model import FoundModel, find_model
-from megabatch.errors import ConfigError, Fault
+from megabatch.errors import ConfigError, Fault, MegabatchError
 from megabatch.plan.estimate import Estimate
 from megabatch.plan.gpus import Gpu
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.sweep.declare import Sweep
+from megabatch.sweep.names import value_text
 from megabatch.sweep.points import Point, points_of
 
 _SHAPES = ("model", "moe", "mla", "mtp", "bridge", "data", "tuner")
@@ -135,10 +137,22 @@ def _shared_tokens(folder: Path, profile: ClusterProfile) -> dict[str, str]:
     return {} if said else {_CACHE: str(folder / "cache")}
 
 
+def _wanted(point: Point, sweep: Sweep, *, file: Path) -> bool:
+    """What the sweep's own filter says. Raises: ConfigError with the point's values where it fails."""
+    try:
+        return sweep.filter is None or bool(sweep.filter(point.recipe))
+    except MegabatchError:
+        raise
+    except Exception as error:
+        values = ", ".join(f"{name}={value_text(value)}" for name, value in point.values.items())
+        rule = f"fails for point {point.name} ({values}): {raised(error, file)}"
+        raise ConfigError([Fault("sweep.filter", None, rule, bare=True)]) from error
+
+
 def _judged(
     point: Point, launch: Launch, *, sweep: Sweep, variant_of: Recipe | None, gpu: Gpu | None, keep_all: bool
 ) -> Candidate:
-    if sweep.filter is not None and not sweep.filter(point.recipe):
+    if not _wanted(point, sweep, file=launch.recipe_file):
         return Candidate(point=point, launch=launch, pruned="left out by the sweep's filter")
     shape = launch.model.shape
     if gpu is not None and shape is not None and launch.model.fault is None:

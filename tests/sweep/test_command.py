@@ -77,6 +77,16 @@ def test_what_the_filter_leaves_out_is_shown(run: Run, write_sweep: WriteSweep) 
     assert _rows(run(file, "--dry_run").stderr)["2"] == "pruned: left out by the sweep's filter"
 
 
+def test_a_filter_that_fails_is_a_fault_of_the_configuration(run: Run, write_sweep: WriteSweep) -> None:
+    fails = "lambda recipe: 1 / (recipe.training.seed - 2) < 9"
+    file = write_sweep(f"grid={{'seed': [1, 2, 3], 'lr': [1e-3]}}, filter={fails}")
+    for action in ("--dry_run", "--submit", "--local"):
+        assert run(file, action, code=2).stderr == (
+            "error: 1 fault, nothing was submitted\n  sweep.filter fails for point lr0.001-seed2 "
+            "(training.seed=2, learning_rate.lr=0.001): sweep.py:8: ZeroDivisionError: division by zero\n"
+        )
+
+
 def test_shapes_are_arrays_of_their_own(run: Run) -> None:
     done = run(RECIPES / "quickstart.py", "--dry_run", "--sweep", "nodes=1,2", "seed=1,2,3")
     assert "6 runs in 2 arrays of 3 and 3" in done.stderr
