@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ def _sbatch(
     options += exclude_option(script, avoid)
     folder = files.path / "slurm"
     try:
-        with _explained(avoid), _outside_any_job():
+        # submitit prints what sbatch says of a refusal, which our own error holds
+        with _explained(avoid), _outside_any_job(), redirect_stderr(io.StringIO()):
             return _ScriptExecutor(folder, script=script, options=options).submit_script()
     except KeyboardInterrupt as error:
         _cancel_unheard(folder)

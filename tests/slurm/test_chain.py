@@ -184,7 +184,9 @@ def test_a_run_in_links_is_cancelled_whole(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.slurm
-def test_a_submission_that_fails_in_the_middle_leaves_nothing_in_the_queue(tmp_path: Path) -> None:
+def test_a_submission_that_fails_in_the_middle_leaves_nothing_in_the_queue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused = chained(tmp_path, "refused", after=(("ok", "first"),))
     refused = replace(refused, script=refused.script.replace("#SBATCH --nodes=1", "#SBATCH --nodes=99"))
     with pytest.raises(LaunchError, match=r"refused: sbatch refused.*job \d+, submitted before it, was cancelled"):
@@ -192,6 +194,7 @@ def test_a_submission_that_fails_in_the_middle_leaves_nothing_in_the_queue(tmp_p
     assert Submitted(RunDirectory(tmp_path / "first" / "run"), "?").wait().state is State.CANCELLED
     assert not Submitted(RunDirectory(tmp_path / "first" / "run"), "?").said(0), "it was held, so it never ran"
     assert not (tmp_path / "last").exists()
+    assert capsys.readouterr() == ("", ""), "the error holds what sbatch said"
 
 
 @pytest.mark.slurm
