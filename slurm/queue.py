@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+SOURCES = ("squeue", "sacct", "scontrol")
 _TIMEOUT_S = 20
 
 
@@ -58,12 +59,17 @@ _SPELLINGS = {
 } | {state.name: state for state in State if state.name not in ("STOPPED", "LOST", "NOT_SUBMITTED")}
 
 
+ENDING = "ending"
+"""The reason given of a job that Slurm counts as over, but that has processes left."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobState:
     """What one of Slurm's commands says of a job."""
 
     state: State
     reason: str = ""
+    """Why it waits, in Slurm's words; or `ENDING`."""
     exit_code: int | None = None
     restarts: int | None = None
 
@@ -72,7 +78,7 @@ def ask_slurm(job_ids: Iterable[str]) -> dict[str, tuple[str, JobState]]:
     """Who answered, and what, for each job that Slurm still knows."""
     missing = set(job_ids)
     answers: dict[str, tuple[str, JobState]] = {}
-    for source, ask in (("squeue", _squeue), ("sacct", _sacct), ("scontrol", _scontrol)):
+    for source, ask in zip(SOURCES, (_squeue, _sacct, _scontrol), strict=True):
         if not missing:
             break
         found = {job_id: state for job_id, state in ask(missing).items() if job_id in missing}
@@ -158,9 +164,12 @@ def _known(found: dict[str, JobState | None]) -> dict[str, JobState]:
 
 def _parse(state: str, *, reason: str = "", exit_code: str = "", restarts: str = "") -> JobState | None:
     """One answer; None when its state is not one of Slurm's (`CANCELLED by 1000` and `CANCELLED+` are cancelled)."""
-    known = _SPELLINGS.get(re.split(r"[ +]", state.strip(), maxsplit=1)[0].upper())
+    word = re.split(r"[ +]", state.strip(), maxsplit=1)[0].upper()
+    known = _SPELLINGS.get(word)
     if known is None:
         return None
+    if word == "COMPLETING":
+        reason = ENDING
     return JobState(
         known,
         reason="" if reason in ("None", "(null)") else reason,

@@ -11,7 +11,7 @@ from typing import Any
 
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.processes import identity
-from megabatch.slurm.queue import JobState, State, ask_slurm
+from megabatch.slurm.queue import SOURCES, JobState, State, ask_slurm
 from megabatch.slurm.records import LOCAL, JobRecord, read_records
 
 _BY_EXIT_CODE = {ExitCode.DONE.value: State.COMPLETED, ExitCode.REQUEUE.value: State.STOPPED}
@@ -28,7 +28,7 @@ class RunStatus:
     job_id: str | None = None
     """The newest job's, or `local`; None before the first."""
     reason: str = ""
-    """Why a pending job waits, in Slurm's words; or that a running one was cancelled."""
+    """Why a pending job waits, in Slurm's words; or that a running one was cancelled, or is ending."""
     exit_code: int | None = None
     step: int | None = None
     """Optimizer steps done, from the heartbeat."""
@@ -49,6 +49,15 @@ def status(runs: Iterable[Path], *, fresh_s: float = 60) -> list[RunStatus]:
     known = [_from_files(RunDirectory(Path(run)), fresh_s=fresh_s) for run in runs]
     answers = ask_slurm({job.job_id for found in known if isinstance(found, _Unsettled) for job in _open(found.jobs)})
     return [_settled(found, answers) if isinstance(found, _Unsettled) else found for found in known]
+
+
+def status_now(runs: Iterable[Path]) -> list[RunStatus]:
+    """`status` as it is before a run is submitted again: what a heartbeat says, which outlives a run that was killed,
+    counts only where Slurm knows nothing of the job."""
+    found = status(runs)
+    asked = [one.run for one in found if one.state.active and one.source == "heartbeat"]
+    known = {one.run: one for one in status(asked, fresh_s=0) if one.source in SOURCES}
+    return [known.get(one.run, one) for one in found]
 
 
 def active_jobs(run: Path) -> list[str]:

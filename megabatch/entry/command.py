@@ -183,11 +183,14 @@ def _submit(launch: Launch, arguments: Sequence[str]) -> int:
 
 
 def _require_idle(directory: RunDirectory) -> None:
-    from megabatch.slurm.state import status
+    from megabatch.slurm.queue import State
+    from megabatch.slurm.state import status_now
 
-    now = status([directory.path])[0]
+    now = status_now([directory.path])[0]
+    job = f"job {now.job_id}" if now.job_id else "a run"
+    if now.state is State.RUNNING and now.reason:
+        raise LaunchError(f"{directory.path}: {job} is {now.reason}; submit it again once that has ended")
     if now.state.active:
-        job = f"job {now.job_id}" if now.job_id else "a run"
         raise LaunchError(f"{directory.path}: {job} is {now.state} there already; cancel it first, or use --run_dir")
 
 

@@ -14,7 +14,9 @@ from megabatch.entry.startable import missing, unplaceable, unstartable
 from megabatch.errors import ConfigError, Fault
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.array import JobArray, expected_start, render_array
+from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
+from megabatch.slurm.state import status_now
 from megabatch.sweep.candidates import Candidates, candidates
 from megabatch.sweep.declare import Sweep
 from megabatch.sweep.folder import describe, other_runs
@@ -36,7 +38,7 @@ def run_sweep(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequenc
     if actions.chain is not None:
         raise ConfigError([Fault("--chain", actions.chain, "is of one run; runs of a sweep come back by requeueing")])
     found = candidates(sweep, recipe, actions, recipe_file=recipe_file)
-    left = left_alone(found)
+    left = _left(found)
     if actions.local:
         return _local(found, left, arguments)
     arrays = arrays_of(found, [c for c in found.kept if c.point.name not in left])
@@ -53,6 +55,18 @@ def run_sweep(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequenc
         print("\n".join([f"usage: {_USAGE.format(file=recipe_file.name)}", text, *remarks]))
     _require_one(found)
     return ExitCode.DONE
+
+
+def _left(found: Candidates) -> dict[str, str]:
+    """`left_alone` without runs that Slurm knows to have ended, and with its word of those that are about to."""
+    left = left_alone(found)
+    active = [c for c in found.kept if left.get(c.point.name, State.COMPLETED) != State.COMPLETED]
+    for candidate, now in zip(active, status_now(c.launch.directory.path for c in active), strict=True):
+        if not now.state.active:
+            del left[candidate.point.name]
+        elif now.state is State.RUNNING and now.reason:
+            left[candidate.point.name] += f" ({now.reason})"
+    return left
 
 
 def _refuse_swept_flags(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequence[str]) -> None:
@@ -74,7 +88,7 @@ def _refuse_swept_flags(sweep: Sweep, recipe: Recipe, actions: Actions, argument
 def _submit(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, str], arguments: Sequence[str]) -> int:
     _require_startable(found)
     if not arrays:
-        print("nothing is missing or failed: nothing was submitted")
+        print(_nothing_to_submit(left))
         return ExitCode.DONE
     ids = submit_arrays(found, arrays, arguments)
     for array, job_id in zip(arrays, ids, strict=True):
@@ -84,6 +98,15 @@ def _submit(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, st
     folder = shlex.quote(str(found.folder))
     print(f"  megabatch sweep show {folder}\n  megabatch status {folder}")
     return ExitCode.DONE
+
+
+def _nothing_to_submit(left: Mapping[str, str]) -> str:
+    active = {name: why for name, why in left.items() if why != State.COMPLETED}
+    if not active:
+        return "nothing was submitted: nothing is missing or failed"
+    head = "nothing was submitted: nothing is missing or failed, but these have not ended"
+    tail = "once they have, the same command submits those of them that are not done"
+    return "\n".join([head, *(f"  {name}: {why}" for name, why in active.items()), tail])
 
 
 def _tell_left(left: Mapping[str, str]) -> None:

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from megabatch.cli.command import main
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.cluster import PrivateCluster
 from megabatch.slurm.queue import State
@@ -38,8 +39,8 @@ def submit(run: Run, slurm: PrivateCluster, tmp_path: Path) -> Callable[..., Don
     flags = ["--cluster", str(profile), "--run_dir", str(tmp_path / "sweep"), "--tasks_per_node", "4"]
     flags += ["--num_layers", "4", "--requeue", "false"]
 
-    def submit_(*more: str, code: int = 0) -> Done:
-        arguments = ["--submit", "--sweep", *LAYOUTS, *flags, *more]
+    def submit_(*more: str, sweep: Sequence[str] = LAYOUTS, code: int = 0) -> Done:
+        arguments = ["--submit", "--sweep", *sweep, *flags, *more]
         return run(RECIPES / "quickstart.py", *arguments, slurm=slurm, code=code)
 
     return submit_
@@ -49,6 +50,13 @@ def _wait(sweep: Path, names: list[str], *states: State) -> None:
     deadline = time.monotonic() + 60
     while any(one.state not in states for one in status([sweep / name for name in names], fresh_s=0)):
         assert time.monotonic() < deadline, status([sweep / name for name in names], fresh_s=0)
+        time.sleep(0.1)
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
         time.sleep(0.1)
 
 
@@ -99,6 +107,34 @@ def test_a_sweep_goes_on_where_it_was_disturbed(
         assert batch.exists() and (sweep / name / "logs" / "rank_0.1.log").exists()
     assert sorted(path.name for path in (sweep / "arrays").iterdir()) == ["0", "1"]
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_runs_that_are_about_to_end_are_named(
+    submit: Callable[..., Done], slurm: PrivateCluster, tmp_path: Path
+) -> None:
+    """What heartbeats say of them still, Slurm knows better, and so once they are gone."""
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    (sweep / "slow").write_text("seed1 seed2")
+    (sweep / "deaf").touch()
+    submit(sweep=["seed=1,2,3"])
+    _wait(sweep, ["seed3"], State.COMPLETED)
+    for name in ("seed1", "seed2"):
+        _wait_for(sweep / name / "heartbeat.json")
+    [array_id] = {record.job_id.split("_")[0] for record in read_records(RunDirectory(sweep / "seed1"))}
+    subprocess.run(["scancel", f"{array_id}_0"], check=True)
+    assert main(["cancel", str(sweep / "seed2")]) == 0
+    said = submit(sweep=["seed=1,2,3"]).stdout
+    assert said.endswith(
+        "nothing was submitted: nothing is missing or failed, but these have not ended\n"
+        f"  seed1: running as job {array_id}_0 (ending)\n"
+        f"  seed2: running as job {array_id}_1 (cancelled, still saving)\n"
+        "once they have, the same command submits those of them that are not done\n"
+    )
+    _wait(sweep, ["seed1", "seed2"], State.CANCELLED)
+    (sweep / "slow").unlink()
+    assert ": 2 runs, from" in submit(sweep=["seed=1,2,3"]).stdout
+    _wait(sweep, ["seed1", "seed2"], State.COMPLETED)
 
 
 def test_a_sweep_is_split_where_the_cluster_takes_no_more(
