@@ -5,16 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 
 from megabatch.chain.declare import Chain
+from megabatch.chain.flags import parsed
 from megabatch.chain.ready import ReadyChain, make_ready
 from megabatch.chain.record import recorded_chain, states
 from megabatch.chain.text import graph_table, state_table
-from megabatch.config.flags import Actions, parse
-from megabatch.config.recipe import Recipe
-from megabatch.errors import ConfigError, Fault
 from megabatch.run_directory import ExitCode
 
 _USAGE = """\
@@ -23,8 +20,6 @@ python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [-
   --submit    send the steps to Slurm     --local    run them here, one after the other
   --dry_run   show graph and job scripts
 """
-
-_ACTIONS = ("submit", "local", "dry_run", "cluster", "run_dir")
 
 
 def run(chain: Chain, arguments: Sequence[str], *, file: Path) -> int:
@@ -46,45 +41,6 @@ def run(chain: Chain, arguments: Sequence[str], *, file: Path) -> int:
         print(f"{'done' if code == 0 else f'ended with exit code {code}'}: {ready.folder}")
         return code
     return _show(ready, scripts=actions.dry_run)
-
-
-def parsed(chain: Chain, arguments: Sequence[str]) -> tuple[Actions, Chain]:
-    """Actions, and the chain with its training steps' flags (`--train.lr 1e-5`) in place of their own values.
-
-    Raises: ConfigError for flags of no step.
-    """
-    own: list[str] = []
-    of_steps: dict[str, list[str]] = {step.name: [] for step in chain.steps if isinstance(step.work, Recipe)}
-    into = own
-    for word in arguments:
-        name, dot, rest = word.removeprefix("--").partition(".")
-        if word.startswith("--"):
-            into = of_steps[name] if dot and name in of_steps else own
-        into.append(f"--{rest}" if word.startswith("--") and into is not own else word)
-    nothing = Recipe(name="chain", task="sft")
-    actions, changed = parse(own, nothing)
-    faults = []
-    if changed != nothing:
-        names = [f"--{name}.<parameter>" for name in of_steps]
-        faults = [Fault("a parameter", None, "is given without a training step's name", try_=names, bare=True)]
-    for field in fields(Actions):
-        if field.name not in _ACTIONS and getattr(actions, field.name) != field.default:
-            rule = "is for a recipe of its own" + ("; here a Step has links=…" if field.name == "chain" else "")
-            faults.append(Fault(f"--{field.name}", None, rule, bare=True))
-    given = [f"--{name}" for name in ("submit", "local", "dry_run") if getattr(actions, name)]
-    if len(given) > 1:
-        faults.append(Fault(" and ".join(given), None, "exclude each other; give one of them", bare=True))
-    steps = []
-    for step in chain.steps:
-        work = step.work
-        if isinstance(work, Recipe):
-            asked, work = parse(of_steps[step.name], work)
-            if asked != Actions():
-                faults.append(Fault(f"--{step.name}.…", None, "takes parameters, not actions", bare=True))
-        steps.append(replace(step, work=work))
-    if faults:
-        raise ConfigError(faults)
-    return actions, replace(chain, steps=steps)
 
 
 def _submit(ready: ReadyChain, arguments: Sequence[str]) -> int:

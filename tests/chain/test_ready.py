@@ -24,7 +24,7 @@ from megabatch import (
     ok,
     output,
 )
-from megabatch.chain.command import parsed
+from megabatch.chain.flags import parsed
 from megabatch.chain.ready import ReadyChain, make_ready
 from megabatch.config.flags import Actions
 from megabatch.errors import ConfigError
@@ -157,14 +157,33 @@ def test_flags_of_steps(tmp_path: Path) -> None:
     actions, changed = parsed(chain, ["--local", "--train.train_iters", "7"])
     assert actions.local and changed.steps[0].work.training.train_iters == 7  # type: ignore[union-attr]
     for words, says in (
-        (["--train_iters", "7"], r"--train.<parameter>"),
-        (["--after.train_iters", "7"], "is not a parameter"),
+        (["--train_iters", "7"], "--train_iters is given without a training step's name; try --train.train_iters"),
+        (["--train.train_itres", "7"], "--train.train_itres is not a parameter; try --train.train_iters"),
+        (["--trian.train_iters=7"], "--trian.train_iters is of no step of this chain; try --train.train_iters"),
+        (["--x.lr", "1"], "--x.lr is of no step of this chain; the training steps are train"),
+        (["--training.train_iters", "7"], "without a training step's name; try --train.training.train_iters"),
+        (["--train_itres", "7"], "--train_itres is not a parameter; try --train.train_iters"),
+        (["--submt"], "--submt is not a parameter; try --submit"),
+        (["--after.train_iters", "7"], "--after.train_iters is of a step that takes none: only training steps do"),
+        (["--train.lr", "x"], "train: learning_rate.lr='x' must be a number"),
         (["--train.submit"], "takes parameters, not actions"),
         (["--submit", "--local"], "exclude each other"),
         (["--chain", "3"], "links"),
+        (["local"], "local is not a flag"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(ConfigError) as caught:
             parsed(chain, words)
+        assert says in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        parsed(chain, ["--submit", "--cluster", "--trian.lr", "1", "--train.lrr", "1"])
+    assert [fault.field for fault in caught.value.faults] == ["--trian.lr", "--cluster", "--train.lrr"]
+
+
+def test_flags_of_a_step_whose_name_has_dots(tmp_path: Path) -> None:
+    chain = chain_of(tmp_path, Step("train", FIRST), Step("train.long-er", FIRST))
+    actions, changed = parsed(chain, ["--train.long-er.train_iters=7", "--run_dir=/a.b/c"])
+    assert [step.work.training.train_iters for step in changed.steps] == [2, 7]  # type: ignore[union-attr]
+    assert actions.run_dir == "/a.b/c"
 
 
 def test_the_example_is_ready_with_the_jobs_it_says(tmp_path: Path) -> None:
