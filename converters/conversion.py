@@ -6,15 +6,19 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.execute import share
 from megabatch.converters.engine.plan import Plan
 from megabatch.converters.engine.run import Outcome, Say, check_output, run
 from megabatch.converters.engine.verify import check_manifest, compare
 from megabatch.converters.hf_model import find_folder
+from megabatch.converters.hf_output import HfForm
 from megabatch.converters.mapping import ExpertLayout
+from megabatch.converters.reshard import plan_reshard
 from megabatch.converters.rewrite import plan_rewrite
 from megabatch.converters.to_hf import plan_to_hf
 from megabatch.converters.to_mcore import plan_to_mcore
+from megabatch.converters.ways import Way, way_of
 from megabatch.errors import ConversionError
 
 Path_ = str | os.PathLike[str]
@@ -28,7 +32,7 @@ def convert(
     model: Path_ | None = None,
     mcore_model: Path_ | None = None,
     torch_dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     expert_layout: ExpertLayout | None = None,
     fp8_quantise: bool = False,
     accept_bin: bool = False,
@@ -83,7 +87,7 @@ def make_plan(
     model: Path_ | None = None,
     mcore_model: Path_ | None = None,
     torch_dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     expert_layout: ExpertLayout | None = None,
     fp8_quantise: bool = False,
     accept_bin: bool = False,
@@ -94,77 +98,47 @@ def make_plan(
     """The plan of a conversion, towards Hugging Face's format unless `to_mcore`; nothing is written.
 
     `adapters` are merged into the model's weights with `merge_lora`, else one is converted alone.
-    Raises: ConversionError for whatever does not fit.
+    Raises: ConversionError for whatever does not fit, and for arguments that would have no effect.
     """
-    model = None if model is None else find_folder(model)
-    if merge_lora and not adapters:
-        raise ConversionError("merge_lora needs adapters, the folders to merge")
-    if adapters and not merge_lora:
-        form = (torch_dtype, expert_layout, fp8_quantise or None, mcore_model)
-        return _adapter_plan(adapters, model, peft_format, to_mcore=to_mcore, form=form, accept_bin=accept_bin)
-    if peft_format is not None:
-        raise ConversionError("peft_format is of adapters that are converted, not merged")
-    if to_mcore:
-        if model is None:
-            raise ConversionError("to_mcore needs model, the Hugging Face folder to convert")
-        if expert_layout is not None or fp8_quantise:
-            raise ConversionError("expert_layout and fp8_quantise are of Hugging Face folders that are written")
-        return plan_to_mcore(model, torch_dtype=torch_dtype, accept_bin=accept_bin, adapters=adapters)
-    anew = torch_dtype or expert_layout or fp8_quantise or accept_bin or adapters
-    if mcore_model is None and model is not None and anew:
-        return plan_rewrite(
-            model,
-            torch_dtype=torch_dtype,
-            max_shard_size=max_shard_size,
-            expert_layout=expert_layout,
-            fp8_quantise=fp8_quantise,
-            accept_bin=accept_bin,
-            adapters=adapters,
-        )
-    if mcore_model is None:
-        raise ConversionError(
-            "to_hf needs mcore_model, the checkpoint to convert; or, to write model anew, one of torch_dtype, "
-            "expert_layout, fp8_quantise and accept_bin"
-        )
-    if accept_bin and not adapters:
-        raise ConversionError("accept_bin is about weights that are read, and here those of mcore_model are")
-    return plan_to_hf(
-        mcore_model,
-        model,
-        torch_dtype=torch_dtype,
-        max_shard_size=max_shard_size,
-        expert_layout=expert_layout,
-        fp8_quantise=fp8_quantise,
-        adapters=adapters,
-        accept_bin=accept_bin,
+    way = way_of(
+        {
+            "to_mcore": to_mcore,
+            "to_hf": not to_mcore,
+            "model": model,
+            "mcore_model": mcore_model,
+            "torch_dtype": torch_dtype,
+            "max_shard_size": max_shard_size,
+            "expert_layout": expert_layout,
+            "fp8_quantise": fp8_quantise,
+            "accept_bin": accept_bin,
+            "adapters": adapters,
+            "merge_lora": merge_lora,
+            "peft_format": peft_format,
+        }
     )
+    folder = None if model is None else find_folder(model)
+    if way in (Way.ADAPTER_TO_MCORE, Way.ADAPTER_TO_PEFT):
+        return _adapter_plan(adapters[0], folder, way, peft_format=peft_format, accept_bin=accept_bin)
+    form = HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
+    if way in (Way.TO_HF, Way.MERGED_TO_HF):
+        assert mcore_model is not None
+        return plan_to_hf(mcore_model, folder, form, adapters=adapters, accept_bin=accept_bin)
+    assert folder is not None
+    if way is Way.TO_MCORE:
+        return plan_to_mcore(folder, torch_dtype=torch_dtype, accept_bin=accept_bin, adapters=adapters)
+    if way is Way.RESHARD:
+        return plan_reshard(folder, max_shard_size=form.max_shard_size)
+    return plan_rewrite(folder, form, adapters=adapters, accept_bin=accept_bin)
 
 
-def _adapter_plan(
-    adapters: Sequence[Path_],
-    model: Path_ | None,
-    peft_format: str | None,
-    *,
-    to_mcore: bool,
-    form: Sequence[object],
-    accept_bin: bool,
-) -> Plan:
-    """An adapter converted alone; `form` is what only weights of a model can be given."""
+def _adapter_plan(adapter: Path_, model: Path | None, way: Way, *, peft_format: str | None, accept_bin: bool) -> Plan:
+    """An adapter converted alone."""
     from megabatch.converters.adapters.to_mcore import plan_adapter_to_mcore
     from megabatch.converters.adapters.to_peft import plan_adapter_to_peft
 
-    if len(adapters) > 1:
-        raise ConversionError("several adapters can be merged (merge_lora), and are converted one at a time")
-    if any(value is not None for value in form):
-        raise ConversionError(
-            "torch_dtype, expert_layout, fp8_quantise and mcore_model are of models; an adapter is converted as it "
-            "is, for the base model in model"
-        )
-    if to_mcore and peft_format is not None:
-        raise ConversionError("peft_format is of adapters in PEFT's format, which to_hf writes")
-    if to_mcore:
-        return plan_adapter_to_mcore(adapters[0], model, accept_bin=accept_bin)
-    return plan_adapter_to_peft(adapters[0], model, peft_format=peft_format, accept_bin=accept_bin)
+    if way is Way.ADAPTER_TO_MCORE:
+        return plan_adapter_to_mcore(adapter, model, accept_bin=accept_bin)
+    return plan_adapter_to_peft(adapter, model, peft_format=peft_format, accept_bin=accept_bin)
 
 
 def is_there(output: Path_) -> bool:

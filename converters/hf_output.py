@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from megabatch.converters.adapters.merge import UNTIED, Merged
 from megabatch.converters.bijection import TensorInfo
@@ -13,7 +14,7 @@ from megabatch.converters.dtypes import FP8
 from megabatch.converters.engine.plan import Numbered, Plan, SideFiles, SmallFile, Strip, TargetFile, Tensor
 from megabatch.converters.family import Family
 from megabatch.converters.hf_model import read_config
-from megabatch.converters.mapping import ExpertLayout, Experts
+from megabatch.converters.mapping import ExpertLayout, Experts, elements
 from megabatch.converters.quantised import SUFFIX, Quantised, as_deepseek_v3, quantised
 from megabatch.converters.requantise import Parts, requantised
 from megabatch.converters.safetensors_io import HfFolder, split_shards
@@ -24,6 +25,9 @@ from megabatch.converters.side_files import replaced_config
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
+SHARD_SIZE = "5GB"
+"""Largest safetensors file where nothing else is said."""
+
 
 @dataclass(frozen=True, slots=True)
 class HfForm:
@@ -31,7 +35,8 @@ class HfForm:
 
     dtype: str | None = None
     """safetensors' name of what weights are cast to, None for their own."""
-    max_shard_size: str | int = "5GB"
+    max_shard_size: str | int | None = None
+    """Largest safetensors file, None for 5 GB."""
     expert_layout: ExpertLayout | None = None
     fp8: bool = False
     """Block-scaled FP8 for the weights of linear layers."""
@@ -83,14 +88,42 @@ def plan_folder(
             entries[made], placed[made] = info, own
     for name, tensor in _carried(family, reference, numbered):
         entries[name], placed[name] = TensorInfo(tensor.dtype, tensor.shape), [tensor]
-    shards = split_shards(entries, max_shard_size=form.max_shard_size)
+    return plan_files(
+        direction,
+        source,
+        entries=entries,
+        parts=placed,
+        numbered=numbered,
+        reference=reference,
+        max_shard_size=form.max_shard_size,
+        replaced=_config(reference, entries, form, how, merged),
+        ignored=ignored,
+    )
+
+
+def plan_files(
+    direction: str,
+    source: Path,
+    *,
+    entries: Mapping[str, TensorInfo],
+    parts: Mapping[str, Parts],
+    numbered: Numbered,
+    reference: Path,
+    max_shard_size: str | int | None,
+    replaced: Mapping[str, bytes] = MappingProxyType({}),
+    ignored: Mapping[str, str] = MappingProxyType({}),
+) -> Plan:
+    """Args: parts: of each tensor in `entries`, lying nowhere yet. replaced: files written in place of the reference's
+    own.
+    """
+    shards = split_shards(entries, max_shard_size=SHARD_SIZE if max_shard_size is None else max_shard_size)
     tensors: list[Tensor] = []
     files: list[TargetFile] = []
     for number, shard in enumerate(shards):
         head, extents = build_header(shard.entries, metadata={"format": "pt"})
         files.append(TargetFile(shard.name, len(head) + sum(extent.size for extent in extents.values()), head))
         for name, extent in extents.items():
-            tensors += _placed(placed[name], name, number, extent)
+            tensors += _placed(parts[name], name, number, extent)
     return Plan(
         direction=direction,
         source=source,
@@ -98,7 +131,7 @@ def plan_folder(
         files=files,
         tensors=tensors,
         small=[SmallFile(INDEX, lambda: index_json(shards))] if len(shards) > 1 else [],
-        side=SideFiles(reference, _config(reference, entries, form, how, merged)),
+        side=SideFiles(reference, replaced),
         ignored=ignored,
     )
 
@@ -170,8 +203,14 @@ def _carried(family: Family, reference: Path, numbered: Numbered) -> Iterator[tu
             "checkpoint; name the Hugging Face folder that has them as --model"
         )
     with HfFolder(reference) as folder:
-        for name, info in folder.tensors.items():
+        for name in folder.names:
             if re.fullmatch(family.carried, name):
-                path, offset, size = folder.extent(name)
-                strip = Strip(0, 1, numbered.number(path), offset, 0, size)
-                yield name, Tensor(name, 0, 0, info.shape, info.dtype, info.dtype, 1, size, size, (strip,))
+                yield name, whole_tensor(folder, name, numbered)
+
+
+def whole_tensor(folder: HfFolder, name: str, numbered: Numbered) -> Tensor:
+    """A tensor that goes as it is, lying nowhere yet."""
+    info, (path, offset, size) = folder.info(name), folder.extent(name)
+    rows = max(1, elements(info.shape[:-1]))
+    strip = Strip(0, rows, numbered.number(path), offset, 0, size // rows)
+    return Tensor(name, 0, 0, info.shape, info.dtype, info.dtype, rows, size // rows, size // rows, (strip,))

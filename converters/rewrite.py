@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 from megabatch.converters.adapters.merge import Merged, merged_adapters
 from megabatch.converters.bijection import invert
-from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.plan import Numbered, Plan, Strip, Tensor, uncollected
 from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
 from megabatch.converters.hf_strips import joined, plain_dtype, strip_of, whole_strip
-from megabatch.converters.mapping import ExpertLayout, Mapped, elements
+from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.weave import Weave
 from megabatch.errors import ConversionError
@@ -31,23 +30,19 @@ Key = tuple[str, int]
 @uncollected()
 def plan_rewrite(
     hf_folder: str | os.PathLike[str],
+    form: HfForm,
     *,
-    torch_dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
-    expert_layout: ExpertLayout | None = None,
-    fp8_quantise: bool = False,
-    accept_bin: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
+    accept_bin: bool = False,
 ) -> Plan:
-    """Plans the folder; block-scaled FP8 is made plain, and experts are one by one unless `expert_layout` says fused.
+    """Plans the folder; block-scaled FP8 is made plain, and experts are one by one unless the form says fused.
 
     `adapters` are merged into the weights.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
-    form = HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
     model = open_hf_model(hf_folder, accept_quantised=True, accept_bin=accept_bin)
     try:
-        if model.quantised is not None and fp8_quantise:
+        if model.quantised is not None and form.fp8:
             raise ConversionError(f"{hf_folder}: fp8_quantise: its weights are in block-scaled FP8 already")
         numbered = Numbered()
         merged = merged_adapters(adapters, model.family, model.shape, numbered, accept_bin=accept_bin)

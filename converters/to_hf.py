@@ -9,13 +9,12 @@ from pathlib import Path
 
 from megabatch.converters.adapters.merge import merged_adapters
 from megabatch.converters.bijection import invert
-from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.plan import Numbered, Plan, Strip, Tensor, uncollected
 from megabatch.converters.engine.run import run
 from megabatch.converters.families import family_of
 from megabatch.converters.hf_model import read_config
 from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
-from megabatch.converters.mapping import ExpertLayout, Mapped, elements
+from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.aliases import is_optimizer, respelled, unwrapped
 from megabatch.converters.torch_dist.find import find_checkpoint
@@ -35,25 +34,22 @@ def to_hf(
     hf_reference: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     workers: int = 2,
 ) -> None:
-    """Converts a checkpoint; the output must not exist or be empty. The arguments are those of `plan_to_hf`.
+    """Converts a checkpoint; the output must not exist or be empty.
 
     Raises: ConversionError.
     """
-    run(plan_to_hf(mcore, hf_reference, max_shard_size=max_shard_size), output, workers=workers)
+    run(plan_to_hf(mcore, hf_reference, HfForm(max_shard_size=max_shard_size)), output, workers=workers)
 
 
 @uncollected()
 def plan_to_hf(
     mcore: str | os.PathLike[str],
-    hf_reference: str | os.PathLike[str] | None = None,
+    hf_reference: str | os.PathLike[str] | None,
+    form: HfForm,
     *,
-    torch_dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
-    expert_layout: ExpertLayout | None = None,
-    fp8_quantise: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
     accept_bin: bool = False,
 ) -> Plan:
@@ -61,16 +57,15 @@ def plan_to_hf(
 
     `mcore`: whatever `find_checkpoint` understands. `hf_reference`: the folder that config, tokenizer and the like
     come from, whose weights are not read; None looks for a config.json beside the checkpoint.
-    `torch_dtype` casts every weight but those whose dtype megatron-core prescribes, and those that `fp8_quantise`
-    makes block-scaled FP8, of the numbers that the checkpoint has. `adapters` are merged into the weights;
-    `accept_bin` is about theirs.
+    `form`: its dtype is that of every weight but those whose dtype megatron-core prescribes, and those that become
+    block-scaled FP8, of the numbers that the checkpoint has. `adapters` are merged into the weights; `accept_bin` is
+    about theirs.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
     folder = find_checkpoint(mcore)
     reference = Path(hf_reference) if hf_reference is not None else find_reference(Path(mcore), folder)
     source = TorchDistFolder(folder)
     try:
-        form = HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
         return _planned(source, reference, form, adapters, accept_bin=accept_bin)
     finally:
         source.close()

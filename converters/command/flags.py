@@ -30,7 +30,7 @@ class Flags:
     peft_format: str = _flag("", "per_expert or fused (as transformers 5 has them): experts' adapters for --to_hf")
     output_dir: str = _flag("", "folder to make")
     torch_dtype: str = _flag("", "bfloat16, float16 or float32; left as they are by default")
-    max_shard_size: str = _flag("5GB", "largest safetensors file")
+    max_shard_size: str = _flag("", "largest safetensors file, 5GB by default; with --model alone, only that changes")
     expert_layout: str = _flag("", "per_expert or fused (as transformers 5 has them): experts of the folder written")
     fp8_quantise: bool = _flag(False, "write the weights of linear layers in block-scaled FP8, as DeepSeek-V3's")
     accept_bin: bool = _flag(False, "read pickled weights where there are no safetensors; no code in them is run")
@@ -114,7 +114,8 @@ def help_text() -> str:
         "       megabatch-convert --to_hf --mcore_model CHECKPOINT [--model HF_FOLDER] --output_dir OUT",
         "       megabatch-convert --to_mcore|--to_hf --adapters ADAPTER [--model HF_FOLDER] --output_dir OUT",
         "       megabatch-convert --merge_lora --adapters ADAPTER ... --to_mcore|--to_hf --model HF_FOLDER ...",
-        "       megabatch-convert --to_hf --model HF_FOLDER --fp8_quantise|--expert_layout|--torch_dtype|--accept_bin",
+        "       megabatch-convert --to_hf --model HF_FOLDER --fp8_quantise|--expert_layout|--torch_dtype ...",
+        "       megabatch-convert --to_hf --model HF_FOLDER --max_shard_size SIZE --output_dir OUT",
         "       megabatch-convert --verify --output_dir OUT",
         "",
     ]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from megabatch.converters.command.flags import Flags, changed, help_text, parse
+from megabatch.converters.ways import ARGUMENTS, way_of
 from megabatch.errors import ConversionError, MegabatchError
 
 if TYPE_CHECKING:
@@ -47,32 +48,14 @@ def _failed(error: MegabatchError, *, code: int) -> int:
 
 def check_flags(flags: Flags) -> None:
     """Raises: ConversionError for flags that do not go together, or are not built yet."""
-    if flags.to_mcore and flags.to_hf:
-        raise ConversionError("--to_mcore and --to_hf exclude each other; give one of them")
     if not flags.output_dir:
         raise ConversionError("--output_dir is missing; name the folder to make (or, with --verify, to check)")
-    if not (flags.to_mcore or flags.to_hf or flags.verify):
-        raise ConversionError("give --to_mcore or --to_hf, or --verify to check an output by its own digests")
-    _check_verify(flags)
-    _check_adapters(flags)
-    alone = flags.adapters and not flags.merge_lora
-    if flags.to_mcore and not flags.model and not alone:
-        raise ConversionError("--to_mcore needs --model, the Hugging Face folder to convert")
-    anew = flags.torch_dtype or flags.expert_layout or flags.fp8_quantise or flags.accept_bin or flags.merge_lora
-    if flags.to_hf and not flags.mcore_model and not alone and not (anew and flags.model):
-        raise ConversionError(
-            "--to_hf needs --mcore_model, the checkpoint to convert; or --model, a folder to write anew, with "
-            "--torch_dtype, --expert_layout, --fp8_quantise or --accept_bin"
-        )
-    if flags.to_mcore and flags.mcore_model:
-        raise ConversionError("--mcore_model is the source of --to_hf; --to_mcore converts --model")
-    if flags.expert_layout not in ("", "per_expert", "fused"):
-        raise ConversionError(f"--expert_layout={flags.expert_layout} must be per_expert or fused")
-    for name in ("expert_layout", "fp8_quantise", "max_shard_size"):
-        if not flags.to_hf and name in changed(flags):
-            raise ConversionError(f"--{name} is about the Hugging Face folder that --to_hf writes")
-    if flags.accept_bin and flags.mcore_model and not flags.adapters:
-        raise ConversionError("--accept_bin is about weights that are read, and here those of --mcore_model are")
+    if not (flags.to_mcore or flags.to_hf):
+        _check_verify(flags)
+    else:
+        way_of({name: getattr(flags, name) for name in ARGUMENTS}, prefix="--")
+    if flags.adapters and not flags.merge_lora and flags.test_convert_precision:
+        raise ConversionError("--test_convert_precision compares models; merge the adapter with --merge_lora")
     if flags.test_convert_precision and flags.fp8_quantise:
         raise ConversionError("--test_convert_precision: weights in FP8 differ by more than it allows; leave one out")
     if flags.test_convert_precision and flags.accept_bin:
@@ -89,25 +72,14 @@ def check_flags(flags: Flags) -> None:
 
 def _check_verify(flags: Flags) -> None:
     """Of an output that is checked alone nothing else can be said."""
-    if flags.to_mcore or flags.to_hf:
-        return
-    known = ("output_dir", "verify", "workers", "rank", "world", "help")
+    if not flags.verify:
+        raise ConversionError("give --to_mcore or --to_hf, or --verify to check an output by its own digests")
+    known = ("output_dir", "verify", "workers", "help")
     if odd := [f"--{name}" for name in changed(flags) if name not in known]:
         raise ConversionError(
             f"{', '.join(odd)}: --verify alone checks an output by its own digests; to compare it "
             "with its source add --to_mcore or --to_hf"
         )
-
-
-def _check_adapters(flags: Flags) -> None:
-    if flags.merge_lora and not flags.adapters:
-        raise ConversionError("--merge_lora needs --adapters, the folders to merge")
-    if flags.peft_format not in ("", "per_expert", "fused"):
-        raise ConversionError(f"--peft_format={flags.peft_format} must be per_expert or fused")
-    if flags.peft_format and (not flags.adapters or flags.merge_lora or not flags.to_hf):
-        raise ConversionError("--peft_format is about the adapter that --to_hf --adapters writes")
-    if flags.adapters and not flags.merge_lora and flags.test_convert_precision:
-        raise ConversionError("--test_convert_precision compares models; merge the adapter with --merge_lora")
 
 
 def _run(flags: Flags) -> int:
@@ -126,7 +98,7 @@ def _run(flags: Flags) -> int:
         model=flags.model or None,
         mcore_model=flags.mcore_model or None,
         torch_dtype=flags.torch_dtype or None,
-        max_shard_size=flags.max_shard_size,
+        max_shard_size=flags.max_shard_size or None,
         expert_layout=cast("ExpertLayout | None", flags.expert_layout or None),
         fp8_quantise=flags.fp8_quantise,
         accept_bin=flags.accept_bin,

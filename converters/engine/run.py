@@ -51,6 +51,10 @@ def run(
     before the output gets its name, and writes digests into its manifest.
     Raises: ConversionError; what was done until then stays in `.NAME.partial`.
     """
+    if workers < 1 or not 0 <= rank < world:
+        raise ConversionError(
+            f"workers={workers} must be 1 or more, and rank={rank} count from 0 to world={world} - 1"
+        )
     target = Path(os.path.abspath(output))
     if target == target.parent:
         raise ConversionError(f"{target}: is no folder that can be made; choose another output_dir")

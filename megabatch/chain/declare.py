@@ -93,8 +93,8 @@ class Convert:
     """Checkpoint for `to_hf`."""
     torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Dtype of the result; None leaves tensors as they are."""
-    max_shard_size: str = "5GB"
-    """Largest safetensors file."""
+    max_shard_size: str | None = None
+    """Largest safetensors file of `to_hf`; None means 5 GB."""
     workers: int | None = None
     """Threads of each task; None means as many as processors, at most 8."""
     verify: bool = False

@@ -209,7 +209,7 @@ def test_flags_that_do_not_go_together(flags: list[str], message: str, capsys: p
     [
         ({"adapters": ["a", "b"]}, "several adapters can be merged"),
         ({"adapters": ["a"], "torch_dtype": "float32"}, "an adapter is converted as it is"),
-        ({"adapters": ["a"], "merge_lora": True, "peft_format": "fused"}, "adapters that are converted, not merged"),
+        ({"adapters": ["a"], "merge_lora": True, "peft_format": "fused"}, "writes, converted and not merged"),
         ({"merge_lora": True}, "merge_lora needs adapters"),
     ],
 )

@@ -40,7 +40,7 @@ for owner, name in ((os, "pwrite"), (os, "write"), (os, "fsync"), (os, "fdatasyn
                     (os, "open"), (os, "ftruncate")):
     setattr(owner, name, dying(getattr(owner, name)))
 execute.SYNC_BYTES = 40_000
-convert(output_dir=sys.argv[2], resume=True, exist_ok=True, max_shard_size="100KB", **json.loads(sys.argv[3]))
+convert(output_dir=sys.argv[2], resume=True, exist_ok=True, **json.loads(sys.argv[3]))
 print(kill_at - left)
 """
 NEVER = 1 << 30
@@ -50,6 +50,8 @@ def convert_until(kill_at: int, output: Path, **given: Any) -> subprocess.Comple
     """A process that converts and kills itself at its `kill_at`th call; when it ends by itself it prints how many it
     made."""
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    if given.get("to_hf"):
+        arguments = {"max_shard_size": "100KB", **arguments}
     command = [sys.executable, "-c", PROGRAM, str(kill_at), str(output), json.dumps(arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -107,6 +109,7 @@ def ways(folder: Path) -> dict[str, dict[str, Any]]:
         "to_hf": {"to_hf": True, "mcore_model": mcore},
         "to_hf in FP8": {"to_hf": True, "mcore_model": mcore, "fp8_quantise": True},
         "written anew, fused": {"to_hf": True, "model": hf, "expert_layout": "fused"},
+        "in other shards": {"to_hf": True, "model": fp8, "max_shard_size": "30KB"},
     }
 
 

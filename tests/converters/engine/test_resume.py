@@ -31,7 +31,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return ways(tmp_path_factory.mktemp("ways"))
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_killed_anywhere_and_resumed_the_files_are_identical(
     number: int, named: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
