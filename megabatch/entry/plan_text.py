@@ -13,6 +13,7 @@ from megabatch.slurm.environment import job_variables
 from megabatch.trainer.data.names import parse
 
 _WIDTH = 12
+_LINKS = "{} in a row, each going on where the one before stopped; none requeues, and those left over never start"
 
 
 def plan_text(launch: Launch, *, refusals: list[Fault], local: bool = False) -> str:
@@ -25,6 +26,7 @@ def plan_text(launch: Launch, *, refusals: list[Fault], local: bool = False) -> 
         ("length", _length(launch)),
         ("data", _data(launch)),
         ("where", _where(launch, local=local)),
+        *([("jobs", _LINKS.format(launch.job.links))] if launch.job.links > 1 else []),
         ("environment", " ".join(f"{v.name}={v.value}" for v in job_variables(launch.job, launch.profile))),
     ]
     text = [f"{name:{_WIDTH}} {value}" for name, value in lines]

@@ -20,11 +20,13 @@ def test_the_script_looks_at_earlier_links_first_and_does_not_requeue(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(lambda: recipe, ["--dry_run", "--chain", "3"]) == 0
-    script = capsys.readouterr().out
+    script, plan = capsys.readouterr()
+    assert "\njobs         3 in a row, each going on where the one before stopped; none requeues, " in plan
     assert "#SBATCH --no-requeue\n" in script and "still_ours()" not in script
     assert script.index("nothing to go on with") < script.index("export MEGABATCH_RESTART")
     run(lambda: recipe, ["--dry_run"])
-    assert "nothing to go on with" not in capsys.readouterr().out
+    script, plan = capsys.readouterr()
+    assert "nothing to go on with" not in script and "\njobs " not in plan
 
 
 @pytest.mark.parametrize(
