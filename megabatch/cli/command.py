@@ -7,13 +7,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from megabatch.errors import ConfigError, DataError, MegabatchError
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the command line: 0 done, 1 failed, 2 a fault of what was asked for."""
-    options, rest = _parser().parse_known_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     if rest and options.command not in ("plan", "rehearse"):
         print(f"error: {rest[0]} is not an option of `megabatch {options.command}`; see --help", file=sys.stderr)
         return 2
@@ -33,8 +40,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megabatch", description="Watch, stop and resume runs; check recipes and machines."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", nargs=0, action=_Version, help="megabatch's own version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _of_runs(commands)
+    _of_several(commands)
+    _of_recipes(commands)
+    return parser
 
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"megabatch {version('megabatch')}")
+        parser.exit()
+
+
+def _of_runs(commands: _Commands) -> None:
     status = commands.add_parser("status", help="state of runs")
     status.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories, or folders of them")
     status.add_argument("--json", action="store_true", help="one JSON array, for programs")
@@ -67,6 +89,21 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
     resume.add_argument("--chain", type=_count, metavar="N", help="in N jobs, where a cluster lets none requeue")
 
+
+def _of_several(commands: _Commands) -> None:
+    chain = commands.add_parser("chain", help="what has become of the steps of a chain; or cancel them all")
+    chain.add_argument("action", choices=("show", "cancel"))
+    chain.add_argument("folder", type=Path, metavar="FOLDER", help="the chain's folder")
+
+    sweep = commands.add_parser("sweep", help="the runs of a sweep, ranked")
+    sweep.add_argument("action", choices=("show",))
+    sweep.add_argument("folder", type=Path, metavar="FOLDER", help="the sweep's folder")
+    ranks = ("tokens_per_s", "mfu", "memory_gib", "loss", "eval_loss")
+    sweep.add_argument("--by", choices=ranks, default=ranks[0], help="what ranks them (default: %(default)s)")
+    sweep.add_argument("--json", action="store_true", help="one JSON array, for programs")
+
+
+def _of_recipes(commands: _Commands) -> None:
     plan = commands.add_parser(
         "plan",
         help="what a recipe would do and take, with any of its flags; or its layouts on some GPUs, ranked",
@@ -90,22 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     rehearse.add_argument("--faults_seed", type=int, default=0, help="another stop, kill and victim for each number")
     rehearse.add_argument("--dir", type=Path, help="keep both runs there")
 
-    chain = commands.add_parser("chain", help="what has become of the steps of a chain; or cancel them all")
-    chain.add_argument("action", choices=("show", "cancel"))
-    chain.add_argument("folder", type=Path, metavar="FOLDER", help="the chain's folder")
-
-    sweep = commands.add_parser("sweep", help="the runs of a sweep, ranked")
-    sweep.add_argument("action", choices=("show",))
-    sweep.add_argument("folder", type=Path, metavar="FOLDER", help="the sweep's folder")
-    ranks = ("tokens_per_s", "mfu", "memory_gib", "loss", "eval_loss")
-    sweep.add_argument("--by", choices=ranks, default=ranks[0], help="what ranks them (default: %(default)s)")
-    sweep.add_argument("--json", action="store_true", help="one JSON array, for programs")
-
     doctor = commands.add_parser("doctor", help="check this machine or a cluster, with a fix for each failure")
     doctor.add_argument("--cluster", metavar="NAME", help="compare this cluster profile with the live cluster")
     doctor.add_argument("--run", action="store_true", help="with --cluster: also look from a node, by a short job")
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
-    return parser
 
 
 def _count(text: str) -> int:

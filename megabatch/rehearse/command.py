@@ -6,13 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.entry.launch import Launch, prepare
-from megabatch.errors import ConfigError, LaunchError
+from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.rehearse.compare import Verdict, compare
 from megabatch.rehearse.disturbed import ENDINGS, killed, moments, stopped, undisturbed
 from megabatch.rehearse.shrink import Small, shrink
@@ -36,6 +36,7 @@ def rehearse(recipe: Recipe, recipe_file: Path, flags: Sequence[str], settings: 
     if settings.steps < 12:
         raise ConfigError("--steps must be at least 12: there must be room for a stop, a kill and what follows")
     actions, chosen = parse(flags, recipe)
+    _refuse(actions)
     whole = prepare(chosen, actions, recipe_file=recipe_file.absolute())
     if whole.model.shape is None:
         raise ConfigError(f"the model's shape is not known ({whole.model.origin}); download it, or give its folder")
@@ -52,6 +53,15 @@ def rehearse(recipe: Recipe, recipe_file: Path, flags: Sequence[str], settings: 
     if same and settings.folder is None:
         shutil.rmtree(folder, ignore_errors=True)
     return 0 if same else 1
+
+
+def _refuse(actions: Actions) -> None:
+    """Raises: ConfigError with every flag that asks for another thing than a rehearsal."""
+    none = Actions(cluster=actions.cluster)
+    asked = [field.name for field in fields(Actions) if getattr(actions, field.name) != getattr(none, field.name)]
+    rule = "is not for a rehearsal, which runs here and keeps its runs with --dir"
+    if asked:
+        raise ConfigError([Fault(f"--{name}", None, rule, bare=True) for name in asked])
 
 
 def _prepared(small: Small, recipe_file: Path, folder: Path) -> JobSpec:

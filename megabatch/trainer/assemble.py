@@ -98,6 +98,7 @@ def open_data(run: RunConfig, source: ModelSource, ranks: Ranks, heartbeat: Hear
         paths, split_dataset_ratio=data.split_dataset_ratio, seed=recipe.training.seed
     )
     share, schedule = _share(run, ranks), _schedule(recipe, train, shuffle=True)
+    schedule.require_a_batch()
     evaluated = None
     if validation is not None:
         evaluated = Batches(validation, _schedule(recipe, validation, shuffle=False), share=share, num_workers=1)

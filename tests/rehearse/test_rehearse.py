@@ -54,6 +54,14 @@ def test_a_resume_that_forgets_where_the_data_was(tmp_path: Path) -> None:
     assert "DOES NOT RESUME EXACTLY" in done.stdout
 
 
+def test_flags_that_ask_for_something_else_are_refused(tmp_path: Path) -> None:
+    done = rehearse("quickstart.py", "--submit", "--chain", "3", folder=tmp_path)
+    assert done.returncode == 2
+    for flag in ("--submit", "--chain"):
+        assert f"  {flag} is not for a rehearsal" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["quickstart", "gsm8k_sft", "pretrain", "qwen3_moe_sft", "qwen2_5_7b_sft"])
 def test_recipes_shrink_to_what_few_processes_train(name: str) -> None:
     from megabatch.cli.plan import load_recipe

@@ -25,6 +25,8 @@ from megabatch.trainer.data.workers import encoded_chunks
 
 log = logging.getLogger(__name__)
 
+_MANY = 0.01
+"""Share of rows from which dropping them is worth a warning."""
 FORMAT = 1
 """Raised when the files of a cache or the meaning of a setting change: older caches are then made again."""
 
@@ -167,10 +169,13 @@ class TokenCache:
         return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
 
     def log_summary(self) -> None:
-        """Logs how many samples and tokens there are, and how many rows were dropped and why."""
-        lost = "".join(f", {count} rows dropped: {reason}" for reason, count in self.dropped.items())
+        """Logs how many samples and tokens there are, and how many rows were dropped and why: many of them loudly."""
         learned = int(np.count_nonzero(self.weights))
-        log.info("%d samples, %d tokens, %d learned%s", len(self), len(self.ids), learned, lost)
+        log.info("%d samples, %d tokens, %d learned", len(self), len(self.ids), learned)
+        rows = len(self) + sum(self.dropped.values())
+        for reason, count in self.dropped.items():
+            level = logging.WARNING if count >= _MANY * rows else logging.INFO
+            log.log(level, "%d of %d rows (%.1f %%) dropped: %s", count, rows, 100 * count / rows, reason)
 
 
 def _each(chunks: Iterable[Chunk], done: Callable[[], None]) -> Iterator[Chunk]:

@@ -83,9 +83,17 @@ class Schedule:
         """Full global batches of an epoch; the rest of its items is left out. May be 0."""
         return len(self) // self.global_batch_size
 
+    def require_a_batch(self) -> None:
+        """Raises: DataError when an epoch holds no full global batch."""
+        if not self.steps_per_epoch:
+            raise DataError(
+                f"batch.global_batch_size={self.global_batch_size} is more than the {len(self)} training items "
+                f"(samples, or packs when packing); lower it to {len(self)} or less, or add data"
+            )
+
     def train_iters(self, max_epochs: float) -> int:
         """Optimizer steps of `max_epochs` epochs. Raises: DataError when an epoch holds no full global batch."""
-        self._check_size()
+        self.require_a_batch()
         return int(self.steps_per_epoch * max_epochs)
 
     def next(self, cursor: Cursor) -> tuple[np.ndarray, Cursor]:
@@ -93,7 +101,7 @@ class Schedule:
 
         Raises: DataError when the cursor belongs to other data, or an epoch holds no full global batch.
         """
-        self._check_size()
+        self.require_a_batch()
         if cursor.data not in ("", self.fingerprint):
             raise DataError(
                 "the checkpoint's data cursor belongs to other samples, seed, shuffling or packing than this run's; "
@@ -112,13 +120,6 @@ class Schedule:
 
     def _order(self, epoch: int) -> np.ndarray:
         return _rng(self._seed, f"epoch {epoch}").permutation(len(self)) if self._shuffle else np.arange(len(self))
-
-    def _check_size(self) -> None:
-        if not self.steps_per_epoch:
-            raise DataError(
-                f"batch.global_batch_size={self.global_batch_size} is more than the {len(self)} training items "
-                f"(samples, or packs when packing); lower it to {len(self)} or less, or add data"
-            )
 
 
 def cost(lengths: np.ndarray, *, hidden_size: int) -> float:

@@ -161,7 +161,11 @@ def test_dropped_rows_are_reported(build: Any, write_jsonl: Write, caplog: Any) 
         cache = TokenCache.open(build(path, max_length=200))
     assert cache.dropped == {"longer than max_length": 1}
     assert "3 samples," in caplog.text
-    assert "1 rows dropped: longer than max_length" in caplog.text
+    dropped = caplog.records[-1]
+    assert (dropped.levelname, dropped.getMessage()) == (
+        "WARNING",
+        "1 of 4 rows (25.0 %) dropped: longer than max_length",
+    )
 
 
 def test_split_is_seeded_and_disjoint(build: Any, write_jsonl: Write) -> None:
