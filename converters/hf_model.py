@@ -10,6 +10,7 @@ from typing import Any
 from megabatch.converters.families import family_of
 from megabatch.converters.family import Family
 from megabatch.converters.mapping import Mapped
+from megabatch.converters.nearest import did_you_mean
 from megabatch.converters.quantised import Quantised, plain, quantised
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.safetensors_io.header import parse_object
@@ -39,16 +40,24 @@ class HfModel:
 def find_folder(model: str | os.PathLike[str]) -> Path:
     """A folder, or the one that a hub's client downloaded a model `organisation/name` to.
 
-    Raises: ConversionError naming what downloads it.
+    Raises: ConversionError naming what was looked for, what is nearly called so, and what downloads a model.
     """
     path, name = Path(model).expanduser(), os.fspath(model)
-    if path.exists() or not is_hub_name(name):
+    if path.is_dir():
         return path
+    if path.exists():
+        raise ConversionError(f"{name}: is a file; name the folder of the model")
+    if not is_hub_name(name):
+        raise ConversionError(
+            f"{name}: there is no folder {path.absolute()}, and it is no model of a hub, whose name is "
+            f"organisation/name (`{download_command('organisation/name', use_hf=True)}`){did_you_mean(path)}"
+        )
     folder = cached_folder(name, use_hf=True)
     if folder is None:
         commands = " or ".join(f"`{download_command(name, use_hf=use_hf)}`" for use_hf in (True, False))
         raise ConversionError(
-            f"{name}: there is no such folder, and no hub's cache on this machine has it; download it with {commands}"
+            f"{name}: there is no folder {path.absolute()}, and no hub's cache on this machine has it; download it "
+            f"with {commands}{did_you_mean(path)}"
         )
     return folder
 

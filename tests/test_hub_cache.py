@@ -60,11 +60,30 @@ def test_a_converters_model_may_be_a_hubs_name(caches: Path) -> None:
     (caches / "org" / "name").mkdir(parents=True)
     assert find_folder("org/name") == Path("org/name")  # a folder that is there comes first
     with pytest.raises(
-        ConversionError, match=r"^org/other: .*`hf download org/other` or `modelscope download --model"
+        ConversionError,
+        match=r"^org/other: there is no folder .*`hf download org/other` or `modelscope download --model",
     ):
         make_plan(to_mcore=True, model="org/other")
-    with pytest.raises(ConversionError, match=r"^/no/such/folder/config\.json: cannot be read"):
+    with pytest.raises(ConversionError, match=r"^/no/such/folder: there is no folder .*organisation/name"):
         make_plan(to_mcore=True, model="/no/such/folder")
+
+
+def test_a_folder_that_is_not_there_is_said_with_what_is_nearly_called_so(caches: Path) -> None:
+    (caches / "models" / "Qwen3-0.6B").mkdir(parents=True)
+    (caches / "file").write_text("")
+    for given, message in {
+        "model": rf"^model: there is no folder {caches}/model, and it is no model .*; did you mean models\?$",
+        "models/Qwen3-0.6": rf"^models/Qwen3-0.6: there is no folder {caches}/models/Qwen3-0.6, and no hub's cache .*"
+        r"; did you mean models/Qwen3-0.6B\?$",
+        f"{caches}/modles/Qwen3-0.6B": rf"did you mean {caches}/models/Qwen3-0.6B\?$",
+        f"{caches}/modles/Llama/part": rf"did you mean {caches}/models\?$",
+        "zzzz": r"`hf download organisation/name`\)$",
+        "file": "^file: is a file; name the folder of the model$",
+    }.items():
+        with pytest.raises(ConversionError, match=message):
+            make_plan(to_mcore=True, model=given)
+    with pytest.raises(ConversionError, match=r"no such folder of a checkpoint; did you mean models\?$"):
+        make_plan(to_mcore=False, mcore_model="modles")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from megabatch.converters.adapters.mcore_folder import find_config, open_mcore
 from megabatch.converters.adapters.peft_folder import is_peft, open_peft
 from megabatch.converters.engine.plan import Numbered
 from megabatch.converters.hf_model import find_folder
+from megabatch.converters.nearest import did_you_mean
 from megabatch.converters.torch_dist.find import find_checkpoint
 from megabatch.errors import ConversionError
 
@@ -33,7 +34,7 @@ def open_adapters(
 def _existing(given: Path_) -> Path:
     path = Path(given)
     if not path.is_dir():
-        raise ConversionError(f"{path}: no such folder of an adapter")
+        raise ConversionError(f"{path}: no such folder of an adapter{did_you_mean(path)}")
     if (path / NAME).is_file() and not is_peft(path) and not any(path.rglob(".metadata")):
         raise ConversionError(f"{path}: has {NAME} and no adapter_model.safetensors; complete the download")
     return path

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megabatch.converters.nearest import did_you_mean
 from megabatch.errors import ConversionError
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
@@ -23,7 +24,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ConversionError(f"{folder}: no such folder of a checkpoint")
+        raise ConversionError(f"{folder}: no such folder of a checkpoint{did_you_mean(folder)}")
     for found in _candidates(folder):
         if (found / _METADATA).is_file():
             return found

@@ -1,0 +1,23 @@
+"""The folder that was meant, where a name has none."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+
+def did_you_mean(path: Path) -> str:
+    """The end of a message about a folder that is not there: what is nearly called so, or nothing."""
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    try:
+        names = [child.name for child in missing.parent.iterdir() if child.is_dir()]
+    except OSError:
+        return ""
+    near = get_close_matches(missing.name, names, n=1)
+    if not near:
+        return ""
+    found = missing.with_name(near[0])
+    whole = found / path.relative_to(missing)
+    return f"; did you mean {whole if whole.exists() else found}?"
