@@ -33,10 +33,6 @@ class CheckpointError(MegabatchError):
     """A checkpoint that cannot be saved or restored."""
 
 
-class RolloutError(MegabatchError):
-    """A rollout engine."""
-
-
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One broken rule of a configuration."""

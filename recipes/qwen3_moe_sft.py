@@ -1,4 +1,4 @@
-"""Qwen3-30B-A3B supervised fine-tuning, 8K packed, on one 8-GPU node (about 76 GB each)."""
+"""Qwen3-30B-A3B supervised fine-tuning, 8K packed, on one node of 8 GPUs (about 70 GiB each, estimated)."""
 
 from megabatch import (
     Batch,

@@ -38,10 +38,6 @@ class GrpoBatch:
     generation_batch_size: int
 
     @property
-    def gradient_accumulation_steps(self) -> Fraction:
-        return Fraction(self.global_batch_size, self.micro_batch_size * self.dp)
-
-    @property
     def num_rollout_prompts(self) -> Fraction:
         """Prompts of a round of generation."""
         return Fraction(self.generation_batch_size, self.num_generations)

@@ -149,11 +149,13 @@ class Checkpoints:
             state = {**asdict(progress), "cursor": progress.cursor.to_json(), "generators_of": generators}
             write_atomic(temporary / TRAINER, json.dumps(state, indent=2) + "\n")
             _sync_tree(temporary)
+            earlier = target.with_name(f".{target.name}.earlier.tmp")
             if target.exists():
-                shutil.rmtree(target)
+                os.replace(target, earlier)
             os.replace(temporary, target)
             _sync(target.parent)
             write_atomic(self.run.latest, target.name + "\n")
+            shutil.rmtree(earlier, ignore_errors=True)
         except OSError as e:
             raise CheckpointError(f"{target}: {e.strerror or e}; {_room(temporary)}") from e
 

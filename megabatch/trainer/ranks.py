@@ -157,10 +157,6 @@ class Ranks:
         return int(self.state.get_data_parallel_world_size())
 
     @property
-    def cp_size(self) -> int:
-        return int(self.state.get_context_parallel_world_size())
-
-    @property
     def ep_rank(self) -> int:
         return int(self.state.get_expert_model_parallel_rank())
 
@@ -175,10 +171,6 @@ class Ranks:
     @property
     def etp_size(self) -> int:
         return int(self.state.get_expert_tensor_parallel_world_size())
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -121,14 +120,12 @@ def test_joining_in_blocks_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch)
     assert b"".join(data for *_, data in blocks) == b"".join(data for *_, data in whole)
 
 
-def test_a_trillion_parameters_are_planned_in_seconds() -> None:
+def test_a_trillion_parameters_are_planned() -> None:
     """The shape of the largest open models: 61 layers of 384 experts."""
     shape = moe_shape(num_hidden_layers=61, num_experts=384, hidden_size=7168, moe_intermediate_size=2048)
-    start = time.perf_counter()
     tensors = family_named("qwen3_moe").tensors(shape)
     assert len(invert(tensors)) > 60 * 384 * 3
     assert len(tensors) > 60 * 384 * 2
-    assert time.perf_counter() - start < 10
 
 
 def test_rows_say_what_they_are() -> None:

@@ -53,7 +53,6 @@ def test_grpo_numbers():
     """Eight completions of 16 prompts on dp 4, micro-batches of 2, three steps for each round."""
     batch = grpo_batch(global_batch_size=128, micro_batch_size=2, dp=4, num_generations=8, steps_per_generation=3)
     assert batch.generation_batch_size == 384
-    assert batch.gradient_accumulation_steps == 16
     assert batch.num_rollout_prompts == 48
     assert batch.num_train_prompts == 16
     assert batch.num_prompts_per_dp_group == 4
@@ -73,6 +72,5 @@ def test_grpo_formulas_agree(accumulation, micro, dp, generations, steps):
         num_generations=generations,
         steps_per_generation=steps,
     )
-    assert batch.gradient_accumulation_steps == accumulation
     assert batch.num_rollout_prompts == batch.num_train_prompts * steps
     assert batch.num_prompts_per_dp_group * dp * generations == batch.global_batch_size

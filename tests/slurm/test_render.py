@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,13 +83,6 @@ def test_any_number_of_nodes_costs_the_same_script() -> None:
     assert len(many) - len(one) < 10
 
 
-def test_rendering_takes_no_time() -> None:
-    start = time.perf_counter()
-    for _ in range(20):
-        render(replace(GPU_JOB, nodes=1024), SITE)
-    assert (time.perf_counter() - start) / 20 < 0.02
-
-
 @pytest.mark.parametrize(
     "text", ["plain", "", "a b", "'", '"', "$(x)", "`x`", "\\", "a\nb\tc\r", "é漢\u2028", "-n", "!x", "\\'\n$HOME'"]
 )
@@ -145,7 +137,9 @@ def test_one_node_needs_no_network() -> None:
 
 
 def test_every_variable_has_a_reason() -> None:
-    assert all(len(v.reason) > 15 for variables in NETWORKS.values() for v in variables)
+    presets = [variables for variables in NETWORKS.values()]
+    jobs = [job_variables(replace(GPU_JOB, nodes=nodes), SITE) for nodes in (1, 2)]
+    assert not [v.name for variables in presets + jobs for v in variables if len(v.reason.split()) < 3]
 
 
 def test_the_docs_show_every_variable() -> None:

@@ -93,8 +93,3 @@ def ddp_config(
         average_in_collective=False,
         check_for_nan_in_grad=False,
     )
-
-
-def parameter_count(model: Model) -> int:
-    """Parameters on this rank, shared copies included."""
-    return sum(p.numel() for chunk in model.chunks for p in chunk.parameters())
