@@ -52,7 +52,7 @@ def make_ready(chain: Chain, actions: Actions, *, file: Path) -> ReadyChain:
     folder = Path(actions.run_dir or chain.save or Path("megatron_output") / chain.name).expanduser().absolute()
     snapshot = None if actions.local else snapshot_path(folder / "code", recipe=file)
     made: dict[str, ReadyStep] = {}
-    refusals = unplaceable(folder, recipe_file=file, local=actions.local)
+    refusals = unplaceable(folder, recipe_file=file, local=actions.local, own=[s.name for s in chain.steps])
     for step in in_order(chain):
         builder = StepBuilder(chain, step, folder, made, actions, file)
         ready, own = builder.decided(snapshot, profile)

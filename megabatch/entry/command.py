@@ -14,6 +14,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.entry.declared import as_declared, file_of
 from megabatch.entry.launch import Launch, prepare, written
 from megabatch.entry.plan_text import plan_text
+from megabatch.entry.preflight import occupied
 from megabatch.entry.startable import missing, unplaceable, unstartable
 from megabatch.errors import ConfigError, ConversionError, DataError, Fault, LaunchError, MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
@@ -139,7 +140,7 @@ def _checked(launch: Launch) -> list[Fault]:
         faults.append(launch.model.fault)
     if faults:
         raise ConfigError(faults)
-    return missing(launch, local=False)
+    return missing(launch, local=False) + occupied(launch.directory.path)
 
 
 def _require_startable(launch: Launch, *, local: bool = False) -> None:

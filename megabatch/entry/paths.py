@@ -13,7 +13,8 @@ from megabatch.config.run import save_folder
 from megabatch.errors import DataError
 from megabatch.trainer.data.names import parse
 
-_VERSION = re.compile(r"v(\d+)-.*")
+NUMBERED = re.compile(r"v(\d+)-.*")
+"""Names of run directories below `save`."""
 
 
 def run_directory(recipe: Recipe, *, given: str | None) -> Path:
@@ -33,7 +34,7 @@ def code_store(recipe: Recipe, *, given: str | None) -> Path:
 
 def _version(save: Path) -> str:
     """The next number after the highest there is, and the time to the second."""
-    taken = [int(match[1]) for path in save.glob("v*") if (match := _VERSION.fullmatch(path.name))]
+    taken = [int(match[1]) for path in save.glob("v*") if (match := NUMBERED.fullmatch(path.name))]
     return f"v{max(taken, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from megabatch.config.data import Data
 from megabatch.config.recipe import Recipe
 from megabatch.converters.hf_model import open_hf_model
 from megabatch.entry.model import FoundModel, told
+from megabatch.entry.paths import NUMBERED
 from megabatch.errors import DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.trainer.data import files, names, tokenizer
@@ -19,6 +20,9 @@ from megabatch.trainer.data.formats import messages_of
 
 SCANNED_BYTES = 64 << 20
 """JSONL, JSON and CSV files up to this size are read through before submission; it takes about a second."""
+_MARKS = {"run.json", "sweep.json", "chain.json"}
+_BEFORE = {"code", "logs", "slurm", "job.sbatch"}
+"""What a submission that was refused leaves in a folder that was there before."""
 _SCANNED_SUFFIXES = (".jsonl", ".json", ".csv")
 
 
@@ -41,6 +45,25 @@ def unwritable(run_directory: Path) -> list[Fault]:
         return []
     problem = "cannot be written by you" if existing.is_dir() else "is a file"
     rule = f"cannot be made: {existing} {problem}; choose another folder with --save or --run_dir"
+    return [Fault("run directory", str(run_directory), rule)]
+
+
+def occupied(run_directory: Path, *, own: Collection[str] = ()) -> list[Fault]:
+    """Whether something else lies where a run, a sweep or a chain is to be made; hidden files do not count.
+
+    Args: `own` are names that it makes there besides.
+    """
+    try:
+        names = set(os.listdir(run_directory))
+    except OSError:
+        return []  # not there, or `unwritable` says what is wrong
+    if names & _MARKS:
+        return []  # whether it is this very one is looked at when it is written
+    others = sorted(n for n in names - _BEFORE - {*own} if not n.startswith(".") and not NUMBERED.fullmatch(n))
+    if not others:
+        return []
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    rule = f"holds no run, but {', '.join(others[:3])}{more}; choose a folder that is empty or not there yet"
     return [Fault("run directory", str(run_directory), rule)]
 
 
@@ -105,6 +128,7 @@ def _model(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
 
 
 def _nearest_folder(path: Path) -> str:
+    path = path.absolute()
     if not path.parent.is_dir():
         return f": there is no folder {path.parent}; check the path"
     near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=2, cutoff=0.5)

@@ -6,12 +6,13 @@ A recipe, each step of a chain and each point of a sweep ask the same; what is l
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from megabatch.config.recipe import Recipe
 from megabatch.entry.launch import Launch
 from megabatch.entry.mounts import unmounted
-from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, unwritable
+from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.errors import Fault
 from megabatch.secret_text import tokens_in
 
@@ -30,9 +31,12 @@ def unstartable(launch: Launch, *, local: bool, own: Recipe | None = None) -> li
     return missing(launch, local=local, own=own) or damaged_inputs(own or launch.recipe, launch.model)
 
 
-def unplaceable(folder: Path, *, recipe_file: Path, local: bool) -> list[Fault]:
-    """Whether `folder` can be made, and the recipe's file be copied into the code that runs there."""
-    return unwritable(folder) + ([] if local else _secrets(recipe_file))
+def unplaceable(folder: Path, *, recipe_file: Path, local: bool, own: Collection[str] = ()) -> list[Fault]:
+    """Whether `folder` can be made and is nobody else's, and the recipe's file be copied into the code that runs.
+
+    Args: `own` are names that a sweep or a chain makes in its folder.
+    """
+    return [*unwritable(folder), *occupied(folder, own=own), *([] if local else _secrets(recipe_file))]
 
 
 _FIX = (

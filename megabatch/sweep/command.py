@@ -130,7 +130,8 @@ def _require_startable(found: Candidates, *, local: bool = False) -> None:
     if others := other_runs(found):
         fix = "nothing was submitted; give the sweep another name or --run_dir, or remove those folders"
         raise ConfigError("\n  ".join([f"{len(others)} folders hold other runs, {fix}", *others]))
-    faults = [*_unbuilt(found), *unplaceable(found.folder, recipe_file=found.base.recipe_file, local=local)]
+    own = {"arrays", "cache", *(candidate.point.name for candidate in found.all)}
+    faults = [*_unbuilt(found), *unplaceable(found.folder, recipe_file=found.base.recipe_file, local=local, own=own)]
     asked = missing if faults else unstartable
     faults += _once(fault for c in found.distinct_inputs() for fault in asked(c.launch, local=local))
     if faults:

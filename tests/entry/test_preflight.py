@@ -9,7 +9,7 @@ import pytest
 
 from megabatch import Checkpoint, Model, Recipe
 from megabatch.entry.model import find_model
-from megabatch.entry.preflight import damaged_inputs, missing_inputs, unwritable
+from megabatch.entry.preflight import damaged_inputs, missing_inputs, occupied, unwritable
 
 
 def _faults(recipe: Recipe) -> list[str]:
@@ -30,6 +30,21 @@ def test_good_input_has_no_fault(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_missing_dataset_names_the_nearest(recipe: Recipe, dataset: Path) -> None:
     (fault,) = _faults(_data(recipe, dataset.with_name("trian.jsonl")))
     assert fault.startswith("data.dataset: ") and "does not exist" in fault and "train.jsonl" in fault
+
+
+def test_what_is_missing_in_the_working_directory_is_told_with_its_folder(
+    recipe: Recipe, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = dataset.parent / "empty"
+    (empty / "tiny-model").mkdir(parents=True)
+    monkeypatch.chdir(empty)
+    asked = _data(replace(recipe, model=replace(recipe.model, model="tiny_model")), "nothere.jsonl")
+    data, model = _faults(asked)[:2]
+    kinds = ".jsonl, .json, .csv, .parquet, .txt"
+    assert data == f"data.dataset: dataset 'nothere.jsonl' does not exist; {empty} has no {kinds} file; check the path"
+    assert model == f"model.model='tiny_model' does not exist; nearest in {empty}: tiny-model"
+    (empty / "not_here.jsonl").touch()
+    assert _faults(asked)[0].endswith(f"does not exist; nearest in {empty}: not_here.jsonl")
 
 
 def test_each_missing_dataset_is_named(recipe: Recipe, tmp_path: Path) -> None:
@@ -101,3 +116,26 @@ def test_a_run_directory_below_a_file(dataset: Path) -> None:
 @pytest.mark.parametrize("name", ["train.jsonl#0"])
 def test_zero_rows_asked_for(recipe: Recipe, tmp_path: Path, name: str) -> None:
     assert "#0" in _faults(_data(recipe, tmp_path / name))[0]
+
+
+def test_a_folder_with_other_files_is_nobodys_run_directory(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert occupied(folder) == []
+    for name in ("code", "logs", "slurm", "v0-20260102-030405", ".git"):
+        (folder / name).mkdir(parents=True)
+    (folder / "job.sbatch").touch()
+    assert occupied(folder) == []
+    for name in ("thesis.tex", "b", "c", "d"):
+        (folder / name).touch()
+    (fault,) = occupied(folder)
+    assert str(fault) == (
+        f"run directory='{folder}' holds no run, but b, c, d and 1 more; "
+        "choose a folder that is empty or not there yet"
+    )
+    (folder / "d").unlink()
+    (fault,) = occupied(folder, own=["b", "c"])
+    assert "holds no run, but thesis.tex;" in str(fault)
+    for mark in ("run.json", "sweep.json", "chain.json"):
+        (folder / mark).touch()
+        assert occupied(folder) == []
+        (folder / mark).unlink()

@@ -1,7 +1,7 @@
 """Stands in for Python and the trainer where a test is about the launcher: `stand_in.py -P -m MODULE RUN_DIRECTORY`.
 
-A run whose name stands in the sweep's file `slow` waits until it is told to stop or killed; with a file `deaf`, until
-it is killed. Others end well at once.
+A run whose name stands in the sweep's file `.slow` waits until it is told to stop or killed; with a file `.deaf`,
+until it is killed. Others end well at once.
 Each writes what a trainer leaves of its last step.
 """
 
@@ -18,12 +18,12 @@ asked = []
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(number))
 if os.environ["RANK"] == "0":
-    slow = run.parent / "slow"
+    slow = run.parent / ".slow"
     (run / f"pid.{os.environ['MEGABATCH_RESTART']}").write_text(str(os.getpid()))
     (run / "heartbeat.json").write_text(json.dumps({"time": time.time(), "state": "running"}))
     while slow.exists() and run.name in slow.read_text().split():
         time.sleep(0.05)
-        if asked and not slow.with_name("deaf").exists():
+        if asked and not slow.with_name(".deaf").exists():
             sys.exit(75)
     seed, lr = recipe["training"]["seed"], recipe["learning_rate"]["lr"]
     line = {"kind": "train", "step": 3, "loss_sum": 2 * seed, "loss_count": 2, "tokens_per_s": 1000 * lr + seed}

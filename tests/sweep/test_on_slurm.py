@@ -72,7 +72,7 @@ def test_a_sweep_goes_on_where_it_was_disturbed(
 ) -> None:
     sweep = tmp_path / "sweep"
     sweep.mkdir()
-    (sweep / "slow").write_text(" ".join(VICTIMS))
+    (sweep / ".slow").write_text(" ".join(VICTIMS))
     done = submit("--max_parallel", "8")
     assert "15 runs in 1 array of 15, at most 8 at a time, 4 ranks each; 3 pruned" in done.stdout
     (array_id,) = {job_id.split("_")[0] for (job_id,) in _jobs(sweep).values()}
@@ -91,7 +91,7 @@ def test_a_sweep_goes_on_where_it_was_disturbed(
     _wait(sweep, VICTIMS[1:], State.FAILED)
 
     before = {name: (sweep / name / "run.json").read_bytes() for name in KEPT}
-    (sweep / "slow").unlink()
+    (sweep / ".slow").unlink()
     again = submit()
     assert "submitted job array" in again.stdout and ": 2 runs, from" in again.stdout
     assert again.stdout.count("left alone: ") == 13 and "left alone: pp1-ep1-mbs1, completed" in again.stdout
@@ -115,8 +115,8 @@ def test_runs_that_are_about_to_end_are_named(
     """What heartbeats say of them still, Slurm knows better, and so once they are gone."""
     sweep = tmp_path / "sweep"
     sweep.mkdir()
-    (sweep / "slow").write_text("seed1 seed2")
-    (sweep / "deaf").touch()
+    (sweep / ".slow").write_text("seed1 seed2")
+    (sweep / ".deaf").touch()
     submit(sweep=["seed=1,2,3"])
     _wait(sweep, ["seed3"], State.COMPLETED)
     for name in ("seed1", "seed2"):
@@ -132,7 +132,7 @@ def test_runs_that_are_about_to_end_are_named(
         "once they have, the same command submits those of them that are not done\n"
     )
     _wait(sweep, ["seed1", "seed2"], State.CANCELLED)
-    (sweep / "slow").unlink()
+    (sweep / ".slow").unlink()
     assert ": 2 runs, from" in submit(sweep=["seed=1,2,3"]).stdout
     _wait(sweep, ["seed1", "seed2"], State.COMPLETED)
 
@@ -180,7 +180,7 @@ def test_a_refused_submission_leaves_nothing(submit: Callable[..., Done], tmp_pa
 def test_show_ranks_the_finished_ones(run: Run, slurm: PrivateCluster, tmp_path: Path, submit: object) -> None:
     sweep = tmp_path / "shown"
     sweep.mkdir()
-    (sweep / "slow").write_text("lr0.002-seed2")
+    (sweep / ".slow").write_text("lr0.002-seed2")
     flags = ["--cluster", str(tmp_path / "cluster.toml"), "--run_dir", str(sweep), "--requeue", "false"]
     values = ["lr=0.001,0.002,1e-9", "seed=1,2"]
     run(RECIPES / "quickstart.py", "--submit", *flags, "--sweep", *values, slurm=slurm)

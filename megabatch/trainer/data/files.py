@@ -54,14 +54,16 @@ def content_digest(path: Path) -> bytes:
 
 def nearest(path: Path) -> str:
     """` ; ...` clause that names the nearest existing files, for a path that does not exist."""
-    folder = path.parent
+    folder = path.absolute().parent
     if not folder.is_dir():
         return f": there is no folder {folder}; check the path"
     names = [p.name for p in folder.iterdir()]
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if not close:
         close = sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES)[:3]
-    return f"; nearest in {folder}: {', '.join(close)}" if close else f": {folder} holds no dataset file"
+    if close:
+        return f"; nearest in {folder}: {', '.join(close)}"
+    return f"; {folder} has no {', '.join(SUFFIXES)} file; check the path"
 
 
 def _lines(path: Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
