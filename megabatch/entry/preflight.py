@@ -63,7 +63,7 @@ def occupied(run_directory: Path, *, own: Collection[str] = ()) -> list[Fault]:
     if not others:
         return []
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    rule = f"holds no run, but {', '.join(others[:3])}{more}; choose a folder that is empty or not there yet"
+    rule = f"holds no run, but {', '.join(others[:3])}{more}; choose one that is empty or not there yet with --run_dir"
     return [Fault("run directory", str(run_directory), rule)]
 
 
