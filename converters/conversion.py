@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megabatch.converters.dtypes import read_dtype
 from megabatch.converters.engine.execute import share
+from megabatch.converters.engine.journal import ALONE, Place
 from megabatch.converters.engine.plan import Plan
 from megabatch.converters.engine.run import Outcome, Say, check_output, run
 from megabatch.converters.engine.verify import check_manifest, compare
@@ -72,8 +73,7 @@ def convert(
         plan,
         output_dir,
         workers=workers,
-        rank=rank,
-        world=world,
+        place=Place(rank, world),
         exist_ok=exist_ok,
         resume=resume,
         verify=verify,
@@ -167,18 +167,20 @@ def verify_output(output: Path_, *, workers: int = 2) -> int:
     return check_manifest(Path(output), workers=workers)
 
 
-def place(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Rank and number of the tasks of this Slurm step; 0 and 1 outside of one.
+def place(environment: Mapping[str, str]) -> Place:
+    """This task's among those of its Slurm step; alone outside of one.
 
     A batch script has SLURM_PROCID and SLURM_NTASKS too, but is alone: only srun counts its step's tasks.
     Raises: ConversionError when the step's variables are no place.
     """
     counted = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if counted == "1":
-        return 0, 1
+        return ALONE
     rank = environment.get("SLURM_PROCID", "")
     if not (counted.isdecimal() and rank.isdecimal() and int(rank) < int(counted)):
         raise ConversionError(
             f"SLURM_PROCID={rank} and SLURM_STEP_NUM_TASKS={counted} are no place in a step; give --rank and --world"
         )
-    return int(rank), int(counted)
+    start = [environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    known = f"{'.'.join(start)}.{environment.get('SLURM_RESTART_COUNT', '0')}" if all(start) else ""
+    return Place(int(rank), int(counted), known)

@@ -13,6 +13,7 @@ from megabatch.converters.ways import ARGUMENTS, way_of
 from megabatch.errors import ConversionError, MegabatchError
 
 if TYPE_CHECKING:
+    from megabatch.converters.engine.journal import Place
     from megabatch.converters.engine.plan import Plan
     from megabatch.converters.mapping import ExpertLayout
 
@@ -84,6 +85,7 @@ def _check_verify(flags: Flags) -> None:
 
 def _run(flags: Flags) -> int:
     from megabatch.converters import conversion
+    from megabatch.converters.engine.journal import Place
 
     if not (flags.to_mcore or flags.to_hf):
         checked = conversion.verify_output(flags.output_dir, workers=_workers(flags))
@@ -111,15 +113,17 @@ def _run(flags: Flags) -> int:
 
         show_plan(plan, flags.output_dir)
         return 0
-    rank, world = (flags.rank, flags.world) if flags.world else conversion.place(os.environ)
+    place = Place(flags.rank, flags.world) if flags.world else conversion.place(os.environ)
     checks = (flags.verify or flags.test_convert_precision) and not (flags.exist_ok or flags.resume)
-    whole = rank == 0
+    whole = place.rank == 0
     if checks and conversion.is_there(flags.output_dir):
         if flags.verify:
-            conversion.compare_output(plan, flags.output_dir, workers=_workers(flags), rank=rank, world=world)
+            conversion.compare_output(
+                plan, flags.output_dir, workers=_workers(flags), rank=place.rank, world=place.world
+            )
             print(f"{flags.output_dir}: equal to its source in every byte of its tensors")
     else:
-        whole = _convert(plan, flags, rank, world)
+        whole = _convert(plan, flags, place)
     # of several ranks the one that gave the output its name compares, or, where it had one, the first
     if flags.test_convert_precision and whole:
         from megabatch.converters.command.precision import compare_models
@@ -128,7 +132,7 @@ def _run(flags: Flags) -> int:
     return 0
 
 
-def _convert(plan: Plan, flags: Flags, rank: int, world: int) -> bool:
+def _convert(plan: Plan, flags: Flags, place: Place) -> bool:
     """Whether the output has its name now."""
     from megabatch.converters.engine.run import run
 
@@ -137,8 +141,7 @@ def _convert(plan: Plan, flags: Flags, rank: int, world: int) -> bool:
         plan,
         flags.output_dir,
         workers=_workers(flags),
-        rank=rank,
-        world=world,
+        place=place,
         exist_ok=flags.exist_ok,
         resume=flags.resume,
         verify=flags.verify,
@@ -146,10 +149,10 @@ def _convert(plan: Plan, flags: Flags, rank: int, world: int) -> bool:
     )
     taken = time.monotonic() - started
     for name, reason in plan.ignored.items():
-        if rank == 0 and reason not in _QUIET:
+        if place.rank == 0 and reason not in _QUIET:
             print(f"left aside: {name}: {reason}")
     resumed = f", {_size(outcome.resumed)} had been written before" if outcome.resumed else ""
-    state = "complete" if outcome.committed else f"rank {rank} of {world} is done, others are not"
+    state = "complete" if outcome.committed else f"rank {place.rank} of {place.world} is done, others may not be"
     speed = _size(round(outcome.written / taken)) if taken else "-"
     print(f"{flags.output_dir}: wrote {_size(outcome.written)} in {taken:.2f} s, {speed}/s{resumed}; {state}")
     return outcome.committed

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megabatch.converters.atomic import replacing, sync_folder
 from megabatch.converters.engine.journal import Staged
-from megabatch.converters.engine.manifest import MANIFEST, is_of, manifest
+from megabatch.converters.engine.manifest import MANIFEST, manifest
 from megabatch.converters.engine.plan import Plan
 from megabatch.converters.side_files import carry_over
 from megabatch.errors import ConversionError
@@ -28,7 +28,8 @@ def commit(plan: Plan, staged: Staged, hashes: Mapping[int, str], *, world: int)
     Raises: ConversionError when ranks cannot wait for each other.
     """
     with _alone(staged, world):
-        if world > 1 and is_of(staged.output, plan):  # another rank did
+        if world > 1 and staged.named():  # another rank did
+            staged.remove()
             return
         _clear(plan, staged)
         if plan.side is not None:
@@ -41,6 +42,7 @@ def commit(plan: Plan, staged: Staged, hashes: Mapping[int, str], *, world: int)
         _write(staged.files / MANIFEST, manifest(plan, hashes, small))
         for folder in {path.parent for path in staged.files.rglob("*")}:
             sync_folder(folder)
+        staged.note()
         _name(staged)
         staged.remove()
 

@@ -1,8 +1,8 @@
 """Which tensors of a plan are on disk: lines that are written after the bytes they speak of were synced.
 
 A staged conversion is a folder beside the output, `.NAME.partial/`: `files/` becomes the output, `journal/` has one
-file for each rank, whose first line names the plan. A tensor's number in any of them means that its bytes will be
-there whatever happens to processes or machines.
+file for each rank, whose first line names the plan, and the step of Slurm that started the rank. A tensor's number in
+any of them means that its bytes will be there whatever happens to processes or machines.
 """
 
 from __future__ import annotations
@@ -12,10 +12,32 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
-from megabatch.converters.atomic import sync_folder
+from megabatch.converters.atomic import replacing, sync_folder
 from megabatch.converters.engine.plan import Plan
 from megabatch.errors import ConversionError
+
+
+class Place(NamedTuple):
+    """One process among those that share the work."""
+
+    rank: int = 0
+    world: int = 1
+    start: str = ""
+    """Names the step of Slurm that started all of them; empty where they were started by hand."""
+
+
+ALONE = Place()
+
+
+class _Noted(NamedTuple):
+    """One rank's file."""
+
+    rank: int
+    plan: str
+    start: str
+    lines: list[str]
 
 
 class Staged:
@@ -26,42 +48,43 @@ class Staged:
         self.folder = output.with_name(f".{output.name}.partial")
         self.files = self.folder / "files"
         self.journals = self.folder / "journal"
-
-    def plans(self) -> set[str]:
-        """Digests of the plans that left a journal here."""
-        return {digest for digest, _ in self._read()}
+        self._number = self.journals / "number"
 
     def done(self, plan: Plan) -> dict[int, str]:
         """Numbers of the tensors that are on disk, each with the digest of its bytes if it was verified."""
         found: dict[int, str] = {}
-        for digest, lines in self._read():
-            if digest == plan.digest:
-                for line in lines:
+        for noted in self._read():
+            if noted.plan == plan.digest:
+                for line in noted.lines:
                     number, _, hashed = line.partition(" ")
                     if hashed or int(number) not in found:
                         found[int(number)] = hashed
         return found
 
-    def _read(self) -> Iterable[tuple[str, list[str]]]:
+    def _read(self) -> Iterable[_Noted]:
         for path in sorted(self.journals.glob("rank_*")):
             lines = path.read_text(encoding="ascii").split("\n")[:-1]  # a last line without its end was cut off
             if lines and lines[0].startswith("plan "):
-                yield lines[0].removeprefix("plan "), lines[1:]
+                _, digest, *start = lines[0].split(" ")
+                yield _Noted(int(path.name.removeprefix("rank_")), digest, " ".join(start), lines[1:])
 
-    def open(self, plan: Plan, *, join: bool) -> None:
-        """Makes the folders, or takes up those of the same plan.
+    def open(self, plan: Plan, place: Place, *, resume: bool) -> None:
+        """Makes the folders, or takes up those of the same plan: `resume` whoever made them, else those of ranks that
+        were started with this one, which itself has none yet.
 
-        `join`: other ranks may have begun, or an earlier run was interrupted.
         Raises: ConversionError for leftovers that must not be touched.
         """
-        plans = self.plans()
+        found = list(self._read())
+        plans = {noted.plan for noted in found}
         if self.folder.exists():
             if plans - {plan.digest} or (not plans and self._has_files()):
                 raise ConversionError(
                     f"{self.folder}: left by the conversion of another source or with other flags; finish that one "
                     "with its own command and --resume, or remove the folder"
                 )
-            if not join and plans:
+            if not resume and any(
+                place.world == 1 or noted.rank == place.rank or noted.start != place.start for noted in found
+            ):
                 raise ConversionError(
                     f"{self.folder}: left by an interrupted conversion of the same source ({self._progress(plan)}); "
                     "add --resume to finish it, or remove the folder"
@@ -79,21 +102,37 @@ class Staged:
 
     def remove(self) -> None:
         """Removes it all; whatever is left of a conversion that has its final name."""
+        shutil.rmtree(self.files, ignore_errors=True)  # before what `named` goes by
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def note(self) -> None:
+        """Says which folder is about to become the output."""
+        with replacing(self._number) as file:
+            file.write(str(self.files.stat().st_ino).encode())
+
+    def named(self) -> bool:
+        """Whether a rank gave the output its name: what was noted is the output, or nothing is staged any more.
+
+        A manifest does not tell: an output that is replaced may be of the same plan.
+        """
+        try:
+            return int(self._number.read_text(encoding="ascii")) == self.output.stat().st_ino
+        except FileNotFoundError:
+            return not self.files.exists()
 
 
 class Journal:
     """One rank's file, appended to."""
 
-    def __init__(self, staged: Staged, plan: Plan, *, rank: int) -> None:
-        path = staged.journals / f"rank_{rank:05d}"
+    def __init__(self, staged: Staged, plan: Plan, place: Place) -> None:
+        path = staged.journals / f"rank_{place.rank:05d}"
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         raw = path.read_bytes()
         whole = raw.rfind(b"\n") + 1
         if whole != len(raw):
             os.ftruncate(self._file, whole)
         if not whole:
-            self._append(f"plan {plan.digest}\n")
+            self._append(f"plan {plan.digest} {place.start}\n")
             sync_folder(path.parent)
 
     def add(self, numbers: Iterable[int], hashes: dict[int, str] | None = None) -> None:

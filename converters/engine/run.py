@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megabatch.converters.engine.commit import commit
 from megabatch.converters.engine.execute import execute, share, unwritable
-from megabatch.converters.engine.journal import Journal, Staged
+from megabatch.converters.engine.journal import ALONE, Journal, Place, Staged
 from megabatch.converters.engine.manifest import is_of
 from megabatch.converters.engine.plan import Plan
 from megabatch.converters.engine.verify import compare
@@ -37,8 +37,7 @@ def run(
     output: str | os.PathLike[str],
     *,
     workers: int = 2,
-    rank: int = 0,
-    world: int = 1,
+    place: Place = ALONE,
     exist_ok: bool = False,
     resume: bool = False,
     verify: bool = False,
@@ -47,10 +46,12 @@ def run(
     """Executes this rank's share of a plan; the last rank to finish gives the output its name.
 
     Args: exist_ok: an output that exists is replaced, in one instant, when the new one is complete. resume: takes up
-    what an interrupted run left in `.NAME.partial` beside the output. verify: compares every byte with its source
-    before the output gets its name, and writes digests into its manifest.
+    what an interrupted run left in `.NAME.partial` beside the output, and leaves an output of this plan as it is.
+    Without, such an output is an older one for any rank: no other does this one's share. verify: compares every byte
+    with its source before the output gets its name, and writes digests into its manifest.
     Raises: ConversionError; what was done until then stays in `.NAME.partial`.
     """
+    rank, world, _ = place
     if workers < 1 or not 0 <= rank < world:
         raise ConversionError(
             f"workers={workers} must be 1 or more, and rank={rank} count from 0 to world={world} - 1"
@@ -60,17 +61,19 @@ def run(
         raise ConversionError(f"{target}: is no folder that can be made; choose another output_dir")
     staged, mine = Staged(target), share(plan, rank=rank, world=world)
     try:
-        if (resume or world > 1) and is_of(target, plan):
+        if resume and is_of(target, plan):
             staged.remove()
             if verify:
                 compare(plan, mine, target, workers=workers, progress=lambda size: say("verified", size))
             return Outcome(0, sum(plan.tensors[number].data_bytes for number in mine), True)
+        if not mine and world > 1:
+            return Outcome(0, 0, False)  # there are more ranks than tensors
         check_output(target, exist_ok=exist_ok)
         _check_apart(plan, target)
         _check_disk(plan, staged)
-        staged.open(plan, join=resume or world > 1)
+        staged.open(plan, place, resume=resume)
         try:
-            return _finish(plan, staged, mine, workers=workers, rank=rank, world=world, verify=verify, say=say)
+            return _finish(plan, staged, mine, place, workers=workers, verify=verify, say=say)
         except BaseException:
             if world == 1 and not staged.done(plan):
                 staged.remove()  # there is nothing to resume
@@ -80,11 +83,11 @@ def run(
 
 
 def _finish(
-    plan: Plan, staged: Staged, mine: list[int], *, workers: int, rank: int, world: int, verify: bool, say: Say
+    plan: Plan, staged: Staged, mine: list[int], place: Place, *, workers: int, verify: bool, say: Say
 ) -> Outcome:
     done = staged.done(plan)
     left = [number for number in mine if number not in done]
-    with Journal(staged, plan, rank=rank) as journal:
+    with Journal(staged, plan, place) as journal:
         execute(plan, left, staged.files, journal, workers=workers, progress=lambda size: say("written", size))
         if verify:
             unverified = [number for number in mine if not done.get(number)]
@@ -97,8 +100,8 @@ def _finish(
     everything = staged.done(plan)
     complete = len(everything) == len(plan.tensors) and (not verify or all(everything.values()))
     if complete:
-        commit(plan, staged, everything, world=world)
-    return Outcome(written, resumed, complete or is_of(staged.output, plan))
+        commit(plan, staged, everything, world=place.world)
+    return Outcome(written, resumed, complete or staged.named())
 
 
 def check_output(target: Path, *, exist_ok: bool) -> None:

@@ -179,9 +179,13 @@ def test_failures_are_one_message_and_a_code(hf: Path, tmp_path: Path, capsys: p
 def test_only_tasks_of_srun_share_the_work() -> None:
     from megabatch.converters.conversion import place
 
-    assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1)
-    assert place({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}) == (3, 8)
-    assert place({}) == (0, 1)
+    assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, "")
+    task = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}
+    assert place(task) == (3, 8, "")
+    step = {**task, "SLURM_JOB_ID": "5", "SLURM_STEP_ID": "1"}
+    assert place(step) == (3, 8, "5.1.0")
+    assert place({**step, "SLURM_RESTART_COUNT": "2"}) == (3, 8, "5.1.2")  # a requeued job numbers its steps anew
+    assert place({}) == (0, 1, "")
     for odd in ({"SLURM_STEP_NUM_TASKS": "8"}, {"SLURM_STEP_NUM_TASKS": "x", "SLURM_PROCID": "0"}):
         with pytest.raises(ConversionError, match="no place in a step; give --rank and --world"):
             place(odd)

@@ -15,6 +15,9 @@ from killing import NEVER, convert_until, kill_and_resume, ways
 from made_folders import MOE, contents, make_folder
 
 from megabatch.converters import convert
+from megabatch.converters.conversion import make_plan
+from megabatch.converters.engine.commit import commit
+from megabatch.converters.engine.journal import Staged
 from megabatch.converters.to_mcore import to_mcore
 from megabatch.errors import ConversionError
 
@@ -192,3 +195,78 @@ def test_more_files_than_a_process_may_usually_open(hf: Path, tmp_path: Path) ->
         "convert(to_hf=True, mcore_model=sys.argv[1], model=sys.argv[2], output_dir=sys.argv[3], verify=True)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "mcore", hf, tmp_path / "back"], check=True)
+
+
+def start(rank: int, *, world: int, job: str, flags: list[str | Path]) -> subprocess.Popen[str]:
+    """A task as a step of Slurm's numbers it; without a job, one that was started by hand."""
+    place = {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(world), "SLURM_STEP_ID": "0", "SLURM_JOB_ID": job}
+    flags = flags if job else [*flags, "--rank", str(rank), "--world", str(world)]
+    command = [sys.executable, "-m", "megabatch.converters.command", "--to_mcore", *flags]
+    return subprocess.Popen(command, env={**os.environ, **(place if job else {})}, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("job", ["77", ""])
+@pytest.mark.parametrize("together", [True, False])
+def test_ranks_replace_an_older_output_of_the_same_plan(
+    job: str, together: bool, hf: Path, mcore: Path, tmp_path: Path
+) -> None:
+    """Whatever their order, no rank takes the older output for one that the others have just finished."""
+    output = tmp_path / "out"
+    convert(to_mcore=True, model=hf, output_dir=output)
+    for path in output.glob("release/*.distcp"):
+        path.write_bytes(bytes(path.stat().st_size))
+    flags: list[str | Path] = ["--model", hf, "--output_dir", output, "--exist_ok"]
+    if together:
+        ranks = [start(rank, world=3, job=job, flags=flags) for rank in range(3)]
+        assert [rank.wait() for rank in ranks] == [0, 0, 0]
+    else:
+        for rank in (2, 0, 1):
+            assert contents(output) != contents(mcore)
+            assert start(rank, world=3, job=job, flags=flags).wait() == 0
+    assert contents(output) == contents(mcore)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_ranks_take_up_what_another_start_left_only_when_told(hf: Path, mcore: Path, tmp_path: Path) -> None:
+    """Rank 0 of job 1 is all that ran; job 2 must not commit its tensors together with its own, unless it resumes."""
+    output = tmp_path / "out"
+    flags: list[str | Path] = ["--model", hf, "--output_dir", output]
+    assert start(0, world=2, job="1", flags=flags).wait() == 0
+    for rank in (0, 1):
+        task = start(rank, world=2, job="2", flags=flags)
+        assert "left by an interrupted conversion of the same source" in task.communicate()[1]
+        assert task.returncode == 1
+    for rank in (0, 1):
+        assert start(rank, world=2, job="2", flags=[*flags, "--resume"]).wait() == 0
+    assert contents(output) == contents(mcore)
+    assert start(0, world=2, job="3", flags=flags).wait() == 1  # exists
+    assert start(0, world=2, job="3", flags=[*flags, "--resume"]).wait() == 0
+    with pytest.raises(ConversionError, match="exists and is not empty"):
+        convert(to_mcore=True, model=hf, output_dir=output, rank=1, world=2)
+
+
+def test_a_rank_that_finds_its_own_journal_was_interrupted(hf: Path, tmp_path: Path) -> None:
+    given = {"to_mcore": True, "model": hf, "output_dir": tmp_path / "out", "rank": 0, "world": 2}
+    assert not convert(**given).committed
+    with pytest.raises(ConversionError, match=r"left by an interrupted .*--resume"):
+        convert(**given)
+    assert not convert(**given, resume=True).committed
+
+
+def test_a_rank_killed_after_the_exchange_leaves_nothing_to_undo_it(
+    hf: Path, mcore: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old output, of the same plan, lies where the new one was staged; a rank that waited must leave it there."""
+    output = tmp_path / "out"
+    given = {"to_mcore": True, "model": hf, "output_dir": output, "exist_ok": True}
+    convert(**given)
+    for path in output.glob("release/*.distcp"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with monkeypatch.context() as killed:
+        killed.setattr(Staged, "remove", lambda staged: None)
+        for rank in (0, 1):
+            convert(**given, rank=rank, world=2)
+    assert (tmp_path / ".out.partial" / "files").is_dir()
+    commit(make_plan(to_mcore=True, model=hf), Staged(output), {}, world=2)
+    assert contents(output) == contents(mcore)
+    assert os.listdir(tmp_path) == ["out"]
