@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megabatch.errors import ConfigError, Fault
-from megabatch.secret_text import secret_assigned_in, secret_in
+from megabatch.secret_text import secret_given, secrets_in_words
 
 Network = Literal["none", "single_node", "ethernet", "infiniband", "roce", "efa"]
 Runtime = Literal["pyxis", "apptainer"]
@@ -163,15 +163,14 @@ def _secrets(value: Any, place: str) -> Iterator[Fault]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _secrets(item, f"{place}.{key}")
-    elif isinstance(value, list):
-        for item in value:
-            yield from _secrets(item, place)
-    elif isinstance(value, str):
-        assigned = secret_assigned_in(value)
-        kind = f"a value for {assigned}" if assigned else secret_in(value)
-        if kind is not None:
-            rule = f"holds {kind}, and job scripts are readable by others; export it in the shell that submits and "
-            yield Fault(place, None, rule + "list its name under `inherit`", bare=True)
+        return
+    words = value if isinstance(value, list) else [value]
+    name = place.rpartition(".")[2]
+    kinds = {secret_given(name, word) for word in words if isinstance(word, str)}
+    kinds.update(secrets_in_words([word for word in words if isinstance(word, str)]))
+    for kind in sorted(kinds - {None}, key=str):
+        rule = f"holds {kind}, and job scripts are readable by others; export it in the shell that submits and "
+        yield Fault(place, None, rule + "list its name under `inherit`", bare=True)
 
 
 def _unknown(place: str, key: str, *, known: list[str]) -> Fault:

@@ -20,18 +20,20 @@ from megabatch.slurm.script.ranks import launch, rank_script
 from megabatch.slurm.script.rendezvous import RENDEZVOUS
 from megabatch.slurm.script.roles import end_roles, start_roles
 from megabatch.slurm.script.stopping import STOP_HANDLING, run_directory
-from megabatch.slurm.script.variables import check_names, environment, modules
+from megabatch.slurm.script.variables import check_names, check_words, environment, modules
 from megabatch.slurm.script.watching import watching
 
 
 def render(job: JobSpec, profile: ClusterProfile) -> str:
     """The exact text that sbatch gets.
 
-    Raises: LaunchError for a secret among the variables, and for text that Slurm or bash cannot carry.
+    Raises: LaunchError for a secret among variables and commands, for a variable that the script itself sets, and for
+    text that Slurm or bash cannot carry.
     """
     variables = job_variables(job, profile)
     inherit = tuple(dict.fromkeys((*profile.inherit, *job.inherit)))
     check_names(variables, inherit)
+    check_words(job)
     sections = (
         directives(job, profile),
         ["set -eo pipefail"],

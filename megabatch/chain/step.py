@@ -17,6 +17,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.resources import Resources
 from megabatch.config.rules.check import check
 from megabatch.config.rules.roles import role_faults
+from megabatch.config.rules.secrets import no_secrets_in_words
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.model import FoundModel, find_model
 from megabatch.entry.startable import unstartable
@@ -109,6 +110,7 @@ class StepBuilder:
         if isinstance(ready.work, Convert):
             yield from flag_faults(ready.work)
         elif isinstance(ready.work, Command):
+            yield from no_secrets_in_words("argv", ready.work.argv)
             yield from role_faults(ready.work.roles)
 
     def refusals(self, ready: ReadyStep) -> Iterator[Fault]:
@@ -167,7 +169,7 @@ class StepBuilder:
         words = [str(word) for word in work.argv]
         if isinstance(work.argv, str) or not words:
             rule = "must be a list of the program and its arguments"
-            raise ConfigError([Fault("argv", work.argv, rule, try_=(["python", "evaluate.py"],))])
+            raise ConfigError([Fault("argv", None, rule, try_=(["python", "evaluate.py"],), bare=True)])
         own_python = words[0] == "python"
         return replace(
             self.spec(work.resources),

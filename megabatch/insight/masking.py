@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megabatch.secret_text import SECRET_NAME, masked
+from megabatch.secret_text import is_secret_name, masked
 
 _ASSIGNMENT = re.compile(r"\b([A-Za-z][\w-]*)(['\"]?\s*[=:]\s*(?:Bearer )?['\"]?)([^\s'\",;)}\]]{6,})")
 _SHORTEST = 6
@@ -20,7 +20,7 @@ class Masker:
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         variables = os.environ if environment is None else environment
-        values = {value for name, value in variables.items() if SECRET_NAME.search(name) and len(value) >= _SHORTEST}
+        values = {value for name, value in variables.items() if is_secret_name(name) and len(value) >= _SHORTEST}
         # a value that holds another one goes first
         self._values = sorted(values, key=len, reverse=True)
 
@@ -38,4 +38,4 @@ class Masker:
 
 
 def _without_value(match: re.Match[str]) -> str:
-    return f"{match[1]}{match[2]}{_MASK}" if SECRET_NAME.search(match[1]) else match[0]
+    return f"{match[1]}{match[2]}{_MASK}" if is_secret_name(match[1]) else match[0]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import functools
+import re
 import textwrap
 
+from megabatch.config.rules.secrets import no_secrets_in_words
 from megabatch.errors import LaunchError
-from megabatch.secret_text import SECRET_NAME, secret_in
+from megabatch.secret_text import secret_given, secrets_in_words
 from megabatch.slurm.environment import Variable
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
@@ -16,12 +17,18 @@ from megabatch.slurm.quoting import shell
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+def check_words(job: JobSpec) -> None:
+    """Raises: LaunchError for a secret among the words of the job's command; roles look at theirs themselves."""
+    if faults := list(no_secrets_in_words("the command", job.program or job.arguments or ())):
+        raise LaunchError("; ".join(map(str, faults)))
+
+
 def check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
     for name in (*(v.name for v in variables), *inherit):
         if not _NAME.fullmatch(name):
             raise LaunchError(f"environment variable {name!r} is not a name that a shell can export; rename it")
     for variable in variables:
-        if SECRET_NAME.search(variable.name) or secret_in(variable.value):
+        if secret_given(variable.name, variable.value) or any(secrets_in_words([variable.value])):
             raise LaunchError(
                 f"environment.{variable.name} looks like a secret, and job scripts are readable by others; export it "
                 f"in the shell that submits and list its name under `inherit`"

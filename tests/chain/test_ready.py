@@ -118,9 +118,35 @@ def test_faults_of_all_steps_are_told_at_once(tmp_path: Path) -> None:
     assert "both: --to_mcore and --to_hf exclude each other" in said
     assert f"gone: {tmp_path}/nowhere" in said
     assert "time: resources.time='soon' must be minutes" in said
-    assert "words: argv='true' must be a list" in said
+    assert "words: argv must be a list" in said
     assert "role: roles['Big'].name" in said
     assert "fine" not in said
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        (Command(["serve", "--api-key=hunter2xyz"], resources=SMALL), "argv holds a value for api-key"),
+        (Command(["serve", "--password", "hunter2xyz"], resources=SMALL), "argv holds a value for password"),
+        (Command(["bash", "-c", "DB_PASS=hunter2xyz ./x"], resources=SMALL), "argv holds a value for DB_PASS"),
+        (Command("serve --token=hunter2xyz", resources=SMALL), "argv must be a list"),  # type: ignore[arg-type]
+        (Command(["x"], environment={"X": "Authorization: Bearer hunter2xyz"}, resources=SMALL), "environment.X"),
+        (Command(["x"], environment={"OPENAI_KEY": "hunter2xyz"}, resources=SMALL), "environment.OPENAI_KEY"),
+        (
+            Command(["x"], roles=[Role(name="s", command=["y", "--token=hunter2xyz"])], resources=SMALL),
+            "roles['s'].command holds a value for token",
+        ),
+    ],
+)
+@pytest.mark.parametrize("start", [{}, {"submit": False, "local": True}])
+def test_a_secret_of_a_command_is_refused_and_not_shown(
+    tmp_path: Path, command: Command, place: str, start: dict[str, bool]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ready(chain_of(tmp_path, Step("leaky", command)), **start)
+    assert "leaky: " in str(caught.value) and place in str(caught.value)
+    assert "hunter2" not in str(caught.value)
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 

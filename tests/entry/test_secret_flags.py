@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megabatch import Recipe, entry
+from megabatch import Recipe, Role, entry
 
 FLAGS = [
     ("--wandb_api_key=hunter2", "--wandb_api_key is not a parameter"),
@@ -33,3 +34,19 @@ def test_it_is_refused_and_not_shown(
     assert message in said.err
     assert "hunter2" not in said.out + said.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("action", ["--submit", "--local", "--dry_run"])
+def test_a_secret_of_a_servers_command_comes_into_no_run_json(
+    recipe: Recipe, action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def recipe_() -> Recipe:
+        return replace(recipe, roles=[Role(name="server", command=["serve", "--token=hunter2xyz"])])
+
+    with pytest.raises(SystemExit) as ended:
+        entry.main(recipe_, [action, "--run_dir", str(tmp_path / "run")])
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "roles['server'].command holds a value for token" in said.err
+    assert "hunter2" not in said.out + said.err
+    assert not (tmp_path / "run").exists()

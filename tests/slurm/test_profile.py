@@ -88,6 +88,10 @@ def test_broken_toml_names_the_file_and_the_place(tmp_path: Path) -> None:
         'setup = ["export WANDB_API_KEY=hunter2"]',
         '[container]\nimage = "docker://me:hunter2@registry/x"',
         'srun = ["--export=ALL,HF_TOKEN=hunter2"]',
+        'srun = ["--token", "hunter2"]',
+        'setup = ["curl --password hunter2 https://host"]',
+        '[environment]\nAZURE_STORAGE_KEY = "hunter2"',
+        '[environment]\nHEADER = "Authorization: Bearer hunter2xyz"',
         '[environment]\nDATA = "https://me:hunter2@host"',
     ],
 )

@@ -103,12 +103,26 @@ def test_directives_and_labels() -> None:
         directive("output", "a\nb")
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "wandb_apikey"])
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_KEY", "DB_PASS"])
 def test_a_secret_is_refused_wherever_it_is_set(name: str) -> None:
     with pytest.raises(LaunchError, match=rf"{name}.*inherit"):
         render(replace(GPU_JOB, environment={name: "x"}), SITE)
     with pytest.raises(LaunchError, match=rf"{name}.*inherit"):
         render(GPU_JOB, ClusterProfile(environment={name: "x"}))
+
+
+@pytest.mark.parametrize("value", ["Authorization: Bearer hunter2xyz", "--api-key hunter2xyz", "TOKEN=hunter2xyz"])
+def test_a_secret_in_a_value_or_a_command_is_refused_and_not_shown(value: str) -> None:
+    leaks = (
+        replace(GPU_JOB, environment={"X": value}),
+        replace(GPU_JOB, program=("serve", *value.split(" ", 1))),
+        replace(GPU_JOB, arguments=("bash", "-c", f"./x {value}")),
+        replace(GPU_JOB, roles=(replace(SERVER, command=["serve", "-H", value]),)),
+    )
+    for job in leaks:
+        with pytest.raises(LaunchError, match="export it in the shell that submits") as caught:
+            render(job, SITE)
+        assert "hunter2" not in str(caught.value)
 
 
 def test_names_that_are_not_names_are_refused() -> None:

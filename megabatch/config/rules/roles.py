@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.roles import Role
+from megabatch.config.rules.secrets import no_secrets_in_words
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -30,7 +31,10 @@ def role_faults(roles: Sequence[Role]) -> Iterator[Fault]:
         if names.count(role.name) > 1:
             yield Fault(f"{place}.name", role.name, f"names {names.count(role.name)} roles; each needs its own")
         if not role.command or isinstance(role.command, str):
-            yield Fault(f"{place}.command", role.command, "must be a list of the program and its arguments")
+            yield Fault(f"{place}.command", None, "must be a list of the program and its arguments", bare=True)
+        else:
+            yield from no_secrets_in_words(f"{place}.command", role.command)
+        yield from no_secrets_in_words(f"{place}.health", [role.health])
         for number in ("nodes", "tasks_per_node", "ready_s"):
             if getattr(role, number) < 1:
                 yield Fault(f"{place}.{number}", getattr(role, number), "must be at least 1")

@@ -1,14 +1,14 @@
-"""No secret may be among a recipe's values: run.json, job scripts and logs are readable by others."""
+"""No secret may be among a recipe's values and commands: run.json, job scripts and logs are readable by others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.fields import own_parameters
 from megabatch.errors import Fault
-from megabatch.secret_text import SECRET_NAME, secret_in
+from megabatch.secret_text import is_secret_name, secret_in, secrets_in_words
 
 
 def no_secrets(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
@@ -19,10 +19,17 @@ def no_secrets(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[
             yield Fault(parameter.dotted, None, rule, bare=True)
 
 
+def no_secrets_in_words(place: str, words: Sequence[str]) -> Iterator[Fault]:
+    """Of a command: what it is given, `--name value` and scripts included; one fault for each kind."""
+    for kind in dict.fromkeys(secrets_in_words([str(word) for word in words])):
+        rule = f"holds {kind}, and run directories, scripts and lists of processes are readable by others; export it "
+        yield Fault(place, None, rule + "in the shell that submits, and let the program read it there", bare=True)
+
+
 def _secrets(value: Any, name: str = "") -> Iterator[str]:
     """Kinds of secrets in a value and in whatever it holds."""
     if isinstance(value, str):
-        kind = f"`{name}`" if value and SECRET_NAME.search(name) else secret_in(value)
+        kind = f"`{name}`" if value and is_secret_name(name) else secret_in(value)
         if kind is not None:
             yield kind
     elif isinstance(value, Mapping):

@@ -59,9 +59,15 @@ def test_roles_are_in_run_json_and_come_back(tmp_path: Path) -> None:
         ({"command": "python serve.py"}, "must be a list"),
         ({"tasks_per_node": 0}, "at least 1"),
         ({"health": "ready"}, "path"),
+        ({"command": ["serve", "--token=hunter2xyz"]}, "command holds a value for token, and run directories"),
+        ({"command": ["serve", "--password", "hunter2xyz"]}, "command holds a value for password"),
+        ({"command": ["serve", "-H", "Authorization: Bearer hunter2xyz"]}, "command holds a secret for HTTP"),
+        ({"command": "serve --token=hunter2xyz"}, "command must be a list"),
+        ({"health": "/health?token=hunter2xyz"}, "health holds"),
     ],
 )
 def test_faults_are_named(change: dict[str, Any], says: str) -> None:
     changed = replace(RECIPE, roles=[replace(SERVER, **change), *RECIPE.roles[1:]])
     assert any(fault.field.startswith("roles[") and says in str(fault) for fault in check(changed))
+    assert "hunter2" not in "".join(map(str, check(changed)))
     assert not check(RECIPE)
