@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megabatch.errors import ConfigError, Fault
 from megabatch.secret_text import secret_given, secrets_in_words
+from megabatch.slurm.sbatch_options import sbatch_faults
 
 Network = Literal["none", "single_node", "ethernet", "infiniband", "roce", "efa"]
 Runtime = Literal["pyxis", "apptainer"]
@@ -73,7 +74,8 @@ class ClusterProfile:
     inherit: tuple[str, ...] = ()
     """Names of variables (secrets) that jobs take from the submitting shell."""
     sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
-    """Further sbatch options by name, for example `{mail-type = "END", exclusive = true}`; they win over ours."""
+    """Further sbatch options by name, for example `{mail-type = "END", exclusive = true}`; none that the job script
+    depends on."""
     srun: tuple[str, ...] = ()
     """Further arguments of srun."""
 
@@ -89,7 +91,8 @@ def profile_path(cluster: str) -> Path:
 def load_profile(cluster: str) -> ClusterProfile:
     """Reads the profile that `--cluster` names.
 
-    Raises: ConfigError for a missing file, bad TOML, unknown keys (all of them, each with the nearest name) or types.
+    Raises: ConfigError for a missing file, bad TOML, or unknown keys (all of them, each with the nearest name), wrong
+    types, secrets, and options of sbatch that are not a profile's to set.
     """
     path = profile_path(cluster)
     try:
@@ -102,6 +105,7 @@ def load_profile(cluster: str) -> ClusterProfile:
         raise ConfigError(f"--cluster={cluster!r}: cannot read {path}: {error}") from error
     faults: list[Fault] = []
     profile = _build(ClusterProfile, table, place="cluster", faults=faults)
+    faults += sbatch_faults(table, file=path)
     faults += _secrets(table, "cluster")
     if faults:
         raise ConfigError(faults)

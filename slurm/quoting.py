@@ -8,6 +8,7 @@ import shlex
 from megabatch.errors import LaunchError
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_OPTION = re.compile(r"[a-z][a-z-]*")
 
 
 def shell(text: str) -> str:
@@ -26,8 +27,10 @@ def shell(text: str) -> str:
 def directive(option: str, value: str | int | bool) -> str:
     """A `#SBATCH --option=value` line; sbatch's own parser knows quotes and backslashes, and no escape for a newline.
 
-    Raises: LaunchError for a control character in `value`.
+    Raises: LaunchError for a control character in `value`, and for an option that is not a name of one.
     """
+    if not _OPTION.fullmatch(option):
+        raise LaunchError(f"{option!r} is no name of an option of sbatch; it has lower-case letters and dashes")
     if value is True:
         return f"#SBATCH --{option}"
     text = str(value)

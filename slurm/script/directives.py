@@ -39,7 +39,13 @@ def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = Non
         "export": "ALL",
         "kill-on-invalid-dep": "yes",
     }
-    options |= {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
+    of_memory = [name for name in profile.sbatch if name.startswith("mem") and name != "mem-bind"]
+    if of_memory and job.mem_gib is not None:
+        theirs = f"sbatch.{of_memory[0]}={profile.sbatch[of_memory[0]]!r}"
+        raise LaunchError(
+            f"resources.mem_gib={job.mem_gib} and the profile's {theirs} both ask for memory; leave one of them out"
+        )
+    options |= profile.sbatch
     chosen = {name: value for name, value in options.items() if value is not None and value is not False}
     return ["#!/bin/bash", *(directive(name, value) for name, value in chosen.items())]
 

@@ -101,3 +101,101 @@ def test_a_secret_in_a_profile_is_refused_and_not_shown(tmp_path: Path, line: st
     with pytest.raises(ConfigError, match=r"readable by others.*inherit") as caught:
         load_profile(str(path))
     assert "hunter2" not in str(caught.value)
+
+
+def faults_of(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_profile(str(path))
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ('"x\\ntouch /tmp/hacked"', r"'cluster.sbatch.x\ntouch /tmp/hacked'"),
+        ('"a b"', "cluster.sbatch.a b"),
+        ('"x=$(id)"', "cluster.sbatch.x=$(id)"),
+        ('"-wrap"', "cluster.sbatch.-wrap"),
+        ('""', "cluster.sbatch."),
+        ("mail_type", "cluster.sbatch.mail_type"),
+    ],
+)
+def test_what_is_no_name_of_an_option_is_refused(tmp_path: Path, key: str, shown: str) -> None:
+    said = faults_of(tmp_path, f'[sbatch]\n{key} = "1"\n')
+    assert f"{shown} in" in said and "is no name of an option of sbatch" in said
+    assert "\ntouch" not in said
+    if key == "mail_type":
+        assert "try mail-type" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ('signal = "B:USR1@1"', "resources.signal_delay_s"),
+        ("nodes = 3", "resources.nodes"),
+        ("ntasks = 3", "resources.tasks_per_node"),
+        ("ntasks-per-node = 3", "resources.tasks_per_node"),
+        ("cpus-per-task = 3", "resources.cpus_per_task"),
+        ('gpus = "8"', "resources.gpus_per_node"),
+        ("gpus-per-task = 1", "resources.gpus_per_node"),
+        ('gres = "gpu:h100:8"', "resources.gpus_per_node"),
+        ('gres = "nvme:1,gpu:1"', "resources.gpus_per_node"),
+        ('export = "NONE"', "`environment`"),
+        ("requeue = false", "resources.requeue"),
+        ("no-requeue = true", "resources.requeue"),
+        ('output = "/dev/null"', "logs are in the run directory"),
+        ('error = "/dev/null"', "logs are in the run directory"),
+        ('open-mode = "truncate"', "logs are in the run directory"),
+        ('array = "0-3"', "sweeps are arrays"),
+        ('chdir = "/"', "where they are submitted"),
+        ('wrap = "true"', "`setup`"),
+        ('dependency = "singleton"', "a chain's `after`"),
+        ('time = "5"', "`time` of the profile"),
+        ('job-name = "x"', "resources.job_name"),
+        ('depen = "singleton"', "a chain's `after`"),
+        ('sign = "B:USR1@1"', "resources.signal_delay_s"),
+        ("wait = true", "a call of sbatch"),
+        ('distribution = "cyclic"', "ranks lie on their nodes in blocks"),
+    ],
+)
+def test_what_the_script_depends_on_is_refused(tmp_path: Path, option: str, instead: str) -> None:
+    said = faults_of(tmp_path, f"[sbatch]\n{option}\n")
+    name = option.partition(" ")[0]
+    assert f"cluster.sbatch.{name} in" in said and "is what the job script depends on; set " in said
+    assert instead in said
+
+
+def test_a_profile_may_set_all_else_once(tmp_path: Path) -> None:
+    free = """
+        account = "a"
+        qos = "q"
+        reservation = "r"
+        constraint = "h100&ib"
+        exclude = "n[1-3]"
+        exclusive = true
+        mail-type = "END"
+        mail-user = "me@host"
+        comment = "text"
+        licenses = "matlab:1"
+        switches = "1@1:00"
+        nodelist = "n4"
+        begin = "now+1hour"
+        hold = true
+        nice = 10
+        gres = "nvme:1"
+        gres-flags = "enforce-binding"
+        distribution = "block:cyclic"
+        mem = "100G"
+        mem-per-gpu = "10G"
+        hint = "nomultithread"
+        time-min = "10"
+        wait-all-nodes = 1
+        gpu-bind = "closest"
+    """
+    path = tmp_path / "free.toml"
+    path.write_text(f"[sbatch]\n{free}")
+    assert len(load_profile(str(path)).sbatch) == len(free.split("\n")) - 2
+    assert "cluster.sbatch.account in" in faults_of(tmp_path, 'account = "b"\n[sbatch]\naccount = "a"\n')

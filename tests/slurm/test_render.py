@@ -42,7 +42,7 @@ SITE = ClusterProfile(
     network="infiniband",
     shared_cache="/shared/cache",
     environment={"NCCL_IB_HCA": "=mlx5_0,mlx5_1"},
-    sbatch={"exclusive": True, "mail_type": "END"},
+    sbatch={"exclusive": True, "mail-type": "END"},
 )
 IMAGE = Container(image="/images/train.sqsh", mounts=("/data:/data",))
 SERVER = Role(name="server", command=("python", "serve.py"), nodes=2, gpus_per_node=8, cpus_per_task=96)
@@ -101,6 +101,8 @@ def test_directives_and_labels() -> None:
     assert label("\n") == "megabatch"
     with pytest.raises(LaunchError, match="control character"):
         directive("output", "a\nb")
+    with pytest.raises(LaunchError, match="no name of an option"):
+        directive("x\ntouch /tmp/x", "1")
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_KEY", "DB_PASS"])
@@ -134,6 +136,14 @@ def test_names_that_are_not_names_are_refused() -> None:
 def test_a_warning_must_come_before_the_limit() -> None:
     with pytest.raises(LaunchError, match=r"signal_delay_s=90 must be below the time limit of 60 s.*try 15"):
         render(replace(GPU_JOB, time="1"), ClusterProfile())
+
+
+def test_memory_is_asked_for_once() -> None:
+    assert "#SBATCH --mem-per-gpu=10G\n" in render(GPU_JOB, replace(SITE, sbatch={"mem-per-gpu": "10G"}))
+    with pytest.raises(
+        LaunchError, match=r"resources.mem_gib=5 and the profile's sbatch.mem='10G' both ask for memory"
+    ):
+        render(replace(GPU_JOB, mem_gib=5), replace(SITE, sbatch={"mem": "10G"}))
 
 
 def test_the_nearest_wins_and_each_variable_is_set_once() -> None:

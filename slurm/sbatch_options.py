@@ -1,0 +1,84 @@
+"""Which of sbatch's options a cluster profile may set: all but those that the job script depends on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megabatch.errors import Fault
+
+_NODES = "resources.nodes and resources.tasks_per_node"
+_GPUS = "resources.gpus_per_node"
+_CPUS = "resources.cpus_per_task"
+_LOGS = "nothing: logs are in the run directory"
+_VARIABLES = "`environment`, and `inherit` for secrets"
+_CALL = "nothing: it belongs to a call of sbatch by hand"
+_INSTEAD = {
+    "array": "nothing: sweeps are arrays",
+    "chdir": "nothing: jobs run where they are submitted",
+    "cpus-per-gpu": _CPUS,
+    "cpus-per-task": _CPUS,
+    "dependency": "a chain's `after`",
+    "error": _LOGS,
+    "export": _VARIABLES,
+    "export-file": _VARIABLES,
+    "gpus": _GPUS,
+    "gpus-per-node": _GPUS,
+    "gpus-per-socket": _GPUS,
+    "gpus-per-task": _GPUS,
+    "help": _CALL,
+    "job-name": "resources.job_name",
+    "kill-on-invalid-dep": "nothing: chains rely on it",
+    "no-requeue": "resources.requeue",
+    "nodefile": "`nodelist` for the names, " + _NODES,
+    "nodes": _NODES,
+    "ntasks": _NODES,
+    "ntasks-per-core": _NODES,
+    "ntasks-per-gpu": _NODES,
+    "ntasks-per-node": _NODES,
+    "ntasks-per-socket": _NODES,
+    "ntasks-per-tres": _NODES,
+    "open-mode": _LOGS,
+    "output": _LOGS,
+    "parsable": _CALL,
+    "quiet": _CALL,
+    "requeue": "resources.requeue",
+    "signal": "resources.signal_delay_s",
+    "test-only": _CALL,
+    "time": "`time` of the profile, or resources.time",
+    "tres-per-task": f"{_CPUS} and {_GPUS}",
+    "usage": _CALL,
+    "version": _CALL,
+    "wait": _CALL,
+    "wrap": "`setup` for lines of bash",
+}
+"""What the script depends on, each with what sets it."""
+_FIELDS = ("partition", "account", "qos", "constraint", "reservation", "exclude")
+"""Options that are fields of a profile, too."""
+_NAME = re.compile(r"[a-z][a-z-]*")
+
+
+def sbatch_faults(profile: Mapping[str, Any], *, file: object) -> Iterator[Fault]:
+    """Of the table `sbatch` of a profile as TOML gives it; `file` is named."""
+    options = profile.get("sbatch")
+    for name, value in options.items() if isinstance(options, dict) else ():
+        place = f"cluster.sbatch.{name}"
+        if not _NAME.fullmatch(name):
+            near = [dashed] if _NAME.fullmatch(dashed := name.lower().replace("_", "-")) else []
+            rule = f"in {file} is no name of an option of sbatch: lower-case letters and dashes"
+            yield Fault(repr(place) if not name.isprintable() else place, None, rule, near, bare=True)
+        elif instead := _set_by(name, value):
+            yield Fault(place, None, f"in {file} is what the job script depends on; set {instead}", bare=True)
+        elif name in _FIELDS and profile.get(name) is not None:
+            yield Fault(place, None, f"in {file} is set twice; keep cluster.{name}", bare=True)
+
+
+def _set_by(name: str, value: object) -> str | None:
+    """What sets this option instead, for the script's own ones, which sbatch takes abbreviated as well."""
+    parts = str(value).lower().split(",")
+    if "gres".startswith(name) and any(re.match(r"(gres[:/])?gpu\b", part.strip()) for part in parts):
+        return _GPUS
+    if "distribution".startswith(name) and not re.match(r"(block|\*)(:|,|$)", parts[0]):
+        return "nothing: ranks lie on their nodes in blocks"
+    return next((instead for own, instead in _INSTEAD.items() if own.startswith(name)), None)
