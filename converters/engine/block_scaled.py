@@ -2,7 +2,8 @@
 
 A pass over a tile costs as much as its bytes, and each hands Python's lock to and fro. So a number's bits are shifted
 to float32's places, which makes it 2^120 too small, and multiplied by a scale that is as much too large; what only
-rare numbers need (NaN, scales that large or small) is looked for beforehand and left to `Computer`.
+rare numbers need (NaN, scales that large or small) is looked for beforehand, in a whole window at once, and left to
+`Computer`. A table of each block's 256 products is no quicker: numpy's `take` alone costs as much as all of this.
 
 E4M3 has eight significands, so a block's products have eight too, and whether one of them lies half-way between two
 numbers of bfloat16 is known from the scale. Where none does, rounding to nearest needs no look at what is even.
@@ -10,6 +11,7 @@ numbers of bfloat16 is known from the scale. Where none does, rounding to neares
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from megabatch.converters.engine.compute import Computer, numpy
@@ -40,22 +42,26 @@ class BlockScaled:
 
         `raw` holds whole rows of the strip from its row `skip` on.
         """
-        scales = strip.scales
+        np, scales, columns = self._np, strip.scales, tensor.source_row_bytes
         assert scales is not None
-        columns, height = tensor.source_row_bytes, scales.block[0]
-        first, count = scales.first + skip, raw.nbytes // tensor.source_row_bytes
+        (height, width), first, count = scales.block, scales.first + skip, raw.nbytes // columns
         grid = self._scales(scales, first // height, (first + count - 1) // height + 1)
-        step, row = max(1, _TILE // columns), 0
-        while row < count:
-            number = first + row
-            rows = min(step, height - number % height, count - row)
-            blocks = grid[number // height - first // height]
-            factors = self._np.repeat(blocks, scales.block[1])[:columns]
-            part = raw[row * columns : (row + rows) * columns]
-            target = out[row * tensor.row_bytes : (row + rows) * tensor.row_bytes]
-            if not self._multiply(part, factors, tensor.dtype, target, ties=self._ties(blocks)):
-                self._computer.multiply(part, tensor.source_dtype, factors, tensor.dtype, out=target)
-            row += rows
+        codes = np.frombuffer(raw, np.int8)
+        usual = tensor.dtype in ("BF16", "F32") and columns <= _TILE and not self._has_nan(codes)
+        made: Any = np.frombuffer(out, "<u2" if tensor.dtype == "BF16" else "<u4") if usual else None
+        row = 0
+        for blocks, fits, ties in zip(grid, *self._judged(grid), strict=True):
+            last = min(count, row + height - (first + row) % height)
+            factors = np.repeat(blocks, width)[:columns]
+            large = factors * np.float32(2.0**_BIAS) if usual and fits else None
+            for start, stop in _tiles(row, last, columns):
+                part = slice(start * columns, stop * columns)
+                if large is not None:
+                    self._multiply(codes[part], large, made[part], ties=ties)
+                else:
+                    target = out[start * tensor.row_bytes : stop * tensor.row_bytes]
+                    self._computer.multiply(raw[part], tensor.source_dtype, factors, tensor.dtype, out=target)
+            row = last
 
     def _scales(self, scales: Scales, first: int, last: int) -> Any:
         """Rows of blocks, float32."""
@@ -65,35 +71,44 @@ class BlockScaled:
         self._computer.cast(raw, scales.dtype, "F32", out=memoryview(made))
         return self._np.frombuffer(made, "<f4").reshape(last - first, scales.columns)
 
-    def _ties(self, scales: Any) -> bool:
-        """Whether a product may lie half-way between two numbers of bfloat16."""
+    def _judged(self, grid: Any) -> tuple[list[bool], list[bool]]:
+        """Of each row of blocks: whether its scales are usual, and whether a product may lie half-way between two
+        numbers of bfloat16."""
         np = self._np
+        sizes = abs(grid)
         with np.errstate(all="ignore"):
-            products = np.multiply.outer(np.arange(8, 16, dtype=np.float32), scales)
-        return bool(abs(scales).min() < _SMALL or (products.view(np.uint32) & 0xFFFF == 0x8000).any())
+            products = np.multiply.outer(grid, np.arange(8, 16, dtype=np.float32))
+        halves = (products.view(np.uint32) & 0xFFFF == 0x8000).any(axis=(1, 2))
+        return (sizes.max(axis=1) < _LARGE).tolist(), ((sizes.min(axis=1) < _SMALL) | halves).tolist()
 
-    def _multiply(self, raw: memoryview, factors: Any, dtype: str, out: memoryview, *, ties: bool) -> bool:
-        """`Computer.multiply` of E4M3 rows where nothing is rare; else False, and `out` is as it was."""
+    def _has_nan(self, codes: Any) -> bool:
+        return bool(len(codes)) and bool(codes.max() == 0x7F or codes.view(self._np.uint8).max() == 0xFF)
+
+    def _multiply(self, codes: Any, factors: Any, out: Any, *, ties: bool) -> None:
+        """Rows of E4M3 times 2^-120 of their columns' factors, where nothing is rare; to BF16 or F32 by `out`."""
         np = self._np
-        if dtype not in ("BF16", "F32") or raw.nbytes > _TILE or not abs(factors).max() < _LARGE:
-            return False
-        numbers = np.frombuffer(raw, np.int8)
-        if numbers.max() == 0x7F or numbers.view(np.uint8).max() == 0xFF:  # NaN
-            return False
-        bits = self._bits[: raw.nbytes] if dtype == "BF16" else np.frombuffer(out, "<u4")
-        np.left_shift(numbers, 20, out=bits.view(np.int32), dtype=np.int32, casting="unsafe")
+        bits = self._bits[: len(codes)] if out.itemsize == 2 else out
+        np.left_shift(codes, 20, out=bits.view(np.int32), dtype=np.int32, casting="unsafe")
         np.bitwise_and(bits, 0x87F00000, out=bits)
         values = bits.view(np.float32).reshape(-1, len(factors))
-        np.multiply(values, factors * np.float32(2.0**_BIAS), out=values)
-        if dtype == "BF16":
-            if ties:
-                # half a unit of the upper half is added, less one bit where that is even
-                rounded = self._rounded[: raw.nbytes]
-                np.right_shift(bits, 16, out=rounded)
-                np.bitwise_and(rounded, 1, out=rounded)
-                np.add(rounded, 0x7FFF, out=rounded)
-                np.add(rounded, bits, out=bits)
-            else:
-                np.add(bits, 0x8000, out=bits)
-            np.right_shift(bits, 16, out=np.frombuffer(out, "<u2"), casting="unsafe")
-        return True
+        np.multiply(values, factors, out=values)
+        if out.itemsize == 4:
+            return
+        if ties:
+            # half a unit of the upper half is added, less one bit where that is even
+            rounded = self._rounded[: len(codes)]
+            np.right_shift(bits, 16, out=rounded)
+            np.bitwise_and(rounded, 1, out=rounded)
+            np.add(rounded, 0x7FFF, out=rounded)
+            np.add(rounded, bits, out=bits)
+        else:
+            np.add(bits, 0x8000, out=bits)
+        np.right_shift(bits, 16, out=out, casting="unsafe")
+
+
+def _tiles(row: int, last: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Rows in parts of a tile at most, all alike: one of a few rows would cost as much in calls."""
+    parts = -(-(last - row) // max(1, _TILE // columns))
+    step = -(-(last - row) // parts)
+    for start in range(row, last, step):
+        yield start, min(start + step, last)
