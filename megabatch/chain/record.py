@@ -113,7 +113,7 @@ def to_run(ready: ReadyChain) -> list[ReadyStep]:
     """The steps that are missing or failed, with those that wait for them, in order; none that can never start.
 
     Raises: ConfigError for a step that is done and is now declared otherwise, LaunchError for one that is in the queue
-    and would have to run again.
+    and would have to run again, or whose job is about to end: what waits for it could never start.
     """
     now = {state.step.name: state for state in states(ready.chain, ready.folder)}
     _require_unchanged(ready, now)
@@ -125,6 +125,9 @@ def to_run(ready: ReadyChain) -> list[ReadyStep]:
         if may_start(one.step, fates) is False:
             fates[name] = "never"
         elif state.status.state.active:
+            job = f"job {state.status.job_id}"
+            if state.status.state is State.RUNNING and state.status.reason:
+                raise LaunchError(f"{name}: {job} is {state.status.reason}; submit the chain again once it has ended")
             if waits_for_new:
                 raise LaunchError(
                     f"{name} is {state.status.state} as job {state.status.job_id} and waits for {min(waits_for_new)}, "

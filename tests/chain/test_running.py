@@ -130,6 +130,26 @@ def test_cancelled_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.slurm
+def test_a_step_that_is_about_to_end_is_not_waited_for(tmp_path: Path) -> None:
+    deaf = shell("deaf", "trap '' TERM USR2; touch $MEGABATCH_RUN/there; while :; do sleep 0.1; done")
+    chain = chain_of(tmp_path, deaf, shell("after", "true", ok("deaf")))
+    assert command(chain, "--submit") == 0
+    for _ in range(300):
+        if (tmp_path / "demo" / "deaf" / "there").exists():
+            break
+        time.sleep(0.1)
+    [job] = read_records(RunDirectory(tmp_path / "demo" / "deaf"))
+    assert megabatch(["chain", "cancel", str(tmp_path / "demo")]) == 0
+    with pytest.raises(
+        LaunchError, match=f"deaf: job {job.job_id} is cancelled, still saving; submit the chain again"
+    ):
+        command(chain, "--submit")
+    assert waited(chain) == {"deaf": ("cancelled", "failed"), "after": ("cancelled", "never")}
+    assert len(read_records(RunDirectory(tmp_path / "demo" / "after"))) == 1
+
+
+@pytest.mark.usefixtures("slurm")
+@pytest.mark.slurm
 def test_a_missing_input_is_named_by_the_job_that_wants_it(tmp_path: Path) -> None:
     lies = shell("makes", "true", outputs=["number"])
     chain = chain_of(tmp_path, lies, READS)
