@@ -12,6 +12,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
 CLUSTER ?= .cluster
 NODES ?= 4
+# test files run in this many processes, each with a private Slurm of its own
+WORKERS ?= 2
+# compiled code is kept, whatever the shell says: hundreds of processes start from it
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test check golden docs bench cluster cluster-down clean
 
@@ -22,14 +26,14 @@ demo: $(VENV)/.train  ## train a small Qwen3-MoE on two CPU processes and export
 	$(RUN) recipes/quickstart.py --local
 
 test: $(VENV)/.dev  ## all tests; those on a real Slurm run where its daemons are installed
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/.dev  ## style, types, import contract, tests
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile
 
 golden: $(VENV)/.dev  ## rewrite the goldens; review the diff
 	MEGABATCH_GOLDEN=1 $(RUN) -m pytest -q tests/recipes tests/slurm/test_render.py tests/test_readme.py

@@ -71,7 +71,8 @@ def test_a_checkpoint_that_does_not_fit(small_disk: SmallDisk, ranks: RankServer
 
 def test_metrics_that_do_not_fit(small_disk: SmallDisk, ranks: RankServer, tmp_path: Path) -> None:
     disk = small_disk(2)
-    run = write_run(recipe(tmp_path, training={"train_iters": 100}), disk / "run")
+    board = {"tensorboard_dir": str(tmp_path / "board")}  # whose writer would meet the full disk at its own time
+    run = write_run(recipe(tmp_path, training={"train_iters": 100}, logging=board), disk / "run")
     ranks_said = ranks.run(fill_up_and_train, world_size=1, run_dir=str(run), disk=str(disk))
     assert ranks_said[0] == f"{run}/metrics.jsonl cannot be written (No space left on device); make room there"
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
