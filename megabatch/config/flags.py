@@ -240,7 +240,7 @@ def _find(name: str, algorithm: str | None) -> Named | Fault:
         known = [dotted for dotted in known if dotted.startswith(f"{group}.")]
     if name in _OF_THE_CLUSTER:
         return Fault(f"--{name}", None, "is set in the cluster profile that --cluster names, not in a run", bare=True)
-    near = sorted(get_close_matches(name, known, n=3), key=_is_unbuilt)
+    near = sorted(get_close_matches(name, known, n=3, cutoff=0.7), key=_is_unbuilt)
     return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near[:2]), bare=True)
 
 

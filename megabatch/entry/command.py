@@ -231,4 +231,4 @@ def _report_end(directory: RunDirectory, code: int, arguments: Sequence[str]) ->
         again = shlex.join(["python", sys.argv[0], *arguments, *where])
         print(f"stopped and saved; go on with: {again}")
     else:
-        print(f"error: a rank failed with exit code {code}; all logs are in {directory.logs}", file=sys.stderr)
+        print(f"error: the run failed with exit code {code}; all logs are in {directory.logs}", file=sys.stderr)

@@ -9,7 +9,7 @@ from megabatch.errors import Fault
 from megabatch.hub_cache import download_command
 from megabatch.plan.model_size import num_active_parameters, num_parameters
 from megabatch.plan.shape import ModelShape
-from megabatch.slurm.environment import job_variables
+from megabatch.slurm.environment import Variable, job_variables
 from megabatch.trainer.data.names import parse
 
 _WIDTH = 12
@@ -27,13 +27,17 @@ def plan_text(launch: Launch, *, refusals: list[Fault], local: bool = False) -> 
         ("data", _data(launch)),
         ("where", _where(launch, local=local)),
         *([("jobs", _LINKS.format(launch.job.links))] if launch.job.links > 1 else []),
-        ("environment", " ".join(f"{v.name}={v.value}" for v in job_variables(launch.job, launch.profile))),
+        ("environment", " ".join(map(_set, job_variables(launch.job, launch.profile)))),
     ]
     text = [f"{name:{_WIDTH}} {value}" for name, value in lines]
     text += [f"{'estimate':{_WIDTH}} {estimate}" for estimate in _estimate(launch)]
     text += [f"{'note':{_WIDTH}} {note}" for note in _notes(launch)]
     text += [f"{'refused here':{_WIDTH}} {fault}" for fault in refusals]
     return "\n".join(text)
+
+
+def _set(variable: Variable) -> str:
+    return f"{variable.name}={'<node cache>/' if variable.node_local else ''}{variable.value}"
 
 
 def _model(launch: Launch) -> str:
