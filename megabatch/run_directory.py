@@ -26,9 +26,14 @@ class ExitCode(enum.IntEnum):
     """Nothing got done for `resources.hang_timeout_min`, so the launcher ended it (the code of timeout(1))."""
 
     @staticmethod
+    def of_signal(code: int) -> bool:
+        """Whether a process died by a signal, 1 to 64; ssh and containers give 255 for failures of their own."""
+        return 128 < code <= 192
+
+    @staticmethod
     def may_pass(code: int) -> bool:
         """Whether the same command may go well next time: crashes, hangs, and death by a signal (128 + its number)."""
-        return code in (ExitCode.CRASHED, ExitCode.HUNG) or code > 128
+        return code in (ExitCode.CRASHED, ExitCode.HUNG) or ExitCode.of_signal(code)
 
 
 FIRST_NODE_SILENT = 111

@@ -178,7 +178,7 @@ def _blamed(found: Sequence[Finding], mark: Mark | None) -> Finding | None:
     if first is not None and not first.cause.consequence:
         return first
     best = foremost(found)
-    if mark is not None and mark.exit_code > 128 and best is not None and best.cause.name == "exception":
+    if mark is not None and ExitCode.of_signal(mark.exit_code) and best is not None and best.cause.name == "exception":
         return first  # killed without a word: what the others met came of that
     return best
 
@@ -186,7 +186,7 @@ def _blamed(found: Sequence[Finding], mark: Mark | None) -> Finding | None:
 def _by_exit_code(base: Diagnosis, mark: Mark | None, blamed: Finding | None) -> Diagnosis:
     """A start whose logs name no cause."""
     code = mark.exit_code if mark else base.exit_code
-    if code is not None and code > 128 and mark is not None:
+    if code is not None and ExitCode.of_signal(code) and mark is not None:
         return replace(base, cause=DEATHS["killed"], rank=mark.rank, evidence=f"exit code {code}: signal {code - 128}")
     if code in (ExitCode.HUNG, ExitCode.CONFIG):
         name = "hung" if code == ExitCode.HUNG else "config"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.quoting import shell
-
-_MAY_PASS = " | ".join(str(code) for code in range(129) if ExitCode.may_pass(code))
+from megabatch.slurm.script.exit_codes import MAY_PASS
 
 
 def finish(job: JobSpec) -> list[str]:
@@ -16,13 +15,13 @@ def finish(job: JobSpec) -> list[str]:
         'if [ "$status" -eq 0 ] && [ -e "$MEGABATCH_STOPPED" ]; then',
         '    rm -f -- "$MEGABATCH_STOPPED"',
         f"    status={ExitCode.REQUEUE} may_pass=1",
-        'elif [ "$status" -ne 0 ] && [ -e "$MEGABATCH_FAILED" ]; then',
-        '    read -r rank status node <"$MEGABATCH_FAILED"',
+        'elif [ "$status" -ne 0 ] && read -r rank code node 2>/dev/null <"$MEGABATCH_FAILED" &&',
+        '    [ -n "$node" ]; then',
+        "    status=$code",
         '    log="logs/rank_$rank.$MEGABATCH_RESTART.log"',
         '    echo "megabatch: rank $rank on $node failed first, with exit code $status: $log"',
         "    # crashes, hangs and deaths by a signal; what has an error message of its own would only come again",
-        f'    case "$status" in {_MAY_PASS}) may_pass=1 ;; esac',
-        '    if [ "$status" -gt 128 ]; then may_pass=1; fi',
+        f'    case "$status" in {MAY_PASS}) may_pass=1 ;; esac',
         'elif [ "$status" -ne 0 ]; then',
         f"    may_pass={'$role_may_pass' if job.roles else 1} # no rank had a word to say: srun or a node is gone",
         "fi",
@@ -40,8 +39,8 @@ def _requeue(job: JobSpec) -> list[str]:
     return [
         "# after TERM, and once Slurm gave this start up for another, it is decided whether the job comes back",
         "still_ours() {",
-        '    local job; job=$(scontrol --oneliner show job "$MEGABATCH_JOB_ID")',
-        '    [[ "$job " = *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]',
+        '    job_now=$(patiently scontrol --oneliner show job "$MEGABATCH_JOB_ID") &&',
+        '        [[ "$job_now " = *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]',
         "}",
         'if [ -n "$may_pass" ] && [ "$stop" != TERM ] && ! still_ours; then',
         '    echo "megabatch: not requeued: Slurm has given this start up for another, or does not answer" >&2',
@@ -57,7 +56,7 @@ def _requeue(job: JobSpec) -> list[str]:
         ' ${newest:-none}" >&2',
         '    elif ! echo "$fruitless" >"$count"; then',
         '        echo "megabatch: not requeued: $count cannot be written" >&2',
-        '    elif scontrol requeue "$MEGABATCH_JOB_ID"; then',
+        '    elif [[ "$job_now " != *" Requeue=0 "* ]] && patiently scontrol requeue "$MEGABATCH_JOB_ID"; then',
         "        exit 0",
         "    else",
         '        echo "megabatch: Slurm refused to requeue this job; where it always does, submit with --chain N" >&2',

@@ -8,18 +8,17 @@ from megabatch.errors import LaunchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.quoting import shell
+from megabatch.slurm.script.exit_codes import MAY_PASS
 
 _NOTHING_LEFT = "nothing to go on with"
-_RUN = re.compile(r"^export MEGABATCH_RUN=", re.MULTILINE)
-_REQUEUES = (
-    (re.compile(r"^#SBATCH --requeue$", re.MULTILINE), "#SBATCH --no-requeue"),
-    (
-        re.compile(r'^(if \[ "\$verdict" = exclude .* then) (?:leave_out|verdict=fail); fi$', re.MULTILINE),
-        r"\1 leave_to_next_link; fi",
-    ),
-    (re.compile(r"^# after TERM, and once Slurm .*^fi\n(?=exit \"\$status\"\n\Z)", re.MULTILINE | re.DOTALL), ""),
+_START = re.compile(r"^(?=export MEGABATCH_RUN=)", re.MULTILINE)
+_OPTION = re.compile(r"^#SBATCH --(?:no-)?requeue$", re.MULTILINE)
+_WITHOUT = re.compile(
+    r'(?<=^if \[ "\$verdict" = exclude \] && \[ -z "\$stop" \]; then )(?:leave_out|verdict=fail)(?=; fi$)',
+    re.MULTILINE,
 )
-"""Where a script says that its job comes back, and what it says where the job does not."""
+_ENDING = re.compile(r"^# after TERM, and once Slurm .*^fi\n(?=exit \"\$status\"\n\Z)", re.MULTILINE | re.DOTALL)
+"""Where a script says whether its job comes back."""
 
 
 def earlier_links(job: JobSpec) -> list[str]:
@@ -39,17 +38,21 @@ def linked(script: str, run: RunDirectory) -> str:
     """
     if is_linked(script):
         return script
-    place = _RUN.search(script)
-    if place is None:
-        raise LaunchError(f"{run.script} is not as it was written; submit its recipe again with --chain N instead")
-    script = f"{script[: place.start()]}{chr(10).join(_look(run))}\n\n{script[place.start() :]}"
-    for pattern, instead in _REQUEUES:
-        script = pattern.sub(instead, script)
+    changes = (
+        (_START, 1, "\n".join(_look(run)) + "\n\n"),
+        (_OPTION, 1, "#SBATCH --no-requeue"),
+        (_WITHOUT, int("\nleave_to_next_link() {\n" in script), "leave_to_next_link"),
+        (_ENDING, int("\n#SBATCH --requeue\n" in script), ""),
+    )
+    for pattern, expected, text in changes:
+        pieces = pattern.split(script)
+        if len(pieces) != expected + 1:
+            raise LaunchError(f"{run.script} is not as it was written; submit its recipe again with --chain N instead")
+        script = text.join(pieces)
     return script
 
 
 def _look(run: RunDirectory) -> list[str]:
-    again = " | ".join(str(code.value) for code in (ExitCode.REQUEUE, ExitCode.CRASHED, ExitCode.HUNG))
     return [
         "# what the links before this one came to: the last end since the last submission",
         "ended=",
@@ -60,7 +63,7 @@ def _look(run: RunDirectory) -> list[str]:
         "    esac",
         f"done <{shell(str(run.jobs))} || true",
         "# after a stop with everything saved, a crash, a hang or a death by a signal this link goes on",
-        f'case "$ended" in "" | {again} | 129 | 1[3-9]? | 2??) ;; *)',
+        f'case "$ended" in "" | {ExitCode.REQUEUE} | {MAY_PASS}) ;; *)',
         '    echo "megabatch: an earlier job of this run ended with exit code $ended: ' + f'{_NOTHING_LEFT}"',
         '    exit "$ended" ;;',
         "esac",

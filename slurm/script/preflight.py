@@ -90,7 +90,7 @@ blame_first_node() {
     local before excluded=true
     before=$(grep -c '"job_id": "'"$MEGABATCH_JOB_ID"'".*"excluded": true' -- "$MEGABATCH_RUN/bad_nodes.jsonl" \\
         2>/dev/null) || true
-    bad=${nodes%%$'\n'*} verdict=exclude
+    bad=${nodes%%$'\\n'*} verdict=exclude
     if [ "${before:-0}" -ge "$1" ]; then verdict=fail excluded=false; fi
     echo "megabatch: preflight: $bad: answer: none (the first node answers the others)"
     {
@@ -102,7 +102,12 @@ blame_first_node() {
 # the nodes that this job and the bad ones leave out, one a line; with too few others the verdict is a failure
 find_excluded() {
     local known left=0 node
-    known=$(scontrol --oneliner show job "$MEGABATCH_JOB_ID")
+    # a job whose own list is not known may not get a new one
+    if ! known=$(patiently scontrol --oneliner show job "$MEGABATCH_JOB_ID"); then
+        echo "megabatch: preflight: Slurm does not say which nodes this job leaves out already" >&2
+        verdict=fail
+        return
+    fi
     excluded=${known##* ExcNodeList=}
     excluded=${excluded%% *}
     if [ "$excluded" = "(null)" ]; then excluded=$bad; else excluded="$excluded,$bad"; fi
@@ -124,7 +129,7 @@ leave_out() {
     # KillWait to live
     trap '' TERM
     record_preflight 75
-    if scontrol requeue "$MEGABATCH_JOB_ID"; then
+    if patiently scontrol requeue "$MEGABATCH_JOB_ID"; then
         for _ in {1..20}; do
             if scontrol update JobId="$MEGABATCH_JOB_ID" ExcNodeList="${excluded//$'\\n'/,}"; then
                 echo "megabatch: preflight: back into the queue without $bad"

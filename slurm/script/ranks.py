@@ -8,6 +8,7 @@ from megabatch.slurm.environment import Variable
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
+from megabatch.slurm.script.exit_codes import WRITE_ONCE
 from megabatch.slurm.script.roles import step_size
 from megabatch.slurm.script.variables import comment
 
@@ -27,6 +28,7 @@ def rank_script(variables: list[Variable], profile: ClusterProfile) -> list[str]
         "# signals that come before the rank listens must not end it: a request to stop is found as a file then",
         "trap '' USR1 USR2",
         "trap : TERM",
+        *WRITE_ONCE.splitlines(),
         'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"',
         'exec >>"$MEGABATCH_RUN/logs/rank_$RANK.$MEGABATCH_RESTART.log" 2>&1',
         *(cache if caches else []),
@@ -38,7 +40,7 @@ def rank_script(variables: list[Variable], profile: ClusterProfile) -> list[str]
         "    status=0",
         'elif [ "$status" -ne 0 ]; then',
         "    # srun gives the largest code, often of a rank it ended itself: the first to fail writes down its own",
-        '    (set -C && echo "$RANK $status $SLURMD_NODENAME" >"$MEGABATCH_FAILED") 2>/dev/null || true',
+        '    write_once "$RANK $status $SLURMD_NODENAME" "$MEGABATCH_FAILED" "$RANK"',
         "fi",
         'exit "$status"',
         "RANK",

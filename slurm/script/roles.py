@@ -8,6 +8,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.roles import allocation, role_job
+from megabatch.slurm.script.exit_codes import OF_SIGNAL, WRITE_ONCE
 
 LAST_LINES = 20
 """Of a server's log, shown in the batch log when it fails."""
@@ -101,9 +102,8 @@ role_fails() {
 # a role's srun is gone although nobody asked: the first task to end wrote down its exit code
 role_is_gone() {
     local name=$1 task=0 code=0
-    if [ -e "$(role_place "$name" ended)" ]; then
-        read -r task code <"$(role_place "$name" ended)"
-    else
+    if ! read -r task code 2>/dev/null <"$(role_place "$name" ended)"; then
+        task=0 code=0
         wait "${role_pids[$name]}" || code=$?
     fi
     role_fails "$name" "$task" "ended with exit code $code $2" "$((code ? code : 1))"
@@ -129,7 +129,7 @@ wait_for_role() {
             if ! kill -0 "${role_pids[$name]}" 2>/dev/null; then
                 role_is_gone "$name" "before it was ready"
                 # what ended with a message of its own would only end so again
-                if [ "$role_failed" -le 128 ]; then role_may_pass=; fi
+                case "$role_failed" in OF_SIGNAL) ;; *) role_may_pass= ;; esac
                 return
             fi
             if [ "$SECONDS" -ge "$end" ]; then
@@ -187,12 +187,15 @@ end_roles() {
     fi
 }
 """.replace("LAST_LINES", str(LAST_LINES))
+    .replace("OF_SIGNAL", OF_SIGNAL)
     .strip()
     .splitlines()
 )
 
-_ROLE_SCRIPT = r"""
+_ROLE_SCRIPT = (
+    r"""
 role_script=$(cat <<'ROLE'
+WRITE_ONCE
 server= asked=
 trap '' USR1
 trap 'asked=1; if [ -n "$server" ]; then kill -TERM "$server"; fi' USR2
@@ -221,8 +224,11 @@ while :; do
     if ! kill -0 "$server" 2>/dev/null; then break; fi
 done
 if [ -n "$asked" ]; then exit 0; fi
-(set -C && echo "$SLURM_PROCID $status" >"${place}ended.$id") 2>/dev/null || true
+write_once "$SLURM_PROCID $status" "${place}ended.$id" "$SLURM_PROCID"
 exit "$((status ? status : 1))"
 ROLE
 )
-""".strip().splitlines()
+""".replace("WRITE_ONCE", WRITE_ONCE)
+    .strip()
+    .splitlines()
+)

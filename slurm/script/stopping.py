@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.quoting import shell
+from megabatch.slurm.script.exit_codes import WRITE_ONCE
 
-STOP_HANDLING = """\
+_PATIENCE_S = 45
+"""Longer than a controller's restart, shorter than what `signal_delay_s` usually leaves."""
+
+STOP_HANDLING = (
+    """\
 # USR2 is the time limit's warning; TERM is scancel, preemption or an operator's requeue. srun passes USR2 on to the
 # ranks and TERM not, so both go on as USR2; a rank that does not listen yet finds the file.
 stop= interrupted= srun_pid=
@@ -19,7 +24,19 @@ forward_stop() {
     kill -USR2 "$srun_pid" 2>/dev/null || true
 }
 trap 'ask_to_stop USR2' USR2
-trap 'ask_to_stop TERM' TERM""".splitlines()
+trap 'ask_to_stop TERM' TERM
+# a controller that is being restarted does not answer for a while
+patiently() {
+    local last=$((SECONDS + PATIENCE))
+    until "$@"; do
+        if [ "$SECONDS" -ge "$last" ] || [ "$stop" = TERM ]; then return 1; fi
+        sleep 1
+    done
+}
+WRITE_ONCE""".replace("PATIENCE", str(_PATIENCE_S))
+    .replace("WRITE_ONCE", WRITE_ONCE)
+    .splitlines()
+)
 
 
 _MARKS = {"MEGABATCH_STOP_REQUEST": "stop", "MEGABATCH_STOPPED": "stopped", "MEGABATCH_FAILED": "failed"}

@@ -15,6 +15,13 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OWN = re.compile(r"(MEGABATCH_(?!CACHE$)|APPTAINERENV_|BASH).*|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)")
+"""What the script and the ranks tell each other."""
+_SHELLS = (
+    "IFS SHELLOPTS UID EUID PPID GROUPS PWD OLDPWD REPLY MAPFILE PIPESTATUS SECONDS EPOCHSECONDS EPOCHREALTIME RANDOM "
+    "SRANDOM LINENO FUNCNAME DIRSTACK OPTIND OPTARG OPTERR TMOUT CDPATH GLOBIGNORE EXECIGNORE POSIXLY_CORRECT"
+)
+"""What bash itself sets, or what changes how it reads a script."""
 
 
 def check_words(job: JobSpec) -> None:
@@ -28,11 +35,27 @@ def check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
         if not _NAME.fullmatch(name):
             raise LaunchError(f"environment variable {name!r} is not a name that a shell can export; rename it")
     for variable in variables:
+        if rule := _refusal(variable):
+            raise LaunchError(f"environment.{variable.name} {rule}")
         if secret_given(variable.name, variable.value) or any(secrets_in_words([variable.value])):
             raise LaunchError(
                 f"environment.{variable.name} looks like a secret, and job scripts are readable by others; export it "
                 f"in the shell that submits and list its name under `inherit`"
             )
+
+
+def _refusal(variable: Variable) -> str | None:
+    """Why nobody may set it; None where anybody may. The script's own variables are in lower case."""
+    name = variable.name
+    if name.startswith(("SLURM", "SRUN_", "SBATCH_")):
+        return "is Slurm's own variable; its options go under `srun` and `sbatch` of the cluster profile"
+    if _OWN.fullmatch(name) or name in _SHELLS.split():
+        return "is set by the job script itself; take it out"
+    if name == name.lower() and not name.endswith("_proxy"):
+        return "is in lower case, as the job script's own variables are; choose a name in capitals"
+    if name == "PATH" and "$" in variable.value:
+        return "holds a $ that nothing expands; name your folders alone: they come before those of the node's own PATH"
+    return None
 
 
 _FIND_MODULES = """\
@@ -55,10 +78,13 @@ def environment(
     lines: list[str] = []
     for variable in variables:
         if not variable.node_local:
-            lines += [*comment(variable.reason), f"export {variable.name}={shell(variable.value)}"]
+            # what the script itself calls is found without the node's own PATH no more
+            rest = '"${PATH:+:$PATH}"' if variable.name == "PATH" else ""
+            lines += [*comment(variable.reason), f"export {variable.name}={shell(variable.value)}{rest}"]
     if job.snapshot is not None:
         path = shell(str(job.snapshot))
-        hosts = "" if contained else '"${PYTHONPATH:+:$PYTHONPATH}"'
+        own = any(variable.name == "PYTHONPATH" for variable in variables)
+        hosts = "" if contained and not own else '"${PYTHONPATH:+:$PYTHONPATH}"'
         lines += ["# the code as it was at submission", f"export PYTHONPATH={path}{hosts}"]
     for name in inherit:
         lines.append(f'[ -n "${{{name}+set}}" ] || echo "megabatch: {name} is not set in the submitting shell" >&2')

@@ -21,7 +21,7 @@ def watching(job: JobSpec) -> list[str]:
         "            read -r rank why < <(find_suspect) || true",
         '            node=$(sed -n "$((rank / LOCAL_WORLD_SIZE + 1))p" <<<"$nodes")',
         '            echo "megabatch: the run hangs; rank $rank on $node $why"',
-        f'            (set -C && echo "$rank {ExitCode.HUNG} $node" >"$MEGABATCH_FAILED") 2>/dev/null || true',
+        f'            write_once "$rank {ExitCode.HUNG} $node" "$MEGABATCH_FAILED" watch',
         '            kill -TERM "$srun_pid"',
         "            return",
         "        fi",

@@ -136,6 +136,27 @@ def test_a_stored_script_becomes_what_links_would_have_got(tmp_path: Path, prefl
         linked("#!/bin/bash\nsrun true\n", job.files)
 
 
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("#SBATCH --requeue\n", ""),
+        ("#SBATCH --requeue\n", "#SBATCH --requeue\n#SBATCH --no-requeue\n"),
+        ("#SBATCH --requeue\n", "#SBATCH --no-requeue\n"),
+        ("then leave_out; fi\n", "then leave_out; true; fi\n"),
+        ("# after TERM, and once Slurm", "# then"),
+        ('exit "$status"\n', 'exit "$status"\n# edited\n'),
+        ("export MEGABATCH_RUN=", "declare -x MEGABATCH_RUN="),
+        ("export MEGABATCH_RUN=", "export MEGABATCH_RUN=/x\nexport MEGABATCH_RUN="),
+    ],
+)
+def test_a_stored_script_that_was_edited_is_not_half_changed(tmp_path: Path, written: str, found: str) -> None:
+    job = replace(payload_spec(tmp_path), preflight="light")
+    before, place, after = render(job, NODE).rpartition(written)
+    assert place
+    with pytest.raises(LaunchError, match=r"job\.sbatch is not as it was written; submit its recipe again"):
+        linked(before + found + after, job.files)
+
+
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.slurm
 def test_a_run_that_was_one_job_is_resumed_in_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

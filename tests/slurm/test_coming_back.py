@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +64,27 @@ def test_ranks_that_do_not_save_before_the_limit_are_ended_and_come_back(submit_
     assert "the ranks have not saved in 1 s" in job.batch_log()
     subprocess.run(["scancel", job.job_id], check=True)
     assert codes(job) == [137]
+
+
+def test_a_controller_that_is_away_for_a_moment_costs_no_requeue(
+    submit_payload: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapper = tmp_path / "bin" / "scontrol"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f"""#!/bin/bash
+case "$*" in *"show job"* | requeue*)
+    echo >>"{tmp_path}/$1"
+    if [ "$(wc -l <"{tmp_path}/$1")" -le 2 ]; then echo "Unable to contact slurm controller" >&2; exit 1; fi ;;
+esac
+exec {shutil.which("scontrol")} "$@"
+""")
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    job = submit_payload(profile=NODES, options={"fail_rank": 0, "fail": "kill", "fail_until": 1})
+    end = job.wait()
+    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert codes(job) == [137, ExitCode.DONE]
+    assert job.batch_log().count("Unable to contact") == 4, "twice whether it is still ours, twice for the requeue"
 
 
 def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(submit_payload: Submit) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,43 @@ def test_names_that_are_not_names_are_refused() -> None:
     for job in (replace(GPU_JOB, environment={"A=$(x)": "1"}), replace(GPU_JOB, inherit=("A;x",))):
         with pytest.raises(LaunchError, match="not a name"):
             render(job, SITE)
+
+
+SLURMS_WORDS = {"JobId", "ExcNodeList", "Restarts", "Requeue", "NodeAddr"}
+
+
+def assigned(script: str) -> set[str]:
+    """Every variable that a script sets."""
+    code = "\n".join(line for line in script.split("\n") if not line.lstrip().startswith("#"))
+    names = set(re.findall(r"(?:^|[\s;({])([A-Za-z_]\w*)\+?=", code, re.MULTILINE)) - SLURMS_WORDS
+    for listed in re.findall(r"\b(?:local|read|for|mapfile|declare|exec|while read) ([^<>;&|\n]*)", code):
+        words = listed.split(" in ")[0].replace("((", "").split()
+        names |= {word.strip("{}").partition("=")[0] for word in words if re.match(r"\{?[A-Za-z_]\w*[}=]?", word)}
+    return {name for name in names if re.fullmatch(r"[A-Za-z_]\w*", name)}
+
+
+def test_what_the_script_sets_is_nobodys_to_set() -> None:
+    everything = replace(GPU_JOB, inputs=INPUTS, roles=(SERVER,), preflight="full")
+    jobs = [everything, replace(everything, links=3, requeue=False)]
+    profiles = [SITE, ClusterProfile(container=IMAGE), CASES["apptainer_roce"][1]]
+    free = {v.name for job in jobs for profile in profiles for v in job_variables(job, profile)} | {"PYTHONPATH"}
+    own = set().union(*(assigned(render(job, profile)) for job in jobs for profile in profiles)) - free
+    assert {"stop", "status", "nodes", "hosts", "role_tick", "verdict", "task", "RANK", "MASTER_PORT"} <= own
+    assert len(own) > 60
+    for name in own | {"IFS", "SLURM_JOB_ID", "SRUN_CPUS_PER_TASK", "LOCAL_RANK", "BASH_ENV", "MEGABATCH_ROLE_TOKEN"}:
+        for leak in (({name: "x"}, {}), ({}, {name: "x"})):
+            with pytest.raises(LaunchError, match=rf"^environment\.{name} "):
+                render(replace(GPU_JOB, environment=leak[0]), replace(SITE, environment=leak[1]))
+
+
+def test_other_variables_are_the_users() -> None:
+    names = "PATH LD_LIBRARY_PATH PYTHONPATH http_proxy no_proxy HOME LC_ALL OMP_NUM_THREADS MEGABATCH_CACHE TMPDIR"
+    script = render(replace(GPU_JOB, environment=dict.fromkeys(names.split(), "/x")), SITE)
+    for name in names.split():
+        assert f"\nexport {name}=/x" in script
+    assert '\nexport PATH=/x"${PATH:+:$PATH}"\n' in script, "the script finds its own programs still"
+    with pytest.raises(LaunchError, match=r"environment.PATH holds a \$ that nothing expands"):
+        render(replace(GPU_JOB, environment={"PATH": "/x:$PATH"}), SITE)
 
 
 def test_a_warning_must_come_before_the_limit() -> None:
