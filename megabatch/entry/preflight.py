@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 
 from megabatch.config.data import Data
@@ -33,8 +32,13 @@ def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
 
 
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
-    """Faults inside the inputs: malformed rows and files, and weights that are not those of their config.json."""
-    rows = _datasets(recipe, partial(_check_content, recipe.data))
+    """Faults inside the inputs: malformed rows, too few rows, and weights that are not those of their config.json."""
+    counts: dict[str, int | None] = {}
+
+    def count(name: names.DatasetName) -> None:
+        counts[name.text] = _rows(recipe.data, name)
+
+    rows = list(_datasets(recipe, count)) or _too_few(recipe, [counts.get(text) for text in recipe.data.dataset])
     return [*rows, *_tokenizer(recipe, model, tokenizer.check_readable), *_weights(recipe, model)]
 
 
@@ -99,19 +103,35 @@ def _check_presence(name: names.DatasetName) -> None:
             raise DataError(f"{path} is empty; give a file with at least one example")
 
 
-def _check_content(data: Data, name: names.DatasetName) -> None:
+def _rows(data: Data, name: names.DatasetName) -> int | None:
+    """How many rows it has; None where that is not looked at. Raises: DataError for a row that cannot be used."""
     if name.kind != "path":
-        return
+        return None
     try:
         found = names.local_files(name)
     except DataError:
-        return  # `missing_inputs` says so
-    scanned = [path for path in found if path.suffix.lower() in _SCANNED_SUFFIXES]
-    for path in scanned:
-        if path.stat().st_size <= SCANNED_BYTES:
-            rows = sum(1 for row in files.rows(path) if messages_of(row, columns=data.columns, system=data.system))
-            if not rows and path.stat().st_size and len(found) == 1:
-                raise DataError(f"{path} holds no rows; give a file with at least one example")
+        return None  # `missing_inputs` says so
+    counts = [_rows_of_file(data, path, alone=len(found) == 1) for path in found]
+    known = [count for count in counts if count is not None]
+    return (name.count or sum(known)) if len(known) == len(counts) else name.count
+
+
+def _rows_of_file(data: Data, path: Path, *, alone: bool) -> int | None:
+    if path.suffix.lower() not in _SCANNED_SUFFIXES or path.stat().st_size > SCANNED_BYTES:
+        return None
+    rows = sum(1 for row in files.rows(path) if messages_of(row, columns=data.columns, system=data.system))
+    if not rows and path.stat().st_size and alone:
+        raise DataError(f"{path} holds no rows; give a file with at least one example")
+    return rows
+
+
+def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
+    """A row is one sample at most, and a pack one row at least."""
+    batch, rows = recipe.batch.global_batch_size, [count for count in counts if count is not None]
+    if len(rows) < len(counts) or not isinstance(batch, int) or not 0 < sum(rows) < batch:
+        return []
+    rule = f"is more than the {sum(rows)} rows of data.dataset; lower it to {sum(rows)} or less, or add data"
+    return [Fault("batch.global_batch_size", batch, rule)]
 
 
 def _model(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:

@@ -51,6 +51,15 @@ def test_each_missing_dataset_is_named(recipe: Recipe, tmp_path: Path) -> None:
     assert len(_faults(_data(recipe, tmp_path / "a.jsonl", tmp_path / "b.csv"))) == 2
 
 
+def test_a_batch_of_more_rows_than_there_are(recipe: Recipe, dataset: Path) -> None:
+    rows = len(dataset.read_text().splitlines())
+    asked = replace(recipe, batch=replace(recipe.batch, global_batch_size=rows + 1))
+    (fault,) = _faults(asked)
+    assert fault.startswith(f"batch.global_batch_size={rows + 1} is more than the {rows} rows of data.dataset")
+    assert _faults(_data(asked, dataset, dataset)) == _faults(_data(asked, f"{dataset}#{rows + 1}")) == []
+    assert _faults(_data(asked, dataset, "org/on-the-hub")) == []
+
+
 def test_an_empty_dataset(recipe: Recipe, dataset: Path) -> None:
     dataset.write_text("")
     assert "is empty" in _faults(recipe)[0]
