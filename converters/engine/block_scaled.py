@@ -3,7 +3,7 @@
 A pass over a tile costs as much as its bytes, and each hands Python's lock to and fro. So a number's bits are shifted
 to float32's places, which makes it 2^120 too small, and multiplied by a scale that is as much too large; what only
 rare numbers need (NaN, scales that large or small) is looked for beforehand, in a whole window at once, and left to
-`Computer`. A table of each block's 256 products is no quicker: numpy's `take` alone costs as much as all of this.
+`Computer`.
 
 E4M3 has eight significands, so a block's products have eight too, and whether one of them lies half-way between two
 numbers of bfloat16 is known from the scale. Where none does, rounding to nearest needs no look at what is even.
