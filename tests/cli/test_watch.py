@@ -56,7 +56,7 @@ class Terminal:
     def end(self) -> int:
         """Exit code, after all that was written was read."""
         self.until("\x1b[?1049l")
-        return self.process.wait(10)
+        return self.process.wait(60)
 
 
 @contextmanager

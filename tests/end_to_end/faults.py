@@ -64,9 +64,9 @@ def take_a_node_down(training: Training) -> None:
     node, restart = random.choice(hosts), training.now().restart or 0
     _slurm(training, "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=fault")
     try:
-        until(lambda: (training.now().restart or 0) > restart, timeout_s=60, what="Slurm to requeue it")
+        until(lambda: (training.now().restart or 0) > restart, timeout_s=150, what="Slurm to requeue it")
     finally:
-        until(lambda: _resumed(training, node), timeout_s=60, what=f"{node} to come back")
+        until(lambda: _resumed(training, node), timeout_s=150, what=f"{node} to come back")
 
 
 KINDS: dict[str, Callable[[Training], None]] = {

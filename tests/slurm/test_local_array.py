@@ -78,7 +78,7 @@ def test_a_request_to_stop_reaches_all_that_run_and_starts_no_more(tmp_path: Pat
     runs = [RunDirectory(tmp_path / name) for name in "abc"]
     until(lambda: all(Submitted(run, "local").said(0) for run in runs[:2]), what="two that run")
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=100)
     assert out == "75 75 75\n"
     assert all(Submitted(run, "local").said(0)[-1] == {"stopped": "SIGUSR2"} for run in runs[:2])
     assert not runs[2].logs.exists()

@@ -107,7 +107,7 @@ def test_logs_are_followed_over_a_requeue(submit_payload: Submit, scontrol: Call
     job.wait(State.PENDING)
     scontrol("update", f"JobId={job.job_id}", "StartTime=now+1")
     job.wait(State.COMPLETED)
-    reader.join(30)
+    reader.join(100)
     assert not reader.is_alive()
     written = [log.path.read_text().splitlines() for log in rank_logs(job.run.path)]
     assert len(written) >= 2 and followed == [line for lines in written for line in lines]
@@ -134,7 +134,7 @@ def test_a_local_run_is_known_by_its_launcher_and_cancelled(tmp_path: Path) -> N
         until(lambda: status([job.run_directory])[0].state is State.RUNNING)
         until(lambda: "argv" in job.files.rank_log(0, 1).read_text())
         assert main(["cancel", str(job.run_directory)]) == 0
-        assert launcher.wait(20) == 75
+        assert launcher.wait(100) == 75
     assert status([job.run_directory])[0].state is State.STOPPED
 
 
