@@ -54,7 +54,7 @@ def test_hostile_text_is_only_text(submit_payload: Submit, tmp_path: Path, scont
         name=text + "\nsecond line",
         run_directory=tmp_path / folder,
         working_directory=tmp_path,
-        environment={"HOSTILE": text + "\nline\ttab'", "EMPTY": ""},
+        environment={"HOSTILE": text + "\nline\ttab'", "EMPTY": "", "PATH": "/no where"},
         snapshot=tmp_path / "snap $(touch ran)",
         options={text: text + "\nline"},
     )
@@ -63,6 +63,7 @@ def test_hostile_text_is_only_text(submit_payload: Submit, tmp_path: Path, scont
     assert said["argv"] == [f"{text}={text}\nline"]
     assert said["environment"]["HOSTILE"] == text + "\nline\ttab'"
     assert said["environment"]["EMPTY"] == ""
+    assert said["environment"]["PATH"].startswith("/no where:/"), "the script finds srun and scontrol all the same"
     assert said["environment"]["PYTHONPATH"].startswith(str(tmp_path / "snap $(touch ran)"))
     assert said["environment"]["MEGABATCH_RUN"] == str(tmp_path / folder)
     assert said["cwd"] == str(tmp_path)
