@@ -46,9 +46,10 @@ def run(
     """Executes this rank's share of a plan; the last rank to finish gives the output its name.
 
     Args: exist_ok: an output that exists is replaced, in one instant, when the new one is complete. resume: takes up
-    what an interrupted run left in `.NAME.partial` beside the output, and leaves an output of this plan as it is.
-    Without, such an output is an older one for any rank: no other does this one's share. verify: compares every byte
-    with its source before the output gets its name, and writes digests into its manifest.
+    what an interrupted run left in `.NAME.partial` beside the output, and leaves an output of this plan as it is,
+    unless its replacement (exist_ok) was interrupted. Without it such an output is an older one for any rank: no other
+    does this one's share. verify: compares every byte with its source before the output gets its name, and writes
+    digests into its manifest.
     Raises: ConversionError; what was done until then stays in `.NAME.partial`.
     """
     rank, world, _ = place
@@ -61,7 +62,7 @@ def run(
         raise ConversionError(f"{target}: is no folder that can be made; choose another output_dir")
     staged, mine = Staged(target), share(plan, rank=rank, world=world)
     try:
-        if resume and is_of(target, plan):
+        if resume and is_of(target, plan) and (staged.named() or not exist_ok):
             staged.remove()
             if verify:
                 compare(plan, mine, target, workers=workers, progress=lambda size: say("verified", size))

@@ -270,3 +270,19 @@ def test_a_rank_killed_after_the_exchange_leaves_nothing_to_undo_it(
     commit(make_plan(to_mcore=True, model=hf), Staged(output), {}, world=2)
     assert contents(output) == contents(mcore)
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_replacement_that_was_interrupted_is_finished(world: int, hf: Path, mcore: Path, tmp_path: Path) -> None:
+    """Though the older output is of the same plan."""
+    output = tmp_path / "out"
+    given = {"to_mcore": True, "model": hf, "output_dir": output}
+    convert(**given)
+    for path in output.glob("release/*.distcp"):
+        path.write_bytes(bytes(path.stat().st_size))
+    convert(**given, exist_ok=True, rank=1, world=2)  # and the other half never came
+    outcomes = [convert(**given, exist_ok=True, resume=True, rank=rank, world=world) for rank in range(world)]
+    assert outcomes[-1].committed
+    assert contents(output) == contents(mcore)
+    assert os.listdir(tmp_path) == ["out"]
+    assert convert(**given, exist_ok=True, resume=True).written == 0
