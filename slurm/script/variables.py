@@ -31,21 +31,18 @@ def check_words(job: JobSpec) -> None:
 
 
 def check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
+    """Raises: LaunchError for names that are none or not the user's to set, and for secrets; with all of them."""
     for name in (*(v.name for v in variables), *inherit):
         if not _NAME.fullmatch(name):
             raise LaunchError(f"environment variable {name!r} is not a name that a shell can export; rename it")
-    for variable in variables:
-        if rule := _refusal(variable):
-            raise LaunchError(f"environment.{variable.name} {rule}")
-        if secret_given(variable.name, variable.value) or any(secrets_in_words([variable.value])):
-            raise LaunchError(
-                f"environment.{variable.name} looks like a secret, and job scripts are readable by others; export it "
-                f"in the shell that submits and list its name under `inherit`"
-            )
+    refused = [f"environment.{variable.name} {rule}" for variable in variables if (rule := _refusal(variable))]
+    if refused:
+        raise LaunchError("; ".join(refused))
 
 
+@functools.lru_cache(maxsize=1024)  # most are the same for all runs of a sweep
 def _refusal(variable: Variable) -> str | None:
-    """Why nobody may set it; None where anybody may. The script's own variables are in lower case."""
+    """Why nobody may set it so; None where anybody may. The script's own variables are in lower case."""
     name = variable.name
     if name.startswith(("SLURM", "SRUN_", "SBATCH_")):
         return "is Slurm's own variable; its options go under `srun` and `sbatch` of the cluster profile"
@@ -55,6 +52,11 @@ def _refusal(variable: Variable) -> str | None:
         return "is in lower case, as the job script's own variables are; choose a name in capitals"
     if name == "PATH" and "$" in variable.value:
         return "holds a $ that nothing expands; name your folders alone: they come before those of the node's own PATH"
+    if secret_given(name, variable.value) or any(secrets_in_words([variable.value])):
+        return (
+            "looks like a secret, and job scripts are readable by others; export it in the shell that submits and "
+            "list its name under `inherit`"
+        )
     return None
 
 

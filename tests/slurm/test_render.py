@@ -161,6 +161,13 @@ def test_what_the_script_sets_is_nobodys_to_set() -> None:
                 render(replace(GPU_JOB, environment=leak[0]), replace(SITE, environment=leak[1]))
 
 
+def test_all_refused_variables_are_named_together() -> None:
+    with pytest.raises(
+        LaunchError, match=r"environment.RANK is set.*; environment.HF_TOKEN looks.*; environment.stop "
+    ):
+        render(replace(GPU_JOB, environment={"RANK": "0", "HF_TOKEN": "x", "stop": "1"}), SITE)
+
+
 def test_other_variables_are_the_users() -> None:
     names = "PATH LD_LIBRARY_PATH PYTHONPATH http_proxy no_proxy HOME LC_ALL OMP_NUM_THREADS MEGABATCH_CACHE TMPDIR"
     script = render(replace(GPU_JOB, environment=dict.fromkeys(names.split(), "/x")), SITE)
