@@ -115,7 +115,9 @@ find_excluded() {
     while read -r node known; do
         case $known in down* | drain* | drng* | fail* | unk* | maint*) continue ;; esac
         if ! grep -qxF -- "$node" <<<"$excluded"; then left=$((left + 1)); fi
-    done < <(sinfo --noheader --Node --responding --partition="$SLURM_JOB_PARTITION" --format='%N %t' | sort -u)
+    done < <(
+        patiently sinfo --noheader --Node --responding --partition="$SLURM_JOB_PARTITION" --format='%N %t' | sort -u
+    )
     if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
         echo "megabatch: preflight: without $bad partition $SLURM_JOB_PARTITION has only $left nodes" >&2
         verdict=fail

@@ -7,7 +7,7 @@ RENDEZVOUS = """\
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${nodes%%$'\\n'*}
 if ! getent hosts "$MASTER_ADDR" >/dev/null; then
-    address=$(scontrol show node "$MASTER_ADDR")
+    address=$(patiently scontrol show node "$MASTER_ADDR")
     address=${address#*NodeAddr=}
     MASTER_ADDR=${address%%[[:space:]]*}
 fi

@@ -85,7 +85,7 @@ node_list() {
 address_of() {
     local known
     if getent hosts "$1" >/dev/null; then echo "$1"; return; fi
-    known=$(scontrol show node "$1")
+    known=$(patiently scontrol show node "$1")
     known=${known#*NodeAddr=}
     echo "${known%%[[:space:]]*}"
 }
