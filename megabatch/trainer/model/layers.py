@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
@@ -84,7 +85,7 @@ def _local_layer(config: TransformerConfig, *, norm: type, moe: bool, output_bia
     if output_bias:
         attention.linear_proj = BiasedRowParallelLinear
     if mlp_bias and not moe:
-        mlp: Any = layer.mlp.submodules
+        mlp: Any = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules
         mlp.linear_fc1, mlp.linear_fc2 = BiasedColumnParallelLinear, BiasedRowParallelLinear
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
