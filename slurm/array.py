@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
-from megabatch.slurm.environment import outside_any_job
+from megabatch.slurm.environment import for_sbatch
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
@@ -125,7 +125,7 @@ def expected_start(script: str) -> str | None:
             text=True,
             timeout=_TIMEOUT_S,
             check=False,
-            env=outside_any_job(os.environ),
+            env=for_sbatch(os.environ, script),
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

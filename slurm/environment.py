@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile, Network
+from megabatch.slurm.sbatch_options import overriding
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +155,12 @@ def _last_wins(variables: Iterable[Variable]) -> list[Variable]:
     return list(chosen.values())
 
 
-def outside_any_job(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without the variables of a Slurm job that we may be running in: sbatch would take them for options."""
+def for_sbatch(environment: Mapping[str, str], script: str) -> dict[str, str]:
+    """What sbatch may see: not the Slurm job that we may be in, nor variables that win over the script's words."""
     ours = ("SLURM_CONF", "SLURM_JWT")
     inside = "SLURM_JOB_ID" in environment
     hidden = {k for k in environment if inside and k.startswith(("SLURM_", "SRUN_")) and k not in ours}
+    hidden |= overriding(environment, script)
     return {name: value for name, value in environment.items() if name not in hidden}
 
 

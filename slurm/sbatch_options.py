@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megabatch.errors import Fault
@@ -57,6 +57,9 @@ _INSTEAD = {
 _FIELDS = ("partition", "account", "qos", "constraint", "reservation", "exclude")
 """Options that are fields of a profile, too."""
 _NAME = re.compile(r"[a-z][a-z-]*")
+_DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)", re.MULTILINE)
+_SPELLED_OTHERWISE = {"timelimit": "time", "array-inx": "array", "mem-per-node": "mem"}
+"""Options that sbatch's variables call by another name."""
 
 
 def sbatch_faults(profile: Mapping[str, Any], *, file: object) -> Iterator[Fault]:
@@ -82,3 +85,14 @@ def _set_by(name: str, value: object) -> str | None:
     if "distribution".startswith(name) and not re.match(r"(block|\*)(:|,|$)", parts[0]):
         return "nothing: ranks lie on their nodes in blocks"
     return next((instead for own, instead in _INSTEAD.items() if own.startswith(name)), None)
+
+
+def overriding(names: Iterable[str], script: str) -> set[str]:
+    """Those of sbatch's own variables (`SBATCH_TIMELIMIT`) that would silently win over the script's directives."""
+    said = set(_DIRECTIVE.findall(script))
+    return {name for name in names if name.startswith("SBATCH_") and _option(name) in said | _INSTEAD.keys()}
+
+
+def _option(variable: str) -> str:
+    name = variable.removeprefix("SBATCH_").lower().replace("_", "-")
+    return _SPELLED_OTHERWISE.get(name, name)

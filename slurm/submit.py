@@ -22,7 +22,7 @@ from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.side_by_side import side_by_side
 from megabatch.slurm.array import JobArray, element_id
 from megabatch.slurm.bad_nodes import avoided, exclude_option
-from megabatch.slurm.environment import outside_any_job
+from megabatch.slurm.environment import for_sbatch
 from megabatch.slurm.records import record_submission
 
 _FIXES = (
@@ -141,7 +141,7 @@ def _sbatch(
     folder = files.path / "slurm"
     try:
         # submitit prints what sbatch says of a refusal, which our own error holds
-        with _explained(avoid), _outside_any_job(), redirect_stderr(io.StringIO()):
+        with _explained(avoid), _seen_by_sbatch(script), redirect_stderr(io.StringIO()):
             return _ScriptExecutor(folder, script=script, options=options).submit_script()
     except KeyboardInterrupt as error:
         _cancel_unheard(folder)
@@ -187,9 +187,9 @@ def explain(output: str) -> str:
 
 
 @contextmanager
-def _outside_any_job() -> Iterator[None]:
+def _seen_by_sbatch(script: str) -> Iterator[None]:
     """submitit gives sbatch this process's own environment."""
-    before, after = dict(os.environ), outside_any_job(os.environ)
+    before, after = dict(os.environ), for_sbatch(os.environ, script)
     for name in before.keys() - after.keys():
         del os.environ[name]
     try:

@@ -44,6 +44,21 @@ def test_ranks_of_two_nodes_know_their_places_and_reach_rank_0(submit_payload: S
         assert Path(environment["TRITON_CACHE_DIR"]).parent.stat().st_mode & 0o077 == 0
 
 
+def test_variables_of_the_submitting_shell_do_not_win_over_the_script(
+    submit_payload: Submit, scontrol: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch prefers its own variables to directives; what no directive says is the user's."""
+    said = {"TIMELIMIT": "1", "JOB_NAME": "other", "NO_REQUEUE": "1", "SIGNAL": "B:TERM@1", "OPEN_MODE": "t"}
+    for name, value in said.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    monkeypatch.setenv("SBATCH_PARTITION", "urgent")
+    job = submit_payload()
+    shown = scontrol("show", "job", job.job_id)
+    for word in ("JobName=payload", "TimeLimit=00:10:00", "Requeue=1", "Partition=urgent"):
+        assert word in shown, shown
+    assert job.wait().state is State.COMPLETED
+
+
 HOSTILE = """a b 'c' "d" $(touch {0}/ran) `touch {0}/ran` ; touch {0}/ran # é漢 \\ * ! & | < > ${{HOME}} %j %% \\n"""
 
 
