@@ -28,6 +28,7 @@ from megabatch.slurm.ports import free_port_block
 from megabatch.slurm.processes import die_with_parent, end_processes, identity, marked_processes
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.records import LOCAL, Ending, Start, next_restart, record_ending, record_start
+from megabatch.slurm.script.variables import check_names
 
 _POLL_S = 0.05
 _LAST_WORDS_S = 1.0
@@ -76,13 +77,14 @@ def run_local(
 
 
 def local_environment(job: JobSpec, profile: ClusterProfile) -> dict[str, str]:
-    """What all ranks share, besides this process's own environment."""
-    world = str(job.world_size)
+    """What all ranks share, besides this process's own environment. Raises: LaunchError as `render` does."""
+    world, variables = str(job.world_size), job_variables(job, profile)
+    check_names(variables, (*profile.inherit, *job.inherit))
     # an uninstalled checkout must be found by the ranks as it was by us
     code = str(job.snapshot or Path(megabatch.__path__[0]).parent)
     inherited = os.environ.get("PYTHONPATH")
     return {
-        **{v.name: v.value for v in job_variables(job, profile) if not v.node_local},
+        **{v.name: v.value for v in variables if not v.node_local},
         "PYTHONPATH": os.pathsep.join([code, inherited] if inherited else [code]),
         "WORLD_SIZE": world,
         "LOCAL_WORLD_SIZE": world,

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -46,7 +47,7 @@ class Terminal:
     def __init__(self, master: int, process: subprocess.Popen[bytes]) -> None:
         self.master, self.process, self.seen = master, process, ""
 
-    def until(self, text: str, *, timeout_s: float = 20) -> None:
+    def until(self, text: str, *, timeout_s: float = 100) -> None:
         deadline = time.monotonic() + timeout_s
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
@@ -96,7 +97,7 @@ def test_it_draws_again_and_ends_on_q(run: RunDirectory) -> None:
         terminal.until("8/500")
         os.write(terminal.master, b"q")
         assert terminal.end() == 0
-    lines = terminal.seen.replace("\x1b[K", "").split("\r\n")
+    lines = re.sub(r"\x1b\[\??[\d;]*[A-Za-z]", "", terminal.seen).split("\r\n")
     assert max(len(line) for line in lines if "/500" in line) <= COLUMNS
 
 

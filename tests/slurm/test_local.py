@@ -37,6 +37,13 @@ def first_line(job: JobSpec, rank: int, restart: int = 0) -> dict[str, dict[str,
     return line
 
 
+@pytest.mark.parametrize("name", ["MASTER_PORT", "RANK", "MEGABATCH_RUN", "HF_TOKEN"])
+def test_variables_that_a_job_script_would_refuse_are_refused_here_too(job: JobSpec, name: str) -> None:
+    with pytest.raises(LaunchError, match=rf"environment\.{name} "):
+        run_local(replace(job, environment={name: "1234abcd"}))
+    assert not job.files.jobs.exists() and not list(job.files.logs.glob("rank_*"))
+
+
 def test_ranks_get_their_environment_and_logs_and_rank_0_the_terminal(job: JobSpec, tmp_path: Path) -> None:
     terminal = io.BytesIO()
     run = with_options(replace(job, environment={"EXTRA": "1"}), meet=tmp_path / "met.json")
