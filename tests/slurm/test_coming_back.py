@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,14 @@ exec {shutil.which("scontrol")} "$@"
     assert job.batch_log().count("Unable to contact") == 4, "twice whether it is still ours, twice for the requeue"
 
 
-def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(submit_payload: Submit) -> None:
+def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(
+    submit_payload: Submit, scontrol: Callable[..., str]
+) -> None:
+    def held_until() -> str:
+        found = re.search(r"EligibleTime=(\S+)", scontrol("show", "job", job.job_id))
+        assert found
+        return found[1]
+
     job = submit_payload(profile=NODES, options={"until_restart": 1})
     job.wait_listening()
     [srun] = [
@@ -97,8 +106,9 @@ def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(submit_payl
     ]
     os.kill(srun, signal.SIGKILL)
     until(lambda: job.now().reason == "BeginTime", what="the job to be held")
+    before = held_until()
     assert resume(job.run.path) == job.job_id
-    assert job.now().reason != "BeginTime"
+    assert held_until() < before
     end = job.wait()
     assert (end.state, end.restart) == (State.COMPLETED, 1)
 
