@@ -11,7 +11,6 @@ from pathlib import Path
 
 import megabatch
 from megabatch.errors import LaunchError
-from megabatch.side_by_side import side_by_side
 
 _LEFT_OUT = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 
@@ -73,7 +72,8 @@ def _publish(contents: dict[str, bytes], final: Path) -> None:
         staged.chmod(0o755)
         for folder in dict.fromkeys((staged / name).parent for name in contents):
             folder.mkdir(parents=True, exist_ok=True)
-        side_by_side(lambda name: (staged / name).write_bytes(contents[name]), contents)
+        for name, content in contents.items():
+            (staged / name).write_bytes(content)
         try:
             staged.rename(final)
         except OSError:

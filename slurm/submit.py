@@ -19,7 +19,6 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory, write_atomic
-from megabatch.side_by_side import side_by_side
 from megabatch.slurm.array import JobArray, element_id
 from megabatch.slurm.bad_nodes import avoided, exclude_option
 from megabatch.slurm.environment import for_sbatch
@@ -117,10 +116,8 @@ def submit_array(array: JobArray, script: str, *, cluster: str | None = None) ->
     """
     array_id = _sbatch(array.files, script, (), avoid=avoided(job.files for job in array.jobs)).job_id
     try:
-        side_by_side(
-            lambda index: record_submission(array.jobs[index].files, element_id(array_id, index), cluster=cluster),
-            range(len(array.jobs)),
-        )
+        for index, job in enumerate(array.jobs):
+            record_submission(job.files, element_id(array_id, index), cluster=cluster)
     except BaseException:
         # elements that their runs know nothing of could be neither watched nor cancelled
         subprocess.run(["scancel", array_id], capture_output=True, check=False)

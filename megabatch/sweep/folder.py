@@ -20,7 +20,6 @@ from megabatch.config.run import RunConfig
 from megabatch.entry.launch import Launch, differences
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory, write_atomic
-from megabatch.side_by_side import side_by_side
 from megabatch.sweep.candidates import Candidates
 
 SWEEP_JSON = "sweep.json"
@@ -76,30 +75,24 @@ def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: M
     missing = tuple(path for path in (folder, *folder.parents) if not path.exists())
     staged = folder / f".staged.{os.getpid()}"
     made: list[RunDirectory] = []
-    new = {launch.directory.path.name for launch in launches if not launch.directory.run_json.exists()}
-
-    def write(run: tuple[Launch, str]) -> None:
-        launch, script = run
-        name = launch.directory.path.name
-        if name not in new:
-            if script:
-                write_atomic(launch.directory.script, script)
-            return
-        place = RunDirectory(staged / name)
-        place.path.mkdir()
-        place.run_json.write_text(launch.run_json(provenance=provenance), encoding="utf-8")
-        if script:
-            place.script.write_text(script, encoding="utf-8")
-
+    new = [not launch.directory.run_json.exists() for launch in launches]
     try:
         staged.mkdir(parents=True)
-        side_by_side(write, zip(launches, scripts, strict=True))
-        if new:
+        for launch, script, is_new in zip(launches, scripts, new, strict=True):
+            if not is_new:
+                if script:
+                    write_atomic(launch.directory.script, script)
+                continue
+            place = RunDirectory(staged / launch.directory.path.name)
+            place.path.mkdir()
+            place.run_json.write_text(launch.run_json(provenance=provenance), encoding="utf-8")
+            if script:
+                place.script.write_text(script, encoding="utf-8")
+        if any(new):
             _sync(staged)
-        for launch in launches:
-            name = launch.directory.path.name
-            if name in new:
-                os.rename(staged / name, launch.directory.path)
+        for launch, is_new in zip(launches, new, strict=True):
+            if is_new:
+                os.rename(staged / launch.directory.path.name, launch.directory.path)
                 made.append(launch.directory)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
