@@ -7,13 +7,16 @@ what the controller has forgotten. `--json` is never used: its form changes with
 from __future__ import annotations
 
 import enum
+import os
 import re
 import subprocess
+import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 SOURCES = ("squeue", "sacct", "scontrol")
-_TIMEOUT_S = 20
+_PATIENCE_S = 20
 
 
 class State(enum.StrEnum):
@@ -74,26 +77,60 @@ class JobState:
     restarts: int | None = None
 
 
+class Daemon:
+    """The controller or the accounting: how long it is waited for, over all questions to it."""
+
+    def __init__(self) -> None:
+        self._left_s: float = _PATIENCE_S
+
+    def answer(self, *command: str) -> str:
+        """Standard output; empty when the command is missing, fails or hangs: the next source is asked then."""
+        configuration = os.environ.get("SLURM_CONF")
+        if self._left_s <= 0 or (
+            configuration and not os.path.exists(configuration)
+        ):  # Slurm looks for it for a minute
+            return ""
+        begin = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=self._left_s, check=False
+            )
+        except OSError:
+            return ""
+        except subprocess.TimeoutExpired:
+            self._left_s = 0
+            print(
+                f"warning: {command[0]} gave no answer in {_PATIENCE_S} s; runs' own files are read", file=sys.stderr
+            )
+            return ""
+        self._left_s -= time.monotonic() - begin
+        return done.stdout if done.returncode == 0 else ""
+
+
 def ask_slurm(job_ids: Iterable[str]) -> dict[str, tuple[str, JobState]]:
-    """Who answered, and what, for each job that Slurm still knows."""
+    """Who answered, and what, for each job that Slurm still knows; a daemon that hangs is waited for once."""
     missing = set(job_ids)
     answers: dict[str, tuple[str, JobState]] = {}
-    for source, ask in zip(SOURCES, (_squeue, _sacct, _scontrol), strict=True):
+    controller, accounting = Daemon(), Daemon()
+    asked = ((_squeue, controller), (_sacct, accounting), (_scontrol, controller))
+    for source, (ask, daemon) in zip(SOURCES, asked, strict=True):
         if not missing:
             break
-        found = {job_id: state for job_id, state in ask(missing).items() if job_id in missing}
+        found = {job_id: state for job_id, state in ask(missing, daemon).items() if job_id in missing}
         answers |= {job_id: (source, state) for job_id, state in found.items()}
         missing -= found.keys()
     return answers
 
 
-def _sacct(job_ids: set[str]) -> dict[str, JobState]:
+def _sacct(job_ids: set[str], accounting: Daemon) -> dict[str, JobState]:
     # asked by its own name, an element that waits is not found among the others of its array
     jobs = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
     command = ("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={jobs}")
     columns = "JobID,State,ExitCode"
     # older versions have no column of restarts
-    text = _output(*command, f"--format={columns},Restarts") or _output(*command, f"--format={columns}")
+    text = accounting.answer(*command, f"--format={columns},Restarts") or accounting.answer(
+        *command, f"--format={columns}"
+    )
     found: dict[str, JobState | None] = {}
     for line in text.splitlines():
         job_id, state, exit_code, restarts = (*line.strip().split("|"), "", "", "")[:4]
@@ -104,9 +141,9 @@ def _sacct(job_ids: set[str]) -> dict[str, JobState]:
 _SQUEUE_COLUMNS = {"JobArrayID": 40, "State": 24, "RestartCnt": 12, "exit_code": 12, "Reason": 60}
 
 
-def _squeue(job_ids: set[str]) -> dict[str, JobState]:
+def _squeue(job_ids: set[str], controller: Daemon) -> dict[str, JobState]:
     columns = ",".join(f"{name}:{width}" for name, width in _SQUEUE_COLUMNS.items())
-    text = _output(
+    text = controller.answer(
         "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(sorted(job_ids))}", f"--Format={columns}"
     )
     found: dict[str, JobState | None] = {}
@@ -125,9 +162,9 @@ _SCONTROL_WORD = re.compile(r"(?:^|\s)(JobId|ArrayJobId|ArrayTaskId|JobState|Rea
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
 
-def _scontrol(job_ids: set[str]) -> dict[str, JobState]:
+def _scontrol(job_ids: set[str], controller: Daemon) -> dict[str, JobState]:
     one = next(iter(job_ids)) if len(job_ids) == 1 else ""
-    text = _output("scontrol", "--oneliner", "show", "job", *([one] if one else []))
+    text = controller.answer("scontrol", "--oneliner", "show", "job", *([one] if one else []))
     found: dict[str, JobState | None] = {}
     for line in text.splitlines():
         words: dict[str, str] = dict(_SCONTROL_WORD.findall(line))
@@ -188,14 +225,3 @@ def _exit_code(text: str) -> int | None:
     else:
         exit_, signal_ = int(code) >> 8, int(code) & 0x7F
     return 128 + signal_ if signal_ else exit_
-
-
-def _output(*command: str) -> str:
-    """Standard output; empty when the command is missing, fails or hangs: the next source is asked then."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""

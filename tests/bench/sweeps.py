@@ -35,6 +35,7 @@ def array() -> list[Figure]:
 def _submission(folder: Path) -> list[Figure]:
     """Whole processes, each in a folder of its own, to a cluster whose nodes are kept from starting anything."""
     cluster = PrivateCluster.start(nodes=1, directory=folder / "slurm")
+    before = dict(os.environ)
     os.environ.update(cluster.environment)
     calls = _counted(folder)
     try:
@@ -51,6 +52,8 @@ def _submission(folder: Path) -> list[Figure]:
         submitted = calls.read_text().count("submit\n") / len(costs)
     finally:
         cluster.stop()
+        os.environ.clear()
+        os.environ.update(before)
     name = f"submit an array of {ELEMENTS}"
     return [
         Figure(name=name, value=median([c.wall_s for c in costs[1:]]), unit="s", target=1, note="wall, median of 5"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm import queue
+from megabatch.slurm.cluster import PrivateCluster
 from megabatch.slurm.control import cancel, resume
 from megabatch.slurm.logs import logs
 from megabatch.slurm.queue import State
@@ -109,11 +112,30 @@ def finished(submit_payload: Submit) -> Submitted:
 @pytest.mark.slurm
 def test_each_of_slurms_commands_says_the_same(finished: Submitted) -> None:
     for ask in (queue._squeue, queue._scontrol):
-        said = ask({finished.job_id})[finished.job_id]
+        said = ask({finished.job_id}, queue.Daemon())[finished.job_id]
         assert (said.state, said.exit_code, said.restarts) == (State.FAILED, 3, 0)
-        assert ask({finished.job_id, "99999999"}).keys() >= {finished.job_id}
-        assert "99999999" not in ask({"99999999"})
-    assert queue._sacct({finished.job_id}) == {}, "this cluster has no accounting"
+        assert ask({finished.job_id, "99999999"}, queue.Daemon()).keys() >= {finished.job_id}
+        assert "99999999" not in ask({"99999999"}, queue.Daemon())
+    assert queue._sacct({finished.job_id}, queue.Daemon()) == {}, "this cluster has no accounting"
+
+
+@pytest.mark.slurm
+def test_a_controller_that_hangs_is_waited_for_once_and_said(
+    finished: Submitted,
+    slurm: PrivateCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(queue, "_PATIENCE_S", 2)
+    controller = int((slurm.layout.directory / "slurmctld.pid").read_text())
+    os.kill(controller, signal.SIGSTOP)
+    try:
+        assert queue.ask_slurm({finished.job_id}) == {}
+    finally:
+        os.kill(controller, signal.SIGCONT)
+    assert capsys.readouterr().err == "warning: squeue gave no answer in 2 s; runs' own files are read\n"
+    monkeypatch.setenv("SLURM_CONF", "/nowhere/slurm.conf")
+    assert queue.ask_slurm({finished.job_id}) == {} and capsys.readouterr().err == ""
 
 
 @pytest.mark.slurm

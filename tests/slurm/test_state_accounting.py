@@ -79,10 +79,11 @@ def test_sacct_agrees_with_squeue_and_remembers_what_the_controller_forgets(tmp_
     def states(answers: dict[str, JobState]) -> dict[str, State]:
         return {job_id: said.state for job_id, said in answers.items()}
 
-    until(lambda: states(queue._sacct(jobs)) == expected, what="sacct to know how all ended")
-    exit_codes = {job_id: said.exit_code for job_id, said in queue._sacct(jobs).items()}
+    until(lambda: states(queue._sacct(jobs, queue.Daemon())) == expected, what="sacct to know how all ended")
+    exit_codes = {job_id: said.exit_code for job_id, said in queue._sacct(jobs, queue.Daemon()).items()}
     assert sorted(code for code in exit_codes.values() if code) == [1, 3]
-    until(lambda: not queue._squeue(jobs) and not queue._scontrol(jobs), what="the controller to forget the jobs")
+    controllers = (queue._squeue, queue._scontrol)
+    until(lambda: not any(ask(jobs, queue.Daemon()) for ask in controllers), what="the controller to forget the jobs")
     assert {job_id: (source, said.state) for job_id, (source, said) in ask_slurm(jobs).items()} == {
         job_id: ("sacct", state) for job_id, state in expected.items()
     }
@@ -93,8 +94,11 @@ def test_elements_that_wait_are_told_apart() -> None:
     array = sbatch("true", "--array=2-9:3,11%2", "--begin=now+1hour")
     elements = {f"{array}_{task}" for task in (2, 5, 8, 11)}
     for ask in (queue._squeue, queue._scontrol, queue._sacct):
-        until(lambda ask=ask: ask(elements).keys() == elements, what=f"{ask.__name__} to know all elements")
-        assert {said.state for said in ask(elements).values()} == {State.PENDING}
+        until(
+            lambda ask=ask: ask(elements, queue.Daemon()).keys() == elements,
+            what=f"{ask.__name__} to know all elements",
+        )
+        assert {said.state for said in ask(elements, queue.Daemon()).values()} == {State.PENDING}
     # one that never started is forgotten at once: jobs.jsonl remembers that it was cancelled
     subprocess.run(["scancel", f"{array}_5"], check=True)
     until(lambda: ask_slurm(elements).keys() == elements - {f"{array}_5"})
