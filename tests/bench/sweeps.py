@@ -43,12 +43,12 @@ def _submission(folder: Path) -> list[Figure]:
         seeds = ",".join(map(str, range(ELEMENTS)))
         costs, bare = [], []
         for turn in range(TIMES + 1):
-            bare.append(_bare_files(folder / "bare"))
-            # code that was submitted before is not stored again
-            save = ["--save", str(folder / "save"), "--run_dir", str(folder / f"sweep{turn}")]
-            command = [sys.executable, str(SMALL), "--submit", "--sweep", f"seed={seeds}", *save]
+            bare.append(_bare_files(folder / f"bare{turn}"))
+            # code that was submitted before is not stored again; disks go on deleting for seconds, so nothing is
+            sweep = ["--sweep", f"seed={seeds}", "--save", str(folder / "save")]
+            command = [sys.executable, str(SMALL), "--submit", *sweep]
             costs.append(command_cost(command, cwd=folder))
-            shutil.rmtree(folder / f"sweep{turn}")
+            (folder / "save" / SMALL.stem).rename(folder / f"sweep{turn}")
         submitted = calls.read_text().count("submit\n") / len(costs)
     finally:
         cluster.stop()
@@ -71,9 +71,7 @@ def _bare_files(folder: Path) -> float:
         place.mkdir(parents=True)
         for name, size in (("run.json", 14_000), ("job.sbatch", 9_000), ("jobs.jsonl", 70)):
             (place / name).write_bytes(b" " * size)
-    taken = time.perf_counter() - begin
-    shutil.rmtree(folder)
-    return taken
+    return time.perf_counter() - begin
 
 
 def _counted(folder: Path) -> Path:
