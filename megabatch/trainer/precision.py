@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -218,12 +217,8 @@ def compare(folder: Path, checkpoint: Path, given: argparse.Namespace) -> tuple[
 
 
 def _alone() -> None:
-    """This process is the only rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(place)
+    """This process is the only rank: it meets itself at whatever port is free."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from runs import recipe, write_run
+
+from megabatch.slurm.ports import free_port_block
 
 TIMEOUT_S = 300
 
@@ -29,7 +30,7 @@ def cpu_run(folder: Path, name: str, kind: str, /, **groups: dict[str, Any]) -> 
 
 def train(run_dir: Path, *, world_size: int = 1) -> None:
     """Raises: AssertionError with the end of a failed rank's log."""
-    ranks = [_start(run_dir, rank, world_size, port) for port in [_free_port()] for rank in range(world_size)]
+    ranks = [_start(run_dir, rank, world_size, port) for port in [free_port_block()] for rank in range(world_size)]
     try:
         codes = [process.wait(TIMEOUT_S) for process in ranks]
     finally:
@@ -63,9 +64,3 @@ def _start(run_dir: Path, rank: int, world_size: int, port: int) -> subprocess.P
 
 def _log(run_dir: Path, rank: int) -> Path:
     return run_dir / f"log.{rank}"
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from megabatch.slurm.ports import free_port_block
 
 
 class RankServer:
@@ -71,7 +72,7 @@ def _serve(connection: Connection) -> None:
 def _world(
     source: tuple[str, str], world_size: int, timeout_s: float, arguments: dict[str, Any]
 ) -> tuple[str, list[Any]]:
-    port = _free_port()
+    port = free_port_block()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pids = [_fork(source, rank, world_size, port, Path(folder), arguments) for rank in range(world_size)]
         _wait(pids, timeout_s)
@@ -129,9 +130,3 @@ def _wait(pids: list[int], timeout_s: float) -> None:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
