@@ -16,7 +16,6 @@ from megabatch.run_directory import ExitCode
 from megabatch.slurm.array import JobArray, expected_start, render_array
 from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
-from megabatch.slurm.state import status_now
 from megabatch.sweep.candidates import Candidates, candidates
 from megabatch.sweep.declare import Sweep
 from megabatch.sweep.folder import describe, other_runs
@@ -38,7 +37,7 @@ def run_sweep(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequenc
     if actions.chain is not None:
         raise ConfigError([Fault("--chain", actions.chain, "is of one run; runs of a sweep come back by requeueing")])
     found = candidates(sweep, recipe, actions, recipe_file=recipe_file)
-    left = _left(found)
+    left = left_alone(found)
     if actions.local:
         return _local(found, left, arguments)
     arrays = arrays_of(found, [c for c in found.kept if c.point.name not in left])
@@ -55,18 +54,6 @@ def run_sweep(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequenc
         print("\n".join([f"usage: {_USAGE.format(file=recipe_file.name)}", text, *remarks]))
     _require_one(found)
     return ExitCode.DONE
-
-
-def _left(found: Candidates) -> dict[str, str]:
-    """`left_alone` without runs that Slurm knows to have ended, and with its word of those that are about to."""
-    left = left_alone(found)
-    active = [c for c in found.kept if left.get(c.point.name, State.COMPLETED) != State.COMPLETED]
-    for candidate, now in zip(active, status_now(c.launch.directory.path for c in active), strict=True):
-        if not now.state.active:
-            del left[candidate.point.name]
-        elif now.state is State.RUNNING and now.reason:
-            left[candidate.point.name] += f" ({now.reason})"
-    return left
 
 
 def _refuse_swept_flags(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequence[str]) -> None:

@@ -12,20 +12,25 @@ from megabatch.errors import LaunchError
 from megabatch.slurm.array import DEFAULT_MAX_SIZE, JobArray, grouped, limits, max_array_size, render_array
 from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
-from megabatch.slurm.state import status
+from megabatch.slurm.state import RunStatus, status_now
 from megabatch.sweep.candidates import Candidate, Candidates
 from megabatch.sweep.folder import array_folders, describe, write_runs
 
 
 def left_alone(found: Candidates) -> dict[str, str]:
-    """Names of the points whose run is done, or in the queue, with that word."""
+    """Names of the points whose run is done, or in the queue, with that word; of those that are ending, with that too."""
     there = [candidate for candidate in found.kept if candidate.launch.directory.run_json.exists()]
-    states = status([candidate.launch.directory.path for candidate in there]) if there else []
+    states = status_now(candidate.launch.directory.path for candidate in there)
     return {
-        candidate.point.name: f"{one.state}" + (f" as job {one.job_id}" if one.job_id and one.state.active else "")
-        for candidate, one in zip(there, states, strict=True)
-        if one.state.active or one.state is State.COMPLETED
+        candidate.point.name: _told(now)
+        for candidate, now in zip(there, states, strict=True)
+        if now.state.active or now.state is State.COMPLETED
     }
+
+
+def _told(now: RunStatus) -> str:
+    job = f" as job {now.job_id}" if now.job_id and now.state.active else ""
+    return f"{now.state}{job}" + (f" ({now.reason})" if now.state is State.RUNNING and now.reason else "")
 
 
 def arrays_of(found: Candidates, wanted: Sequence[Candidate]) -> list[JobArray]:

@@ -88,6 +88,13 @@ class TestWithoutSlurm:
         run.jobs.write_text('{"job_id": "7", "time": 1, "cluster": null}\n{"job_id": "8", "ti')
         assert (status([run.path])[0].state, status([run.path])[0].job_id) == (State.LOST, "7")
 
+    def test_a_thousand_runs_are_told(self, tmp_path: Path) -> None:
+        runs = [RunDirectory(tmp_path / str(k)) for k in range(1000)]
+        for k, run in enumerate(runs):
+            run.path.mkdir()
+            record_submission(run, str(k))
+        assert [one.job_id for one in status([run.path for run in runs])] == [str(k) for k in range(1000)]
+
     def test_cancelling_and_resuming_nothing(self, run: RunDirectory) -> None:
         with pytest.raises(LaunchError, match="no job was submitted"):
             cancel(run.path)
