@@ -18,6 +18,7 @@ from megabatch.config.declare import Parameter, group_types, parameters
 from megabatch.config.kinds import fits, is_boolean, is_list, read, spelled
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError, Fault
+from megabatch.tasks import find_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,14 +154,15 @@ def _flags(arguments: Sequence[str], faults: list[Fault]) -> Iterator[tuple[str,
 
 
 def _algorithm(flags: Sequence[tuple[str, list[str]]], recipe: Recipe) -> str | None:
-    """The algorithm whose `beta` and `loss_type` are meant, or None outside rlhf."""
+    """The group whose `beta` and `loss_type` are meant; None for a task that has none."""
     task, algorithm = recipe.task, recipe.rlhf.rlhf_type
     for name, texts in flags:
         if name == "task" and texts:
             task = texts[0]  # type: ignore[assignment]
         if name in ("rlhf_type", "rlhf.rlhf_type") and texts:
             algorithm = texts[0]  # type: ignore[assignment]
-    return algorithm if task == "rlhf" else None
+    found = find_task(task, rlhf_type=algorithm)
+    return found.rlhf_type if found is not None else None
 
 
 def _take_action(name: str, texts: list[str], actions: dict[str, Any], faults: list[Fault]) -> None:

@@ -23,6 +23,7 @@ from megabatch.config.roles import Role
 from megabatch.config.training import Batch, Training
 from megabatch.config.tuner import Tuner
 from megabatch.config.watching import Evaluation, Logging
+from megabatch.tasks import Task, find_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,3 +67,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         freeze_lists(self)
+
+    @property
+    def kind(self) -> Task | None:
+        """The row of the table of tasks; None where `task`, `rlhf_type` and `task_type` do not go together."""
+        return find_task(self.task, rlhf_type=self.rlhf.rlhf_type, task_type=self.training.task_type)

@@ -99,9 +99,9 @@ def _derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
     training, data, resources = recipe.training, recipe.data, recipe.resources
     dtype = torch_dtype(recipe, shape)
     max_length = data.max_length or shape.max_position_embeddings
+    task = recipe.kind
+    assert task is not None, "a recipe without faults has a task"
     per_token = training.calculate_per_token_loss
-    if per_token is None:
-        per_token = recipe.task != "rlhf" and training.task_type == "causal_lm"
     return replace(
         recipe,
         model=replace(recipe.model, torch_dtype=dtype, tokenizer=recipe.model.tokenizer or recipe.model.model),
@@ -116,11 +116,14 @@ def _derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
             max_length=max_length,
             seq_length=data.seq_length or max_length,
             packing_length=(data.packing_length or max_length) if data.packing else None,
-            loss_scale=data.loss_scale or _LOSS_SCALES[recipe.task],
-            truncation_strategy=data.truncation_strategy or _truncation(recipe),
+            loss_scale=data.loss_scale or task.loss_scale,
+            truncation_strategy=data.truncation_strategy or task.truncation_strategy,
             lazy_tokenize=bool(data.lazy_tokenize),
         ),
-        training=replace(training, calculate_per_token_loss=per_token),
+        training=replace(
+            training,
+            calculate_per_token_loss=task.calculate_per_token_loss if per_token is None else per_token,
+        ),
         learning_rate=replace(recipe.learning_rate, lr=peak_lr(recipe)),
         moe=_derived_moe(recipe, shape),
         checkpoint=replace(recipe.checkpoint, save=str(save_folder(recipe))),
@@ -137,13 +140,6 @@ def _derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
             omp_num_threads=resources.omp_num_threads or resources.cpus_per_task or 1,
         ),
     )
-
-
-_LOSS_SCALES: dict[str, Any] = {"pt": "all", "sft": "default", "rlhf": "last_round"}
-
-
-def _truncation(recipe: Recipe) -> Any:
-    return "left" if recipe.task == "rlhf" and recipe.rlhf.rlhf_type == "grpo" else "delete"
 
 
 def torch_dtype(recipe: Recipe, shape: ModelShape) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megabatch.config.declare import param
+from megabatch.tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,7 @@ class Training:
     None means True, but False for rlhf and for a `task_type` other than causal_lm.
     """
     task_type: Literal["causal_lm", "seq_cls", "embedding", "reranker", "generative_reranker"] = param(
-        "causal_lm", built=("causal_lm",)
+        "causal_lm", built=tuple(dict.fromkeys(task.task_type for task in TASKS if task.built))
     )
     """What the model is trained to do."""
     num_labels: int | None = param(None, built=False, at_least=1)

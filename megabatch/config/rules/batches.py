@@ -72,7 +72,7 @@ def interleaving_has_enough_microbatches(
 
 def _grpo(recipe: Recipe) -> GrpoBatch | None:
     """GRPO's numbers where they matter and dp is whole."""
-    if recipe.rlhf.rlhf_type != "grpo" or _dp(recipe).denominator != 1:
+    if recipe.kind is None or recipe.kind.name != "grpo" or _dp(recipe).denominator != 1:
         return None
     return grpo_batch(
         global_batch_size=recipe.batch.global_batch_size,

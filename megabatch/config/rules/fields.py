@@ -13,8 +13,8 @@ from megabatch.config.declare import Parameter, parameters
 from megabatch.config.kinds import choices, fits, spelled
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
+from megabatch.tasks import TASKS
 
-_TASKS = ("pt", "sft", "rlhf")
 _SECRET = "bridge.hub_token"
 """Its value is never shown: someone may have put the token itself there."""
 
@@ -41,8 +41,9 @@ def invalid_value(parameter: Parameter, value: Any) -> Iterator[Fault]:
 
 def unbuilt_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
     """Values whose effect is not built yet: refused by name, never ignored. Args: as above."""
-    if recipe.task == "rlhf":
-        yield Fault("task", recipe.task, "is not built yet", try_=("pt", "sft"))
+    built = tuple(dict.fromkeys(task.task for task in TASKS if task.built))
+    if recipe.task not in built:
+        yield Fault("task", recipe.task, "is not built yet", try_=built)
     for parameter in own_parameters(recipe, variant_of):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
         if parameter.unbuilt(value):
@@ -67,8 +68,9 @@ def _by_group() -> dict[str, tuple[Parameter, ...]]:
 def _name_and_task(recipe: Recipe) -> Iterator[Fault]:
     if not isinstance(recipe.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name, re.ASCII):
         yield Fault("name", recipe.name, "must be letters, digits, '.', '-' and '_', beginning with a letter or digit")
-    if recipe.task not in _TASKS:
-        yield Fault("task", recipe.task, "must be one of 'pt', 'sft', 'rlhf'")
+    names = tuple(dict.fromkeys(task.task for task in TASKS))
+    if recipe.task not in names:
+        yield Fault("task", recipe.task, f"must be one of {', '.join(map(repr, names))}")
 
 
 def _mistyped(parameter: Parameter, value: Any) -> Fault:

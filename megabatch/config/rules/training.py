@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 from megabatch.config.layout import chunks_of
 from megabatch.config.recipe import Recipe
+from megabatch.config.rlhf import Rlhf
 from megabatch.config.walltime import seconds
 from megabatch.errors import ConfigError, Fault
 from megabatch.plan.batch import nearest_divisors
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
+from megabatch.tasks import TASKS, find_task
 
 _GRANULARITY = "recompute.recompute_granularity"
 
@@ -125,15 +127,18 @@ def precision_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Lay
 
 
 def task_and_algorithm_agree(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    algorithm, task = recipe.rlhf.rlhf_type, recipe.task
-    if task != "rlhf" and algorithm != "dpo":
-        yield Fault("rlhf.rlhf_type", algorithm, f"needs task='rlhf', which is {task!r}")
-    if task == "rlhf" and algorithm == "gkd" and recipe.gkd.teacher_model is None:
+    task, algorithm, task_type = recipe.kind, recipe.rlhf.rlhf_type, recipe.training.task_type
+    if recipe.task != "rlhf" and algorithm != Rlhf().rlhf_type:
+        yield Fault("rlhf.rlhf_type", algorithm, f"needs task='rlhf', which is {recipe.task!r}")
+    if task is None and find_task(recipe.task, rlhf_type=algorithm):
+        fitting = dict.fromkeys(repr(one.task) for one in TASKS if one.task_type == task_type)
+        yield Fault("training.task_type", task_type, f"needs task={' or '.join(fitting)}, which is {recipe.task!r}")
+    if task is not None and task.name == "gkd" and recipe.gkd.teacher_model is None:
         yield Fault("gkd.teacher_model", None, "is missing: distillation needs a teacher", bare=True)
     weights, funcs = recipe.grpo.reward_weights, recipe.grpo.reward_funcs
     if weights is not None and len(weights) != len(funcs):
         yield Fault("grpo.reward_weights", weights, f"must have one weight for each of the {len(funcs)} reward_funcs")
-    labels, task_type = recipe.training.num_labels, recipe.training.task_type
+    labels = recipe.training.num_labels
     if task_type == "seq_cls" and labels is None:
         yield Fault("training.num_labels", None, "is missing: task_type seq_cls needs it", bare=True)
     if task_type != "seq_cls" and labels is not None:

@@ -14,7 +14,7 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_
 
 
 def grpo(**fields):
-    return {"rlhf": {"rlhf_type": "grpo"}, "grpo": fields}
+    return {"task": "rlhf", "rlhf": {"rlhf_type": "grpo"}, "grpo": fields}
 
 
 CASES = [

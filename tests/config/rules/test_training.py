@@ -231,6 +231,14 @@ CASES = [
     (
         training.task_and_algorithm_agree,
         "dense",
+        {"task": "pt", "training": {"task_type": "embedding"}},
+        {"task": "sft", "training": {"task_type": "embedding"}},
+        "training.task_type",
+        ["needs task='sft'", "'pt'"],
+    ),
+    (
+        training.task_and_algorithm_agree,
+        "dense",
         {"training": {"num_labels": 2}},
         {},
         "training.num_labels",
