@@ -18,7 +18,7 @@ from megabatch.sweep.folder import array_folders, describe, write_runs
 
 
 def left_alone(found: Candidates) -> dict[str, str]:
-    """Names of the points whose run is done, or in the queue, with that word; of those that are ending, with that too."""
+    """The points that need no submission: those whose run is done or in the queue, by name, with its state."""
     there = [candidate for candidate in found.kept if candidate.launch.directory.run_json.exists()]
     states = status_now(candidate.launch.directory.path for candidate in there)
     return {
