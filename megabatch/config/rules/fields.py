@@ -41,9 +41,9 @@ def invalid_value(parameter: Parameter, value: Any) -> Iterator[Fault]:
 
 def unbuilt_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
     """Values whose effect is not built yet: refused by name, never ignored. Args: as above."""
-    built = tuple(dict.fromkeys(task.task for task in TASKS if task.built))
-    if recipe.task not in built:
-        yield Fault("task", recipe.task, "is not built yet", try_=built)
+    tasks = tuple(dict.fromkeys(task.task for task in TASKS if task.built))
+    if recipe.task not in tasks:
+        yield Fault("task", recipe.task, "is not built yet", try_=tasks)
     for parameter in own_parameters(recipe, variant_of):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
         if parameter.unbuilt(value):
