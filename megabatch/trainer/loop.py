@@ -26,6 +26,7 @@ from megabatch.trainer.model_source import model_source
 from megabatch.trainer.notes import note_settings_without_effect
 from megabatch.trainer.objectives.objective import Objective
 from megabatch.trainer.objectives.sft import Sft
+from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.signals import StopSignal
 from megabatch.trainer.whereabouts import Whereabouts
 
@@ -39,36 +40,43 @@ def train(run: RunConfig, stop: StopSignal, where: Whereabouts) -> ExitCode:
         torch.use_deterministic_algorithms(True)
     with assemble.join_ranks(run) as ranks:
         note_settings_without_effect(run.recipe, is_main=ranks.is_main)
-        source = model_source(run, ranks)
-        data = assemble.open_data(run, source, ranks, Heartbeat(RunDirectory(Path(run.run_dir)), ranks.place))
-        train_iters = training.train_iters or data.schedule.train_iters(training.max_epochs or 1)
-        engine = assemble.build_engine(run, ranks, train_iters=train_iters)
-        checkpoints = assemble.make_checkpoints(run, ranks, source)
-        progress = assemble.start(run, engine, checkpoints, source)
-        samples, tokens = len(data.train), int(data.train.lengths.sum())
-        logger.info("step %d of %d; %d samples, %d tokens an epoch", progress.step, train_iters, samples, tokens)
-        metrics = Metrics(
-            RunDirectory(Path(run.run_dir)),
-            run.recipe.logging,
-            place=ranks.place,
-            shape=run.shape,
-            mean_length=data.mean_length,
-            train_iters=train_iters,
-            first_step=progress.step,
-        )
-        with metrics:
-            loop = Loop(
-                recipe=run.recipe,
-                engine=engine,
-                objective=Sft(calculate_per_token_loss=bool(training.calculate_per_token_loss)),
-                data=data,
-                checkpoints=checkpoints,
-                metrics=metrics,
-                stop=stop,
-                where=where,
-                train_iters=train_iters,
-            )
+        loop, progress = open_loop(run, ranks, stop, where)
+        with loop.metrics:
             return loop.run_from(progress)
+
+
+def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, where: Whereabouts) -> tuple[Loop, Progress]:
+    """The loop of a run with everything loaded, and where it goes on; its `metrics` are yet to be entered."""
+    training, folder = run.recipe.training, RunDirectory(Path(run.run_dir))
+    source = model_source(run, ranks)
+    data = assemble.open_data(run, source, ranks, Heartbeat(folder, ranks.place))
+    train_iters = training.train_iters or data.schedule.train_iters(training.max_epochs or 1)
+    engine = assemble.build_engine(run, ranks, train_iters=train_iters)
+    checkpoints = assemble.make_checkpoints(run, ranks, source)
+    progress = assemble.start(run, engine, checkpoints, source)
+    samples, tokens = len(data.train), int(data.train.lengths.sum())
+    logger.info("step %d of %d; %d samples, %d tokens an epoch", progress.step, train_iters, samples, tokens)
+    metrics = Metrics(
+        folder,
+        run.recipe.logging,
+        place=ranks.place,
+        shape=run.shape,
+        mean_length=data.mean_length,
+        train_iters=train_iters,
+        first_step=progress.step,
+    )
+    loop = Loop(
+        recipe=run.recipe,
+        engine=engine,
+        objective=Sft(calculate_per_token_loss=bool(training.calculate_per_token_loss)),
+        data=data,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        stop=stop,
+        where=where,
+        train_iters=train_iters,
+    )
+    return loop, progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +98,7 @@ class Loop:
             self._evaluate(0)
         if self.recipe.training.manual_gc:
             gc.disable()
-        for progress, stop in self._steps(start):
+        for progress, stop in self.steps(start):
             last = progress.step == self.train_iters
             evaluate = last or progress.step % (self.recipe.evaluation.eval_interval or self.train_iters) == 0
             save = last or stop or progress.step % self.recipe.checkpoint.save_interval == 0
@@ -105,7 +113,7 @@ class Loop:
         self.metrics.heartbeat("done", force=True)
         return ExitCode.DONE
 
-    def _steps(self, progress: Progress) -> Iterator[tuple[Progress, bool]]:
+    def steps(self, progress: Progress) -> Iterator[tuple[Progress, bool]]:
         """Trains step by step; yields how far the run is and whether a stop was asked for."""
         steps = self.data.batches.train(progress.cursor)
         while progress.step < self.train_iters:

@@ -10,34 +10,36 @@ import sys
 from pathlib import Path
 
 import torch
-from made_runs import WEIGHTY, recipe, write_run
-from measure import MIB, Figure, answer, bytes_below, median, peak_memory, read_plain, seconds, write_plain
+from made_runs import SMALL, WEIGHTY, recipe, write_run
+from measure import MIB, Figure, answer, bytes_below, median, peak_memory, read_plain, seconds, sized, write_plain
 
 from megabatch.converters.hf_model import open_hf_model
 from megabatch.trainer import assemble
 from megabatch.trainer.checkpoint import Checkpoints, Progress
 from megabatch.trainer.engine import Engine
+from megabatch.trainer.loop import open_loop
 from megabatch.trainer.model_source import ModelSource, model_source
-from megabatch.trainer.objectives.sft import Sft
+from megabatch.trainer.signals import StopSignal
+from megabatch.trainer.whereabouts import Whereabouts
 
-TIMES = 3
+TIMES = sized(3, 1)
 
 
 def figures(folder: Path) -> list[Figure]:
     groups = {"batch": {"micro_batch_size": 1, "global_batch_size": 1}, "data": {"max_length": 128}}
-    run = write_run(recipe(folder, WEIGHTY, checkpoint={"save_safetensors": True}, **groups), folder / "run")
+    run = write_run(
+        recipe(folder, sized(WEIGHTY, SMALL), checkpoint={"save_safetensors": True}, **groups), folder / "run"
+    )
     with assemble.join_ranks(run) as ranks:
-        source = model_source(run, ranks)
-        data = assemble.open_data(run, source, ranks)
-        engine = assemble.build_engine(run, ranks, train_iters=10)
-        checkpoints = assemble.make_checkpoints(run, ranks, source)
-        assemble.start(run, engine, checkpoints, source)
-        batch = next(data.batches.train(Progress().cursor))
-        engine.step(batch.packs, Sft(), weight=batch.weight)  # gives Adam its state
+        loop, progress = open_loop(run, ranks, StopSignal(), Whereabouts(0))
+        engine, checkpoints = loop.engine, loop.checkpoints
+        with loop.metrics:
+            next(loop.steps(progress))  # gives Adam its state
         saved = _save(engine, checkpoints, folder)
         newest = checkpoints.latest()
         assert newest is not None
-        return [*saved, *_restore(engine, checkpoints, newest), *_load(engine, source, newest / "hf")]
+        restored = _restore(engine, checkpoints, newest)
+        return [*saved, *restored, *_load(engine, model_source(run, ranks), newest / "hf")]
 
 
 def _save(engine: Engine, checkpoints: Checkpoints, folder: Path) -> list[Figure]:

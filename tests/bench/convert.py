@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from made_runs import WEIGHTY, recipe, write_run
-from measure import MIB, Figure, answer, bytes_below, copy_plain, median, peak_memory, seconds
+from made_runs import SMALL, WEIGHTY, recipe, write_run
+from measure import MIB, Figure, answer, bytes_below, copy_plain, median, peak_memory, seconds, sized
 
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.to_hf import to_hf
@@ -23,11 +23,11 @@ from megabatch.trainer.model.build import build, ddp_config
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model_source import model_source
 
-TIMES = 3
+TIMES = sized(3, 1)
 
 
 def figures(folder: Path) -> list[Figure]:
-    run = write_run(recipe(folder, WEIGHTY), folder / "run")
+    run = write_run(recipe(folder, sized(WEIGHTY, SMALL)), folder / "run")
     hf, mcore = folder / "hf", folder / "mcore"
     with assemble.join_ranks(run) as ranks:
         source = model_source(run, ranks)

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, ROOT, Figure, environment, files_below, median, seconds
+from measure import MIB, ROOT, Figure, environment, files_below, median, seconds, sized
 
-TIMES = 3
+TIMES = sized(3, 1)
 MODEL: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
     "max_position_embeddings": 40960, "tie_word_embeddings": True, "rope_theta": 1000000.0,
-}  # fmt: skip
+} | sized({}, {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024})  # fmt: skip
 """Qwen3-0.6B."""
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, ROOT, Figure, environment
+from measure import MIB, ROOT, Figure, environment, sized
 
 GIANTS: dict[str, dict[str, Any]] = {
     "Kimi-K2": {
@@ -65,7 +65,7 @@ def giants() -> list[Figure]:
     figures = []
     for name, config in GIANTS.items():
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            make(config, Path(folder))
+            make(config | sized({}, {"num_hidden_layers": 2}), Path(folder))
             command = [sys.executable, __file__, folder]
             done = subprocess.run(
                 command, env=environment(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True, check=True

@@ -8,14 +8,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from measure import ROOT, Figure, alternated, median
+from measure import ROOT, Figure, alternated, median, sized
 
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.render import render
 
 RECIPE = ROOT / "recipes" / "qwen3_moe_sft.py"
-TIMES = 5
+TIMES = sized(5, 1)
 
 
 def dry_run() -> list[Figure]:
@@ -79,7 +79,7 @@ def rendering() -> list[Figure]:
     jobs = (one, replace(one, nodes=1024))
     profile = ClusterProfile(network="infiniband")
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(50):
+    for _ in range(sized(50, 2)):
         for job, times in zip(jobs, seconds, strict=True):
             started = time.perf_counter()
             render(job, profile)

@@ -10,9 +10,9 @@ from array import array
 from pathlib import Path
 
 from files import MODEL, Way, compared, make
-from measure import Figure
+from measure import Figure, sized
 
-LARGER = MODEL | {"num_hidden_layers": 36}
+LARGER = MODEL | {"num_hidden_layers": sized(36, 1)}
 """With more than 1 GB in its linear layers."""
 RANK = 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -14,9 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
+TOY = os.environ.get("BENCH_TOY") == "1"
+"""Whether benchmarks only show that they run: small models, one repetition, figures that mean nothing."""
+
+T = TypeVar("T")
+
+
+def sized(full: T, toy: T) -> T:
+    """What a benchmark takes, and what it takes where it only shows that it runs."""
+    return toy if TOY else full
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +80,8 @@ def command_cost(command: Sequence[str], *, cwd: Path = ROOT) -> Cost:
 
 def alternated(commands: Sequence[Sequence[str]], *, times: int, cwd: Path = ROOT) -> list[list[Cost]]:
     """Costs of each command, run in turn after one unmeasured round that warms the file cache."""
-    rounds = [[command_cost(command, cwd=cwd) for command in commands] for _ in range(times + 1)][1:]
+    warm_up = sized(1, 0)
+    rounds = [[command_cost(command, cwd=cwd) for command in commands] for _ in range(times + warm_up)][warm_up:]
     return [list(costs) for costs in zip(*rounds, strict=True)]
 
 

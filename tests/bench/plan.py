@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from measure import ROOT, Figure, median
+from measure import ROOT, Figure, median, sized
 
 T = TypeVar("T")
-TIMES = 5
-POINTS = 1000
+TIMES = sized(5, 1)
+POINTS = sized(1000, 5)
 
 
 def plan() -> list[Figure]:
@@ -28,7 +28,7 @@ def plan() -> list[Figure]:
     shape = family_of(KNOWN_MODELS[recipe.model.model or ""]).shape(KNOWN_MODELS[recipe.model.model or ""])
     recipe, gpu = replace(recipe, batch=replace(recipe.batch, global_batch_size=1024)), GPUS["H100"]
     figures = []
-    for gpus in (16, 1024):
+    for gpus in sized((16, 1024), (16,)):
         seconds, judged = _timed(lambda gpus=gpus: judged_layouts(recipe, shape, gpus=gpus, gpu=gpu))
         estimated = sum(one.verdict.estimate is not None for one in judged)
         note = f"{len(judged):,} layouts, {estimated:,} estimated; processor, median of {TIMES}"

@@ -8,15 +8,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import Figure, median
+from measure import Figure, median, sized
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
-from megabatch.slurm.cluster import PrivateCluster
+from megabatch.slurm.cluster import PrivateCluster, missing_programs
 from megabatch.slurm.control import resume
 from megabatch.slurm.submit import submit
 
-TIMES = 3
+TIMES = sized(3, 1)
 SCRIPT = """\
 #!/bin/bash
 #SBATCH --output=/dev/null --requeue
@@ -26,6 +26,8 @@ if [ "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ]; then scontrol requeue "$SLURM_JOB_ID
 
 
 def requeue() -> list[Figure]:
+    if missing_programs():
+        return []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         cluster = PrivateCluster.start(nodes=1, directory=Path(folder, "slurm"))
         os.environ |= cluster.environment

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, installed or not
 
@@ -67,16 +68,24 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in BENCHMARKS]:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
-    record = {**_machine(), "benchmarks": {}}
+    record: dict[str, Any] = {**_machine(), "benchmarks": {}}
+    broken: list[str] = []
     for name in options.names or [name for name in BENCHMARKS if name not in ON_REQUEST]:
         before = os.getloadavg()[0]
-        figures = BENCHMARKS[name]()
+        try:
+            figures = BENCHMARKS[name]()
+        except (Exception, SystemExit) as e:  # one that broke hides none of the others
+            broken.append(name)
+            print(f"{name} failed: {e}", file=sys.stderr, flush=True)
+            continue
         record["benchmarks"][name] = {"load_before": before, "figures": [asdict(figure) for figure in figures]}
         for figure in figures:
             print(_line(figure), flush=True)
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return 0
+    if broken:
+        print(f"error: these benchmarks failed: {', '.join(broken)}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 def _line(figure: Figure) -> str:

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from made_runs import EXPERTS, SMALL, recipe, write_run
-from measure import ROOT, Figure, alternated, environment, median, seconds
+from measure import ROOT, Figure, alternated, environment, median, seconds, sized
 
 from megabatch import Model, MoE
 
-TIMES = 3
+TIMES = sized(3, 1)
 TIMEOUT_S = 120.0
 
 
@@ -34,7 +34,7 @@ def startup() -> list[Figure]:
             fresh.append(_first_step_s(run_dir, lines=1))
             write_run(replace(made, training=replace(made.training, train_iters=2)), run_dir)
             resumed.append(_first_step_s(run_dir, lines=2))
-    names = ("torch", "megatron.core", "megabatch.trainer.loop")
+    names = sized(("torch", "megatron.core", "megabatch.trainer.loop"), ("torch",))
     imports = alternated([[sys.executable, "-W", "ignore", "-c", f"import {name}"] for name in names], times=TIMES)
     return [
         Figure(name="rank start to first step", value=median(fresh), unit="s", note="one rank, small experts"),

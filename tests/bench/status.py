@@ -8,12 +8,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import ROOT, Figure, alternated, environment, median
+from measure import ROOT, Figure, alternated, environment, median, sized
 
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.records import record_submission
 
-RUNS, STEPS, TIMES = 1000, 2000, 5
+RUNS, STEPS, TIMES = sized((1000, 2000, 5), (10, 20, 1))
 
 
 def status() -> list[Figure]:
@@ -39,7 +39,7 @@ def _make(folder: Path) -> None:
         str(ROOT / "recipes" / "quickstart.py"),
         "--local",
         "--train_iters",
-        "20",
+        str(sized(20, 6)),
         "--eval_iters",
         "0",
     ]

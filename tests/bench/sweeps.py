@@ -11,14 +11,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import ROOT, Figure, alternated, command_cost, median
+from measure import ROOT, Figure, alternated, command_cost, median, sized
 
 from megabatch.slurm.cluster import PrivateCluster, missing_programs
 
 LAYOUTS = ROOT / "recipes" / "sweeps" / "qwen3_moe_layouts.py"
 SMALL = ROOT / "recipes" / "quickstart.py"
-ELEMENTS = 256
-TIMES = 5
+ELEMENTS = sized(256, 4)
+TIMES = sized(5, 1)
 
 
 def array() -> list[Figure]:
