@@ -30,7 +30,8 @@ class Training:
     train_iters: int | None = param(None, at_least=1)
     """Optimizer steps; give either this or `max_epochs`."""
     max_epochs: int | None = param(None, aliases=("num_train_epochs",), at_least=1)
-    """Passes over the training data, from which the number of steps is computed once the data is prepared."""
+    """Passes over the training data: `samples * max_epochs // global_batch_size` steps (with `packing`, packs),
+    counted once the data is prepared. A batch may span two epochs."""
     seed: int = param(42, at_least=0, below=2**32)
     """Seed of initialisation, shuffling, splitting and dropout."""
     deterministic_mode: bool = param(False)

@@ -95,11 +95,13 @@ def _tokens_of_a_row(launch: Launch) -> int | None:
 
 
 def _length(launch: Launch) -> str:
-    training = launch.recipe.training
-    if training.train_iters is not None:
-        return f"{training.train_iters:,} steps"
-    epochs = f"{training.max_epochs} epoch{'s' if training.max_epochs != 1 else ''}"
-    return f"{epochs}; the number of steps is counted when the data is prepared"
+    recipe = launch.recipe
+    steps, epochs, batch = recipe.training.train_iters, recipe.training.max_epochs, recipe.batch.global_batch_size
+    items = "packed rows" if recipe.data.packing else "samples"
+    if steps is not None:
+        return f"{steps:,} steps, which draw {steps * batch:,} {items}"
+    passes = f"{epochs} epochs" if epochs != 1 else "1 epoch"
+    return f"{passes} of all {items}; steps = {items} x {epochs} // {batch}, counted when the data is prepared"
 
 
 def _data(launch: Launch) -> str:

@@ -22,7 +22,11 @@ def nearest_divisors(value: int, *, of: int, count: int = 2) -> tuple[int, ...]:
 
 
 def train_iters(samples: int, *, epochs: int, global_batch_size: int) -> int:
-    """Optimizer steps of `epochs` passes over `samples` rows; a batch may span two epochs, the last rest is left."""
+    """Optimizer steps of `epochs` passes over `samples` items (samples, or packs when packing).
+
+    A batch may span two epochs; of the last epoch, what does not fill a batch is left: `samples · epochs mod
+    global_batch_size` items. Source: Megatron-SWIFT counts `train_iters` in the same way.
+    """
     return samples * epochs // global_batch_size
 
 

@@ -47,6 +47,19 @@ class RunData:
         lengths: np.ndarray = self.train.lengths.astype(np.float64)
         return float(np.square(lengths).sum() / lengths.sum())
 
+    def course(self, train_iters: int) -> str:
+        """What an epoch and `train_iters` steps draw, for the log."""
+        items, batch = len(self.schedule), self.schedule.global_batch_size
+        packs = f" in {items:,} packs" if items != len(self.train) else ""
+        epoch = f"an epoch draws all {len(self.train):,} samples{packs}, {int(self.train.lengths.sum()):,} tokens"
+        drawn = train_iters * batch
+        left = (
+            f"; the last epoch ends {-drawn % items:,} {'packs' if packs else 'samples'} early"
+            if drawn % items
+            else ""
+        )
+        return f"{epoch}; the run draws {drawn / items:.2f} epochs{left}"
+
 
 def join_ranks(run: RunConfig) -> Ranks:
     layout = run.layout
@@ -113,6 +126,7 @@ def _schedule(recipe: Recipe, data: TokenCache, *, shuffle: bool) -> Schedule:
         dataset_shuffle=shuffle and recipe.data.dataset_shuffle,
         train_dataloader_shuffle=shuffle and recipe.data.train_dataloader_shuffle,
         packing_length=recipe.data.packing_length if recipe.data.packing else None,
+        content=data.content,
     )
 
 

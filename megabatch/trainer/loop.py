@@ -32,6 +32,11 @@ from megabatch.trainer.whereabouts import Whereabouts
 
 logger = logging.getLogger(__name__)
 
+_OLD_CURSOR = (
+    "the checkpoint was written by an older megabatch, which noted the samples' lengths and not their tokens: an edit "
+    "of the data since then that left every length as it was would not be noticed. The next checkpoint notes them"
+)
+
 
 def train(run: RunConfig, stop: StopSignal, where: Whereabouts) -> ExitCode:
     """Trains until the last step or until asked to stop. Raises: MegabatchError, on every rank."""
@@ -54,8 +59,10 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, where: Whereabouts
     engine = assemble.build_engine(run, ranks, train_iters=train_iters)
     checkpoints = assemble.make_checkpoints(run, ranks, source)
     progress = assemble.start(run, engine, checkpoints, source)
-    samples, tokens = len(data.train), int(data.train.lengths.sum())
-    logger.info("step %d of %d; %d samples, %d tokens an epoch", progress.step, train_iters, samples, tokens)
+    data.schedule.require_own(progress.cursor)
+    if ranks.is_main and not progress.cursor.knows_content:
+        logger.warning(_OLD_CURSOR)
+    logger.info("step %d of %d; %s", progress.step, train_iters, data.course(train_iters))
     metrics = Metrics(
         folder,
         run.recipe.logging,

@@ -1,23 +1,23 @@
 """Tokenised datasets on disk: written once by one process, memory-mapped by every rank.
 
-A cache is a folder named by the content that it was made from: the datasets' bytes, the tokenizer's files and every
-setting that decides a token. It is renamed into place when complete, so it can be kept on shared storage.
+A cache is a folder named by everything that decides a token, see `cache_key`. It is renamed into place when complete,
+so it can be kept on shared storage.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megabatch.errors import DataError
-from megabatch.trainer.data import cache_files, files, tokenizer
+from megabatch.trainer.data import cache_files
+from megabatch.trainer.data.cache_key import cache_key
 from megabatch.trainer.data.files import Origin
 from megabatch.trainer.data.samples import Chunk, Encoding, Sample
 from megabatch.trainer.data.sources import Source
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 
 _MANY = 0.01
 """Share of rows from which dropping them is worth a warning."""
-FORMAT = 1
-"""Raised when the files of a cache or the meaning of a setting change: older caches are then made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +45,8 @@ class TokenCache:
     origins: np.ndarray = field(repr=False)
     """Source and line of each sample, int32 [samples, 2]."""
     meta: dict[str, Any] = field(repr=False)
+    content: str
+    """Digest of the tokens, weights and lengths of all samples, in order: 16 hexadecimal digits."""
 
     @classmethod
     def build(
@@ -66,7 +66,7 @@ class TokenCache:
         `on_chunk` is called whenever some hundred rows are done.
         Raises: DataError for a faulty row, no usable sample, or a disk that cannot take the cache.
         """
-        path = Path(cache_dir) / _key(sources, encoding, seed=seed, shuffle=shuffle)
+        path = Path(cache_dir) / cache_key(sources, encoding, seed=seed, shuffle=shuffle)
         rows = (row for source in sources for row in source.rows(seed=seed, shuffle=shuffle))
         try:
             if path.exists():
@@ -96,6 +96,7 @@ class TokenCache:
         """Maps a cache. `verify` reads everything and compares checksums. Raises: DataError for a damaged one."""
         try:
             meta = cache_files.read_meta(path)
+            content = str(meta["content"])
             arrays = {
                 name: cache_files.column(path, name, meta["files"][name], verify=verify) for name in cache_files.DTYPES
             }
@@ -111,6 +112,7 @@ class TokenCache:
             sums=np.array(arrays["sums"]),
             origins=arrays["origins"].reshape(-1, 2),
             meta=meta,
+            content=content,
         )
 
     def __len__(self) -> int:
@@ -142,15 +144,15 @@ class TokenCache:
 
     def subset(self, indices: np.ndarray) -> TokenCache:
         """The same cache with these samples only."""
-        return TokenCache(
-            path=self.path,
-            ids=self.ids,
-            weights=self.weights,
+        chosen = hashlib.blake2b(self.content.encode(), digest_size=8)
+        chosen.update(np.ascontiguousarray(indices, np.int64).tobytes())
+        return replace(
+            self,
             starts=self.starts[indices],
             lengths=self.lengths[indices],
             sums=self.sums[indices],
             origins=self.origins[indices],
-            meta=self.meta,
+            content=chosen.hexdigest(),
         )
 
     def split(self, ratio: float, *, seed: int) -> tuple[TokenCache, TokenCache]:
@@ -182,22 +184,3 @@ def _each(chunks: Iterable[Chunk], done: Callable[[], None]) -> Iterator[Chunk]:
     for chunk in chunks:
         yield chunk
         done()
-
-
-def _key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuffle: bool) -> str:
-    settings = {**asdict(encoding), "tokenizer": _tokenizer_digest(encoding.tokenizer)}
-    sampling = [seed, shuffle] if any(source.count is not None for source in sources) else None
-    content = [FORMAT, [source.fingerprint() for source in sources], settings, sampling]
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _tokenizer_digest(folder: Path) -> str:
-    """Content of a folder's tokenizer files; a model's folder holds weights too, which do not matter."""
-    tokenizer.check(folder)
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(folder).iterdir()):
-        names = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
-        if path.is_file() and path.name.startswith(names):
-            digest.update(path.name.encode())
-            digest.update(files.content_digest(path))
-    return digest.hexdigest()

@@ -5,11 +5,12 @@ weights.bin  float32, likewise
 lengths.bin  int32, tokens of each sample
 sums.bin     float64, sum of the weights of each sample
 origins.bin  int32, two for each sample: index of its file in meta.json's `sources`, line or row
-meta.json    counts, sources, and size and crc32 of the files above
+meta.json    counts, sources, the largest id, a digest of the samples, and size and crc32 of the files above
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,8 @@ DTYPES: dict[str, Any] = {
     "sums": np.float64,
     "origins": np.int32,
 }
+CONTENT = ("ids", "weights", "lengths")
+"""The arrays that training computes with."""
 
 
 def write(path: Path, chunks: Iterable[Chunk]) -> None:
@@ -89,12 +92,19 @@ class _Column:
         self._dtype = DTYPES[name]
         self._file = open(folder / f"{name}.bin", "wb")  # noqa: SIM115 - closed by `close`
         self._size = self._crc32 = 0
+        self._content = hashlib.blake2b(digest_size=16)
 
     def append(self, values: Any) -> None:
         data = np.ascontiguousarray(values, self._dtype).tobytes()
         self._file.write(data)
         self._size += len(data)
         self._crc32 = zlib.crc32(data, self._crc32)
+        self._content.update(data)
+
+    @property
+    def content(self) -> bytes:
+        """Digest of the values appended so far."""
+        return self._content.digest()
 
     def close(self, *, sync: bool) -> dict[str, int]:
         with self._file:
@@ -133,10 +143,15 @@ def _write_columns(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
     return {
         "samples": samples,
         "max_id": max_id,
+        "content": _digest(columns[name].content for name in CONTENT),
         "dropped": dict(dropped),
         "sources": [list(source) for source in sources],
         "files": written,
     }
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
 
 
 def _umask() -> int:

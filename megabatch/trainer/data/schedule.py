@@ -2,6 +2,9 @@
 
 The global batch is decided first, from seed, epoch and lengths alone; only then it is dealt to ranks and
 micro-batches. So it is the same for every data-parallel size and micro_batch_size.
+
+Epochs follow each other without a gap: a batch that the rest of an epoch does not fill takes what it lacks from the
+next one. So each epoch draws every item exactly once, and the last of `max_epochs` may end before its last items.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megabatch.errors import DataError
+from megabatch.plan.batch import train_iters
 from megabatch.trainer.data.packing import Packs, pack, singletons
 
 
@@ -25,9 +29,15 @@ class Cursor:
 
     epoch: int = 0
     offset: int = 0
-    """Items (samples, or packs when packing) of this epoch already drawn."""
+    """Items (samples, or packs when packing) of this epoch already drawn; all of them is the next epoch's start."""
     data: str = ""
-    """`Schedule.fingerprint` of the schedule that moved it; "" before the first batch."""
+    """`Schedule.fingerprint` of the schedule that moved it; "" before the first batch. Without a colon it knows the
+    order and the lengths alone: checkpoints from before contents were compared."""
+
+    @property
+    def knows_content(self) -> bool:
+        """Whether a dataset that was edited since would be found."""
+        return not self.data or ":" in self.data
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,8 +63,10 @@ class Schedule:
         dataset_shuffle: bool = True,
         train_dataloader_shuffle: bool = True,
         packing_length: int | None = None,
+        content: str = "",
     ) -> None:
-        """Args: `lengths` int [samples] in tokens; `packing_length`: tokens of a pack, None for no packing.
+        """Args: `lengths` int [samples] in tokens; `packing_length`: tokens of a pack, None for no packing; `content`:
+        digest of the samples' tokens, `TokenCache.content`.
 
         `dataset_shuffle` orders the samples once, `train_dataloader_shuffle` the items again in each epoch.
         Raises: DataError for a sample longer than `packing_length`.
@@ -69,8 +81,8 @@ class Schedule:
         settings = (seed, dataset_shuffle, train_dataloader_shuffle, packing_length)
         digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
         digest.update(np.ascontiguousarray(lengths, np.int64).tobytes())
-        self.fingerprint = digest.hexdigest()
-        """Digest of what a cursor's offset refers to; independent of batch sizes and ranks."""
+        self.fingerprint = f"{digest.hexdigest()}:{content}"
+        """Digests of what a cursor's offset refers to, `order:content`; independent of batch sizes and ranks."""
         self.order = lru_cache(maxsize=2)(self._order)
         """epoch → item numbers in the order they are drawn, int64 [items]."""
 
@@ -78,40 +90,51 @@ class Schedule:
         """Items: samples, or packs when packing."""
         return len(self.items)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full global batches of an epoch; the rest of its items is left out. May be 0."""
-        return len(self) // self.global_batch_size
-
     def require_a_batch(self) -> None:
-        """Raises: DataError when an epoch holds no full global batch."""
-        if not self.steps_per_epoch:
+        """Raises: DataError when an epoch is smaller than a global batch, which would then hold samples twice."""
+        if self.global_batch_size > len(self):
             raise DataError(
                 f"batch.global_batch_size={self.global_batch_size} is more than the {len(self)} training items "
                 f"(samples, or packs when packing); lower it to {len(self)} or less, or add data"
             )
 
-    def train_iters(self, max_epochs: float) -> int:
-        """Optimizer steps of `max_epochs` epochs. Raises: DataError when an epoch holds no full global batch."""
+    def train_iters(self, max_epochs: int) -> int:
+        """Optimizer steps of `max_epochs` epochs. Raises: DataError when an epoch is smaller than a global batch."""
         self.require_a_batch()
-        return int(self.steps_per_epoch * max_epochs)
+        return train_iters(len(self), epochs=max_epochs, global_batch_size=self.global_batch_size)
 
-    def next(self, cursor: Cursor) -> tuple[np.ndarray, Cursor]:
-        """Items of the next global batch, int64 [global_batch_size], and the cursor behind it.
-
-        Raises: DataError when the cursor belongs to other data, or an epoch holds no full global batch.
-        """
-        self.require_a_batch()
-        if cursor.data not in ("", self.fingerprint):
+    def require_own(self, cursor: Cursor) -> None:
+        """Raises: DataError when the cursor belongs to other data than this schedule's."""
+        if not cursor.data:
+            return
+        order, _, content = self.fingerprint.partition(":")
+        its_order, _, its_content = cursor.data.partition(":")
+        if its_order != order:
             raise DataError(
                 "the checkpoint's data cursor belongs to other samples, seed, shuffling or packing than this run's; "
                 "resume with the settings of the run that wrote it, or start over with checkpoint.finetune=True"
             )
-        epoch, offset = cursor.epoch, cursor.offset
-        if offset + self.global_batch_size > len(self):
-            epoch, offset = epoch + 1, 0
-        stop = offset + self.global_batch_size
-        return self.order(epoch)[offset:stop], Cursor(epoch, stop, self.fingerprint)
+        if cursor.knows_content and its_content != content:
+            raise DataError(
+                "the training data has other tokens than when the checkpoint was written, though every sample has the "
+                "same length: its files, the tokenizer or the template were changed; resume with those of the run "
+                "that wrote it, or start over with checkpoint.finetune=True"
+            )
+
+    def next(self, cursor: Cursor) -> tuple[np.ndarray, Cursor]:
+        """Items of the next global batch, int64 [global_batch_size], and the cursor behind it.
+
+        Raises: DataError when the cursor belongs to other data, or an epoch is smaller than a global batch.
+        """
+        self.require_a_batch()
+        self.require_own(cursor)
+        epoch, offset = divmod(cursor.epoch * len(self) + cursor.offset, len(self))
+        items = self.order(epoch)[offset : offset + self.global_batch_size]
+        stop = offset + len(items)
+        if rest := self.global_batch_size - len(items):
+            epoch, stop = epoch + 1, rest
+            items = np.concatenate([items, self.order(epoch)[:rest]])
+        return items, Cursor(epoch, stop, self.fingerprint)
 
     def once(self) -> Iterator[np.ndarray]:
         """Every item exactly once, in order and unshuffled by epoch: evaluation. The last batch may be smaller."""

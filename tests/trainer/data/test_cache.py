@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from megabatch.errors import DataError
-from megabatch.trainer.data import cache_files, datasets, workers
+from megabatch.trainer.data import cache_files, cache_key, datasets, workers
 from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.files import Origin, Row
 from megabatch.trainer.data.samples import Encoder, Encoding
@@ -98,6 +99,50 @@ def test_it_is_reused_until_anything_that_matters_changes(build: Any, write_json
     write_jsonl("a.jsonl", rows(11))
     others.add(build(path, max_length=100))
     assert len(others | {first}) == 8
+
+
+def test_its_name_knows_all_that_decides_tokens(
+    tokenizer_folder: Path, tmp_path: Path, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, folder)
+    (folder / "config.json").write_text('{"model_type": "qwen3", "hidden_size": 64}')
+    sources = resolve([str(write_jsonl("a.jsonl", rows(2)))])
+
+    def key() -> str:
+        return cache_key.cache_key(sources, Encoding(tokenizer=folder), seed=1, shuffle=True)
+
+    first = key()
+    (folder / "config.json").write_text('{"model_type": "qwen3", "hidden_size": 128}')
+    (folder / "model.safetensors").write_text("weights")
+    assert key() == first, "another model with the same tokenizer"
+    keys = [first]
+    (folder / "config.json").write_text('{"model_type": "gemma3_text", "hidden_size": 128}')
+    keys.append(key())
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    keys.append(key())
+    for library in ("transformers", "tokenizers"):
+        with monkeypatch.context() as patched:
+            version = cache_key._version
+            patched.setattr(cache_key, "_version", lambda n, old=version, new=library: "0" if n == new else old(n))
+            keys.append(key())
+    monkeypatch.setattr(cache_key, "_code_digest", lambda: "other code")
+    keys.append(key())
+    assert len(set(keys)) == 6
+
+
+def test_its_content_is_that_of_the_tokens(build: Any, write_jsonl: Write) -> None:
+    path = write_jsonl("a.jsonl", rows(40))
+    first = TokenCache.open(build(path))
+    moved = TokenCache.open(build(path.rename(path.with_name("b.jsonl"))))
+    assert moved.content == first.content
+    edited = rows(40)
+    edited[7]["response"] = edited[7]["response"].replace("apple", "are a")
+    other = TokenCache.open(build(write_jsonl("a.jsonl", edited)))
+    assert other.lengths.tolist() == first.lengths.tolist()
+    assert other.content != first.content
+    parts = {part.content for seed in (1, 2) for part in first.split(0.25, seed=seed)}
+    assert len(parts | {first.content}) == 5
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "meta", "missing"])

@@ -28,11 +28,12 @@ def draw(schedule: Schedule, cursor: Cursor, steps: int) -> tuple[list[list[int]
     batch=st.integers(1, 16),
     shuffle=st.tuples(st.booleans(), st.booleans()),
     packing=st.sampled_from([None, 64]),
-    stop=st.integers(0, 12),
+    epochs=st.integers(1, 4),
+    stop=st.integers(0, 320),
 )
 @settings(max_examples=150, deadline=None)
-def test_each_epoch_draws_each_sample_at_most_once_and_resumes_exactly(
-    size: int, batch: int, shuffle: tuple[bool, bool], packing: int | None, stop: int
+def test_each_epoch_draws_each_sample_once_and_resumes_exactly(
+    size: int, batch: int, shuffle: tuple[bool, bool], packing: int | None, epochs: int, stop: int
 ) -> None:
     lengths = np.random.default_rng(size).integers(1, 60, size)
 
@@ -41,22 +42,49 @@ def test_each_epoch_draws_each_sample_at_most_once_and_resumes_exactly(
                         train_dataloader_shuffle=shuffle[1], packing_length=packing)  # fmt: skip
 
     whole = schedule()
-    steps = whole.steps_per_epoch
-    assert steps == len(whole) // batch
-    if not steps:
+    if batch > len(whole):
+        with pytest.raises(DataError, match="global_batch_size"):
+            whole.train_iters(epochs)
         return
-    batches, cursors = draw(whole, Cursor(), 2 * steps + 3)
-    for epoch in range(2):
-        drawn = [item for items in batches[epoch * steps : (epoch + 1) * steps] for item in items]
-        assert len(drawn) == len(set(drawn)) == steps * batch
-        samples = np.concatenate([whole.items[item] for item in drawn])
+    steps = whole.train_iters(epochs)
+    assert steps == len(whole) * epochs // batch
+    batches, cursors = draw(whole, Cursor(), steps + 3)
+    assert {len(items) for items in batches} == {batch}
+    drawn = [item for items in batches for item in items]
+    for epoch in range(epochs):
+        part = drawn[epoch * len(whole) : (epoch + 1) * len(whole)]
+        samples = np.concatenate([whole.items[item] for item in part])
+        assert len(part) == len(set(part))
         assert len(samples) == len(set(samples.tolist()))
-        if steps * batch == len(whole):
+        if len(part) == len(whole):
             assert sorted(samples.tolist()) == list(range(size))
-        assert cursors[(epoch + 1) * steps - 1].epoch == epoch
-    stop = min(stop, len(batches) - 1)
+    assert len(drawn[: steps * batch]) > epochs * len(whole) - batch, "less than a batch is left of the last epoch"
+    assert [cursor.epoch * len(whole) + cursor.offset for cursor in cursors] == [
+        batch * (number + 1) for number in range(len(cursors))
+    ]
+    stop = stop % len(batches)
     saved = Cursor.from_json(json.loads(json.dumps(([Cursor(), *cursors])[stop].to_json())))
     assert draw(schedule(), saved, len(batches) - stop) == (batches[stop:], cursors[stop:])
+
+
+def test_batches_run_on_over_the_end_of_an_epoch_by_hand() -> None:
+    """7 samples in batches of 3, unshuffled, 3 epochs: 21 // 3 = 7 steps, each sample three times."""
+    schedule = Schedule(np.full(7, 5), global_batch_size=3, dataset_shuffle=False, train_dataloader_shuffle=False)
+    assert schedule.train_iters(3) == 7
+    batches, cursors = draw(schedule, Cursor(), 7)
+    assert batches == [[0, 1, 2], [3, 4, 5], [6, 0, 1], [2, 3, 4], [5, 6, 0], [1, 2, 3], [4, 5, 6]]
+    assert [(cursor.epoch, cursor.offset) for cursor in cursors] == [
+        (0, 3), (0, 6), (1, 2), (1, 5), (2, 1), (2, 4), (2, 7)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs", "batch", "steps"), [(1000, 3, 512, 5), (1000, 1, 512, 1), (1024, 3, 512, 6), (7, 2, 7, 2)]
+)
+def test_steps_are_counted_over_all_epochs(samples: int, epochs: int, batch: int, steps: int) -> None:
+    schedule = Schedule(np.full(samples, 5), global_batch_size=batch)
+    assert schedule.train_iters(epochs) == steps
+    drawn = [item for items in draw(schedule, Cursor(), steps)[0] for item in items]
+    assert len(set(drawn)) == min(samples, steps * batch)
 
 
 def test_shuffling() -> None:
@@ -91,10 +119,9 @@ def test_a_larger_batch_goes_on_from_the_cursor() -> None:
 
 
 def test_train_iters_and_too_little_data() -> None:
-    schedule = Schedule(LENGTHS, global_batch_size=8)
-    assert (schedule.steps_per_epoch, schedule.train_iters(3), schedule.train_iters(0.5)) == (6, 18, 3)
+    assert Schedule(LENGTHS, global_batch_size=8).train_iters(3) == 18  # 150 // 8
     with pytest.raises(DataError, match=r"global_batch_size=64 is more than the 50 training items .*lower it to 50"):
-        Schedule(LENGTHS, global_batch_size=64).train_iters(1)
+        Schedule(LENGTHS, global_batch_size=64).train_iters(2)
     with pytest.raises(DataError, match="global_batch_size=64"):
         Schedule(LENGTHS, global_batch_size=64).next(Cursor())
 
@@ -106,6 +133,32 @@ def test_a_cursor_of_other_data_is_refused(other: dict[str, int]) -> None:
         Schedule(LENGTHS, global_batch_size=5, **other).next(cursor)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"data cursor .* cannot be read"):
         Cursor.from_json({"epoch": "x"})
+
+
+def test_a_cursor_of_edited_data_is_refused() -> None:
+    _, cursor = Schedule(LENGTHS, global_batch_size=5, content="aa").next(Cursor())
+    Schedule(LENGTHS, global_batch_size=5, content="aa").next(cursor)
+    with pytest.raises(DataError, match="other tokens than when the checkpoint was written"):
+        Schedule(LENGTHS, global_batch_size=5, content="bb").next(cursor)
+
+
+def test_a_cursor_from_before_contents_were_compared_goes_on() -> None:
+    """Its form is that of checkpoints written then: order and lengths alone."""
+    schedule = Schedule(LENGTHS, global_batch_size=8, content="aa")
+    old = Cursor(0, 48, schedule.fingerprint.partition(":")[0])
+    assert not old.knows_content
+    items, cursor = schedule.next(old)
+    assert items.tolist() == [*schedule.order(0)[48:], *schedule.order(1)[:6]]
+    assert cursor.knows_content
+    assert Cursor().knows_content
+    with pytest.raises(DataError, match="belongs to other samples"):
+        schedule.next(Cursor(0, 48, "0123456789abcdef"))
+
+
+def test_the_order_part_of_a_fingerprint_is_pinned() -> None:
+    """Or checkpoints written before could not be resumed."""
+    schedule = Schedule(np.array([3, 5, 7]), global_batch_size=1, seed=42, packing_length=8)
+    assert schedule.fingerprint == "b96427cfa183937b:"
 
 
 def test_evaluation_holds_every_item_once() -> None:
