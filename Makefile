@@ -1,4 +1,4 @@
-# demo: train a small model here.  test: pass the tests.  Both install what they need into .venv.
+# demo: train a small model here.  test: run the tests.  Both install what they need into .venv.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -25,7 +25,7 @@ help:  ## these lines
 demo: $(VENV)/.train  ## train a small Qwen3-MoE on two CPU processes and export it to Hugging Face's format
 	$(RUN) recipes/quickstart.py --local
 
-test: $(VENV)/.dev  ## all tests; those on a real Slurm run where its daemons are installed
+test: $(VENV)/.dev  ## all tests; Slurm tests run only where Slurm is installed
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/.dev  ## style, types, import contract, tests
