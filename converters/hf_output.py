@@ -80,6 +80,7 @@ def plan_folder(
     """
     if merged is not None:
         shapes, parts = merged.folder(shapes, parts, fp8=form.fp8)
+        copies = merged.copies(copies)
     how = _way_of_quantising(reference) if form.fp8 else None
     entries: dict[str, TensorInfo] = {}
     placed: dict[str, Parts] = {}

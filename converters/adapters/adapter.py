@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 Target = tuple[str, int | None]
-"""A megatron-core tensor: its canonical name, and the expert."""
+"""The weight of a layer of megatron-core: its canonical name, and the expert."""
 Part = tuple[str, int | None]
 """A Hugging Face tensor, or one leading index of it."""
 
@@ -96,10 +98,20 @@ class Adapter:
         return {*self.whole, *(block.part[0] for blocks in self.blocks.values() for block in blocks)}
 
 
+class Place(NamedTuple):
+    """Where a tensor lies in the weight of its layer."""
+
+    layer: str
+    """The weight's name; the tensor's own, unless the checkpoint has the layer's parts as tensors of their own."""
+    row: int
+
+
 class Tables:
     """A family's table over both layouts of experts, for a model whose embeddings are not tied.
 
-    An adapter may change the embedding and not the output layer, so that the two must be looked at on their own.
+    An adapter may change the embedding and not the output layer, so that the two must be looked at on their own. A
+    layer whose parts are tensors of their own (linear attention's `in_proj.weight.query`, …) is one weight here, as
+    it is one layer in megatron-core.
     Raises: ConversionError for families whose two layouts have the same names.
     """
 
@@ -111,7 +123,7 @@ class Tables:
         self.family, self.tied_shape = family, shape
         self.shape = replace(shape, untie_embeddings_and_output_weights=True)
         layouts: tuple[ExpertLayout, ...] = ("per_expert", "fused")
-        self.tables = {layout: family.tensors(self.shape, experts=layout) for layout in layouts}
+        self.tables = {layout: list(_whole_layers(family.tensors(self.shape, experts=layout))) for layout in layouts}
         self.shapes = {name: dims for layout in layouts for name, dims in invert(self.tables[layout]).items()}
         """Shape of every Hugging Face tensor that a table knows."""
         self.by_target = {
@@ -121,8 +133,23 @@ class Tables:
         for mapped in (mapped for layout in layouts for mapped in self.tables[layout]):
             for piece in mapped.pieces:
                 self._parts.setdefault((piece.hf, piece.index), {})[mapped.name, mapped.expert] = mapped
+        self.places: dict[str, Place] = {}
+        self.parts: dict[str, list[Mapped]] = {}
+        """The tensors of a layer that a checkpoint has in parts, by the weight's name."""
+        for mapped in family.tensors(self.shape):
+            if (layer := _layer_of(mapped)) is not None:
+                own = self.parts.setdefault(layer, [])
+                self.places[mapped.name] = Place(layer, sum(other.shape[0] for other in own))
+                own.append(mapped)
         self.stacks = {name: dims[0] for name, dims in self.shapes.items() if (name, None) not in self._parts}
         """Tensors that hold all experts, with their number."""
+
+    def place(self, mapped: Mapped) -> Place:
+        return self.places.get(mapped.name) or Place(mapped.name, 0)
+
+    def tensors_of(self, layer: Mapped) -> list[Mapped]:
+        """The tensors that a checkpoint has of a layer's weight."""
+        return self.parts.get(layer.name) or [layer]
 
     def users(self, part: Part) -> Iterable[Mapped]:
         """The megatron-core tensors with rows of a Hugging Face tensor."""
@@ -133,3 +160,24 @@ class Tables:
         for mapped in self.users(part):
             spans = tuple(spans_by_part(mapped)[part])
             yield (mapped.name, mapped.expert), Block(part, spans, left, right, scale)
+
+
+_PART = re.compile(r"(.*\.weight)\.\w+")
+
+
+def _layer_of(mapped: Mapped) -> str | None:
+    """The weight that a tensor is a part of, where it is not all of it."""
+    part = _PART.fullmatch(mapped.name)
+    return part[1] if part is not None and len(mapped.shape) == 2 else None
+
+
+def _whole_layers(tensors: Iterable[Mapped]) -> Iterator[Mapped]:
+    """The tensors with those of one layer joined, one below the other."""
+    for layer, run in groupby(tensors, key=_layer_of):
+        parts = list(run)
+        if layer is None:
+            yield from parts
+            continue
+        rows = sum(part.shape[0] for part in parts)
+        sections = tuple(section for part in parts for section in part.sections)
+        yield replace(parts[0], name=layer, shape=(rows, *parts[0].shape[1:]), sections=sections)

@@ -188,5 +188,5 @@ def _short(value: object) -> str:
 
 
 def dump(values: Mapping[str, Any]) -> bytes:
-    """The text of a config, as PEFT writes it."""
-    return json.dumps(dict(values), indent=2, sort_keys=True).encode()
+    """The text of a config, as PEFT writes it; patterns stay in their order, since the first that fits counts."""
+    return json.dumps(dict(sorted(values.items())), indent=2).encode()

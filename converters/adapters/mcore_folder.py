@@ -11,7 +11,7 @@ they share A when its rank is theirs; when its rank is the sum of theirs, each h
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megabatch.converters.adapters.adapter import Adapter, Block, Part, Span, Tables, Whole, spans_by_part
@@ -45,6 +45,16 @@ def suffixes(mapped: Mapped) -> tuple[str, str]:
     return EMBEDDING if mapped.name.startswith("embedding.") else LOW_RANK
 
 
+def low_rank_names(mapped: Mapped) -> tuple[str, str]:
+    """The names of a layer's A and B; `gate_weight`, a parameter without a module of its own, is the layer `gate`."""
+    stem = mapped.name.removesuffix("weight")
+    if stem == mapped.name:
+        raise ConversionError(f"{mapped.name}: is no weight of a layer that can have an adapter; a fault of ours")
+    a, b = suffixes(mapped)
+    stem = f"{stem[:-1]}." if stem.endswith("_") else stem
+    return stem + a, stem + b
+
+
 def find_config(given: Path, checkpoint: Path) -> Path:
     """The adapter_config.json that belongs to a checkpoint. Raises: ConversionError when there is none."""
     for place in (given, given / "hf", checkpoint, checkpoint.parent, checkpoint.parent / "hf"):
@@ -70,6 +80,17 @@ def open_mcore(given: Path, tables: Tables, numbered: Numbered) -> Adapter:
         source.close()
 
 
+@dataclass(slots=True)
+class _Found:
+    """What was found of a whole Hugging Face tensor."""
+
+    dtype: str
+    mapped: Mapped
+    """The first tensor that has rows of it."""
+    rows: int = 0
+    strips: list[Strip] = field(default_factory=list)
+
+
 class _Reader:
     """One checkpoint on its way into an `Adapter`."""
 
@@ -79,11 +100,14 @@ class _Reader:
         self._source, self._config, self._tables, self._numbered = source, config, tables, numbered
         self._adapter = Adapter(source.path, config, tables, numbered.files)
         self._used: set[str] = set()
+        self._wholes: dict[str, _Found] = {}
 
     def read(self) -> Adapter:
         for mapped in self._tables.tables["per_expert"]:
             self._low_rank(mapped)
-            self._whole(mapped)
+            for part in self._tables.tensors_of(mapped):
+                self._whole(part)
+        self._add_whole()
         left = [key for key in self._source.entries if key not in self._used and not is_optimizer(key)]
         if left:
             more = f"\n  and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
@@ -94,14 +118,14 @@ class _Reader:
         return self._adapter
 
     def _low_rank(self, mapped: Mapped) -> None:
-        if len(mapped.shape) != 2 or not mapped.name.endswith(".weight"):
+        if len(mapped.shape) != 2 or not mapped.name.endswith("weight"):
             return
-        stem = mapped.name.removesuffix("weight")
-        a, b = (self._matrix(replace(mapped, name=stem + suffix)) for suffix in suffixes(mapped))
+        names = low_rank_names(mapped)
+        a, b = (self._matrix(replace(mapped, name=name)) for name in names)
         if a is None and b is None:
             return
         if a is None or b is None:
-            raise self._fault(mapped, f"has only one of {stem}{suffixes(mapped)[0]} and {suffixes(mapped)[1]}")
+            raise self._fault(mapped, f"has only one of {' and '.join(names)}")
         if suffixes(mapped) == EMBEDDING:
             left = a._replace(transposed=True, pick=(0, mapped.shape[0], 1) if a.columns > mapped.shape[0] else None)
             self._check(mapped, left, b._replace(transposed=True))
@@ -200,9 +224,21 @@ class _Reader:
             raise self._fault(mapped, "is a whole tensor, which is not supported of this layer")
         strips, dtype = self._strips(*found)
         for (name, _), spans in spans_by_part(mapped).items():
-            own = [cut for span in spans for cut in sliced(strips, span.row, span.rows, row=span.first)]
-            own.sort(key=lambda strip: strip.row)
-            self._adapter.whole[name] = Whole(self._tables.shapes[name], dtype, tuple(own))
+            found_of = self._wholes.setdefault(name, _Found(dtype, mapped))
+            if found_of.dtype != dtype:
+                raise self._fault(mapped, f"is {dtype}, and {found_of.mapped.name}, also of {name}, {found_of.dtype}")
+            for span in spans:
+                found_of.strips += sliced(strips, span.row, span.rows, row=span.first)
+                found_of.rows += span.rows
+
+    def _add_whole(self) -> None:
+        """The whole tensors, some of which are several of megatron-core's."""
+        for name, found in self._wholes.items():
+            shape = self._tables.shapes[name]
+            if found.rows != shape[0]:
+                raise self._fault(found.mapped, f"there are {found.rows} of the {shape[0]} rows of {name}")
+            found.strips.sort(key=lambda strip: strip.row)
+            self._adapter.whole[name] = Whole(shape, found.dtype, tuple(found.strips))
 
     def _matrix(self, mapped: Mapped) -> Matrix | None:
         found = self._find(mapped)

@@ -94,6 +94,11 @@ class Merged:
             if part[0] in self._tied
         ]
 
+    def copies(self, copies: Mapping[str, str]) -> Mapping[str, str]:
+        """Tensors that repeat another one, with its name; an output layer that is tied no longer is one of these."""
+        own = self._tables.family.copies(self._tables.shape) if self._tied else {}
+        return {name: own.get(name, of) for name, of in copies.items()}
+
     def folder(
         self, shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Sequence[Tensor]], *, fp8: bool
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, Sequence[Tensor]]]:
@@ -114,7 +119,10 @@ class Merged:
     def mcore(self, tensor: Tensor, mapped: Mapped) -> Tensor:
         """A megatron-core tensor with what the adapters change."""
         tensor = self._replaced(tensor, mapped)
-        terms = [_term(span.row, span, 0, span.rows, block) for block in self._blocks(mapped) for span in block.spans]
+        layer, top = self._tables.place(mapped)
+        own = [Span(top, mapped.shape[0], 0, 1)]
+        blocks = self._blocks(layer, mapped.expert)
+        terms = [term for block in blocks for term in _between(block, own)]
         return tensor._replace(low_rank=tuple(terms)) if terms else tensor
 
     def hf(self, tensor: Tensor, part: Part) -> Tensor:
@@ -126,7 +134,7 @@ class Merged:
             tensor = _with_whole(tensor, whole, part)
         terms: list[LowRank] = []
         for mapped in self._tables.users(part):
-            blocks = self._blocks(mapped)
+            blocks = self._blocks(mapped.name, mapped.expert)
             if blocks and mapped.woven:
                 raise ConversionError(
                     f"{part[0]}: its rows are not in megatron-core's order; merge its adapter with --to_mcore, and "
@@ -136,9 +144,8 @@ class Merged:
             terms += (term for block in blocks for term in _between(block, own))
         return tensor._replace(low_rank=tuple(_joined(terms))) if terms else tensor
 
-    def _blocks(self, mapped: Mapped) -> list[Block]:
-        target = (mapped.name, mapped.expert)
-        return [block for adapter in self._adapters for block in adapter.blocks.get(target, [])]
+    def _blocks(self, layer: str, expert: int | None) -> list[Block]:
+        return [block for adapter in self._adapters for block in adapter.blocks.get((layer, expert), [])]
 
     def _replaced(self, tensor: Tensor, mapped: Mapped) -> Tensor:
         """The tensor with those of its pieces that an adapter brings."""

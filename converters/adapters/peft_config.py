@@ -6,34 +6,62 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from megabatch.converters.adapters.adapter import Tables
 from megabatch.converters.adapters.config import AdapterConfig, dump
-
-
-class Adapted(NamedTuple):
-    """A module with an adapter, or a parameter."""
-
-    key: str
-    rank: int
-    scale: float
-    parameter: bool
-
+from megabatch.converters.adapters.peft_experts import Adapted, differently_loaded, joined_experts
+from megabatch.errors import ConversionError
 
 _LAYER = re.compile(r".*?\.layers\.\d+\.")
 
 
-def described(config: AdapterConfig, adapted: Sequence[Adapted], tables: Tables) -> bytes:
-    """The text of adapter_config.json; the source's, byte for byte, where that says it all."""
+def described(
+    config: AdapterConfig, adapted: Sequence[Adapted], tables: Tables, *, asked: str | None
+) -> tuple[bytes, list[str]]:
+    """The text of adapter_config.json; the source's, byte for byte, where that says it all. And what is to be said.
+
+    `asked`: the layout of experts that was asked for. PEFT is then kept from computing another model (`peft_experts`),
+    or, without patterns that could, the config is refused; the source's own is given back as it is, with a note.
+    Raises: ConversionError.
+    """
+    described_ = _described(config, adapted, tables)
+    if asked is not None or described_.values != config.values:
+        described_ = _joined_as_trained(described_, adapted, tables)
+    lost = list(differently_loaded(described_, adapted, tables))
+    if lost and asked is not None:
+        raise ConversionError(
+            f"{config.path.parent}: peft_format={asked}: PEFT 0.21 would load it as another model: {_some(lost)}"
+        )
+    text = config.path.read_bytes() if described_.values == config.values else dump(described_.values)
+    if not lost:
+        return text, []
+    note = (
+        f"PEFT 0.21 loads this adapter as another model than was trained: {_some(lost)}; --peft_format writes an "
+        "adapter_config.json that keeps it from that"
+    )
+    return text, [note]
+
+
+def _some(faults: Sequence[str]) -> str:
+    return faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
+
+
+def _described(config: AdapterConfig, adapted: Sequence[Adapted], tables: Tables) -> AdapterConfig:
+    """The config with every adapted module and parameter, and its rank and scale."""
     values = dict(config.values)
     if not all(_targeted(config, one) for one in adapted):
         parameters = [one.key for one in adapted if one.parameter]
         modules = [one.key for one in adapted if not one.parameter]
         values["target_modules"] = _names(modules, _others(tables, modules))
         values["target_parameters"] = sorted({_LAYER.sub("", key) for key in parameters}) or None
-    changed = replace(config, values=values)
-    ranks = {one.key: one.rank for one in adapted if changed.rank(one.key) != one.rank}
+    return _with_patterns(replace(config, values=values), adapted)
+
+
+def _with_patterns(config: AdapterConfig, adapted: Sequence[Adapted]) -> AdapterConfig:
+    """With patterns for the ranks and scales that it would get wrong."""
+    values = config.values
+    ranks = {one.key: one.rank for one in adapted if config.rank(one.key) != one.rank}
     values = values | _patterns(values, "rank_pattern", ranks, adapted)
     changed = replace(config, values=values)
     alphas = {
@@ -41,8 +69,23 @@ def described(config: AdapterConfig, adapted: Sequence[Adapted], tables: Tables)
         for one in adapted
         if abs(changed.scale(one.key, one.rank) - one.scale) > 1e-12 * one.scale
     }
-    values = values | _patterns(values, "alpha_pattern", alphas, adapted)
-    return config.path.read_bytes() if values == config.values else dump(values)
+    return replace(config, values=values | _patterns(values, "alpha_pattern", alphas, adapted))
+
+
+def _joined_as_trained(config: AdapterConfig, adapted: Sequence[Adapted], tables: Tables) -> AdapterConfig:
+    """With patterns for experts' layers that PEFT joins and would give another rank or scale."""
+    layers, wrong = [], []
+    for joined in joined_experts(adapted, tables):
+        seen, rank = joined.as_loaded(config), sum(joined.ranks)
+        scale, *others = joined.scales
+        layers.append(Adapted(joined.stack, rank, scale, True))
+        right = seen.rank(joined.stack) == rank and abs(seen.scale(joined.stack, rank) / scale - 1) < 1e-12
+        if joined.alike and not others and not right:
+            wrong.append(layers[-1])
+    ranks = {one.key: one.rank for one in wrong}
+    alphas = {one.key: config.alpha_for(one.scale, one.rank) for one in wrong}
+    values = config.values | _patterns(config.values, "rank_pattern", ranks, layers)
+    return replace(config, values=values | _patterns(config.values, "alpha_pattern", alphas, layers))
 
 
 def _targeted(config: AdapterConfig, one: Adapted) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from megabatch.converters.adapters.adapter import Adapter, Block, Span, Tables
 from megabatch.converters.adapters.arrange import ExpertsApart
 from megabatch.converters.adapters.config import NAME
-from megabatch.converters.adapters.mcore_folder import EMBEDDING, suffixes
+from megabatch.converters.adapters.mcore_folder import EMBEDDING, low_rank_names, suffixes
 from megabatch.converters.adapters.open import base_model_of, open_adapters
 from megabatch.converters.adapters.pairs import Rows, joined, tensor_of
 from megabatch.converters.engine.gather import sliced
@@ -83,14 +83,14 @@ def _made(adapter: Adapter, sources: Sources) -> Iterator[Made]:
     """Every tensor of the checkpoint with the name, layer, expert and shape that a canonical tensor has."""
     together: set[tuple[str, int | None]] = set()
     for target, mapped in adapter.tables.by_target["per_expert"].items():
-        if (whole := _whole(adapter, mapped)) is not None:
-            yield whole
+        for part in adapter.tables.tensors_of(mapped):
+            if (whole := _whole(adapter, part)) is not None:
+                yield whole
         blocks = adapter.blocks.get(target)
         if blocks is None:
             continue
         if suffixes(mapped) == EMBEDDING:
-            yield _named(mapped, EMBEDDING[0], tensor_of(blocks[0].left))
-            yield _named(mapped, EMBEDDING[1], tensor_of(blocks[0].right))
+            yield from _named(mapped, tensor_of(blocks[0].left), tensor_of(blocks[0].right))
         elif (left := blocks[0].left.pick) is not None and left[2] > 1:
             if (mapped.name, mapped.layer) not in together:
                 together.add((mapped.name, mapped.layer))
@@ -98,9 +98,7 @@ def _made(adapter: Adapter, sources: Sources) -> Iterator[Made]:
         else:
             rows = [Rows(block, span.row, span.rows, span.first) for block in blocks for span in _plain(mapped, block)]
             pair = joined(rows, mapped.shape[0], sources=sources, what=f"{adapter.path}: {mapped.name}")
-            a, b = suffixes(mapped)
-            yield _named(mapped, a, pair.a)
-            yield _named(mapped, b, pair.b)
+            yield from _named(mapped, pair.a, pair.b)
 
 
 def _plain(mapped: Mapped, block: Block) -> tuple[Span, ...]:
@@ -112,8 +110,9 @@ def _plain(mapped: Mapped, block: Block) -> tuple[Span, ...]:
     return block.spans
 
 
-def _named(mapped: Mapped, suffix: str, tensor: Tensor) -> Made:
-    return replace(mapped, name=mapped.name.removesuffix("weight") + suffix, shape=tensor.shape), tensor
+def _named(mapped: Mapped, a: Tensor, b: Tensor) -> Iterator[Made]:
+    for name, tensor in zip(low_rank_names(mapped), (a, b), strict=True):
+        yield replace(mapped, name=name, shape=tensor.shape), tensor
 
 
 def _of_all_experts(adapter: Adapter, mapped: Mapped, blocks: list[Block]) -> Iterator[Made]:
@@ -127,11 +126,8 @@ def _of_all_experts(adapter: Adapter, mapped: Mapped, blocks: list[Block]) -> It
     strip = right.strips[0]
     stacked = right._replace(rows=right.rows * experts, strips=(strip._replace(rows=strip.rows * experts),))
     a, b = tensor_of(stacked), tensor_of(left)._replace(arrangement=ExpertsApart(experts))
-    names, whole = suffixes(mapped), replace(mapped, expert=None)
-    for suffix, tensor, shape in zip(
-        names, (a, b), ((right.rows, right.columns), (left.rows, right.rows)), strict=True
-    ):
-        yield _named(whole, suffix, tensor._replace(shape=(experts, *shape)))
+    a = a._replace(shape=(experts, right.rows, right.columns))
+    yield from _named(replace(mapped, expert=None), a, b._replace(shape=(experts, left.rows, right.rows)))
 
 
 def _whole(adapter: Adapter, mapped: Mapped) -> Made | None:

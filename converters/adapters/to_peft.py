@@ -13,7 +13,8 @@ from megabatch.converters.adapters.mcore_folder import EMBEDDING, suffixes
 from megabatch.converters.adapters.names import BASE, low_rank_name, whole_name
 from megabatch.converters.adapters.open import base_model_of, open_adapters
 from megabatch.converters.adapters.pairs import Pair, Rows, joined, tensor_of
-from megabatch.converters.adapters.peft_config import Adapted, described
+from megabatch.converters.adapters.peft_config import described
+from megabatch.converters.adapters.peft_experts import Adapted, expert_leaves
 from megabatch.converters.adapters.peft_folder import WEIGHTS
 from megabatch.converters.adapters.to_mcore import Path_, carried, tables_of
 from megabatch.converters.bijection import TensorInfo
@@ -49,13 +50,13 @@ def plan_adapter_to_peft(
     tables, numbered = tables_of(model), Numbered()
     (opened,) = open_adapters([adapter], tables, numbered, accept_bin=accept_bin)
     with Sources(numbered.files) as sources:
-        writer = _Writer(opened, sources, _layout(opened, peft_format))
+        writer = _Writer(opened, sources, _layout(opened, peft_format), asked=peft_format is not None)
         tensors = dict(sorted(writer.tensors().items()))
     head, extents = build_header(
         {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata={"format": "pt"}
     )
     size = len(head) + sum(extent.size for extent in extents.values())
-    config = described(opened.config, writer.adapted, tables)
+    config, notes = described(opened.config, writer.adapted, tables, asked=peft_format)
     return Plan(
         direction="adapter_to_peft",
         source=opened.path,
@@ -64,6 +65,7 @@ def plan_adapter_to_peft(
         tensors=[tensors[name]._replace(name=name, offset=extent.start) for name, extent in extents.items()],
         small=[*carried(opened.config.path.parent, ("config.json",)), SmallFile(NAME, lambda: config)],
         side=None,
+        notes=notes,
     )
 
 
@@ -79,10 +81,12 @@ def _layout(adapter: Adapter, wanted: str | None) -> ExpertLayout:
 class _Writer:
     """One adapter on its way into PEFT's names."""
 
-    def __init__(self, adapter: Adapter, sources: Sources, layout: ExpertLayout) -> None:
+    def __init__(self, adapter: Adapter, sources: Sources, layout: ExpertLayout, *, asked: bool) -> None:
+        """`asked`: whether the layout was asked for, or is the source's."""
         self._adapter, self._sources, self._tables = adapter, sources, adapter.tables
         self._table = adapter.tables.by_target[layout]
-        self._layout = layout
+        self._layout, self._asked = layout, asked
+        self._expert_leaves = expert_leaves(adapter.tables) if adapter.tables.stacks else set()
         self.adapted: list[Adapted] = []
         """Every module and parameter with an adapter."""
 
@@ -152,13 +156,27 @@ class _Writer:
     def _module(self, mapped: Mapped, of: _Of) -> dict[str, Tensor]:
         weight = of.part[0]
         module, embedding = weight.removesuffix(".weight"), suffixes(mapped) == EMBEDDING
-        # transformers 5 has no linear layer for routers, but a module with a parameter
-        parameter = self._layout == "fused" and mapped.name.endswith("mlp.router.weight")
+        parameter = self._is_parameter(mapped, weight, module)
         self.adapted.append(Adapted(weight if parameter else module, of.pair.rank, of.scale, parameter))
         return {
             low_rank_name(module, "A", embedding=embedding): of.pair.a,
             low_rank_name(module, "B", embedding=embedding): of.pair.b,
         }
+
+    def _is_parameter(self, mapped: Mapped, weight: str, module: str) -> bool:
+        """Whether adapter_config.json names the layer's parameter in place of the module: as the source's does, but
+        for a layout that was asked for.
+
+        transformers 5 has no linear layer for routers, but a module with a parameter; and PEFT would take a module
+        that is called as experts' layers are for one of them (`peft_experts`).
+        """
+        config, fused = self._adapter.config, self._layout == "fused"
+        named, router = config.targets_parameter(weight), mapped.name.endswith("mlp.router.weight")
+        if not self._asked:
+            return named or (fused and router and not config.targets(module))
+        if router:
+            return fused
+        return named or (mapped.expert is None and module.rpartition(".")[2] in self._expert_leaves)
 
     def _stack(self, name: str, experts: dict[int, _Of], leaves: set[str]) -> dict[str, Tensor]:
         """All experts' adapters of a parameter, as `peft_folder` describes them."""

@@ -151,6 +151,8 @@ def _convert(plan: Plan, flags: Flags, place: Place) -> bool:
     for name, reason in plan.ignored.items():
         if place.rank == 0 and reason not in _QUIET:
             print(f"left aside: {name}: {reason}")
+    for note in plan.notes if place.rank == 0 else ():
+        print(f"note: {note}")
     resumed = f", {_size(outcome.resumed)} had been written before" if outcome.resumed else ""
     state = "complete" if outcome.committed else f"rank {place.rank} of {place.world} is done, others may not be"
     speed = _size(round(outcome.written / taken)) if taken else "-"

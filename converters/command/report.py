@@ -27,6 +27,7 @@ def _lines(plan: Plan, output: str) -> Iterator[str]:
             yield f"  {place}  {tensor.name} {list(tensor.shape)} {_how(plan, tensor)}"
     for name, reason in plan.ignored.items():
         yield f"left aside: {name}: {reason}"
+    yield from (f"note: {note}" for note in plan.notes)
     moved = sum(tensor.data_bytes for tensor in plan.tensors if tensor.is_moved)
     whole = sum(tensor.data_bytes for tensor in plan.tensors)
     yield f"{len(plan.tensors)} tensors of {whole} bytes, {moved} of them moved as they are; plan {plan.digest}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -221,6 +221,8 @@ class Plan:
     side: SideFiles | None
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Tensors of the source that are left aside, each with the reason."""
+    notes: Sequence[str] = ()
+    """What else is to be said of the output."""
 
     @cached_property
     def digest(self) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from made_adapters import CASES, GPT_OSS, Made, make
+from made_adapters import CASES, GPT_OSS, PARAMETERS, Made, make
 
 
 @pytest.fixture(params=CASES)
@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 
     def get(name: str) -> Made:
         if name not in known:
-            known[name] = make({**CASES, "gpt-oss": GPT_OSS}[name], tmp_path_factory.mktemp(name))
+            known[name] = make({**CASES, **PARAMETERS, "gpt-oss": GPT_OSS}[name], tmp_path_factory.mktemp(name))
         return known[name]
 
     return get

@@ -97,6 +97,25 @@ CASES = {
     ),
 }  # fmt: skip
 
+PARAMETERS = {
+    "qwen3-router": Case(
+        "Qwen3Moe", _MOE, {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}
+    ),
+    "router-and-parameter": Case(
+        "Qwen3Moe", _MOE, {"r": 2, "target_modules": [], "target_parameters": ["gate.weight", "q_proj.weight"]}
+    ),
+    "moe-dense-beside": Case(
+        "Qwen3Moe",
+        {**_MOE, "mlp_only_layers": [0]},
+        {
+            "r": 2,
+            "target_modules": _ATTENTION,
+            "target_parameters": [*_EXPERTS, *(f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))],
+        },
+    ),
+}
+"""With single parameters in place of modules."""
+
 GPT_OSS = Case(
     "GptOss",
     {**_BASE, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2},
