@@ -12,8 +12,8 @@ from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
 
-LOGIT_BYTES = 8
-"""fp32 logits and their gradient, for each token and entry of the rank's part of the vocabulary."""
+LOSS_CHUNK = 1 << 24
+"""Logits that the loss turns into fp32 at a time (`CHUNK_ELEMENTS` of the trainer's `ops/vocab.py`)."""
 
 CONTEXT_BYTES = int(0.75 * GIB)
 """CUDA context with the kernels of all libraries, and workspaces of cuBLAS and Transformer Engine."""
@@ -88,8 +88,8 @@ def _stored(shape: ModelShape, settings: Settings, layers: Sequence[LayerActivat
         stored = rows * -(-len(found) // unit)
     if chunk.loss:
         stored += 2 * rows  # the final norm's input and output
-    elif settings.layout.pp > 1:
-        stored += rows  # what was sent on
+    elif settings.layout.pp > 1 and settings.layout.vp > 1:
+        stored += rows  # what was sent on; given back where the schedule waits for its sends
     return stored + chunk.mtp_layers * 5 * rows  # two norms, their joined output twice as wide, the norm behind
 
 
@@ -106,8 +106,11 @@ def _passing(settings: Settings, layers: Sequence[LayerActivations], chunk: Chun
 
 
 def _logits(shape: ModelShape, settings: Settings) -> float:
+    """Logits and their gradient in the run's precision, with the loss's fp32 chunk where that is another one."""
     columns = shape.num_labels or settings.vocab_size / settings.layout.tp
-    return settings.micro_batch_tokens * columns * LOGIT_BYTES
+    count = settings.micro_batch_tokens * columns
+    chunk = 4 * min(count, LOSS_CHUNK) if settings.weight_bytes < 4 else 0
+    return 2 * settings.weight_bytes * count + chunk
 
 
 def _group_sizes(settings: Settings) -> tuple[int, ...]:

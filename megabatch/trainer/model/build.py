@@ -28,6 +28,17 @@ class Model:
     padded_vocab_size: int
 
 
+class Bfloat16(Float16Module):
+    """A chunk in bfloat16 whose logits stay so: the loss turns them into fp32 a few rows at a time.
+
+    megatron-core would hand out fp32 copies: of 8,192 tokens by 152,000 entries, logits and gradients take 15 GB
+    rather than 5. The numbers are the same.
+    """
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        return super().forward(*inputs, fp32_output=False, **kwargs)
+
+
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     """The vocabulary filled up so that every tensor-parallel rank has equally many rows."""
     return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
@@ -51,7 +62,7 @@ def build(
     for chunk in chunks:
         chunk.to(ranks.device)
     if config.bf16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
+        chunks = [Bfloat16(config, chunk) for chunk in chunks]
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
     return Model(wrapped, config, shape, vocab)
 

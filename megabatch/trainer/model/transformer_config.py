@@ -146,6 +146,8 @@ def _parallel(recipe: Recipe, virtual_size: int | None) -> dict[str, Any]:
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "variable_seq_lengths": pipelined,
+        # what was sent on is kept for its graph alone; the interleaved schedule would free what is still being sent
+        "deallocate_pipeline_outputs": pipelined and virtual_size is None,
         "batch_p2p_comm": virtual_size is None,  # batched pairs of sends mix up neighbours that are the same rank
         "overlap_p2p_comm": pipelined and virtual_size is not None,
     }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rank_server import RankServer
 
+from megabatch.plan.memory import LOSS_CHUNK
 from megabatch.trainer.ops import vocab
 from megabatch.trainer.ops.vocab import VocabShard, token_logps
 
@@ -78,3 +79,21 @@ def test_half_precision_logits_are_reduced_in_fp32() -> None:
     found = token_logps(half, targets, VocabShard(0, 13, 13, None))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_logits_give_the_numbers_of_their_fp32_copies() -> None:
+    """Bit for bit: loss, and the gradient that the fp32 copy would pass on."""
+    logits, targets, weights = _case(13, 16)
+    shard = VocabShard(0, 16, 13, None)
+    found = []
+    for copy in (False, True):
+        half = logits.bfloat16().requires_grad_()
+        logps = token_logps(half.float() if copy else half, targets, shard)
+        (logps * weights).sum().backward()
+        found.append((logps.detach(), half.grad))
+    assert found[0][0].dtype == torch.float32 and found[0][1].dtype == torch.bfloat16
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_the_plan_knows_the_chunk() -> None:
+    assert vocab.CHUNK_ELEMENTS == LOSS_CHUNK
