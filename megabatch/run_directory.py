@@ -110,11 +110,19 @@ class RunDirectory:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replaces `path` with `text`: written under a temporary name in the same folder, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replaces `path` with `text`, as `write_bytes_atomic` does."""
+    write_bytes_atomic(path, text.encode(errors="surrogateescape"))
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Replaces `path`: written under a temporary name in the same folder, synced, renamed.
+
+    Nobody but its owner may write the file, whatever the umask: jobs run what such files say.
+    """
+    temporary = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -6,6 +6,7 @@ script that lies in it: a run of an array is stopped, requeued, watched and resu
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megabatch.errors import LaunchError
-from megabatch.run_directory import RunDirectory
+from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.environment import for_sbatch
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
@@ -76,26 +77,47 @@ def limits(max_parallel: int | None, sizes: Sequence[int]) -> list[int | None]:
     return list(parts)
 
 
-def render_array(array: JobArray, profile: ClusterProfile) -> str:
-    """The exact text that sbatch gets; each element's own is `megabatch.slurm.render.render` of its job.
+def render_array(array: JobArray, profile: ClusterProfile, *, scripts: Sequence[str]) -> str:
+    """The exact text that sbatch gets.
 
+    Args: `scripts` are the elements' own, `megabatch.slurm.render.render` of each job, which lie in their folders: an
+    element runs its own only if it is what it was.
     Raises: LaunchError for text that Slurm or bash cannot carry.
     """
-    shape = replace(array.jobs[0], name=array.name, run_directory=array.folder)
+    named = zip(array.jobs, scripts, strict=True)
     lines = [
-        *directives(shape, profile, array=array.indices),
+        *array_directives(array, profile),
         "",
         "set -eo pipefail",
-        "# the run directory of each index",
+        "# the run directory of each index, and the SHA-256 of the script in it",
         "runs=(",
-        *(f"    {shell(str(job.run_directory))}" for job in array.jobs),
+        *(f"    {shell(str(job.run_directory))} {_sha256(script)}" for job, script in named),
         ")",
-        "run=${runs[SLURM_ARRAY_TASK_ID]}",
+        "run=${runs[2 * SLURM_ARRAY_TASK_ID]} digest=${runs[2 * SLURM_ARRAY_TASK_ID + 1]}",
         'mkdir -p -- "$run/logs"',
         'exec >>"$run/logs/batch.${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.log" 2>&1',
-        'exec bash "$run/job.sbatch"',
+        "copy=$(mktemp)",
+        'cat -- "$run/job.sbatch" >"$copy"',
+        'exec 3<"$copy"',
+        'read -r found _ < <(sha256sum <"$copy")',
+        'rm -f -- "$copy"',
+        'if [ "$found" != "$digest" ]; then',
+        '    echo "megabatch: $run/job.sbatch is not the script that was submitted; submit the sweep again" >&2',
+        f"    exit {ExitCode.CONFIG}",
+        "fi",
+        "exec bash /dev/fd/3",
     ]
     return "\n".join(lines) + "\n"
+
+
+def array_directives(array: JobArray, profile: ClusterProfile) -> list[str]:
+    """What the array asks sbatch for."""
+    shape = replace(array.jobs[0], name=array.name, run_directory=array.folder)
+    return directives(shape, profile, array=array.indices)
+
+
+def _sha256(script: str) -> str:
+    return hashlib.sha256(script.encode(errors="surrogateescape")).hexdigest()
 
 
 def element_id(array_id: str, index: int) -> str:

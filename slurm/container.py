@@ -95,7 +95,7 @@ def _mounts(job: JobSpec, profile: ClusterProfile, container: Container) -> list
     """
     made = (one.run or one.path for one in job.inputs)
     folders = (
-        *(job.run_directory, job.snapshot, job.working_directory, *made),
+        *(job.run_directory, job.snapshot and job.snapshot.parent, job.working_directory, *made),
         *(profile.shared_cache, profile.local_cache),
     )
     ours = [Path(path) for path in folders if path is not None]

@@ -13,6 +13,7 @@ from pathlib import Path
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.slurm.alone import alone
+from megabatch.slurm.ownership import read_own, require_own
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import LOCAL, read_records, record_cancellation
 from megabatch.slurm.script.links import linked
@@ -135,9 +136,13 @@ def _require_over(now: RunStatus) -> None:
 
 
 def stored_script(directory: RunDirectory) -> str:
-    """What was submitted last. Raises: LaunchError when there is nothing."""
+    """What was submitted last.
+
+    Raises: LaunchError when there is nothing, and for a script or a run that somebody else could have written.
+    """
+    require_own(directory.path, directory.run_json)
     try:
-        return directory.script.read_text(encoding="utf-8", errors="surrogateescape")
+        return read_own(directory.script).decode(errors="surrogateescape")
     except OSError as error:
         raise LaunchError(f"{directory.path}: no stored job script ({error}); submit its recipe instead") from error
 

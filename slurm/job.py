@@ -63,7 +63,7 @@ class JobSpec:
     python: str = "python3"
     """Interpreter of the ranks."""
     snapshot: Path | None = None
-    """Folder put first on PYTHONPATH: the code as it was when the job was submitted."""
+    """The code as it was at submission: `<SHA-256>.tar`, which each node checks and puts on PYTHONPATH."""
     working_directory: Path | None = None
     """Folder that relative paths of the recipe are relative to; None is where sbatch is called."""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -81,7 +81,7 @@ def local_environment(job: JobSpec, profile: ClusterProfile) -> dict[str, str]:
     world, variables = str(job.world_size), job_variables(job, profile)
     check_names(variables, (*profile.inherit, *job.inherit))
     # an uninstalled checkout must be found by the ranks as it was by us
-    code = str(job.snapshot or Path(megabatch.__path__[0]).parent)
+    code = str(Path(megabatch.__path__[0]).parent)
     inherited = os.environ.get("PYTHONPATH")
     return {
         **{v.name: v.value for v in variables if not v.node_local},

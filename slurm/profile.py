@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megabatch.errors import ConfigError, Fault
 from megabatch.secret_text import secret_given, secrets_in_words
+from megabatch.slurm.ownership import is_others_to_write
 from megabatch.slurm.sbatch_options import sbatch_faults
 
 Network = Literal["none", "single_node", "ethernet", "infiniband", "roce", "efa"]
@@ -91,12 +92,12 @@ def profile_path(cluster: str) -> Path:
 def load_profile(cluster: str) -> ClusterProfile:
     """Reads the profile that `--cluster` names.
 
-    Raises: ConfigError for a missing file, bad TOML, or unknown keys (all of them, each with the nearest name), wrong
-    types, secrets, and options of sbatch that are not a profile's to set.
+    Raises: ConfigError for a missing file, one that others can write, bad TOML, unknown keys (all of them, each with
+    the nearest name), wrong types, secrets, and options of sbatch that are not a profile's to set.
     """
     path = profile_path(cluster)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(_text(path))
     except FileNotFoundError as error:
         known = sorted(file.stem for file in path.parent.glob("*.toml"))
         hint = f"; clusters there: {', '.join(known)}" if known else ""
@@ -110,6 +111,16 @@ def load_profile(cluster: str) -> ClusterProfile:
     if faults:
         raise ConfigError(faults)
     return profile
+
+
+def _text(path: Path) -> str:
+    """Raises: ConfigError for a file that others can write, since its `setup` runs as it is; OSError."""
+    with open(path, encoding="utf-8") as file:
+        if is_others_to_write(os.fstat(file.fileno())):
+            raise ConfigError(
+                f"{path} can be written by others, and jobs run what it says: look at it, and then: chmod go-w {path}"
+            )
+        return file.read()
 
 
 def _build(cls: type, table: Mapping[str, Any], *, place: str, faults: list[Fault]) -> Any:

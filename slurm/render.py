@@ -11,6 +11,7 @@ from __future__ import annotations
 from megabatch.slurm.environment import job_variables
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.script.code import archive, own_code
 from megabatch.slurm.script.directives import directives
 from megabatch.slurm.script.ending import finish
 from megabatch.slurm.script.inputs import inputs
@@ -42,10 +43,12 @@ def render(job: JobSpec, profile: ClusterProfile) -> str:
         run_directory(job),
         inputs(job),
         modules(profile),
-        environment(job, variables, inherit, contained=profile.container is not None),
+        environment(job, variables, inherit),
+        archive(job),
         RENDEZVOUS,
+        own_code(job, profile),
         preflight(job, profile),
-        rank_script(variables, profile),
+        rank_script(variables),
         watching(job),
         start_roles(job, profile),
         launch(job, profile),

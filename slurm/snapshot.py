@@ -1,42 +1,86 @@
-"""A copy of the code that a job runs, named by its content: editing files while a job waits changes nothing for it."""
+"""A copy of the code that a job runs, named by its content: editing files while a job waits changes nothing for it.
+
+It is one archive, `<SHA-256>.tar`, so that whoever is to run it can check all of it at once: each node unpacks it into
+a folder of this user alone (`megabatch.slurm.script.code`). It holds sources and nothing compiled: what Python
+compiles is not the same each time, and a dry run would have to make it to know the name.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import megabatch
 from megabatch.errors import LaunchError
+from megabatch.run_directory import write_bytes_atomic
 
 _LEFT_OUT = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+_BLOCK = 512
+_NAME_BYTES = 100
+"""What a header of the ustar format holds of a name."""
 
 
-def take_snapshot(store: Path, *, recipe: Path | None = None, package: Path | None = None) -> Path:
-    """The folder to put on PYTHONPATH, holding `megabatch/` and, with `recipe`, `recipe/<its file>`.
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Code as it was when it was read."""
 
-    Args: `store` is a folder on shared storage; `package` is the installed one unless given. Links are resolved: the
-    snapshot holds plain files. Unchanged code gives the same folder again.
-    Raises: LaunchError when the store cannot be written.
+    path: Path
+    """Where it is stored: `<SHA-256 of its bytes>.tar`."""
+    content: bytes = field(repr=False)
+    """A tar archive of `megabatch/` and, with a recipe, `recipe/<its file>`; plain files alone."""
+
+    def store(self) -> None:
+        """Writes the archive unless the very same, of this user, is there; anything else by its name is replaced.
+
+        Raises: LaunchError when it cannot be written.
+        """
+        try:
+            if not self._is_there():
+                self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+                write_bytes_atomic(self.path, self.content)
+        except OSError as error:
+            raise LaunchError(
+                f"cannot store the code snapshot in {self.path.parent}: {error}; free space there or choose another"
+            ) from error
+
+    def _is_there(self) -> bool:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            own = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
+            return own and found.st_size == len(self.content) and file.read() == self.content
+
+
+def snapshot_of(store: Path, *, recipe: Path | None = None, package: Path | None = None) -> Snapshot:
+    """The code as it is now; nothing is written.
+
+    Args: `store` is a folder on shared storage; `package` is the installed one unless given. Links are resolved.
+    Raises: LaunchError when a file cannot be read.
     """
     try:
         contents = {name: path.read_bytes() for name, path in _files(recipe, package).items()}
-        final = store / _digest(contents)
-        if not final.is_dir():
-            _publish(contents, final)
     except OSError as error:
-        raise LaunchError(
-            f"cannot store the code snapshot in {store}: {error}; free space there or choose another"
-        ) from error
-    return final
+        raise LaunchError(f"cannot read the code that the job is to run: {error}") from error
+    content = _archive(contents)
+    return Snapshot(store / f"{hashlib.sha256(content).hexdigest()}.tar", content)
 
 
-def snapshot_path(store: Path, *, recipe: Path | None = None, package: Path | None = None) -> Path:
-    """Where `take_snapshot` would put the code as it is now; nothing is written."""
-    return store / _digest({name: path.read_bytes() for name, path in _files(recipe, package).items()})
+def read_snapshot(path: Path) -> dict[str, bytes]:
+    """The files of a stored archive by name. Raises: OSError when it cannot be read, or is damaged."""
+    import tarfile
+
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return {one.name: file.read() for one in archive if (file := archive.extractfile(one)) is not None}
+    except tarfile.TarError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def _files(recipe: Path | None, package: Path | None) -> dict[str, Path]:
@@ -56,28 +100,23 @@ def _package_files(package: Path) -> Iterator[tuple[str, Path]]:
                 yield f"megabatch/{path.relative_to(package).as_posix()}", path
 
 
-def _digest(contents: dict[str, bytes]) -> str:
-    whole = hashlib.sha256()
+def _archive(contents: dict[str, bytes]) -> bytes:
+    """The same bytes for the same files, whoever reads them and when."""
+    parts: list[bytes] = []
     for name, content in sorted(contents.items()):
-        whole.update(f"{name}\0".encode(errors="surrogateescape"))
-        whole.update(hashlib.sha256(content).digest())
-    return whole.hexdigest()[:16]
+        parts += [_header(os.fsencode(name), len(content)), content, bytes(-len(content) % _BLOCK)]
+    return b"".join([*parts, bytes(2 * _BLOCK)])
 
 
-def _publish(contents: dict[str, bytes], final: Path) -> None:
-    """Writes under a temporary name and renames; who comes second finds the first one's folder."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    try:
-        staged.chmod(0o755)
-        for folder in dict.fromkeys((staged / name).parent for name in contents):
-            folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            (staged / name).write_bytes(content)
-        try:
-            staged.rename(final)
-        except OSError:
-            if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+def _header(name: bytes, size: int) -> bytes:
+    """Of a plain file that all may read, without owner and time."""
+    if len(name) > _NAME_BYTES:
+        import tarfile  # which takes as long to import as all the rest takes to run
+
+        long = tarfile.TarInfo(os.fsdecode(name))
+        long.size = size
+        return long.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape")
+    zeros = b"0000000\0"
+    begin = name.ljust(_NAME_BYTES, b"\0") + b"0000644\0" + zeros + zeros + b"%011o\0" % size + b"%011o\0" % 0
+    end = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
+    return begin + b"%06o\0 " % (sum(begin) + sum(end) + 8 * ord(" ")) + end

@@ -22,6 +22,7 @@ from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.slurm.array import JobArray, element_id
 from megabatch.slurm.bad_nodes import avoided, exclude_option
 from megabatch.slurm.environment import for_sbatch
+from megabatch.slurm.ownership import require_own
 from megabatch.slurm.records import record_submission
 
 _FIXES = (
@@ -135,7 +136,10 @@ def _sbatch(
     if re.search(r"%[jtAa]", str(files.path)):
         raise LaunchError(f"{files.path}: a run directory may not contain %j, %t, %A or %a; choose another name")
     options += exclude_option(script, avoid)
+    # between its writing and sbatch's reading nobody else may change the script
     folder = files.path / "slurm"
+    folder.mkdir(mode=0o755, exist_ok=True)
+    require_own(files.path, folder)
     try:
         # submitit prints what sbatch says of a refusal, which our own error holds
         with _explained(avoid), _seen_by_sbatch(script), redirect_stderr(io.StringIO()):

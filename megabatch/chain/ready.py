@@ -13,7 +13,7 @@ from megabatch.entry.startable import unplaceable
 from megabatch.errors import ConfigError, Fault
 from megabatch.slurm.profile import ClusterProfile, load_profile
 from megabatch.slurm.render import render
-from megabatch.slurm.snapshot import snapshot_path
+from megabatch.slurm.snapshot import Snapshot, snapshot_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +29,8 @@ class ReadyChain:
     """What a real start would be refused for on this machine."""
     cluster: str | None
     profile: ClusterProfile
-
-    @property
-    def code(self) -> Path:
-        """Folder for code snapshots, shared by the steps."""
-        return self.folder / "code"
+    code: Snapshot | None
+    """What all steps run on a cluster; None for a chain on this machine."""
 
     def script(self, ready: ReadyStep) -> str:
         """Raises: LaunchError."""
@@ -50,12 +47,12 @@ def make_ready(chain: Chain, actions: Actions, *, file: Path) -> ReadyChain:
         raise ConfigError(faults)
     profile = load_profile(actions.cluster) if actions.cluster else ClusterProfile()
     folder = Path(actions.run_dir or chain.save or Path("megatron_output") / chain.name).expanduser().absolute()
-    snapshot = None if actions.local else snapshot_path(folder / "code", recipe=file)
+    code = None if actions.local else snapshot_of(folder / "code", recipe=file)
     made: dict[str, ReadyStep] = {}
     refusals = unplaceable(folder, recipe_file=file, local=actions.local, own=[s.name for s in chain.steps])
     for step in in_order(chain):
-        builder = StepBuilder(chain, step, folder, made, actions, file)
-        ready, own = builder.decided(snapshot, profile)
+        builder = StepBuilder(chain, step, folder, made, actions, file, code)
+        ready, own = builder.decided(profile)
         made[step.name] = ready
         faults += [_named(step, fault) for fault in own]
         if not own:
@@ -71,6 +68,7 @@ def make_ready(chain: Chain, actions: Actions, *, file: Path) -> ReadyChain:
         refusals=tuple(refusals),
         cluster=actions.cluster,
         profile=profile,
+        code=code,
     )
 
 

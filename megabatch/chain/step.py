@@ -26,6 +26,7 @@ from megabatch.plan.shape import ModelShape
 from megabatch.slurm.job import Input, JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.render import render
+from megabatch.slurm.snapshot import Snapshot
 
 OUTPUT = "output"
 """Folder of a conversion's result, inside its step's."""
@@ -59,6 +60,7 @@ class StepBuilder:
     made: Mapping[str, ReadyStep]
     actions: Actions
     file: Path
+    code: Snapshot | None
 
     @property
     def directory(self) -> Path:
@@ -78,11 +80,11 @@ class StepBuilder:
         rule = f"must be a Recipe, a Convert or a Command, not {type(work).__name__}"
         raise ConfigError([Fault("work", None, rule, bare=True)])
 
-    def decided(self, snapshot: Path | None, profile: ClusterProfile) -> tuple[ReadyStep, list[Fault]]:
+    def decided(self, profile: ClusterProfile) -> tuple[ReadyStep, list[Fault]]:
         """The step and its broken rules; with some of them only what other steps need to know of it."""
         try:
             ready = self.ready()
-            job = replace(ready.job, snapshot=snapshot)
+            job = replace(ready.job, snapshot=None if self.code is None else self.code.path)
             ready = replace(ready, job=job, launch=ready.launch and replace(ready.launch, job=job))
             if faults := list(self.faults(ready)):
                 return ready, faults
@@ -146,7 +148,8 @@ class StepBuilder:
     def _training(self, recipe: Recipe) -> ReadyStep:
         declared = self.step.work
         assert isinstance(declared, Recipe)
-        launch = prepare(recipe, replace(self.actions, run_dir=str(self.directory)), recipe_file=self.file)
+        actions = replace(self.actions, run_dir=str(self.directory))
+        launch = prepare(recipe, actions, recipe_file=self.file, code=self.code)
         made = references(declared.model.model)
         if made:
             shape = self.made[made[0].step].shape
@@ -162,7 +165,7 @@ class StepBuilder:
             links=self.step.links,
             requeue=launch.job.requeue and self.step.links == 1,
         )
-        launch = replace(launch, job=job, code=self.folder / "code")
+        launch = replace(launch, job=job)
         return ReadyStep(step=self.step, work=recipe, job=job, launch=launch, shape=launch.model.shape)
 
     def _command(self, work: Command) -> JobSpec:

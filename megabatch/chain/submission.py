@@ -14,6 +14,7 @@ from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.alone import alone
 from megabatch.slurm.chain import ChainedJob, submit_all
+from megabatch.slurm.ownership import require_own
 from megabatch.slurm.state import active_jobs
 
 
@@ -33,12 +34,11 @@ def _submit(ready: ReadyChain, again: Sequence[ReadyStep], arguments: Sequence[s
     waiting = {one.step.name: tuple(active_jobs(one.job.run_directory)) for one in ready.steps}
     queued = {name: ids for name, ids in waiting.items() if ids and name not in names}
     jobs = [_job(ready, one, waits_for=names | queued.keys()) for one in again]
-    from megabatch.slurm.snapshot import take_snapshot
-
     with ExitStack() as stack:
         for one in again:
             stack.enter_context(written_step(one, arguments))
-        take_snapshot(ready.code, recipe=ready.file)
+        if ready.code is not None:
+            ready.code.store()
         ids = submit_all(jobs, queued=queued, cluster=ready.cluster)
     write_record(ready)
     return ids
@@ -84,7 +84,8 @@ def written_step(one: ReadyStep, arguments: Sequence[str]) -> Iterator[RunDirect
         if one.launch is not None:
             stack.enter_context(written(one.launch, arguments))
         else:
-            directory.path.mkdir(parents=True, exist_ok=True)
+            directory.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            require_own(directory.path)
         try:
             yield directory
         except BaseException:

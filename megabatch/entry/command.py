@@ -162,9 +162,9 @@ def _submit(launch: Launch, arguments: Sequence[str]) -> int:
         _require_idle(directory)
         # submitit's import costs more than all the rest of a dry run
         from megabatch.slurm.chain import ChainedJob, submit_all
-        from megabatch.slurm.snapshot import take_snapshot
 
-        take_snapshot(launch.code, recipe=launch.recipe_file)
+        if launch.code is not None:
+            launch.code.store()
         name = launch.recipe.name
         jobs = submit_all(
             [ChainedJob(name=name, run=directory, script=script, links=launch.job.links)], cluster=launch.cluster

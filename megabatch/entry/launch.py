@@ -31,8 +31,9 @@ from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.alone import alone, taken
 from megabatch.slurm.job import JobSpec
+from megabatch.slurm.ownership import require_own
 from megabatch.slurm.profile import ClusterProfile, load_profile
-from megabatch.slurm.snapshot import snapshot_path
+from megabatch.slurm.snapshot import Snapshot, snapshot_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +47,8 @@ class Launch:
     layout: Layout | None
     """None where the recipe's sizes do not divide."""
     directory: RunDirectory
-    code: Path
-    """Folder for code snapshots."""
+    code: Snapshot | None
+    """What it runs on a cluster; None for a run on this machine."""
     job: JobSpec
     cluster: str | None
     profile: ClusterProfile
@@ -80,9 +81,10 @@ class Launch:
         return recipe, self.model.shape
 
 
-def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Launch:
+def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path, code: Snapshot | None = None) -> Launch:
     """Decides everything about a run without writing anything.
 
+    Args: `code` where it has been read already.
     Raises: ConfigError for values of a wrong type, with all other faults, and for a faulty cluster profile.
     """
     if _has_invalid_values(recipe):
@@ -90,7 +92,10 @@ def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Launch:
     profile = load_profile(actions.cluster) if actions.cluster else ClusterProfile()
     model = find_model(recipe, shared_cache=profile.shared_cache)
     directory = RunDirectory(run_directory(recipe, given=actions.run_dir))
-    code = code_store(recipe, given=actions.run_dir)
+    if actions.local:
+        code = None
+    elif code is None:
+        code = snapshot_of(code_store(recipe, given=actions.run_dir), recipe=recipe_file)
     return Launch(
         recipe=recipe,
         recipe_file=recipe_file,
@@ -98,7 +103,7 @@ def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Launch:
         layout=layout_of(recipe, model.shape),
         directory=directory,
         code=code,
-        job=job_of(recipe, directory, snapshot=None if actions.local else snapshot_path(code, recipe=recipe_file)),
+        job=job_of(recipe, directory, snapshot=None if code is None else code.path),
         cluster=actions.cluster,
         profile=profile,
         numbered=recipe.checkpoint.add_version and not actions.run_dir,
@@ -143,13 +148,14 @@ def written(launch: Launch, arguments: Sequence[str]) -> Iterator[RunDirectory]:
 
     A directory that holds this very run is used as it is: the run goes on from its last checkpoint.
     Raises: ConfigError when it holds another run, TakenError when another launcher has it, LaunchError when it cannot
-    be written.
+    be written, or belongs to somebody else.
     """
     directory = launch.directory
     made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]
     with ExitStack() as held:
         with _writable(directory, made):
-            directory.path.mkdir(parents=True, exist_ok=True)
+            directory.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            require_own(directory.path, directory.run_json)
             held.enter_context(alone(directory))
         if not directory.run_json.exists():
             held.enter_context(_new_run(launch, arguments, made))

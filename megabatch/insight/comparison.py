@@ -13,12 +13,13 @@ from typing import Any
 from megabatch.insight.overview import run_json
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.records import LOCAL, read_records
+from megabatch.slurm.snapshot import read_snapshot
 from megabatch.slurm.state import read_heartbeat
 
 Differences = dict[str, tuple[Any, Any]]
 """Both values by dotted name; None where there is none."""
 _EXPORT = re.compile(r"^\s*export ([A-Za-z_]\w*)=(.*)$")
-_SNAPSHOT = "PYTHONPATH"
+_SNAPSHOT = "MEGABATCH_CODE"
 _OF_THE_RUN = {"MEGABATCH_RUN", _SNAPSHOT}
 """Exports that differ between any two runs, or are shown as code."""
 
@@ -86,8 +87,8 @@ def code_diff(a: Path, b: Path) -> Iterator[str]:
     before, after = (_snapshot(_exports(_script(run)).get(_SNAPSHOT)) for run in (a, b))
     if before is None or after is None:
         return
-    for name in sorted(_files(before).keys() | _files(after).keys()):
-        old, new = _text(before / name), _text(after / name)
+    for name in sorted(before.keys() | after.keys()):
+        old, new = _text(before.get(name, b"")), _text(after.get(name, b""))
         if old != new:
             yield from difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", lineterm="")
 
@@ -151,10 +152,12 @@ def _exports(script: list[str]) -> dict[str, str]:
     return found
 
 
-def _snapshot(path: str | None) -> Path | None:
-    """`FOLDER${PYTHONPATH:+…}`, when the folder is still there."""
-    folder = Path(path.split("${", 1)[0]) if path else None
-    return folder if folder is not None and folder.is_dir() else None
+def _snapshot(path: str | None) -> Mapping[str, bytes] | None:
+    """Its files by name, when it is still there."""
+    try:
+        return read_snapshot(Path(path)) if path else None
+    except OSError:
+        return None
 
 
 def _is_local(run: Path) -> bool:
@@ -162,34 +165,24 @@ def _is_local(run: Path) -> bool:
     return not jobs or jobs[-1].job_id == LOCAL
 
 
-def _code(before: Path | None, after: Path | None, *, local: list[bool]) -> tuple[tuple[str, ...], str]:
+def _code(
+    before: Mapping[str, bytes] | None, after: Mapping[str, bytes] | None, *, local: list[bool]
+) -> tuple[tuple[str, ...], str]:
     if before is None or after is None:
         which = "the first" if before is None else "the second"
         why = "ran here, from the checkout" if local[0 if before is None else 1] else "has lost its snapshot"
         return (), f"not compared: {which} run {why}"
-    if before == after:
-        return (), ""
-    a, b = _files(before), _files(after)
     found = []
-    for name in sorted(a.keys() | b.keys()):
-        if name not in a or name not in b:
-            found.append(f"{'+' if name in b else '-'} {name}")
-        elif a[name].read_bytes() != b[name].read_bytes():
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before or name not in after:
+            found.append(f"{'+' if name in after else '-'} {name}")
+        elif before[name] != after[name]:
             found.append(name)
     return tuple(found), ""
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """By name; what Python compiled there is left out."""
-    return {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-
-
-def _text(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+def _text(content: bytes) -> list[str]:
+    return content.decode(errors="replace").splitlines()
 
 
 def _script_diff(before: list[str], after: list[str], *, a: Path, b: Path) -> Iterator[str]:

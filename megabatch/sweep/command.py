@@ -13,7 +13,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.entry.startable import missing, unplaceable, unstartable
 from megabatch.errors import ConfigError, Fault
 from megabatch.run_directory import ExitCode
-from megabatch.slurm.array import JobArray, expected_start, render_array
+from megabatch.slurm.array import JobArray, array_directives, expected_start, render_array
 from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
 from megabatch.sweep.candidates import Candidates, candidates
@@ -149,7 +149,7 @@ def _starts(found: Candidates, arrays: Sequence[JobArray]) -> dict[str, str]:
         return {}
     starts: dict[str, str] = {}
     for array in arrays:
-        when = expected_start(render_array(array, found.base.profile))
+        when = expected_start("\n".join(array_directives(array, found.base.profile)) + "\n")
         if when is not None:
             starts |= {job.run_directory.name: when for job in array.jobs}
     return starts
@@ -159,7 +159,7 @@ def _scripts(found: Candidates, arrays: Sequence[JobArray]) -> list[str]:
     """What sbatch would get, each followed by what its first element hands over to."""
     texts = []
     for array in arrays:
-        first = array.jobs[0]
-        texts.append(render_array(array, found.base.profile))
-        texts.append(f"# {first.files.script}, and so for each run:\n{render(first, found.base.profile)}")
+        scripts = [render(job, found.base.profile) for job in array.jobs]
+        texts.append(render_array(array, found.base.profile, scripts=scripts))
+        texts.append(f"# {array.jobs[0].files.script}, and so for each run:\n{scripts[0]}")
     return texts

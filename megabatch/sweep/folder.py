@@ -20,6 +20,7 @@ from megabatch.config.run import RunConfig
 from megabatch.entry.launch import Launch, differences
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.slurm.ownership import require_own
 from megabatch.sweep.candidates import Candidates
 
 SWEEP_JSON = "sweep.json"
@@ -69,7 +70,7 @@ def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: M
     """Makes the run directories that are not there yet, complete or not at all, and gives the others their script.
 
     Args: `launches` are without faults; an empty script is none, for a run on this machine.
-    Raises: LaunchError when they cannot be written.
+    Raises: LaunchError when they cannot be written, or one that is there belongs to somebody else.
     """
     folder = launches[0].directory.path.parent
     missing = tuple(path for path in (folder, *folder.parents) if not path.exists())
@@ -77,17 +78,18 @@ def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: M
     made: list[RunDirectory] = []
     new = [not launch.directory.run_json.exists() for launch in launches]
     try:
-        staged.mkdir(parents=True)
+        staged.mkdir(mode=0o755, parents=True)
         for launch, script, is_new in zip(launches, scripts, new, strict=True):
             if not is_new:
+                require_own(launch.directory.path, launch.directory.run_json)
                 if script:
                     write_atomic(launch.directory.script, script)
                 continue
             place = RunDirectory(staged / launch.directory.path.name)
-            place.path.mkdir()
-            place.run_json.write_text(launch.run_json(provenance=provenance), encoding="utf-8")
+            place.path.mkdir(mode=0o755)
+            _write_own(place.run_json, launch.run_json(provenance=provenance))
             if script:
-                place.script.write_text(script, encoding="utf-8")
+                _write_own(place.script, script)
         if any(new):
             _sync(staged)
         for launch, is_new in zip(launches, new, strict=True):
@@ -103,6 +105,12 @@ def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: M
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return Written(tuple(made), missing)
+
+
+def _write_own(path: Path, text: str) -> None:
+    """A new file that nobody else can write, whatever the umask."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+        file.write(text.encode(errors="surrogateescape"))
 
 
 def _sync(folder: Path) -> None:

@@ -55,22 +55,24 @@ def submit_arrays(found: Candidates, arrays: Sequence[JobArray], arguments: Sequ
     queued are taken away again, and arrays that are queued are named.
     """
     # submitit's import costs more than all the rest of a dry run
-    from megabatch.slurm.snapshot import take_snapshot
     from megabatch.slurm.submit import submit_array
 
     launches = launches_of(found, arrays)
-    scripts = [render(launch.job, launch.profile) for launch in launches]
-    written = write_runs(launches, scripts, sweep_provenance(found, arguments))
+    scripts = {launch.job.run_directory: render(launch.job, launch.profile) for launch in launches}
+    written = write_runs(launches, list(scripts.values()), sweep_provenance(found, arguments))
     ids: list[str] = []
+    code = found.base.code
     try:
         describe(found)
-        take_snapshot(found.base.code, recipe=found.base.recipe_file)
+        if code is not None:
+            code.store()
         for array in arrays:
             with _folder_of(array):
-                script = render_array(array, found.base.profile)
+                own = [scripts[job.run_directory] for job in array.jobs]
+                script = render_array(array, found.base.profile, scripts=own)
                 ids.append(submit_array(array, script, cluster=found.base.cluster))
     except BaseException as error:
-        written.take_away(also=() if ids else (found.base.code,))
+        written.take_away(also=() if ids or code is None else (code.path.parent,))
         if ids and isinstance(error, LaunchError):
             raise LaunchError(f"{error}; queued before that: {', '.join(ids)}") from error
         raise

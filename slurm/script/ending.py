@@ -49,7 +49,9 @@ def _requeue(job: JobSpec) -> list[str]:
         "    fruitless=0 count=$MEGABATCH_RUN/logs/fruitless.$MEGABATCH_JOB_ID newest=$(newest_checkpoint)",
         '    if [ "$newest" = "$began_with" ]; then',
         '        read -r fruitless 2>/dev/null <"$count" || true',
-        "        fruitless=$((fruitless + 1))",
+        "        # bash runs what a number holds in brackets",
+        '        case "$fruitless" in *[!0-9]* | "") fruitless=0 ;; esac',
+        "        fruitless=$((10#$fruitless + 1))",
         "    fi",
         f'    if [ "$fruitless" -gt {allowed} ]; then',
         '        echo "megabatch: not requeued: $fruitless starts in a row ended without a checkpoint newer than'

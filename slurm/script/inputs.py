@@ -21,6 +21,7 @@ def inputs(job: JobSpec) -> list[str]:
             lines += [
                 f"if [ ! -L {link} ]; then",
                 f"    step=$(cat -- {checkpoints}/latest) || missing_input {checkpoints}/latest",
+                f'    case "$step" in "" | .* | */*) missing_input {checkpoints}/latest ;; esac',
                 f"    mkdir -p -- {shell(str(item.link.parent))}",
                 f'    ln -sfn -- {checkpoints}/"$step" {link}',
                 "fi",

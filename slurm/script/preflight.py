@@ -15,6 +15,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.roles import allocation
+from megabatch.slurm.script.code import USE
 
 _LIMIT_S = 320
 """Nodes end themselves before: only one that the kernel holds is still there then."""
@@ -24,7 +25,7 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
     """The step and what follows from its verdict; nothing for a job that asks for none."""
     if job.preflight == "none":
         return []
-    words = " ".join(map(shell, _step(job, profile)))
+    words = " ".join(_step(job, profile))
     return [
         *_LEAVE_OUT,
         'preflight="$MEGABATCH_RUN/logs/preflight.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART" verdict= bad=',
@@ -64,6 +65,7 @@ def _without_bad_nodes(job: JobSpec) -> str:
 
 
 def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
+    """Words of bash."""
     options = {
         "level": job.preflight,
         "gpus": allocation(job).gpus_per_node,
@@ -77,7 +79,9 @@ def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
     step = replace(job, arguments=words, program=None)
     nodes = job.total_nodes
     one_each = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--wait={_LIMIT_S}"]
-    return ["srun", *one_each, *srun_flags(job, profile), *profile.srun, *inside(step, profile)]
+    srun = ["srun", *one_each, *srun_flags(job, profile), *profile.srun]
+    run = '"$own_code"' + shell(f'\n{USE} && exec "$@"')
+    return [*map(shell, srun), "bash", "-c", run, "preflight", *map(shell, inside(step, profile))]
 
 
 _LEAVE_OUT = """\

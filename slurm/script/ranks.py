@@ -8,23 +8,22 @@ from megabatch.slurm.environment import Variable
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
+from megabatch.slurm.script.code import USE
 from megabatch.slurm.script.exit_codes import WRITE_ONCE
 from megabatch.slurm.script.roles import step_size
 from megabatch.slurm.script.variables import comment
 
 
-def rank_script(variables: list[Variable], profile: ClusterProfile) -> list[str]:
+def rank_script(variables: list[Variable]) -> list[str]:
     """What each task runs before the rank's own command, held in a variable of the batch script."""
     caches = [v for v in variables if v.node_local]
     cache = [
-        "# compiled kernels are loaded as code: the folder must belong to this user alone",
-        f'cache={shell(profile.local_cache)}/megabatch-"$UID"',
-        'mkdir -m 700 -- "$cache" 2>/dev/null || true',
-        'if [ ! -d "$cache" ] || [ -L "$cache" ] || [ ! -O "$cache" ]; then cache=$(mktemp -d); fi',
+        "private_cache",
         *(line for v in caches for line in (*comment(v.reason), f'export {v.name}="$cache"/{shell(v.value)}')),
     ]
     return [
-        "rank_script=$(cat <<'RANK'",
+        "rank_script=$own_code$(cat <<'RANK'",
+        "",
         "# signals that come before the rank listens must not end it: a request to stop is found as a file then",
         "trap '' USR1 USR2",
         "trap : TERM",
@@ -33,7 +32,7 @@ def rank_script(variables: list[Variable], profile: ClusterProfile) -> list[str]
         'exec >>"$MEGABATCH_RUN/logs/rank_$RANK.$MEGABATCH_RESTART.log" 2>&1',
         *(cache if caches else []),
         "status=0",
-        '"$@" || status=$?',
+        f'{USE} && "$@" || status=$?',
         f"# an exit of {ExitCode.REQUEUE} would let --kill-on-bad-exit end ranks that are still closing their files",
         f'if [ "$status" -eq {ExitCode.REQUEUE} ]; then',
         '    if [ "$RANK" -eq 0 ]; then : >"$MEGABATCH_STOPPED"; fi',

@@ -106,6 +106,8 @@ role_is_gone() {
         task=0 code=0
         wait "${role_pids[$name]}" || code=$?
     fi
+    # bash runs what a number holds in brackets
+    case "$code" in *[!0-9]* | "") code=1 ;; esac
     role_fails "$name" "$task" "ended with exit code $code $2" "$((code ? code : 1))"
 }
 healthy() {
@@ -194,7 +196,8 @@ end_roles() {
 
 _ROLE_SCRIPT = (
     r"""
-role_script=$(cat <<'ROLE'
+role_script=$own_code$(cat <<'ROLE'
+
 WRITE_ONCE
 server= asked=
 trap '' USR1
@@ -215,6 +218,12 @@ export MEGABATCH_ROLE_PORT=$port MEGABATCH_ROLE_TASK=$SLURM_PROCID
 id=$MEGABATCH_JOB_ID.$MEGABATCH_RESTART
 echo "$SLURMD_NODENAME $port" >"$place$SLURM_PROCID.$id.new"
 mv -- "$place$SLURM_PROCID.$id.new" "$place$SLURM_PROCID.$id"
+status=0
+use_code || status=$?
+if [ "$status" -ne 0 ]; then
+    write_once "$SLURM_PROCID $status" "${place}ended.$id" "$SLURM_PROCID"
+    exit "$status"
+fi
 (trap '' USR1 USR2; exec "$@") &
 server=$!
 if [ -n "$asked" ]; then kill -TERM "$server"; fi

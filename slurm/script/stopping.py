@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.script.exit_codes import WRITE_ONCE
@@ -45,6 +46,13 @@ _MARKS = {"MEGABATCH_STOP_REQUEST": "stop", "MEGABATCH_STOPPED": "stopped", "MEG
 def run_directory(job: JobSpec) -> list[str]:
     return [
         f"export MEGABATCH_RUN={shell(str(job.run_directory))}",
+        "# whoever owns these decides what the job does; in a folder that others may write they can be replaced",
+        'for own in "$MEGABATCH_RUN" "$MEGABATCH_RUN/run.json"; do',
+        '    if [ -e "$own" ] && [ ! -O "$own" ]; then',
+        '        echo "megabatch: not run: $own belongs to somebody else" >&2',
+        f"        exit {ExitCode.CONFIG}",
+        "    fi",
+        "done",
         'mkdir -p -- "$MEGABATCH_RUN/logs"',
         "# an element of an array goes by the name that people see in squeue",
         "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",

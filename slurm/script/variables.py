@@ -73,21 +73,14 @@ def modules(profile: ClusterProfile) -> list[str]:
     return [*(_FIND_MODULES if needed else []), *profile.setup, *load]
 
 
-def environment(
-    job: JobSpec, variables: list[Variable], inherit: tuple[str, ...], *, contained: bool = False
-) -> list[str]:
-    """Exports; the host's own packages are not for a container's Python."""
+def environment(job: JobSpec, variables: list[Variable], inherit: tuple[str, ...]) -> list[str]:
+    """What the batch script exports."""
     lines: list[str] = []
     for variable in variables:
         if not variable.node_local:
             # what the script itself calls is found without the node's own PATH no more
             rest = '"${PATH:+:$PATH}"' if variable.name == "PATH" else ""
             lines += [*comment(variable.reason), f"export {variable.name}={shell(variable.value)}{rest}"]
-    if job.snapshot is not None:
-        path = shell(str(job.snapshot))
-        own = any(variable.name == "PYTHONPATH" for variable in variables)
-        hosts = "" if contained and not own else '"${PYTHONPATH:+:$PYTHONPATH}"'
-        lines += ["# the code as it was at submission", f"export PYTHONPATH={path}{hosts}"]
     for name in inherit:
         lines.append(f'[ -n "${{{name}+set}}" ] || echo "megabatch: {name} is not set in the submitting shell" >&2')
     if job.cpus_per_task is not None:

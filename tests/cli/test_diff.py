@@ -10,6 +10,7 @@ import pytest
 
 from megabatch.cli.command import main
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.snapshot import snapshot_of
 
 
 def made(
@@ -20,17 +21,18 @@ def made(
     recipe = {"name": "a", "learning_rate": {"lr": lr}, "parallel": {"tensor_model_parallel_size": tp}}
     config = {"run_dir": str(folder), "recipe": recipe, "layout": {"tp": tp}, "provenance": {"created": folder.name}}
     run.run_json.write_text(json.dumps(config))
-    # with --run_dir the snapshot lies in the run's own folder, and Python compiles it there
-    snapshot = folder / "code" / "0123"
-    (snapshot / "megabatch" / "__pycache__").mkdir(parents=True)
-    (snapshot / "megabatch" / "__pycache__" / "one.pyc").write_text(folder.name)
-    (snapshot / "megabatch" / "one.py").write_text(code)
-    (snapshot / "megabatch" / "two.py").write_text("y = 2\n")
+    # with --run_dir the snapshot lies in the run's own folder
+    package = folder.with_name(f"{folder.name}.package")
+    package.mkdir()
+    (package / "one.py").write_text(code)
+    (package / "two.py").write_text("y = 2\n")
+    snapshot = snapshot_of(folder / "code", package=package)
+    snapshot.store()
     run.jobs.write_text('{"job_id": "7", "time": 1, "cluster": null}\n')
     run.script.write_text(
         f"#!/bin/bash\n#SBATCH --time={time}\nexport MEGABATCH_RUN={folder}\n"
         f"# a reason\nexport VARIABLE='{variable}'\n"
-        f'export PYTHONPATH={snapshot}"${{PYTHONPATH:+:$PYTHONPATH}}"\nsrun python\n'
+        f"export MEGABATCH_CODE={snapshot.path}\nsrun python\n"
     )
     return folder
 

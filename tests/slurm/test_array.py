@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megabatch.errors import LaunchError
-from megabatch.slurm.array import JobArray, expected_start, max_array_size, render_array
+from megabatch.slurm.array import JobArray, array_directives, expected_start, max_array_size, render_array
 from megabatch.slurm.cluster import PrivateCluster
 from megabatch.slurm.control import cancel
 from megabatch.slurm.job import JobSpec
@@ -55,7 +55,8 @@ def _array(folder: Path, jobs: Sequence[JobSpec], *, max_parallel: int | None = 
 
 
 def _submit(array: JobArray) -> str:
-    return submit_array(array, render_array(array, ClusterProfile()))
+    scripts = [job.files.script.read_text() for job in array.jobs]
+    return submit_array(array, render_array(array, ClusterProfile(), scripts=scripts))
 
 
 def _wait(jobs: Sequence[JobSpec], *wanted: State) -> None:
@@ -150,6 +151,6 @@ def test_a_folder_that_submitit_would_fill_in_is_refused_before_anything_is_queu
 def test_this_clusters_limit_and_its_next_start(slurm: PrivateCluster, tmp_path: Path) -> None:
     assert max_array_size() == 1001
     array = JobArray(name="s", folder=tmp_path, jobs=(_job(tmp_path / "run"),))
-    assert (expected_start(render_array(array, ClusterProfile())) or "").startswith("20")
+    assert (expected_start("\n".join(array_directives(array, ClusterProfile()))) or "").startswith("20")
     too_large = JobArray(name="s", folder=tmp_path, jobs=(_job(tmp_path / "run", nodes=99),))
-    assert expected_start(render_array(too_large, ClusterProfile())) is None
+    assert expected_start("\n".join(array_directives(too_large, ClusterProfile()))) is None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megabatch.errors import LaunchError
+from megabatch.run_directory import ExitCode
 from megabatch.slurm.array import (
     DEFAULT_MAX_SIZE,
     JobArray,
@@ -63,28 +64,35 @@ def test_arrays_share_the_limit(max_parallel: int | None, sizes: list[int], part
 
 def test_indices_and_limit() -> None:
     array = JobArray(name="s", folder=Path("/runs/arrays/0"), jobs=tuple(_named("a", "b", "c")), max_parallel=2)
-    script = render_array(array, ClusterProfile())
+    script = render_array(array, ClusterProfile(), scripts=["", "", ""])
     assert "#SBATCH --array=0-2%2\n" in script and "#SBATCH --output=/runs/arrays/0/batch.log\n" in script
-    assert "#SBATCH --array=0-0\n" in render_array(
-        replace(array, jobs=array.jobs[:1], max_parallel=None), ClusterProfile()
-    )
+    one = replace(array, jobs=array.jobs[:1], max_parallel=None)
+    assert "#SBATCH --array=0-0\n" in render_array(one, ClusterProfile(), scripts=[""])
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", '"', "$(touch pwned)", "`touch pwned`", "ü", "\n", "$x", "*", "a\\b"])
 def test_an_element_finds_its_folder_whatever_its_name(name: str, tmp_path: Path) -> None:
     job = replace(JOB, run_directory=tmp_path / name)
     job.run_directory.mkdir()
-    job.files.script.write_text('echo "ran in $0"\n')
-    script = render_array(JobArray(name="s", folder=tmp_path, jobs=(JOB, job)), ClusterProfile())
+    own = 'echo "ran in $PWD"\n'
+    job.files.script.write_text(own)
+    array = JobArray(name="s", folder=tmp_path, jobs=(JOB, job))
+    script = render_array(array, ClusterProfile(), scripts=["", own])
     environment = {"PATH": "/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     subprocess.run(["bash"], input=script, text=True, check=True, env=environment, cwd=tmp_path)
-    assert (job.files.logs / "batch.7_1.log").read_text() == f"ran in {job.files.script}\n"
+    log = job.files.logs / "batch.7_1.log"
+    assert log.read_text() == f"ran in {tmp_path}\n"
     assert not (tmp_path / "pwned").exists()
+    job.files.script.write_text(own + "touch pwned\n")
+    done = subprocess.run(["bash"], input=script, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == ExitCode.CONFIG
+    assert "is not the script that was submitted" in log.read_text()
+    assert not (tmp_path / "pwned").exists(), "a script that was put there afterwards does not run"
 
 
 def test_an_array_in_a_folder_with_a_backslash_is_refused() -> None:
     with pytest.raises(LaunchError, match="backslash"):
-        render_array(JobArray(name="s", folder=Path("/a\\b"), jobs=(JOB,)), ClusterProfile())
+        render_array(JobArray(name="s", folder=Path("/a\\b"), jobs=(JOB,)), ClusterProfile(), scripts=[""])
 
 
 def test_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

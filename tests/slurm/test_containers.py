@@ -19,6 +19,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile, Container
 from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
+from megabatch.slurm.snapshot import snapshot_of
 
 from .conftest import PAYLOAD, Submit
 
@@ -48,9 +49,9 @@ def test_apptainer_gets_options_before_the_image() -> None:
 
 @pytest.mark.parametrize("profile", [PYXIS, APPTAINER])
 def test_the_hosts_own_packages_stay_outside(profile: ClusterProfile) -> None:
-    script = render(replace(JOB, snapshot=Path("/s")), profile)
-    assert "export PYTHONPATH=/s\n" in script
-    assert 'export PYTHONPATH=/s"${PYTHONPATH' in render(replace(JOB, snapshot=Path("/s")), ClusterProfile())
+    job = replace(JOB, snapshot=Path("/s/0123.tar"))
+    assert 'export PYTHONPATH="$code"\n' in render(job, profile)
+    assert 'export PYTHONPATH="$code${PYTHONPATH' in render(job, ClusterProfile())
 
 
 @pytest.mark.parametrize("level", ["light", "full"])
@@ -114,11 +115,12 @@ def test_ranks_in_apptainer_see_what_they_would_see_outside(
     options: tuple[str, ...],
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
-    snapshot = Path(__file__).parents[2]
+    snapshot = snapshot_of(tmp_path / "code")
+    snapshot.store()
     job = submit_payload(
         profile=ClusterProfile(container=replace(contained, options=options), local_cache=str(tmp_path)),
         nodes=2,
-        snapshot=snapshot,
+        snapshot=snapshot.path,
         preflight="light",
         environment={"COMMAS": "^lo,docker 'x'\n$(y)"},
         inherit=("HF_TOKEN",),
@@ -130,7 +132,8 @@ def test_ranks_in_apptainer_see_what_they_would_see_outside(
     for rank, words in enumerate(seen):
         environment = words["environment"]
         assert (environment["FROM_IMAGE"], environment["RANK"]) == ("yes", str(rank))
-        assert environment["PYTHONPATH"] == str(snapshot), "the image's own would hide the snapshot"
+        code = tmp_path / f"megabatch-{os.getuid()}" / "code" / snapshot.path.name[:16]
+        assert environment["PYTHONPATH"] == str(code), "the image's own would hide the snapshot"
         assert environment["OMP_NUM_THREADS"] == "1"
         assert environment["COMMAS"] == "^lo,docker 'x'\n$(y)"
         assert environment["HF_TOKEN"] == "hf_verysecret"

@@ -15,6 +15,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
+from megabatch.slurm.snapshot import snapshot_of
 from megabatch.slurm.submit import submit
 
 from .conftest import Submit
@@ -65,12 +66,16 @@ HOSTILE = """a b 'c' "d" $(touch {0}/ran) `touch {0}/ran` ; touch {0}/ran # é�
 def test_hostile_text_is_only_text(submit_payload: Submit, tmp_path: Path, scontrol: Callable[..., str]) -> None:
     text = HOSTILE.format(tmp_path)
     folder = """run 'q' "d" $(touch ran) `touch ran` ; é漢 #1 & | 100% %% ~ * !"""
+    code = snapshot_of(tmp_path / "snap $(touch ran)")
+    code.store()
+    (tmp_path / "cache $(touch ran)").mkdir()
     job = submit_payload(
         name=text + "\nsecond line",
         run_directory=tmp_path / folder,
         working_directory=tmp_path,
         environment={"HOSTILE": text + "\nline\ttab'", "EMPTY": "", "PATH": "/no where"},
-        snapshot=tmp_path / "snap $(touch ran)",
+        snapshot=code.path,
+        profile=ClusterProfile(local_cache=str(tmp_path / "cache $(touch ran)")),
         options={text: text + "\nline"},
     )
     assert job.wait().state is State.COMPLETED
@@ -79,7 +84,8 @@ def test_hostile_text_is_only_text(submit_payload: Submit, tmp_path: Path, scont
     assert said["environment"]["HOSTILE"] == text + "\nline\ttab'"
     assert said["environment"]["EMPTY"] == ""
     assert said["environment"]["PATH"].startswith("/no where:/"), "the script finds srun and scontrol all the same"
-    assert said["environment"]["PYTHONPATH"].startswith(str(tmp_path / "snap $(touch ran)"))
+    used = Path(said["environment"]["PYTHONPATH"].partition(":")[0])
+    assert used.is_relative_to(tmp_path / "cache $(touch ran)") and used.name == code.path.name[:16]
     assert said["environment"]["MEGABATCH_RUN"] == str(tmp_path / folder)
     assert said["cwd"] == str(tmp_path)
     assert "JobName=" + (text + " second line").strip() in scontrol("show", "job", job.job_id)

@@ -29,7 +29,7 @@ GPU_JOB = JobSpec(
     cpus_per_task=12,
     time="24:00:00",
     python="/shared/venv/bin/python",
-    snapshot=Path("/shared/runs/.snapshots/0123456789abcdef"),
+    snapshot=Path("/shared/runs/code/0123456789abcdef.tar"),
     working_directory=Path("/home/someone/project"),
     inherit=("WANDB_API_KEY",),
 )

@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import hashlib
+import os
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megabatch.errors import LaunchError
-from megabatch.slurm.snapshot import take_snapshot
+from megabatch.run_directory import ExitCode
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.script.code import own_code
+from megabatch.slurm.snapshot import Snapshot, read_snapshot, snapshot_of
+
+LONG = "r" * 200 + ".py"
 
 
 @pytest.fixture
@@ -24,44 +34,139 @@ def package(tmp_path: Path) -> Path:
     return package
 
 
-def test_it_holds_plain_files_and_the_recipe(package: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "my recipe.py"
+@pytest.fixture
+def stored(package: Path, tmp_path: Path) -> Snapshot:
+    snapshot = snapshot_of(tmp_path / "store", package=package)
+    snapshot.store()
+    return snapshot
+
+
+@pytest.mark.parametrize("name", ["my recipe.py", LONG])
+def test_it_holds_plain_files_and_the_recipe(package: Path, tmp_path: Path, name: str) -> None:
+    recipe = tmp_path / name
     recipe.write_text("pass\n")
-    snapshot = take_snapshot(tmp_path / "store", recipe=recipe, package=package)
-    files = sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file())
-    assert files == ["megabatch/__init__.py", "megabatch/linked/module.py", "recipe/my recipe.py"]
-    assert not any(path.is_symlink() for path in snapshot.rglob("*"))
+    snapshot = snapshot_of(tmp_path / "store", recipe=recipe, package=package)
+    snapshot.store()
+    with tarfile.open(snapshot.path) as archive:
+        found = archive.getmembers()
+    assert [one.name for one in found] == ["megabatch/__init__.py", "megabatch/linked/module.py", f"recipe/{name}"]
+    assert all(one.isreg() and one.mode == 0o644 for one in found)
+    assert read_snapshot(snapshot.path)[f"recipe/{name}"] == b"pass\n"
 
 
-def test_unchanged_code_is_the_same_folder_and_changed_code_another(package: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    first = take_snapshot(store, package=package)
+def test_its_name_is_the_digest_of_its_bytes(stored: Snapshot) -> None:
+    assert stored.path.name == f"{hashlib.sha256(stored.path.read_bytes()).hexdigest()}.tar"
+
+
+def test_unchanged_code_is_the_same_file_and_changed_code_another(
+    package: Path, tmp_path: Path, stored: Snapshot
+) -> None:
+    before = stored.path.stat()
     (package / "__pycache__" / "y.pyc").write_text("")
-    assert take_snapshot(store, package=package) == first
+    again = snapshot_of(tmp_path / "store", package=package)
+    again.store()
+    assert again.path == stored.path and os.path.samestat(before, stored.path.stat()), "not written a second time"
     (tmp_path / "src" / "linked" / "module.py").write_text("VALUE = 2\n")
-    second = take_snapshot(store, package=package)
-    assert second != first
-    assert (first / "megabatch" / "linked" / "module.py").read_text() == "VALUE = 1\n"
-    assert sorted(store.iterdir()) == sorted([first, second])
+    second = snapshot_of(tmp_path / "store", package=package)
+    second.store()
+    assert read_snapshot(stored.path)["megabatch/linked/module.py"] == b"VALUE = 1\n"
+    assert sorted((tmp_path / "store").iterdir()) == sorted([stored.path, second.path])
 
 
 def test_many_at_once_publish_one(package: Path, tmp_path: Path) -> None:
+    def store(_: int) -> Path:
+        snapshot = snapshot_of(tmp_path / "store", package=package)
+        snapshot.store()
+        return snapshot.path
+
     with ThreadPoolExecutor(8) as pool:
-        found = set(pool.map(lambda _: take_snapshot(tmp_path / "store", package=package), range(16)))
-    assert found == set((tmp_path / "store").iterdir())
-    assert len(found) == 1
+        found = set(pool.map(store, range(16)))
+    assert found == set((tmp_path / "store").iterdir()) and len(found) == 1
 
 
-def test_the_real_package_runs_from_its_snapshot(tmp_path: Path) -> None:
-    snapshot = take_snapshot(tmp_path)
-    code = "import megabatch.slurm.render as r, megabatch.converters; print(r.__file__)"
-    command, environment = [sys.executable, "-c", code], {"PYTHONPATH": str(snapshot)}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == str(snapshot / "megabatch" / "slurm" / "render.py"), done.stderr
+def test_what_somebody_planted_by_its_name_is_replaced(stored: Snapshot, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    for plant in (
+        lambda: stored.path.write_bytes(stored.content[:-1] + b"x"),
+        lambda: (elsewhere.write_bytes(b"evil"), stored.path.unlink(), stored.path.symlink_to(elsewhere)),
+        lambda: (stored.path.unlink(), os.mkfifo(stored.path)),
+    ):
+        plant()
+        stored.store()
+        assert stored.path.read_bytes() == stored.content and not stored.path.is_symlink()
+    assert elsewhere.read_bytes() == b"evil"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+def test_the_right_content_of_another_user_is_replaced(stored: Snapshot) -> None:
+    os.chown(stored.path, 12345, -1)
+    stored.store()
+    assert stored.path.stat().st_uid == os.getuid()
+
+
+def test_others_cannot_write_it_whatever_the_umask(package: Path, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        snapshot = snapshot_of(tmp_path / "store", package=package)
+        snapshot.store()
+    finally:
+        os.umask(before)
+    assert snapshot.path.stat().st_mode & 0o777 == 0o644
+    assert snapshot.path.parent.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_store_that_cannot_be_written_is_an_error(package: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match=r"cannot store the code snapshot in .*file"):
-        take_snapshot(tmp_path / "file", package=package)
+        snapshot_of(tmp_path / "file", package=package).store()
     assert (tmp_path / "file").read_text() == ""
+
+
+def used(snapshot: Snapshot, cache: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """What a task does with a job's code."""
+    job = JobSpec(name="j", run_directory=Path("/j"), snapshot=snapshot.path)
+    begin = "\n".join(own_code(job, replace(ClusterProfile(), local_cache=str(cache))))
+    text = f"{begin}\nbash -c \"$own_code\"$'\\n'{script!r}"
+    environment = {"PATH": os.environ["PATH"], "MEGABATCH_CODE": str(snapshot.path)}
+    return subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_real_package_runs_from_its_snapshot(tmp_path: Path) -> None:
+    snapshot = snapshot_of(tmp_path / "store")
+    snapshot.store()
+    program = "import megabatch.slurm.render as r, megabatch.converters; print(r.__file__)"
+    script = f'use_code && cd / && {sys.executable} -P -c "{program}"'
+    done = used(snapshot, tmp_path, script)
+    code = tmp_path / f"megabatch-{os.getuid()}" / "code" / snapshot.path.name[:16]
+    assert done.stdout.strip() == str(code / "megabatch" / "slurm" / "render.py"), done.stderr
+    assert (code.parent.parent.stat().st_mode & 0o777) == 0o700
+
+
+def test_a_task_refuses_what_is_not_the_code_of_its_job(stored: Snapshot, tmp_path: Path) -> None:
+    stored.path.write_bytes(stored.content.replace(b"VALUE = 1", b"VALUE = 2"))
+    done = used(stored, tmp_path, "use_code; exit $?")
+    assert done.returncode == ExitCode.CONFIG
+    assert f"{stored.path} is not the code that was submitted" in done.stderr
+    stored.path.unlink()
+    assert used(stored, tmp_path, "use_code; exit $?").returncode == ExitCode.CONFIG
+    assert not list(tmp_path.rglob("module.py*"))[1:], "nothing of it was unpacked"
+
+
+def test_what_cleaners_took_from_a_node_comes_back(stored: Snapshot, tmp_path: Path) -> None:
+    show = 'use_code && cat "$PYTHONPATH/megabatch/linked/module.py"'
+    assert used(stored, tmp_path, show).stdout == "VALUE = 1\n"
+    code = tmp_path / f"megabatch-{os.getuid()}" / "code" / stored.path.name[:16]
+    (code / "megabatch" / "__pycache__").mkdir()
+    (code / "megabatch" / "__pycache__" / "x.pyc").write_text("")
+    (code / "megabatch" / "linked" / "module.py").unlink()
+    assert used(stored, tmp_path, show).stdout == "VALUE = 1\n"
+    stored.path.unlink()
+    assert used(stored, tmp_path, show).stdout == "VALUE = 1\n", "a node that has the code reads nothing more"
+    assert {path.name for path in code.parent.iterdir()} == {code.name, ".lock"}
+
+
+def test_many_tasks_of_a_node_unpack_it_once(stored: Snapshot, tmp_path: Path) -> None:
+    show = 'use_code && cat "$PYTHONPATH/megabatch/linked/module.py"'
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(lambda _: used(stored, tmp_path, show), range(8)))
+    assert [(one.stdout, one.stderr) for one in said] == [("VALUE = 1\n", "")] * 8

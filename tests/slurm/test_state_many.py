@@ -41,9 +41,10 @@ def sweep(slurm: object, tmp_path: Path) -> list[RunDirectory]:
         job.files.logs.mkdir(parents=True)
         job.files.run_json.write_text("{}")
         job.files.script.write_text(render(job, ClusterProfile()))
+    scripts = [render(job, ClusterProfile()) for job in jobs]
     array = JobArray(name="sweep", folder=tmp_path / "array", jobs=tuple(jobs))
     array.folder.mkdir()
-    submit_array(array, render_array(array, ClusterProfile()))
+    submit_array(array, render_array(array, ClusterProfile(), scripts=scripts))
     return [job.files for job in jobs]
 
 
