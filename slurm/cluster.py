@@ -63,6 +63,7 @@ class PrivateCluster:
         nodes: int = 2,
         directory: Path,
         gpus_per_node: int = 0,
+        gpu_type: str | None = None,
         cpus_per_node: int = 16,
         accounting: bool = False,
         min_job_age_s: int = 300,
@@ -81,6 +82,7 @@ class PrivateCluster:
             directory=directory.absolute(),
             nodes=nodes,
             gpus_per_node=gpus_per_node,
+            gpu_type=gpu_type,
             cpus_per_node=cpus_per_node,
             accounting=accounting,
             min_job_age_s=min_job_age_s,
@@ -213,6 +215,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--dir", type=Path, default=Path(".cluster"), help="its folder (default: %(default)s)")
         if name == "up":
             command.add_argument("--nodes", type=int, default=4)
+            command.add_argument("--gpu_type", help="type that Slurm knows them by, for example a100")
             command.add_argument("--gpus_per_node", type=int, default=0, help="pretended GPUs (plain files)")
             command.add_argument("--cpus_per_node", type=int, default=16, help="pretended CPUs")
             command.add_argument("--accounting", action="store_true", help="with a database, so that sacct answers")
@@ -224,6 +227,7 @@ def _up(options: argparse.Namespace) -> None:
         nodes=options.nodes,
         directory=options.dir,
         gpus_per_node=options.gpus_per_node,
+        gpu_type=options.gpu_type,
         cpus_per_node=options.cpus_per_node,
         accounting=options.accounting,
         keep=True,

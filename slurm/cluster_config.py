@@ -21,6 +21,7 @@ class ClusterLayout:
     directory: Path
     nodes: int
     gpus_per_node: int
+    gpu_type: str | None
     cpus_per_node: int
     first_port: int
     """slurmctld's; node k has `first_port + k`, slurmdbd the one after the last node's."""
@@ -162,7 +163,8 @@ def slurm_conf(layout: ClusterLayout) -> str:
 
 
 def _node_line(layout: ClusterLayout, index: int, *, host: str) -> str:
-    gres = f" Gres=gpu:{layout.gpus_per_node}" if layout.gpus_per_node else ""
+    kind = f"{layout.gpu_type}:" if layout.gpu_type else ""
+    gres = f" Gres=gpu:{kind}{layout.gpus_per_node}" if layout.gpus_per_node else ""
     return (
         f"NodeName=n{index} NodeHostname={host} NodeAddr=127.0.0.1 Port={layout.first_port + index} "
         f"CPUs={layout.cpus_per_node} RealMemory=1000000{gres} State=UNKNOWN"
@@ -173,4 +175,5 @@ def _gres_conf(layout: ClusterLayout) -> str:
     if not layout.gpus_per_node:
         return ""
     nodes, last = ",".join(layout.node_names), layout.gpus_per_node - 1
-    return f"NodeName={nodes} Name=gpu File={layout.directory}/gpu[0-{last}]\n"
+    kind = f" Type={layout.gpu_type}" if layout.gpu_type else ""
+    return f"NodeName={nodes} Name=gpu{kind} File={layout.directory}/gpu[0-{last}]\n"

@@ -18,6 +18,7 @@ from megabatch.slurm.sbatch_options import sbatch_faults
 
 Network = Literal["none", "single_node", "ethernet", "infiniband", "roce", "efa"]
 Runtime = Literal["pyxis", "apptainer"]
+GpuRequest = Literal["gpus-per-node", "gres", "gpus-per-task"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,11 @@ class ClusterProfile:
     """Bash lines run as they are before the ranks start, for what modules cannot do."""
     gpu: str | None = None
     """GPU of its nodes (`H100`), for estimates of memory and time; it asks Slurm for nothing."""
+    gpu_request: GpuRequest = "gpus-per-node"
+    """The form in which this site wants to be asked for GPUs: `--gpus-per-node=8`, `--gres=gpu:8`,
+    `--gpus-per-task=1`."""
+    gpu_type: str | None = None
+    """Their type as Slurm knows it (`a100` of `gpu:a100:8` in `sinfo -o %G`); None takes any."""
     network: Network = "ethernet"
     """How nodes reach each other; picks the NCCL preset of multi-node GPU jobs."""
     shared_cache: str | None = None

@@ -9,7 +9,7 @@ from typing import Any
 from megabatch.errors import Fault
 
 _NODES = "resources.nodes and resources.tasks_per_node"
-_GPUS = "resources.gpus_per_node"
+_GPUS = "resources.gpus_per_node, and `gpu_request` and `gpu_type` for how they are asked for"
 _CPUS = "resources.cpus_per_task"
 _LOGS = "nothing: logs are in the run directory"
 _VARIABLES = "`environment`, and `inherit` for secrets"

@@ -43,7 +43,9 @@ def _slurm_marked_tests_need_slurm(request: pytest.FixtureRequest) -> None:
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateCluster]:
     """Four nodes of 16 CPUs and 8 pretended GPUs, shared by the session; most tests want `slurm` instead."""
     _require_slurm()
-    cluster = PrivateCluster.start(nodes=4, directory=tmp_path_factory.mktemp("slurm"), gpus_per_node=8)
+    cluster = PrivateCluster.start(
+        nodes=4, directory=tmp_path_factory.mktemp("slurm"), gpus_per_node=8, gpu_type="a100"
+    )
     yield cluster
     cluster.stop()
 

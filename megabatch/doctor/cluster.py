@@ -13,6 +13,8 @@ from megabatch.config.walltime import seconds
 from megabatch.doctor.ask import Answer, ask
 from megabatch.doctor.checks import Finding
 from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.roles import Allocation
+from megabatch.slurm.script.gpus import gpu_options
 
 _SAVE_S = 30
 
@@ -142,11 +144,28 @@ def _resolves(name: str) -> bool:
 def _gpus(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
     shown = ask("sinfo", "--noheader", "--format=%G|%D", *_in_partitions(profile, live)).text.splitlines()
     kinds = dict(line.strip().split("|", 1) for line in shown if "gpu" in line)
-    if kinds:
+    types = sorted(set(re.findall(r"gpu:([^:(,]*[^:(,\d][^:(,]*)", " ".join(kinds))))
+    if profile.gpu_type is not None and profile.gpu_type not in types:
+        fix = f"gpu_type = {_one_of(types)}" if types else "leave gpu_type out: Slurm knows no types of GPUs there"
+        yield _fault("GPUs", f"no node there has GPUs of type {profile.gpu_type}", fix=fix)
+    elif kinds:
         yield _fine("GPUs", "; ".join(f"{count} nodes with {gres.split('(')[0]}" for gres, count in kinds.items()))
+        yield from _gpu_request(profile, live)
     else:
         fix = "name a partition that has some: `sinfo -o '%P %G'`"
         yield _note("GPUs", "no node here has any", without="runs with gpus_per_node=0 alone", fix=fix)
+
+
+def _gpu_request(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
+    """Whether one GPU may be asked for in the profile's way."""
+    one = Allocation(nodes=1, tasks_per_node=1, cpus_per_task=None, gpus_per_node=1)
+    asked = [f"--{name}={value}" for name, value in gpu_options(one, profile).items()]
+    said = _test_only(*_in_partitions(profile, live), *asked)
+    if said.ok:
+        yield _fine("gpu_request", " ".join(asked))
+    else:
+        fix = 'gpu_request = "gres", "gpus-per-node" or "gpus-per-task", as the site\'s pages say'
+        yield _fault("gpu_request", f"{' '.join(asked)}: {_reason(said)}", fix=fix)
 
 
 def _in_partitions(profile: ClusterProfile, live: Live) -> list[str]:

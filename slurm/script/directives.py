@@ -10,6 +10,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import directive, label
 from megabatch.slurm.roles import allocation
+from megabatch.slurm.script.gpus import gpu_options
 
 
 def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = None) -> list[str]:
@@ -28,7 +29,7 @@ def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = Non
         "nodes": size.nodes,
         "ntasks-per-node": size.tasks_per_node,
         "cpus-per-task": size.cpus_per_task,
-        "gpus-per-node": size.gpus_per_node or None,
+        **gpu_options(size, profile),
         "mem": None if job.mem_gib is None else f"{job.mem_gib}G" if job.mem_gib else "0",
         "time": _time_limit(job, profile),
         "signal": f"B:USR2@{job.signal_delay_s}",
@@ -45,7 +46,7 @@ def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = Non
         raise LaunchError(
             f"resources.mem_gib={job.mem_gib} and the profile's {theirs} both ask for memory; leave one of them out"
         )
-    options |= profile.sbatch
+    options |= {name: value for name, value in profile.sbatch.items() if name != "gres"}
     chosen = {name: value for name, value in options.items() if value is not None and value is not False}
     return ["#!/bin/bash", *(directive(name, value) for name, value in chosen.items())]
 

@@ -16,6 +16,7 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.roles import allocation
 from megabatch.slurm.script.code import USE
+from megabatch.slurm.script.gpus import of_step, without_the_jobs
 
 _LIMIT_S = 320
 """Nodes end themselves before: only one that the kernel holds is still there then."""
@@ -32,7 +33,7 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
         "export MEGABATCH_NODES=\"${nodes//$'\\n'/ }\"",
         'if [ -z "$stop" ]; then',
         "    # a request to stop meanwhile is acted on after it, before any rank starts",
-        f"    (trap '' USR2; exec {words}) &",
+        f"    (trap '' USR2; {without_the_jobs()}; exec {words}) &",
         "    preflight_pid=$!",
         "    while :; do",
         "        interrupted= status=0",
@@ -66,9 +67,10 @@ def _without_bad_nodes(job: JobSpec) -> str:
 
 def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
     """Words of bash."""
+    size = allocation(job)
     options = {
         "level": job.preflight,
-        "gpus": allocation(job).gpus_per_node,
+        "gpus": size.gpus_per_node,
         "ranks": job.tasks_per_node,
         "local_cache": profile.local_cache,
         "max_bad_nodes": job.max_bad_nodes,
@@ -79,7 +81,8 @@ def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
     step = replace(job, arguments=words, program=None)
     nodes = job.total_nodes
     one_each = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--wait={_LIMIT_S}"]
-    srun = ["srun", *one_each, *srun_flags(job, profile), *profile.srun]
+    gpus = of_step(size.gpus_per_node) if size.gpus_per_node else []
+    srun = ["srun", *one_each, *gpus, *srun_flags(job, profile), *profile.srun]
     run = '"$own_code"' + shell(f'\n{USE} && exec "$@"')
     return [*map(shell, srun), "bash", "-c", run, "preflight", *map(shell, inside(step, profile))]
 

@@ -10,6 +10,7 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.script.code import USE
 from megabatch.slurm.script.exit_codes import WRITE_ONCE
+from megabatch.slurm.script.gpus import of_step, without_the_jobs
 from megabatch.slurm.script.roles import step_size
 from megabatch.slurm.script.variables import comment
 
@@ -58,16 +59,19 @@ def _size_beside_roles(job: JobSpec) -> list[str]:
 
 
 def launch(job: JobSpec, profile: ClusterProfile) -> list[str]:
+    per_task = bool(job.gpus_per_node) and profile.gpu_request == "gpus-per-task"
     size = ["--nodelist=$rank_nodes", *_size_beside_roles(job)] if job.roles else []
+    size = size or (of_step(job.gpus_per_node) if per_task else [])
     srun = ["srun", "--kill-on-bad-exit=1", *size, *srun_flags(job, profile), *profile.srun]
     command = [*srun, "bash", "-c", "$rank_script", "rank", *inside(job, profile)]
     words = [f'"{word}"' if word in ("$rank_script", "--nodelist=$rank_nodes") else shell(word) for word in command]
+    own = f"{without_the_jobs()}; " if job.roles or per_task else ""
     failed = ['if [ -n "$role_failed" ]; then', "    :", 'elif [ -z "$stop" ]; then'] if job.roles else []
     return [
         "status=0",
         *(failed or ['if [ -z "$stop" ]; then']),
         "    # a signal that comes before srun listens must not end it",
-        f"    (trap '' USR1 USR2; exec {' '.join(words)}) &",
+        f"    (trap '' USR1 USR2; {own}exec {' '.join(words)}) &",
         "    srun_pid=$!",
         "    watch_ranks &",
         "    watch_pid=$!",

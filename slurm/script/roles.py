@@ -9,6 +9,7 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.roles import allocation, role_job
 from megabatch.slurm.script.exit_codes import OF_SIGNAL, WRITE_ONCE
+from megabatch.slurm.script.gpus import of_step, without_the_jobs
 
 LAST_LINES = 20
 """Of a server's log, shown in the batch log when it fails."""
@@ -42,9 +43,7 @@ def step_size(
     flags = [f"--nodes={nodes}", f"--ntasks={nodes * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}"]
     if cpus_per_task is not None:
         flags.append(f"--cpus-per-task={cpus_per_task}")
-    if allocation(job).gpus_per_node:
-        flags.append(f"--gres=gpu:{gpus_per_node}" if gpus_per_node else "--gres=none")
-    return flags
+    return [*flags, *(of_step(gpus_per_node) if allocation(job).gpus_per_node else [])]
 
 
 def _start(job: JobSpec, profile: ClusterProfile, role: Role, *, first: int) -> list[str]:
@@ -60,7 +59,7 @@ def _start(job: JobSpec, profile: ClusterProfile, role: Role, *, first: int) -> 
     command = " ".join(map(shell, inside(own, profile)))
     return [
         'if [ -z "$stop" ]; then',
-        f'    (trap "" USR1 USR2; unset SRUN_CPUS_PER_TASK SLURM_GPUS_PER_NODE; export MEGABATCH_ROLE={role.name}',
+        f'    (trap "" USR1 USR2; unset SRUN_CPUS_PER_TASK; {without_the_jobs()}; export MEGABATCH_ROLE={role.name}',
         f'    exec srun --kill-on-bad-exit=1 --nodelist="$(node_list {first} {role.nodes})" {flags} \\',
         f'        bash -c "$role_script" role {command}) &',
         f"    role_pids[{role.name}]=$!",

@@ -35,7 +35,7 @@ class TestAgainstSlurm:
         findings = examine_cluster(profile)
         assert faults(findings) == {}
         found = {finding.name: finding.found for finding in findings}
-        assert found["GPUs"] == "4 nodes with gpu:8"
+        assert found["GPUs"] == "4 nodes with gpu:a100:8"
         assert found["exclude"] == "2 of 4 nodes left out"
         assert "its NodeAddr 127.0.0.1 does" in found["node names"]
         assert found["MaxArraySize"].startswith("1001")
@@ -43,12 +43,20 @@ class TestAgainstSlurm:
         assert found["requeue delay"].startswith("6 s")
         assert "sbatch requeue" not in found
 
+    @pytest.mark.parametrize("form", ["gres", "gpus-per-node", "gpus-per-task"])
+    def test_how_gpus_are_asked_for_is_tried(self, form: Any) -> None:
+        findings = examine_cluster(ClusterProfile(gpu_request=form, gpu_type="a100"))
+        assert faults(findings) == {}
+        [found] = [finding.found for finding in findings if finding.name == "gpu_request"]
+        assert f"--{form}=" in found and "a100:1" in found
+
     @pytest.mark.parametrize(
         ("words", "name", "found", "fix"),
         [
             ({"partition": "bacth"}, "partition", "no partition bacth", '"batch"'),
             ({"exclude": "n1,zz9"}, "exclude", "no such node: zz9", "sinfo -N"),
             ({"constraint": "h100"}, "constraint", "h100: Invalid feature", "sinfo -o"),
+            ({"gpu_type": "h100"}, "GPUs", "no node there has GPUs of type h100", 'gpu_type = "a100"'),
             ({"reservation": "mine"}, "reservation", "mine: Requested reservation is invalid", "scontrol show"),
             ({"sbatch": {"mail-type": "SOMETIMES"}}, "sbatch mail-type", "Invalid --mail-type", "man sbatch"),
             ({"sbatch": {"exclusive": True, "gpus_of_node": 8}}, "sbatch gpus_of_node", "unrecognized option", "man"),

@@ -103,7 +103,13 @@ def test_a_cluster_that_does_not_come_up_says_why_and_leaves_nothing(
 
 def test_a_folder_that_slurms_configuration_cannot_hold_is_refused(tmp_path: Path) -> None:
     layout = ClusterLayout(
-        directory=tmp_path / "a b", nodes=1, gpus_per_node=0, cpus_per_node=1, first_port=1, socket_directory=tmp_path
+        directory=tmp_path / "a b",
+        nodes=1,
+        gpus_per_node=0,
+        gpu_type=None,
+        cpus_per_node=1,
+        first_port=1,
+        socket_directory=tmp_path,
     )
     with pytest.raises(LaunchError, match="plain"):
         slurm_conf(layout)
