@@ -75,7 +75,7 @@ class Engine:
         data-parallel ranks; stop: whether this rank was asked to stop after this step.
         """
         assert self.optimizer is not None, "an engine for inference has no optimizer"
-        for chunk in self.model.chunks:
+        for chunk in self.model.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -92,7 +92,7 @@ class Engine:
 
     def evaluate(self, packs: Sequence[Pack], objective: Objective) -> Mapping[str, Ratio]:
         """The objective's metrics over these micro-batches of every data-parallel rank, without gradients."""
-        for chunk in self.model.chunks:
+        for chunk in self.model.wrapped:
             chunk.eval()
         with torch.no_grad():
             stored = self._run(packs, objective, factor=1.0, forward_only=True)
@@ -110,11 +110,11 @@ class Engine:
         self, packs: Sequence[Pack], objective: Objective, *, factor: float, forward_only: bool
     ) -> list[Mapping[str, Tensor]]:
         longest = max(len(pack.ids_T) for pack in packs)
-        iterators: list[Iterator[Pack]] = [iter(packs) for _ in self.model.chunks]
+        iterators: list[Iterator[Pack]] = [iter(packs) for _ in self.model.wrapped]
         return self._schedule(
             forward_step_func=partial(self._forward, objective=objective, factor=factor),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.model.chunks if len(iterators) > 1 else self.model.chunks[0],
+            model=self.model.wrapped if len(iterators) > 1 else self.model.wrapped[0],
             num_microbatches=len(packs),
             seq_length=longest,
             micro_batch_size=1,
@@ -186,7 +186,7 @@ class Engine:
 
 def _overlap(model: Model) -> None:
     """Hooks that let gradient reduction wait for the last micro-batch and overlap with the backward, if asked for."""
-    chunks: list[Any] = model.chunks
+    chunks = model.wrapped
     if chunks[0].ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         start = [chunk.start_grad_sync for chunk in chunks]

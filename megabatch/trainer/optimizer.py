@@ -47,7 +47,7 @@ class Optimizer:
             overlap_param_gather=overlap_param_gather,
         )
         self.is_adam = group.optimizer == "adam"
-        self.megatron: Any = get_megatron_optimizer(config, model.chunks)
+        self.megatron: Any = get_megatron_optimizer(config, model.wrapped)
         self.schedule = _schedule(self.megatron, learning_rate, group.weight_decay, train_iters)
 
     def zero_grad(self) -> None:

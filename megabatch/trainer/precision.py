@@ -110,7 +110,6 @@ def of_megatron(folder: Path, checkpoint: Path, ids_S: Tensor, *, dtype: str, we
     from megabatch.converters.families import family_of
     from megabatch.converters.hf_model import read_config
     from megabatch.trainer.model.build import build, ddp_config
-    from megabatch.trainer.model.naming import unwrap
     from megabatch.trainer.model.transformer_config import transformer_config
     from megabatch.trainer.ranks import Ranks
 
@@ -120,7 +119,7 @@ def of_megatron(folder: Path, checkpoint: Path, ids_S: Tensor, *, dtype: str, we
     with Ranks(gpus_per_node=int(ids_S.is_cuda)) as ranks:
         plain = ddp_config(use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False)
         model = build(shape, transformer_config(recipe, shape, virtual_size=None), ranks, plain)
-        inner = unwrap(model.chunks[0]).eval()
+        inner = model.chunks[0].eval()
         try:
             # nested, because megatron-core puts the checkpoint's common state beside what was asked for
             loaded = dist_checkpointing.load({"model": inner.sharded_state_dict()}, str(checkpoint))

@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megabatch.trainer import optimizer_state
 from megabatch.trainer.engine import Engine
-from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.unpickling import as_data
 
@@ -86,8 +85,8 @@ def load(engine: Engine, directory: Path, *, step: int | None, rng: bool) -> Non
     """
     read = partial(_read, directory)
     loaded = read(_model_state(engine))
-    for i, chunk in enumerate(engine.model.chunks):
-        unwrap(chunk).load_state_dict(loaded[_chunk_key(engine, i)], strict=True)
+    for i, chunk in enumerate(chunks := engine.model.chunks):
+        chunk.load_state_dict(loaded[_chunk_key(i, of=len(chunks))], strict=True)
     if engine.optimizer is not None:
         if step is not None:
             optimizer_state.restore(engine.optimizer, _model_state(engine), engine.ranks, read, step=step)
@@ -104,14 +103,15 @@ def _read(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def _chunk_key(engine: Engine, chunk: int) -> str:
-    return "model" if len(engine.model.chunks) == 1 else f"model{chunk}"
+def _chunk_key(chunk: int, *, of: int) -> str:
+    return "model" if of == 1 else f"model{chunk}"
 
 
 def _model_state(engine: Engine) -> dict[str, Any]:
+    chunks = engine.model.chunks
     return {
-        _chunk_key(engine, i): unwrap(chunk).sharded_state_dict(metadata=dict(METADATA))
-        for i, chunk in enumerate(engine.model.chunks)
+        _chunk_key(i, of=len(chunks)): chunk.sharded_state_dict(metadata=dict(METADATA))
+        for i, chunk in enumerate(chunks)
     }
 
 

@@ -25,7 +25,6 @@ from megabatch.config.run import RunConfig
 from megabatch.trainer import assemble
 from megabatch.trainer.checkpoint import Progress
 from megabatch.trainer.loop import Loop, open_loop
-from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.signals import StopSignal
 from megabatch.trainer.whereabouts import Whereabouts
@@ -75,7 +74,7 @@ def compare(case: Case, folder: Path) -> list[Figure]:
         bare = BareLoop(
             transformer_config(run.recipe, run.shape, virtual_size=None),
             run.shape,
-            unwrap(ours.engine.model.chunks[0]).state_dict(),
+            ours.engine.model.chunks[0].state_dict(),
             vocab_size=ours.engine.model.padded_vocab_size,
             fused_attention=case.fused_attention,
             device=ranks.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,26 @@ def train(run_dir: str, stop_after: int | None = None) -> int:
 
         Engine.step = counted  # type: ignore[method-assign]
     return int(loop.train(RunConfig.load(Path(run_dir) / "run.json"), stop, Whereabouts(0)))
+
+
+def train_all(run_dirs: list[str], bucket_size: int | None = None) -> list[int]:
+    """Trains one rank of several runs one after the other, in one world.
+
+    Args: bucket_size: numbers in a bucket of gradients and parameters; megatron-core's own 40 million make one bucket
+    of a small model.
+    """
+    import torch.distributed as dist
+
+    from megabatch.trainer import assemble
+
+    if bucket_size is not None:
+        made = assemble.ddp_config
+        assemble.ddp_config = lambda **keywords: replace(made(**keywords), bucket_size=bucket_size)
+    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    try:
+        return [train(run_dir) for run_dir in run_dirs]
+    finally:
+        dist.destroy_process_group()
 
 
 def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:

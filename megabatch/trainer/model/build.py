@@ -9,10 +9,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
 
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer.model.layers import decoder_layers
+from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.rope import inverse_frequencies
 from megabatch.trainer.ranks import Ranks
 
@@ -21,11 +21,23 @@ from megabatch.trainer.ranks import Ranks
 class Model:
     """The chunks on this rank and what they were built from."""
 
-    chunks: list[nn.Module]
-    """One for each virtual pipeline stage, outermost wrapper first."""
+    wrapped: list[Any]
+    """One for each virtual pipeline stage, in megatron-core's wrappers: for its schedules and its optimizer, which may
+    leave parameters as they were before the last step. Whatever reads or writes parameters takes `chunks`."""
     config: TransformerConfig
     shape: ModelShape
     padded_vocab_size: int
+
+    @property
+    def chunks(self) -> list[Any]:
+        """The bare models, one for each virtual pipeline stage, whose parameters are those of the last step.
+
+        Collective over data-parallel ranks with `overlap_param_gather`: an optimizer step then updates this rank's
+        part of each parameter alone and leaves the rest to the next forward. What is still missing is gathered here.
+        """
+        for chunk in self.wrapped:
+            _gather_parameters(chunk)
+        return [unwrap(chunk) for chunk in self.wrapped]
 
 
 class Bfloat16(Float16Module):
@@ -65,6 +77,18 @@ def build(
         chunks = [Bfloat16(config, chunk) for chunk in chunks]
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
     return Model(wrapped, config, shape, vocab)
+
+
+def _gather_parameters(chunk: DistributedDataParallel) -> None:
+    """Gathers the buckets that no forward has gathered yet, and waits for those on their way.
+
+    megatron-core's own `start_param_sync(force_sync=True)` would gather all of them again at every call.
+    """
+    if not (chunk.ddp_config.use_distributed_optimizer and chunk.ddp_config.overlap_param_gather):
+        return
+    for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+        if group.param_gather_handle is not None or not group.param_gather_dispatched:
+            group.start_param_sync(force_sync=True)
 
 
 def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None, vocab: int) -> GPTModel:

@@ -23,12 +23,11 @@ def unwrap(chunk: nn.Module) -> Any:
 def named_parameters(
     chunks: Sequence[nn.Module], *, first_expert: int
 ) -> Iterator[tuple[str, int | None, nn.Parameter]]:
-    """(canonical name, expert or None, parameter) of every parameter on this rank.
+    """(canonical name, expert or None, parameter) of every parameter of these bare models.
 
     Args: first_expert: global index of this rank's first expert in each mixture-of-experts layer.
     """
-    for chunk in chunks:
-        model = unwrap(chunk)
+    for model in chunks:
         for name, parameter in model.named_parameters():
             canonical, expert = _canonical(name, model)
             yield canonical, None if expert is None else first_expert + expert, parameter

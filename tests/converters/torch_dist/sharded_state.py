@@ -104,7 +104,6 @@ def model_of(folder: Path, checkpoint: Path, output: Path) -> None:
     from megabatch.config.recipe import Recipe
     from megabatch.trainer import weights
     from megabatch.trainer.model.build import build, ddp_config
-    from megabatch.trainer.model.naming import unwrap
     from megabatch.trainer.model.transformer_config import transformer_config
     from megabatch.trainer.ranks import Ranks
 
@@ -113,7 +112,7 @@ def model_of(folder: Path, checkpoint: Path, output: Path) -> None:
     with Ranks() as ranks:
         ddp = ddp_config(use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False)
         model = build(opened.shape, transformer_config(recipe, opened.shape, virtual_size=None), ranks, ddp)
-        inner = unwrap(model.chunks[0])
+        inner = model.chunks[0]
         # nested, because megatron-core puts the common state beside what was asked for
         asked = {"model": inner.sharded_state_dict()}
         loaded = dist_checkpointing.load(asked, str(checkpoint), strict="raise_all")
