@@ -104,6 +104,10 @@ class RunDirectory:
         """`restart` counts the run's starts: 0 is the first, whichever job it belongs to."""
         return self.logs / f"rank_{rank}.{restart}.log"
 
+    def batch_log(self, job_id: str) -> Path:
+        """What the batch script of a job, or the local launcher (`local`), says of all its starts."""
+        return self.logs / f"batch.{job_id}.log"
+
     def mark(self, name: str, job_id: str, restart: int) -> Path:
         """`failed` (rank, exit code and node of the first rank that failed), `stop` (asked to stop) or `stopped`."""
         return self.logs / f"{name}.{job_id}.{restart}"

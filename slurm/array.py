@@ -95,6 +95,7 @@ def render_array(array: JobArray, profile: ClusterProfile, *, scripts: Sequence[
         ")",
         "run=${runs[2 * SLURM_ARRAY_TASK_ID]} digest=${runs[2 * SLURM_ARRAY_TASK_ID + 1]}",
         'mkdir -p -- "$run/logs"',
+        f"export MEGABATCH_ARRAY_LOG={shell(str(array.folder / 'batch.log'))}",
         'exec >>"$run/logs/batch.${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.log" 2>&1',
         "copy=$(mktemp)",
         'cat -- "$run/job.sbatch" >"$copy"',

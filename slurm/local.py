@@ -30,6 +30,7 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.records import LOCAL, Ending, Start, next_restart, record_ending, record_start
 from megabatch.slurm.script.variables import check_names
 
+_ENDED_WELL = (ExitCode.DONE, ExitCode.REQUEUE)
 _POLL_S = 0.05
 _LAST_WORDS_S = 1.0
 """After one rank died, the others may still write why before they are killed."""
@@ -62,7 +63,8 @@ def run_local(
             rank_0.touch()
             with open(rank_0, "rb") as log, _removed_at_end(request):
                 beat = hang.Watch(job.files.heartbeat, job.hang_timeout_s)
-                output = _Output(log, terminal or sys.stdout.buffer)
+                output = _Output(log, terminal or sys.stdout.buffer, job.files.batch_log(LOCAL))
+                output.note(f"start {restart} of job {LOCAL} on {socket.gethostname()}")
                 servers = Servers(job, asked, output.say)
                 shared |= servers.start(os.environ | shared | dict([mark.split("=", 1)]), restart=restart)
                 may_start = servers.failed is None and not (job.roles and asked.count)
@@ -123,10 +125,11 @@ class _Rank:
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """Rank 0's log on the terminal, as it grows."""
+    """Rank 0's log on the terminal, as it grows, and what the launcher says, in its own log too."""
 
     log: BinaryIO
     terminal: BinaryIO
+    own: Path
 
     def show(self) -> None:
         if text := self.log.read():
@@ -134,8 +137,14 @@ class _Output:
             self.terminal.flush()
 
     def say(self, text: str) -> None:
+        self.note(text)
         self.terminal.write(f"megabatch: {text}\n".encode())
         self.terminal.flush()
+
+    def note(self, text: str) -> None:
+        """What a batch script's log holds, for those who ask later."""
+        with open(self.own, "a", encoding="utf-8") as file:
+            file.write(f"megabatch: {text}\n")
 
 
 class StopRequests:
@@ -212,7 +221,8 @@ def _watch(
 
     Whoever fails first is written to `failed` as the batch script does it: rank, exit code, node.
     """
-    died_at, first_death, looked_at = None, 0, time.monotonic()
+    died_at, looked_at = None, time.monotonic()
+    first: _Failure | None = None
     while any(rank.code is None for rank in ranks):
         _wait_for_an_end(ranks)
         output.show()
@@ -221,28 +231,45 @@ def _watch(
             request.touch()
             for rank in ranks:
                 rank.ask_to_stop()
-        dead = [rank for rank in ranks if rank.code not in (None, ExitCode.DONE, ExitCode.REQUEUE)]
-        number, code = (dead[0].number, dead[0].code or 0) if dead else (0, 0)
-        if not dead and beat.hangs(min(passed, 1.0)):  # a machine that slept has not hung
-            number, code = _name_hung(ranks, output), ExitCode.HUNG
-        if code and died_at is None:
-            died_at, first_death = looked_at, code
-            failed.write_text(f"{number} {code} {socket.gethostname()}\n", encoding="utf-8")
+        first = first or _first_failure(ranks)
+        if first is None and beat.hangs(min(passed, 1.0)):  # a machine that slept has not hung
+            first = _Failure(_name_hung(ranks, output), ExitCode.HUNG)
+        if first is not None and died_at is None:
+            died_at = looked_at
         if requests.count > 1 or (died_at is not None and looked_at - died_at > _LAST_WORDS_S):
             for rank in ranks:
                 rank.kill()
     output.show()
-    return first_death or _worst([rank.code or 0 for rank in ranks])
+    first = first or _first_failure(ranks)
+    if first is None:
+        return max((rank.code or 0 for rank in ranks), default=0)
+    node = socket.gethostname()
+    failed.write_text(f"{first.rank} {first.code} {node}\n", encoding="utf-8")
+    log = ranks[first.rank].log
+    output.say(f"rank {first.rank} on {node} failed first, with exit code {first.code}: {log}")
+    return first.code
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    rank: int
+    code: int
+
+
+def _first_failure(ranks: list[_Rank]) -> _Failure | None:
+    """The rank that failed; of several that ended since the last look not one that may only have lost the others."""
+    failed = [_Failure(rank.number, rank.code) for rank in ranks if rank.code not in (None, *_ENDED_WELL)]
+    return min(failed, key=lambda one: one.code == ExitCode.CRASHED, default=None)
 
 
 def _name_hung(ranks: list[_Rank], output: _Output) -> int:
     """Has all ranks write their stacks, and says which one to look at first."""
-    output.say("the run hangs; every rank writes its stacks to its log")
+    output.say("no heartbeat; every rank writes its stacks to its log")
     for rank in ranks:
         rank.ask_where()
     time.sleep(hang.ANSWER_S)
     number, why = hang.suspect([rank.log for rank in ranks])
-    output.say(f"rank {number} {why}: {ranks[number].log}")
+    output.say(f"the run hangs; rank {number} on {socket.gethostname()} {why}: {ranks[number].log}")
     return number
 
 
@@ -256,9 +283,3 @@ def _wait_for_an_end(ranks: list[_Rank]) -> None:
     poll.poll(_POLL_S * 1000)
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _worst(codes: list[int]) -> int:
-    """A failure goes over a request to be run again, and that over success."""
-    failures = [code for code in codes if code not in (ExitCode.DONE, ExitCode.REQUEUE)]
-    return failures[0] if failures else max(codes, default=0)

@@ -36,6 +36,8 @@ class Ending:
     exit_code: int
     time: float
     """Seconds since the epoch."""
+    cancelled: bool = False
+    """Whether someone cancelled the job; it may have saved all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,12 @@ def read_records(run: RunDirectory) -> list[JobRecord]:
         # a job may start before its submission is written down
         old = records.get(job_id) or JobRecord(job_id, _number(line, "start", _number(line, "time")))
         if "exit_code" in line:
-            ending = Ending(int(_number(line, "restart")), int(_number(line, "exit_code")), _number(line, "time"))
+            ending = Ending(
+                int(_number(line, "restart")),
+                int(_number(line, "exit_code")),
+                _number(line, "time"),
+                cancelled=line.get("cancelled") is True,
+            )
             records[job_id] = replace(old, endings=(*old.endings, ending))
             continue
         if "cancelled" in line:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,15 @@ from megabatch.slurm.queue import SOURCES, JobState, State, ask_slurm
 from megabatch.slurm.records import LOCAL, JobRecord, read_records
 
 _BY_EXIT_CODE = {ExitCode.DONE.value: State.COMPLETED, ExitCode.REQUEUE.value: State.STOPPED}
+_CANCELLED = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ (?:DUE TO ([A-Z ]+[A-Z]))?")
+_BY_WORD = {
+    "": State.CANCELLED,
+    "TIME LIMIT": State.TIMEOUT,
+    "PREEMPTION": State.PREEMPTED,
+    "NODE FAILURE": State.NODE_FAIL,
+}
+_LAST_BYTES = 2**13
+"""Of a batch log: srun says a line or two after slurmd's last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +180,27 @@ def _from_records(found: _Unsettled) -> RunStatus:
     if job.endings and (not job.starts or _has_ended(found.jobs)):
         ending = job.endings[-1]
         state = _BY_EXIT_CODE.get(ending.exit_code, State.FAILED)
+        if (ending.cancelled or job.cancelled is not None) and state is not State.COMPLETED:
+            state = State.CANCELLED
         return _status(found, state, "records", exit_code=ending.exit_code, restart=ending.restart)
     if job.cancelled is not None:
         return _status(found, State.CANCELLED, "records")
+    if (word := _last_word_of_slurm(found.run, job)) is not None:
+        return _status(found, word, "records")
     reason = "" if job.starts or found.beat else "not in the queue, and it never started"
     return _status(found, State.LOST, "nobody", reason=reason)
+
+
+def _last_word_of_slurm(run: RunDirectory, job: JobRecord) -> State | None:
+    """How Slurm's daemons ended a start that could leave no ending, by the end of its batch log."""
+    try:
+        with open(run.batch_log(job.job_id), "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _LAST_BYTES))
+            text = log.read().decode(errors="replace").rpartition("\nmegabatch: start ")[2]
+    except OSError:
+        return None
+    words = _CANCELLED.findall(text)
+    return _BY_WORD.get(words[-1]) if words else None
 
 
 def _status(found: _Unsettled, state: State, source: str, *, job: JobRecord | None = None, **more: Any) -> RunStatus:

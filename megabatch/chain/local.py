@@ -21,6 +21,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local import run_local
 from megabatch.slurm.records import LOCAL, Start, next_restart, record_start
 from megabatch.slurm.script.inputs import inputs
+from megabatch.slurm.script.stopping import LAST_WORD
 
 
 def run_chain(ready: ReadyChain, arguments: Sequence[str]) -> int:
@@ -73,7 +74,7 @@ def fix_inputs(job: JobSpec) -> str:
     restart = next_restart(job.files)
     own = {"MEGABATCH_RUN": str(job.run_directory), "MEGABATCH_JOB_ID": LOCAL, "MEGABATCH_RESTART": str(restart)}
     done = subprocess.run(
-        ["bash", "-c", "\n".join(["set -eo pipefail", *inputs(job)])],
+        ["bash", "-c", "\n".join(["set -eo pipefail", *LAST_WORD, *inputs(job)])],
         env=os.environ | own,
         capture_output=True,
         text=True,
@@ -83,4 +84,7 @@ def fix_inputs(job: JobSpec) -> str:
         raise LaunchError(f"{job.run_directory}: inputs cannot be named: {done.stderr.strip()}")
     if done.returncode:
         record_start(job.files, Start(restart, time.time(), socket.gethostname()))
+        job.files.logs.mkdir(parents=True, exist_ok=True)
+        with open(job.files.batch_log(LOCAL), "a", encoding="utf-8") as log:
+            log.write(f"megabatch: start {restart} of job {LOCAL} on {socket.gethostname()}\n{done.stderr}")
     return done.stderr if done.returncode else ""

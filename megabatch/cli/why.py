@@ -33,10 +33,11 @@ def text(found: Diagnosis) -> str:
     if found.restart is not None:
         head += f"; its start {found.restart} failed"
     lines = [head, f"cause: {cause.title} [{cause.name}]"]
-    if found.rank is not None:
+    if found.role is not None or found.rank is not None:
+        who = f"rank {found.rank}" if found.role is None else f"role {found.role}"
         place = f" on {found.node}" if found.node else ""
         code = "" if found.exit_code is None else f", exit code {found.exit_code}"
-        lines.append(f"first: rank {found.rank}{place}{code}")
+        lines.append(f"first: {who}{place}{code}")
     else:
         lines += [f"node: {found.node}"] if found.node else []
         lines += [] if found.exit_code is None else [f"exit code: {found.exit_code}"]

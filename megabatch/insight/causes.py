@@ -1,58 +1,81 @@
-"""What logs say when a run dies: patterns, the class of failure behind each, and what to do about it.
+"""Why runs fail: the classes of failure, each with its fix, and the ordered table that tells them by evidence.
 
-Pure data, in the order in which a cause is believed: of the rows that match anywhere in the logs of a start, the first
-one names it. Rows that are a consequence come last: whoever says only that a peer has gone, or that it waited in vain,
-died of another rank's failure. tests/insight/excerpts.txt holds what torch, NCCL, gloo, Slurm and others print for
-each row, and where that text comes from.
+`TABLE` is read from its top: the first row that any evidence of a start matches names the class. So precedence is the
+order of the rows. What a row may match is one line of a log, or one that megabatch.insight.evidence writes of a mark,
+an exit code or Slurm's word. tests/insight/excerpts.txt holds what torch, NCCL, gloo, Slurm and others print
+for each row, and where that text comes from.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
+
+
+class Source(enum.StrEnum):
+    """Where evidence comes from."""
+
+    SCRIPT = enum.auto()
+    """The batch log between the lines that begin this start and the next: the script, srun and slurmstepd."""
+    FIRST = enum.auto()
+    """The log of the rank that failed first."""
+    RANK = enum.auto()
+    """The log of any rank."""
+    MARK = enum.auto()
+    """`exit code N` of the rank that failed first."""
+    SLURM = enum.auto()
+    """`STATE reason` of a job whose newest start left no ending, or that did not start."""
+    ENDING = enum.auto()
+    """`exit code N` of the job, or `no ending`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """One way to fail."""
+    """One class of failure."""
 
     name: str
-    """Stable, for programs; what it means stands in `title`."""
+    """Stable, for programs."""
     title: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kind of evidence."""
+
+    cause: str
+    sources: tuple[Source, ...]
     pattern: str
     """Of one line; Python's regular expressions."""
-    fix: str
-    consequence: bool = False
-    """Said by ranks that another rank's failure took along."""
 
 
-_EXCLUDE = 'resubmit without the node (`exclude = "NODE"` in the cluster profile) and tell your site'
-
-CAUSES = (
+_CAUSES = (
     Cause(
         "bad_node",
         "a node failed the check before the ranks",
-        r"megabatch: preflight: not started on ",
         "a bad node, not the run: `megabatch resume` leaves it out for a day; if it is named with most others, it is "
         "the job's or the site's fault: see what was found",
     ),
     Cause(
-        "hardware",
-        "a GPU reported an uncorrectable memory error",
-        r"uncorrectable ECC error|Xid \(.*\): (48|63|64|94|95)\b|double.bit ECC",
-        f"the GPU is bad, not the run: {_EXCLUDE}; `nvidia-smi -q -d ECC,ROW_REMAPPER` on it shows more",
+        "role",
+        "a server beside the ranks failed",
+        "its log has the reason; change the role's command, resources or `ready_s` in the recipe and submit that "
+        "again, or `megabatch resume` where it was an accident",
+    ),
+    Cause(
+        "dependency",
+        "a job that it waits for did not end well",
+        "look at that job (`megabatch why` on its run), then submit or resume this one again",
     ),
     Cause(
         "hardware",
         "a GPU or its links failed",
-        r"fallen off the bus|GPU is lost|[Uu]ncorrectable NVLink error|Xid \(.*\): (74|79|119|120)\b"
-        r"|[Hh]ardware stack error|CUDA error: unknown error",
-        f"the node is bad, not the run: {_EXCLUDE}; `dmesg | grep -i xid` on it shows more",
+        'the node is bad, not the run: resubmit without it (`exclude = "NODE"` in the cluster profile) and tell your '
+        "site; `dmesg | grep -i xid` and `nvidia-smi -q -d ECC,ROW_REMAPPER` on it show more",
     ),
     Cause(
         "oom_gpu",
         "out of GPU memory",
-        r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError: (?!CPU)"
-        r"|Cuda failure( 2)? '?out of memory",
         "lower batch.micro_batch_size or data.max_length, turn on recompute.recompute_granularity=full, or split the "
         "model further (tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size); `megabatch "
         "plan` estimates the memory of each",
@@ -60,167 +83,267 @@ CAUSES = (
     Cause(
         "oom_shared",
         "a data worker died: out of shared memory, or killed",
-        r"DataLoader worker \(pid\(?s?\)? .*(killed by signal|exited unexpectedly)|insufficient shared memory \(shm\)"
-        r"|unable to (open|allocate|mmap) shared memory|Unexpected bus error encountered in worker",
         "lower data.dataloader_num_workers, ask for more in resources.mem_gib, or give containers a larger /dev/shm",
     ),
     Cause(
         "oom_host",
         "out of host memory",
-        r"[Dd]etected \d+ oom.kill event|Out of memory: Killed process|oom-kill:|can't allocate memory: you tried to "
-        r"allocate|Cannot allocate memory|^(\w+\.)*MemoryError\b|error: Exceeded job memory limit",
         "ask for more in resources.mem_gib (0 is all of a node), or lower data.dataloader_num_workers",
+    ),
+    Cause(
+        "limit",
+        "a limit on open files, file sizes, processes or threads was reached",
+        "raise it with a line of the profile's `setup` (`ulimit -n` open files, `-f` file size, `-u` processes and "
+        "threads; a cgroup's pids.max is your site's), or lower data.dataloader_num_workers and OMP_NUM_THREADS",
     ),
     Cause(
         "disk",
         "a disk is full, or gone",
-        r"No space left on device|Disk quota exceeded|\[Errno (28|122|30|116|5)\]|Read-only file system"
-        r"|Stale file handle|file write failed|PytorchStreamWriter failed",
         "make room (`df -h`, `lfs quota`), set checkpoint.save_total_limit, or move the run with --save or --run_dir; "
         "`megabatch resume` then goes on from the last whole checkpoint",
     ),
     Cause(
         "nan",
         "loss or gradients are no longer numbers",
-        r"step \d+: loss=.*(nan|inf)|step \d+: .*gradient norm=(nan|-?inf)|found NaN in local grad norm"
-        r"|Unexpected result (nan|inf)",
         "lower learning_rate.lr or warm up for longer, look at the data of that step; the last checkpoint is from "
         "before it",
     ),
     Cause(
         "environment",
         "a module, library or program is missing or does not fit",
-        r"^(\w+\.)*(ModuleNotFoundError|ImportError): |error while loading shared libraries|cannot open shared object "
-        r"file|version [`']\w+_[\d.]+' not found|CUDA driver version is insufficient|no kernel image is available"
-        r"|: command not found|Unable to locate a modulefile|following module\(s\) are unknown"
-        r"|execve\(\): .*(No such file|Permission denied)|No module named|[Ff]ailed to pull|couldn't start container",
         "run `megabatch doctor` on such a node; check the profile's `modules`, `setup` and `container`, and that the "
         "virtual environment lies where every node sees it",
     ),
     Cause(
         "data",
         "a dataset cannot be read as it is",
-        r"\.(jsonl?|csv|parquet|arrow|txt|json\.gz|zst)\b.{0,40}\b(line|row|record) \d+|\.(jsonl?|csv|parquet|txt):\d+"
-        r"|JSONDecodeError|ArrowInvalid|DatasetGenerationError|DataFilesNotFoundError|DatasetNotFoundError"
-        r"|^error: data\.\w+|UnicodeDecodeError",
         "repair the line that the message names, or leave the sample out; the launcher checks datasets before it "
         "submits where it can read them",
     ),
     Cause(
         "config",
         "the configuration does not fit",
-        r"\d+ faults?, nothing was submitted|^error: [a-z_]+\.[a-z0-9_]+( |=)|unrecognized arguments|does not fit the "
-        r"checkpoint|size mismatch for|run\.json .*(newer|older|unreadable|not written)",
         "change what the message names and submit the recipe again, in a folder of its own",
     ),
     Cause(
         "cuda",
         "a GPU kernel failed",
-        r"illegal memory access|device-side assert triggered|unspecified launch failure|misaligned address"
-        r"|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|CUDNN_STATUS_\w*(FAILED|ERROR)|CUDA error: ",
         "run it again with CUDA_LAUNCH_BLOCKING=1 in the environment: the trace then ends at the kernel that fails; "
         "if it is always the same node, leave that out",
     ),
     Cause(
         "network",
         "the ranks cannot reach each other",
-        r"[Nn]o socket interface found|NET/IB : .*(error|failed|No device)|ibv_\w+ (call )?failed"
-        r"|Got completion .*with (status|error)|ncclSystemError|EADDRINUSE|Address already in use"
-        r"|client socket has (timed out|failed)"
-        r"|No route to host|Name or service not known|Temporary failure in name resolution|DistNetworkError"
-        r"|connectFullMesh failed|Unable to find address for",
         "check `network` and NCCL_SOCKET_IFNAME / NCCL_IB_HCA in the cluster profile; NCCL_DEBUG=INFO names the "
-        "interfaces that were tried",
+        "interfaces that were tried. A port in use belongs to another process of that node: `megabatch resume` takes "
+        "another",
     ),
     Cause(
         "hung",
         "the run hung",
-        r"megabatch: the run hangs; rank \d+",
         "the stacks in that rank's log show where it stands; if it does not answer, suspect its node. A long first "
         "step or save wants a larger resources.hang_timeout_min",
     ),
     Cause(
         "time_limit",
         "the time limit came before everything was saved",
-        r"CANCELLED AT .* DUE TO TIME LIMIT|have not saved in \d+ s",
         "raise resources.signal_delay_s above the time of a save, or resources.time; `megabatch resume` goes on from "
         "the last checkpoint",
     ),
     Cause(
         "node_failure",
         "a node failed",
-        r"DUE TO NODE FAILURE|Node failure on|error: Node .* (failed|is not responding)|node.* not responding",
         "nothing of yours: Slurm requeues where it may, else `megabatch resume`; leave the node out if it fails again",
     ),
     Cause(
         "preemption",
-        "preempted by another job",
-        r"CANCELLED AT .* DUE TO PREEMPTION|DUE TO JOB REQUEUE",
+        "preempted by another job, or requeued by an operator",
         "nothing of yours: it goes on from its last checkpoint once it starts again, or with `megabatch resume`",
     ),
     Cause(
+        "cancelled",
+        "cancelled",
+        "`megabatch resume` goes on from the last checkpoint if that was a mistake",
+    ),
+    Cause(
         "killed",
-        "a crash in native code",
-        r"Fatal Python error: (Segmentation fault|Aborted|Bus error|Illegal instruction|Floating)"
-        r"|[Ss]egmentation fault",
-        "the stack in that log names the library; check its version against torch's, then `megabatch resume`",
+        "killed by a signal",
+        "SIGKILL without a word is most often the kernel's memory killer (`dmesg`, resources.mem_gib), else a person; "
+        "after a crash in native code the stack in that log names the library: check its version against torch's",
     ),
     Cause(
         "exception",
         "an exception that nobody foresaw",
-        r"^(\w+\.)*\w+(Error|Exception|Interrupt|Exit): (?!.*(closed by peer|reset by peer|Socket closed"
-        r"|remote process|NCCL|Timed out waiting|waitForInput|wait timeout|rank \d+ failed))"
-        r"|^error: (?!rank \d+ failed|a rank that)",
         "the lines above it say where it happened",
     ),
     Cause(
         "timeout",
         "a rank waited in vain for another",
-        r"[Ww]atchdog caught collective operation timeout|before timing out|Timed out waiting \d+ms for|ncclTimeout"
-        r"|wait timeout after \d+ms|Some NCCL operations have failed or timed out",
         "another rank did not join: look at the one whose log ends first, or whose step is behind; raise "
         "training.distributed_timeout_minutes only if a step may really take longer",
-        consequence=True,
     ),
     Cause(
         "communication",
         "a peer is gone",
-        r"closed by peer|reset by peer|Broken pipe|Socket closed|ncclRemoteError|remote process exited|failed to recv"
-        r"|recvValue failed|sendBytes failed|communicator was aborted|rank \d+ failed: |a rank that this one was"
-        r"|Connection refused",
         "whoever went first has the cause in its log, or was killed without a word: `megabatch logs --rank batch`",
-        consequence=True,
     ),
-)
-
-DEATHS = {
-    "killed": Cause(
-        "killed",
-        "killed by a signal",
-        "",
-        "SIGKILL without a word is most often the kernel's memory killer (`dmesg`, resources.mem_gib), else a person",
-    ),
-    "hung": next(cause for cause in CAUSES if cause.name == "hung"),
-    "time_limit": next(cause for cause in CAUSES if cause.name == "time_limit"),
-    "node_failure": next(cause for cause in CAUSES if cause.name == "node_failure"),
-    "preemption": next(cause for cause in CAUSES if cause.name == "preemption"),
-    "oom_host": next(cause for cause in CAUSES if cause.name == "oom_host"),
-    "cancelled": Cause(
-        "cancelled", "cancelled", "", "`megabatch resume` goes on from the last checkpoint if that was a mistake"
-    ),
-    "dependency": Cause(
-        "dependency",
-        "a job that it waits for did not end well",
-        "",
-        "look at that job (`megabatch why` on its run), then submit or resume this one again",
-    ),
-    "lost": Cause(
+    Cause(
         "lost",
         "Slurm does not know the job any more, and it left no word",
-        "",
         "if its node died, `megabatch resume`; `sacct -j JOB` and the batch log may know more",
     ),
-    "config": next(cause for cause in CAUSES if cause.name == "config"),
-    "unknown": Cause("unknown", "no known cause", "", "read the lines below; `megabatch logs` shows all of them"),
-}
-"""What is known without a line in a log: from exit codes and Slurm's states."""
+    Cause("unknown", "no known cause", "read the lines below; `megabatch logs` shows all of them"),
+)
+CAUSES = {cause.name: cause for cause in _CAUSES}
+"""Every class, by name."""
+CONSEQUENCES = ("timeout", "communication")
+"""Said by ranks that another rank's failure took along."""
+
+
+_SCRIPT, _MARK, _SLURM, _ENDING = (Source.SCRIPT,), (Source.MARK,), (Source.SLURM,), (Source.ENDING,)
+_FIRST, _ANY = (Source.FIRST,), (Source.FIRST, Source.RANK)
+_EXCEPTION = (
+    r"^(\w+\.)*\w+(Error|Exception|Interrupt|Exit)(: (?!.*(closed by peer|reset by peer|Socket closed|remote process"
+    r"|NCCL|Timed out (waiting|after)|waitForInput|wait timeout|rank \d+ failed|monitoredBarrier|[Bb]roken pipe))|$)"
+    r"|^error: (?!rank \d+ failed|a rank that)"
+)
+_NETWORK = (
+    r"[Nn]o socket interface found|NET/IB : .*(error|failed|No device)|ibv_\w+ (call )?failed"
+    r"|Got completion .*with (status|error)|ncclSystemError|EADDRINUSE|[Aa]ddress already in use"
+    r"|client socket has (timed out|failed)|No route to host|Name or service not known"
+    r"|Temporary failure in name resolution|DistNetworkError|connectFullMesh failed|Unable to find address for"
+)
+_TIMEOUT = (
+    r"[Ww]atchdog caught collective operation timeout|before timing out|Timed out waiting \d+ms for|ncclTimeout"
+    r"|wait timeout after \d+ms|Some NCCL operations have failed or timed out|Timed out after \d+ seconds waiting"
+    r"|failed to pass monitoredBarrier"
+)
+_COMMUNICATION = (
+    r"closed by peer|reset by peer|[Bb]roken pipe|Socket closed|ncclRemoteError|remote process exited"
+    r"|failed to recv|recvValue failed|sendBytes failed|communicator was aborted|rank \d+ failed: "
+    r"|a rank that this one was|Connection refused"
+)
+
+_NAMED = (
+    (
+        "hardware",
+        r"uncorrectable ECC error|Xid \(.*\): (48|63|64|74|79|94|95|119|120)\b|double.bit ECC|fallen off the bus"
+        r"|GPU is lost|[Uu]ncorrectable NVLink error|[Hh]ardware stack error|CUDA error: unknown error",
+    ),
+    (
+        "oom_gpu",
+        r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError: (?!CPU)"
+        r"|Cuda failure( 2)? '?out of memory",
+    ),
+    (
+        "oom_shared",
+        r"DataLoader worker \(pid\(?s?\)? .*(killed by signal|exited unexpectedly)|insufficient shared memory \(shm\)"
+        r"|unable to (open|allocate|mmap) shared memory|Unexpected bus error encountered in worker",
+    ),
+    (
+        "oom_host",
+        r"[Dd]etected \d+ oom.kill event|Out of memory: Killed process|oom-kill:|can't allocate memory: you tried to "
+        r"allocate|Cannot allocate memory|^(\w+\.)*MemoryError\b|error: Exceeded job memory limit"
+        r"|task \d+: Out Of Memory",
+    ),
+    (
+        "limit",
+        r"Too many open files|File too large|\[Errno (23|24|27)\]|can't start new thread"
+        r"|pthread_create.*(failed|11|EAGAIN|unavailable)|Thread creation failed"
+        r"|(fork|clone|thread|[Ss]pawn|posix_spawn|BlockingIOError).*Resource temporarily unavailable"
+        r"|File size limit exceeded",
+    ),
+    (
+        "disk",
+        r"No space left on device|Disk quota exceeded|\[Errno (28|122|30|116|5)\]|Read-only file system"
+        r"|Stale file handle|file write failed|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos",
+    ),
+    (
+        "nan",
+        r"step \d+: loss=.*(nan|inf)|step \d+: .*gradient norm=(nan|-?inf)|found NaN in local grad norm"
+        r"|Unexpected result (nan|inf)",
+    ),
+    (
+        "environment",
+        r"^(\w+\.)*(ModuleNotFoundError|ImportError): |error while loading shared libraries|cannot open shared object "
+        r"file|version [`']\w+_[\d.]+' not found|CUDA driver version is insufficient|no kernel image is available"
+        r"|: command not found|line \d+: .*: (No such file or directory|Permission denied|not found)$"
+        r"|: exec: .*: (not found|cannot execute)|^\S*sh: \d+: .*: not found$|cannot execute binary file"
+        r"|Unable to locate a modulefile|following module\(s\) are unknown"
+        r"|execve\(\): .*(No such file|Permission denied|Exec format)|No module named|[Ff]ailed to pull"
+        r"|couldn't start container|FATAL: +(could not|[Uu]nable to|container creation failed|image)"
+        r"|GLIBC(XX)?_[\d.]+' not found",
+    ),
+    (
+        "data",
+        r"\.(jsonl?|csv|parquet|arrow|txt|json\.gz|zst)\b.{0,40}\b(line|row|record) \d+|\.(jsonl?|csv|parquet|txt):\d+"
+        r"|JSONDecodeError|ArrowInvalid|DatasetGenerationError|DataFilesNotFoundError|DatasetNotFoundError"
+        r"|^error: data\.\w+|UnicodeDecodeError",
+    ),
+    (
+        "config",
+        r"\d+ faults?, nothing was submitted|^error: [a-z_]+\.[a-z0-9_]+( |=)|unrecognized arguments|does not fit the "
+        r"checkpoint|size mismatch for|run\.json .*(newer|older|unreadable|not written)",
+    ),
+    (
+        "cuda",
+        r"illegal memory access|device-side assert triggered|unspecified launch failure|misaligned address"
+        r"|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|CUDNN_STATUS_\w*(FAILED|ERROR)|CUDA error: ",
+    ),
+)
+"""Faults that name themselves, whoever says it."""
+
+TABLE = (
+    # what the launcher found before the ranks, or beside them
+    Row("bad_node", _SCRIPT, r"megabatch: preflight: not started on "),
+    Row("role", _SCRIPT, r"^megabatch: role \w+, task \d+"),
+    Row("dependency", _SCRIPT, r"^megabatch: input missing: "),
+    Row("dependency", _SLURM, r"^(pending|cancelled) Dependency"),
+    # what the rank that failed first says, and where it says nothing of the kind, what others and Slurm's daemons say
+    *(Row(cause, _FIRST, pattern) for cause, pattern in _NAMED),
+    *(Row(cause, (Source.RANK, Source.SCRIPT), pattern) for cause, pattern in _NAMED),
+    Row("oom_host", _SLURM, r"^out_of_memory\b"),
+    # what was done to the run from outside; whatever ranks say then came of it
+    Row("hung", _SCRIPT, r"^megabatch: the run hangs; rank \d+"),
+    Row("hung", _MARK, r"^exit code 124$"),
+    Row("time_limit", _SCRIPT, r"CANCELLED AT .* DUE TO TIME LIMIT|have not saved in \d+ s"),
+    Row("time_limit", _SLURM, r"^timeout\b"),
+    Row(
+        "node_failure",
+        _SCRIPT,
+        r"DUE TO NODE FAILURE|Node failure on|error: Node .* (failed|is not responding)|node.* not responding",
+    ),
+    Row("node_failure", _SLURM, r"^node_fail\b"),
+    Row("preemption", _SCRIPT, r"CANCELLED AT .* DUE TO PREEMPTION"),
+    Row("preemption", _SLURM, r"^preempted\b"),
+    Row("cancelled", _SCRIPT, r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*"),
+    Row("cancelled", _SLURM, r"^cancelled\b"),
+    # how the rank that failed first ended; SIGABRT (134) is how NCCL's watchdog ends a rank that waited in vain
+    Row("killed", _FIRST, r"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Floating)"),
+    Row("network", _FIRST, _NETWORK),
+    Row("exception", _FIRST, _EXCEPTION),
+    Row("killed", _MARK, r"^exit code (?!134)(129|1[3-8]\d|19[0-2])$"),
+    # where nobody is marked, or the mark says little
+    Row("killed", (*_ANY, *_SCRIPT), r"(?<!failed: )[Ss]egmentation fault"),
+    Row("network", (Source.RANK, *_SCRIPT), _NETWORK),
+    Row("environment", _MARK, r"^exit code 12[67]$"),
+    Row("config", _MARK, r"^exit code 2$"),
+    Row("exception", (Source.RANK,), _EXCEPTION),
+    Row("environment", _SCRIPT, r"^megabatch: the job script ended early"),
+    Row("exception", _SCRIPT, _EXCEPTION),
+    # consequences of another rank's failure
+    Row("timeout", (*_ANY, *_SCRIPT), _TIMEOUT),
+    Row("communication", _FIRST, _COMMUNICATION),
+    Row("killed", _MARK, r"^exit code 134$"),
+    Row("communication", (Source.RANK, *_SCRIPT), _COMMUNICATION),
+    # the last word, where nothing else has one; Slurm logs each requeue, the job's own too
+    Row("config", _ENDING, r"^exit code 2$"),
+    Row("hung", _ENDING, r"^exit code 124$"),
+    Row("killed", _ENDING, r"^exit code (129|1[3-8]\d|19[0-2])$"),
+    Row("environment", _ENDING, r"^exit code 12[67]$"),
+    Row("unknown", _ENDING, r"^exit code"),
+    Row("preemption", _SCRIPT, r"DUE TO JOB REQUEUE"),
+    Row("lost", _SLURM, r"^lost\b"),
+    Row("lost", _ENDING, r"^no ending"),
+)
+"""Evidence and class, in the order in which they are believed."""

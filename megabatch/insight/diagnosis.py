@@ -1,21 +1,33 @@
 """Why a run failed: the rank that failed first and its node, the class of the failure, what to do, and the evidence.
 
-What is believed, in this order: the mark of the rank that failed first, exit codes, the batch script's last word,
-Slurm's state, and what the logs say. One thing goes before all of them: a rank whose log names a cause is blamed, not
-one that says only that a peer has gone, whichever was noticed first.
+All evidence of one start is gathered (its ranks' logs, its part of the batch log, the mark of the rank that failed
+first, its ending, Slurm's state where it is of this start) and put to megabatch.insight.causes.TABLE: the first row
+that any of it matches names the class.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megabatch.errors import LaunchError
-from megabatch.insight.causes import DEATHS, Cause
-from megabatch.insight.evidence import Finding, Mark, findings, foremost, read_mark
+from megabatch.insight.causes import CAUSES, Cause, Source
+from megabatch.insight.evidence import (
+    SEARCHED_BYTES,
+    Finding,
+    Mark,
+    believed,
+    of_ending,
+    of_ranks,
+    of_script,
+    of_slurm,
+    read_mark,
+    search,
+)
 from megabatch.insight.goodput import Stay
 from megabatch.insight.overview import bad_nodes_of, history, run_json
 from megabatch.insight.tails import tail
@@ -23,25 +35,18 @@ from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.bad_nodes import BadNode
 from megabatch.slurm.logs import rank_logs
 from megabatch.slurm.nodelist import node_names
-from megabatch.slurm.queue import State
+from megabatch.slurm.queue import SOURCES, State
 from megabatch.slurm.state import RunStatus, status
 
 SHOWN_LINES = 15
-_BY_STATE = {
-    State.OUT_OF_MEMORY: "oom_host",
-    State.TIMEOUT: "time_limit",
-    State.NODE_FAIL: "node_failure",
-    State.PREEMPTED: "preemption",
-    State.CANCELLED: "cancelled",
-    State.LOST: "lost",
-}
-_BY_LAUNCHER = {"hardware", "oom_host", "hung", "time_limit", "node_failure", "preemption"}
-"""What Slurm or the batch script knows better than an exception in a rank's log."""
+_ENDED_WELL = (ExitCode.DONE, ExitCode.REQUEUE)
 _NODE = re.compile(
     r"Node failure on ([\w.-]+)|\*\*\* \w+ \S+ ON ([\w.-]+) CANCELLED .* DUE TO NODE FAILURE"
     r"|megabatch: preflight: not started on ([^\s,;]+)"
 )
 _HANGING = re.compile(r"megabatch: the run hangs; rank (\d+)")
+_ROLE = re.compile(r"megabatch: role (?P<name>\w+), task (?P<task>\d+)(?: on (?P<node>\S+))? (?P<what>.*)")
+_CODE = re.compile(r"exit code (\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +63,8 @@ class Diagnosis:
     rank: int | None = None
     """The rank to look at; None when it is not one rank's failure."""
     node: str | None = None
+    role: str | None = None
+    """The server that failed: `NAME, task N`."""
     exit_code: int | None = None
     evidence: str = ""
     """The line that names the cause, or the reason for the verdict."""
@@ -84,6 +91,7 @@ class Diagnosis:
             "fix": cause.fix if cause else None,
             "rank": self.rank,
             "node": self.node,
+            "role": self.role,
             "exit_code": self.exit_code,
             "evidence": self.evidence,
             "log": str(self.log) if self.log else None,
@@ -102,13 +110,13 @@ def diagnose(run: Path, *, restart: int | None = None) -> Diagnosis:
     found = status([run])[0]
     held = history(found)
     stay = _failed_start(found, held, restart=restart)
-    base = _with_bad_nodes(Diagnosis(run=run, state=found.state, job_id=found.job_id))
-    if found.state is State.PENDING and found.reason.startswith("Dependency") and restart is None:
-        return replace(base, cause=DEATHS["dependency"], evidence=f"Slurm says: {found.reason}")
+    base = Diagnosis(run=run, state=found.state, job_id=found.job_id)
     if stay is None:
-        return _without_start(base, found)
-    base = _with_bad_nodes(replace(base, job_id=stay.job_id, restart=stay.restart, exit_code=stay.exit_code))
-    return _of_start(base, found, stay, newest=bool(held) and stay is held[-1])
+        return _with_bad_nodes(_without_start(base, found))
+    base = replace(base, job_id=stay.job_id, restart=stay.restart, exit_code=stay.exit_code)
+    if stay.exit_code in _ENDED_WELL:
+        return _with_bad_nodes(base)
+    return _with_bad_nodes(_of_start(base, found, stay, newest=stay is held[-1]))
 
 
 def _with_bad_nodes(base: Diagnosis) -> Diagnosis:
@@ -121,97 +129,110 @@ def _failed_start(found: RunStatus, held: Sequence[Stay], *, restart: int | None
         if not chosen:
             raise LaunchError(f"{found.run}: no start {restart}; there are {', '.join(str(s.restart) for s in held)}")
         return chosen[-1]
-    if found.state is State.COMPLETED:
+    if found.state is State.COMPLETED or not held or _ends_its_job_alone(found, held[-1]):
         return None
     ended = held[:-1] if found.state is State.RUNNING else held
-    failed = [stay for stay in ended if stay.exit_code not in (ExitCode.DONE, ExitCode.REQUEUE)]
+    failed = [stay for stay in ended if stay.exit_code not in _ENDED_WELL]
     return failed[-1] if failed else None
 
 
+def _ends_its_job_alone(found: RunStatus, newest: Stay) -> bool:
+    """Whether the job's state is news, not of its newest start: that ended well, or belongs to an earlier job."""
+    ended = found.state in (State.CANCELLED, State.FAILED, State.NODE_FAIL, State.TIMEOUT, State.LOST)
+    never = found.state is State.PENDING and found.reason.startswith("Dependency")
+    return never or (ended and (newest.exit_code in _ENDED_WELL or newest.job_id != found.job_id))
+
+
 def _without_start(base: Diagnosis, found: RunStatus) -> Diagnosis:
-    """A run of which no start is known to have failed."""
-    name = _BY_STATE.get(found.state)
-    if found.state is State.FAILED and found.exit_code not in (None, ExitCode.DONE, ExitCode.REQUEUE):
-        name = "unknown"
-    if name is None:
+    """A run, or its newest job, of which no start is known to have failed."""
+    evidence = [of_slurm(found.state, found.reason, shown=_word_of(found))]
+    if found.state is State.FAILED and found.exit_code not in _ENDED_WELL:
+        evidence += [of_script(log, None) for log in _script_logs(base)]
+        evidence.append(of_ending(found.exit_code))
+    finding = believed(itertools.chain(*evidence), None)
+    if finding is None:
         return base
-    finding = foremost(findings(_batch_logs(base)))
-    cause = finding.cause if finding and name == "unknown" else DEATHS[name]
-    reason = found.reason or f"Slurm's state is {found.state}"
-    result = replace(base, cause=cause, exit_code=found.exit_code or None, evidence=reason)
-    return _with_node(_with_log(result, finding))
+    result = replace(base, cause=finding.cause, exit_code=found.exit_code or None, evidence=finding.text)
+    if finding.cause is CAUSES["unknown"] and found.reason:
+        result = replace(result, evidence=found.reason)
+    return _with_end(result, finding.log, finding.line)
 
 
 def _of_start(base: Diagnosis, found: RunStatus, stay: Stay, *, newest: bool) -> Diagnosis:
     run = RunDirectory(base.run)
     mark = read_mark(run, stay.job_id, stay.restart)
     logs = {log.rank: log.path for log in rank_logs(base.run) if log.restart == stay.restart}
-    found_in_ranks = list(findings(logs.items()))
-    blamed = _blamed(found_in_ranks, mark)
-    by_state = DEATHS.get(_BY_STATE.get(found.state, "") if newest else "")
-    followers = _followers(found_in_ranks, blamed)
-    batch = foremost(findings(_batch_logs(base), since=stay.start))
-    root = None if blamed is None or blamed.cause.consequence else blamed
-    if root is not None and root.cause.name == "exception" and batch is not None and batch.cause.name in _BY_LAUNCHER:
-        root = None
-    if root is not None:
-        result = _with_log(replace(base, cause=root.cause, rank=root.rank), root)
-    elif batch is not None and not batch.cause.consequence and (by_state is None or batch.cause.name != "exception"):
-        hanging = _HANGING.search(batch.text)
-        rank = int(hanging[1]) if hanging else mark.rank if mark else None
-        result = _with_log(replace(base, cause=batch.cause, rank=rank), batch)
-    elif by_state is not None:
-        result = replace(base, cause=by_state, evidence=found.reason or f"Slurm's state is {found.state}")
-    else:
-        result = _by_exit_code(base, mark, blamed)
-    return _completed(replace(result, followers=followers), run, mark, logs, nodes=stay.nodes)
+    of_logs = list(of_ranks(logs, mark))
+    others = [of_script(log, stay.restart) for log in _script_logs(base)]
+    others.append(of_ending(stay.exit_code))
+    # a start that left an ending says itself what it came to; what Slurm says then may be of what was done afterwards
+    if newest and stay.job_id == found.job_id and (stay.exit_code is None or found.state is State.OUT_OF_MEMORY):
+        others.append(of_slurm(found.state, found.reason, shown=_word_of(found)))
+    finding = believed(itertools.chain(of_logs, *others), mark)
+    assert finding is not None, "every ending, or its lack, has a row"
+    result = replace(base, cause=finding.cause, evidence=finding.text, followers=_followers(of_logs, finding))
+    if role := _ROLE.match(finding.text):
+        return _of_role(result, role, finding)
+    return _of_rank(result, finding, mark, logs, nodes=stay.nodes)
 
 
-def _followers(found: Sequence[Finding], blamed: Finding | None) -> tuple[int, ...]:
-    ranks = (one.rank for one in found if one.cause.consequence and one is not blamed)
+def _word_of(found: RunStatus) -> str:
+    if found.source not in SOURCES:
+        return found.reason or f"the run's own records say {found.state}"
+    return f"Slurm says: {found.reason or found.state}"
+
+
+def _script_logs(base: Diagnosis) -> list[Path]:
+    """The log of the job's batch script, or of the local launcher."""
+    path = RunDirectory(base.run).batch_log(base.job_id or "")
+    return [path] if path.is_file() else []
+
+
+def _followers(found: Iterable[Finding], blamed: Finding) -> tuple[int, ...]:
+    ranks = {one.rank for one in found if one.consequence and one.rank != blamed.rank}
     return tuple(sorted(rank for rank in ranks if rank is not None))
 
 
-def _blamed(found: Sequence[Finding], mark: Mark | None) -> Finding | None:
-    """The rank to blame by what the logs say: the marked one if its log names a cause, else whose does."""
-    first = next((f for f in found if mark is not None and f.rank == mark.rank), None)
-    if first is not None and not first.cause.consequence:
-        return first
-    best = foremost(found)
-    if mark is not None and ExitCode.of_signal(mark.exit_code) and best is not None and best.cause.name == "exception":
-        return first  # killed without a word: what the others met came of that
-    return best
+def _of_role(result: Diagnosis, role: re.Match[str], finding: Finding) -> Diagnosis:
+    """A server's failure: its name, node and log, and what that log names."""
+    log = RunDirectory(result.run).logs / f"{role['name']}_{role['task']}.{result.restart}.log"
+    named = search(tail(log, SEARCHED_BYTES).decode(errors="replace"), (Source.RANK,))
+    code = _CODE.search(role["what"])
+    result = replace(
+        result,
+        role=f"{role['name']}, task {role['task']}",
+        node=role["node"],
+        exit_code=int(code[1]) if code else result.exit_code,
+        evidence=f"{finding.text}; its log says: {named[1]}" if named else finding.text,
+    )
+    return _with_end(result, log, None) if log.is_file() else _with_end(result, finding.log, finding.line)
 
 
-def _by_exit_code(base: Diagnosis, mark: Mark | None, blamed: Finding | None) -> Diagnosis:
-    """A start whose logs name no cause."""
-    code = mark.exit_code if mark else base.exit_code
-    if code is not None and ExitCode.of_signal(code) and mark is not None:
-        return replace(base, cause=DEATHS["killed"], rank=mark.rank, evidence=f"exit code {code}: signal {code - 128}")
-    if code in (ExitCode.HUNG, ExitCode.CONFIG):
-        name = "hung" if code == ExitCode.HUNG else "config"
-        return replace(base, cause=DEATHS[name], rank=mark.rank if mark else None, evidence=f"exit code {code}")
-    if blamed is not None:
-        return _with_log(replace(base, cause=blamed.cause, rank=mark.rank if mark else blamed.rank), blamed)
-    said = "it left no word: killed from outside, or its node died" if code is None else f"exit code {code}"
-    return replace(base, cause=DEATHS["lost" if code is None else "unknown"], evidence=said)
-
-
-def _completed(
-    result: Diagnosis, run: RunDirectory, mark: Mark | None, logs: dict[int, Path], *, nodes: str
+def _of_rank(
+    result: Diagnosis, finding: Finding, mark: Mark | None, logs: Mapping[int, Path], *, nodes: str
 ) -> Diagnosis:
-    """With the node of the blamed rank, its exit code where it is known, and the end of its log."""
-    rank = result.rank
+    """With the rank to look at, its node, its exit code where it is known, and the end of its log."""
+    rank = _rank_of(finding, mark)
     own = mark is not None and rank == mark.rank
-    result = _with_node(result)
-    node = mark.node if mark is not None and own else _node_of(rank, run, nodes) or result.node
-    log = logs.get(rank) if rank is not None and rank in logs else result.log
-    if log is None and logs:
-        log = logs[min(logs)]
-    line = result.line if log == result.log else None
+    failed = None if finding.rank is not None else _NODE.search(finding.text)
+    known = _node_of(rank, RunDirectory(result.run), nodes)
+    node = mark.node if mark is not None and own else known or (failed and (failed[1] or failed[2] or failed[3]))
     code = mark.exit_code if mark is not None and own else result.exit_code
-    lines = _lines(log)[-SHOWN_LINES:] if log is not None else []
-    return replace(result, node=node, exit_code=code, log=log, line=line, last_lines=tuple(lines))
+    log = logs.get(rank) if rank is not None else None
+    log = log or finding.log or (logs[min(logs)] if logs else None)
+    result = replace(result, rank=rank, node=node or None, exit_code=code)
+    return _with_end(result, log, finding.line if log == finding.log else None)
+
+
+def _rank_of(finding: Finding, mark: Mark | None) -> int | None:
+    """Whose failure it is: what happened to nodes and jobs is nobody's."""
+    hanging = _HANGING.search(finding.text)
+    if hanging:
+        return int(hanging[1])
+    if finding.rank is not None:
+        return finding.rank
+    of_all = ("bad_node", "dependency", "time_limit", "node_failure", "preemption", "cancelled", "lost")
+    return None if mark is None or finding.cause.name in of_all else mark.rank
 
 
 def _node_of(rank: int | None, run: RunDirectory, nodes: str) -> str | None:
@@ -230,25 +251,6 @@ def _ranks_per_node(run: RunDirectory) -> int:
     return 0
 
 
-def _with_node(result: Diagnosis) -> Diagnosis:
-    """With the node that Slurm or the preflight names as failed."""
-    failed = _NODE.search(result.evidence)
-    return replace(result, node=failed[1] or failed[2] or failed[3]) if failed else result
-
-
-def _with_log(result: Diagnosis, finding: Finding | None) -> Diagnosis:
-    if finding is None:
-        return result
-    evidence = finding.text if result.cause is finding.cause else result.evidence
-    lines = tuple(_lines(finding.log)[-SHOWN_LINES:])
-    return replace(result, evidence=evidence, log=finding.log, line=finding.line, last_lines=lines)
-
-
-def _batch_logs(base: Diagnosis) -> list[tuple[None, Path]]:
-    """The batch script's log of that job; it holds all of the job's starts, so that its end is what counts."""
-    path = RunDirectory(base.run).logs / f"batch.{base.job_id}.log"
-    return [(None, path)] if path.is_file() else []
-
-
-def _lines(path: Path) -> list[str]:
-    return tail(path, 2**16).decode(errors="replace").splitlines()
+def _with_end(result: Diagnosis, log: Path | None, line: int | None) -> Diagnosis:
+    lines = [] if log is None else tail(log, 2**16).decode(errors="replace").splitlines()[-SHOWN_LINES:]
+    return replace(result, log=log, line=line, last_lines=tuple(lines))

@@ -1,26 +1,31 @@
-"""What the files of a failed start say: the mark of the rank that failed first, and the lines that name a cause."""
+"""The evidence that the files of a start hold: lines of logs, the mark of the rank that failed first, the ending."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-from megabatch.insight.causes import CAUSES, Cause
+from megabatch.insight.causes import CAUSES, CONSEQUENCES, TABLE, Cause, Source
 from megabatch.insight.tails import tail
 from megabatch.run_directory import RunDirectory
 
 SEARCHED_BYTES = 2**19
-"""Of the end of each log."""
+"""Of the end of each rank's log."""
+SCRIPT_BYTES = 2**24
+"""Of the end of a batch log, which holds all starts of its job."""
+START = "megabatch: start {restart} of job "
+"""Begins what a start wrote to the batch log."""
+_ANY_START = re.compile(rb"^megabatch: start (\d+) of job ", re.MULTILINE)
 _ORDINARY = re.compile(r"[\d-]+ [\d:,]+ rank \d+ (INFO|DEBUG) ")
 """Most lines of a long log, in the trainer's format."""
 _ELSEWHERE = re.compile(r"\brank (\d+) failed: ")
-_TIME = re.compile(r"\b20\d\d-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d\b")
-_PATTERNS = tuple(re.compile(cause.pattern) for cause in CAUSES)
-_FIRST_CONSEQUENCE = next(row for row, cause in enumerate(CAUSES) if cause.consequence)
+_PREFIX = re.compile(r"^\[rank\d+\]: *")
+"""torch's, before tracebacks that it prints itself."""
+_PATTERNS = tuple(re.compile(row.pattern) for row in TABLE)
+_FIRST_CONSEQUENCE = next(number for number, row in enumerate(TABLE) if row.cause in CONSEQUENCES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +39,26 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one log says of a cause."""
+    """What one piece of evidence says of a cause."""
 
-    cause: Cause
+    row: int
+    """Of the table."""
     text: str
-    """The line."""
-    line: int | None
-    """Its number, 1 first; None in a log that was not read from its beginning."""
-    log: Path
-    rank: int | None
-    """None in a batch script's log."""
+    """The line, or what stands for it."""
+    rank: int | None = None
+    """Whose evidence it is; None when it is not one rank's."""
+    log: Path | None = None
+    line: int | None = None
+    """Its number, 1 first; None where it is not from a log, or in one that was not read from its beginning."""
+
+    @property
+    def cause(self) -> Cause:
+        return CAUSES[TABLE[self.row].cause]
+
+    @property
+    def consequence(self) -> bool:
+        """Whether it says only that another rank failed."""
+        return self.cause.name in CONSEQUENCES
 
 
 def read_mark(run: RunDirectory, job_id: str, restart: int) -> Mark | None:
@@ -55,46 +70,86 @@ def read_mark(run: RunDirectory, job_id: str, restart: int) -> Mark | None:
         return None
 
 
-def findings(logs: Iterable[tuple[int | None, Path]], *, since: float = 0) -> Iterator[Finding]:
-    """Of each log (a rank, or None, and its file) that names a cause, what it says.
-
-    Args: `since`, in seconds since the epoch: lines that carry an earlier time of day belong to an earlier start.
-    """
-    for rank, path in logs:
+def of_ranks(logs: Mapping[int, Path], mark: Mark | None) -> Iterator[Finding]:
+    """What the log of each rank names, and the mark."""
+    for rank, path in logs.items():
+        sources = (Source.FIRST, Source.RANK) if mark is not None and mark.rank == rank else (Source.RANK,)
         text = tail(path, SEARCHED_BYTES)
-        found = search(text.decode(errors="replace"), since=since)
+        found = search(text.decode(errors="replace"), sources)
         if found is not None:
-            cause, line, number = found
-            yield Finding(cause, line, None if len(text) == SEARCHED_BYTES else number, path, rank)
+            row, line, number = found
+            yield Finding(row, line, rank, path, None if len(text) == SEARCHED_BYTES else number)
+    if mark is not None:
+        signal = f": signal {mark.exit_code - 128}" if 128 < mark.exit_code <= 192 else ""
+        code = f"exit code {mark.exit_code}"
+        yield from _stated(Source.MARK, code, shown=code + signal, rank=mark.rank)
 
 
-def search(text: str, *, since: float = 0) -> tuple[Cause, str, int] | None:
+def of_script(log: Path, restart: int | None) -> Iterator[Finding]:
+    """What the batch log says of that start; of all that it holds where it begins none."""
+    lines_before, text = _section(tail(log, SCRIPT_BYTES), restart)
+    found = search(text.decode(errors="replace"), (Source.SCRIPT,))
+    if found is not None:
+        row, line, number = found
+        yield Finding(row, line, None, log, lines_before + number)
+
+
+def of_slurm(state: str, reason: str, *, shown: str) -> Iterator[Finding]:
+    """Slurm's word, or what the run's records say instead."""
+    yield from _stated(Source.SLURM, f"{state} {reason}", shown=shown)
+
+
+def of_ending(exit_code: int | None) -> Iterator[Finding]:
+    """The code that a start ended with; None when it left none."""
+    if exit_code is None:
+        lost = "it left no word: killed from outside, or its node died"
+        yield from _stated(Source.ENDING, "no ending", shown=lost)
+    else:
+        yield from _stated(Source.ENDING, f"exit code {exit_code}", shown=f"exit code {exit_code}")
+
+
+def believed(found: Iterable[Finding], mark: Mark | None) -> Finding | None:
+    """What is believed by the order of the table; of several ranks the one that failed first, else the lowest."""
+
+    def order(one: Finding) -> tuple[int, bool, int]:
+        return one.row, mark is None or one.rank != mark.rank, -1 if one.rank is None else one.rank
+
+    return min(found, key=order, default=None)
+
+
+def search(text: str, sources: Sequence[Source]) -> tuple[int, str, int] | None:
     """The first row of the table that any line matches, the first such line, and its number."""
     best: tuple[int, str, int] | None = None
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.strip()
-        if _ORDINARY.match(line) or (since and _is_before(line, since)):
-            continue
-        row = _row(line)
+        row = None if _ORDINARY.match(line) else _row(_PREFIX.sub("", line), tuple(sources))
         if row is not None and (best is None or row < best[0]):
             best = row, line, number
-    return None if best is None else (CAUSES[best[0]], best[1], best[2])
+    return best
 
 
 @lru_cache(maxsize=1 << 16)
-def _row(line: str) -> int | None:
+def _row(line: str, sources: tuple[Source, ...]) -> int | None:
     """The first row that a line matches; ranks die with much the same words."""
     # what another rank is said to have failed of is not this one's failure
     first = _FIRST_CONSEQUENCE if _ELSEWHERE.search(line) else 0
-    return next((row for row in range(first, len(CAUSES)) if _PATTERNS[row].search(line)), None)
+    rows = (number for number in range(first, len(TABLE)) if any(s in TABLE[number].sources for s in sources))
+    return next((number for number in rows if _PATTERNS[number].search(line)), None)
 
 
-def _is_before(line: str, since: float) -> bool:
-    """Whether a line carries a time as Slurm writes it, in whole seconds, before `since`."""
-    match = _TIME.search(line)
-    return match is not None and datetime.fromisoformat(match[0]).timestamp() < int(since)
+def _stated(source: Source, text: str, *, shown: str, rank: int | None = None) -> Iterator[Finding]:
+    row = _row(text, (source,))
+    if row is not None:
+        yield Finding(row, shown, rank)
 
 
-def foremost(found: Iterable[Finding]) -> Finding | None:
-    """What is believed first by the order of the table; of several ranks the lowest."""
-    return min(found, key=lambda one: (CAUSES.index(one.cause), -1 if one.rank is None else one.rank), default=None)
+def _section(text: bytes, restart: int | None) -> tuple[int, bytes]:
+    """What one start wrote to a batch log, and the number of lines before it."""
+    starts = list(_ANY_START.finditer(text))
+    if not starts or restart is None:
+        return 0, text
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        if int(start[1]) == restart:
+            end = len(text) if following is None else following.start()
+            return text.count(b"\n", 0, start.start()), text[start.start() : end]
+    return 0, b""

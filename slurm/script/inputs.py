@@ -35,7 +35,6 @@ _MISSING = f"""\
 # what this job reads of earlier ones; a checkpoint is chosen once, at the first start
 missing_input() {{
     echo "megabatch: input missing: $1" >&2
-    printf '{{"job_id": "%s", "restart": %d, "exit_code": {ExitCode.CONFIG}, "time": %d}}\\n' \\
-        "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$EPOCHSECONDS" >>"$MEGABATCH_RUN/jobs.jsonl" || true
+    record_ending {ExitCode.CONFIG}
     exit {ExitCode.CONFIG}
 }}""".splitlines()

@@ -88,10 +88,7 @@ def _step(job: JobSpec, profile: ClusterProfile) -> list[str]:
 
 
 _LEAVE_OUT = """\
-record_preflight() {
-    printf '{"job_id": "%s", "restart": %d, "exit_code": %d, "time": %d, "reason": "preflight: %s"}\\n' \\
-        "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$1" "$EPOCHSECONDS" "$bad" >>"$MEGABATCH_RUN/jobs.jsonl" || true
-}
+record_preflight() { record_ending "$1" ', "reason": "preflight: '"$bad"'"'; }
 blame_first_node() {
     # the others live and it never answered them: it can judge nobody, itself least of all
     local before excluded=true

@@ -42,6 +42,25 @@ WRITE_ONCE""".replace("PATIENCE", str(_PATIENCE_S))
 
 _MARKS = {"MEGABATCH_STOP_REQUEST": "stop", "MEGABATCH_STOPPED": "stopped", "MEGABATCH_FAILED": "failed"}
 
+LAST_WORD = f"""\
+# exit code, more keys: how this start ended, once, however the script ends
+recorded=
+record_ending() {{
+    recorded=1
+    printf '{{"job_id": "%s", "restart": %d, "exit_code": %d, "time": %d%s}}\\n' \\
+        "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$1" "$EPOCHSECONDS" "${{2:-}}" >>"$MEGABATCH_RUN/jobs.jsonl" || true
+}}
+last_word() {{
+    local code=$?
+    if [ -n "$recorded" ]; then return; fi
+    # neither done nor saved, whatever a line of the site's own says
+    case "$code" in {ExitCode.DONE} | {ExitCode.REQUEUE}) code={ExitCode.FAILED} ;; esac
+    echo "megabatch: the job script ended early, with exit code $code, at: $BASH_COMMAND" >&2
+    record_ending "$code"
+    exit "$code"
+}}""".splitlines()
+"""`record_ending`, and what an exit that nobody asked for says."""
+
 
 def run_directory(job: JobSpec) -> list[str]:
     return [
@@ -65,9 +84,13 @@ def run_directory(job: JobSpec) -> list[str]:
             f'export {name}="$MEGABATCH_RUN/logs/{file}.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART"'
             for name, file in _MARKS.items()
         ),
+        *LAST_WORD,
         'newest_checkpoint() { cat -- "$MEGABATCH_RUN/checkpoints/latest" 2>/dev/null || true; }',
         "began_with=$(newest_checkpoint)",
         'printf \'{"job_id": "%s", "restart": %d, "start": %d, "nodes": "%s"}\\n\' \\',
         '    "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$EPOCHSECONDS" "$SLURM_JOB_NODELIST" \\',
         '    >>"$MEGABATCH_RUN/jobs.jsonl" || true',
+        "trap last_word EXIT",
+        "# the batch log holds all starts of this job: this line begins what belongs to this one",
+        'echo "megabatch: start $MEGABATCH_RESTART of job $MEGABATCH_JOB_ID on $SLURM_JOB_NODELIST"',
     ]

@@ -51,6 +51,9 @@ class MadeRun:
     def beat(self, **words: object) -> None:
         self.files.heartbeat.write_text(json.dumps({"train_iters": 100} | words))
 
+    def batch(self, text: str, *, job_id: str = "7") -> None:
+        self.files.batch_log(job_id).write_text(text)
+
     def log(self, rank: int, text: str, *, restart: int = 0) -> None:
         self.files.rank_log(rank, restart).write_text(text)
 

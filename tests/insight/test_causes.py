@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from megabatch.insight.causes import CAUSES
+from megabatch.insight.causes import CAUSES, CONSEQUENCES, TABLE, Source
 from megabatch.insight.evidence import search
 
+ALL_LOGS = "first,rank,script"
 EXCERPTS = [
-    tuple(line.split("\t", 1))
-    for line in Path(__file__).with_name("excerpts.txt").read_text().splitlines()
-    if line and not line.startswith("#")
+    (source, name, line)
+    for sources, name, line in (
+        text.split("\t", 2)
+        for text in Path(__file__).with_name("excerpts.txt").read_text().splitlines()
+        if text and not text.startswith("#")
+    )
+    for source in sources.replace("log", ALL_LOGS).split(",")
 ]
+FAULTS = Path(__file__).parents[2] / "docs" / "faults.md"
 INNOCENT = (
     "2026-11-21 10:00:00 rank 0 INFO step 12 of 30, loss 2.31, grad norm 0.8, lr 5.0e-04, 6134 tokens/s",
     "2026-11-21 10:00:00 rank 0 WARNING parallel.sequence_parallel has no effect with tensor_model_parallel_size=1",
@@ -25,30 +31,35 @@ INNOCENT = (
 """What every log holds, and says nothing of a failure."""
 
 
-@pytest.mark.parametrize(("name", "line"), EXCERPTS)
-def test_an_excerpt_gets_its_class(name: str, line: str) -> None:
-    found = search("\n".join([*INNOCENT, line, *INNOCENT]))
+@pytest.mark.parametrize(("source", "name", "line"), EXCERPTS)
+def test_an_excerpt_gets_its_class(source: str, name: str, line: str) -> None:
+    found = search("\n".join([*INNOCENT, line, *INNOCENT]), (Source(source),))
     assert found is not None
-    assert (found[0].name, found[1], found[2]) == (name, line, len(INNOCENT) + 1)
+    assert (TABLE[found[0]].cause, found[1], found[2]) == (name, line, len(INNOCENT) + 1)
 
 
-def test_every_row_has_an_excerpt_that_needs_it() -> None:
-    needed = {search(line)[0] for _, line in EXCERPTS if search(line)}  # type: ignore[index]
-    assert [cause.title for cause in CAUSES if cause not in needed] == []
+@pytest.mark.parametrize("row", range(len(TABLE)), ids=lambda row: f"{row}-{TABLE[row].cause}")
+def test_a_row_has_an_excerpt_that_no_row_above_it_takes(row: int) -> None:
+    """From each source that it reads: so no row is dead, and the order of any two can be seen to matter or not."""
+    taken = {(source, found[0]) for source, _, line in EXCERPTS if (found := search(line, (Source(source),)))}
+    assert [source for source in TABLE[row].sources if (source, row) not in taken] == []
+
+
+def test_every_class_has_a_row_one_fix_and_a_line_in_the_docs() -> None:
+    assert {row.cause for row in TABLE} == set(CAUSES)
+    assert len({cause.fix for cause in CAUSES.values()}) == len(CAUSES)
+    text = FAULTS.read_text().partition("## Classes of failure")[2].partition("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{cause.name}` | {cause.title} | {cause.fix} |" for cause in CAUSES.values()]
 
 
 @pytest.mark.parametrize("line", INNOCENT)
-def test_what_every_log_holds_is_no_cause(line: str) -> None:
-    assert search(line) is None
+@pytest.mark.parametrize("source", [Source.FIRST, Source.RANK, Source.SCRIPT])
+def test_what_every_log_holds_is_no_cause(source: Source, line: str) -> None:
+    assert search(line, (source,)) is None
 
 
 def test_a_cause_goes_before_a_consequence_wherever_it_stands() -> None:
-    by_name = dict(EXCERPTS)
-    found = search(f"{by_name['communication']}\n{by_name['timeout']}\n{by_name['oom_gpu']}")
-    assert found is not None and found[0].name == "oom_gpu"
-
-
-def test_lines_of_an_earlier_start_do_not_count() -> None:
-    line = next(line for name, line in EXCERPTS if name == "time_limit")
-    assert search(line, since=4e9) is None
-    assert search(line, since=1e9) is not None
+    by_name = {name: line for source, name, line in EXCERPTS if source == Source.RANK}
+    found = search("\n".join(by_name[name] for name in (*CONSEQUENCES, "oom_gpu")), (Source.RANK,))
+    assert found is not None and TABLE[found[0]].cause == "oom_gpu"

@@ -13,9 +13,11 @@ import pytest
 
 from megabatch.cli.command import main
 from megabatch.errors import LaunchError
+from megabatch.insight.causes import CONSEQUENCES, TABLE, Source
 from megabatch.insight.diagnosis import diagnose
 from megabatch.insight.evidence import search
 from megabatch.slurm.nodelist import node_names
+from megabatch.slurm.queue import State
 
 from .made_run import MadeRun
 
@@ -50,7 +52,7 @@ def test_a_node_that_failed_the_check_before_the_ranks(run: MadeRun, capsys: pyt
     run.bad_node("n2", "ecc")
     run.bad_node("n9", "ecc", job_id="6")
     said = "megabatch: preflight: not started on n2; leave bad nodes out with `exclude` in the cluster profile\n"
-    (run.files.logs / "batch.7.log").write_text(f"megabatch: preflight: n2: xid: NVRM: Xid (PCI:0): 79 (none)\n{said}")
+    run.batch(f"megabatch: preflight: n2: xid: NVRM: Xid (PCI:0): 79 (none)\n{said}")
     found = diagnose(run.files.path)
     assert found.cause is not None
     assert (found.cause.name, found.rank, found.node) == ("bad_node", None, "n2")
@@ -86,7 +88,7 @@ def test_a_rank_killed_without_a_word(run: MadeRun) -> None:
     assert found.cause is not None
     assert (found.cause.name, found.rank, found.node, found.exit_code) == ("killed", 5, "n2", 137)
     assert "signal 9" in found.evidence and found.last_lines == ("step 3",)
-    run.files.logs.joinpath("batch.7.log").write_text(
+    run.batch(
         "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.\n"
     )
     found = diagnose(run.files.path)
@@ -105,9 +107,88 @@ def test_only_consequences_leave_the_marked_rank(run: MadeRun) -> None:
 def test_hung_names_the_suspect(run: MadeRun) -> None:
     run.ended(0, 124, 1100)
     run.failed_first(6, 124, "n2")
-    run.files.logs.joinpath("batch.7.log").write_text("megabatch: the run hangs; rank 6 on n2 does not answer\n")
+    run.batch("megabatch: the run hangs; rank 6 on n2 does not answer\n")
     found = diagnose(run.files.path)
     assert found.cause is not None and (found.cause.name, found.rank, found.node) == ("hung", 6, "n2")
+
+
+HANGS = "megabatch: the run hangs; rank 6 on n2 does not answer\n"
+REQUEUED = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-26T00:25:21 DUE TO JOB REQUEUE ***\n"
+CANCELLED = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-26T00:25:21 ***\n"
+
+
+def test_each_start_has_its_own_part_of_the_batch_log(run: MadeRun) -> None:
+    """A hang, then a killed rank that the job itself requeued, then an exception, then a start that was requeued."""
+    said = ("", HANGS + REQUEUED, REQUEUED, "", REQUEUED)
+    run.batch("".join(f"megabatch: start {start} of job 7 on n[1-2]\n{text}" for start, text in enumerate(said)))
+    run.ended(0, 1, 1100)
+    for start, code in ((1, 124), (2, 137), (3, 70), (4, None)):
+        run.started(start, 1100 + start)
+        if code is not None:
+            run.ended(start, code, 1101 + start)
+    run.failed_first(6, 124, "n2", restart=1)
+    run.failed_first(3, 137, "n1", restart=2)
+    run.log(4, "KeyError: 'text'\n", restart=3)
+    found = [diagnose(run.files.path, restart=start) for start in range(5)]
+    assert [(one.cause.name, one.rank, one.line) for one in found if one.cause] == [
+        ("unknown", None, None),
+        ("hung", 6, 3),
+        ("killed", 3, None),
+        ("exception", 4, 1),
+        ("preemption", None, 9),
+    ]
+
+
+def test_a_cancelled_run_stays_cancelled_once_slurm_forgets_it(run: MadeRun) -> None:
+    run.line(job_id="7", restart=0, exit_code=75, time=1100, cancelled=True)
+    found = diagnose(run.files.path)
+    assert found.cause is not None and (found.state, found.cause.name) == (State.CANCELLED, "cancelled")
+
+
+@pytest.mark.parametrize(
+    ("said", "state", "cause"),
+    [
+        (CANCELLED, State.CANCELLED, "cancelled"),
+        (CANCELLED.replace(" ***\n", " DUE TO TIME LIMIT ***\n"), State.TIMEOUT, "time_limit"),
+        (CANCELLED.replace(" ***\n", " DUE TO PREEMPTION ***\n"), State.PREEMPTED, "preemption"),
+        (CANCELLED + "megabatch: start 0 of job 7 on n1\n", State.LOST, "lost"),
+        (REQUEUED, State.LOST, "preemption"),
+    ],
+)
+def test_a_start_that_was_killed_before_it_could_end(run: MadeRun, said: str, state: State, cause: str) -> None:
+    run.batch(("" if "start 0" in said else "megabatch: start 0 of job 7 on n1\n") + said)
+    found = diagnose(run.files.path)
+    assert found.cause is not None and (found.state, found.cause.name) == (state, cause)
+
+
+def test_a_dead_server_has_its_name_log_and_own_cause(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run.batch(
+        "megabatch: start 0 of job 7 on n[1-3]\nmegabatch: role judge, task 1 on n3 ended with exit code 9 while "
+        f"the ranks ran; they are asked to save: logs/judge_1.0.log\n    {OOM}"
+    )
+    log = run.files.logs / "judge_1.0.log"
+    log.write_text(f"serving\n{OOM}")
+    run.ended(0, 9, 1100)
+    for rank in range(8):
+        run.log(rank, "step 3\n" + PEER)
+    found = diagnose(run.files.path)
+    assert found.cause is not None
+    assert (found.cause.name, found.role, found.rank, found.node, found.exit_code, found.log) == (
+        "role",
+        "judge, task 1",
+        None,
+        "n3",
+        9,
+        log,
+    )
+    assert main(["why", str(run.files.path)]) == 0
+    out = capsys.readouterr().out
+    assert "first: role judge, task 1 on n3, exit code 9\n" in out and f"its log says: {OOM}" in out
+
+
+def test_a_start_that_ended_well_has_no_cause(run: MadeRun) -> None:
+    run.ended(0, 75, 1100)
+    assert diagnose(run.files.path, restart=0).cause is None
 
 
 def test_earlier_starts_by_number_and_by_themselves(run: MadeRun) -> None:
@@ -131,7 +212,7 @@ def test_earlier_starts_by_number_and_by_themselves(run: MadeRun) -> None:
 
 
 def test_a_failed_node_is_named(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
-    run.files.logs.joinpath("batch.7.log").write_text("srun: error: Node failure on n2\n")
+    run.batch("srun: error: Node failure on n2\n")
     run.log(0, PEER)
     found = diagnose(run.files.path)
     assert found.cause is not None
@@ -189,5 +270,10 @@ def test_a_local_run_whose_rank_dies(tmp_path: Path) -> None:
     found = diagnose(tmp_path / "run")
     assert found.cause is not None
     assert (found.cause.name, found.rank, found.exit_code, found.followers) == ("oom_gpu", 1, 1, (0,))
-    peer = search((tmp_path / "run" / "logs" / "rank_0.0.log").read_text())
-    assert peer is not None and peer[0].consequence, "what gloo says on the peer does not mislead"
+    peer = search((tmp_path / "run" / "logs" / "rank_0.0.log").read_text(), (Source.RANK,))
+    assert peer is not None and TABLE[peer[0]].cause in CONSEQUENCES, "what gloo says on the peer does not mislead"
+    [said] = [line for line in done.stdout.splitlines() if line.startswith("megabatch: rank")]
+    assert said.startswith("megabatch: rank 1 on ") and said.endswith(
+        f" failed first, with exit code 1: {tmp_path}/run/logs/rank_1.0.log"
+    )
+    assert "Traceback" not in (tmp_path / "run" / "logs" / "rank_0.0.log").read_text(), "nor does a trace"

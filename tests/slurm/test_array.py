@@ -80,7 +80,9 @@ def test_elements_are_runs_of_their_own_whatever_they_are_called(slurm: PrivateC
         said = Submitted(files, job_id).said(0)
         assert said[0]["argv"] == [f"number={number}"]
         assert said[0]["environment"]["MEGABATCH_RUN"] == str(job.run_directory)
-        assert (files.logs / f"batch.{job_id}.log").read_text() == ""
+        assert (files.logs / f"batch.{job_id}.log").read_text().splitlines() == [
+            f"megabatch: start 0 of job {job_id} on {record.starts[0].nodes}"
+        ]
     assert array.folder.joinpath("batch.log").read_text() == ""
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
 
@@ -114,9 +116,11 @@ def test_no_more_run_at_a_time_than_asked(slurm: PrivateCluster, tmp_path: Path,
     cancel(jobs[4].run_directory)
     assert states() == [State.RUNNING] * 2 + [State.PENDING] * 2 + [State.CANCELLED]
     subprocess.run(["scancel", array_id], check=True)
-    _wait(jobs, State.CANCELLED, State.STOPPED)
+    _wait(jobs, State.CANCELLED)
     for number in (0, 1):
-        assert "stopped" in Submitted(jobs[number].files, f"{array_id}_{number}").said(0)[-1]
+        run = Submitted(jobs[number].files, f"{array_id}_{number}")
+        ending = until(lambda run=run: read_records(run.run)[0].endings, what="the batch script's last word")[0]
+        assert "stopped" in run.said(0)[-1] and (ending.exit_code, ending.cancelled) == (75, True)
 
 
 def test_an_element_that_is_told_to_stop_comes_back_alone(slurm: PrivateCluster, tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Subm
     end = job.wait()
     assert (end.state, end.restart) == (State.CANCELLED, 0)
     assert {job.said(rank)[-1]["stopped"] for rank in range(2)} <= {"SIGTERM", "SIGUSR2"}
+    # the script asked Slurm who ended it, before Slurm forgets
+    assert [(end.exit_code, end.cancelled) for end in read_records(job.run)[0].endings] == [(75, True)]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SLURM_CONF", "/nowhere/slurm.conf")
+        assert (job.now().state, job.now().source) == (State.CANCELLED, "records")
     second = resume(job.run.path)
     assert second != job.job_id
     job.wait_listening(restart=1, ranks=2)
