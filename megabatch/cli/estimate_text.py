@@ -9,6 +9,7 @@ from typing import Any
 from megabatch.cli.table import table
 from megabatch.plan.figures import GIB, Estimate, MemoryEstimate
 from megabatch.plan.gpus import Gpu
+from megabatch.plan.memory import MARGIN, usable_gib
 
 _KINDS = tuple(field.name for field in fields(MemoryEstimate))
 
@@ -29,8 +30,11 @@ def estimate_text(estimate: Estimate, gpu: Gpu) -> str:
         f"operations   {step.model_flops:.3g} FLOP a step, {100 * step.mfu:.1f}% of the GPUs' peak (MFU)",
         f"tokens       {step.tokens:,} a step, {step.tokens_per_s:,.0f}/s",
     ]
-    if estimate.memory.total_gib > gpu.memory_gib:
+    taken = estimate.memory.total_gib
+    if taken > gpu.memory_gib:
         lines.append(f"{'note':12} a rank needs more than the {gpu.memory_gib:g} GiB of a {gpu.name}")
+    elif taken > usable_gib(gpu):
+        lines.append(f"{'note':12} that leaves less than {MARGIN:.0%} of a {gpu.name} for what estimates miss")
     return "\n".join(lines)
 
 

@@ -23,8 +23,8 @@ def layouts_text(judged: Sequence[JudgedLayout], *, gpus: int, gpu: Gpu, limit_g
     pruned = [one for one in judged if not one.verdict.keep]
     listed = list(judged) if everything else kept[:SHOWN]
     lines = [
-        f"{len(kept)} of {len(judged)} layouts can run on {gpus} x {gpu.name} with {limit_gib:g} GiB each; "
-        "seconds and GiB are estimates"
+        f"{len(kept)} of {len(judged)} layouts can run on {gpus} x {gpu.name} in {round(limit_gib, 1):g} GiB of "
+        f"{gpu.memory_gib:g} each; seconds and GiB are estimates"
     ]
     if listed:
         header = ["tp", "pp", "vpp", "cp", "ep", "etp", "micro", "GiB/rank", "s/step", "tokens/s", "MFU", ""]

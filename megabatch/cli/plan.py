@@ -23,6 +23,7 @@ from megabatch.entry.layouts import judged_layouts
 from megabatch.entry.plan_text import plan_text
 from megabatch.entry.startable import missing
 from megabatch.errors import ConfigError, Fault, MegabatchError
+from megabatch.plan.memory import MARGIN, usable_gib
 from megabatch.plan.shape import ModelShape
 from megabatch.sweep.declare import Sweep
 
@@ -36,7 +37,7 @@ class PlanOptions:
     gpus: int | None = None
     """Judges every layout on that many; None plans the recipe as it is."""
     gpu_memory_gib: float | None = None
-    """Memory that a layout may take on each; None takes the GPU's."""
+    """Memory that a layout may take on each; None takes the GPU's without the margin."""
     everything: bool = False
     as_json: bool = False
 
@@ -66,12 +67,12 @@ def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = No
     return _own_command_line(found, flags)
 
 
-_USAGE = """\
+_USAGE = f"""\
 megabatch plan RECIPE.py [--gpu NAME] [--gpus N [--gpu_memory_gib GIB] [--all]] [--json] [--<parameter> VALUE …]
 
   --gpu NAME            GPU that memory and time are estimated for, as h100; the cluster profile's, or an H100
   --gpus N              rank every layout on that many instead of planning the recipe's own
-  --gpu_memory_gib GIB  memory that a layout may take on each; the GPU's
+  --gpu_memory_gib GIB  memory that a layout may take on each; {1 - MARGIN:.0%} of the GPU's, as estimates miss some
   --all                 list every layout, with the reason of each that is left out
   --json                for programs
 """
@@ -133,7 +134,7 @@ def _layouts(launch: Launch, options: PlanOptions, *, gpus: int) -> str:
         rule = f"must be whole nodes of gpus_per_node={a_node}, or less than one"
         raise ConfigError([Fault("--gpus", gpus, rule, try_=(gpus // a_node * a_node,))])
     gpu = gpu_of(options.gpu or launch.profile.gpu)
-    limit = gpu.memory_gib if options.gpu_memory_gib is None else options.gpu_memory_gib
+    limit = usable_gib(gpu) if options.gpu_memory_gib is None else options.gpu_memory_gib
     if limit <= 0:
         raise ConfigError([Fault("--gpu_memory_gib", limit, "must be more than 0")])
     judged = judged_layouts(recipe, shape, gpus=gpus, gpu=gpu, gpu_memory_gib=limit)

@@ -14,6 +14,7 @@ from megabatch.plan.estimate import Estimate, estimate
 from megabatch.plan.figures import GIB, MemoryEstimate
 from megabatch.plan.gpus import GPUS, Gpu, gpu_named
 from megabatch.plan.links import groups, leaves_node
+from megabatch.plan.memory import usable_gib
 from megabatch.plan.settings import Lora, Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
@@ -54,9 +55,11 @@ def verdict_of(
     gpu: Gpu,
     variant_of: Recipe | None = None,
 ) -> Verdict:
-    """Checks the rules, that tp and ep stay inside a node, and the memory (`gpu_memory_gib`, by default the GPU's).
+    """Checks the rules, that tp and ep stay inside a node, and the memory.
 
-    Args: variant_of: see `config.rules.check.check`.
+    Args: gpu_memory_gib: what a rank may take; None is the GPU's without the margin (`plan.memory.MARGIN`).
+
+    variant_of: see `config.rules.check.check`.
     """
     faults = check(recipe, shape, variant_of=variant_of)
     if faults:
@@ -66,8 +69,8 @@ def verdict_of(
     found = estimate(shape, settings, gpu)
     if crossing:
         reason = f"{crossing[0]} crosses nodes of {settings.gpus_per_node} GPUs"
-    elif found.memory.total_gib > (limit := gpu_memory_gib or gpu.memory_gib):
-        reason = f"{found.memory.total_gib:.1f} GiB > {limit:g} GiB ({_largest(found.memory)})"
+    elif found.memory.total_gib > (limit := gpu_memory_gib or usable_gib(gpu)):
+        reason = f"{found.memory.total_gib:.1f} GiB > {round(limit, 1):g} GiB ({_largest(found.memory)})"
     else:
         reason = ""
     return Verdict(keep=not reason, reason=reason, estimate=found)
@@ -96,7 +99,9 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
     longest = recipe.data.max_length or shape.max_position_embeddings
     row = (recipe.data.packing_length or longest) if recipe.data.packing else longest
     weight_bytes = _BYTES[torch_dtype(recipe, shape)]
-    lora = Lora(rank=tuner.lora_rank, targets=tuner.target_modules, saved=tuner.modules_to_save)
+    lora = Lora(
+        rank=tuner.lora_rank, targets=tuner.target_modules, dropout=tuner.lora_dropout, saved=tuner.modules_to_save
+    )
     return Settings(
         layout=layout,
         chunks=_with_mtp(chunks, mtp_layers),

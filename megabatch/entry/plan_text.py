@@ -130,10 +130,13 @@ def _estimate(launch: Launch) -> Iterator[str]:
     if not gpus or launch.profile.gpu is None or shape is None or launch.layout is None:
         return
     from megabatch.entry.estimate import estimate_of, gpu_of
+    from megabatch.plan.memory import usable_gib
 
     gpu = gpu_of(launch.profile.gpu)
     found = estimate_of(launch.recipe, shape, gpu)
-    room = f"of {gpu.memory_gib:g}" if found.memory.total_gib <= gpu.memory_gib else f"and has only {gpu.memory_gib:g}"
+    taken, has = found.memory.total_gib, f"{gpu.memory_gib:g}"
+    room = f"of {has}" if taken <= usable_gib(gpu) else f"of {has}, with less than the usual margin"
+    room = room if taken <= gpu.memory_gib else f"and has only {has}"
     yield f"{gpu.name}: a rank takes {found.memory.total_gib:.1f} GiB {room}; {found.step.total_s:.2f} s a step"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megabatch.plan.adapters import is_target
 from megabatch.plan.flops import head_channels
 from megabatch.plan.routing import routed_tokens
 from megabatch.plan.settings import Settings
@@ -64,7 +65,39 @@ def _saved(shape: ModelShape, settings: Settings, kind: Kind) -> dict[str, float
     saved = {"input": rows, "attention_norm": rows, **mixer(shape, settings), "mlp_input": rows, "mlp_norm": rows}
     if shape.post_layernorms:
         saved["post_norms"] = 2 * rows
-    return saved | (_experts(shape, settings) if moe else _dense_mlp(shape, settings))
+    saved |= _experts(shape, settings) if moe else _dense_mlp(shape, settings)
+    plain = not linear and not shape.multi_latent_attention
+    return _beside_adapters(saved, shape, settings, moe=moe) if settings.lora and plain else saved
+
+
+def _beside_adapters(
+    saved: Mapping[str, float], shape: ModelShape, settings: Settings, *, moe: bool
+) -> dict[str, float]:
+    """What a layer of frozen matrices keeps: their inputs only where an adapter needs them, in a dropped-out copy with
+    its mask where there is dropout, and each adapter's narrow product.
+
+    Attention keeps its output for itself.
+    """
+    lora, size = settings.lora, settings.weight_bytes
+    assert lora is not None
+    layout, tokens = settings.layout, settings.micro_batch_tokens
+    rows, routed = stream(shape, settings), routed_tokens(shape, settings) if moe else tokens
+    width = (shape.moe_ffn_hidden_size or 0) / layout.etp if moe else shape.ffn_hidden_size / layout.tp
+    heads = tokens * size * shape.num_attention_heads * shape.kv_channels / layout.tp
+    hidden = routed * size * shape.hidden_size
+    inputs = {
+        "linear_qkv": ("attention_norm", rows, tokens),
+        "linear_proj": ("attention_output", heads, tokens),
+        "linear_fc1": ("experts", hidden, routed) if moe else ("mlp_norm", rows, tokens),
+        "linear_fc2": ("experts_act" if moe else "mlp", routed * size * width, routed),
+    }
+    kept = dict(saved) | ({"mlp_norm": 0.0} if moe else {})
+    for module, (name, given, count) in inputs.items():
+        own = 0.0 if name == "attention_output" else given
+        kept[name] -= own
+        if is_target(module, lora):
+            kept[name] += (given * (1 + 1 / size) if lora.dropout else own) + count * lora.rank * size
+    return kept
 
 
 def _attention(shape: ModelShape, settings: Settings) -> dict[str, float]:

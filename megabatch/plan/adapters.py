@@ -19,7 +19,7 @@ def beside(weight: Weight, lora: Lora) -> Iterator[Weight]:
     module = weight.name.removesuffix(".weight").removesuffix(".bias")
     if lora.saved and module.endswith(tuple(lora.saved)):
         yield weight
-    elif weight.cols is not None and _is_target(module, lora):
+    elif weight.cols is not None and is_target(module, lora):
         by_row = weight.split == "row"
         yield Weight(
             f"{module}.lora_A.weight", lora.rank, weight.cols, "row" if by_row else "replicated", weight.experts
@@ -29,7 +29,8 @@ def beside(weight: Weight, lora: Lora) -> Iterator[Weight]:
         )
 
 
-def _is_target(module: str, lora: Lora) -> bool:
+def is_target(module: str, lora: Lora) -> bool:
+    """Whether a module, by its name or the end of it, gets an adapter."""
     for name in lora.targets:
         if name == "all-linear":
             if not module.endswith(_NOT_LINEAR):

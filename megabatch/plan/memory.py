@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megabatch.plan import weights
 from megabatch.plan.activations import LayerActivations, layer_activations, stream
 from megabatch.plan.figures import GIB, MemoryEstimate
+from megabatch.plan.gpus import Gpu
 from megabatch.plan.rank_size import RankSize
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
@@ -16,11 +17,24 @@ LOSS_CHUNK = 1 << 24
 """Logits that the loss turns into fp32 at a time (`CHUNK_ELEMENTS` of the trainer's `ops/vocab.py`)."""
 
 CONTEXT_BYTES = int(0.75 * GIB)
-"""CUDA context with the kernels of all libraries, and workspaces of cuBLAS and Transformer Engine."""
+"""CUDA's context with the kernels of all libraries (about 0.5 GiB), cuBLAS's workspace (32 MiB on Hopper for each
+handle and stream, 8 MiB before: PyTorch's notes on CUDA semantics), and Transformer Engine's for grouped products (as
+much for each of its four streams)."""
 NCCL_BYTES_OF_A_GROUP = int(0.25 * GIB)
-"""NCCL's buffers for each group of ranks that a rank is in."""
+"""NCCL's buffers for each group of ranks that a rank is in: 4 MiB (NCCL_BUFFSIZE) for each of up to 32 channels, to
+and from a neighbour."""
 FRAGMENTATION = 0.05
 """Part of what comes and goes that the allocator cannot use; with `expandable_segments`. Calibrated."""
+
+MARGIN = 0.1
+"""Part of a GPU's memory that layouts leave free: what the estimates miss. Of the published runs the one that took
+most beside its estimate took 1.07 times as much, read as decimal gigabytes, and 1.15 times read as GiB. What is known
+by its size (CUDA's context, NCCL, workspaces, usual fragmentation) is in the estimates, as `framework`."""
+
+
+def usable_gib(gpu: Gpu) -> float:
+    """What a layout may take of a GPU unless somebody says otherwise."""
+    return (1 - MARGIN) * gpu.memory_gib
 
 
 def stage_memory(shape: ModelShape, settings: Settings, sizes: list[RankSize]) -> list[MemoryEstimate]:

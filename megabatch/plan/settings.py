@@ -16,6 +16,8 @@ class Lora:
     rank: int
     targets: Sequence[str]
     """Ends of the names of modules that get adapters; `all-linear` and `all-router` stand for all of their kind."""
+    dropout: float = 0.0
+    """Probability of dropping an element of an adapter's input."""
     saved: Sequence[str] = ()
     """Ends of the names of modules that are trained in full, in a copy beside the frozen one."""
 

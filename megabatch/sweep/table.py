@@ -7,6 +7,7 @@ from typing import Any
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.walltime import seconds
+from megabatch.plan.memory import MARGIN
 from megabatch.slurm.array import JobArray
 from megabatch.sweep.candidates import Candidate, Candidates
 from megabatch.sweep.names import in_order, labels, number_text
@@ -112,7 +113,8 @@ def _sum(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, str])
     if pruned := len(found.all) - len(found.kept):
         text += f"; {pruned} pruned"
     if found.gpu is not None and any(candidate.estimate for candidate in found.all):
-        text += f"; estimated for {found.gpu.name} GPUs of {found.gpu.memory_gib:g} GiB (--gpu)"
+        gpu = found.gpu
+        text += f"; estimated for {gpu.name} GPUs, {MARGIN:.0%} of whose {gpu.memory_gib:g} GiB stay free (--gpu)"
     return text
 
 

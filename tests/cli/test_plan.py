@@ -67,8 +67,10 @@ def test_layouts_are_ranked_and_those_left_out_counted(capsys: pytest.CaptureFix
     assert all(one["tp"] <= 4 and one["ep"] * one["etp"] <= 8 for one in kept)  # key and value heads, a node
     reasons = " ".join(one["reason"] for one in layouts[len(kept) :])
     assert "num_query_groups=4" in reasons and "> 60 GiB" in reasons and "ep crosses nodes of 8 GPUs" in reasons
+    default = _plan(capsys, MOE, "--gpus", 16, "--gpu", "a800")
+    assert "in 71.3 GiB of 79.2 each" in default, "a tenth stays free unless somebody says otherwise"
     shown = _plan(capsys, MOE, "--gpus", 16, "--gpu_memory_gib", 60, "--gpu", "a800")
-    assert shown.startswith(f"{len(kept)} of {len(layouts)} layouts can run on 16 x A800 with 60 GiB each")
+    assert shown.startswith(f"{len(kept)} of {len(layouts)} layouts can run on 16 x A800 in 60 GiB of 79.2 each")
     counts = [int(line.split()[0]) for line in shown.splitlines() if "left out:" in line]
     assert sum(counts) == len(layouts) - len(kept)
     everything = _plan(capsys, MOE, "--gpus", 16, "--gpu_memory_gib", 60, "--gpu", "a800", "--all")

@@ -40,7 +40,7 @@ def _recipe(**parallel: int | bool) -> RecipeType:
         ({"expert_model_parallel_size": 8, "pipeline_model_parallel_size": 2}, ""),
         ({"tensor_model_parallel_size": 8, "sequence_parallel": True}, "num_query_groups=4"),
         ({"expert_model_parallel_size": 16}, "ep crosses nodes of 8 GPUs"),
-        ({}, " GiB > 79.1 GiB (gradients "),
+        ({}, " GiB > 71.2 GiB (gradients "),
     ],
 )
 def test_a_layout_is_kept_or_has_a_reason(parallel: dict[str, int | bool], reason: str) -> None:

@@ -48,11 +48,15 @@ def _settings(shape: ModelShape, *, world: int = 1, batch: int = 8, **changes: A
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_published_runs_are_met(name: str) -> None:
-    """Memory within 15%, time within 30%; those runs hold fp32 logits, 8 bytes with their gradient."""
+    """Memory within 15%, time within 30%.
+
+    Those runs fuse megatron-core's loss, which keeps an fp32 softmax and hands back a gradient in the run's precision
+    (`fused_cross_entropy.py`): 6 bytes for each token and entry.
+    """
     measured = MEASURED[name]
     found = estimate_of(measured.recipe, measured.shape, A800)
     settings = settings_of(measured.recipe, measured.shape)
-    theirs = 8 * settings.micro_batch_tokens * settings.vocab_size // settings.layout.tp
+    theirs = 6 * settings.micro_batch_tokens * settings.vocab_size // settings.layout.tp
     totals = [stage.total + (theirs - stage.logits if stage.logits else 0) for stage in found.stages]
     assert max(totals) / 2**30 == pytest.approx(measured.gib, rel=0.15)
     if measured.seconds is not None:

@@ -41,7 +41,7 @@ def test_every_point_is_kept_or_pruned_with_its_reason(run: Run, tmp_path: Path)
 def test_memory_prunes_by_the_gpu_and_can_be_overruled(run: Run) -> None:
     small = ["--sweep", "expert_model_parallel_size=2", "pipeline_model_parallel_size=1"]
     on_h100 = run(LAYOUTS, "--dry_run", *small, code=2).stderr
-    assert re.search(r"pruned: \d+\.\d GiB > 79.1 GiB \(\w+ \d+\.\d, \w+ \d+\.\d\)", on_h100)
+    assert re.search(r"pruned: \d+\.\d GiB > 71.2 GiB \(\w+ \d+\.\d, \w+ \d+\.\d\)", on_h100)
     assert "error: 3 faults, nothing was submitted\n  every point is pruned: " in on_h100
     on_h200 = run(LAYOUTS, "--dry_run", "--gpu", "h200", *small).stderr
     assert "pruned" not in on_h200 and re.search(r"about \d+\.\d+ GPU-hours; estimated for H200", on_h200)
@@ -55,7 +55,7 @@ def test_the_profiles_gpu_is_judged_for_unless_a_flag_names_another(run: Run, tm
     small = ["--cluster", str(profile), "--sweep", "expert_model_parallel_size=2", "pipeline_model_parallel_size=1"]
     on_h200 = run(LAYOUTS, "--dry_run", *small).stderr
     assert "pruned" not in on_h200 and "estimated for H200" in on_h200
-    assert "GiB > 79.1 GiB" in run(LAYOUTS, "--dry_run", *small, "--gpu", "H100", code=2).stderr
+    assert "GiB > 71.2 GiB" in run(LAYOUTS, "--dry_run", *small, "--gpu", "H100", code=2).stderr
 
 
 def test_a_secret_that_points_share_is_refused(run: Run) -> None:
