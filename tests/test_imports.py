@@ -32,7 +32,7 @@ def _modules_outside_trainer() -> list[str]:
     package = ROOT / "megabatch"
     found = [*package.rglob("*.py"), *(package / "slurm").rglob("*.py"), *(package / "converters").rglob("*.py")]
     names = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for path in found}
-    light = ("names", "files", "formats", "tokenizer")
+    light = ("names", "files", "formats", "turns", "tokenizer", "own_templates")
     return sorted(
         name
         for name in names

@@ -25,6 +25,9 @@ class Data:
     """Chat template; None takes the tokenizer's own."""
     system: str | None = param(None)
     """System message of samples that bring none; None leaves it to the template."""
+    sanitize_control_tokens: bool = param(True)
+    """Tokenizes control tokens in the data (`<|im_end|>`) as plain text, so that only the template writes them. False
+    lets the data write them too."""
     loss_scale: Literal["default", "last_round", "all"] | None = param(None)
     """Which tokens are trained on: every assistant turn, only the last one, or all tokens.
 

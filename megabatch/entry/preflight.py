@@ -15,7 +15,7 @@ from megabatch.entry.paths import NUMBERED
 from megabatch.errors import DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.trainer.data import files, names, tokenizer
-from megabatch.trainer.data.formats import messages_of
+from megabatch.trainer.data.formats import conversation_of
 
 SCANNED_BYTES = 64 << 20
 """JSONL, JSON and CSV files up to this size are read through before submission; it takes about a second."""
@@ -119,7 +119,9 @@ def _rows(data: Data, name: names.DatasetName) -> int | None:
 def _rows_of_file(data: Data, path: Path, *, alone: bool) -> int | None:
     if path.suffix.lower() not in _SCANNED_SUFFIXES or path.stat().st_size > SCANNED_BYTES:
         return None
-    rows = sum(1 for row in files.rows(path) if messages_of(row, columns=data.columns, system=data.system))
+    rows = 0
+    for rows, row in enumerate(files.rows(path), start=1):  # noqa: B007 - counted
+        conversation_of(row, columns=data.columns, system=data.system)
     if not rows and path.stat().st_size and alone:
         raise DataError(f"{path} holds no rows; give a file with at least one example")
     return rows

@@ -93,6 +93,7 @@ def open_data(run: RunConfig, source: ModelSource, ranks: Ranks, heartbeat: Hear
         max_length=data.max_length,
         truncation_strategy=data.truncation_strategy or "delete",
         loss_scale=data.loss_scale or "default",
+        sanitize_control_tokens=data.sanitize_control_tokens,
     )
     paths = ranks.on_main(
         lambda: datasets.build(

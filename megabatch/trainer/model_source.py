@@ -16,7 +16,7 @@ from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.errors import ConfigError, DataError, MegabatchError
 from megabatch.trainer.data import sources
 from megabatch.trainer.data import tokenizer as tokenizers
-from megabatch.trainer.data.formats import messages_of
+from megabatch.trainer.data.formats import conversation_of
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import RandomWeights, load
@@ -116,7 +116,7 @@ def _trained_tokenizer(run: RunConfig, folder: Path) -> Path:
         message.content
         for source in sources.resolve(data.dataset, use_hf=run.recipe.bridge.use_hf)
         for row in source.rows(seed=run.recipe.training.seed, shuffle=data.dataset_shuffle)
-        for message in messages_of(row, columns=data.columns or {}, system=data.system)
+        for message in conversation_of(row, columns=data.columns, system=data.system).messages
     ]
     return tokenizers.train_bpe(texts, vocab_size=run.shape.vocab_size, out_dir=folder)
 

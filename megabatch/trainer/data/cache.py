@@ -178,6 +178,8 @@ class TokenCache:
         for reason, count in self.dropped.items():
             level = logging.WARNING if count >= _MANY * rows else logging.INFO
             log.log(level, "%d of %d rows (%.1f %%) dropped: %s", count, rows, 100 * count / rows, reason)
+        for remark, count in self.meta.get("remarks", {}).items():
+            log.warning("%d rows: %s", count, remark)
 
 
 def _each(chunks: Iterable[Chunk], done: Callable[[], None]) -> Iterator[Chunk]:

@@ -119,10 +119,12 @@ def _write_columns(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
     columns = {name: _Column(folder, name) for name in DTYPES}
     sources: dict[tuple[str, bool], int] = {}
     dropped: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
     max_id = samples = 0
     try:
         for chunk in chunks:
             dropped.update(chunk.dropped)
+            remarks.update(chunk.remarks)
             if not chunk.samples:
                 continue
             samples += len(chunk.samples)
@@ -145,6 +147,7 @@ def _write_columns(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
         "max_id": max_id,
         "content": _digest(columns[name].content for name in CONTENT),
         "dropped": dict(dropped),
+        "remarks": dict(+remarks),
         "sources": [list(source) for source in sources],
         "files": written,
     }

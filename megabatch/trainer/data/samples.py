@@ -12,8 +12,10 @@ import numpy as np
 
 from megabatch.errors import DataError
 from megabatch.trainer.data import tokenizer
+from megabatch.trainer.data.control_tokens import ControlTokens
 from megabatch.trainer.data.files import Origin, Row
-from megabatch.trainer.data.formats import messages_of
+from megabatch.trainer.data.fitting import check_column
+from megabatch.trainer.data.formats import Conversation, conversation_of
 from megabatch.trainer.data.templates import Encoded, LossScale, Template, encode_documents
 
 Truncation = Literal["delete", "left", "right", "raise"]
@@ -46,6 +48,8 @@ class Encoding:
     """In tokens; None for no limit."""
     truncation_strategy: Truncation = "delete"
     loss_scale: LossScale = "default"
+    sanitize_control_tokens: bool = True
+    """Control tokens in the data are tokenised as text."""
 
     def __post_init__(self) -> None:
         # Read-only views of a mapping can be neither pickled nor written as JSON.
@@ -61,6 +65,8 @@ class Chunk:
     """Of each sample."""
     dropped: Counter[str]
     """Reason → rows."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """What the rows have and nobody reads → rows."""
 
 
 class Encoder:
@@ -75,12 +81,18 @@ class Encoder:
                 f"model.tokenizer: {encoding.tokenizer} has no eos_token, which ends every document of a pretraining "
                 f"run; set it in tokenizer_config.json"
             )
-        self.template = None if encoding.task == "pt" else Template(self.tokenizer, name=encoding.template)
+        sanitize = encoding.sanitize_control_tokens
+        self._control = ControlTokens(self.tokenizer) if encoding.task == "pt" and sanitize else None
+        self.template = (
+            None
+            if encoding.task == "pt"
+            else Template(self.tokenizer, name=encoding.template, sanitize_control_tokens=sanitize)
+        )
 
     def encode(self, rows: Sequence[Row]) -> Chunk:
         """Samples of these rows, in order. Raises: DataError with the row's file and line."""
         chunk = Chunk([], [], Counter())
-        for row, encoded in zip(rows, self._tokens(rows), strict=True):
+        for row, encoded in zip(rows, self._tokens(rows, chunk.remarks), strict=True):
             kept = self._limit(encoded, row)
             if kept is None:
                 chunk.dropped["longer than max_length"] += 1
@@ -91,14 +103,25 @@ class Encoder:
                 chunk.origins.append(row.origin)
         return chunk
 
-    def _tokens(self, rows: Sequence[Row]) -> list[Encoded]:
+    def _tokens(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Encoded]:
         settings = self.encoding
-        conversations = [messages_of(row, columns=settings.columns, system=settings.system) for row in rows]
+        conversations = [conversation_of(row, columns=settings.columns, system=settings.system) for row in rows]
         if self.template is None:
-            documents = ["\n".join(m.content for m in conversation) for conversation in conversations]
-            return encode_documents(self.tokenizer, documents)
+            return self._documents(rows, conversations, remarks)
         places = [str(row.origin) for row in rows]
-        return self.template.encode(conversations, places=places, loss_scale=settings.loss_scale)
+        return self.template.encode(conversations, places=places, loss_scale=settings.loss_scale, remarks=remarks)
+
+    def _documents(
+        self, rows: Sequence[Row], conversations: Sequence[Conversation], remarks: Counter[str]
+    ) -> list[Encoded]:
+        for row, conversation in zip(rows, conversations, strict=True):
+            for name, value in conversation.columns.items():
+                try:
+                    check_column(name, value, remarks)
+                except DataError as e:
+                    raise DataError(f"{row.origin}: {e}") from e
+        documents = ["\n".join(m.content for m in conversation.messages) for conversation in conversations]
+        return encode_documents(self.tokenizer, documents, control=self._control, remarks=remarks)
 
     def _limit(self, encoded: Encoded, row: Row) -> Encoded | None:
         """The sample within max_length, or None when it is to be dropped."""

@@ -1,72 +1,71 @@
-"""Where the assistant's turns stand in a rendered conversation, for any chat template.
+"""Where the assistant's turns stand in a rendered conversation, for templates that do not loop over the messages.
 
-Templates trim contents, add default system messages and rewrite earlier turns (Qwen3 drops or inserts thinking
-blocks), so a turn is not found by searching for its content. Instead the conversation is rendered a second time
-with a sentinel in place of each assistant content; what lies between the sentinels is the template's own text plus
-the other roles' messages, and that text must be met again, in order, in the real rendering. What is left between
-is what the assistant says.
+The conversation is rendered a second time with a sentinel in place of each assistant content; what lies between the
+sentinels is the template's own text plus the other roles' messages, and that text must be met again, in order, in the
+real rendering. What is left between is what the assistant says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from megabatch.errors import DataError
-from megabatch.trainer.data.formats import Message
+from megabatch.trainer.data.rendering import Span
 
-Render = Callable[[Sequence[Message], bool], str]
-"""(messages, add_generation_prompt) → text."""
-
-Span = tuple[int, int]
-"""Characters [start, stop)."""
+Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
-def generation_prompt(render: Render) -> str:
-    """What the template writes to make the assistant speak, `<|im_start|>assistant\\n` in ChatML; "" if nothing."""
-    question = [Message("user", "x")]
-    without, with_prompt = render(question, False), render(question, True)
-    return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
-
-
-def assistant_spans(render: Render, messages: Sequence[Message], *, prompt: str) -> tuple[str, list[Span]]:
-    """The rendered conversation and, for each assistant message, the span of what the assistant says in it.
+def assistant_spans(render: Render, messages: Sequence[Mapping[str, Any]], *, text: str, prompt: str) -> list[Span]:
+    """For each assistant message, the span of what the assistant says in the rendered conversation `text`.
 
     A span starts right after the generation prompt where the template writes it literally, so text that the template
     itself puts into the turn (an empty thinking block) belongs to it; it stops before the end-of-turn token.
 
     Raises: DataError when the two renderings cannot be aligned.
     """
-    text = render(messages, False)
     spans: list[Span] = []
     pieces = _pieces(render, messages)
-    contents = [m.content for m in messages if m.role == "assistant"]
+    answers = [answer(m) for m in messages if m["role"] == "assistant"]
     before = _without_own(pieces[0], prompt)
     if not text.startswith(before):
         raise DataError("the text before the first assistant message depends on what the assistant says")
     position = len(before)
-    for index, content in enumerate(contents):
-        last = index == len(contents) - 1
+    for index, said in enumerate(answers):
+        last = index == len(answers) - 1
         after = pieces[-1] if last else _without_own(pieces[index + 1], prompt)
-        stop = _stop(text, position, content, after=after, last=last)
+        stop = _stop(text, position, said, after=after, last=last)
         if stop is None:
             raise DataError(f"assistant message {index} is not found in the rendered conversation")
         spans.append((position, stop))
         position = stop + len(after)
-    return text, spans
+    return spans
 
 
-def _pieces(render: Render, messages: Sequence[Message]) -> list[str]:
-    """The rendering with sentinels for the assistant's contents, cut at the sentinels: one more piece than turns."""
-    everything = "".join(m.content for m in messages)
-    mark = "MEGABATCHTURN"
+def answer(message: Mapping[str, Any]) -> str:
+    """What must survive of a content: templates trim it, and drop, move or re-space its thinking."""
+    content = message.get("content")
+    return content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
+
+
+def sentinel(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A text that no message holds."""
+    everything, mark = repr(messages), "MEGABATCHTURN"
     while mark in everything:
         mark += "X"
-    sentinels = [f"{mark}{index}END" for index in range(sum(m.role == "assistant" for m in messages))]
+    return mark
+
+
+def _pieces(render: Render, messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rendering with sentinels for the assistant's contents, cut at the sentinels: one more piece than turns."""
+    mark = sentinel(messages)
+    sentinels = [f"{mark}{index}END" for index in range(sum(m["role"] == "assistant" for m in messages))]
     names = iter(sentinels)
-    rest = render([Message("assistant", next(names)) if m.role == "assistant" else m for m in messages], False)
+    replaced = [{"role": "assistant", "content": next(names)} if m["role"] == "assistant" else m for m in messages]
+    rest = render(replaced)
     pieces = []
-    for index, sentinel in enumerate(sentinels):
-        piece, found, rest = rest.partition(sentinel)
+    for index, name in enumerate(sentinels):
+        piece, found, rest = rest.partition(name)
         if not found or mark in piece:
             raise DataError(f"it leaves out, repeats or reorders assistant message {index}")
         pieces.append(piece)
@@ -81,12 +80,10 @@ def _without_own(piece: str, prompt: str) -> str:
     return piece if at < 0 else piece[: at + len(prompt)]
 
 
-def _stop(text: str, start: int, content: str, *, after: str, last: bool) -> int | None:
+def _stop(text: str, start: int, said: str, *, after: str, last: bool) -> int | None:
     """Where the turn that starts at `start` stops, so that `after` follows (and, for the last one, ends the text)."""
-    # The template may trim the content, and drop, move or re-space its thinking; what follows that must survive.
-    answer = content.rpartition("</think>")[2].strip()
     for stop in _candidates(text, start, after=after, last=last):
-        if text[start:stop].strip().endswith(answer):
+        if text[start:stop].strip().endswith(said):
             return stop
     return None
 

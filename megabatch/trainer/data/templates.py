@@ -1,43 +1,41 @@
 """Conversations → token ids and loss weights, through the tokenizer's own chat template.
 
+The ids are those of transformers' `apply_chat_template`, but for control tokens in the data (see `control_tokens`).
 `weights[i]` is the loss weight of predicting `ids[i]`; nothing predicts the first token, so `weights[0]` is 0.
 The loss covers what the assistant says and its end-of-turn token, not the newline that some templates put after it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import json
 import logging
-import re
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from megabatch.errors import DataError
-from megabatch.trainer.data.formats import Message
-from megabatch.trainer.data.spans import Span, assistant_spans, generation_prompt
-from megabatch.trainer.data.tokenizer import CHATML
+from megabatch.trainer.data.control_tokens import ControlTokens, Spelling
+from megabatch.trainer.data.fitting import Fitting
+from megabatch.trainer.data.formats import Conversation, is_text
+from megabatch.trainer.data.locating import Locator, Part
+from megabatch.trainer.data.own_templates import CHATML, PLAIN, with_bos
+from megabatch.trainer.data.rendering import MARKS, Rendered, Renderer
+from megabatch.trainer.data.spans import answer
 from megabatch.trainer.data.turn_ends import TurnEnds
+from megabatch.trainer.data.turns import Message
 
 log = logging.getLogger(__name__)
 
 LossScale = Literal["default", "last_round", "all"]
 """Which tokens are learned: all assistant turns, those after the last user message, or every token."""
 
-PLAIN = (
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
-"""For base models without chat tokens: `User: …\\nAssistant: …<eos>\\n`."""
+_OWN = {"chatml": CHATML, "plain": PLAIN}
+_ESCAPED = "control tokens in the text, tokenised as plain text (see data.sanitize_control_tokens)"
 
-_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
-_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
+_LEFT_OUT = "the template leaves out what is said beside a call"
 
 
 class Encoded(NamedTuple):
@@ -49,126 +47,172 @@ class Encoded(NamedTuple):
     """float32 [n]"""
 
 
+class _Text(NamedTuple):
+    """A conversation as text for one of the tokenizers, with the weights of its characters."""
+
+    text: str
+    parts: list[tuple[int, int, float]]
+    """(start, stop, weight)"""
+    by_twin: bool
+
+
+class _Form(NamedTuple):
+    """One chat template and what is known of it."""
+
+    renderer: Renderer
+    fitting: Fitting
+    locator: Locator
+
+
 class Template:
     """A chat template together with its tokenizer."""
 
-    def __init__(self, tokenizer: Any, *, name: str | None = None) -> None:
-        """`name`: None for the tokenizer's own (see `_default`), `chatml` or `plain`. Raises: DataError."""
+    def __init__(self, tokenizer: Any, *, name: str | None = None, sanitize_control_tokens: bool = True) -> None:
+        """`name`: None for the tokenizer's own (see `_sources`), `chatml` or `plain`. Raises: DataError."""
         self.tokenizer = tokenizer
-        self.name, self.source = _source(tokenizer, name)
-        self._marks_turns = bool(_GENERATION.search(self.source))
+        self.name, self.sources = _sources(tokenizer, name)
         self._ends = TurnEnds(_special(tokenizer), eos=tokenizer.eos_token)
-        self._prompts = self._generation_prompts()
+        advice = _advice(tokenizer, self.name)
+        self._forms = {kind: _form(tokenizer, source, self._ends, advice) for kind, source in self.sources.items()}
+        extra = {token for form in self._forms.values() for token in _turn_tokens(tokenizer, form)}
+        self._control = ControlTokens(tokenizer, extra) if sanitize_control_tokens else None
+        self._backend = _backend(tokenizer)
         self._warned = False
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the template is the tokenizer's own, so that a copy of its files renders it."""
+        return self.name == "of the tokenizer"
+
+    def turn_end(self) -> str | None:
+        """The special token that ends the assistant's turn; None where the template writes none."""
+        form = self._forms["default"]
+        try:
+            text = form.renderer.render(
+                [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], {}
+            ).text
+        except DataError:
+            return None
+        return self._ends.last(text.rstrip())
+
     def encode(
-        self, conversations: Sequence[Sequence[Message]], *, places: Sequence[str], loss_scale: LossScale
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        places: Sequence[str],
+        loss_scale: LossScale,
+        remarks: Counter[str] | None = None,
     ) -> list[Encoded]:
-        """Tokenises conversations; `places` name them in errors. Raises: DataError for one that cannot be aligned."""
-        located = [self._locate(c, place=p) for c, p in zip(conversations, places, strict=True)]
-        batch = self.tokenizer(
-            [text for text, _ in located], add_special_tokens=False, return_offsets_mapping=True, **_BARE
-        )
-        encoded = []
-        for index, (messages, (_, spans)) in enumerate(zip(conversations, located, strict=True)):
-            ids = np.asarray(batch["input_ids"][index], np.int32)
-            if loss_scale == "all":
-                weights: np.ndarray = np.ones(len(ids), np.float32)
-            else:
-                wanted = learned_turns(messages, loss_scale)
-                learned = [span for turn, span in spans if wanted[turn]]
-                weights = _weights(np.asarray(batch["offset_mapping"][index]).reshape(-1, 2), learned)
-            weights[:1] = 0
-            encoded.append(Encoded(ids, weights))
-        return encoded
+        """Tokenises conversations; `places` name them in errors, `remarks` counts what the rows have and nobody reads.
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as text. Raises: DataError when the template refuses it."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in messages],
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as e:  # Jinja's errors and whatever an expression in the template raises
-            raise DataError(f"it fails with {type(e).__name__}: {e}") from e
-        return str(text)
+        Raises: DataError for one that cannot be rendered, aligned, or told from the template.
+        """
+        counted: Counter[str] = Counter() if remarks is None else remarks
+        texts = [
+            self._text(conversation, place=place, loss_scale=loss_scale, remarks=counted)
+            for conversation, place in zip(conversations, places, strict=True)
+        ]
+        encodings: dict[int, Any] = {}
+        for by_twin in (False, True):
+            chosen = [index for index, text in enumerate(texts) if text.by_twin == by_twin]
+            if chosen:
+                backend = self._control.twin if by_twin and self._control is not None else self._backend
+                made = backend.encode_batch([texts[index].text for index in chosen], add_special_tokens=False)
+                encodings |= zip(chosen, made, strict=True)
+        return [_encoded(encodings[index], text, whole=loss_scale == "all") for index, text in enumerate(texts)]
 
-    def _locate(self, messages: Sequence[Message], *, place: str) -> tuple[str, list[tuple[int, Span]]]:
-        """Text, and spans to be learned with the number of the assistant message that each belongs to."""
+    def _text(self, conversation: Conversation, *, place: str, loss_scale: LossScale, remarks: Counter[str]) -> _Text:
         try:
-            if self._marks_turns:
-                text, spans = self._marked(messages)
-            else:
-                text, said = self._aligned(messages)
-                spans = list(enumerate(self._ends.extend(text, said)))
+            return self._located(conversation, loss_scale=loss_scale, remarks=remarks)
         except DataError as e:
+            others = " or ".join(name for name in _OWN if name != self.name and _lack(self.tokenizer, name) is None)
             raise DataError(
-                f"{place}: chat template {self.name} cannot be used on it: {e}; check the row, or set "
-                f"data.template to chatml or plain"
+                f"{place}: chat template {self.name} cannot be used on it: {e}"
+                + (f"; check the row, or set data.template to {others}" if others and "data." not in str(e) else "")
             ) from e
-        if not self._warned and not self._ends.at_end(text[slice(*spans[-1][1])]):
+
+    def _located(self, conversation: Conversation, *, loss_scale: LossScale, remarks: Counter[str]) -> _Text:
+        """The conversation's text and what is learned of it."""
+        has_tools = conversation.columns.get("tools") is not None
+        form = self._forms["tool_use" if has_tools and "tool_use" in self._forms else "default"]
+        variables = form.fitting.variables(conversation, remarks)
+        failed: DataError | None = None
+        for messages, fitted in form.fitting.attempts(conversation, remarks):
+            try:
+                text = self._rendered(form, messages, fitted, variables, loss_scale=loss_scale, remarks=remarks)
+            except DataError as e:
+                failed = failed or e
+                continue
+            return text
+        assert failed is not None
+        raise failed
+
+    def _rendered(
+        self,
+        form: _Form,
+        messages: Sequence[Message],
+        fitted: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        *,
+        loss_scale: LossScale,
+        remarks: Counter[str],
+    ) -> _Text:
+        said = _json([fitted, variables])
+        mark, inner = _marks(said)
+        control = self._control if self._control is not None and self._control.may_be_in(said) else None
+        if control is not None:
+            plain = fitted, variables
+            fitted = [control.mark(m, inner, by_assistant=m["role"] == "assistant") for m in fitted]
+            variables = control.mark(variables, inner)
+            control = control if (fitted, variables) != plain else None
+        rendered = form.renderer.render(fitted, variables, mark=mark)
+        parts = form.locator.parts(fitted, variables, rendered)
+        self._warn_of_missing_end(rendered, parts)
+        remarks[_LEFT_OUT] += any(m.get("tool_calls") and answer(m) not in rendered.text for m in fitted)
+        weights = learned_turns(messages, loss_scale)
+        if control is None:
+            return _Text(rendered.text, [(p.start, p.stop, weights[p.turn]) for p in parts], False)
+        remarks[_ESCAPED] += 1
+        spelling: Spelling = control.spelled(rendered.text, inner)
+        placed = [(spelling.at(p.start), spelling.at(p.stop), weights[p.turn]) for p in parts]
+        return _Text(spelling.text, placed, True)
+
+    def _warn_of_missing_end(self, rendered: Rendered, parts: Sequence[Part]) -> None:
+        if not self._warned and not self._ends.at_end(rendered.text[parts[-1].start : parts[-1].stop]):
             self._warned = True
             log.warning("chat template %s puts no end-of-turn token after the assistant: it is not learned", self.name)
-        return text, spans
-
-    def _aligned(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """Text, and what each assistant message says in it, found with the first generation prompt that fits."""
-        for prompt in self._prompts[:-1]:
-            with contextlib.suppress(DataError):
-                return assistant_spans(self.render, messages, prompt=prompt)
-        return assistant_spans(self.render, messages, prompt=self._prompts[-1])
-
-    def _marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, Span]]]:
-        """Like `_locate`, for a template that itself marks with `{% generation %}` what is to be learned."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        text = self.render(messages)  # first: it reports a refusal clearly
-        _, marks = render_jinja_template(
-            conversations=[[{"role": m.role, "content": m.content} for m in messages]],
-            chat_template=self.source,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        spans = [self._ends.trim(text, (start, stop)) for start, stop in marks[0] if start < stop]
-        if not spans:
-            raise DataError("it marks nothing with generation")
-        turns = sum(m.role == "assistant" for m in messages)
-        if len(spans) == turns:
-            return text, list(enumerate(self._ends.complete(text, span) for span in spans))
-        # Several marks for a turn (its header, its text, its end) belong to the first turn that stops behind them.
-        stops = [stop for _, stop in self._aligned(messages)[1]]
-        return text, [(min(bisect_left(stops, start), turns - 1), (start, stop)) for start, stop in spans]
-
-    def _generation_prompts(self) -> list[str]:
-        """What may stand before the assistant's own text, to be tried in this order.
-
-        The template's generation prompt; the same without a thinking block that it opens or fills, for turns that
-        bring their own thoughts.
-        """
-        try:
-            prompt = generation_prompt(self.render)
-        except DataError:
-            return [""]  # a template that refuses the probe; spans then start where the template's own text ends
-        return list(dict.fromkeys([prompt, _THINKING.sub("", prompt)]))
 
 
-def learned_turns(messages: Sequence[Message], loss_scale: LossScale) -> list[bool]:
-    """For each assistant message whether its tokens carry loss; a message's own `loss` wins."""
+def learned_turns(messages: Sequence[Message], loss_scale: LossScale) -> list[float]:
+    """For each assistant message the weight of its tokens in the loss; a message's own `loss` wins."""
     last_user = max((index for index, m in enumerate(messages) if m.role == "user"), default=-1)
     return [
-        m.loss if m.loss is not None else loss_scale != "last_round" or index > last_user
+        m.loss if m.loss is not None else float(loss_scale != "last_round" or index > last_user)
         for index, m in enumerate(messages)
         if m.role == "assistant"
     ]
 
 
-def encode_documents(tokenizer: Any, documents: Sequence[str]) -> list[Encoded]:
-    """Pretraining samples: the text with the tokenizer's own special tokens, then EOS; every token is learned."""
+def encode_documents(
+    tokenizer: Any,
+    documents: Sequence[str],
+    *,
+    control: ControlTokens | None = None,
+    remarks: Counter[str] | None = None,
+) -> list[Encoded]:
+    """Pretraining samples: the text with the tokenizer's own special tokens, then EOS; every token is learned.
+
+    Control tokens in the texts are tokenised as text if `control` is given. Raises: DataError.
+    """
     eos = tokenizer.eos_token_id
+    plain = _backend(tokenizer).encode_batch(list(documents), add_special_tokens=True)
     encoded = []
-    for tokens in tokenizer(list(documents), **_BARE)["input_ids"]:
+    for text, encoding in zip(documents, plain, strict=True):
+        tokens = encoding.ids
+        if control is not None and control.may_be_in(text) and control.are_in(text):
+            tokens = control.twin.encode(control.spelled(text).text, add_special_tokens=True).ids
+            if remarks is not None:
+                remarks[_ESCAPED] += 1
         ids = np.asarray(tokens if tokens[-1:] == [eos] else [*tokens, eos], np.int32)
         weights: np.ndarray = np.ones(len(ids), np.float32)
         weights[:1] = 0
@@ -176,17 +220,66 @@ def encode_documents(tokenizer: Any, documents: Sequence[str]) -> list[Encoded]:
     return encoded
 
 
-# A tokenizer's warning about texts beyond its model_max_length is not ours to give: max_length is checked later.
-_BARE = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+def _encoded(encoding: Any, text: _Text, *, whole: bool) -> Encoded:
+    ids = np.array(encoding.ids, np.int32)
+    weights: np.ndarray = np.full(len(ids), whole, np.float32)
+    if not whole:
+        for start, stop, weight in text.parts:
+            first, end = _tokens_of(encoding, start, stop, len(text.text))
+            weights[first:end] = weight
+    weights[:1] = 0
+    return Encoded(ids, weights)
 
 
-def _weights(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """1 for the tokens that share a character with a span (or stand empty inside one), else 0: float32 [n]."""
-    weights: np.ndarray = np.zeros(len(offsets), np.float32)
-    first, stop = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-    for start, end in spans:
-        weights[(first < end) & (stop > start)] = 1
-    return weights
+def _tokens_of(encoding: Any, start: int, stop: int, length: int) -> tuple[int, int]:
+    """The tokens [first, end) that share a character with the characters [start, stop)."""
+    count = len(encoding)
+    first = next((t for at in range(start, stop) if (t := encoding.char_to_token(at)) is not None), None)
+    if first is None:
+        return 0, 0
+    after = next((t for at in range(stop, length) if (t := encoding.char_to_token(at)) is not None), count)
+    while after < count and encoding.token_to_chars(after)[0] < stop:
+        after += 1  # a token that reaches over the border
+    return first, after
+
+
+def _json(value: Any) -> str:
+    """All that a conversation says in one string, to search in. Raises: DataError for what is no JSON or no text."""
+    try:
+        made = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise DataError(f"it holds what JSON cannot ({e}); drop or convert that field") from e
+    if not is_text(made):
+        raise DataError("it holds half a surrogate pair, which is no text; delete it")
+    return made
+
+
+def _marks(said: str) -> tuple[str, str]:
+    """Two private characters that a conversation does not hold."""
+    free = [mark for mark in MARKS if mark not in said]
+    if len(free) < 2:
+        raise DataError(f"it holds the private characters U+{ord(MARKS[0]):X} and following; delete them")
+    return free[0], free[1]
+
+
+def _form(tokenizer: Any, source: str, ends: TurnEnds, advice: str) -> _Form:
+    renderer = Renderer(source, tokenizer.special_tokens_map)
+    return _Form(renderer, Fitting(renderer, advice=advice), Locator(renderer, ends))
+
+
+def _turn_tokens(tokenizer: Any, form: _Form) -> set[str]:
+    """Added tokens that stand between turns though the tokenizer does not call them special."""
+    try:
+        between = form.renderer.render([{"role": "user", "content": "x"}], {}).text + form.locator.prompt
+    except DataError:
+        return set()
+    return {token for token in tokenizer.get_added_vocab() if token in between and token.strip()}
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer, without the truncation and padding that its file may ask for."""
+    tokenizer("", add_special_tokens=False)  # resets them, and how special tokens are read
+    return tokenizer.backend_tokenizer
 
 
 def _special(tokenizer: Any) -> set[str]:
@@ -194,34 +287,59 @@ def _special(tokenizer: Any) -> set[str]:
     return added | set(map(str, tokenizer.all_special_tokens))
 
 
-def _source(tokenizer: Any, name: str | None) -> tuple[str, str]:
-    """Name and Jinja text of the template asked for, or of the default one."""
+def _sources(tokenizer: Any, name: str | None) -> tuple[str, dict[str, str]]:
+    """Name and Jinja text of the template asked for, or of the default one; `tool_use` is for rows with tools."""
     if name is None:
-        name, source = _default(tokenizer)
-    elif name in ("chatml", "plain"):
-        source = CHATML if name == "chatml" else PLAIN
-    else:
-        close = difflib.get_close_matches(name, ["chatml", "plain"], n=1)
+        return _default(tokenizer)
+    if name not in _OWN:
+        close = difflib.get_close_matches(name, _OWN, n=1)
         raise DataError(
-            f"data.template={name!r} is unknown; try {close[0] if close else 'chatml or plain'}, "
+            f"data.template={name!r} is unknown; try {close[0] if close else ' or '.join(_OWN)}, "
             f"or leave it unset for the tokenizer's own chat template"
         )
-    if name == "plain" and not tokenizer.eos_token:
-        raise DataError("data.template='plain' ends turns with the tokenizer's eos_token, which is not set; set it")
-    if name == "chatml" and not _has_chatml(tokenizer):
-        raise DataError("data.template='chatml' needs <|im_start|> and <|im_end|> in the vocabulary; try plain")
-    return name, source
+    if lack := _lack(tokenizer, name):
+        raise DataError(f"data.template={name!r} {lack}")
+    return name, {"default": _own(tokenizer, name)}
 
 
-def _default(tokenizer: Any) -> tuple[str, str]:
+def _default(tokenizer: Any) -> tuple[str, dict[str, str]]:
     """The tokenizer's own template, else ChatML if the vocabulary has its tokens, else the plain one."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
-        own = own.get("default")
-    if own:
+        own = {kind: source for kind, source in own.items() if kind in ("default", "tool_use")}
+    elif own:
+        own = {"default": own}
+    if own and "default" in own:
         return "of the tokenizer", own
-    return ("chatml", CHATML) if _has_chatml(tokenizer) else ("plain", PLAIN)
+    name = "chatml" if _lack(tokenizer, "chatml") is None else "plain"
+    if lack := _lack(tokenizer, name):
+        raise DataError(f"data.template='plain' {lack}")
+    return name, {"default": _own(tokenizer, name)}
 
 
-def _has_chatml(tokenizer: Any) -> bool:
-    return {"<|im_start|>", "<|im_end|>"} <= _special(tokenizer)
+def _own(tokenizer: Any, name: str) -> str:
+    source = _OWN[name]
+    return with_bos(source) if _adds_bos(tokenizer) else source
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins every text with its BOS."""
+    bos = tokenizer.bos_token_id
+    return (
+        bos is not None
+        and tokenizer("x")["input_ids"][:1] == [bos] != tokenizer("x", add_special_tokens=False)["input_ids"][:1]
+    )
+
+
+def _lack(tokenizer: Any, name: str) -> str | None:
+    """Why a template of our own cannot be used with a tokenizer."""
+    if name == "plain":
+        return None if tokenizer.eos_token else "ends turns with the tokenizer's eos_token, which is not set; set it"
+    has = {"<|im_start|>", "<|im_end|>"} <= _special(tokenizer)
+    return None if has else "needs <|im_start|> and <|im_end|> in the vocabulary; try plain"
+
+
+def _advice(tokenizer: Any, name: str) -> str:
+    usable = [own for own in _OWN if _lack(tokenizer, own) is None and own != name]
+    other = f"set data.template to {' or '.join(usable)}, which reads them, or " if usable else ""
+    return f'{other}drop the field (data.columns={{"tools": "_"}} leaves a column out)'

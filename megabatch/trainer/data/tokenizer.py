@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.errors import DataError
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""The ChatML template, for tokenizers whose vocabulary has its two tokens."""
+from megabatch.trainer.data.own_templates import CHATML
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 

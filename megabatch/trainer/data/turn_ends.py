@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from megabatch.trainer.data.spans import Span
+from megabatch.trainer.data.rendering import Span
 
 
 class TurnEnds:
@@ -13,10 +13,16 @@ class TurnEnds:
 
     def __init__(self, special: Iterable[str], *, eos: str | None) -> None:
         """`special`: the tokenizer's special tokens; `eos`: that of them which may follow white space."""
-        tokens = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"\b\B"  # else nothing matches
+        self._all = tuple(sorted(special, key=len, reverse=True))
+        tokens = "|".join(map(re.escape, self._all)) or r"\b\B"  # else nothing matches
         spaced = r"\s*" + re.escape(eos) if eos else r"\b\B"
         self._one = re.compile(f" *(?:{tokens})|{spaced}")
         self._run = re.compile(f" *(?:{tokens})+|{spaced}")
+
+    def in_chunk(self, chunk: str) -> int | None:
+        """Where the special tokens stop that a message's own text ends with, white space aside; None without any."""
+        said = chunk.rstrip()
+        return len(said) if self.at_end(said) else None
 
     def extend(self, text: str, spans: Sequence[Span]) -> list[Span]:
         """The spans of one conversation, each with its end of turn if it has one.
@@ -40,7 +46,11 @@ class TurnEnds:
 
     def at_end(self, said: str) -> bool:
         """Whether a text ends with a special token."""
-        return any(found.end() == len(said) for found in self._one.finditer(said))
+        return said.endswith(self._all)
+
+    def last(self, said: str) -> str | None:
+        """The special token that a text ends with."""
+        return max((token for token in self._all if said.endswith(token)), key=len, default=None)
 
     def _extended(self, text: str, span: Span, *, end: str) -> Span:
         start, stop = span

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megabatch.errors import DataError
-from megabatch.trainer.data.formats import Message
+from megabatch.trainer.data.formats import Conversation, Message
 from megabatch.trainer.data.templates import Encoded, LossScale, Template, encode_documents
 
 TWO_ROUNDS = [
@@ -60,7 +60,7 @@ def encode(
     """(all text, runs of learned text)."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = source
-    (encoded,) = Template(tokenizer, name=name).encode([messages], places=["f:1"], loss_scale=scale)
+    (encoded,) = Template(tokenizer, name=name).encode([Conversation(messages)], places=["f:1"], loss_scale=scale)
     assert encoded.ids.dtype == np.int32
     assert encoded.weights.dtype == np.float32
     assert encoded.weights[0] == 0
@@ -112,7 +112,7 @@ def test_ids_are_those_of_the_whole_rendering(tokens: Any) -> None:
     tokenizer.chat_template = QWEN3
     chat = [{"role": m.role, "content": m.content} for m in THINKING]
     expected = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
-    (encoded,) = Template(tokenizer).encode([THINKING], places=["f:1"], loss_scale="default")
+    (encoded,) = Template(tokenizer).encode([Conversation(THINKING)], places=["f:1"], loss_scale="default")
     assert encoded.ids.tolist() == expected
 
 
@@ -130,7 +130,7 @@ def test_the_generation_mask_of_transformers_agrees(tokens: Any) -> None:
     )
     tokenizer = copy.copy(tokens)
     tokenizer.chat_template = QWEN2_5
-    (ours,) = Template(tokenizer).encode([TWO_ROUNDS], places=["f:1"], loss_scale="default")
+    (ours,) = Template(tokenizer).encode([Conversation(TWO_ROUNDS)], places=["f:1"], loss_scale="default")
     assert ours.ids.tolist() == theirs["input_ids"]
     assert ours.weights.tolist() == theirs["assistant_masks"]
 
@@ -192,7 +192,7 @@ def test_a_template_that_cannot_be_aligned_is_named_with_the_sample(tokens: Any,
     tokenizer.chat_template = source
     message = rf"^train\.jsonl:9: chat template of the tokenizer cannot be used on it: .*{reason}"
     with pytest.raises(DataError, match=message):
-        Template(tokenizer).encode([TWO_ROUNDS], places=["train.jsonl:9"], loss_scale="default")
+        Template(tokenizer).encode([Conversation(TWO_ROUNDS)], places=["train.jsonl:9"], loss_scale="default")
 
 
 def test_a_template_without_end_of_turn_warns_once(tokens: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -200,7 +200,7 @@ def test_a_template_without_end_of_turn_warns_once(tokens: Any, caplog: pytest.L
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
     template = Template(tokenizer)
     for _ in range(2):
-        (encoded,) = template.encode([TWO_ROUNDS[:2]], places=["f:1"], loss_scale="default")
+        (encoded,) = template.encode([Conversation(TWO_ROUNDS[:2])], places=["f:1"], loss_scale="default")
     assert learned(tokenizer, encoded) == ["It is four."]
     assert caplog.text.count("no end-of-turn token") == 1
 

@@ -1,0 +1,146 @@
+"""Control tokens in what a dataset says: tokenised as the plain text that they are, unless told otherwise.
+
+A user's text that holds `<|im_end|>` must not end the turn. Before a template renders a message, a private character
+is put into each control token in it; the control tokens of the rendered text without one are the template's own. The
+text is encoded by a twin of the tokenizer whose control tokens have private names: the template's are written by
+those names, and in all else there is nothing special. As the twin differs in nothing but names, whatever is not a
+control token gets the ids that the tokenizer itself gives, across borders too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+from megabatch.errors import DataError
+
+_NAME = "\U0010f8f4"
+"""Opens and closes the private name of a control token."""
+_OF_THE_ASSISTANT = re.compile(r"[<\[]/?(think|tool_call)[>\]]", re.IGNORECASE)
+"""Control tokens of some tokenizers that a dataset's own assistant writes in its text."""
+
+
+class ControlTokens:
+    """The control tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: Any, extra: Iterable[str] = ()) -> None:
+        """`extra`: added tokens that are not declared special and still divide turns."""
+        self._tokenizer = tokenizer
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        listed = getattr(tokenizer, "chat_control_tokens", None) or ()
+        known = set(tokenizer.get_added_vocab())
+        self.tokens = sorted(
+            {t for t in (*added, *map(str, tokenizer.all_special_tokens), *listed, *extra) if t in known and t.strip()}
+        )
+        self._beginnings = tuple({json.dumps(token, ensure_ascii=False)[1:-1][:2] for token in self.tokens})
+        self._any = _either(self.tokens)
+        self._not_the_assistants = _either(t for t in self.tokens if not _OF_THE_ASSISTANT.fullmatch(t))
+
+    def may_be_in(self, text: str) -> bool:
+        """Whether a text (or JSON) might hold a control token; fast, and True too often rather than too seldom."""
+        return any(beginning in text for beginning in self._beginnings)
+
+    def are_in(self, text: str) -> bool:
+        """Whether a text holds a control token."""
+        return self._any.search(text) is not None
+
+    def mark(self, value: Any, mark: str, *, by_assistant: bool = False) -> Any:
+        """The value with `mark` inside every control token of its strings, at any depth."""
+        if isinstance(value, str):
+            pattern = self._not_the_assistants if by_assistant else self._any
+            return pattern.sub(lambda found: found[0][:1] + mark + found[0][1:], value)
+        if isinstance(value, Mapping):
+            return {
+                self.mark(key, mark): self.mark(item, mark, by_assistant=by_assistant) for key, item in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return [self.mark(item, mark, by_assistant=by_assistant) for item in value]
+        return value
+
+    def spelled(self, text: str, mark: str | None = None) -> Spelling:
+        """A marked text as the twin reads it; without `mark`, a text without control tokens of its own."""
+        if _NAME in text:
+            raise DataError(f"it holds the private character U+{ord(_NAME):X}, which stands for control tokens here")
+        if mark is None:
+            return Spelling(text, [], [])
+        return _spell(text, re.compile(f"{re.escape(mark)}|{self._any.pattern}"), self._names, mark)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return {token: f"{_NAME}{number}{_NAME}" for number, token in enumerate(self.tokens)}
+
+    @cached_property
+    def twin(self) -> Any:
+        """The twin, a `tokenizers.Tokenizer`. Raises: DataError where the tokenizer cannot be rebuilt."""
+        from tokenizers import Tokenizer
+
+        backend = self._tokenizer.backend_tokenizer
+        try:
+            twin = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), self._names)))
+        except Exception as e:  # the Rust part raises bare Exceptions
+            raise DataError(f"{_CANNOT} ({e}); {_ALLOW}") from e
+        twin.no_truncation()
+        twin.no_padding()
+        twin.encode_special_tokens = False
+        for token, name in self._names.items():
+            if twin.token_to_id(name) != backend.token_to_id(token):
+                raise DataError(f"{_CANNOT} ({token} would get another id); {_ALLOW}")
+        return twin
+
+
+_CANNOT = "control tokens in the data cannot be told from the template's with this tokenizer"
+_ALLOW = "set data.sanitize_control_tokens=False where the data may hold them"
+
+
+class Spelling:
+    """A text that was spelled anew, and where its characters went."""
+
+    def __init__(self, text: str, places: list[int], shifts: list[int]) -> None:
+        self.text = text
+        self._places, self._shifts = places, shifts
+
+    def at(self, position: int) -> int:
+        """The place of what stood at `position`."""
+        after = bisect_right(self._places, position)
+        return position + (self._shifts[after - 1] if after else 0)
+
+
+def _spell(text: str, pattern: re.Pattern[str], names: Mapping[str, str], mark: str) -> Spelling:
+    pieces, places, shifts = [], [], []
+    done = shift = 0
+    for found in pattern.finditer(text):
+        instead = "" if found[0] == mark else names[found[0]]
+        pieces += [text[done : found.start()], instead]
+        done = found.end()
+        shift += len(instead) - len(found[0])
+        places.append(found.end())
+        shifts.append(shift)
+    return Spelling("".join([*pieces, text[done:]]), places, shifts)
+
+
+def _either(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _renamed(made: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A tokenizer.json with other names for some tokens, in its added tokens and in its model."""
+    for token in made["added_tokens"]:
+        if token["content"] in names:
+            token.update(content=names[token["content"]], normalized=False)
+    model = made["model"]
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
+    elif vocabulary:
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if merges := model.get("merges"):
+        prefix = len(model.get("continuing_subword_prefix") or "")
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b[prefix:]} & names.keys()]
+    return made
