@@ -13,6 +13,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory
+from megabatch.trainer.chat_export import ChatExport
 from megabatch.trainer.checkpoint import Checkpoints, Progress, Retention
 from megabatch.trainer.data import datasets
 from megabatch.trainer.data.batches import Batches, Share
@@ -166,7 +167,8 @@ def build_engine(run: RunConfig, ranks: Ranks, *, train_iters: int) -> Engine:
 def make_checkpoints(run: RunConfig, ranks: Ranks, source: ModelSource) -> Checkpoints:
     group = run.recipe.checkpoint
     table = source.family.tensors(run.shape)
-    export = HfExport(source.family, table, source.config_folder, group.max_shard_size)
+    chat = ChatExport(source.tokenizer, run.recipe.data.template, has_turns=run.recipe.task != "pt")
+    export = HfExport(source.family, table, source.config_folder, group.max_shard_size, chat)
     return Checkpoints(
         RunDirectory(Path(run.run_dir)),
         ranks,

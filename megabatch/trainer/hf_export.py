@@ -17,6 +17,7 @@ from megabatch.converters.safetensors_io import ShardFile, Writer, split_shards,
 from megabatch.converters.shards import HfRows
 from megabatch.converters.side_files import carry_over
 from megabatch.errors import MegabatchError
+from megabatch.trainer.chat_export import ChatExport
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import SAFETENSORS_DTYPES, export, in_first_replica, placed, tensor_split
@@ -31,6 +32,8 @@ class HfExport:
     config_folder: Path
     """Where config.json, tokenizer and the other side files are taken from."""
     max_shard_size: str
+    chat: ChatExport | None = None
+    """The tokenizer that was trained with; None takes that of `config_folder` as it is."""
 
     def save(self, model: Model, ranks: Ranks, directory: Path) -> None:
         """Writes an existing empty directory; collective. Every rank raises if one failed, without a hang."""
@@ -67,7 +70,10 @@ class HfExport:
     def _write_rest(self, model: Model, directory: Path, files: Sequence[ShardFile]) -> MegabatchError | None:
         try:
             write_index(directory, files)
-            carry_over(self.config_folder, directory, skip=("config.json",))
+            if self.chat is None:
+                carry_over(self.config_folder, directory, skip=("config.json",))
+            else:
+                self.chat.write(self.config_folder, directory)
             config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
             dtype = str(model.config.params_dtype).removeprefix("torch.")
             config["dtype" if "dtype" in config else "torch_dtype"] = dtype

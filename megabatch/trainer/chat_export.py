@@ -1,0 +1,107 @@
+"""The tokenizer of an exported folder: the one that was trained with, its chat template, and where answers end.
+
+What `apply_chat_template` gives in the exported folder is what the model was trained on, and `generate` stops where
+the template ends the assistant's turn.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megabatch.converters.atomic import replacing
+from megabatch.converters.side_files import carry_over, side_files
+from megabatch.errors import DataError
+from megabatch.trainer.data import tokenizer as tokenizers
+from megabatch.trainer.data.templates import Template
+
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "sentencepiece*", "*.tiktoken", "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
+"""Side files that belong to the tokenizer, as shell patterns."""
+_TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatExport:
+    """What a run trained its tokens with."""
+
+    tokenizer: Path
+    template: str | None
+    """`data.template`."""
+    has_turns: bool
+    """False for pretraining, which renders no template."""
+
+    def write(self, config_folder: Path, directory: Path) -> None:
+        """Writes the side files of both folders, without config.json. Raises: MegabatchError, OSError."""
+        chat = _chat(self.tokenizer, self.template) if self.has_turns else _Chat(None, None)
+        dropped = _TEMPLATES if chat.source is not None else ()
+        carry_over(config_folder, directory, skip=("config.json", *_named(config_folder, _TOKENIZER)))
+        others = {name.as_posix() for name in side_files(self.tokenizer)} - {*_named(self.tokenizer, _TOKENIZER)}
+        carry_over(self.tokenizer, directory, skip=(*others, *_named(self.tokenizer, dropped)))
+        if chat.source is not None:
+            _write_template(directory, chat.source)
+        if chat.end is not None:
+            _write_end(config_folder, directory, chat.end)
+
+
+class _Chat(NamedTuple):
+    source: str | None
+    """The template's text where the tokenizer's own files do not hold it."""
+    end: int | None
+    """Token that ends an assistant's turn."""
+
+
+@lru_cache(maxsize=1)
+def _chat(tokenizer: Path, name: str | None) -> _Chat:
+    template = Template(tokenizers.load(tokenizer), name=name)
+    end = template.turn_end()
+    number = None if end is None else template.tokenizer.convert_tokens_to_ids(end)
+    return _Chat(None if template.is_own else template.sources["default"], number)
+
+
+def _named(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    names = [path.as_posix() for path in side_files(folder)]
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def _write_template(directory: Path, source: str) -> None:
+    """In both places where a template may stand: a file of its own, which wins, and for older readers the config."""
+    with replacing(directory / "chat_template.jinja") as file:
+        file.write(source.encode())
+    config = _read(directory / "tokenizer_config.json")
+    _write(directory / "tokenizer_config.json", {**config, "chat_template": source})
+
+
+def _write_end(config_folder: Path, directory: Path, end: int) -> None:
+    """Lets `generate` stop at the end of a turn besides where it stopped before."""
+    path = directory / "generation_config.json"
+    known = _read(path)
+    model = _read(config_folder / "config.json")
+    stops = known.get("eos_token_id", model.get("eos_token_id"))
+    stops = [stops] if isinstance(stops, int) else list(stops or ())
+    if end in stops:
+        return
+    if not path.is_file():
+        known = {name: model[name] for name in ("bos_token_id", "pad_token_id") if model.get(name) is not None}
+    _write(path, {**known, "eos_token_id": [end, *stops] if stops else end})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        read = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise DataError(f"{path} is not valid JSON ({e}); copy it again") from e
+    return read if isinstance(read, dict) else {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
