@@ -249,7 +249,7 @@ class _Reader:
         if len(size) != 2:
             raise self._fault(mapped, f"{key} has shape {list(self._source.entries[key].size)}")
         strips, dtype = self._strips(key, lead)
-        return Matrix(size[0], size[1], dtype, strips)
+        return Matrix(size[0], size[1], dtype, strips, name=key)
 
     def _find(self, mapped: Mapped) -> tuple[str, tuple[int, ...]] | None:
         """Key and index of a tensor, stacked over layers or not."""

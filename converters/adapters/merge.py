@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from megabatch.converters.adapters.adapter import Adapter, Block, Part, Span, Tables, Whole, spans_by_part
+from megabatch.converters.adapters.finite import check_finite
 from megabatch.converters.adapters.open import open_adapters
-from megabatch.converters.engine.gather import sliced
+from megabatch.converters.engine.gather import chunks, sliced
 from megabatch.converters.engine.plan import LowRank, Numbered, SourceFile, Strip, Tensor
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.family import Family
@@ -36,7 +37,10 @@ def merged_adapters(
     if not adapters:
         return None
     tables = Tables(family, shape)
-    return Merged(open_adapters(adapters, tables, numbered, accept_bin=accept_bin), tables, numbered.files)
+    opened = open_adapters(adapters, tables, numbered, accept_bin=accept_bin)
+    for adapter in opened:
+        check_finite(adapter)
+    return Merged(opened, tables, numbered.files)
 
 
 class Merged:
@@ -177,7 +181,11 @@ def _with_whole(tensor: Tensor, whole: Whole, part: Part) -> Tensor:
         tensor = tensor._replace(rows=rows, row_bytes=tensor.data_bytes // rows)
     strips = sliced(whole.strips, (part[1] or 0) * rows, rows, row=0)
     return tensor._replace(
-        strips=tuple(strips), source_dtype=whole.dtype, source_row_bytes=size, add=0.0, arrangement=None
+        strips=tuple(strips),
+        source_dtype=whole.dtype,
+        source_row_bytes=size,
+        add=0.0,
+        arrangement=None,
     )
 
 
@@ -209,26 +217,10 @@ def _joined(terms: Iterable[LowRank]) -> list[LowRank]:
     return joined
 
 
-_CHUNK = 1 << 20
-
-
 def _equal(one: Whole, other: Whole, sources: list[SourceFile]) -> bool:
     """Whether two tensors have the same bytes, cut in the same way."""
     cuts = [[strip[:2] + strip[4:6] for strip in whole.strips] for whole in (one, other)]
     if one.dtype != other.dtype or cuts[0] != cuts[1]:
         return False
     with Sources(sources) as opened:
-        return all(_bytes(opened, *a) == _bytes(opened, *b) for a, b in zip(_chunks(one), _chunks(other), strict=True))
-
-
-def _chunks(whole: Whole) -> Iterable[tuple[Strip, int, int]]:
-    for strip in whole.strips:
-        size = strip.rows * strip.width
-        for at in range(0, size, _CHUNK):
-            yield strip, at, min(_CHUNK, size - at)
-
-
-def _bytes(sources: Sources, strip: Strip, at: int, size: int) -> bytes:
-    data = bytearray(size)
-    sources.read_into(strip.source, memoryview(data), strip.offset + at)
-    return bytes(data)
+        return all(a == b for a, b in zip(chunks(opened, one.strips), chunks(opened, other.strips), strict=True))

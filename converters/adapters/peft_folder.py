@@ -181,7 +181,8 @@ class _Reader:
         extent = self._extents[name]
         rows, columns = extent.info.shape
         size = columns * ITEMSIZE[extent.info.dtype]
-        return Matrix(rows, columns, extent.info.dtype, (Strip(0, rows, self._file, extent.start, 0, size),))
+        strip = Strip(0, rows, self._file, extent.start, 0, size)
+        return Matrix(rows, columns, extent.info.dtype, (strip,), name=name)
 
 
 def _near(name: str, names: Iterable[str]) -> str:

@@ -46,6 +46,12 @@ class Computer:
                 values += self._np.float32(add)
             self._store(values, target, out[start * ITEMSIZE[target] : stop * ITEMSIZE[target]])
 
+    def is_finite(self, raw: memoryview, dtype: str) -> bool:
+        """Whether there is neither an infinity nor NaN among numbers."""
+        size = _TILE * ITEMSIZE[dtype]
+        parts = (raw[start : start + size] for start in range(0, raw.nbytes, size))
+        return all(self._np.isfinite(self._load(part, dtype)).all() for part in parts)
+
     def multiply(self, raw: memoryview, source: str, factors: Any, target: str, *, out: memoryview) -> None:
         """Fills `out` with values times their column's factor (float32), rounded once to another dtype.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from megabatch.converters.engine.plan import Matrix, Strip
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.shards import interleave
+
+_CHUNK = 1 << 20
 
 
 def overlapping(strips: Sequence[Strip], first: int, last: int) -> list[Strip]:
@@ -47,3 +49,13 @@ def matrix_bytes(sources: Sources, matrix: Matrix) -> bytearray:
     for strip in matrix.strips:
         fill(sources, strip, 0, matrix.rows, memoryview(made), stride=stride)
     return made
+
+
+def chunks(sources: Sources, strips: Iterable[Strip]) -> Iterator[bytes]:
+    """All bytes of the strips, a megabyte at a time."""
+    for strip in strips:
+        size = strip.rows * strip.width
+        for at in range(0, size, _CHUNK):
+            data = bytearray(min(_CHUNK, size - at))
+            sources.read_into(strip.source, memoryview(data), strip.offset + at)
+            yield bytes(data)

@@ -14,11 +14,13 @@ from megabatch.converters.engine.gather import matrix_bytes
 from megabatch.converters.engine.plan import Matrix, Tensor
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.safetensors_io.header import ITEMSIZE
+from megabatch.errors import ConversionError
 
 _TILE = 1 << 16
 """Elements whose arrays stay in a processor's cache."""
 _LEAST_ROWS = 8
 """Rows of a tile: with fewer, reading the right matrix would cost more than the product."""
+_LARGEST = {"F16": 65504.0, "F32": 3.4e38}
 _PRODUCT = 1 << 18
 """Multiplications in one call; OpenBLAS divides larger ones among threads."""
 
@@ -34,6 +36,7 @@ class Merger:
         self._held: dict[Matrix, Any] = {}
         self._made = memoryview(bytearray())
         self._product = self._np.empty(0, self._np.float32)
+        self._largest, self._may_overflow = 0.0, False
 
     def add(self, raw: memoryview, tensor: Tensor, first: int, *, source_dtype: str) -> memoryview:
         """The tensor's rows from `first` on, of which `raw` has the values without adapters; the next call reuses
@@ -50,6 +53,11 @@ class Merger:
             if tensor.add:
                 values += self._np.float32(tensor.add)
             self._add(tensor, values.reshape(-1, columns), first + start // columns)
+            if self._may_overflow and not (abs(values) <= self._largest).all():
+                raise ConversionError(
+                    f"{tensor.name} {list(tensor.shape)}: with its adapters it has numbers beyond {tensor.dtype}'s "
+                    f"largest, {self._largest:g}"
+                )
 
         self._computer.change(raw, source_dtype, tensor.dtype, count=rows * columns, by=change, out=out)
         return out
@@ -80,11 +88,15 @@ class Merger:
             return
         before, self._held = self._held, {}
         factors = []
+        self._largest = _LARGEST.get(tensor.dtype, _LARGEST["F32"])
+        bound = 0.0
         for term in tensor.low_rank:
             left, right = (self._loaded(matrix, before) for matrix in (term.left, term.right))
             rows = left[term.first :: term.every][: term.rows]
             factors.append((rows * self._np.float32(term.scale), right))
+            bound += len(right) * float(abs(rows).max(initial=0)) * float(abs(right).max(initial=0)) * abs(term.scale)
         self._factors, self._tensor = factors, tensor
+        self._may_overflow = tensor.dtype == "F16" or bound > self._largest / 2
 
     def _loaded(self, matrix: Matrix, before: dict[Matrix, Any]) -> Any:
         """float32, contiguous, as it is meant."""

@@ -90,6 +90,8 @@ class Matrix(NamedTuple):
     """First column, a column after the last, and the step between the columns that count; None for all of them."""
     transposed: bool = False
     """It is the transpose, of the columns that count, that is meant."""
+    name: str = ""
+    """Of the tensor that it is, or is part of, in its files."""
 
     @property
     def shape(self) -> tuple[int, int]:

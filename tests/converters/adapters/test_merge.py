@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,3 +276,58 @@ def test_merged_models_of_both_formats_compute_the_same(made: Get, tmp_path: Pat
     flags = ["--merge_lora", "--adapters", str(one.adapter), "--test_convert_precision"]
     assert main([*flags, "--to_mcore", "--model", str(one.base), "--output_dir", str(tmp_path / "mcore")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mcore"]
+
+
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("llama", "layers.1.mlp.down_proj.lora_B.weight"),
+        ("llama", "layers.0.self_attn.k_proj.lora_A.weight"),
+        ("moe-fused", "layers.1.mlp.experts.lora_B.weight"),
+        ("llama-embeddings", "embed_tokens.lora_embedding_A"),
+        ("llama-saved", "embed_tokens.weight"),
+        ("qwen3-patterns", "layers.1.self_attn.v_proj.base_layer.bias"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_by_tensor(
+    value: float, case: str, name: str, made: Get, tmp_path: Path
+) -> None:
+    one = made(case)
+
+    def change(tensors: Tensors, _: dict[str, Any]) -> None:
+        tensors[f"base_model.model.model.{name}"].view(-1)[-1] = value
+
+    shown = name.replace(".base_layer", "")
+    adapter = changed(one.adapter, tmp_path / "adapter", change)
+    for way in ("to_mcore", "to_hf"):
+        with pytest.raises(ConversionError, match=rf"adapter: .*{shown}: has infinities or NaN"):
+            convert(**{way: True}, model=one.base, adapters=[adapter], merge_lora=True, output_dir=tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    convert(to_mcore=True, model=one.base, adapters=[adapter], output_dir=tmp_path / "mcore")
+    with pytest.raises(ConversionError, match="has infinities or NaN"):
+        convert(
+            to_hf=True, model=one.base, adapters=[tmp_path / "mcore"], merge_lora=True, output_dir=tmp_path / "out"
+        )
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float16", 1e6), ("float32", 1e25)])
+def test_sums_beyond_the_dtype_are_refused_by_tensor(dtype: str, factor: float, made: Get, tmp_path: Path) -> None:
+    one = made("llama")
+
+    def change(tensors: Tensors, _: dict[str, Any]) -> None:
+        for name in tensors:
+            if "layers.1.self_attn.o_proj" in name:
+                tensors[name] *= factor
+
+    adapter = changed(one.adapter, tmp_path / "adapter", change)
+    with pytest.raises(
+        ConversionError, match=r"layers.1.self_attn.o_proj.weight \[24, 24\]: with its adapters it has"
+    ):
+        convert(
+            to_hf=True, model=one.base, adapters=[adapter], merge_lora=True, torch_dtype=dtype,
+            output_dir=tmp_path / "out",
+        )  # fmt: skip
