@@ -11,6 +11,7 @@ from typing import Any
 from megabatch.converters.bijection import TensorInfo, compare, invert
 from megabatch.converters.mapping import Block, ExpertLayout, Experts, Mapped, Row
 from megabatch.converters.sizes import sizes_of
+from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 
@@ -67,6 +68,7 @@ class Family:
         return list(self._expanded(shape, experts))
 
     def _expanded(self, shape: ModelShape, experts: ExpertLayout) -> Iterator[Mapped]:
+        _check_size(shape)
         sizes = sizes_of(shape)
         rows = [row for row in self.rows if row.applies(shape)]
         for block, run in groupby(rows, key=lambda row: row.block):
@@ -137,6 +139,22 @@ class Family:
         for name, of in (*tied.items(), *self.copies(shape).items()):
             if name in found and found[name] == found.get(of):
                 yield name, of
+
+
+_MOST_PARTS = 4_000_000
+"""Of a table; the largest models have some hundred thousand."""
+
+
+def _check_size(shape: ModelShape) -> None:
+    """Raises: ConversionError for a model whose table would fill the memory."""
+    experts = (shape.num_experts or 0) * sum(shape.moe_layers)
+    groups = max(shape.num_attention_heads, shape.linear_num_value_heads or 0)
+    layers = shape.num_layers + (shape.mtp_num_layers or 0)
+    if 3 * experts + 4 * groups * layers > _MOST_PARTS:
+        raise ConversionError(
+            f"config.json: {layers} layers, {shape.num_attention_heads} attention heads and "
+            f"{shape.num_experts or 0} experts are more than any real model has"
+        )
 
 
 def _layers(shape: ModelShape, block: Block) -> Iterator[tuple[int | None, int | None]]:

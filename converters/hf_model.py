@@ -12,6 +12,7 @@ from megabatch.converters.family import Family
 from megabatch.converters.mapping import Mapped
 from megabatch.converters.nearest import did_you_mean
 from megabatch.converters.quantised import Quantised, plain, quantised
+from megabatch.converters.regular import read_regular
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.errors import ConversionError
@@ -65,11 +66,7 @@ def find_folder(model: str | os.PathLike[str]) -> Path:
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The folder's config.json. Raises: ConversionError when it is missing or no JSON object."""
     path = Path(folder) / "config.json"
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_object(raw, path, what="config")
+    return parse_object(read_regular(path), path, what="config")
 
 
 def open_hf_model(

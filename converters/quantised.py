@@ -6,13 +6,13 @@ routers and the projection of multi-token prediction are not.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.dtypes import FP8
+from megabatch.converters.patterns import matches
 from megabatch.errors import ConversionError
 
 SUFFIX = "_scale_inv"
@@ -52,7 +52,7 @@ class Quantised:
             len(shape) == 2
             and name.endswith(".weight")
             and module.rpartition(".")[2] in LINEAR
-            and not any(re.match(rf"(?:{pattern})(?:\.|$)", module) or module.endswith(pattern) for pattern in left)
+            and not any(module.endswith(name) or _begins(module, name) for name in left)
         )
 
     def written(self, plain: Iterable[str]) -> dict[str, Any]:
@@ -64,6 +64,13 @@ class Quantised:
 
     def scales_of(self, name: str) -> str:
         return name + SUFFIX
+
+
+def _begins(module: str, pattern: str) -> bool:
+    try:
+        return matches(rf"(?:{pattern})(?:\.|$)", module)
+    except ConversionError as error:
+        raise ConversionError(f"config.json: quantization_config: modules_to_not_convert: {error}") from error
 
 
 def quantised(config: Mapping[str, Any]) -> Quantised | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from megabatch.converters.atomic import replacing
 from megabatch.converters.dtypes import TORCH
+from megabatch.converters.regular import read_regular
 from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.errors import ConversionError
 
@@ -71,7 +72,7 @@ def replaced_config(
     if dtype is None and not changes:
         return {}
     path = folder / "config.json"
-    config = parse_object(path.read_bytes(), path, what="config") | dict(changes)
+    config = parse_object(read_regular(path), path, what="config") | dict(changes)
     config = {key: value for key, value in config.items() if value is not None or key not in changes}
     if dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = TORCH[dtype]

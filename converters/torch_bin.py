@@ -14,6 +14,7 @@ from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.mapping import elements
+from megabatch.converters.regular import INDEX_BYTES, open_regular, read_regular
 from megabatch.converters.safetensors_io.folder import INDEX as SAFETENSORS_INDEX
 from megabatch.converters.safetensors_io.folder import SINGLE as SAFETENSORS
 from megabatch.converters.safetensors_io.folder import HfFolder
@@ -54,7 +55,7 @@ def open_folder(path: str | os.PathLike[str], *, accept_bin: bool) -> HfFolder:
 
 def _sharded(folder: Path) -> dict[str, tuple[Path, Extent]]:
     index = folder / INDEX
-    weight_map = parse_object(index.read_bytes(), index, what="index").get("weight_map")
+    weight_map = parse_object(read_regular(index, most=INDEX_BYTES), index, what="index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_plain_name, weight_map.values())):
         raise ConversionError(f"{index}: its weight_map does not map names to files of this folder")
     where: dict[str, tuple[Path, Extent]] = {}
@@ -74,10 +75,7 @@ def _is_plain_name(file: object) -> bool:
 
 def read_bin(path: Path) -> dict[str, Extent]:
     """The tensors of one file. Raises: ConversionError naming file and tensor."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+    file = open_regular(path)
     try:
         return _read(file, path)
     except (struct.error, KeyError, ValueError, StopIteration, OSError) as error:

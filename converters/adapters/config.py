@@ -10,9 +10,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megabatch.converters.patterns import check_pattern, matches
+from megabatch.converters.regular import read_regular
 from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.errors import ConversionError
 
@@ -31,7 +34,7 @@ _INITIAL = (True, False, "gaussian", "eva", "orthogonal")
 _BIASES = ("none", "all", "lora_only")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterConfig:
     """A config that was checked."""
 
@@ -46,6 +49,14 @@ class AdapterConfig:
     @property
     def modules_to_save(self) -> list[str]:
         return list(self.values.get("modules_to_save") or [])
+
+    @cached_property
+    def _targets(self) -> frozenset[str]:
+        return frozenset(self.values.get("target_modules") or ())
+
+    @cached_property
+    def _target_parameters(self) -> frozenset[str]:
+        return frozenset(self.values.get("target_parameters") or ())
 
     def rank(self, key: str) -> int:
         """Rank of a module or parameter of the model, by its full name."""
@@ -65,55 +76,66 @@ class AdapterConfig:
 
     def _by_pattern(self, field: str, key: str, default: Any) -> Any:
         patterns: Mapping[str, Any] = self.values.get(field) or {}
-        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", key)), default)
+        found = (value for pattern, value in patterns.items() if self._fits(field, rf"(.*\.)?({pattern})$", key))
+        return next(found, default)
+
+    def _fits(self, field: str, pattern: str, name: str, *, whole: bool = False) -> bool:
+        """Whether a pattern, with what PEFT puts around it, matches a name."""
+        try:
+            return matches(pattern, name, whole=whole)
+        except ConversionError as error:
+            raise ConversionError(f"{self.path}: {field}: {error}") from error
 
     def targets(self, module: str) -> bool:
         """Whether the module has an adapter."""
         wanted = self.values.get("target_modules")
-        if wanted is None or _excluded(self.values, module):
+        if wanted is None or self._excludes(module):
             return False
         if isinstance(wanted, str):
-            return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
-        if module in wanted:
+            return wanted == "all-linear" or self._fits("target_modules", wanted, module, whole=True)
+        if module in self._targets:
             return True
-        if not any(module.endswith(f".{name}") for name in wanted):
+        if not _ends_with(module, self._targets):
             return False
         layers = self.values.get("layers_to_transform")
         if layers is None or layers == []:
             return True
-        layer = _layer(module, self.values.get("layers_pattern"))
+        layer = self._layer(module)
         return layer is not None and layer in (layers if isinstance(layers, list) else [layers])
+
+    def _excludes(self, module: str) -> bool:
+        excluded = self.values.get("exclude_modules") or []
+        if isinstance(excluded, str):
+            found = self._fits("exclude_modules", excluded, module, whole=True)
+        else:
+            found = _ends_with(module, frozenset(excluded))
+        return found or any(
+            self._fits("modules_to_save", rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save
+        )
+
+    def _layer(self, module: str) -> int | None:
+        """The first number behind a name of layers."""
+        pattern = self.values.get("layers_pattern")
+        names = [pattern] if isinstance(pattern, str) and pattern else pattern if isinstance(pattern, list) else []
+        places = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+        place = next((place for place in places if self._fits("layers_pattern", place, module)), None)
+        found = None if place is None else re.match(place, module)
+        return None if found is None else int(found[1])
 
     def targets_parameter(self, parameter: str) -> bool:
         """Whether the parameter itself has an adapter, not the module that it belongs to."""
-        wanted = self.values.get("target_parameters") or []
-        return any(parameter == name or parameter.endswith(f".{name}") for name in wanted)
+        return _ends_with(parameter, self._target_parameters)
 
 
-def _excluded(values: Mapping[str, Any], module: str) -> bool:
-    excluded = values.get("exclude_modules") or []
-    if isinstance(excluded, str):
-        found = re.fullmatch(excluded, module) is not None
-    else:
-        found = any(module == name or module.endswith(f".{name}") for name in excluded)
-    return found or any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in values.get("modules_to_save") or [])
-
-
-def _layer(module: str, pattern: object) -> int | None:
-    """The first number behind a name of layers."""
-    names = [pattern] if isinstance(pattern, str) and pattern else pattern if isinstance(pattern, list) else []
-    places = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
-    found = next((match for place in places if (match := re.match(place, module))), None)
-    return None if found is None else int(found[1])
+def _ends_with(name: str, ends: frozenset[str]) -> bool:
+    """Whether the name, or what stands behind one of its dots, is one of the ends."""
+    parts = name.split(".")
+    return bool(ends) and any(".".join(parts[at:]) in ends for at in range(len(parts)))
 
 
 def read_config(path: Path) -> AdapterConfig:
     """Raises: ConversionError for what is missing, has another type, or changes numbers in a way that is not built."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
-    return checked(path, parse_object(raw, path, what="adapter config"))
+    return checked(path, parse_object(read_regular(path), path, what="adapter config"))
 
 
 def checked(path: Path, values: dict[str, Any]) -> AdapterConfig:
@@ -178,9 +200,9 @@ def _is_names(value: object) -> bool:
 
 def _check_regex(path: Path, field: str, pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConversionError(f"{path}: {field}: {pattern!r} is no regular expression: {error}") from error
+        check_pattern(pattern)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {field}: {error}") from error
 
 
 def _short(value: object) -> str:

@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megabatch.converters.adapters.adapter import Adapter, Block, Span, Tables
@@ -20,6 +21,7 @@ from megabatch.converters.engine.sources import Sources
 from megabatch.converters.families import family_of
 from megabatch.converters.hf_model import read_config
 from megabatch.converters.mapping import Mapped, elements
+from megabatch.converters.regular import INDEX_BYTES, read_regular
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import side_files
 from megabatch.converters.torch_dist.archive import archive_of
@@ -63,8 +65,8 @@ def plan_adapter_to_mcore(
         tensors=checkpoint.tensors,
         small=[
             *carried(opened.config.path.parent, ("config.json",)),
-            SmallFile("config.json", (model / "config.json").read_bytes),
-            SmallFile(NAME, opened.config.path.read_bytes),
+            SmallFile("config.json", partial(read_regular, model / "config.json")),
+            SmallFile(NAME, partial(read_regular, opened.config.path)),
             SmallFile(TRACKER, RELEASE.encode),
             *checkpoint.small,
         ],
@@ -75,7 +77,9 @@ def plan_adapter_to_mcore(
 def carried(folder: Path, skip: Sequence[str]) -> list[SmallFile]:
     """Tokenizer, chat template and the like that lie beside an adapter."""
     return [
-        SmallFile(name.as_posix(), (folder / name).read_bytes) for name in side_files(folder) if str(name) not in skip
+        SmallFile(name.as_posix(), partial(read_regular, folder / name, most=INDEX_BYTES))
+        for name in side_files(folder)
+        if str(name) not in skip
     ]
 
 

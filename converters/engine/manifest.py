@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.converters.engine.plan import Plan
+from megabatch.converters.regular import INDEX_BYTES, read_regular
 from megabatch.errors import ConversionError
 
 MANIFEST = "megabatch-manifest.json"
@@ -54,11 +55,11 @@ def digest_of(data: bytes) -> str:
 def read_manifest(output: Path) -> dict[str, Any] | None:
     """The manifest of an output, or None when it has none. Raises: ConversionError when it cannot be understood."""
     path = output / MANIFEST
-    try:
-        made = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
+    try:
+        made = json.loads(read_regular(path, most=INDEX_BYTES))
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: cannot be read: {error}") from error
     if not isinstance(made, dict) or made.get("version") != _VERSION or not isinstance(made.get("files"), dict):
         raise ConversionError(f"{path}: is no manifest that this version of megabatch wrote")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from megabatch.converters.engine.plan import SourceFile
+from megabatch.converters.regular import open_regular
 from megabatch.errors import ConversionError
 
 
@@ -47,11 +48,7 @@ class Sources:
     def _descriptor(self, number: int) -> int:
         with self._lock:
             if number not in self._open:
-                path = self._files[number].path
-                try:
-                    self._open[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+                self._open[number] = open_regular(self._files[number].path)
             return self._open[number]
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from megabatch.converters.families.config_json import architecture
 from megabatch.converters.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megabatch.converters.families.gemma3 import GEMMA3_TEXT
 from megabatch.converters.families.glm4_moe import GLM4_MOE
@@ -37,12 +38,12 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
 
     Raises: ConversionError naming the nearest known architecture and how to add one.
     """
-    architectures = hf_config.get("architectures") or []
-    if not architectures:
+    name = architecture(hf_config, default="")
+    if not name:
         return family_named(str(hf_config.get("model_type")))
-    family = _BY_ARCHITECTURE.get(str(architectures[0]))
+    family = _BY_ARCHITECTURE.get(name)
     if family is None:
-        raise _unknown("config.json: architectures", str(architectures[0]), list(_BY_ARCHITECTURE))
+        raise _unknown("config.json: architectures", name, list(_BY_ARCHITECTURE))
     return family
 
 

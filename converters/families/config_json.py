@@ -10,11 +10,32 @@ from megabatch.plan.shape import ModelShape
 
 Config = Mapping[str, Any]
 
+_LARGEST = 1 << 32
+"""Of a dimension."""
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers"), 10_000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 100_000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 100_000),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 100_000),
+}
+"""What counts parts of a model: a table has a row for each of them."""
+
 
 def architecture(config: Config, *, default: str) -> str:
     """The Hugging Face class name."""
     names = config.get("architectures") or [default]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        known = names if isinstance(names, str) else default or "LlamaForCausalLM"
+        raise ConversionError(
+            f'config.json: architectures={short(names)} must be a list of class names, such as ["{known}"]'
+        )
     return str(names[0])
+
+
+def short(value: object) -> str:
+    """A value for an error."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def size(config: Config, *names: str, default: int | None = None) -> int:
@@ -27,7 +48,10 @@ def size(config: Config, *names: str, default: int | None = None) -> int:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ConversionError(f"config.json: {name}={value!r} must be a positive whole number")
+            raise ConversionError(f"config.json: {name}={short(value)} must be a positive whole number")
+        most = _MOST.get(name, _LARGEST)
+        if value > most:
+            raise ConversionError(f"config.json: {name}={short(value)} must be at most {most}, as in any real model")
         return value
     if default is None:
         raise ConversionError(f"config.json: {names[0]} is missing; it gives the shape of the model")
@@ -39,8 +63,8 @@ def number(config: Config, name: str, *, default: float) -> float:
     value = config.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConversionError(f"config.json: {name}={value!r} must be a positive number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
+        raise ConversionError(f"config.json: {name}={short(value)} must be a positive number")
     return float(value)
 
 
@@ -50,7 +74,7 @@ def switch(config: Config, name: str, *, default: bool = False) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise ConversionError(f"config.json: {name}={value!r} must be true or false")
+        raise ConversionError(f"config.json: {name}={short(value)} must be true or false")
     return value
 
 
@@ -61,12 +85,14 @@ def rope(config: Config, *, default_theta: float = 10000.0) -> tuple[float, dict
     """
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
-        raise ConversionError(f"config.json: rope parameters by layer type are not supported yet: {given!r}")
+        raise ConversionError(f"config.json: rope parameters by layer type are not supported yet: {short(given)}")
     theta = number(given if "rope_theta" in given else config, "rope_theta", default=default_theta)
     kind = given.get("rope_type", given.get("type", "default"))
     partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise ConversionError(f"config.json: partial_rotary_factor={partial!r} is not supported yet by this family")
+        raise ConversionError(
+            f"config.json: partial_rotary_factor={short(partial)} is not supported yet by this family"
+        )
     if kind == "default":
         return theta, None
     left_out = ("rope_theta", "type", "partial_rotary_factor")
@@ -98,8 +124,16 @@ def sparse_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
     step = size(config, "decoder_sparse_step", default=1)
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(not isinstance(layer, int) for layer in dense):
-        raise ConversionError(f"config.json: mlp_only_layers={dense!r} must be a list of layer numbers")
+        raise ConversionError(f"config.json: mlp_only_layers={short(dense)} must be a list of layer numbers")
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+
+
+def layer_types(config: Config) -> list[str] | None:
+    """The kind of each layer's attention, where config.json says."""
+    kinds = config.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ConversionError(f"config.json: layer_types={short(kinds)} must be a list of names")
+    return kinds
 
 
 def _num_labels(config: Config) -> int | None:
@@ -107,6 +141,8 @@ def _num_labels(config: Config) -> int | None:
     if not architecture(config, default="").endswith("ForSequenceClassification"):
         return None
     labels = config.get("id2label")
+    if not isinstance(labels, Mapping | None):
+        raise ConversionError(f"config.json: id2label={short(labels)} must map numbers to labels")
     return len(labels) if labels else size(config, "num_labels", default=2)
 
 
@@ -125,13 +161,15 @@ def refuse_unsupported(config: Config) -> None:
     """Refuses, by name, what would change the model's numbers and is not built yet."""
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ConversionError(f"config.json: hidden_act={activation!r} is not supported by this family; it uses silu")
+        raise ConversionError(
+            f"config.json: hidden_act={short(activation)} is not supported by this family; it uses silu"
+        )
     if switch(config, "use_sliding_window") and config.get("sliding_window") is not None:
         raise ConversionError(
             f"config.json: use_sliding_window=true with sliding_window={config['sliding_window']!r} is not supported "
             "yet; sequences no longer than the window may be trained with use_sliding_window=false"
         )
-    odd = sorted({str(kind) for kind in config.get("layer_types") or [] if kind != "full_attention"})
+    odd = sorted({kind for kind in layer_types(config) or [] if kind != "full_attention"})
     if odd:
         raise ConversionError(f"config.json: layer_types has {', '.join(odd)}; only full_attention is supported yet")
 

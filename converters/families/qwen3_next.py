@@ -10,7 +10,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megabatch.converters.families.config_json import Config, decoder, experts_of, refuse_biases, size, sparse_layers
+from megabatch.converters.families.config_json import (
+    Config,
+    decoder,
+    experts_of,
+    layer_types,
+    refuse_biases,
+    size,
+    sparse_layers,
+)
 from megabatch.converters.families.decoder import (
     ATTENTION,
     DENSE_MLP,
@@ -111,11 +119,11 @@ def _shape(config: Config) -> ModelShape:
 
 def _linear_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
     """`layer_types`, or else every `full_attention_interval`th layer is not linear."""
-    kinds = config.get("layer_types")
+    kinds = layer_types(config)
     if kinds is None:
         interval = size(config, "full_attention_interval", default=4)
         return tuple((layer + 1) % interval != 0 for layer in range(layers))
-    odd = sorted({str(kind) for kind in kinds} - {"linear_attention", "full_attention"})
+    odd = sorted(set(kinds) - {"linear_attention", "full_attention"})
     if odd or len(kinds) != layers:
         raise ConversionError(
             f"config.json: layer_types has {len(kinds)} entries{', also ' + ', '.join(odd) if odd else ''}; "

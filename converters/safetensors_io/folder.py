@@ -13,6 +13,7 @@ from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.mapping import elements
+from megabatch.converters.regular import INDEX_BYTES, open_regular, read_regular
 from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, parse_object, read_header
 from megabatch.errors import ConversionError
 
@@ -168,10 +169,7 @@ class HfFolder:
     def _open(self, path: Path) -> int:
         with self._lock:
             if path not in self._files:
-                try:
-                    self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+                self._files[path] = open_regular(path)
             return self._files[path]
 
     def close(self) -> None:
@@ -241,11 +239,7 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
-    weight_map: Any = parse_object(raw, path, what="index").get("weight_map")
+    weight_map: Any = parse_object(read_regular(path, most=INDEX_BYTES), path, what="index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{path}: has no weight_map")
     for name, file in weight_map.items():

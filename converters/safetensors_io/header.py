@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
+from megabatch.converters.regular import open_regular
 from megabatch.errors import ConversionError
 
 ITEMSIZE = {
@@ -77,7 +78,7 @@ def read_header(path: Path) -> dict[str, Extent]:
     Raises: ConversionError naming the file, for anything that the format does not allow.
     """
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             text = _header_text(file.read(_LENGTH.size), size, path)
             raw = file.read(text)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megabatch.converters.nearest import did_you_mean
+from megabatch.converters.regular import read_regular
 from megabatch.errors import ConversionError
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 """Megatron-LM's file beside `iter_0000100/` or `release/` that says which is the newest, and the name of a checkpoint
 that no training made."""
 _METADATA = ".metadata"
+_TRACKER_BYTES = 1000
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -46,14 +48,16 @@ def _candidates(folder: Path) -> Iterator[Path]:
 def _newest(folder: Path) -> Path | None:
     """The checkpoint that a tracker file names: Megatron-LM's, or the `latest` of a run of ours."""
     if (text := _text(folder / TRACKER)) is not None:
-        return folder / (text if text == RELEASE else f"iter_{int(text):07d}" if text.isdigit() else "")
+        return folder / (text if text == RELEASE else f"iter_{int(text):07d}" if text.isdecimal() else "")
     if (text := _text(folder / "latest")) is not None and "/" not in text:
         return folder / text
     return None
 
 
 def _text(path: Path) -> str | None:
+    if not path.exists():
+        return None
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
+        return read_regular(path, most=_TRACKER_BYTES).decode("utf-8").strip()
+    except ValueError:
         return None

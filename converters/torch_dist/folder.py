@@ -12,10 +12,13 @@ from typing import NamedTuple
 
 from megabatch.converters.engine.sources import allow_files
 from megabatch.converters.mapping import elements
+from megabatch.converters.regular import INDEX_BYTES, open_regular, read_regular
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.archive import StoredTensor, open_tensor
 from megabatch.converters.torch_dist.metadata import Chunk, Entry, Stored, load_metadata
 from megabatch.errors import ConversionError
+
+_WHY = "; is this a torch_dist checkpoint?"
 
 
 class Block(NamedTuple):
@@ -51,7 +54,9 @@ class TorchDistFolder:
         self.path = Path(path)
         _check_format(self.path / "metadata.json")
         metadata = self.path / ".metadata"
-        self.entries: dict[str, Entry] = load_metadata(_read(metadata), place=str(metadata))
+        self.entries: dict[str, Entry] = load_metadata(
+            read_regular(metadata, most=INDEX_BYTES, why=_WHY), place=str(metadata)
+        )
         self._files: dict[str, int] = {}
         self._paths = {
             chunk.stored.file: self.path / chunk.stored.file
@@ -111,15 +116,14 @@ class TorchDistFolder:
         tensor = open_tensor(self._file(stored.file), stored.offset, stored.length, place=place)
         if tensor.shape != sizes and tensor.shape != tuple(size for size in sizes if size != 1):
             raise ConversionError(f"{place}: shape {list(tensor.shape)}, .metadata gives {list(sizes)}")
+        if tensor.dtype != (self.entries[key].dtype or tensor.dtype):
+            raise ConversionError(f"{place}: is {tensor.dtype}, .metadata gives {self.entries[key].dtype}")
         self._opened[stored] = tensor
         return tensor
 
     def _file(self, name: str) -> int:
         if name not in self._files:
-            try:
-                self._files[name] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise ConversionError(f"{self.path / name}: cannot be read: {error.strerror}") from error
+            self._files[name] = open_regular(self.path / name)
         return self._files[name]
 
     def close(self) -> None:
@@ -167,16 +171,9 @@ def _area(block: Block) -> int:
     return (block.rows[1] - block.rows[0]) * (block.cols[1] - block.cols[0])
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read: {error.strerror}; is this a torch_dist checkpoint?") from error
-
-
 def _check_format(path: Path) -> None:
     try:
-        format_ = json.loads(_read(path))["sharded_backend"]
+        format_ = json.loads(read_regular(path, why=_WHY))["sharded_backend"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConversionError(f"{path}: names no sharded_backend") from error
     if format_ != "torch_dist":

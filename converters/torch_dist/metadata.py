@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +33,12 @@ class Chunk:
 
 @dataclass(slots=True)
 class Entry:
-    """A tensor of the checkpoint; `dtype` is safetensors' name and is not known before an archive is opened."""
+    """A tensor of the checkpoint."""
 
     size: tuple[int, ...]
     chunks: list[Chunk] = field(default_factory=list)
     dtype: str = ""
+    """safetensors' name; empty where it is not known before an archive is opened."""
 
 
 def _meta(name: str, **state: Any) -> Instance:
@@ -109,39 +110,74 @@ def _info(stored: Stored) -> Instance:
 def load_metadata(raw: bytes, *, place: str) -> dict[str, Entry]:
     """The tensors of a `.metadata`; byte objects are left out.
 
-    Raises: ConversionError naming `place` when it is none.
+    Raises: ConversionError naming `place` when it is none, or says of a chunk nothing, or something twice.
     """
     root = load(raw, place=place)
     try:
-        tensors = {
-            key: Entry(_ints(meta.field("size")))
+        described = {
+            key: meta
             for key, meta in root.field("state_dict_metadata").items()
             if type(meta).__name__ == "TensorStorageMetadata"
         }
-        shapes = {
-            (key, _ints(chunk.field("offsets"))): _ints(chunk.field("sizes"))
-            for key, meta in root.field("state_dict_metadata").items()
-            if key in tensors
-            for chunk in meta.field("chunks")
-        }
-        used: dict[Stored, tuple[str, tuple[int, ...]]] = {}
-        for index, info in root.field("storage_data").items():
-            key = index.field("fqn")
-            if key in tensors:
-                offsets, stored = _ints(index.field("offset")), _stored(info, place)
-                if used.setdefault(stored, (key, offsets)) != (key, offsets):
-                    raise ValueError(f"{key} {offsets} and {used[stored]} are in the same bytes of {stored.file}")
-                tensors[key].chunks.append(Chunk(offsets, shapes[key, offsets], stored))
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ConversionError(f"{place}: no checkpoint metadata: {type(error).__name__} {error}") from error
-    return tensors
+        located = _places(root.field("storage_data"), described, place)
+        return {key: _entry(key, meta, located.get(key, {})) for key, meta in described.items()}
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
+        what = f"{type(error).__name__} {error}" if not isinstance(error, ValueError) else str(error)
+        raise ConversionError(f"{place}: no checkpoint metadata: {what}") from error
+
+
+def _places(
+    storage: Mapping[Any, Any], described: Collection[str], place: str
+) -> dict[str, dict[tuple[int, ...], Stored]]:
+    """Where the chunks of each tensor lie, by their first elements. Raises: ValueError for bytes of two chunks, and
+    chunks in two places."""
+    located: dict[str, dict[tuple[int, ...], Stored]] = {}
+    used: dict[Stored, tuple[str, tuple[int, ...]]] = {}
+    for index, info in storage.items():
+        key = index.field("fqn")
+        if key not in described:
+            continue
+        offsets, stored = _ints(index.field("offset")), _stored(info, place)
+        if used.setdefault(stored, (key, offsets)) != (key, offsets):
+            raise ValueError(f"{key} {offsets} and {used[stored]} are in the same bytes of {stored.file}")
+        if offsets in located.setdefault(key, {}):
+            raise ValueError(f"{key} has its chunk at {list(offsets)} in two places")
+        located[key][offsets] = stored
+    return located
+
+
+def _entry(key: str, meta: Recorded, located: dict[tuple[int, ...], Stored]) -> Entry:
+    """A tensor whose chunks are each described and located once. Raises: ValueError."""
+    entry = Entry(_ints(meta.field("size")), dtype=_dtype(meta.field("properties")))
+    for chunk in meta.field("chunks"):
+        offsets, sizes = _ints(chunk.field("offsets")), _ints(chunk.field("sizes"))
+        if offsets not in located:
+            twice = any(offsets == other.offsets for other in entry.chunks)
+            what = "is described twice" if twice else "is in no file"
+            raise ValueError(f"{key}: the chunk at {list(offsets)} of {list(sizes)} {what}")
+        entry.chunks.append(Chunk(offsets, sizes, located.pop(offsets)))
+    for offsets, stored in located.items():
+        raise ValueError(f"{key}: the chunk at {list(offsets)}, in {stored.file}, is not described")
+    return entry
+
+
+def _dtype(properties: Recorded) -> str:
+    """safetensors' name of a dtype, or torch's where there is none; empty where nothing is said."""
+    state = properties.state
+    dtype = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
+    name = str(getattr(dtype, "__name__", ""))
+    return next((ours for ours, theirs in TORCH.items() if theirs == name), name)
+
+
+_MOST = 1 << 62
+"""Of bytes and sizes: what a file, and Python's calls of the system, can have."""
 
 
 def _ints(value: Any) -> tuple[int, ...]:
     """A torch.Size or a tuple of sizes."""
     values = tuple(value.args[0] if isinstance(value, Recorded) else value)
-    if not all(isinstance(item, int) and item >= 0 for item in values):
-        raise ValueError(f"{values} are no sizes")
+    if not all(type(item) is int and 0 <= item < _MOST for item in values):
+        raise ValueError(f"{str(values)[:80]} are no sizes")
     return values
 
 
@@ -149,6 +185,8 @@ def _stored(info: Recorded, place: str) -> Stored:
     if info.state.get("transform_descriptors"):
         raise ConversionError(f"{place}: compressed storage is not supported")
     file, offset, length = (info.field(name) for name in ("relative_path", "offset", "length"))
-    if not isinstance(file, str) or "/" in file or min(offset, length) < 0:
+    if not isinstance(file, str) or "/" in file or "\0" in file:
         raise ValueError(f"{file!r} is no file of this folder")
+    if not all(type(number) is int and 0 <= number < _MOST for number in (offset, length)):
+        raise ValueError(f"{str(length)[:40]} bytes at {str(offset)[:40]} of {file} cannot be")
     return Stored(file, offset, length)

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,18 +111,95 @@ def test_left_over_missing_and_misshaped_tensors_are_named(checkpoint: Path, sav
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("fault", ["hole", "overlap"])
-def test_holes_and_overlaps_leave_no_loadable_folder(
-    fault: str, checkpoint: Path, saved: Saved, tmp_path: Path
-) -> None:
-    def change(entries: dict[str, Entry]) -> None:
-        entry = entries["decoder.layers.mlp.router.weight"]
-        entry.chunks = entry.chunks[:1] if fault == "hole" else [*entry.chunks, entry.chunks[0]]
+def hole(chunks: list[Chunk]) -> list[Chunk]:
+    return chunks[:1]
 
-    rewrite(checkpoint, change)
-    with pytest.raises(
-        ConversionError, match=rf"decoder\.layers\.mlp\.router\.weight \[.\]: .*{fault}.* in rows 0 to 4"
-    ):
+
+def overlap(chunks: list[Chunk]) -> list[Chunk]:
+    """The second chunk's bytes as rows of the first layer, one further down."""
+    return [chunks[0], replace(chunks[1], offsets=(0, 1, 0), sizes=(1, 3, 24))]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (hole, r"weight \[1\]: chunks leave a hole in rows 0 to 4"),
+        (overlap, r"__0_.\.distcp: .*router.weight at byte \d+: shape \[1, 4, 24\], .metadata gives \[1, 3, 24\]"),
+        (lambda chunks: [*chunks, chunks[0]], r"router.weight has its chunk at \[0, 0, 0\] in two places"),
+    ],
+)
+def test_holes_and_overlaps_leave_no_loadable_folder(
+    change: Callable[[list[Chunk]], list[Chunk]], fault: str, checkpoint: Path, saved: Saved, tmp_path: Path
+) -> None:
+    def changed(entries: dict[str, Entry]) -> None:
+        entry = entries["decoder.layers.mlp.router.weight"]
+        entry.chunks = change(entry.chunks)
+
+    rewrite(checkpoint, changed)
+    with pytest.raises(ConversionError, match=fault):
+        to_hf(checkpoint, saved("qwen3-moe"), tmp_path / "hf")
+    assert sorted(os.listdir(tmp_path)) == ["mcore"]
+
+
+def described_twice(metadata: Any) -> None:
+    metadata.state_dict_metadata[ROUTER].chunks.append(metadata.state_dict_metadata[ROUTER].chunks[0])
+
+
+def described_no_more(metadata: Any) -> None:
+    metadata.state_dict_metadata[ROUTER].chunks.pop()
+
+
+def located_no_more(metadata: Any) -> None:
+    del metadata.storage_data[next(index for index in metadata.storage_data if index.fqn == ROUTER)]
+
+
+def of_another_dtype(metadata: Any) -> None:
+    metadata.state_dict_metadata[ROUTER].properties.dtype = torch.bfloat16
+
+
+def no_floats(metadata: Any) -> None:
+    metadata.state_dict_metadata[ROUTER].properties.dtype = torch.int32
+
+
+def far_away(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).offset = 1 << 63
+
+
+def very_long(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).length = 1 << 64
+
+
+def nameless(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).relative_path = "a\0b"
+
+
+def folder_for_a_file(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).relative_path = ".."
+
+
+ROUTER = "decoder.layers.mlp.router.weight"
+CONTRADICTIONS: list[tuple[Callable[[Any], None], str]] = [
+    (described_twice, r"\.metadata: .*router.weight: the chunk at \[0, 0, 0\] of \[1, 4, 24\] is described twice"),
+    (described_no_more, r"\.metadata: .*router.weight: the chunk at \[1, 0, 0\], in __0_\d.distcp, is not described"),
+    (located_no_more, r"\.metadata: .*router.weight: the chunk at \[0, 0, 0\] of \[1, 4, 24\] is in no file"),
+    (of_another_dtype, r"distcp: .*router.weight at byte \d+: is F32, .metadata gives BF16"),
+    (no_floats, r"distcp: .*router.weight at byte \d+: is F32, .metadata gives int32"),
+    (far_away, r"\.metadata: no checkpoint metadata: \d+ bytes at 9223372036854775808 of __0_0.distcp cannot be"),
+    (very_long, r"\.metadata: no checkpoint metadata: 18446744073709551616 bytes at"),
+    (nameless, r"\.metadata: no checkpoint metadata: 'a\\x00b' is no file of this folder"),
+    (folder_for_a_file, r"\.\.: cannot be read: it is a folder, not a regular file"),
+]
+
+
+@pytest.mark.parametrize(("change", "fault"), CONTRADICTIONS)
+def test_metadata_that_contradicts_itself_or_its_archives(
+    change: Callable[[Any], None], fault: str, checkpoint: Path, saved: Saved, tmp_path: Path
+) -> None:
+    path = checkpoint / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ConversionError, match=fault):
         to_hf(checkpoint, saved("qwen3-moe"), tmp_path / "hf")
     assert sorted(os.listdir(tmp_path)) == ["mcore"]
 
