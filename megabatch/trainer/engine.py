@@ -7,13 +7,12 @@ cp / num_microbatches, and its data parallelism averages gradients over dp * cp 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,25 +20,11 @@ from torch import Tensor
 
 from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.model.build import Model
-from megabatch.trainer.objectives.objective import Norm, Objective, TokenOutput
+from megabatch.trainer.objectives.objective import Mean, Norm, Objective, TokenOutput
 from megabatch.trainer.ops.vocab import VocabShard, token_logps
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """A metric of the global batch: its numerator and its count."""
-
-    total: float
-    count: float
-
-    @property
-    def value(self) -> float:
-        return self.total / self.count if self.count else float("nan")
-
-    def __add__(self, other: Ratio) -> Ratio:
-        return Ratio(self.total + other.total, self.count + other.count)
+from megabatch.trainer.sums import Ratio, Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +65,12 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         factor = self._factor(objective, weight=weight, micro_batches=len(packs))
-        stored = self._run(packs, objective, factor=factor, forward_only=False)
+        sums = Sums(objective.metrics, self.ranks)
+        sums.add(self._run(packs, objective, factor=factor, forward_only=False))
+        # on their way while the optimizer waits for the gradient norm: reading them then costs nothing
+        pending = sums.reduce(stop=stop)
         grad_norm = self.optimizer.step()
-        metrics, stop = self._reduce(stored, objective.metrics, stop=stop)
+        metrics, stop = pending.read()
         return StepResult(metrics, grad_norm, self.optimizer.learning_rate, stop)
 
     def optimizer_from_model(self) -> None:
@@ -90,13 +78,15 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.megatron.reload_model_params()
 
-    def evaluate(self, packs: Sequence[Pack], objective: Objective) -> Mapping[str, Ratio]:
-        """The objective's metrics over these micro-batches of every data-parallel rank, without gradients."""
-        for chunk in self.model.wrapped:
-            chunk.eval()
-        with torch.no_grad():
-            stored = self._run(packs, objective, factor=1.0, forward_only=True)
-        return self._reduce(stored, objective.metrics, stop=False)[0]
+    def evaluate(self, batches: Iterable[Sequence[Pack]], objective: Objective) -> Mapping[str, Ratio]:
+        """The objective's metrics over these batches of micro-batches, of every data-parallel rank; no gradients."""
+        sums = Sums(objective.metrics, self.ranks)
+        for packs in batches:
+            for chunk in self.model.wrapped:
+                chunk.eval()
+            with torch.no_grad():
+                sums.add(self._run(packs, objective, factor=1.0, forward_only=True))
+        return sums.reduce().read()[0]
 
     def _factor(self, objective: Objective, *, weight: float, micro_batches: int) -> float:
         """What a numerator is multiplied with, so that the gradient is that of sum(numerators) / denominator."""
@@ -108,7 +98,7 @@ class Engine:
 
     def _run(
         self, packs: Sequence[Pack], objective: Objective, *, factor: float, forward_only: bool
-    ) -> list[Mapping[str, Tensor]]:
+    ) -> list[Mapping[str, Mean]]:
         longest = max(len(pack.ids_T) for pack in packs)
         iterators: list[Iterator[Pack]] = [iter(packs) for _ in self.model.wrapped]
         return self._schedule(
@@ -123,7 +113,7 @@ class Engine:
 
     def _forward(
         self, packs: Iterator[Pack], chunk: Any, *, objective: Objective, factor: float
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]]]:
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Mean]]]]:
         bounds = self._sequence_bounds(on_host := next(packs))
         pack = on_host.to(self.ranks.device)
         output = chunk(
@@ -155,33 +145,14 @@ class Engine:
 
     def _loss(
         self, pack: Pack, objective: Objective, factor: float, logits: Tensor
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    ) -> tuple[Tensor, Mapping[str, Mean]]:
         """Runs on the last pipeline stage: logits [1, T, V] of this rank's vocabulary shard."""
         logps_T = token_logps(logits.squeeze(0), pack.targets_T, self.vocab)
         terms = objective.terms(TokenOutput(logps_T=logps_T), pack)
         scale: Tensor | float = factor
         if objective.norm is Norm.MICRO_BATCH:
             scale = 1.0 / terms.weight.clamp(min=1e-20)
-        sums = {name: torch.stack([mean.total, mean.count]).double() for name, mean in terms.metrics.items()}
-        return terms.numerator * scale, sums
-
-    def _reduce(
-        self, stored: Sequence[Mapping[str, Tensor]], names: tuple[str, ...], *, stop: bool
-    ) -> tuple[Mapping[str, Ratio], bool]:
-        """Sums metrics over micro-batches and data-parallel ranks and asks all whether to stop, in one collective.
-
-        Every rank takes part; only one tensor-parallel rank of the last stage has something to add.
-        """
-        local = torch.zeros(2 * len(names) + 1, dtype=torch.float64)
-        if self.ranks.is_last_stage and self.ranks.tp_rank == 0:
-            for sums in stored:
-                for i, name in enumerate(names):
-                    local[2 * i : 2 * i + 2] += sums[name].cpu()
-        local[-1] = float(stop)
-        dist.all_reduce(local)
-        values = local.tolist()
-        metrics = {name: Ratio(values[2 * i], values[2 * i + 1]) for i, name in enumerate(names)}
-        return metrics, values[-1] > 0
+        return terms.numerator * scale, terms.metrics
 
 
 def _overlap(model: Model) -> None:

@@ -18,8 +18,9 @@ from megabatch.errors import MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.trainer import assemble
 from megabatch.trainer.checkpoint import Checkpoints, Progress
-from megabatch.trainer.data.batches import Step
-from megabatch.trainer.engine import Engine, Ratio, StepResult
+from megabatch.trainer.data.batches import Batches, Step
+from megabatch.trainer.data.pack import Pack
+from megabatch.trainer.engine import Engine, StepResult
 from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.metrics import Metrics, StepRecord
 from megabatch.trainer.model_source import model_source
@@ -166,11 +167,13 @@ class Loop:
             return
         self.where.at("evaluating", step)
         started = time.perf_counter()
-        loss = Ratio(0.0, 0.0)
-        for batch in self.data.validation.evaluate(eval_iters=self.recipe.evaluation.eval_iters):
-            loss += self.engine.evaluate(batch.packs, self.objective)["loss"]
-            self.metrics.heartbeat("running")
+        loss = self.engine.evaluate(self._validation_packs(self.data.validation), self.objective)["loss"]
         self.metrics.log_evaluation(step, loss, time.perf_counter() - started)
+
+    def _validation_packs(self, validation: Batches) -> Iterator[list[Pack]]:
+        for batch in validation.evaluate(eval_iters=self.recipe.evaluation.eval_iters):
+            yield batch.packs
+            self.metrics.heartbeat("running")
 
     def _save(self, progress: Progress, *, must_resume: bool) -> None:
         self.where.at("saving", progress.step)

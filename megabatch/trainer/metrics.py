@@ -22,9 +22,9 @@ from megabatch.errors import MegabatchError
 from megabatch.plan.flops import peak_tflops, training_flops
 from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import RunDirectory
-from megabatch.trainer.engine import Ratio
 from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.ranks import Place
+from megabatch.trainer.sums import Ratio
 
 logger = logging.getLogger(__name__)
 

@@ -46,6 +46,7 @@ class Optimizer:
             use_distributed_optimizer=use_distributed_optimizer,
             overlap_param_gather=overlap_param_gather,
         )
+        self.clips = group.clip_grad > 0
         self.is_adam = group.optimizer == "adam"
         self.megatron: Any = get_megatron_optimizer(config, model.wrapped)
         self.schedule = _schedule(self.megatron, learning_rate, group.weight_decay, train_iters)
@@ -57,7 +58,7 @@ class Optimizer:
         return self.megatron.scale_loss(loss)
 
     def step(self) -> float:
-        """Updates the parameters and the learning rate; returns the gradient norm before clipping.
+        """Updates the parameters and the learning rate; returns the gradient norm before clipping, clipped or not.
 
         Raises: MegabatchError where the gradient is not finite.
         """
@@ -66,7 +67,8 @@ class Optimizer:
         if not updated:
             raise MegabatchError("the gradient is not finite: lower the learning rate or look at the last batch")
         self.schedule.step(1)
-        return float(grad_norm or 0.0)
+        # megatron-core computes it only where it clips; the gradients are still there
+        return float(grad_norm if self.clips else self.megatron.get_grad_norm())
 
     @property
     def inner(self) -> list[Any]:

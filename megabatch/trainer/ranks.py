@@ -173,6 +173,16 @@ class Ranks:
         return int(self.state.get_expert_tensor_parallel_world_size())
 
     @property
+    def replicas(self) -> dist.ProcessGroup:
+        """Ranks that hold this rank's part of the model and see other samples, or other parts of them."""
+        return self.state.get_data_parallel_group(with_context_parallel=True)
+
+    @property
+    def model(self) -> dist.ProcessGroup:
+        """Ranks that hold one model between them and see the same samples: tensor and pipeline parallel."""
+        return self.state.get_model_parallel_group()
+
+    @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 

@@ -104,7 +104,7 @@ def logits(run_dir: str, ids: list[list[int]]) -> Any:
         Engine._loss = spy  # type: ignore[method-assign]
         samples = [Sample(np.array(x, np.int32), np.ones(len(x), np.float32)) for x in ids]
         multiple = ranks.tp_size if run.recipe.parallel.sequence_parallel else 1
-        engine.evaluate([collate(samples, row_multiple=multiple)], Sft())
+        engine.evaluate([[collate(samples, row_multiple=multiple)]], Sft())
     return seen[0] if seen else None
 
 

@@ -1,0 +1,78 @@
+"""Metrics of a global batch: summed on the device over micro-batches and ranks, read by the host once.
+
+Nothing here waits for the device before `Pending.read`, and no collective spans the world: sums go over the ranks with
+other samples, and then over those that share a model, so that every rank has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megabatch.trainer.objectives.objective import Mean
+from megabatch.trainer.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A metric of the global batch: its numerator and its count."""
+
+    total: float
+    count: float
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else float("nan")
+
+
+class Sums:
+    """The named metrics of one optimizer step, or of an evaluation."""
+
+    def __init__(self, names: Sequence[str], ranks: Ranks) -> None:
+        self._names, self._ranks = tuple(names), ranks
+        self._values = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=ranks.device)
+        # of the ranks that share a model one has something to add
+        self._adds = ranks.is_last_stage and ranks.tp_rank == 0
+
+    def add(self, micro_batches: Sequence[Mapping[str, Mean]]) -> None:
+        """What the last pipeline stage found, one mapping for each micro-batch; nothing on the other stages."""
+        if not (self._adds and micro_batches):
+            return
+        found = [x for metrics in micro_batches for n in self._names for x in (metrics[n].total, metrics[n].count)]
+        self._values[:-1] += torch.stack(found).double().view(len(micro_batches), -1).sum(0)
+
+    def reduce(self, *, stop: bool = False) -> Pending:
+        """Starts adding up over all ranks, which must all call this. Args: stop: whether this rank was asked to."""
+        if stop:
+            self._values[-1] = 1.0
+        for group in (self._ranks.replicas, self._ranks.model):
+            if dist.get_world_size(group) > 1:
+                dist.all_reduce(self._values, group=group)
+        return Pending(self._names, self._values)
+
+
+class Pending:
+    """Sums on their way to the host."""
+
+    def __init__(self, names: Sequence[str], values: Tensor) -> None:
+        self._names, self._values = names, values
+        self._arrived: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> tuple[dict[str, Ratio], bool]:
+        """The metrics, and whether any rank was asked to stop; the same on every rank.
+
+        Waits for what was queued before `Sums.reduce`, not for what came after it.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *sums, stop = self._values.tolist()
+        return {name: Ratio(*sums[2 * i : 2 * i + 2]) for i, name in enumerate(self._names)}, stop > 0
