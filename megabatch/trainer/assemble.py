@@ -99,6 +99,7 @@ def open_data(run: RunConfig, source: ModelSource, ranks: Ranks, heartbeat: Hear
     paths = ranks.on_main(
         lambda: datasets.build(
             encoding,
+            vocab_size=run.shape.vocab_size,
             dataset=data.dataset,
             val_dataset=data.val_dataset,
             cache_dir=Path(os.environ.get("MEGABATCH_CACHE") or Path(run.run_dir) / "cache"),

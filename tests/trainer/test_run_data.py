@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from rank_server import RankServer
 from runs import curve, metrics, recipe, train, write_dataset, write_run
 
+from megabatch import Model
 from megabatch.run_directory import ExitCode
 
 
@@ -51,3 +53,32 @@ def test_a_dataset_edited_at_equal_lengths_is_not_resumed(ranks: RankServer, tmp
     trainer = run / "checkpoints" / "step_00000002" / "trainer.json"
     saved = json.loads(trainer.read_text())
     assert saved["cursor"]["data"].count(":") == 1
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_token_without_an_embedding_ends_the_run_before_its_first_step(
+    ranks: RankServer, tmp_path: Path, tp: int
+) -> None:
+    """432 rows, which tp 2 pads to more, and a tokenizer with more ids than that."""
+    from transformers import AutoTokenizer
+
+    groups: dict[str, Any] = {"parallel": {"tensor_model_parallel_size": tp}, "resources": {"tasks_per_node": tp}}
+    first = write_run(recipe(tmp_path, "qwen3", **groups, training={"train_iters": 1}), tmp_path / "first")
+    assert set(ranks.run(train, world_size=tp, run_dir=str(first))) == {ExitCode.DONE}
+    model = first / "checkpoints" / "step_00000001" / "hf"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(rows - len(tokenizer) + 8)])
+    tokenizer.save_pretrained(tmp_path / "grown")
+    last = tokenizer.convert_ids_to_tokens(rows)
+    data = tmp_path / "train.jsonl"
+    lines = data.read_text().splitlines()
+    lines[6] = json.dumps({"query": "What?", "response": f"It is {last}."})
+    data.write_text("\n".join(lines) + "\n")
+    given = Model(model=str(model), tokenizer=str(tmp_path / "grown"), torch_dtype="float32")
+    run = write_run(replace(recipe(tmp_path, "qwen3", **groups), model=given), tmp_path / "run")
+    for code, error in ranks.run(train_or_refuse, world_size=tp, run_dir=str(run)):
+        assert code == ExitCode.CONFIG
+        assert f"train.jsonl:7: has the token '{last}' with id {rows}" in error
+        assert f"the model's embedding has {rows} rows" in error
+    assert not (run / "metrics.jsonl").exists() or not metrics(run)

@@ -30,7 +30,7 @@ FORMAT = 2
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _AFTER_TOKENS = ("batches.py", "cache.py", "cache_files.py", "cache_key.py", "datasets.py", "pack.py", "packing.py",
-                 "schedule.py", "workers.py")  # fmt: skip
+                 "schedule.py", "vocabulary.py", "workers.py")  # fmt: skip
 """Modules of this folder that handle finished samples; every other one may decide a token."""
 _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece",
                     "sentencepiece", "spm")  # fmt: skip

@@ -10,6 +10,7 @@ from megabatch.errors import DataError
 from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.samples import Encoding
 from megabatch.trainer.data.sources import resolve
+from megabatch.trainer.data.vocabulary import require_known_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class CachePaths:
 def build(
     encoding: Encoding,
     *,
+    vocab_size: int,
     dataset: Sequence[str],
     val_dataset: Sequence[str] = (),
     cache_dir: Path,
@@ -35,14 +37,14 @@ def build(
 ) -> CachePaths:
     """Token caches of all datasets, made unless they are there; one process of a shared file system calls it.
 
-    Args: `on_chunk` is called whenever some hundred rows are tokenised.
-    Raises: DataError naming file and line.
+    Args: `vocab_size`: rows of the model's embedding; `on_chunk` is called whenever some hundred rows are tokenised.
+    Raises: DataError naming file and line; for a token that the model does not have, too.
     """
     if not dataset:
         raise DataError("data.dataset is not set; give at least one file, folder or hub name")
 
     def cache(datasets: Sequence[str]) -> Path:
-        return TokenCache.build(
+        path = TokenCache.build(
             resolve(datasets, use_hf=use_hf),
             encoding,
             cache_dir=cache_dir,
@@ -51,6 +53,8 @@ def build(
             num_proc=dataset_num_proc,
             on_chunk=on_chunk,
         )
+        require_known_ids(TokenCache.open(path), rows=vocab_size, folder=encoding.tokenizer)
+        return path
 
     return CachePaths(cache(dataset), cache(val_dataset) if val_dataset else None)
 
