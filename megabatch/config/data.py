@@ -38,9 +38,9 @@ class Data:
     """Longest sample in tokens; longer ones meet `truncation_strategy`. None takes the model's longest position."""
     seq_length: int | None = param(None, at_least=2)
     """Has no effect of its own: rows are as long as their samples. None or the same as `max_length`."""
-    truncation_strategy: Literal["delete", "left", "right", "raise"] | None = param(None)
-    """What happens to a sample above `max_length`: left out, cut at that end, or an error. None means `delete`, for
-    GRPO `left`."""
+    truncation_strategy: Literal["delete", "left", "right", "split", "raise"] | None = param(None)
+    """What happens to a sample above `max_length`: left out, cut at that end, cut into pieces (pt alone), or an error.
+    None means `delete`, for GRPO `left`."""
     packing: bool = param(False)
     """Puts whole samples together into rows of about `packing_length` tokens; they do not see each other."""
     packing_length: int | None = param(None, at_least=2)

@@ -128,7 +128,9 @@ def _rows_of_file(data: Data, path: Path, *, alone: bool) -> int | None:
 
 
 def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
-    """A row is one sample at most, and a pack one row at least."""
+    """A row is one sample at most, and a pack one row at least; documents may be cut into several."""
+    if recipe.data.truncation_strategy == "split":
+        return []
     batch, rows = recipe.batch.global_batch_size, [count for count in counts if count is not None]
     if len(rows) < len(counts) or not isinstance(batch, int) or not 0 < sum(rows) < batch:
         return []

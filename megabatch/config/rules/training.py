@@ -30,6 +30,14 @@ def data_is_given(recipe: Recipe, shape: ModelShape | None, layout: Layout | Non
         yield Fault("data.streaming", True, "needs train_iters: the length of a stream is not known")
 
 
+def only_documents_are_cut_into_pieces(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    if recipe.data.truncation_strategy == "split" and recipe.task != "pt":
+        rule = f"is for task='pt', not {recipe.task!r}: an answer's later pieces would lack the question"
+        yield Fault("data.truncation_strategy", "split", rule, try_=("right", "delete"))
+
+
 def one_of_steps_and_epochs(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     steps, epochs = recipe.training.train_iters, recipe.training.max_epochs
     if steps is None and epochs is None:
@@ -182,6 +190,7 @@ def time_covers_the_signal(recipe: Recipe, shape: ModelShape | None, layout: Lay
 
 RULES = (
     data_is_given,
+    only_documents_are_cut_into_pieces,
     one_of_steps_and_epochs,
     warmup_is_said_once,
     learning_rate_is_above_its_floor,

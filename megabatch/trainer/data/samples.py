@@ -18,8 +18,8 @@ from megabatch.trainer.data.fitting import check_column
 from megabatch.trainer.data.formats import Conversation, conversation_of
 from megabatch.trainer.data.templates import Encoded, LossScale, Template, encode_documents
 
-Truncation = Literal["delete", "left", "right", "raise"]
-"""What happens to a sample longer than max_length: dropped and counted, cut at that end, or an error."""
+Truncation = Literal["delete", "left", "right", "split", "raise"]
+"""What happens to a sample longer than max_length: dropped and counted, cut at an end or into pieces, an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +93,15 @@ class Encoder:
         """Samples of these rows, in order. Raises: DataError with the row's file and line."""
         chunk = Chunk([], [], Counter())
         for row, encoded in zip(rows, self._tokens(rows, chunk.remarks), strict=True):
-            kept = self._limit(encoded, row)
-            if kept is None:
+            kept = self._limited(encoded, row)
+            if not kept:
                 chunk.dropped["longer than max_length"] += 1
-            elif not kept.weights.any():
+            elif not any(sample.weights.any() for sample in kept):
                 chunk.dropped["nothing to learn"] += 1
             else:
-                chunk.samples.append(kept)
-                chunk.origins.append(row.origin)
+                chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1
+                chunk.samples.extend(kept)
+                chunk.origins.extend([row.origin] * len(kept))
         return chunk
 
     def _tokens(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Encoded]:
@@ -123,19 +124,33 @@ class Encoder:
         documents = ["\n".join(m.content for m in conversation.messages) for conversation in conversations]
         return encode_documents(self.tokenizer, documents, control=self._control, remarks=remarks)
 
-    def _limit(self, encoded: Encoded, row: Row) -> Encoded | None:
-        """The sample within max_length, or None when it is to be dropped."""
+    def _limited(self, encoded: Encoded, row: Row) -> list[Encoded]:
+        """The sample within max_length, its pieces, or nothing when it is to be dropped."""
         limit, strategy = self.encoding.max_length, self.encoding.truncation_strategy
         if limit is None or len(encoded.ids) <= limit:
-            return encoded
+            return [encoded]
         if strategy == "delete":
-            return None
+            return []
         if strategy == "raise":
             raise DataError(
                 f"{row.origin}: has {len(encoded.ids)} tokens, above data.max_length={limit}; raise data.max_length, "
-                f"or set data.truncation_strategy to delete, left or right"
+                f"or set data.truncation_strategy to delete, left or right (for pt, to split)"
             )
-        part = slice(-limit, None) if strategy == "left" else slice(limit)
-        weights = encoded.weights[part].copy()
-        weights[:1] = 0
-        return Encoded(encoded.ids[part], weights)
+        if strategy == "split":
+            return pieces(encoded, limit)
+        return [_part(encoded, slice(-limit, None) if strategy == "left" else slice(limit))]
+
+
+def pieces(encoded: Encoded, limit: int) -> list[Encoded]:
+    """A sample cut into pieces of `limit` tokens; the last may be shorter.
+
+    Nothing predicts the first token of a piece. So each piece begins with the last token of the one before, as context
+    alone: every token but the sample's first is predicted once, whatever the limit.
+    """
+    return [_part(encoded, slice(start, start + limit)) for start in range(0, len(encoded.ids) - 1, limit - 1)]
+
+
+def _part(encoded: Encoded, part: slice) -> Encoded:
+    weights = encoded.weights[part].copy()
+    weights[:1] = 0
+    return Encoded(encoded.ids[part], weights)

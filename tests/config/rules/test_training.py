@@ -29,6 +29,14 @@ CASES = [
         ["must equal max_length=128", "try 128"],
     ),
     (
+        training.only_documents_are_cut_into_pieces,
+        "dense",
+        {"data": {"truncation_strategy": "split"}},
+        {"data": {"truncation_strategy": "right"}},
+        "data.truncation_strategy",
+        ["is for task='pt', not 'sft'", "try right or delete"],
+    ),
+    (
         training.data_is_given,
         "dense",
         {"data": {"dataset": []}},

@@ -231,7 +231,9 @@ def test_a_runs_datasets(tokenizer_folder: Path, write_jsonl: Write, tmp_path: P
     train, validation = write_jsonl("a.jsonl", rows(20)), write_jsonl("b.jsonl", rows(3))
     encoding = Encoding(tokenizer=tokenizer_folder)
     cache_dir = tmp_path / "cache"
-    paths = datasets.build(encoding, vocab_size=400, dataset=[str(train)], val_dataset=[str(validation)], cache_dir=cache_dir)
+    paths = datasets.build(
+        encoding, vocab_size=400, dataset=[str(train)], val_dataset=[str(validation)], cache_dir=cache_dir
+    )
     assert [len(part) for part in datasets.open_caches(paths, split_dataset_ratio=0.5) if part is not None] == [20, 3]
     paths = datasets.build(encoding, vocab_size=400, dataset=[str(train), str(validation)], cache_dir=cache_dir)
     assert [len(part) for part in datasets.open_caches(paths, split_dataset_ratio=0.5) if part is not None] == [11, 12]

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megabatch.errors import DataError
 from megabatch.trainer.data.files import Origin, Row
-from megabatch.trainer.data.samples import Encoder, Encoding
+from megabatch.trainer.data.samples import Encoder, Encoding, pieces
+from megabatch.trainer.data.templates import Encoded
 
 
 def row(number: int = 1, **fields: Any) -> Row:
@@ -42,6 +45,32 @@ def test_cutting_keeps_one_end_and_predicts_no_first_token(tokenizer_folder: Pat
     (cut,) = encoder(tokenizer_folder, max_length=20, truncation_strategy=strategy).encode([LONG]).samples
     assert cut.ids.tolist() == whole.ids[part].tolist()
     assert cut.weights.tolist() == [0.0, *whole.weights[part].tolist()[1:]]
+
+
+@pytest.mark.parametrize("limit", [2, 3, 7, 20, 21])
+def test_pieces_of_a_document_learn_every_token_once(tokenizer_folder: Path, limit: int) -> None:
+    document = row(4, text="How many apples are in the basket? There are seven apples in it.")
+    (whole,) = encoder(tokenizer_folder, task="pt").encode([document]).samples
+    made = encoder(tokenizer_folder, task="pt", max_length=limit, truncation_strategy="split")
+    chunk = made.encode([document, row(5, text="two")])
+    parts = [s for s, o in zip(chunk.samples, chunk.origins, strict=True) if o.number == 4]
+    assert {len(part.ids) for part in parts[:-1]} <= {limit}
+    assert 2 <= len(parts[-1].ids) <= limit
+    assert [int(i) for part in parts for i in part.ids[part.weights > 0]] == whole.ids[1:].tolist()
+    for before, after in pairwise(parts):
+        assert before.ids[-1] == after.ids[0], "the context of a piece's first learned token"
+    assert parts[0].ids[0] == whole.ids[0]
+    assert sum(chunk.dropped.values()) == 0
+    assert chunk.remarks["longer than max_length, cut into pieces"] >= 1
+
+
+def test_pieces_by_hand() -> None:
+    ids, weights = np.arange(10, 17, dtype=np.int32), np.array([0, 1, 1, 1, 1, 1, 1], np.float32)
+    cut = pieces(Encoded(ids, weights), 3)
+    assert [part.ids.tolist() for part in cut] == [[10, 11, 12], [12, 13, 14], [14, 15, 16]]
+    assert [part.weights.tolist() for part in cut] == [[0, 1, 1]] * 3
+    assert [part.ids.tolist() for part in pieces(Encoded(ids, weights), 4)] == [[10, 11, 12, 13], [13, 14, 15, 16]]
+    assert [part.ids.tolist() for part in pieces(Encoded(ids, weights), 6)] == [[10, 11, 12, 13, 14, 15], [15, 16]]
 
 
 def test_raise_names_the_row(tokenizer_folder: Path) -> None:
