@@ -5,8 +5,40 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
+
+from megabatch.saved.manifest import WHOLE, Crc32, File, Range
+
+_NOTED: ContextVar[dict[Path, File] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noting() -> Iterator[dict[Path, File]]:
+    """Within it, what `replacing` writes in this thread is noted by path, with digests taken while it is written."""
+    noted: dict[Path, File] = {}
+    token = _NOTED.set(noted)
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(token)
+
+
+class _Digested:
+    """A file that is written from its beginning to its end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._crc, self._size = Crc32(), 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._crc.update(data)
+        self._size += len(data)
+        return self._file.write(data)
+
+    def noted(self) -> File:
+        return File(self._size, (Range(WHOLE, 0, self._size, self._crc.hexdigest()),))
 
 
 @contextmanager
@@ -14,11 +46,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that replaces `path`, synced, when the block ends, and is removed when it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        noted = _NOTED.get()
         with open(temporary, "wb") as file:
-            yield file
+            digested = _Digested(file)
+            yield file if noted is None else cast(BinaryIO, digested)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if noted is not None:
+            noted[path] = digested.noted()
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -88,13 +88,19 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """`step_%08d/` folders, complete ones only."""
+        """`step_%08d/` folders, complete ones only; `damaged.step_…` and `later.step_…` were set aside."""
         return self.path / "checkpoints"
 
     @property
     def latest(self) -> Path:
-        """Text file with the name of the newest complete checkpoint folder."""
+        """Text file with the name of the checkpoint folder that the run goes on from: the last that was saved, unless
+        a person or a damaged one made it go back."""
         return self.checkpoints / "latest"
+
+    @property
+    def set_aside(self) -> Path:
+        """JSON lines, one for each checkpoint that was renamed: damaged, or of a history that the run has left."""
+        return self.checkpoints / "set_aside.jsonl"
 
     def step(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps: `hf/` (safetensors) and `mcore/` (torch_dist)."""

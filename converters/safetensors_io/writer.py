@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,16 @@ from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.mapping import elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE, build_header
 from megabatch.errors import ConversionError
+from megabatch.saved.manifest import Crc32, File, Range
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Bytes that were written one after the other."""
+
+    name: str
+    start: int
+    crc: Crc32
 
 
 class Writer:
@@ -37,6 +48,7 @@ class Writer:
         self.path = Path(path)
         header, self._extents = build_header(entries, metadata={"format": "pt", **(metadata or {})})
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in entries}
+        self._parts: dict[int, _Part] = {}
         self._lock = threading.Lock()
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._size = len(header) + sum(extent.size for extent in self._extents.values())
@@ -44,6 +56,7 @@ class Writer:
         try:
             os.ftruncate(self._file, self._size)
             self._pwrite(memoryview(header), 0)
+            self._digest("header", memoryview(header), 0)
         except BaseException as error:
             self.abort()
             raise self._readable(error) if isinstance(error, OSError) else error from error
@@ -71,6 +84,29 @@ class Writer:
             self._pwrite(view, self._extents[name].start + start)
         except OSError as error:
             raise self._readable(error) from error
+        self._digest(name, view, self._extents[name].start + start)
+
+    def _digest(self, name: str, view: memoryview, offset: int) -> None:
+        """Notes the CRC-32 of what was written; bytes that follow those written before go on with their part."""
+        if not view.nbytes:
+            return
+        with self._lock:
+            before = self._parts.get(offset)
+            follows = before is not None and before.name == name
+            part = self._parts.pop(offset) if follows else _Part(name, offset, Crc32())
+        part.crc.update(view)
+        with self._lock:
+            self._parts[offset + view.nbytes] = part
+
+    def digests(self) -> File:
+        """Of a file that is closed."""
+        return File(
+            self._size,
+            tuple(
+                Range(part.name, part.start, stop - part.start, part.crc.hexdigest())
+                for stop, part in sorted(self._parts.items(), key=lambda entry: entry[0])
+            ),
+        )
 
     def _offset(self, name: str, row_start: int, index: int | None) -> int:
         """Byte inside the tensor."""

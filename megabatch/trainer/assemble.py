@@ -14,7 +14,8 @@ from megabatch.config.run import RunConfig
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory
 from megabatch.trainer.chat_export import ChatExport
-from megabatch.trainer.checkpoint import Checkpoints, Progress, Retention
+from megabatch.trainer.checkpoints.checkpoints import Checkpoints, Retention
+from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.data import datasets
 from megabatch.trainer.data.batches import Batches, Share
 from megabatch.trainer.data.cache import TokenCache
@@ -192,9 +193,8 @@ def start(run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: Mode
     """
     prove_complete(engine.model, checkpoints.table, engine.ranks)
     group = run.recipe.checkpoint
-    if own := checkpoints.latest():
-        logger.info("resuming from %s", own)
-        return checkpoints.restore(engine, own)
+    if (resumed := checkpoints.resume(engine)) is not None:
+        return resumed
     if group.load:
         found = engine.ranks.on_main(lambda: find_checkpoint(Path(group.load or ""), run))
         if found is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megabatch.converters.atomic import replacing
+from megabatch.converters.atomic import noting, replacing
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.family import Family
 from megabatch.converters.mapping import Mapped
@@ -17,6 +17,7 @@ from megabatch.converters.safetensors_io import ShardFile, Writer, split_shards,
 from megabatch.converters.shards import HfRows
 from megabatch.converters.side_files import carry_over
 from megabatch.errors import MegabatchError
+from megabatch.saved.manifest import File
 from megabatch.trainer.chat_export import ChatExport
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.ranks import Ranks
@@ -35,14 +36,19 @@ class HfExport:
     chat: ChatExport | None = None
     """The tokenizer that was trained with; None takes that of `config_folder` as it is."""
 
-    def save(self, model: Model, ranks: Ranks, directory: Path) -> None:
-        """Writes an existing empty directory; collective. Every rank raises if one failed, without a hang."""
+    def save(self, model: Model, ranks: Ranks, directory: Path) -> dict[str, File]:
+        """Writes an existing empty directory; collective. Every rank raises if one failed, without a hang.
+
+        Returns: the files that this rank wrote, with digests taken on the way.
+        """
         entries = self._own_entries(model, ranks)
         files, everyone = self._files(entries)
-        error = _write(export(model, self.table, ranks), directory, files)
+        written, error = _write(export(model, self.table, ranks), directory, files)
         if ranks.is_main and error is None:
-            error = self._write_rest(model, directory, everyone)
+            rest, error = self._write_rest(model, directory, everyone)
+            written |= rest
         ranks.raise_together(error)
+        return written
 
     def _own_entries(self, model: Model, ranks: Ranks) -> dict[str, TensorInfo]:
         """The Hugging Face tensors that this rank writes, in the order in which the export yields them."""
@@ -67,26 +73,29 @@ class HfExport:
         before = sum(len(files) for files in gathered[: dist.get_rank()])
         return everyone[before : before + len(mine)], everyone
 
-    def _write_rest(self, model: Model, directory: Path, files: Sequence[ShardFile]) -> MegabatchError | None:
+    def _write_rest(
+        self, model: Model, directory: Path, files: Sequence[ShardFile]
+    ) -> tuple[dict[str, File], MegabatchError | None]:
         try:
-            write_index(directory, files)
-            if self.chat is None:
-                carry_over(self.config_folder, directory, skip=("config.json",))
-            else:
-                self.chat.write(self.config_folder, directory)
-            config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
-            dtype = str(model.config.params_dtype).removeprefix("torch.")
-            config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-            with replacing(directory / "config.json") as file:
-                file.write((json.dumps(config, indent=2) + "\n").encode())
+            with noting() as written:
+                write_index(directory, files)
+                if self.chat is None:
+                    carry_over(self.config_folder, directory, skip=("config.json",))
+                else:
+                    self.chat.write(self.config_folder, directory)
+                config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
+                dtype = str(model.config.params_dtype).removeprefix("torch.")
+                config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+                with replacing(directory / "config.json") as file:
+                    file.write((json.dumps(config, indent=2) + "\n").encode())
         except (MegabatchError, OSError) as e:
-            return e if isinstance(e, MegabatchError) else MegabatchError(f"{directory} cannot be written: {e}")
-        return None
+            return {}, e if isinstance(e, MegabatchError) else MegabatchError(f"{directory} cannot be written: {e}")
+        return {path.relative_to(directory).as_posix(): file for path, file in written.items()}, None
 
 
 def _write(
     tensors: Iterator[tuple[Mapped, Iterator[HfRows]]], directory: Path, files: Sequence[ShardFile]
-) -> MegabatchError | None:
+) -> tuple[dict[str, File], MegabatchError | None]:
     """Writes this rank's tensors; after an error it goes on gathering with the others and writes no more."""
     file_of = {name: file for file in files for name in file.entries}
     writers: dict[str, Writer] = {}
@@ -107,4 +116,4 @@ def _write(
             writer.abort() if error is not None else writer.close()
         except MegabatchError as e:
             error = e
-    return error
+    return {} if error is not None else {name: writer.digests() for name, writer in writers.items()}, error

@@ -17,7 +17,8 @@ from megabatch.config.run import RunConfig
 from megabatch.errors import MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.trainer import assemble
-from megabatch.trainer.checkpoint import Checkpoints, Progress
+from megabatch.trainer.checkpoints.checkpoints import Checkpoints
+from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.data.batches import Batches, Step
 from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.engine import Engine, StepResult

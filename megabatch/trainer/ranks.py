@@ -213,6 +213,12 @@ class Ranks:
             if other is not None:
                 raise ElsewhereError(other, rank)
 
+    def gather_on_main(self, value: T) -> list[T] | None:
+        """Every rank's value in rank order on the main rank, None elsewhere."""
+        values: list[T] | None = [value] * self.place.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; the same answer on every rank."""
         value = torch.tensor([1 if flag else 0], dtype=torch.int64)

@@ -15,7 +15,8 @@ from measure import MIB, Figure, answer, bytes_below, median, peak_memory, read_
 
 from megabatch.converters.hf_model import open_hf_model
 from megabatch.trainer import assemble
-from megabatch.trainer.checkpoint import Checkpoints, Progress
+from megabatch.trainer.checkpoints.checkpoints import Checkpoints
+from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.loop import open_loop
 from megabatch.trainer.model_source import ModelSource, model_source

@@ -23,7 +23,7 @@ from measure import Figure, answer, median, sized
 
 from megabatch.config.run import RunConfig
 from megabatch.trainer import assemble
-from megabatch.trainer.checkpoint import Progress
+from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.loop import Loop, open_loop
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.signals import StopSignal

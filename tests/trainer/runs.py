@@ -27,6 +27,7 @@ from megabatch.config.made_model import declared_shape
 from megabatch.config.run import RunConfig, resolve
 from megabatch.converters.families import family_named, family_of
 from megabatch.converters.hf_model import read_config
+from megabatch.saved.manifest import MANIFEST
 
 SHAPE: dict[str, Any] = {
     "num_layers": 4,
@@ -146,6 +147,14 @@ def train_all(run_dirs: list[str], bucket_size: int | None = None) -> list[int]:
         return [train(run_dir) for run_dir in run_dirs]
     finally:
         dist.destroy_process_group()
+
+
+def forget_digests(checkpoint: Path) -> None:
+    """Makes a checkpoint as it was saved before there were digests."""
+    (checkpoint / MANIFEST).unlink()
+    state = json.loads((checkpoint / "trainer.json").read_text())
+    del state["manifest"]
+    (checkpoint / "trainer.json").write_text(json.dumps(state))
 
 
 def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:

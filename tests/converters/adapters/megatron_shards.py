@@ -98,13 +98,15 @@ def main(jobs: list[list[str]]) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    from megabatch.trainer import torch_dist
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from in_process_writer import use_in_process_writer
+
     from megabatch.trainer.megatron_cpu import adapt
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     adapt()
-    torch_dist._use_in_process_writer()
+    use_in_process_writer()
     bridge = ((".lora_A.", ".adapter.linear_in."), (".lora_B.", ".adapter.linear_out."))
     for adapter, base, output in jobs:
         config = json.loads((Path(base) / "config.json").read_text())

@@ -128,13 +128,15 @@ def model_of(folder: Path, checkpoint: Path, output: Path) -> None:
 
 
 def main(jobs: dict[str, Any]) -> None:
-    from megabatch.trainer import torch_dist
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from in_process_writer import use_in_process_writer
+
     from megabatch.trainer.megatron_cpu import adapt
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     adapt()
-    torch_dist._use_in_process_writer()
+    use_in_process_writer()
     for job in jobs["save"]:
         save(Path(job["folder"]), Path(job["output"]), tp=job["tp"], stacked=job["stacked"])
     for job in jobs["model"]:

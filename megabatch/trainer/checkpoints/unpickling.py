@@ -8,6 +8,7 @@ a group, so asking who may write there would not do.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 from collections.abc import Iterator
@@ -73,6 +74,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _load(file: IO[bytes]) -> Any:
     return _Unpickler(file).load()
+
+
+def read_metadata(data: bytes) -> Any:
+    """The `Metadata` in a `.metadata`. Raises: CheckpointError when it names anything else."""
+    return _load(io.BytesIO(data))
 
 
 def _reconstruct() -> Any:

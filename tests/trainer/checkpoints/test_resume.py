@@ -14,6 +14,7 @@ from rank_server import RankServer
 from runs import curve, evaluations, recipe, train, write_run
 
 from megabatch.run_directory import ExitCode
+from megabatch.saved.manifest import MANIFEST
 
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "dp2": (2, {}),
@@ -106,11 +107,11 @@ def test_only_what_should_be_kept_is_kept(ranks: RankServer, tmp_path: Path) -> 
         ranks.run(train, world_size=world_size, run_dir=str(run))
         folders = sorted((run / "checkpoints").glob("step_*"))
         kept[name] = [int(p.name[5:]) for p in folders], sorted(p.name for p in folders[-1].iterdir())
-    assert kept["all"] == ([1, 2, 3, 4, 5, 6], ["hf", "mcore", "trainer.json"])
-    assert kept["two"] == ([5, 6], ["hf", "mcore", "trainer.json"])
-    assert kept["every_fourth"] == ([4, 6], ["hf", "mcore", "trainer.json"])
-    assert kept["weights"] == ([1, 2, 3, 4, 5, 6], ["hf", "trainer.json"])
-    assert kept["state"] == ([1, 2, 3, 4, 5, 6], ["mcore", "trainer.json"])
+    assert kept["all"] == ([1, 2, 3, 4, 5, 6], ["hf", "mcore", MANIFEST, "trainer.json"])
+    assert kept["two"] == ([5, 6], ["hf", "mcore", MANIFEST, "trainer.json"])
+    assert kept["every_fourth"] == ([4, 6], ["hf", "mcore", MANIFEST, "trainer.json"])
+    assert kept["weights"] == ([1, 2, 3, 4, 5, 6], ["hf", MANIFEST, "trainer.json"])
+    assert kept["state"] == ([1, 2, 3, 4, 5, 6], ["mcore", MANIFEST, "trainer.json"])
 
 
 def train_with_limit(run_dir: str, limit: int) -> str:

@@ -3,14 +3,14 @@
 megatron-core's own layouts do not survive every model. In 0.16.1 `fully_reshardable` drops the tail of a buffer with
 more than one bucket (it says "can lead to data corruption"), `dp_reshardable` refuses parameters that are no
 multiple of 64, and `fully_sharded_model_space` needs flattened ranges that were removed. Here a parameter's state is
-put together over its data-parallel group, one parameter at a time, on the rank that will write it. Parameters are
-dealt round-robin, so that memory and writing are spread evenly. The keys are those of megatron-core's
-`fully_reshardable`: `optimizer.state.{param,exp_avg,exp_avg_sq}.<parameter>`.
+put together over its data-parallel group on the rank that will write it, many parameters in one exchange, in which
+every number travels once. Parameters are dealt so that each rank holds and writes about as much. The keys are those of
+megatron-core's `fully_reshardable`: `optimizer.state.{param,exp_avg,exp_avg_sq}.<parameter>`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +21,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from megabatch.trainer.checkpoints.replicas import Dealer, group_of
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
 
 BLOCK_BYTES = 2 << 30
 """State read from a checkpoint at once, on each rank."""
+EXCHANGE_BYTES = 256 << 20
+"""One kind of state that is put together at once, over a data-parallel group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +47,18 @@ class _State:
 def sharded(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """What this rank writes, as megatron-core's sharded tensors; collective over each data-parallel group."""
     described = _described(model_state)
-    names = optimizer.state_names
     found: dict[str, Any] = {}
+    by_group: dict[dist.ProcessGroup, list[_Dealt]] = {}
+    dealers: dict[dist.ProcessGroup, Dealer] = {}
     for i, (state, group) in enumerate(_states(optimizer, ranks)):
-        metadata = described[state.parameter]
-        writer = i % dist.get_world_size(group)
-        is_writer = dist.get_rank(group) == writer
-        for name in names:
-            whole = _whole(state, name, group, writer)
-            if is_writer:
-                found[f"{i}.{name}"] = _entry(metadata, name, whole, replica=0)
+        dealer = dealers.setdefault(group, Dealer(dist.get_world_size(group)))
+        by_group.setdefault(group, []).append(_Dealt(i, state, dealer.writer(state.parameter.numel())))
+    for group, dealt in by_group.items():
+        for block in _exchanges(dealt, group):
+            for name in optimizer.state_names:
+                for one, whole in block.wholes(name):
+                    entry = _entry(described[one.state.parameter], name, whole, replica=0)
+                    found[f"{one.number}.{name}"] = entry
     return found
 
 
@@ -107,28 +112,83 @@ def _entry(
     return replace(metadata, **values)
 
 
-def _whole(state: _State, name: str, group: dist.ProcessGroup, writer: int) -> Tensor | None:
-    """The parameter's state in the parameter's shape on the writing rank, None elsewhere."""
-    parts = dist.get_world_size(group)
-    if not state.is_split or parts == 1:
-        return state.tensors[name].view(state.parameter.shape).cpu() if dist.get_rank(group) == writer else None
-    whole = torch.zeros(state.parameter.numel(), dtype=torch.float32, device=state.parameter.device)
-    if state.stop > state.start:
-        whole[state.start : state.stop] = state.tensors[name]
-    dist.reduce(whole, group=group, group_dst=writer)
-    if dist.get_rank(group) != writer:
-        return None
-    return whole.view(state.parameter.shape).cpu()
+@dataclass(frozen=True, slots=True)
+class _Dealt:
+    """A parameter's state and the rank of its data-parallel group that writes it."""
+
+    number: int
+    state: _State
+    writer: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Exchange:
+    """Parameters whose state is put together at once."""
+
+    dealt: Sequence[_Dealt]
+    ranges: Tensor
+    """[ranks of the group, parameters, 2]: the range of the flat parameter that each rank holds."""
+    group: dist.ProcessGroup
+
+    def wholes(self, name: str) -> Iterator[tuple[_Dealt, Tensor]]:
+        """The states that this rank writes, each in its parameter's shape, in host memory; collective."""
+        size, mine = dist.get_world_size(self.group), dist.get_rank(self.group)
+        if size == 1 or not self.dealt[0].state.is_split:
+            for one in self.dealt:
+                if one.writer == mine:
+                    yield one, one.state.tensors[name].view(one.state.parameter.shape).cpu()
+            return
+        sent = [self._sent(name, writer) for writer in range(size)]
+        own = [i for i, one in enumerate(self.dealt) if one.writer == mine]
+        lengths = self.ranges[:, :, 1] - self.ranges[:, :, 0]
+        expected = [int(lengths[rank, own].sum()) for rank in range(size)]
+        device = self.dealt[0].state.parameter.device
+        received = torch.empty(sum(expected), dtype=torch.float32, device=device)
+        dist.all_to_all_single(received, torch.cat(sent), expected, [len(part) for part in sent], group=self.group)
+        parts = list(received.cpu().split(expected))
+        for i in own:
+            parameter = self.dealt[i].state.parameter
+            whole = torch.empty(parameter.numel(), dtype=torch.float32)
+            for rank in range(size):
+                start, stop = self.ranges[rank, i].tolist()
+                whole[start:stop] = parts[rank][: stop - start]
+                parts[rank] = parts[rank][stop - start :]
+            yield self.dealt[i], whole.view(parameter.shape)
+
+    def _sent(self, name: str, writer: int) -> Tensor:
+        """What this rank holds of a writer's parameters, in their order."""
+        ours = [one.state for one in self.dealt if one.writer == writer]
+        device = self.dealt[0].state.parameter.device
+        none = torch.empty(0, dtype=torch.float32, device=device)
+        return torch.cat([none, *(s.tensors[name].float() for s in ours if s.stop > s.start)])
+
+
+def _exchanges(dealt: Sequence[_Dealt], group: dist.ProcessGroup) -> Iterator[_Exchange]:
+    """Blocks of parameters that are alike in being split or not, with everybody's ranges."""
+    ranges = _everyones_ranges(dealt, group)
+    start, size = 0, 0
+    for i, one in enumerate(dealt):
+        if i > start and (size > EXCHANGE_BYTES or one.state.is_split != dealt[start].state.is_split):
+            yield _Exchange(dealt[start:i], ranges[:, start:i], group)
+            start, size = i, 0
+        size += one.state.parameter.numel() * 4
+    if dealt:
+        yield _Exchange(dealt[start:], ranges[:, start:], group)
+
+
+def _everyones_ranges(dealt: Sequence[_Dealt], group: dist.ProcessGroup) -> Tensor:
+    mine = torch.tensor([[one.state.start, one.state.stop] for one in dealt], dtype=torch.int64)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return torch.stack(everyone)
 
 
 def _states(optimizer: Optimizer, ranks: Ranks) -> Iterator[tuple[_State, dist.ProcessGroup]]:
     """Every parameter in the same order on all ranks of its data-parallel group, and that group."""
-    dense = ranks.state.get_data_parallel_group(with_context_parallel=True)
-    experts = ranks.state.get_expert_data_parallel_group()
     for inner in optimizer.inner:
         find = _distributed(inner) if isinstance(inner, DistributedOptimizer) else _plain(inner)
         for state in find:
-            yield state, dense if getattr(state.parameter, "allreduce", True) else experts
+            yield state, group_of(state.parameter, ranks)
 
 
 def _distributed(inner: DistributedOptimizer) -> Iterator[_State]:

@@ -1,0 +1,67 @@
+"""Checking a checkpoint at rest: every byte against the manifest, some files at a time, a few megabytes of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from megabatch.saved.manifest import File, Manifest, left_over, missing_or_resized
+
+_BUFFER_BYTES = 4 << 20
+_AT_ONCE = 64 << 20
+"""Bytes of ranges that a worker takes together, so that one large file keeps all of them busy."""
+
+
+def faults(manifest: Manifest, *, workers: int) -> list[str]:
+    """Everything that is not as it was saved, one line each, beginning with the file; memory is 4 MiB a worker."""
+    names = [name for name in manifest.files if (manifest.folder / name).is_file()]
+    absent = list(missing_or_resized(manifest, manifest.files))
+    resized = {line.split(": ")[0] for line in absent}
+    jobs = [job for name in names if name not in resized for job in _jobs(name, manifest.files[name])]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = pool.map(lambda job: _damaged(manifest, *job), jobs)
+        return [*absent, *(line for lines in found for line in lines), *left_over(manifest)]
+
+
+def _jobs(name: str, file: File) -> Iterator[tuple[str, list[int]]]:
+    """Numbers of the ranges that are read together."""
+    numbers: list[int] = []
+    size = 0
+    for number, part in enumerate(file.ranges):
+        numbers.append(number)
+        size += part.size
+        if size >= _AT_ONCE:
+            yield name, numbers
+            numbers, size = [], 0
+    if numbers:
+        yield name, numbers
+
+
+def _damaged(manifest: Manifest, name: str, numbers: list[int]) -> list[str]:
+    path, lines = manifest.folder / name, []
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for number in numbers:
+                part = manifest.files[name].ranges[number]
+                if part.digest is None:
+                    continue
+                if _digest(manifest, file.fileno(), part.offset, part.size, buffer) != part.digest:
+                    lines.append(f"{name}: {part.name} differs from its digest")
+    except OSError as e:
+        lines.append(f"{name}: cannot be read: {e.strerror or e}")
+    return lines
+
+
+def _digest(manifest: Manifest, file: int, offset: int, size: int, buffer: memoryview) -> str:
+    digest = manifest.digest()
+    while size and (count := os.preadv(file, [buffer[:size]], offset)):
+        digest.update(buffer[:count])
+        offset, size = offset + count, size - count
+    return digest.hexdigest()
+
+
+def undigested(manifest: Manifest) -> bool:
+    """Whether parts of it have no digest: a conversion without `--verify`."""
+    return any(part.digest is None for file in manifest.files.values() for part in file.ranges)

@@ -1,0 +1,166 @@
+"""Which of a run's checkpoints it goes on from, and what becomes of the others.
+
+`checkpoints/latest` decides: a run goes on from the checkpoint that it names, which a person may change. Where it
+names none that is there, the newest counts. What cannot be used is renamed, never deleted: `damaged.step_<n>` for a
+checkpoint that is not what was saved, `later.step_<n>` for one of a history that the run has left. No reader takes
+such a name for a checkpoint. Each renaming is a line of `checkpoints/set_aside.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from megabatch.errors import CheckpointError
+from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.saved.manifest import read_manifest
+
+TRAINER, MCORE, HF = "trainer.json", "mcore", "hf"
+"""What lies in a checkpoint: progress, what a resume needs, and the Hugging Face folder."""
+_NAME = re.compile(r"step_\d{8,}")
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A checkpoint that got another name."""
+
+    kind: Literal["damaged", "later"]
+    step: int
+    name: str
+    """Of its folder now."""
+    why: str
+    """What is wrong, beginning with the file; or where the run went back to."""
+    went_on: str
+    """The checkpoint that the run went on from instead."""
+    time: float
+    """Seconds since the epoch."""
+
+    def told(self) -> str:
+        """For people: one line."""
+        if self.kind == "damaged":
+            return (
+                f"step_{self.step:08d} is damaged ({self.why}), set aside as {self.name}; went on from {self.went_on}"
+            )
+        return f"step_{self.step:08d} is set aside as {self.name}: {self.why}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def checkpoints(run: RunDirectory) -> list[Path]:
+    """Every folder with the name of a checkpoint, newest first."""
+    found = (path for path in run.checkpoints.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of, reverse=True)
+
+
+def named_by_latest(run: RunDirectory) -> Path | None:
+    """What `latest` names, None when that is not there."""
+    try:
+        name = run.latest.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    path = run.checkpoints / name
+    return path if _NAME.fullmatch(name) and path.is_dir() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Where a run may go on."""
+
+    usable: tuple[Path, ...]
+    """In the order in which they are tried."""
+    later: tuple[Path, ...]
+    """Newer than what `latest` names."""
+
+
+def candidates(run: RunDirectory) -> Candidates:
+    """What a start of this run may go on from."""
+    found, latest = checkpoints(run), named_by_latest(run)
+    later = tuple(path for path in found if latest is not None and step_of(path) > step_of(latest))
+    return Candidates(tuple(path for path in found if path not in later and _may_be_resumed(path)), later)
+
+
+def _may_be_resumed(path: Path) -> bool:
+    """Whether it was saved with what a resume needs; damage does not count here."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        return True
+    if manifest is not None:
+        return bool(manifest.below(MCORE))
+    return (path / MCORE).is_dir() or not (path / TRAINER).is_file()
+
+
+def settle(
+    run: RunDirectory, chosen: Path, damaged: Sequence[tuple[Path, str]], later: Sequence[Path]
+) -> list[SetAside]:
+    """Makes `chosen` the newest: renames what is damaged or later and replaces `latest`."""
+    why = f"the run went back to {chosen.name}"
+    renamed = [set_aside(run, path, "damaged", why=fault, went_on=chosen.name) for path, fault in damaged]
+    renamed += [set_aside(run, path, "later", why=why, went_on=chosen.name) for path in later]
+    if named_by_latest(run) != chosen:
+        write_atomic(run.latest, chosen.name + "\n")
+    return renamed
+
+
+def set_aside(run: RunDirectory, path: Path, kind: Literal["damaged", "later"], *, why: str, went_on: str) -> SetAside:
+    """Gives a checkpoint a name that no reader takes for one."""
+    target = path.with_name(f"{kind}.{path.name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{kind}.{path.name}.{number}")
+    note = SetAside(kind, step_of(path), target.name, why, went_on, time.time())
+    os.rename(path, target)
+    with open(run.set_aside, "a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(note)) + "\n")
+    return note
+
+
+def notes(run: RunDirectory) -> list[SetAside]:
+    """The checkpoints that were set aside and are still there, oldest first."""
+    try:
+        text = run.set_aside.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            note = SetAside(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        if (run.checkpoints / note.name).is_dir():
+            found.append(note)
+    return found
+
+
+def find(run: RunDirectory, name: str) -> Path:
+    """The checkpoint that a person means: `step_00000100` or `100`. Raises: CheckpointError listing what is there."""
+    there = checkpoints(run)
+    for path in there:
+        if name.strip("/") == path.name or (name.isdigit() and int(name) == step_of(path)):
+            if not _may_be_resumed(path):
+                raise CheckpointError(f"{path} was saved without optimizer state: nothing can go on from it")
+            return path
+    names = ", ".join(path.name for path in reversed(there)) or "none"
+    aside = "".join(f"; set aside: {note.name}" for note in notes(run))
+    raise CheckpointError(f"{run.path} has no checkpoint {name!r}; there are: {names}{aside}")
+
+
+def go_back(run: RunDirectory, name: str) -> list[SetAside]:
+    """Makes an older checkpoint the one that the run goes on from; the later ones are set aside.
+
+    Raises: CheckpointError listing what is there.
+    """
+    chosen = find(run, name)
+    later = [path for path in checkpoints(run) if step_of(path) > step_of(chosen)]
+    # first of all: a run that is killed here goes on from there all the same
+    write_atomic(run.latest, chosen.name + "\n")
+    return settle(run, chosen, [], later)

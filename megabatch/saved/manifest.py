@@ -1,0 +1,182 @@
+"""`megabatch-manifest.json` of a checkpoint: its files, their sizes, and digests taken while they were written.
+
+    {"version": 1, "digest": "crc32",
+     "files": {"mcore/__0_0.distcp": {"size": …, "ranges": [[name, offset, bytes, digest], …]}, …},
+     "own": CRC-32 of all that is before this key}
+
+The form is that of the converters' manifests, whose digests are BLAKE2b. The ranges of a file cover it without gaps. A
+`.distcp` has one range for each item that `.metadata` names, so that a rank checks the very bytes that it loads; a
+safetensors file has one for its header and at least one for each tensor; any other file is one range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from megabatch.errors import CheckpointError
+
+MANIFEST = "megabatch-manifest.json"
+WHOLE = "all of it"
+"""Name of the range of a file that has one."""
+_VERSION = 1
+_OWN = ',"own":"{:08x}"}}\n'
+_OWN_BYTES = len(_OWN.format(0))
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was saved; the message begins with the file."""
+
+
+class Digest(Protocol):
+    """Takes bytes one part after the other."""
+
+    def update(self, data: memoryview | bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+class Crc32:
+    """CRC-32 of zlib as eight hexadecimal digits."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, data: memoryview | bytes, /) -> None:
+        self.value = zlib.crc32(data, self.value)
+
+    def hexdigest(self) -> str:
+        return f"{self.value:08x}"
+
+
+_ALGORITHMS: Mapping[str, Callable[[], Digest]] = {
+    "crc32": Crc32,
+    "blake2b-128": lambda: hashlib.blake2b(digest_size=16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Consecutive bytes of a file."""
+
+    name: str
+    """What they are, for people: a tensor's name."""
+    offset: int
+    size: int
+    digest: str | None
+    """Hexadecimal; None where none was taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file whose ranges are sorted by offset."""
+
+    size: int
+    ranges: tuple[Range, ...]
+
+    @staticmethod
+    def of(data: bytes) -> File:
+        """A file that is written at once."""
+        return File(len(data), (Range(WHOLE, 0, len(data), f"{zlib.crc32(data):08x}"),))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a folder was when it was saved."""
+
+    folder: Path
+    """Names of files are relative to it."""
+    algorithm: str
+    files: Mapping[str, File]
+
+    def digest(self) -> Digest:
+        return _ALGORITHMS[self.algorithm]()
+
+    def below(self, part: str) -> dict[str, File]:
+        """The files in one of its folders, by their names with it."""
+        return {name: file for name, file in self.files.items() if name.startswith(f"{part}/")}
+
+    def require(self, name: str, data: bytes) -> None:
+        """Checks a file of one range that was read. Raises: DamagedError."""
+        file = self.files.get(name)
+        if file is None:
+            raise DamagedError(f"{name}: is not in {MANIFEST}")
+        if len(data) != file.size:
+            raise DamagedError(f"{name}: has {len(data)} bytes instead of {file.size}")
+        self.require_range(name, file.ranges[0], data)
+
+    def require_range(self, name: str, part: Range, data: bytes | memoryview) -> None:
+        """Checks the bytes of a range; one without a digest is taken as it is. Raises: DamagedError."""
+        digest = self.digest()
+        digest.update(data)
+        if part.digest is not None and digest.hexdigest() != part.digest:
+            what = "it" if part.name == WHOLE else part.name
+            raise DamagedError(f"{name}: {what} differs from its digest")
+
+
+def manifest_text(files: Mapping[str, File]) -> str:
+    """The text of a manifest with CRC-32 digests."""
+    plain = {
+        name: {"size": file.size, "ranges": [[r.name, r.offset, r.size, r.digest] for r in file.ranges]}
+        for name, file in sorted(files.items())
+    }
+    text = json.dumps({"version": _VERSION, "digest": "crc32", "files": plain}, separators=(",", ":"))[:-1]
+    return text + _OWN.format(zlib.crc32(text.encode()))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest in a folder, None when there is none. Raises: DamagedError when it cannot be understood."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+        made = json.loads(raw)
+        if made["digest"] == "crc32" and raw[-_OWN_BYTES:].decode() != _OWN.format(zlib.crc32(raw[:-_OWN_BYTES])):
+            raise ValueError("it differs from its own digest")
+        if made["version"] != _VERSION or made["digest"] not in _ALGORITHMS:
+            raise ValueError(f"version {made['version']} with digests {made['digest']!r}")
+        return Manifest(folder, made["digest"], {name: _file(name, file) for name, file in made["files"].items()})
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DamagedError(f"{MANIFEST}: cannot be understood ({e})") from e
+
+
+def _file(name: str, made: Mapping[str, Any]) -> File:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name} is no file of this folder")
+    ranges = tuple(Range(*entry) for entry in made["ranges"])
+    end = 0
+    for part in ranges:
+        if part.offset != end:
+            raise ValueError(f"{name} has a gap at byte {end}")
+        end += part.size
+    if end != made["size"]:
+        raise ValueError(f"{name} ends at byte {end}")
+    return File(made["size"], ranges)
+
+
+def missing_or_resized(manifest: Manifest, names: Iterable[str]) -> Iterator[str]:
+    """What is wrong with these files as far as names and sizes tell, one line each."""
+    for name in names:
+        try:
+            size = (manifest.folder / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            yield f"{name}: is missing"
+            continue
+        if size != manifest.files[name].size:
+            yield f"{name}: has {size} bytes instead of {manifest.files[name].size}"
+
+
+def left_over(manifest: Manifest) -> Iterator[str]:
+    """Files that were not there when it was saved, one line each."""
+    for path in sorted(manifest.folder.rglob("*")):
+        name = path.relative_to(manifest.folder).as_posix()
+        if name not in manifest.files and name != MANIFEST and not path.is_dir():
+            yield f"{name}: is not of this checkpoint"

@@ -1,0 +1,282 @@
+"""Checkpoints of a run: complete or absent, and exact to resume from.
+
+`checkpoints/step_00000100/` holds `trainer.json` (step, data cursor, layout), `mcore/` (torch_dist: model, optimizer,
+generators), `hf/` (safetensors that transformers loads) and `megabatch-manifest.json` (digests of all files). It is
+written under a temporary name, synced and renamed; then `latest` is replaced.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megabatch.converters.mapping import Mapped
+from megabatch.errors import CheckpointError, MegabatchError
+from megabatch.plan.layout import Layout
+from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.saved import history
+from megabatch.saved.history import HF, MCORE, TRAINER
+from megabatch.saved.manifest import MANIFEST, DamagedError, File, manifest_text, missing_or_resized
+from megabatch.trainer.checkpoints import torch_dist
+from megabatch.trainer.checkpoints.progress import Progress, Saved, open_saved, progress_text
+from megabatch.trainer.checkpoints.reading import SMALL
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.hf_export import HfExport
+from megabatch.trainer.ranks import ElsewhereError, Ranks
+from megabatch.trainer.weights import parameters_norm
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retention:
+    """What is saved and what is kept."""
+
+    no_save_optim: bool = False
+    no_save_rng: bool = False
+    save_retain_interval: int | None = None
+    save_total_limit: int | None = None
+
+
+class Checkpoints:
+    """Saves to and restores from one run directory; every method is collective."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        ranks: Ranks,
+        layout: Layout,
+        *,
+        retention: Retention,
+        table: Sequence[Mapped],
+        export: HfExport | None,
+    ) -> None:
+        """`export` writes the Hugging Face folder; None writes none."""
+        self.run, self.ranks, self.layout = run, ranks, layout
+        self.retention, self.table, self.export = retention, table, export
+        if ranks.is_main:
+            for leftover in run.checkpoints.glob(".*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(self, engine: Engine, progress: Progress, *, must_resume: bool = False, with_hf: bool = True) -> Path:
+        """Writes the checkpoint of a step.
+
+        Args: must_resume: optimizer and generators are saved even with `no_save_optim`, for a run that stops to be
+        requeued; with_hf: the Hugging Face folder too, if this run exports one.
+        Raises: CheckpointError on every rank, with nothing left behind, if any rank could not write.
+        """
+        target = self.run.step(progress.step)
+        temporary = target.with_name(f".{target.name}.tmp")
+        self.ranks.on_main(lambda: self._begin(temporary))
+        files: dict[str, File] = {}
+        try:
+            if self.export is not None and with_hf:
+                files |= _below(HF, self.export.save(engine.model, self.ranks, temporary / HF))
+            if must_resume or not self.retention.no_save_optim:
+                rng = not self.retention.no_save_rng
+                files |= _below(MCORE, torch_dist.save(engine, temporary / MCORE, optimizer=True, rng=rng))
+            everyone = self.ranks.gather_on_main(files)
+            self.ranks.on_main(lambda: self._commit(temporary, target, progress, everyone or []))
+        except MegabatchError as e:
+            self.ranks.barrier()
+            if self.ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"the checkpoint of step {progress.step} was not saved: {e}; {self._room()}") from e
+        if self.ranks.is_main:
+            self._forget(progress.step)
+        return target
+
+    def _begin(self, temporary: Path) -> None:
+        self._require_newest_start()
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for name in (MCORE, HF):
+                (temporary / name).mkdir(parents=True)
+        except OSError as e:
+            raise CheckpointError(f"{temporary}: {e.strerror or e}") from e
+
+    def _require_newest_start(self) -> None:
+        """A start whose node Slurm gave up may live on beside the one that took over: it must not touch the run."""
+        jobs = self.run.jobs
+        starts = jobs.read_text(encoding="utf-8", errors="replace").count('"start"') if jobs.exists() else 0
+        if starts > self.ranks.place.restart + 1:
+            raise CheckpointError(
+                f"restart {starts - 1} has taken over this run; restart {self.ranks.place.restart} ends"
+            )
+
+    def _commit(self, temporary: Path, target: Path, progress: Progress, everyone: list[dict[str, File]]) -> None:
+        self._require_newest_start()
+        files = {name: file for files in everyone for name, file in files.items()}
+        try:
+            text = progress_text(progress, generators_of=None if self.retention.no_save_rng else self.layout)
+            write_atomic(temporary / TRAINER, text)
+            files[TRAINER] = File.of(text.encode())
+            write_atomic(temporary / MANIFEST, manifest_text(files))
+            _sync_folders(temporary)
+            earlier = None
+            if target.exists():  # of before the run went back; a kill between the two names loses nothing
+                why = f"step {progress.step} was reached again"
+                earlier = history.set_aside(self.run, target, "later", why=why, went_on=target.name)
+            os.replace(temporary, target)
+            _sync(target.parent)
+            write_atomic(self.run.latest, target.name + "\n")
+            if earlier is not None:
+                shutil.rmtree(target.with_name(earlier.name), ignore_errors=True)
+        except OSError as e:
+            raise CheckpointError(f"{target}: {e.strerror or e}") from e
+
+    def _room(self) -> str:
+        free = shutil.disk_usage(self.run.path).free / 2**20
+        return (
+            f"{free:.0f} MiB are free there; if that is too little, save elsewhere or set checkpoint.save_total_limit"
+        )
+
+    def _forget(self, step: int) -> None:
+        """Deletes what `save_retain_interval` and `save_total_limit` do not keep; never the newest."""
+        older = [path for path in reversed(history.checkpoints(self.run)) if history.step_of(path) < step]
+        keep_every, keep_last = self.retention.save_retain_interval, self.retention.save_total_limit
+        doomed = [p for p in older if keep_every is not None and history.step_of(p) % keep_every]
+        if keep_last is not None:
+            kept = [p for p in older if p not in doomed]
+            doomed += kept[: max(0, len(kept) + 1 - keep_last)]
+        for path in doomed:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def parameters_norm(self, engine: Engine) -> float:
+        """L2 norm of all parameters."""
+        return parameters_norm(engine.model, self.table, self.ranks)
+
+    def latest(self) -> Path | None:
+        """The checkpoint that this run would go on from, if it is not damaged."""
+        usable = self.ranks.on_main(lambda: history.candidates(self.run).usable)
+        return usable[0] if usable else None
+
+    def resume(self, engine: Engine) -> Progress | None:
+        """Goes on from the checkpoint that `latest` names, or from the newest before it that is not damaged.
+
+        Damaged ones are set aside once an older one is loaded, and so are those of a history that the run has left.
+        Returns: None for a run without checkpoints.
+        Raises: CheckpointError, with everything left as it is, when all of them are damaged.
+        """
+        found = self.ranks.on_main(lambda: history.candidates(self.run))
+        damaged: list[tuple[Path, str]] = []
+        for path in found.usable:
+            logger.info("resuming from %s", path)
+            try:
+                progress = self._restore(engine, path)
+            except MegabatchError as e:
+                if (damage := _damage(e)) is None:
+                    raise
+                damaged.append((path, str(damage)))
+                continue
+            self.ranks.on_main(lambda path=path: self._settle(path, damaged, found.later))  # type: ignore[misc]
+            return progress
+        if damaged:
+            which = "; ".join(f"{path.name}: {fault}" for path, fault in damaged)
+            raise CheckpointError(
+                f"{self.run.checkpoints}: every checkpoint is damaged, and none was changed or set aside ({which}). "
+                "Put back an intact copy of one, or move the folder away to start anew"
+            )
+        return None
+
+    def _settle(self, chosen: Path, damaged: Sequence[tuple[Path, str]], later: Sequence[Path]) -> None:
+        if not damaged and not later and history.named_by_latest(self.run) == chosen:
+            return
+        self._require_newest_start()
+        try:
+            for note in history.settle(self.run, chosen, damaged, later):
+                logger.warning("%s", note.told())
+        except OSError as e:
+            raise CheckpointError(f"{self.run.checkpoints} cannot be written: {e.strerror or e}") from e
+
+    def restore_weights(self, engine: Engine, folder: Path) -> None:
+        """Loads the weights alone: of a checkpoint of ours, or of a torch_dist folder of megatron-core's."""
+        inner = folder / MCORE if (folder / MCORE).is_dir() else folder
+        with _naming(folder):
+            if (inner.parent / TRAINER).is_file():
+                manifest = self._opened(inner.parent).manifest
+            else:
+                manifest = None
+                logger.info("%s has no digests: it is loaded unchecked", folder)
+            torch_dist.load(engine, inner, manifest, step=None, rng=False)
+
+    def restore(self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True) -> Progress:
+        """Loads a checkpoint of this or another run and says how far it was.
+
+        Generators are taken over only by the layout that saved them.
+        Raises: CheckpointError naming the file.
+        """
+        with _naming(checkpoint):
+            return self._restore(engine, checkpoint, optimizer=optimizer, rng=rng)
+
+    def _restore(self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True) -> Progress:
+        """Raises: CheckpointError; on some rank a DamagedError when that is the reason."""
+        saved = self._opened(checkpoint)
+        progress = saved.progress
+        same = saved.generators_of == asdict(self.layout)
+        if rng and not same:
+            logger.info("%s has no random generators of this layout: they begin anew", checkpoint)
+        step = progress.step if optimizer else None
+        torch_dist.load(engine, checkpoint / MCORE, saved.manifest, step=step, rng=rng and same)
+        if engine.optimizer is not None and optimizer:
+            engine.optimizer.advance(progress.step)
+        return progress
+
+    def _opened(self, checkpoint: Path) -> Saved:
+        """One rank looks at names, sizes and small files; what is loaded is checked by whoever loads it."""
+
+        def look() -> Saved:
+            saved = open_saved(checkpoint)
+            if saved.manifest is None:
+                logger.warning("%s has no digests (saved before there were any): it is loaded unchecked", checkpoint)
+                return saved
+            for fault in missing_or_resized(saved.manifest, saved.manifest.below(MCORE)):
+                raise DamagedError(fault)
+            for name in SMALL:
+                saved.manifest.require(f"{MCORE}/{name}", (checkpoint / MCORE / name).read_bytes())
+            return saved
+
+        return self.ranks.on_main(look)
+
+
+def _damage(error: MegabatchError) -> DamagedError | None:
+    """What is damaged, if that is why a rank failed."""
+    cause = error.error if isinstance(error, ElsewhereError) else error
+    return cause if isinstance(cause, DamagedError) else None
+
+
+@contextmanager
+def _naming(checkpoint: Path) -> Iterator[None]:
+    """Says which checkpoint is damaged, where none is there to take its place."""
+    try:
+        yield
+    except MegabatchError as e:
+        if (damage := _damage(e)) is None:
+            raise
+        raise CheckpointError(f"{checkpoint} is damaged: {damage}; load an older one, step_*") from e
+
+
+def _below(part: str, files: dict[str, File]) -> dict[str, File]:
+    return {f"{part}/{name}": file for name, file in files.items()}
+
+
+def _sync_folders(folder: Path) -> None:
+    """Makes the names in it durable; files were synced by the ranks that wrote them."""
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        if not any(path.iterdir()):
+            path.rmdir()  # the part that this checkpoint does without
+        else:
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

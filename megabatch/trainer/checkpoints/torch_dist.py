@@ -1,0 +1,154 @@
+"""The state of a run in megatron-core's torch_dist format: model, optimizer and generators, sharded over all ranks."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megabatch.errors import CheckpointError, MegabatchError
+from megabatch.saved.manifest import DamagedError, File, Manifest
+from megabatch.trainer.checkpoints import optimizer_state, writing
+from megabatch.trainer.checkpoints.reading import Reader, through
+from megabatch.trainer.checkpoints.replicas import deal
+from megabatch.trainer.checkpoints.unpickling import as_data
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.ranks import Ranks
+
+METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+"""How megatron-core lays out the model's state."""
+
+
+def save(engine: Engine, directory: Path, *, optimizer: bool, rng: bool) -> dict[str, File]:
+    """Writes the state of all ranks into an existing empty directory; collective.
+
+    Returns: the files that this rank wrote.
+    Raises: CheckpointError on every rank if one could not write.
+    """
+    ranks = engine.ranks
+    state: dict[str, Any] = deal(_model_state(engine), ranks)
+    if optimizer and engine.optimizer is not None:
+        state["optimizer"] = optimizer_state.sharded(engine.optimizer, _model_state(engine), ranks)
+    if rng:
+        state["rng"] = _rng_object(ranks)
+    planned = writing.plan(state, content=METADATA)
+    written, error = writing.Written([], {}), None
+    try:
+        written = writing.write_items(planned, directory, rank=ranks.rank)
+    except (OSError, RuntimeError) as e:  # torch wraps a full disk in a RuntimeError
+        error = CheckpointError(f"{directory}: {root_cause(e)}")
+    ranks.raise_together(error)
+    results = ranks.gather_on_main(written.results)
+    files = dict(written.files)
+    if results is not None:
+        try:
+            files |= writing.write_metadata(planned, directory, results)
+        except (OSError, RuntimeError) as e:
+            error = CheckpointError(f"{directory}: {root_cause(e)}")
+    ranks.raise_together(error)
+    return files
+
+
+def load(engine: Engine, directory: Path, manifest: Manifest | None, *, step: int | None, rng: bool) -> None:
+    """Reads the model and, if asked for, optimizer and generators into the engine; collective.
+
+    Args: manifest: what every byte is checked against before it is used; None checks nothing.
+    step: optimizer steps done by the checkpoint, to load the optimizer too; None leaves it fresh.
+    rng: needs the layout that the checkpoint was saved with; everything else loads into any layout.
+    Raises: CheckpointError on every rank; the one of a rank that met damage is a DamagedError.
+    """
+    read = _opened(engine.ranks, directory, manifest)
+    loaded = read(_model_state(engine))
+    for i, chunk in enumerate(chunks := engine.model.chunks):
+        chunk.load_state_dict(loaded[_chunk_key(i, of=len(chunks))], strict=True)
+    if engine.optimizer is not None:
+        if step is not None:
+            optimizer_state.restore(engine.optimizer, _model_state(engine), engine.ranks, read, step=step)
+        else:
+            engine.optimizer.megatron.reload_model_params()
+    if rng:
+        _set_rng(read({"rng": _rng_object(engine.ranks)})["rng"])
+
+
+def _opened(ranks: Ranks, directory: Path, manifest: Manifest | None) -> Any:
+    error: MegabatchError | None = None
+    reader: Reader | None = None
+    try:
+        reader = Reader(directory, manifest)
+    except Exception as e:  # a pickle of a damaged file raises anything
+        error = _unreadable(directory, e)
+    ranks.raise_together(error)
+    assert reader is not None
+    return partial(_read, ranks, directory, reader)
+
+
+def _read(ranks: Ranks, directory: Path, reader: Reader, state: dict[str, Any]) -> dict[str, Any]:
+    loaded: dict[str, Any] = {}
+    error: MegabatchError | None = None
+    try:
+        with as_data(), through(reader):
+            strategy = TorchDistLoadShardedStrategy()
+            loaded = dist_checkpointing.load(state, str(directory), sharded_strategy=strategy)
+    except CheckpointException as e:  # no Exception, but what 0.16 raises on all ranks when some failed
+        failures = [failure for failure, _ in e.failures.values()]
+        error = _unreadable(directory, next((f for f in failures if isinstance(f, DamagedError)), failures[0]))
+    except Exception as e:  # megatron-core and torch raise many kinds for damaged files
+        error = _unreadable(directory, e)
+    ranks.raise_together(error)
+    return loaded
+
+
+def _unreadable(directory: Path, error: BaseException) -> MegabatchError:
+    return error if isinstance(error, MegabatchError) else CheckpointError(f"{directory}: {root_cause(error)}")
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the exception that started it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("Weights only load failed"):  # torch goes on to advise loading it all the same
+        return "an object in it is more than data: loading it could run code"
+    return lines[0] if lines else type(error).__name__
+
+
+def _chunk_key(chunk: int, *, of: int) -> str:
+    return "model" if of == 1 else f"model{chunk}"
+
+
+def _model_state(engine: Engine) -> dict[str, Any]:
+    chunks = engine.model.chunks
+    return {
+        _chunk_key(i, of=len(chunks)): chunk.sharded_state_dict(metadata=dict(METADATA))
+        for i, chunk in enumerate(chunks)
+    }
+
+
+def _rng_object(ranks: Ranks) -> ShardedObject:
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    world = ranks.place.world_size
+    return ShardedObject("rng_state", state, (world,), (ranks.rank,), replica_id=0)
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

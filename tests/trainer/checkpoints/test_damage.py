@@ -1,0 +1,186 @@
+"""Checkpoints are checked before they are trusted: damaged bytes are found, set aside, and never trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_server import RankServer
+from runs import curve, forget_digests, metrics, recipe, train, write_run
+
+from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.saved.check import faults
+from megabatch.saved.history import go_back, notes
+from megabatch.saved.manifest import MANIFEST, read_manifest
+
+STEPS = 4
+Damage = Callable[[Path, random.Random, list[Path]], None]
+
+
+def flip(file: Path, rng: random.Random, others: list[Path]) -> None:
+    at = rng.randrange(file.stat().st_size)
+    with open(file, "r+b") as opened:
+        opened.seek(at)
+        byte = opened.read(1)[0]
+        opened.seek(at)
+        opened.write(bytes([byte ^ 1 << rng.randrange(8)]))
+
+
+def truncate(file: Path, rng: random.Random, others: list[Path]) -> None:
+    os.truncate(file, rng.randrange(file.stat().st_size))
+
+
+def delete(file: Path, rng: random.Random, others: list[Path]) -> None:
+    file.unlink()
+
+
+def append(file: Path, rng: random.Random, others: list[Path]) -> None:
+    with open(file, "ab") as opened:
+        opened.write(rng.randbytes(rng.randint(1, 64)))
+
+
+def swap(file: Path, rng: random.Random, others: list[Path]) -> None:
+    other = rng.choice([path for path in others if path.read_bytes() != file.read_bytes()])
+    aside = file.with_name("aside")
+    file.rename(aside)
+    other.rename(file)
+    aside.rename(other)
+
+
+DAMAGES: list[Damage] = [flip, flip, truncate, delete, append, swap]
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks with a checkpoint after each step, the last of which is not the end of its training."""
+    folder = tmp_path_factory.mktemp("whole")
+    groups: dict[str, Any] = {"resources": {"tasks_per_node": 2}, "checkpoint": {"save_interval": 2}}
+    run = write_run(recipe(folder, training={"train_iters": STEPS + 2}, **groups), folder / "run")
+    assert set(ranks.run(train, world_size=2, run_dir=str(run))) == {ExitCode.DONE}
+    return run
+
+
+def cut(whole: Path, to: Path) -> Path:
+    """The same run as if it had been lost after its second checkpoint."""
+    shutil.copytree(whole, to)
+    made = json.loads((to / "run.json").read_text())
+    (to / "run.json").write_text(json.dumps({**made, "run_dir": str(to)}))
+    shutil.rmtree(to / "checkpoints" / f"step_{STEPS + 2:08d}")
+    (to / "checkpoints" / "latest").write_text(f"step_{STEPS:08d}\n")
+    (to / "metrics.jsonl").unlink()
+    return to
+
+
+def resume_each(run_dirs: list[str]) -> list[str]:
+    """Starts each run anew, one after the other in one world, and says how it ended."""
+    import torch.distributed as dist
+
+    from megabatch.errors import MegabatchError
+    from megabatch.trainer.ranks import Place
+
+    place, said = Place.from_environment(), []
+    dist.init_process_group("gloo", rank=place.rank, world_size=place.world_size)
+    for run_dir in run_dirs:
+        try:
+            said.append(str(int(train(run_dir))))
+        except MegabatchError as e:
+            said.append(str(e))
+    return said
+
+
+def damage_of(folder: Path) -> list[str]:
+    """What `megabatch checkpoint verify` finds."""
+    from megabatch.errors import CheckpointError
+
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as e:
+        return [str(e)]
+    return [f"{MANIFEST}: is missing"] if manifest is None else faults(manifest, workers=2)
+
+
+@pytest.mark.timeout(900)
+def test_fifty_random_damages(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
+    expected = curve(whole)
+    broken = {}
+    for seed in range(50):
+        rng, run = random.Random(seed), cut(whole, tmp_path / str(seed))
+        newest = run / "checkpoints" / f"step_{STEPS:08d}"
+        files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+        if seed % 2:  # half of them in what a resume loads
+            files = [path for path in files if "hf" not in path.parts]
+        damage, file = rng.choice(DAMAGES), rng.choice(files)
+        damage(file, rng, files)
+        broken[run] = f"{damage.__name__} {file.relative_to(newest)}, seed {seed}"
+        assert damage_of(newest), broken[run]
+    said = ranks.run(resume_each, world_size=2, timeout_s=600, run_dirs=[str(run) for run in broken])
+    assert said[0] == said[1] == [str(int(ExitCode.DONE))] * len(broken), dict(
+        zip(broken.values(), said[0], strict=True)
+    )
+    for run, what in broken.items():
+        first = metrics(run)[0]["step"]
+        assert first in (3, 5), what
+        assert curve(run) == expected[first - 1 :], f"{what}: it trained on damage"
+        aside = [note.name for note in notes(RunDirectory(run))]
+        assert aside == ([f"damaged.step_{STEPS:08d}"] if first == 3 else []), what
+        assert first == 3 or " hf/" in what or f" {MANIFEST}" in what, f"{what}: nothing was noticed"
+
+
+def test_what_is_said_of_damage(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path / "run")
+    for seed, step in enumerate((2, STEPS)):
+        flip(next((run / "checkpoints" / f"step_{step:08d}" / "mcore").glob("*.distcp")), random.Random(seed), [])
+    [said], _ = ranks.run(resume_each, world_size=2, run_dirs=[str(run)])
+    assert said.startswith(f"{run}/checkpoints: every checkpoint is damaged, and none was changed or set aside (step_")
+    assert "step_00000004: mcore/__" in said and "step_00000002: mcore/__" in said
+    assert sorted(p.name for p in (run / "checkpoints").glob("*step_*")) == ["step_00000002", "step_00000004"]
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000004\n"
+
+
+def test_a_checkpoint_without_digests_still_loads(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path / "run")
+    forget_digests(run / "checkpoints" / f"step_{STEPS:08d}")
+    ranks.run(train, world_size=2, run_dir=str(run))
+    assert curve(run) == curve(whole)[STEPS:]
+
+
+def test_one_without_digests_that_lacks_bytes_is_set_aside(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path / "run")
+    newest = run / "checkpoints" / f"step_{STEPS:08d}"
+    forget_digests(newest)
+    for file in (newest / "mcore").glob("*.distcp"):
+        os.truncate(file, file.stat().st_size // 2)
+    ranks.run(train, world_size=2, run_dir=str(run))
+    assert curve(run) == curve(whole)[2:]
+    assert [note.kind for note in notes(RunDirectory(run))] == ["damaged"]
+
+
+def test_latest_says_where_a_run_goes_on(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
+    by_hand, by_command = cut(whole, tmp_path / "hand"), cut(whole, tmp_path / "command")
+    (by_hand / "checkpoints" / "latest").write_text("step_00000002\n")
+    go_back(RunDirectory(by_command), "2")
+    for run in (by_hand, by_command):
+        ranks.run(train, world_size=2, run_dir=str(run), stop_after=1)
+        assert curve(run) == curve(whole)[2:3]
+        # what was later is no checkpoint any more: the next start goes on in the new history
+        names = sorted(path.name for path in (run / "checkpoints").glob("*step_*"))
+        assert names == ["later.step_00000004", "step_00000002", "step_00000003"]
+        ranks.run(train, world_size=2, run_dir=str(run))
+        assert curve(run) == curve(whole)[2:]
+
+
+def test_another_run_refuses_a_damaged_checkpoint(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
+    source = cut(whole, tmp_path / "source")
+    newest = source / "checkpoints" / f"step_{STEPS:08d}"
+    flip(next((newest / "mcore").glob("*.distcp")), random.Random(3), [])
+    groups: dict[str, Any] = {"resources": {"tasks_per_node": 2}, "checkpoint": {"load": str(source)}}
+    run = write_run(recipe(tmp_path, **groups), tmp_path / "run")
+    [said], _ = ranks.run(resume_each, world_size=2, run_dirs=[str(run)])
+    assert str(newest) in said and "mcore/__" in said and "differs from its digest" in said
+    assert newest.is_dir()
