@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from megabatch.errors import ConfigError, DataError, MegabatchError
+from megabatch.command_line import run_command
+from megabatch.errors import ConfigError
 
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the command line: 0 done, 1 failed, 2 a fault of what was asked for."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command(lambda: _run(words), words)
+
+
+def _run(arguments: Sequence[str]) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
     if rest and options.command not in ("plan", "rehearse"):
-        print(f"error: {rest[0]} is not an option of `megabatch {options.command}`; see --help", file=sys.stderr)
-        return 2
-    try:
-        return _COMMANDS[options.command](options, rest)
-    except MegabatchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | DataError) else 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        raise ConfigError(f"{rest[0]} is not an option of `megabatch {options.command}`; see --help")
+    return _COMMANDS[options.command](options, rest)
 
 
 def _parser() -> argparse.ArgumentParser:

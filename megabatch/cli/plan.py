@@ -12,14 +12,14 @@ from types import ModuleType
 from megabatch import entry
 from megabatch.cli.estimate_text import estimate_document, estimate_text
 from megabatch.cli.layouts_text import layouts_document, layouts_text
+from megabatch.command_line import exit_code
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.fields import unbuilt_fields
-from megabatch.entry.command import exit_code
 from megabatch.entry.declared import as_declared, loaded
 from megabatch.entry.estimate import estimate_of, gpu_of
 from megabatch.entry.launch import Launch, prepare
-from megabatch.entry.layouts import judged_layouts
+from megabatch.entry.layouts import faults_of_all, judged_layouts
 from megabatch.entry.plan_text import plan_text
 from megabatch.entry.startable import missing
 from megabatch.errors import ConfigError, Fault, MegabatchError
@@ -133,6 +133,8 @@ def _layouts(launch: Launch, options: PlanOptions, *, gpus: int) -> str:
     if gpus > a_node and gpus % a_node:
         rule = f"must be whole nodes of gpus_per_node={a_node}, or less than one"
         raise ConfigError([Fault("--gpus", gpus, rule, try_=(gpus // a_node * a_node,))])
+    if faults := faults_of_all(recipe, shape, gpus=gpus):
+        raise ConfigError(faults)
     gpu = gpu_of(options.gpu or launch.profile.gpu)
     limit = usable_gib(gpu) if options.gpu_memory_gib is None else options.gpu_memory_gib
     if limit <= 0:

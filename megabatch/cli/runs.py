@@ -14,8 +14,16 @@ DEFAULT_FOLDER = Path("megatron_output")
 _DEPTH = 3
 
 
+_NO_RUNS = {"arrays", "cache", "code", "sweep.json", "chain.json"}
+"""What else lies beside runs, in the folders of sweeps and chains and where runs are saved."""
+
+
 def is_run(path: Path) -> bool:
-    return RunDirectory(path).run_json.is_file()
+    """Whether it is a run directory, or the folder of a chain's step that is no training run."""
+    directory = RunDirectory(path)
+    return directory.run_json.is_file() or (
+        directory.jobs.is_file() and (path.absolute().parent / "chain.json").is_file()
+    )
 
 
 def one_run(path: Path) -> Path:
@@ -23,8 +31,6 @@ def one_run(path: Path) -> Path:
 
     Raises: LaunchError when there is none, with the nearest names, or more than one.
     """
-    if (path.absolute().parent / "chain.json").is_file() and RunDirectory(path).jobs.is_file():
-        return path  # a step of a chain that is no training run
     found = runs_in(path)
     if len(found) == 1:
         return found[0]
@@ -40,10 +46,15 @@ def one_run(path: Path) -> Path:
 
 
 def all_runs(paths: Sequence[Path]) -> list[Path]:
-    """Every run at or beneath the paths, or beneath `megatron_output` when none is given."""
+    """Every run at or beneath the paths, or beneath `megatron_output` when none is given.
+
+    Of several paths, as `SWEEP/*` gives them, what lies beside runs and is none does not count.
+    Raises: LaunchError for a path that holds none.
+    """
     if not paths:
         return runs_in(DEFAULT_FOLDER)
-    return [run for path in paths for run in (runs_in(path) or [one_run(path)])]
+    meant = [path for path in paths if len(paths) == 1 or path.name not in _NO_RUNS]
+    return list(dict.fromkeys(run for path in meant or paths for run in (runs_in(path) or [one_run(path)])))
 
 
 def runs_in(path: Path) -> list[Path]:
@@ -52,5 +63,12 @@ def runs_in(path: Path) -> list[Path]:
         return [path]
     found: list[Path] = []
     for depth in range(1, _DEPTH + 1):
-        found += [p.parent for p in path.glob("/".join(["*"] * depth + ["run.json"]))]
-    return sorted(found, key=lambda run: (run / "run.json").stat().st_mtime)
+        folders = "/".join(["*"] * depth)
+        found += [p.parent for p in path.glob(f"{folders}/run.json")]
+        found += [p.parent for p in path.glob(f"{folders}/jobs.jsonl") if not (p.parent / "run.json").is_file()]
+    return sorted(filter(is_run, found), key=_made)
+
+
+def _made(run: Path) -> float:
+    directory = RunDirectory(run)
+    return (directory.run_json if directory.run_json.is_file() else directory.jobs).stat().st_mtime

@@ -12,7 +12,12 @@ from megabatch.cli.runs import all_runs
 from megabatch.cli.table import amount, duration, table, terminal_width
 from megabatch.errors import LaunchError
 from megabatch.insight.overview import Overview, overview
+from megabatch.run_directory import RunDirectory
 from megabatch.slurm.bad_nodes import told
+from megabatch.slurm.queue import State
+from megabatch.slurm.records import LOCAL
+from megabatch.slurm.script.links import is_linked
+from megabatch.slurm.state import RunStatus
 
 _HEADER = ("RUN", "STATE", "STEP", "LOSS", "TOK/S", "ETA", "GOODPUT", "JOB", "HEARD", "WHY")
 REDRAW_S = 2.0
@@ -52,7 +57,7 @@ def _row(one: Overview) -> tuple[str, ...]:
     job = now.job_id or "-"
     if now.restart:
         job += f" #{now.restart}"
-    reason = now.reason or (f"exit code {now.exit_code}" if now.exit_code else "")
+    reason = now.reason or _goes_on(now) or (f"exit code {now.exit_code}" if now.exit_code else "")
     why = "; ".join(text for text in (reason, told(one.bad_nodes)) if text)
     return (
         _short(now.run),
@@ -66,6 +71,17 @@ def _row(one: Overview) -> tuple[str, ...]:
         "-" if now.heartbeat_age_s in (None, float("inf")) else duration(max(0.0, now.heartbeat_age_s or 0.0)),
         why,
     )
+
+
+def _goes_on(now: RunStatus) -> str:
+    """Of a run that was stopped with everything saved, and has no further job."""
+    if now.state is not State.STOPPED or not now.jobs or now.jobs[-1].job_id == LOCAL:
+        return ""
+    try:
+        several = is_linked(RunDirectory(now.run).script.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return ""
+    return f"saved, its last job has ended; megabatch resume{' --chain N' * several} goes on"
 
 
 def _short(run: Path) -> str:

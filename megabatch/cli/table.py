@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from collections.abc import Sequence
 
 NARROWEST = 12
@@ -20,11 +21,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | 
     Args: `width` is what a line may have; the first column is cut at its front and the last one at its end for it.
     """
     lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    widths = [max(text_width(line[column]) for line in lines) for column in range(len(header))]
     if width is not None:
         _cut(lines, widths, width=width)
     return "\n".join(
-        "  ".join([*(cell.ljust(size) for cell, size in zip(line[:-1], widths, strict=False)), line[-1]]).rstrip()
+        "  ".join([*(_padded(cell, size) for cell, size in zip(line[:-1], widths, strict=False)), line[-1]]).rstrip()
         for line in lines
     )
 
@@ -38,12 +39,31 @@ def _cut(lines: list[list[str]], widths: list[int], *, width: int) -> None:
         if size < widths[column]:
             widths[column] = size
             for line in lines:
-                if len(line[column]) > size:
+                if text_width(line[column]) > size:
                     line[column] = _shortened(line[column], size, at_front=column == 0)
 
 
 def _shortened(text: str, size: int, *, at_front: bool) -> str:
-    return "…" + text[len(text) - size + 1 :] if at_front else text[: size - 1] + "…"
+    while text and text_width(text) > size - 1:
+        text = text[1:] if at_front else text[:-1]
+    return "…" + text if at_front else text + "…"
+
+
+def text_width(text: str) -> int:
+    """Columns of a terminal: two for wide characters (Chinese, Japanese, Korean, emoji), none for marks on others."""
+    if text.isascii():
+        return len(text)
+    return sum(_columns(character) for character in text)
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
+
+
+def _padded(text: str, size: int) -> str:
+    return text + " " * (size - text_width(text))
 
 
 def duration(seconds: float) -> str:

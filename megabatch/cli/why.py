@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megabatch.cli.runs import one_run
+from megabatch.cli.runs import all_runs, one_run
 from megabatch.insight.diagnosis import Diagnosis, diagnose
 from megabatch.insight.masking import Masker
+from megabatch.slurm.queue import State
+from megabatch.slurm.state import status
 
+_WELL = (State.COMPLETED, State.NOT_SUBMITTED)
 LONGEST = 300
 """Characters of a shown line of a log."""
 
 
 def show_why(path: Path, *, restart: int | None, as_json: bool) -> int:
-    """Prints a diagnosis; secrets in log lines are masked. Raises: LaunchError when there is no such run or start."""
-    found, mask = diagnose(one_run(path), restart=restart), Masker()
+    """Prints a diagnosis, or those of the failed runs of a sweep or a chain; secrets in log lines are masked.
+
+    Raises: LaunchError when there is no such run or start.
+    """
+    runs, mask = all_runs([path]), Masker()
+    if len(runs) == 1 or restart is not None:
+        found = diagnose(one_run(path), restart=restart)
+        print(json.dumps(mask(found.plain()), indent=2) if as_json else mask.text(text(found)))
+        return 0
+    failed = [diagnose(now.run) for now in status(runs) if not now.state.active and now.state not in _WELL]
     if as_json:
-        print(json.dumps(mask(found.plain()), indent=2))
+        print(json.dumps([mask(one.plain()) for one in failed], indent=2))
     else:
-        print(mask.text(text(found)))
+        print(mask.text("\n\n".join(map(text, failed))) if failed else f"none of the {len(runs)} runs has failed")
     return 0
 
 

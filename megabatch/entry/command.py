@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megabatch.chain.declare import Chain
+from megabatch.command_line import run_command
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.entry.declared import as_declared, file_of
 from megabatch.entry.launch import Launch, prepare, written
 from megabatch.entry.plan_text import plan_text
 from megabatch.entry.preflight import occupied
-from megabatch.entry.startable import missing, unplaceable, unstartable
-from megabatch.errors import ConfigError, ConversionError, DataError, Fault, LaunchError, MegabatchError
+from megabatch.entry.startable import absent_packages, missing, unplaceable, unstartable
+from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.alone import TakenError
 from megabatch.sweep.declare import Sweep
@@ -32,24 +32,7 @@ python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [-
 def main(recipe: Callable[[], Recipe | Chain] | Sweep, argv: Sequence[str] | None = None) -> None:
     """Runs a recipe's command line and exits: 0 done, 2 faults of the configuration, else see `ExitCode`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        code = run(recipe, arguments)
-    except MegabatchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = exit_code(error)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        # the reader of our output has gone, for example `| head`: nothing is left to say, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.FAILED
-    raise SystemExit(int(code))
-
-
-def exit_code(error: MegabatchError) -> ExitCode:
-    """What the same command would meet again is the configuration's fault."""
-    return ExitCode.CONFIG if isinstance(error, ConfigError | DataError | ConversionError) else ExitCode.FAILED
+    raise SystemExit(int(run_command(lambda: run(recipe, arguments), arguments)))
 
 
 def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) -> int:
@@ -209,12 +192,9 @@ def _local(launch: Launch, arguments: Sequence[str]) -> int:
 
 
 def require_torch() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("torch", "megatron", "transformers") if find_spec(name) is None]
-    if missing:
+    if absent := absent_packages():
         raise LaunchError(
-            f"{', '.join(missing)} not installed for {sys.executable}, so nothing can be trained here; "
+            f"{', '.join(absent)} not installed for {sys.executable}, so nothing can be trained here; "
             "pip install 'megabatch[train]', or --submit to a cluster"
         )
 

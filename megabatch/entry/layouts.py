@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules import parallelism, pipeline
+from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import unbuilt_fields
 from megabatch.entry.estimate import Verdict, verdict_of
 from megabatch.errors import Fault
@@ -45,6 +46,18 @@ def judged_layouts(
             verdict = verdict_of(laid, shape, gpu=gpu, gpu_memory_gib=gpu_memory_gib, variant_of=base)
         judged.append(JudgedLayout(choice, verdict))
     return sorted(judged, key=_rank)
+
+
+_LAID_OUT = ("parallel.", "resources.", "batch.", "moe.", "recompute.")
+"""Groups whose rules depend on a layout."""
+
+
+def faults_of_all(recipe: Recipe, shape: ModelShape, *, gpus: int) -> list[Fault]:
+    """Broken rules that no layout mends; what is not built yet can be planned all the same."""
+    base = on_gpus(recipe, gpus)
+    unbuilt = {str(fault) for fault in unbuilt_fields(base)}
+    found = check(base, shape)
+    return [fault for fault in found if not fault.field.startswith(_LAID_OUT) and str(fault) not in unbuilt]
 
 
 def _rank(judged: JudgedLayout) -> tuple[bool, float]:

@@ -6,7 +6,9 @@ A recipe, each step of a chain and each point of a sweep ask the same; what is l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 
 from megabatch.config.recipe import Recipe
@@ -15,6 +17,7 @@ from megabatch.entry.mounts import unmounted
 from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.errors import Fault
 from megabatch.secret_text import tokens_in
+from megabatch.slurm.profile import ClusterProfile
 
 
 def missing(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
@@ -23,7 +26,27 @@ def missing(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[F
     Args: `own` is the recipe without what other runs have yet to make.
     """
     recipe = own or launch.recipe
-    return missing_inputs(recipe, launch.model) + (missing_gpus(recipe) if local else unmounted(launch))
+    return missing_inputs(recipe, launch.model) + (
+        missing_gpus(recipe) if local else [*unmounted(launch), *_untrainable(launch.profile)]
+    )
+
+
+def absent_packages() -> list[str]:
+    """What this Python lacks of what trains."""
+    return [name for name in ("torch", "megatron", "transformers") if find_spec(name) is None]
+
+
+def _untrainable(profile: ClusterProfile) -> list[Fault]:
+    """Whether the ranks would run this very Python without what trains; modules and setup may bring it."""
+    brought = profile.python or profile.container or profile.modules or profile.setup
+    absent = [] if brought or "PYTHONPATH" in profile.environment else absent_packages()
+    if not absent:
+        return []
+    rule = (
+        f"lacks {', '.join(absent)}, and the ranks would run it; name another with `python`, or a container, in the "
+        "cluster profile, or: pip install 'megabatch[train]'"
+    )
+    return [Fault(sys.executable, None, rule, bare=True)]
 
 
 def unstartable(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:

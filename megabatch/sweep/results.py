@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megabatch.cli.table import text_width
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.queue import State
@@ -139,11 +140,15 @@ def results_table(results: Sequence[Result], *, by: Rank) -> str:
         ]
         for result in ranked(results, by=by)
     ]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=False)), row[-1]])
-        for row in [header, *rows]
-    )
+    widths = [max(text_width(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
+    return "\n".join(_line(row, widths) for row in [header, *rows])
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    """The first cell to the left, the others to the right, the last one as it is."""
+    spaces = [" " * (width - text_width(cell)) for cell, width in zip(row, widths, strict=False)]
+    middle = [space + cell for space, cell in zip(spaces[1:], row[1:], strict=False)]
+    return "  ".join([row[0] + spaces[0], *middle, row[-1]])
 
 
 def _value(value: Any) -> str:

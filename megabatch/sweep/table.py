@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megabatch.cli.table import text_width
 from megabatch.config.recipe import Recipe
 from megabatch.config.walltime import seconds
 from megabatch.plan.memory import MARGIN
@@ -39,7 +40,7 @@ def table_text(
         if starts:
             row.append(starts.get(candidate.point.name, "-"))
         rows.append([*row, _verdict(candidate, left)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    widths = [max(text_width(row[i]) for row in rows) for i in range(len(header))]
     lines = [_aligned(row, widths) for row in rows]
     return "\n".join([*lines, _sum(found, arrays, left)])
 
@@ -49,7 +50,7 @@ def _splits(swept: Sequence[str]) -> bool:
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
+    cells = [" " * (width - text_width(cell)) + cell for cell, width in zip(row, widths, strict=False)]
     return "  ".join([*cells, row[-1]])
 
 

@@ -6,6 +6,7 @@ from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.script.exit_codes import MAY_PASS
+from megabatch.slurm.script.links import last_link
 
 
 def finish(job: JobSpec) -> list[str]:
@@ -37,6 +38,7 @@ def finish(job: JobSpec) -> list[str]:
         "}",
         'if cancelled; then record_ending "$status" \', "cancelled": true\'; else record_ending "$status"; fi',
         *(_requeue(job) if job.requeue else []),
+        *last_link(job),
         'exit "$status"',
     ]
 

@@ -17,6 +17,7 @@ _WITHOUT = re.compile(
     r'(?<=^if \[ "\$verdict" = exclude \] && \[ -z "\$stop" \]; then )(?:leave_out|verdict=fail)(?=; fi$)',
     re.MULTILINE,
 )
+_END = re.compile(r"^(?=exit \"\$status\"\n\Z)", re.MULTILINE)
 _ENDING = re.compile(r"^# after TERM, and once Slurm .*^fi\n(?=exit \"\$status\"\n\Z)", re.MULTILINE | re.DOTALL)
 """Where a script says whether its job comes back."""
 
@@ -24,6 +25,26 @@ _ENDING = re.compile(r"^# after TERM, and once Slurm .*^fi\n(?=exit \"\$status\"
 def earlier_links(job: JobSpec) -> list[str]:
     """Ends the job with the run's own exit code if an earlier link has finished it, or failed in a way that stays."""
     return [] if job.links == 1 else _look(job.files)
+
+
+def last_link(job: JobSpec) -> list[str]:
+    """The last job of a run that is not done says how it goes on."""
+    return [] if job.links == 1 else _last(job.files)
+
+
+def _last(run: RunDirectory) -> list[str]:
+    resume = f"megabatch resume {shell(str(run.path))} --chain N"
+    return [
+        "# jobs that were queued after this one go on with the run",
+        'later=$(awk -F \'"\' -v own="$MEGABATCH_JOB_ID" \\',
+        """    '/"cluster": / { if (found) print $4; if ($4 == own) found = 1 }' \\""",
+        '    "$MEGABATCH_RUN/jobs.jsonl") || true',
+        f'case "$status:$later" in {ExitCode.REQUEUE}: | {": | ".join(MAY_PASS.split(" | "))}:)',
+        "    echo "
+        + shell(f"megabatch: the last of this run's jobs has ended and the run has not; go on with: {resume}"),
+        "    ;;",
+        "esac",
+    ]
 
 
 def is_linked(script: str) -> bool:
@@ -38,11 +59,14 @@ def linked(script: str, run: RunDirectory) -> str:
     """
     if is_linked(script):
         return script
+    requeues = "\n#SBATCH --requeue\n" in script
+    last = "\n".join(_last(run)) + "\n"
     changes = (
         (_START, 1, "\n".join(_look(run)) + "\n\n"),
         (_OPTION, 1, "#SBATCH --no-requeue"),
         (_WITHOUT, int("\nleave_to_next_link() {\n" in script), "leave_to_next_link"),
-        (_ENDING, int("\n#SBATCH --requeue\n" in script), ""),
+        (_ENDING, int(requeues), last),
+        *([] if requeues else [(_END, 1, last)]),
     )
     for pattern, expected, text in changes:
         pieces = pattern.split(script)

@@ -134,3 +134,12 @@ def test_help_is_the_commands_and_the_recipes(capsys: pytest.CaptureFixture[str]
 def test_what_a_plan_cannot_be_asked(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert said in _plan(capsys, SMALL, *flags, code=2)
     assert not Path("megatron_output").exists()
+
+
+def test_a_fault_that_no_layout_mends_is_told_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "endless.py"
+    text = "from megabatch import Model, Data, Recipe\n\ndef recipe():\n    return Recipe(name='e', task='sft', "
+    recipe.write_text(text + "model=Model(model='Qwen/Qwen3-8B'), data=Data(dataset=['x.jsonl']))\n")
+    assert main(["plan", str(recipe), "--gpus", "8"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: 1 fault") and "train_iters is missing" in said.err and not said.out

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
+from megabatch import Recipe
 from megabatch.entry.command import main
 
 FILE = """\
@@ -73,3 +75,20 @@ def test_a_token_in_the_file_and_inputs_that_no_mount_shows(
 def test_what_is_missing(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = submitted(way, tmp_path, capsys, "no token")
     assert "1 fault, " in said and "train.jsonl" in said and "does not exist" in said
+
+
+def test_a_python_that_cannot_train_is_refused_before_the_queue(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the interpreter that submits, unless the profile says where another one, or its packages, come from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megabatch.entry.startable.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        main(lambda: recipe, ["--submit"])
+    assert ended.value.code == 2
+    assert f"{sys.executable} lacks torch, megatron, transformers, and the ranks" in capsys.readouterr().err
+    for line in ('python = "/opt/python"', 'modules = ["pytorch"]', 'setup = ["source /opt/venv/bin/activate"]'):
+        (tmp_path / "site.toml").write_text(line + "\n")
+        with pytest.raises(SystemExit):
+            main(lambda: recipe, ["--dry_run", "--cluster", str(tmp_path / "site.toml")])
+        assert "lacks torch" not in capsys.readouterr().err

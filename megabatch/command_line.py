@@ -1,0 +1,62 @@
+"""What every command line of megabatch does around its work: errors in one line, and readers that leave early."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from megabatch.errors import ConfigError, ConversionError, DataError, MegabatchError
+from megabatch.run_directory import ExitCode
+
+_NAMES = {
+    errno.ENAMETOOLONG: "is too long: a name has at most 255 bytes, a path 4,095; choose a shorter one",
+    errno.ELOOP: "is a link that leads back to itself; choose another",
+}
+"""What is wrong with the name of a file, whoever asks for it."""
+_SHOWN = 80
+
+
+def run_command(work: Callable[[], int], arguments: Sequence[str]) -> int:
+    """Does the work and returns its exit code, or that of what it raises, which is told in one line.
+
+    The reader of standard output may leave (`| head`): then nothing is left to say, not even at exit.
+    """
+    try:
+        _require_text(arguments)
+        try:
+            code = work()
+        except SystemExit as end:  # argparse's help and version
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        sys.stdout.flush()
+        return code
+    except MegabatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_code(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FAILED
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in _NAMES:
+            raise
+        name = str(error.filename)
+        print(f"error: {name[:_SHOWN]}{'…' * (len(name) > _SHOWN)} {_NAMES[error.errno]}", file=sys.stderr)
+        return ExitCode.CONFIG
+
+
+def exit_code(error: MegabatchError) -> ExitCode:
+    """What the same command would meet again is the configuration's fault."""
+    return ExitCode.CONFIG if isinstance(error, ConfigError | DataError | ConversionError) else ExitCode.FAILED
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Raises: ConfigError for bytes that are no text: neither run.json nor a log could name the path."""
+    for name, text in (*(("argument", word) for word in arguments), ("current folder", os.getcwd())):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{name} {text!a} holds bytes that are not UTF-8; rename it") from error
