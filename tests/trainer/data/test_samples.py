@@ -49,7 +49,7 @@ def test_cutting_keeps_one_end_and_predicts_no_first_token(tokenizer_folder: Pat
 
 @pytest.mark.parametrize("limit", [2, 3, 7, 20, 21])
 def test_pieces_of_a_document_learn_every_token_once(tokenizer_folder: Path, limit: int) -> None:
-    document = row(4, text="How many apples are in the basket? There are seven apples in it.")
+    document = row(4, text="How many apples are in the basket? There are seven apples in it. " * 3)
     (whole,) = encoder(tokenizer_folder, task="pt").encode([document]).samples
     made = encoder(tokenizer_folder, task="pt", max_length=limit, truncation_strategy="split")
     chunk = made.encode([document, row(5, text="two")])
