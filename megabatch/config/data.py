@@ -14,7 +14,8 @@ class Data:
     """Datasets, templates, lengths, packing, shuffling and the workers that prepare batches."""
 
     dataset: Sequence[str] = param(())
-    """Training data: files (JSONL, JSON, CSV, Parquet), folders or hub names; `path#500` draws 500 samples."""
+    """Training data: files (JSONL, JSON, CSV, TSV, Parquet, also .gz and .zst), folders or hub names; `path#500` draws
+    500 samples."""
     val_dataset: Sequence[str] = param(())
     """Validation data, spelled like `dataset`; when given, nothing is split off the training data."""
     split_dataset_ratio: float = param(0.0, at_least=0, below=1)

@@ -15,14 +15,17 @@ from megabatch.entry.paths import NUMBERED
 from megabatch.errors import DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.trainer.data import files, names, tokenizer
+from megabatch.trainer.data.compressed import inner_suffix
 from megabatch.trainer.data.formats import conversation_of
 
 SCANNED_BYTES = 64 << 20
-"""JSONL, JSON and CSV files up to this size are read through before submission; it takes about a second."""
+"""JSONL, JSON, CSV and TSV files up to this size are read through before submission; it takes about a second."""
 _MARKS = {"run.json", "sweep.json", "chain.json"}
 _BEFORE = {"code", "logs", "slurm", "job.sbatch"}
 """What a submission that was refused leaves in a folder that was there before."""
-_SCANNED_SUFFIXES = (".jsonl", ".json", ".csv")
+_SCANNED_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+_GZIP_RATIO = 8
+"""Text is about so many times as large as its .gz."""
 
 
 def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
@@ -117,7 +120,10 @@ def _rows(data: Data, name: names.DatasetName) -> int | None:
 
 
 def _rows_of_file(data: Data, path: Path, *, alone: bool) -> int | None:
-    if path.suffix.lower() not in _SCANNED_SUFFIXES or path.stat().st_size > SCANNED_BYTES:
+    ratio = _GZIP_RATIO if path.suffix.lower() == ".gz" else 1
+    if path.suffix.lower() == ".zst" or inner_suffix(path) not in _SCANNED_SUFFIXES:
+        return None  # what reads them may not be installed where runs are only submitted
+    if path.stat().st_size * ratio > SCANNED_BYTES:
         return None
     rows = 0
     for rows, row in enumerate(files.rows(path), start=1):  # noqa: B007 - counted

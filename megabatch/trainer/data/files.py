@@ -1,17 +1,22 @@
-"""Local dataset files → rows with their place: JSONL, JSON lists, CSV, Parquet and plain text."""
+"""Local dataset files → rows with their place: JSONL, JSON, CSV, TSV, Parquet, plain text, also compressed."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from megabatch.errors import DataError
+from megabatch.trainer.data.compressed import COMPRESSIONS, inner_suffix, is_damage, open_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,7 @@ class Origin:
 
     file: str
     number: int
-    """Line from 1 (JSONL, CSV, text) or row from 0 (JSON list, Parquet, hub)."""
+    """Line from 1 (JSONL, CSV, TSV, text) or row from 0 (JSON list, Parquet, hub)."""
     is_line: bool = True
 
     def __str__(self) -> str:
@@ -38,9 +43,15 @@ class Row:
 def rows(path: Path) -> Iterator[Row]:
     """Rows of one file, streamed. Raises DataError with file and line for anything unreadable."""
     try:
-        yield from _READERS[path.suffix.lower()](path)
+        yield from _READERS[inner_suffix(path)](path)
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the name says that it is a dataset file of a kind that is read; Parquet compresses itself."""
+    suffix = inner_suffix(path)
+    return suffix in _READERS and (suffix != ".parquet" or path.suffix.lower() == suffix)
 
 
 def content_digest(path: Path) -> bytes:
@@ -60,56 +71,109 @@ def nearest(path: Path) -> str:
     names = [p.name for p in folder.iterdir()]
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if not close:
-        close = sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES)[:3]
+        close = sorted(name for name in names if is_readable(Path(name)))[:3]
     if close:
         return f"; nearest in {folder}: {', '.join(close)}"
-    return f"; {folder} has no {', '.join(SUFFIXES)} file; check the path"
+    return f"; {folder} has no {READABLE} file; check the path"
 
 
 def _lines(path: Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
     """Lines with their number from 1, decoded as UTF-8 (a byte order mark is dropped), `blank` ones only if asked."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
+    number = 0
+    try:
+        with open_bytes(path) as file:
+            for number, raw in enumerate(file, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as e:
-                raise DataError(
-                    f"{path}:{number}: not UTF-8 (byte 0x{raw[e.start]:02x} at column {e.start + 1}); "
-                    f"fix that line or convert the file, e.g. iconv -f latin1 -t utf-8"
-                ) from e
-            if blank or line.strip():
-                yield number, line
+                if number == 1 and (other := _other_encoding(raw)):
+                    raise _not_utf8(path, other)
+                if blank or line.strip():
+                    yield number, line
+    except UnicodeDecodeError as e:
+        if number == 1 and (other := _other_encoding(raw)):
+            raise _not_utf8(path, other) from e
+        raise DataError(
+            f"{path}:{number}: not UTF-8 (byte 0x{raw[e.start]:02x} at column {e.start + 1}); "
+            f"fix that line or convert the file, e.g. iconv -f latin1 -t utf-8"
+        ) from e
+    except (OSError, EOFError, zlib.error) as e:
+        if not is_damage(e):
+            raise
+        raise DataError(
+            f"{path}:{number + 1}: the compressed file is damaged or cut short there ({e}); copy or download it again"
+        ) from e
+
+
+def _other_encoding(raw: bytes) -> str | None:
+    """The encoding of a text that begins so, if it is not UTF-8: its byte order mark, or every second byte 0."""
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+    marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    for mark, name in marks.items():  # UTF-32's begins with UTF-16's
+        if raw.startswith(mark):
+            return name
+    if raw[:4:2] == b"\0\0":
+        return "UTF-16BE"
+    return "UTF-16LE" if raw[1:4:2] == b"\0\0" else None
+
+
+def _not_utf8(path: Path, encoding: str) -> DataError:
+    return DataError(f"{path}: is {encoding}, not UTF-8; convert the file: iconv -f {encoding} -t UTF-8")
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
+    yield from _json_rows(path, _lines(path))
+
+
+def _json_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    file = str(path)
+    for number, line in lines:
         try:
             fields = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as e:
             detail = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
             raise DataError(f"{path}:{number}: not valid JSON ({detail}); fix or delete that line") from e
-        yield Row(Origin(str(path), number), _object(fields, place=f"{path}:{number}"))
+        yield Row(Origin(file, number), _object(fields, file, number))
 
 
 def _json(path: Path) -> Iterator[Row]:
-    text = "".join(line for _, line in _lines(path, blank=True))
+    """A list of objects, read as a whole; or one object a line, as some tools name JSONL."""
+    lines = _lines(path)
+    first = next(lines, None)
+    if first is None or not _is_object(first[1]):
+        yield from _json_list(path, "".join(line for _, line in _lines(path, blank=True)))
+    else:
+        yield from _json_rows(path, chain([first], lines))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
+def _json_list(path: Path, text: str) -> Iterator[Row]:
     try:
         records = json.loads(text)
-    except json.JSONDecodeError as e:
+    except (json.JSONDecodeError, RecursionError) as e:
+        near = (
+            f"{e.msg} near {text[max(0, e.pos - 20) : e.pos + 20]!r}"
+            if isinstance(e, ValueError)
+            else "nested too deeply"
+        )
         raise DataError(
-            f"{path}: not valid JSON ({e.msg} near {text[max(0, e.pos - 20) : e.pos + 20]!r}); fix it, "
-            f"or name the file .jsonl when it holds one object per line"
+            f"{path}: not valid JSON ({near}); fix it: a .json dataset is a list of objects, or one object a line"
         ) from e
     if not isinstance(records, list):
-        raise DataError(f"{path}: holds a {type(records).__name__}; a .json dataset must be a list of objects")
+        raise DataError(
+            f"{path}: holds a {type(records).__name__}; a .json dataset is a list of objects, or one object a line"
+        )
     for number, fields in enumerate(records):
-        origin = Origin(str(path), number, is_line=False)
-        yield Row(origin, _object(fields, place=str(origin)))
+        yield Row(Origin(str(path), number, is_line=False), _object(fields, str(path), number, is_line=False))
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path, *, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(1 << 30)  # the default of 128 KiB refuses long documents
-    reader = csv.DictReader((line for _, line in _lines(path, blank=True)), strict=True)
+    reader = csv.DictReader((line for _, line in _lines(path, blank=True)), strict=True, delimiter=delimiter)
     while True:
         try:
             fields = next(reader, None)
@@ -122,7 +186,7 @@ def _csv(path: Path) -> Iterator[Row]:
         if None in fields or None in fields.values():
             raise DataError(
                 f"{path}:{reader.line_num}: has not the header's {len(reader.fieldnames or ())} cells; "
-                f"quote cells that hold commas"
+                f"quote cells that hold {'tabs' if delimiter == _TAB else 'commas'}"
             )
         yield Row(Origin(str(path), reader.line_num), fields)
 
@@ -147,17 +211,21 @@ def _text(path: Path) -> Iterator[Row]:
         yield Row(Origin(str(path), number), {"text": line.rstrip("\r\n")})
 
 
-def _object(fields: Any, *, place: str) -> dict[str, Any]:
+def _object(fields: Any, file: str, number: int, *, is_line: bool = True) -> dict[str, Any]:
     if not isinstance(fields, dict):
-        raise DataError(f"{place}: is a JSON {type(fields).__name__}; each row must be an object with named fields")
+        place, kind = Origin(file, number, is_line), type(fields).__name__
+        raise DataError(f"{place}: is a JSON {kind}; each row must be an object with named fields")
     return fields
 
 
+_TAB = "\t"
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": partial(_csv, delimiter=_TAB),
     ".parquet": _parquet,
     ".txt": _text,
 }
-SUFFIXES = tuple(_READERS)
+READABLE = f"{', '.join(_READERS)} (the text ones also with {' or '.join(COMPRESSIONS)})"
+"""The kinds of files, for error messages."""

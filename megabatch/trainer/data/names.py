@@ -59,7 +59,7 @@ def parse(text: str, *, use_hf: bool = True) -> DatasetName:
     if where.startswith(_EXAMPLE):
         return DatasetName(text, "example", _known_example(where.removeprefix(_EXAMPLE)), count)
     path = Path(where).expanduser()
-    if _HUB_NAME.match(where) and path.suffix.lower() not in files.SUFFIXES and not path.exists():
+    if _HUB_NAME.match(where) and not files.is_readable(path) and not path.exists():
         return DatasetName(text, "hf" if use_hf else "ms", where, count)
     return DatasetName(text, "path", where, count)
 
@@ -74,16 +74,16 @@ def local_files(name: DatasetName) -> list[Path]:
         raise DataError(f"dataset {name.text!r} does not exist{files.nearest(path)}")
     if path.is_dir():
         return _files_in(path)
-    if path.suffix.lower() not in files.SUFFIXES:
-        raise DataError(f"dataset {path} is not a {', '.join(files.SUFFIXES)} file; convert or rename it")
+    if not files.is_readable(path):
+        raise DataError(f"dataset {path} is not a {files.READABLE} file; convert or rename it")
     return [path]
 
 
 def _files_in(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in files.SUFFIXES)
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and files.is_readable(p))
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if not found:
-        raise DataError(f"dataset folder {folder} has no {', '.join(files.SUFFIXES)} file; check the path")
+        raise DataError(f"dataset folder {folder} has no {files.READABLE} file; check the path")
     return found
 
 

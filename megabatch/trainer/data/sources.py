@@ -1,8 +1,9 @@
 """Dataset strings → rows that know where they came from.
 
-`names` says what a dataset string may be. A path is a JSONL, JSON, CSV, Parquet or plain-text file, or a folder of
-such files. `#count` takes that many rows of this dataset: a seeded random subset (the first rows when the dataset is
-not shuffled); above the dataset's size, whole repetitions and a subset. Of an example dataset it makes that many.
+`names` says what a dataset string may be. A path is a JSONL, JSON, CSV, TSV, Parquet or plain-text file, or a folder
+of such files; the text ones may be compressed. `#count` takes that many rows of this dataset: a seeded random subset
+(the first rows when the dataset is not shuffled); above the dataset's size, whole repetitions and a subset. Of an
+example dataset it makes that many.
 
 Local files are streamed, so memory does not grow with the dataset; only a JSON list is read as a whole.
 """
@@ -56,10 +57,10 @@ class Source:
             raise DataError(f"dataset {self.text!r} is empty: it has no rows; give a file with at least one example")
 
     def fingerprint(self) -> str:
-        """Digest of the content that the rows come from; the file names count only through their order and suffix."""
+        """Digest of the content that the rows come from; of the file names only order and suffixes count."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
-            digest.update(path.suffix.encode())
+            digest.update("".join(path.suffixes[-2:]).encode())
             digest.update(files.content_digest(path))
         if self.hub:
             digest.update(hub.fingerprint(self.hub, self.name).encode())

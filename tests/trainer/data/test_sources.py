@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -101,14 +103,95 @@ def test_other_faults_of_files_are_named(tmp_path: Path) -> None:
         "latin.jsonl", b'{"text":1}\n{"text": "a\xe4"}'
     )
     assert "list.jsonl:1: is a JSON list" in fault("list.jsonl", b"[1]")
-    assert "dict.json: holds a dict" in fault("dict.json", b'{"text": "a"}')
-    assert "name the file .jsonl" in fault("lines.json", b'{"a": 1}\n{"a": 2}')
+    assert "dict.json: holds a dict" in fault("dict.json", b'{\n"text": "a"}')
+    assert "lines.json:2: not valid JSON" in fault("lines.json", b'{"a": 1}\n{"a": 2')
+    assert "cut.json: not valid JSON" in fault("cut.json", b'[{"a": 1}, {"a"')
     assert "ragged.csv:3: has not the header's 2 cells" in fault("ragged.csv", b"a,b\n1,2\n1,2,3\n")
     assert "short.csv:2: has not the header's 2 cells" in fault("short.csv", b"a,b\n1\n")
     assert "quote.csv:2: not valid CSV" in fault("quote.csv", b'a,b\n"1"x,2\n')
     assert "bad.parquet: not readable as Parquet" in fault("bad.parquet", b"PAR1 nonsense")
     assert "empty.jsonl' is empty" in fault("empty.jsonl", b"\n")
-    assert "is not a .jsonl, .json, .csv, .parquet, .txt file" in fault("data.xlsx", b"")
+    assert "is not a .jsonl, .json, .csv, .tsv, .parquet, .txt (the text ones also with .gz or .zst)" in fault(
+        "data.xlsx", b""
+    )
+    assert "tabs.tsv:3: has not the header's 2 cells; quote cells that hold tabs" in fault(
+        "tabs.tsv", b"a\tb\n1\t2\n1\t2\t3\n"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "txt", "jsonl.gz"])
+def test_another_unicode_encoding_is_named(tmp_path: Path, encoding: str, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    content = '{"text": "a"}\n'.encode(encoding)
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(DataError, match=rf"is {name}, not UTF-8; convert the file: iconv -f {name} -t UTF-8"):
+        read(path)
+
+
+def compress(content: bytes, suffix: str) -> bytes:
+    if suffix == "gz":
+        return gzip.compress(content)
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_files_give_the_rows_and_places_of_plain_ones(tmp_path: Path, suffix: str) -> None:
+    contents = {
+        "a.jsonl": b'{"text": "one"}\n\n{"text": "tw\xc3\xb6"}\n',
+        "b.json": b'[{"text": "one"},\n {"text": "two"}]',
+        "c.json": b'{"text": "one"}\n{"text": "two"}\n',
+        "d.csv": b'text,more\n"a\nb",c\n',
+        "e.tsv": b"text\tmore\na, b\tc\n",
+        "f.txt": b"one\n\ntwo",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "packed" / f"{name}.{suffix}").parent.mkdir(exist_ok=True)
+        (tmp_path / "packed" / f"{name}.{suffix}").write_bytes(compress(content, suffix))
+    for name in contents:
+        plain, packed = read(tmp_path / name), read(tmp_path / "packed" / f"{name}.{suffix}")
+        assert [row.fields for row in packed] == [row.fields for row in plain]
+        assert [row.origin.number for row in packed] == [row.origin.number for row in plain]
+    assert len(read(tmp_path / "packed")) == sum(len(read(tmp_path / name)) for name in contents)
+    assert read(tmp_path / "e.tsv")[0].fields == {"text": "a, b", "more": "c"}
+    assert [str(row.origin) for row in read(tmp_path / "c.json")] == [f"{tmp_path / 'c.json'}:{n}" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "not_compressed"])
+def test_a_damaged_compressed_file_is_one_error_with_its_place(tmp_path: Path, suffix: str, damage: str) -> None:
+    lines = b"".join(b'{"text": "%032x"}\n' % (number * 0x9E3779B97F4A7C15 % (1 << 128)) for number in range(20000))
+    whole = compress(lines, suffix)
+    middle = len(whole) // 2
+    broken = {
+        "cut": whole[:middle],
+        "flip": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+        "not_compressed": lines,
+    }[damage]
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(broken)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl\.\w+:\d+: (the compressed file is damaged or cut short|not )"
+    ) as caught:
+        read(path)
+    if damage == "cut":
+        assert int(str(caught.value).split(":")[1]) > 1
+    assert not [entry for entry in tmp_path.iterdir() if entry != path], "nothing is unpacked to disk"
+
+
+def test_zstandard_without_its_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(compress(b'{"text": "a"}', "zst"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst: reading \.zst needs pyarrow; pip install pyarrow"):
+        read(path)
 
 
 def test_missing_file_suggests_the_nearest_names(tmp_path: Path, write_jsonl: Write) -> None:
