@@ -70,35 +70,58 @@ def _stop_local(run: Path) -> bool:
     return True
 
 
-def resume(run: Path) -> str:
+def resume(run: Path, *, back_to: str | None = None) -> str:
     """Submits the run's stored script again and returns the new job's id; it goes on from the last checkpoint.
 
     A job that was requeued, and that Slurm holds until its old credential has expired, may start now instead.
-    Raises: LaunchError when a job of the run is still in the queue otherwise, or there is no stored script.
+    Args: back_to: the checkpoint to go on from instead; later ones are set aside.
+    Raises: LaunchError when a job of the run is still in the queue otherwise, or there is no stored script;
+    CheckpointError when there is no such checkpoint.
     """
     directory = RunDirectory(run)
     with _held(directory):
-        return _resume(directory)
+        return _resume(directory, back_to)
 
 
-def resume_in_links(run: Path, links: int) -> tuple[str, ...]:
+def resume_in_links(run: Path, links: int, *, back_to: str | None = None) -> tuple[str, ...]:
     """Submits the run in that many jobs, none of which requeues, and returns their ids; `resume` in all else.
 
-    Raises: LaunchError as `resume` does; nothing is queued then.
+    Raises: as `resume` does; nothing is queued then.
     """
     from megabatch.slurm.chain import ChainedJob, submit_all
 
     directory = RunDirectory(run)
     with _held(directory):
-        now = status([run], fresh_s=0)[0]
-        _require_over(now)
+        _require_over(status([run], fresh_s=0)[0], may_be_done=back_to is not None)
         stored = stored_script(directory)
+        _go_back(directory, back_to)
         job = ChainedJob(name=run.name, run=directory, script=linked(stored, directory), links=links)
         try:
             return submit_all([job], cluster=_cluster(directory))[job.name]
         except BaseException:
             write_atomic(directory.script, stored)
             raise
+
+
+@contextmanager
+def held_to_resume(run: Path, *, back_to: str | None = None) -> Iterator[RunDirectory]:
+    """Holds a run that is over, at the checkpoint that it is to go on from, for a caller that starts it here.
+
+    Raises: as `resume` does.
+    """
+    directory = RunDirectory(run)
+    with _held(directory):
+        require_own(directory.path, directory.run_json)
+        _require_over(status([run], fresh_s=0)[0], may_be_done=back_to is not None)
+        _go_back(directory, back_to)
+        yield directory
+
+
+def is_local(run: Path) -> bool:
+    """Whether the run was started on a machine without Slurm."""
+    directory = RunDirectory(run)
+    records = read_records(directory)
+    return bool(records) and records[-1].job_id == LOCAL and not directory.script.exists()
 
 
 @contextmanager
@@ -112,27 +135,40 @@ def _held(directory: RunDirectory) -> Iterator[None]:
         ) from error
 
 
-def _resume(directory: RunDirectory) -> str:
+def _resume(directory: RunDirectory, back_to: str | None) -> str:
     # submitit's import costs more than all the rest of this room
     from megabatch.slurm.submit import submit
 
     run = directory.path
     now = status([run], fresh_s=0)[0]
-    if now.job_id and now.state is State.PENDING and now.reason == "BeginTime" and now.restart:
+    is_held = now.job_id and now.state is State.PENDING and now.reason == "BeginTime" and now.restart
+    if is_held and now.job_id and back_to is None:
         _start_now(now.job_id)
         return now.job_id
-    _require_over(now)
-    return submit(directory, stored_script(directory), cluster=_cluster(directory)).job_id
+    _require_over(now, may_be_done=back_to is not None)
+    script = stored_script(directory)
+    _go_back(directory, back_to)
+    return submit(directory, script, cluster=_cluster(directory)).job_id
 
 
-def _require_over(now: RunStatus) -> None:
+def _go_back(directory: RunDirectory, back_to: str | None) -> None:
+    """Puts a run that is over at the checkpoint that it is to go on from."""
+    from megabatch.saved.history import go_back
+
+    if back_to is not None:
+        go_back(directory, back_to)
+
+
+def _require_over(now: RunStatus, *, may_be_done: bool = False) -> None:
     """Raises: LaunchError for a run whose job has not ended, or that has trained to its end."""
     if now.state is State.RUNNING and now.reason:
         raise LaunchError(f"{now.run}: job {now.job_id} is {now.reason}; resume it once it has ended")
     if now.state.active:
         raise LaunchError(f"{now.run}: job {now.job_id} is {now.state}; cancel it before resuming")
-    if now.state is State.COMPLETED and now.source == "heartbeat":
-        raise LaunchError(f"{now.run} is completed, at step {now.step}; there is nothing to go on with")
+    if now.state is State.COMPLETED and now.source == "heartbeat" and not may_be_done:
+        raise LaunchError(
+            f"{now.run} is completed, at step {now.step}; there is nothing to go on with (--from goes back to a step)"
+        )
 
 
 def stored_script(directory: RunDirectory) -> str:

@@ -82,7 +82,17 @@ def _of_runs(commands: _Commands) -> None:
     resume = commands.add_parser("resume", help="submit runs again, from their last checkpoint")
     for command in (cancel, resume):
         command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
+    resume.add_argument("--from", dest="back_to", metavar="STEP", help="go back to this checkpoint, step_00000100")
     resume.add_argument("--chain", type=_count, metavar="N", help="in N jobs, where a cluster lets none requeue")
+
+    checkpoint = commands.add_parser(
+        "checkpoint", help="check checkpoints against the digests of when they were saved"
+    )
+    checkpoint.add_argument("action", choices=("verify",))
+    checkpoint.add_argument(
+        "folder", type=Path, metavar="RUN|FOLDER", help="a run, one step_* folder, or a conversion"
+    )
+    checkpoint.add_argument("--workers", type=_count, default=4, metavar="N", help="files at a time (default: 4)")
 
 
 def _of_several(commands: _Commands) -> None:
@@ -173,7 +183,13 @@ def _cancel(options: argparse.Namespace, _: list[str]) -> int:
 def _resume(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.jobs import resume_runs
 
-    return resume_runs(options.runs, links=options.chain)
+    return resume_runs(options.runs, links=options.chain, back_to=options.back_to)
+
+
+def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.checkpoint import verify
+
+    return verify(options.folder, workers=options.workers)
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> int:
@@ -223,6 +239,7 @@ _COMMANDS = {
     "logs": _logs,
     "cancel": _cancel,
     "resume": _resume,
+    "checkpoint": _checkpoint,
     "plan": _plan,
     "rehearse": _rehearse,
     "chain": _chain,

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megabatch.cli.runs import all_runs, one_run
-from megabatch.errors import LaunchError
+from megabatch.errors import ConfigError, LaunchError
 from megabatch.run_directory import RunDirectory
+from megabatch.saved.history import find
 from megabatch.slurm import control
 from megabatch.slurm.logs import logs
 from megabatch.slurm.queue import State
@@ -39,34 +40,46 @@ def cancel_runs(paths: Sequence[Path]) -> int:
     return 0
 
 
-def resume_runs(paths: Sequence[Path], *, links: int | None = None) -> int:
+def resume_runs(paths: Sequence[Path], *, links: int | None = None, back_to: str | None = None) -> int:
     """Submits the stored scripts of the runs at or beneath the paths again; of several, those that can go on.
 
-    Args: `links`: in how many jobs, of which none requeues; None is one, as it was submitted.
-    Raises: LaunchError when one run alone cannot go on, or none of several can.
+    A run that was started here without Slurm goes on here.
+    Args: `links`: in how many jobs, of which none requeues; None is one, as it was submitted; `back_to`: the
+    checkpoint to go on from, of one run.
+    Raises: LaunchError when one run alone cannot go on, or none of several can; ConfigError for options that do not
+    fit; CheckpointError when there is no such checkpoint.
     """
     runs = all_runs(paths)
     if len(runs) == 1:
-        _resume(runs[0], links=links)
-        return 0
+        return _resume(runs[0], links=links, back_to=back_to)
+    if back_to is not None:
+        raise ConfigError(f"--from names a checkpoint of one run, and these are {len(runs)}; resume them one by one")
     able = [found.run for found in status(runs, fresh_s=0) if not found.state.active and found.state not in _AT_END]
     if not able:
         raise LaunchError(f"none of the {len(runs)} runs can go on: they wait, run or are done")
     refused = 0
     for run in able:
         try:
-            _resume(run, links=links)
+            _resume(run, links=links, back_to=None)
         except LaunchError as error:
             refused += 1
             print(f"error: {error}", file=sys.stderr)
     return 1 if refused else 0
 
 
-def _resume(run: Path, *, links: int | None) -> None:
+def _resume(run: Path, *, links: int | None, back_to: str | None) -> int:
+    if control.is_local(run):
+        from megabatch.entry.resume import resume_here
+
+        if links is not None:
+            raise ConfigError(f"{run} was started without Slurm: --chain has no effect; leave it out")
+        return resume_here(run, back_to=back_to)
+    place = f"in {run}" if back_to is None else f"in {run} from {find(RunDirectory(run), back_to).name}"
     if links is not None:
-        jobs = control.resume_in_links(run, links)
-        print(f"job{'s' if links > 1 else ''} {', '.join(jobs)} go{'' if links > 1 else 'es'} on in {run}")
-        return
-    print(f"job {control.resume(run)} goes on in {run}")
+        jobs = control.resume_in_links(run, links, back_to=back_to)
+        print(f"job{'s' if links > 1 else ''} {', '.join(jobs)} go{'' if links > 1 else 'es'} on {place}")
+        return 0
+    print(f"job {control.resume(run, back_to=back_to)} goes on {place}")
     if is_linked(control.stored_script(RunDirectory(run))):
         print("  note: like the jobs before it, it does not requeue; --chain N queues N that go on one after another")
+    return 0

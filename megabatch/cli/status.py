@@ -58,7 +58,7 @@ def _row(one: Overview) -> tuple[str, ...]:
     if now.restart:
         job += f" #{now.restart}"
     reason = now.reason or _goes_on(now) or (f"exit code {now.exit_code}" if now.exit_code else "")
-    why = "; ".join(text for text in (reason, told(one.bad_nodes)) if text)
+    why = "; ".join(text for text in (reason, told(one.bad_nodes), *(note.told() for note in one.damaged)) if text)
     return (
         _short(now.run),
         now.state.value,

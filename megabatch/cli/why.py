@@ -40,7 +40,7 @@ def text(found: Diagnosis) -> str:
         head += f", job {found.job_id}"
     cause = found.cause
     if cause is None:
-        return "\n".join([f"{head}; no start of it is known to have failed", *_bad_nodes(found)])
+        return "\n".join([f"{head}; no start of it is known to have failed", *_beside(found)])
     if found.restart is not None:
         head += f"; its start {found.restart} failed"
     lines = [head, f"cause: {cause.title} [{cause.name}]"]
@@ -56,12 +56,17 @@ def text(found: Diagnosis) -> str:
         place = "" if found.log is None or found.line is None else f"   ({found.log.name}:{found.line})"
         lines.append(f"said: {found.evidence[:LONGEST]}{place}")
     lines.append(f"fix: {cause.fix}")
-    lines += _bad_nodes(found)
+    lines += _beside(found)
     if found.followers:
         lines.append(f"taken along, with no cause in their logs: {_ranks(found.followers)}")
     if found.last_lines:
         lines += ["", f"last lines of {found.log}:", *(f"    {line[:LONGEST]}" for line in found.last_lines)]
     return "\n".join(lines)
+
+
+def _beside(found: Diagnosis) -> list[str]:
+    """What is known besides the cause, one line each."""
+    return [*_bad_nodes(found), *(f"checkpoint: {note.told()}" for note in found.damaged)]
 
 
 def _bad_nodes(found: Diagnosis) -> list[str]:

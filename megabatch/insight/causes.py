@@ -109,6 +109,12 @@ _CAUSES = (
         "before it",
     ),
     Cause(
+        "damaged",
+        "no checkpoint that it could go on from is intact",
+        "nothing was changed: put back an intact copy of the file that is named, or load an older checkpoint; "
+        "`megabatch checkpoint verify RUN` checks all of them",
+    ),
+    Cause(
         "environment",
         "a module, library or program is missing or does not fit",
         "run `megabatch doctor` on such a node; check the profile's `modules`, `setup` and `container`, and that the "
@@ -263,6 +269,7 @@ _NAMED = (
         r"step \d+: loss=.*(nan|inf)|step \d+: .*gradient norm=(nan|-?inf)|found NaN in local grad norm"
         r"|Unexpected result (nan|inf)",
     ),
+    ("damaged", r"^error: .*(: every checkpoint is damaged|step_\d+ is damaged: )"),
     (
         "environment",
         r"^(\w+\.)*(ModuleNotFoundError|ImportError): |error while loading shared libraries|cannot open shared object "

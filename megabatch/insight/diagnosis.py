@@ -29,9 +29,10 @@ from megabatch.insight.evidence import (
     search,
 )
 from megabatch.insight.goodput import Stay
-from megabatch.insight.overview import bad_nodes_of, history, run_json
+from megabatch.insight.overview import bad_nodes_of, damaged_of, history, run_json
 from megabatch.insight.tails import tail
 from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.saved.history import SetAside
 from megabatch.slurm.bad_nodes import BadNode
 from megabatch.slurm.logs import rank_logs
 from megabatch.slurm.nodelist import node_names
@@ -75,6 +76,8 @@ class Diagnosis:
     """Ranks that were taken along: their logs say only that a peer was gone."""
     last_lines: tuple[str, ...] = ()
     """Of `log`."""
+    damaged: tuple[SetAside, ...] = ()
+    """Checkpoints that were found damaged and set aside."""
     bad_nodes: tuple[BadNode, ...] = ()
     """What the job's preflight found."""
 
@@ -99,6 +102,7 @@ class Diagnosis:
             "followers": list(self.followers),
             "last_lines": list(self.last_lines),
             "bad_nodes": [bad.plain() for bad in self.bad_nodes],
+            "damaged": [note.told() for note in self.damaged],
         }
 
 
@@ -112,15 +116,16 @@ def diagnose(run: Path, *, restart: int | None = None) -> Diagnosis:
     stay = _failed_start(found, held, restart=restart)
     base = Diagnosis(run=run, state=found.state, job_id=found.job_id)
     if stay is None:
-        return _with_bad_nodes(_without_start(base, found))
+        return _with_notes(_without_start(base, found))
     base = replace(base, job_id=stay.job_id, restart=stay.restart, exit_code=stay.exit_code)
     if stay.exit_code in _ENDED_WELL:
-        return _with_bad_nodes(base)
-    return _with_bad_nodes(_of_start(base, found, stay, newest=stay is held[-1]))
+        return _with_notes(base)
+    return _with_notes(_of_start(base, found, stay, newest=stay is held[-1]))
 
 
-def _with_bad_nodes(base: Diagnosis) -> Diagnosis:
-    return replace(base, bad_nodes=bad_nodes_of(RunDirectory(base.run), base.job_id))
+def _with_notes(base: Diagnosis) -> Diagnosis:
+    run = RunDirectory(base.run)
+    return replace(base, bad_nodes=bad_nodes_of(run, base.job_id), damaged=damaged_of(run))
 
 
 def _failed_start(found: RunStatus, held: Sequence[Stay], *, restart: int | None) -> Stay | None:

@@ -12,6 +12,7 @@ from typing import Any
 from megabatch.insight.goodput import Stay, allocated_s, goodput, remaining_s, stays
 from megabatch.insight.tails import last_step
 from megabatch.run_directory import RunDirectory
+from megabatch.saved.history import SetAside, notes
 from megabatch.slurm.bad_nodes import BadNode, read_bad_nodes
 from megabatch.slurm.queue import State
 from megabatch.slurm.state import RunStatus, status
@@ -38,6 +39,8 @@ class Overview:
     starts: int
     bad_nodes: tuple[BadNode, ...]
     """What the preflight of its newest job found."""
+    damaged: tuple[SetAside, ...] = ()
+    """Checkpoints that a start found damaged and set aside, as long as their folders are there."""
 
     def plain(self) -> dict[str, object]:
         """For JSON: the keys that docs/knowing.md lists."""
@@ -62,6 +65,7 @@ class Overview:
             "allocated_gpu_h": self.allocated_gpu_h,
             "heartbeat_age_s": _number(now.heartbeat_age_s),
             "bad_nodes": [bad.plain() for bad in self.bad_nodes],
+            "damaged": [note.told() for note in self.damaged],
         }
 
 
@@ -108,7 +112,13 @@ def _overview(found: RunStatus) -> Overview:
         allocated_gpu_h=allocated * gpus / 3600 if held and gpus else None,
         starts=len(held),
         bad_nodes=bad_nodes_of(directory, found.job_id),
+        damaged=damaged_of(directory),
     )
+
+
+def damaged_of(run: RunDirectory) -> tuple[SetAside, ...]:
+    """The checkpoints that were found damaged and are still there."""
+    return tuple(note for note in notes(run) if note.kind == "damaged")
 
 
 def bad_nodes_of(run: RunDirectory, job_id: str | None) -> tuple[BadNode, ...]:

@@ -1,0 +1,71 @@
+"""`megabatch checkpoint verify`: every byte of checkpoints at rest against the digests of when they were saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megabatch.cli.runs import is_run
+from megabatch.errors import CheckpointError, LaunchError
+from megabatch.run_directory import RunDirectory
+from megabatch.saved.check import faults, undigested
+from megabatch.saved.history import TRAINER, checkpoints, named_by_latest
+from megabatch.saved.manifest import MANIFEST, DamagedError, read_manifest
+
+_SHOWN = 8
+
+
+def verify(path: Path, *, workers: int) -> int:
+    """Checks all checkpoints of a run, or one folder; 1 when something is damaged.
+
+    Raises: LaunchError when there is nothing to check; CheckpointError when it cannot be read.
+    """
+    if not is_run(path):
+        if not path.is_dir():
+            raise LaunchError(f"{path} is no folder; give a run, one of its step_* folders, or a conversion's output")
+        return int(_check(path, workers=workers))
+    run = RunDirectory(path)
+    found = checkpoints(run)
+    if not found:
+        raise LaunchError(f"{path} has no checkpoints")
+    damaged = [folder.name for folder in reversed(found) if _check(folder, workers=workers)]
+    if run.latest.exists() and named_by_latest(run) is None:
+        print(f"{run.latest}: names no checkpoint that is there; the run goes on from the newest")
+    if damaged:
+        print(f"{len(damaged)} of {len(found)} checkpoints are damaged: {', '.join(damaged)}")
+    return int(bool(damaged))
+
+
+def _check(folder: Path, *, workers: int) -> bool:
+    """Whether a folder is damaged; says what was found."""
+    try:
+        manifest = read_manifest(folder)
+    except DamagedError as error:
+        return _say(folder, [str(error)])
+    if manifest is None:
+        try:
+            named = MANIFEST in (folder / TRAINER).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            if not folder.name.startswith("step_"):
+                raise LaunchError(f"{folder} is no checkpoint: it has neither {TRAINER} nor {MANIFEST}") from None
+            return _say(folder, [f"{TRAINER}: is missing, and {MANIFEST} too"])
+        except OSError as error:
+            raise CheckpointError(f"{folder / TRAINER} cannot be read: {error.strerror or error}") from error
+        if named:
+            return _say(folder, [f"{MANIFEST}: is missing"])
+        print(f"{folder}: not checked: it was saved before there were digests")
+        return False
+    size = sum(file.size for file in manifest.files.values())
+    if found := faults(manifest, workers=workers):
+        return _say(folder, found)
+    note = "; parts have no digest: converted without --verify" if undigested(manifest) else ""
+    print(f"{folder}: intact, {len(manifest.files)} files, {size} bytes{note}")
+    return False
+
+
+def _say(folder: Path, found: list[str]) -> bool:
+    print(f"{folder}: damaged")
+    for line in found[:_SHOWN]:
+        print(f"  {line}")
+    if len(found) > _SHOWN:
+        print(f"  and {len(found) - _SHOWN} more")
+    return True

@@ -1,0 +1,78 @@
+"""`megabatch checkpoint verify`, `resume --from`, and what `status` and `why` say of damage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "saved"))
+
+from made import make_checkpoint, make_run
+
+from megabatch.cli.command import main
+from megabatch.saved.history import settle
+from megabatch.saved.manifest import MANIFEST
+
+
+def damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[50] ^= 1
+    file.write_bytes(data)
+
+
+def test_intact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", 1, 2)
+    assert main(["checkpoint", "verify", str(run.path)]) == 0
+    assert main(["checkpoint", "verify", str(run.step(2)), "--workers", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [str(run.step(1)), str(run.step(2)), str(run.step(2))]
+    assert all(line.endswith(": intact, 4 files, 6332 bytes") for line in lines)
+
+
+def test_damage_is_named_by_step_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", 1, 2, 3)
+    damage(run.step(2) / "mcore" / "__1_0.distcp")
+    (run.step(3) / MANIFEST).unlink()
+    assert main(["checkpoint", "verify", str(run.path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{run.step(2)}: damaged\n  mcore/__1_0.distcp: tensor0 differs from its digest\n" in said
+    assert f"{run.step(3)}: damaged\n  {MANIFEST}: is missing\n" in said
+    assert said.endswith("2 of 3 checkpoints are damaged: step_00000002, step_00000003\n")
+    assert main(["checkpoint", "verify", str(run.step(2))]) == 1
+
+
+def test_a_checkpoint_of_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_checkpoint(tmp_path / "step_00000001")
+    (folder / MANIFEST).unlink()
+    (folder / "trainer.json").write_text("{}")
+    assert main(["checkpoint", "verify", str(folder)]) == 0
+    assert "not checked" in capsys.readouterr().out
+
+
+def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    assert "is no checkpoint" in capsys.readouterr().err
+    assert main(["checkpoint", "verify", str(tmp_path / "x")]) == 1
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_status_and_why_say_what_was_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", 1, 2)
+    settle(run, run.step(1), [(run.step(2), "trainer.json: is missing")], [])
+    told = "step_00000002 is damaged (trainer.json: is missing), set aside as damaged.step_00000002"
+    assert main(["status", str(run.path), "--json"]) == 0
+    [one] = json.loads(capsys.readouterr().out)
+    assert one["damaged"] == [f"{told}; went on from step_00000001"]
+    assert main(["why", str(run.path)]) == 0
+    assert f"checkpoint: {told}" in capsys.readouterr().out
+
+
+def test_from_is_refused_where_it_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = make_run(tmp_path / "a", 1, 2), make_run(tmp_path / "b", 1)
+    assert main(["resume", str(tmp_path), "--from", "1"]) == 2
+    assert "resume them one by one" in capsys.readouterr().err
+    assert main(["resume", str(run.path), "--from", "step_00000005"]) == 1
+    assert "there are: step_00000001, step_00000002" in capsys.readouterr().err
