@@ -19,6 +19,7 @@ from megabatch.converters.reshard import plan_reshard
 from megabatch.converters.rewrite import plan_rewrite
 from megabatch.converters.to_hf import plan_to_hf
 from megabatch.converters.to_mcore import plan_to_mcore
+from megabatch.converters.torch_dist.keys import LayerKeys
 from megabatch.converters.ways import Way, way_of
 from megabatch.errors import ConversionError
 
@@ -40,6 +41,7 @@ def convert(
     adapters: Sequence[Path_] = (),
     merge_lora: bool = False,
     peft_format: str | None = None,
+    layer_keys: LayerKeys | None = None,
     exist_ok: bool = False,
     workers: int = 2,
     resume: bool = False,
@@ -68,6 +70,7 @@ def convert(
         adapters=adapters,
         merge_lora=merge_lora,
         peft_format=peft_format,
+        layer_keys=layer_keys,
     )
     return run(
         plan,
@@ -94,6 +97,7 @@ def make_plan(
     adapters: Sequence[Path_] = (),
     merge_lora: bool = False,
     peft_format: str | None = None,
+    layer_keys: LayerKeys | None = None,
 ) -> Plan:
     """The plan of a conversion, towards Hugging Face's format unless `to_mcore`; nothing is written.
 
@@ -114,31 +118,29 @@ def make_plan(
             "adapters": adapters,
             "merge_lora": merge_lora,
             "peft_format": peft_format,
+            "layer_keys": layer_keys,
         }
     )
     folder = None if model is None else find_folder(model)
     if way in (Way.ADAPTER_TO_MCORE, Way.ADAPTER_TO_PEFT):
-        return _adapter_plan(adapters[0], folder, way, peft_format=peft_format, accept_bin=accept_bin)
+        from megabatch.converters.adapters.to_mcore import plan_adapter_to_mcore
+        from megabatch.converters.adapters.to_peft import plan_adapter_to_peft
+
+        if way is Way.ADAPTER_TO_MCORE:
+            return plan_adapter_to_mcore(adapters[0], folder, accept_bin=accept_bin, layer_keys=layer_keys)
+        return plan_adapter_to_peft(adapters[0], folder, peft_format=peft_format, accept_bin=accept_bin)
     form = HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
     if way in (Way.TO_HF, Way.MERGED_TO_HF):
         assert mcore_model is not None
         return plan_to_hf(mcore_model, folder, form, adapters=adapters, accept_bin=accept_bin)
     assert folder is not None
     if way is Way.TO_MCORE:
-        return plan_to_mcore(folder, torch_dtype=torch_dtype, accept_bin=accept_bin, adapters=adapters)
+        return plan_to_mcore(
+            folder, torch_dtype=torch_dtype, accept_bin=accept_bin, adapters=adapters, layer_keys=layer_keys
+        )
     if way is Way.RESHARD:
         return plan_reshard(folder, max_shard_size=form.max_shard_size)
     return plan_rewrite(folder, form, adapters=adapters, accept_bin=accept_bin)
-
-
-def _adapter_plan(adapter: Path_, model: Path | None, way: Way, *, peft_format: str | None, accept_bin: bool) -> Plan:
-    """An adapter converted alone."""
-    from megabatch.converters.adapters.to_mcore import plan_adapter_to_mcore
-    from megabatch.converters.adapters.to_peft import plan_adapter_to_peft
-
-    if way is Way.ADAPTER_TO_MCORE:
-        return plan_adapter_to_mcore(adapter, model, accept_bin=accept_bin)
-    return plan_adapter_to_peft(adapter, model, peft_format=peft_format, accept_bin=accept_bin)
 
 
 def is_there(output: Path_) -> bool:

@@ -9,12 +9,16 @@ from pathlib import Path
 
 from megabatch.converters.adapters.merge import merged_adapters
 from megabatch.converters.bijection import invert
+from megabatch.converters.engine.manifest import read_manifest
 from megabatch.converters.engine.plan import Numbered, Plan, Strip, Tensor, uncollected
 from megabatch.converters.engine.run import run
 from megabatch.converters.families import family_of
+from megabatch.converters.family import Family
 from megabatch.converters.hf_model import read_config
 from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
 from megabatch.converters.mapping import Mapped, elements
+from megabatch.converters.safetensors_io import HfFolder
+from megabatch.converters.safetensors_io.folder import INDEX, SINGLE
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.aliases import is_optimizer, respelled, unwrapped
 from megabatch.converters.torch_dist.find import find_checkpoint
@@ -105,7 +109,7 @@ def _planned(
         source.path,
         family=family,
         shapes=invert(table),
-        copies=family.copies(shape),
+        copies=_copies(family, shape, reference),
         parts=parts,
         numbered=numbered,
         reference=reference,
@@ -113,6 +117,21 @@ def _planned(
         merged=merged,
         ignored={key: "optimizer and generators are not converted" for key in source.entries if is_optimizer(key)},
     )
+
+
+def _copies(family: Family, shape: ModelShape, reference: Path) -> dict[str, str]:
+    """Tensors that the folder repeats, with the name of what they repeat: all that published folders do, but for those
+    that the folder which the checkpoint was made from, or the reference, leaves out."""
+    copies = family.copies(shape)
+    if not copies:
+        return copies
+    if any((reference / name).is_file() for name in (SINGLE, INDEX)):
+        with HfFolder(reference) as folder:
+            names = set(folder.names)
+        has_layers = family.present(shape, names).mtp_num_layers
+        return {name: of for name, of in copies.items() if name in names or not has_layers}
+    lacks = (read_manifest(reference) or {}).get("lacks", ())
+    return {name: of for name, of in copies.items() if name not in lacks}
 
 
 Key = tuple[str, int]

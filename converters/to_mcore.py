@@ -26,7 +26,7 @@ from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import replaced_config
 from megabatch.converters.torch_dist.archive import archive_of
 from megabatch.converters.torch_dist.find import RELEASE, TRACKER
-from megabatch.converters.torch_dist.keys import Cell, cell, extra_states, stacks_layers
+from megabatch.converters.torch_dist.keys import Cell, LayerKeys, cell, extra_states, stacks_layers
 from megabatch.converters.torch_dist.layout import Item, lay_out
 from megabatch.converters.weave import Weave
 
@@ -52,20 +52,24 @@ def plan_to_mcore(
     bare: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
     accept_bin: bool = False,
+    layer_keys: LayerKeys | None = None,
 ) -> Plan:
     """Plans a folder that Megatron-LM loads: `release/` with the checkpoint, its tracker file, and the side files.
 
     `torch_dtype` casts every weight but those whose dtype megatron-core prescribes. `files` is the number of files of
     tensors, else one for each 8 GiB and at least two. `bare`: the checkpoint alone, not in a folder of its own.
     `accept_bin`: weights of `pytorch_model.bin` are read too, as data.
-    `adapters` are merged into the weights.
+    `adapters` are merged into the weights. `layer_keys`: one key for all layers, or one for each; by default as
+    megatron-core has them unless `moe_layer_freq` is a list.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
     model = open_hf_model(hf_folder, accept_quantised=True, accept_bin=accept_bin)
     try:
         numbered = Numbered()
         merged = merged_adapters(adapters, model.family, model.shape, numbered, accept_bin=accept_bin)
-        return _planned(model, Path(hf_folder), read_dtype(torch_dtype), files, bare, numbered, merged)
+        stacked = stacks_layers(model.shape, layer_keys)
+        dtype = read_dtype(torch_dtype)
+        return _planned(model, Path(hf_folder), dtype, numbered, merged, stacked=stacked, files=files, bare=bare)
     finally:
         model.folder.close()
 
@@ -74,13 +78,14 @@ def _planned(
     model: HfModel,
     source: Path,
     dtype: str | None,
-    files: int | None,
-    bare: bool,
     numbered: Numbered,
     merged: Merged | None,
+    *,
+    stacked: bool,
+    files: int | None,
+    bare: bool,
 ) -> Plan:
     prefix = "" if bare else f"{RELEASE}/"
-    stacked = stacks_layers(model.shape)
     items = []
     for mapped, read in _reads(model, merged):
         place = cell(mapped, model.shape, stacked=stacked)
@@ -104,6 +109,7 @@ def _planned(
         side=None if bare else SideFiles(source, _config(model, source, dtype, untied=untied)),
         ignored=model.ignored
         | dict.fromkeys(model.carried, "megatron-core has no such part; it goes along on the way back"),
+        lacks=[name for name in model.family.copies(model.shape) if name not in model.ignored],
     )
 
 

@@ -55,12 +55,17 @@ ARGUMENTS = {
         (Way.TO_MCORE, Way.MERGED_TO_HF, Way.REWRITE, *_ADAPTER),
         "{1} about weights that are read, and here those of {0}mcore_model are",
     ),
+    "layer_keys": _Heeded((Way.TO_MCORE, Way.ADAPTER_TO_MCORE), "{1} about the checkpoint that {0}to_mcore writes"),
     "peft_format": _Heeded(
         (Way.ADAPTER_TO_PEFT,), "{1} about the adapter that {0}to_hf {0}adapters writes, converted and not merged"
     ),
 }
 """Every argument that a plan depends on."""
-_CHOICES = {"expert_layout": ("per_expert", "fused"), "peft_format": ("per_expert", "fused")}
+_CHOICES = {
+    "expert_layout": ("per_expert", "fused"),
+    "peft_format": ("per_expert", "fused"),
+    "layer_keys": ("stacked", "per_layer"),
+}
 _REWRITES = ("torch_dtype", "expert_layout", "fp8_quantise", "accept_bin", "merge_lora")
 
 

@@ -26,7 +26,7 @@ from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import side_files
 from megabatch.converters.torch_dist.archive import archive_of
 from megabatch.converters.torch_dist.find import RELEASE, TRACKER
-from megabatch.converters.torch_dist.keys import Cell, cell, stacks_layers
+from megabatch.converters.torch_dist.keys import Cell, LayerKeys, cell, stacks_layers
 from megabatch.converters.torch_dist.layout import Item, lay_out
 from megabatch.errors import ConversionError
 
@@ -44,9 +44,16 @@ def tables_of(base: Path_) -> Tables:
 
 @uncollected()
 def plan_adapter_to_mcore(
-    adapter: Path_, base: Path_ | None = None, *, files: int | None = None, accept_bin: bool = False
+    adapter: Path_,
+    base: Path_ | None = None,
+    *,
+    files: int | None = None,
+    accept_bin: bool = False,
+    layer_keys: LayerKeys | None = None,
 ) -> Plan:
     """Plans a checkpoint of an adapter. `base`: the Hugging Face folder of its model, whose weights are not read.
+
+    `layer_keys`: as its model's checkpoint has them; layers that are not adapted alike have keys of their own always.
 
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
@@ -55,7 +62,7 @@ def plan_adapter_to_mcore(
     (opened,) = open_adapters([adapter], tables, numbered, accept_bin=accept_bin)
     with Sources(numbered.files) as sources:
         made = list(_made(opened, sources))
-    items = list(_items(made, tables))
+    items = list(_items(made, tables, layer_keys))
     checkpoint = lay_out(items, prefix=f"{RELEASE}/", files=files)
     return Plan(
         direction="adapter_to_mcore",
@@ -159,9 +166,9 @@ def _whole(adapter: Adapter, mapped: Mapped) -> Made | None:
     return mapped, Tensor("", 0, 0, mapped.shape, dtype, dtype, mapped.shape[0], size, size, tuple(strips))
 
 
-def _items(made: Sequence[Made], tables: Tables) -> Iterator[Item]:
+def _items(made: Sequence[Made], tables: Tables, layer_keys: LayerKeys | None) -> Iterator[Item]:
     """With their cells: stacked over layers when megatron-core stacks the model's and all layers have the same."""
-    stacked = stacks_layers(tables.tied_shape) and _alike(made, tables)
+    stacked = stacks_layers(tables.tied_shape, layer_keys) and _alike(made, tables)
     _check_experts(made, tables)
     for mapped, tensor in made:
         place = _cell(mapped, tables, stacked=stacked)

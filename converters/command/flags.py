@@ -33,6 +33,7 @@ class Flags:
     max_shard_size: str = _flag("", "largest safetensors file, 5GB by default; with --model alone, only that changes")
     expert_layout: str = _flag("", "per_expert or fused (as transformers 5 has them): experts of the folder written")
     fp8_quantise: bool = _flag(False, "write the weights of linear layers in block-scaled FP8, as DeepSeek-V3's")
+    layer_keys: str = _flag("", "per_layer where a run's --moe-layer-freq is a list, else stacked: for --to_mcore")
     accept_bin: bool = _flag(False, "read pickled weights where there are no safetensors; no code in them is run")
     exist_ok: bool = _flag(False, "replace an output that exists, once the new one is complete")
     workers: int = _flag(0, "threads; by default as many as processors, at most 8")

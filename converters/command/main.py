@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megabatch.converters.engine.journal import Place
     from megabatch.converters.engine.plan import Plan
     from megabatch.converters.mapping import ExpertLayout
+    from megabatch.converters.torch_dist.keys import LayerKeys
 
 _EVERY_S = 10.0
 
@@ -107,6 +108,7 @@ def _run(flags: Flags) -> int:
         adapters=flags.adapters,
         merge_lora=flags.merge_lora,
         peft_format=flags.peft_format or None,
+        layer_keys=cast("LayerKeys | None", flags.layer_keys or None),
     )
     if flags.dry_run:
         from megabatch.converters.command.report import show_plan

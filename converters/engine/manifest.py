@@ -42,6 +42,7 @@ def manifest(plan: Plan, hashes: Mapping[int, str], small: Mapping[str, bytes]) 
         "plan": plan.digest,
         "source": str(plan.source),
         "digest": f"blake2b-{8 * DIGEST_BYTES}",
+        **({"lacks": list(plan.lacks)} if plan.lacks else {}),
         "files": files,
     }
     return (json.dumps(made, separators=(",", ":")) + "\n").encode()

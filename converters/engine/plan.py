@@ -225,6 +225,8 @@ class Plan:
     """Tensors of the source that are left aside, each with the reason."""
     notes: Sequence[str] = ()
     """What else is to be said of the output."""
+    lacks: Sequence[str] = ()
+    """Tensors that the source leaves out because they repeat another one, as not every folder does."""
 
     @cached_property
     def digest(self) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from megabatch.converters.mapping import Mapped
+from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -25,11 +27,26 @@ class Cell:
     """The sizes of the leading dimensions."""
 
 
-def stacks_layers(shape: ModelShape) -> bool:
-    """Whether megatron-core stacks the layers under one key: it does when all are alike.
+LayerKeys = Literal["stacked", "per_layer"]
+
+
+def stacks_layers(shape: ModelShape, wanted: LayerKeys | None = None) -> bool:
+    """Whether megatron-core stacks the layers under one key: it does when all are alike, unless `moe_layer_freq` is a
+    list, which a model in which every layer has experts may be run with; `wanted` says which.
 
     Layers of multi-token prediction have keys of their own always.
+    Raises: ConversionError when layers that differ are wanted stacked.
     """
+    alike = _all_alike(shape)
+    if wanted == "stacked" and not alike:
+        raise ConversionError(
+            f"layer_keys=stacked: the layers of this {shape.architecture} differ, and megatron-core stacks none of "
+            "them; leave it out"
+        )
+    return alike if wanted is None else wanted == "stacked"
+
+
+def _all_alike(shape: ModelShape) -> bool:
     if any(shape.linear_attention_layers):
         return False
     return not shape.moe_layers or all(shape.moe_layers) or not any(shape.moe_layers)

@@ -27,6 +27,7 @@ OF_RUNNING = {"output_dir", "exist_ok", "workers", "resume", "verify", "rank", "
 VALUES = {
     "mcore_model": "c", "torch_dtype": "float32", "max_shard_size": "100KB", "expert_layout": "fused",
     "fp8_quantise": True, "accept_bin": True, "peft_format": "fused",
+    "layer_keys": "per_layer",
 }  # fmt: skip
 OF_MODELS = {"mcore_model", "torch_dtype", "max_shard_size", "expert_layout", "fp8_quantise"}
 REFUSED: list[tuple[dict[str, Any], set[str]]] = [
@@ -38,12 +39,12 @@ REFUSED: list[tuple[dict[str, Any], set[str]]] = [
         {"to_mcore": True, "model": "m", "adapters": ["a"], "merge_lora": True},
         {"mcore_model", "max_shard_size", "expert_layout", "fp8_quantise", "peft_format"},
     ),
-    ({"to_hf": True, "mcore_model": "c"}, {"accept_bin", "peft_format"}),
-    ({"to_hf": True, "mcore_model": "c", "adapters": ["a"], "merge_lora": True}, {"peft_format"}),
-    ({"to_hf": True, "model": "m", "torch_dtype": "float16"}, {"peft_format"}),
-    ({"to_hf": True, "model": "m", "max_shard_size": "1GB"}, {"peft_format"}),
+    ({"to_hf": True, "mcore_model": "c"}, {"accept_bin", "peft_format", "layer_keys"}),
+    ({"to_hf": True, "mcore_model": "c", "adapters": ["a"], "merge_lora": True}, {"peft_format", "layer_keys"}),
+    ({"to_hf": True, "model": "m", "torch_dtype": "float16"}, {"peft_format", "layer_keys"}),
+    ({"to_hf": True, "model": "m", "max_shard_size": "1GB"}, {"peft_format", "layer_keys"}),
     ({"to_mcore": True, "adapters": ["a"]}, {*OF_MODELS, "peft_format"}),
-    ({"to_hf": True, "adapters": ["a"]}, OF_MODELS),
+    ({"to_hf": True, "adapters": ["a"]}, {*OF_MODELS, "layer_keys"}),
 ]
 """Arguments of each way of converting, and those that mean nothing in it; all the others of `VALUES` do."""
 
@@ -111,9 +112,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_what_is_heeded_changes_the_plan(given: dict[str, Any], folders: dict[str, Path]) -> None:
     given = {name: folders.get(name, value) for name, value in given.items()}
     plain = make_plan(**given).digest
-    for name in ("torch_dtype", "max_shard_size", "expert_layout", "fp8_quantise"):
-        if given["to_mcore"] and name != "torch_dtype":
-            continue
+    of_mcore = ("torch_dtype", "layer_keys")
+    of_hf = ("torch_dtype", "max_shard_size", "expert_layout", "fp8_quantise")
+    for name in of_mcore if given["to_mcore"] else of_hf:
         assert make_plan(**{**given, name: VALUES[name]}).digest != plain, name
 
 
