@@ -133,7 +133,10 @@ def make_plan(
     if way in (Way.TO_HF, Way.MERGED_TO_HF):
         assert mcore_model is not None
         return plan_to_hf(mcore_model, folder, form, adapters=adapters, accept_bin=accept_bin)
-    assert folder is not None
+    if folder is None:
+        from megabatch.converters.adapters.open import base_weights_of
+
+        folder = base_weights_of(adapters)
     if way is Way.TO_MCORE:
         return plan_to_mcore(
             folder, torch_dtype=torch_dtype, accept_bin=accept_bin, adapters=adapters, layer_keys=layer_keys

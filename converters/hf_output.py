@@ -18,7 +18,7 @@ from megabatch.converters.mapping import ExpertLayout, Experts, elements
 from megabatch.converters.quantised import SUFFIX, Quantised, as_deepseek_v3, quantised
 from megabatch.converters.requantise import Parts, requantised
 from megabatch.converters.safetensors_io import HfFolder, split_shards
-from megabatch.converters.safetensors_io.folder import INDEX, SINGLE
+from megabatch.converters.safetensors_io.folder import INDEX, has_safetensors
 from megabatch.converters.safetensors_io.header import Extent, build_header
 from megabatch.converters.safetensors_io.sharding import index_json
 from megabatch.converters.side_files import replaced_config
@@ -80,7 +80,7 @@ def plan_folder(
     """
     if merged is not None:
         shapes, parts = merged.folder(shapes, parts, fp8=form.fp8)
-        copies = merged.copies(copies)
+        copies, ignored = merged.copies(copies), {**ignored, **merged.aside}
     how = _way_of_quantising(reference) if form.fp8 else None
     entries: dict[str, TensorInfo] = {}
     placed: dict[str, Parts] = {}
@@ -198,7 +198,7 @@ def _carried(family: Family, reference: Path, numbered: Numbered) -> Iterator[tu
     """
     if family.carried is None:
         return
-    if not any((reference / name).is_file() for name in (SINGLE, INDEX)):
+    if not has_safetensors(reference):
         raise ConversionError(
             f"{reference}: {family.name} is converted in its language part, and its other parts are not in the "
             "checkpoint; name the Hugging Face folder that has them as --model"

@@ -1,4 +1,4 @@
-"""Everything of a Hugging Face folder besides its weights: configs, tokenizer, chat template, code."""
+"""Everything of a Hugging Face folder besides its weights: configs, tokenizer, chat template, code, model card."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CARRIED = (
     "video_preprocessor_config.json", "configuration.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
     "sentencepiece*", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja",
-    "*.py", "LICENSE*", "NOTICE*",
+    "*.py", "LICENSE*", "NOTICE*", "README.md",
 )  # fmt: skip
 """Names of the files that make a folder of weights usable, as shell patterns."""
 

@@ -18,7 +18,7 @@ from megabatch.converters.hf_model import read_config
 from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
 from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.safetensors_io import HfFolder
-from megabatch.converters.safetensors_io.folder import INDEX, SINGLE
+from megabatch.converters.safetensors_io.folder import has_safetensors
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.aliases import is_optimizer, respelled, unwrapped
 from megabatch.converters.torch_dist.find import find_checkpoint
@@ -125,7 +125,7 @@ def _copies(family: Family, shape: ModelShape, reference: Path) -> dict[str, str
     copies = family.copies(shape)
     if not copies:
         return copies
-    if any((reference / name).is_file() for name in (SINGLE, INDEX)):
+    if has_safetensors(reference):
         with HfFolder(reference) as folder:
             names = set(folder.names)
         has_layers = family.present(shape, names).mtp_num_layers

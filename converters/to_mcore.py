@@ -108,6 +108,7 @@ def _planned(
         small=[*([] if bare else [SmallFile(TRACKER, RELEASE.encode)]), *checkpoint.small],
         side=None if bare else SideFiles(source, _config(model, source, dtype, untied=untied)),
         ignored=model.ignored
+        | (merged.aside if merged is not None else {})
         | dict.fromkeys(model.carried, "megatron-core has no such part; it goes along on the way back"),
         lacks=[name for name in model.family.copies(model.shape) if name not in model.ignored],
     )

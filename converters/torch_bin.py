@@ -15,9 +15,7 @@ from typing import Any
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.mapping import elements
 from megabatch.converters.regular import INDEX_BYTES, open_regular, read_regular
-from megabatch.converters.safetensors_io.folder import INDEX as SAFETENSORS_INDEX
-from megabatch.converters.safetensors_io.folder import SINGLE as SAFETENSORS
-from megabatch.converters.safetensors_io.folder import HfFolder
+from megabatch.converters.safetensors_io.folder import HfFolder, has_safetensors
 from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, parse_object
 from megabatch.converters.torch_dist.archive import STORAGES, check_contiguous
 from megabatch.converters.torch_dist.pickle_codec import Persistent, Recorded, load
@@ -49,8 +47,7 @@ class BinFolder(HfFolder):
 def open_folder(path: str | os.PathLike[str], *, accept_bin: bool) -> HfFolder:
     """A folder of safetensors, or one that has only pickled weights where that is accepted."""
     folder = Path(path)
-    has_safetensors = any((folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS_INDEX))
-    return BinFolder(folder) if accept_bin and not has_safetensors else HfFolder(folder)
+    return BinFolder(folder) if accept_bin and not has_safetensors(folder) else HfFolder(folder)
 
 
 def _sharded(folder: Path) -> dict[str, tuple[Path, Extent]]:

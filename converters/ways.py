@@ -98,12 +98,12 @@ def _way(given: Mapping[str, Any], prefix: str) -> Way:
             )
         return Way.ADAPTER_TO_MCORE if "to_mcore" in given else Way.ADAPTER_TO_PEFT
     if "to_mcore" in given:
-        if "model" not in given:
+        if "model" not in given and "merge_lora" not in given:
             raise ConversionError(f"{prefix}to_mcore needs {prefix}model, the Hugging Face folder to convert")
         return Way.TO_MCORE
     if "mcore_model" in given:
         return Way.MERGED_TO_HF if "adapters" in given else Way.TO_HF
-    if "model" in given and any(name in given for name in _REWRITES):
+    if "merge_lora" in given or ("model" in given and any(name in given for name in _REWRITES)):
         return Way.REWRITE
     if "model" in given and "max_shard_size" in given:
         return Way.RESHARD

@@ -91,6 +91,8 @@ class Adapter:
     """Of each tensor, in the order of their first rows."""
     whole: dict[str, Whole] = field(default_factory=dict)
     """By Hugging Face name; rows of all experts one below the other."""
+    aside: dict[str, str] = field(default_factory=dict)
+    """Tensors of its files that say nothing new, each with the reason."""
 
     @property
     def touches(self) -> set[str]:

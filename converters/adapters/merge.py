@@ -86,6 +86,11 @@ class Merged:
         return first is not None and second is not None and _equal(first, second, sources)
 
     @property
+    def aside(self) -> dict[str, str]:
+        """Tensors of the adapters that are not read, each with the reason."""
+        return {name: why for adapter in self._adapters for name, why in adapter.aside.items()}
+
+    @property
     def untied(self) -> bool:
         return bool(self._tied)
 

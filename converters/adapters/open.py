@@ -60,6 +60,28 @@ def base_model_of(path: Path_) -> Path:
     )
 
 
+def base_weights_of(adapters: Sequence[Path_]) -> Path:
+    """The folder of the base model that adapters name, which they are merged into.
+
+    Raises: ConversionError when one names none, or none that is here, or they name different ones.
+    """
+    folders: dict[Path, str] = {}
+    for path in adapters:
+        folder = _existing(path)
+        given = folder if is_peft(folder) else find_checkpoint(folder)
+        config = read_config(folder / NAME if is_peft(folder) else find_config(folder, given))
+        name = config.values.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise ConversionError(f"{config.path}: names no base_model_name_or_path to merge into; give it as --model")
+        try:
+            folders.setdefault(find_folder(name).resolve(), name)
+        except ConversionError as error:
+            raise ConversionError(f"{config.path}: base_model_name_or_path: {error}; or give it as --model") from error
+    if len(folders) > 1:
+        raise ConversionError(f"the adapters were trained on {' and '.join(folders.values())}; give one as --model")
+    return next(iter(folders))
+
+
 def _named(config: AdapterConfig) -> Path | None:
     """The base model by the name that it had in training, a folder or one in a hub's cache."""
     name = config.values.get("base_model_name_or_path")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -10,13 +10,21 @@ from megabatch.converters.adapters.adapter import Adapter, Tables, Whole
 from megabatch.converters.adapters.config import NAME, AdapterConfig, read_config
 from megabatch.converters.adapters.names import BASE, Name, Side, parse
 from megabatch.converters.bijection import FLOATS
+from megabatch.converters.engine.gather import chunks
 from megabatch.converters.engine.plan import Matrix, Numbered, Strip
+from megabatch.converters.engine.sources import Sources
 from megabatch.converters.mapping import elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, read_header
 from megabatch.converters.torch_bin import read_bin
 from megabatch.errors import ConversionError
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+
+_SAVED, _ORIGINAL = ".modules_to_save.", ".original_module."
+_WRAPPERS = {
+    _SAVED: "it repeats the module's own tensor",
+    _ORIGINAL: "the base model has this, and the adapter replaces it",
+}
 
 
 def is_peft(folder: Path) -> bool:
@@ -56,7 +64,10 @@ class _Reader:
 
     def read(self) -> Adapter:
         pairs: dict[tuple[str, bool], dict[Side, str]] = {}
+        wrapped = dict(self._of_wrappers())
         for name, extent in self._extents.items():
+            if name in wrapped:
+                continue
             parsed = self._parsed(name, extent)
             if parsed.side is None:
                 self._whole(name, parsed.module, extent)
@@ -73,6 +84,27 @@ class _Reader:
         if not self._extents:
             raise ConversionError(f"{self._path}: has no tensors")
         return self._adapter
+
+    def _of_wrappers(self) -> Iterator[tuple[str, str]]:
+        """The tensors inside of PEFT's wrappers of `modules_to_save`, which it saves beside the module's own once the
+        vocabulary has grown. Raises: ConversionError for a copy that differs from it."""
+        for name, extent in self._extents.items():
+            for part, why in _WRAPPERS.items():
+                own = name.replace(part, ".")
+                if part not in name:
+                    continue
+                found = self._extents.get(own)
+                if found is None:
+                    raise self._fault(name, f"{own}, the module's own, is not there")
+                if found.info != extent.info or (part == _SAVED and not self._same(extent, found)):
+                    raise self._fault(name, f"differs from {own}, of which it must be a copy")
+                self._adapter.aside[name] = why
+                yield name, own
+
+    def _same(self, one: Extent, other: Extent) -> bool:
+        strips = [(Strip(0, 1, self._file, extent.start, 0, extent.size),) for extent in (one, other)]
+        with Sources(self._adapter.sources) as sources:
+            return all(a == b for a, b in zip(*(chunks(sources, own) for own in strips), strict=True))
 
     def _parsed(self, name: str, extent: Extent) -> Name:
         if extent.info.dtype not in FLOATS:
@@ -91,6 +123,7 @@ class _Reader:
         if shape is None:
             raise self._fault(name, f"the base model has no tensor {tensor}{_near(tensor, self._tables.shapes)}")
         if shape != extent.info.shape:
+            self._check_vocabulary(name, extent.info.shape[:1], tensor)
             raise self._fault(name, f"the base model's {tensor} is {list(shape)}")
         rows = shape[0] * (shape[1] if tensor in self._tables.stacks else 1)
         size = elements(shape) // rows * ITEMSIZE[extent.info.dtype]
@@ -113,6 +146,8 @@ class _Reader:
         if self._extents[a].info.shape[:1] != (rank,):
             raise self._fault(a, f"{NAME} gives {key} rank {rank}")
         rows, columns = shape
+        grown, axis = (a, -1) if embedding else (b, 0)
+        self._check_vocabulary(grown, self._extents[grown].info.shape[axis:][:1], weight)
         self._check_shape(a, (rank, rows if embedding else columns))
         self._check_shape(b, (columns if embedding else rows, rank))
         left, right = self._matrix(b), self._matrix(a)
@@ -168,11 +203,25 @@ class _Reader:
         if not parameter and not tied and not self._config.targets(key):
             raise self._fault(name, f"{NAME} does not give {key} an adapter: target_modules does not name it")
 
+    def _check_vocabulary(self, name: str, found: tuple[int, ...], weight: str) -> None:
+        """Raises: ConversionError for what was trained after the vocabulary had grown to the rows that were found."""
+        shape, rows = self._tables.shapes[weight], max(found, default=0)
+        of_vocabulary = any(mapped.split == "vocab" for mapped in self._tables.users((weight, None)))
+        if of_vocabulary and rows > shape[0]:
+            raise self._fault(
+                name,
+                f"the adapter was trained when {weight} had {rows} rows, and the base model's has {shape[0]}: resize "
+                f"the base first, by {rows - shape[0]} to {rows} (model.resize_token_embeddings({rows}), "
+                "model.save_pretrained(...)), and name that folder as --model",
+            )
+
     def _check_whole(self) -> None:
-        """Every name of `modules_to_save` has a tensor."""
+        """Every name of `modules_to_save` has a tensor, unless the base model has no such module: PEFT itself adds
+        `classifier` and `score` where sequences are classified, of which a model has one."""
+        there = {name.rpartition(".")[0] for name in self._tables.shapes}
         modules = {name.rpartition(".")[0] for name in self._adapter.whole}
         for wanted in self._config.modules_to_save:
-            if not any(module == wanted or module.endswith(wanted) for module in modules):
+            if not any(module.endswith(wanted) for module in modules) and any(map(_ends_with(wanted), there)):
                 raise ConversionError(
                     f"{self._path}: {NAME} names {wanted} in modules_to_save, and no tensor is of it"
                 )
@@ -183,6 +232,10 @@ class _Reader:
         size = columns * ITEMSIZE[extent.info.dtype]
         strip = Strip(0, rows, self._file, extent.start, 0, size)
         return Matrix(rows, columns, extent.info.dtype, (strip,), name=name)
+
+
+def _ends_with(end: str) -> Callable[[str], bool]:
+    return lambda module: module.endswith(end)
 
 
 def _near(name: str, names: Iterable[str]) -> str:

@@ -78,6 +78,7 @@ def plan_adapter_to_mcore(
             *checkpoint.small,
         ],
         side=None,
+        ignored=opened.aside,
     )
 
 

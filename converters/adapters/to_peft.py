@@ -65,6 +65,7 @@ def plan_adapter_to_peft(
         tensors=[tensors[name]._replace(name=name, offset=extent.start) for name, extent in extents.items()],
         small=[*carried(opened.config.path.parent, ("config.json",)), SmallFile(NAME, lambda: config)],
         side=None,
+        ignored=opened.aside,
         notes=notes,
     )
 

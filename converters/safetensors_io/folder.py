@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -223,13 +224,44 @@ def _locate(folder: Path) -> dict[str, tuple[Path, Extent]]:
         return _sharded(folder, weight_map, index)
     if single.is_file():
         return {name: (single, extent) for name, extent in read_header(single).items()}
+    if shards := complete_shards(folder):
+        return _without_index(folder, shards)
     raise ConversionError(f"{folder}: {_what_is_there(folder)}")
+
+
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder has weights that `HfFolder` opens."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX)) or bool(complete_shards(folder))
+
+
+def complete_shards(folder: Path) -> list[str]:
+    """The files `NAME-00001-of-00002.safetensors` of a folder without an index, when all that the names count are
+    there and no others; their names say that nothing is missing."""
+    found = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    numbered = [match for name in found if (match := _SHARD.fullmatch(name))]
+    if not numbered or len({match.group(1, 3) for match in numbered}) > 1 or len(numbered) != len(found):
+        return []
+    return found if [int(match[2]) for match in numbered] == list(range(1, int(numbered[0][3]) + 1)) else []
+
+
+def _without_index(folder: Path, shards: Sequence[str]) -> dict[str, tuple[Path, Extent]]:
+    where: dict[str, tuple[Path, Extent]] = {}
+    for file in shards:
+        path = folder / file
+        for name, extent in read_header(path).items():
+            if name in where:
+                raise ConversionError(f"{folder}: {name} is in two files, {where[name][0].name} and {file}")
+            where[name] = (path, extent)
+    return where
 
 
 def _what_is_there(folder: Path) -> str:
     found = sorted(path.name for path in folder.iterdir())
     if shards := [name for name in found if name.endswith(".safetensors")]:
-        return f"has {shards[0]} but no {INDEX}; complete the download"
+        return f"has {', '.join(shards[:4])}, not all that their names count, and no {INDEX}; complete the download"
     if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         return (
             f"has only pickled weights ({pickles[0]}), which are refused unless asked for; --accept_bin reads "

@@ -14,10 +14,11 @@ CARRIED = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json", "modeling_custom.py", "qwen.tiktoken", "LICENSE", "additional_chat_templates/tools.jinja",
+    "README.md",
 ]  # fmt: skip
 LEFT = [
     "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "tokenizer.bin", "consolidated.00.pth", "README.md", "training_args.bin", "original/params.json", ".gitattributes",
+    "tokenizer.bin", "consolidated.00.pth", "training_args.bin", "original/params.json", ".gitattributes",
 ]  # fmt: skip
 
 
