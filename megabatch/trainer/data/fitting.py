@@ -74,6 +74,8 @@ class Fitting:
 
     def _fitted(self, message: Message) -> dict[str, Any]:
         role = message.role
+        if not message.fields and role != "developer":
+            return {"role": role, "content": message.content}
         if role == "developer" and role not in self._renderer.names:
             role = "system"
         made = {"role": role, "content": message.content, **message.fields}
@@ -109,6 +111,8 @@ class Fitting:
         """Raises DataError for fields that would have changed the text; counts others that nobody reads."""
         names = self._renderer.names
         for message in messages:
+            if not message.fields:
+                continue
             for name in message.fields.keys() - names - _HARMLESS - {"content"}:
                 if name in _REASONING and (set(_REASONING) & names or not message.fields[name]):
                     continue

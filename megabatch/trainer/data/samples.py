@@ -96,7 +96,7 @@ class Encoder:
             kept = self._limited(encoded, row)
             if not kept:
                 chunk.dropped["longer than max_length"] += 1
-            elif not any(sample.weights.any() for sample in kept):
+            elif not any(np.count_nonzero(sample.weights) for sample in kept):
                 chunk.dropped["nothing to learn"] += 1
             else:
                 chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1

@@ -58,6 +58,7 @@ _PAIRS = (("human", "assistant"), ("user", "assistant"))
 SAYING = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 """Fields that say something without any content."""
 _SPEAKING = ("role", "from", "content", "value")
+_SIMPLE = {"role", "content"}
 _LOSS = ("loss", "weight", "train", "loss_scale")
 
 
@@ -133,6 +134,8 @@ def _role(item: Mapping[str, Any]) -> str:
 
 
 def _messages(item: Mapping[str, Any], *, place: str) -> list[Message]:
+    if item.keys() == _SIMPLE and isinstance(item["content"], str) and item["role"] in _ROLES:  # nearly all there are
+        return [Message(_ROLES[item["role"]], item["content"])]
     for names in _PAIRS:
         if not _role(item) and all(name in item for name in names):
             loss = _loss(item, place=place)
