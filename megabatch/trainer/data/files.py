@@ -54,6 +54,16 @@ def is_readable(path: Path) -> bool:
     return suffix in _READERS and (suffix != ".parquet" or path.suffix.lower() == suffix)
 
 
+def without_nulls(value: Any) -> Any:
+    """Objects without their null keys, at any depth.
+
+    In a column of structs every row has the keys of all rows, null where it had none itself.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def content_digest(path: Path) -> bytes:
     """blake2b digest of a file's bytes."""
     try:
@@ -200,7 +210,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
-                    yield Row(Origin(str(path), number, is_line=False), fields)
+                    yield Row(Origin(str(path), number, is_line=False), without_nulls(fields))
                     number += 1
     except pa.ArrowException as e:
         raise DataError(f"{path}: not readable as Parquet near row {number} ({e}); write the file again") from e

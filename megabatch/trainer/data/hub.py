@@ -7,13 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 from megabatch.errors import DataError
-from megabatch.trainer.data.files import Origin, Row
+from megabatch.trainer.data.files import Origin, Row, without_nulls
 
 
 def rows(hub: str, name: str) -> Iterator[Row]:
     """Rows of `org/name[:subset[:split]]`; the split is `train` unless named. Raises DataError when out of reach."""
     for number, fields in enumerate(_load(hub, name)):
-        yield Row(Origin(f"{hub}::{name}", number, is_line=False), dict(fields))
+        yield Row(Origin(f"{hub}::{name}", number, is_line=False), without_nulls(dict(fields)))
 
 
 def fingerprint(hub: str, name: str) -> str:

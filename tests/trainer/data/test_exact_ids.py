@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizer_kinds import KINDS
 
 from megabatch.errors import DataError
+from megabatch.trainer.data import files
 from megabatch.trainer.data.files import Origin, Row
 from megabatch.trainer.data.formats import conversation_of
 from megabatch.trainer.data.templates import Encoded, Template
@@ -256,3 +259,42 @@ def test_arguments_as_json_text_are_not_quoted_twice() -> None:
             messages = [AGENT[0], {"role": "assistant", "tool_calls": [call]}]
             texts.append(ours("byte_level", family, {"messages": messages}).ids.tolist())
         assert texts[0] == texts[1]
+
+
+def test_null_keys_of_a_parquet_struct_are_absent(tmp_path: Path) -> None:
+    """A column of structs gives every message, tool and call the keys of all of them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"role": "tool", "content": "R"},
+        {"from": "gpt", "value": "A", "loss": 1.0},
+    ]
+    other = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "T",
+             "tool_calls": [{"id": "x", "function": {"name": "find", "arguments": {"b": "c"}}}]}]  # fmt: skip
+    rows = [{"messages": messages, "tools": TOOLS, "images": None}, {"messages": other, "tools": None, "images": [""]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (first, second) = files.rows(tmp_path / "rows.parquet")
+    assert first.fields["messages"][0] == messages[0]
+    expected = [*messages[:3], {"role": "assistant", "content": "A"}]
+    for family in ("qwen3", "llama3.1"):
+        encoded = ours("byte_level", family, first.fields)
+        assert encoded.ids.tolist() == theirs("byte_level", family, expected, tools=TOOLS)
+    read = {"messages": second.fields["messages"]}
+    assert ours("byte_level", "qwen3", read).ids.tolist() == theirs("byte_level", "qwen3", other)
+
+
+def test_what_nothing_reads_is_counted(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "Q", "mood": "odd"}, {"role": "assistant", "content": "A </s> B"}]
+    row = Row(Origin("f", 1), {"messages": said, "hint": "x", "id": 3, "query": None, "empty": ""})
+    remarks: Counter[str] = Counter()
+    template("byte_level", "qwen2.5").encode(
+        [conversation_of(row)] * 2, places=["f:1", "f:1"], loss_scale="default", remarks=remarks
+    )
+    assert sorted((+remarks).values()) == [2, 2, 2]
+    text = "\n".join(+remarks)
+    assert "nothing reads the column 'hint'" in text
+    assert "nothing reads the messages' field 'mood'" in text
+    assert "control tokens in the text" in text
