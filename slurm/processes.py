@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -80,11 +81,27 @@ def descendants(pids: set[int]) -> set[int]:
 
 
 def identity(pid: int) -> str:
-    """Host, number and start of a process: numbers are used again. Empty when there is none here."""
+    """Place, number and start of a process: numbers are used again. Empty when there is none here."""
     with contextlib.suppress(OSError, IndexError):
-        started = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-        return f"{socket.gethostname()}:{pid}:{started}"
+        words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if words[0] in "ZX" else f"{_place()}:{pid}:{words[19]}"
     return ""
+
+
+def has_ended(process: str) -> bool:
+    """Whether a process, by its `identity`, is known to have ended: of another place nothing is known."""
+    place, number, _ = process.rsplit(":", 2) if process.count(":") == 2 else ("", "", "")
+    return number.isdigit() and place == _place() and identity(int(number)) != process
+
+
+@functools.cache
+def _place() -> str:
+    """Where process numbers mean what they mean here: this host since it started, and this container of it."""
+    boot = namespace = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    return "/".join((socket.gethostname(), boot, namespace))
 
 
 def end_processes(find: Callable[[], set[int]], *, timeout_s: float = 10) -> None:

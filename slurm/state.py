@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.run_directory import ExitCode, RunDirectory
-from megabatch.slurm.processes import identity
+from megabatch.slurm.processes import has_ended, identity
 from megabatch.slurm.queue import SOURCES, JobState, State, ask_slurm
 from megabatch.slurm.records import LOCAL, JobRecord, read_records
 
@@ -109,7 +109,7 @@ def _from_files(run: RunDirectory, *, fresh_s: float) -> RunStatus | _Unsettled:
     if beat and _is_of_newest_job(beat, jobs):
         if beat.get("state") == "done":
             return _status(found, State.COMPLETED, "heartbeat", exit_code=ExitCode.DONE)
-        ended = beat.get("state") in ("stopped", "failed") or _has_ended(jobs)
+        ended = beat.get("state") in ("stopped", "failed") or _has_ended(jobs) or has_ended(_launcher(jobs))
         if not ended and _age_s(beat) < fresh_s:
             return _status(found, State.RUNNING, "heartbeat")
     if jobs and jobs[-1].job_id != LOCAL:
@@ -143,9 +143,14 @@ def _local(found: _Unsettled) -> RunStatus:
 
 def local_launcher(jobs: Sequence[JobRecord]) -> int | None:
     """The process that runs the newest start on this machine; None when there is none, or it runs elsewhere."""
-    process = jobs[-1].starts[-1].process if jobs and jobs[-1].job_id == LOCAL and jobs[-1].starts else ""
+    process = _launcher(jobs)
     number = process.split(":")[1] if process.count(":") == 2 else ""
     return int(number) if number.isdigit() and identity(int(number)) == process else None
+
+
+def _launcher(jobs: Sequence[JobRecord]) -> str:
+    """Which process runs, or ran, the newest start of a local run; empty where that is not known."""
+    return jobs[-1].starts[-1].process if jobs and jobs[-1].job_id == LOCAL and jobs[-1].starts else ""
 
 
 def _open(jobs: list[JobRecord]) -> list[JobRecord]:

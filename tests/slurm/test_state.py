@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,9 @@ from megabatch.slurm import queue
 from megabatch.slurm.cluster import PrivateCluster
 from megabatch.slurm.control import cancel, resume
 from megabatch.slurm.logs import logs
+from megabatch.slurm.processes import identity
 from megabatch.slurm.queue import State
-from megabatch.slurm.records import record_submission
+from megabatch.slurm.records import Start, record_start, record_submission
 from megabatch.slurm.state import status
 
 from .conftest import Submit, Submitted
@@ -81,6 +85,32 @@ class TestWithoutSlurm:
     )
     def test_a_local_run_has_only_its_heartbeat(self, run: RunDirectory, word: str, state: State) -> None:
         beat(run, state=word, time=0)
+        assert status([run.path])[0].state is state
+
+    def test_a_dead_launcher_outranks_a_fresh_heartbeat(self, run: RunDirectory) -> None:
+        """Killed by -9: nothing was written any more, and the run can be started again at once."""
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+            record_start(run, Start(0, time.time(), "here", identity(process.pid)))
+            beat(run, job_id=None)
+            assert status([run.path])[0].state is State.RUNNING
+            process.kill()
+        now = status([run.path])[0]
+        assert (now.state, now.heartbeat_age_s is not None and now.heartbeat_age_s < 60) == (State.LOST, True)
+
+    @pytest.mark.parametrize(
+        ("change", "state"),
+        [
+            (lambda place, pid, start: (f"other{place}", pid, start), State.RUNNING),  # lives, as far as is known here
+            (lambda place, pid, start: (place, pid, str(int(start) + 1)), State.LOST),  # its number is used again
+            (lambda place, pid, start: ("x", "y", "z"), State.RUNNING),
+        ],
+    )
+    def test_another_host_and_a_number_that_is_used_again(
+        self, run: RunDirectory, change: Callable[[str, str, str], tuple[str, str, str]], state: State
+    ) -> None:
+        place, pid, start = identity(os.getpid()).split(":")
+        record_start(run, Start(0, time.time(), "somewhere", ":".join(change(place, pid, start))))
+        beat(run, job_id=None)
         assert status([run.path])[0].state is state
 
     def test_broken_files_are_no_evidence(self, run: RunDirectory) -> None:
