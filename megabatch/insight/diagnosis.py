@@ -30,6 +30,7 @@ from megabatch.insight.evidence import (
 )
 from megabatch.insight.goodput import Stay
 from megabatch.insight.overview import bad_nodes_of, damaged_of, history, run_json
+from megabatch.insight.steps import unmet_dependency
 from megabatch.insight.tails import tail
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.saved.history import SetAside
@@ -150,7 +151,8 @@ def _ends_its_job_alone(found: RunStatus, newest: Stay) -> bool:
 
 def _without_start(base: Diagnosis, found: RunStatus) -> Diagnosis:
     """A run, or its newest job, of which no start is known to have failed."""
-    evidence = [of_slurm(found.state, found.reason, shown=_word_of(found))]
+    unmet = unmet_dependency(base.run) if found.state is State.LOST else ""
+    evidence = [of_slurm(found.state, unmet or found.reason, shown=unmet or _word_of(found))]
     if found.state is State.FAILED and found.exit_code not in _ENDED_WELL:
         evidence += [of_script(log, None) for log in _script_logs(base)]
         evidence.append(of_ending(found.exit_code))

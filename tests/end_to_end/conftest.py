@@ -20,6 +20,7 @@ from megabatch.run_directory import RunDirectory
 from megabatch.slurm.cluster import PrivateCluster
 from megabatch.slurm.processes import marked_processes
 from megabatch.slurm.queue import State
+from megabatch.slurm.records import read_records
 from megabatch.slurm.state import RunStatus, status
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -75,7 +76,10 @@ class Training:
             return status([self.files.path], fresh_s=0)[0]
 
     def wait(self, *states: State, timeout_s: float = 180) -> RunStatus:
-        """Until the run is in one of `states`."""
+        """Until the run is in one of `states`; where it is over, until its batch script has had its last word.
+
+        The heartbeat says `done`, and Slurm that a job failed, before that.
+        """
 
         def reached() -> RunStatus | None:
             now = self.now()
@@ -84,6 +88,8 @@ class Training:
 
         found = until(reached, timeout_s=timeout_s, what=f"{states}, now {self.now()}\n{self.logs()}")
         assert isinstance(found, RunStatus)
+        if found.state in (State.COMPLETED, State.FAILED, State.STOPPED):
+            until(lambda: has_ended(self.files), timeout_s=timeout_s, what=f"its ending\n{self.logs()}")
         return found
 
     def wait_step(self, step: int, *, timeout_s: float = 120) -> None:
@@ -135,6 +141,12 @@ class Training:
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.files.logs.glob("*")))
+
+
+def has_ended(run: RunDirectory) -> bool:
+    """Whether the newest start's batch script has written what it came to, which is after the trainer's last act."""
+    jobs = read_records(run)
+    return bool(jobs and jobs[-1].starts and jobs[-1].ending_of(jobs[-1].starts[-1]))
 
 
 def until(condition: Callable[[], Any], *, timeout_s: float, what: str, poll_s: float = 0.05) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.records import read_records
 
-from .conftest import RECIPES, until
+from .conftest import RECIPES, has_ended, until
 
 pytestmark = pytest.mark.slurm
 STEPS = 3
@@ -23,7 +23,7 @@ def test_learning_rates_and_seeds_by_one_array(environment: Mapping[str, str], t
     def python(*words: str) -> str:
         command = [sys.executable, "-P", *words]
         return subprocess.run(
-            command, cwd=tmp_path, env=dict(environment), check=True, capture_output=True, text=True, timeout=60
+            command, cwd=tmp_path, env=dict(environment), check=True, capture_output=True, text=True, timeout=300
         ).stdout
 
     flags = [
@@ -53,6 +53,8 @@ def test_learning_rates_and_seeds_by_one_array(environment: Mapping[str, str], t
         return states == {"completed"}
 
     until(finished, timeout_s=180, what="all four")
+    # the heartbeat says `done` before the batch script has written how the job ended
+    until(lambda: all(has_ended(run) for run in runs.values()), timeout_s=180, what="the last word of all four")
     results = shown()
     losses = [one["eval_loss"] for one in results.values()]
     assert losses == sorted(losses) and len(set(losses)) == 4  # type: ignore[type-var]

@@ -186,6 +186,25 @@ def test_a_dead_server_has_its_name_log_and_own_cause(run: MadeRun, capsys: pyte
     assert "first: role judge, task 1 on n3, exit code 9\n" in out and f"its log says: {OOM}" in out
 
 
+def test_a_step_that_could_never_run_once_slurm_forgets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    steps = [{"name": "train", "after": []}, {"name": "export", "after": [["ok", "train"], ["any", "other"]]}]
+    (tmp_path / "chain.json").write_text(json.dumps({"steps": steps}))
+    train, export = (MadeRun.at(tmp_path / name) for name in ("train", "export"))
+    train.submitted()
+    train.started(0, 1000)
+    export.submitted("8")
+    lost = diagnose(export.files.path)
+    assert lost.cause is not None and lost.cause.name == "dependency", "train was lost"
+    train.ended(0, 70, 1100)
+    found = diagnose(export.files.path)
+    assert found.cause is not None and found.cause.name == "dependency"
+    assert found.evidence == "Dependency that cannot be met: step train is failed"
+    train.started(1, 1200)
+    train.ended(1, 0, 1300)
+    assert (cause := diagnose(export.files.path).cause) is not None and cause.name == "lost"
+
+
 def test_a_start_that_ended_well_has_no_cause(run: MadeRun) -> None:
     run.ended(0, 75, 1100)
     assert diagnose(run.files.path, restart=0).cause is None

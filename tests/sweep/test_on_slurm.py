@@ -87,7 +87,7 @@ def test_a_sweep_goes_on_where_it_was_disturbed(
 
     subprocess.run(["scancel", f"{array_id}_1"], check=True)
     os.kill(int((sweep / VICTIMS[1] / "pid.0").read_text()), signal.SIGKILL)
-    _wait(sweep, VICTIMS[:1], State.CANCELLED, State.STOPPED)
+    _wait(sweep, VICTIMS[:1], State.CANCELLED)
     _wait(sweep, VICTIMS[1:], State.FAILED)
 
     before = {name: (sweep / name / "run.json").read_bytes() for name in KEPT}
