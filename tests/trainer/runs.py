@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -129,24 +128,14 @@ def train(run_dir: str, stop_after: int | None = None) -> int:
     return int(loop.train(RunConfig.load(Path(run_dir) / "run.json"), stop, Whereabouts(0)))
 
 
-def train_all(run_dirs: list[str], bucket_size: int | None = None) -> list[int]:
-    """Trains one rank of several runs one after the other, in one world.
-
-    Args: bucket_size: numbers in a bucket of gradients and parameters; megatron-core's own 40 million make one bucket
-    of a small model.
-    """
-    import torch.distributed as dist
-
+def train_in_buckets(run_dir: str, bucket_size: int) -> int:
+    """Trains one rank with so many numbers in a bucket of gradients and parameters: megatron-core's own 40 million
+    make one bucket of a small model."""
     from megabatch.trainer import assemble
 
-    if bucket_size is not None:
-        made = assemble.ddp_config
-        assemble.ddp_config = lambda **keywords: replace(made(**keywords), bucket_size=bucket_size)
-    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
-    try:
-        return [train(run_dir) for run_dir in run_dirs]
-    finally:
-        dist.destroy_process_group()
+    made = assemble.ddp_config
+    assemble.ddp_config = lambda **keywords: replace(made(**keywords), bucket_size=bucket_size)
+    return train(run_dir)
 
 
 def forget_digests(checkpoint: Path) -> None:
