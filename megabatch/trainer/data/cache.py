@@ -18,6 +18,7 @@ import numpy as np
 from megabatch.errors import DataError
 from megabatch.trainer.data import cache_files
 from megabatch.trainer.data.cache_key import cache_key
+from megabatch.trainer.data.digests import Digests
 from megabatch.trainer.data.files import Origin
 from megabatch.trainer.data.samples import Chunk, Encoding, Sample
 from megabatch.trainer.data.sources import Source
@@ -66,39 +67,49 @@ class TokenCache:
         `on_chunk` is called whenever some hundred rows are done.
         Raises: DataError for a faulty row, no usable sample, or a disk that cannot take the cache.
         """
-        path = Path(cache_dir) / cache_key(sources, encoding, seed=seed, shuffle=shuffle)
+        digests = Digests(cache_dir)
+        path = Path(cache_dir) / cache_key(sources, encoding, seed=seed, shuffle=shuffle, digests=digests)
         rows = (row for source in sources for row in source.rows(seed=seed, shuffle=shuffle))
         try:
+            digests.save()
             if path.exists():
-                if cls._is_sound(path):
+                if found := cls._sound(path, digests):
+                    log.info("token cache %s: %d samples, %d tokens", path, len(found), len(found.ids))
                     return path
                 cache_files.remove(path)
-            cache_files.write(path, _each(encoded_chunks(rows, encoding, num_proc=num_proc), on_chunk))
+            chunks = _each(encoded_chunks(rows, encoding, num_proc=num_proc), on_chunk)
+            cache_files.write(path, chunks, digests=digests)
         except OSError as e:
             raise DataError(
                 f"{path}: the token cache cannot be written ({e.strerror or e}); free space there or choose another "
                 f"cache folder"
             ) from e
+        finally:
+            digests.save()
+        log.info("token cache %s: made now", path)
         cls.open(path).log_summary()
         return path
 
     @classmethod
-    def _is_sound(cls, path: Path) -> bool:
+    def _sound(cls, path: Path, digests: Digests) -> TokenCache | None:
         try:
-            cls.open(path, verify=True)
+            return cls.open(path, digests=digests)
         except DataError as e:
             log.warning("making a token cache again: %s", e)
-            return False
-        return True
+            return None
 
     @classmethod
-    def open(cls, path: Path, *, verify: bool = False) -> TokenCache:
-        """Maps a cache. `verify` reads everything and compares checksums. Raises: DataError for a damaged one."""
+    def open(cls, path: Path, *, digests: Digests | None = None) -> TokenCache:
+        """Maps a cache; with `digests` its content is proven, by reading what they do not remember.
+
+        Raises: DataError for a damaged one.
+        """
         try:
             meta = cache_files.read_meta(path)
             content = str(meta["content"])
             arrays = {
-                name: cache_files.column(path, name, meta["files"][name], verify=verify) for name in cache_files.DTYPES
+                name: cache_files.column(path, name, meta["files"][name], digests=digests)
+                for name in cache_files.DTYPES
             }
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise DataError(f"{path}: damaged token cache ({e}); delete the folder to have it made again") from e

@@ -1,11 +1,11 @@
-"""The files of a token cache: written under a temporary name with checksums, mapped and verified.
+"""The files of a token cache: written under a temporary name with digests, mapped and verified.
 
 ids.bin      int32, all samples one after the other
 weights.bin  float32, likewise
 lengths.bin  int32, tokens of each sample
 sums.bin     float64, sum of the weights of each sample
 origins.bin  int32, two for each sample: index of its file in meta.json's `sources`, line or row
-meta.json    counts, sources, the largest id, a digest of the samples, and size and crc32 of the files above
+meta.json    counts, sources, the largest id, a digest of the samples, and size and blake2b of the files above
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from megabatch.errors import DataError
+from megabatch.trainer.data.digests import Digests
 from megabatch.trainer.data.samples import Chunk
 
 DTYPES: dict[str, Any] = {
@@ -37,9 +37,10 @@ CONTENT = ("ids", "weights", "lengths")
 """The arrays that training computes with."""
 
 
-def write(path: Path, chunks: Iterable[Chunk]) -> None:
+def write(path: Path, chunks: Iterable[Chunk], *, digests: Digests | None = None) -> None:
     """Writes a cache of these chunks as the folder `path`, all or nothing; one that appears meanwhile is kept.
 
+    Args: `digests` remembers those of the files.
     Raises: DataError when no sample comes; OSError of the disk; whatever `chunks` raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +58,10 @@ def write(path: Path, chunks: Iterable[Chunk]) -> None:
             if not path.is_dir():
                 raise
             # Another job made the same cache at the same time, and its ranks may have mapped it: theirs stays.
+            return
+        if digests is not None:
+            for name in DTYPES:
+                digests.note(_file(path, name), bytes.fromhex(meta["files"][name]["blake2b"]))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -74,31 +79,37 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def column(path: Path, name: str, expected: dict[str, int], *, verify: bool) -> np.ndarray:
-    """One array, memory-mapped. Raises: OSError, ValueError when its size or (with `verify`) checksum differs."""
-    file = path / f"{name}.bin"
+def column(path: Path, name: str, expected: dict[str, Any], *, digests: Digests | None) -> np.ndarray:
+    """One array, memory-mapped.
+
+    Raises: OSError, ValueError when its size or, where `digests` are given, its content differs; DataError.
+    """
+    file = _file(path, name)
     size = file.stat().st_size
     if size != expected["size"]:
         raise ValueError(f"{file.name} has {size} bytes instead of {expected['size']}")
-    if verify and _crc32(file) != expected["crc32"]:
-        raise ValueError(f"the checksum of {file.name} differs")
+    if digests is not None and digests.content(file).hex() != expected["blake2b"]:
+        raise ValueError(f"the digest of {file.name} differs")
     return np.memmap(file, DTYPES[name], mode="r")
 
 
+def _file(path: Path, name: str) -> Path:
+    return path / f"{name}.bin"
+
+
 class _Column:
-    """One array being written: appended to, with its size and checksum on the way."""
+    """One array being written: appended to, with its size and digest on the way."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._dtype = DTYPES[name]
-        self._file = open(folder / f"{name}.bin", "wb")  # noqa: SIM115 - closed by `close`
-        self._size = self._crc32 = 0
-        self._content = hashlib.blake2b(digest_size=16)
+        self._file = open(_file(folder, name), "wb")  # noqa: SIM115 - closed by `close`
+        self._size = 0
+        self._content = hashlib.blake2b()
 
     def append(self, values: Any) -> None:
         data = np.ascontiguousarray(values, self._dtype).tobytes()
         self._file.write(data)
         self._size += len(data)
-        self._crc32 = zlib.crc32(data, self._crc32)
         self._content.update(data)
 
     @property
@@ -106,12 +117,12 @@ class _Column:
         """Digest of the values appended so far."""
         return self._content.digest()
 
-    def close(self, *, sync: bool) -> dict[str, int]:
+    def close(self, *, sync: bool) -> dict[str, Any]:
         with self._file:
             if sync:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-        return {"size": self._size, "crc32": self._crc32}
+        return {"size": self._size, "blake2b": self._content.hexdigest()}
 
 
 def _write_columns(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
@@ -161,11 +172,3 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc

@@ -22,6 +22,7 @@ from typing import Any
 
 from megabatch.errors import DataError
 from megabatch.trainer.data import files, tokenizer
+from megabatch.trainer.data.digests import Digests
 from megabatch.trainer.data.samples import Encoding
 from megabatch.trainer.data.sources import Source
 
@@ -29,8 +30,8 @@ FORMAT = 2
 """Raised when the files of a cache change: older caches are then made again."""
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
-_AFTER_TOKENS = ("batches.py", "cache.py", "cache_files.py", "cache_key.py", "datasets.py", "pack.py", "packing.py",
-                 "schedule.py", "vocabulary.py", "workers.py")  # fmt: skip
+_AFTER_TOKENS = ("batches.py", "cache.py", "cache_files.py", "cache_key.py", "datasets.py", "digests.py", "pack.py",
+                 "packing.py", "schedule.py", "vocabulary.py", "workers.py")  # fmt: skip
 """Modules of this folder that handle finished samples; every other one may decide a token."""
 _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece",
                     "sentencepiece", "spm")  # fmt: skip
@@ -39,16 +40,16 @@ _CLASS_KEYS = ("model_type", "model_name", "tokenizer_class", "auto_map")
 """What transformers' AutoTokenizer reads of config.json; the rest differs between models that share a tokenizer."""
 
 
-def cache_key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuffle: bool) -> str:
+def cache_key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuffle: bool, digests: Digests) -> str:
     """32 hexadecimal digits; `seed` and `shuffle` count only where a `#count` chooses rows. Raises: DataError."""
-    settings = {**asdict(encoding), "tokenizer": tokenizer_digest(encoding.tokenizer)}
+    settings = {**asdict(encoding), "tokenizer": tokenizer_digest(encoding.tokenizer, digests)}
     sampling = [seed, shuffle] if any(source.count is not None for source in sources) else None
     code = [FORMAT, _code_digest(), {name: _version(name) for name in _LIBRARIES}]
-    content = [code, [source.fingerprint() for source in sources], settings, sampling]
+    content = [code, [source.fingerprint(digests) for source in sources], settings, sampling]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def tokenizer_digest(folder: Path) -> str:
+def tokenizer_digest(folder: Path, digests: Digests) -> str:
     """Content of a folder's tokenizer files, and of config.json what chooses the tokenizer's class.
 
     A model's folder holds weights too, which do not matter. Raises: DataError where there is no tokenizer.
@@ -59,7 +60,7 @@ def tokenizer_digest(folder: Path) -> str:
     for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         if path.is_file() and (path.name.startswith(_TOKENIZER_NAMES) or path.suffix in _TOKENIZER_SUFFIXES):
             digest.update(str(path.relative_to(folder)).encode())
-            digest.update(files.content_digest(path))
+            digest.update(digests.content(path))
     digest.update(json.dumps(_class_of(folder), sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from megabatch.errors import DataError
 from megabatch.trainer.data import examples, files, hub, names
+from megabatch.trainer.data.digests import Digests
 from megabatch.trainer.data.files import Row
 
 Hub = Literal["hf", "ms"]
@@ -56,12 +57,12 @@ class Source:
         if not total:
             raise DataError(f"dataset {self.text!r} is empty: it has no rows; give a file with at least one example")
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, digests: Digests) -> str:
         """Digest of the content that the rows come from; of the file names only order and suffixes count."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
             digest.update("".join(path.suffixes[-2:]).encode())
-            digest.update(files.content_digest(path))
+            digest.update(digests.content(path))
         if self.hub:
             digest.update(hub.fingerprint(self.hub, self.name).encode())
         if self.example:

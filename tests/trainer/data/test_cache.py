@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from megabatch.errors import DataError
-from megabatch.trainer.data import cache_files, cache_key, datasets, workers
+from megabatch.trainer.data import cache_files, cache_key, datasets, digests, workers
 from megabatch.trainer.data.cache import TokenCache
+from megabatch.trainer.data.digests import Digests
 from megabatch.trainer.data.files import Origin, Row
 from megabatch.trainer.data.samples import Encoder, Encoding
 from megabatch.trainer.data.sources import resolve
@@ -24,6 +25,11 @@ Write = Callable[..., Path]
 
 def rows(count: int) -> list[dict[str, str]]:
     return [{"query": f"What is {index}?", "response": "apple " * (index % 7 + 1)} for index in range(count)]
+
+
+def caches_in(folder: Path) -> list[str]:
+    """All that lies beside the remembered digests, temporary folders too."""
+    return [entry.name for entry in folder.iterdir() if entry.name != digests.NAME]
 
 
 @pytest.fixture
@@ -69,7 +75,7 @@ def test_a_faulty_row_in_another_process_is_named(
     path = write_jsonl("a.jsonl", [*rows(40), {"query": "Q", "response": 3}, *rows(40)])
     with pytest.raises(DataError, match=r"a\.jsonl:41: response must be a string"):
         build(path, num_proc=2)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not caches_in(tmp_path / "cache")
 
 
 class Fatal:
@@ -110,7 +116,9 @@ def test_its_name_knows_all_that_decides_tokens(
     sources = resolve([str(write_jsonl("a.jsonl", rows(2)))])
 
     def key() -> str:
-        return cache_key.cache_key(sources, Encoding(tokenizer=folder), seed=1, shuffle=True)
+        return cache_key.cache_key(
+            sources, Encoding(tokenizer=folder), seed=1, shuffle=True, digests=Digests(tmp_path / "none")
+        )
 
     first = key()
     (folder / "config.json").write_text('{"model_type": "qwen3", "hidden_size": 128}')
@@ -145,11 +153,20 @@ def test_its_content_is_that_of_the_tokens(build: Any, write_jsonl: Write) -> No
     assert len(parts | {first.content}) == 5
 
 
+def wait_for_the_clock_to_move_on(file: Path) -> None:
+    """Until a write now gets another time than this file's."""
+    probe = file.with_name("probe")
+    while not probe.exists() or probe.stat().st_mtime_ns <= file.stat().st_mtime_ns:
+        probe.write_text("")
+    probe.unlink()
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "meta", "missing"])
 def test_a_damaged_cache_is_made_again(build: Any, write_jsonl: Write, damage: str, caplog: Any) -> None:
     path = write_jsonl("a.jsonl", rows(10))
     folder = build(path)
     good = (folder / "ids.bin").read_bytes()
+    wait_for_the_clock_to_move_on(folder / "ids.bin")
     if damage == "flip":
         (folder / "ids.bin").write_bytes(bytes([good[0] ^ 1]) + good[1:])
     elif damage == "truncate":
@@ -165,8 +182,8 @@ def test_a_damaged_cache_is_made_again(build: Any, write_jsonl: Write, damage: s
         assert build(path) == folder
     assert "damaged token cache" in caplog.text
     assert (folder / "ids.bin").read_bytes() == good
-    assert len(TokenCache.open(folder, verify=True)) == 10
-    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+    assert len(TokenCache.open(folder, digests=Digests(folder.parent))) == 10
+    assert caches_in(folder.parent) == [folder.name]
 
 
 def test_a_full_disk_leaves_nothing_behind(
@@ -178,7 +195,7 @@ def test_a_full_disk_leaves_nothing_behind(
     monkeypatch.setattr(cache_files._Column, "append", full)
     with pytest.raises(DataError, match=r"cannot be written \(No space left on device\); free space"):
         build(write_jsonl("a.jsonl", rows(3)))
-    assert not list((tmp_path / "cache").iterdir())
+    assert not caches_in(tmp_path / "cache")
 
 
 def test_a_cache_that_another_job_finishes_first_is_kept(
@@ -191,13 +208,13 @@ def test_a_cache_that_another_job_finishes_first_is_kept(
     encoder = Encoder(Encoding(tokenizer=tokenizer_folder))
     cache_files.write(folder, [encoder.encode(list(source.rows(seed=0, shuffle=False)))])
     assert (folder / "meta.json").stat().st_ino == before
-    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+    assert caches_in(folder.parent) == [folder.name]
 
 
 def test_no_sample_left_says_why(build: Any, write_jsonl: Write, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no sample is left of the dataset: 3 longer than max_length; raise"):
         build(write_jsonl("a.jsonl", rows(3)), max_length=4)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not caches_in(tmp_path / "cache")
 
 
 def test_dropped_rows_are_reported(build: Any, write_jsonl: Write, caplog: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from megabatch.errors import DataError
 from megabatch.trainer.data import hub
+from megabatch.trainer.data.digests import Digests
 from megabatch.trainer.data.sources import Source, resolve
 
 Write = Callable[..., Path]
@@ -249,9 +250,12 @@ def test_modelscope_says_which_package_it_needs() -> None:
             read("ms::org/name")
 
 
-def test_fingerprint_follows_the_content(write_jsonl: Write) -> None:
+def test_fingerprint_follows_the_content(write_jsonl: Write, tmp_path: Path) -> None:
     first, same = write_jsonl("a.jsonl", numbers(3)), write_jsonl("sub/b.jsonl", numbers(3))
     other = write_jsonl("c.jsonl", numbers(4))
-    prints = [source.fingerprint() for source in resolve([str(first), str(same), str(other), f"{first}#2"])]
+    prints = [
+        source.fingerprint(Digests(tmp_path / "none"))
+        for source in resolve([str(first), str(same), str(other), f"{first}#2"])
+    ]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
