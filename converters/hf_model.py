@@ -10,6 +10,7 @@ from typing import Any
 from megabatch.converters.families import family_of
 from megabatch.converters.family import Family
 from megabatch.converters.mapping import Mapped
+from megabatch.converters.mxfp4 import Mxfp4
 from megabatch.converters.nearest import did_you_mean
 from megabatch.converters.quantised import Quantised, plain, quantised
 from megabatch.converters.regular import read_regular
@@ -34,7 +35,7 @@ class HfModel:
     """Tensors in the folder that are not read, each with the reason."""
     carried: list[str]
     """Tensors of another part of the model (a vision tower), which no megatron-core tensor has."""
-    quantised: Quantised | None = None
+    quantised: Quantised | Mxfp4 | None = None
     """How its weights must be read, for those that asked for them as they are."""
 
 
@@ -80,8 +81,8 @@ def open_hf_model(
 
     `compare_duplicates` reads a tied output layer that the folder holds although it need not, and refuses it when it
     differs from the embedding: transformers would then not tie them. One rank of many is enough to do that.
-    `accept_quantised` is for callers that apply the scales of block-scaled FP8 weights themselves. `accept_bin` reads
-    `pytorch_model.bin` where there is nothing else, as data.
+    `accept_quantised` is for callers that apply the scales of block-scaled FP8 and MXFP4 weights themselves.
+    `accept_bin` reads `pytorch_model.bin` where there is nothing else, as data.
     Raises: ConversionError.
     """
     config = read_config(folder)

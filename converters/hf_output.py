@@ -139,7 +139,8 @@ def plan_files(
 
 def _way_of_quantising(reference: Path) -> Quantised:
     """The reference folder's own, else DeepSeek-V3's."""
-    return quantised(read_config(reference)) or as_deepseek_v3()
+    how = quantised(read_config(reference))
+    return how if isinstance(how, Quantised) else as_deepseek_v3()
 
 
 def _written(

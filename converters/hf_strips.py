@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from megabatch.converters.bijection import FLOATS
 from megabatch.converters.engine.plan import Numbered, Scales, Strip
 from megabatch.converters.hf_model import HfModel
 from megabatch.converters.mapping import Mapped, Piece, elements
-from megabatch.converters.quantised import PLAIN
+from megabatch.converters.mxfp4 import BLOCKS, SCALES, Mxfp4, packed_bytes
+from megabatch.converters.quantised import PLAIN, Quantised
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.errors import ConversionError
 
@@ -26,14 +28,43 @@ def strip_of(model: HfModel, piece: Piece, row: int, row_bytes: int, numbered: N
     return Strip(row, piece.count, numbered.number(path), start + first * row_bytes, 0, row_bytes, scales)
 
 
-def whole_strip(model: HfModel, mapped: Mapped, row_bytes: int, numbered: Numbered) -> Strip:
-    """All of the one tensor, or of the one leading index of it, that a woven tensor is made of."""
+def read_dtype(model: HfModel, name: str) -> str:
+    """dtype of a tensor as it is read: in MXFP4 as it comes out of its blocks."""
+    return PLAIN if _is_packed(model, name) else model.folder.info(name).dtype
+
+
+class Woven(NamedTuple):
+    """What a woven tensor is made of: all of its Hugging Face tensor, or of one leading index of it."""
+
+    strips: tuple[Strip, ...]
+    row_bytes: int
+    """Of what the strips give."""
+    packed: bool
+    """Whether they give blocks of MXFP4, which `MadePlain` takes; else numbers."""
+
+
+def woven(model: HfModel, mapped: Mapped, numbered: Numbered) -> Woven:
+    """Raises: ConversionError for quantised weights that cannot be woven."""
     piece = next(mapped.pieces)
+    rows, index = mapped.shape[0], piece.index or 0
+    if _is_packed(model, piece.hf):
+        widths = packed_bytes(mapped.shape[1])
+        strips = []
+        for suffix, left, width in zip((BLOCKS, SCALES), (0, widths[0]), widths, strict=True):
+            path, start, _ = model.folder.extent(piece.hf + suffix)
+            strips.append(Strip(0, rows, numbered.number(path), start + index * rows * width, left, width))
+        return Woven(tuple(strips), sum(widths), True)
     path, start, _ = model.folder.extent(piece.hf)
-    if model.quantised is not None and model.folder.info(piece.hf).dtype not in FLOATS:
+    dtype = model.folder.info(piece.hf).dtype
+    if dtype not in FLOATS:
         raise ConversionError(f"{piece.hf} is quantised and woven; this is not supported, entry {mapped.entry}")
-    size = mapped.shape[0] * row_bytes
-    return Strip(0, mapped.shape[0], numbered.number(path), start + (piece.index or 0) * size, 0, row_bytes)
+    width = elements(mapped.shape[1:]) * ITEMSIZE[dtype]
+    strip = Strip(0, rows, numbered.number(path), start + index * rows * width, 0, width)
+    return Woven((strip,), width, False)
+
+
+def _is_packed(model: HfModel, name: str) -> bool:
+    return isinstance(model.quantised, Mxfp4) and model.folder.has(name + BLOCKS)
 
 
 def joined(strips: Iterable[Strip]) -> Iterator[Strip]:
@@ -51,6 +82,8 @@ def joined(strips: Iterable[Strip]) -> Iterator[Strip]:
 
 
 def _follows(last: Strip, strip: Strip) -> bool:
+    if (last.row + last.rows, last.left, last.width) != (strip.row, strip.left, strip.width):
+        return False
     same = last.source == strip.source and strip.offset == last.offset + last.rows * last.width
     if last.scales is None or strip.scales is None:
         return same and last.scales is strip.scales
@@ -64,7 +97,7 @@ def _rows_before(model: HfModel, piece: Piece) -> int:
 
 def _scales(model: HfModel, piece: Piece, first: int, numbered: Numbered) -> Scales | None:
     info = model.folder.info(piece.hf)
-    if model.quantised is None or info.dtype in FLOATS:
+    if not isinstance(model.quantised, Quantised) or info.dtype in FLOATS:
         return None
     name = model.quantised.scales_of(piece.hf)
     path, offset, _ = model.folder.extent(name)

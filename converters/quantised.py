@@ -12,6 +12,7 @@ from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.dtypes import FP8
+from megabatch.converters.mxfp4 import METHOD, Mxfp4
 from megabatch.converters.patterns import matches
 from megabatch.errors import ConversionError
 
@@ -73,19 +74,21 @@ def _begins(module: str, pattern: str) -> bool:
         raise ConversionError(f"config.json: quantization_config: modules_to_not_convert: {error}") from error
 
 
-def quantised(config: Mapping[str, Any]) -> Quantised | None:
+def quantised(config: Mapping[str, Any]) -> Quantised | Mxfp4 | None:
     """What config.json's `quantization_config` says, or None for plain weights.
 
-    Raises: ConversionError for any kind but block-scaled FP8.
+    Raises: ConversionError for any kind but block-scaled FP8, and MXFP4.
     """
     given = config.get("quantization_config")
     if not given:
         return None
+    if isinstance(given, Mapping) and given.get("quant_method") == METHOD:
+        return Mxfp4()
     block = given.get("weight_block_size") if isinstance(given, Mapping) else None
     if block is None or not _is_block(block) or given.get("quant_method") != "fp8" or given.get("fmt") not in _FORMATS:
         raise ConversionError(
             f"config.json: quantization_config={given!r} is not supported; block-scaled FP8 is (quant_method fp8 with "
-            "weight_block_size), for others use the unquantised checkpoint"
+            "weight_block_size), and mxfp4; for others use the unquantised checkpoint"
         )
     return Quantised((block[0], block[1]), given)
 
@@ -99,11 +102,13 @@ def _is_block(block: object) -> bool:
     return isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
 
 
-def plain(found: Mapping[str, TensorInfo], how: Quantised) -> dict[str, TensorInfo]:
+def plain(found: Mapping[str, TensorInfo], how: Quantised | Mxfp4) -> dict[str, TensorInfo]:
     """The folder's tensors as they are once every scale is applied.
 
     Raises: ConversionError naming weights without scales, scales without weights, and scales of a wrong shape.
     """
+    if isinstance(how, Mxfp4):
+        return how.plain(found)
     result: dict[str, TensorInfo] = {}
     for name, info in found.items():
         weight = name.removesuffix(SUFFIX)

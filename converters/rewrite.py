@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 from megabatch.converters.adapters.merge import Merged, merged_adapters
 from megabatch.converters.bijection import invert
-from megabatch.converters.engine.plan import Numbered, Plan, Strip, Tensor, uncollected
+from megabatch.converters.engine.plan import Arrangement, Numbered, Plan, Strip, Tensor, uncollected
 from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
-from megabatch.converters.hf_strips import joined, plain_dtype, strip_of, whole_strip
+from megabatch.converters.hf_strips import joined, plain_dtype, read_dtype, strip_of, woven
 from megabatch.converters.mapping import Mapped, elements
+from megabatch.converters.mxfp4 import MadePlain
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.weave import Weave
 from megabatch.errors import ConversionError
@@ -75,12 +76,16 @@ def _parts(model: HfModel, table: Sequence[Mapped], numbered: Numbered, dtype: s
     owners: dict[Key, _Owner] = {}
     for read, written in zip(model.tensors, table, strict=True):
         first = next(read.pieces)
-        dtype_read = model.folder.info(first.hf).dtype
+        dtype_read = read_dtype(model, first.hf)
         row_bytes = elements(read.shape[1:]) * ITEMSIZE[dtype_read]
-        arrangement = None
+        arrangement: Arrangement | None = None
         if read.woven:
-            pairs = [(next(written.pieces), whole_strip(model, read, row_bytes, numbered))]
-            arrangement = None if written.woven else Weave(read, False)
+            made = woven(model, read, numbered)
+            pairs, row_bytes = [(next(written.pieces), strip) for strip in made.strips], made.row_bytes
+            if made.packed:
+                arrangement = MadePlain(read, written.woven)
+            else:
+                arrangement = None if written.woven else Weave(read, False)
         elif written.woven:
             pairs = [
                 (target, strip_of(model, source, row, row_bytes, numbered))
@@ -95,7 +100,7 @@ def _parts(model: HfModel, table: Sequence[Mapped], numbered: Numbered, dtype: s
         for target, strip in pairs:
             key = (target.hf, target.index or 0)
             strips.setdefault(key, []).append(strip)
-            owners[key] = _Owner(read, dtype_read, arrangement)
+            owners[key] = _Owner(read, dtype_read, arrangement, row_bytes)
     tensors: dict[str, list[Tensor]] = {}
     for key in sorted(strips, key=lambda key: key[1]):
         tensors.setdefault(key[0], []).append(_tensor(key[0], strips[key], owners[key], dtype))
@@ -115,7 +120,9 @@ class _Owner(NamedTuple):
 
     mapped: Mapped
     dtype: str
-    arrangement: Weave | None
+    arrangement: Arrangement | None
+    row_bytes: int
+    """Of what is read."""
 
 
 def _tensor(name: str, strips: Iterable[Strip], owner: _Owner, dtype: str | None) -> Tensor:
@@ -132,7 +139,7 @@ def _tensor(name: str, strips: Iterable[Strip], owner: _Owner, dtype: str | None
         source_dtype=read,
         rows=count,
         row_bytes=columns * ITEMSIZE[written],
-        source_row_bytes=columns * ITEMSIZE[read],
+        source_row_bytes=owner.row_bytes,
         strips=tuple(rows),
         arrangement=owner.arrangement,
     )

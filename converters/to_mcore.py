@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megabatch.converters.adapters.merge import UNTIED, Merged, merged_adapters
-from megabatch.converters.dtypes import read_dtype
+from megabatch.converters.dtypes import read_dtype as dtype_named
 from megabatch.converters.engine.plan import (
+    Arrangement,
     Numbered,
     Plan,
     SideFiles,
@@ -19,8 +20,9 @@ from megabatch.converters.engine.plan import (
 )
 from megabatch.converters.engine.run import run
 from megabatch.converters.hf_model import HfModel, open_hf_model
-from megabatch.converters.hf_strips import joined, plain_dtype, strip_of, whole_strip
+from megabatch.converters.hf_strips import joined, plain_dtype, read_dtype, strip_of, woven
 from megabatch.converters.mapping import Mapped, elements
+from megabatch.converters.mxfp4 import MadePlain
 from megabatch.converters.quantised import PLAIN
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import replaced_config
@@ -68,7 +70,7 @@ def plan_to_mcore(
         numbered = Numbered()
         merged = merged_adapters(adapters, model.family, model.shape, numbered, accept_bin=accept_bin)
         stacked = stacks_layers(model.shape, layer_keys)
-        dtype = read_dtype(torch_dtype)
+        dtype = dtype_named(torch_dtype)
         return _planned(model, Path(hf_folder), dtype, numbered, merged, stacked=stacked, files=files, bare=bare)
     finally:
         model.folder.close()
@@ -132,7 +134,7 @@ def _config(model: HfModel, source: Path, dtype: str | None, *, untied: bool) ->
 
 def _dtypes(model: HfModel, mapped: Mapped, dtype: str | None) -> tuple[str, str]:
     """What is read and what is written."""
-    read = model.folder.info(next(mapped.pieces).hf).dtype
+    read = read_dtype(model, next(mapped.pieces).hf)
     return read, mapped.dtype or dtype or plain_dtype(read)
 
 
@@ -141,6 +143,7 @@ def _tensor(model: HfModel, mapped: Mapped, place: Cell, numbered: Numbered, *, 
     read, written = _dtypes(model, mapped, dtype)
     columns = elements(mapped.shape[1:])
     shape = (1,) * len(place.lead) + mapped.shape
+    strips, row_bytes, arrangement = _strips(model, mapped, columns * ITEMSIZE[read], numbered)
     return Tensor(
         name=mapped.name if mapped.expert is None else f"{mapped.name}[{mapped.expert}]",
         file=0,
@@ -150,21 +153,23 @@ def _tensor(model: HfModel, mapped: Mapped, place: Cell, numbered: Numbered, *, 
         source_dtype=read,
         rows=mapped.shape[0],
         row_bytes=columns * ITEMSIZE[written],
-        source_row_bytes=columns * ITEMSIZE[read],
-        strips=tuple(_strips(model, mapped, columns * ITEMSIZE[read], numbered)),
+        source_row_bytes=row_bytes,
+        strips=strips,
         add=mapped.offset,
-        arrangement=Weave(mapped, False) if mapped.woven else None,
+        arrangement=arrangement,
         frame=archive_of(written, shape),
     )
 
 
-def _strips(model: HfModel, mapped: Mapped, row_bytes: int, numbered: Numbered) -> Iterator[Strip]:
-    """The pieces one below the other."""
+def _strips(
+    model: HfModel, mapped: Mapped, row_bytes: int, numbered: Numbered
+) -> tuple[tuple[Strip, ...], int, Arrangement | None]:
+    """The pieces one below the other, the bytes of a row of what they give, and how that is put in order."""
     if mapped.woven:
-        yield whole_strip(model, mapped, row_bytes, numbered)
-        return
+        made = woven(model, mapped, numbered)
+        return made.strips, made.row_bytes, (MadePlain if made.packed else Weave)(mapped, False)
     position, strips = 0, []
     for piece in mapped.pieces:
         strips.append(strip_of(model, piece, position, row_bytes, numbered))
         position += piece.count
-    yield from joined(strips)
+    return tuple(joined(strips)), row_bytes, None

@@ -1,8 +1,9 @@
 """GPT-OSS: `GptOssForCausalLM`; attention sinks, biases everywhere, experts in one tensor for each layer.
 
 Hugging Face's fused experts are the transposes of megatron-core's, and rows of gate and up projection alternate in
-them: they are woven (`converters.weave`), bit by bit. The published checkpoints in MXFP4 are refused; those in BF16
-are read. Converted only: the trainer has not built sinks and this family's activation.
+them: they are woven (`converters.weave`), bit by bit. The published checkpoints in MXFP4 are made plain
+(`converters.mxfp4`); those in BF16 are read too. Converted only: the trainer has not built sinks and this family's
+activation.
 """
 
 from __future__ import annotations

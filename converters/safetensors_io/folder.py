@@ -62,6 +62,10 @@ class HfFolder:
         """All tensors with dtype and shape."""
         return {name: extent.info for name, (_, extent) in self._where.items()}
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._where
+
     def info(self, name: str) -> TensorInfo:
         """dtype and shape of a tensor. Raises: ConversionError when there is none of this name."""
         return self._find(name)[1].info
