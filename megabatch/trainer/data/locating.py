@@ -45,24 +45,55 @@ class Locator:
         """What is learned if every turn is. Raises: DataError where it is not found."""
         if self._renderer.marks_turns:
             return self._marked(messages, variables, rendered)
-        return [Part(turn, *span) for turn, span in enumerate(self._said(messages, variables, rendered))]
+        assistants = [index for index, m in enumerate(messages) if m["role"] == "assistant"]
+        if not all(self._is_whole(messages[index], rendered, index) for index in assistants):
+            aligned = self._aligned(messages, variables, rendered.text)
+            return [Part(turn, *span) for turn, span in enumerate(aligned)]
+        return [
+            Part(turn, *span)
+            for turn, index in enumerate(assistants)
+            for span in self._said(messages, variables, rendered, index)
+        ]
 
-    def _said(self, messages: Messages, variables: Mapping[str, Any], rendered: Rendered) -> list[Span]:
-        """What each assistant message gave, from behind its header to the end of its turn."""
-        text, spans = rendered.text, []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            chunk = rendered.chunks.get(index) if self._has_chunks else None
-            if chunk is None or (answer(message) not in text[slice(*chunk)] and not message.get("tool_calls")):
-                return self._aligned(messages, variables, text)
-            start = self._start(text, chunk)
-            if start is None:
-                start = self._start_by_sentinel(messages, variables, index, text[slice(*chunk)])
-                start += chunk[0]
-            stop = self._ends.in_chunk(text[start : chunk[1]])
-            spans.append((start, self._without_tail(text, start, chunk[1])) if stop is None else (start, start + stop))
-        return [self._ends.complete(text, span) for span in spans]
+    def _is_whole(self, message: Mapping[str, Any], rendered: Rendered, index: int) -> bool:
+        """Whether what the template's loops wrote for a message holds what it says."""
+        chunk = rendered.chunks.get(index) if self._has_chunks else None
+        return chunk is not None and (
+            bool(message.get("tool_calls")) or answer(message) in rendered.text[slice(*chunk)]
+        )
+
+    def _said(self, messages: Messages, variables: Mapping[str, Any], rendered: Rendered, index: int) -> list[Span]:
+        """What an assistant message gave, from behind its header to the end of its turn."""
+        text, chunk = rendered.text, rendered.chunks[index]
+        start = self._start(text, chunk)
+        if start is None:
+            start = chunk[0] + self._header_by_sentinel(messages, variables, index, text[slice(*chunk)])
+        after = messages[index + 1]["role"] if index + 1 < len(messages) else None
+        if after in ("tool", "ipython") and index + 1 not in rendered.chunks:
+            return self._without_results(messages, variables, rendered, index, header=start - chunk[0])
+        stop = self._ends.in_chunk(text[start : chunk[1]])
+        if stop is not None:
+            return [(start, start + stop)]
+        span = start, self._without_tail(text, start, chunk[1])
+        is_next = any(begin == span[1] for begin, _ in rendered.chunks.values())
+        return [self._ends.complete(text, span, eos_only=is_next)]
+
+    def _without_results(
+        self, messages: Messages, variables: Mapping[str, Any], rendered: Rendered, index: int, *, header: int
+    ) -> list[Span]:
+        """The turn without the results of its calls, where the template writes them into it (as Gemma 4 does)."""
+        alone = self._renderer.render(messages[: index + 1], variables)
+        said = alone.text[slice(*alone.chunks.get(index, (0, 0)))][header:]
+        text, span = rendered.text, (rendered.chunks[index][0] + header, rendered.chunks[index][1])
+        whole = text[slice(*span)]
+        before = _shared(said, whole)
+        behind = _shared(said[before:][::-1], whole[before:][::-1])
+        spans = [(span[0], span[0] + before), (span[1] - behind, span[1])]
+        content = answer(messages[index])
+        if content and not behind and content not in whole[:before] and content in whole:
+            at = span[0] + whole.rfind(content)
+            spans[1] = (at, at + len(content))
+        return [self._ends.trim(text, found) for found in spans if text[slice(*found)].strip()]
 
     def _start(self, text: str, chunk: Span) -> int | None:
         """Where the header of a turn stops that the template writes as it always does."""
@@ -73,7 +104,7 @@ class Locator:
             return chunk[0]
         return None
 
-    def _start_by_sentinel(self, messages: Messages, variables: Mapping[str, Any], index: int, chunk: str) -> int:
+    def _header_by_sentinel(self, messages: Messages, variables: Mapping[str, Any], index: int, chunk: str) -> int:
         """Length of a turn's header that is unlike the others: it names the speaker, or follows a tool's result."""
         mark = sentinel(messages)
         other = self._renderer.render([*messages[:index], {"role": "assistant", "content": mark}], variables)
@@ -81,8 +112,7 @@ class Locator:
         header, found, _ = other.text[slice(*span)].partition(mark) if span else ("", "", "")
         if not found:
             raise DataError(f"it leaves out message {index} of the assistant, or writes it in another place")
-        header = _THINKING.sub("", header)
-        return next((at for at, (a, b) in enumerate(zip(header, chunk, strict=False)) if a != b), len(header))
+        return _shared(_THINKING.sub("", header), chunk)
 
     def _without_tail(self, text: str, start: int, stop: int) -> int:
         tail = self._tail
@@ -147,3 +177,8 @@ class Locator:
             return None, "", False
         before, found, after = rendered.text[slice(*rendered.chunks[1])].partition(mark)
         return before, after, bool(found) and mark not in after
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

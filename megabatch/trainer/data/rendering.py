@@ -52,11 +52,15 @@ class Renderer:
         """Every name that it looks up or compares with: fields of messages, roles, fields of tool calls."""
         self.marks_turns = any(_is_generation(node) for node in tree.find_all(nodes.CallBlock))
         self._template = environment.from_string(_Marking(environment).marked(tree))
+        self._only_parts = False
+        self._only_parts = self._reads_only_parts()
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, mark: str = MARKS[0]
     ) -> Rendered:
         """Text and marks of a conversation; no string in it may hold `mark`. Raises: DataError when it fails."""
+        if self._only_parts:
+            messages = [_in_parts(message) for message in messages]
         index = {id(message): place for place, message in enumerate(messages)}
 
         def turn(value: Any) -> str:
@@ -69,6 +73,21 @@ class Renderer:
         except Exception as e:  # Jinja's errors and whatever an expression in the template raises
             raise DataError(f"it fails with {type(e).__name__}: {e}") from e
         return _read(text, mark)
+
+    def _reads_only_parts(self) -> bool:
+        """Whether contents must be lists of parts, as in some templates of models that see images."""
+        texts = []
+        for content in ("probe", [{"type": "text", "text": "probe"}]):
+            try:
+                texts.append(self.render([{"role": "user", "content": content}], {}).text)
+            except DataError:
+                texts.append("")
+        return "probe" not in texts[0] and "probe" in texts[1] and "'probe'" not in texts[1]
+
+
+def _in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _read(marked: str, mark: str) -> Rendered:

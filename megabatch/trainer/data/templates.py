@@ -223,8 +223,8 @@ def encode_documents(
 def _encoded(encoding: Any, text: _Text, *, whole: bool) -> Encoded:
     ids = np.array(encoding.ids, np.int32)
     weights: np.ndarray = np.full(len(ids), whole, np.float32)
-    if not whole:
-        for start, stop, weight in text.parts:
+    for start, stop, weight in text.parts:
+        if weight != whole:  # else they have it already
             first, end = _tokens_of(encoding, start, stop, len(text.text))
             weights[first:end] = weight
     weights[:1] = 0

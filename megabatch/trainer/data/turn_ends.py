@@ -16,6 +16,7 @@ class TurnEnds:
         self._all = tuple(sorted(special, key=len, reverse=True))
         tokens = "|".join(map(re.escape, self._all)) or r"\b\B"  # else nothing matches
         spaced = r"\s*" + re.escape(eos) if eos else r"\b\B"
+        self._eos = re.compile(spaced) if eos else None
         self._one = re.compile(f" *(?:{tokens})|{spaced}")
         self._run = re.compile(f" *(?:{tokens})+|{spaced}")
 
@@ -40,9 +41,11 @@ class TurnEnds:
         said = text[start:stop].rstrip()
         return (start, start + len(said)) if self.at_end(said) else span
 
-    def complete(self, text: str, span: Span) -> Span:
-        """A trimmed span, with the end of turn unless it holds it already."""
-        return span if self.at_end(text[slice(*span)]) else self._with_one(text, span)
+    def complete(self, text: str, span: Span, *, eos_only: bool = False) -> Span:
+        """A trimmed span, with the end of turn unless it holds it already; `eos_only`: no other token ends it."""
+        if self.at_end(text[slice(*span)]) or (eos_only and not (self._eos and self._eos.match(text, span[1]))):
+            return span
+        return self._with_one(text, span)
 
     def at_end(self, said: str) -> bool:
         """Whether a text ends with a special token."""

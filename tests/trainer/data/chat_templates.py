@@ -434,3 +434,26 @@ FAMILY_ADDED = [
     "<|output_end|>", "<|outputs_end|>",
 ]  # fmt: skip
 """Added tokens that are not special, as Qwen3 and DeepSeek have them."""
+
+# Results stand in the turn that called, as the template looks ahead; no end of turn before the answer to them.
+RESULTS_INSIDE = """\
+{%- for m in messages %}
+{%- if m.role != 'tool' %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- for c in m.tool_calls or [] %}{{- '<tool_call>' + c.function.name }}{%- endfor %}
+{%- set ns = namespace(at=loop.index0 + 1, found=false) %}
+{%- for k in range(loop.index0 + 1, messages | length) %}
+{%- if messages[k].role == 'tool' and ns.at == k %}
+{{- '[TOOL_RESULTS]' + messages[k].content + '[/TOOL_RESULTS]' }}{%- set ns.at = k + 1 %}{%- set ns.found = true %}
+{%- endif %}
+{%- endfor %}
+{{- m.content or '' }}
+{%- if not ns.found %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- endif %}
+{%- endfor %}"""
+
+# Contents are lists of parts, as for models that see images.
+PARTS_ONLY = """\
+{%- for m in messages %}{{- m.role + ':' }}
+{%- for p in m.content %}{%- if p.type == 'text' %}{{- p.text }}{%- endif %}{%- endfor %}{{- '<|im_end|>' }}
+{%- endfor %}"""

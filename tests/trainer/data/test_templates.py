@@ -11,9 +11,11 @@ from chat_templates import (
     MARKED,
     MARKED_IN_PARTS,
     NO_THINKING,
+    PARTS_ONLY,
     QWEN2_5,
     QWEN3,
     REASONER,
+    RESULTS_INSIDE,
     SPECIAL_TOKENS,
     TWO_ENDS,
 )
@@ -107,6 +109,21 @@ def test_learned_text(tokens: Any, source: str, messages: list[Message], expecte
     assert encode(tokens, source, messages)[1] == expected
 
 
+def test_results_inside_the_turn_that_called_are_not_learned(tokens: Any) -> None:
+    call = {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    said = [TWO_ROUNDS[0], Message("assistant", "I add.", fields=call), Message("tool", "one"), Message("tool", "two"),
+            Message("assistant", "It is four.")]  # fmt: skip
+    text, runs = encode(tokens, RESULTS_INSIDE, said)
+    assert "[TOOL_RESULTS]one[/TOOL_RESULTS][TOOL_RESULTS]two[/TOOL_RESULTS]I add.<|im_start|>assistant" in text
+    assert runs == ["<tool_call>add", "I add.", "It is four.<|im_end|>"]
+
+
+def test_a_template_that_reads_parts_alone_gets_parts(tokens: Any) -> None:
+    text, runs = encode(tokens, PARTS_ONLY, TWO_ROUNDS[:2])
+    assert text == "user:What is two plus two?<|im_end|>assistant:It is four.<|im_end|>"
+    assert runs == ["It is four.<|im_end|>"]
+
+
 def test_ids_are_those_of_the_whole_rendering(tokens: Any) -> None:
     tokenizer = copy.copy(tokens)
     tokenizer.chat_template = QWEN3
@@ -143,6 +160,8 @@ def test_loss_scale_chooses_turns(tokens: Any) -> None:
     assert ["<|im_start|>" + runs[0]] == [text]
     own = [*TWO_ROUNDS[:3], Message("assistant", "no", loss=False)]
     assert encode(tokens, QWEN2_5, own)[1] == ["It is four.<|im_end|>"]
+    text, runs = encode(tokens, QWEN2_5, own, scale="all")
+    assert ["<|im_start|>" + runs[0] + "no<|im_end|>" + runs[1]] == [text]
 
 
 def test_default_template_depends_on_the_vocabulary(tokens: Any) -> None:
