@@ -26,7 +26,7 @@ def _run(arguments: Sequence[str]) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
-    if rest and options.command not in ("plan", "rehearse"):
+    if rest and options.command not in ("plan", "prepare", "rehearse"):
         raise ConfigError(f"{rest[0]} is not an option of `megabatch {options.command}`; see --help")
     return _COMMANDS[options.command](options, rest)
 
@@ -122,6 +122,13 @@ def _of_recipes(commands: _Commands) -> None:
     plan.add_argument("--all", action="store_true")
     plan.add_argument("--json", action="store_true")
 
+    prepare = commands.add_parser(
+        "prepare",
+        help="tokenise a recipe's data now, with any of its flags, so that no GPU waits for it",
+        allow_abbrev=False,
+    )
+    prepare.add_argument("recipe", type=Path, metavar="RECIPE.py")
+
     rehearse = commands.add_parser(
         "rehearse",
         help="prove here that a recipe's runs resume bit for bit, with any of its flags",
@@ -205,6 +212,12 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     return show_plan(options.recipe, rest, asked)
 
 
+def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
+    from megabatch.cli.prepare import prepare_recipe
+
+    return prepare_recipe(options.recipe, rest)
+
+
 def _rehearse(options: argparse.Namespace, rest: list[str]) -> int:
     from megabatch.cli.rehearse import rehearse_recipe
 
@@ -241,6 +254,7 @@ _COMMANDS = {
     "resume": _resume,
     "checkpoint": _checkpoint,
     "plan": _plan,
+    "prepare": _prepare,
     "rehearse": _rehearse,
     "chain": _chain,
     "sweep": _sweep,

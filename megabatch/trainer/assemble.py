@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory
 from megabatch.trainer.chat_export import ChatExport
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints, Retention
 from megabatch.trainer.checkpoints.progress import Progress
-from megabatch.trainer.data import datasets
 from megabatch.trainer.data.batches import Batches, Share
 from megabatch.trainer.data.cache import TokenCache
-from megabatch.trainer.data.samples import Encoding
 from megabatch.trainer.data.schedule import Schedule
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.heartbeat import Heartbeat
@@ -29,6 +25,7 @@ from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.token_caches import build_caches, open_caches, schedule_of
 from megabatch.trainer.weights import prove_complete
 
 logger = logging.getLogger(__name__)
@@ -48,19 +45,6 @@ class RunData:
         """Length of the sequence that a token is in, on average."""
         lengths: np.ndarray = self.train.lengths.astype(np.float64)
         return float(np.square(lengths).sum() / lengths.sum())
-
-    def course(self, train_iters: int) -> str:
-        """What an epoch and `train_iters` steps draw, for the log."""
-        items, batch = len(self.schedule), self.schedule.global_batch_size
-        packs = f" in {items:,} packs" if items != len(self.train) else ""
-        epoch = f"an epoch draws all {len(self.train):,} samples{packs}, {int(self.train.lengths.sum()):,} tokens"
-        drawn = train_iters * batch
-        left = (
-            f"; the last epoch ends {-drawn % items:,} {'packs' if packs else 'samples'} early"
-            if drawn % items
-            else ""
-        )
-        return f"{epoch}; the run draws {drawn / items:.2f} epochs{left}"
 
 
 def join_ranks(run: RunConfig) -> Ranks:
@@ -85,52 +69,15 @@ def virtual_size(run: RunConfig) -> int | None:
 
 def open_data(run: RunConfig, source: ModelSource, ranks: Ranks, heartbeat: Heartbeat) -> RunData:
     """Tokenises on one rank what no cache holds yet, and opens it on all; collective. Raises: DataError."""
-    recipe, data = run.recipe, run.recipe.data
-    encoding = Encoding(
-        tokenizer=source.tokenizer,
-        task="pt" if recipe.task == "pt" else "sft",
-        template=data.template,
-        system=data.system,
-        columns=data.columns or {},
-        max_length=data.max_length,
-        truncation_strategy=data.truncation_strategy or "delete",
-        loss_scale=data.loss_scale or "default",
-        sanitize_control_tokens=data.sanitize_control_tokens,
-    )
-    paths = ranks.on_main(
-        lambda: datasets.build(
-            encoding,
-            vocab_size=run.shape.vocab_size,
-            dataset=data.dataset,
-            val_dataset=data.val_dataset,
-            cache_dir=Path(os.environ.get("MEGABATCH_CACHE") or Path(run.run_dir) / "cache"),
-            seed=recipe.training.seed,
-            dataset_shuffle=data.dataset_shuffle,
-            dataset_num_proc=data.dataset_num_proc,
-            use_hf=recipe.bridge.use_hf,
-            on_chunk=lambda: heartbeat.beat("starting"),
-        )
-    )
-    train, validation = datasets.open_caches(
-        paths, split_dataset_ratio=data.split_dataset_ratio, seed=recipe.training.seed
-    )
-    share, schedule = _share(run, ranks), _schedule(recipe, train, shuffle=True)
+    paths = ranks.on_main(lambda: build_caches(run, source.tokenizer, on_chunk=lambda: heartbeat.beat("starting")))
+    train, validation = open_caches(run, paths)
+    share, schedule = _share(run, ranks), schedule_of(run, train)
     schedule.require_a_batch()
     evaluated = None
     if validation is not None:
-        evaluated = Batches(validation, _schedule(recipe, validation, shuffle=False), share=share, num_workers=1)
-    return RunData(train, schedule, Batches(train, schedule, share=share, num_workers=data.num_workers), evaluated)
-
-
-def _schedule(recipe: Recipe, data: TokenCache, *, shuffle: bool) -> Schedule:
-    return Schedule(
-        data.lengths,
-        global_batch_size=recipe.batch.global_batch_size,
-        seed=recipe.training.seed,
-        dataset_shuffle=shuffle and recipe.data.dataset_shuffle,
-        train_dataloader_shuffle=shuffle and recipe.data.train_dataloader_shuffle,
-        packing_length=recipe.data.packing_length if recipe.data.packing else None,
-        content=data.content,
+        evaluated = Batches(validation, schedule_of(run, validation, shuffle=False), share=share, num_workers=1)
+    return RunData(
+        train, schedule, Batches(train, schedule, share=share, num_workers=run.recipe.data.num_workers), evaluated
     )
 
 

@@ -16,7 +16,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
 from megabatch.errors import MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
-from megabatch.trainer import assemble
+from megabatch.trainer import assemble, token_caches
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.data.batches import Batches, Step
@@ -57,14 +57,16 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, where: Whereabouts
     training, folder = run.recipe.training, RunDirectory(Path(run.run_dir))
     source = model_source(run, ranks)
     data = assemble.open_data(run, source, ranks, Heartbeat(folder, ranks.place))
-    train_iters = training.train_iters or data.schedule.train_iters(training.max_epochs or 1)
+    train_iters = token_caches.train_iters(run, data.schedule)
     engine = assemble.build_engine(run, ranks, train_iters=train_iters)
     checkpoints = assemble.make_checkpoints(run, ranks, source)
     progress = assemble.start(run, engine, checkpoints, source)
     data.schedule.require_own(progress.cursor)
     if ranks.is_main and not progress.cursor.knows_content:
         logger.warning(_OLD_CURSOR)
-    logger.info("step %d of %d; %s", progress.step, train_iters, data.course(train_iters))
+    logger.info(
+        "step %d of %d; %s", progress.step, train_iters, token_caches.course(data.schedule, data.train, train_iters)
+    )
     metrics = Metrics(
         folder,
         run.recipe.logging,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,3 +85,34 @@ def test_a_token_without_an_embedding_ends_the_run_before_its_first_step(
         assert f"train.jsonl:7: has the token '{last}' with id {rows}" in error
         assert f"the model's embedding has {rows} rows" in error
     assert not (run / "metrics.jsonl").exists() or not metrics(run)
+
+
+def train_with_cache(run_dir: str, cache: str) -> int:
+    import os
+
+    os.environ["MEGABATCH_CACHE"] = cache
+    return train(run_dir)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_finds_what_was_prepared(ranks: RankServer, tmp_path: Path, given: bool) -> None:
+    """With a tokenizer trained on the data, and with a model's own."""
+    made = recipe(tmp_path, "qwen3", training={"train_iters": 1})
+    if given:
+        first = write_run(made, tmp_path / "first")
+        assert ranks.run(train, world_size=1, run_dir=str(first)) == [ExitCode.DONE]
+        folder = first / "checkpoints" / "step_00000001" / "hf"
+        made = replace(made, model=Model(model=str(folder), torch_dtype="float32"))
+    cache = tmp_path / "cache"
+    run = write_run(made, tmp_path / "run")
+    prepared = write_run(made, tmp_path / "prepared")
+    environment = {**os.environ, "MEGABATCH_CACHE": str(cache)}
+    command = [sys.executable, "-X", "importtime", "-m", "megabatch.trainer.prepare", str(prepared / "run.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "1 steps; an epoch draws all 64 samples, " in done.stdout
+    assert not [line for line in done.stderr.splitlines() if line.endswith(("| torch", "| megatron"))], "heavy imports"
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*") if not path.name.startswith(".")}
+    assert len(before) == 12
+    assert ranks.run(train_with_cache, world_size=1, run_dir=str(run), cache=str(cache)) == [ExitCode.DONE]
+    after = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*") if not path.name.startswith(".")}
+    assert after == before
