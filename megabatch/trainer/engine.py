@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.model.build import Model
+from megabatch.trainer.model.row import row
 from megabatch.trainer.objectives.objective import Mean, Norm, Objective, TokenOutput
 from megabatch.trainer.ops.vocab import VocabShard, token_logps
 from megabatch.trainer.optimizer import Optimizer
@@ -114,31 +115,27 @@ class Engine:
     def _forward(
         self, packs: Iterator[Pack], chunk: Any, *, objective: Objective, factor: float
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Mean]]]]:
-        bounds = self._sequence_bounds(on_host := next(packs))
+        on_host = next(packs)
         pack = on_host.to(self.ranks.device)
         output = chunk(
             input_ids=pack.ids_T[None],
             position_ids=pack.positions_T[None],
             attention_mask=None,
-            packed_seq_params=bounds,
+            packed_seq_params=self._sequences(on_host, pack),
         )
         return output, partial(self._loss, pack, objective, factor)
 
-    def _sequence_bounds(self, pack: Pack) -> PackedSeqParams:
-        """Where each sequence of a row starts and ends.
-
-        Transformer Engine wants the bounds on the GPU. megatron-core's own rotary embedding and our attention read
-        them as numbers, for which bounds in host memory need no wait for the GPU in every layer.
-        """
-        on_device = pack.cu_seqlens_padded.to(self.ranks.device, non_blocking=True)
-        uses_te = self.model.config.transformer_impl == "transformer_engine"
-        read_as_numbers = on_device if uses_te else pack.cu_seqlens_padded
+    def _sequences(self, on_host: Pack, pack: Pack) -> PackedSeqParams:
+        """Where each sequence of a row starts and ends, for the layers."""
+        if self.model.rotary is not None:
+            rotation = self.model.rotary(pack.positions_T)
+            return row(on_host.cu_seqlens_padded, device=self.ranks.device, rotation=rotation)
         return PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=on_device,
-            cu_seqlens_kv=on_device,
-            cu_seqlens_q_padded=read_as_numbers,
-            cu_seqlens_kv_padded=read_as_numbers,
+            cu_seqlens_q=pack.cu_seqlens_padded,
+            cu_seqlens_kv=pack.cu_seqlens_padded,
+            cu_seqlens_q_padded=pack.cu_seqlens_padded,
+            cu_seqlens_kv_padded=pack.cu_seqlens_padded,
             max_seqlen_q=pack.max_seqlen,
             max_seqlen_kv=pack.max_seqlen,
         )

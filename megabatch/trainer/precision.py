@@ -110,6 +110,7 @@ def of_megatron(folder: Path, checkpoint: Path, ids_S: Tensor, *, dtype: str, we
     from megabatch.converters.families import family_of
     from megabatch.converters.hf_model import read_config
     from megabatch.trainer.model.build import build, ddp_config
+    from megabatch.trainer.model.row import row
     from megabatch.trainer.model.transformer_config import transformer_config
     from megabatch.trainer.ranks import Ranks
 
@@ -136,10 +137,13 @@ def of_megatron(folder: Path, checkpoint: Path, ids_S: Tensor, *, dtype: str, we
         packed = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=count, max_seqlen_kv=count
         )
+        positions = torch.arange(count, device=ids_S.device)
+        if model.rotary is not None:
+            packed = row(bounds.cpu(), device=ids_S.device, rotation=model.rotary(positions))
         with torch.no_grad():
             logits = inner(
                 input_ids=ids_S[None],
-                position_ids=torch.arange(count, device=ids_S.device)[None],
+                position_ids=positions[None],
                 attention_mask=None,
                 packed_seq_params=packed,
             )

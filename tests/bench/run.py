@@ -24,6 +24,7 @@ import files
 import giants
 import launch
 import lora
+import peers
 import plan
 import requeue
 import startup
@@ -56,9 +57,10 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "startup": startup.startup,
     "status": status.status,
     "requeue": requeue.requeue,
+    "peers": peers.peers,
     "demo": startup.demo,
 }
-ON_REQUEST = {"demo"}
+ON_REQUEST = {"demo", "peers"}
 
 
 def main(arguments: Sequence[str]) -> int:

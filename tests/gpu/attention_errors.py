@@ -9,12 +9,12 @@ import json
 import sys
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megabatch.trainer.model.attention import PackedAttention
+from megabatch.trainer.model.row import row
 
 
 def errors(lengths: list[int], *, heads: int, groups: int, width: int) -> dict[str, float | bool]:
@@ -23,14 +23,8 @@ def errors(lengths: list[int], *, heads: int, groups: int, width: int) -> dict[s
     generator = torch.Generator("cuda").manual_seed(sum(lengths))
     shapes = [(sum(lengths), n, width) for n in (heads, groups, groups)]
     tensors = [torch.randn(s, generator=generator, device="cuda").bfloat16().requires_grad_() for s in shapes]
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    packed = row(bounds, device="cuda")
     out = attention(*tensors, None, packed_seq_params=packed)
     weights = torch.randn(out.shape, generator=generator, device="cuda").bfloat16()
     (out * weights).sum().backward()
@@ -44,6 +38,7 @@ def errors(lengths: list[int], *, heads: int, groups: int, width: int) -> dict[s
     with torch.no_grad():
         others = attention(*changed, None, packed_seq_params=packed)[lengths[0] :]
     return {
+        "keeps_groups": attention.flash_takes_groups,
         "is_flash": attention.flash is not None and attention._fits_flash(tensors[0]),
         "is_isolated": torch.equal(others, out[lengths[0] :]),
         "output": _relative(out, reference),

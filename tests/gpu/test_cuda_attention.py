@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_flash_attention_equals_fp64_to_the_precision_of_bf16(name: str) -> None
     found = json.loads(done.stdout)
     assert found["is_flash"], "the kernel was not used: torch.nn.attention.varlen with window_size is of torch 2.11"
     assert found["is_isolated"], "a sequence saw another one"
+    assert found["keeps_groups"] or version("torch") < "2.13", "keys and values were repeated in memory"
     # one rounding to bf16 is 2**-9 of the value; inputs are exact, probabilities and outputs are rounded
     assert found["output"] < 5e-3
     assert max(found[tensor] for tensor in ("query", "key", "value")) < 1e-2

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from mcore_shards import adapt_groups
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megabatch.config.recipe import Recipe
@@ -24,6 +23,7 @@ from megabatch.config.run import resolve
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer import assemble, megatron_cpu
 from megabatch.trainer.engine import Engine
+from megabatch.trainer.model.row import row
 
 
 def saved_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
@@ -37,7 +37,7 @@ def saved_bytes(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
 
 
 def _saved(engine: Engine, *, length: int) -> dict[str, int]:
-    chunk = engine.model.chunks[0]
+    chunk, hidden = engine.model.chunks[0], engine.model.config.hidden_size
     own = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     kept: list[torch.Tensor] = []
 
@@ -46,27 +46,24 @@ def _saved(engine: Engine, *, length: int) -> dict[str, int]:
         return tensor
 
     bounds = torch.tensor([0, length], dtype=torch.int32)
-    row = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=bounds,
-        cu_seqlens_kv_padded=bounds,
-        max_seqlen_q=length,
-        max_seqlen_kv=length,
-    )
+    assert engine.model.rotary is not None
+    packed = row(bounds, rotation=engine.model.rotary(torch.arange(length)))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         chunk(
             input_ids=torch.arange(length)[None] % 200,
             position_ids=torch.arange(length)[None],
             attention_mask=None,
-            packed_seq_params=row,
+            packed_seq_params=packed,
         )
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in kept}
     total = {"half": 0, "full": 0}
     for address, tensor in storages.items():
-        if address not in own:
-            total["full" if tensor.dtype == torch.float32 else "half"] += tensor.untyped_storage().nbytes()
+        if address in own:
+            continue
+        size = tensor.untyped_storage().nbytes()
+        total["full" if tensor.dtype == torch.float32 else "half"] += size
+        if tensor.dtype == torch.float32 and tensor.shape[-1] == hidden:
+            total["half"] += size // 4  # the CPU's rms_norm keeps two fp32 copies of its input, a kernel the input
     return total
 
 

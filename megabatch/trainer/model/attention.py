@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megabatch.trainer.model.row import Row, rotated
 
 
 def _flash() -> Callable[..., Tensor] | None:
@@ -30,12 +31,18 @@ def _flash() -> Callable[..., Tensor] | None:
     return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
+def takes_groups(flash: Callable[..., Tensor] | None) -> bool:
+    """Whether the kernel reads fewer key heads than query heads as they lie in memory; torch's does from 2.13 on."""
+    return flash is not None and "enable_gqa" in inspect.signature(flash).parameters
+
+
 class PackedAttention(MegatronModule):
     """Causal attention in which the sequences of a row never see each other.
 
-    softmax(Q K^T / sqrt(D)) V for each sequence, grouped queries included, softmax in fp32 inside the kernel. CUDA in
-    half precision takes torch's variable-length flash kernel, everything else scaled_dot_product_attention for each
-    sequence. Takes megatron-core's place of `core_attention`.
+    softmax(Q K^T / sqrt(D)) V for each sequence, grouped queries included, softmax in fp32 inside the kernel, queries
+    and keys turned by the row's rotation first. CUDA in half precision takes torch's variable-length flash kernel,
+    everything else scaled_dot_product_attention for each sequence, or for all where they are equally long. Takes
+    megatron-core's place of `core_attention`.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class PackedAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
         self.dropout = config.attention_dropout
         self.flash = _flash()
+        self.flash_takes_groups = takes_groups(self.flash)
 
     def forward(
         self,
@@ -63,48 +71,52 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> Tensor:
-        """[T, H, D], [T, G, D], [T, G, D] → [T, H * D]; sequence bounds from `packed_seq_params.cu_seqlens_q`."""
-        assert packed_seq_params is not None, "rows are always packed"
-        bounds: Tensor = packed_seq_params.cu_seqlens_q
+        """[T, H, D], [T, G, D], [T, G, D], before their rotation → [T, H * D]; `packed_seq_params` is a `Row`."""
+        assert isinstance(packed_seq_params, Row), "rows are always packed"
+        query_THD, key_TGD = (rotated(x, packed_seq_params.rotation) for x in (query_THD, key_TGD))
         if self.flash is not None and self._fits_flash(query_THD):
-            longest = int(packed_seq_params.max_seqlen_q)
-            repeat = query_THD.shape[1] // key_TGD.shape[1]
-            out = self.flash(
-                query_THD,
-                key_TGD.repeat_interleave(repeat, dim=1),
-                value_TGD.repeat_interleave(repeat, dim=1),
-                bounds,
-                bounds,
-                longest,
-                longest,
-                scale=self.scale,
-                window_size=(-1, 0),
-            )
+            out = self._varlen(query_THD, key_TGD, value_TGD, packed_seq_params)
+        elif len(set(packed_seq_params.lengths)) == 1:
+            out = self._rectangle(query_THD, key_TGD, value_TGD, len(packed_seq_params.lengths))
         else:
-            on_host = (
-                bounds if packed_seq_params.cu_seqlens_q_padded is None else packed_seq_params.cu_seqlens_q_padded
-            )
-            out = self._each_sequence(query_THD, key_TGD, value_TGD, on_host.tolist())
+            out = self._each_sequence(query_THD, key_TGD, value_TGD, packed_seq_params.lengths)
         return out.reshape(out.shape[0], -1)
+
+    def _varlen(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, row: Row) -> Tensor:
+        assert self.flash is not None
+        groups = query_THD.shape[1] // key_TGD.shape[1]
+        options: dict[str, Any] = {"scale": self.scale, "window_size": (-1, 0)}
+        if groups > 1 and self.flash_takes_groups:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            key_TGD, value_TGD = (x.repeat_interleave(groups, dim=1) for x in (key_TGD, value_TGD))
+        bounds, longest = row.cu_seqlens_q, int(row.max_seqlen_q)
+        return self.flash(query_THD, key_TGD, value_TGD, bounds, bounds, longest, longest, **options)
 
     def _fits_flash(self, query_THD: Tensor) -> bool:
         half = query_THD.dtype in (torch.bfloat16, torch.float16)
         return query_THD.is_cuda and half and not (self.training and self.dropout)
 
-    def _each_sequence(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, bounds: list[int]) -> Tensor:
-        lengths = [stop - start for start, stop in pairwise(bounds)]
+    def _rectangle(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, sequences: int) -> Tensor:
+        """All sequences at once, which are equally long."""
+        query, key, value = (
+            x.view(sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (query_THD, key_TGD, value_TGD)
+        )
+        return self._causal(query, key, value).transpose(1, 2).flatten(0, 1)
+
+    def _each_sequence(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, lengths: Sequence[int]) -> Tensor:
         # splitting once rather than slicing: the gradient of a slice is a zero-filled tensor of the whole row
-        split = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query_THD, key_TGD, value_TGD))
-        parts = []
-        for query, key, value in zip(*split, strict=True):
-            out = scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-                dropout_p=self.dropout if self.training else 0.0,
-            )
-            parts.append(out.squeeze(0).transpose(0, 1))
-        return torch.cat(parts)
+        split = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x in (query_THD, key_TGD, value_TGD))
+        return torch.cat([self._causal(*part).squeeze(0).transpose(0, 1) for part in zip(*split, strict=True)])
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[sequences, heads, length, D] each."""
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            dropout_p=self.dropout if self.training else 0.0,
+        )

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer.model.layers import decoder_layers
 from megabatch.trainer.model.naming import unwrap
-from megabatch.trainer.model.rope import inverse_frequencies
+from megabatch.trainer.model.rope import Rotary, inverse_frequencies
 from megabatch.trainer.ranks import Ranks
 
 
@@ -27,6 +27,8 @@ class Model:
     config: TransformerConfig
     shape: ModelShape
     padded_vocab_size: int
+    rotary: Rotary | None
+    """For rows of our own attention (`row.row`); None where Transformer Engine's layers rotate by themselves."""
 
     @property
     def chunks(self) -> list[Any]:
@@ -76,7 +78,9 @@ def build(
     if config.bf16:
         chunks = [Bfloat16(config, chunk) for chunk in chunks]
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
-    return Model(wrapped, config, shape, vocab)
+    ours = config.transformer_impl != "transformer_engine"
+    rotary = Rotary(shape, device=ranks.device, dtype=config.params_dtype) if ours else None
+    return Model(wrapped, config, shape, vocab, rotary)
 
 
 def _gather_parameters(chunk: DistributedDataParallel) -> None:
@@ -94,7 +98,7 @@ def _gather_parameters(chunk: DistributedDataParallel) -> None:
 def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None, vocab: int) -> GPTModel:
     from megatron.core import parallel_state
 
-    ignore_virtual = vp_stage is None
+    ignore_virtual, te = vp_stage is None, config.transformer_impl == "transformer_engine"
     model = GPTModel(
         config=config,
         transformer_layer_spec=decoder_layers(config, shape, vp_stage=vp_stage),
@@ -104,7 +108,8 @@ def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
+        # megatron-core's own is computed anew in every layer, and reads the sequences' lengths back from the device
+        position_embedding_type="rope" if te else "none",
         rotary_base=int(shape.rotary_base),
         vp_stage=vp_stage,
     )
@@ -113,7 +118,8 @@ def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None
             # megatron-core marks experts so only with ep > 1; with tp > 1 = ep it would not add up the gradients of
             # tensor-parallel ranks, each of which sends its own tokens to its own copy of the experts.
             parameter.allreduce = False
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(model.rotary_pos_emb.inv_freq.device)
+    if te:
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(model.rotary_pos_emb.inv_freq.device)
     return model
 
 

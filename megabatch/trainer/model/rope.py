@@ -9,6 +9,21 @@ from torch import Tensor
 
 from megabatch.errors import ConfigError
 from megabatch.plan.shape import ModelShape
+from megabatch.trainer.model.row import Rotation
+
+
+class Rotary:
+    """Cosines and sines of positions, in the precision of what they rotate."""
+
+    def __init__(self, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._frequencies = inverse_frequencies(shape).to(device)
+        self._dtype = dtype
+
+    def __call__(self, positions_T: Tensor) -> Rotation:
+        """[T, 1, D] each, on the positions' device; angles are fp32."""
+        angles_TD = torch.outer(positions_T.float(), self._frequencies)
+        both = torch.cat((angles_TD, angles_TD), dim=-1)[:, None]
+        return both.cos().to(self._dtype), both.sin().to(self._dtype)
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:

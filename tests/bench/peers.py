@@ -1,0 +1,121 @@
+"""Supervised fine-tuning beside TRL's SFTTrainer: real tokens for each second of processor time.
+
+Needs another interpreter that imports trl: `BENCH_PEER=/path/to/python python tests/bench/run.py peers`. Both train
+the same model in fp32 on one thread from the same Hugging Face folder on the same token ids, in batches of equal size,
+without recomputation; neither is asked about before it has warmed up. Padding counts for nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from made_runs import SMALL, recipe, write_run
+from measure import ROOT, Figure, environment, median, sized
+
+TIMES = sized(3, 1)
+STEPS, WARM_UP = sized((24, 4), (3, 1))
+ROWS = sized(512, 64)
+PACKING_LENGTH = 1024
+CASES = {
+    "unpacked": ({}, {"micro_batch_size": 8, "global_batch_size": 16}, 2.2),
+    "packed, padding-free": (
+        {"packing": True, "packing_length": PACKING_LENGTH}, {"micro_batch_size": 1, "global_batch_size": 2}, 2.4
+    ),
+}  # fmt: skip
+"""Fields of `data` and `batch`, and how much faster than the peer we want to be."""
+PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def write_problems(path: Path) -> Path:
+    """Word problems with worked answers, as long as GSM8K's: 50 to 260 tokens."""
+    rng = random.Random(0)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(ROWS):
+            counts = [rng.randint(2, 99) for _ in range(rng.randint(3, 14))]
+            asked = " ".join(f"Box {i} holds {count} apples." for i, count in enumerate(counts, 1))
+            total, steps = 0, []
+            for count in counts:
+                steps.append(f"{total} + {count} = {total + count}.")
+                total += count
+            row = {"query": f"{asked} How many are there?", "response": f"{' '.join(steps)} #### {total}"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def peers() -> list[Figure]:
+    """Nothing but a note where no peer is given."""
+    peer = os.environ.get("BENCH_PEER")
+    if not peer:
+        print("peers: set BENCH_PEER to a Python that imports trl (pip install trl, in an environment of its own)")
+        return [*_figures(None)]
+    subprocess.run([peer, "-c", "import trl"], check=True, capture_output=True)
+    return [*_figures(peer)]
+
+
+def _figures(peer: str | None) -> list[Figure]:
+    found = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        hf = _model(folder)
+        for case, (data, batch, wanted) in list(CASES.items())[sized(0, 1) :]:
+            ours, theirs = [], []
+            for _ in range(TIMES):
+                ours.append(_ours(folder, hf, data, batch))
+                if peer:
+                    theirs.append(_theirs(peer, folder, hf, data, batch))
+            found.append(Figure(name=f"SFT, {case}", value=median(ours), unit="t/s", note="tokens a processor second"))
+            if peer:
+                ratio = median([t / o for o, t in zip(ours, theirs, strict=True)])
+                note = f"ours is {1 / ratio:.2f} x as fast; {median(theirs):.0f} tokens a processor second there"
+                title = f"SFT, {case}, TRL / ours"
+                found.append(Figure(name=title, value=ratio, unit="x", target=1 / wanted, note=note))
+    return found
+
+
+def _model(folder: Path) -> Path:
+    """Random weights, as a run of one step leaves them."""
+    write_problems(folder / "train.jsonl")
+    made = recipe(folder, SMALL, training={"train_iters": 1}, data={"max_length": PACKING_LENGTH})
+    run = write_run(replace(made, task="sft"), folder / "made")
+    _trainer(["-m", "megabatch.trainer.main", run.run_dir])
+    return folder / "made" / "checkpoints" / "step_00000001" / "hf"
+
+
+def _ours(folder: Path, hf: Path, data: dict[str, Any], batch: dict[str, Any]) -> float:
+    arguments = {
+        "folder": str(folder),
+        "hf": str(hf),
+        "steps": STEPS,
+        "warm_up": WARM_UP,
+        "data": data,
+        "batch": batch,
+    }
+    return float(_trainer([str(Path(__file__).with_name("sft_loop.py")), json.dumps(arguments)]).splitlines()[-1])
+
+
+def _theirs(peer: str, folder: Path, hf: Path, data: dict[str, Any], batch: dict[str, Any]) -> float:
+    arguments = {"rows": str(folder / "rows.jsonl"), "hf": str(hf), "steps": STEPS, "warm_up": WARM_UP, **batch}
+    arguments["packing_length"] = data.get("packing_length")
+    command = [peer, "-W", "ignore", str(Path(__file__).with_name("trl_loop.py")), json.dumps(arguments)]
+    done = subprocess.run(command, env=environment(), cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def _trainer(command: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=ROOT,
+        env=environment(**PLACE),
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return done.stdout
