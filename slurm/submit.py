@@ -41,7 +41,8 @@ _FIXES = (
     ),
     (
         "node configuration",
-        "no node has that many CPUs, GPUs or that much memory; `sinfo -o '%N %c %m %G'` lists them",
+        "no node has that many CPUs, GPUs (of the profile's `gpu_type`) or that much memory; "
+        "`sinfo -o '%N %c %m %G'` lists them",
     ),
     ("memory", "ask for less in resources.mem_gib; `sinfo -o '%N %m'` lists each node's"),
     ("gres", "`sinfo -o '%N %G'` lists the GPUs of each node"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.records import read_records
 
 DEFAULT_FOLDER = Path("megatron_output")
 """Where runs are saved unless a recipe says otherwise."""
@@ -70,5 +71,8 @@ def runs_in(path: Path) -> list[Path]:
 
 
 def _made(run: Path) -> float:
+    """When its directory was made; a step that is no training run is first known by its submission."""
     directory = RunDirectory(run)
-    return (directory.run_json if directory.run_json.is_file() else directory.jobs).stat().st_mtime
+    if directory.run_json.is_file():
+        return directory.run_json.stat().st_mtime
+    return min((job.time for job in read_records(directory)), default=0.0)

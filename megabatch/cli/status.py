@@ -57,7 +57,7 @@ def _row(one: Overview) -> tuple[str, ...]:
     job = now.job_id or "-"
     if now.restart:
         job += f" #{now.restart}"
-    reason = now.reason or _goes_on(now) or (f"exit code {now.exit_code}" if now.exit_code else "")
+    reason = _goes_on(now) or now.reason or (f"exit code {now.exit_code}" if now.exit_code else "")
     why = "; ".join(text for text in (reason, told(one.bad_nodes), *(note.told() for note in one.damaged)) if text)
     return (
         _short(now.run),
@@ -81,7 +81,7 @@ def _goes_on(now: RunStatus) -> str:
         several = is_linked(RunDirectory(now.run).script.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return ""
-    return f"saved, its last job has ended; megabatch resume{' --chain N' * several} goes on"
+    return f"saved; megabatch resume{' --chain N' * several} goes on"
 
 
 def _short(run: Path) -> str:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +54,7 @@ class Launch:
 
     def faults(self) -> list[Fault]:
         """Every broken rule of the recipe."""
-        return check(self.recipe, self.model.shape)
+        return check(self.recipe, self.model.shape, values_are_valid=True)  # `prepare` refuses others
 
     def config(self, *, provenance: Mapping[str, Any]) -> RunConfig:
         """What run.json will hold. Raises: ConfigError for a recipe with faults or a model of unknown shape."""
@@ -243,6 +240,8 @@ def _differing(old: Any, new: Any) -> list[str]:
 
 def provenance(launch: Launch, arguments: Sequence[str]) -> dict[str, Any]:
     """Where a run comes from; its flags are part of it, and rules keep secrets out of them."""
+    import platform
+    import socket
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -275,6 +274,8 @@ def _user() -> str:
 
 def _commit(folder: Path) -> str | None:
     """The commit that the recipe's folder is at, with `+changes` when files differ from it; None outside git."""
+
+    import subprocess
 
     def git(*words: str) -> str | None:
         try:

@@ -8,7 +8,6 @@ from pathlib import Path
 from megabatch.config.made_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.converters.families import family_named, family_of
-from megabatch.converters.hf_model import read_config
 from megabatch.errors import ConversionError, Fault, MegabatchError
 from megabatch.hub_cache import cached_folder, is_hub_name
 from megabatch.plan.known_models import KNOWN_MODELS
@@ -74,6 +73,8 @@ def _made(recipe: Recipe) -> FoundModel:
 
 
 def _in_folder(folder: Path) -> FoundModel:
+    from megabatch.converters.hf_model import read_config
+
     try:
         config = read_config(folder)
         shape = family_of(config).shape(config)

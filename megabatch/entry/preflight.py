@@ -9,14 +9,12 @@ from pathlib import Path
 
 from megabatch.config.data import Data
 from megabatch.config.recipe import Recipe
-from megabatch.converters.hf_model import open_hf_model
 from megabatch.entry.model import FoundModel, told
 from megabatch.entry.paths import NUMBERED
 from megabatch.errors import DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.trainer.data import files, names, tokenizer
 from megabatch.trainer.data.compressed import inner_suffix
-from megabatch.trainer.data.formats import conversation_of
 
 SCANNED_BYTES = 64 << 20
 """JSONL, JSON, CSV and TSV files up to this size are read through before submission; it takes about a second."""
@@ -120,6 +118,8 @@ def _rows(data: Data, name: names.DatasetName) -> int | None:
 
 
 def _rows_of_file(data: Data, path: Path, *, alone: bool) -> int | None:
+    from megabatch.trainer.data.formats import conversation_of  # a dry run reads no data
+
     ratio = _GZIP_RATIO if path.suffix.lower() == ".gz" else 1
     if path.suffix.lower() == ".zst" or inner_suffix(path) not in _SCANNED_SUFFIXES:
         return None  # what reads them may not be installed where runs are only submitted
@@ -179,6 +179,8 @@ def _tokenizer(recipe: Recipe, model: FoundModel, check: Callable[[Path], None])
 def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
     if model.folder is None or model.fault is not None:
         return
+    from megabatch.converters.hf_model import open_hf_model  # a dry run reads no weights
+
     try:
         open_hf_model(model.folder, compare_duplicates=False)
     except MegabatchError as error:

@@ -66,7 +66,7 @@ use_code() {
         cat -- "$MEGABATCH_CODE" >"$copy/tar" || return CONFIG
         read -r found _ < <(sha256sum <"$copy/tar")
         if [ "$found" != "$digest" ]; then
-            echo "megabatch: $MEGABATCH_CODE is not the code that was submitted (its SHA-256 is ${found:-unknown}):" \\
+            echo "error: $MEGABATCH_CODE is not the code that was submitted (its SHA-256 is ${found:-unknown}):" \\
                 "somebody changed it, or the disk did; submit the recipe again" >&2
             rm -rf -- "$copy"
             return CONFIG

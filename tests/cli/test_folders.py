@@ -11,6 +11,9 @@ from megabatch.cli.command import main
 from megabatch.cli.runs import all_runs
 from megabatch.cli.table import table, text_width
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.job import JobSpec
+from megabatch.slurm.profile import ClusterProfile
+from megabatch.slurm.render import render
 
 ENDED = '{"job_id": "local", "restart": 0, "start": 1, "nodes": "here"}\n'
 
@@ -81,13 +84,28 @@ def test_why_of_a_sweep_without_failures(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_chain_of_commands_is_a_folder_of_runs(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(chain), "--json"]) == 0
-    found = {Path(one["run"]).name: one["state"] for one in json.loads(capsys.readouterr().out)}
-    assert found == {"first": "completed", "second": "failed"}
+    found = [(Path(one["run"]).name, one["state"]) for one in json.loads(capsys.readouterr().out)]
+    assert found == [("first", "completed"), ("second", "failed")]
     assert main(["why", str(chain)]) == 0
     assert f"{chain / 'second'} is failed" in capsys.readouterr().out
     page = chain / "report.html"
     assert main(["report", str(chain), "-o", str(page)]) == 0
     assert "2 runs" in capsys.readouterr().out and "second" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("links", "fix"), [(1, "megabatch resume goes on"), (2, "megabatch resume --chain N goes on")]
+)
+def test_a_run_whose_jobs_are_used_up_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], links: int, fix: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # without Slurm
+    monkeypatch.setenv("COLUMNS", "200")
+    run = RunDirectory(made(tmp_path / "run", code=75))
+    run.jobs.write_text(run.jobs.read_text().replace('"local"', '"7"'))
+    run.script.write_text(render(JobSpec(name="j", run_directory=run.path, links=links), ClusterProfile()))
+    assert main(["status", str(run.path)]) == 0
+    assert f"saved; {fix}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,18 @@ RULES: tuple[Rule, ...] = (
 """Rules between fields; each yields nothing where it has nothing to say."""
 
 
-def check(recipe: Recipe, shape: ModelShape | None = None, *, variant_of: Recipe | None = None) -> list[Fault]:
+def check(
+    recipe: Recipe,
+    shape: ModelShape | None = None,
+    *,
+    variant_of: Recipe | None = None,
+    values_are_valid: bool = False,
+) -> list[Fault]:
     """Every fault of a recipe. Without `shape`, a model made on the spot is checked by the shape it declares.
 
     Args: variant_of: a recipe without faults; groups that it shares with this one (`dataclasses.replace` keeps all
     others) are not looked at field by field again, which is most of the time that checking many layouts takes.
+    values_are_valid: every value was found to be of its type and range already.
     """
     wrong_groups = [
         Fault(name, getattr(recipe, name), f"must be a {group.__name__}", bare=True)
@@ -43,7 +50,7 @@ def check(recipe: Recipe, shape: ModelShape | None = None, *, variant_of: Recipe
     ]
     if wrong_groups:
         return wrong_groups
-    invalid = list(invalid_fields(recipe, variant_of=variant_of))
+    invalid = [] if values_are_valid else list(invalid_fields(recipe, variant_of=variant_of))
     checkable = _with_defaults(recipe, {fault.field for fault in invalid})
     shape = shape or declared_shape(checkable)
     layout = layout_of(checkable, shape)
