@@ -305,7 +305,7 @@ TABLE = (
     Row("bad_node", _SCRIPT, r"megabatch: preflight: not started on "),
     Row("role", _SCRIPT, r"^megabatch: role \w+, task \d+"),
     Row("dependency", _SCRIPT, r"^megabatch: input missing: "),
-    Row("dependency", _SLURM, r"^(pending|cancelled|lost) Dependency"),
+    Row("dependency", _SLURM, r"^pending Dependency|^(cancelled|lost) Dependency(NeverSatisfied| that cannot be met)"),
     # what the rank that failed first says, and where it says nothing of the kind, what others and Slurm's daemons say
     *(Row(cause, _FIRST, pattern) for cause, pattern in _NAMED),
     *(Row(cause, (Source.RANK, Source.SCRIPT), pattern) for cause, pattern in _NAMED),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megabatch import Chain, ended, notok, ok, output
-from megabatch.chain.record import recorded_chain, states
+from megabatch.chain.record import StepState, recorded_chain, states
 from megabatch.cli.command import main as megabatch
 from megabatch.entry.command import run
 from megabatch.errors import ConfigError, LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.records import read_records
 
+from ..slurm.conftest import until
 from .conftest import chain_of, shell
 
 MAKES = shell("makes", 'echo 21 >"$MEGABATCH_RUN/number"', outputs=["number"])
@@ -34,11 +34,13 @@ def command(chain: Chain, *words: str) -> int:
 def waited(chain: Chain) -> dict[str, tuple[str, str | None]]:
     """State and fate of each step once nothing waits or runs."""
     assert chain.save is not None
-    for _ in range(300):
-        found = states(chain, Path(chain.save))
-        if all(one.fate for one in found):
-            break
-        time.sleep(0.2)
+    folder = Path(chain.save)
+
+    def over() -> list[StepState] | None:
+        found = states(chain, folder)
+        return found if all(one.fate for one in found) else None
+
+    found = until(over, what="the end of all steps")
     return {one.step.name: (one.status.state.value, one.fate) for one in found}
 
 
@@ -134,10 +136,7 @@ def test_a_step_that_is_about_to_end_is_not_waited_for(tmp_path: Path) -> None:
     deaf = shell("deaf", "trap '' TERM USR2; touch $MEGABATCH_RUN/there; while :; do sleep 0.1; done")
     chain = chain_of(tmp_path, deaf, shell("after", "true", ok("deaf")))
     assert command(chain, "--submit") == 0
-    for _ in range(300):
-        if (tmp_path / "demo" / "deaf" / "there").exists():
-            break
-        time.sleep(0.1)
+    until((tmp_path / "demo" / "deaf" / "there").exists)
     [job] = read_records(RunDirectory(tmp_path / "demo" / "deaf"))
     assert megabatch(["chain", "cancel", str(tmp_path / "demo")]) == 0
     with pytest.raises(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from megabatch.slurm.processes import marked_processes
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
 from megabatch.slurm.state import RunStatus, status
+
+from .gate import Gate
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STEPS = 60
@@ -46,6 +47,7 @@ class Training:
     folder: Path
     """Where its commands are given."""
     environment: Mapping[str, str]
+    gate: Gate
 
     def submit(self, **flags: object) -> subprocess.CompletedProcess[str]:
         """`python recipes/quickstart.py --submit`, which must succeed."""
@@ -64,7 +66,7 @@ class Training:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -75,7 +77,7 @@ class Training:
             patch.setenv("SLURM_CONF", self.environment["SLURM_CONF"])
             return status([self.files.path], fresh_s=0)[0]
 
-    def wait(self, *states: State, timeout_s: float = 180) -> RunStatus:
+    def wait(self, *states: State, timeout_s: float = 400) -> RunStatus:
         """Until the run is in one of `states`; where it is over, until its batch script has had its last word.
 
         The heartbeat says `done`, and Slurm that a job failed, before that.
@@ -92,7 +94,7 @@ class Training:
             until(lambda: has_ended(self.files), timeout_s=timeout_s, what=f"its ending\n{self.logs()}")
         return found
 
-    def wait_step(self, step: int, *, timeout_s: float = 120) -> None:
+    def wait_step(self, step: int, *, timeout_s: float = 400) -> None:
         """Until that step is in metrics.jsonl."""
         until(lambda: self.steps()[-1:] >= [step], timeout_s=timeout_s, what=f"step {step}\n{self.logs()}")
 
@@ -132,13 +134,6 @@ class Training:
                 found[next(v for v in variables if v.startswith(b"RANK="))] = pid
         return [found[rank] for rank in sorted(found)]
 
-    def freeze(self) -> list[int]:
-        """Stops all ranks where they are, so that what comes next meets them in the middle of training."""
-        ranks = self.ranks()
-        for pid in ranks:
-            os.kill(pid, signal.SIGSTOP)
-        return ranks
-
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.files.logs.glob("*")))
 
@@ -158,12 +153,6 @@ def until(condition: Callable[[], Any], *, timeout_s: float, what: str, poll_s: 
     return value
 
 
-def signal_pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a stopped process has that signal waiting for it."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return bool(int(fields["ShdPnd"], 16) >> (number - 1) & 1)
-
-
 NewTraining = Callable[..., Training]
 
 
@@ -177,19 +166,32 @@ def environment(slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def new_training(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> NewTraining:
     def new(
-        name: str, *, on: str | None = "n[1-2]", sbatch: Mapping[str, object] | None = None, **flags: object
+        name: str,
+        *,
+        on: str | None = "n[1-2]",
+        sbatch: Mapping[str, object] | None = None,
+        held_after: int | None = None,
+        setup: Sequence[str] = (),
+        **flags: object,
     ) -> Training:
-        """Submits a run to those nodes, or any, with more options of sbatch."""
+        """Submits a run to those nodes, or any, with more of the profile; its first start may be held."""
         folder = tmp_path_factory.mktemp(name)
         profile = folder / "cluster.toml"
         options = {**({"nodelist": on} if on else {}), **(sbatch or {})}
-        profile.write_text("\n".join(["[sbatch]", *(f"{k} = {json.dumps(v)}" for k, v in options.items())]))
+        profile.write_text(
+            "\n".join(
+                [f"setup = {json.dumps(setup)}", "[sbatch]", *(f"{k} = {json.dumps(v)}" for k, v in options.items())]
+            )
+        )
         decoy = folder / "megabatch"
         decoy.mkdir()
         (decoy / "__init__.py").write_text(
             "raise SystemExit('jobs must run the snapshot, not the folder they are in')"
         )
-        training = Training(RunDirectory(folder / "run"), folder, environment)
+        gate = Gate(folder)
+        if held_after is not None:
+            gate.close(after=held_after)
+        training = Training(RunDirectory(folder / "run"), folder, environment | gate.environment(), gate)
         training.submit(cluster=profile, **flags)
         return training
 

@@ -64,9 +64,9 @@ def take_a_node_down(training: Training) -> None:
     node, restart = random.choice(hosts), training.now().restart or 0
     _slurm(training, "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=fault")
     try:
-        until(lambda: (training.now().restart or 0) > restart, timeout_s=150, what="Slurm to requeue it")
+        until(lambda: (training.now().restart or 0) > restart, timeout_s=400, what="Slurm to requeue it")
     finally:
-        until(lambda: _resumed(training, node), timeout_s=150, what=f"{node} to come back")
+        until(lambda: _resumed(training, node), timeout_s=400, what=f"{node} to come back")
 
 
 KINDS: dict[str, Callable[[Training], None]] = {
@@ -92,11 +92,13 @@ def run_through(training: Training, faults: list[tuple[int, str]]) -> list[Struc
     """Strikes the run after those steps and waits each time until it trains again; nobody helps it."""
     struck = []
     for step, kind in faults:
+        training.gate.close(after=step, start=_start(training) if struck else 0)
         training.wait_step(step)
         start, last, began = _start(training), training.steps()[-1], time.monotonic()
         KINDS[kind](training)
+        training.gate.open()
         until(
-            lambda start=start: _start(training) > start, timeout_s=120, what=f"{kind} to be over\n{training.logs()}"
+            lambda start=start: _start(training) > start, timeout_s=400, what=f"{kind} to be over\n{training.logs()}"
         )
         struck.append(Struck(kind, last, time.monotonic() - began))
     return struck
@@ -130,7 +132,7 @@ def _nodes(training: Training) -> str:
 
 
 def _slurm(training: Training, *command: str) -> str:
-    done = subprocess.run(command, env=training.environment, check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=training.environment, check=True, capture_output=True, text=True, timeout=300)
     return done.stdout
 
 

@@ -46,7 +46,7 @@ def hostile(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
     words = [f"--{name}={value}" for name, value in flags.items()]
     done = subprocess.run(
         [sys.executable, "-P", f"./{recipe.name}", "--submit", *words],
-        env=training.environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False,
+        env=training.environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     training.wait(State.COMPLETED)

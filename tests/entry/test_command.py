@@ -24,7 +24,7 @@ def _run(
     file: Path, *arguments: str, cwd: Path, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, file, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, file, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
     )
 
 

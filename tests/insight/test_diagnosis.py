@@ -283,7 +283,7 @@ def test_a_local_run_whose_rank_dies(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, str(recipe), "--local", "--train_iters", "5000", "--run_dir", str(tmp_path / "run")]
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 1, done.stderr
     found = diagnose(tmp_path / "run")

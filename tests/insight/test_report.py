@@ -73,7 +73,7 @@ def test_a_browser_shows_it_and_runs_nothing(page: Path, tmp_path: Path) -> None
         pytest.skip("no browser here; on Debian: apt install --no-install-recommends chromium")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     command += ["--window-size=1200,900", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title is not None and title[1].startswith("Runs: made") and "owned" not in title[1].split("&lt;")[0]
     assert "<img" not in done.stdout and "onload" not in re.sub(r"&lt;.*?&gt;", "", done.stdout)

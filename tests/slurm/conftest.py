@@ -27,7 +27,7 @@ PAYLOAD = Path(__file__).with_name("payload.py")
 ENDED = {state for state in State if not state.active}
 
 
-def until(condition: Callable[[], Any], *, timeout_s: float = 150, what: str = "it") -> Any:
+def until(condition: Callable[[], Any], *, timeout_s: float = 300, what: str = "it") -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -46,7 +46,7 @@ class Submitted:
     def now(self) -> RunStatus:
         return status([self.run.path], fresh_s=0)[0]
 
-    def wait(self, *states: State, timeout_s: float = 150) -> RunStatus:
+    def wait(self, *states: State, timeout_s: float = 300) -> RunStatus:
         """Until it is in one of `states`, by default until it ended."""
 
         wanted = set(states) or ENDED
@@ -57,7 +57,7 @@ class Submitted:
             time.sleep(0.1)
         return now
 
-    def wait_listening(self, *, restart: int = 0, ranks: int = 1, timeout_s: float = 150) -> None:
+    def wait_listening(self, *, restart: int = 0, ranks: int = 1, timeout_s: float = 300) -> None:
         """Until `ranks` ranks of that incarnation have said what they see."""
         until(
             lambda: (

@@ -2,8 +2,8 @@
 
 Arguments are `key=value`: `seconds` to run, `until_restart` (runs on before that incarnation, then ends well),
 `fail_rank`, `fail` (an exit code, `kill`, or `hang`), `fail_until` (fails before that incarnation only), `save_until`
-(makes a checkpoint first before that incarnation), `deaf_s` (seconds before it listens), `meet` (a file where rank 0
-writes who reached it).
+(makes a checkpoint first before that incarnation), `deaf` (does not listen: `asked`, until the run is asked to stop;
+else for ever), `meet` (a file where rank 0 writes who reached it).
 """
 
 import json
@@ -26,17 +26,24 @@ def say(**words: object) -> None:
 def meet(path: str) -> None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank:
-        socket.create_connection((address, port), timeout=20).sendall(str(rank).encode())
-        return
+        while True:
+            try:
+                socket.create_connection((address, port), timeout=300).sendall(str(rank).encode())
+                return
+            except ConnectionRefusedError:
+                time.sleep(0.05)  # rank 0 does not listen yet
     with socket.create_server(("", port)) as server:
-        server.settimeout(20)
+        server.settimeout(300)
         ranks = sorted(int(server.accept()[0].recv(16)) for _ in range(int(os.environ["WORLD_SIZE"]) - 1))
     with open(path, "w") as file:
         json.dump(ranks, file)
 
 
 fails = rank == int(options.get("fail_rank", -1)) and restart < int(options.get("fail_until", 1000))
-time.sleep(0.0 if fails else float(options.get("deaf_s", 0)))
+while "deaf" in options and not fails:
+    time.sleep(0.05)
+    if options["deaf"] == "asked" and os.path.exists(os.environ["MEGABATCH_STOP_REQUEST"]):
+        break
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
 if os.path.exists(os.environ["MEGABATCH_STOP_REQUEST"]):
@@ -52,8 +59,6 @@ if rank == 0:
         latest.parent.mkdir(exist_ok=True)
         latest.write_text(f"step_{restart:08d}\n")
 if "meet" in options:
-    # rank 0 must listen before the others come
-    time.sleep(0.5 if rank else 0)
     meet(options["meet"])
 if fails:
     # the others come as far as they can first
@@ -68,5 +73,5 @@ while restart < int(options.get("until_restart", 0)) or time.monotonic() < end:
         # ranks do not leave together: the last one still closes its files
         time.sleep(0.3 * (rank % 2))
         say(stopped=asked[0])
-        sys.exit(75)
+        os._exit(75)  # Python takes its handlers away as it ends, and the next signal would kill it
 say(done=True)

@@ -90,7 +90,7 @@ def contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Container:
     definition.write_text(f"Bootstrap: localimage\nFrom: {box}\n\n%environment\n    {own}\n")
     image = tmp_path / "image"
     command = ["apptainer", "build", "--sandbox", str(image), str(definition)]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if built.returncode:
         pytest.skip(f"Apptainer builds nothing here: {built.stderr.strip()[-300:]}")
     mounts = ("/usr", sys.prefix, str(PAYLOAD.parent))
@@ -98,7 +98,7 @@ def contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Container:
     bind = [word for mount in mounts for word in ("--bind", mount)]
     tried = subprocess.run(
         ["apptainer", "exec", *bind, str(image), sys.executable, "-c", "print(6 * 7)"],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     if tried.stdout.strip() != "42":
         pytest.skip(f"Apptainer does not run here: {tried.stderr.strip()[-300:]}")

@@ -145,7 +145,7 @@ def test_a_job_whose_dependency_failed_leaves_the_queue(submit_payload: Submit) 
     first.wait()
     profile = ClusterProfile(sbatch={"dependency": f"afterok:{first.job_id}"})
     second = submit_payload(profile=profile, run_directory=first.run.path.with_name("second"))
-    assert second.wait(timeout_s=20).state is State.CANCELLED
+    assert second.wait().state is State.CANCELLED
 
 
 @pytest.mark.parametrize("folder", ["new\nline", "back\\slash", "job %j"])

@@ -70,7 +70,7 @@ def test_a_bad_node_is_left_out_and_the_job_runs_on_the_others(
     nodes(n1={"values": {"ecc.errors.uncorrected.volatile.total": "3"}})
     profile = ClusterProfile(exclude="n4", sbatch={"exclusive": True})
     job = submit_payload(profile=profile, nodes=2, gpus_per_node=2, preflight="light")
-    end = job.wait(timeout_s=60)
+    end = job.wait()
     assert end.state is State.COMPLETED, job.batch_log()
     [bad] = bad_nodes(job)
     assert (bad["node"], bad["check"], bad["excluded"], bad["job_id"], bad["restart"]) == (
@@ -189,9 +189,14 @@ def test_a_node_that_does_not_report_is_left_out(submit_payload: Submit, tmp_pat
 
 def test_a_request_to_stop_during_the_preflight_is_not_lost(submit_payload: Submit, tmp_path: Path) -> None:
     slow = tmp_path / "slow"
-    slow.write_text(f'#!/bin/bash\ntouch {tmp_path}/begun\nsleep 2\nexec {sys.executable} "$@"\n')
+    # the preflight goes on once the script has heard of the request
+    asked = f"{tmp_path}/asked"
+    slow.write_text(
+        f'#!/bin/bash\ntouch {tmp_path}/begun\nuntil [ -e {asked} ]; do sleep 0.1; done\nexec {sys.executable} "$@"\n'
+    )
     slow.chmod(0o755)
-    job = submit_payload(python=str(slow), preflight="light", requeue=False)
+    profile = ClusterProfile(setup=(f"trap 'ask_to_stop USR2; touch {asked}' USR2",))
+    job = submit_payload(profile=profile, python=str(slow), preflight="light", requeue=False)
     until((tmp_path / "begun").exists)
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
     end = job.wait()

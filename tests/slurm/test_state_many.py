@@ -135,7 +135,7 @@ def test_a_local_run_is_known_by_its_launcher_and_cancelled(tmp_path: Path) -> N
         until(lambda: status([job.run_directory])[0].state is State.RUNNING)
         until(lambda: "argv" in job.files.rank_log(0, 1).read_text())
         assert main(["cancel", str(job.run_directory)]) == 0
-        assert launcher.wait(100) == 75
+        assert launcher.wait(300) == 75
     assert status([job.run_directory])[0].state is State.STOPPED
 
 

@@ -38,7 +38,7 @@ def time_limited(slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPat
 
 
 def test_a_warning_before_the_ranks_listen_is_not_lost(submit_payload: Submit) -> None:
-    job = submit_payload(requeue=False, options={"until_restart": 1, "deaf_s": 2})
+    job = submit_payload(requeue=False, options={"until_restart": 1, "deaf": "asked"})
     until(job.run.rank_log(0, 0).exists)
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
     end = job.wait()
@@ -48,8 +48,8 @@ def test_a_warning_before_the_ranks_listen_is_not_lost(submit_payload: Submit) -
 
 
 def test_a_warning_before_the_ranks_start_starts_none(submit_payload: Submit) -> None:
-    job = submit_payload(requeue=False, profile=ClusterProfile(setup=("sleep 2",)))
-    until(lambda: job.now().state is State.RUNNING and job.run.logs.joinpath(f"batch.{job.job_id}.log").exists())
+    job = submit_payload(requeue=False, profile=ClusterProfile(setup=('until [ -n "$stop" ]; do sleep 0.1; done',)))
+    until(lambda: "megabatch: start 0 of job" in job.batch_log(), what="the script, which listens by then")
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
     assert job.wait().state is State.STOPPED
     assert not rank_logs(job.run.path)
@@ -115,15 +115,15 @@ def bring_back(scontrol: Callable[..., str], node: str) -> None:
     until(resumed, what=f"{node} to come back")
 
 
-@pytest.mark.parametrize(("fail", "code", "deaf_s"), [("3", 3, 0), ("1", 1, 60), ("kill", 137, 0)])
+@pytest.mark.parametrize(("fail", "code", "deaf"), [("3", 3, False), ("1", 1, True), ("kill", 137, False)])
 def test_one_dead_rank_ends_the_job_with_its_exit_code(
-    submit_payload: Submit, fail: str, code: int, deaf_s: int
+    submit_payload: Submit, fail: str, code: int, deaf: bool
 ) -> None:
     # ranks that do not listen are killed by srun with a larger code, which must not hide the first one's
-    options = {"seconds": 120, "fail_rank": 3, "fail": fail, "deaf_s": deaf_s}
+    options = {"until_restart": 1, "fail_rank": 3, "fail": fail} | ({"deaf": "ever"} if deaf else {})
     spec = {"nodes": 2, "tasks_per_node": 2, "max_restarts_without_progress": 0}
     job = submit_payload(profile=LAST_NODES, options=options, **spec)
-    end = job.wait(timeout_s=30)
+    end = job.wait()
     assert (end.state, end.exit_code) == (State.FAILED, code)
     assert {"done": True} not in job.said(0)
     assert f"rank 3 on n4 failed first, with exit code {code}: logs/rank_3.0.log" in job.batch_log()
@@ -132,7 +132,7 @@ def test_one_dead_rank_ends_the_job_with_its_exit_code(
 @pytest.mark.usefixtures("slurm")
 def test_the_time_limits_warning_stops_all_ranks_together_and_requeues(time_limited: Submitted) -> None:
     job = time_limited
-    job.wait_listening(restart=1, ranks=4, timeout_s=90)
+    job.wait_listening(restart=1, ranks=4)
     assert [job.said(rank)[-1] for rank in range(4)] == [{"stopped": "SIGUSR2"}] * 4
     end = job.wait()
     assert (end.state, end.restart) == (State.COMPLETED, 1)

@@ -21,7 +21,7 @@ def _run(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
         env={k: v for k, v in os.environ.items() if k != "MEGABATCH_CACHE"} | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
         check=False,
     )
 

@@ -32,7 +32,7 @@ class RankServer:
         self._process.start()
 
     def run(
-        self, function: Callable[..., Any], *, world_size: int, timeout_s: float = 120, **arguments: Any
+        self, function: Callable[..., Any], *, world_size: int, timeout_s: float = 500, **arguments: Any
     ) -> list[Any]:
         """Results of `function(**arguments)` on each rank; tracebacks as RuntimeError if one failed."""
         source = (str(Path(sys.modules[function.__module__].__file__ or "").resolve()), function.__name__)
@@ -117,7 +117,7 @@ def _load(path: str, name: str) -> Callable[..., Any]:
 
 
 def _wait(pids: list[int], timeout_s: float) -> None:
-    """Until all ranks ended; a failed rank gives the others two seconds before they are killed."""
+    """Until all ranks ended; a failed rank gives the others ten seconds before they are killed."""
     deadline, left = time.monotonic() + timeout_s, set(pids)
     while left and time.monotonic() < deadline:
         for pid in list(left):
@@ -125,7 +125,7 @@ def _wait(pids: list[int], timeout_s: float) -> None:
             if done:
                 left.discard(pid)
                 if status:
-                    deadline = min(deadline, time.monotonic() + 2)
+                    deadline = min(deadline, time.monotonic() + 10)
         time.sleep(0.005)
     for pid in left:
         os.kill(pid, signal.SIGKILL)

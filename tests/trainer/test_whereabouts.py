@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -26,6 +27,15 @@ hang()
 """
 
 
+def _read_until(file: IO[str] | None, words: str) -> str:
+    assert file is not None
+    said = ""
+    while words not in said:
+        said += (line := file.readline())
+        assert line, said
+    return said
+
+
 @pytest.mark.parametrize(("library", "answers"), [("CDLL", True), ("PyDLL", False)])
 def test_stacks_come_out_of_calls_that_do_not_return(library: str, answers: bool) -> None:
     """A PyDLL's functions hold Python's lock: no thread runs beside them."""
@@ -38,11 +48,12 @@ def test_stacks_come_out_of_calls_that_do_not_return(library: str, answers: bool
     )
     try:
         assert rank.stdout is not None and rank.stdout.readline() == "hangs\n"
-        time.sleep(0.3)
+        while Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)  # until it sleeps in the call
         rank.send_signal(signal.SIGUSR1)
-        time.sleep(1.0)
+        said = _read_until(rank.stderr, "rank 3 is at step" if answers else "in hang")
     finally:
         rank.kill()
-    said = rank.communicate()[1]
+    said += rank.communicate()[1]
     assert "line 10 in hang" in said and "(most recent call first)" in said
     assert ("rank 3 is at step 7, training, for" in said) == answers
