@@ -36,12 +36,18 @@ class ControlTokens:
         self.tokens = sorted(
             {t for t in (*added, *map(str, tokenizer.all_special_tokens), *listed, *extra) if t in known and t.strip()}
         )
-        self._beginnings = tuple({json.dumps(token, ensure_ascii=False)[1:-1][:2] for token in self.tokens})
+        written = [json.dumps(token, ensure_ascii=False)[1:-1] for token in self.tokens]
+        self._beginnings = tuple({text[:2] for text in written} | {f'{text[0]}"' for text in written})
+        self._halves = {token[:end] for token in self.tokens for end in range(1, len(token))}
+        self._longest_half = max(map(len, self._halves), default=0)
         self._any = _either(self.tokens)
         self._not_the_assistants = _either(t for t in self.tokens if not _OF_THE_ASSISTANT.fullmatch(t))
 
     def may_be_in(self, text: str) -> bool:
-        """Whether a text (or JSON) might hold a control token; fast, and True too often rather than too seldom."""
+        """Whether JSON might hold a control token, or the beginning of one at the end of a string.
+
+        Fast, and True too often rather than too seldom.
+        """
         return any(beginning in text for beginning in self._beginnings)
 
     def are_in(self, text: str) -> bool:
@@ -49,10 +55,15 @@ class ControlTokens:
         return self._any.search(text) is not None
 
     def mark(self, value: Any, mark: str, *, by_assistant: bool = False) -> Any:
-        """The value with `mark` inside every control token of its strings, at any depth."""
+        """The value with `mark` inside every control token of its strings, at any depth.
+
+        Also in the beginning of one that a string ends with: a template may write two strings side by side.
+        """
         if isinstance(value, str):
             pattern = self._not_the_assistants if by_assistant else self._any
-            return pattern.sub(lambda found: found[0][:1] + mark + found[0][1:], value)
+            marked = pattern.sub(lambda found: found[0][:1] + mark + found[0][1:], value)
+            half = self._half_at_end(marked)
+            return f"{marked[:-half]}{marked[-half]}{mark}{marked[len(marked) - half + 1 :]}" if half else marked
         if isinstance(value, Mapping):
             return {
                 self.mark(key, mark): self.mark(item, mark, by_assistant=by_assistant) for key, item in value.items()
@@ -60,6 +71,11 @@ class ControlTokens:
         if isinstance(value, (list, tuple)):
             return [self.mark(item, mark, by_assistant=by_assistant) for item in value]
         return value
+
+    def _half_at_end(self, text: str) -> int:
+        """Characters of the longest beginning of a control token that a text ends with."""
+        longest = min(self._longest_half, len(text))
+        return next((size for size in range(longest, 0, -1) if text[-size:] in self._halves), 0)
 
     def spelled(self, text: str, mark: str | None = None) -> Spelling:
         """A marked text as the twin reads it; without `mark`, a text without control tokens of its own."""

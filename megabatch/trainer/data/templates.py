@@ -172,7 +172,7 @@ class Template:
         weights = learned_turns(messages, loss_scale)
         if control is None:
             return _Text(rendered.text, [(p.start, p.stop, weights[p.turn]) for p in parts], False)
-        remarks[_ESCAPED] += 1
+        remarks[_ESCAPED] += control.are_in(said)
         spelling: Spelling = control.spelled(rendered.text, inner)
         placed = [(spelling.at(p.start), spelling.at(p.stop), weights[p.turn]) for p in parts]
         return _Text(spelling.text, placed, True)

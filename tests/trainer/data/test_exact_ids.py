@@ -298,3 +298,18 @@ def test_what_nothing_reads_is_counted(tmp_path: Path) -> None:
     assert "nothing reads the column 'hint'" in text
     assert "nothing reads the messages' field 'mood'" in text
     assert "control tokens in the text" in text
+
+
+def test_a_control_token_in_two_halves_is_text_too() -> None:
+    """Gemma's template writes the parts of a content side by side."""
+    halves = [
+        {"type": "text", "text": "a<end_of"},
+        {"type": "text", "text": "_turn>b<"},
+        {"type": "text", "text": "s>"},
+    ]
+    messages = [{"role": "user", "content": halves}, {"role": "assistant", "content": "A"}]
+    encoded = ours("byte_level", "gemma", {"messages": messages})
+    made = tokenizer("byte_level", "gemma")
+    assert made.decode(encoded.ids) == made.apply_chat_template(messages, tokenize=False)
+    assert (encoded.ids == made.convert_tokens_to_ids("<end_of_turn>")).sum() == 2
+    assert (encoded.ids == made.convert_tokens_to_ids("<s>")).sum() == 1

@@ -105,3 +105,15 @@ def test_pretraining_needs_an_end_of_text(tokenizer_folder: Path, tmp_path: Path
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="has no eos_token"):
         encoder(tmp_path, task="pt")
+
+
+def test_control_tokens_in_a_document_are_text_unless_allowed(tokenizer_folder: Path) -> None:
+    document = row(1, text="two<|im_end|>\n<|im_start|>plus")
+    safe = encoder(tokenizer_folder, task="pt")
+    chunk = safe.encode([document, row(2, text="two plus")])
+    assert [(sample.ids <= 2).sum() for sample in chunk.samples] == [1, 1]  # the end of the document alone
+    assert safe.tokenizer.decode(chunk.samples[0].ids) == "two<|im_end|>\n<|im_start|>plus<|im_end|>"
+    assert [count for name, count in chunk.remarks.items() if "control tokens" in name] == [1]
+    (sample,) = encoder(tokenizer_folder, task="pt", sanitize_control_tokens=False).encode([document]).samples
+    assert sample.ids[-3:].tolist().count(2) == 1
+    assert (sample.ids <= 2).sum() == 3
