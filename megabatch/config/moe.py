@@ -48,9 +48,10 @@ class MoE:
     moe_z_loss_coeff: float | None = param(None, at_least=0)
     """Weight of the loss that keeps router logits small; None is none."""
     moe_expert_capacity_factor: float | None = param(None, above=0)
-    """Tokens an expert takes, as a multiple of an even share; the rest is dropped. None drops nothing."""
+    """Tokens of a micro-batch that an expert takes, as a multiple of an even share; the rest is dropped. None drops
+    nothing."""
     moe_pad_expert_input_to_capacity: bool = param(False)
-    """Pads each expert's input to its capacity; needs `moe_expert_capacity_factor`."""
+    """Pads each expert's input to its capacity; needs `moe_expert_capacity_factor` and no tensor parallelism."""
     moe_token_drop_policy: Literal["probs", "position"] = param("probs")
     """Which tokens above capacity are dropped: the least probable ones or the last ones."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = param(

@@ -88,8 +88,20 @@ def _share(run: RunConfig, ranks: Ranks) -> Share:
         micro_batch_size=run.recipe.batch.micro_batch_size,
         microbatch_multiple=ranks.pp_size if run.layout.vp > 1 else 1,
         row_multiple=ranks.tp_size if run.recipe.parallel.sequence_parallel else 1,
+        equal_rows=_equal_rows(run),
         hidden_size=run.shape.hidden_size,
     )
+
+
+def _equal_rows(run: RunConfig) -> int:
+    """Neighbours over data parallelism that share experts, where rows or capacities are exchanged as equals.
+
+    megatron-core lays experts over consecutive ranks of a pipeline stage, on which data parallelism comes last.
+    """
+    moe, layout = run.recipe.moe, run.layout
+    if moe.moe_token_dispatcher_type == "allgather" or moe.moe_pad_expert_input_to_capacity:
+        return max(1, layout.ep * layout.etp // (layout.tp * layout.cp))
+    return 1
 
 
 def build_engine(run: RunConfig, ranks: Ranks, *, train_iters: int) -> Engine:

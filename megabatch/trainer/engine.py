@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.model.build import Model
+from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.row import row
 from megabatch.trainer.objectives.objective import Mean, Norm, Objective, TokenOutput
 from megabatch.trainer.ops.vocab import VocabShard, token_logps
@@ -122,8 +123,21 @@ class Engine:
             position_ids=pack.positions_T[None],
             attention_mask=None,
             packed_seq_params=self._sequences(on_host, pack),
+            **self._padding(pack, chunk),
         )
         return output, partial(self._loss, pack, objective, factor)
+
+    def _padding(self, pack: Pack, chunk: Any) -> dict[str, Tensor]:
+        """Which positions the experts leave out: a mask of the row, in a stage without embedding of this rank's part.
+
+        megatron-core cuts the mask for sequence parallelism where it cuts the embedding's output.
+        """
+        if pack.padding_T is None or self.model.config.num_moe_experts is None:
+            return {}
+        mask_T = pack.padding_T
+        if self.model.config.sequence_parallel and not unwrap(chunk).pre_process:
+            mask_T = mask_T.chunk(self.ranks.tp_size)[self.ranks.tp_rank]
+        return {"padding_mask": mask_T[None]}
 
     def _sequences(self, on_host: Pack, pack: Pack) -> PackedSeqParams:
         """Where each sequence of a row starts and ends, for the layers."""

@@ -148,8 +148,24 @@ def balancing_is_consistent(recipe: Recipe, shape: ModelShape | None, layout: La
     if moe.moe_pad_expert_input_to_capacity and moe.moe_expert_capacity_factor is None:
         rule = "needs moe_expert_capacity_factor, which is None"
         yield Fault("moe.moe_pad_expert_input_to_capacity", True, rule, try_=(False,))
+    elif moe.moe_pad_expert_input_to_capacity:
+        yield from _padding_to_capacity_fits(recipe, shape)
     if moe.moe_enable_deepep and moe.moe_token_dispatcher_type != "flex":
         yield Fault("moe.moe_enable_deepep", True, "needs moe_token_dispatcher_type='flex'", try_=(False,))
+
+
+def _padding_to_capacity_fits(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
+    """Experts' inputs are padded with tokens of this rank's own part of a row."""
+    tp, factor = recipe.parallel.tensor_model_parallel_size, recipe.moe.moe_expert_capacity_factor
+    if tp > 1:
+        rule = f"needs tensor_model_parallel_size=1, which is {tp}: a row's capacity counts the parts of all ranks"
+        yield Fault("moe.moe_pad_expert_input_to_capacity", True, rule, try_=(False,))
+    if shape is None or shape.num_experts is None or factor is None or not shape.moe_router_topk:
+        return
+    most = shape.num_experts / shape.moe_router_topk
+    if factor > most:
+        rule = f"must be at most num_experts/moe_router_topk={most:g} where inputs are padded: no row has more tokens"
+        yield Fault("moe.moe_expert_capacity_factor", factor, rule, try_=(most,))
 
 
 RULES = (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megabatch.trainer.data.cache import TokenCache
-from megabatch.trainer.data.pack import Pack, collate
+from megabatch.trainer.data.pack import Pack, collate, row_length_of
 from megabatch.trainer.data.schedule import Cursor, Schedule, cost, deal
 
 
@@ -27,6 +27,9 @@ class Share:
     row_multiple: int = 1
     """Rows are padded to a multiple of it, see `pack.collate`."""
     sequence_multiple: int = 1
+    equal_rows: int = 1
+    """Data-parallel ranks, one behind the other, whose n-th rows of a step are padded to one length: those whose
+    dispatcher of experts exchanges whole rows."""
     hidden_size: int = 4096
     """Of the model; weighs long sequences against many when balancing."""
 
@@ -84,17 +87,32 @@ class Batches:
             multiple=share.microbatch_multiple,
         )
         everyone = np.concatenate(members)
+        first = share.dp_rank - share.dp_rank % share.equal_rows
+        rounds = zip(*dealt[first : first + share.equal_rows], strict=True)
+        lengths = [max(self._row_length(members, places) for places in together) for together in rounds]
         return Step(
-            packs=[self._pack([members[place] for place in places]) for places in dealt[share.dp_rank]],
+            packs=[
+                self._pack([members[place] for place in places], length)
+                for places, length in zip(dealt[share.dp_rank], lengths, strict=True)
+            ],
             weight=float(self._data.sums[everyone].sum()),
             tokens=int(self._data.lengths[everyone].sum()),
             samples=len(everyone),
             cursor=cursor,
         )
 
-    def _pack(self, members: list[np.ndarray]) -> Pack:
+    def _row_length(self, members: list[np.ndarray], places: list[int]) -> int:
+        lengths = [int(length) for place in places for length in self._data.lengths[members[place]]]
+        return row_length_of(lengths, self._share.row_multiple, self._share.sequence_multiple)
+
+    def _pack(self, members: list[np.ndarray], row_length: int) -> Pack:
         samples = [self._data[int(index)] for group in members for index in group]
-        return collate(samples, row_multiple=self._share.row_multiple, sequence_multiple=self._share.sequence_multiple)
+        return collate(
+            samples,
+            row_multiple=self._share.row_multiple,
+            sequence_multiple=self._share.sequence_multiple,
+            row_length=row_length,
+        )
 
 
 def ahead(steps: Iterator[Step], *, depth: int) -> Iterator[Step]:

@@ -5,7 +5,7 @@ T tokens of the row (with padding); N sequences; S segments: the N sequences, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ class Pack:
     """int64: place within the sequence, from 0."""
     segments_T: Tensor
     """int32: number of the sequence, or N for the row's padding."""
+    padding_T: Tensor | None
+    """bool: whether a position is padding, of the row or of a sequence; None for a row without any."""
     cu_seqlens: Tensor
     """int32 [S + 1]: cumulative real lengths; the row's padding counts as a real sequence, so that attention is
     defined everywhere."""
@@ -53,26 +55,31 @@ class Pack:
         return replace(self, **moved, columns=columns)
 
 
-def collate(samples: Sequence[Sample], *, row_multiple: int = 1, sequence_multiple: int = 1) -> Pack:
+def collate(
+    samples: Sequence[Sample], *, row_multiple: int = 1, sequence_multiple: int = 1, row_length: int = 0
+) -> Pack:
     """One row of these samples, in order.
 
     Args: `row_multiple`: the row's length is rounded up to it by one more segment of weight 0 (tensor parallel size
-    for sequence parallelism, 2·cp·tp with context parallelism); `sequence_multiple`: each sequence's length likewise
-    (2·cp), by tokens of weight 0 at its end. It must divide `row_multiple`.
+    for sequence parallelism, 2·cp·tp with context parallelism); `row_length`: least length of the row, a multiple of
+    `row_multiple`; `sequence_multiple`: each sequence's length likewise (2·cp), by tokens of weight 0 at its end. It
+    must divide `row_multiple`.
     No samples give a row of padding alone.
     """
     assert row_multiple % sequence_multiple == 0, (row_multiple, sequence_multiple)
     real = [len(sample.ids) for sample in samples]
-    padded = [-(-length // sequence_multiple) * sequence_multiple for length in real]
-    if rest := -sum(padded) % row_multiple or (0 if samples else row_multiple):
+    padded = [_up(length, sequence_multiple) for length in real]
+    if rest := max(row_length_of(real, row_multiple, sequence_multiple), row_length) - sum(padded):
         real.append(rest)
         padded.append(rest)
     starts = np.concatenate([[0], np.cumsum(padded)]).astype(np.int64)
     ids_T, targets_T = np.zeros((2, starts[-1]), np.int64)
     weights_T = np.zeros(starts[-1], np.float32)
+    padding_T = np.ones(starts[-1], np.bool_)
     for start, sample in zip(starts.tolist(), samples, strict=False):
         stop = start + len(sample.ids)
         ids_T[start:stop] = sample.ids
+        padding_T[start:stop] = False
         # Shifted within the sequence: its last position has no target, whatever follows it in the row.
         targets_T[start : stop - 1] = sample.ids[1:]
         weights_T[start : stop - 1] = sample.weights[1:]
@@ -82,12 +89,22 @@ def collate(samples: Sequence[Sample], *, row_multiple: int = 1, sequence_multip
         weights_T=torch.from_numpy(weights_T),
         positions_T=torch.from_numpy(np.arange(starts[-1]) - np.repeat(starts[:-1], padded)),
         segments_T=torch.from_numpy(np.repeat(np.arange(len(padded), dtype=np.int32), padded)),
+        padding_T=torch.from_numpy(padding_T) if padding_T.any() else None,
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(real)]).astype(np.int32)),
         cu_seqlens_padded=torch.from_numpy(starts.astype(np.int32)),
         sequences=len(samples),
         max_seqlen=max(padded),
         columns=_columns(samples),
     )
+
+
+def row_length_of(lengths: Iterable[int], row_multiple: int, sequence_multiple: int) -> int:
+    """Length of the row of sequences of these lengths, padding included; at least `row_multiple`."""
+    return max(_up(sum(_up(length, sequence_multiple) for length in lengths), row_multiple), row_multiple)
+
+
+def _up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _columns(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megabatch.plan.shape import ModelShape
+from megabatch.trainer import megatron_moe
 from megabatch.trainer.model.layers import decoder_layers
 from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.rope import Rotary, inverse_frequencies
@@ -118,6 +119,7 @@ def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None
             # megatron-core marks experts so only with ep > 1; with tp > 1 = ep it would not add up the gradients of
             # tensor-parallel ranks, each of which sends its own tokens to its own copy of the experts.
             parameter.allreduce = False
+    megatron_moe.prepare(model)
     if te:
         model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(model.rotary_pos_emb.inv_freq.device)
     return model

@@ -44,9 +44,13 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
         **_extra(recipe.training.megatron_extra_kwargs),
     }
     try:
-        return TransformerConfig(**values)
+        config = TransformerConfig(**values)
     except (ValueError, AssertionError) as e:
         raise ConfigError(f"megatron-core refuses this model and layout: {e}") from e
+    # megatron-core refuses this for dispatchers that exchange whole rows (0.16-0.19), whose rows `Share.equal_rows`
+    # makes equal; to pipeline stages they are of various lengths all the same
+    config.variable_seq_lengths = recipe.parallel.pipeline_model_parallel_size > 1
+    return config
 
 
 def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
@@ -145,7 +149,6 @@ def _parallel(recipe: Recipe, virtual_size: int | None) -> dict[str, Any]:
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
-        "variable_seq_lengths": pipelined,
         # what was sent on is kept for its graph alone; the interleaved schedule would free what is still being sent
         "deallocate_pipeline_outputs": pipelined and virtual_size is None,
         "batch_p2p_comm": virtual_size is None,  # batched pairs of sends mix up neighbours that are the same rank

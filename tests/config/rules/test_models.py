@@ -147,6 +147,25 @@ CASES = [
     (
         models.balancing_is_consistent,
         "experts",
+        {"moe": {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 4.5}},
+        {"moe": {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 4}},
+        "moe.moe_expert_capacity_factor",
+        ["num_experts/moe_router_topk=4", "try 4"],
+    ),
+    (
+        models.balancing_is_consistent,
+        "experts",
+        {
+            "moe": {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.5},
+            "parallel": {"tensor_model_parallel_size": 2},
+        },
+        {"moe": {"moe_expert_capacity_factor": 1.5}, "parallel": {"tensor_model_parallel_size": 2}},
+        "moe.moe_pad_expert_input_to_capacity",
+        ["tensor_model_parallel_size=1"],
+    ),
+    (
+        models.balancing_is_consistent,
+        "experts",
         {"moe": {"moe_expert_capacity_factor": 1.5, "moe_router_load_balancing_type": "sinkhorn"}},
         {"moe": {"moe_expert_capacity_factor": 1.5, "moe_router_load_balancing_type": "aux_loss"}},
         "moe.moe_expert_capacity_factor",

@@ -119,3 +119,20 @@ def test_only_the_last_step_imports_torch() -> None:
     modules = ("sources", "formats", "spans", "templates", "samples", "cache", "datasets", "packing", "schedule")
     code = f"import sys; from megabatch.trainer.data import {', '.join(modules)}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rows_of_a_round_are_equally_long_over_neighbours(cache: TokenCache) -> None:
+    """Pairs of four ranks: each pair's rows are as long as its longer one, and hold the same samples as ever."""
+    split = {"dp_size": 4, "row_multiple": 3}
+    plain, padded = (steps(cache, 3, **split, equal_rows=equal) for equal in (1, 2))
+    differed = False
+    for first in (0, 2):
+        for number in range(3):
+            before = [[len(pack.ids_T) for pack in plain[rank][number].packs] for rank in (first, first + 1)]
+            after = [[len(pack.ids_T) for pack in padded[rank][number].packs] for rank in (first, first + 1)]
+            assert after[0] == after[1] == [max(pair) for pair in zip(*before, strict=True)]
+            differed |= before[0] != before[1]
+    assert differed
+    for rank in range(4):
+        for one, other in zip(plain[rank], padded[rank], strict=True):
+            assert lines_of(one.packs) == lines_of(other.packs)

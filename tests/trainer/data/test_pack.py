@@ -39,6 +39,18 @@ def test_two_sequences_and_a_padding_segment_by_hand() -> None:
     assert pack.columns["name"] == ["a", "b"]
 
 
+def test_padding_is_marked() -> None:
+    assert collate([FIRST, SECOND]).padding_T is None
+    for settings, expected in (
+        ({"row_multiple": 4}, [0, 0, 0, 0, 0, 1, 1, 1]),
+        ({"row_length": 6}, [0, 0, 0, 0, 0, 1]),
+        ({"row_multiple": 8, "sequence_multiple": 4}, [0, 0, 0, 1, 0, 0, 1, 1]),
+    ):
+        padding_T = collate([FIRST, SECOND], **settings).padding_T
+        assert padding_T is not None
+        assert padding_T.int().tolist() == expected
+
+
 def test_sequences_padded_for_context_parallelism_by_hand() -> None:
     pack = collate([FIRST, SECOND], row_multiple=8, sequence_multiple=4)
     assert lists(pack) == {

@@ -1,0 +1,129 @@
+"""megatron-core's mixture of experts on rows with padding: every change in one place, with its reason and versions.
+
+Padding takes part in nothing: it goes to no expert, uses up no capacity and counts in no loss. megatron-core takes a
+mask of the padding from 0.16 on and uses it in the losses alone. Checked with megatron-core 0.16.0 and 0.16.1, which
+are alike here.
+
+Shapes: T tokens of this rank's part of a row, E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe import moe_utils, router
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_capacity
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor, nn
+
+
+class Router(TopKRouter):
+    """Sends no padding anywhere, and sees a row as a whole where tensor parallelism cuts it (0.16-0.19).
+
+    megatron-core routes padding like tokens, gives each tensor-parallel rank a capacity of its own, and averages means
+    of the z-loss over ranks that may have unequal numbers of tokens.
+    """
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **more: Any) -> tuple[Tensor, Tensor]:
+        """[..., E] → probabilities and choices, both [T, E]; padding_mask: bool [...], true at padding."""
+        probs_TE, chosen_TE = super().routing(logits, padding_mask=padding_mask, **more)
+        real_T = None
+        if padding_mask is not None:
+            real_T = ~padding_mask.reshape(-1)
+            probs_TE, chosen_TE = probs_TE * real_T[:, None], chosen_TE & real_T[:, None]
+        if self.capacity_factor is not None:
+            return self._within_capacity(probs_TE, chosen_TE, self._count(probs_TE, real_T))
+        return probs_TE, chosen_TE
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Adds the gradient of coefficient * mean over the row's tokens of logsumexp(logits)^2.
+
+        Source: arXiv:2202.08906, eq. 5.
+        """
+        coefficient = self.config.moe_z_loss_coeff
+        if coefficient is None or not self.training or not torch.is_grad_enabled():
+            return logits
+        squares_T = torch.logsumexp(logits, dim=-1).square()
+        real_T = None if padding_mask is None else ~padding_mask.reshape(-1)
+        if real_T is not None:
+            squares_T = squares_T * real_T
+        mean = squares_T.sum() / self._count(logits, real_T).clamp(min=1)
+        return MoEAuxLossAutoScaler.apply(logits, mean * coefficient)
+
+    def _count(self, rows: Tensor, real_T: Tensor | None) -> Tensor:
+        """Tokens of the whole row, without padding."""
+        if real_T is None:
+            return torch.tensor(rows.shape[0] * self.tp_cp_group.size(), device=rows.device)
+        count = real_T.sum()
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(count, group=self.tp_cp_group)
+        return count
+
+    def _within_capacity(self, probs_TE: Tensor, chosen_TE: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Drops what is above an expert's capacity of ceil(tokens * topk / E * factor) in the whole row."""
+        assert self.capacity_factor is not None
+        capacity = torch.ceil(count.double() * self.topk / self.num_experts * self.capacity_factor)
+        kept_TE = chosen_TE & (self._places(probs_TE.detach(), chosen_TE) < capacity)
+        if not self.config.moe_pad_expert_input_to_capacity:
+            return probs_TE * kept_TE, kept_TE
+        room = get_capacity(probs_TE.shape[0] * self.topk, self.num_experts, self.capacity_factor)
+        return probs_TE * kept_TE, _ranked(kept_TE.to(torch.int8)) < room
+
+    def _places(self, probs_TE: Tensor, chosen_TE: Tensor) -> Tensor:
+        """int64 [T, E]: tokens of the whole row that an expert takes before this one, by `moe_token_drop_policy`."""
+        ranks, rank = self.tp_cp_group.size(), self.tp_cp_group.rank()
+        tokens = probs_TE.shape[0]
+        if self.config.moe_token_drop_policy == "position":
+            probs_TE = -torch.arange(rank * tokens, (rank + 1) * tokens, device=probs_TE.device)[:, None].float()
+        scores_TE = torch.where(chosen_TE, probs_TE, float("-inf")).contiguous()
+        if ranks == 1:
+            return _ranked(scores_TE)
+        everyone = [torch.empty_like(scores_TE) for _ in range(ranks)]
+        dist.all_gather(everyone, scores_TE, group=self.tp_cp_group)
+        return _ranked(torch.cat(everyone))[rank * tokens : (rank + 1) * tokens]
+
+
+def _ranked(scores_TE: Tensor) -> Tensor:
+    """int64 [T, E]: place of each token in an expert's descending order, the earlier one first where two are equal."""
+    order_TE = scores_TE.argsort(dim=0, descending=True, stable=True)
+    counted_TE = torch.arange(len(scores_TE), device=scores_TE.device)[:, None].expand_as(order_TE)
+    return torch.empty_like(order_TE).scatter_(0, order_TE, counted_TE)
+
+
+def prepare(model: nn.Module) -> None:
+    """Makes the routers of a model ours, and patches the functions around them in this process.
+
+    Specs name the router in some versions and the layer itself does in others: changing the class of what was built
+    serves all. Capacity is ours, so that the routers' own configuration has none; the dispatchers keep theirs.
+    """
+    for module in model.modules():
+        if type(module) is TopKRouter:
+            module.__class__ = Router
+            module.capacity_factor = module.config.moe_expert_capacity_factor
+            module.config = copy.copy(module.config)
+            module.config.moe_expert_capacity_factor = None
+            router.get_tokens_per_expert_and_token_count = tokens_per_expert
+            MoEAlltoAllTokenDispatcher.preprocess = _preprocess
+
+
+_count_tokens = moe_utils.get_tokens_per_expert_and_token_count
+_preprocess_all = MoEAlltoAllTokenDispatcher.preprocess
+
+
+def tokens_per_expert(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    """The balancing loss of a row that is padding alone is 0; 0.16 divides by its number of tokens."""
+    per_expert_E, local, total = _count_tokens(*args, **kwargs)
+    return per_expert_E, local, total.clamp(min=1) if isinstance(total, Tensor) else total
+
+
+def _preprocess(dispatcher: Any, routing_map: Tensor) -> Tensor:
+    """Fused permutation makes room for topk rows of each token, padding too: more than are sent (0.16-0.19)."""
+    tokens: Tensor = _preprocess_all(dispatcher, routing_map)
+    if dispatcher.config.moe_permute_fusion and not dispatcher.drop_and_pad:
+        dispatcher.num_out_tokens = routing_map.sum()
+        dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
+    return tokens

@@ -1,0 +1,141 @@
+"""Overlaps, dispatchers and balancing of experts compute what one process computes on rows without padding.
+
+Adam with an epsilon that is large beside the gradients moves each weight by about the gradient times the learning
+rate, so that the exported weights show the gradients themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_server import RankServer
+from runs import curve, evaluations, recipe, train_in_buckets, write_run
+from safetensors.torch import load_file
+
+STEPS = 2
+TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP = {"pipeline_model_parallel_size": 2}
+EP = {"expert_model_parallel_size": 2}
+VPP = {**PP, "num_virtual_stages_per_pipeline_rank": 2}
+
+OVERLAPS: dict[str, dict[str, bool]] = {
+    "plain": {"use_distributed_optimizer": False},
+    "plain_grad": {"use_distributed_optimizer": False, "overlap_grad_reduce": True},
+    "distributed": {},
+    "distributed_grad": {"overlap_grad_reduce": True},
+    "distributed_both": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+}
+DISPATCHERS = ("alltoall", "allgather")
+
+BALANCING: dict[str, dict[str, Any]] = {
+    "losses": {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.05},
+    "capacity": {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.05, "moe_expert_capacity_factor": 0.8},
+    "position": {"moe_expert_capacity_factor": 0.8, "moe_token_drop_policy": "position"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    reference: str
+    """The run of one process that it must agree with: dense, or a way of balancing."""
+    world_size: int
+    groups: dict[str, dict[str, Any]]
+
+
+EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "ep2": (2, EP),
+    "tp2": (2, TP),
+    "tp2_ep2": (2, {**TP, **EP}),
+    "tp2_etp2": (2, {**TP, "expert_tensor_parallel_size": 2}),
+    "tp2_pp2": (4, {**TP, **PP}),
+    "tp2_pp2_vpp2": (4, {**TP, **VPP}),
+    "tp2_ep2_dp2": (4, {**TP, **EP}),
+    "tp2_ep4": (4, {**TP, "expert_model_parallel_size": 4}),
+    "ep2_pp2": (4, {**EP, **PP}),
+}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _cases() -> Iterator[tuple[str, Case]]:
+    for overlap, settings in OVERLAPS.items():
+        yield f"dense-dp2-{overlap}", Case("dense", 2, {"parallel": settings})
+        for dispatcher in DISPATCHERS:
+            yield f"losses-ep2-{dispatcher}-{overlap}", _experts("losses", 2, dispatcher, {**EP, **settings})
+    for layout, (world_size, parallel) in EXPERTS.items():
+        for dispatcher in DISPATCHERS:
+            yield f"capacity-{layout}-{dispatcher}", _experts("capacity", world_size, dispatcher, parallel)
+    for balancing in ("losses", "position"):
+        yield f"{balancing}-tp2_ep2-alltoall", _experts(balancing, 2, "alltoall", {**TP, **EP})
+    for layout in ("dp2", "ep2"):
+        case = _experts("capacity", 2, "alltoall", EXPERTS[layout][1])
+        padded = {"moe": {**case.groups["moe"], "moe_pad_expert_input_to_capacity": True}}
+        yield f"capacity-{layout}-padded", Case("capacity", 2, {**case.groups, **padded})
+    for name, recompute in (("full", FULL), ("moe", {"recompute_modules": ["moe"]})):
+        yield f"capacity-tp2-recompute_{name}", _experts("capacity", 2, "alltoall", TP, recompute=recompute)
+
+
+def _experts(
+    balancing: str, world_size: int, dispatcher: str, parallel: dict[str, Any], **groups: dict[str, Any]
+) -> Case:
+    moe = {**BALANCING[balancing], "moe_token_dispatcher_type": dispatcher}
+    return Case(balancing, world_size, {"parallel": parallel, "moe": moe, **groups})
+
+
+CASES = dict(_cases())
+
+
+def compute(
+    ranks: RankServer, folder: Path, name: str, reference: str, world_size: int, groups: dict[str, dict[str, Any]]
+) -> Path:
+    made = recipe(
+        folder,
+        "qwen2" if reference == "dense" else "qwen3_moe",
+        **groups,
+        training={"train_iters": STEPS},
+        learning_rate={"lr": 0.3, "min_lr": 0.3},
+        optimizer={"adam_eps": 1.0, "weight_decay": 0.0, "clip_grad": 0.0},
+        checkpoint={"no_save_optim": True},
+        evaluation={"eval_on_start": False, "eval_interval": STEPS},
+        resources={"tasks_per_node": world_size},
+    )
+    run = write_run(made, folder / name)
+    outcomes = ranks.run(train_in_buckets, world_size=world_size, run_dir=str(run), bucket_size=3000)
+    assert set(outcomes) == {0}
+    return run
+
+
+@pytest.fixture(scope="module")
+def references(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("matrix")
+    found = {name: compute(ranks, folder, name, name, 1, {"moe": moe}) for name, moe in BALANCING.items()}
+    return {"dense": compute(ranks, folder, "dense", "dense", 1, {}), **found}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    files = (run / "checkpoints" / f"step_{STEPS:08d}" / "hf").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_process_and_every_combination_agree(name: str, ranks: RankServer, references: dict[str, Path]) -> None:
+    case = CASES[name]
+    reference = references[case.reference]
+    run = compute(ranks, reference.parent, f"{name}, run", case.reference, case.world_size, case.groups)
+    assert len(curve(run)) == STEPS
+    for (step, loss, norm), (_, expected_loss, expected_norm) in zip(curve(run), curve(reference), strict=True):
+        assert (step, loss, norm) == (
+            step,
+            pytest.approx(expected_loss, rel=2e-6),
+            pytest.approx(expected_norm, rel=2e-6),
+        )
+    assert evaluations(run) == [(STEPS, pytest.approx(evaluations(reference)[0][1], rel=2e-6))]
+    found, expected = weights(run), weights(reference)
+    assert found.keys() == expected.keys()
+    for tensor in expected:
+        assert (found[tensor] - expected[tensor]).abs().max() < 2e-6, tensor
