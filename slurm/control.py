@@ -126,6 +126,7 @@ def is_local(run: Path) -> bool:
 
 @contextmanager
 def _held(directory: RunDirectory) -> Iterator[None]:
+    require_own(directory.path)
     try:
         with alone(directory):
             yield

@@ -55,13 +55,16 @@ private_cache() {
 
 _USE = """\
 use_code() {
-    local digest found code copy lock
+    local digest found code copy lock locked
     private_cache
     digest=${MEGABATCH_CODE##*/} digest=${digest%.tar} code=$cache/code/${digest:0:16}
     mkdir -p -- "$cache/code" && exec {lock}>"$cache/code/.lock" || return 1
-    flock "$lock" || true
+    locked=
+    if flock "$lock"; then locked=1; fi
     # cleaners of temporary folders may have taken some of it
     if ! read -r found 2>/dev/null <"$code/.files" || [ "$found" != "$(files_of "$code")" ]; then
+        # of tasks that were killed, where no other one can be at it
+        if [ -n "$locked" ]; then rm -rf -- "$cache"/code/.new.*; fi
         copy=$(mktemp -d -p "$cache/code" .new.XXXXXXXX) || return 1
         cat -- "$MEGABATCH_CODE" >"$copy/tar" || return CONFIG
         read -r found _ < <(sha256sum <"$copy/tar")
