@@ -14,6 +14,7 @@ from megabatch.converters.engine.run import Outcome, Say, check_output, run
 from megabatch.converters.engine.verify import check_manifest, compare
 from megabatch.converters.hf_model import find_folder
 from megabatch.converters.hf_output import HfForm
+from megabatch.converters.kinds import check_kinds
 from megabatch.converters.mapping import ExpertLayout
 from megabatch.converters.reshard import plan_reshard
 from megabatch.converters.rewrite import plan_rewrite
@@ -122,6 +123,12 @@ def make_plan(
         }
     )
     folder = None if model is None else find_folder(model)
+    of_config = way in (Way.TO_HF, Way.MERGED_TO_HF, Way.ADAPTER_TO_MCORE, Way.ADAPTER_TO_PEFT)
+    check_kinds(
+        model=None if of_config else folder,
+        mcore_model=None if mcore_model is None else Path(mcore_model),
+        adapters=[Path(adapter) for adapter in adapters],
+    )
     if way in (Way.ADAPTER_TO_MCORE, Way.ADAPTER_TO_PEFT):
         from megabatch.converters.adapters.to_mcore import plan_adapter_to_mcore
         from megabatch.converters.adapters.to_peft import plan_adapter_to_peft

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from megabatch.converters.command.flags import Flags, changed, help_text, parse
+from megabatch.converters.command.progress import Progress
+from megabatch.converters.command.sizes import in_words
 from megabatch.converters.ways import ARGUMENTS, way_of
 from megabatch.errors import ConversionError, MegabatchError
 
@@ -18,11 +20,21 @@ if TYPE_CHECKING:
     from megabatch.converters.mapping import ExpertLayout
     from megabatch.converters.torch_dist.keys import LayerKeys
 
-_EVERY_S = 10.0
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the command line: 0 done, 1 failed, 2 a fault of what was asked for."""
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()  # what is left of the output, which may have lost its reader
+        return code
+    except OSError as error:  # a reader that is gone, or a full disk behind the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         flags = parse(sys.argv[1:] if arguments is None else arguments)
         if flags.help or arguments == [] or (arguments is None and len(sys.argv) == 1):
@@ -35,9 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(flags)
     except MegabatchError as error:
         return _failed(error, code=1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt:
         print("interrupted; run again with --resume to go on", file=sys.stderr)
         return 130
@@ -90,7 +99,7 @@ def _run(flags: Flags) -> int:
 
     if not (flags.to_mcore or flags.to_hf):
         checked = conversion.verify_output(flags.output_dir, workers=_workers(flags))
-        print(f"{flags.output_dir}: {_size(checked)} are as its manifest says")
+        print(f"{flags.output_dir}: {in_words(checked)} are as its manifest says")
         return 0
     if flags.test_convert_precision:
         from megabatch.converters.command.precision import check_comparable
@@ -136,59 +145,41 @@ def _run(flags: Flags) -> int:
 
 def _convert(plan: Plan, flags: Flags, place: Place) -> bool:
     """Whether the output has its name now."""
+    from megabatch.converters.command.report import left_aside
+    from megabatch.converters.engine.execute import share
     from megabatch.converters.engine.run import run
 
     started = time.monotonic()
-    outcome = run(
-        plan,
-        flags.output_dir,
-        workers=_workers(flags),
-        place=place,
-        exist_ok=flags.exist_ok,
-        resume=flags.resume,
-        verify=flags.verify,
-        say=_Progress(plan),
-    )
+    mine = share(plan, rank=place.rank, world=place.world)
+    progress = Progress(sum(plan.tensors[number].data_bytes for number in mine), sys.stderr)
+    try:
+        outcome = run(
+            plan,
+            flags.output_dir,
+            workers=_workers(flags),
+            place=place,
+            exist_ok=flags.exist_ok,
+            resume=flags.resume,
+            verify=flags.verify,
+            say=progress,
+        )
+    finally:
+        progress.close()
     taken = time.monotonic() - started
-    for name, reason in plan.ignored.items():
-        if place.rank == 0 and reason not in _QUIET:
-            print(f"left aside: {name}: {reason}")
+    for line in left_aside({name: why for name, why in plan.ignored.items() if why not in _QUIET}):
+        if place.rank == 0:
+            print(line)
     for note in plan.notes if place.rank == 0 else ():
         print(f"note: {note}")
-    resumed = f", {_size(outcome.resumed)} had been written before" if outcome.resumed else ""
+    resumed = f", {in_words(outcome.resumed)} had been written before" if outcome.resumed else ""
     state = "complete" if outcome.committed else f"rank {place.rank} of {place.world} is done, others may not be"
-    speed = _size(round(outcome.written / taken)) if taken else "-"
-    print(f"{flags.output_dir}: wrote {_size(outcome.written)} in {taken:.2f} s, {speed}/s{resumed}; {state}")
+    speed = in_words(round(outcome.written / taken)) if taken else "-"
+    print(f"{flags.output_dir}: wrote {in_words(outcome.written)} in {taken:.2f} s, {speed}/s{resumed}; {state}")
     return outcome.committed
 
 
 _QUIET = ("optimizer and generators are not converted",)
 
 
-class _Progress:
-    """Prints a line from time to time."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._whole = sum(tensor.data_bytes for tensor in plan.tensors)
-        self._next = time.monotonic() + _EVERY_S
-        self._done = {"written": 0, "verified": 0}
-
-    def __call__(self, what: str, size: int) -> None:
-        self._done[what] += size
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _EVERY_S
-            print(f"{what} {_size(self._done[what])} of {_size(self._whole)}", file=sys.stderr, flush=True)
-
-
 def _workers(flags: Flags) -> int:
     return flags.workers or min(8, os.cpu_count() or 1)
-
-
-def _size(count: int) -> str:
-    """Bytes for people, in powers of 1000 as disks count."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megabatch.converters.engine.plan import Plan, Tensor
 
 
 def show_plan(plan: Plan, output: str) -> None:
-    """Every file and tensor of a plan with its bytes, what is left aside, and the disk needed."""
+    """Totals and the disk needed, what is left aside, then every file and tensor of a plan with its bytes."""
     for line in _lines(plan, output):
         print(line)
 
 
 def _lines(plan: Plan, output: str) -> Iterator[str]:
+    moved = sum(tensor.data_bytes for tensor in plan.tensors if tensor.is_moved)
+    whole = sum(tensor.data_bytes for tensor in plan.tensors)
+    yield f"{len(plan.tensors)} tensors of {whole} bytes, {moved} of them moved as they are; plan {plan.digest}"
+    yield f"from {plan.source} ({len(plan.sources)} files) to {output}: {_disk(plan, output)}"
+    yield from left_aside(plan.ignored)
+    yield from (f"note: {note}" for note in plan.notes)
     by_file: list[list[Tensor]] = [[] for _ in plan.files]
     for tensor in plan.tensors:
         by_file[tensor.file].append(tensor)
@@ -25,13 +32,15 @@ def _lines(plan: Plan, output: str) -> Iterator[str]:
         for tensor in tensors:
             place = f"{tensor.data_offset:>14} {tensor.data_bytes:>13} B"
             yield f"  {place}  {tensor.name} {list(tensor.shape)} {_how(plan, tensor)}"
-    for name, reason in plan.ignored.items():
-        yield f"left aside: {name}: {reason}"
-    yield from (f"note: {note}" for note in plan.notes)
-    moved = sum(tensor.data_bytes for tensor in plan.tensors if tensor.is_moved)
-    whole = sum(tensor.data_bytes for tensor in plan.tensors)
-    yield f"{len(plan.tensors)} tensors of {whole} bytes, {moved} of them moved as they are; plan {plan.digest}"
-    yield f"from {plan.source} ({len(plan.sources)} files) to {output}: {_disk(plan, output)}"
+
+
+def left_aside(ignored: Mapping[str, str]) -> Iterator[str]:
+    """A line for the tensors of one reason whose names differ in numbers alone."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in ignored.items():
+        groups.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
+    for (pattern, reason), names in groups.items():
+        yield f"left aside: {names[0] if len(names) == 1 else f'{pattern} ({len(names)} tensors)'}: {reason}"
 
 
 def _how(plan: Plan, tensor: Tensor) -> str:

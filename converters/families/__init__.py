@@ -43,20 +43,63 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
         return family_named(str(hf_config.get("model_type")))
     family = _BY_ARCHITECTURE.get(name)
     if family is None:
-        raise _unknown("config.json: architectures", name, list(_BY_ARCHITECTURE))
+        raise _unknown("config.json: architectures", name, list(_BY_ARCHITECTURE), hf_config)
     return family
 
 
 def family_named(model_type: str) -> Family:
     """The family with this Hugging Face model type. Raises: ConversionError naming the nearest."""
     if model_type not in FAMILIES:
-        raise _unknown("model_type", model_type, list(FAMILIES))
+        raise _unknown("model_type", model_type, list(FAMILIES), {})
     return FAMILIES[model_type]
 
 
-def _unknown(field: str, value: str, known: list[str]) -> ConversionError:
-    near = get_close_matches(value, known, n=1, cutoff=0)
-    return ConversionError(
-        f"{field}={value} is not supported; the nearest is {near[0]}, known are {', '.join(sorted(known))}. "
-        "To add it, write its table as a module in converters/families and name it in FAMILIES"
+def _unknown(field: str, value: str, known: list[str], hf_config: Mapping[str, Any]) -> ConversionError:
+    """Names the family whose model is built most alike, or, where config.json does not say, the nearest name."""
+    alike = _built_alike(hf_config)
+    near = get_close_matches(
+        value, [name for family in alike for name in family.architectures] or known, n=1, cutoff=0
     )
+    if alike:
+        what = f"; by what config.json says of it, it is built most like {near[0]}"
+    else:
+        what = f"; the nearest is {near[0]}" if get_close_matches(value, near, cutoff=0.92) else ""
+    return ConversionError(
+        f"{field}={value} is not supported{what}. docs/families.md lists what is; to add it, write its table as a "
+        "module in converters/families and name it in FAMILIES"
+    )
+
+
+class _Heard(dict[str, Any]):
+    """A config.json that notes which of its keys were asked for."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.heard: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key in self:
+            self.heard.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.heard.add(key)
+        return super().__getitem__(key)
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _built_alike(hf_config: Mapping[str, Any]) -> list[Family]:
+    """The families that can read a config.json of another, and understand most of it."""
+    experts = any(hf_config.get(name) for name in _EXPERTS)
+    found: dict[int, list[Family]] = {}
+    for family in FAMILIES.values():
+        config = _Heard(hf_config)
+        try:
+            shape = family.shape(config)
+        except ConversionError:
+            continue
+        if bool(shape.num_experts) == experts:
+            found.setdefault(len(config.heard), []).append(family)
+    return found[max(found)] if found else []

@@ -232,6 +232,25 @@ def test_unknown_architecture_names_the_nearest() -> None:
     assert family_of({"model_type": "qwen3"}) is FAMILIES["qwen3"]
 
 
+@pytest.mark.parametrize(
+    ("prefix", "alike"),
+    [("Olmo2", "Llama"), ("Olmoe", "Mixtral"), ("Qwen2Moe", "Qwen3Moe"), ("Phi3", "Mistral"), ("Gemma2", "Gemma3")],
+)
+def test_an_unknown_family_names_the_one_that_is_built_most_alike(prefix: str, alike: str) -> None:
+    """By what its config.json says, as transformers writes it, not by its name; and not all that are known."""
+    import transformers
+
+    config = getattr(transformers, f"{prefix}Config")().to_dict() | {"architectures": [f"{prefix}ForCausalLM"]}
+    with pytest.raises(ConversionError, match=f"it is built most like {alike}ForCausalLM. docs/families.md") as error:
+        family_of(config)
+    assert len(str(error.value)) < 300
+
+
+def test_what_is_built_like_nothing_names_nothing() -> None:
+    with pytest.raises(ConversionError, match=r"architectures=MambaForCausalLM is not supported. docs/families.md"):
+        family_of({"architectures": ["MambaForCausalLM"], "state_size": 16})
+
+
 def test_config_written_for_a_shape_is_the_same_model_to_transformers(case: str, saved: Saved, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
