@@ -187,7 +187,7 @@ def learned_turns(messages: Sequence[Message], loss_scale: LossScale) -> list[fl
     """For each assistant message the weight of its tokens in the loss; a message's own `loss` wins."""
     last_user = max((index for index, m in enumerate(messages) if m.role == "user"), default=-1)
     return [
-        m.loss if m.loss is not None else float(loss_scale != "last_round" or index > last_user)
+        m.scale * (m.loss if m.loss is not None else float(loss_scale != "last_round" or index > last_user))
         for index, m in enumerate(messages)
         if m.role == "assistant"
     ]

@@ -7,7 +7,8 @@
 | content: [{type: text, text}, …] | the joined text; a template that reads parts gets the parts |
 | role `tool_call`, `function_call` | a call of the assistant's turn before it, else of one of its own |
 | role `tool_response`, `observation`, `function` | role `tool` |
-| `loss`, `weight`, `train`, `loss_scale` | the weight of an assistant's turn in the loss; 0 or false: not learned |
+| `loss`, `weight`, `train` | the weight of an assistant's turn in the loss; 0 or false: not learned |
+| `loss_scale` | multiplies the weight that the turn has without it |
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megabatch.errors import DataError
@@ -30,7 +31,9 @@ class Message:
     content: str
     """"" where the turn has none."""
     loss: float | None = None
-    """Weight in the loss of an assistant turn; None leaves it to `loss_scale`."""
+    """Weight in the loss of an assistant turn; None leaves it to the run's `loss_scale`."""
+    scale: float = 1.0
+    """Multiplies that weight, or the run's."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """What else a chat template may read: `tool_calls`, `reasoning_content`, `name`, …; no value is None. `content` is
     there where a template is to see it in another form: as parts, or as None for a turn that only calls."""
@@ -58,8 +61,9 @@ _PAIRS = (("human", "assistant"), ("user", "assistant"))
 SAYING = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 """Fields that say something without any content."""
 _SPEAKING = ("role", "from", "content", "value")
+_LOSS = ("loss", "weight", "train")
+_PARSED = {*_SPEAKING, *_LOSS, "loss_scale"}
 _SIMPLE = {"role", "content"}
-_LOSS = ("loss", "weight", "train", "loss_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,12 @@ def turns_of(value: Any, *, place: str) -> Turns:
             is_agent = True
         else:
             made.extend(_messages(item, place=where))
-    return Turns(neighbours_joined(made, roles=("assistant",)) if is_agent else made, is_agent)
+    if not is_agent:
+        return Turns(made)
+    try:
+        return Turns(neighbours_joined(made, roles=("assistant",)), is_agent=True)
+    except DataError as e:
+        raise DataError(f"{place}: {e}") from e
 
 
 def from_json(text: str, *, place: str) -> Any:
@@ -106,15 +115,23 @@ def short(value: Any) -> str:
 
 
 def joined(first: Message, second: Message) -> Message:
-    """Two neighbouring turns of one role as one: texts and calls one after the other."""
+    """Two neighbouring turns of one role as one: texts and calls one after the other.
+
+    Raises: DataError where one is to be learned otherwise than the other; of calls the first one counts.
+    """
+    weights = (first.loss, first.scale), (second.loss, second.scale)
+    if weights[0] != weights[1] and not first.fields.get("tool_calls"):
+        raise DataError(
+            f"two messages of the {first.role} in a row are one turn here, and have not the same loss: give both the "
+            f"same, or put a message between them"
+        )
     fields = {**first.fields, **second.fields}
     fields.pop("content", None)
     calls = [*first.fields.get("tool_calls", ()), *second.fields.get("tool_calls", ())]
     if calls:
         fields["tool_calls"] = calls
         fields |= {} if first.content or second.content else {"content": None}
-    loss = first.loss if first.loss is not None else second.loss
-    return Message(first.role, first.content + second.content, loss, fields)
+    return replace(first, content=first.content + second.content, fields=fields)
 
 
 def neighbours_joined(messages: Sequence[Message], *, roles: Collection[str]) -> list[Message]:
@@ -138,9 +155,9 @@ def _messages(item: Mapping[str, Any], *, place: str) -> list[Message]:
         return [Message(_ROLES[item["role"]], item["content"])]
     for names in _PAIRS:
         if not _role(item) and all(name in item for name in names):
-            loss = _loss(item, place=place)
+            loss, scale = _loss(item, place=place)
             said = [_text(item[name], place=f"{place}.{name}") for name in names]
-            return [Message("user", said[0]), Message("assistant", said[1], loss)]
+            return [Message("user", said[0]), Message("assistant", said[1], loss, scale)]
     return [_message(item, place=place)]
 
 
@@ -149,7 +166,7 @@ def _message(item: Mapping[str, Any], *, place: str) -> Message:
     if role is None:
         named = item.get("role") or item.get("from")
         raise DataError(f"{place} has the role {named!r}; accepted are {', '.join([*_ROLES, *_CALLS])}")
-    fields = {name: value for name, value in item.items() if value is not None and name not in (*_SPEAKING, *_LOSS)}
+    fields = {name: value for name, value in item.items() if value is not None and name not in _PARSED}
     if role != "assistant":
         for name in ("tool_calls", "function_call"):
             if not fields.get(name):
@@ -164,7 +181,7 @@ def _message(item: Mapping[str, Any], *, place: str) -> Message:
         fields["content"] = None
     elif role == "tool" and isinstance(content, dict):
         content = json.dumps(content, ensure_ascii=False)
-    return Message(role, _text(content, place=f"{place}.content"), _loss(item, place=place), fields)
+    return Message(role, _text(content, place=f"{place}.content"), *_loss(item, place=place), fields)
 
 
 def _text(content: Any, *, place: str) -> str:
@@ -217,21 +234,27 @@ def _add_call(made: list[Message], item: Mapping[str, Any], *, place: str) -> No
         arguments = inner.get("arguments", inner.get("parameters"))
         arguments = {} if arguments is None else arguments
         calls.append({"type": "function", "function": {"name": inner["name"], "arguments": arguments}})
-    turn = Message("assistant", "", _loss(item, place=place), {"tool_calls": calls, "content": None})
+    turn = Message("assistant", "", *_loss(item, place=place), {"tool_calls": calls, "content": None})
     if made and made[-1].role == "assistant":
-        made[-1] = joined(made[-1], turn)
+        try:
+            made[-1] = joined(made[-1], turn)
+        except DataError as e:
+            raise DataError(f"{place}: {e}") from e
     else:
         made.append(turn)
 
 
-def _loss(item: Mapping[str, Any], *, place: str) -> float | None:
-    """The weight that a message asks for; a `loss` of true leaves the size to `loss_scale` beside it."""
-    found: float | None = None
-    for name in _LOSS:
-        value = item.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or value < 0:
-            raise DataError(f"{place}.{name} must be true, false or a weight of at least 0, not {short(value)}")
-        found = float(value) if found is None else found * float(value)
-    return found
+def _loss(item: Mapping[str, Any], *, place: str) -> tuple[float | None, float]:
+    """The weight that a message asks for, and the factor to it."""
+    given = [value for name in _LOSS if (value := _weight(item, name, place=place)) is not None]
+    scale = _weight(item, "loss_scale", place=place)
+    return math.prod(given) if given else None, 1.0 if scale is None else scale
+
+
+def _weight(item: Mapping[str, Any], name: str, *, place: str) -> float | None:
+    value = item.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or value < 0:
+        raise DataError(f"{place}.{name} must be true, false or a weight of at least 0, not {short(value)}")
+    return float(value)

@@ -126,13 +126,25 @@ def test_of_a_conversational_prompt_nothing_is_learned() -> None:
 @pytest.mark.parametrize(
     ("fields", "weight"),
     [
-        ({"loss": 0}, 0), ({"loss": 1.0}, 1), ({"loss": 0.25}, 0.25), ({"loss": True, "loss_scale": 2.0}, 2),
-        ({"loss_scale": 0.5}, 0.5), ({"weight": 0}, 0), ({"train": False}, 0), ({"loss": None}, None), ({}, None),
+        ({"loss": 0}, (0, 1)), ({"loss": 1.0}, (1, 1)), ({"loss": 0.25}, (0.25, 1)), ({}, (None, 1)),
+        ({"loss": True, "loss_scale": 2.0}, (1, 2)), ({"loss_scale": 0.5}, (None, 0.5)), ({"weight": 0}, (0, 1)),
+        ({"train": False}, (0, 1)), ({"loss": None}, (None, 1)),
     ],
 )  # fmt: skip
-def test_numbers_weigh_a_turn(fields: dict[str, Any], weight: float | None) -> None:
+def test_numbers_weigh_a_turn(fields: dict[str, Any], weight: tuple[float | None, float]) -> None:
     said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", **fields}]
-    assert conversation_of(row(messages=said)).messages[1].loss == weight
+    message = conversation_of(row(messages=said)).messages[1]
+    assert (message.loss, message.scale) == weight
+
+
+def test_one_turn_has_one_loss() -> None:
+    call = '{"name": "f", "arguments": {}}'
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "loss": False},
+            {"role": "tool_call", "content": call}]  # fmt: skip
+    with pytest.raises(DataError, match=r"^train\.jsonl:7: messages\[2\]: two messages .* have not the same loss"):
+        conversation_of(row(messages=said))
+    same = [*said[:2], {**said[2], "loss": False}, said[2]]  # of calls in a row the first one counts
+    assert [m.loss for m in conversation_of(row(messages=same)).messages] == [None, 0]
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}

@@ -158,6 +158,10 @@ def test_loss_scale_chooses_turns(tokens: Any) -> None:
     assert encode(tokens, MARKED_IN_PARTS, TWO_ROUNDS, scale="last_round")[1] == ["Seven ä apples.<|im_end|>", "</s>"]
     text, runs = encode(tokens, QWEN2_5, TWO_ROUNDS, scale="all")
     assert ["<|im_start|>" + runs[0]] == [text]
+    halved = [TWO_ROUNDS[0], Message("assistant", "It is four.", scale=0.5), *TWO_ROUNDS[2:]]
+    assert encode(tokens, QWEN2_5, halved, scale="last_round")[1] == ["Seven ä apples.<|im_end|>"]
+    (weighed,) = Template(tokens).encode([Conversation(halved)], places=["f:1"], loss_scale="default")
+    assert set(weighed.weights.tolist()) == {0.0, 0.5, 1.0}
     own = [*TWO_ROUNDS[:3], Message("assistant", "no", loss=False)]
     assert encode(tokens, QWEN2_5, own)[1] == ["It is four.<|im_end|>"]
     text, runs = encode(tokens, QWEN2_5, own, scale="all")
