@@ -31,6 +31,9 @@ class Checkpoint:
     """Leaves out the random number generators."""
     save_safetensors: bool = param(True)
     """Saves Hugging Face safetensors, beside what a resume needs."""
+    save_safetensors_interval: int | None = param(None, at_least=1)
+    """Optimizer steps between checkpoints with safetensors, a multiple of `save_interval`; None means all of them. The
+    last step's has them always, one that is saved because the run was asked to stop only where its step is due."""
     max_shard_size: str = param("5GB")
     """Largest safetensors file: a number with B, KB, MB or GB (or KiB, MiB, GiB)."""
 

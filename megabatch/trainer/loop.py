@@ -116,7 +116,7 @@ class Loop:
             if evaluate:
                 self._evaluate(progress.step)
             if save:
-                self._save(progress, must_resume=stop and not last)
+                self._save(progress, must_resume=stop and not last, with_hf=last or self._exports_at(progress.step))
             self._collect_garbage(progress.step, pause=evaluate or save)
             if stop and not last:
                 self.metrics.heartbeat("stopped", force=True)
@@ -178,10 +178,14 @@ class Loop:
             yield batch.packs
             self.metrics.heartbeat("running")
 
-    def _save(self, progress: Progress, *, must_resume: bool) -> None:
+    def _exports_at(self, step: int) -> bool:
+        interval = self.recipe.checkpoint.save_safetensors_interval
+        return interval is None or step % interval == 0
+
+    def _save(self, progress: Progress, *, must_resume: bool, with_hf: bool) -> None:
         self.where.at("saving", progress.step)
         self.metrics.heartbeat("saving", force=True)
-        path = self.checkpoints.save(self.engine, progress, must_resume=must_resume)
+        path = self.checkpoints.save(self.engine, progress, must_resume=must_resume, with_hf=with_hf)
         logger.info("saved %s", path)
 
     def _collect_garbage(self, step: int, *, pause: bool) -> None:

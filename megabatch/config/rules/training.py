@@ -48,6 +48,23 @@ def one_of_steps_and_epochs(recipe: Recipe, shape: ModelShape | None, layout: La
         )
 
 
+def safetensors_are_saved_with_checkpoints(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    group, name = recipe.checkpoint, "checkpoint.save_safetensors_interval"
+    interval = group.save_safetensors_interval
+    if interval is None:
+        return
+    if not group.save_safetensors:
+        yield Fault(name, interval, "has no effect with save_safetensors=False; set one of them", try_=(None,))
+    elif group.no_save_optim:
+        yield Fault(name, interval, "with no_save_optim=True leaves checkpoints between with nothing", try_=(None,))
+    if interval % group.save_interval:
+        below = interval // group.save_interval * group.save_interval
+        near = tuple(n for n in (below, below + group.save_interval) if n)
+        yield Fault(name, interval, f"must be a multiple of save_interval={group.save_interval}", try_=near)
+
+
 def warmup_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     rate = recipe.learning_rate
     if rate.lr_warmup_iters and rate.lr_warmup_fraction is not None:
@@ -192,6 +209,7 @@ RULES = (
     data_is_given,
     only_documents_are_cut_into_pieces,
     one_of_steps_and_epochs,
+    safetensors_are_saved_with_checkpoints,
     warmup_is_said_once,
     learning_rate_is_above_its_floor,
     recompute_is_consistent,

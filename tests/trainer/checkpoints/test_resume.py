@@ -102,6 +102,7 @@ def test_only_what_should_be_kept_is_kept(ranks: RankServer, tmp_path: Path) -> 
         "every_fourth": {"save_retain_interval": 4},
         "weights": {"no_save_optim": True},
         "state": {"save_safetensors": False},
+        "sometimes": {"save_safetensors_interval": 4},
     }.items():
         run, world_size = _make(tmp_path, name, "dp2", checkpoint={"save_interval": 1, **rules})
         ranks.run(train, world_size=world_size, run_dir=str(run))
@@ -111,6 +112,8 @@ def test_only_what_should_be_kept_is_kept(ranks: RankServer, tmp_path: Path) -> 
     assert kept["two"] == ([5, 6], ["hf", "mcore", MANIFEST, "trainer.json"])
     assert kept["every_fourth"] == ([4, 6], ["hf", "mcore", MANIFEST, "trainer.json"])
     assert kept["weights"] == ([1, 2, 3, 4, 5, 6], ["hf", MANIFEST, "trainer.json"])
+    with_hf = [p.parent.name for p in sorted((tmp_path / "sometimes" / "checkpoints").glob("step_*/hf"))]
+    assert with_hf == ["step_00000004", "step_00000006"], "the last has it always"
     assert kept["state"] == ([1, 2, 3, 4, 5, 6], ["mcore", MANIFEST, "trainer.json"])
 
 
