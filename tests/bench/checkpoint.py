@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from made_runs import SMALL, WEIGHTY, recipe, write_run
 from measure import MIB, Figure, answer, bytes_below, median, peak_memory, read_plain, seconds, sized, write_plain
 
 from megabatch.converters.hf_model import open_hf_model
+from megabatch.saved.manifest import Crc32, Manifest
 from megabatch.trainer import assemble
+from megabatch.trainer.checkpoints import writing
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.engine import Engine
@@ -40,7 +46,8 @@ def figures(folder: Path) -> list[Figure]:
         newest = checkpoints.latest()
         assert newest is not None
         restored = _restore(engine, checkpoints, newest)
-        return [*saved, *restored, *_load(engine, model_source(run, ranks), newest / "hf")]
+        digests = _digests(engine, checkpoints, newest)
+        return [*saved, *restored, *digests, *_load(engine, model_source(run, ranks), newest / "hf")]
 
 
 def _save(engine: Engine, checkpoints: Checkpoints, folder: Path) -> list[Figure]:
@@ -69,6 +76,47 @@ def _restore(engine: Engine, checkpoints: Checkpoints, saved: Path) -> list[Figu
     return [_ratio("checkpoint restore / plain read", ours, plain, note)]
 
 
+def _digests(engine: Engine, checkpoints: Checkpoints, saved: Path) -> list[Figure]:
+    """What checking costs: the same saves and loads with digests and without, in turns."""
+    step = Progress(step=TIMES + 1)
+
+    def save() -> None:
+        shutil.rmtree(checkpoints.run.step(step.step), ignore_errors=True)
+        checkpoints.save(engine, step)
+
+    def restore() -> None:
+        checkpoints.restore(engine, saved)
+
+    as_torch_saves = (writing, "_without_archive_checksums", nullcontext)
+    with_torchs, bare = _taken_in_turns(save, [as_torch_saves]), _taken_in_turns(save, [])
+    loads = _taken_in_turns(restore, [])
+    shutil.rmtree(checkpoints.run.step(step.step))
+    return [
+        _ratio(
+            "checkpoint save, digests / none", *with_torchs, "none has the checksums of torch.save's archives", 1.1
+        ),
+        _ratio("checkpoint save, digests / no checksum", *bare, "beside one without any"),
+        _ratio("checkpoint restore, digests / none", *loads, "from the file cache", 1.1),
+    ]
+
+
+def _taken_in_turns(work: Callable[[], None], more: list[Any]) -> tuple[list[float], list[float]]:
+    """Seconds with digests and without, `more` being replaced besides."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    for number in range(2 * TIMES):
+        for without in (number % 2, 1 - number % 2):
+            replaced = [(Crc32, "update", _nothing), (Manifest, "require_range", _nothing), *more] if without else []
+            with ExitStack() as stack:
+                for owner, name, value in replaced:
+                    stack.enter_context(patch.object(owner, name, value))
+                taken[without].append(seconds(work))
+    return taken
+
+
+def _nothing(*_: object) -> None:
+    """Takes no digest and compares none."""
+
+
 def _load(engine: Engine, source: ModelSource, hf: Path) -> list[Figure]:
     """The model alone from its Hugging Face folder, as a fresh run starts."""
     ours, plain, peaks = [], [], []
@@ -87,9 +135,10 @@ def _open(source: ModelSource, hf: Path) -> ModelSource:
     return ModelSource(source.family, hf, source.tokenizer, open_hf_model(hf))
 
 
-def _ratio(name: str, ours: list[float], plain: list[float], note: str) -> Figure:
+def _ratio(name: str, ours: list[float], plain: list[float], note: str, target: float | None = None) -> Figure:
     ratio = median([o / p for o, p in zip(ours, plain, strict=True)])
-    return Figure(name=name, value=ratio, unit="x", note=f"{median(ours):.2f} s / {median(plain):.2f} s; {note}")
+    note = f"{median(ours):.2f} s / {median(plain):.2f} s; {note}"
+    return Figure(name=name, value=ratio, unit="x", target=target, note=note)
 
 
 if __name__ == "__main__":

@@ -172,17 +172,22 @@ def new_training(environment: dict[str, str], tmp_path_factory: pytest.TempPathF
         sbatch: Mapping[str, object] | None = None,
         held_after: int | None = None,
         setup: Sequence[str] = (),
+        fault: str | None = None,
         **flags: object,
     ) -> Training:
-        """Submits a run to those nodes, or any, with more of the profile; its first start may be held."""
+        """Submits a run to those nodes, or any, with more of the profile; its first start may be held.
+
+        Args: fault: Python that every process of its jobs runs first, to bring about what must happen to it.
+        """
         folder = tmp_path_factory.mktemp(name)
         profile = folder / "cluster.toml"
         options = {**({"nodelist": on} if on else {}), **(sbatch or {})}
-        profile.write_text(
-            "\n".join(
-                [f"setup = {json.dumps(setup)}", "[sbatch]", *(f"{k} = {json.dumps(v)}" for k, v in options.items())]
-            )
-        )
+        lines = [f"setup = {json.dumps(setup)}", "[sbatch]", *(f"{k} = {json.dumps(v)}" for k, v in options.items())]
+        if fault is not None:
+            (folder / "fault").mkdir()
+            (folder / "fault" / "sitecustomize.py").write_text(fault)
+            lines += ["[environment]", f"PYTHONPATH = {json.dumps(str(folder / 'fault'))}"]
+        profile.write_text("\n".join(lines))
         decoy = folder / "megabatch"
         decoy.mkdir()
         (decoy / "__init__.py").write_text(

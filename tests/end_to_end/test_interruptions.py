@@ -114,23 +114,46 @@ def bring_back() -> bool:
     return "State=DOWN" not in scontrol("show", "node", "n2")
 
 
+DIES_WHILE_IT_SAVES = f"""
+import os, signal, sys
+
+def die(event, arguments):
+    if event == "open" and "/.step_{2 * SAVED_EVERY:08d}.tmp/mcore/" in str(arguments[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ.get("RANK") == "1" and os.environ.get("MEGABATCH_RESTART") == "0":
+    sys.addaudithook(die)
+"""
+"""Kills rank 1 of the first start when it opens its file of the second checkpoint."""
+
+
 def test_a_rank_is_killed_while_it_saves(new_training: NewTraining, uninterrupted: Training) -> None:
-    training = new_training("killed")
-    training.wait_step(SAVED_EVERY + 5)
-    victim = training.ranks()[1]
-    half_written = training.files.checkpoints / f".step_{2 * SAVED_EVERY:08d}.tmp"
-    until(half_written.exists, timeout_s=400, what="the second checkpoint", poll_s=0.001)
-    os.kill(victim, signal.SIGKILL)
-    training.wait(State.PENDING, timeout_s=400)
+    # it stays where it fell, so that what it left can be looked at; test_faults.py has killed ranks that come back
+    training = new_training("killed", fault=DIES_WHILE_IT_SAVES, requeue="false")
+    training.wait(State.FAILED, timeout_s=400)
     assert "rank 1 on n2 failed first, with exit code 137: logs/rank_1.0.log" in training.logs()
     assert training.checkpoints() == [SAVED_EVERY], "what was half written has no final name"
     assert training.files.latest.read_text().strip() == f"step_{SAVED_EVERY:08d}"
+    half_written = training.files.checkpoints / f".step_{2 * SAVED_EVERY:08d}.tmp"
+    assert half_written.is_dir()
     log = training.files.rank_log(0, 0).read_text()
     assert "error: a rank that this one was talking to is gone" in log and "Traceback" not in log
     with open(training.files.metrics, "a") as file:
         file.write('{"kind": "tra')  # what a full disk leaves
+    training.megabatch("resume")
     assert training.wait(State.COMPLETED).restart == 1
     assert not half_written.exists()
+    require_same_end(training, uninterrupted)
+
+
+def test_going_back_to_a_checkpoint(new_training: NewTraining, uninterrupted: Training) -> None:
+    training = new_training("back", requeue="false", save_total_limit=9)
+    training.wait(State.COMPLETED)
+    training.megabatch("resume", "--from", f"step_{2 * SAVED_EVERY:08d}")
+    assert training.wait(State.COMPLETED).restart == 1
+    assert training.steps() == [*range(1, STEPS + 1), *range(2 * SAVED_EVERY + 1, STEPS + 1)]
+    later = {path.name for path in training.files.checkpoints.glob("later.*")}
+    assert later == {f"later.step_{step:08d}" for step in range(3 * SAVED_EVERY, STEPS + 1, SAVED_EVERY)}
     require_same_end(training, uninterrupted)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Reader(FileSystemReader):
         self._manifest = manifest
         self._prefix = "" if manifest is None or manifest.folder == folder else f"{folder.name}/"
         self._ranges: dict[str, dict[int, Range]] = {}
+        self._buffers = [bytearray(), bytearray()]  # of the item that is used, and of the one that is read
         self._metadata = read_metadata(self._small(folder / METADATA))
 
     def _small(self, path: Path) -> bytes:
@@ -63,16 +65,30 @@ class Reader(FileSystemReader):
             items.setdefault((place.offset, place.length), []).append(request)
         for name, items in files.items():
             with _opened(Path(self.path) / name, self._prefix + name) as file:
-                for (offset, length), requests in sorted(items.items()):
-                    _hand_over(self._item(file, name, offset, length), requests, planner)
+                places = sorted(items)
+                for place, data in zip(places, self._items(file, name, places), strict=True):
+                    _hand_over(data, items[place], planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _item(self, file: int, name: str, offset: int, length: int) -> bytes:
-        data = _read(file, offset, length)
-        if len(data) != length:
-            raise DamagedError(f"{self._prefix}{name}: ends {length - len(data)} bytes early")
+    def _items(self, file: int, name: str, places: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+        """The items of a file, each until the next is taken; the next is read and checked while one is used."""
+        with ThreadPoolExecutor(1) as ahead:
+            coming = [ahead.submit(self._item, file, name, *places[0])]
+            for place in places[1:]:
+                data = coming.pop(0).result()
+                coming.append(ahead.submit(self._item, file, name, *place))
+                yield data
+            yield coming.pop(0).result()
+
+    def _item(self, file: int, name: str, offset: int, length: int) -> memoryview:
+        self._buffers.reverse()
+        if len(self._buffers[0]) < length:
+            self._buffers[0] = bytearray(length)
+        data = memoryview(self._buffers[0])[:length]
+        if (missing := _read_into(data, file, offset)) > 0:
+            raise DamagedError(f"{self._prefix}{name}: ends {missing} bytes early")
         if self._manifest is not None:
             known = self._ranges_of(self._prefix + name, self._manifest).get(offset)
             if known is None or known.size != length:
@@ -111,22 +127,47 @@ def _opened(path: Path, name: str) -> Iterator[int]:
         os.close(file)
 
 
-def _read(file: int, offset: int, length: int) -> bytes:
-    """Up to `length` bytes; fewer at the file's end."""
-    parts = []
-    while length and (part := os.pread(file, length, offset)):
-        parts.append(part)
-        offset, length = offset + len(part), length - len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def _read_into(data: memoryview, file: int, offset: int) -> int:
+    """Fills `data`; returns how many bytes the file lacks."""
+    while data.nbytes and (count := os.preadv(file, [data], offset)):
+        data, offset = data[count:], offset + count
+    return data.nbytes
 
 
-def _hand_over(data: bytes, requests: list[ReadItem], planner: LoadPlanner) -> None:
+class _Memory(io.RawIOBase):
+    """Bytes in memory as a file, without a copy of them."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._data.nbytes}[whence]
+        return self._at
+
+    def readinto(self, into: Any) -> int:
+        target = memoryview(into).cast("B")
+        part = self._data[self._at : self._at + target.nbytes]
+        target[: part.nbytes] = part
+        self._at += part.nbytes
+        return part.nbytes
+
+
+def _hand_over(data: memoryview, requests: list[ReadItem], planner: LoadPlanner) -> None:
     """Gives one item to all that want it, or a part of it."""
     if requests[0].type == LoadItemType.BYTE_IO:
         for request in requests:
             planner.load_bytes(request, io.BytesIO(data))
         return
-    tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    tensor = torch.load(_Memory(data), map_location="cpu", weights_only=True)
     for request in requests:
         part = tensor
         for dim, (start, size) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
