@@ -321,7 +321,7 @@ TABLE = (
         r"DUE TO NODE FAILURE|Node failure on|error: Node .* (failed|is not responding)|node.* not responding",
     ),
     Row("node_failure", _SLURM, r"^node_fail\b"),
-    Row("preemption", _SCRIPT, r"CANCELLED AT .* DUE TO PREEMPTION"),
+    Row("preemption", _SCRIPT, r"CANCELLED AT .* DUE TO (PREEMPTION|JOB REQUEUE)"),
     Row("preemption", _SLURM, r"^preempted\b"),
     Row("cancelled", _SCRIPT, r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*"),
     Row("cancelled", _SLURM, r"^cancelled\b"),
@@ -343,13 +343,12 @@ TABLE = (
     Row("communication", _FIRST, _COMMUNICATION),
     Row("killed", _MARK, r"^exit code 134$"),
     Row("communication", (Source.RANK, *_SCRIPT), _COMMUNICATION),
-    # the last word, where nothing else has one; Slurm logs each requeue, the job's own too
+    # the last word, where nothing else has one
     Row("config", _ENDING, r"^exit code 2$"),
     Row("hung", _ENDING, r"^exit code 124$"),
     Row("killed", _ENDING, r"^exit code (129|1[3-8]\d|19[0-2])$"),
     Row("environment", _ENDING, r"^exit code 12[67]$"),
     Row("unknown", _ENDING, r"^exit code"),
-    Row("preemption", _SCRIPT, r"DUE TO JOB REQUEUE"),
     Row("lost", _SLURM, r"^lost\b"),
     Row("lost", _ENDING, r"^no ending"),
 )

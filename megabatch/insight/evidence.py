@@ -19,6 +19,7 @@ SCRIPT_BYTES = 2**24
 START = "megabatch: start {restart} of job "
 """Begins what a start wrote to the batch log."""
 _ANY_START = re.compile(rb"^megabatch: start (\d+) of job ", re.MULTILINE)
+_ENDED = re.compile(r"^megabatch: (rank \d+ on \S+ failed first|no rank had a word)", re.MULTILINE)
 _ORDINARY = re.compile(r"[\d-]+ [\d:,]+ rank \d+ (INFO|DEBUG) ")
 """Most lines of a long log, in the trainer's format."""
 _ELSEWHERE = re.compile(r"\brank (\d+) failed: ")
@@ -88,7 +89,7 @@ def of_ranks(logs: Mapping[int, Path], mark: Mark | None) -> Iterator[Finding]:
 def of_script(log: Path, restart: int | None) -> Iterator[Finding]:
     """What the batch log says of that start; of all that it holds where it begins none."""
     lines_before, text = _section(tail(log, SCRIPT_BYTES), restart)
-    found = search(text.decode(errors="replace"), (Source.SCRIPT,))
+    found = search(_without_own_requeue(text.decode(errors="replace")), (Source.SCRIPT,))
     if found is not None:
         row, line, number = found
         yield Finding(row, line, None, log, lines_before + number)
@@ -141,6 +142,12 @@ def _stated(source: Source, text: str, *, shown: str, rank: int | None = None) -
     row = _row(text, (source,))
     if row is not None:
         yield Finding(row, shown, rank)
+
+
+def _without_own_requeue(text: str) -> str:
+    """After the script has said how the ranks ended, Slurm's line of a requeue is of the script's own."""
+    ended = _ENDED.search(text)
+    return text if ended is None else text[: ended.end()] + text[ended.end() :].replace("DUE TO JOB REQUEUE", "")
 
 
 def _section(text: bytes, restart: int | None) -> tuple[int, bytes]:

@@ -11,7 +11,11 @@ from megabatch.slurm.script.links import last_link
 
 def finish(job: JobSpec) -> list[str]:
     return [
-        'rm -f -- "$MEGABATCH_STOP_REQUEST"',
+        "# srun ends with 0 too where a node failed",
+        'if [ "$status" -eq 0 ] && [ ! -e "$MEGABATCH_DONE" ] && [ ! -e "$MEGABATCH_STOPPED" ]; then',
+        f"    status={ExitCode.FAILED}",
+        "fi",
+        'rm -f -- "$MEGABATCH_STOP_REQUEST" "$MEGABATCH_DONE"',
         "may_pass=",
         'if [ "$status" -eq 0 ] && [ -e "$MEGABATCH_STOPPED" ]; then',
         '    rm -f -- "$MEGABATCH_STOPPED"',
@@ -24,7 +28,8 @@ def finish(job: JobSpec) -> list[str]:
         "    # crashes, hangs and deaths by a signal; what has an error message of its own would only come again",
         f'    case "$status" in {MAY_PASS}) may_pass=1 ;; esac',
         'elif [ "$status" -ne 0 ]; then',
-        "    # no rank had a word to say: srun or a node is gone, unless srun was never there",
+        "    # srun or a node is gone, unless srun was never there",
+        '    echo "megabatch: no rank had a word to say; srun ended with exit code $status"',
         f"    may_pass={'$role_may_pass' if job.roles else 1}",
         '    case "$status" in 126 | 127) may_pass= ;; esac',
         "fi",

@@ -40,7 +40,12 @@ WRITE_ONCE""".replace("PATIENCE", str(_PATIENCE_S))
 )
 
 
-_MARKS = {"MEGABATCH_STOP_REQUEST": "stop", "MEGABATCH_STOPPED": "stopped", "MEGABATCH_FAILED": "failed"}
+_MARKS = {
+    "MEGABATCH_STOP_REQUEST": "stop",
+    "MEGABATCH_STOPPED": "stopped",
+    "MEGABATCH_DONE": "done",
+    "MEGABATCH_FAILED": "failed",
+}
 
 LAST_WORD = f"""\
 # exit code, more keys: how this start ended, once, however the script ends
@@ -79,7 +84,7 @@ def run_directory(job: JobSpec) -> list[str]:
         "# starts count over the run, not the job: a resumed run must not write into the logs of an earlier job",
         'MEGABATCH_RESTART=$(grep -c \'"start": \' -- "$MEGABATCH_RUN/jobs.jsonl" 2>/dev/null) || true',
         'export MEGABATCH_RESTART="${MEGABATCH_RESTART:-0}"',
-        "# asked to stop, stopped with everything saved, and who failed first",
+        "# asked to stop, stopped with everything saved, rank 0 done, and who failed first",
         *(
             f'export {name}="$MEGABATCH_RUN/logs/{file}.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART"'
             for name, file in _MARKS.items()

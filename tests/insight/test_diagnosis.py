@@ -119,7 +119,8 @@ CANCELLED = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-26T00:25
 
 def test_each_start_has_its_own_part_of_the_batch_log(run: MadeRun) -> None:
     """A hang, then a killed rank that the job itself requeued, then an exception, then a start that was requeued."""
-    said = ("", HANGS + REQUEUED, REQUEUED, "", REQUEUED)
+    first = "megabatch: rank 3 on n1 failed first, with exit code 137: logs/rank_3.2.log\n"
+    said = ("", HANGS + REQUEUED, first + REQUEUED, "", REQUEUED + first)
     run.batch("".join(f"megabatch: start {start} of job 7 on n[1-2]\n{text}" for start, text in enumerate(said)))
     run.ended(0, 1, 1100)
     for start, code in ((1, 124), (2, 137), (3, 70), (4, None)):
@@ -135,7 +136,7 @@ def test_each_start_has_its_own_part_of_the_batch_log(run: MadeRun) -> None:
         ("hung", 6, 3),
         ("killed", 3, None),
         ("exception", 4, 1),
-        ("preemption", None, 9),
+        ("preemption", None, 10),
     ]
 
 

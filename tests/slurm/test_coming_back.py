@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megabatch.insight.diagnosis import diagnose
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.control import resume
 from megabatch.slurm.processes import marked_processes
@@ -37,6 +38,10 @@ def test_a_killed_rank_puts_the_job_back_until_starts_make_no_progress(submit_pa
     assert (end.state, end.exit_code, end.restart) == (State.FAILED, 137, 3)
     assert "not requeued: 2 starts in a row ended without a checkpoint newer than step_00000001" in job.batch_log()
     assert "go on with: megabatch resume" in job.batch_log()
+    # the requeue that the job itself asked for leaves `DUE TO JOB REQUEUE` in each start's part of the log
+    for restart in range(4):
+        found = diagnose(job.run.path, restart=restart)
+        assert found.cause is not None and (found.cause.name, found.rank) == ("killed", 1), found
 
 
 @pytest.mark.parametrize("code", [ExitCode.FAILED, ExitCode.CONFIG])
@@ -56,6 +61,8 @@ def test_a_rank_that_hangs_is_named_and_the_job_comes_back(submit_payload: Submi
     log = job.batch_log()
     assert "the run hangs; rank 1 on n2 does not answer" in log
     assert f"rank 1 on n2 failed first, with exit code {ExitCode.HUNG}: logs/rank_1.0.log" in log
+    found = diagnose(job.run.path, restart=0)
+    assert found.cause is not None and (found.cause.name, found.rank, found.node) == ("hung", 1, "n2")
 
 
 def test_ranks_that_do_not_save_before_the_limit_are_ended_and_come_back(submit_payload: Submit) -> None:

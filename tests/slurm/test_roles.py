@@ -15,6 +15,7 @@ import pytest
 
 from megabatch.config.roles import Role
 from megabatch.errors import LaunchError
+from megabatch.insight.diagnosis import diagnose
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local import run_local
 from megabatch.slurm.profile import ClusterProfile
@@ -113,6 +114,9 @@ def test_a_server_that_dies_has_the_ranks_save_and_the_job_fails_of_it(tmp_path:
     )
     assert "    error: out of luck" in log, "its last lines"
     assert "failed first" not in log
+    found = diagnose(run.run.path)
+    assert found.cause is not None and (found.cause.name, found.role, found.exit_code) == ("role", "server, task 0", 9)
+    assert "error: out of luck" in "\n".join(found.last_lines) and found.node is not None
     assert [ending.exit_code for ending in read_records(run.run)[0].endings] == [9]
 
 
@@ -133,7 +137,7 @@ def test_a_job_with_roles_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("server", "role", "code", "says"),
     [
-        ({"exit": 7}, {}, 7, r"task 0 on n\d ended with exit code 7 before it was ready.*\n.*\n.*told to fail"),
+        ({"exit": 7}, {}, 7, r"task 0 on n\d ended with exit code 7 before it was ready.*\n(.*\n)*.*told to fail"),
         (
             {"ready_s": 60},
             {"ready_s": 2},

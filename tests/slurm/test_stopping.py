@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from megabatch.insight.diagnosis import diagnose
 from megabatch.slurm.cluster import PrivateCluster
 from megabatch.slurm.control import cancel, resume
 from megabatch.slurm.logs import rank_logs
@@ -100,6 +101,23 @@ def test_a_node_that_goes_down_requeues(submit_payload: Submit, scontrol: Callab
         bring_back(scontrol, "n4")
     end = job.wait()
     assert (end.state, end.restart) == (State.COMPLETED, 1)
+
+
+def test_ranks_that_a_failed_node_took_along_are_not_done(
+    submit_payload: Submit, scontrol: Callable[..., str]
+) -> None:
+    """srun ends with exit code 0 then."""
+    job = submit_payload(profile=ClusterProfile(sbatch={"nodelist": "n4"}), options={"deaf": "ever"}, requeue=False)
+    until(job.run.rank_log(0, 0).exists)
+    scontrol("update", "NodeName=n4", "State=DOWN", "Reason=test")
+    try:
+        job.wait(State.NODE_FAIL)
+        [ending] = until(lambda: read_records(job.run)[0].endings, what="the script's last word")
+    finally:
+        bring_back(scontrol, "n4")
+    assert ending.exit_code != 0
+    found = diagnose(job.run.path)
+    assert found.cause is not None and (found.cause.name, found.node) == ("node_failure", "n4")
 
 
 def bring_back(scontrol: Callable[..., str], node: str) -> None:
