@@ -14,10 +14,10 @@ options = dict(argument.split("=", 1) for argument in sys.argv[1:])
 token = os.environ["MEGABATCH_ROLE_TOKEN"]
 began = time.monotonic()
 print("serving", os.environ["MEGABATCH_ROLE"], os.environ["MEGABATCH_ROLE_TASK"], "RANK" in os.environ, flush=True)
-print("sees", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 if "exit" in options:
     print("error: this server was told to fail", flush=True)
     sys.exit(int(options["exit"]))
+print("sees", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 
 
 class Handler(BaseHTTPRequestHandler):
