@@ -30,6 +30,7 @@ import requeue
 import startup
 import status
 import sweeps
+import tokenise
 from measure import Figure, in_trainer_process
 
 
@@ -52,6 +53,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "checkpoint": _in_trainer("checkpoint.py"),
     "convert": _in_trainer("convert.py"),
     "files": files.files,
+    "tokenise": tokenise.tokenise,
     "lora": lora.lora,
     "giants": giants.giants,
     "startup": startup.startup,
