@@ -19,19 +19,29 @@ class Kind(Enum):
     ADAPTER = ("an adapter", "--adapters")
 
 
-def kind_of(folder: Path) -> Kind | None:
-    """None where it is nothing that is known, or not there."""
+def kinds_of(folder: Path) -> list[Kind]:
+    """All that a folder can be taken for; none where it is nothing that is known, or not there."""
     if not folder.is_dir():
-        return None
-    if (folder / "adapter_config.json").is_file() and not has_safetensors(folder):
-        return Kind.ADAPTER
-    if (folder / "config.json").is_file() and (has_safetensors(folder) or any(folder.glob("pytorch_model*.bin"))):
-        return Kind.MODEL
+        return []
+    tests = ((Kind.ADAPTER, _is_adapter), (Kind.MODEL, _is_model), (Kind.CHECKPOINT, _is_checkpoint))
+    return [kind for kind, test in tests if test(folder)]
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _is_model(folder: Path) -> bool:
+    weights = has_safetensors(folder) or any(folder.glob("pytorch_model*.bin"))
+    return weights and (folder / "config.json").is_file()
+
+
+def _is_checkpoint(folder: Path) -> bool:
     try:
         find_checkpoint(folder)
     except ConversionError:
-        return None
-    return Kind.CHECKPOINT
+        return False
+    return True
 
 
 def check_kinds(*, model: Path | None, mcore_model: Path | None, adapters: Sequence[Path]) -> None:
@@ -41,9 +51,8 @@ def check_kinds(*, model: Path | None, mcore_model: Path | None, adapters: Seque
     given = [("--model", Kind.MODEL, model), ("--mcore_model", Kind.CHECKPOINT, mcore_model)]
     given += [("--adapters", Kind.ADAPTER, adapter) for adapter in adapters]
     for flag, wanted, folder in given:
-        found = None if folder is None else kind_of(folder)
-        as_adapter = wanted is Kind.ADAPTER and found is Kind.CHECKPOINT
-        if found is not None and found is not wanted and not as_adapter:
-            raise ConversionError(
-                f"{flag} {folder}: is {found.value[0]}, not {wanted.value[0]}; name it as {found.value[1]}"
-            )
+        found = [] if folder is None else kinds_of(folder)
+        as_adapter = wanted is Kind.ADAPTER and Kind.CHECKPOINT in found
+        if found and wanted not in found and not as_adapter:
+            what, right = found[0].value
+            raise ConversionError(f"{flag} {folder}: is {what}, not {wanted.value[0]}; name it as {right}")

@@ -121,7 +121,7 @@ class _Reader:
     def _whole(self, name: str, tensor: str, extent: Extent) -> None:
         shape = self._tables.shapes.get(tensor)
         if shape is None:
-            raise self._fault(name, f"the base model has no tensor {tensor}{_near(tensor, self._tables.shapes)}")
+            raise self._fault(name, f"the base model has no tensor {tensor}{self._hint(tensor)}")
         if shape != extent.info.shape:
             self._check_vocabulary(name, extent.info.shape[:1], tensor)
             raise self._fault(name, f"the base model's {tensor} is {list(shape)}")
@@ -129,6 +129,14 @@ class _Reader:
         size = elements(shape) // rows * ITEMSIZE[extent.info.dtype]
         strip = Strip(0, rows, self._file, extent.start, 0, size)
         self._adapter.whole[tensor] = Whole(shape, extent.info.dtype, (strip,))
+
+    def _hint(self, tensor: str) -> str:
+        if str(self._config.values.get("task_type")) == "SEQ_CLS" and not self._tables.shape.num_labels:
+            return (
+                f": the adapter classifies sequences, and config.json gives {self._tables.shape.architecture}; load "
+                "the base with AutoModelForSequenceClassification, save it, and name that folder as --model"
+            )
+        return _near(tensor, self._tables.shapes)
 
     def _pair(self, module: str, a: str, b: str, *, embedding: bool) -> None:
         stacked = self._parameters(module)

@@ -120,6 +120,11 @@ def test_a_classifiers_adapter(tmp_path: Path) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
+    with pytest.raises(ConversionError, match="load the base with AutoModelForSequenceClassification, save it"):
+        causal = tmp_path / "causal"
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**_BASE)).save_pretrained(causal)
+        convert(to_mcore=True, model=causal, adapters=[tmp_path / "adapter"], output_dir=tmp_path / "o")
+
     def no_score(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
         del tensors["base_model.model.score.weight"]
 
