@@ -72,13 +72,13 @@ class Data:
     load_from_cache_file: bool = param(False, speed_only=True)
     """Reuses tokenized data that an earlier run left in the cache."""
     num_workers: int = param(4, speed_only=True, aliases=("dataloader_num_workers",), at_least=0)
-    """Processes of each rank that prepare batches ahead; 0 prepares them in the rank itself."""
+    """Threads of each rank that prepare batches ahead; 0 prepares each when it is wanted."""
     dataloader_pin_memory: bool = param(True, speed_only=True)
     """Prepares batches in page-locked memory, for faster copies to a GPU."""
     dataloader_persistent_workers: bool = param(True, speed_only=True)
-    """Keeps the workers alive between epochs."""
+    """Keeps the workers alive between epochs, as threads always are."""
     dataloader_prefetch_factor: int = param(2, speed_only=True, at_least=1)
-    """Batches that each worker prepares ahead."""
+    """Steps that each of them prepares ahead."""
 
     def __post_init__(self) -> None:
         freeze_lists(self)

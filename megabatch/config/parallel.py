@@ -52,7 +52,7 @@ class Parallel:
     overlap_param_gather: bool = param(False, speed_only=True)
     """Gathers updated parameters while the next forward pass already runs; needs `overlap_grad_reduce`."""
     tp_comm_overlap: bool = param(False, speed_only=True)
-    """Overlaps tensor parallel communication with matrix products (Transformer Engine)."""
+    """Overlaps tensor parallel communication with matrix products; refused while rows differ in length."""
     distributed_backend: Literal["nccl", "gloo"] = param("nccl")
     """How ranks communicate: nccl between GPUs, gloo between CPU processes."""
     distributed_timeout_minutes: int = param(300000, at_least=1)

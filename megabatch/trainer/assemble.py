@@ -14,7 +14,7 @@ from megabatch.run_directory import RunDirectory
 from megabatch.trainer.chat_export import ChatExport
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints, Retention
 from megabatch.trainer.checkpoints.progress import Progress
-from megabatch.trainer.data.batches import Batches, Share
+from megabatch.trainer.data.batches import Ahead, Batches, Share
 from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.schedule import Schedule
 from megabatch.trainer.engine import Engine
@@ -73,12 +73,15 @@ def open_data(run: RunConfig, source: ModelSource, ranks: Ranks, heartbeat: Hear
     train, validation = open_caches(run, paths)
     share, schedule = _share(run, ranks), schedule_of(run, train)
     schedule.require_a_batch()
-    evaluated = None
-    if validation is not None:
-        evaluated = Batches(validation, schedule_of(run, validation, shuffle=False), share=share, num_workers=1)
-    return RunData(
-        train, schedule, Batches(train, schedule, share=share, num_workers=run.recipe.data.num_workers), evaluated
+    data, evaluated = run.recipe.data, None
+    ahead = Ahead(
+        workers=data.num_workers,
+        each=data.dataloader_prefetch_factor,
+        pinned=data.dataloader_pin_memory and ranks.device.type == "cuda",
     )
+    if validation is not None:
+        evaluated = Batches(validation, schedule_of(run, validation, shuffle=False), share=share, ahead=ahead)
+    return RunData(train, schedule, Batches(train, schedule, share=share, ahead=ahead), evaluated)
 
 
 def _share(run: RunConfig, ranks: Ranks) -> Share:

@@ -12,8 +12,9 @@ from megabatch.config.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-TRANSFORMER_ENGINE = ("moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap", "tp_comm_overlap")
+TRANSFORMER_ENGINE = ("moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap")
 CUDA = (
+    "dataloader_pin_memory",
     "attention_backend",
     "no_masked_softmax_fusion",
     "no_bias_dropout_fusion",
@@ -23,9 +24,7 @@ CUDA = (
 )
 NEVER = {
     "cross_entropy_loss_fusion": "the loss is one fused vocabulary-parallel function in any case",
-    "dataloader_pin_memory": "batches are built by threads of the rank itself",
-    "dataloader_persistent_workers": "batches are built by threads of the rank itself",
-    "dataloader_prefetch_factor": "num_workers says how many steps are prepared ahead",
+    "dataloader_persistent_workers": "batches are built by threads, which live as long as the run",
     "load_from_cache_file": "tokenized data is always reused when its sources and settings are unchanged",
     "no_initialization": "weights are loaded or drawn tensor by tensor, never initialised twice",
     "no_data_sharding": "rows are always shuffled over the whole dataset, so that no layout changes their order",

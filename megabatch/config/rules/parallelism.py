@@ -114,8 +114,9 @@ def overlaps_have_their_needs(recipe: Recipe, shape: ModelShape | None, layout: 
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         rule = "needs use_distributed_optimizer and overlap_grad_reduce"
         yield Fault("parallel.overlap_param_gather", True, rule, try_=(False,))
-    if parallel.tp_comm_overlap and not parallel.sequence_parallel:
-        yield Fault("parallel.tp_comm_overlap", True, "needs sequence_parallel", try_=(False,))
+    if parallel.tp_comm_overlap:
+        rule = "needs rows of one length for Transformer Engine's buffers, and rows of a run differ"
+        yield Fault("parallel.tp_comm_overlap", True, rule, try_=(False,))
 
 
 RULES = (

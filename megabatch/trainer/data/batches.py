@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -50,31 +50,47 @@ class Step:
     """Where to go on after this step."""
 
 
+Maker = Callable[[], Step]
+"""What makes one step; where the step lies in the data is settled already."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ahead:
+    """How steps are prepared while others are computed."""
+
+    workers: int
+    """Threads; 0 makes each step when it is asked for. numpy and torch release Python's lock for most of the work, and
+    threads need neither copies of a batch nor an import of torch each, as processes would."""
+    each: int = 1
+    """Steps that each of them prepares ahead."""
+    pinned: bool = False
+    """Whether tensors lie in page-locked memory, from where copies to a GPU go on beside everything else."""
+
+
 class Batches:
     """Iterates a dataset by a schedule, on one data-parallel rank."""
 
-    def __init__(self, data: TokenCache, schedule: Schedule, *, share: Share, num_workers: int = 0) -> None:
-        """`num_workers` > 0: that many steps are made ahead by a background thread; the order does not change."""
-        self._data, self._schedule, self._share, self._ahead = data, schedule, share, num_workers
+    def __init__(self, data: TokenCache, schedule: Schedule, *, share: Share, ahead: Ahead = Ahead(workers=0)) -> None:
+        self._data, self._schedule, self._share, self._ahead = data, schedule, share, ahead
 
     def train(self, cursor: Cursor) -> Iterator[Step]:
         """Steps without end from a cursor on. Raises: DataError when the cursor does not fit this data."""
-        return ahead(self._train(cursor), depth=self._ahead)
+        return made_ahead(self._train(cursor), self._ahead)
 
     def evaluate(self, *, eval_iters: int = -1) -> Iterator[Step]:
         """Batches that hold every sample exactly once, or the first `eval_iters` of them when that is not negative."""
-        return ahead(self._evaluate(eval_iters), depth=self._ahead)
+        return made_ahead(self._evaluate(eval_iters), self._ahead)
 
-    def _train(self, cursor: Cursor) -> Iterator[Step]:
+    def _train(self, cursor: Cursor) -> Iterator[Maker]:
         while True:
             items, cursor = self._schedule.next(cursor)
-            yield self._step(items, cursor)
+            yield partial(self._step, items, cursor)
 
-    def _evaluate(self, eval_iters: int) -> Iterator[Step]:
+    def _evaluate(self, eval_iters: int) -> Iterator[Maker]:
         for number, items in enumerate(self._schedule.once()):
             if number == eval_iters:
                 return
-            yield self._step(items, Cursor())
+            yield partial(self._step, items, Cursor())
 
     def _step(self, items: np.ndarray, cursor: Cursor) -> Step:
         share = self._share
@@ -115,38 +131,36 @@ class Batches:
         )
 
 
-def ahead(steps: Iterator[Step], *, depth: int) -> Iterator[Step]:
-    """The same steps, up to `depth` of them made ahead by a thread; errors arrive where they would have."""
-    if depth <= 0:
-        yield from steps
+def made_ahead(makers: Iterator[Maker], how: Ahead) -> Iterator[Step]:
+    """The steps of these makers, in their order; an error arrives in place of the step that it belongs to."""
+    if how.workers <= 0:
+        for make in makers:
+            yield make()
         return
-    made: queue.Queue[Any] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: Any) -> None:
-        while not stop.is_set():
-            try:
-                return made.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
+    with ThreadPoolExecutor(how.workers, thread_name_prefix="megabatch-batches") as pool:
+        waiting: deque[Future[Step]] = deque()
         try:
-            for step in steps:
-                put(step)
-                if stop.is_set():
-                    return
-            put(None)
-        except BaseException as e:  # handed to the consumer, which raises it
-            put(e)
+            for make in _with_errors_at_their_place(makers):
+                waiting.append(pool.submit(_made, make, pinned=how.pinned))
+                if len(waiting) > how.workers * how.each:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    thread = threading.Thread(target=work, name="megabatch-batches", daemon=True)
-    thread.start()
+
+def _with_errors_at_their_place(makers: Iterator[Maker]) -> Iterator[Maker]:
     try:
-        while (item := made.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+        yield from makers
+    except Exception as e:
+        yield partial(_raise, e)
+
+
+def _raise(error: Exception) -> Step:
+    raise error
+
+
+def _made(make: Maker, *, pinned: bool) -> Step:
+    step = make()
+    return replace(step, packs=[pack.pinned() for pack in step.packs]) if pinned else step

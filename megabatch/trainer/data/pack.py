@@ -5,7 +5,7 @@ T tokens of the row (with padding); N sequences; S segments: the N sequences, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -46,13 +46,16 @@ class Pack:
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack on a device; `cu_seqlens` go along."""
-        moved = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        columns = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
-        return replace(self, **moved, columns=columns)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Pack:
+        """The same pack in page-locked memory; needs CUDA."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Pack:
+        named = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        columns = {k: change(v) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
+        return replace(self, **{name: change(value) for name, value in named.items()}, columns=columns)
 
 
 def collate(

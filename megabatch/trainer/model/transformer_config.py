@@ -193,7 +193,6 @@ def _kernels(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
         "apply_rope_fusion": has_te and not kernels.no_rope_fusion,
         "gradient_accumulation_fusion": has_wgrad and not kernels.no_gradient_accumulation_fusion,
         "attention_backend": AttnBackend[kernels.attention_backend],
-        "tp_comm_overlap": has_te and recipe.parallel.tp_comm_overlap,
         "attention_softmax_in_fp32": recipe.precision.attention_softmax_in_fp32,
         "deterministic_mode": recipe.training.deterministic_mode,
     }

@@ -117,10 +117,10 @@ CASES = [
     (
         parallelism.overlaps_have_their_needs,
         "dense",
-        {"parallel": {"tp_comm_overlap": True}},
         {"parallel": {"tp_comm_overlap": True, **TP2_SP}},
+        {"parallel": TP2_SP},
         "parallel.tp_comm_overlap",
-        ["sequence_parallel"],
+        ["rows of one length"],
     ),
 ]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from megabatch.errors import DataError
-from megabatch.trainer.data.batches import Batches, Share, Step, ahead
+from megabatch.trainer.data.batches import Ahead, Batches, Maker, Share, Step, made_ahead
 from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.data.samples import Encoding
@@ -43,7 +44,8 @@ def steps(
     """[rank][step]"""
     dp = share.get("dp_size", 1)
     schedule = Schedule(cache.lengths, global_batch_size=8, packing_length=packing)
-    ranks = [Batches(cache, schedule, share=Share(dp_rank=rank, **share), num_workers=ahead) for rank in range(dp)]
+    how = Ahead(workers=ahead, each=2)
+    ranks = [Batches(cache, schedule, share=Share(dp_rank=rank, **share), ahead=how) for rank in range(dp)]
     return [list(islice(rank.train(cursor or Cursor()), count)) for rank in ranks]
 
 
@@ -98,15 +100,34 @@ def test_working_ahead_changes_nothing_and_ends_with_its_consumer(cache: TokenCa
     (plain,), (early,) = steps(cache, 9), steps(cache, 9, ahead=3)
     assert [lines_of(step.packs) for step in early] == [lines_of(step.packs) for step in plain]
     assert [step.cursor for step in early] == [step.cursor for step in plain]
-    assert not [thread for thread in threading.enumerate() if thread.name == "megabatch-batches"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("megabatch-batches")]
 
 
-def test_an_error_of_the_thread_arrives_in_its_place() -> None:
-    def failing() -> Iterator[Any]:
-        yield 1
+def test_steps_keep_their_order_whichever_is_ready_first() -> None:
+    """The first step waits until a later one is made."""
+    later = threading.Event()
+
+    def makers() -> Iterator[Any]:
+        yield lambda: int(not later.wait(60))
+        yield lambda: later.set() or 1
+        yield from (partial(int, number) for number in range(2, 9))
+
+    assert list(made_ahead(makers(), Ahead(workers=2))) == list(range(9))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("where", ["schedule", "worker"])
+def test_an_error_arrives_in_its_place(workers: int, where: str) -> None:
+    def fail() -> Step:
         raise DataError("disk gone")
 
-    stream = ahead(failing(), depth=4)
+    def failing() -> Iterator[Maker]:
+        yield lambda: 1  # type: ignore[return-value]
+        if where == "schedule":
+            fail()
+        yield fail
+
+    stream = made_ahead(failing(), Ahead(workers=workers))
     assert next(stream) == 1
     with pytest.raises(DataError, match="disk gone"):
         next(stream)
