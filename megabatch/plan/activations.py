@@ -101,12 +101,17 @@ def _beside_adapters(
 
 
 def _attention(shape: ModelShape, settings: Settings) -> dict[str, float]:
-    """The projection's output, of which values are a part, queries and keys behind their rotation, the output."""
-    a_channel = settings.micro_batch_tokens * settings.weight_bytes * shape.kv_channels / settings.layout.tp
+    """The projection's output, of which values are a part, queries and keys behind their rotation, the output.
+
+    Ranks that share a group gather the projections of all: a rank's values are then a part of everybody's.
+    """
+    tp = settings.layout.tp
+    a_channel = settings.micro_batch_tokens * settings.weight_bytes * shape.kv_channels / tp
     heads, groups = shape.num_attention_heads, shape.num_query_groups
     projected = heads * (1 + shape.attention_output_gate) + 2 * groups
+    kept = projected + groups if groups >= tp else projected * tp + tp
     return {
-        "qkv": a_channel * (projected + heads + groups),
+        "qkv": a_channel * (kept + heads),
         "scores": _scores(shape, settings),
         "attention_output": a_channel * heads * (1 + shape.attention_output_gate),
     }

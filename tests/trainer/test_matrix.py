@@ -67,6 +67,10 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield f"dense-dp2-{overlap}", Case("dense", 2, {"parallel": settings})
         for dispatcher in DISPATCHERS:
             yield f"losses-ep2-{dispatcher}-{overlap}", _experts("losses", 2, dispatcher, {**EP, **settings})
+    # two groups of query heads: two ranks share each
+    yield "dense-tp4", Case("dense", 4, {"parallel": {"tensor_model_parallel_size": 4}})
+    yield "dense-tp4_sp", Case("dense", 4, {"parallel": {**TP, "tensor_model_parallel_size": 4}})
+    yield "losses-tp4_ep2", _experts("losses", 4, "alltoall", {**TP, **EP, "tensor_model_parallel_size": 4})
     for layout, (world_size, parallel) in EXPERTS.items():
         for dispatcher in DISPATCHERS:
             yield f"capacity-{layout}-{dispatcher}", _experts("capacity", world_size, dispatcher, parallel)

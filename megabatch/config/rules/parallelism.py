@@ -20,17 +20,23 @@ def tensor_parallel_divides(recipe: Recipe, shape: ModelShape | None, layout: La
     tp = recipe.parallel.tensor_model_parallel_size
     if shape is None:
         return
-    sizes = {
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-    }
+    sizes = {"num_attention_heads": shape.num_attention_heads, "ffn_hidden_size": shape.ffn_hidden_size}
     if all(shape.is_moe_layer(layer) for layer in range(shape.num_layers)):
         del sizes["ffn_hidden_size"]
-    fitting = nearest_divisors(tp, of=gcd(*sizes.values()))
+    common = gcd(*sizes.values())
+    fitting = [size for size in nearest_divisors(tp, of=common, count=common) if _cuts_groups(shape, size)][:2]
     for name, size in sizes.items():
         if size % tp:
             yield Fault(_TP, tp, f"must divide the model's {name}={size}", try_=fitting)
+    if not _cuts_groups(shape, tp):
+        rule = f"must divide the model's num_query_groups={shape.num_query_groups} or be a multiple of it"
+        yield Fault(_TP, tp, rule, try_=fitting)
+
+
+def _cuts_groups(shape: ModelShape, tp: int) -> bool:
+    """Whether each rank has whole groups, or several ranks share one, whose rows are then cut evenly."""
+    groups = shape.num_query_groups
+    return groups % tp == 0 or (tp % groups == 0 and 2 * groups * shape.kv_channels % tp == 0)
 
 
 def vocabulary_divides(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:

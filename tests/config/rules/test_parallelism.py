@@ -8,15 +8,25 @@ from megabatch.config.rules import parallelism
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
+THREE_GROUPS = {"num_attention_heads": 12, "num_query_groups": 3, "kv_channels": 8}
+
 CASES = [
     # rule, base, changes that break it, changes that keep it, field, words of the fault
     (
         parallelism.tensor_parallel_divides,
-        "given dense",
-        {"parallel": {"tensor_model_parallel_size": 8}},
-        {"parallel": {"tensor_model_parallel_size": 4}},
+        "dense",
+        {"parallel": {"tensor_model_parallel_size": 2}, "model": THREE_GROUPS},
+        {"parallel": {"tensor_model_parallel_size": 6}, "model": THREE_GROUPS},
         "parallel.tensor_model_parallel_size",
-        ["num_query_groups=4", "try 4"],
+        ["num_query_groups=3 or be a multiple", "try 1 or 3"],
+    ),
+    (
+        parallelism.tensor_parallel_divides,
+        "given dense",
+        {"parallel": {"tensor_model_parallel_size": 16}},
+        {"parallel": {"tensor_model_parallel_size": 8}},
+        "parallel.tensor_model_parallel_size",
+        ["num_attention_heads=8", "try 8 or 4"],
     ),
     (
         parallelism.tensor_parallel_divides,
