@@ -39,6 +39,24 @@ from megabatch.slurm.processes import (
 )
 from megabatch.slurm.quoting import shell
 
+_GUARD = """
+cat # until the owner ends
+left() { # daemons, and processes of jobs
+    for entry in /proc/[0-9]*; do
+        case "$entry" in "/proc/$$" | "/proc/$BASHPID") continue ;; esac
+        if { grep -zqxF -- "$1" "$entry/environ" ||
+            { grep -zqxF -- "$2" "$entry/environ" && grep -zq ^SLURM_JOB_ID= "$entry/environ"; }; } 2>/dev/null
+        then echo "${entry#/proc/}"; fi
+    done
+}
+for _ in {1..100}; do
+    pids=$(left "$1" "$2")
+    if [ -z "$pids" ]; then break; fi
+    kill -KILL $pids 2>/dev/null
+    sleep 0.1
+done
+rm -rf -- "$3"
+"""
 PROGRAMS = ("slurmctld", "slurmd", "munged", "scontrol", "sbatch", "srun")
 
 
@@ -143,6 +161,8 @@ class PrivateCluster:
 
     def _start_daemons(self, *, tied: bool) -> None:
         layout = self.layout
+        if tied:
+            self._start_guard()
         munged = ["munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in layout.munge_options().items())]
         self._spawn(munged, log="munged.out", tied=tied)
         wait_for(layout.munge_socket.exists, what="munged", log=layout.directory / "munged.out")
@@ -153,6 +173,21 @@ class PrivateCluster:
         self._spawn(["slurmctld", "-D"], log="slurmctld.out", tied=tied)
         for name in layout.node_names:
             self._spawn(["slurmd", "-D", "-N", name], log=f"slurmd.{name}.out", tied=tied)
+
+    def _start_guard(self) -> None:
+        """The kernel ends the daemons with this process, but not the jobs: another one waits for its end and does."""
+        mark, layout = _mark(self.layout.directory), self.layout
+        words = [mark, f"SLURM_CONF={layout.configuration}", str(layout.socket_directory)]
+        with open(layout.directory / "guard.out", "ab") as log:
+            guard = subprocess.Popen(
+                ["bash", "-c", _GUARD, "guard", *words],
+                env=os.environ | dict([mark.split("=", 1)]),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.daemons.append(guard)
 
     def _spawn(self, command: list[str], *, log: str, tied: bool) -> None:
         environment = _without_job(os.environ) | self.environment | dict([_mark(self.layout.directory).split("=", 1)])

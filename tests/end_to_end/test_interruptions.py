@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,15 @@ pytestmark = pytest.mark.slurm
 @pytest.fixture(scope="module", autouse=True)
 def time_limited(new_training: NewTraining) -> Training:
     """Stands still after some steps until its time is up, and costs the other tests nothing while it does."""
-    # Slurm looks at limits every 30 s and warns up to that much early: between 25 and 55 s after the start
-    # the second start may take its time: on a busy machine a minute is little
-    longer = '[ "$MEGABATCH_RESTART" = 0 ] || scontrol update "JobId=$SLURM_JOB_ID" TimeLimit=30'
-    return new_training("limit", on="n[3-4]", time="1", signal_delay_s=5, held_after=7, setup=[longer])
+    # both starts may take their time: its limit is soon after it stands still, and far away again for the second
+    longer = '[ "$MEGABATCH_RESTART" = 0 ] || scontrol update "JobId=$SLURM_JOB_ID" TimeLimit=60'
+    training = new_training("limit", on="n[3-4]", time="60", signal_delay_s=5, held_after=7, setup=[longer])
+    training.wait_step(7)
+    [record] = read_records(training.files)
+    minutes = int(time.time() - record.starts[0].time) // 60 + 2
+    command = ["scontrol", "update", f"JobId={record.job_id}", f"TimeLimit={minutes}"]
+    subprocess.run(command, env=training.environment, check=True)
+    return training
 
 
 def require_same_end(training: Training, uninterrupted: Training) -> None:

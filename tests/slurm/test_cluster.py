@@ -23,7 +23,15 @@ ROOT = Path(__file__).parents[2]
 def left_over(directory: Path) -> set[int]:
     marks = (f"MEGABATCH_PRIVATE_CLUSTER={directory}", f"SLURM_CONF={directory}/slurm.conf")
     alive = set().union(*(marked_processes(mark) for mark in marks))
-    return {pid for pid in alive if ") Z" not in Path(f"/proc/{pid}/stat").read_text()}
+    return {pid for pid in alive if _state(pid) not in ("Z", "")}
+
+
+def _state(pid: int) -> str:
+    """Empty for one that has gone meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 @pytest.mark.slurm
@@ -58,8 +66,12 @@ def test_a_killed_owner_takes_its_cluster_with_it(tmp_path: Path) -> None:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "up\n"
         assert len(left_over(tmp_path)) >= 3
+        slurm = os.environ | PrivateCluster.load(tmp_path).environment
+        script = f"touch {tmp_path}/there; trap '' TERM; srun sleep 1000"
+        subprocess.run(["sbatch", "--output=/dev/null", f"--wrap={script}"], env=slurm, check=True)
+        until((tmp_path / "there").exists, what="a job")
         owner.send_signal(signal.SIGKILL)
-    until(lambda: not left_over(tmp_path), what="the daemons to end")
+    until(lambda: not left_over(tmp_path), what="daemons and jobs to end")
 
 
 @pytest.mark.slurm
