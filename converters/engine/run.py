@@ -13,6 +13,7 @@ from megabatch.converters.engine.execute import execute, share, unwritable
 from megabatch.converters.engine.journal import ALONE, Journal, Place, Staged
 from megabatch.converters.engine.manifest import is_of
 from megabatch.converters.engine.plan import Plan
+from megabatch.converters.engine.source_digests import check_sources
 from megabatch.converters.engine.verify import compare
 from megabatch.errors import ConversionError
 
@@ -72,6 +73,8 @@ def run(
         check_output(target, exist_ok=exist_ok)
         _check_apart(plan, target)
         _check_disk(plan, staged)
+        if verify:
+            check_sources(plan, mine, workers=workers)
         staged.open(plan, place, resume=resume)
         try:
             return _finish(plan, staged, mine, place, workers=workers, verify=verify, say=say)

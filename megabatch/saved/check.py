@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from megabatch.saved.manifest import File, Manifest, left_over, missing_or_resized
@@ -22,6 +22,16 @@ def faults(manifest: Manifest, *, workers: int) -> list[str]:
     with ThreadPoolExecutor(max(1, workers)) as pool:
         found = pool.map(lambda job: _damaged(manifest, *job), jobs)
         return [*absent, *(line for lines in found for line in lines), *left_over(manifest)]
+
+
+def damaged_parts(manifest: Manifest, parts: Mapping[str, Sequence[int]], *, workers: int) -> list[str]:
+    """The same of some ranges alone, given by their numbers in each file."""
+    absent = list(missing_or_resized(manifest, parts))
+    if absent:
+        return absent
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = pool.map(lambda name: _damaged(manifest, name, list(parts[name])), parts)
+        return [line for lines in found for line in lines]
 
 
 def _jobs(name: str, file: File) -> Iterator[tuple[str, list[int]]]:

@@ -14,6 +14,8 @@ import pytest
 from rank_server import RankServer
 from runs import curve, forget_digests, metrics, recipe, train, write_run
 
+from megabatch.converters import convert
+from megabatch.errors import ConversionError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.saved.check import faults
 from megabatch.saved.history import go_back, notes
@@ -174,3 +176,31 @@ def test_another_run_refuses_a_damaged_checkpoint(whole: Path, ranks: RankServer
     said, _ = ranks.run(resume, world_size=2, run_dir=str(run))
     assert str(newest) in said and "mcore/__" in said and "differs from its digest" in said
     assert newest.is_dir()
+
+
+def test_converters_check_what_they_read(whole: Path, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path / "run")
+    step = run / "checkpoints" / f"step_{STEPS:08d}"
+    asked: dict[str, Any] = {"to_hf": True, "mcore_model": step, "model": step / "hf", "verify": True}
+    convert(**asked, output_dir=tmp_path / "intact")
+    assert (tmp_path / "intact" / "model.safetensors").is_file()
+    manifest = read_manifest(step)
+    assert manifest is not None
+    parts = [(name, part) for name, file in manifest.below("mcore").items() for part in file.ranges]
+    for wanted, is_read in (("optimizer.state.exp_avg.output_layer.weight", False), ("output_layer.weight", True)):
+        name, part = next((name, part) for name, part in parts if part.name == wanted)
+        middle = part.offset + part.size // 2
+        with open(step / name, "r+b") as file:
+            file.seek(middle)
+            byte = file.read(1)[0]
+            file.seek(middle)
+            file.write(bytes([byte ^ 8]))
+        if is_read:
+            with pytest.raises(ConversionError, match=f"(?s)is damaged.*{name}: {wanted} differs from its digest"):
+                convert(**asked, output_dir=tmp_path / "damaged")
+        else:
+            convert(**asked, output_dir=tmp_path / "state")
+    assert not (tmp_path / "damaged").exists()
+    flip(step / "hf" / "model.safetensors", random.Random(1), [])
+    with pytest.raises(ConversionError, match="is damaged"):
+        convert(to_mcore=True, model=step / "hf", output_dir=tmp_path / "mcore", verify=True)

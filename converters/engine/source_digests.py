@@ -1,0 +1,68 @@
+"""Checking what a conversion reads against the digests that its source has of it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megabatch.converters.engine.plan import Plan, Strip
+from megabatch.errors import CheckpointError, ConversionError
+from megabatch.saved.check import damaged_parts
+from megabatch.saved.manifest import MANIFEST, File, Manifest, read_manifest
+
+_SHOWN = 8
+
+
+def check_sources(plan: Plan, numbers: Sequence[int], *, workers: int) -> None:
+    """Checks the tensors that these tensors of a plan are made of, where the source's manifest has digests.
+
+    A checkpoint's manifest lies in its folder or the one above (`step_<n>` of `mcore/` and `hf/`).
+    Raises: ConversionError naming what is damaged.
+    """
+    offsets: dict[int, set[int]] = {}
+    for number in numbers:
+        for strip in _strips(plan, number):
+            offsets.setdefault(strip.source, set()).add(strip.offset)
+    manifests: dict[Path, Manifest | None] = {}
+    parts: dict[Path, dict[str, list[int]]] = {}
+    for source, starts in offsets.items():
+        path = plan.sources[source].path
+        if path.parent not in manifests:
+            manifests[path.parent] = _manifest(path.parent)
+        manifest = manifests[path.parent]
+        name = "" if manifest is None else path.relative_to(manifest.folder).as_posix()
+        if manifest is not None and name in manifest.files:
+            parts.setdefault(path.parent, {})[name] = _ranges(manifest.files[name], starts)
+    for folder, named in parts.items():
+        manifest = manifests[folder]
+        assert manifest is not None
+        if faults := damaged_parts(manifest, named, workers=workers):
+            more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+            raise ConversionError("\n  ".join([f"{manifest.folder} is damaged", *faults[:_SHOWN], *more]))
+
+
+def _strips(plan: Plan, number: int) -> Iterator[Strip]:
+    tensor = plan.tensors[number]
+    yield from tensor.strips
+    for product in tensor.low_rank:
+        yield from product.left.strips
+        yield from product.right.strips
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    for place in (folder, folder.parent):
+        try:
+            found = read_manifest(place)
+        except CheckpointError as error:
+            raise ConversionError(f"{place / MANIFEST}: {error}") from error
+        if found is not None:
+            return found
+    return None
+
+
+def _ranges(file: File, starts: set[int]) -> list[int]:
+    """Numbers of the ranges that hold tensors which begin or go on at these bytes."""
+    firsts = [part.offset for part in file.ranges]
+    names = {file.ranges[bisect_right(firsts, start) - 1].name for start in starts}
+    return [number for number, part in enumerate(file.ranges) if part.name in names]
