@@ -7,6 +7,7 @@ arguments and its result comes back in rank order.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -61,6 +62,9 @@ def _serve(connection: Connection) -> None:
     from megabatch.trainer import megatron_cpu
 
     megatron_cpu.adapt()
+    # what every run imports, once rather than in each rank of each world
+    for name in ("megabatch.trainer.loop", "torch.utils.tensorboard", "transformers.models.auto.tokenization_auto"):
+        importlib.import_module(name)
     while True:
         try:
             source, world_size, timeout_s, arguments = connection.recv()
