@@ -40,7 +40,7 @@ def test_what_is_missing_in_the_working_directory_is_told_with_its_folder(
     monkeypatch.chdir(empty)
     asked = _data(replace(recipe, model=replace(recipe.model, model="tiny_model")), "nothere.jsonl")
     data, model = _faults(asked)[:2]
-    kinds = ".jsonl, .json, .csv, .parquet, .txt"
+    kinds = ".jsonl, .json, .csv, .tsv, .parquet, .txt (the text ones also with .gz or .zst)"
     assert data == f"data.dataset: dataset 'nothere.jsonl' does not exist; {empty} has no {kinds} file; check the path"
     assert model == f"model.model='tiny_model' does not exist; nearest in {empty}: tiny-model"
     (empty / "not_here.jsonl").touch()

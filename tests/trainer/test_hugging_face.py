@@ -241,7 +241,7 @@ def test_the_last_validation_loss_is_that_of_the_exported_model_in_transformers(
     run = write_run(replace(made, task=task), tmp_path / "run")
     assert set(ranks.run(train, world_size=world_size, run_dir=str(run))) == {0}
     model = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step_00000004" / "hf", dtype=torch.float32)
-    caches = [TokenCache.open(path) for path in (run / "cache").iterdir()]
+    caches = [TokenCache.open(path) for path in (run / "cache").iterdir() if path.is_dir()]
     validation = min(caches, key=len)
     total = weight = 0.0
     with torch.no_grad():
