@@ -83,18 +83,18 @@ _CAUSES = (
     Cause(
         "oom_shared",
         "a data worker died: out of shared memory, or killed",
-        "lower data.dataloader_num_workers, ask for more in resources.mem_gib, or give containers a larger /dev/shm",
+        "lower data.num_workers, ask for more in resources.mem_gib, or give containers a larger /dev/shm",
     ),
     Cause(
         "oom_host",
         "out of host memory",
-        "ask for more in resources.mem_gib (0 is all of a node), or lower data.dataloader_num_workers",
+        "ask for more in resources.mem_gib (0 is all of a node), or lower data.num_workers",
     ),
     Cause(
         "limit",
         "a limit on open files, file sizes, processes or threads was reached",
         "raise it with a line of the profile's `setup` (`ulimit -n` open files, `-f` file size, `-u` processes and "
-        "threads; a cgroup's pids.max is your site's), or lower data.dataloader_num_workers and OMP_NUM_THREADS",
+        "threads; a cgroup's pids.max is your site's), or lower data.num_workers and OMP_NUM_THREADS",
     ),
     Cause(
         "disk",
@@ -186,7 +186,7 @@ _CAUSES = (
         "timeout",
         "a rank waited in vain for another",
         "another rank did not join: look at the one whose log ends first, or whose step is behind; raise "
-        "training.distributed_timeout_minutes only if a step may really take longer",
+        "parallel.distributed_timeout_minutes only if a step may really take longer",
     ),
     Cause(
         "communication",
