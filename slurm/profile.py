@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megabatch.errors import ConfigError, Fault
 from megabatch.secret_text import secret_given, secrets_in_words
+from megabatch.slurm.bash_syntax import setup_faults
 from megabatch.slurm.ownership import is_others_to_write
 from megabatch.slurm.sbatch_options import sbatch_faults
 
@@ -58,7 +59,8 @@ class ClusterProfile:
     modules: tuple[str, ...] = ()
     """Loaded by `module load` in the batch script, in this order."""
     setup: tuple[str, ...] = ()
-    """Bash lines run as they are before the ranks start, for what modules cannot do."""
+    """Bash lines run as they are before the ranks start, for what modules cannot do; whole commands, which may take
+    several of them."""
     gpu: str | None = None
     """GPU of its nodes (`H100`), for estimates of memory and time; it asks Slurm for nothing."""
     gpu_request: GpuRequest = "gpus-per-node"
@@ -99,7 +101,8 @@ def load_profile(cluster: str) -> ClusterProfile:
     """Reads the profile that `--cluster` names.
 
     Raises: ConfigError for a missing file, one that others can write, bad TOML, unknown keys (all of them, each with
-    the nearest name), wrong types, secrets, and options of sbatch that are not a profile's to set.
+    the nearest name), wrong types, secrets, options of sbatch that are not a profile's to set, and `setup` that is not
+    bash.
     """
     path = profile_path(cluster)
     try:
@@ -114,6 +117,7 @@ def load_profile(cluster: str) -> ClusterProfile:
     profile = _build(ClusterProfile, table, place="cluster", faults=faults)
     faults += sbatch_faults(table, file=path)
     faults += _secrets(table, "cluster")
+    faults += setup_faults(profile.setup, file=path) if profile is not None else []
     if faults:
         raise ConfigError(faults)
     return profile

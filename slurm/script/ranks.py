@@ -62,18 +62,18 @@ def _size_beside_roles(job: JobSpec) -> list[str]:
 
 def launch(job: JobSpec, profile: ClusterProfile) -> list[str]:
     per_task = bool(job.gpus_per_node) and profile.gpu_request == "gpus-per-task"
-    size = ["--nodelist=$rank_nodes", *_size_beside_roles(job)] if job.roles else []
-    size = size or (of_step(job.gpus_per_node) if per_task else [])
-    srun = ["srun", "--kill-on-bad-exit=1", *size, *srun_flags(job, profile), *profile.srun]
-    command = [*srun, "bash", "-c", "$rank_script", "rank", *inside(job, profile)]
-    words = [f'"{word}"' if word in ("$rank_script", "--nodelist=$rank_nodes") else shell(word) for word in command]
+    size = _size_beside_roles(job) if job.roles else of_step(job.gpus_per_node) if per_task else []
+    flags = " ".join(map(shell, [*size, *srun_flags(job, profile), *profile.srun]))
+    place = '--nodelist="$rank_nodes" ' if job.roles else ""
+    rank = " ".join(map(shell, inside(job, profile)))
+    words = f'srun --kill-on-bad-exit=1 {place}{flags}{" " if flags else ""}bash -c "$rank_script" rank {rank}'
     own = f"{without_the_jobs()}; " if job.roles or per_task else ""
     failed = ['if [ -n "$role_failed" ]; then', "    :", 'elif [ -z "$stop" ]; then'] if job.roles else []
     return [
         "status=0",
         *(failed or ['if [ -z "$stop" ]; then']),
         "    # a signal that comes before srun listens must not end it",
-        f"    (trap '' USR1 USR2; {own}exec {' '.join(words)}) &",
+        f"    (trap '' USR1 USR2; {own}exec {words}) &",
         "    srun_pid=$!",
         "    watch_ranks &",
         "    watch_pid=$!",
