@@ -16,7 +16,7 @@ from megabatch.trainer.checkpoints.checkpoints import Checkpoints, Retention
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.data.batches import Ahead, Batches, Share
 from megabatch.trainer.data.cache import TokenCache
-from megabatch.trainer.data.schedule import Schedule
+from megabatch.trainer.data.schedule import Interleaving, Schedule
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.hf_export import HfExport
@@ -89,11 +89,18 @@ def _share(run: RunConfig, ranks: Ranks) -> Share:
         dp_rank=ranks.dp_rank,
         dp_size=ranks.dp_size,
         micro_batch_size=run.recipe.batch.micro_batch_size,
-        microbatch_multiple=ranks.pp_size if run.layout.vp > 1 else 1,
+        interleaving=_interleaving(run),
         row_multiple=ranks.tp_size if run.recipe.parallel.sequence_parallel else 1,
         equal_rows=_equal_rows(run),
         hidden_size=run.shape.hidden_size,
     )
+
+
+def _interleaving(run: RunConfig) -> Interleaving:
+    if run.layout.vp == 1:
+        return Interleaving()
+    stages = run.layout.pp
+    return Interleaving(stages, run.recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage or stages)
 
 
 def _equal_rows(run: RunConfig) -> int:

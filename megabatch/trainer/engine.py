@@ -1,8 +1,10 @@
 """Optimizer steps and evaluation through megatron-core's pipeline schedules, under one rule for every loss.
 
 The objective returns numerators; the engine divides by the denominator of the global batch, which the data schedule
-knows without communication, and undoes megatron-core's own scaling: its schedule multiplies a micro-batch's loss by
-cp / num_microbatches, and its data parallelism averages gradients over dp * cp ranks.
+knows without communication, and undoes megatron-core's own scaling: its schedule multiplies a micro-batch's losses,
+those of the experts' balance too, by cp / num_microbatches, and its data parallelism averages gradients over dp * cp
+ranks. That mean counts micro-batches without samples, which fill up a round of a pipeline: `empty_undone` takes them
+out of it.
 """
 
 from __future__ import annotations
@@ -52,21 +54,25 @@ class Engine:
         config = model.config
         config.finalize_model_grads_func = finalize_model_grads
         if optimizer is not None:
-            config.grad_scale_func = optimizer.scale_loss
             _overlap(model)
 
-    def step(self, packs: Sequence[Pack], objective: Objective, *, weight: float, stop: bool = False) -> StepResult:
+    def step(
+        self, packs: Sequence[Pack], objective: Objective, *, weight: float, filled: int, stop: bool = False
+    ) -> StepResult:
         """One optimizer step on this data-parallel rank's micro-batches.
 
         Args: packs: this rank's micro-batches; weight: sum of the token weights of the global batch, over all
-        data-parallel ranks; stop: whether this rank was asked to stop after this step.
+        data-parallel ranks; filled: micro-batches with samples, likewise; stop: whether this rank was asked to stop
+        after this step.
         """
         assert self.optimizer is not None, "an engine for inference has no optimizer"
         for chunk in self.model.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        factor = self._factor(objective, weight=weight, micro_batches=len(packs))
+        undone = empty_undone(micro_batches=len(packs), dp_size=self.ranks.dp_size, filled=filled)
+        self.model.config.grad_scale_func = partial(_scaled, self.optimizer, undone)
+        factor = self._factor(objective, weight=weight, filled=filled)
         sums = Sums(objective.metrics, self.ranks)
         sums.add(self._run(packs, objective, factor=factor, forward_only=False))
         # on their way while the optimizer waits for the gradient norm: reading them then costs nothing
@@ -90,13 +96,11 @@ class Engine:
                 sums.add(self._run(packs, objective, factor=1.0, forward_only=True))
         return sums.reduce().read()[0]
 
-    def _factor(self, objective: Objective, *, weight: float, micro_batches: int) -> float:
-        """What a numerator is multiplied with, so that the gradient is that of sum(numerators) / denominator."""
+    def _factor(self, objective: Objective, *, weight: float, filled: int) -> float:
+        """What a numerator is multiplied with, so that their mean over filled micro-batches is their sum / weight."""
         if objective.norm is Norm.MICRO_BATCH:
             return 1.0
-        if weight <= 0:
-            return 0.0
-        return micro_batches * self.ranks.dp_size / weight
+        return filled / weight if weight > 0 else 0.0
 
     def _run(
         self, packs: Sequence[Pack], objective: Objective, *, factor: float, forward_only: bool
@@ -164,6 +168,17 @@ class Engine:
         if objective.norm is Norm.MICRO_BATCH:
             scale = 1.0 / terms.weight.clamp(min=1e-20)
         return terms.numerator * scale, terms.metrics
+
+
+def empty_undone(*, micro_batches: int, dp_size: int, filled: int) -> float:
+    """What turns the mean over all micro-batches, `micro_batches` on each of `dp_size` ranks, into the mean over the
+    `filled` ones: those without samples add nothing to its sum."""
+    return micro_batches * dp_size / filled
+
+
+def _scaled(optimizer: Optimizer, factor: float, loss: Tensor) -> Tensor:
+    """What megatron-core multiplies each loss with before it goes backward."""
+    return optimizer.scale_loss(loss) * factor
 
 
 def _overlap(model: Model) -> None:

@@ -132,7 +132,9 @@ class Loop:
             self.where.at("waiting for data", progress.step + 1)
             batch = next(steps)
             self.where.at("training", progress.step + 1)
-            result = self.engine.step(batch.packs, self.objective, weight=batch.weight, stop=self.stop.requested)
+            result = self.engine.step(
+                batch.packs, self.objective, weight=batch.weight, filled=batch.filled, stop=self.stop.requested
+            )
             _check_finite(result, step=progress.step + 1, batch=batch)
             seconds = time.perf_counter() - started
             progress = Progress(

@@ -12,7 +12,7 @@ import numpy as np
 
 from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.pack import Pack, collate, row_length_of
-from megabatch.trainer.data.schedule import Cursor, Schedule, cost, deal
+from megabatch.trainer.data.schedule import PLAIN, Cursor, Interleaving, Schedule, cost, deal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +22,8 @@ class Share:
     dp_rank: int = 0
     dp_size: int = 1
     micro_batch_size: int = 1
-    microbatch_multiple: int = 1
-    """Micro-batches of a step are a multiple of it; the pipeline's size with interleaving."""
+    interleaving: Interleaving = PLAIN
+    """What the pipeline asks of the number of micro-batches of a step."""
     row_multiple: int = 1
     """Rows are padded to a multiple of it, see `pack.collate`."""
     sequence_multiple: int = 1
@@ -42,6 +42,8 @@ class Step:
     """This rank's micro-batches; ranks of one model replica draw the same."""
     weight: float
     """Sum of all loss weights of the global batch: the same on every rank, with no reduction."""
+    filled: int
+    """Micro-batches of the global batch that hold samples, on all data-parallel ranks; at least 1."""
     tokens: int
     """Tokens of the global batch, without padding."""
     samples: int
@@ -100,7 +102,7 @@ class Batches:
             np.array(costs),
             dp_size=share.dp_size,
             micro_batch_size=share.micro_batch_size,
-            multiple=share.microbatch_multiple,
+            interleaving=share.interleaving,
         )
         everyone = np.concatenate(members)
         first = share.dp_rank - share.dp_rank % share.equal_rows
@@ -112,6 +114,7 @@ class Batches:
                 for places, length in zip(dealt[share.dp_rank], lengths, strict=True)
             ],
             weight=float(self._data.sums[everyone].sum()),
+            filled=sum(bool(places) for rank in dealt for places in rank),
             tokens=int(self._data.lengths[everyone].sum()),
             samples=len(everyone),
             cursor=cursor,

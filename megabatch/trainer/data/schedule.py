@@ -155,17 +155,39 @@ def cost(lengths: np.ndarray, *, hidden_size: int) -> float:
     return float((tokens + tokens**2 / (12 * hidden_size)).sum())
 
 
-def deal(costs: np.ndarray, *, dp_size: int, micro_batch_size: int, multiple: int = 1) -> list[list[list[int]]]:
+@dataclass(frozen=True, slots=True)
+class Interleaving:
+    """What an interleaved pipeline asks of the number of micro-batches; the default asks for one at least."""
+
+    stages: int = 1
+    """Pipeline ranks."""
+    group: int = 1
+    """Micro-batches that go through a chunk of layers one behind the other, `stages` or more."""
+
+    def rounds(self, needed: int) -> int:
+        """Least number of micro-batches, `needed` or more, that megatron-core's interleaved schedule takes.
+
+        That is a whole group at least, and behind whole groups nothing or one micro-batch for each stage.
+        """
+        count = max(needed, self.group)
+        rest = count % self.group
+        return count if rest == 0 else count + max(self.stages - rest, 0)
+
+
+PLAIN = Interleaving()
+
+
+def deal(
+    costs: np.ndarray, *, dp_size: int, micro_batch_size: int, interleaving: Interleaving = PLAIN
+) -> list[list[list[int]]]:
     """Deals a global batch: [data-parallel rank][micro-batch] → positions in `costs`.
 
-    Every rank gets equally many micro-batches, a multiple of `multiple` (interleaved pipelines need one of the
-    pipeline's size), each of `micro_batch_size` positions; where the batch is too small for that, some hold fewer or
-    none. Costs are balanced between ranks over the step, and between the ranks' n-th micro-batches, which
-    expert-parallel ranks compute in lock step; the costliest come first, so a lack of memory shows at once.
+    Every rank gets equally many micro-batches, as many as `interleaving` takes, each of `micro_batch_size` positions;
+    where the batch is too small for that, some hold fewer or none. Costs are balanced between ranks over the step, and
+    between the ranks' n-th micro-batches, which expert-parallel ranks compute in lock step; the costliest come first,
+    so a lack of memory shows at once.
     """
-    per_round = dp_size * micro_batch_size
-    rounds = -(-len(costs) // per_round)
-    rounds = max(-(-rounds // multiple), 1) * multiple
+    rounds = interleaving.rounds(-(-len(costs) // (dp_size * micro_batch_size)))
     micro_batches = _balanced(costs, groups=rounds * dp_size, size=micro_batch_size)
     totals = [float(costs[group].sum()) for group in micro_batches]
     by_cost = sorted(range(len(micro_batches)), key=lambda index: (-totals[index], index))

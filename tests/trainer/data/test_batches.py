@@ -14,7 +14,7 @@ from megabatch.trainer.data.batches import Ahead, Batches, Maker, Share, Step, m
 from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.data.samples import Encoding
-from megabatch.trainer.data.schedule import Cursor, Schedule
+from megabatch.trainer.data.schedule import Cursor, Interleaving, Schedule
 from megabatch.trainer.data.sources import resolve
 
 
@@ -62,6 +62,7 @@ def test_the_global_batch_is_the_same_for_every_split(cache: TokenCache, packing
                 assert (part.weight, part.tokens, part.samples, part.cursor) == (
                     expected.weight, expected.tokens, expected.samples, expected.cursor)  # fmt: skip
                 assert part.weight == total
+                assert part.filled == sum(len(part.packs) for part in parts)
                 assert len(part.packs) == 8 // (share.get("dp_size", 1) * share.get("micro_batch_size", 1))
                 assert all(len(pack.ids_T) % share.get("row_multiple", 1) == 0 for pack in part.packs)
 
@@ -74,19 +75,22 @@ def test_resuming_at_another_size_draws_the_batches_that_would_have_come(cache: 
         assert drawn == sorted(lines_of(whole[4 + number].packs))
 
 
-@pytest.mark.parametrize(("dp", "micro", "multiple"), [(1, 1, 1), (2, 2, 1), (3, 2, 2)])
+@pytest.mark.parametrize(("dp", "micro", "stages"), [(1, 1, 1), (2, 2, 1), (3, 2, 2)])
 @pytest.mark.parametrize("packing", [None, 64])
 def test_evaluation_covers_every_sample_once(
-    cache: TokenCache, dp: int, micro: int, multiple: int, packing: int | None
+    cache: TokenCache, dp: int, micro: int, stages: int, packing: int | None
 ) -> None:
     schedule = Schedule(cache.lengths, global_batch_size=12, packing_length=packing)
-    shares = [Share(dp_rank=r, dp_size=dp, micro_batch_size=micro, microbatch_multiple=multiple) for r in range(dp)]
+    split: dict[str, Any] = {"dp_size": dp, "micro_batch_size": micro, "interleaving": Interleaving(stages, stages)}
+    shares = [Share(dp_rank=rank, **split) for rank in range(dp)]
     ranks = [list(Batches(cache, schedule, share=share).evaluate()) for share in shares]
     everything = [line for rank in ranks for step in rank for line in lines_of(step.packs)]
     assert sorted(everything) == sorted(cache.origins[:, 1].tolist())
     for parts in zip(*ranks, strict=True):
         assert len({len(part.packs) for part in parts}) == 1
-        assert len(parts[0].packs) % multiple == 0
+        assert len(parts[0].packs) % stages == 0
+        filled = sum(pack.sequences > 0 for part in parts for pack in part.packs)
+        assert {part.filled for part in parts} == {filled}
     assert sum(step.weight for step in ranks[0]) == cache.sums.sum()
     assert sum(step.samples for step in ranks[0]) == 50
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabatch.errors import DataError
-from megabatch.trainer.data.schedule import Cursor, Schedule, cost, deal
+from megabatch.trainer.data.schedule import Cursor, Interleaving, Schedule, cost, deal
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 50)
 
@@ -171,19 +171,41 @@ def test_evaluation_holds_every_item_once() -> None:
     costs=st.lists(st.floats(1, 1000), min_size=0, max_size=70),
     dp=st.integers(1, 5),
     micro=st.integers(1, 4),
-    multiple=st.integers(1, 3),
+    stages=st.integers(1, 3),
+    longer=st.integers(0, 3),
 )
 @settings(max_examples=200, deadline=None)
-def test_every_position_is_dealt_once_in_equal_counts(costs: list[float], dp: int, micro: int, multiple: int) -> None:
-    dealt = deal(np.array(costs), dp_size=dp, micro_batch_size=micro, multiple=multiple)
+def test_every_position_is_dealt_once_in_equal_counts(
+    costs: list[float], dp: int, micro: int, stages: int, longer: int
+) -> None:
+    interleaving = Interleaving(stages, stages + longer)
+    dealt = deal(np.array(costs), dp_size=dp, micro_batch_size=micro, interleaving=interleaving)
     assert sorted(place for rank in dealt for row in rank for place in row) == list(range(len(costs)))
     assert len(dealt) == dp
     assert len({len(rank) for rank in dealt}) == 1
-    assert len(dealt[0]) % multiple == 0
-    assert len(dealt[0]) >= 1
+    assert len(dealt[0]) == interleaving.rounds(-(-len(costs) // (dp * micro))) >= 1
     assert max(len(row) for rank in dealt for row in rank) <= micro
-    if len(costs) and len(costs) % (dp * micro * multiple) == 0:
-        assert len(dealt[0]) == len(costs) // (dp * micro)
+
+
+@pytest.mark.parametrize(
+    ("stages", "group", "needed", "rounds"),
+    [(1, 1, 0, 1), (1, 1, 5, 5), (2, 2, 1, 2), (2, 2, 5, 6), (2, 3, 5, 5), (2, 3, 4, 5), (2, 3, 1, 3), (3, 4, 7, 7),
+     (3, 4, 8, 8), (3, 4, 9, 11), (2, 6, 1, 6)],
+)  # fmt: skip
+def test_micro_batches_of_an_interleaved_pipeline_by_hand(stages: int, group: int, needed: int, rounds: int) -> None:
+    """(3, 4): 9 leave one micro-batch behind two groups of four, and three stages want three: 11."""
+    assert Interleaving(stages, group).rounds(needed) == rounds
+
+
+@given(stages=st.integers(1, 5), longer=st.integers(0, 5), needed=st.integers(0, 60))
+@settings(max_examples=200, deadline=None)
+def test_no_smaller_number_of_micro_batches_would_do(stages: int, longer: int, needed: int) -> None:
+    group = stages + longer
+
+    def is_taken(count: int) -> bool:  # both conditions as megatron-core's schedule raises on them
+        return group <= count and not 0 < count % group < stages
+
+    assert Interleaving(stages, group).rounds(needed) == next(n for n in range(needed, 200) if is_taken(n))
 
 
 def test_ranks_are_balanced() -> None:
