@@ -149,7 +149,7 @@ class Loop:
 
     def _log(self, progress: Progress, batch: Step, result: StepResult, *, seconds: float) -> None:
         extra: dict[str, float] = {}
-        if self.recipe.logging.log_params_norm and progress.step % self.recipe.logging.log_interval == 0:
+        if self.recipe.logging.log_params_norm and self.metrics.is_logged(progress.step):
             extra["params_norm"] = self.checkpoints.parameters_norm(self.engine)
         record = StepRecord(
             step=progress.step,

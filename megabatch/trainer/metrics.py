@@ -107,12 +107,16 @@ class Metrics:
         if record.step % self.settings.tensorboard_log_interval == 0:
             with self._explained(self._board.log_dir):
                 self._to_board(values, record.step)
-        if self._bar.disable and (record.step % self.settings.log_interval == 0 or record.step == self.train_iters):
+        if self._bar.disable and self.is_logged(record.step):
             logger.info("%s", self._line(values))
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_s']:.0f} tokens/s", refresh=False)
         self._last = values
         self.heartbeat("running", force=len(self.recent) == 1)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step has a line in the log: every `log_interval`-th and the last; the same on every rank."""
+        return step % self.settings.log_interval == 0 or step == self.train_iters
 
     def log_evaluation(self, step: int, loss: Ratio, seconds: float) -> None:
         """One evaluation of the validation data."""
