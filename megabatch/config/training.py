@@ -64,4 +64,5 @@ class Training:
     manual_gc_interval: int = param(0, speed_only=True, at_least=0)
     """Steps between collections when `manual_gc` is on; 0 collects only at evaluations and saves."""
     megatron_extra_kwargs: Mapping[str, Any] | None = param(None, aliases=("extra_megatron_kwargs",))
-    """Further fields of megatron-core's TransformerConfig, by name; on the command line as a JSON object."""
+    """Further fields of megatron-core's TransformerConfig, by name, that no parameter and not the model sets; on the
+    command line as a JSON object."""

@@ -33,24 +33,28 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
     """
     if reason := family_named(shape.model_type).untrainable(shape):
         raise ConfigError(f"{shape.architecture or shape.model_type} cannot be trained: {reason}")
-    impl = transformer_impl(recipe.kernels.transformer_impl, shape)
-    values = {
-        **_model(shape, recipe),
-        **_moe(shape, recipe, has_te=impl == "transformer_engine"),
-        **_parallel(recipe, virtual_size),
-        **_recompute(recipe),
-        **_kernels(recipe, has_te=impl == "transformer_engine"),
-        "transformer_impl": impl,
-        **_extra(recipe.training.megatron_extra_kwargs),
-    }
+    values = own_values(recipe, shape, virtual_size=virtual_size)
     try:
-        config = TransformerConfig(**values)
+        config = TransformerConfig(**values, **_extra(recipe.training.megatron_extra_kwargs))
     except (ValueError, AssertionError) as e:
         raise ConfigError(f"megatron-core refuses this model and layout: {e}") from e
     # megatron-core refuses this for dispatchers that exchange whole rows (0.16-0.19), whose rows `Share.equal_rows`
     # makes equal; to pipeline stages they are of various lengths all the same
     config.variable_seq_lengths = recipe.parallel.pipeline_model_parallel_size > 1
     return config
+
+
+def own_values(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -> dict[str, Any]:
+    """Every field that megabatch sets, none of which `megatron_extra_kwargs` may name (`config.rules.extra`)."""
+    impl = transformer_impl(recipe.kernels.transformer_impl, shape)
+    return {
+        **_model(shape, recipe),
+        **_moe(shape, recipe, has_te=impl == "transformer_engine"),
+        **_parallel(recipe, virtual_size),
+        **_recompute(recipe),
+        **_kernels(recipe, has_te=impl == "transformer_engine"),
+        "transformer_impl": impl,
+    }
 
 
 def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:

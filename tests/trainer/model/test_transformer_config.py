@@ -1,0 +1,45 @@
+"""What the trainer sets itself is refused among `megatron_extra_kwargs` before a run is queued."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
+from runs import recipe, write_run
+
+from megabatch.config.rules import extra
+from megabatch.config.run import RunConfig
+from megabatch.trainer.model.transformer_config import own_values, transformer_config
+
+GROUPS: list[dict[str, dict[str, Any]]] = [
+    {"recompute": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+    {
+        "parallel": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+        "recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        "resources": {"tasks_per_node": 2},
+    },
+]
+
+
+def _run(folder: Path, **groups: dict[str, Any]) -> RunConfig:
+    return RunConfig.load(write_run(recipe(folder, **groups), folder / "run") / "run.json")
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_every_field_that_the_trainer_sets_has_an_owner(groups: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    run = _run(tmp_path, **groups)
+    values = own_values(run.recipe, run.shape, virtual_size=2)
+    assert [name for name in values if extra.owner_of(name) is None] == []
+
+
+def test_every_owned_field_is_one_of_megatron_core() -> None:
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert known >= {*extra._UNDER_OTHER_NAMES, *extra._OF_THE_MODEL, *extra._OF_THE_TRAINER}
+
+
+def test_what_nobody_sets_reaches_megatron_core(tmp_path: Path) -> None:
+    run = _run(tmp_path, training={"megatron_extra_kwargs": {"barrier_with_L1_time": False}})
+    assert transformer_config(run.recipe, run.shape, virtual_size=None).barrier_with_L1_time is False
