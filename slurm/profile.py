@@ -6,7 +6,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -36,6 +36,22 @@ class Container:
     """Interpreter inside the image."""
     options: tuple[str, ...] = ()
     """Further arguments of `apptainer exec` (`--cleanenv`), or further Pyxis flags (`--container-mount-home`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparePartition:
+    """Where `megabatch prepare --submit` tokenises: a partition of nodes without GPUs."""
+
+    partition: str
+    """`--partition`."""
+    account: str | None = None
+    """`--account`; None is the profile's."""
+    qos: str | None = None
+    """`--qos`; like all below, the profile's own one belongs to its other partition and does not count."""
+    constraint: str | None = None
+    """`--constraint`."""
+    time: str | None = None
+    """The longest limit that this partition gives."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +103,19 @@ class ClusterProfile:
     depends on."""
     srun: tuple[str, ...] = ()
     """Further arguments of srun."""
+    prepare: PreparePartition | None = None
+    """Where `megabatch prepare --submit` tokenises; None is this partition, without GPUs."""
+
+    def of_preparation(self) -> ClusterProfile:
+        """The profile of a job that tokenises, with what belongs to the partition of the GPUs left out."""
+        other = self.prepare
+        if other is None:
+            options = {name: value for name, value in self.sbatch.items() if "gpu" not in name}
+            return replace(self, sbatch=options)
+        return replace(
+            self, partition=other.partition, account=other.account or self.account, qos=other.qos,
+            constraint=other.constraint, reservation=None, exclude=None, time=other.time, sbatch={}, srun=(),
+        )  # fmt: skip
 
 
 def profile_path(cluster: str) -> Path:
@@ -133,7 +162,7 @@ def _text(path: Path) -> str:
         return file.read()
 
 
-def _build(cls: type, table: Mapping[str, Any], *, place: str, faults: list[Fault]) -> Any:
+def _build(cls: Any, table: Mapping[str, Any], *, place: str, faults: list[Fault]) -> Any:
     """An instance of the dataclass `cls` from a TOML table; every fault is collected, and then the result is None."""
     hints = get_type_hints(cls)
     before = len(faults)
@@ -143,7 +172,8 @@ def _build(cls: type, table: Mapping[str, Any], *, place: str, faults: list[Faul
             faults.append(_unknown(f"{place}.{key}", key, known=list(hints)))
         else:
             values[key] = _convert(hints[key], value, place=f"{place}.{key}", faults=faults)
-    missing = [f.name for f in fields(cls) if f.name not in values and f.name == "image"]
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in table]
     faults += [Fault(f"{place}.{name}", None, "is required", bare=True) for name in missing]
     return None if len(faults) > before else cls(**values)
 
@@ -158,11 +188,12 @@ def _convert(hint: Any, value: Any, *, place: str, faults: list[Fault]) -> Any:
     if origin is tuple:
         strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
         return tuple(_expect(strings, value, place, "must be a list of strings", faults) or ())
-    if kind is Container:
+    if is_dataclass(kind):
+        needed = next(f.name for f in fields(kind) if f.default is MISSING)
         return (
-            _build(Container, value, place=place, faults=faults)
+            _build(kind, value, place=place, faults=faults)
             if isinstance(value, dict)
-            else _expect(False, value, place, "must be a table with at least `image`", faults)
+            else _expect(False, value, place, f"must be a table with at least `{needed}`", faults)
         )
     if origin is not None:
         return _mapping(kind, value, place=place, faults=faults)

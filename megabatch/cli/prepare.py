@@ -1,4 +1,4 @@
-"""`megabatch prepare RECIPE.py [flags]`: tokenises a recipe's data now, for the run to find."""
+"""`megabatch prepare RECIPE.py [--submit] [flags]`: tokenises a recipe's data before the run, for the run to find."""
 
 from __future__ import annotations
 
@@ -11,39 +11,90 @@ from dataclasses import replace
 from pathlib import Path
 
 from megabatch.cli.plan import load_recipe
-from megabatch.config.flags import parse
+from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.entry.declared import as_declared
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.preflight import missing_inputs
 from megabatch.errors import ConfigError, Fault
-from megabatch.run_directory import RunDirectory
+from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.environment import job_variables
 
 CACHE = "MEGABATCH_CACHE"
 
 
 def prepare_recipe(path: Path, flags: Sequence[str]) -> int:
-    """Exit code of the process that tokenises. Raises: ConfigError for a recipe with faults, or no shared cache."""
+    """Exit code of the process that tokenises, or of the submission of a job that does.
+
+    Raises: ConfigError for a recipe with faults, or no shared cache.
+    """
     recipe = as_declared(load_recipe(path), path)
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"{path} declares a chain; prepare the recipe file of one of its training steps")
     actions, chosen = parse(list(flags), recipe)
-    if started := [name for name in ("submit", "local", "dry_run", "sweep") if getattr(actions, name)]:
-        rule = "is not for preparing, which tokenises here; leave it out. A chain's Command runs it as a job"
-        raise ConfigError([Fault(f"--{started[0]}", None, rule, bare=True)])
-    launch = prepare(chosen, replace(actions, local=True), recipe_file=path.absolute())
+    _require_meant(actions)
+    file = path.absolute()
+    launch = prepare(chosen, replace(actions, local=True), recipe_file=file)
     if faults := launch.faults() + missing_inputs(chosen, launch.model):
         raise ConfigError(faults)
+    cache = _cache_folder(launch)
+    if actions.submit or actions.dry_run:
+        return _as_job(recipe, chosen, actions, flags, file=file, cache=cache)
     with tempfile.TemporaryDirectory(prefix="megabatch-prepare-") as folder:
-        return _tokenise(replace(launch, directory=RunDirectory(Path(folder))))
+        return _tokenise(replace(launch, directory=RunDirectory(Path(folder))), cache=cache)
 
 
-def _tokenise(launch: Launch) -> int:
+def _require_meant(actions: Actions) -> None:
+    given = [name for name in ("local", "sweep", "chain", "max_parallel", "keep_all", "gpu") if getattr(actions, name)]
+    if not (actions.submit or actions.dry_run) and actions.run_dir:
+        given.append("run_dir")
+    rule = "is not for preparing, which tokenises here, or as a job with --submit; leave it out"
+    faults = [Fault(f"--{name}", None, rule, bare=True) for name in given]
+    if actions.submit and actions.dry_run:
+        faults.append(Fault("--submit and --dry_run", None, "exclude each other; give one of them", bare=True))
+    if faults:
+        raise ConfigError(faults)
+
+
+def _as_job(recipe: Recipe, chosen: Recipe, actions: Actions, flags: Sequence[str], *, file: Path, cache: str) -> int:
+    from megabatch.entry.command import queue, start
+    from megabatch.entry.mounts import unmounted
+    from megabatch.entry.preparation import preparation
+    from megabatch.entry.startable import unplaceable
+    from megabatch.slurm.render import render
+
+    def prepared() -> Launch:
+        launch = preparation(recipe, chosen, actions, recipe_file=file, cache=cache)
+        place = unplaceable(launch.directory.path, recipe_file=file, local=False)
+        if faults := [*place, *unmounted(launch), *_hidden(launch, cache)]:
+            raise ConfigError(faults)
+        return launch
+
+    if actions.submit:
+        return start(queue, prepared, flags)
+    launch = prepared()
+    print(f"tokenises for {chosen.name} into {cache}, in {launch.directory.path}", file=sys.stderr, flush=True)
+    sys.stdout.write(render(launch.job, launch.profile))
+    return ExitCode.DONE
+
+
+def _hidden(launch: Launch, cache: str) -> list[Fault]:
+    """Whether a container would write the tokens where nobody finds them."""
+    from megabatch.slurm.container import mounted
+
+    folder = Path(os.path.realpath(cache))
+    shown = (Path(os.path.realpath(path)) for path in mounted(launch.job, launch.profile))
+    if any(folder.is_relative_to(path) for path in shown):
+        return []
+    rule = f"is not mounted in the container; add {cache!r} to container.mounts of the profile"
+    return [Fault(CACHE, cache, rule)]
+
+
+def _tokenise(launch: Launch, *, cache: str) -> int:
     directory = launch.directory
     directory.run_json.write_text(launch.run_json(provenance={}), encoding="utf-8")
     command = [sys.executable, "-m", "megabatch.trainer.prepare", str(directory.run_json)]
-    return subprocess.run(command, env={**os.environ, CACHE: _cache_folder(launch)}, check=False).returncode
+    return subprocess.run(command, env={**os.environ, CACHE: cache}, check=False).returncode
 
 
 def _cache_folder(launch: Launch) -> str:
@@ -55,4 +106,4 @@ def _cache_folder(launch: Launch) -> str:
             f"the run would not find the cache: set {CACHE}, here and where the run is submitted, or shared_cache in "
             "the cluster profile that --cluster names"
         )
-    return found
+    return str(Path(found).expanduser().absolute())

@@ -62,11 +62,11 @@ def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) 
         return _in_links(prepare(chosen, actions, recipe_file=recipe_file.absolute()), actions)
 
     if actions.submit or actions.local:
-        return _start(_submit if actions.submit else _local, prepared, arguments)
+        return start(_submit if actions.submit else _local, prepared, arguments)
     return _show(prepared(), dry_run=actions.dry_run, file=recipe_file.name)
 
 
-def _start(
+def start(
     how: Callable[[Launch, Sequence[str]], int], prepared: Callable[[], Launch], arguments: Sequence[str]
 ) -> int:
     """In a folder with the next number where another launcher was quicker to take this one."""
@@ -136,10 +136,15 @@ def _require_startable(launch: Launch, *, local: bool = False) -> None:
 
 
 def _submit(launch: Launch, arguments: Sequence[str]) -> int:
+    _require_startable(launch)
+    return queue(launch, arguments)
+
+
+def queue(launch: Launch, arguments: Sequence[str]) -> int:
+    """Submits what may start, and says how it is watched. Raises: LaunchError, ConfigError."""
     from megabatch.slurm.chain import forbids_requeue
     from megabatch.slurm.render import render
 
-    _require_startable(launch)
     script = render(launch.job, launch.profile)
     with written(launch, arguments) as directory:
         _require_idle(directory)
@@ -154,7 +159,8 @@ def _submit(launch: Launch, arguments: Sequence[str]) -> int:
         )[name]
     folder = shlex.quote(str(directory.path))
     named = f"job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}"
-    print(f"submitted {named}: {name}, {launch.job.world_size} ranks, in {directory.path}")
+    size = f"{launch.job.world_size} rank{'s' if launch.job.world_size > 1 else ''}"
+    print(f"submitted {named}: {name}, {size}, in {directory.path}")
     if launch.job.requeue and forbids_requeue(jobs[0]):
         print(
             f"  note: this cluster does not let job {jobs[0]} requeue: at its time limit it saves and ends. Submit it"

@@ -183,6 +183,21 @@ def test_on_this_machine_with_the_same_outcome(tmp_path: Path, capsys: pytest.Ca
     assert [step.name for step in recorded_chain(tmp_path / "demo").steps] == [step.name for step in chain.steps]
 
 
+def test_the_example_trains_on_the_tokens_of_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megabatch.entry.declared import loaded
+
+    module = loaded(Path(__file__).parents[2] / "recipes" / "chains" / "prepared_chain.py")
+    monkeypatch.setenv("MEGABATCH_CACHE", str(tmp_path / "cache"))
+    assert run(module.chain, ["--local", "--run_dir", "both"]) == 0, capsys.readouterr()
+    said = (RunDirectory(Path("both/tokens")).rank_log(0, 0)).read_text()
+    [made] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert str(made) in said and "12 steps" in said  # 200 // 16
+    log = RunDirectory(Path("both/train")).rank_log(0, 0).read_text()
+    assert str(made) in log and "tokenising" not in log
+
+
 def test_a_missing_input_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain = chain_of(tmp_path, shell("makes", "true", outputs=["number"]), READS)
     assert command(chain, "--local") == 2

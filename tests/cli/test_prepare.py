@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megabatch import entry
 from megabatch.cli import command
+from megabatch.cli.plan import load_recipe
+from megabatch.run_directory import RunDirectory
+from megabatch.slurm.state import status
+
+from ..slurm.conftest import until
 
 RECIPE = """
 from megabatch import Batch, Data, Model, Parallel, Recipe, Resources, Training
@@ -59,7 +65,8 @@ def test_it_makes_the_cache_and_says_how_long_the_run_is(
     ("flags", "said"),
     [
         ([], "the run would not find the cache: set MEGABATCH_CACHE"),
-        (["--submit"], "--submit is not for preparing"),
+        (["--local"], "--local is not for preparing"),
+        (["--run_dir", "x"], "--run_dir is not for preparing"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--max_epoch", "3"], "max_epochs"),
     ],
@@ -74,6 +81,117 @@ def test_what_it_refuses(
     monkeypatch.delenv("MEGABATCH_CACHE", raising=False)
     assert command.main(["prepare", str(recipe_file), *flags]) == 2
     assert said in capfd.readouterr().err
+
+
+CPUS = """
+partition = "gpu"
+qos = "high"
+constraint = "h100"
+time = "1:00:00"
+gpu_request = "gres"
+gpu_type = "h100"
+account = "lab"
+
+[sbatch]
+mem-per-gpu = "10G"
+
+[prepare]
+partition = "cpu"
+time = "2:00:00"
+"""
+
+
+def directives(script: str) -> set[str]:
+    return {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
+
+
+def test_its_job_asks_for_one_node_without_gpus(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGABATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "site.toml").write_text(CPUS)
+    recipe_file.write_text(
+        RECIPE.replace("tasks_per_node=1", "nodes=4, mem_gib=900")
+        .replace("_node=0", "_node=8")
+        .replace("size=8", "size=32")
+    )
+    flags = ["--dry_run", "--cluster", "./site.toml", "--dataset_num_proc", "6", "--distributed_backend", "nccl"]
+    assert command.main(["prepare", str(recipe_file), *flags]) == 0
+    said = directives(capfd.readouterr().out)
+    assert said >= {"job-name=small-prepare", "partition=cpu", "account=lab", "nodes=1", "ntasks-per-node=1"}
+    assert said >= {"cpus-per-task=6", "time=2:00:00"}
+    assert not [line for line in said if line.startswith(("gpu", "gres", "mem", "qos", "constraint"))]
+    more = ["--mem_gib", "64", "--time", "10:00", "--cpus_per_task", "3"]
+    assert command.main(["prepare", str(recipe_file), *flags, *more]) == 0
+    said = directives(capfd.readouterr().out)
+    assert said >= {"mem=64G", "time=10:00", "cpus-per-task=3"}
+    (tmp_path / "site.toml").write_text(CPUS.partition("[prepare]")[0])
+    assert command.main(["prepare", str(recipe_file), *flags]) == 0
+    said = directives(capfd.readouterr().out)
+    assert said >= {"partition=gpu", "qos=high", "constraint=h100", "time=1:00:00"}
+    assert not [line for line in said if line.startswith(("gpu", "gres", "mem"))]
+    assert command.main(["prepare", str(recipe_file), *flags, "--nodes", "2"]) == 2
+    assert "--nodes is not for preparing" in capfd.readouterr().err
+    assert not (tmp_path / "megatron_output").exists()
+
+
+def test_a_cache_outside_every_mount_is_refused(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGABATCH_CACHE", "/elsewhere/cache")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "site.toml").write_text('[container]\nimage = "x.sqsh"\n')
+    assert command.main(["prepare", str(recipe_file), "--submit", "--cluster", "./site.toml"]) == 2
+    assert "MEGABATCH_CACHE='/elsewhere/cache' is not mounted in the container" in capfd.readouterr().err
+
+
+@pytest.mark.slurm
+@pytest.mark.usefixtures("slurm")
+def test_a_run_finds_what_the_job_made(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGABATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "site.toml").write_text('partition = "batch"\n\n[prepare]\npartition = "urgent"\n')
+    cluster = ["--cluster", "./site.toml"]
+    assert command.main(["prepare", str(recipe_file), "--submit", *cluster]) == 0
+    assert "1 rank, in " in capfd.readouterr().out
+    [folder] = (tmp_path / "megatron_output" / "small-prepare").glob("v0-*")
+    until(lambda: not status([folder], fresh_s=0)[0].state.active, what="the tokens")
+    for words, part in (([], "completed"), (["--json"], '"state": "completed"')):
+        assert command.main(["status", str(folder), *words]) == 0
+        assert part in capfd.readouterr().out
+    assert "#SBATCH --partition=urgent\n" in (folder / "job.sbatch").read_text()
+    assert command.main(["logs", str(folder)]) == 0
+    said = capfd.readouterr().out
+    [made] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert str(made) in said and "7 steps" in said
+    with pytest.raises(SystemExit) as end:
+        entry.main(load_recipe(recipe_file), ["--submit", *cluster, "--run_dir", "run"])
+    assert not end.value.code
+    until(lambda: not status([Path("run")], fresh_s=0)[0].state.active, what="the run")
+    assert status([Path("run")], fresh_s=0)[0].state.value == "completed"
+    log = RunDirectory(Path("run")).rank_log(0, 0).read_text()
+    assert str(made) in log, log
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [made], "nothing was tokenised again"
+
+
+@pytest.mark.slurm
+@pytest.mark.usefixtures("slurm")
+def test_why_explains_a_job_with_faulty_rows(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGABATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"messages": 5}\n')
+    (tmp_path / "site.toml").write_text('partition = "urgent"\n')
+    flags = ["--submit", "--dataset", "rows.jsonl", "--run_dir", "tokens", "--cluster", "./site.toml"]
+    assert command.main(["prepare", str(recipe_file), *flags]) == 0
+    until(lambda: not status([Path("tokens")], fresh_s=0)[0].state.active, what="its end")
+    capfd.readouterr()
+    assert command.main(["why", "tokens"]) == 0
+    assert "rows.jsonl:1" in capfd.readouterr().out
 
 
 def test_the_command_line_knows_it() -> None:
