@@ -16,6 +16,7 @@ def own_code(job: JobSpec, profile: ClusterProfile) -> list[str]:
 
     Others may write where the archive lies, also between this check and a rank's last import. So a node's first task
     copies it, checks the copy, and unpacks it where this user alone can write; all others, and later jobs, use that.
+    What is missing of it later is put back in place, beneath tasks that run.
     """
     return [
         "own_code=$(cat <<'CODE'",
@@ -40,7 +41,11 @@ def _use(job: JobSpec, profile: ClusterProfile) -> list[str]:
         return [f"{USE}() {{ :; }}"]
     own = "PYTHONPATH" in {**profile.environment, **job.environment}
     rest = "" if profile.container is not None and not own else "${PYTHONPATH:+:$PYTHONPATH}"
-    return _USE.replace("REST", rest).replace("CONFIG", str(int(ExitCode.CONFIG))).splitlines()
+    values = {"REST": rest, "CONFIG": str(int(ExitCode.CONFIG)), "UNUSED_DAYS": str(_UNUSED_DAYS)}
+    text = _USE
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return text.splitlines()
 
 
 _CACHE = """\
@@ -53,20 +58,21 @@ private_cache() {
     fi
 }"""
 
+_UNUSED_DAYS = 30
+"""After which a node forgets code that no task began with; one that still runs keeps its own."""
+
 _USE = """\
 use_code() {
-    local digest found code copy lock locked
+    local digest found code copy lock
     private_cache
     digest=${MEGABATCH_CODE##*/} digest=${digest%.tar} code=$cache/code/${digest:0:16}
     mkdir -p -- "$cache/code" && exec {lock}>"$cache/code/.lock" || return 1
-    locked=
-    if flock "$lock"; then locked=1; fi
+    flock "$lock" || true
+    if [ "${SLURM_LOCALID:-0}" = 0 ]; then forget_code; fi
     # cleaners of temporary folders may have taken some of it
-    if ! read -r found 2>/dev/null <"$code/.files" || [ "$found" != "$(files_of "$code")" ]; then
-        # of tasks that were killed, where no other one can be at it
-        if [ -n "$locked" ]; then rm -rf -- "$cache"/code/.new.*; fi
+    if ! is_whole "$code"; then
         copy=$(mktemp -d -p "$cache/code" .new.XXXXXXXX) || return 1
-        cat -- "$MEGABATCH_CODE" >"$copy/tar" || return CONFIG
+        cat -- "$MEGABATCH_CODE" >"$copy/tar" || { rm -rf -- "$copy"; return CONFIG; }
         read -r found _ < <(sha256sum <"$copy/tar")
         if [ "$found" != "$digest" ]; then
             echo "error: $MEGABATCH_CODE is not the code that was submitted (its SHA-256 is ${found:-unknown}):" \\
@@ -74,13 +80,40 @@ use_code() {
             rm -rf -- "$copy"
             return CONFIG
         fi
-        mkdir "$copy/code" && tar -xf "$copy/tar" -C "$copy/code" --no-same-owner || return 1
-        files_of "$copy/code" >"$copy/code/.files"
-        if [ -e "$code" ]; then mv -T -- "$code" "$copy/old"; fi
-        mv -T -- "$copy/code" "$code" || return 1
+        unpack_code || { rm -rf -- "$copy"; return 1; }
         rm -rf -- "$copy"
     fi
+    # a task's for as long as it runs; systemd-tmpfiles leaves alone what is locked, too
+    exec {code_in_use}<"$code" && flock -s "$code_in_use" || true
     exec {lock}>&-
     export PYTHONPATH="$codeREST"
 }
-files_of() { find "$1" -name __pycache__ -prune -o -type f ! -name .files -print | wc -l; }"""
+is_whole() {
+    local file files
+    mapfile -d '' files 2>/dev/null <"$1/.files" || return 1
+    for file in "${files[@]}"; do [ -f "$1/$file" ] || return 1; done
+    [ "${#files[@]}" -gt 0 ]
+}
+# tasks of other jobs may be reading: no file of theirs goes away, and what is missing appears whole
+unpack_code() {
+    local file files
+    mkdir "$copy/code" && tar -xf "$copy/tar" -C "$copy/code" --no-same-owner || return 1
+    (cd "$copy/code" && find . -type f -print0) >"$copy/files" && mv -- "$copy/files" "$copy/code/.files" || return 1
+    if [ ! -d "$code" ] || [ -L "$code" ]; then rm -f -- "$code"; fi
+    if mv -T -- "$copy/code" "$code" 2>/dev/null; then return 0; fi
+    mapfile -d '' files <"$copy/code/.files"
+    for file in "${files[@]}" .files; do
+        if ! cmp -s -- "$copy/code/$file" "$code/$file"; then
+            mkdir -p -- "$(dirname -- "$code/$file")" && mv -fT -- "$copy/code/$file" "$code/$file" || return 1
+        fi
+    done
+}
+# what killed tasks left, and what nobody uses any more
+forget_code() {
+    local old
+    touch -c -- "$code/.files" || true
+    find "$cache/code" -mindepth 1 -maxdepth 1 -name '.new.*' -mmin +1440 -exec rm -rf -- {} + || true
+    while IFS= read -rd '' old; do
+        flock -nx "${old%/.files}" rm -rf -- "${old%/.files}" || true
+    done < <(find "$cache/code" -mindepth 2 -maxdepth 2 -name .files -mtime +UNUSED_DAYS -print0)
+}"""

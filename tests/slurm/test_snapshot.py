@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +167,86 @@ def test_what_cleaners_took_from_a_node_comes_back(stored: Snapshot, tmp_path: P
     stored.path.unlink()
     assert used(stored, tmp_path, show).stdout == "VALUE = 1\n", "a node that has the code reads nothing more"
     assert {path.name for path in code.parent.iterdir()} == {code.name, ".lock"}
+
+
+def unpacked(stored: Snapshot, cache: Path) -> Path:
+    return cache / f"megabatch-{os.getuid()}" / "code" / stored.path.name[:16]
+
+
+def inodes(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_ino for path in [folder, *folder.rglob("*")] if path.name != ".files"}
+
+
+def test_what_is_missing_is_put_back_beneath_tasks_that_run(stored: Snapshot, tmp_path: Path) -> None:
+    """Nothing that is there is moved, replaced or taken away for a moment: every inode stays what it was."""
+    assert used(stored, tmp_path, "use_code").returncode == 0
+    code = unpacked(stored, tmp_path)
+    before = inodes(code)
+    missing = code / "megabatch" / "linked" / "module.py"
+    for damage in (missing.unlink, lambda: shutil.rmtree(missing.parent), (code / ".files").unlink):
+        damage()
+        kept = inodes(code)
+        assert used(stored, tmp_path, "use_code").returncode == 0
+        after = inodes(code)
+        assert after.keys() == before.keys() and {path: after[path] for path in kept} == kept
+        assert missing.read_text() == "VALUE = 1\n"
+    missing.write_text("VALUE = 1")
+    (code / ".files").unlink()
+    assert used(stored, tmp_path, "use_code").returncode == 0
+    assert missing.read_text() == "VALUE = 1\n", "one that was cut is replaced whole"
+
+
+def test_a_task_that_reads_while_others_mend_misses_only_what_was_taken(stored: Snapshot, tmp_path: Path) -> None:
+    """Two jobs at once: one reads every file over and over, one finds the folder incomplete again and again."""
+    assert used(stored, tmp_path, "use_code").returncode == 0
+    code = unpacked(stored, tmp_path)
+    victim = code / "megabatch" / "linked" / "module.py"
+    others = [path for path in code.rglob("*") if path.is_file() and path != victim]
+    assert len(others) >= 2
+    words = " ".join(shlex.quote(str(path)) for path in others)
+    reading = f"use_code; echo on; until [ -e {tmp_path}/end ]; do cat -- {words} >/dev/null || exit 9; done"
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(used, stored, tmp_path, reading)
+        for _ in range(10):
+            victim.unlink()
+            assert used(stored, tmp_path, "use_code").returncode == 0
+            assert victim.exists()
+        (tmp_path / "end").write_text("")
+        done = reader.result()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
+
+
+def aged(path: Path, days: float) -> None:
+    then = time.time() - days * 86_400
+    os.utime(path, (then, then))
+
+
+def test_leftovers_go_after_a_day_and_unused_code_after_a_month(stored: Snapshot, tmp_path: Path) -> None:
+    assert used(stored, tmp_path, "use_code").returncode == 0
+    code = unpacked(stored, tmp_path)
+    for name, days in (("old", 1.1), ("young", 0.9)):
+        (code.parent / f".new.{name}").mkdir()
+        (code.parent / f".new.{name}" / "tar").write_text("")
+        aged(code.parent / f".new.{name}", days)
+    for name, days in (("forgotten", 31.1), ("used", 29.0), ("running", 99.0)):
+        (code.parent / name).mkdir()
+        (code.parent / name / ".files").write_bytes(b"./x\0")
+        aged(code.parent / name / ".files", days)
+    aged(code / ".files", 99.0)
+    running = os.open(code.parent / "running", os.O_RDONLY)
+    fcntl.flock(running, fcntl.LOCK_SH)
+    try:
+        assert used(stored, tmp_path, "SLURM_LOCALID=1 use_code").returncode == 0
+        assert (code.parent / "forgotten").exists(), "one task of a node looks"
+        held = 'use_code; if flock -nx "$PYTHONPATH" true; then exit 9; fi'
+        assert used(stored, tmp_path, held).returncode == 0, "a task holds its code"
+    finally:
+        os.close(running)
+    names = {path.name for path in code.parent.iterdir()}
+    assert names == {code.name, ".lock", ".new.young", "used", "running"}
+    assert time.time() - (code / ".files").stat().st_mtime < 3600
+    assert used(stored, tmp_path, "use_code").returncode == 0
+    assert not (code.parent / "running").exists(), "nor is anything kept once its last task is gone"
 
 
 def test_many_tasks_of_a_node_unpack_it_once(stored: Snapshot, tmp_path: Path) -> None:
