@@ -20,7 +20,7 @@ from megabatch.trainer.data import cache_files
 from megabatch.trainer.data.cache_key import cache_key
 from megabatch.trainer.data.digests import Digests
 from megabatch.trainer.data.files import Origin
-from megabatch.trainer.data.samples import Chunk, Encoding, Sample
+from megabatch.trainer.data.samples import Columns, Encoding, Sample
 from megabatch.trainer.data.sources import Source
 from megabatch.trainer.data.workers import encoded_chunks
 
@@ -69,7 +69,7 @@ class TokenCache:
         """
         digests = Digests(cache_dir)
         path = Path(cache_dir) / cache_key(sources, encoding, seed=seed, shuffle=shuffle, digests=digests)
-        rows = (row for source in sources for row in source.rows(seed=seed, shuffle=shuffle))
+        rows = (row for source in sources for row in source.unparsed(seed=seed, shuffle=shuffle))
         try:
             digests.save()
             if path.exists():
@@ -193,7 +193,7 @@ class TokenCache:
             log.warning("%d rows: %s", count, remark)
 
 
-def _each(chunks: Iterable[Chunk], done: Callable[[], None]) -> Iterator[Chunk]:
+def _each(chunks: Iterable[Columns], done: Callable[[], None]) -> Iterator[Columns]:
     for chunk in chunks:
         yield chunk
         done()

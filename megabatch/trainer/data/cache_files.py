@@ -24,7 +24,7 @@ import numpy as np
 
 from megabatch.errors import DataError
 from megabatch.trainer.data.digests import Digests
-from megabatch.trainer.data.samples import Chunk
+from megabatch.trainer.data.samples import Columns
 
 DTYPES: dict[str, Any] = {
     "ids": np.int32,
@@ -37,7 +37,7 @@ CONTENT = ("ids", "weights", "lengths")
 """The arrays that training computes with."""
 
 
-def write(path: Path, chunks: Iterable[Chunk], *, digests: Digests | None = None) -> None:
+def write(path: Path, chunks: Iterable[Columns], *, digests: Digests | None = None) -> None:
     """Writes a cache of these chunks as the folder `path`, all or nothing; one that appears meanwhile is kept.
 
     Args: `digests` remembers those of the files.
@@ -125,7 +125,7 @@ class _Column:
         return {"size": self._size, "blake2b": self._content.hexdigest()}
 
 
-def _write_columns(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
+def _write_columns(folder: Path, chunks: Iterable[Columns]) -> dict[str, Any]:
     """The arrays; returns the meta data."""
     columns = {name: _Column(folder, name) for name in DTYPES}
     sources: dict[tuple[str, bool], int] = {}
@@ -136,18 +136,14 @@ def _write_columns(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
         for chunk in chunks:
             dropped.update(chunk.dropped)
             remarks.update(chunk.remarks)
-            if not chunk.samples:
+            if not len(chunk.lengths):
                 continue
-            samples += len(chunk.samples)
-            ids = np.concatenate([sample.ids for sample in chunk.samples])
-            max_id = max(max_id, int(ids.max()))
-            columns["ids"].append(ids)
-            columns["weights"].append(np.concatenate([sample.weights for sample in chunk.samples]))
-            columns["lengths"].append([len(sample.ids) for sample in chunk.samples])
-            columns["sums"].append([sample.weights.sum(dtype=np.float64) for sample in chunk.samples])
-            columns["origins"].append(
-                [(sources.setdefault((o.file, o.is_line), len(sources)), o.number) for o in chunk.origins]
-            )
+            samples += len(chunk.lengths)
+            max_id = max(max_id, int(chunk.ids.max()))
+            numbers = np.array([sources.setdefault(file, len(sources)) for file in chunk.files], np.int32)
+            for name in ("ids", "weights", "lengths", "sums"):
+                columns[name].append(getattr(chunk, name))
+            columns["origins"].append(np.stack([numbers[chunk.origins[:, 0]], chunk.origins[:, 1]], axis=1))
         if not samples:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             raise DataError(f"no sample is left of the dataset: {reasons}; raise data.max_length or check the data")

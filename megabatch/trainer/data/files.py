@@ -8,12 +8,12 @@ import difflib
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megabatch.errors import DataError
 from megabatch.trainer.data.compressed import COMPRESSIONS, inner_suffix, is_damage, open_bytes
@@ -40,12 +40,33 @@ class Row:
     fields: dict[str, Any]
 
 
+class Line(NamedTuple):
+    """A row of a JSONL file that is still to be parsed: parsing costs most of reading, and can be done elsewhere."""
+
+    file: str
+    number: int
+    """From 1."""
+    raw: bytes
+
+
 def rows(path: Path) -> Iterator[Row]:
     """Rows of one file, streamed. Raises DataError with file and line for anything unreadable."""
+    return map(parsed, unparsed(path))
+
+
+def unparsed(path: Path) -> Iterator[Row | Line]:
+    """The same, with the lines of JSONL as they stand; each is one for `parsed`."""
     try:
         yield from _READERS[inner_suffix(path)](path)
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
+
+
+def parsed(row: Row | Line) -> Row:
+    """The row. Raises: DataError with file and line for what is not UTF-8, no JSON or no object."""
+    if isinstance(row, Row):
+        return row
+    return _json_row(row.file, row.number, _decoded(row.file, row.number, row.raw))
 
 
 def is_readable(path: Path) -> bool:
@@ -89,27 +110,35 @@ def nearest(path: Path) -> str:
 
 def _lines(path: Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
     """Lines with their number from 1, decoded as UTF-8 (a byte order mark is dropped), `blank` ones only if asked."""
+    for number, raw in _raw_lines(path):
+        line = _decoded(str(path), number, raw)
+        if blank or line.strip():
+            yield number, line
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with open_bytes(path) as file:
             for number, raw in enumerate(file, start=1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if number == 1 and (other := _other_encoding(raw)):
-                    raise _not_utf8(path, other)
-                if blank or line.strip():
-                    yield number, line
-    except UnicodeDecodeError as e:
-        if number == 1 and (other := _other_encoding(raw)):
-            raise _not_utf8(path, other) from e
-        raise DataError(
-            f"{path}:{number}: not UTF-8 (byte 0x{raw[e.start]:02x} at column {e.start + 1}); "
-            f"fix that line or convert the file, e.g. iconv -f latin1 -t utf-8"
-        ) from e
+                yield number, raw
     except (OSError, EOFError, zlib.error) as e:
         if not is_damage(e):
             raise
         raise DataError(
             f"{path}:{number + 1}: the compressed file is damaged or cut short there ({e}); copy or download it again"
+        ) from e
+
+
+def _decoded(file: str, number: int, raw: bytes) -> str:
+    if number == 1 and (other := _other_encoding(raw)):
+        raise DataError(f"{file}: is {other}, not UTF-8; convert the file: iconv -f {other} -t UTF-8")
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"{file}:{number}: not UTF-8 (byte 0x{raw[e.start]:02x} at column {e.start + 1}); "
+            f"fix that line or convert the file, e.g. iconv -f latin1 -t utf-8"
         ) from e
 
 
@@ -125,23 +154,20 @@ def _other_encoding(raw: bytes) -> str | None:
     return "UTF-16LE" if raw[1:4:2] == b"\0\0" else None
 
 
-def _not_utf8(path: Path, encoding: str) -> DataError:
-    return DataError(f"{path}: is {encoding}, not UTF-8; convert the file: iconv -f {encoding} -t UTF-8")
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    yield from _json_rows(path, _lines(path))
-
-
-def _json_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[Line]:
     file = str(path)
-    for number, line in lines:
-        try:
-            fields = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as e:
-            detail = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
-            raise DataError(f"{path}:{number}: not valid JSON ({detail}); fix or delete that line") from e
-        yield Row(Origin(file, number), _object(fields, file, number))
+    for number, raw in _raw_lines(path):
+        if raw[:1] == b"{" or _decoded(file, number, raw).strip():
+            yield Line(file, number, raw)
+
+
+def _json_row(file: str, number: int, line: str) -> Row:
+    try:
+        fields = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as e:
+        detail = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
+        raise DataError(f"{file}:{number}: not valid JSON ({detail}); fix or delete that line") from e
+    return Row(Origin(file, number), _object(fields, file, number))
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -151,7 +177,7 @@ def _json(path: Path) -> Iterator[Row]:
     if first is None or not _is_object(first[1]):
         yield from _json_list(path, "".join(line for _, line in _lines(path, blank=True)))
     else:
-        yield from _json_rows(path, chain([first], lines))
+        yield from (_json_row(str(path), number, line) for number, line in chain([first], lines))
 
 
 def _is_object(line: str) -> bool:
@@ -229,7 +255,7 @@ def _object(fields: Any, file: str, number: int, *, is_line: bool = True) -> dic
 
 
 _TAB = "\t"
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Row] | Iterator[Line]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

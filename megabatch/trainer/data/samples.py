@@ -13,7 +13,7 @@ import numpy as np
 from megabatch.errors import DataError
 from megabatch.trainer.data import tokenizer
 from megabatch.trainer.data.control_tokens import ControlTokens
-from megabatch.trainer.data.files import Origin, Row
+from megabatch.trainer.data.files import Line, Origin, Row, parsed
 from megabatch.trainer.data.fitting import check_column
 from megabatch.trainer.data.formats import Conversation, conversation_of
 from megabatch.trainer.data.templates import Encoded, LossScale, Template, encode_documents
@@ -68,6 +68,45 @@ class Chunk:
     remarks: Counter[str] = field(default_factory=Counter)
     """What the rows have and nobody reads → rows."""
 
+    def columns(self) -> Columns:
+        """The same in a few arrays, which are quick to send and to write."""
+        files = {(o.file, o.is_line): 0 for o in self.origins}
+        for number, file in enumerate(files):
+            files[file] = number
+        lengths: np.ndarray = np.array([len(sample.ids) for sample in self.samples], np.int32)
+        weights: np.ndarray = np.concatenate([np.zeros(0, np.float32), *(sample.weights for sample in self.samples)])
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        return Columns(
+            ids=np.concatenate([np.zeros(0, np.int32), *(sample.ids for sample in self.samples)]),
+            weights=weights,
+            lengths=lengths,
+            sums=np.add.reduceat(weights, starts, dtype=np.float64) if len(starts) else np.zeros(0),
+            origins=np.array([(files[o.file, o.is_line], o.number) for o in self.origins], np.int32).reshape(-1, 2),
+            files=list(files),
+            dropped=self.dropped,
+            remarks=self.remarks,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """A chunk with its samples one after the other."""
+
+    ids: np.ndarray
+    """int32 [tokens]"""
+    weights: np.ndarray
+    """float32 [tokens]"""
+    lengths: np.ndarray
+    """Tokens of each sample, int32 [samples]."""
+    sums: np.ndarray
+    """Sum of the weights of each sample, float64 [samples]."""
+    origins: np.ndarray
+    """Number of its file in `files`, and line or row: int32 [samples, 2]."""
+    files: list[tuple[str, bool]]
+    """File and `is_line` of the origins."""
+    dropped: Counter[str]
+    remarks: Counter[str]
+
 
 class Encoder:
     """Turns rows into samples; loads the tokenizer once."""
@@ -89,8 +128,9 @@ class Encoder:
             else Template(self.tokenizer, name=encoding.template, sanitize_control_tokens=sanitize)
         )
 
-    def encode(self, rows: Sequence[Row]) -> Chunk:
+    def encode(self, unparsed: Sequence[Row | Line]) -> Chunk:
         """Samples of these rows, in order. Raises: DataError with the row's file and line."""
+        rows = list(map(parsed, unparsed))
         chunk = Chunk([], [], Counter())
         for row, encoded in zip(rows, self._tokens(rows, chunk.remarks), strict=True):
             kept = self._limited(encoded, row)

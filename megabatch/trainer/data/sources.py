@@ -21,7 +21,7 @@ import numpy as np
 from megabatch.errors import DataError
 from megabatch.trainer.data import examples, files, hub, names
 from megabatch.trainer.data.digests import Digests
-from megabatch.trainer.data.files import Row
+from megabatch.trainer.data.files import Line, Row
 
 Hub = Literal["hf", "ms"]
 
@@ -43,6 +43,10 @@ class Source:
 
     def rows(self, *, seed: int, shuffle: bool) -> Iterator[Row]:
         """All wanted rows, in the dataset's own order (the schedule shuffles). Raises DataError when empty."""
+        return map(files.parsed, self.unparsed(seed=seed, shuffle=shuffle))
+
+    def unparsed(self, *, seed: int, shuffle: bool) -> Iterator[Row | Line]:
+        """The same, each for `files.parsed`."""
         total = 0
         if self.count is None or self.example:
             for row in self._all():
@@ -70,13 +74,13 @@ class Source:
         digest.update(repr(self.count).encode())
         return digest.hexdigest()
 
-    def _all(self) -> Iterator[Row]:
+    def _all(self) -> Iterator[Row | Line]:
         if self.example:
             yield from examples.rows(self.example, self.count)
         if self.hub:
             yield from hub.rows(self.hub, self.name)
         for path in self.paths:
-            yield from files.rows(path)
+            yield from files.unparsed(path)
 
 
 def resolve(datasets: Sequence[str], *, use_hf: bool = True) -> list[Source]:

@@ -90,7 +90,9 @@ def test_a_tokenising_process_that_dies_is_one_clear_error(
 ) -> None:
     monkeypatch.setattr(workers, "CHUNK_ROWS", 1)
     fatal = [Row(Origin("a.jsonl", number), {"query": Fatal()}) for number in (1, 2)]
-    with pytest.raises(DataError, match=r"a tokenising process died.*lower data\.dataset_num_proc=2"):
+    with pytest.raises(
+        DataError, match=r"a tokenising process died \(exit status 9\).*lower data\.dataset_num_proc=2"
+    ):
         list(workers.encoded_chunks(fatal, Encoding(tokenizer=tokenizer_folder), num_proc=2))
 
 
@@ -206,7 +208,7 @@ def test_a_cache_that_another_job_finishes_first_is_kept(
     before = (folder / "meta.json").stat().st_ino
     (source,) = resolve([str(path)])
     encoder = Encoder(Encoding(tokenizer=tokenizer_folder))
-    cache_files.write(folder, [encoder.encode(list(source.rows(seed=0, shuffle=False)))])
+    cache_files.write(folder, [encoder.encode(list(source.rows(seed=0, shuffle=False))).columns()])
     assert (folder / "meta.json").stat().st_ino == before
     assert caches_in(folder.parent) == [folder.name]
 
