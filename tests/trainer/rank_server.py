@@ -24,6 +24,17 @@ from typing import Any
 
 from megabatch.slurm.ports import free_port_block
 
+_IMPORTED = (
+    "megabatch.trainer.loop",
+    "pytest",
+    "safetensors.torch",
+    "torch.nn.attention.varlen",
+    "torch.utils.serialization.config",
+    "torch.utils.tensorboard",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_python",
+)
+
 
 class RankServer:
     def __init__(self) -> None:
@@ -63,7 +74,7 @@ def _serve(connection: Connection) -> None:
 
     megatron_cpu.adapt()
     # what every run imports, once rather than in each rank of each world
-    for name in ("megabatch.trainer.loop", "torch.utils.tensorboard", "transformers.models.auto.tokenization_auto"):
+    for name in _IMPORTED:
         importlib.import_module(name)
     while True:
         try:
