@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -128,11 +129,13 @@ def train(run_dir: str, stop_after: int | None = None) -> int:
     return int(loop.train(RunConfig.load(Path(run_dir) / "run.json"), stop, Whereabouts(0)))
 
 
-def train_in_buckets(run_dir: str, bucket_size: int) -> int:
+def train_in_buckets(run_dir: str, bucket_size: int, cache: str | None = None) -> int:
     """Trains one rank with so many numbers in a bucket of gradients and parameters: megatron-core's own 40 million
-    make one bucket of a small model."""
+    make one bucket of a small model. Args: cache: a folder of tokens for several runs."""
     from megabatch.trainer import assemble
 
+    if cache is not None:
+        os.environ["MEGABATCH_CACHE"] = cache
     made = assemble.ddp_config
     assemble.ddp_config = lambda **keywords: replace(made(**keywords), bucket_size=bucket_size)
     return train(run_dir)

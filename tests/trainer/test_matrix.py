@@ -47,41 +47,39 @@ class Case:
     groups: dict[str, dict[str, Any]]
 
 
-EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "dp2": (2, {}),
-    "ep2": (2, EP),
-    "tp2": (2, TP),
-    "tp2_ep2": (2, {**TP, **EP}),
-    "tp2_etp2": (2, {**TP, "expert_tensor_parallel_size": 2}),
-    "tp2_pp2": (4, {**TP, **PP}),
-    "tp2_pp2_vpp2": (4, {**TP, **VPP}),
-    "tp2_ep2_dp2": (4, {**TP, **EP}),
-    "tp2_ep4": (4, {**TP, "expert_model_parallel_size": 4}),
-    "ep2_pp2": (4, {**EP, **PP}),
+CAPACITY: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
+    "ep2": (2, ("allgather",), EP),  # alltoall with padded capacities
+    "tp2_ep2": (2, ("allgather",), {**TP, **EP}),  # alltoall with the other ways of balancing
+    "tp2_etp2": (2, DISPATCHERS, {**TP, "expert_tensor_parallel_size": 2}),
+    "tp2_pp2_vpp2": (4, DISPATCHERS, {**TP, **VPP}),
+    "tp2_ep2_dp2": (4, ("allgather",), {**TP, **EP}),
+    "tp2_ep4": (4, ("alltoall",), {**TP, "expert_model_parallel_size": 4}),
+    "ep2_pp2": (4, ("allgather",), {**EP, **PP}),
 }
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+"""Layouts with experts of a capacity: ranks, dispatchers, sizes."""
+RECOMPUTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("alltoall", {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+    "moe": ("allgather", {"recompute_modules": ["moe"]}),
+}
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
-    for overlap, settings in OVERLAPS.items():
-        yield f"dense-dp2-{overlap}", Case("dense", 2, {"parallel": settings})
-        for dispatcher in DISPATCHERS:
-            yield f"losses-ep2-{dispatcher}-{overlap}", _experts("losses", 2, dispatcher, {**EP, **settings})
+    for number, (overlap, settings) in enumerate(OVERLAPS.items()):
+        dispatcher = DISPATCHERS[number % 2]
+        yield f"losses-ep2-{dispatcher}-{overlap}", _experts("losses", 2, dispatcher, {**EP, **settings})
     # two groups of query heads: two ranks share each
     yield "dense-tp4", Case("dense", 4, {"parallel": {"tensor_model_parallel_size": 4}})
-    yield "dense-tp4_sp", Case("dense", 4, {"parallel": {**TP, "tensor_model_parallel_size": 4}})
     yield "losses-tp4_ep2", _experts("losses", 4, "alltoall", {**TP, **EP, "tensor_model_parallel_size": 4})
-    for layout, (world_size, parallel) in EXPERTS.items():
-        for dispatcher in DISPATCHERS:
+    for layout, (world_size, dispatchers, parallel) in CAPACITY.items():
+        for dispatcher in dispatchers:
             yield f"capacity-{layout}-{dispatcher}", _experts("capacity", world_size, dispatcher, parallel)
-    for balancing in ("losses", "position"):
-        yield f"{balancing}-tp2_ep2-alltoall", _experts(balancing, 2, "alltoall", {**TP, **EP})
-    for layout in ("dp2", "ep2"):
-        case = _experts("capacity", 2, "alltoall", EXPERTS[layout][1])
+    yield "position-tp2_ep2-alltoall", _experts("position", 2, "alltoall", {**TP, **EP})
+    for layout, parallel in (("dp2", {}), ("ep2", EP)):
+        case = _experts("capacity", 2, "alltoall", parallel)
         padded = {"moe": {**case.groups["moe"], "moe_pad_expert_input_to_capacity": True}}
         yield f"capacity-{layout}-padded", Case("capacity", 2, {**case.groups, **padded})
-    for name, recompute in (("full", FULL), ("moe", {"recompute_modules": ["moe"]})):
-        yield f"capacity-tp2-recompute_{name}", _experts("capacity", 2, "alltoall", TP, recompute=recompute)
+    for name, (dispatcher, recompute) in RECOMPUTED.items():
+        yield f"capacity-tp2-recompute_{name}", _experts("capacity", 2, dispatcher, TP, recompute=recompute)
 
 
 def _experts(
@@ -102,6 +100,7 @@ def compute(
         "qwen2" if reference == "dense" else "qwen3_moe",
         **groups,
         training={"train_iters": STEPS},
+        batch={"global_batch_size": 4},
         learning_rate={"lr": 0.3, "min_lr": 0.3},
         optimizer={"adam_eps": 1.0, "weight_decay": 0.0, "clip_grad": 0.0},
         checkpoint={"no_save_optim": True},
@@ -109,7 +108,8 @@ def compute(
         resources={"tasks_per_node": world_size},
     )
     run = write_run(made, folder / name)
-    outcomes = ranks.run(train_in_buckets, world_size=world_size, run_dir=str(run), bucket_size=3000)
+    cache = str(folder / "cache")  # of tokens, which are the same for all
+    outcomes = ranks.run(train_in_buckets, world_size=world_size, run_dir=str(run), bucket_size=3000, cache=cache)
     assert set(outcomes) == {0}
     return run
 
