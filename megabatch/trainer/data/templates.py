@@ -12,11 +12,13 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from megabatch.errors import DataError
+from megabatch.trainer.data.aligning import Aligner, Encoded, Text
 from megabatch.trainer.data.control_tokens import ControlTokens, Spelling
 from megabatch.trainer.data.fitting import Fitting
 from megabatch.trainer.data.formats import Conversation, is_text
@@ -35,24 +37,14 @@ LossScale = Literal["default", "last_round", "all"]
 _OWN = {"chatml": CHATML, "plain": PLAIN}
 _ESCAPED = "control tokens in the text, tokenised as plain text (see data.sanitize_control_tokens)"
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 _LEFT_OUT = "the template leaves out what is said beside a call"
 
 
-class Encoded(NamedTuple):
-    """One tokenised sample."""
+class _Said(NamedTuple):
+    """What is encoded of a conversation, and by which of the tokenizers."""
 
-    ids: np.ndarray
-    """int32 [n]"""
-    weights: np.ndarray
-    """float32 [n]"""
-
-
-class _Text(NamedTuple):
-    """A conversation as text for one of the tokenizers, with the weights of its characters."""
-
-    text: str
-    parts: list[tuple[int, int, float]]
-    """(start, stop, weight)"""
+    text: Text
     by_twin: bool
 
 
@@ -76,7 +68,7 @@ class Template:
         self._forms = {kind: _form(tokenizer, source, self._ends, advice) for kind, source in self.sources.items()}
         extra = {token for form in self._forms.values() for token in _turn_tokens(tokenizer, form)}
         self._control = ControlTokens(tokenizer, extra) if sanitize_control_tokens else None
-        self._backend = _backend(tokenizer)
+        self._aligner = Aligner(_backend(tokenizer))
         self._warned = False
 
     @property
@@ -112,16 +104,21 @@ class Template:
             self._text(conversation, place=place, loss_scale=loss_scale, remarks=counted)
             for conversation, place in zip(conversations, places, strict=True)
         ]
-        encodings: dict[int, Any] = {}
+        encoded: dict[int, Encoded] = {}
         for by_twin in (False, True):
             chosen = [index for index, text in enumerate(texts) if text.by_twin == by_twin]
             if chosen:
-                backend = self._control.twin if by_twin and self._control is not None else self._backend
-                made = backend.encode_batch([texts[index].text for index in chosen], add_special_tokens=False)
-                encodings |= zip(chosen, made, strict=True)
-        return [_encoded(encodings[index], text, whole=loss_scale == "all") for index, text in enumerate(texts)]
+                aligner = self._twins_aligner if by_twin else self._aligner
+                made = aligner.encode([texts[index].text for index in chosen], whole=loss_scale == "all")
+                encoded |= zip(chosen, made, strict=True)
+        return [encoded[index] for index in range(len(texts))]
 
-    def _text(self, conversation: Conversation, *, place: str, loss_scale: LossScale, remarks: Counter[str]) -> _Text:
+    @cached_property
+    def _twins_aligner(self) -> Aligner:
+        assert self._control is not None
+        return Aligner(self._control.twin)
+
+    def _text(self, conversation: Conversation, *, place: str, loss_scale: LossScale, remarks: Counter[str]) -> _Said:
         try:
             return self._located(conversation, loss_scale=loss_scale, remarks=remarks)
         except DataError as e:
@@ -131,7 +128,7 @@ class Template:
                 + (f"; check the row, or set data.template to {others}" if others and "data." not in str(e) else "")
             ) from e
 
-    def _located(self, conversation: Conversation, *, loss_scale: LossScale, remarks: Counter[str]) -> _Text:
+    def _located(self, conversation: Conversation, *, loss_scale: LossScale, remarks: Counter[str]) -> _Said:
         """The conversation's text and what is learned of it."""
         has_tools = conversation.columns.get("tools") is not None
         form = self._forms["tool_use" if has_tools and "tool_use" in self._forms else "default"]
@@ -156,7 +153,7 @@ class Template:
         *,
         loss_scale: LossScale,
         remarks: Counter[str],
-    ) -> _Text:
+    ) -> _Said:
         said = _json([fitted, variables])
         mark, inner = _marks(said)
         control = self._control if self._control is not None and self._control.may_be_in(said) else None
@@ -171,11 +168,11 @@ class Template:
         remarks[_LEFT_OUT] += any(m.get("tool_calls") and answer(m) not in rendered.text for m in fitted)
         weights = learned_turns(messages, loss_scale)
         if control is None:
-            return _Text(rendered.text, [(p.start, p.stop, weights[p.turn]) for p in parts], False)
+            return _Said(Text(rendered.text, [(p.start, p.stop, weights[p.turn]) for p in parts]), by_twin=False)
         remarks[_ESCAPED] += control.are_in(said)
         spelling: Spelling = control.spelled(rendered.text, inner)
         placed = [(spelling.at(p.start), spelling.at(p.stop), weights[p.turn]) for p in parts]
-        return _Text(spelling.text, placed, True)
+        return _Said(Text(spelling.text, placed), by_twin=True)
 
     def _warn_of_missing_end(self, rendered: Rendered, parts: Sequence[Part]) -> None:
         if not self._warned and not self._ends.at_end(rendered.text[parts[-1].start : parts[-1].stop]):
@@ -220,33 +217,10 @@ def encode_documents(
     return encoded
 
 
-def _encoded(encoding: Any, text: _Text, *, whole: bool) -> Encoded:
-    ids = np.array(encoding.ids, np.int32)
-    weights: np.ndarray = np.full(len(ids), whole, np.float32)
-    for start, stop, weight in text.parts:
-        if weight != whole:  # else they have it already
-            first, end = _tokens_of(encoding, start, stop, len(text.text))
-            weights[first:end] = weight
-    weights[:1] = 0
-    return Encoded(ids, weights)
-
-
-def _tokens_of(encoding: Any, start: int, stop: int, length: int) -> tuple[int, int]:
-    """The tokens [first, end) that share a character with the characters [start, stop)."""
-    count = len(encoding)
-    first = next((t for at in range(start, stop) if (t := encoding.char_to_token(at)) is not None), None)
-    if first is None:
-        return 0, 0
-    after = next((t for at in range(stop, length) if (t := encoding.char_to_token(at)) is not None), count)
-    while after < count and encoding.token_to_chars(after)[0] < stop:
-        after += 1  # a token that reaches over the border
-    return first, after
-
-
 def _json(value: Any) -> str:
     """All that a conversation says in one string, to search in. Raises: DataError for what is no JSON or no text."""
     try:
-        made = json.dumps(value, ensure_ascii=False)
+        made = _ENCODER.encode(value)
     except (TypeError, ValueError, RecursionError) as e:
         raise DataError(f"it holds what JSON cannot ({e}); drop or convert that field") from e
     if not is_text(made):

@@ -1,0 +1,152 @@
+"""Texts → tokens, with the loss weights of their characters as weights of tokens.
+
+A tokenizer can say which characters each token stands for, and takes a third longer for it. Byte-level tokenizers
+(those of GPT-2, Llama 3, Qwen, DeepSeek, …) lose nothing: their tokens are the text's bytes in order, so that the
+lengths of the tokens say the same.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Encoded(NamedTuple):
+    """One tokenised sample."""
+
+    ids: np.ndarray
+    """int32 [n]"""
+    weights: np.ndarray
+    """float32 [n]"""
+
+
+class Text(NamedTuple):
+    """A text, and the weights of its characters."""
+
+    text: str
+    parts: list[tuple[int, int, float]]
+    """(start, stop, weight)"""
+
+    def sizes(self) -> Iterator[tuple[int, int, float]]:
+        """The parts counted in bytes."""
+        if self.text.isascii():
+            return iter(self.parts)
+        return ((_bytes(self.text[:a]), _bytes(self.text[:a]) + _bytes(self.text[a:b]), w) for a, b, w in self.parts)
+
+
+class Aligner:
+    """Encodes by one tokenizer."""
+
+    def __init__(self, backend: Any) -> None:
+        """`backend`: a `tokenizers.Tokenizer`."""
+        self._backend = backend
+        self._lengths, self._is_nfc = _byte_lengths(backend), backend.normalizer is not None
+
+    def encode(self, texts: Sequence[Text], *, whole: bool) -> list[Encoded]:
+        """Ids without the tokenizer's own additions, and weights: a part's for every token that shares a character
+        with it, else `whole`. Nothing predicts the first token, so its weight is 0."""
+        if self._lengths is None:
+            return self._by_offsets(texts, whole=whole)
+        made = self._by_bytes(texts, self._lengths, whole=whole)
+        return [found or self._by_offsets([text], whole=whole)[0] for found, text in zip(made, texts, strict=True)]
+
+    def _by_bytes(self, texts: Sequence[Text], lengths: np.ndarray, *, whole: bool) -> list[Encoded | None]:
+        """None for a text that is not the bytes of its tokens: one that was normalised."""
+        encodings = self._backend.encode_batch_fast([text.text for text in texts], add_special_tokens=False)
+        listed = [encoding.ids for encoding in encodings]
+        ids = np.fromiter(chain.from_iterable(listed), np.int32)
+        weights: np.ndarray = np.full(len(ids), whole, np.float32)
+        stops = np.cumsum(lengths[ids])  # byte behind each token, of all texts one after the other
+        begins = stops - lengths[ids]
+        found: list[Encoded | None] = []
+        token = byte = 0
+        for text, own in zip(texts, listed, strict=True):
+            after = token + len(own)
+            size = _bytes(text.text)
+            if not own or stops[after - 1] - byte != size or not self._stands(text.text):
+                byte = int(stops[after - 1]) if after else 0
+                found.append(None)
+            else:
+                for start, stop, weight in text.sizes():
+                    if weight != whole and start < stop:
+                        first = token + stops[token:after].searchsorted(byte + start, "right")
+                        end = token + begins[token:after].searchsorted(byte + stop, "left")
+                        weights[first:end] = weight
+                weights[token] = 0
+                byte += size
+                found.append(Encoded(ids[token:after], weights[token:after]))
+            token = after
+        return found
+
+    def _stands(self, text: str) -> bool:
+        """Whether the tokenizer's normaliser leaves a text as it is."""
+        return not self._is_nfc or text.isascii() or unicodedata.is_normalized("NFC", text)
+
+    def _by_offsets(self, texts: Sequence[Text], *, whole: bool) -> list[Encoded]:
+        encodings = self._backend.encode_batch([text.text for text in texts], add_special_tokens=False)
+        return [_by_offsets(encoding, text, whole=whole) for encoding, text in zip(encodings, texts, strict=True)]
+
+
+def _by_offsets(encoding: Any, text: Text, *, whole: bool) -> Encoded:
+    ids = np.array(encoding.ids, np.int32)
+    weights: np.ndarray = np.full(len(ids), whole, np.float32)
+    for start, stop, weight in text.parts:
+        if weight != whole:  # else they have it already
+            first, end = _tokens_of(encoding, start, stop, len(text.text))
+            weights[first:end] = weight
+    weights[:1] = 0
+    return Encoded(ids, weights)
+
+
+def _tokens_of(encoding: Any, start: int, stop: int, length: int) -> tuple[int, int]:
+    """The tokens [first, end) that share a character with the characters [start, stop)."""
+    count = len(encoding)
+    first = next((t for at in range(start, stop) if (t := encoding.char_to_token(at)) is not None), None)
+    if first is None:
+        return 0, 0
+    after = next((t for at in range(stop, length) if (t := encoding.char_to_token(at)) is not None), count)
+    while after < count and encoding.token_to_chars(after)[0] < stop:
+        after += 1  # a token that reaches over the border
+    return first, after
+
+
+def _byte_lengths(backend: Any) -> np.ndarray | None:
+    """Bytes of text that each token stands for, int64 [ids]; None unless the tokens are always the text's bytes."""
+    added = backend.get_added_tokens_decoder()
+    if not _keeps_bytes(backend) or any(token.lstrip or token.rstrip for token in added.values()):
+        return None  # such a token takes the spaces beside it
+    vocabulary: Mapping[str, int] = backend.get_vocab(with_added_tokens=False)
+    lengths: np.ndarray = np.zeros(max(*vocabulary.values(), *added, 0) + 1, np.int64)
+    lengths[list(vocabulary.values())] = list(map(len, vocabulary))  # written with a character for each byte
+    for number, token in added.items():
+        lengths[number] = _bytes(token.content)
+    return lengths
+
+
+def _keeps_bytes(backend: Any) -> bool:
+    model = backend.model
+    if type(model).__name__ != "BPE" or model.unk_token or model.byte_fallback:
+        return False
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
+        return False
+    if backend.normalizer is not None and type(backend.normalizer).__name__ != "NFC":
+        return False
+    if backend.pre_tokenizer is None:
+        return False
+    made = json.loads(backend.pre_tokenizer.__getstate__())
+    steps = made["pretokenizers"] if made["type"] == "Sequence" else [made]
+    levels = [step for step in steps if step["type"] == "ByteLevel"]
+    others_keep = all(
+        step["type"] in ("ByteLevel", "Digits") or (step["type"] == "Split" and step["behavior"] != "Removed")
+        for step in steps
+    )
+    return len(levels) == 1 and not levels[0]["add_prefix_space"] and others_keep
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
