@@ -7,7 +7,6 @@ whereabouts (megabatch/trainer/whereabouts.py) to its log.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +63,8 @@ class Watch:
 
 def suspect(logs: Sequence[Path]) -> tuple[int, str]:
     """The rank to look at first, from the logs of all ranks after they were asked, and what it does."""
+    import subprocess  # scripts, which need the constants alone, are rendered in less time than its import
+
     command = ["awk", "-v", f"world={len(logs)}", SUSPECT, *map(str, logs)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rank, _, why = said.strip().partition(" ")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megabatch.errors import ConfigError, Fault
 from megabatch.secret_text import secret_given, secrets_in_words
-from megabatch.slurm.bash_syntax import setup_faults
 from megabatch.slurm.ownership import is_others_to_write
 from megabatch.slurm.sbatch_options import sbatch_faults
 
@@ -133,6 +131,10 @@ def load_profile(cluster: str) -> ClusterProfile:
     the nearest name), wrong types, secrets, options of sbatch that are not a profile's to set, and `setup` that is not
     bash.
     """
+    import tomllib  # these imports take as long as the profile's reading, and most dry runs name none
+
+    from megabatch.slurm.bash_syntax import setup_faults
+
     path = profile_path(cluster)
     try:
         table = tomllib.loads(_text(path))

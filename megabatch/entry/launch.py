@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -201,6 +200,8 @@ def _writable(directory: RunDirectory, made: list[Path]) -> Iterator[None]:
 def _take_away(directory: RunDirectory, made: list[Path]) -> None:
     """Removes what this launch made; folders that others have filled since stay."""
     if directory.path in made:
+        import shutil
+
         shutil.rmtree(directory.path, ignore_errors=True)
     else:
         for path in (directory.run_json, directory.script):
