@@ -36,7 +36,8 @@ def _modules_outside_trainer() -> list[str]:
     return sorted(
         name
         for name in names
-        if not name.startswith("megabatch.trainer") or name in {f"megabatch.trainer.data.{one}" for one in light}
+        if not name.startswith("megabatch.trainer")
+        or name in {"megabatch.trainer.counted", *(f"megabatch.trainer.data.{one}" for one in light)}
     )
 
 

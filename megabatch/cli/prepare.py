@@ -13,14 +13,12 @@ from pathlib import Path
 from megabatch.cli.plan import load_recipe
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
+from megabatch.entry.counted_data import CACHE, cache_folder
 from megabatch.entry.declared import as_declared
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.preflight import missing_inputs
 from megabatch.errors import ConfigError, Fault
 from megabatch.run_directory import ExitCode, RunDirectory
-from megabatch.slurm.environment import job_variables
-
-CACHE = "MEGABATCH_CACHE"
 
 
 def prepare_recipe(path: Path, flags: Sequence[str]) -> int:
@@ -99,11 +97,10 @@ def _tokenise(launch: Launch, *, cache: str) -> int:
 
 def _cache_folder(launch: Launch) -> str:
     """Where the run will look. Raises: ConfigError where that would be its own folder, which has no name yet."""
-    variables = {variable.name: variable.value for variable in job_variables(launch.job, launch.profile)}
-    found = variables.get(CACHE) or os.environ.get(CACHE)
-    if not found:
+    found = cache_folder(launch)
+    if found is None:
         raise ConfigError(
             f"the run would not find the cache: set {CACHE}, here and where the run is submitted, or shared_cache in "
             "the cluster profile that --cluster names"
         )
-    return str(Path(found).expanduser().absolute())
+    return str(found)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megabatch.entry.counted_data import counted_data
 from megabatch.entry.launch import Launch
 from megabatch.errors import Fault
 from megabatch.hub_cache import download_command
+from megabatch.plan.batch import train_iters
 from megabatch.plan.model_size import num_active_parameters, num_parameters
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.environment import Variable, job_variables
+from megabatch.trainer.counted import Counted
 from megabatch.trainer.data.names import parse
 
 _WIDTH = 12
@@ -95,13 +98,22 @@ def _tokens_of_a_row(launch: Launch) -> int | None:
 
 
 def _length(launch: Launch) -> str:
-    recipe = launch.recipe
-    steps, epochs, batch = recipe.training.train_iters, recipe.training.max_epochs, recipe.batch.global_batch_size
+    recipe, found = launch.recipe, counted_data(launch)
+    steps, epochs, batch = recipe.training.train_iters, recipe.training.max_epochs or 1, recipe.batch.global_batch_size
     items = "packed rows" if recipe.data.packing else "samples"
     if steps is not None:
-        return f"{steps:,} steps, which draw {steps * batch:,} {items}"
+        drawn = f"{steps:,} steps, which draw {steps * batch:,} {items}"
+        return f"{drawn}: {steps * batch / found.items:.2f} epochs of {_amount(found)}" if found else drawn
     passes = f"{epochs} epochs" if epochs != 1 else "1 epoch"
+    if found:
+        iters = train_iters(found.items, epochs=epochs, global_batch_size=batch)
+        return f"{iters:,} steps: {passes} of {_amount(found)}"
     return f"{passes} of all {items}; steps = {items} x {epochs} // {batch}, counted when the data is prepared"
+
+
+def _amount(found: Counted) -> str:
+    packed = f"{found.items:,} packed rows of " if found.items != found.samples else ""
+    return f"{packed}{found.samples:,} samples, {found.tokens:,} tokens, counted in {found.cache}"
 
 
 def _data(launch: Launch) -> str:

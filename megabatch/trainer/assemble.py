@@ -25,7 +25,7 @@ from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.token_caches import build_caches, open_caches, schedule_of
+from megabatch.trainer.token_caches import build_caches, note_data, open_caches, schedule_of
 from megabatch.trainer.weights import prove_complete
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ def open_data(run: RunConfig, source: ModelSource, ranks: Ranks, heartbeat: Hear
     train, validation = open_caches(run, paths)
     share, schedule = _share(run, ranks), schedule_of(run, train)
     schedule.require_a_batch()
+    if ranks.rank == 0:
+        note_data(run, train, schedule)
     data, evaluated = run.recipe.data, None
     ahead = Ahead(
         workers=data.num_workers,

@@ -9,7 +9,7 @@ from pathlib import Path
 from megabatch.config.run import RunConfig
 from megabatch.errors import ConfigError, DataError, MegabatchError
 from megabatch.run_directory import ExitCode
-from megabatch.trainer.token_caches import build_caches, course, open_caches, schedule_of, train_iters
+from megabatch.trainer.token_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
 from megabatch.trainer.tokenizer_source import tokenizer_of
 
 
@@ -34,6 +34,7 @@ def prepare(run: RunConfig) -> str:
     data, _ = open_caches(run, paths)
     schedule = schedule_of(run, data)
     schedule.require_a_batch()
+    note_data(run, data, schedule)
     steps = train_iters(run, schedule)
     lines = [f"training data    {paths.train}"]
     if paths.validation:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megabatch.config.run import RunConfig
+from megabatch.trainer.counted import Counted, note_counted
 from megabatch.trainer.data import datasets
 from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.datasets import CachePaths
@@ -37,13 +38,25 @@ def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None
         vocab_size=run.shape.vocab_size,
         dataset=data.dataset,
         val_dataset=data.val_dataset,
-        cache_dir=Path(os.environ.get("MEGABATCH_CACHE") or Path(run.run_dir) / "cache"),
+        cache_dir=cache_folder(run),
         seed=recipe.training.seed,
         dataset_shuffle=data.dataset_shuffle,
         dataset_num_proc=data.dataset_num_proc,
         use_hf=recipe.bridge.use_hf,
         on_chunk=on_chunk,
     )
+
+
+def cache_folder(run: RunConfig) -> Path:
+    """Where token caches are made and found."""
+    return Path(os.environ.get("MEGABATCH_CACHE") or Path(run.run_dir) / "cache")
+
+
+def note_data(run: RunConfig, data: TokenCache, schedule: Schedule) -> None:
+    """Remembers how much training data there is, for plans of the same run; one process calls it."""
+    tokens = int(data.lengths.sum())
+    found = Counted(samples=len(data), items=len(schedule), tokens=tokens, cache=str(data.path))
+    note_counted(run, cache_folder(run), found)
 
 
 def open_caches(run: RunConfig, paths: CachePaths) -> tuple[TokenCache, TokenCache | None]:

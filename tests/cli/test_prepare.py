@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,8 @@ def test_it_makes_the_cache_and_says_how_long_the_run_is(
     assert str(made) in said
     assert json.loads((made / "meta.json").read_text())["samples"] == 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "recipe.py"], "no run directory"
+    assert command.main(["plan", str(recipe_file)]) == 0
+    assert f"7 steps: 3 epochs of 20 samples, {tokens_in(made):,} tokens, counted in {made}" in capfd.readouterr().out
     assert command.main(["prepare", str(recipe_file), "--global_batch_size", "32"]) == 2
     assert "is more than the 20 training items" in capfd.readouterr().err
 
@@ -81,6 +84,54 @@ def test_what_it_refuses(
     monkeypatch.delenv("MEGABATCH_CACHE", raising=False)
     assert command.main(["prepare", str(recipe_file), *flags]) == 2
     assert said in capfd.readouterr().err
+
+
+def tokens_in(cache: Path) -> int:
+    return (cache / "ids.bin").stat().st_size // 4
+
+
+LENGTH = re.compile(r"^length +(.*)$", re.MULTILINE)
+
+
+def test_plans_count_what_is_prepared_and_nothing_else(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGABATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    rows = [{"messages": [{"role": r, "content": f"{r} {i}"} for r in ("user", "assistant")]} for i in range(50)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def length(*flags: str) -> str:
+        assert command.main(["plan", str(recipe_file), "--dataset", "rows.jsonl", *flags]) == 0
+        return LENGTH.findall(capfd.readouterr().out)[0]
+
+    def prepared(*flags: str) -> str:
+        assert command.main(["prepare", str(recipe_file), "--dataset", "rows.jsonl", *flags]) == 0
+        return LENGTH.findall(capfd.readouterr().out)[0]
+
+    assert "counted when the data is prepared" in length()
+    split, packed = ("--split_dataset_ratio", "0.1"), ("--packing", "--global_batch_size", "1")
+    assert "18 steps; an epoch draws all 50 samples" in prepared()
+    assert "16 steps; an epoch draws all 45 samples" in prepared(*split)
+    [(steps, packs)] = re.findall(r"(\d+) steps; an epoch draws all 50 samples in (\d+) packs", prepared(*packed))
+    assert length().startswith("18 steps: 3 epochs of 50 samples, ")  # 50 x 3 // 8
+    assert length("--num_workers", "0", "--dataset_num_proc", "2", "--lr", "1e-3").startswith("18 steps: 3 epochs")
+    assert length("--global_batch_size", "16").startswith("9 steps: 3 epochs of 50 samples, ")  # 150 // 16
+    assert length("--max_epochs", "1").startswith("6 steps: 1 epoch of 50 samples, ")
+    assert length(*split).startswith("16 steps: 3 epochs of 45 samples, ")
+    assert length(*packed).startswith(f"{steps} steps: 3 epochs of {packs} packed rows of 50 samples, ")
+    drawn = length("--max_epochs", "null", "--train_iters", "10")
+    assert drawn.startswith("10 steps, which draw 80 samples: 1.60 epochs of 50 samples, ")
+    for other in (["--seed", "7"], ["--max_length", "99"], ["--system", "x"], ["--padded_vocab_size", "312"]):
+        assert "counted when" in length(*other), other
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write(json.dumps(rows[0]) + "\n")
+    assert "counted when" in length()
+    prepared()
+    assert length().startswith("19 steps: 3 epochs of 51 samples, ")
+    for path in (tmp_path / "cache").glob("*/meta.json"):
+        path.unlink()
+    assert "counted when" in length()
 
 
 CPUS = """

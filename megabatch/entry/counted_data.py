@@ -1,0 +1,31 @@
+"""The folder in which a run will look for tokens, and how much training data was counted in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megabatch.entry.launch import Launch
+from megabatch.errors import ConfigError
+from megabatch.slurm.environment import job_variables
+from megabatch.trainer.counted import NAME, Counted, counted
+
+CACHE = "MEGABATCH_CACHE"
+
+
+def cache_folder(launch: Launch) -> Path | None:
+    """None where that is a folder of the run itself."""
+    variables = {variable.name: variable.value for variable in job_variables(launch.job, launch.profile)}
+    found = variables.get(CACHE) or os.environ.get(CACHE)
+    return Path(found).expanduser().absolute() if found else None
+
+
+def counted_data(launch: Launch) -> Counted | None:
+    """What `megabatch prepare` or an earlier run counted of the very same data; None where nobody has."""
+    folder = cache_folder(launch)
+    if folder is None or launch.model.shape is None or not (folder / NAME).is_file():
+        return None
+    try:
+        return counted(launch.config(provenance={}), folder)
+    except ConfigError:
+        return None  # of a recipe that cannot start yet
