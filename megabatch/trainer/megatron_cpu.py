@@ -9,6 +9,7 @@ it is, except for the two method patches at the end. Checked with megatron-core 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -191,6 +192,8 @@ def adapt() -> None:
     _adapt_rng()
     adapt_router()
     _adapt_norm()
+    _adapt_lone_collectives()
+    _keep_freed_memory()
     torch.Tensor.type = _cuda_type_name
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
 
@@ -223,6 +226,37 @@ def _l2_norm(
 ) -> tuple[torch.Tensor, None]:
     norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for tensors in tensor_lists for x in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
+
+
+def _adapt_lone_collectives() -> None:
+    """In a group of one gloo copies gradients and parameters through a buffer of its own and another thread, though
+    they lie where they belong already (0.16-0.19)."""
+    buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def run(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if torch.distributed.get_world_size(group) > 1:
+            return collective(output, input, *args, group=group, **kwargs)
+        if output.data_ptr() != input.data_ptr():
+            output.copy_(input)
+        return None
+
+    return run
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives large tensors back to the kernel as soon as they are freed, and every layer would have its memory
+    zeroed and mapped anew: about a tenth of a step. Other C libraries are left as they are."""
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def adapt_router() -> None:

@@ -83,7 +83,7 @@ def _engine(run: RunConfig, place: ranks.Ranks) -> Engine:
 
 
 def _measured(engine: Engine) -> dict[str, int]:
-    chunks: list[Any] = engine.model.chunks
+    chunks: list[Any] = engine.model.wrapped
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     flat = [buffer.param_data for buffer in buffers if buffer.param_data is not None]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24
 """Rows are handled in chunks of about this many logits, so that the fp32 temporaries stay small."""
+CPU_CHUNK_ELEMENTS = 1 << 18
+"""The same on a CPU: 1 MiB, so that one chunk's passes find it in the cache. No row's result depends on its chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ def token_logps(logits_TV: Tensor, targets_T: Tensor, shard: VocabShard) -> Tens
 
 
 def _row_chunks(logits_TV: Tensor) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, logits_TV.shape[1]))
+    elements = CHUNK_ELEMENTS if logits_TV.is_cuda else min(CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS)
+    step = max(1, elements // max(1, logits_TV.shape[1]))
     return [slice(start, start + step) for start in range(0, logits_TV.shape[0], step)]
 
 
