@@ -48,6 +48,11 @@ class Data:
     """Tokens of a packed row; None means `max_length`."""
     packing_num_proc: int = param(1, built=False, at_least=1)
     """Processes that pack; another number gives other packs."""
+    pad_to_max_length: bool = param(False)
+    """Pads every row to `micro_batch_size` times `packing_length`, or `max_length` without packing.
+
+    Pipeline stages then tell each other no shapes. Padding costs time and takes part in no loss, gradient or routing.
+    """
     padding_free: bool = param(True, built=False)
     """Lays the samples of a micro-batch end to end instead of padding them to one length."""
     mlp_padding_free: bool = param(False, built=False)

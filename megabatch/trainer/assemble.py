@@ -16,6 +16,7 @@ from megabatch.trainer.checkpoints.checkpoints import Checkpoints, Retention
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.data.batches import Ahead, Batches, Share
 from megabatch.trainer.data.cache import TokenCache
+from megabatch.trainer.data.pack import row_length_of
 from megabatch.trainer.data.schedule import Interleaving, Schedule
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.heartbeat import Heartbeat
@@ -87,13 +88,15 @@ def open_data(run: RunConfig, source: ModelSource, ranks: Ranks, heartbeat: Hear
 
 
 def _share(run: RunConfig, ranks: Ranks) -> Share:
+    row_multiple = ranks.tp_size if run.recipe.parallel.sequence_parallel else 1
     return Share(
         dp_rank=ranks.dp_rank,
         dp_size=ranks.dp_size,
         micro_batch_size=run.recipe.batch.micro_batch_size,
         interleaving=_interleaving(run),
-        row_multiple=ranks.tp_size if run.recipe.parallel.sequence_parallel else 1,
+        row_multiple=row_multiple,
         equal_rows=_equal_rows(run),
+        row_length=row_length_of([_longest_row(run)], row_multiple, 1) if run.recipe.data.pad_to_max_length else 0,
         hidden_size=run.shape.hidden_size,
     )
 
@@ -103,6 +106,14 @@ def _interleaving(run: RunConfig) -> Interleaving:
         return Interleaving()
     stages = run.layout.pp
     return Interleaving(stages, run.recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage or stages)
+
+
+def _longest_row(run: RunConfig) -> int:
+    """Tokens of the longest micro-batch that the data can make."""
+    data = run.recipe.data
+    longest = data.packing_length if data.packing else data.max_length
+    assert longest is not None, "a resolved run has its lengths"
+    return longest * run.recipe.batch.micro_batch_size
 
 
 def _equal_rows(run: RunConfig) -> int:

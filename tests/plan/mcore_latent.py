@@ -58,7 +58,8 @@ def latent_model(run: RunConfig) -> Model:
         overlap_grad_reduce=False,
         overlap_param_gather=False,
     )
-    return Model([DistributedDataParallel(config, ddp, Float16Module(config, model))], config, shape, shape.vocab_size)
+    wrapped = [DistributedDataParallel(config, ddp, Float16Module(config, model))]
+    return Model(wrapped, config, shape, shape.vocab_size, rotary=None)
 
 
 def _config(shape: ModelShape, run: RunConfig) -> MLATransformerConfig:

@@ -121,7 +121,7 @@ def overlaps_have_their_needs(recipe: Recipe, shape: ModelShape | None, layout: 
         rule = "needs use_distributed_optimizer and overlap_grad_reduce"
         yield Fault("parallel.overlap_param_gather", True, rule, try_=(False,))
     if parallel.tp_comm_overlap:
-        rule = "needs rows of one length for Transformer Engine's buffers, and rows of a run differ"
+        rule = "needs Transformer Engine's user buffers, which the trainer does not set up"
         yield Fault("parallel.tp_comm_overlap", True, rule, try_=(False,))
 
 

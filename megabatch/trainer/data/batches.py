@@ -30,6 +30,8 @@ class Share:
     equal_rows: int = 1
     """Data-parallel ranks, one behind the other, whose n-th rows of a step are padded to one length: those whose
     dispatcher of experts exchanges whole rows."""
+    row_length: int = 0
+    """Least length of every row: the run's longest where all are padded to it."""
     hidden_size: int = 4096
     """Of the model; weighs long sequences against many when balancing."""
 
@@ -122,7 +124,9 @@ class Batches:
 
     def _row_length(self, members: list[np.ndarray], places: list[int]) -> int:
         lengths = [int(length) for place in places for length in self._data.lengths[members[place]]]
-        return row_length_of(lengths, self._share.row_multiple, self._share.sequence_multiple)
+        return max(
+            row_length_of(lengths, self._share.row_multiple, self._share.sequence_multiple), self._share.row_length
+        )
 
     def _pack(self, members: list[np.ndarray], row_length: int) -> Pack:
         samples = [self._data[int(index)] for group in members for index in group]

@@ -39,8 +39,10 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
     except (ValueError, AssertionError) as e:
         raise ConfigError(f"megatron-core refuses this model and layout: {e}") from e
     # megatron-core refuses this for dispatchers that exchange whole rows (0.16-0.19), whose rows `Share.equal_rows`
-    # makes equal; to pipeline stages they are of various lengths all the same
-    config.variable_seq_lengths = recipe.parallel.pipeline_model_parallel_size > 1
+    # makes equal; to pipeline stages they are of various lengths all the same, unless every row of the run is padded
+    config.variable_seq_lengths = (
+        recipe.parallel.pipeline_model_parallel_size > 1 and not recipe.data.pad_to_max_length
+    )
     return config
 
 

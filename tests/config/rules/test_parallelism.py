@@ -130,7 +130,7 @@ CASES = [
         {"parallel": {"tp_comm_overlap": True, **TP2_SP}},
         {"parallel": TP2_SP},
         "parallel.tp_comm_overlap",
-        ["rows of one length"],
+        ["user buffers"],
     ),
 ]
 

@@ -161,3 +161,18 @@ def test_rows_of_a_round_are_equally_long_over_neighbours(cache: TokenCache) -> 
     for rank in range(4):
         for one, other in zip(plain[rank], padded[rank], strict=True):
             assert lines_of(one.packs) == lines_of(other.packs)
+
+
+def test_rows_are_padded_to_the_runs_longest(cache: TokenCache) -> None:
+    """Same samples, weights and totals; every row of every rank as long as asked for."""
+    split = {"dp_size": 2, "micro_batch_size": 2}
+    longest = 2 * int(cache.lengths.max())
+    plain, padded = (steps(cache, 3, **split, row_length=length) for length in (0, longest))
+    for rank in range(2):
+        for one, other in zip(plain[rank], padded[rank], strict=True):
+            assert {len(pack.ids_T) for pack in other.packs} == {longest}
+            assert lines_of(one.packs) == lines_of(other.packs)
+            assert (one.weight, one.tokens, one.samples) == (other.weight, other.tokens, other.samples)
+            assert sum(float(pack.weights_T.sum()) for pack in other.packs) == pytest.approx(
+                sum(float(pack.weights_T.sum()) for pack in one.packs)
+            )
