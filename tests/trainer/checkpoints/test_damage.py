@@ -21,7 +21,8 @@ from megabatch.saved.check import faults
 from megabatch.saved.history import go_back, notes
 from megabatch.saved.manifest import MANIFEST, read_manifest
 
-STEPS = 4
+STEPS = 2
+"""A checkpoint after each; the run has one step more."""
 Damage = Callable[[Path, random.Random, list[Path]], None]
 
 
@@ -58,14 +59,32 @@ def swap(file: Path, rng: random.Random, others: list[Path]) -> None:
 DAMAGES: list[Damage] = [flip, flip, truncate, delete, append, swap]
 
 
+def make(folder: Path, name: str, world_size: int, **checkpoint: Any) -> Path:
+    made = recipe(
+        folder,
+        model={"num_layers": 1},
+        batch={"global_batch_size": 2},
+        training={"train_iters": STEPS + 1},
+        checkpoint={"save_interval": 1, **checkpoint},
+        evaluation={"eval_iters": 0},
+        resources={"tasks_per_node": world_size},
+    )
+    return write_run(made, folder / name)
+
+
 @pytest.fixture(scope="module")
-def whole(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks with a checkpoint after each step, the last of which is not the end of its training."""
+def wholes(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A run of one rank and one of two, from beginning to end."""
     folder = tmp_path_factory.mktemp("whole")
-    groups: dict[str, Any] = {"resources": {"tasks_per_node": 2}, "checkpoint": {"save_interval": 2}}
-    run = write_run(recipe(folder, training={"train_iters": STEPS + 2}, **groups), folder / "run")
-    assert set(ranks.run(train, world_size=2, run_dir=str(run))) == {ExitCode.DONE}
-    return run
+    made = {world_size: make(folder, f"run{world_size}", world_size) for world_size in (1, 2)}
+    for world_size, run in made.items():
+        assert set(ranks.run(train, world_size=world_size, run_dir=str(run))) == {ExitCode.DONE}
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(wholes: dict[int, Path]) -> Path:
+    return wholes[2]
 
 
 def cut(whole: Path, to: Path) -> Path:
@@ -73,7 +92,7 @@ def cut(whole: Path, to: Path) -> Path:
     shutil.copytree(whole, to)
     made = json.loads((to / "run.json").read_text())
     (to / "run.json").write_text(json.dumps({**made, "run_dir": str(to)}))
-    shutil.rmtree(to / "checkpoints" / f"step_{STEPS + 2:08d}")
+    shutil.rmtree(to / "checkpoints" / f"step_{STEPS + 1:08d}")
     (to / "checkpoints" / "latest").write_text(f"step_{STEPS:08d}\n")
     (to / "metrics.jsonl").unlink()
     return to
@@ -101,38 +120,40 @@ def damage_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.timeout(900)
-def test_fifty_random_damages(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
-    expected = curve(whole)
+def test_fifty_random_damages(wholes: dict[int, Path], ranks: RankServer, tmp_path: Path) -> None:
+    """Every fourth with two ranks, each of which reads what both have written."""
     broken = {}
     for seed in range(50):
-        rng, run = random.Random(seed), cut(whole, tmp_path / str(seed))
+        world_size = 2 if seed % 4 == 0 else 1
+        rng, run = random.Random(seed), cut(wholes[world_size], tmp_path / str(seed))
         newest = run / "checkpoints" / f"step_{STEPS:08d}"
         files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
-        if seed % 2:  # half of them in what a resume loads
+        if seed % 3:  # most of them in what a resume loads
             files = [path for path in files if "hf" not in path.parts]
         damage, file = rng.choice(DAMAGES), rng.choice(files)
         damage(file, rng, files)
-        broken[run] = f"{damage.__name__} {file.relative_to(newest)}, seed {seed}"
+        broken[run] = world_size, f"{damage.__name__} {file.relative_to(newest)}, seed {seed}"
         assert damage_of(newest), broken[run]
-    for run, what in broken.items():
-        assert ranks.run(resume, world_size=2, run_dir=str(run)) == [str(int(ExitCode.DONE))] * 2, what
+    for run, (world_size, what) in broken.items():
+        ends = ranks.run(resume, world_size=world_size, run_dir=str(run))
+        assert ends == [str(int(ExitCode.DONE))] * world_size, what
         first = metrics(run)[0]["step"]
-        assert first in (3, 5), what
-        assert curve(run) == expected[first - 1 :], f"{what}: it trained on damage"
+        assert first in (STEPS, STEPS + 1), what
+        assert curve(run) == curve(wholes[world_size])[first - 1 :], f"{what}: it trained on damage"
         aside = [note.name for note in notes(RunDirectory(run))]
-        assert aside == ([f"damaged.step_{STEPS:08d}"] if first == 3 else []), what
-        assert first == 3 or " hf/" in what or f" {MANIFEST}" in what, f"{what}: nothing was noticed"
+        assert aside == ([f"damaged.step_{STEPS:08d}"] if first == STEPS else []), what
+        assert first == STEPS or " hf/" in what or f" {MANIFEST}" in what, f"{what}: nothing was noticed"
 
 
 def test_what_is_said_of_damage(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
-    for seed, step in enumerate((2, STEPS)):
+    for seed, step in enumerate((1, STEPS)):
         flip(next((run / "checkpoints" / f"step_{step:08d}" / "mcore").glob("*.distcp")), random.Random(seed), [])
     said, _ = ranks.run(resume, world_size=2, run_dir=str(run))
     assert said.startswith(f"{run}/checkpoints: every checkpoint is damaged, and none was changed or set aside (step_")
-    assert "step_00000004: mcore/__" in said and "step_00000002: mcore/__" in said
-    assert sorted(p.name for p in (run / "checkpoints").glob("*step_*")) == ["step_00000002", "step_00000004"]
-    assert (run / "checkpoints" / "latest").read_text() == "step_00000004\n"
+    assert "step_00000002: mcore/__" in said and "step_00000001: mcore/__" in said
+    assert sorted(p.name for p in (run / "checkpoints").glob("*step_*")) == ["step_00000001", "step_00000002"]
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000002\n"
 
 
 def test_a_checkpoint_without_digests_still_loads(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
@@ -149,30 +170,29 @@ def test_one_without_digests_that_lacks_bytes_is_set_aside(whole: Path, ranks: R
     for file in (newest / "mcore").glob("*.distcp"):
         os.truncate(file, file.stat().st_size // 2)
     ranks.run(train, world_size=2, run_dir=str(run))
-    assert curve(run) == curve(whole)[2:]
+    assert curve(run) == curve(whole)[STEPS - 1 :]
     assert [note.kind for note in notes(RunDirectory(run))] == ["damaged"]
 
 
 def test_latest_says_where_a_run_goes_on(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
     by_hand, by_command = cut(whole, tmp_path / "hand"), cut(whole, tmp_path / "command")
-    (by_hand / "checkpoints" / "latest").write_text("step_00000002\n")
-    go_back(RunDirectory(by_command), "2")
+    (by_hand / "checkpoints" / "latest").write_text("step_00000001\n")
+    go_back(RunDirectory(by_command), "1")
     for run in (by_hand, by_command):
         ranks.run(train, world_size=2, run_dir=str(run), stop_after=1)
-        assert curve(run) == curve(whole)[2:3]
+        assert curve(run) == curve(whole)[1:2]
         # what was later is no checkpoint any more: the next start goes on in the new history
         names = sorted(path.name for path in (run / "checkpoints").glob("*step_*"))
-        assert names == ["later.step_00000004", "step_00000002", "step_00000003"]
+        assert names == ["later.step_00000002", "step_00000001", "step_00000002"]
         ranks.run(train, world_size=2, run_dir=str(run))
-        assert curve(run) == curve(whole)[2:]
+        assert curve(run) == curve(whole)[1:]
 
 
 def test_another_run_refuses_a_damaged_checkpoint(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
     source = cut(whole, tmp_path / "source")
     newest = source / "checkpoints" / f"step_{STEPS:08d}"
     flip(next((newest / "mcore").glob("*.distcp")), random.Random(3), [])
-    groups: dict[str, Any] = {"resources": {"tasks_per_node": 2}, "checkpoint": {"load": str(source)}}
-    run = write_run(recipe(tmp_path, **groups), tmp_path / "run")
+    run = make(tmp_path, "run", 2, load=str(source))
     said, _ = ranks.run(resume, world_size=2, run_dir=str(run))
     assert str(newest) in said and "mcore/__" in said and "differs from its digest" in said
     assert newest.is_dir()
