@@ -38,7 +38,7 @@ def _recipe(**parallel: int | bool) -> RecipeType:
     ("parallel", "reason"),
     [
         ({"expert_model_parallel_size": 8, "pipeline_model_parallel_size": 2}, ""),
-        ({"tensor_model_parallel_size": 8, "sequence_parallel": True}, "num_query_groups=4"),
+        ({"tensor_model_parallel_size": 8, "sequence_parallel": True}, " GiB > 71.2 GiB (gradients "),
         ({"expert_model_parallel_size": 16}, "ep crosses nodes of 8 GPUs"),
         ({}, " GiB > 71.2 GiB (gradients "),
     ],

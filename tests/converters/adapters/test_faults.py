@@ -84,7 +84,7 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     ),
     "its shape": (
         "llama", lambda tensors, _: tensors.update({"base_model.model.lm_head.weight": torch.ones(61, 24)}),
-        r"the base model's lm_head.weight is \[60, 24\]",
+        "resize the base first, by 1 to 61",
     ),
     "experts' rank": ("moe-fused", tensor(DOWN + "A.weight", lambda x: x[1:]), "gives rank 2 to each of the 4"),
     "experts' B": ("moe-fused", tensor(DOWN + "B.weight", lambda x: x[:, 1:]), r"\[24, 8\] is needed"),
