@@ -18,8 +18,8 @@ from typing import Any
 from megabatch.config.declare import parameters
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
-from megabatch.converters.atomic import replacing
 from megabatch.errors import DataError
+from megabatch.run_directory import write_atomic
 from megabatch.trainer.data import names
 
 NAME = ".counted.json"
@@ -43,8 +43,7 @@ def note_counted(run: RunConfig, cache_folder: Path, found: Counted) -> None:
     with contextlib.suppress(OSError, DataError):
         kept = {name: one for name, one in _entries(cache_folder).items() if Path(str(one.get("cache"))).is_dir()}
         kept[_request(run)] = asdict(found)
-        with replacing(cache_folder / NAME) as file:
-            file.write(json.dumps(kept, indent=1).encode())
+        write_atomic(cache_folder / NAME, json.dumps(kept, indent=1))
 
 
 def counted(run: RunConfig, cache_folder: Path) -> Counted | None:
