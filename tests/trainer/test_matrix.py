@@ -67,8 +67,10 @@ def _cases() -> Iterator[tuple[str, Case]]:
     for number, (overlap, settings) in enumerate(OVERLAPS.items()):
         dispatcher = DISPATCHERS[number % 2]
         yield f"losses-ep2-{dispatcher}-{overlap}", _experts("losses", 2, dispatcher, {**EP, **settings})
+    # embeddings that the first and the last stage share
+    uneven = {**PP, "decoder_first_pipeline_num_layers": 3, **OVERLAPS["distributed_both"]}
+    yield "dense-dp2_pp2_uneven-distributed_both", Case("dense", 4, {"parallel": uneven})
     # two groups of query heads: two ranks share each
-    yield "dense-tp4", Case("dense", 4, {"parallel": {"tensor_model_parallel_size": 4}})
     yield "losses-tp4_ep2", _experts("losses", 4, "alltoall", {**TP, **EP, "tensor_model_parallel_size": 4})
     for layout, (world_size, dispatchers, parallel) in CAPACITY.items():
         for dispatcher in dispatchers:

@@ -13,6 +13,7 @@ CASES = [
     ("tensor_model_parallel_size", 2, "parallel.tensor_model_parallel_size sets"),
     ("moe_token_dispatcher_type", "flex", "moe.moe_token_dispatcher_type sets"),
     ("virtual_pipeline_model_parallel_size", 2, "parallel.num_virtual_stages_per_pipeline_rank sets"),
+    ("attention_dropout", 0.1, "model.attention_dropout sets"),
     ("params_dtype", "bfloat16", "model.torch_dtype sets"),
     ("calculate_per_token_loss", True, "training.calculate_per_token_loss sets"),
     ("variable_seq_lengths", False, "the trainer sets itself; leave it out"),

@@ -18,7 +18,7 @@ from megabatch.converters import convert
 STEPS, STOP = 4, 2
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
-    "tp4": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
+    "tp4": (4, {"tensor_model_parallel_size": 4}),
 }
 
 
