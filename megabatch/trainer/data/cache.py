@@ -64,7 +64,7 @@ class TokenCache:
         """Path of the cache of these sources, made now unless a sound one is there. Call it in one process.
 
         Args: `seed` and `shuffle` choose the rows of a `#count`; `num_proc`: tokenising processes;
-        `on_chunk` is called whenever some hundred rows are done.
+        `on_chunk` is called whenever a hundred or so rows are done.
         Raises: DataError for a faulty row, no usable sample, or a disk that cannot take the cache.
         """
         digests = Digests(cache_dir)
