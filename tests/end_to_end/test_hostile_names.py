@@ -15,6 +15,7 @@ from megabatch.run_directory import RunDirectory
 from megabatch.slurm.queue import State
 
 from .conftest import RECIPES, Training
+from .gate import Gate
 
 pytestmark = pytest.mark.slurm
 
@@ -38,7 +39,7 @@ def hostile(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
         f"[environment]\nHOSTILE = {json.dumps(HOSTILE + chr(10) + 'x')}\n"
         f'[sbatch]\nnodelist = "n4"\ncomment = {json.dumps(HOSTILE)}\n'
     )
-    training = Training(RunDirectory(folder / f"run {HOSTILE}"), folder, environment | SECRETS)
+    training = Training(RunDirectory(folder / f"run {HOSTILE}"), folder, environment | SECRETS, Gate(folder))
     flags = {
         "run_dir": training.files.path, "cluster": profile, "dataset": f"./{data.name}", "job_name": HOSTILE,
         "train_iters": 3, "lr_warmup_iters": 0, "eval_interval": 3, "save_interval": 3, "preflight": "light",

@@ -39,7 +39,9 @@ def test_the_export_has_the_loss_that_the_trainer_measured(
     transformers = pytest.importorskip("transformers")
     last = uninterrupted.lines("eval")[-1]
     validation = next(
-        cache for path in Path(environment["MEGABATCH_CACHE"]).iterdir() if len(cache := TokenCache.open(path)) == 24
+        cache
+        for path in Path(environment["MEGABATCH_CACHE"]).iterdir()
+        if path.is_dir() and len(cache := TokenCache.open(path)) == 24
     )
     folder = uninterrupted.files.step(STEPS) / "hf"
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3MoeForCausalLM"]

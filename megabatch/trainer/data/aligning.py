@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -53,7 +54,21 @@ class Aligner:
         if self._lengths is None:
             return self._by_offsets(texts, whole=whole)
         made = self._by_bytes(texts, self._lengths, whole=whole)
-        return [found or self._by_offsets([text], whole=whole)[0] for found, text in zip(made, texts, strict=True)]
+        return [
+            found or _by_offsets(self._untrimmed.encode(text.text, add_special_tokens=False), text, whole=whole)
+            for found, text in zip(made, texts, strict=True)
+        ]
+
+    @cached_property
+    def _untrimmed(self) -> Any:
+        """A byte-level tokenizer with the offsets of all characters: those of Llama 3 leave blanks out, so that what
+        stands before or behind a part could not be told from it."""
+        from tokenizers import Tokenizer, processors
+
+        backend = Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = self._backend.encode_special_tokens
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        return backend
 
     def _by_bytes(self, texts: Sequence[Text], lengths: np.ndarray, *, whole: bool) -> list[Encoded | None]:
         """None for a text that is not the bytes of its tokens: one that was normalised."""
