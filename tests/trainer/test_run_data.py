@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,10 +50,10 @@ def test_a_dataset_edited_at_equal_lengths_is_not_resumed(ranks: RankServer, tmp
     run = write_run(recipe(tmp_path, "qwen3"), tmp_path / "run")
     assert ranks.run(train, world_size=1, run_dir=str(run), stop_after=2) == [ExitCode.REQUEUE]
     data = tmp_path / "train.jsonl"
-    data.write_text(data.read_text().replace("It is", "is It"))
+    data.write_text(re.sub(r"What is (\d+) \+ (\d+)", r"What is \2 + \1", data.read_text()))  # as many tokens
     [(code, error)] = ranks.run(train_or_refuse, world_size=1, run_dir=str(run))
     assert (code, len(metrics(run))) == (ExitCode.CONFIG, 2)
-    assert "every sample has the same length" in error or "belongs to other samples" in error
+    assert "every sample has the same length" in error, error
     trainer = run / "checkpoints" / "step_00000002" / "trainer.json"
     saved = json.loads(trainer.read_text())
     assert saved["cursor"]["data"].count(":") == 1
