@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "megatron", "transformers", "numpy", "datasets", "submitit", "safetensors", "tokenizers")
+COMPUTING = ("cache", "tokens", "rows.sources", "schedule", "packing", "run_caches", "run_tokenizer", "prepare")
+"""Of megabatch.data; they import numpy."""
 
 
 def test_rooms_import_only_what_they_may() -> None:
@@ -28,17 +30,14 @@ def test_the_contract_sees_the_linked_rooms() -> None:
     assert {"megabatch.slurm.render", "megabatch.converters.family", "megabatch.trainer.loop"} <= modules
 
 
-def _modules_outside_trainer() -> list[str]:
+def _light_modules() -> list[str]:
+    """Every module that a launcher may import: none of the trainer, and of data those that need no numpy."""
     package = ROOT / "megabatch"
     found = [*package.rglob("*.py"), *(package / "slurm").rglob("*.py"), *(package / "converters").rglob("*.py")]
     names = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for path in found}
-    light = ("names", "files", "formats", "turns", "tokenizer", "own_templates")
-    return sorted(
-        name
-        for name in names
-        if not name.startswith("megabatch.trainer")
-        or name in {"megabatch.trainer.counted", *(f"megabatch.trainer.data.{one}" for one in light)}
-    )
+    computing = ("megabatch.trainer", *(f"megabatch.data.{one}" for one in COMPUTING))
+    light = {name for name in names if not name.startswith(computing)}
+    return sorted(light | {f"megabatch.data.{one}" for one in ("tokens.tokenizer", "tokens.own_templates")})
 
 
 def _imported(statement: str) -> set[str]:
@@ -48,9 +47,9 @@ def _imported(statement: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_nothing_outside_the_trainer_imports_heavy_packages() -> None:
+def test_what_a_launcher_imports_is_light() -> None:
     """All modules in one process first; module by module only to name the culprit."""
-    modules = [name for name in _modules_outside_trainer() if not name.endswith("__main__")]
+    modules = [name for name in _light_modules() if not name.endswith("__main__")]
     assert len(modules) > 50
     allowed = {"megabatch.slurm.submit": {"submitit", "numpy"}}
     rest = [name for name in modules if name not in allowed]
@@ -58,6 +57,14 @@ def test_nothing_outside_the_trainer_imports_heavy_packages() -> None:
     if found:
         culprits = {name: heavy for name in rest if (heavy := _imported(f"import {name}"))}
         pytest.fail(f"imported at module level: {culprits}")
+
+
+def test_data_needs_no_torch() -> None:
+    paths = sorted((ROOT / "megabatch" / "data").rglob("*.py"))
+    modules = [str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in paths]
+    assert len(modules) > 25
+    found = _imported("\n".join(f"import {name.removesuffix('.__init__')}" for name in modules))
+    assert found <= {"numpy"}
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def _hidden(launch: Launch, cache: str) -> list[Fault]:
 def _tokenise(launch: Launch, *, cache: str) -> int:
     directory = launch.directory
     directory.run_json.write_text(launch.run_json(provenance={}), encoding="utf-8")
-    command = [sys.executable, "-m", "megabatch.trainer.prepare", str(directory.run_json)]
+    command = [sys.executable, "-m", "megabatch.data.prepare", str(directory.run_json)]
     return subprocess.run(command, env={**os.environ, CACHE: cache}, check=False).returncode
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megabatch.data.counted import NAME, Counted, counted
 from megabatch.entry.launch import Launch
 from megabatch.errors import ConfigError
 from megabatch.slurm.environment import job_variables
-from megabatch.trainer.counted import NAME, Counted, counted
 
 CACHE = "MEGABATCH_CACHE"
 

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megabatch.data.rows import names
 from megabatch.entry.launch import Launch
 from megabatch.entry.paths import absolute_paths
 from megabatch.errors import DataError, Fault
 from megabatch.slurm.container import mounted
-from megabatch.trainer.data import names
 
 
 def unmounted(launch: Launch) -> list[Fault]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import save_folder
+from megabatch.data.rows.names import parse
 from megabatch.errors import DataError
-from megabatch.trainer.data.names import parse
 
 NUMBERED = re.compile(r"v(\d+)-.*")
 """Names of run directories below `save`."""

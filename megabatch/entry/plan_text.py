@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megabatch.data.counted import Counted
+from megabatch.data.rows.names import parse
 from megabatch.entry.counted_data import counted_data
 from megabatch.entry.launch import Launch
 from megabatch.errors import Fault
@@ -12,8 +14,6 @@ from megabatch.plan.batch import train_iters
 from megabatch.plan.model_size import num_active_parameters, num_parameters
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.environment import Variable, job_variables
-from megabatch.trainer.counted import Counted
-from megabatch.trainer.data.names import parse
 
 _WIDTH = 12
 _LINKS = "{} in a row, each going on where the one before stopped; none requeues, and those left over never start"

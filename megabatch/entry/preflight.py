@@ -9,12 +9,13 @@ from pathlib import Path
 
 from megabatch.config.data import Data
 from megabatch.config.recipe import Recipe
+from megabatch.data.rows import files, names
+from megabatch.data.rows.compressed import inner_suffix
+from megabatch.data.tokens import tokenizer
 from megabatch.entry.model import FoundModel, told
 from megabatch.entry.paths import NUMBERED
 from megabatch.errors import DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
-from megabatch.trainer.data import files, names, tokenizer
-from megabatch.trainer.data.compressed import inner_suffix
 
 SCANNED_BYTES = 64 << 20
 """JSONL, JSON, CSV and TSV files up to this size are read through before submission; it takes about a second."""
@@ -118,7 +119,7 @@ def _rows(data: Data, name: names.DatasetName) -> int | None:
 
 
 def _rows_of_file(data: Data, path: Path, *, alone: bool) -> int | None:
-    from megabatch.trainer.data.formats import conversation_of  # a dry run reads no data
+    from megabatch.data.rows.formats import conversation_of  # a dry run reads no data
 
     ratio = _GZIP_RATIO if path.suffix.lower() == ".gz" else 1
     if path.suffix.lower() == ".zst" or inner_suffix(path) not in _SCANNED_SUFFIXES:

@@ -45,7 +45,7 @@ def preparation(declared: Recipe, chosen: Recipe, actions: Actions, *, recipe_fi
         hang_timeout_s=0,
         roles=(),
         environment={**launch.job.environment, "MEGABATCH_CACHE": cache},
-        arguments=("-P", "-m", "megabatch.trainer.prepare", str(launch.directory.run_json)),
+        arguments=("-P", "-m", "megabatch.data.prepare", str(launch.directory.run_json)),
     )
     return replace(launch, job=job, profile=launch.profile.of_preparation())
 

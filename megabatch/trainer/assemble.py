@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from megabatch.config.run import RunConfig
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.run_caches import build_caches, note_data, open_caches, schedule_of
+from megabatch.data.schedule import Interleaving, Schedule
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory
 from megabatch.trainer.chat_export import ChatExport
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints, Retention
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.data.batches import Ahead, Batches, Share
-from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.pack import row_length_of
-from megabatch.trainer.data.schedule import Interleaving, Schedule
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.hf_export import HfExport
@@ -26,7 +27,6 @@ from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.token_caches import build_caches, note_data, open_caches, schedule_of
 from megabatch.trainer.weights import prove_complete
 
 logger = logging.getLogger(__name__)

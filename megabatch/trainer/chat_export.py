@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from megabatch.converters.atomic import replacing
 from megabatch.converters.side_files import carry_over, side_files
+from megabatch.data.tokens import tokenizer as tokenizers
+from megabatch.data.tokens.templates import Template
 from megabatch.errors import DataError
-from megabatch.trainer.data import tokenizer as tokenizers
-from megabatch.trainer.data.templates import Template
 
 _TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",

@@ -14,9 +14,10 @@ import torch
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
+from megabatch.data import run_caches as token_caches
 from megabatch.errors import MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
-from megabatch.trainer import assemble, token_caches
+from megabatch.trainer import assemble
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.data.batches import Batches, Step

@@ -9,11 +9,11 @@ from megabatch.config.run import RunConfig
 from megabatch.converters.families import family_named
 from megabatch.converters.family import Family
 from megabatch.converters.hf_model import HfModel, open_hf_model
+from megabatch.data.run_tokenizer import folder_of, made_model
+from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError
-from megabatch.trainer.data import tokenizer as tokenizers
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.tokenizer_source import folder_of, made_model
 from megabatch.trainer.weights import RandomWeights, load
 
 

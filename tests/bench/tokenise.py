@@ -57,7 +57,7 @@ def tokenise() -> list[Figure]:
 
 
 def _make(folder: Path) -> None:
-    from megabatch.trainer.data.tokenizer import train_bpe
+    from megabatch.data.tokens.tokenizer import train_bpe
 
     draw = random.Random(0)
 
@@ -72,9 +72,9 @@ def _make(folder: Path) -> None:
 
 
 def _cache(folder: Path) -> None:
-    from megabatch.trainer.data.cache import TokenCache
-    from megabatch.trainer.data.samples import Encoding
-    from megabatch.trainer.data.sources import resolve
+    from megabatch.data.cache.token_cache import TokenCache
+    from megabatch.data.rows.sources import resolve
+    from megabatch.data.tokens.samples import Encoding
 
     sources = resolve([str(folder / "rows.jsonl")])
     with tempfile.TemporaryDirectory(dir=folder) as cache:

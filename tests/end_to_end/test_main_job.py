@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megabatch.trainer.data.cache import TokenCache
+from megabatch.data.cache.token_cache import TokenCache
 
 from .conftest import STEPS, Training
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megabatch.data.tokens.samples import Sample
 from megabatch.trainer.data.pack import collate
-from megabatch.trainer.data.samples import Sample
 
 pytestmark = pytest.mark.gpu
 

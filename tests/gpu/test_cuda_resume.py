@@ -14,7 +14,7 @@ import torch
 from cuda_runs import cuda_run, train
 from runs import curve, evaluations
 
-from megabatch.trainer.data.cache import TokenCache
+from megabatch.data.cache.token_cache import TokenCache
 
 HALF = {"torch_dtype": "bfloat16", "hidden_size": 128, "kv_channels": 32}
 

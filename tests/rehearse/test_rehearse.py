@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 FORGETS_THE_CURSOR = """
 import sys
 if "megabatch.trainer.main" in sys.orig_argv:
-    from megabatch.trainer.data.schedule import Cursor
+    from megabatch.data.schedule import Cursor
     from_json = Cursor.from_json
     Cursor.from_json = staticmethod(lambda value: from_json({**value, "offset": 0}))
 """

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
+from megabatch.data.rows.files import Origin, Row
+from megabatch.data.tokens import tokenizer as tokenizers
+from megabatch.data.tokens.samples import Encoder, Encoding
 from megabatch.trainer.chat_export import ChatExport
-from megabatch.trainer.data import tokenizer as tokenizers
-from megabatch.trainer.data.files import Origin, Row
-from megabatch.trainer.data.samples import Encoder, Encoding
 
 OTHER = "{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]

@@ -19,7 +19,7 @@ BALANCING = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.05}
 
 def train_with_empty(run_dir: str, empty: int) -> int:
     """Trains one rank, with so many micro-batches without samples behind those of each step."""
-    from megabatch.trainer.data.schedule import Interleaving
+    from megabatch.data.schedule import Interleaving
 
     rounds = Interleaving.rounds
     Interleaving.rounds = lambda self, needed: rounds(self, needed) + empty  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from megabatch import Model
 from megabatch.config.run import RunConfig
 from megabatch.converters.families import FAMILIES, family_of
 from megabatch.converters.hf_model import read_config
-from megabatch.trainer.data.cache import TokenCache
+from megabatch.data.cache.token_cache import TokenCache
 
 COMMON: dict[str, Any] = {
     "vocab_size": 301,  # does not divide by 2: tensor parallelism pads it
@@ -65,7 +65,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random models saved by transformers, biases and norms random too, with a tokenizer of bytes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megabatch.trainer.data.tokenizer import train_bpe
+    from megabatch.data.tokens.tokenizer import train_bpe
 
     base = tmp_path_factory.mktemp("models")
     made = {}
@@ -84,9 +84,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def logits(run_dir: str, ids: list[list[int]]) -> Any:
     """This rank's logits for one row of these sequences, [T, V/tp], or None before the last pipeline stage."""
+    from megabatch.data.tokens.samples import Sample
     from megabatch.trainer import assemble
     from megabatch.trainer.data.pack import collate
-    from megabatch.trainer.data.samples import Sample
     from megabatch.trainer.engine import Engine
     from megabatch.trainer.model_source import model_source
     from megabatch.trainer.objectives.sft import Sft

@@ -108,11 +108,11 @@ def test_a_run_finds_what_was_prepared(ranks: RankServer, tmp_path: Path, given:
     run = write_run(made, tmp_path / "run")
     prepared = write_run(made, tmp_path / "prepared")
     environment = {**os.environ, "MEGABATCH_CACHE": str(cache)}
-    command = [sys.executable, "-X", "importtime", "-m", "megabatch.trainer.prepare", str(prepared / "run.json")]
+    command = [sys.executable, "-X", "importtime", "-m", "megabatch.data.prepare", str(prepared / "run.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "1 steps; an epoch draws all 64 samples, " in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "megabatch.trainer.data.schedule" in imported
+    assert "megabatch.data.schedule" in imported
     assert not {name for name in imported if name.startswith(("megatron", "megabatch.trainer.ranks"))}
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*") if not path.name.startswith(".")}
     assert len(before) == 12

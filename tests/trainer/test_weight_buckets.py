@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture of experts saved by transformers, with a tokenizer of bytes."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from megabatch.trainer.data.tokenizer import train_bpe
+    from megabatch.data.tokens.tokenizer import train_bpe
 
     torch.manual_seed(7)
     config = Qwen3MoeConfig(

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megabatch.data.schedule import Cursor
 from megabatch.errors import CheckpointError
 from megabatch.plan.layout import Layout
 from megabatch.saved.history import TRAINER
 from megabatch.saved.manifest import MANIFEST, DamagedError, Manifest, read_manifest
-from megabatch.trainer.data.schedule import Cursor
 
 
 @dataclass(frozen=True, slots=True)

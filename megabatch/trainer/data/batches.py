@@ -10,9 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from megabatch.trainer.data.cache import TokenCache
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.schedule import PLAIN, Cursor, Interleaving, Schedule, cost, deal
 from megabatch.trainer.data.pack import Pack, collate, row_length_of
-from megabatch.trainer.data.schedule import PLAIN, Cursor, Interleaving, Schedule, cost, deal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megabatch.trainer.data.samples import Sample
+from megabatch.data.tokens.samples import Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.rows.sources import resolve
+from megabatch.data.schedule import Cursor, Interleaving, Schedule
+from megabatch.data.tokens.samples import Encoding
 from megabatch.errors import DataError
 from megabatch.trainer.data.batches import Ahead, Batches, Maker, Share, Step, made_ahead
-from megabatch.trainer.data.cache import TokenCache
 from megabatch.trainer.data.pack import Pack
-from megabatch.trainer.data.samples import Encoding
-from megabatch.trainer.data.schedule import Cursor, Interleaving, Schedule
-from megabatch.trainer.data.sources import resolve
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from megabatch.data.tokens.samples import Sample
 from megabatch.trainer.data.pack import Pack, collate
-from megabatch.trainer.data.samples import Sample
 
 
 def sample(ids: list[int], weights: list[float], **columns: object) -> Sample:

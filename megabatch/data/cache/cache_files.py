@@ -1,0 +1,170 @@
+"""The files of a token cache: written under a temporary name with digests, mapped and verified.
+
+ids.bin      int32, all samples one after the other
+weights.bin  float32, likewise
+lengths.bin  int32, tokens of each sample
+sums.bin     float64, sum of the weights of each sample
+origins.bin  int32, two for each sample: index of its file in meta.json's `sources`, line or row
+meta.json    counts, sources, the largest id, a digest of the samples, and size and blake2b of the files above
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megabatch.data.rows.digests import Digests
+from megabatch.data.tokens.samples import Columns
+from megabatch.errors import DataError
+
+DTYPES: dict[str, Any] = {
+    "ids": np.int32,
+    "weights": np.float32,
+    "lengths": np.int32,
+    "sums": np.float64,
+    "origins": np.int32,
+}
+CONTENT = ("ids", "weights", "lengths")
+"""The arrays that training computes with."""
+
+
+def write(path: Path, chunks: Iterable[Columns], *, digests: Digests | None = None) -> None:
+    """Writes a cache of these chunks as the folder `path`, all or nothing; one that appears meanwhile is kept.
+
+    Args: `digests` remembers those of the files.
+    Raises: DataError when no sample comes; OSError of the disk; whatever `chunks` raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        meta = _write_columns(temporary, chunks)
+        with open(temporary / "meta.json", "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folder is its owner's alone; a cache is shared
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            # Another job made the same cache at the same time, and its ranks may have mapped it: theirs stays.
+            return
+        if digests is not None:
+            for name in DTYPES:
+                digests.note(_file(path, name), bytes.fromhex(meta["files"][name]["blake2b"]))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a cache at once for everybody who looks for it under its name."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    path.rename(aside / "removed")
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """meta.json. Raises: OSError, ValueError."""
+    meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    return meta
+
+
+def column(path: Path, name: str, expected: dict[str, Any], *, digests: Digests | None) -> np.ndarray:
+    """One array, memory-mapped.
+
+    Raises: OSError, ValueError when its size or, where `digests` are given, its content differs; DataError.
+    """
+    file = _file(path, name)
+    size = file.stat().st_size
+    if size != expected["size"]:
+        raise ValueError(f"{file.name} has {size} bytes instead of {expected['size']}")
+    if digests is not None and digests.content(file).hex() != expected["blake2b"]:
+        raise ValueError(f"the digest of {file.name} differs")
+    return np.memmap(file, DTYPES[name], mode="r")
+
+
+def _file(path: Path, name: str) -> Path:
+    return path / f"{name}.bin"
+
+
+class _Column:
+    """One array being written: appended to, with its size and digest on the way."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._dtype = DTYPES[name]
+        self._file = open(_file(folder, name), "wb")  # noqa: SIM115 - closed by `close`
+        self._size = 0
+        self._content = hashlib.blake2b()
+
+    def append(self, values: Any) -> None:
+        data = np.ascontiguousarray(values, self._dtype).tobytes()
+        self._file.write(data)
+        self._size += len(data)
+        self._content.update(data)
+
+    @property
+    def content(self) -> bytes:
+        """Digest of the values appended so far."""
+        return self._content.digest()
+
+    def close(self, *, sync: bool) -> dict[str, Any]:
+        with self._file:
+            if sync:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        return {"size": self._size, "blake2b": self._content.hexdigest()}
+
+
+def _write_columns(folder: Path, chunks: Iterable[Columns]) -> dict[str, Any]:
+    """The arrays; returns the meta data."""
+    columns = {name: _Column(folder, name) for name in DTYPES}
+    sources: dict[tuple[str, bool], int] = {}
+    dropped: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
+    max_id = samples = 0
+    try:
+        for chunk in chunks:
+            dropped.update(chunk.dropped)
+            remarks.update(chunk.remarks)
+            if not len(chunk.lengths):
+                continue
+            samples += len(chunk.lengths)
+            max_id = max(max_id, int(chunk.ids.max()))
+            numbers = np.array([sources.setdefault(file, len(sources)) for file in chunk.files], np.int32)
+            for name in ("ids", "weights", "lengths", "sums"):
+                columns[name].append(getattr(chunk, name))
+            columns["origins"].append(np.stack([numbers[chunk.origins[:, 0]], chunk.origins[:, 1]], axis=1))
+        if not samples:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+            raise DataError(f"no sample is left of the dataset: {reasons}; raise data.max_length or check the data")
+    finally:
+        written = {name: column.close(sync=bool(samples)) for name, column in columns.items()}
+    return {
+        "samples": samples,
+        "max_id": max_id,
+        "content": _digest(columns[name].content for name in CONTENT),
+        "dropped": dict(dropped),
+        "remarks": dict(+remarks),
+        "sources": [list(source) for source in sources],
+        "files": written,
+    }
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

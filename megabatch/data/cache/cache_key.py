@@ -1,0 +1,96 @@
+"""The name of a token cache: a digest of everything that decides a token.
+
+| what | how it is known |
+| --- | --- |
+| the datasets | their bytes, or the hub's fingerprint |
+| the settings | `Encoding`, and the seed where it chooses rows |
+| the tokenizer | its files, and what of `config.json` chooses its class |
+| the libraries that render and tokenise | their versions |
+| our own code from row to sample | the source of its modules |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megabatch.data.rows import files
+from megabatch.data.rows.digests import Digests
+from megabatch.data.rows.sources import Source
+from megabatch.data.tokens import tokenizer
+from megabatch.data.tokens.samples import Encoding
+from megabatch.errors import DataError
+
+FORMAT = 2
+"""Raised when the files of a cache change: older caches are then made again."""
+
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+_ROOMS = ("rows", "tokens")
+"""Folders of `megabatch/data` with the code from row to sample."""
+_AFTER_TOKENS = ("rows/digests.py", "tokens/workers.py")
+"""Their modules that decide no token; every other one may."""
+_TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece",
+                    "sentencepiece", "spm")  # fmt: skip
+_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja", ".codes")
+_CLASS_KEYS = ("model_type", "model_name", "tokenizer_class", "auto_map")
+"""What transformers' AutoTokenizer reads of config.json; the rest differs between models that share a tokenizer."""
+
+
+def cache_key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuffle: bool, digests: Digests) -> str:
+    """32 hexadecimal digits; `seed` and `shuffle` count only where a `#count` chooses rows. Raises: DataError."""
+    settings = {**asdict(encoding), "tokenizer": tokenizer_digest(encoding.tokenizer, digests)}
+    sampling = [seed, shuffle] if any(source.count is not None for source in sources) else None
+    code = [FORMAT, _code_digest(), {name: _version(name) for name in _LIBRARIES}]
+    content = [code, [source.fingerprint(digests) for source in sources], settings, sampling]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_digest(folder: Path, digests: Digests) -> str:
+    """Content of a folder's tokenizer files, and of config.json what chooses the tokenizer's class.
+
+    A model's folder holds weights too, which do not matter. Raises: DataError where there is no tokenizer.
+    """
+    tokenizer.check(folder)
+    digest = hashlib.blake2b(digest_size=16)
+    folder = Path(folder)
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        if path.is_file() and (path.name.startswith(_TOKENIZER_NAMES) or path.suffix in _TOKENIZER_SUFFIXES):
+            digest.update(str(path.relative_to(folder)).encode())
+            digest.update(digests.content(path))
+    digest.update(json.dumps(_class_of(folder), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _class_of(folder: Path) -> dict[str, Any]:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise DataError(f"model.tokenizer: {path} is not valid JSON ({e}); download it again") from e
+    return {key: config[key] for key in _CLASS_KEYS if key in config} if isinstance(config, dict) else {}
+
+
+@cache
+def _code_digest() -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    data = Path(__file__).parent.parent
+    for path in sorted(path for room in _ROOMS for path in (data / room).glob("*.py")):
+        if (name := path.relative_to(data).as_posix()) not in _AFTER_TOKENS:
+            digest.update(name.encode())
+            digest.update(files.content_digest(path))
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None  # the trainer says so when it imports it

@@ -1,0 +1,72 @@
+"""Training and validation data of a run: built by one process, opened by all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.cache.vocabulary import require_known_ids
+from megabatch.data.rows.sources import resolve
+from megabatch.data.tokens.samples import Encoding
+from megabatch.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class CachePaths:
+    """Where the token caches are; broadcast by the process that built them."""
+
+    train: Path
+    validation: Path | None = None
+    """None: split off the training data, or no validation."""
+
+
+def build(
+    encoding: Encoding,
+    *,
+    vocab_size: int,
+    dataset: Sequence[str],
+    val_dataset: Sequence[str] = (),
+    cache_dir: Path,
+    seed: int = 42,
+    dataset_shuffle: bool = True,
+    dataset_num_proc: int = 1,
+    use_hf: bool = True,
+    on_chunk: Callable[[], None] = lambda: None,
+) -> CachePaths:
+    """Token caches of all datasets, made unless they are there; one process of a shared file system calls it.
+
+    Args: `vocab_size`: rows of the model's embedding; `on_chunk` is called whenever some hundred rows are tokenised.
+    Raises: DataError naming file and line; for a token that the model does not have, too.
+    """
+    if not dataset:
+        raise DataError("data.dataset is not set; give at least one file, folder or hub name")
+
+    def cache(datasets: Sequence[str]) -> Path:
+        path = TokenCache.build(
+            resolve(datasets, use_hf=use_hf),
+            encoding,
+            cache_dir=cache_dir,
+            seed=seed,
+            shuffle=dataset_shuffle,
+            num_proc=dataset_num_proc,
+            on_chunk=on_chunk,
+        )
+        require_known_ids(TokenCache.open(path), rows=vocab_size, folder=encoding.tokenizer)
+        return path
+
+    return CachePaths(cache(dataset), cache(val_dataset) if val_dataset else None)
+
+
+def open_caches(
+    paths: CachePaths, *, split_dataset_ratio: float = 0.0, seed: int = 42
+) -> tuple[TokenCache, TokenCache | None]:
+    """(training, validation) samples; without a validation dataset a seeded part of the training data validates.
+
+    Raises: DataError for a damaged cache, or a split that leaves either part empty.
+    """
+    train = TokenCache.open(paths.train)
+    if paths.validation:
+        return train, TokenCache.open(paths.validation)
+    return train.split(split_dataset_ratio, seed=seed) if split_dataset_ratio else (train, None)

@@ -1,0 +1,199 @@
+"""Tokenised datasets on disk: written once by one process, memory-mapped by every rank.
+
+A cache is a folder named by everything that decides a token, see `cache_key`. It is renamed into place when complete,
+so it can be kept on shared storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megabatch.data.cache import cache_files
+from megabatch.data.cache.cache_key import cache_key
+from megabatch.data.rows.digests import Digests
+from megabatch.data.rows.files import Origin
+from megabatch.data.rows.sources import Source
+from megabatch.data.tokens.samples import Columns, Encoding, Sample
+from megabatch.data.tokens.workers import encoded_chunks
+from megabatch.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_MANY = 0.01
+"""Share of rows from which dropping them is worth a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCache:
+    """Samples of one dataset, read where they lie."""
+
+    path: Path
+    ids: np.ndarray = field(repr=False)
+    weights: np.ndarray = field(repr=False)
+    starts: np.ndarray = field(repr=False)
+    """First token of each sample, int64 [samples]."""
+    lengths: np.ndarray = field(repr=False)
+    """Tokens of each sample, int64 [samples]."""
+    sums: np.ndarray = field(repr=False)
+    """Sum of the loss weights of each sample, float64 [samples]."""
+    origins: np.ndarray = field(repr=False)
+    """Source and line of each sample, int32 [samples, 2]."""
+    meta: dict[str, Any] = field(repr=False)
+    content: str
+    """Digest of the tokens, weights and lengths of all samples, in order: 16 hexadecimal digits."""
+
+    @classmethod
+    def build(
+        cls,
+        sources: Sequence[Source],
+        encoding: Encoding,
+        *,
+        cache_dir: Path,
+        seed: int = 42,
+        shuffle: bool = True,
+        num_proc: int = 1,
+        on_chunk: Callable[[], None] = lambda: None,
+    ) -> Path:
+        """Path of the cache of these sources, made now unless a sound one is there. Call it in one process.
+
+        Args: `seed` and `shuffle` choose the rows of a `#count`; `num_proc`: tokenising processes;
+        `on_chunk` is called whenever a hundred or so rows are done.
+        Raises: DataError for a faulty row, no usable sample, or a disk that cannot take the cache.
+        """
+        digests = Digests(cache_dir)
+        path = Path(cache_dir) / cache_key(sources, encoding, seed=seed, shuffle=shuffle, digests=digests)
+        rows = (row for source in sources for row in source.unparsed(seed=seed, shuffle=shuffle))
+        try:
+            digests.save()
+            if path.exists():
+                if found := cls._sound(path, digests):
+                    log.info("token cache %s: %d samples, %d tokens", path, len(found), len(found.ids))
+                    return path
+                cache_files.remove(path)
+            chunks = _each(encoded_chunks(rows, encoding, num_proc=num_proc), on_chunk)
+            cache_files.write(path, chunks, digests=digests)
+        except OSError as e:
+            raise DataError(
+                f"{path}: the token cache cannot be written ({e.strerror or e}); free space there or choose another "
+                f"cache folder"
+            ) from e
+        finally:
+            digests.save()
+        log.info("token cache %s: made now", path)
+        cls.open(path).log_summary()
+        return path
+
+    @classmethod
+    def _sound(cls, path: Path, digests: Digests) -> TokenCache | None:
+        try:
+            return cls.open(path, digests=digests)
+        except DataError as e:
+            log.warning("making a token cache again: %s", e)
+            return None
+
+    @classmethod
+    def open(cls, path: Path, *, digests: Digests | None = None) -> TokenCache:
+        """Maps a cache; with `digests` its content is proven, by reading what they do not remember.
+
+        Raises: DataError for a damaged one.
+        """
+        try:
+            meta = cache_files.read_meta(path)
+            content = str(meta["content"])
+            arrays = {
+                name: cache_files.column(path, name, meta["files"][name], digests=digests)
+                for name in cache_files.DTYPES
+            }
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise DataError(f"{path}: damaged token cache ({e}); delete the folder to have it made again") from e
+        lengths: np.ndarray = arrays["lengths"].astype(np.int64)
+        return cls(
+            path=path,
+            ids=arrays["ids"],
+            weights=arrays["weights"],
+            starts=np.cumsum(lengths) - lengths,
+            lengths=lengths,
+            sums=np.array(arrays["sums"]),
+            origins=arrays["origins"].reshape(-1, 2),
+            meta=meta,
+            content=content,
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        part = slice(self.starts[index], self.starts[index] + self.lengths[index])
+        source, number = map(int, self.origins[index])
+        return Sample(np.array(self.ids[part]), np.array(self.weights[part]), {"source": source, "number": number})
+
+    def origin(self, index: int) -> Origin:
+        """Where a sample was read from."""
+        return self.place(*map(int, self.origins[index]))
+
+    def place(self, source: int, number: int) -> Origin:
+        """The origin behind the columns `source` and `number` of a sample."""
+        file, is_line = self.meta["sources"][source]
+        return Origin(file, number, is_line)
+
+    @property
+    def max_id(self) -> int:
+        """Largest token id, to be compared with the model's vocabulary."""
+        return int(self.meta["max_id"])
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows that gave no sample: reason → count."""
+        return dict(self.meta["dropped"])
+
+    def subset(self, indices: np.ndarray) -> TokenCache:
+        """The same cache with these samples only."""
+        chosen = hashlib.blake2b(self.content.encode(), digest_size=8)
+        chosen.update(np.ascontiguousarray(indices, np.int64).tobytes())
+        return replace(
+            self,
+            starts=self.starts[indices],
+            lengths=self.lengths[indices],
+            sums=self.sums[indices],
+            origins=self.origins[indices],
+            content=chosen.hexdigest(),
+        )
+
+    def split(self, ratio: float, *, seed: int) -> tuple[TokenCache, TokenCache]:
+        """(training, validation): a seeded random `ratio` of the samples validates; both keep the dataset's order.
+
+        Raises: DataError when either part would be empty.
+        """
+        count = round(len(self) * ratio)
+        if not 0 < count < len(self):
+            raise DataError(
+                f"data.split_dataset_ratio={ratio} of {len(self)} samples leaves {count} for validation; both parts "
+                f"need at least one: change the ratio or give data.val_dataset"
+            )
+        chosen: np.ndarray = np.zeros(len(self), bool)
+        chosen[np.random.default_rng([seed, len(self)]).permutation(len(self))[:count]] = True
+        return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
+
+    def log_summary(self) -> None:
+        """Logs how many samples and tokens there are, and how many rows were dropped and why: many of them loudly."""
+        learned = int(np.count_nonzero(self.weights))
+        log.info("%d samples, %d tokens, %d learned", len(self), len(self.ids), learned)
+        rows = len(self) + sum(self.dropped.values())
+        for reason, count in self.dropped.items():
+            level = logging.WARNING if count >= _MANY * rows else logging.INFO
+            log.log(level, "%d of %d rows (%.1f %%) dropped: %s", count, rows, 100 * count / rows, reason)
+        for remark, count in self.meta.get("remarks", {}).items():
+            log.warning("%d rows: %s", count, remark)
+
+
+def _each(chunks: Iterable[Columns], done: Callable[[], None]) -> Iterator[Columns]:
+    for chunk in chunks:
+        yield chunk
+        done()

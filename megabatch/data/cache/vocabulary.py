@@ -1,0 +1,42 @@
+"""Whether a model has an embedding for every token of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.tokens import tokenizer
+from megabatch.errors import DataError
+
+_BLOCK = 1 << 22  # tokens that are looked at together
+
+
+def require_known_ids(cache: TokenCache, *, rows: int, folder: Path) -> None:
+    """Compares the ids of all samples with the model's; those that no sample uses may lie above.
+
+    Costs nothing but for the error: the cache knows its largest id.
+
+    Args: `rows` of the model's embedding, without those that only pad it; `folder` of the tokenizer.
+    Raises: DataError naming the first such token, its place, and how many samples hold one.
+    """
+    if cache.max_id < rows:
+        return
+    places = np.concatenate(list(_above(cache, rows)))
+    first = int(places[0])
+    number = int(cache.ids[first])
+    samples = np.unique(np.searchsorted(cache.starts, places, side="right") - 1)
+    token = tokenizer.load(folder).convert_ids_to_tokens(number)
+    more = f" ({len(samples):,} samples hold such tokens)" if len(samples) > 1 else ""
+    raise DataError(
+        f"{cache.origin(int(samples[0]))}: has the token {token!r} with id {number}, and the model's embedding has "
+        f"{rows} rows{more}; take the tokenizer that belongs to the model, keep the token out of the data, or resize "
+        f"the embedding to at least {cache.max_id + 1} rows"
+    )
+
+
+def _above(cache: TokenCache, rows: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(cache.ids), _BLOCK):
+        yield np.flatnonzero(cache.ids[start : start + _BLOCK] >= rows) + start

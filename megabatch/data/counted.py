@@ -1,0 +1,90 @@
+"""How much data runs had when it was counted, kept beside the token caches for plans to show. No numpy, no torch.
+
+`.counted.json` in the cache folder holds an entry for each set of data and settings. A plan may be made where neither
+tokenizer nor data is read, so an entry is found by what decides samples and packs as run.json tells it, and by the
+sizes and times of the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megabatch.config.declare import parameters
+from megabatch.config.recipe import Recipe
+from megabatch.config.run import RunConfig
+from megabatch.data.rows import names
+from megabatch.errors import DataError
+from megabatch.run_directory import write_atomic
+
+NAME = ".counted.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".gguf")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counted:
+    """The training data of a run."""
+
+    samples: int
+    items: int
+    """Packs, or samples where nothing is packed."""
+    tokens: int
+    cache: str
+    """The token cache that they were counted in."""
+
+
+def note_counted(run: RunConfig, cache_folder: Path, found: Counted) -> None:
+    """Remembers it, where there is a place that can be written; entries whose cache is gone are dropped."""
+    with contextlib.suppress(OSError, DataError):
+        kept = {name: one for name, one in _entries(cache_folder).items() if Path(str(one.get("cache"))).is_dir()}
+        kept[_request(run)] = asdict(found)
+        write_atomic(cache_folder / NAME, json.dumps(kept, indent=1))
+
+
+def counted(run: RunConfig, cache_folder: Path) -> Counted | None:
+    """What was counted of this very data, if its token cache is there still."""
+    try:
+        found = Counted(**_entries(cache_folder)[_request(run)])
+        meta = json.loads((Path(found.cache) / "meta.json").read_bytes())
+        return found if meta["samples"] >= found.samples > 0 else None
+    except (OSError, ValueError, TypeError, KeyError, DataError):
+        return None
+
+
+def _entries(cache_folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((cache_folder / NAME).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {name: one for name, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
+
+
+def _request(run: RunConfig) -> str:
+    """Raises: OSError, DataError for files that cannot be seen."""
+    recipe = run.recipe
+    decides = [one.name for one in parameters(Recipe) if one.group == "data" and not one.facts.speed_only]
+    settings = {name: getattr(recipe.data, name) for name in decides}
+    model = [recipe.model.model, recipe.model.tokenizer, run.shape.model_type, run.shape.vocab_size]
+    told = [recipe.task, settings, model, recipe.training.seed, recipe.bridge.use_hf, list(_states(run))]
+    text = json.dumps(told, sort_keys=True, default=dict)  # read-only mappings
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _states(run: RunConfig) -> Iterator[tuple[str, int, int]]:
+    """Name, size and time of every file of the data and of the tokenizer."""
+    data, tokenizer = run.recipe.data, run.recipe.model.tokenizer
+    for text in (*data.dataset, *data.val_dataset):
+        name = names.parse(text, use_hf=run.recipe.bridge.use_hf)
+        yield from map(_state, names.local_files(name) if name.kind == "path" else ())
+    if tokenizer is not None and Path(tokenizer).is_dir():
+        yield from (_state(p) for p in sorted(Path(tokenizer).iterdir()) if p.is_file() and p.suffix not in _WEIGHTS)
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns

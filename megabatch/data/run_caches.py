@@ -1,0 +1,96 @@
+"""The token caches of a run, as run.json describes them. Without torch, so that they can be made on any machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from megabatch.config.run import RunConfig
+from megabatch.data.cache import datasets
+from megabatch.data.cache.datasets import CachePaths
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.counted import Counted, note_counted
+from megabatch.data.schedule import Schedule
+from megabatch.data.tokens.samples import Encoding
+
+
+def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None] = lambda: None) -> CachePaths:
+    """Token caches of training and validation data, made unless they are there; one process calls it.
+
+    Args: `tokenizer`: its folder; `on_chunk` is called whenever some hundred rows are tokenised.
+    Raises: DataError naming file and line.
+    """
+    recipe, data = run.recipe, run.recipe.data
+    encoding = Encoding(
+        tokenizer=tokenizer,
+        task="pt" if recipe.task == "pt" else "sft",
+        template=data.template,
+        system=data.system,
+        columns=data.columns or {},
+        max_length=data.max_length,
+        truncation_strategy=data.truncation_strategy or "delete",
+        loss_scale=data.loss_scale or "default",
+        sanitize_control_tokens=data.sanitize_control_tokens,
+    )
+    return datasets.build(
+        encoding,
+        vocab_size=run.shape.vocab_size,
+        dataset=data.dataset,
+        val_dataset=data.val_dataset,
+        cache_dir=cache_folder(run),
+        seed=recipe.training.seed,
+        dataset_shuffle=data.dataset_shuffle,
+        dataset_num_proc=data.dataset_num_proc,
+        use_hf=recipe.bridge.use_hf,
+        on_chunk=on_chunk,
+    )
+
+
+def cache_folder(run: RunConfig) -> Path:
+    """Where token caches are made and found."""
+    return Path(os.environ.get("MEGABATCH_CACHE") or Path(run.run_dir) / "cache")
+
+
+def note_data(run: RunConfig, data: TokenCache, schedule: Schedule) -> None:
+    """Remembers how much training data there is, for plans of the same run; one process calls it."""
+    tokens = int(data.lengths.sum())
+    found = Counted(samples=len(data), items=len(schedule), tokens=tokens, cache=str(data.path))
+    note_counted(run, cache_folder(run), found)
+
+
+def open_caches(run: RunConfig, paths: CachePaths) -> tuple[TokenCache, TokenCache | None]:
+    """(training, validation) samples. Raises: DataError for a damaged cache or an empty part."""
+    recipe = run.recipe
+    return datasets.open_caches(paths, split_dataset_ratio=recipe.data.split_dataset_ratio, seed=recipe.training.seed)
+
+
+def schedule_of(run: RunConfig, data: TokenCache, *, shuffle: bool = True) -> Schedule:
+    """The order in which samples are drawn. Raises: DataError when they do not fill a batch."""
+    recipe = run.recipe
+    return Schedule(
+        data.lengths,
+        global_batch_size=recipe.batch.global_batch_size,
+        seed=recipe.training.seed,
+        dataset_shuffle=shuffle and recipe.data.dataset_shuffle,
+        train_dataloader_shuffle=shuffle and recipe.data.train_dataloader_shuffle,
+        packing_length=recipe.data.packing_length if recipe.data.packing else None,
+        content=data.content,
+    )
+
+
+def train_iters(run: RunConfig, schedule: Schedule) -> int:
+    """Steps of the run."""
+    training = run.recipe.training
+    return training.train_iters or schedule.train_iters(training.max_epochs or 1)
+
+
+def course(schedule: Schedule, data: TokenCache, train_iters: int) -> str:
+    """What an epoch and `train_iters` steps draw, in words."""
+    items, batch = len(schedule), schedule.global_batch_size
+    packs = f" in {items:,} packs" if items != len(data) else ""
+    epoch = f"an epoch draws all {len(data):,} samples{packs}, {int(data.lengths.sum()):,} tokens"
+    drawn = train_iters * batch
+    early = f"{-drawn % items:,} {'packs' if packs else 'samples'} early"
+    end = f"; the last epoch ends {early}" if drawn % items else ""
+    return f"{epoch}; the run draws {drawn / items:.2f} epochs{end}"

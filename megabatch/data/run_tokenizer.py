@@ -1,0 +1,97 @@
+"""Where a run's tokenizer comes from: a folder, a hub, or the training data itself. Without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megabatch.config.run import RunConfig
+from megabatch.converters.atomic import replacing
+from megabatch.converters.families import family_named
+from megabatch.data.rows import sources
+from megabatch.data.rows.formats import conversation_of
+from megabatch.data.tokens import tokenizer as tokenizers
+from megabatch.errors import ConfigError, DataError, MegabatchError
+
+MADE_MODEL = "model"
+"""Folder in the run directory with config.json and tokenizer of a model made on the spot."""
+
+
+def tokenizer_of(run: RunConfig) -> Path:
+    """Folder of the run's tokenizer, downloaded or made now unless it is there. Raises: ConfigError, DataError."""
+    if run.recipe.model.model is None:
+        return made_model(run)[1]
+    tokenizer = folder_of(run.recipe.model.tokenizer or run.recipe.model.model, run)
+    tokenizers.check(tokenizer)
+    return tokenizer
+
+
+def made_model(run: RunConfig) -> tuple[Path, Path]:
+    """(folder with config.json, folder of the tokenizer) of a model that has no weights yet, written unless there."""
+    folder = Path(run.run_dir) / MADE_MODEL
+    given = run.recipe.model.tokenizer
+    tokenizer = folder_of(given, run) if given else _trained_tokenizer(run, folder)
+    _write_config(run, folder, tokenizer)
+    return folder, tokenizer
+
+
+def folder_of(name: str, run: RunConfig) -> Path:
+    """A local folder, or the download of a hub's."""
+    if Path(name).is_dir():
+        return Path(name)
+    bridge = run.recipe.bridge
+    token = os.environ.get(bridge.hub_token) if bridge.hub_token else None
+    try:
+        if bridge.use_hf:
+            from huggingface_hub import snapshot_download as hf_download
+
+            return Path(hf_download(name, token=token))
+        from modelscope import snapshot_download as ms_download
+
+        return Path(ms_download(name, token=token))
+    except ImportError as e:
+        raise ConfigError(
+            f"model.model={name!r} is no folder here and bridge.use_hf=False asks ModelScope's hub, whose package is "
+            "not installed; pip install modelscope, or set use_hf=True for Hugging Face's hub"
+        ) from e
+    except Exception as e:  # hubs raise a dozen kinds for what is always: it could not be downloaded
+        raise ConfigError(
+            f"model.model={name!r} is no folder here and cannot be downloaded ({type(e).__name__}: "
+            f"{str(e).strip().splitlines()[0]}); download it where there is a network and give its folder"
+        ) from e
+
+
+def _trained_tokenizer(run: RunConfig, folder: Path) -> Path:
+    """A byte-level BPE of the training data's text, kept for the runs that follow a requeue."""
+    if (folder / "tokenizer_config.json").is_file():
+        return folder
+    data = run.recipe.data
+    texts = [
+        message.content
+        for source in sources.resolve(data.dataset, use_hf=run.recipe.bridge.use_hf)
+        for row in source.rows(seed=run.recipe.training.seed, shuffle=data.dataset_shuffle)
+        for message in conversation_of(row, columns=data.columns, system=data.system).messages
+    ]
+    return tokenizers.train_bpe(texts, vocab_size=run.shape.vocab_size, out_dir=folder)
+
+
+def _write_config(run: RunConfig, folder: Path, tokenizer: Path) -> None:
+    loaded: Any = tokenizers.load(tokenizer)
+    if len(loaded) > run.shape.vocab_size:
+        raise DataError(
+            f"model.tokenizer: {tokenizer} has {len(loaded)} tokens, above model.padded_vocab_size="
+            f"{run.shape.vocab_size}; try {len(loaded)} or more"
+        )
+    tokens = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    family = family_named(run.shape.model_type)
+    config = family.hf_config(run.shape, dtype=run.recipe.model.torch_dtype or "float32", **tokens)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "config.json") as file:
+            file.write((json.dumps(config, indent=2) + "\n").encode())
+        if tokenizer != folder:
+            loaded.save_pretrained(folder)
+    except OSError as e:
+        raise MegabatchError(f"{folder} cannot be written: {e.strerror or e}") from e

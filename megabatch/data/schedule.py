@@ -1,0 +1,219 @@
+"""Which samples form each optimizer step, and which data-parallel rank computes which of them. Pure: no I/O, no torch.
+
+The global batch is decided first, from seed, epoch and lengths alone; only then it is dealt to ranks and
+micro-batches. So it is the same for every data-parallel size and micro_batch_size.
+
+Epochs follow each other without a gap: a batch that the rest of an epoch does not fill takes what it lacks from the
+next one. So each epoch draws every item exactly once, and the last of `max_epochs` may end before its last items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from megabatch.data.packing import Packs, pack, singletons
+from megabatch.errors import DataError
+from megabatch.plan.batch import train_iters
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """All that decides the next batch, besides the schedule; saved in checkpoints."""
+
+    epoch: int = 0
+    offset: int = 0
+    """Items (samples, or packs when packing) of this epoch already drawn; all of them is the next epoch's start."""
+    data: str = ""
+    """`Schedule.fingerprint` of the schedule that moved it; "" before the first batch. Without a colon it knows the
+    order and the lengths alone: checkpoints from before contents were compared."""
+
+    @property
+    def knows_content(self) -> bool:
+        """Whether a dataset that was edited since would be found."""
+        return not self.data or ":" in self.data
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Cursor:
+        """Raises: DataError when `saved` is no cursor."""
+        try:
+            return cls(int(saved["epoch"]), int(saved["offset"]), str(saved["data"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise DataError(f"the checkpoint's data cursor {saved!r} cannot be read ({e})") from e
+
+
+class Schedule:
+    """The order of all samples over all epochs, cut into global batches."""
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        global_batch_size: int,
+        seed: int = 42,
+        dataset_shuffle: bool = True,
+        train_dataloader_shuffle: bool = True,
+        packing_length: int | None = None,
+        content: str = "",
+    ) -> None:
+        """Args: `lengths` int [samples] in tokens; `packing_length`: tokens of a pack, None for no packing; `content`:
+        digest of the samples' tokens, `TokenCache.content`.
+
+        `dataset_shuffle` orders the samples once, `train_dataloader_shuffle` the items again in each epoch.
+        Raises: DataError for a sample longer than `packing_length`.
+        """
+        self.global_batch_size = global_batch_size
+        self._seed = seed
+        self._shuffle = train_dataloader_shuffle
+        order = _rng(seed, "dataset").permutation(len(lengths)) if dataset_shuffle else np.arange(len(lengths))
+        self.items: Packs = (
+            singletons(order) if packing_length is None else pack(lengths, order=order, capacity=packing_length)
+        )
+        settings = (seed, dataset_shuffle, train_dataloader_shuffle, packing_length)
+        digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+        digest.update(np.ascontiguousarray(lengths, np.int64).tobytes())
+        self.fingerprint = f"{digest.hexdigest()}:{content}"
+        """Digests of what a cursor's offset refers to, `order:content`; independent of batch sizes and ranks."""
+        self.order = lru_cache(maxsize=2)(self._order)
+        """epoch → item numbers in the order they are drawn, int64 [items]."""
+
+    def __len__(self) -> int:
+        """Items: samples, or packs when packing."""
+        return len(self.items)
+
+    def require_a_batch(self) -> None:
+        """Raises: DataError when an epoch is smaller than a global batch, which would then hold samples twice."""
+        if self.global_batch_size > len(self):
+            raise DataError(
+                f"batch.global_batch_size={self.global_batch_size} is more than the {len(self)} training items "
+                f"(samples, or packs when packing); lower it to {len(self)} or less, or add data"
+            )
+
+    def train_iters(self, max_epochs: int) -> int:
+        """Optimizer steps of `max_epochs` epochs. Raises: DataError when an epoch is smaller than a global batch."""
+        self.require_a_batch()
+        return train_iters(len(self), epochs=max_epochs, global_batch_size=self.global_batch_size)
+
+    def require_own(self, cursor: Cursor) -> None:
+        """Raises: DataError when the cursor belongs to other data than this schedule's."""
+        if not cursor.data:
+            return
+        order, _, content = self.fingerprint.partition(":")
+        its_order, _, its_content = cursor.data.partition(":")
+        if its_order != order:
+            raise DataError(
+                "the checkpoint's data cursor belongs to other samples, seed, shuffling or packing than this run's; "
+                "resume with the settings of the run that wrote it, or start over with checkpoint.finetune=True"
+            )
+        if cursor.knows_content and its_content != content:
+            raise DataError(
+                "the training data has other tokens than when the checkpoint was written, though every sample has the "
+                "same length: its files, the tokenizer or the template were changed; resume with those of the run "
+                "that wrote it, or start over with checkpoint.finetune=True"
+            )
+
+    def next(self, cursor: Cursor) -> tuple[np.ndarray, Cursor]:
+        """Items of the next global batch, int64 [global_batch_size], and the cursor behind it.
+
+        Raises: DataError when the cursor belongs to other data, or an epoch is smaller than a global batch.
+        """
+        self.require_a_batch()
+        self.require_own(cursor)
+        epoch, offset = divmod(cursor.epoch * len(self) + cursor.offset, len(self))
+        items = self.order(epoch)[offset : offset + self.global_batch_size]
+        stop = offset + len(items)
+        if rest := self.global_batch_size - len(items):
+            epoch, stop = epoch + 1, rest
+            items = np.concatenate([items, self.order(epoch)[:rest]])
+        return items, Cursor(epoch, stop, self.fingerprint)
+
+    def once(self) -> Iterator[np.ndarray]:
+        """Every item exactly once, in order and unshuffled by epoch: evaluation. The last batch may be smaller."""
+        for first in range(0, len(self), self.global_batch_size):
+            yield np.arange(first, min(first + self.global_batch_size, len(self)))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return _rng(self._seed, f"epoch {epoch}").permutation(len(self)) if self._shuffle else np.arange(len(self))
+
+
+def cost(lengths: np.ndarray, *, hidden_size: int) -> float:
+    """Relative cost of computing sequences of these lengths.
+
+    A sequence of n tokens costs n + n² / (12 · hidden_size): the matrices of a transformer layer take about
+    24 · hidden_size² FLOPs per token, causal attention about 2 · n · hidden_size.
+    """
+    tokens: np.ndarray = lengths.astype(np.float64)
+    return float((tokens + tokens**2 / (12 * hidden_size)).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaving:
+    """What an interleaved pipeline asks of the number of micro-batches; the default asks for one at least."""
+
+    stages: int = 1
+    """Pipeline ranks."""
+    group: int = 1
+    """Micro-batches that go through a chunk of layers one behind the other, `stages` or more."""
+
+    def rounds(self, needed: int) -> int:
+        """Least number of micro-batches, `needed` or more, that megatron-core's interleaved schedule takes.
+
+        That is a whole group at least, and behind whole groups nothing or one micro-batch for each stage.
+        """
+        count = max(needed, self.group)
+        rest = count % self.group
+        return count if rest == 0 else count + max(self.stages - rest, 0)
+
+
+PLAIN = Interleaving()
+
+
+def deal(
+    costs: np.ndarray, *, dp_size: int, micro_batch_size: int, interleaving: Interleaving = PLAIN
+) -> list[list[list[int]]]:
+    """Deals a global batch: [data-parallel rank][micro-batch] → positions in `costs`.
+
+    Every rank gets equally many micro-batches, as many as `interleaving` takes, each of `micro_batch_size` positions;
+    where the batch is too small for that, some hold fewer or none. Costs are balanced between ranks over the step, and
+    between the ranks' n-th micro-batches, which expert-parallel ranks compute in lock step; the costliest come first,
+    so a lack of memory shows at once.
+    """
+    rounds = interleaving.rounds(-(-len(costs) // (dp_size * micro_batch_size)))
+    micro_batches = _balanced(costs, groups=rounds * dp_size, size=micro_batch_size)
+    totals = [float(costs[group].sum()) for group in micro_batches]
+    by_cost = sorted(range(len(micro_batches)), key=lambda index: (-totals[index], index))
+    ranks: list[list[list[int]]] = [[] for _ in range(dp_size)]
+    loads = [0.0] * dp_size
+    for first in range(0, len(by_cost), dp_size):
+        lightest_first = sorted(range(dp_size), key=lambda rank: (loads[rank], rank))
+        for rank, index in zip(lightest_first, by_cost[first : first + dp_size], strict=True):
+            ranks[rank].append(micro_batches[index])
+            loads[rank] += totals[index]
+    return ranks
+
+
+def _balanced(costs: np.ndarray, *, groups: int, size: int) -> list[list[int]]:
+    """Positions in `groups` groups of at most `size`: the costliest first, each to the cheapest group with room."""
+    members: list[list[int]] = [[] for _ in range(groups)]
+    heap = [(0.0, group) for group in range(groups)]
+    for position in np.argsort(-costs, kind="stable").tolist():
+        load, group = heapq.heappop(heap)
+        members[group].append(position)
+        if len(members[group]) < size:
+            heapq.heappush(heap, (load + float(costs[position]), group))
+    return members
+
+
+def _rng(seed: int, purpose: str) -> np.random.Generator:
+    """A PCG64 stream for one purpose of one seed."""
+    words = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(words, "little")))

@@ -1,0 +1,100 @@
+"""Where the assistant's turns stand in a rendered conversation, for templates that do not loop over the messages.
+
+The conversation is rendered a second time with a sentinel in place of each assistant content; what lies between the
+sentinels is the template's own text plus the other roles' messages, and that text must be met again, in order, in the
+real rendering. What is left between is what the assistant says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from megabatch.data.tokens.rendering import Span
+from megabatch.errors import DataError
+
+Render = Callable[[Sequence[Mapping[str, Any]]], str]
+
+
+def assistant_spans(render: Render, messages: Sequence[Mapping[str, Any]], *, text: str, prompt: str) -> list[Span]:
+    """For each assistant message, the span of what the assistant says in the rendered conversation `text`.
+
+    A span starts right after the generation prompt where the template writes it literally, so text that the template
+    itself puts into the turn (an empty thinking block) belongs to it; it stops before the end-of-turn token.
+
+    Raises: DataError when the two renderings cannot be aligned.
+    """
+    spans: list[Span] = []
+    pieces = _pieces(render, messages)
+    answers = [answer(m) for m in messages if m["role"] == "assistant"]
+    before = _without_own(pieces[0], prompt)
+    if not text.startswith(before):
+        raise DataError("the text before the first assistant message depends on what the assistant says")
+    position = len(before)
+    for index, said in enumerate(answers):
+        last = index == len(answers) - 1
+        after = pieces[-1] if last else _without_own(pieces[index + 1], prompt)
+        stop = _stop(text, position, said, after=after, last=last)
+        if stop is None:
+            raise DataError(f"assistant message {index} is not found in the rendered conversation")
+        spans.append((position, stop))
+        position = stop + len(after)
+    return spans
+
+
+def answer(message: Mapping[str, Any]) -> str:
+    """What must survive of a content: templates trim it, and drop, move or re-space its thinking."""
+    content = message.get("content")
+    return content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
+
+
+def sentinel(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A text that no message holds."""
+    everything, mark = repr(messages), "MEGABATCHTURN"
+    while mark in everything:
+        mark += "X"
+    return mark
+
+
+def _pieces(render: Render, messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rendering with sentinels for the assistant's contents, cut at the sentinels: one more piece than turns."""
+    mark = sentinel(messages)
+    sentinels = [f"{mark}{index}END" for index in range(sum(m["role"] == "assistant" for m in messages))]
+    names = iter(sentinels)
+    replaced = [{"role": "assistant", "content": next(names)} if m["role"] == "assistant" else m for m in messages]
+    rest = render(replaced)
+    pieces = []
+    for index, name in enumerate(sentinels):
+        piece, found, rest = rest.partition(name)
+        if not found or mark in piece:
+            raise DataError(f"it leaves out, repeats or reorders assistant message {index}")
+        pieces.append(piece)
+    if mark in rest:
+        raise DataError("it repeats the last assistant message")
+    return [*pieces, rest]
+
+
+def _without_own(piece: str, prompt: str) -> str:
+    """`piece` up to the generation prompt, without what the template itself puts at the start of the turn."""
+    at = piece.rfind(prompt) if prompt else -1
+    return piece if at < 0 else piece[: at + len(prompt)]
+
+
+def _stop(text: str, start: int, said: str, *, after: str, last: bool) -> int | None:
+    """Where the turn that starts at `start` stops, so that `after` follows (and, for the last one, ends the text)."""
+    for stop in _candidates(text, start, after=after, last=last):
+        if text[start:stop].strip().endswith(said):
+            return stop
+    return None
+
+
+def _candidates(text: str, start: int, *, after: str, last: bool) -> Iterator[int]:
+    if last:
+        stop = len(text) - len(after)
+        if stop >= start and text.endswith(after):
+            yield stop
+        return
+    stop = text.find(after, start)
+    while stop >= 0:
+        yield stop
+        stop = text.find(after, stop + 1)

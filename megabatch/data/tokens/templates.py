@@ -1,0 +1,319 @@
+"""Conversations → token ids and loss weights, through the tokenizer's own chat template.
+
+The ids are those of transformers' `apply_chat_template`, but for control tokens in the data (see `control_tokens`).
+`weights[i]` is the loss weight of predicting `ids[i]`; nothing predicts the first token, so `weights[0]` is 0.
+The loss covers what the assistant says and its end-of-turn token, not the newline that some templates put after it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from megabatch.data.rows.formats import Conversation, is_text
+from megabatch.data.rows.turns import Message
+from megabatch.data.tokens.aligning import Aligner, Encoded, Text
+from megabatch.data.tokens.control_tokens import ControlTokens, Spelling
+from megabatch.data.tokens.fitting import Fitting
+from megabatch.data.tokens.locating import Locator, Part
+from megabatch.data.tokens.own_templates import CHATML, PLAIN, with_bos
+from megabatch.data.tokens.rendering import MARKS, Rendered, Renderer
+from megabatch.data.tokens.spans import answer
+from megabatch.data.tokens.turn_ends import TurnEnds
+from megabatch.errors import DataError
+
+log = logging.getLogger(__name__)
+
+LossScale = Literal["default", "last_round", "all"]
+"""Which tokens are learned: all assistant turns, those after the last user message, or every token."""
+
+_OWN = {"chatml": CHATML, "plain": PLAIN}
+_ESCAPED = "control tokens in the text, tokenised as plain text (see data.sanitize_control_tokens)"
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+_LEFT_OUT = "the template leaves out what is said beside a call"
+
+
+class _Said(NamedTuple):
+    """What is encoded of a conversation, and by which of the tokenizers."""
+
+    text: Text
+    by_twin: bool
+
+
+class _Form(NamedTuple):
+    """One chat template and what is known of it."""
+
+    renderer: Renderer
+    fitting: Fitting
+    locator: Locator
+
+
+class Template:
+    """A chat template together with its tokenizer."""
+
+    def __init__(self, tokenizer: Any, *, name: str | None = None, sanitize_control_tokens: bool = True) -> None:
+        """`name`: None for the tokenizer's own (see `_sources`), `chatml` or `plain`. Raises: DataError."""
+        self.tokenizer = tokenizer
+        self.name, self.sources = _sources(tokenizer, name)
+        self._ends = TurnEnds(_special(tokenizer), eos=tokenizer.eos_token)
+        advice = _advice(tokenizer, self.name)
+        self._forms = {kind: _form(tokenizer, source, self._ends, advice) for kind, source in self.sources.items()}
+        extra = {token for form in self._forms.values() for token in _turn_tokens(tokenizer, form)}
+        self._control = ControlTokens(tokenizer, extra) if sanitize_control_tokens else None
+        self._aligner = Aligner(_backend(tokenizer))
+        self._warned = False
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the template is the tokenizer's own, so that a copy of its files renders it."""
+        return self.name == "of the tokenizer"
+
+    def turn_end(self) -> str | None:
+        """The special token that ends the assistant's turn; None where the template writes none."""
+        form = self._forms["default"]
+        try:
+            text = form.renderer.render(
+                [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], {}
+            ).text
+        except DataError:
+            return None
+        return self._ends.last(text.rstrip())
+
+    def encode(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        places: Sequence[str],
+        loss_scale: LossScale,
+        remarks: Counter[str] | None = None,
+    ) -> list[Encoded]:
+        """Tokenises conversations; `places` name them in errors, `remarks` counts what the rows have and nobody reads.
+
+        Raises: DataError for one that cannot be rendered, aligned, or told from the template.
+        """
+        counted: Counter[str] = Counter() if remarks is None else remarks
+        texts = [
+            self._text(conversation, place=place, loss_scale=loss_scale, remarks=counted)
+            for conversation, place in zip(conversations, places, strict=True)
+        ]
+        encoded: dict[int, Encoded] = {}
+        for by_twin in (False, True):
+            chosen = [index for index, text in enumerate(texts) if text.by_twin == by_twin]
+            if chosen:
+                aligner = self._twins_aligner if by_twin else self._aligner
+                made = aligner.encode([texts[index].text for index in chosen], whole=loss_scale == "all")
+                encoded |= zip(chosen, made, strict=True)
+        return [encoded[index] for index in range(len(texts))]
+
+    @cached_property
+    def _twins_aligner(self) -> Aligner:
+        assert self._control is not None
+        return Aligner(self._control.twin)
+
+    def _text(self, conversation: Conversation, *, place: str, loss_scale: LossScale, remarks: Counter[str]) -> _Said:
+        try:
+            return self._located(conversation, loss_scale=loss_scale, remarks=remarks)
+        except DataError as e:
+            others = " or ".join(name for name in _OWN if name != self.name and _lack(self.tokenizer, name) is None)
+            raise DataError(
+                f"{place}: chat template {self.name} cannot be used on it: {e}"
+                + (f"; check the row, or set data.template to {others}" if others and "data." not in str(e) else "")
+            ) from e
+
+    def _located(self, conversation: Conversation, *, loss_scale: LossScale, remarks: Counter[str]) -> _Said:
+        """The conversation's text and what is learned of it."""
+        has_tools = conversation.columns.get("tools") is not None
+        form = self._forms["tool_use" if has_tools and "tool_use" in self._forms else "default"]
+        variables = form.fitting.variables(conversation, remarks)
+        failed: DataError | None = None
+        for messages, fitted in form.fitting.attempts(conversation, remarks):
+            try:
+                text = self._rendered(form, messages, fitted, variables, loss_scale=loss_scale, remarks=remarks)
+            except DataError as e:
+                failed = failed or e
+                continue
+            return text
+        assert failed is not None
+        raise failed
+
+    def _rendered(
+        self,
+        form: _Form,
+        messages: Sequence[Message],
+        fitted: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        *,
+        loss_scale: LossScale,
+        remarks: Counter[str],
+    ) -> _Said:
+        said = _json([fitted, variables])
+        mark, inner = _marks(said)
+        control = self._control if self._control is not None and self._control.may_be_in(said) else None
+        if control is not None:
+            plain = fitted, variables
+            fitted = [control.mark(m, inner, by_assistant=m["role"] == "assistant") for m in fitted]
+            variables = control.mark(variables, inner)
+            control = control if (fitted, variables) != plain else None
+        rendered = form.renderer.render(fitted, variables, mark=mark)
+        parts = form.locator.parts(fitted, variables, rendered)
+        self._warn_of_missing_end(rendered, parts)
+        remarks[_LEFT_OUT] += any(m.get("tool_calls") and answer(m) not in rendered.text for m in fitted)
+        weights = learned_turns(messages, loss_scale)
+        if control is None:
+            return _Said(Text(rendered.text, [(p.start, p.stop, weights[p.turn]) for p in parts]), by_twin=False)
+        remarks[_ESCAPED] += control.are_in(said)
+        spelling: Spelling = control.spelled(rendered.text, inner)
+        placed = [(spelling.at(p.start), spelling.at(p.stop), weights[p.turn]) for p in parts]
+        return _Said(Text(spelling.text, placed), by_twin=True)
+
+    def _warn_of_missing_end(self, rendered: Rendered, parts: Sequence[Part]) -> None:
+        if not self._warned and not self._ends.at_end(rendered.text[parts[-1].start : parts[-1].stop]):
+            self._warned = True
+            log.warning("chat template %s puts no end-of-turn token after the assistant: it is not learned", self.name)
+
+
+def learned_turns(messages: Sequence[Message], loss_scale: LossScale) -> list[float]:
+    """For each assistant message the weight of its tokens in the loss; a message's own `loss` wins."""
+    last_user = max((index for index, m in enumerate(messages) if m.role == "user"), default=-1)
+    return [
+        m.scale * (m.loss if m.loss is not None else float(loss_scale != "last_round" or index > last_user))
+        for index, m in enumerate(messages)
+        if m.role == "assistant"
+    ]
+
+
+def encode_documents(
+    tokenizer: Any,
+    documents: Sequence[str],
+    *,
+    control: ControlTokens | None = None,
+    remarks: Counter[str] | None = None,
+) -> list[Encoded]:
+    """Pretraining samples: the text with the tokenizer's own special tokens, then EOS; every token is learned.
+
+    Control tokens in the texts are tokenised as text if `control` is given. Raises: DataError.
+    """
+    eos = tokenizer.eos_token_id
+    plain = _backend(tokenizer).encode_batch(list(documents), add_special_tokens=True)
+    encoded = []
+    for text, encoding in zip(documents, plain, strict=True):
+        tokens = encoding.ids
+        if control is not None and control.may_be_in(text) and control.are_in(text):
+            tokens = control.twin.encode(control.spelled(text).text, add_special_tokens=True).ids
+            if remarks is not None:
+                remarks[_ESCAPED] += 1
+        ids = np.asarray(tokens if tokens[-1:] == [eos] else [*tokens, eos], np.int32)
+        weights: np.ndarray = np.ones(len(ids), np.float32)
+        weights[:1] = 0
+        encoded.append(Encoded(ids, weights))
+    return encoded
+
+
+def _json(value: Any) -> str:
+    """All that a conversation says in one string, to search in. Raises: DataError for what is no JSON or no text."""
+    try:
+        made = _ENCODER.encode(value)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise DataError(f"it holds what JSON cannot ({e}); drop or convert that field") from e
+    if not is_text(made):
+        raise DataError("it holds half a surrogate pair, which is no text; delete it")
+    return made
+
+
+def _marks(said: str) -> tuple[str, str]:
+    """Two private characters that a conversation does not hold."""
+    free = [mark for mark in MARKS if mark not in said]
+    if len(free) < 2:
+        raise DataError(f"it holds the private characters U+{ord(MARKS[0]):X} and following; delete them")
+    return free[0], free[1]
+
+
+def _form(tokenizer: Any, source: str, ends: TurnEnds, advice: str) -> _Form:
+    renderer = Renderer(source, tokenizer.special_tokens_map)
+    return _Form(renderer, Fitting(renderer, advice=advice), Locator(renderer, ends))
+
+
+def _turn_tokens(tokenizer: Any, form: _Form) -> set[str]:
+    """Added tokens that stand between turns though the tokenizer does not call them special."""
+    try:
+        between = form.renderer.render([{"role": "user", "content": "x"}], {}).text + form.locator.prompt
+    except DataError:
+        return set()
+    return {token for token in tokenizer.get_added_vocab() if token in between and token.strip()}
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer, without the truncation and padding that its file may ask for."""
+    tokenizer("", add_special_tokens=False)  # resets them, and how special tokens are read
+    return tokenizer.backend_tokenizer
+
+
+def _special(tokenizer: Any) -> set[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(map(str, tokenizer.all_special_tokens))
+
+
+def _sources(tokenizer: Any, name: str | None) -> tuple[str, dict[str, str]]:
+    """Name and Jinja text of the template asked for, or of the default one; `tool_use` is for rows with tools."""
+    if name is None:
+        return _default(tokenizer)
+    if name not in _OWN:
+        close = difflib.get_close_matches(name, _OWN, n=1)
+        raise DataError(
+            f"data.template={name!r} is unknown; try {close[0] if close else ' or '.join(_OWN)}, "
+            f"or leave it unset for the tokenizer's own chat template"
+        )
+    if lack := _lack(tokenizer, name):
+        raise DataError(f"data.template={name!r} {lack}")
+    return name, {"default": _own(tokenizer, name)}
+
+
+def _default(tokenizer: Any) -> tuple[str, dict[str, str]]:
+    """The tokenizer's own template, else ChatML if the vocabulary has its tokens, else the plain one."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = {kind: source for kind, source in own.items() if kind in ("default", "tool_use")}
+    elif own:
+        own = {"default": own}
+    if own and "default" in own:
+        return "of the tokenizer", own
+    name = "chatml" if _lack(tokenizer, "chatml") is None else "plain"
+    if lack := _lack(tokenizer, name):
+        raise DataError(f"data.template='plain' {lack}")
+    return name, {"default": _own(tokenizer, name)}
+
+
+def _own(tokenizer: Any, name: str) -> str:
+    source = _OWN[name]
+    return with_bos(source) if _adds_bos(tokenizer) else source
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins every text with its BOS."""
+    bos = tokenizer.bos_token_id
+    return (
+        bos is not None
+        and tokenizer("x")["input_ids"][:1] == [bos] != tokenizer("x", add_special_tokens=False)["input_ids"][:1]
+    )
+
+
+def _lack(tokenizer: Any, name: str) -> str | None:
+    """Why a template of our own cannot be used with a tokenizer."""
+    if name == "plain":
+        return None if tokenizer.eos_token else "ends turns with the tokenizer's eos_token, which is not set; set it"
+    has = {"<|im_start|>", "<|im_end|>"} <= _special(tokenizer)
+    return None if has else "needs <|im_start|> and <|im_end|> in the vocabulary; try plain"
+
+
+def _advice(tokenizer: Any, name: str) -> str:
+    usable = [own for own in _OWN if _lack(tokenizer, own) is None and own != name]
+    other = f"set data.template to {' or '.join(usable)}, which reads them, or " if usable else ""
+    return f'{other}drop the field (data.columns={{"tools": "_"}} leaves a column out)'

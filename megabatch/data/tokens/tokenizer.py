@@ -1,0 +1,104 @@
+"""Tokenizers: loaded from a folder, or a small byte-level BPE trained on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megabatch.data.tokens.own_templates import CHATML
+from megabatch.errors import DataError
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+# Any one of these sets makes a tokenizer.
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+
+
+def load(folder: Path | str) -> Any:
+    """The Hugging Face tokenizer of a local folder.
+
+    Raises: DataError naming the missing files, or the reason why transformers cannot read them.
+    """
+    check(folder)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # transformers and its Rust part raise bare Exceptions for malformed files
+        reason = (str(e).strip().splitlines() or [""])[0]
+        raise DataError(
+            f"model.tokenizer: {folder} cannot be read ({type(e).__name__}: {reason}); download its tokenizer.json "
+            f"and tokenizer_config.json again"
+        ) from e
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"model.tokenizer: {folder} holds a slow tokenizer without character offsets, which loss masks need; "
+            f"convert it to tokenizer.json with transformers' fast class"
+        )
+    return tokenizer
+
+
+def check(folder: Path | str) -> None:
+    """Raises DataError unless the folder holds a tokenizer's files; reads none of them."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"model.tokenizer: there is no folder {folder}; give one with tokenizer.json")
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        wanted = ", or ".join(" and ".join(names) for names in _VOCABULARIES)
+        raise DataError(f"model.tokenizer: {folder} has no tokenizer; it must hold {wanted}")
+
+
+def check_readable(folder: Path | str) -> None:
+    """Raises DataError when a file of the tokenizer is cut short or only a pointer to it, as Git LFS leaves."""
+    for path in (Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")):
+        try:
+            if path.is_file():
+                json.loads(path.read_bytes())
+        except (OSError, ValueError) as e:
+            raise DataError(f"model.tokenizer: {path} is not valid JSON ({e}); download it again") from e
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int, out_dir: Path | str) -> Path:
+    """Trains a byte-level BPE with ChatML tokens and saves it so that transformers' AutoTokenizer loads it.
+
+    The same texts give the same files. The vocabulary may come out smaller than `vocab_size` when the texts hold
+    fewer merges.
+
+    Args: `vocab_size` includes 256 bytes and three special tokens.
+    Returns: `out_dir`.   Raises: DataError for a vocabulary too small or no text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise DataError(f"vocab_size={vocab_size} is below the 256 bytes and special tokens; try {smallest} or more")
+    texts = list(texts)
+    if not any(texts):
+        raise DataError("a tokenizer cannot be trained on no text; give at least one non-empty document")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out_dir / "tokenizer.json"))
+    end_of_text, _, end_of_turn = SPECIAL_TOKENS
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end_of_turn,
+        "pad_token": end_of_text,
+        "additional_special_tokens": ["<|im_start|>"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 20,
+        "chat_template": CHATML,
+    }
+    (out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return out_dir

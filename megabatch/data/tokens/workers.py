@@ -1,0 +1,174 @@
+"""Tokenising processes: rows in, chunks of samples out, in order and with bounded memory.
+
+One process is spawned, since the caller may hold threads, CUDA or process groups. It imports transformers and loads
+the tokenizer once, without torch, and forks the others. Each talks to the caller by a pipe of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+from megabatch.data.rows.files import Line, Row
+from megabatch.data.tokens.samples import Columns, Encoder, Encoding
+from megabatch.errors import DataError
+
+CHUNK_ROWS = 128
+"""Few enough that what is made of them stays near the processor: 512 took a tenth longer."""
+
+Rows = list[Row | Line]
+
+
+def encoded_chunks(rows: Iterable[Row | Line], encoding: Encoding, *, num_proc: int = 1) -> Iterator[Columns]:
+    """Chunks of samples in the order of the rows, which is the same for every `num_proc`.
+
+    A dataset of one chunk is encoded here. Raises: DataError of the first faulty row, or when a process dies.
+    """
+    pieces = _chunks(rows)
+    first = list(islice(pieces, 2))
+    if num_proc <= 1 or len(first) < 2:
+        encoder = Encoder(encoding)
+        yield from (encoder.encode(piece).columns() for piece in chain(first, pieces))
+        return
+    workers = _Workers(encoding, num_proc)
+    waiting: deque[Future[Columns]] = deque()
+    try:
+        for piece in chain(first, pieces):
+            waiting.append(workers.encoded(piece))
+            if len(waiting) >= 2 * num_proc:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except EOFError:
+        raise DataError(
+            f"a tokenising process died{workers.death()}, probably for lack of memory; lower "
+            f"data.dataset_num_proc={num_proc} or ask for more memory"
+        ) from None
+    finally:
+        workers.close()
+
+
+def _chunks(rows: Iterable[Row | Line]) -> Iterator[Rows]:
+    iterator = iter(rows)
+    while piece := list(islice(iterator, CHUNK_ROWS)):
+        yield piece
+
+
+class _Workers:
+    """The tokenising processes, as the caller sees them: a thread and a pipe for each."""
+
+    def __init__(self, encoding: Encoding, count: int) -> None:
+        """Raises: DataError for the tokenizer or the template; EOFError when the process dies that loads it."""
+        context = multiprocessing.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(count)]
+        self._news, news = context.Pipe(duplex=False)
+        self._ends = [ours for ours, _ in pairs]
+        self._free: SimpleQueue[Connection] = SimpleQueue()
+        theirs = [theirs for _, theirs in pairs]
+        self._server = context.Process(target=_serve, args=(encoding, theirs, news), name="megabatch-tokenise")
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="megabatch-tokenise")
+        self._server.start()
+        for end in (*theirs, news):
+            end.close()
+        for end in self._ends:
+            self._free.put(end)
+
+    def encoded(self, piece: Rows) -> Future[Columns]:
+        """The samples of these rows, once a process is free. Its error: what encoding raised, EOFError for a death."""
+        return self._threads.submit(self._exchanged, piece)
+
+    def _exchanged(self, piece: Rows) -> Columns:
+        end = self._free.get()
+        try:
+            end.send(piece)
+            answer = end.recv()
+        except OSError as e:
+            raise EOFError from e
+        finally:
+            self._free.put(end)
+        if isinstance(answer, BaseException):
+            raise answer
+        assert isinstance(answer, Columns)
+        return answer
+
+    def death(self) -> str:
+        """How a process died, as far as it is known, in words."""
+        try:
+            code = self._news.recv() if self._news.poll(5) else None
+        except (EOFError, OSError):  # the process is gone that would tell
+            self._server.join(5)
+            code = self._server.exitcode
+        return "" if not code else f" (signal {-code})" if code < 0 else f" (exit status {code})"
+
+    def close(self) -> None:
+        """Ends the processes; those at work finish their chunk."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for end in (*self._ends, self._news):
+            end.close()
+        self._server.join()
+
+
+def _serve(encoding: Encoding, ends: list[Connection], news: Connection) -> None:
+    """Loads the tokenizer, starts a process for each end, and tells how one died."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that there is no torch
+    # transformers imports torch where it is found; that takes longer than all else here, and no tokenizer needs it.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    encoder: Encoder | Exception
+    try:
+        encoder = Encoder(encoding)
+    except Exception as e:
+        encoder = _portable(e)
+    gc.collect()
+    gc.freeze()  # what was loaded stays; looking through it again and again takes time
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_work, args=(encoder, end, [*ends, news])) for end in ends]
+    for worker in workers:
+        worker.start()
+    for end in ends:
+        end.close()
+    while workers:
+        ended = connection.wait([worker.sentinel for worker in workers])
+        for worker in [worker for worker in workers if worker.sentinel in ended]:
+            workers.remove(worker)
+            worker.join()
+            if worker.exitcode:
+                news.send(worker.exitcode)
+
+
+def _work(encoder: Encoder | Exception, end: Connection, inherited: list[Connection]) -> None:
+    """Answers each list of rows with its chunk, or with the error, until the caller closes the pipe."""
+    for other in inherited:
+        if other is not end:
+            other.close()  # else nobody would see that the process dies to which it belongs
+    try:
+        while True:
+            end.send(_answer(encoder, end.recv()))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _answer(encoder: Encoder | Exception, rows: Rows) -> Columns | Exception:
+    if isinstance(encoder, Exception):
+        return encoder
+    try:
+        return encoder.encode(rows).columns()
+    except Exception as e:
+        return _portable(e)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that can be sent to the caller; one of ours explains itself, others bring their traceback."""
+    if not isinstance(error, DataError):
+        error.add_note(traceback.format_exc())
+    return error
