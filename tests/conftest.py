@@ -1,12 +1,20 @@
-"""Fixtures for the whole tree: one private Slurm for a test session."""
+"""Fixtures for the whole tree: one private Slurm for a test session, one small tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megabatch.slurm.cluster import PrivateCluster, missing_programs
+
+_TEXTS = [
+    "What is two plus two? The answer is four.",
+    "How many apples are in the basket? There are seven apples in it.",
+    "user assistant system You are a helpful assistant. think about the question, then answer it.",
+] * 4
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +45,21 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def _slurm_marked_tests_need_slurm(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("slurm"):
         _require_slurm()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer, trained on the spot."""
+    from megabatch.data.tokens import tokenizer
+
+    return tokenizer.train_bpe(_TEXTS, vocab_size=400, out_dir=tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def bpe(tokenizer_folder: Path) -> Any:
+    from megabatch.data.tokens import tokenizer
+
+    return tokenizer.load(tokenizer_folder)
 
 
 @pytest.fixture(scope="session")
