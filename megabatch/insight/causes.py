@@ -1,9 +1,9 @@
-"""Why runs fail: the classes of failure, each with its fix, and the ordered table that tells them by evidence.
+"""Why runs fail: classes of failure with their fixes, and the ordered table that maps evidence to a class.
 
-`TABLE` is read from its top: the first row that any evidence of a start matches names the class. So precedence is the
-order of the rows. What a row may match is one line of a log, or one that megabatch.insight.evidence writes of a mark,
-an exit code or Slurm's word. tests/insight/excerpts.txt holds what torch, NCCL, gloo, Slurm and others print
-for each row, and where that text comes from.
+The first row of `TABLE` that matches any evidence of a start names the class, so precedence is the order of the rows.
+A row matches one line: of a log, or one that megabatch.insight.evidence derives from a mark, an exit code or Slurm's
+state. tests/insight/excerpts.txt holds what torch, NCCL, gloo, Slurm and others print for each row, and the source of
+each text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Source(enum.StrEnum):
     """Where evidence comes from."""
 
     SCRIPT = enum.auto()
-    """The batch log between the lines that begin this start and the next: the script, srun and slurmstepd."""
+    """The batch log of this start: output of the script, srun and slurmstepd."""
     FIRST = enum.auto()
     """The log of the rank that failed first."""
     RANK = enum.auto()
@@ -24,7 +24,7 @@ class Source(enum.StrEnum):
     MARK = enum.auto()
     """`exit code N` of the rank that failed first."""
     SLURM = enum.auto()
-    """`STATE reason` of a job whose newest start left no ending, or that did not start."""
+    """`STATE reason` of a job that did not start, or whose newest start left no ending."""
     ENDING = enum.auto()
     """`exit code N` of the job, or `no ending`."""
 
@@ -34,7 +34,7 @@ class Cause:
     """One class of failure."""
 
     name: str
-    """Stable, for programs."""
+    """Programs may rely on it."""
     title: str
     fix: str
 
@@ -46,156 +46,159 @@ class Row:
     cause: str
     sources: tuple[Source, ...]
     pattern: str
-    """Of one line; Python's regular expressions."""
+    """A Python regular expression, searched in one line."""
 
 
 _CAUSES = (
     Cause(
         "bad_node",
-        "a node failed the check before the ranks",
-        "a bad node, not the run: `megabatch resume` leaves it out for a day; if it is named with most others, it is "
-        "the job's or the site's fault: see what was found",
+        "a node failed the preflight",
+        "the node is bad, not the run: `megabatch resume` excludes it for a day; if most nodes are named, the cause "
+        "is the job or the site: see what the preflight found",
     ),
     Cause(
         "role",
         "a server beside the ranks failed",
-        "its log has the reason; change the role's command, resources or `ready_s` in the recipe and submit that "
-        "again, or `megabatch resume` where it was an accident",
+        "its log has the reason; change the role's command, resources or `ready_s` in the recipe and submit it again, "
+        "or use `megabatch resume` if the failure was an accident",
     ),
     Cause(
         "dependency",
-        "a job that it waits for did not end well",
+        "a job that it depends on failed",
         "look at that job (`megabatch why` on its run), then submit or resume this one again",
     ),
     Cause(
         "hardware",
         "a GPU or its links failed",
         'the node is bad, not the run: resubmit without it (`exclude = "NODE"` in the cluster profile) and tell your '
-        "site; `dmesg | grep -i xid` and `nvidia-smi -q -d ECC,ROW_REMAPPER` on it show more",
+        "site; on the node, `dmesg | grep -i xid` and `nvidia-smi -q -d ECC,ROW_REMAPPER` show more",
     ),
     Cause(
         "oom_gpu",
         "out of GPU memory",
-        "lower batch.micro_batch_size or data.max_length, turn on recompute.recompute_granularity=full, or split the "
+        "lower batch.micro_batch_size or data.max_length, set recompute.recompute_granularity=full, or split the "
         "model further (tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size); `megabatch "
         "plan` estimates the memory of each",
     ),
     Cause(
         "oom_shared",
         "a data worker died: out of shared memory, or killed",
-        "lower data.num_workers, ask for more in resources.mem_gib, or give containers a larger /dev/shm",
+        "lower data.num_workers, raise resources.mem_gib, or give containers a larger /dev/shm",
     ),
     Cause(
         "oom_host",
         "out of host memory",
-        "ask for more in resources.mem_gib (0 is all of a node), or lower data.num_workers",
+        "raise resources.mem_gib (0 requests all memory of a node), or lower data.num_workers",
     ),
     Cause(
         "limit",
         "a limit on open files, file sizes, processes or threads was reached",
         "raise it with a line of the profile's `setup` (`ulimit -n` open files, `-f` file size, `-u` processes and "
-        "threads; a cgroup's pids.max is your site's), or lower data.num_workers and OMP_NUM_THREADS",
+        "threads; your site sets a cgroup's pids.max), or lower data.num_workers and OMP_NUM_THREADS",
     ),
     Cause(
         "disk",
-        "a disk is full, or gone",
-        "make room (`df -h`, `lfs quota`), set checkpoint.save_total_limit, or move the run with --save or --run_dir; "
-        "`megabatch resume` then goes on from the last whole checkpoint",
+        "a disk is full or gone",
+        "free some space (`df -h`, `lfs quota`), set checkpoint.save_total_limit, or move the run with --save or "
+        "--run_dir; `megabatch resume` then continues from the last complete checkpoint",
     ),
     Cause(
         "nan",
-        "loss or gradients are no longer numbers",
-        "lower learning_rate.lr or warm up for longer, look at the data of that step; the last checkpoint is from "
+        "loss or gradients are NaN or infinite",
+        "lower learning_rate.lr, lengthen the warmup, or look at the data of that step; the last checkpoint is from "
         "before it",
     ),
     Cause(
         "damaged",
-        "no checkpoint that it could go on from is intact",
-        "nothing was changed: put back an intact copy of the file that is named, or load an older checkpoint; "
-        "`megabatch checkpoint verify RUN` checks all of them",
+        "no checkpoint of the run is intact",
+        "nothing was changed: restore an intact copy of the named file, or load an older checkpoint; `megabatch "
+        "checkpoint verify RUN` checks all of them",
     ),
     Cause(
         "environment",
-        "a module, library or program is missing or does not fit",
-        "run `megabatch doctor` on such a node; check the profile's `modules`, `setup` and `container`, and that the "
-        "virtual environment lies where every node sees it",
+        "a module, library or program is missing or has the wrong version",
+        "run `megabatch doctor` on such a node; check the profile's `modules`, `setup` and `container`, and that "
+        "every node sees the virtual environment",
     ),
     Cause(
         "data",
-        "a dataset cannot be read as it is",
-        "repair the line that the message names, or leave the sample out; the launcher checks datasets before it "
-        "submits where it can read them",
+        "a dataset cannot be read",
+        "repair the line that the message names, or remove the sample; the launcher checks the datasets that it can "
+        "read before it submits",
     ),
     Cause(
         "config",
-        "the configuration does not fit",
-        "change what the message names and submit the recipe again, in a folder of its own",
+        "the configuration is invalid",
+        "change what the message names and submit the recipe again, in a new folder",
     ),
     Cause(
         "cuda",
         "a GPU kernel failed",
-        "run it again with CUDA_LAUNCH_BLOCKING=1 in the environment: the trace then ends at the kernel that fails; "
-        "if it is always the same node, leave that out",
+        "run it again with CUDA_LAUNCH_BLOCKING=1 in the environment: the trace then ends at the failing kernel; if "
+        "the node is always the same, exclude it",
     ),
     Cause(
         "network",
         "the ranks cannot reach each other",
-        "check `network` and NCCL_SOCKET_IFNAME / NCCL_IB_HCA in the cluster profile; NCCL_DEBUG=INFO names the "
-        "interfaces that were tried. A port in use belongs to another process of that node: `megabatch resume` takes "
+        "check `network` and NCCL_SOCKET_IFNAME / NCCL_IB_HCA in the cluster profile; NCCL_DEBUG=INFO lists the "
+        "interfaces that NCCL tried. A port in use belongs to another process on that node: `megabatch resume` takes "
         "another",
     ),
     Cause(
         "hung",
         "the run hung",
-        "the stacks in that rank's log show where it stands; if it does not answer, suspect its node. A long first "
-        "step or save wants a larger resources.hang_timeout_min",
+        "the stacks in that rank's log show where it is stuck; if it does not answer, suspect its node. If the first "
+        "step or a save takes that long, raise resources.hang_timeout_min",
     ),
     Cause(
         "time_limit",
         "the time limit came before everything was saved",
-        "raise resources.signal_delay_s above the time of a save, or resources.time; `megabatch resume` goes on from "
-        "the last checkpoint",
+        "raise resources.signal_delay_s above the time that a save takes, or raise resources.time; `megabatch resume` "
+        "continues from the last checkpoint",
     ),
     Cause(
         "node_failure",
         "a node failed",
-        "nothing of yours: Slurm requeues where it may, else `megabatch resume`; leave the node out if it fails again",
+        "not the run's fault: Slurm requeues it if it may, otherwise use `megabatch resume`; exclude the node if it "
+        "fails again",
     ),
     Cause(
         "preemption",
         "preempted by another job, or requeued by an operator",
-        "nothing of yours: it goes on from its last checkpoint once it starts again, or with `megabatch resume`",
+        "not the run's fault: it continues from its last checkpoint once it starts again, or with `megabatch resume`",
     ),
     Cause(
         "cancelled",
         "cancelled",
-        "`megabatch resume` goes on from the last checkpoint if that was a mistake",
+        "if that was a mistake, `megabatch resume` continues from the last checkpoint",
     ),
     Cause(
         "killed",
         "killed by a signal",
-        "SIGKILL without a word is most often the kernel's memory killer (`dmesg`, resources.mem_gib), else a person; "
-        "after a crash in native code the stack in that log names the library: check its version against torch's",
+        "a SIGKILL without any message usually comes from the kernel's out-of-memory killer (`dmesg`, "
+        "resources.mem_gib), otherwise from a person; after a crash in native code the stack in that log names the "
+        "library: check its version against torch's",
     ),
     Cause(
         "exception",
-        "an exception that nobody foresaw",
-        "the lines above it say where it happened",
+        "an unexpected exception",
+        "the lines above it show where it happened",
     ),
     Cause(
         "timeout",
-        "a rank waited in vain for another",
+        "a rank timed out waiting for another",
         "another rank did not join: look at the one whose log ends first, or whose step is behind; raise "
         "parallel.distributed_timeout_minutes only if a step may really take longer",
     ),
     Cause(
         "communication",
-        "a peer is gone",
-        "whoever went first has the cause in its log, or was killed without a word: `megabatch logs --rank batch`",
+        "another rank is gone",
+        "the rank that ended first has the cause in its log, or was killed without a message: `megabatch logs --rank "
+        "batch`",
     ),
     Cause(
         "lost",
-        "Slurm does not know the job any more, and it left no word",
+        "Slurm no longer knows the job, and the job left no exit code",
         "if its node died, `megabatch resume`; `sacct -j JOB` and the batch log may know more",
     ),
     Cause("unknown", "no known cause", "read the lines below; `megabatch logs` shows all of them"),
@@ -203,7 +206,7 @@ _CAUSES = (
 CAUSES = {cause.name: cause for cause in _CAUSES}
 """Every class, by name."""
 CONSEQUENCES = ("timeout", "communication")
-"""Said by ranks that another rank's failure took along."""
+"""Classes of ranks that failed because another rank had."""
 
 
 _SCRIPT, _MARK, _SLURM, _ENDING = (Source.SCRIPT,), (Source.MARK,), (Source.SLURM,), (Source.ENDING,)
@@ -298,19 +301,19 @@ _NAMED = (
         r"|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|CUDNN_STATUS_\w*(FAILED|ERROR)|CUDA error: ",
     ),
 )
-"""Faults that name themselves, whoever says it."""
+"""Faults that a log names directly, whichever process wrote it."""
 
 TABLE = (
-    # what the launcher found before the ranks, or beside them
+    # found by the job script before the ranks start, or beside them
     Row("bad_node", _SCRIPT, r"megabatch: preflight: not started on "),
     Row("role", _SCRIPT, r"^megabatch: role \w+, task \d+"),
     Row("dependency", _SCRIPT, r"^megabatch: input missing: "),
     Row("dependency", _SLURM, r"^pending Dependency|^(cancelled|lost) Dependency(NeverSatisfied| that cannot be met)"),
-    # what the rank that failed first says, and where it says nothing of the kind, what others and Slurm's daemons say
+    # a fault named in the log of the rank that failed first, then one named by other ranks or Slurm's daemons
     *(Row(cause, _FIRST, pattern) for cause, pattern in _NAMED),
     *(Row(cause, (Source.RANK, Source.SCRIPT), pattern) for cause, pattern in _NAMED),
     Row("oom_host", _SLURM, r"^out_of_memory\b"),
-    # what was done to the run from outside; whatever ranks say then came of it
+    # ended from outside; later messages of the ranks are consequences
     Row("hung", _SCRIPT, r"^megabatch: the run hangs; rank \d+"),
     Row("hung", _MARK, r"^exit code 124$"),
     Row("time_limit", _SCRIPT, r"CANCELLED AT .* DUE TO TIME LIMIT|have not saved in \d+ s"),
@@ -325,12 +328,12 @@ TABLE = (
     Row("preemption", _SLURM, r"^preempted\b"),
     Row("cancelled", _SCRIPT, r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*"),
     Row("cancelled", _SLURM, r"^cancelled\b"),
-    # how the rank that failed first ended; SIGABRT (134) is how NCCL's watchdog ends a rank that waited in vain
+    # how the rank that failed first ended; SIGABRT (134) is how NCCL's watchdog ends a rank after a timeout
     Row("killed", _FIRST, r"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Floating)"),
     Row("network", _FIRST, _NETWORK),
     Row("exception", _FIRST, _EXCEPTION),
     Row("killed", _MARK, r"^exit code (?!134)(129|1[3-8]\d|19[0-2])$"),
-    # where nobody is marked, or the mark says little
+    # no rank is marked as the first to fail, or its mark is inconclusive
     Row("killed", (*_ANY, *_SCRIPT), r"(?<!failed: )[Ss]egmentation fault"),
     Row("network", (Source.RANK, *_SCRIPT), _NETWORK),
     Row("environment", _MARK, r"^exit code 12[67]$"),
@@ -343,7 +346,7 @@ TABLE = (
     Row("communication", _FIRST, _COMMUNICATION),
     Row("killed", _MARK, r"^exit code 134$"),
     Row("communication", (Source.RANK, *_SCRIPT), _COMMUNICATION),
-    # the last word, where nothing else has one
+    # nothing above matched: the bare exit code
     Row("config", _ENDING, r"^exit code 2$"),
     Row("hung", _ENDING, r"^exit code 124$"),
     Row("killed", _ENDING, r"^exit code (129|1[3-8]\d|19[0-2])$"),
@@ -352,4 +355,4 @@ TABLE = (
     Row("lost", _SLURM, r"^lost\b"),
     Row("lost", _ENDING, r"^no ending"),
 )
-"""Evidence and class, in the order in which they are believed."""
+"""Evidence and its class, strongest first."""
