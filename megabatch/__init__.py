@@ -112,6 +112,6 @@ def __dir__() -> list[str]:
 
 def main(recipe: Callable[[], Recipe | Chain] | Sweep, argv: Sequence[str] | None = None) -> None:
     """Runs the command line of a recipe, chain or sweep (`--submit`, `--local`, any parameter) and exits."""
-    from megabatch import entry
+    from megabatch.cli import recipe_command
 
-    entry.main(recipe, argv)
+    recipe_command.main(recipe, argv)

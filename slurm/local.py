@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-import megabatch
 from megabatch.errors import LaunchError
+from megabatch.own_code import PACKAGE
 from megabatch.run_directory import ExitCode
 from megabatch.slurm import hang
 from megabatch.slurm.environment import job_variables
@@ -83,7 +83,7 @@ def local_environment(job: JobSpec, profile: ClusterProfile) -> dict[str, str]:
     world, variables = str(job.world_size), job_variables(job, profile)
     check_names(variables, (*profile.inherit, *job.inherit))
     # an uninstalled checkout must be found by the ranks as it was by us
-    code = str(Path(megabatch.__path__[0]).parent)
+    code = str(PACKAGE.parent)
     inherited = os.environ.get("PYTHONPATH")
     return {
         **{v.name: v.value for v in variables if not v.node_local},

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import megabatch
 from megabatch.errors import LaunchError
+from megabatch.own_code import PACKAGE
 from megabatch.run_directory import write_bytes_atomic
 
 _LEFT_OUT = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
@@ -84,7 +84,7 @@ def read_snapshot(path: Path) -> dict[str, bytes]:
 
 
 def _files(recipe: Path | None, package: Path | None) -> dict[str, Path]:
-    files = dict(_package_files(package or Path(megabatch.__path__[0])))
+    files = dict(_package_files(package or PACKAGE))
     if recipe is not None:
         files[f"recipe/{recipe.name}"] = recipe
     return files

@@ -1,12 +1,14 @@
-"""The import contract: who may import whom (import-linter), and what importing a room does not pull in."""
+"""The import contract: who may import whom (import-linter), no circles, and what importing a room does not pull in."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -22,12 +24,73 @@ def test_rooms_import_only_what_they_may() -> None:
     assert " 0 broken" in done.stdout
 
 
-def test_the_contract_sees_the_linked_rooms() -> None:
-    """A contract about modules that the linter does not find would hold for ever."""
-    import grimp
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("megabatch", cache_dir=None)
 
-    modules = grimp.build_graph("megabatch", cache_dir=None).modules
-    assert {"megabatch.slurm.render", "megabatch.converters.family", "megabatch.trainer.loop"} <= modules
+
+def test_the_contract_sees_the_linked_rooms(graph: grimp.ImportGraph) -> None:
+    """A contract about modules that the linter does not find would hold for ever."""
+    assert {"megabatch.slurm.render", "megabatch.converters.family", "megabatch.trainer.loop"} <= graph.modules
+
+
+def test_an_import_inside_a_function_is_an_arrow(graph: grimp.ImportGraph) -> None:
+    assert graph.direct_import_exists(importer="megabatch.cli.command", imported="megabatch.cli.status")
+
+
+def test_no_circle_of_files(graph: grimp.ImportGraph) -> None:
+    arrows = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    assert not (found := list(_circles(arrows))), _told(found)
+
+
+def test_no_circle_of_folders(graph: grimp.ImportGraph) -> None:
+    """In each folder, whose files and folders are the nodes: what they hold imports one way."""
+    found = [circle for folder in sorted(graph.modules) for circle in _circles(_arrows_in(graph, folder))]
+    assert not found, _told(found)
+
+
+def test_every_circle_is_found() -> None:
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d", "f"}, "f": set()}
+    assert list(_circles(arrows)) == [("a", "b", "c"), ("d", "e")]
+    assert _told([("a", "b", "c")]) == "a -> b -> c -> a"
+
+
+def _circles(arrows: Mapping[str, Set[str]]) -> Iterator[tuple[str, ...]]:
+    """A shortest circle through each node that lies on one, each circle once."""
+    seen: set[frozenset[str]] = set()
+    for node in sorted(arrows):
+        circle = _way_back(arrows, node)
+        if circle and frozenset(circle) not in seen:
+            seen.add(frozenset(circle))
+            yield circle
+
+
+def _way_back(arrows: Mapping[str, Set[str]], node: str) -> tuple[str, ...]:
+    """The nodes of a shortest way from a node to itself; empty where there is none."""
+    ways, reached = [(node,)], {node}
+    for way in ways:
+        for following in sorted(arrows[way[-1]]):
+            if following == node:
+                return way
+            if following not in reached:
+                reached.add(following)
+                ways.append((*way, following))
+    return ()
+
+
+def _arrows_in(graph: grimp.ImportGraph, folder: str) -> dict[str, set[str]]:
+    """Who of a folder's children imports whom, all that lies in a child counted as the child."""
+    children = sorted(graph.find_children(folder))
+    child_of = {name: child for child in children for name in (child, *graph.find_descendants(child))}
+    arrows: dict[str, set[str]] = {child: set() for child in children}
+    for name, child in child_of.items():
+        imported = (child_of.get(other, child) for other in graph.find_modules_directly_imported_by(name))
+        arrows[child] |= {other for other in imported if other != child}
+    return arrows
+
+
+def _told(circles: list[tuple[str, ...]]) -> str:
+    return "\n".join(" -> ".join((*circle, circle[0])) for circle in circles)
 
 
 def _light_modules() -> list[str]:

@@ -12,7 +12,9 @@ from megabatch.chain.flags import parsed
 from megabatch.chain.ready import ReadyChain, make_ready
 from megabatch.chain.record import recorded_chain, states
 from megabatch.chain.text import graph_table, state_table
+from megabatch.entry.startable import require_torch
 from megabatch.run_directory import ExitCode
+from megabatch.table import table
 
 _USAGE = """\
 python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [--<step>.<parameter> VALUE …]
@@ -33,7 +35,6 @@ def run(chain: Chain, arguments: Sequence[str], *, file: Path) -> int:
         return _submit(ready, arguments)
     if actions.local:
         from megabatch.chain.local import run_chain
-        from megabatch.entry.command import require_torch
 
         if any(one.launch for one in ready.steps):
             require_torch()
@@ -64,8 +65,6 @@ def _submit(ready: ReadyChain, arguments: Sequence[str]) -> int:
 
 
 def _show(ready: ReadyChain, *, scripts: bool) -> int:
-    from megabatch.cli.table import table
-
     header, *rows = graph_table(ready)
     text = f"chain {ready.chain.name} in {ready.folder}\n{table(header, rows)}"
     text += "".join(f"\nrefused here: {fault}" for fault in ready.refusals)
@@ -80,8 +79,6 @@ def _show(ready: ReadyChain, *, scripts: bool) -> int:
 
 def show_chain(folder: Path) -> int:
     """Prints what has become of each step. Raises: LaunchError when the folder holds no chain."""
-    from megabatch.cli.table import table
-
     header, *rows = state_table(states(recorded_chain(folder), folder))
     print(table(header, rows))
     return ExitCode.DONE

@@ -1,5 +1,1 @@
-"""The `megabatch` command."""
-
-from megabatch.cli.command import main
-
-__all__ = ["main"]
+"""Command lines: that of recipe files, and `megabatch`."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.cli.runs import one_run
-from megabatch.cli.table import table, terminal_width
 from megabatch.insight.comparison import Differences, code_diff, compare
 from megabatch.insight.masking import Masker
+from megabatch.table import table, terminal_width
 
 
 def show_diff(a: Path, b: Path, *, code: bool, as_json: bool) -> int:

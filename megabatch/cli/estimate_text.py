@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from megabatch.cli.table import table
 from megabatch.plan.figures import GIB, Estimate, MemoryEstimate
 from megabatch.plan.gpus import Gpu
 from megabatch.plan.memory import MARGIN, usable_gib
+from megabatch.table import table
 
 _KINDS = tuple(field.name for field in fields(MemoryEstimate))
 

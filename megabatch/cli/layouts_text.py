@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from megabatch.cli.estimate_text import estimate_document
-from megabatch.cli.table import table
 from megabatch.entry.layouts import JudgedLayout
 from megabatch.plan.gpus import Gpu
+from megabatch.table import table
 
 SHOWN = 20
 """Layouts that can run which are listed without being asked for all."""

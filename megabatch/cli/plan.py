@@ -7,16 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-from megabatch import entry
 from megabatch.cli.estimate_text import estimate_document, estimate_text
 from megabatch.cli.layouts_text import layouts_document, layouts_text
+from megabatch.cli.recipe_command import main
+from megabatch.cli.recipe_file import as_declared, load_declared
 from megabatch.command_line import exit_code
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.fields import unbuilt_fields
-from megabatch.entry.declared import as_declared, loaded
 from megabatch.entry.estimate import estimate_of, gpu_of
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.layouts import faults_of_all, judged_layouts
@@ -84,7 +83,7 @@ def _does_more(actions: Actions) -> bool:
 
 def _own_command_line(found: Callable[[], Recipe] | Sweep, flags: Sequence[str]) -> int:
     try:
-        entry.main(found, list(flags))
+        main(found, list(flags))
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -149,27 +148,3 @@ def _shape(launch: Launch) -> ModelShape:
     if launch.model.shape is None:
         raise ConfigError(_no_estimate(launch))
     return launch.model.shape
-
-
-def load_declared(path: Path) -> Callable[[], Recipe] | Sweep:
-    """The sweep that a recipe file declares, else its function `recipe`.
-
-    Raises: ConfigError when there is no such file, neither of both, or more than one sweep.
-    """
-    names = vars(module := loaded(path))
-    sweeps = [name for name, value in names.items() if isinstance(value, Sweep)]
-    if len(sweeps) > 1:
-        raise ConfigError(f"{path} declares {len(sweeps)} sweeps ({', '.join(sweeps)}); run the file itself")
-    return names[sweeps[0]] if sweeps else _recipe(module, path)
-
-
-def load_recipe(path: Path) -> Callable[[], Recipe]:
-    """The function `recipe` of a recipe file. Raises: ConfigError when there is no such file or function."""
-    return _recipe(loaded(path), path)
-
-
-def _recipe(module: ModuleType, path: Path) -> Callable[[], Recipe]:
-    found = getattr(module, "recipe", None)
-    if not callable(found):
-        raise ConfigError(f"{path} has no function `recipe` that returns a Recipe")
-    return found

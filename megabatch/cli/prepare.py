@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megabatch.cli.plan import load_recipe
+from megabatch.cli.recipe_file import as_declared, load_recipe
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.entry.counted_data import CACHE, cache_folder
-from megabatch.entry.declared import as_declared
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.preflight import missing_inputs
 from megabatch.errors import ConfigError, Fault

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megabatch.cli.plan import load_recipe
+from megabatch.cli.recipe_file import as_declared, load_recipe
 from megabatch.config.recipe import Recipe
-from megabatch.entry.declared import as_declared
 from megabatch.errors import ConfigError
 from megabatch.rehearse.command import Settings, rehearse
 

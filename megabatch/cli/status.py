@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megabatch.cli.runs import all_runs
-from megabatch.cli.table import amount, duration, table, terminal_width
 from megabatch.errors import LaunchError
 from megabatch.insight.overview import Overview, overview
 from megabatch.run_directory import RunDirectory
@@ -18,6 +17,7 @@ from megabatch.slurm.queue import State
 from megabatch.slurm.records import LOCAL
 from megabatch.slurm.script.links import is_linked
 from megabatch.slurm.state import RunStatus
+from megabatch.table import amount, duration, table, terminal_width
 
 _HEADER = ("RUN", "STATE", "STEP", "LOSS", "TOK/S", "ETA", "GOODPUT", "JOB", "HEARD", "WHY")
 REDRAW_S = 2.0

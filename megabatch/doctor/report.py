@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import textwrap
 
-from megabatch.cli.table import table
 from megabatch.doctor.checks import Finding, examine
 from megabatch.doctor.cluster import examine_cluster
 from megabatch.doctor.site import examine_site
 from megabatch.slurm.profile import load_profile
+from megabatch.table import table
 
 _MARKS = {"ok": "ok", "missing": "-", "unsupported": "VERSION", "broken": "BROKEN"}
 

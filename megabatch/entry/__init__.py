@@ -1,5 +1,1 @@
-"""What `python recipes/x.py [flags]` does: plan, show, submit or run a recipe."""
-
-from megabatch.entry.command import main
-
-__all__ = ["main"]
+"""One launch: a recipe planned, judged, written, and submitted or run here."""

@@ -1,4 +1,4 @@
-"""The command line of a recipe file."""
+"""The command line of one run: its plan and job script, its submission, or the run itself on this machine."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from megabatch.chain.declare import Chain
-from megabatch.command_line import run_command
-from megabatch.config.flags import Actions, parse
+from megabatch.config.flags import Actions
 from megabatch.config.recipe import Recipe
-from megabatch.entry.declared import as_declared, file_of
 from megabatch.entry.launch import Launch, prepare, written
 from megabatch.entry.plan_text import plan_text
 from megabatch.entry.preflight import occupied
-from megabatch.entry.startable import absent_packages, missing, unplaceable, unstartable
+from megabatch.entry.startable import missing, require_torch, unplaceable, unstartable
 from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.alone import TakenError
-from megabatch.sweep.declare import Sweep
 
 _USAGE = """\
 python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [--<parameter> VALUE …]
@@ -29,37 +26,11 @@ python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [-
 """
 
 
-def main(recipe: Callable[[], Recipe | Chain] | Sweep, argv: Sequence[str] | None = None) -> None:
-    """Runs a recipe's command line and exits: 0 done, 2 faults of the configuration, else see `ExitCode`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    raise SystemExit(int(run_command(lambda: run(recipe, arguments), arguments)))
-
-
-def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) -> int:
-    """Exit code of a recipe's command line. Raises: MegabatchError."""
-    sweep = recipe if isinstance(recipe, Sweep) else Sweep(recipe)  # type: ignore[arg-type]
-    recipe = sweep.recipe
-    recipe_file = file_of(recipe)
-    declared = as_declared(recipe, recipe_file)
-    if isinstance(declared, Chain):
-        from megabatch.chain.command import run as run_chain
-
-        return run_chain(declared, arguments, file=recipe_file.absolute())
-    actions, chosen = parse(arguments, declared)
-    if actions.help:
-        from megabatch.config.help import help_text
-
-        print(help_text(f"python {recipe_file.name} [--submit | --local | --dry_run]"))
-        return ExitCode.DONE
-    _one_action(actions)
-    if sweep.declared or actions.sweep:
-        from megabatch.sweep.command import run_sweep
-
-        return run_sweep(sweep, chosen, actions, arguments, recipe_file=recipe_file.absolute())
-    _refuse_sweep_flags(actions)
+def run_recipe(recipe: Recipe, actions: Actions, arguments: Sequence[str], *, recipe_file: Path) -> int:
+    """Exit code. Args: `recipe` has the flags of `arguments`. Raises: MegabatchError."""
 
     def prepared() -> Launch:
-        return _in_links(prepare(chosen, actions, recipe_file=recipe_file.absolute()), actions)
+        return _in_links(prepare(recipe, actions, recipe_file=recipe_file), actions)
 
     if actions.submit or actions.local:
         return start(_submit if actions.submit else _local, prepared, arguments)
@@ -79,12 +50,6 @@ def start(
                 raise
 
 
-def _one_action(actions: Actions) -> None:
-    given = [f"--{name}" for name in ("submit", "local", "dry_run") if getattr(actions, name)]
-    if len(given) > 1:
-        raise ConfigError([Fault(" and ".join(given), None, "exclude each other; give one of them", bare=True)])
-
-
 def _in_links(launch: Launch, actions: Actions) -> Launch:
     """The run as `--chain` jobs, none of which requeues."""
     if actions.chain is None:
@@ -92,12 +57,6 @@ def _in_links(launch: Launch, actions: Actions) -> Launch:
     if actions.local:
         raise ConfigError([Fault("--chain", None, "is for Slurm; leave it out with --local", bare=True)])
     return replace(launch, job=replace(launch.job, links=actions.chain, requeue=False))
-
-
-def _refuse_sweep_flags(actions: Actions) -> None:
-    given = [f"--{name}" for name in ("max_parallel", "keep_all", "gpu") if getattr(actions, name)]
-    if given:
-        raise ConfigError([Fault(name, None, "says something of a sweep; add --sweep", bare=True) for name in given])
 
 
 def _show(launch: Launch, *, dry_run: bool, file: str) -> int:
@@ -195,14 +154,6 @@ def _local(launch: Launch, arguments: Sequence[str]) -> int:
         code = run_local(launch.job, launch.profile)
     _report_end(directory, code, arguments)
     return code
-
-
-def require_torch() -> None:
-    if absent := absent_packages():
-        raise LaunchError(
-            f"{', '.join(absent)} not installed for {sys.executable}, so nothing can be trained here; "
-            "pip install 'megabatch[train]', or --submit to a cluster"
-        )
 
 
 def _report_end(directory: RunDirectory, code: int, arguments: Sequence[str]) -> None:

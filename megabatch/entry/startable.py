@@ -15,7 +15,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.entry.launch import Launch
 from megabatch.entry.mounts import unmounted
 from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
-from megabatch.errors import Fault
+from megabatch.errors import Fault, LaunchError
 from megabatch.secret_text import tokens_in
 from megabatch.slurm.profile import ClusterProfile
 
@@ -34,6 +34,15 @@ def missing(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[F
 def absent_packages() -> list[str]:
     """What this Python lacks of what trains."""
     return [name for name in ("torch", "megatron", "transformers") if find_spec(name) is None]
+
+
+def require_torch() -> None:
+    """Raises: LaunchError where this Python cannot train."""
+    if absent := absent_packages():
+        raise LaunchError(
+            f"{', '.join(absent)} not installed for {sys.executable}, so nothing can be trained here; "
+            "pip install 'megabatch[train]', or --submit to a cluster"
+        )
 
 
 def _untrainable(profile: ClusterProfile) -> list[Fault]:

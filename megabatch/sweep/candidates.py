@@ -13,10 +13,10 @@ from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import unbuilt_fields
 from megabatch.config.rules.secrets import no_secrets
 from megabatch.config.run import save_folder
-from megabatch.entry.declared import raised
 from megabatch.entry.estimate import gpu_of, verdict_of
 from megabatch.entry.launch import Launch, job_of, prepare
 from megabatch.entry.model import FoundModel, find_model
+from megabatch.entry.raised import raised
 from megabatch.errors import ConfigError, Fault, MegabatchError
 from megabatch.plan.estimate import Estimate
 from megabatch.plan.gpus import Gpu

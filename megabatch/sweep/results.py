@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megabatch.cli.table import text_width
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.queue import State
 from megabatch.slurm.state import status
 from megabatch.sweep.folder import SWEEP_JSON, read_sweep
 from megabatch.sweep.names import in_order, labels, number_text
+from megabatch.table import text_width
 
 Rank = Literal["tokens_per_s", "mfu", "memory_gib", "loss", "eval_loss"]
 RANKS: tuple[Rank, ...] = get_args(Rank)

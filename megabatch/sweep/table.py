@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megabatch.cli.table import text_width
 from megabatch.config.recipe import Recipe
 from megabatch.config.walltime import seconds
 from megabatch.plan.memory import MARGIN
 from megabatch.slurm.array import JobArray
 from megabatch.sweep.candidates import Candidate, Candidates
 from megabatch.sweep.names import in_order, labels, number_text
+from megabatch.table import text_width
 
 _REASON_WIDTH = 150
 

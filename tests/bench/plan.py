@@ -17,7 +17,7 @@ POINTS = sized(1000, 5)
 
 def plan() -> list[Figure]:
     """Processor time of `megabatch plan --gpus`, and of 1,000 verdicts that no rule or screening shortens."""
-    from megabatch.cli.plan import load_recipe
+    from megabatch.cli.recipe_file import load_recipe
     from megabatch.converters.families import family_of
     from megabatch.entry.estimate import estimate_of, verdict_of
     from megabatch.entry.layouts import judged_layouts

@@ -213,7 +213,7 @@ def test_flags_of_a_step_whose_name_has_dots(tmp_path: Path) -> None:
 
 
 def test_the_example_is_ready_with_the_jobs_it_says(tmp_path: Path) -> None:
-    from megabatch.cli.plan import load_recipe
+    from megabatch.cli.recipe_file import load_recipe
 
     file = Path(__file__).parents[2] / "recipes" / "chains" / "quickstart_chain.py"
     chain = load_recipe(file)()

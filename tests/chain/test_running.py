@@ -10,7 +10,7 @@ import pytest
 from megabatch import Chain, ended, notok, ok, output
 from megabatch.chain.record import StepState, recorded_chain, states
 from megabatch.cli.command import main as megabatch
-from megabatch.entry.command import run
+from megabatch.cli.recipe_command import run
 from megabatch.errors import ConfigError, LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.records import read_records
@@ -186,7 +186,7 @@ def test_on_this_machine_with_the_same_outcome(tmp_path: Path, capsys: pytest.Ca
 def test_the_example_trains_on_the_tokens_of_its_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megabatch.entry.declared import loaded
+    from megabatch.cli.recipe_file import loaded
 
     module = loaded(Path(__file__).parents[2] / "recipes" / "chains" / "prepared_chain.py")
     monkeypatch.setenv("MEGABATCH_CACHE", str(tmp_path / "cache"))

@@ -9,11 +9,11 @@ import pytest
 
 from megabatch.cli.command import main
 from megabatch.cli.runs import all_runs
-from megabatch.cli.table import table, text_width
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.render import render
+from megabatch.table import table, text_width
 
 ENDED = '{"job_id": "local", "restart": 0, "start": 1, "nodes": "here"}\n'
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megabatch.cli import main
+from megabatch.cli.command import main
 
 ROOT = Path(__file__).parents[2]
 MOE, SMALL = ROOT / "recipes" / "qwen3_moe_sft.py", ROOT / "recipes" / "quickstart.py"

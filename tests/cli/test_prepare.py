@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megabatch import entry
-from megabatch.cli import command
-from megabatch.cli.plan import load_recipe
+from megabatch.cli import command, recipe_command
+from megabatch.cli.recipe_file import load_recipe
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.state import status
 
@@ -220,7 +219,7 @@ def test_a_run_finds_what_the_job_made(
     [made] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert str(made) in said and "7 steps" in said
     with pytest.raises(SystemExit) as end:
-        entry.main(load_recipe(recipe_file), ["--submit", *cluster, "--run_dir", "run"])
+        recipe_command.main(load_recipe(recipe_file), ["--submit", *cluster, "--run_dir", "run"])
     assert not end.value.code
     until(lambda: not status([Path("run")], fresh_s=0)[0].state.active, what="the run")
     assert status([Path("run")], fresh_s=0)[0].state.value == "completed"

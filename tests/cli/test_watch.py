@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 from megabatch.cli.command import main
-from megabatch.cli.table import amount, duration, table
 from megabatch.run_directory import RunDirectory
+from megabatch.table import amount, duration, table
 
 COLUMNS = 100
 

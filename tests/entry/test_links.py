@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megabatch import Recipe
-from megabatch.entry.command import run
+from megabatch.cli.recipe_command import run
 from megabatch.errors import ConfigError
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megabatch import Recipe, Role, entry
+from megabatch import Recipe, Role
+from megabatch.cli import recipe_command
 
 FLAGS = [
     ("--wandb_api_key=hunter2", "--wandb_api_key is not a parameter"),
@@ -28,7 +29,7 @@ def test_it_is_refused_and_not_shown(
 
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ended:
-        entry.main(recipe_, [flag, "--submit", "--run_dir", str(tmp_path / "run")])
+        recipe_command.main(recipe_, [flag, "--submit", "--run_dir", str(tmp_path / "run")])
     said = capsys.readouterr()
     assert ended.value.code == 2
     assert message in said.err
@@ -44,7 +45,7 @@ def test_a_secret_of_a_servers_command_comes_into_no_run_json(
         return replace(recipe, roles=[Role(name="server", command=["serve", "--token=hunter2xyz"])])
 
     with pytest.raises(SystemExit) as ended:
-        entry.main(recipe_, [action, "--run_dir", str(tmp_path / "run")])
+        recipe_command.main(recipe_, [action, "--run_dir", str(tmp_path / "run")])
     said = capsys.readouterr()
     assert ended.value.code == 2
     assert "roles['server'].command holds a value for token" in said.err

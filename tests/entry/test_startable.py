@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megabatch import Recipe
-from megabatch.entry.command import main
+from megabatch.cli.recipe_command import main
 
 FILE = """\
 from megabatch import Batch, Chain, Data, Model, Recipe, Resources, Step, Sweep, Training

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megabatch.cli.plan import load_declared, load_recipe
+from megabatch.cli.recipe_command import run
+from megabatch.cli.recipe_file import load_declared, load_recipe
 from megabatch.config.flags import parse
-from megabatch.entry.command import run
 from megabatch.entry.launch import Launch, prepare
 from megabatch.slurm.render import render
 from megabatch.sweep.declare import Sweep

@@ -64,7 +64,7 @@ def test_flags_that_ask_for_something_else_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["quickstart", "gsm8k_sft", "pretrain", "qwen3_moe_sft", "qwen2_5_7b_sft"])
 def test_recipes_shrink_to_what_few_processes_train(name: str) -> None:
-    from megabatch.cli.plan import load_recipe
+    from megabatch.cli.recipe_file import load_recipe
     from megabatch.entry.model import find_model
 
     recipe = load_recipe(RECIPES / f"{name}.py")()

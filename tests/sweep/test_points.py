@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megabatch import Sweep
-from megabatch.cli.plan import load_recipe
+from megabatch.cli.recipe_file import load_recipe
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError
 from megabatch.sweep.points import Point, points_of

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megabatch.cli import main
-from megabatch.entry.command import run
+from megabatch import Recipe
+from megabatch.cli.command import main
+from megabatch.cli.recipe_command import run
 from megabatch.errors import ConfigError
 
 FIELD = 'from megabatch import Parallel, Recipe\ndef recipe():\n    return Recipe(name="x", parallel=Parallel(tp=2))\n'
@@ -34,9 +35,9 @@ def test_what_a_recipe_file_does_wrong(
     assert said in shown and "Traceback" not in shown
 
 
-def test_main_takes_the_function(recipe: object) -> None:
+def test_main_takes_the_function() -> None:
     with pytest.raises(ConfigError, match=r"main\(recipe\)"):
-        run(recipe, ["--dry_run"])  # type: ignore[arg-type]
+        run(Recipe(name="x", task="sft"), ["--dry_run"])  # type: ignore[arg-type]
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from traceback import extract_tb
 from types import ModuleType
 
 from megabatch.chain.declare import Chain
 from megabatch.config.recipe import Recipe
 from megabatch.config.unknown import unknown_field
+from megabatch.entry.raised import place_in, raised
 from megabatch.errors import ConfigError, MegabatchError
+from megabatch.sweep.declare import Sweep
 
 
 def loaded(path: Path) -> ModuleType:
@@ -60,21 +61,31 @@ def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Ch
         fault = unknown_field(error) if isinstance(error, TypeError) else None
         if fault is None:
             raise ConfigError(raised(error, file)) from error
-        raise ConfigError([replace(fault, field=f"{_place(error, file)}: {fault.field}")]) from error
+        raise ConfigError([replace(fault, field=f"{place_in(error, file)}: {fault.field}")]) from error
     if not isinstance(built, Recipe | Chain):
         raise ConfigError(f"{file.name}: recipe() returns {built!r}; it must return a Recipe or a Chain")
     return built
 
 
-def raised(error: Exception, file: Path) -> str:
-    """The line of the recipe's own code that the error came through, and where it was raised if that is elsewhere."""
-    place, last = _place(error, file), extract_tb(error.__traceback__)[-1]
-    deepest = f"{Path(last.filename).name}:{last.lineno}"
-    beneath = "" if deepest == place or last.filename.startswith("<") else f" (at {deepest})"
-    return f"{place}: {type(error).__name__}: {error}{beneath}"
+def load_declared(path: Path) -> Callable[[], Recipe] | Sweep:
+    """The sweep that a recipe file declares, else its function `recipe`.
+
+    Raises: ConfigError when there is no such file, neither of both, or more than one sweep.
+    """
+    names = vars(module := loaded(path))
+    sweeps = [name for name, value in names.items() if isinstance(value, Sweep)]
+    if len(sweeps) > 1:
+        raise ConfigError(f"{path} declares {len(sweeps)} sweeps ({', '.join(sweeps)}); run the file itself")
+    return names[sweeps[0]] if sweeps else _recipe(module, path)
 
 
-def _place(error: Exception, file: Path) -> str:
-    """`file:line` of the recipe's own code that the error came through last."""
-    own = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).absolute() == file.absolute()]
-    return f"{file.name}:{own[-1].lineno}" if own else file.name
+def load_recipe(path: Path) -> Callable[[], Recipe]:
+    """The function `recipe` of a recipe file. Raises: ConfigError when there is no such file or function."""
+    return _recipe(loaded(path), path)
+
+
+def _recipe(module: ModuleType, path: Path) -> Callable[[], Recipe]:
+    found = getattr(module, "recipe", None)
+    if not callable(found):
+        raise ConfigError(f"{path} has no function `recipe` that returns a Recipe")
+    return found

@@ -1,0 +1,20 @@
+"""What the code of a recipe file raised, told by the file's own line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from traceback import extract_tb
+
+
+def raised(error: Exception, file: Path) -> str:
+    """The line of the recipe's own code that the error came through, and where it was raised if that is elsewhere."""
+    place, last = place_in(error, file), extract_tb(error.__traceback__)[-1]
+    deepest = f"{Path(last.filename).name}:{last.lineno}"
+    beneath = "" if deepest == place or last.filename.startswith("<") else f" (at {deepest})"
+    return f"{place}: {type(error).__name__}: {error}{beneath}"
+
+
+def place_in(error: Exception, file: Path) -> str:
+    """`file:line` of the recipe's own code that the error came through last."""
+    own = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).absolute() == file.absolute()]
+    return f"{file.name}:{own[-1].lineno}" if own else file.name
