@@ -9,6 +9,11 @@ if TYPE_CHECKING:
 
 __all__ = ["convert"]
 
+if __name__ != "megabatch.converters":
+    raise ImportError(
+        f"import megabatch.{__name__}…: as {__name__}… it would be a second copy of every class", name=__name__
+    )
+
 
 def __getattr__(name: str) -> Any:
     """Imports the engine when it is asked for: the trainer needs the tables alone."""

@@ -57,6 +57,35 @@ def test_an_installed_wheel_plans_a_recipe(wheel: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("#!/bin/bash") and "world 8 = tp 4 x pp 2" in done.stderr
 
 
+SECOND_NAMES = {
+    "slurm": ["-c", "import slurm"],
+    "slurm.render": ["-c", "import slurm.render"],
+    "converters.families": ["-c", "from converters.families import family_of"],
+    "python -m slurm.cluster": ["-m", "slurm.cluster"],
+    "python -m converters.command": ["-m", "converters.command", "--help"],
+    "doctests": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", "converters/dtypes.py"],
+}
+"""Ways in which a program, a person or an editor takes the top-level folders for packages."""
+
+
+@pytest.mark.parametrize("words", SECOND_NAMES.values(), ids=SECOND_NAMES)
+def test_the_rooms_have_one_name(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    told = [line for line in (done.stdout + done.stderr).splitlines() if "second copy of every class" in line]
+    room = "slurm" if "slurm" in str(words) else "converters"
+    assert f"ImportError: import megabatch.{room}…: as {room}… it would be" in told[-1]
+
+
+def test_style_knows_the_one_name() -> None:
+    """What an editor shows while the import is typed."""
+    command = [sys.executable, "-m", "ruff", "check", "--output-format=concise", "--stdin-filename=tests/x.py", "-"]
+    typed = "from converters.families import family_of\nimport slurm.render\n"
+    done = subprocess.run(command, cwd=ROOT, input=typed, capture_output=True, text=True, check=False)
+    assert "`slurm` is banned: import megabatch.slurm" in done.stdout
+    assert "`converters` is banned: import megabatch.converters" in done.stdout
+
+
 def test_constraints_fit_the_declared_ranges() -> None:
     """Every package of every extra is pinned, to a version inside its range."""
     import tomllib
