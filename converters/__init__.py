@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megabatch.converters.conversion import convert
+    from megabatch.converters.request import ConversionRequest
 
-__all__ = ["convert"]
+__all__ = ["ConversionRequest", "convert"]
+_MODULE_OF = {"ConversionRequest": "request", "convert": "conversion"}
 
 if __name__ != "megabatch.converters":
     raise ImportError(
@@ -17,8 +20,6 @@ if __name__ != "megabatch.converters":
 
 def __getattr__(name: str) -> Any:
     """Imports the engine when it is asked for: the trainer needs the tables alone."""
-    if name != "convert":
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from megabatch.converters.conversion import convert
-
-    return convert
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

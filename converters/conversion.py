@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from megabatch.converters.dtypes import read_dtype
@@ -15,34 +14,19 @@ from megabatch.converters.engine.verify import check_manifest, compare
 from megabatch.converters.hf_model import find_folder
 from megabatch.converters.hf_output import HfForm
 from megabatch.converters.kinds import check_kinds
-from megabatch.converters.mapping import ExpertLayout
+from megabatch.converters.modes import mode_of
+from megabatch.converters.request import ADAPTER, ConversionRequest, Mode, Path_
 from megabatch.converters.reshard import plan_reshard
 from megabatch.converters.rewrite import plan_rewrite
 from megabatch.converters.to_hf import plan_to_hf
 from megabatch.converters.to_mcore import plan_to_mcore
-from megabatch.converters.torch_dist.keys import LayerKeys
-from megabatch.converters.ways import Way, way_of
 from megabatch.errors import ConversionError
-
-Path_ = str | os.PathLike[str]
 
 
 def convert(
+    request: ConversionRequest,
     *,
     output_dir: Path_,
-    to_mcore: bool = False,
-    to_hf: bool = False,
-    model: Path_ | None = None,
-    mcore_model: Path_ | None = None,
-    torch_dtype: str | None = None,
-    max_shard_size: str | int | None = None,
-    expert_layout: ExpertLayout | None = None,
-    fp8_quantise: bool = False,
-    accept_bin: bool = False,
-    adapters: Sequence[Path_] = (),
-    merge_lora: bool = False,
-    peft_format: str | None = None,
-    layer_keys: LayerKeys | None = None,
     exist_ok: bool = False,
     workers: int = 2,
     resume: bool = False,
@@ -51,30 +35,14 @@ def convert(
     world: int = 1,
     say: Say = lambda what, size: None,
 ) -> Outcome:
-    """Converts a checkpoint; the arguments are the flags of `megabatch-convert`.
+    """Converts a checkpoint, as `megabatch-convert` does.
 
     Args: rank, world: this process among those that share the work. `say(what, bytes)` is told of each tensor that is
     `written` or `verified`, from any thread.
     Raises: ConversionError. What was done until then stays beside the output, for `resume`.
     """
-    if to_mcore == to_hf:
-        raise ConversionError("give one of to_mcore and to_hf")
-    plan = make_plan(
-        to_mcore=to_mcore,
-        model=model,
-        mcore_model=mcore_model,
-        torch_dtype=torch_dtype,
-        max_shard_size=max_shard_size,
-        expert_layout=expert_layout,
-        fp8_quantise=fp8_quantise,
-        accept_bin=accept_bin,
-        adapters=adapters,
-        merge_lora=merge_lora,
-        peft_format=peft_format,
-        layer_keys=layer_keys,
-    )
     return run(
-        plan,
+        make_plan(request),
         output_dir,
         workers=workers,
         place=Place(rank, world),
@@ -85,72 +53,69 @@ def convert(
     )
 
 
-def make_plan(
-    *,
-    to_mcore: bool,
-    model: Path_ | None = None,
-    mcore_model: Path_ | None = None,
-    torch_dtype: str | None = None,
-    max_shard_size: str | int | None = None,
-    expert_layout: ExpertLayout | None = None,
-    fp8_quantise: bool = False,
-    accept_bin: bool = False,
-    adapters: Sequence[Path_] = (),
-    merge_lora: bool = False,
-    peft_format: str | None = None,
-    layer_keys: LayerKeys | None = None,
-) -> Plan:
-    """The plan of a conversion, towards Hugging Face's format unless `to_mcore`; nothing is written.
+def make_plan(request: ConversionRequest) -> Plan:
+    """The plan of a conversion; nothing is written.
 
-    `adapters` are merged into the model's weights with `merge_lora`, else one is converted alone.
     Raises: ConversionError for whatever does not fit, and for arguments that would have no effect.
     """
-    way = way_of(
-        {
-            "to_mcore": to_mcore,
-            "to_hf": not to_mcore,
-            "model": model,
-            "mcore_model": mcore_model,
-            "torch_dtype": torch_dtype,
-            "max_shard_size": max_shard_size,
-            "expert_layout": expert_layout,
-            "fp8_quantise": fp8_quantise,
-            "accept_bin": accept_bin,
-            "adapters": adapters,
-            "merge_lora": merge_lora,
-            "peft_format": peft_format,
-            "layer_keys": layer_keys,
-        }
-    )
-    folder = None if model is None else find_folder(model)
-    of_config = way in (Way.TO_HF, Way.MERGED_TO_HF, Way.ADAPTER_TO_MCORE, Way.ADAPTER_TO_PEFT)
-    check_kinds(
-        model=None if of_config else folder,
-        mcore_model=None if mcore_model is None else Path(mcore_model),
-        adapters=[Path(adapter) for adapter in adapters],
-    )
-    if way in (Way.ADAPTER_TO_MCORE, Way.ADAPTER_TO_PEFT):
-        from megabatch.converters.adapters.to_mcore import plan_adapter_to_mcore
-        from megabatch.converters.adapters.to_peft import plan_adapter_to_peft
+    mode = mode_of(request)
+    model = find_folder(request.model) if request.model else None
+    _check_folders(request, mode, model)
+    if mode in ADAPTER:
+        return _plan_of_adapter(request, mode, model)
+    if mode in (Mode.TO_HF, Mode.MERGED_TO_HF):
+        return _plan_to_hf(request, model)
+    return _plan_of_hf(request, mode, model)
 
-        if way is Way.ADAPTER_TO_MCORE:
-            return plan_adapter_to_mcore(adapters[0], folder, accept_bin=accept_bin, layer_keys=layer_keys)
-        return plan_adapter_to_peft(adapters[0], folder, peft_format=peft_format, accept_bin=accept_bin)
-    form = HfForm(read_dtype(torch_dtype), max_shard_size, expert_layout, fp8_quantise)
-    if way in (Way.TO_HF, Way.MERGED_TO_HF):
-        assert mcore_model is not None
-        return plan_to_hf(mcore_model, folder, form, adapters=adapters, accept_bin=accept_bin)
-    if folder is None:
+
+def _check_folders(request: ConversionRequest, mode: Mode, model: Path | None) -> None:
+    reads_config_alone = mode in (Mode.TO_HF, Mode.MERGED_TO_HF, *ADAPTER)
+    check_kinds(
+        model=None if reads_config_alone else model,
+        mcore_model=Path(request.mcore_model) if request.mcore_model else None,
+        adapters=[Path(adapter) for adapter in request.adapters],
+    )
+
+
+def _plan_of_adapter(request: ConversionRequest, mode: Mode, model: Path | None) -> Plan:
+    from megabatch.converters.adapters.to_mcore import plan_adapter_to_mcore
+    from megabatch.converters.adapters.to_peft import plan_adapter_to_peft
+
+    [adapter] = request.adapters
+    if mode is Mode.ADAPTER_TO_MCORE:
+        return plan_adapter_to_mcore(adapter, model, accept_bin=request.accept_bin, layer_keys=request.layer_keys)
+    return plan_adapter_to_peft(adapter, model, peft_format=request.peft_format, accept_bin=request.accept_bin)
+
+
+def _plan_to_hf(request: ConversionRequest, model: Path | None) -> Plan:
+    assert request.mcore_model, "the mode has it"
+    return plan_to_hf(
+        request.mcore_model, model, _form(request), adapters=request.adapters, accept_bin=request.accept_bin
+    )
+
+
+def _plan_of_hf(request: ConversionRequest, mode: Mode, model: Path | None) -> Plan:
+    """Of weights in a Hugging Face folder; without `model` it is the one that the adapters name."""
+    if model is None:
         from megabatch.converters.adapters.open import base_weights_of
 
-        folder = base_weights_of(adapters)
-    if way is Way.TO_MCORE:
-        return plan_to_mcore(
-            folder, torch_dtype=torch_dtype, accept_bin=accept_bin, adapters=adapters, layer_keys=layer_keys
-        )
-    if way is Way.RESHARD:
-        return plan_reshard(folder, max_shard_size=form.max_shard_size)
-    return plan_rewrite(folder, form, adapters=adapters, accept_bin=accept_bin)
+        model = base_weights_of(request.adapters)
+    if mode is Mode.RESHARD:
+        return plan_reshard(model, max_shard_size=request.max_shard_size)
+    if mode is Mode.REWRITE:
+        return plan_rewrite(model, _form(request), adapters=request.adapters, accept_bin=request.accept_bin)
+    return plan_to_mcore(
+        model,
+        torch_dtype=request.torch_dtype,
+        accept_bin=request.accept_bin,
+        adapters=request.adapters,
+        layer_keys=request.layer_keys,
+    )
+
+
+def _form(request: ConversionRequest) -> HfForm:
+    dtype = read_dtype(request.torch_dtype)
+    return HfForm(dtype, request.max_shard_size, request.expert_layout, request.fp8_quantise)
 
 
 def is_there(output: Path_) -> bool:

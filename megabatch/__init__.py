@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megabatch.config.training import Batch, Training
     from megabatch.config.tuner import Tuner
     from megabatch.config.watching import Evaluation, Logging
+    from megabatch.converters.request import ConversionRequest
     from megabatch.sweep.declare import Sweep
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Chain",
     "Checkpoint",
     "Command",
+    "ConversionRequest",
     "Convert",
     "Data",
     "Dpo",
@@ -94,6 +96,7 @@ _NAMES_OF = {
     "config.training": "Batch Training",
     "config.tuner": "Tuner",
     "config.watching": "Evaluation Logging",
+    "converters.request": "ConversionRequest",
     "sweep.declare": "Sweep",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}

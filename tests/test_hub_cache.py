@@ -8,6 +8,7 @@ import pytest
 
 from megabatch.converters.conversion import make_plan
 from megabatch.converters.hf_model import find_folder
+from megabatch.converters.request import ConversionRequest
 from megabatch.errors import ConversionError
 from megabatch.hub_cache import cached_folder, is_hub_name
 
@@ -63,9 +64,9 @@ def test_a_converters_model_may_be_a_hubs_name(caches: Path) -> None:
         ConversionError,
         match=r"^org/other: there is no folder .*`hf download org/other` or `modelscope download --model",
     ):
-        make_plan(to_mcore=True, model="org/other")
+        make_plan(ConversionRequest(to_mcore=True, model="org/other"))
     with pytest.raises(ConversionError, match=r"^/no/such/folder: there is no folder .*organisation/name"):
-        make_plan(to_mcore=True, model="/no/such/folder")
+        make_plan(ConversionRequest(to_mcore=True, model="/no/such/folder"))
 
 
 def test_a_folder_that_is_not_there_is_said_with_what_is_nearly_called_so(caches: Path) -> None:
@@ -81,9 +82,9 @@ def test_a_folder_that_is_not_there_is_said_with_what_is_nearly_called_so(caches
         "file": "^file: is a file; name the folder of the model$",
     }.items():
         with pytest.raises(ConversionError, match=message):
-            make_plan(to_mcore=True, model=given)
+            make_plan(ConversionRequest(to_mcore=True, model=given))
     with pytest.raises(ConversionError, match=r"no such folder of a checkpoint; did you mean models\?$"):
-        make_plan(to_mcore=False, mcore_model="modles")
+        make_plan(ConversionRequest(to_hf=True, mcore_model="modles"))
 
 
 @pytest.mark.parametrize(

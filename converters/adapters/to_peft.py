@@ -24,8 +24,6 @@ from megabatch.converters.mapping import ExpertLayout, Mapped, elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE, build_header
 from megabatch.errors import ConversionError
 
-_FORMATS: tuple[ExpertLayout, ...] = ("per_expert", "fused")
-
 
 class _Of(NamedTuple):
     """A pair on its way out."""
@@ -39,7 +37,7 @@ class _Of(NamedTuple):
 
 @uncollected()
 def plan_adapter_to_peft(
-    adapter: Path_, base: Path_ | None = None, *, peft_format: str | None = None, accept_bin: bool = False
+    adapter: Path_, base: Path_ | None = None, *, peft_format: ExpertLayout | None = None, accept_bin: bool = False
 ) -> Plan:
     """Plans a PEFT folder. `base`: the Hugging Face folder of its model, whose weights are not read.
 
@@ -70,11 +68,9 @@ def plan_adapter_to_peft(
     )
 
 
-def _layout(adapter: Adapter, wanted: str | None) -> ExpertLayout:
-    if wanted is not None and wanted not in _FORMATS:
-        raise ConversionError(f"peft_format={wanted!r} is not known; write {' or '.join(_FORMATS)}")
+def _layout(adapter: Adapter, wanted: ExpertLayout | None) -> ExpertLayout:
     if wanted is not None:
-        return "fused" if wanted == "fused" else "per_expert"
+        return wanted
     fused = any(adapter.config.targets_parameter(name) for name in adapter.tables.stacks)
     return "fused" if fused else "per_expert"
 

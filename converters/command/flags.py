@@ -1,12 +1,14 @@
-"""The flags of `megabatch-convert`: declared once, read, and shown by `--help`."""
+"""The flags of `megabatch-convert`: the fields of a `ConversionRequest` and a few more, read, written and shown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any
 
+from megabatch.converters.request import ConversionRequest, choices
 from megabatch.errors import ConversionError
 
 _YES = ("true", "1", "yes", "on")
@@ -19,22 +21,10 @@ def _flag(default: Any, help_: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flags:
-    """The command line's values."""
+    """The command line's values: what to convert, and how to go about it."""
 
-    to_mcore: bool = _flag(False, "Hugging Face's format to megatron-core's")
-    to_hf: bool = _flag(False, "megatron-core's format to Hugging Face's")
-    model: str = _flag("", "Hugging Face folder or downloaded org/name: the source, or --to_hf takes its config")
-    mcore_model: str = _flag("", "checkpoint for --to_hf: of a run, a step, or of Megatron-LM or ms-swift")
-    adapters: tuple[str, ...] = _flag((), "LoRA adapters, PEFT's or megatron-core's: one to convert, or some to merge")
-    merge_lora: bool = _flag(False, "add the adapters to the weights, in their order")
-    peft_format: str = _flag("", "per_expert or fused (as transformers 5 has them): experts' adapters for --to_hf")
+    request: ConversionRequest = field(default_factory=ConversionRequest)
     output_dir: str = _flag("", "folder to make")
-    torch_dtype: str = _flag("", "bfloat16, float16 or float32; left as they are by default")
-    max_shard_size: str = _flag("", "largest safetensors file, 5GB by default; with --model alone, only that changes")
-    expert_layout: str = _flag("", "per_expert or fused (as transformers 5 has them): experts of the folder written")
-    fp8_quantise: bool = _flag(False, "write the weights of linear layers in block-scaled FP8, as DeepSeek-V3's")
-    layer_keys: str = _flag("", "per_layer where a run's --moe-layer-freq is a list, else stacked: for --to_mcore")
-    accept_bin: bool = _flag(False, "read pickled weights where there are no safetensors; no code in them is run")
     exist_ok: bool = _flag(False, "replace an output that exists, once the new one is complete")
     workers: int = _flag(0, "threads; by default as many as processors, at most 8")
     resume: bool = _flag(False, "finish what an interrupted conversion left")
@@ -49,15 +39,19 @@ class Flags:
     help: bool = _flag(False, "these lines")
 
 
+_OF_REQUEST = {argument.name: argument for argument in fields(ConversionRequest)}
+FLAGS = _OF_REQUEST | {flag.name: flag for flag in fields(Flags) if flag.name != "request"}
+"""Every flag by its name."""
+
+
 def parse(arguments: Sequence[str]) -> Flags:
     """The values given. Raises: ConversionError with every fault of the command line."""
-    known = {flag.name: flag for flag in fields(Flags)}
     given: dict[str, Any] = {}
     faults: list[str] = []
     for name, texts in _split(arguments, faults):
-        flag = known.get("help" if name in ("h", "help") else name)
+        flag = FLAGS.get("help" if name in ("h", "help") else name)
         if flag is None:
-            near = get_close_matches(name, known, n=1)
+            near = get_close_matches(name, FLAGS, n=1)
             faults.append(f"--{name} is not a flag" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
         elif flag.name in given:
             faults.append(f"--{flag.name} is given twice")
@@ -65,12 +59,23 @@ def parse(arguments: Sequence[str]) -> Flags:
             given[flag.name] = _value(flag, texts, faults)
     if faults:
         raise ConversionError("\n  ".join(["the command line has faults, nothing was done", *faults]))
-    return Flags(**given)
+    request = {name: given.pop(name) for name in _OF_REQUEST if name in given}
+    return Flags(request=ConversionRequest(**request), **given)
 
 
-def changed(flags: Flags) -> list[str]:
-    """Names of the flags whose values are not the defaults."""
-    return [flag.name for flag in fields(Flags) if getattr(flags, flag.name) != flag.default]
+def changed(flags: Flags) -> dict[str, Any]:
+    """The flags whose values are not the defaults."""
+    values = {name: getattr(flags.request if name in _OF_REQUEST else flags, name) for name in FLAGS}
+    return {name: value for name, value in values.items() if value != FLAGS[name].default}
+
+
+def command_line(flags: Flags) -> list[str]:
+    """The arguments that `parse` reads as these values."""
+    words: list[str] = []
+    for name, value in changed(flags).items():
+        texts = value if isinstance(value, list | tuple) else () if value is True else (value,)
+        words += [f"--{name}", *map(str, texts)]
+    return words
 
 
 def _split(arguments: Sequence[str], faults: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -102,7 +107,7 @@ def _value(flag: Field[Any], texts: list[str], faults: list[str]) -> Any:
         return text.lower() in _YES
     if kind is int and text.isdecimal():
         return int(text)
-    if kind is str:
+    if kind in (str, NoneType):
         return text
     faults.append(f"--{flag.name} {text} must be {'true or false' if kind is bool else 'a whole number'}")
     return flag.default
@@ -120,8 +125,10 @@ def help_text() -> str:
         "       megabatch-convert --verify --output_dir OUT",
         "",
     ]
-    for flag in fields(Flags):
-        default = "" if flag.default in (False, "", 0, -1, (), MISSING) else f" (default: {flag.default})"
-        lines.append(f"  --{flag.name:24}{flag.metadata['help']}{default}")
+    of = choices()
+    for name, flag in FLAGS.items():
+        words = f"{' or '.join(of[name])}: " if name in of else ""
+        default = "" if flag.default in (None, False, "", 0, -1, ()) else f" (default: {flag.default})"
+        lines.append(f"  --{name:24}{words}{flag.metadata['help']}{default}")
     lines += ["", "Switches are accepted bare and with a value: --to_hf, --to_hf true, --to_hf=false."]
     return "\n".join(lines)

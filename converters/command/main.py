@@ -6,19 +6,18 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from megabatch.converters.command.flags import Flags, changed, help_text, parse
 from megabatch.converters.command.progress import Progress
 from megabatch.converters.command.sizes import in_words
-from megabatch.converters.ways import ARGUMENTS, way_of
+from megabatch.converters.modes import mode_of
 from megabatch.errors import ConversionError, MegabatchError
 
 if TYPE_CHECKING:
     from megabatch.converters.engine.journal import Place
     from megabatch.converters.engine.plan import Plan
-    from megabatch.converters.mapping import ExpertLayout
-    from megabatch.converters.torch_dist.keys import LayerKeys
+    from megabatch.converters.request import ConversionRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,22 +57,16 @@ def _failed(error: MegabatchError, *, code: int) -> int:
 
 
 def check_flags(flags: Flags) -> None:
-    """Raises: ConversionError for flags that do not go together, or are not built yet."""
+    """Raises: ConversionError for flags that do not go together."""
     if not flags.output_dir:
         raise ConversionError("--output_dir is missing; name the folder to make (or, with --verify, to check)")
-    if not (flags.to_mcore or flags.to_hf):
-        _check_verify(flags)
+    if flags.request.to_mcore or flags.request.to_hf:
+        mode_of(flags.request, prefix="--")
     else:
-        way_of({name: getattr(flags, name) for name in ARGUMENTS}, prefix="--")
-    if flags.adapters and not flags.merge_lora and flags.test_convert_precision:
-        raise ConversionError("--test_convert_precision compares models; merge the adapter with --merge_lora")
-    if flags.test_convert_precision and flags.fp8_quantise:
-        raise ConversionError("--test_convert_precision: weights in FP8 differ by more than it allows; leave one out")
-    if flags.test_convert_precision and flags.accept_bin:
-        raise ConversionError("--test_convert_precision reads safetensors: convert them first, --to_hf --accept_bin")
-    if flags.test_convert_precision and flags.to_hf and not flags.mcore_model:
-        raise ConversionError("--test_convert_precision compares both formats, and megatron-core's is not there")
-    if not flags.test_convert_precision and "test_convert_dtype" in changed(flags):
+        _check_verify_alone(flags)
+    if flags.test_convert_precision:
+        _check_precision(flags.request)
+    elif "test_convert_dtype" in changed(flags):
         raise ConversionError("--test_convert_dtype is about --test_convert_precision, which is not given")
     if flags.test_convert_dtype not in ("float32", "bfloat16"):
         raise ConversionError(f"--test_convert_dtype={flags.test_convert_dtype} must be float32 or bfloat16")
@@ -81,8 +74,8 @@ def check_flags(flags: Flags) -> None:
         raise ConversionError("--rank and --world belong together, and rank counts from 0 to world - 1")
 
 
-def _check_verify(flags: Flags) -> None:
-    """Of an output that is checked alone nothing else can be said."""
+def _check_verify_alone(flags: Flags) -> None:
+    """`--verify` alone takes no other conversion flags."""
     if not flags.verify:
         raise ConversionError("give --to_mcore or --to_hf, or --verify to check an output by its own digests")
     known = ("output_dir", "verify", "workers", "help")
@@ -93,54 +86,58 @@ def _check_verify(flags: Flags) -> None:
         )
 
 
+def _check_precision(request: ConversionRequest) -> None:
+    if request.adapters and not request.merge_lora:
+        raise ConversionError("--test_convert_precision compares models; merge the adapter with --merge_lora")
+    if request.fp8_quantise:
+        raise ConversionError("--test_convert_precision: weights in FP8 differ by more than it allows; leave one out")
+    if request.accept_bin:
+        raise ConversionError("--test_convert_precision reads safetensors: convert them first, --to_hf --accept_bin")
+    if request.to_hf and not request.mcore_model:
+        raise ConversionError("--test_convert_precision compares both formats, and megatron-core's is not there")
+
+
 def _run(flags: Flags) -> int:
     from megabatch.converters import conversion
-    from megabatch.converters.engine.journal import Place
 
-    if not (flags.to_mcore or flags.to_hf):
+    if not (flags.request.to_mcore or flags.request.to_hf):
         checked = conversion.verify_output(flags.output_dir, workers=_workers(flags))
         print(f"{flags.output_dir}: {in_words(checked)} are as its manifest says")
         return 0
     if flags.test_convert_precision:
         from megabatch.converters.command.precision import check_comparable
 
-        check_comparable(flags)
-    plan = conversion.make_plan(
-        to_mcore=flags.to_mcore,
-        model=flags.model or None,
-        mcore_model=flags.mcore_model or None,
-        torch_dtype=flags.torch_dtype or None,
-        max_shard_size=flags.max_shard_size or None,
-        expert_layout=cast("ExpertLayout | None", flags.expert_layout or None),
-        fp8_quantise=flags.fp8_quantise,
-        accept_bin=flags.accept_bin,
-        adapters=flags.adapters,
-        merge_lora=flags.merge_lora,
-        peft_format=flags.peft_format or None,
-        layer_keys=cast("LayerKeys | None", flags.layer_keys or None),
-    )
+        check_comparable(flags.request)
+    plan = conversion.make_plan(flags.request)
     if flags.dry_run:
         from megabatch.converters.command.report import show_plan
 
         show_plan(plan, flags.output_dir)
         return 0
-    place = Place(flags.rank, flags.world) if flags.world else conversion.place(os.environ)
-    checks = (flags.verify or flags.test_convert_precision) and not (flags.exist_ok or flags.resume)
-    whole = place.rank == 0
-    if checks and conversion.is_there(flags.output_dir):
-        if flags.verify:
-            conversion.compare_output(
-                plan, flags.output_dir, workers=_workers(flags), rank=place.rank, world=place.world
-            )
-            print(f"{flags.output_dir}: equal to its source in every byte of its tensors")
-    else:
-        whole = _convert(plan, flags, place)
-    # of several ranks the one that gave the output its name compares, or, where it had one, the first
-    if flags.test_convert_precision and whole:
+    judges = _convert_or_compare(plan, flags)
+    if flags.test_convert_precision and judges:
         from megabatch.converters.command.precision import compare_models
 
         compare_models(flags)
     return 0
+
+
+def _convert_or_compare(plan: Plan, flags: Flags) -> bool:
+    """An output that exists is compared, where that is asked for and not that it be replaced or finished.
+
+    Returns: whether this rank goes on to compare the models: the one that gave the output its name, or the first.
+    """
+    from megabatch.converters import conversion
+    from megabatch.converters.engine.journal import Place
+
+    place = Place(flags.rank, flags.world) if flags.world else conversion.place(os.environ)
+    checks = (flags.verify or flags.test_convert_precision) and not (flags.exist_ok or flags.resume)
+    if not (checks and conversion.is_there(flags.output_dir)):
+        return _convert(plan, flags, place)
+    if flags.verify:
+        conversion.compare_output(plan, flags.output_dir, workers=_workers(flags), rank=place.rank, world=place.world)
+        print(f"{flags.output_dir}: equal to its source in every byte of its tensors")
+    return place.rank == 0
 
 
 def _convert(plan: Plan, flags: Flags, place: Place) -> bool:

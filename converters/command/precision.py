@@ -18,15 +18,16 @@ from megabatch.converters.conversion import convert
 from megabatch.converters.dtypes import TORCH, read_dtype
 from megabatch.converters.families import family_of
 from megabatch.converters.hf_model import find_folder, read_config
+from megabatch.converters.request import ConversionRequest
 from megabatch.converters.torch_dist.find import find_checkpoint
 from megabatch.errors import ConversionError
 
 
-def check_comparable(flags: Flags) -> None:
+def check_comparable(request: ConversionRequest) -> None:
     """Raises: ConversionError when the trainer has not built the model of --model."""
-    if not flags.model:
+    if not request.model:
         return
-    config = read_config(find_folder(flags.model))
+    config = read_config(find_folder(request.model))
     family = family_of(config)
     reason = family.untrainable(family.shape(config))
     if reason is not None:
@@ -38,7 +39,7 @@ def compare_models(flags: Flags) -> None:
     with _both(flags) as (folder, checkpoint):
         program = [sys.executable, "-m", "megabatch.trainer.precision", folder, str(find_checkpoint(checkpoint))]
         program += ["--dtype", flags.test_convert_dtype]
-        if (rounded := read_dtype(flags.torch_dtype or None)) is not None:
+        if (rounded := read_dtype(flags.request.torch_dtype)) is not None:
             program += ["--weights", TORCH[rounded]]
         done = subprocess.run(program, check=False)
     if done.returncode:
@@ -48,16 +49,18 @@ def compare_models(flags: Flags) -> None:
 @contextmanager
 def _both(flags: Flags) -> Iterator[tuple[str, str]]:
     """The Hugging Face folder and the checkpoint; of a merged model there is only one, and the other is made of it."""
-    if not flags.merge_lora:
-        folder = str(find_folder(flags.model))
-        yield (folder, flags.output_dir) if flags.to_mcore else (flags.output_dir, flags.mcore_model)
+    request = flags.request
+    if not request.merge_lora:
+        source, output = request.model if request.to_mcore else request.mcore_model, flags.output_dir
+        assert source, "the mode has it"
+        yield (str(find_folder(source)), output) if request.to_mcore else (output, str(source))
         return
     parent = Path(os.path.abspath(flags.output_dir)).parent
     with tempfile.TemporaryDirectory(prefix=".precision-", dir=parent) as name:
         other = os.path.join(name, "other")
-        if flags.to_mcore:
-            convert(to_hf=True, mcore_model=flags.output_dir, output_dir=other)
+        if request.to_mcore:
+            convert(ConversionRequest(to_hf=True, mcore_model=flags.output_dir), output_dir=other)
             yield other, flags.output_dir
         else:
-            convert(to_mcore=True, model=flags.output_dir, output_dir=other)
+            convert(ConversionRequest(to_mcore=True, model=flags.output_dir), output_dir=other)
             yield flags.output_dir, other

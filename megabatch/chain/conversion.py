@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 from megabatch.chain.declare import Convert
+from megabatch.converters.command.flags import Flags, command_line
+from megabatch.converters.request import ConversionRequest
+from megabatch.entry.paths import absolute, absolute_model
 from megabatch.errors import ConversionError, Fault
 
 
 def conversion_arguments(work: Convert, output: Path) -> tuple[str, ...]:
-    """What `python` runs; a conversion that comes back goes on where it was."""
-    words = ["-P", "-m", "megabatch.converters.command", "--output_dir", str(output), "--resume"]
-    for field in fields(work):
-        value = getattr(work, field.name)
-        if field.name == "resources" or value in (None, False):
-            continue
-        words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
-    return tuple(words)
+    """What `python` runs."""
+    return ("-P", "-m", "megabatch.converters.command", *command_line(_flags(work, output)))
 
 
 def flag_faults(work: Convert) -> Iterator[Fault]:
     """Arguments that `megabatch-convert` would refuse."""
-    from megabatch.converters.command.flags import parse
     from megabatch.converters.command.main import check_flags
 
     try:
-        check_flags(parse(conversion_arguments(work, Path("output"))[3:]))
+        check_flags(_flags(work, Path("output")))
     except ConversionError as error:
         yield Fault("", None, str(error), bare=True)
 
@@ -37,12 +33,23 @@ def source_faults(work: Convert) -> Iterator[Fault]:
     from megabatch.converters import conversion
 
     try:
-        conversion.make_plan(
-            to_mcore=work.to_mcore,
-            model=work.model,
-            mcore_model=work.mcore_model,
-            torch_dtype=work.torch_dtype,
-            max_shard_size=work.max_shard_size,
-        )
+        conversion.make_plan(work.request)
     except ConversionError as error:
         yield Fault("", None, str(error), bare=True)
+
+
+def with_absolute_paths(request: ConversionRequest) -> ConversionRequest:
+    """The job starts in another folder; names of downloaded models stay."""
+    return replace(
+        request,
+        model=absolute_model(request.model),
+        mcore_model=absolute(request.mcore_model),
+        adapters=tuple(absolute(adapter) for adapter in request.adapters),
+    )
+
+
+def _flags(work: Convert, output: Path) -> Flags:
+    """A conversion that comes back goes on where it was."""
+    return Flags(
+        request=work.request, output_dir=str(output), resume=True, workers=work.workers or 0, verify=work.verify
+    )

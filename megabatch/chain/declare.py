@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 from megabatch.chain.outputs import reference
 from megabatch.config.recipe import Recipe
 from megabatch.config.resources import Resources
 from megabatch.config.roles import Role
+from megabatch.converters.request import ConversionRequest
 
 _ON_CPUS = Resources(gpus_per_node=0, time="4:00:00")
 
@@ -79,22 +80,13 @@ def output(step: str) -> Output:
     return Output(step)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Convert:
-    """A conversion by `megabatch-convert`, whose flags these are; all tasks of the job share the work."""
+    """A conversion by `megabatch-convert`; all tasks of the job share the work."""
 
-    to_mcore: bool = False
-    """Hugging Face's format to megatron-core's."""
-    to_hf: bool = False
-    """megatron-core's format to Hugging Face's."""
-    model: str | None = None
-    """Hugging Face folder: the source, or where `to_hf` takes config and tokenizer from."""
-    mcore_model: str | None = None
-    """Checkpoint for `to_hf`."""
-    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Dtype of the result; None leaves tensors as they are."""
-    max_shard_size: str | None = None
-    """Largest safetensors file of `to_hf`; None means 5 GB."""
+    request: ConversionRequest
+    """What is converted into what."""
+    _: KW_ONLY
     workers: int | None = None
     """Threads of each task; None means as many as processors, at most 8."""
     verify: bool = False

@@ -143,7 +143,7 @@ def not_made(step: Step, ref: Reference) -> str | None:
             return "makes no hf: its checkpoint.save_safetensors is False"
         return None
     if isinstance(work, Convert):
-        makes = "mcore" if work.to_mcore else "hf"
+        makes = "mcore" if work.request.to_mcore else "hf"
         return None if what == makes else f"is a conversion that makes {makes}, not {what}"
     assert isinstance(work, Command)
     if what.removeprefix("file ") in work.outputs:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megabatch.chain.conversion import conversion_arguments, flag_faults, source_faults
+from megabatch.chain.conversion import conversion_arguments, flag_faults, source_faults, with_absolute_paths
 from megabatch.chain.declare import Chain, Command, Convert, Step
 from megabatch.chain.outputs import Reference, references, resolved
 from megabatch.config.flags import Actions
@@ -18,6 +18,7 @@ from megabatch.config.resources import Resources
 from megabatch.config.rules.check import check
 from megabatch.config.rules.roles import role_faults
 from megabatch.config.rules.secrets import no_secrets_in_words
+from megabatch.converters.request import ConversionRequest
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.model import FoundModel, find_model
 from megabatch.entry.startable import unstartable
@@ -72,9 +73,9 @@ class StepBuilder:
         if isinstance(work, Recipe):
             return self._training(work)
         if isinstance(work, Convert):
-            work = replace(work, model=_absolute(work.model), mcore_model=_absolute(work.mcore_model))
+            work = replace(work, request=with_absolute_paths(work.request))
             job = replace(self.spec(work.resources), arguments=conversion_arguments(work, self.directory / OUTPUT))
-            return ReadyStep(step=self.step, work=work, job=job, shape=self._shape_of_conversion(work))
+            return ReadyStep(step=self.step, work=work, job=job, shape=self._shape_of_conversion(work.request))
         if isinstance(work, Command):
             return ReadyStep(step=self.step, work=work, job=self._command(work))
         rule = f"must be a Recipe, a Convert or a Command, not {type(work).__name__}"
@@ -198,14 +199,16 @@ class StepBuilder:
         link = self.directory / "inputs" / ref.step
         return Input(link if ref.what == "checkpoint" else link / ref.what, run=maker, link=link)
 
-    def _shape_of_conversion(self, work: Convert) -> ModelShape | None:
+    def _shape_of_conversion(self, request: ConversionRequest) -> ModelShape | None:
         """Of the model that it converts, as far as it is known: a folder here, or what an earlier step makes."""
         declared = self.step.work
         assert isinstance(declared, Convert)
-        source = declared.mcore_model if declared.to_hf else declared.model
+        source = declared.request.mcore_model if request.to_hf else declared.request.model
         if made := references(source):
             return self.made[made[0].step].shape
-        return find_model(Recipe(name="x", task="pt", model=Model(model=work.model))).shape if work.model else None
+        if not request.model:
+            return None
+        return find_model(Recipe(name="x", task="pt", model=Model(model=str(request.model)))).shape
 
 
 def _resource_faults(resources: Resources) -> list[Fault]:
@@ -234,7 +237,3 @@ def _own(text: str | None) -> str | None:
 
 def _owned(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(text for text in texts if not references(text))
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())

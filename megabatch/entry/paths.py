@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import save_folder
 from megabatch.data.rows.names import parse
 from megabatch.errors import DataError
+
+_Path = str | os.PathLike[str]
 
 NUMBERED = re.compile(r"v(\d+)-.*")
 """Names of run directories below `save`."""
@@ -43,7 +47,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     model, checkpoint, logging = recipe.model, recipe.checkpoint, recipe.logging
     return replace(
         recipe,
-        model=replace(model, model=_folder(model.model), tokenizer=_folder(model.tokenizer)),
+        model=replace(model, model=absolute_model(model.model), tokenizer=absolute_model(model.tokenizer)),
         data=replace(
             recipe.data,
             dataset=_datasets(recipe, recipe.data.dataset),
@@ -52,9 +56,9 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         checkpoint=replace(
             checkpoint,
             save=str(save_folder(recipe).expanduser().absolute()),
-            load=_absolute(checkpoint.load),
+            load=absolute(checkpoint.load),
         ),
-        logging=replace(logging, tensorboard_dir=_absolute(logging.tensorboard_dir)),
+        logging=replace(logging, tensorboard_dir=absolute(logging.tensorboard_dir)),
     )
 
 
@@ -69,13 +73,18 @@ def _dataset(text: str, *, use_hf: bool) -> str:
         return text  # preflight says what is wrong with it
 
 
-def _folder(name: str | None) -> str | None:
-    """A model or tokenizer that is a folder here, or spelled like a path."""
+def absolute_model(name: _Path | None) -> str | None:
+    """A model or tokenizer that is a folder here, or spelled like a path; names of hubs stay."""
     if name is None:
         return None
     path = Path(name).expanduser()
-    return str(path.absolute()) if path.is_dir() or name.startswith(("/", "./", "../", "~")) else name
+    return absolute(name) if path.is_dir() or str(name).startswith(("/", "./", "../", "~")) else str(name)
 
 
-def _absolute(path: str | None) -> str | None:
+@overload
+def absolute(path: _Path) -> str: ...
+@overload
+def absolute(path: None) -> None: ...
+def absolute(path: _Path | None) -> str | None:
+    """From the folder that the launcher stands in."""
     return None if path is None else str(Path(path).expanduser().absolute())

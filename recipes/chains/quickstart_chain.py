@@ -8,6 +8,7 @@ from megabatch import (
     Chain,
     Checkpoint,
     Command,
+    ConversionRequest,
     Convert,
     Data,
     LearningRate,
@@ -65,14 +66,16 @@ def recipe() -> Chain:
         name="quickstart-chain",
         steps=[
             Step("first", first),
-            Step("convert", Convert(to_mcore=True, model=output("first").hf, resources=TASKS), after=ok("first")),
+            Step(
+                "convert",
+                Convert(ConversionRequest(to_mcore=True, model=output("first").hf), resources=TASKS),
+                after=ok("first"),
+            ),
             Step("second", second, after=ok("convert")),
             Step(
                 "export",
                 Convert(
-                    to_hf=True,
-                    mcore_model=output("second").mcore,
-                    model=output("first").hf,
+                    ConversionRequest(to_hf=True, mcore_model=output("second").mcore, model=output("first").hf),
                     verify=True,
                     resources=TASKS,
                 ),

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from megabatch import Chain, Checkpoint, Command, Convert, Recipe, Step, ended, notok, ok, output, singleton
+from megabatch import (
+    Chain,
+    Checkpoint,
+    Command,
+    ConversionRequest,
+    Convert,
+    Recipe,
+    Step,
+    ended,
+    notok,
+    ok,
+    output,
+    singleton,
+)
 from megabatch.chain.graph import descendants, graph_faults, in_order, may_start
 from megabatch.chain.outputs import Reference, references, resolved
 
@@ -61,7 +74,7 @@ def test_faults_of_the_graph(steps: list[Step], says: str) -> None:
 
 def test_outputs_must_be_made_and_be_sure_to_be_there() -> None:
     train = Step("train", TRAIN)
-    to_mcore = Step("convert", Convert(to_mcore=True, model="x"), after=ok("train"))
+    to_mcore = Step("convert", Convert(ConversionRequest(to_mcore=True, model="x")), after=ok("train"))
     command = Step("measure", Command(["x"], outputs=("scores.json",)), after=ok("convert"))
     made = (output("train").hf, output("convert").mcore, output("measure").file("scores.json"), output("train").folder)
     after = ok("measure")

@@ -12,6 +12,7 @@ from megabatch import (
     Chain,
     Checkpoint,
     Command,
+    ConversionRequest,
     Convert,
     Data,
     Model,
@@ -27,6 +28,7 @@ from megabatch import (
 from megabatch.chain.flags import parsed
 from megabatch.chain.ready import ReadyChain, make_ready
 from megabatch.config.flags import Actions
+from megabatch.converters.command.flags import Flags, parse
 from megabatch.errors import ConfigError
 from megabatch.slurm.container import mounted
 from megabatch.slurm.job import Input
@@ -56,6 +58,7 @@ FIRST = Recipe(
     parallel=Parallel(distributed_backend="gloo"),
     resources=Resources(gpus_per_node=0, tasks_per_node=2, time="1:00:00"),
 )
+TO_MCORE = ConversionRequest(to_mcore=True, model="x")
 CONTAINED = ClusterProfile(container=Container(image="image.sif", runtime="apptainer"))
 SERVER = Role(name="server", command=["python", "serve.py"], nodes=2)
 
@@ -71,7 +74,7 @@ def faults(chain: Chain, **actions: object) -> str:
 
 
 def two_stages(folder: Path, second: Recipe) -> Chain:
-    convert = Step("convert", Convert(to_mcore=True, model=output("first").hf), after=ok("first"))
+    convert = Step("convert", Convert(ConversionRequest(to_mcore=True, model=output("first").hf)), after=ok("first"))
     return chain_of(folder, Step("first", FIRST), convert, Step("second", second, after=ok("convert")))
 
 
@@ -106,8 +109,10 @@ def test_faults_of_all_steps_are_told_at_once(tmp_path: Path) -> None:
     bad = chain_of(
         tmp_path,
         Step("train", replace(FIRST, batch=Batch(micro_batch_size=3, global_batch_size=4))),
-        Step("both", Convert(to_mcore=True, to_hf=True, model="x", mcore_model="y", resources=SMALL)),
-        Step("gone", Convert(to_mcore=True, model=str(tmp_path / "nowhere"), resources=SMALL)),
+        Step(
+            "both", Convert(ConversionRequest(to_mcore=True, to_hf=True, model="x", mcore_model="y"), resources=SMALL)
+        ),
+        Step("gone", Convert(ConversionRequest(to_mcore=True, model=str(tmp_path / "nowhere")), resources=SMALL)),
         Step("time", Command(["true"], resources=replace(SMALL, time="soon"))),
         Step("words", Command("true")),
         Step("role", Command(["true"], roles=[Role(name="Big", command=["x"])], resources=SMALL)),
@@ -122,6 +127,22 @@ def test_faults_of_all_steps_are_told_at_once(tmp_path: Path) -> None:
     assert "role: roles['Big'].name" in said
     assert "fine" not in said
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_a_conversion_runs_the_command_with_all_that_was_asked_for(tmp_path: Path) -> None:
+    request = replace(TO_MCORE, model="org/model", adapters=["a", Path("b")], merge_lora=True, layer_keys="per_layer")
+    step = Step("convert", Convert(request, workers=3, verify=True, resources=SMALL))
+    [ready_step] = ready(chain_of(tmp_path, step), submit=False, dry_run=True).steps
+    job = ready_step.job
+    assert job.command[1:4] == ("-P", "-m", "megabatch.converters.command")
+    adapters = tuple(str(Path(name).absolute()) for name in "ab")
+    assert parse(job.command[4:]) == Flags(
+        request=replace(request, adapters=adapters),
+        output_dir=str(tmp_path / "demo" / "convert" / "output"),
+        resume=True,
+        workers=3,
+        verify=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,4 +243,4 @@ def test_the_example_is_ready_with_the_jobs_it_says(tmp_path: Path) -> None:
     assert not got.refusals
     scripts = {step.step.name: got.script(step) for step in got.steps}
     assert all(script.startswith("#!/bin/bash\n") for script in scripts.values())
-    assert "megabatch.converters.command --output_dir" in scripts["export"]
+    assert "megabatch.converters.command --to_hf --model " in scripts["export"]

@@ -101,8 +101,9 @@ def test_groups_are_plain_frozen_dataclasses(dense):
 
 def test_public_names_are_the_groups_and_main():
     exported = {group_type.__name__ for group_type in group_types(Recipe).values()}
-    chains = {"Chain", "Command", "Convert", "Role", "Step", "ended", "notok", "ok", "output", "singleton"}
-    assert set(megabatch.__all__) == exported | chains | {"Recipe", "Sweep", "main"}
+    steps = {"Chain", "Command", "ConversionRequest", "Convert", "Role", "Step"}
+    edges = {"ended", "notok", "ok", "output", "singleton"}
+    assert set(megabatch.__all__) == exported | steps | edges | {"Recipe", "Sweep", "main"}
 
 
 def test_reference_page_is_current():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.errors import ConversionError
 
 _SMALL: dict[str, Any] = {
@@ -78,19 +78,26 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A folder in BF16 and its checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     hf = save(folder / "hf", request.param, FAMILIES[request.param])
-    convert(to_mcore=True, model=hf, output_dir=folder / "mcore")
+    convert(ConversionRequest(to_mcore=True, model=hf), output_dir=folder / "mcore")
     return hf, folder / "mcore"
 
 
 def test_transformers_loads_fused_experts_as_the_same_model(case: tuple[Path, Path], tmp_path: Path) -> None:
     hf, mcore = case
-    convert(to_hf=True, mcore_model=mcore, output_dir=tmp_path / "fused", expert_layout="fused", verify=True)
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=mcore, expert_layout="fused"),
+        output_dir=tmp_path / "fused",
+        verify=True,
+    )
     names = weights(tmp_path / "fused")
     assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
     assert not any(".experts.0." in name for name in names)
     assert torch.equal(logits_of(tmp_path / "fused"), logits_of(hf))
-    convert(to_mcore=True, model=tmp_path / "fused", output_dir=tmp_path / "again")
-    convert(to_hf=True, mcore_model=tmp_path / "again", output_dir=tmp_path / "back", expert_layout="per_expert")
+    convert(ConversionRequest(to_mcore=True, model=tmp_path / "fused"), output_dir=tmp_path / "again")
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=tmp_path / "again", expert_layout="per_expert"),
+        output_dir=tmp_path / "back",
+    )
     before, after = weights(hf), weights(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -99,9 +106,9 @@ def test_transformers_loads_fused_experts_as_the_same_model(case: tuple[Path, Pa
 def test_transformers_loads_fp8_as_the_dequantised_model(case: tuple[Path, Path], tmp_path: Path) -> None:
     """Its FP8 loader dequantises on a CPU; ours, by way of a checkpoint, must give the same logits to the last bit."""
     _, mcore = case
-    convert(to_hf=True, mcore_model=mcore, output_dir=tmp_path / "fp8", fp8_quantise=True)
-    convert(to_mcore=True, model=tmp_path / "fp8", output_dir=tmp_path / "mcore")
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "plain")
+    convert(ConversionRequest(to_hf=True, mcore_model=mcore, fp8_quantise=True), output_dir=tmp_path / "fp8")
+    convert(ConversionRequest(to_mcore=True, model=tmp_path / "fp8"), output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore"), output_dir=tmp_path / "plain")
     quantised = [name for name, value in weights(tmp_path / "fp8").items() if value.element_size() == 1]
     assert quantised
     assert torch.equal(logits_of(tmp_path / "fp8"), logits_of(tmp_path / "plain"))
@@ -110,17 +117,22 @@ def test_transformers_loads_fp8_as_the_dequantised_model(case: tuple[Path, Path]
 def test_a_folder_is_written_anew_without_a_checkpoint_between(case: tuple[Path, Path], tmp_path: Path) -> None:
     hf, mcore = case
     for name, form in {"fused": {"expert_layout": "fused"}, "fp8": {"fp8_quantise": True}}.items():
-        convert(to_hf=True, mcore_model=mcore, output_dir=tmp_path / f"{name}-by-mcore", **form)
-        convert(to_hf=True, model=hf, output_dir=tmp_path / name, verify=True, **form)
+        convert(ConversionRequest(to_hf=True, mcore_model=mcore, **form), output_dir=tmp_path / f"{name}-by-mcore")
+        convert(ConversionRequest(to_hf=True, model=hf, **form), output_dir=tmp_path / name, verify=True)
         same(tmp_path / name, tmp_path / f"{name}-by-mcore")
-    convert(to_hf=True, model=tmp_path / "fused", output_dir=tmp_path / "apart", expert_layout="per_expert")
+    convert(
+        ConversionRequest(to_hf=True, model=tmp_path / "fused", expert_layout="per_expert"),
+        output_dir=tmp_path / "apart",
+    )
     same(tmp_path / "apart", hf)
-    convert(to_mcore=True, model=tmp_path / "fp8", output_dir=tmp_path / "mcore")
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "plain-by-mcore")
-    convert(to_hf=True, model=tmp_path / "fp8", output_dir=tmp_path / "plain", torch_dtype="bfloat16")
+    convert(ConversionRequest(to_mcore=True, model=tmp_path / "fp8"), output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore"), output_dir=tmp_path / "plain-by-mcore")
+    convert(
+        ConversionRequest(to_hf=True, model=tmp_path / "fp8", torch_dtype="bfloat16"), output_dir=tmp_path / "plain"
+    )
     same(tmp_path / "plain", tmp_path / "plain-by-mcore")
     with pytest.raises(ConversionError, match="in block-scaled FP8 already"):
-        convert(to_hf=True, model=tmp_path / "fp8", output_dir=tmp_path / "o", fp8_quantise=True)
+        convert(ConversionRequest(to_hf=True, model=tmp_path / "fp8", fp8_quantise=True), output_dir=tmp_path / "o")
 
 
 def same(one: Path, other: Path) -> None:
@@ -136,16 +148,27 @@ def same(one: Path, other: Path) -> None:
 
 def test_experts_that_are_not_there_or_never_apart_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "dense", "Qwen3", {})
-    convert(to_mcore=True, model=tmp_path / "dense", output_dir=tmp_path / "dense-mcore")
+    convert(ConversionRequest(to_mcore=True, model=tmp_path / "dense"), output_dir=tmp_path / "dense-mcore")
     with pytest.raises(ConversionError, match=r"expert_layout=fused: Qwen3ForCausalLM has no experts"):
-        convert(to_hf=True, mcore_model=tmp_path / "dense-mcore", output_dir=tmp_path / "o", expert_layout="fused")
+        convert(
+            ConversionRequest(to_hf=True, mcore_model=tmp_path / "dense-mcore", expert_layout="fused"),
+            output_dir=tmp_path / "o",
+        )
     save(tmp_path / "oss", "GptOss", {"num_local_experts": 3, "num_experts_per_tok": 2})
-    convert(to_mcore=True, model=tmp_path / "oss", output_dir=tmp_path / "oss-mcore")
+    convert(ConversionRequest(to_mcore=True, model=tmp_path / "oss"), output_dir=tmp_path / "oss-mcore")
     with pytest.raises(ConversionError, match=r"expert_layout=per_expert: GptOssForCausalLM has fused experts only"):
-        convert(to_hf=True, mcore_model=tmp_path / "oss-mcore", output_dir=tmp_path / "o", expert_layout="per_expert")
+        convert(
+            ConversionRequest(to_hf=True, mcore_model=tmp_path / "oss-mcore", expert_layout="per_expert"),
+            output_dir=tmp_path / "o",
+        )
     with pytest.raises(ConversionError, match=r"fp8_quantise: .* fused experts"):
-        convert(to_hf=True, mcore_model=tmp_path / "oss-mcore", output_dir=tmp_path / "o", fp8_quantise=True)
-    convert(to_hf=True, model=tmp_path / "oss", output_dir=tmp_path / "oss-again", expert_layout="fused")
+        convert(
+            ConversionRequest(to_hf=True, mcore_model=tmp_path / "oss-mcore", fp8_quantise=True),
+            output_dir=tmp_path / "o",
+        )
+    convert(
+        ConversionRequest(to_hf=True, model=tmp_path / "oss", expert_layout="fused"), output_dir=tmp_path / "oss-again"
+    )
     same(tmp_path / "oss-again", tmp_path / "oss")
     assert not (tmp_path / "o").exists()
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["model_type"] == "qwen3"

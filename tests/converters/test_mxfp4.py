@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.errors import ConversionError
 
 Tensors = dict[str, torch.Tensor]
@@ -58,7 +58,11 @@ def test_megatron_cores_weights_are_those_of_the_plain_folder(
     dtype: str | None, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     for folder in folders:
-        convert(to_mcore=True, model=folder, torch_dtype=dtype, output_dir=tmp_path / folder.name, verify=True)
+        convert(
+            ConversionRequest(to_mcore=True, model=folder, torch_dtype=dtype),
+            output_dir=tmp_path / folder.name,
+            verify=True,
+        )
     first, second = (sorted((tmp_path / folder.name / "release").glob("*.distcp")) for folder in folders)
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert "quantization_config" not in json.loads((tmp_path / "packed" / "config.json").read_text())
@@ -66,19 +70,21 @@ def test_megatron_cores_weights_are_those_of_the_plain_folder(
 
 def test_a_folder_is_written_plain(folders: tuple[Path, Path], tmp_path: Path) -> None:
     packed, plain = folders
-    convert(to_hf=True, model=packed, torch_dtype="bfloat16", output_dir=tmp_path / "hf", verify=True)
+    convert(
+        ConversionRequest(to_hf=True, model=packed, torch_dtype="bfloat16"), output_dir=tmp_path / "hf", verify=True
+    )
     found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", plain))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    convert(to_mcore=True, model=packed, output_dir=tmp_path / "mcore")
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", model=packed, output_dir=tmp_path / "back")
+    convert(ConversionRequest(to_mcore=True, model=packed), output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore", model=packed), output_dir=tmp_path / "back")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(back[name], tensor) for name, tensor in expected.items())
 
 
 def test_transformers_loads_the_same_model(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """It makes the packed folder plain itself."""
-    convert(to_hf=True, model=folders[0], torch_dtype="bfloat16", output_dir=tmp_path / "hf")
+    convert(ConversionRequest(to_hf=True, model=folders[0], torch_dtype="bfloat16"), output_dir=tmp_path / "hf")
     asked = transformers.Mxfp4Config(dequantize=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folders[0], quantization_config=asked, dtype=torch.bfloat16, device_map="cpu"
@@ -137,4 +143,4 @@ def test_blocks_and_scales_that_do_not_fit(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_bytes((folders[0] / "config.json").read_bytes())
     with pytest.raises(ConversionError, match=message):
-        convert(to_mcore=True, model=folder, output_dir=tmp_path / "out")
+        convert(ConversionRequest(to_mcore=True, model=folder), output_dir=tmp_path / "out")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.safetensors_io import HfFolder
 
 PEERS = Path(__file__).parent / "peers"
@@ -20,7 +20,7 @@ def test_a_peers_checkpoint_gives_back_the_tensors_it_was_made_of(archive: Path,
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     made = tmp_path / archive.name.split(".")[0]
-    convert(to_hf=True, mcore_model=made / "checkpoint", model=made, output_dir=tmp_path / "hf")
+    convert(ConversionRequest(to_hf=True, mcore_model=made / "checkpoint", model=made), output_dir=tmp_path / "hf")
 
     folder = HfFolder(tmp_path / "hf")
     found = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.command import main
 from megabatch.converters.safetensors_io import HfFolder, Writer
@@ -28,7 +28,9 @@ def same(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("form", [{"fp8_quantise": True}, {"expert_layout": "fused"}])
 def test_fp8_and_fused_experts_stay_what_they_are(form: dict[str, object], tmp_path: Path) -> None:
-    convert(to_hf=True, model=make_folder(tmp_path / "hf", MOE), output_dir=tmp_path / "form", **form)  # type: ignore[arg-type]
+    convert(
+        ConversionRequest(to_hf=True, model=make_folder(tmp_path / "hf", MOE), **form), output_dir=tmp_path / "form"
+    )  # type: ignore[arg-type]
     out = tmp_path / "out"
     given = ["--to_hf", "--model", str(tmp_path / "form"), "--output_dir", str(out), "--max_shard_size", "40KB"]
     assert main([*given, "--verify"]) == 0
@@ -38,7 +40,7 @@ def test_fp8_and_fused_experts_stay_what_they_are(form: dict[str, object], tmp_p
     largest = max(HfFolder(out).extent(name)[2] for name in HfFolder(out).names)
     assert max(path.stat().st_size for path in shards) < max(40_000, largest) + 4_000  # and its header
     assert main(["--verify", "--output_dir", str(out)]) == 0
-    convert(to_hf=True, model=out, output_dir=tmp_path / "back", max_shard_size="5GB")
+    convert(ConversionRequest(to_hf=True, model=out, max_shard_size="5GB"), output_dir=tmp_path / "back")
     assert [path.name for path in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
     same(tmp_path / "back", tmp_path / "form")
 
@@ -55,7 +57,7 @@ def test_of_a_model_without_a_table(tmp_path: Path) -> None:
     with Writer(source / "model.safetensors", entries) as writer:
         for name, size in (("qweight", 240), ("scale", 2), ("none", 0), ("experts", 105)):
             writer.write(name, bytes(range(size)))
-    convert(to_hf=True, model=source, output_dir=tmp_path / "out", max_shard_size=250, verify=True)
+    convert(ConversionRequest(to_hf=True, model=source, max_shard_size=250), output_dir=tmp_path / "out", verify=True)
     same(tmp_path / "out", source)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
 
@@ -64,9 +66,9 @@ def test_a_size_that_is_none_and_a_folder_without_weights_are_refused(tmp_path: 
     source = make_folder(tmp_path / "hf", MOE)
     for size in ("many", "0KB", 0):
         with pytest.raises(ConversionError, match=f"max_shard_size={size!r}"):
-            convert(to_hf=True, model=source, output_dir=tmp_path / "out", max_shard_size=size)
+            convert(ConversionRequest(to_hf=True, model=source, max_shard_size=size), output_dir=tmp_path / "out")
     for path in source.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(ConversionError, match="complete the download"):
-        convert(to_hf=True, model=source, output_dir=tmp_path / "out", max_shard_size="1GB")
+        convert(ConversionRequest(to_hf=True, model=source, max_shard_size="1GB"), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.command import main
 from megabatch.converters.torch_bin import read_bin
 from megabatch.errors import ConversionError
@@ -43,8 +43,8 @@ def save_as_bin(source: Path, folder: Path, *, shards: int = 1) -> Path:
 def test_weights_are_those_of_the_safetensors(shards: int, saved: Any, tmp_path: Path) -> None:
     source = saved("qwen3-moe-tied")
     pickled = save_as_bin(source, tmp_path / "bin", shards=shards)
-    convert(to_mcore=True, model=pickled, output_dir=tmp_path / "one", accept_bin=True, verify=True)
-    convert(to_mcore=True, model=source, output_dir=tmp_path / "other")
+    convert(ConversionRequest(to_mcore=True, model=pickled, accept_bin=True), output_dir=tmp_path / "one", verify=True)
+    convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "other")
     for name in ("release/.metadata", "release/__0_0.distcp", "release/__0_1.distcp"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
@@ -52,7 +52,7 @@ def test_weights_are_those_of_the_safetensors(shards: int, saved: Any, tmp_path:
 def test_pickles_become_safetensors(saved: Any, tmp_path: Path) -> None:
     source = saved("qwen2-tied")
     pickled = save_as_bin(source, tmp_path / "bin", shards=2)
-    convert(to_hf=True, model=pickled, output_dir=tmp_path / "out", accept_bin=True)
+    convert(ConversionRequest(to_hf=True, model=pickled, accept_bin=True), output_dir=tmp_path / "out")
     expected, found = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.regular import read_regular
 from megabatch.errors import ConversionError
 
@@ -42,7 +42,7 @@ UNUSUAL = {pipe: "it is a pipe", device: "it is a device", folder: "it is a fold
 def both(saved: Saved, tmp_path: Path) -> tuple[Path, Path]:
     hf, mcore = tmp_path / "hf", tmp_path / "mcore"
     shutil.copytree(saved("qwen3"), hf)
-    convert(to_mcore=True, model=hf, output_dir=mcore)
+    convert(ConversionRequest(to_mcore=True, model=hf), output_dir=mcore)
     return hf, mcore
 
 
@@ -63,9 +63,9 @@ def test_what_is_no_file_of_bounded_size(
         (hf / "model.safetensors").rename(hf / "model-00001-of-00002.safetensors")
     with pytest.raises(ConversionError) as error:
         if name.startswith("hf"):
-            convert(to_mcore=True, model=hf, output_dir=tmp_path / "out")
+            convert(ConversionRequest(to_mcore=True, model=hf), output_dir=tmp_path / "out")
         else:
-            convert(to_hf=True, mcore_model=mcore, output_dir=tmp_path / "out")
+            convert(ConversionRequest(to_hf=True, mcore_model=mcore), output_dir=tmp_path / "out")
     assert Path(name).parts[0] in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -100,4 +100,4 @@ def test_sizes_and_types_of_no_model(changes: dict[str, Any], message: str, save
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConversionError, match=message):
-        convert(to_mcore=True, model=tmp_path / "hf", output_dir=tmp_path / "out")
+        convert(ConversionRequest(to_mcore=True, model=tmp_path / "hf"), output_dir=tmp_path / "out")

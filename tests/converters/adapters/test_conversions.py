@@ -18,7 +18,7 @@ from made_adapters import Made, Tensors, changed, load, logits, logits_of
 from safetensors.torch import load_file, save_file
 
 import megabatch
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.command import main
 from megabatch.converters.torch_dist.folder import TorchDistFolder
 from megabatch.errors import ConversionError
@@ -35,12 +35,14 @@ PROGRAM = Path(__file__).with_name("megatron_shards.py")
 def test_there_and_back_again(case: str, made: Get, tmp_path: Path) -> None:
     one = made(case)
     mcore, back = tmp_path / "mcore", tmp_path / "back"
-    convert(to_mcore=True, adapters=[one.adapter], model=one.base, output_dir=mcore, verify=True)
-    convert(to_hf=True, adapters=[mcore], output_dir=back, verify=True)  # the base's config.json lies beside
+    convert(ConversionRequest(to_mcore=True, adapters=[one.adapter], model=one.base), output_dir=mcore, verify=True)
+    convert(
+        ConversionRequest(to_hf=True, adapters=[mcore]), output_dir=back, verify=True
+    )  # the base's config.json lies beside
     found, source = contents(back), contents(one.adapter)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert found[name] == source[name], name
-    convert(to_mcore=True, adapters=[back], model=one.base, output_dir=tmp_path / "again")
+    convert(ConversionRequest(to_mcore=True, adapters=[back], model=one.base), output_dir=tmp_path / "again")
     first, second = contents(mcore), contents(tmp_path / "again")
     del first["megabatch-manifest.json"], second["megabatch-manifest.json"]
     assert first == second
@@ -48,11 +50,13 @@ def test_there_and_back_again(case: str, made: Get, tmp_path: Path) -> None:
 
 def test_ours_merges_into_the_same_bits_as_pefts(case: str, made: Get, tmp_path: Path) -> None:
     one = made(case)
-    convert(to_mcore=True, adapters=[one.adapter], model=one.base, output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_mcore=True, adapters=[one.adapter], model=one.base), output_dir=tmp_path / "mcore")
     outputs = []
     for adapter in (one.adapter, tmp_path / "mcore"):
         outputs.append(tmp_path / f"from-{adapter.name}")
-        convert(to_hf=True, model=one.base, adapters=[adapter], merge_lora=True, output_dir=outputs[-1])
+        convert(
+            ConversionRequest(to_hf=True, model=one.base, adapters=[adapter], merge_lora=True), output_dir=outputs[-1]
+        )
     first, second = (contents(output)["model.safetensors"] for output in outputs)
     assert first == second
 
@@ -67,7 +71,7 @@ def test_ours_merges_into_the_same_bits_as_pefts(case: str, made: Get, tmp_path:
 )
 def test_fused_layers_share_a_where_they_can(case: str, shape: tuple[int, ...], made: Get, tmp_path: Path) -> None:
     one = made(case)
-    convert(to_mcore=True, adapters=[one.adapter], model=one.base, output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_mcore=True, adapters=[one.adapter], model=one.base), output_dir=tmp_path / "mcore")
     entries = TorchDistFolder(tmp_path / "mcore" / "release").entries
     layer = ".1" if len(shape) == 2 else ""
     assert entries[f"decoder.layers{layer}.self_attention.linear_qkv.lora_A.weight"].size == shape
@@ -86,14 +90,16 @@ def test_both_layouts_of_experts_mean_the_same(
     one, adapter = made(case), made(case).adapter
     if through == "mcore":
         adapter = tmp_path / "mcore"
-        convert(to_mcore=True, adapters=[one.adapter], model=one.base, output_dir=adapter)
+        convert(ConversionRequest(to_mcore=True, adapters=[one.adapter], model=one.base), output_dir=adapter)
     out = tmp_path / "out"
-    convert(to_hf=True, adapters=[adapter], model=one.base, peft_format=peft_format, output_dir=out)
+    convert(ConversionRequest(to_hf=True, adapters=[adapter], model=one.base, peft_format=peft_format), output_dir=out)
     names = load_file(out / "adapter_model.safetensors")
     assert any(".experts.0." in name for name in names) == (peft_format == "per_expert")
     config = json.loads((out / "adapter_config.json").read_text())
     assert bool(config.get("target_parameters")) == (peft_format == "fused")
-    convert(to_hf=True, model=one.base, adapters=[out], merge_lora=True, output_dir=tmp_path / "merged")
+    convert(
+        ConversionRequest(to_hf=True, model=one.base, adapters=[out], merge_lora=True), output_dir=tmp_path / "merged"
+    )
     assert (logits_of(tmp_path / "merged") - one.logits).abs().max() < LOGITS
     assert (logits(load(one.base, out)) - one.logits).abs().max() < LOGITS
 
@@ -129,8 +135,8 @@ def test_peft_computes_what_the_config_says_of_single_experts(
     one = made("moe-one-by-one")
     adapter = changed(one.adapter, tmp_path / "adapter", SCALED[change])
     out, merged = tmp_path / "out", tmp_path / "merged"
-    convert(to_hf=True, adapters=[adapter], model=one.base, peft_format=peft_format, output_dir=out)
-    convert(to_hf=True, adapters=[adapter], model=one.base, merge_lora=True, output_dir=merged)
+    convert(ConversionRequest(to_hf=True, adapters=[adapter], model=one.base, peft_format=peft_format), output_dir=out)
+    convert(ConversionRequest(to_hf=True, adapters=[adapter], model=one.base, merge_lora=True), output_dir=merged)
     expected = merged_by_hand(one.base, adapter)
     assert (logits(load(one.base, out)) - logits_of(expected)).abs().max() < LOGITS
     assert (logits_of(merged) - logits_of(expected)).abs().max() < LOGITS
@@ -165,7 +171,8 @@ def test_scales_that_no_joined_layer_has_are_refused(made: Get, tmp_path: Path) 
         adapter = changed(one.adapter, tmp_path / f"adapter{number}", scaled(alpha_pattern=alphas))
         with pytest.raises(ConversionError, match=r"PEFT 0\.21 would load it as another model: .*cannot have"):
             convert(
-                to_hf=True, adapters=[adapter], model=one.base, peft_format="per_expert", output_dir=tmp_path / "out"
+                ConversionRequest(to_hf=True, adapters=[adapter], model=one.base, peft_format="per_expert"),
+                output_dir=tmp_path / "out",
             )
 
 
@@ -173,8 +180,10 @@ def test_scales_that_no_joined_layer_has_are_refused(made: Get, tmp_path: Path) 
 def test_a_dense_layer_beside_experts_keeps_its_adapter_in_peft(peft_format: str, made: Get, tmp_path: Path) -> None:
     one = made("moe-dense-beside")
     out, merged = tmp_path / "out", tmp_path / "merged"
-    convert(to_hf=True, adapters=[one.adapter], model=one.base, peft_format=peft_format, output_dir=out)
-    convert(to_hf=True, adapters=[one.adapter], model=one.base, merge_lora=True, output_dir=merged)
+    convert(
+        ConversionRequest(to_hf=True, adapters=[one.adapter], model=one.base, peft_format=peft_format), output_dir=out
+    )
+    convert(ConversionRequest(to_hf=True, adapters=[one.adapter], model=one.base, merge_lora=True), output_dir=merged)
     assert (logits(load(one.base, out)) - logits_of(merged)).abs().max() < LOGITS
 
 
@@ -187,12 +196,12 @@ def test_a_router_alone_comes_back(case: str, made: Get, tmp_path: Path) -> None
 def test_one_layout_and_back_is_the_other_byte_for_byte(made: Get, tmp_path: Path) -> None:
     """Where gate and up share A nothing grows; the config's patterns have more in them then."""
     one = made("moe-shared")
-    convert(to_hf=True, adapters=[one.adapter], model=one.base, peft_format="fused", output_dir=tmp_path / "fused")
     convert(
-        to_hf=True,
-        adapters=[tmp_path / "fused"],
-        model=one.base,
-        peft_format="per_expert",
+        ConversionRequest(to_hf=True, adapters=[one.adapter], model=one.base, peft_format="fused"),
+        output_dir=tmp_path / "fused",
+    )
+    convert(
+        ConversionRequest(to_hf=True, adapters=[tmp_path / "fused"], model=one.base, peft_format="per_expert"),
         output_dir=tmp_path / "one",
     )
     name = "adapter_model.safetensors"
@@ -207,7 +216,9 @@ def by_megatron(made: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = []
     for case in ("llama-shared", "moe-shared"):
         one = made(case)
-        convert(to_mcore=True, adapters=[one.adapter], model=one.base, output_dir=root / case / "ours")
+        convert(
+            ConversionRequest(to_mcore=True, adapters=[one.adapter], model=one.base), output_dir=root / case / "ours"
+        )
         jobs.append([str(one.adapter), str(one.base), str(root / case)])
     path = os.pathsep.join([str(Path(megabatch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -230,7 +241,7 @@ def test_what_megatron_core_saves_is_read_and_what_we_write_it_loads(
     for spelling in ("tp2", "bridge"):
         saved = by_megatron / case / spelling
         (saved / "adapter_config.json").write_bytes((one.adapter / "adapter_config.json").read_bytes())
-        convert(to_hf=True, adapters=[saved], model=one.base, output_dir=tmp_path / spelling)
+        convert(ConversionRequest(to_hf=True, adapters=[saved], model=one.base), output_dir=tmp_path / spelling)
         name = "adapter_model.safetensors"
         assert (tmp_path / spelling / name).read_bytes() == (one.adapter / name).read_bytes()
     loaded: dict[str, list[torch.Tensor]] = torch.load(by_megatron / case / "loaded.pt")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from made_adapters import Made, Tensors, changed
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.command import main
 from megabatch.errors import ConversionError
 
@@ -100,7 +100,8 @@ def test_faults_are_named_and_nothing_is_written(fault: str, way: str, made: Get
     adapter = changed(one.adapter, tmp_path / "adapter", change)
     with pytest.raises(ConversionError, match=message) as error:
         convert(
-            to_mcore=True, model=one.base, adapters=[adapter], merge_lora=way == "merge", output_dir=tmp_path / "out"
+            ConversionRequest(to_mcore=True, model=one.base, adapters=[adapter], merge_lora=way == "merge"),
+            output_dir=tmp_path / "out",
         )
     assert str(adapter) in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -113,17 +114,17 @@ def test_truncated_and_pickled_weights(made: Get, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1])
     flags = {"to_hf": True, "model": one.base, "adapters": [adapter], "merge_lora": True}
     with pytest.raises(ConversionError, match=r"adapter_model\.safetensors: truncated"):
-        convert(output_dir=tmp_path / "out", **flags)
+        convert(ConversionRequest(**flags), output_dir=tmp_path / "out")
     weights.unlink()
     with pytest.raises(ConversionError, match=r"no adapter_model\.safetensors; complete the download"):
-        convert(output_dir=tmp_path / "out", **flags)
+        convert(ConversionRequest(**flags), output_dir=tmp_path / "out")
     (adapter / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(ConversionError, match=r"adapter_model\.bin: is pickled, which can run code"):
-        convert(output_dir=tmp_path / "out", **flags)
+        convert(ConversionRequest(**flags), output_dir=tmp_path / "out")
     with pytest.raises(ConversionError, match=r"adapter_model\.bin: no file of torch.save"):
-        convert(output_dir=tmp_path / "out", accept_bin=True, **flags)
+        convert(ConversionRequest(accept_bin=True, **flags), output_dir=tmp_path / "out")
     with pytest.raises(ConversionError, match="nowhere: no such folder of an adapter"):
-        convert(output_dir=tmp_path / "out", **{**flags, "adapters": [tmp_path / "nowhere"]})
+        convert(ConversionRequest(**{**flags, "adapters": [tmp_path / "nowhere"]}), output_dir=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -137,7 +138,10 @@ def test_adapters_that_exclude_each_other(made: Get, tmp_path: Path) -> None:
         (biased, [biased.adapter, biased.adapter], "both bring biases"),
     ):
         with pytest.raises(ConversionError, match=message):
-            convert(to_hf=True, model=one.base, adapters=pair, merge_lora=True, output_dir=tmp_path / "out")
+            convert(
+                ConversionRequest(to_hf=True, model=one.base, adapters=pair, merge_lora=True),
+                output_dir=tmp_path / "out",
+            )
 
 
 @pytest.mark.parametrize(
@@ -156,17 +160,17 @@ def test_the_config_of_a_checkpoint_must_fit_it(
     one = made("llama")
     changed_ = changed(one.adapter, tmp_path / "attention", _attention)
     mcore = tmp_path / "mcore"
-    convert(to_mcore=True, model=one.base, adapters=[changed_], output_dir=mcore)
+    convert(ConversionRequest(to_mcore=True, model=one.base, adapters=[changed_]), output_dir=mcore)
     path = mcore / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     if message is None:
-        convert(to_hf=True, adapters=[mcore], output_dir=tmp_path / "out")
+        convert(ConversionRequest(to_hf=True, adapters=[mcore]), output_dir=tmp_path / "out")
         return
     with pytest.raises(ConversionError, match=message):
-        convert(to_hf=True, adapters=[mcore], output_dir=tmp_path / "out")
+        convert(ConversionRequest(to_hf=True, adapters=[mcore]), output_dir=tmp_path / "out")
     path.unlink()
     with pytest.raises(ConversionError, match=r"there is no adapter_config.json beside this checkpoint"):
-        convert(to_hf=True, adapters=[mcore], model=one.base, output_dir=tmp_path / "out")
+        convert(ConversionRequest(to_hf=True, adapters=[mcore], model=one.base), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -185,8 +189,11 @@ def test_a_bias_of_a_part_cannot_be_converted_but_merged(made: Get, tmp_path: Pa
 
     adapter = changed(one.adapter, tmp_path / "adapter", partial)
     with pytest.raises(ConversionError, match=r"k_proj.bias is missing\); it can be merged"):
-        convert(to_mcore=True, model=one.base, adapters=[adapter], output_dir=tmp_path / "out")
-    convert(to_mcore=True, model=one.base, adapters=[adapter], merge_lora=True, output_dir=tmp_path / "out")
+        convert(ConversionRequest(to_mcore=True, model=one.base, adapters=[adapter]), output_dir=tmp_path / "out")
+    convert(
+        ConversionRequest(to_mcore=True, model=one.base, adapters=[adapter], merge_lora=True),
+        output_dir=tmp_path / "out",
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,4 +222,4 @@ def test_flags_that_do_not_go_together(flags: list[str], message: str, capsys: p
 )
 def test_arguments_that_do_not_go_together(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=message):
-        convert(to_hf=True, model=tmp_path, output_dir=tmp_path / "out", **given)
+        convert(ConversionRequest(to_hf=True, model=tmp_path, **given), output_dir=tmp_path / "out")

@@ -15,7 +15,7 @@ import torch
 from made_adapters import Made, Tensors, changed, logits, logits_of
 from safetensors.torch import load_file, save_file
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.command import main
 from megabatch.errors import ConversionError
 
@@ -50,19 +50,22 @@ def check_equal(found: Tensors, expected: Tensors) -> None:
 def test_merged_weights_equal_pefts(case: str, made: Get, tmp_path: Path) -> None:
     """On all ways: within Hugging Face's format, and into and out of megatron-core's."""
     one = made(case)
-    convert(to_hf=True, model=one.base, adapters=[one.adapter], merge_lora=True, output_dir=tmp_path / "hf")
+    convert(
+        ConversionRequest(to_hf=True, model=one.base, adapters=[one.adapter], merge_lora=True),
+        output_dir=tmp_path / "hf",
+    )
     expected = weights(tmp_path / "hf") if case in SHARED else one.merged
     check_equal(weights(tmp_path / "hf"), expected)
     assert (logits_of(tmp_path / "hf") - one.logits).abs().max() < LOGITS
-    convert(to_mcore=True, model=one.base, adapters=[one.adapter], merge_lora=True, output_dir=tmp_path / "mcore")
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "back")
-    check_equal(weights(tmp_path / "back"), expected)
-    convert(to_mcore=True, model=one.base, output_dir=tmp_path / "base")
     convert(
-        to_hf=True,
-        mcore_model=tmp_path / "base",
-        adapters=[one.adapter],
-        merge_lora=True,
+        ConversionRequest(to_mcore=True, model=one.base, adapters=[one.adapter], merge_lora=True),
+        output_dir=tmp_path / "mcore",
+    )
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore"), output_dir=tmp_path / "back")
+    check_equal(weights(tmp_path / "back"), expected)
+    convert(ConversionRequest(to_mcore=True, model=one.base), output_dir=tmp_path / "base")
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=tmp_path / "base", adapters=[one.adapter], merge_lora=True),
         output_dir=tmp_path / "out",
         verify=True,
     )
@@ -73,14 +76,15 @@ def test_merged_weights_equal_pefts(case: str, made: Get, tmp_path: Path) -> Non
 
 def test_fused_experts_of_the_base_model(made: Get, tmp_path: Path) -> None:
     one = made("moe-fused")
-    convert(to_mcore=True, model=one.base, output_dir=tmp_path / "mcore")
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", expert_layout="fused", output_dir=tmp_path / "fused")
+    convert(ConversionRequest(to_mcore=True, model=one.base), output_dir=tmp_path / "mcore")
     convert(
-        to_hf=True,
-        model=tmp_path / "fused",
-        adapters=[one.adapter],
-        merge_lora=True,
-        expert_layout="fused",
+        ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore", expert_layout="fused"),
+        output_dir=tmp_path / "fused",
+    )
+    convert(
+        ConversionRequest(
+            to_hf=True, model=tmp_path / "fused", adapters=[one.adapter], merge_lora=True, expert_layout="fused"
+        ),
         output_dir=tmp_path / "merged",
     )
     assert "model.layers.0.mlp.experts.gate_up_proj" in weights(tmp_path / "merged")
@@ -91,13 +95,13 @@ def test_experts_whose_rows_are_in_another_order(made: Get, tmp_path: Path) -> N
     """GPT-OSS: merged on the way to megatron-core, and refused by name where that is not built."""
     one = made("gpt-oss")
     flags = {"adapters": [one.adapter], "model": one.base}
-    convert(to_mcore=True, merge_lora=True, output_dir=tmp_path / "mcore", **flags)
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "back")
+    convert(ConversionRequest(to_mcore=True, merge_lora=True, **flags), output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore"), output_dir=tmp_path / "back")
     check_equal(weights(tmp_path / "back"), one.merged)
     with pytest.raises(ConversionError, match="merge its adapter with --to_mcore"):
-        convert(to_hf=True, merge_lora=True, output_dir=tmp_path / "out", **flags)
+        convert(ConversionRequest(to_hf=True, merge_lora=True, **flags), output_dir=tmp_path / "out")
     with pytest.raises(ConversionError, match="its adapter can be merged with --to_mcore, not converted"):
-        convert(to_mcore=True, output_dir=tmp_path / "out", **flags)
+        convert(ConversionRequest(to_mcore=True, **flags), output_dir=tmp_path / "out")
 
 
 def test_bfloat16_is_rounded_once(made: Get, tmp_path: Path) -> None:
@@ -108,7 +112,10 @@ def test_bfloat16_is_rounded_once(made: Get, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     save_file(base, tmp_path / "base" / "model.safetensors")
     (tmp_path / "base" / "config.json").write_bytes((one.base / "config.json").read_bytes())
-    convert(to_hf=True, model=tmp_path / "base", adapters=[one.adapter], merge_lora=True, output_dir=tmp_path / "out")
+    convert(
+        ConversionRequest(to_hf=True, model=tmp_path / "base", adapters=[one.adapter], merge_lora=True),
+        output_dir=tmp_path / "out",
+    )
     found, lora = weights(tmp_path / "out"), weights(one.adapter)
     compared = 0
     for name, value in base.items():
@@ -134,8 +141,8 @@ def test_pickled_adapters_are_read_as_data_when_asked_for(made: Get, tmp_path: P
     torch.save(weights(one.adapter), tmp_path / "pickled" / "adapter_model.bin")
     (tmp_path / "pickled" / "adapter_config.json").write_bytes((one.adapter / "adapter_config.json").read_bytes())
     flags = {"to_hf": True, "model": one.base, "merge_lora": True, "accept_bin": True}
-    convert(adapters=[tmp_path / "pickled"], output_dir=tmp_path / "out", **flags)
-    convert(adapters=[one.adapter], output_dir=tmp_path / "expected", **flags)
+    convert(ConversionRequest(adapters=[tmp_path / "pickled"], **flags), output_dir=tmp_path / "out")
+    convert(ConversionRequest(adapters=[one.adapter], **flags), output_dir=tmp_path / "expected")
     found, expected = contents(tmp_path / "out"), contents(tmp_path / "expected")
     assert found["model.safetensors"] == expected["model.safetensors"]
 
@@ -143,8 +150,8 @@ def test_pickled_adapters_are_read_as_data_when_asked_for(made: Get, tmp_path: P
 def test_other_dtypes_are_written_when_asked_for(made: Get, tmp_path: Path) -> None:
     one = made("llama")
     flags = {"model": one.base, "adapters": [one.adapter], "merge_lora": True}
-    convert(to_hf=True, output_dir=tmp_path / "single", **flags)
-    convert(to_hf=True, output_dir=tmp_path / "half", torch_dtype="float16", **flags)
+    convert(ConversionRequest(to_hf=True, **flags), output_dir=tmp_path / "single")
+    convert(ConversionRequest(to_hf=True, torch_dtype="float16", **flags), output_dir=tmp_path / "half")
     single, half = weights(tmp_path / "single"), weights(tmp_path / "half")
     assert all(torch.equal(half[name], value.half()) for name, value in single.items())
 
@@ -172,7 +179,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_bits_do_not_depend_on_threads_workers_or_ranks(threads: str, wide: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = wide
     flags = ["--merge_lora", "--adapters", str(adapter), "--to_mcore", "--model", str(base)]
-    convert(to_mcore=True, model=base, adapters=[adapter], merge_lora=True, output_dir=tmp_path / "one", workers=1)
+    convert(
+        ConversionRequest(to_mcore=True, model=base, adapters=[adapter], merge_lora=True),
+        output_dir=tmp_path / "one",
+        workers=1,
+    )
     expected = contents(tmp_path / "one")
     for rank in ("2", "0", "1"):
         command = [sys.executable, "-m", "megabatch.converters.command", *flags, "--output_dir", tmp_path / "ranks"]
@@ -187,11 +198,14 @@ def test_bits_do_not_depend_on_threads_workers_or_ranks(threads: str, wide: tupl
 def test_an_interrupted_merge_is_resumed_to_the_same_bits(wide: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = wide
     flags = {"to_hf": True, "model": base, "adapters": [adapter], "merge_lora": True}
-    convert(output_dir=tmp_path / "whole", **flags)
-    convert(output_dir=tmp_path / "part", rank=1, world=2, **flags)
+    convert(ConversionRequest(**flags), output_dir=tmp_path / "whole")
+    convert(ConversionRequest(**flags), output_dir=tmp_path / "part", rank=1, world=2)
     with pytest.raises(ConversionError, match="left by the conversion of another source"):
-        convert(to_hf=True, model=base, adapters=[adapter, adapter], merge_lora=True, output_dir=tmp_path / "part")
-    outcome = convert(output_dir=tmp_path / "part", resume=True, **flags)
+        convert(
+            ConversionRequest(to_hf=True, model=base, adapters=[adapter, adapter], merge_lora=True),
+            output_dir=tmp_path / "part",
+        )
+    outcome = convert(ConversionRequest(**flags), output_dir=tmp_path / "part", resume=True)
     assert outcome.resumed
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
 
@@ -235,17 +249,23 @@ def test_block_scaled_fp8_is_made_plain_before_the_sum(made: Get, tmp_path: Path
     how = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
     flags = {"adapters": [one.adapter], "merge_lora": True}
-    convert(to_mcore=True, model=tmp_path / "fp8", torch_dtype="float32", output_dir=tmp_path / "mcore", **flags)
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "back")
+    convert(
+        ConversionRequest(to_mcore=True, model=tmp_path / "fp8", torch_dtype="float32", **flags),
+        output_dir=tmp_path / "mcore",
+    )
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore"), output_dir=tmp_path / "back")
     (tmp_path / "plain").mkdir()
     save_file(meant, tmp_path / "plain" / "model.safetensors")
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
-    convert(to_hf=True, model=tmp_path / "plain", output_dir=tmp_path / "expected", **flags)
+    convert(ConversionRequest(to_hf=True, model=tmp_path / "plain", **flags), output_dir=tmp_path / "expected")
     check_equal(weights(tmp_path / "back"), weights(tmp_path / "expected"))
-    convert(to_hf=True, model=tmp_path / "fp8", torch_dtype="float32", output_dir=tmp_path / "hf", **flags)
+    convert(
+        ConversionRequest(to_hf=True, model=tmp_path / "fp8", torch_dtype="float32", **flags),
+        output_dir=tmp_path / "hf",
+    )
     assert contents(tmp_path / "hf")["model.safetensors"] == contents(tmp_path / "back")["model.safetensors"]
     with pytest.raises(ConversionError, match="fp8_quantise: merge the adapters first"):
-        convert(to_hf=True, model=one.base, fp8_quantise=True, output_dir=tmp_path / "no", **flags)
+        convert(ConversionRequest(to_hf=True, model=one.base, fp8_quantise=True, **flags), output_dir=tmp_path / "no")
 
 
 def test_verification_makes_the_sums_again(made: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,12 +325,16 @@ def test_numbers_that_are_not_finite_are_refused_by_tensor(
     adapter = changed(one.adapter, tmp_path / "adapter", change)
     for way in ("to_mcore", "to_hf"):
         with pytest.raises(ConversionError, match=rf"adapter: .*{shown}: has infinities or NaN"):
-            convert(**{way: True}, model=one.base, adapters=[adapter], merge_lora=True, output_dir=tmp_path / "out")
+            convert(
+                ConversionRequest(**{way: True}, model=one.base, adapters=[adapter], merge_lora=True),
+                output_dir=tmp_path / "out",
+            )
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    convert(to_mcore=True, model=one.base, adapters=[adapter], output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_mcore=True, model=one.base, adapters=[adapter]), output_dir=tmp_path / "mcore")
     with pytest.raises(ConversionError, match="has infinities or NaN"):
         convert(
-            to_hf=True, model=one.base, adapters=[tmp_path / "mcore"], merge_lora=True, output_dir=tmp_path / "out"
+            ConversionRequest(to_hf=True, model=one.base, adapters=[tmp_path / "mcore"], merge_lora=True),
+            output_dir=tmp_path / "out",
         )
 
 
@@ -324,10 +348,7 @@ def test_sums_beyond_the_dtype_are_refused_by_tensor(dtype: str, factor: float, 
                 tensors[name] *= factor
 
     adapter = changed(one.adapter, tmp_path / "adapter", change)
-    with pytest.raises(
-        ConversionError, match=r"layers.1.self_attn.o_proj.weight \[24, 24\]: with its adapters it has"
-    ):
-        convert(
-            to_hf=True, model=one.base, adapters=[adapter], merge_lora=True, torch_dtype=dtype,
-            output_dir=tmp_path / "out",
-        )  # fmt: skip
+    request = ConversionRequest(to_hf=True, model=one.base, adapters=[adapter], merge_lora=True, torch_dtype=dtype)
+    says = r"layers.1.self_attn.o_proj.weight \[24, 24\]: with its adapters it has"
+    with pytest.raises(ConversionError, match=says):
+        convert(request, output_dir=tmp_path / "out")

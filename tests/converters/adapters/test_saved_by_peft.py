@@ -13,7 +13,7 @@ import transformers
 from made_adapters import _BASE, IDS, changed, logits_of
 from safetensors.torch import load_file, save_file
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.command import main
 from megabatch.errors import ConversionError
 
@@ -56,21 +56,23 @@ def test_an_adapter_of_a_grown_vocabulary(case: str, tmp_path: Path) -> None:
     tied, lora = SAVED[case]
     expected = grown(tmp_path, tied=tied, lora=lora)
     adapter = tmp_path / "adapter"
-    convert(to_hf=True, model=tmp_path / "base", adapters=[adapter], merge_lora=True, output_dir=tmp_path / "merged")
+    convert(
+        ConversionRequest(to_hf=True, model=tmp_path / "base", adapters=[adapter], merge_lora=True),
+        output_dir=tmp_path / "merged",
+    )
     assert (logits_of(tmp_path / "merged") - expected).abs().max() < LOGITS
     for merge in (True, False):
         with pytest.raises(
             ConversionError, match=r"resize the base first, by 4 to 64 \(model.resize_token_embeddings\(64\)"
         ):
             convert(
-                to_mcore=True,
-                model=tmp_path / "small",
-                adapters=[adapter],
-                merge_lora=merge,
+                ConversionRequest(to_mcore=True, model=tmp_path / "small", adapters=[adapter], merge_lora=merge),
                 output_dir=tmp_path / "o",
             )
-    convert(to_mcore=True, model=tmp_path / "base", adapters=[adapter], output_dir=tmp_path / "mcore")
-    convert(to_hf=True, adapters=[tmp_path / "mcore"], output_dir=tmp_path / "back")
+    convert(
+        ConversionRequest(to_mcore=True, model=tmp_path / "base", adapters=[adapter]), output_dir=tmp_path / "mcore"
+    )
+    convert(ConversionRequest(to_hf=True, adapters=[tmp_path / "mcore"]), output_dir=tmp_path / "back")
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "back"))
     assert after.keys() == {name for name in before if "modules_to_save" not in name and "original_mod" not in name}
     assert all(torch.equal(after[name], before[name]) for name in after)
@@ -85,7 +87,10 @@ def test_a_copy_that_is_none_is_refused(tmp_path: Path) -> None:
 
     other = changed(tmp_path / "adapter", tmp_path / "other", other_numbers)
     with pytest.raises(ConversionError, match=r"lm_head.modules_to_save.weight .*: differs from .*lm_head.weight, of"):
-        convert(to_hf=True, model=tmp_path / "base", adapters=[other], merge_lora=True, output_dir=tmp_path / "out")
+        convert(
+            ConversionRequest(to_hf=True, model=tmp_path / "base", adapters=[other], merge_lora=True),
+            output_dir=tmp_path / "out",
+        )
 
 
 def test_a_classifiers_adapter(tmp_path: Path) -> None:
@@ -106,31 +111,33 @@ def test_a_classifiers_adapter(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = adapted.eval()(IDS).logits
     convert(
-        to_hf=True,
-        model=tmp_path / "base",
-        adapters=[tmp_path / "adapter"],
-        merge_lora=True,
+        ConversionRequest(to_hf=True, model=tmp_path / "base", adapters=[tmp_path / "adapter"], merge_lora=True),
         output_dir=tmp_path / "m",
     )
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", dtype=torch.float32)
     with torch.no_grad():
         assert (merged.eval()(IDS).logits - expected).abs().max() < LOGITS
-    convert(to_mcore=True, model=tmp_path / "base", adapters=[tmp_path / "adapter"], output_dir=tmp_path / "mcore")
-    convert(to_hf=True, adapters=[tmp_path / "mcore"], output_dir=tmp_path / "back")
+    convert(
+        ConversionRequest(to_mcore=True, model=tmp_path / "base", adapters=[tmp_path / "adapter"]),
+        output_dir=tmp_path / "mcore",
+    )
+    convert(ConversionRequest(to_hf=True, adapters=[tmp_path / "mcore"]), output_dir=tmp_path / "back")
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
     with pytest.raises(ConversionError, match="load the base with AutoModelForSequenceClassification, save it"):
         causal = tmp_path / "causal"
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**_BASE)).save_pretrained(causal)
-        convert(to_mcore=True, model=causal, adapters=[tmp_path / "adapter"], output_dir=tmp_path / "o")
+        convert(
+            ConversionRequest(to_mcore=True, model=causal, adapters=[tmp_path / "adapter"]), output_dir=tmp_path / "o"
+        )
 
     def no_score(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
         del tensors["base_model.model.score.weight"]
 
     other = changed(tmp_path / "adapter", tmp_path / "other", no_score)
     with pytest.raises(ConversionError, match="names score in modules_to_save, and no tensor is of it"):
-        convert(to_mcore=True, model=tmp_path / "base", adapters=[other], output_dir=tmp_path / "o")
+        convert(ConversionRequest(to_mcore=True, model=tmp_path / "base", adapters=[other]), output_dir=tmp_path / "o")
 
 
 @pytest.mark.parametrize("way", ["to_mcore", "to_hf"])
@@ -145,7 +152,10 @@ def test_the_base_that_an_adapter_names_is_merged_into(
     )
     flags = [f"--{way}", "--merge_lora", "--adapters"]
     assert main([*flags, str(adapter), "--output_dir", str(tmp_path / "out")]) == 0
-    convert(**{way: True}, model=tmp_path / "base", adapters=[adapter], merge_lora=True, output_dir=tmp_path / "same")
+    convert(
+        ConversionRequest(**{way: True}, model=tmp_path / "base", adapters=[adapter], merge_lora=True),
+        output_dir=tmp_path / "same",
+    )
     for path in (tmp_path / "same").rglob("*"):
         if path.is_file() and "manifest" not in path.name:
             assert (tmp_path / "out" / path.relative_to(tmp_path / "same")).read_bytes() == path.read_bytes()
@@ -174,9 +184,9 @@ def test_shards_without_an_index_are_read_when_they_are_complete(tmp_path: Path)
         part = {name: tensors[name] for name in names[number::3]}
         save_file(part, folder / f"model-{number + 1:05d}-of-00003.safetensors", {"format": "pt"})
     for name, model in (("one", folder), ("other", tmp_path / "base")):
-        convert(to_mcore=True, model=model, output_dir=tmp_path / name)
+        convert(ConversionRequest(to_mcore=True, model=model), output_dir=tmp_path / name)
     first, other = (sorted((tmp_path / name).rglob("*.distcp")) for name in ("one", "other"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in other]
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"not all that their names count, and no model.safetensors.index.json"):
-        convert(to_mcore=True, model=folder, output_dir=tmp_path / "out")
+        convert(ConversionRequest(to_mcore=True, model=folder), output_dir=tmp_path / "out")

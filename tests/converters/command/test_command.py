@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megabatch.converters.command import main
-from megabatch.converters.command.flags import Flags, parse
+from megabatch.converters.command.flags import FLAGS, Flags, command_line, parse
+from megabatch.converters.request import ConversionRequest
 from megabatch.errors import ConversionError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
@@ -40,16 +41,33 @@ def test_there_and_back_again(hf: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--to_hf"], {"to_hf": True}),
-        (["--to_hf", "true", "--exist_ok=false"], {"to_hf": True, "exist_ok": False}),
-        (["--to-mcore=1", "--workers", "3"], {"to_mcore": True, "workers": 3}),
-        (["--max_shard_size=2GiB", "--resume", "off"], {"max_shard_size": "2GiB", "resume": False}),
-        (["-h"], {"help": True}),
-        ([], {}),
+        (["--to_hf"], Flags(request=ConversionRequest(to_hf=True))),
+        (["--to_hf", "true", "--exist_ok=false"], Flags(request=ConversionRequest(to_hf=True))),
+        (["--to-mcore=1", "--workers", "3"], Flags(request=ConversionRequest(to_mcore=True), workers=3)),
+        (["--max_shard_size=2GiB", "--resume", "off"], Flags(request=ConversionRequest(max_shard_size="2GiB"))),
+        (["--adapters", "a", "b"], Flags(request=ConversionRequest(adapters=("a", "b")))),
+        (["-h"], Flags(help=True)),
+        ([], Flags()),
     ],
 )
-def test_flags_are_read(arguments: list[str], expected: dict[str, object]) -> None:
-    assert parse(arguments) == Flags(**expected)  # type: ignore[arg-type]
+def test_flags_are_read(arguments: list[str], expected: Flags) -> None:
+    assert parse(arguments) == expected
+    assert parse(command_line(expected)) == expected
+
+
+def test_a_command_line_holds_every_flag() -> None:
+    given = {name: "x" if flag.default is None else _other(flag.default) for name, flag in FLAGS.items()}
+    words = [word for name, value in given.items() for word in (f"--{name}", *_texts(value))]
+    assert command_line(parse(words)) == words
+
+
+def _other(default: object) -> object:
+    """A value that is not the default."""
+    return {bool: True, int: 7, str: "x", tuple: ("a", "b")}[type(default)]
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return () if value is True else value if isinstance(value, tuple) else (str(value),)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +131,7 @@ def test_help_lists_every_flag_and_needs_no_heavy_package() -> None:
     code = "import sys; from megabatch.converters.command import main; main(['--help']); print(*sys.modules)"
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     *lines, modules = text.splitlines()
-    for flag in Flags.__slots__:
+    for flag in FLAGS:
         assert f"--{flag}" in "\n".join(lines)
     heavy = {"numpy", "torch", "json.decoder", "concurrent.futures", "argparse", "megabatch.config"}
     assert not heavy & set(modules.split())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.command import main
 from megabatch.converters.conversion import make_plan
 from megabatch.trainer.precision import THRESHOLDS, Difference
@@ -35,8 +35,8 @@ def test_there_and_back(saved: Callable[[str], Path], tmp_path: Path) -> None:
 
 def test_one_wrong_tensor_fails(saved: Callable[[str], Path], tmp_path: Path) -> None:
     """A checkpoint that loads, and whose value heads of one layer are exchanged."""
-    convert(to_mcore=True, model=saved("qwen3-moe"), output_dir=tmp_path / "mcore")
-    plan = make_plan(to_mcore=True, model=saved("qwen3-moe"))
+    convert(ConversionRequest(to_mcore=True, model=saved("qwen3-moe")), output_dir=tmp_path / "mcore")
+    plan = make_plan(ConversionRequest(to_mcore=True, model=saved("qwen3-moe")))
     qkv = next(tensor for tensor in plan.tensors if "1.self_attention.linear_qkv.weight" in tensor.name)
     path = tmp_path / "mcore" / plan.files[qkv.file].name
     raw = bytearray(path.read_bytes())

@@ -25,7 +25,7 @@ from made_folders import MOE, contents, make_folder
 PROGRAM = """
 import json, os, sys
 from megabatch.converters.engine import execute
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 kill_at = int(sys.argv[1])
 left = kill_at
 def dying(function):
@@ -40,7 +40,9 @@ for owner, name in ((os, "pwrite"), (os, "write"), (os, "fsync"), (os, "fdatasyn
                     (os, "open"), (os, "ftruncate")):
     setattr(owner, name, dying(getattr(owner, name)))
 execute.SYNC_BYTES = 40_000
-convert(output_dir=sys.argv[2], resume=True, exist_ok=True, **json.loads(sys.argv[3]))
+given = json.loads(sys.argv[3])
+verify = given.pop("verify", False)
+convert(ConversionRequest(**given), output_dir=sys.argv[2], resume=True, exist_ok=True, verify=verify)
 print(kill_at - left)
 """
 NEVER = 1 << 30

@@ -10,7 +10,7 @@ import torch
 from made_folders import MOE, make_folder
 from safetensors.torch import load_file, save_file
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.engine.block_scaled import BlockScaled
 from megabatch.converters.engine.compute import Computer
 from megabatch.converters.engine.plan import Scales, SourceFile, Strip, Tensor
@@ -70,10 +70,12 @@ def weights(folder: Path) -> Tensors:
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_a_conversion_casts_on_the_way_there_or_back(name: str, single: Path, tmp_path: Path) -> None:
-    convert(to_mcore=True, model=single, output_dir=tmp_path / "cast", torch_dtype=name)
-    convert(to_mcore=True, model=single, output_dir=tmp_path / "plain")
-    convert(to_hf=True, mcore_model=tmp_path / "cast", output_dir=tmp_path / "one")
-    convert(to_hf=True, mcore_model=tmp_path / "plain", output_dir=tmp_path / "other", torch_dtype=name)
+    convert(ConversionRequest(to_mcore=True, model=single, torch_dtype=name), output_dir=tmp_path / "cast")
+    convert(ConversionRequest(to_mcore=True, model=single), output_dir=tmp_path / "plain")
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "cast"), output_dir=tmp_path / "one")
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=tmp_path / "plain", torch_dtype=name), output_dir=tmp_path / "other"
+    )
     expected = {key: value.to(getattr(torch, name)) for key, value in weights(single).items()}
     for folder in (tmp_path / "one", tmp_path / "other"):
         found = weights(folder)
@@ -114,8 +116,10 @@ def test_fp8_with_block_scales_equals_torchs_product(
     name: str | None, scale_dtype: torch.dtype, tmp_path: Path
 ) -> None:
     meant = quantised(tmp_path / "hf", scale_dtype=scale_dtype)
-    convert(to_mcore=True, model=tmp_path / "hf", output_dir=tmp_path / "mcore", verify=True)
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "back", torch_dtype=name)
+    convert(ConversionRequest(to_mcore=True, model=tmp_path / "hf"), output_dir=tmp_path / "mcore", verify=True)
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore", torch_dtype=name), output_dir=tmp_path / "back"
+    )
     found = weights(tmp_path / "back")
     assert found.keys() == meant.keys()
     for key, value in meant.items():
@@ -168,8 +172,10 @@ def test_every_fp8_byte_times_any_scale_equals_torchs_product(nan: bool, name: s
 
 def test_fp8_is_rounded_once_when_it_becomes_single(tmp_path: Path) -> None:
     quantised(tmp_path / "hf")
-    convert(to_mcore=True, model=tmp_path / "hf", output_dir=tmp_path / "mcore", torch_dtype="float32")
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "back")
+    convert(
+        ConversionRequest(to_mcore=True, model=tmp_path / "hf", torch_dtype="float32"), output_dir=tmp_path / "mcore"
+    )
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore"), output_dir=tmp_path / "back")
     source, key = HfFolder(tmp_path / "hf"), "model.layers.0.self_attn.q_proj.weight"
     raw = torch.frombuffer(source.read(key).data, dtype=torch.uint8).view(torch.float8_e4m3fn).float().view(120, 192)
     scale = torch.frombuffer(source.read(f"{key}_scale_inv").data, dtype=torch.float32).view(1, 2)
@@ -180,13 +186,13 @@ def test_scales_that_are_missing_are_named(tmp_path: Path) -> None:
     lost = "model.layers.1.self_attn.k_proj.weight_scale_inv"
     quantised(tmp_path / "hf", drop=lost)
     with pytest.raises(ConversionError, match=f"{lost} is missing"):
-        convert(to_mcore=True, model=tmp_path / "hf", output_dir=tmp_path / "mcore")
+        convert(ConversionRequest(to_mcore=True, model=tmp_path / "hf"), output_dir=tmp_path / "mcore")
 
 
 def test_other_quantisations_are_refused_by_name(tmp_path: Path) -> None:
     make_folder(tmp_path / "hf", {**MOE, "quantization_config": {"quant_method": "gptq", "bits": 4}})
     with pytest.raises(ConversionError, match=r"quantization_config=.*gptq.* is not supported"):
-        convert(to_mcore=True, model=tmp_path / "hf", output_dir=tmp_path / "mcore")
+        convert(ConversionRequest(to_mcore=True, model=tmp_path / "hf"), output_dir=tmp_path / "mcore")
 
 
 def test_weights_that_are_quantised_are_not_taken_for_plain_ones(tmp_path: Path) -> None:
@@ -196,4 +202,4 @@ def test_weights_that_are_quantised_are_not_taken_for_plain_ones(tmp_path: Path)
     del config["quantization_config"]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConversionError, match=r"_scale_inv .* is left over"):
-        convert(to_mcore=True, model=tmp_path / "hf", output_dir=tmp_path / "mcore")
+        convert(ConversionRequest(to_mcore=True, model=tmp_path / "hf"), output_dir=tmp_path / "mcore")

@@ -12,7 +12,7 @@ from fp8_reference import by_torch
 from made_folders import MOE, make_folder
 from safetensors.torch import load_file, save_file
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.quantised import DEEPSEEK_V3
 from megabatch.errors import ConversionError
 
@@ -70,8 +70,12 @@ def equal(one: Tensors, other: Tensors) -> None:
 
 def test_dequantised_and_quantised_again_a_folder_is_as_it_was(tmp_path: Path) -> None:
     source = fp8_folder(tmp_path / "fp8")
-    convert(to_mcore=True, model=source, output_dir=tmp_path / "mcore")
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "back", fp8_quantise=True, verify=True)
+    convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "mcore")
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore", fp8_quantise=True),
+        output_dir=tmp_path / "back",
+        verify=True,
+    )
     equal(weights(tmp_path / "back"), weights(source))
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back"))
     assert before == after
@@ -80,9 +84,9 @@ def test_dequantised_and_quantised_again_a_folder_is_as_it_was(tmp_path: Path) -
 def test_scales_that_are_powers_of_two_follow_the_folder_of_the_model(tmp_path: Path) -> None:
     """A block whose largest number was rounded down to 224 may come back at half the scale; no value changes."""
     source = fp8_folder(tmp_path / "fp8", powers=True)
-    convert(to_mcore=True, model=source, output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "mcore")
     given = {"mcore_model": tmp_path / "mcore", "model": source, "fp8_quantise": True}
-    convert(to_hf=True, output_dir=tmp_path / "back", **given)
+    convert(ConversionRequest(to_hf=True, **given), output_dir=tmp_path / "back")
     back = weights(tmp_path / "back")
     scales = torch.cat([value.flatten() for name, value in back.items() if name.endswith("_scale_inv")])
     assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))
@@ -97,8 +101,10 @@ def test_scales_that_are_powers_of_two_follow_the_folder_of_the_model(tmp_path: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_of_plain_weights_a_folder_is_made_as_torch_makes_it(dtype: torch.dtype, tmp_path: Path) -> None:
     source = plain_folder(tmp_path / "hf", dtype=dtype)
-    convert(to_mcore=True, model=source, output_dir=tmp_path / "mcore")
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "fp8", fp8_quantise=True)
+    convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "mcore")
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore", fp8_quantise=True), output_dir=tmp_path / "fp8"
+    )
     expected = weights(source)
     for name in [name for name in expected if "_proj" in name]:
         expected[name], expected[f"{name}_scale_inv"] = by_torch(expected[name], 128, 128)
@@ -111,10 +117,10 @@ def test_of_plain_weights_a_folder_is_made_as_torch_makes_it(dtype: torch.dtype,
 def test_modules_that_the_model_leaves_plain_stay_plain(tmp_path: Path) -> None:
     source = plain_folder(tmp_path / "hf")
     how = {**DEEPSEEK_V3, "modules_to_not_convert": ["model.layers.1", "o_proj", "lm_head"]}
-    convert(to_mcore=True, model=source, output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "mcore")
     (source / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": how}))
     given = {"mcore_model": tmp_path / "mcore", "model": source, "fp8_quantise": True}
-    convert(to_hf=True, output_dir=tmp_path / "fp8", **given)
+    convert(ConversionRequest(to_hf=True, **given), output_dir=tmp_path / "fp8")
     found = weights(tmp_path / "fp8")
     quantised = {name for name, value in found.items() if value.dtype == torch.float8_e4m3fn}
     assert quantised == {
@@ -131,7 +137,10 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
     tensors = weights(source)
     tensors["model.layers.2.self_attn.k_proj.weight"][3, 7] = float("nan")
     save_file(tensors, source / "model.safetensors")
-    convert(to_mcore=True, model=source, output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "mcore")
     with pytest.raises(ConversionError, match=r"layers\.2\.self_attn\.k_proj\.weight.*infinities or NaN"):
-        convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "fp8", fp8_quantise=True)
+        convert(
+            ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore", fp8_quantise=True),
+            output_dir=tmp_path / "fp8",
+        )
     assert not (tmp_path / "fp8").exists()

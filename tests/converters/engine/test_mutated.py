@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from made_folders import contents
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.conversion import make_plan
 from megabatch.errors import ConversionError
 
@@ -53,7 +53,7 @@ def place(folder: Path, name: str, hf: Path) -> tuple[Path, int, int]:
         path = sorted(folder.glob("*.safetensors"))[1]
         return path, 0, 8 + int.from_bytes(path.read_bytes()[:8], "little")
     if name.startswith("archive"):
-        plan = make_plan(to_mcore=True, model=hf)
+        plan = make_plan(ConversionRequest(to_mcore=True, model=hf))
         tensor, path = plan.tensors[1], folder / plan.files[0].name
         end = tensor.data_offset + tensor.data_bytes
         head = (tensor.offset, tensor.data_offset)
@@ -64,7 +64,7 @@ def place(folder: Path, name: str, hf: Path) -> tuple[Path, int, int]:
 @pytest.fixture(scope="module")
 def mcore(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "mcore"
-    convert(to_mcore=True, model=hf, output_dir=folder)
+    convert(ConversionRequest(to_mcore=True, model=hf), output_dir=folder)
     return folder
 
 
@@ -75,7 +75,7 @@ def test_mutated_hugging_face_folders(name: str, hf: Path, mcore: Path, tmp_path
 
 @pytest.mark.parametrize("name", ["release/.metadata", "archive's head", "archive's tail", "release/metadata.json"])
 def test_mutated_checkpoints(name: str, hf: Path, mcore: Path, tmp_path: Path) -> None:
-    convert(to_hf=True, mcore_model=mcore, output_dir=tmp_path / "expected")
+    convert(ConversionRequest(to_hf=True, mcore_model=mcore), output_dir=tmp_path / "expected")
     check(name, mcore, tmp_path / "expected", tmp_path, way="to_hf", times=100)
 
 
@@ -91,7 +91,7 @@ def check(name: str, source: Path, whole: Path, tmp_path: Path, *, way: str, tim
         out = tmp_path / "out" / str(attempt)
         given = {"model": tmp_path / "source"} if way == "to_mcore" else {"mcore_model": tmp_path / "source"}
         try:
-            convert(to_mcore=way == "to_mcore", to_hf=way == "to_hf", output_dir=out, **given)  # type: ignore[arg-type]
+            convert(ConversionRequest(to_mcore=way == "to_mcore", to_hf=way == "to_hf", **given), output_dir=out)  # type: ignore[arg-type]
             assert tensor_files(out) == expected, (attempt, mutated)
             shutil.rmtree(out)
         except ConversionError as error:

@@ -16,7 +16,7 @@ from made_folders import contents
 from safetensors.numpy import save_file
 from test_mutated import MUTATIONS
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.hf_model import open_hf_model
 from megabatch.errors import ConversionError
 
@@ -103,7 +103,7 @@ def test_models(name: str, hf: Path, tmp_path: Path) -> None:
     shutil.copytree(hf, tmp_path / "hf")
     check(
         tmp_path / "hf" / name,
-        lambda out: convert(to_mcore=True, model=tmp_path / "hf", output_dir=out) and None,
+        lambda out: convert(ConversionRequest(to_mcore=True, model=tmp_path / "hf"), output_dir=out) and None,
         tmp_path,
         name=name,
     )
@@ -118,7 +118,11 @@ def test_adapters(base: bool, hf: Path, adapter: Path, tmp_path: Path) -> None:
     check(
         path,
         lambda out: (
-            convert(to_mcore=True, model=tmp_path / "hf", adapters=[tmp_path / "adapter"], output_dir=out) and None
+            convert(
+                ConversionRequest(to_mcore=True, model=tmp_path / "hf", adapters=[tmp_path / "adapter"]),
+                output_dir=out,
+            )
+            and None
         ),
         tmp_path,
         name=f"adapter {base}",

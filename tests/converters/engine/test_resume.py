@@ -14,7 +14,7 @@ import pytest
 from killing import NEVER, convert_until, kill_and_resume, ways
 from made_folders import MOE, contents, make_folder
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.conversion import make_plan
 from megabatch.converters.engine.commit import commit
 from megabatch.converters.engine.journal import Staged
@@ -25,7 +25,7 @@ from megabatch.errors import ConversionError
 @pytest.fixture(scope="module")
 def mcore(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "mcore"
-    convert(to_mcore=True, model=hf, output_dir=folder)
+    convert(ConversionRequest(to_mcore=True, model=hf), output_dir=folder)
     return folder
 
 
@@ -60,7 +60,7 @@ def test_killed_while_verifying_the_digests_are_complete(hf: Path, tmp_path: Pat
 def test_a_kill_between_the_two_names_of_a_replaced_output(hf: Path, mcore: Path, tmp_path: Path) -> None:
     """The instant after the old and the new output were exchanged: the old one lies where the new one was staged."""
     output = tmp_path / "out"
-    convert(to_mcore=True, model=hf, output_dir=output, torch_dtype="float32")
+    convert(ConversionRequest(to_mcore=True, model=hf, torch_dtype="float32"), output_dir=output)
     calls = int(convert_until(NEVER, tmp_path / "count", to_mcore=True, model=hf).stdout)
     for place in range(calls - 30, calls + 6):
         convert_until(place, output, to_mcore=True, model=hf)
@@ -76,23 +76,25 @@ def test_leftovers_are_taken_up_only_when_asked_and_only_of_the_same_plan(
     hf: Path, mcore: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    convert(to_mcore=True, model=hf, output_dir=output, rank=0, world=2)  # and the other half never came
+    convert(
+        ConversionRequest(to_mcore=True, model=hf), output_dir=output, rank=0, world=2
+    )  # and the other half never came
     with pytest.raises(ConversionError, match=r"out\.partial: left by an interrupted .* bytes are done.*--resume"):
-        convert(to_mcore=True, model=hf, output_dir=output)
+        convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output)
     with pytest.raises(ConversionError, match=r"out\.partial: left by the conversion of another source"):
-        convert(to_mcore=True, model=hf, output_dir=output, torch_dtype="float32", resume=True)
-    outcome = convert(to_mcore=True, model=hf, output_dir=output, resume=True)
+        convert(ConversionRequest(to_mcore=True, model=hf, torch_dtype="float32"), output_dir=output, resume=True)
+    outcome = convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output, resume=True)
     assert outcome.resumed > 0
     assert contents(output) == contents(mcore)
-    assert convert(to_mcore=True, model=hf, output_dir=output, resume=True).written == 0
+    assert convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output, resume=True).written == 0
 
 
 def test_a_source_that_changed_is_another_plan(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "hf", MOE)
-    convert(to_mcore=True, model=source, output_dir=tmp_path / "out", rank=0, world=2)
+    convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "out", rank=0, world=2)
     os.utime(next(source.glob("*.safetensors")), ns=(1, 1))
     with pytest.raises(ConversionError, match="left by the conversion of another source"):
-        convert(to_mcore=True, model=source, output_dir=tmp_path / "out", resume=True)
+        convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "out", resume=True)
 
 
 def test_a_folder_that_is_not_ours_is_not_taken_for_a_leftover(hf: Path, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_a_folder_that_is_not_ours_is_not_taken_for_a_leftover(hf: Path, tmp_pat
     mine.parent.mkdir(parents=True)
     mine.write_text("all of it")
     with pytest.raises(ConversionError, match="remove the folder"):
-        convert(to_mcore=True, model=hf, output_dir=tmp_path / "out", resume=True)
+        convert(ConversionRequest(to_mcore=True, model=hf), output_dir=tmp_path / "out", resume=True)
     assert mine.read_text() == "all of it"
 
 
@@ -110,7 +112,7 @@ def test_ranks_share_the_work_and_the_last_one_commits(world: int, hf: Path, mco
     outcomes = []
     for rank in random.Random(world).sample(range(world), world):
         assert not output.exists()
-        outcomes.append(convert(to_mcore=True, model=hf, output_dir=output, rank=rank, world=world))
+        outcomes.append(convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output, rank=rank, world=world))
     assert [outcome.committed for outcome in outcomes] == [False] * (world - 1) + [True]
     assert contents(output) == contents(mcore)
 
@@ -133,8 +135,8 @@ def test_ranks_at_the_same_time(hf: Path, mcore: Path, tmp_path: Path) -> None:
 def test_a_rank_that_was_killed_is_run_again_alone(hf: Path, mcore: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     for rank in (0, 2):
-        assert not convert(to_mcore=True, model=hf, output_dir=output, rank=rank, world=3).committed
-    outcome = convert(to_mcore=True, model=hf, output_dir=output, resume=True)
+        assert not convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output, rank=rank, world=3).committed
+    outcome = convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output, resume=True)
     assert (outcome.committed, outcome.resumed > outcome.written) == (True, True)
     assert contents(output) == contents(mcore)
 
@@ -146,7 +148,7 @@ def test_an_output_is_replaced_only_when_told_and_only_when_the_new_one_is_whole
     output.mkdir()
     (output / "old").write_text("old")
     with pytest.raises(ConversionError, match=r"exists and is not empty.*--exist_ok"):
-        convert(to_mcore=True, model=hf, output_dir=output)
+        convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output)
     seen: list[bool] = []
     watching = threading.Event()
 
@@ -156,7 +158,7 @@ def test_an_output_is_replaced_only_when_told_and_only_when_the_new_one_is_whole
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    convert(to_mcore=True, model=hf, output_dir=output, exist_ok=True)
+    convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output, exist_ok=True)
     watching.set()
     watcher.join()
     assert all(seen)
@@ -168,8 +170,8 @@ def test_an_output_is_replaced_only_when_told_and_only_when_the_new_one_is_whole
 def test_the_umask_is_honoured(umask: int, hf: Path, mcore: Path, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        convert(to_hf=True, mcore_model=mcore, output_dir=tmp_path / "hf")
-        convert(to_mcore=True, model=hf, output_dir=tmp_path / "mcore")
+        convert(ConversionRequest(to_hf=True, mcore_model=mcore), output_dir=tmp_path / "hf")
+        convert(ConversionRequest(to_mcore=True, model=hf), output_dir=tmp_path / "mcore")
     finally:
         os.umask(before)
     for path in tmp_path.rglob("*"):
@@ -181,18 +183,23 @@ def test_an_output_never_replaces_its_own_source(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "hf", MOE)
     for output in (source, tmp_path):
         with pytest.raises(ConversionError, match="is in it, from which it is to be made"):
-            convert(to_mcore=True, model=source, output_dir=output, exist_ok=True)
-    convert(to_mcore=True, model=source, output_dir=tmp_path / "mcore")
+            convert(ConversionRequest(to_mcore=True, model=source), output_dir=output, exist_ok=True)
+    convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "mcore")
     with pytest.raises(ConversionError, match="is in it, from which it is to be made"):
-        convert(to_hf=True, mcore_model=tmp_path / "mcore", model=source, output_dir=source, exist_ok=True)
+        convert(
+            ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore", model=source),
+            output_dir=source,
+            exist_ok=True,
+        )
 
 
 def test_more_files_than_a_process_may_usually_open(hf: Path, tmp_path: Path) -> None:
     to_mcore(hf, tmp_path / "mcore", files=80)
     code = (
-        "import resource, sys; from megabatch.converters import convert; "
+        "import resource, sys; from megabatch.converters import ConversionRequest, convert; "
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1])); "
-        "convert(to_hf=True, mcore_model=sys.argv[1], model=sys.argv[2], output_dir=sys.argv[3], verify=True)"
+        "request = ConversionRequest(to_hf=True, mcore_model=sys.argv[1], model=sys.argv[2]); "
+        "convert(request, output_dir=sys.argv[3], verify=True)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "mcore", hf, tmp_path / "back"], check=True)
 
@@ -212,7 +219,7 @@ def test_ranks_replace_an_older_output_of_the_same_plan(
 ) -> None:
     """Whatever their order, no rank takes the older output for one that the others have just finished."""
     output = tmp_path / "out"
-    convert(to_mcore=True, model=hf, output_dir=output)
+    convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output)
     for path in output.glob("release/*.distcp"):
         path.write_bytes(bytes(path.stat().st_size))
     flags: list[str | Path] = ["--model", hf, "--output_dir", output, "--exist_ok"]
@@ -242,15 +249,16 @@ def test_ranks_take_up_what_another_start_left_only_when_told(hf: Path, mcore: P
     assert start(0, world=2, job="3", flags=flags).wait() == 1  # exists
     assert start(0, world=2, job="3", flags=[*flags, "--resume"]).wait() == 0
     with pytest.raises(ConversionError, match="exists and is not empty"):
-        convert(to_mcore=True, model=hf, output_dir=output, rank=1, world=2)
+        convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output, rank=1, world=2)
 
 
 def test_a_rank_that_finds_its_own_journal_was_interrupted(hf: Path, tmp_path: Path) -> None:
-    given = {"to_mcore": True, "model": hf, "output_dir": tmp_path / "out", "rank": 0, "world": 2}
-    assert not convert(**given).committed
+    request = ConversionRequest(to_mcore=True, model=hf)
+    half: dict[str, Any] = {"output_dir": tmp_path / "out", "rank": 0, "world": 2}
+    assert not convert(request, **half).committed
     with pytest.raises(ConversionError, match=r"left by an interrupted .*--resume"):
-        convert(**given)
-    assert not convert(**given, resume=True).committed
+        convert(request, **half)
+    assert not convert(request, **half, resume=True).committed
 
 
 def test_a_rank_killed_after_the_exchange_leaves_nothing_to_undo_it(
@@ -258,16 +266,16 @@ def test_a_rank_killed_after_the_exchange_leaves_nothing_to_undo_it(
 ) -> None:
     """The old output, of the same plan, lies where the new one was staged; a rank that waited must leave it there."""
     output = tmp_path / "out"
-    given = {"to_mcore": True, "model": hf, "output_dir": output, "exist_ok": True}
-    convert(**given)
+    request = ConversionRequest(to_mcore=True, model=hf)
+    convert(request, output_dir=output, exist_ok=True)
     for path in output.glob("release/*.distcp"):
         path.write_bytes(bytes(path.stat().st_size))
     with monkeypatch.context() as killed:
         killed.setattr(Staged, "remove", lambda staged: None)
         for rank in (0, 1):
-            convert(**given, rank=rank, world=2)
+            convert(request, output_dir=output, exist_ok=True, rank=rank, world=2)
     assert (tmp_path / ".out.partial" / "files").is_dir()
-    commit(make_plan(to_mcore=True, model=hf), Staged(output), {}, world=2)
+    commit(make_plan(ConversionRequest(to_mcore=True, model=hf)), Staged(output), {}, world=2)
     assert contents(output) == contents(mcore)
     assert os.listdir(tmp_path) == ["out"]
 
@@ -276,13 +284,16 @@ def test_a_rank_killed_after_the_exchange_leaves_nothing_to_undo_it(
 def test_a_replacement_that_was_interrupted_is_finished(world: int, hf: Path, mcore: Path, tmp_path: Path) -> None:
     """Though the older output is of the same plan."""
     output = tmp_path / "out"
-    given = {"to_mcore": True, "model": hf, "output_dir": output}
-    convert(**given)
+    request = ConversionRequest(to_mcore=True, model=hf)
+    convert(request, output_dir=output)
     for path in output.glob("release/*.distcp"):
         path.write_bytes(bytes(path.stat().st_size))
-    convert(**given, exist_ok=True, rank=1, world=2)  # and the other half never came
-    outcomes = [convert(**given, exist_ok=True, resume=True, rank=rank, world=world) for rank in range(world)]
+    convert(request, output_dir=output, exist_ok=True, rank=1, world=2)  # and the other half never came
+    outcomes = [
+        convert(request, output_dir=output, exist_ok=True, resume=True, rank=rank, world=world)
+        for rank in range(world)
+    ]
     assert outcomes[-1].committed
     assert contents(output) == contents(mcore)
     assert os.listdir(tmp_path) == ["out"]
-    assert convert(**given, exist_ok=True, resume=True).written == 0
+    assert convert(request, output_dir=output, exist_ok=True, resume=True).written == 0

@@ -14,6 +14,7 @@ import pytest
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.conversion import make_plan
 from megabatch.converters.families import family_of
+from megabatch.converters.request import ConversionRequest
 from megabatch.converters.safetensors_io import split_shards, write_index
 from megabatch.converters.safetensors_io.header import build_header
 
@@ -30,8 +31,9 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "a
 PROGRAM = """
 import sys, time
 from megabatch.converters.conversion import make_plan
+from megabatch.converters.request import ConversionRequest
 started = time.process_time()
-plan = make_plan(to_mcore=True, model=sys.argv[1])
+plan = make_plan(ConversionRequest(to_mcore=True, model=sys.argv[1]))
 taken = time.process_time() - started
 small = sum(len(file.make()) for file in plan.small)
 # the rusage of a child begins with its parent's peak
@@ -84,6 +86,6 @@ def test_a_disk_that_is_too_small_is_known_before_a_byte_is_written(kimi: Path, 
 def test_a_rank_among_many_gets_a_fair_share(tmp_path: Path) -> None:
     from megabatch.converters.engine.execute import share
 
-    plan = make_plan(to_mcore=True, model=_sparse(tmp_path, {**KIMI_K2, "num_hidden_layers": 13}))
+    plan = make_plan(ConversionRequest(to_mcore=True, model=_sparse(tmp_path, {**KIMI_K2, "num_hidden_layers": 13})))
     sizes = [sum(plan.tensors[i].data_bytes for i in share(plan, rank=rank, world=64)) for rank in range(64)]
     assert max(sizes) < 1.1 * min(sizes)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from made_folders import contents
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.conversion import compare_output, make_plan, verify_output
 from megabatch.converters.engine.execute import share
 from megabatch.errors import ConversionError
@@ -19,22 +19,24 @@ from megabatch.errors import ConversionError
 @pytest.fixture(scope="module")
 def verified(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verified") / "mcore"
-    convert(to_mcore=True, model=hf, output_dir=folder, verify=True)
+    convert(ConversionRequest(to_mcore=True, model=hf), output_dir=folder, verify=True)
     return folder
 
 
 @pytest.fixture(scope="module")
 def back(verified: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verified") / "hf"
-    convert(to_hf=True, mcore_model=verified, output_dir=folder, verify=True, max_shard_size="100KB")
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=verified, max_shard_size="100KB"), output_dir=folder, verify=True
+    )
     return folder
 
 
 def test_a_good_output_passes(hf: Path, verified: Path, back: Path) -> None:
     assert verify_output(verified) > 400_000
     assert verify_output(back) > 400_000
-    compare_output(make_plan(to_mcore=True, model=hf), verified)
-    compare_output(make_plan(to_mcore=False, mcore_model=verified, max_shard_size="100KB"), back)
+    compare_output(make_plan(ConversionRequest(to_mcore=True, model=hf)), verified)
+    compare_output(make_plan(ConversionRequest(to_hf=True, mcore_model=verified, max_shard_size="100KB")), back)
 
 
 @pytest.mark.parametrize("way", ["to_mcore", "to_hf"])
@@ -43,9 +45,9 @@ def test_any_changed_byte_is_found_and_its_tensor_named(
 ) -> None:
     whole = {"to_mcore": verified, "to_hf": back}[way]
     plan = (
-        make_plan(to_mcore=True, model=hf)
+        make_plan(ConversionRequest(to_mcore=True, model=hf))
         if way == "to_mcore"
-        else make_plan(to_mcore=False, mcore_model=verified, max_shard_size="100KB")
+        else make_plan(ConversionRequest(to_hf=True, mcore_model=verified, max_shard_size="100KB"))
     )
     shutil.copytree(whole, tmp_path / "out")
     rng = random.Random(3)
@@ -66,7 +68,7 @@ def test_any_changed_byte_is_found_and_its_tensor_named(
 
 
 def test_headers_sizes_and_missing_files_are_compared(verified: Path, back: Path, tmp_path: Path) -> None:
-    plan = make_plan(to_mcore=False, mcore_model=verified, max_shard_size="100KB")
+    plan = make_plan(ConversionRequest(to_hf=True, mcore_model=verified, max_shard_size="100KB"))
     shutil.copytree(back, tmp_path / "out")
     path = tmp_path / "out" / plan.files[1].name
     raw = path.read_bytes()
@@ -95,7 +97,7 @@ def test_headers_sizes_and_missing_files_are_compared(verified: Path, back: Path
 
 
 def test_an_output_without_digests_says_so(hf: Path, tmp_path: Path) -> None:
-    convert(to_mcore=True, model=hf, output_dir=tmp_path / "out")
+    convert(ConversionRequest(to_mcore=True, model=hf), output_dir=tmp_path / "out")
     with pytest.raises(ConversionError, match="no digests, because it was converted without --verify"):
         verify_output(tmp_path / "out")
     with pytest.raises(ConversionError, match="has no manifest"):
@@ -122,13 +124,15 @@ def test_a_broken_manifest_is_an_error(text: str, tmp_path: Path) -> None:
 
 def test_ranks_verify_their_own_share(hf: Path, verified: Path, tmp_path: Path) -> None:
     for rank in (1, 0, 2):
-        convert(to_mcore=True, model=hf, output_dir=tmp_path / "out", verify=True, rank=rank, world=3)
+        convert(
+            ConversionRequest(to_mcore=True, model=hf), output_dir=tmp_path / "out", verify=True, rank=rank, world=3
+        )
     assert contents(tmp_path / "out") == contents(verified)
 
 
 def test_nothing_gets_its_name_that_does_not_pass(hf: Path, tmp_path: Path) -> None:
     """Bytes that change on the disk between writing and verifying."""
-    plan = make_plan(to_mcore=True, model=hf)
+    plan = make_plan(ConversionRequest(to_mcore=True, model=hf))
 
     def damage(what: str, size: int) -> None:
         if what == "written":
@@ -138,12 +142,12 @@ def test_nothing_gets_its_name_that_does_not_pass(hf: Path, tmp_path: Path) -> N
                     file.write(b"\x13\x37" * 8)
 
     with pytest.raises(ConversionError, match="differs from its source at byte"):
-        convert(to_mcore=True, model=hf, output_dir=tmp_path / "out", verify=True, say=damage)
+        convert(ConversionRequest(to_mcore=True, model=hf), output_dir=tmp_path / "out", verify=True, say=damage)
     assert not (tmp_path / "out").exists()
 
 
 def test_shares_are_a_partition(hf: Path) -> None:
-    plan = make_plan(to_mcore=True, model=hf)
+    plan = make_plan(ConversionRequest(to_mcore=True, model=hf))
     for world in (1, 2, 7, 500):
         shares = [share(plan, rank=rank, world=world) for rank in range(world)]
         assert sorted(number for one in shares for number in one) == list(range(len(plan.tensors)))

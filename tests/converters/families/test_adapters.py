@@ -11,7 +11,7 @@ import pytest
 from cases import CASES
 from safetensors.numpy import load_file, save_file
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.hf_model import open_hf_model
 from megabatch.converters.torch_dist.folder import TorchDistFolder
 from megabatch.errors import ConversionError
@@ -31,7 +31,8 @@ def test_experts_of_two_layouts_under_one_name_are_refused(saved: Saved, tmp_pat
     adapter_of(saved("qwen3-vl-moe"), tmp_path / "adapter")
     with pytest.raises(ConversionError, match="its experts have two layouts under one name"):
         convert(
-            to_mcore=True, model=saved("qwen3-vl-moe"), adapters=[tmp_path / "adapter"], output_dir=tmp_path / "out"
+            ConversionRequest(to_mcore=True, model=saved("qwen3-vl-moe"), adapters=[tmp_path / "adapter"]),
+            output_dir=tmp_path / "out",
         )
 
 
@@ -68,11 +69,13 @@ def adapter_of(base: Path, folder: Path, *, whole: str = "") -> dict[str, str]:
 def test_there_and_back_again(case: str, saved: Saved, tmp_path: Path) -> None:
     adapter_of(saved(case), tmp_path / "adapter")
     convert(
-        to_mcore=True, model=saved(case), adapters=[tmp_path / "adapter"], output_dir=tmp_path / "mcore", verify=True
+        ConversionRequest(to_mcore=True, model=saved(case), adapters=[tmp_path / "adapter"]),
+        output_dir=tmp_path / "mcore",
+        verify=True,
     )
     for key in TorchDistFolder(tmp_path / "mcore" / "release").entries:
         assert key.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")), key
-    convert(to_hf=True, adapters=[tmp_path / "mcore"], output_dir=tmp_path / "back")
+    convert(ConversionRequest(to_hf=True, adapters=[tmp_path / "mcore"]), output_dir=tmp_path / "back")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes(), name
 
@@ -80,9 +83,15 @@ def test_there_and_back_again(case: str, saved: Saved, tmp_path: Path) -> None:
 def test_merged_weights_are_the_sums(case: str, saved: Saved, tmp_path: Path) -> None:
     base, adapter = saved(case), tmp_path / "adapter"
     adapted = adapter_of(base, adapter)
-    convert(to_hf=True, model=base, adapters=[adapter], merge_lora=True, output_dir=tmp_path / "hf")
-    convert(to_mcore=True, model=base, adapters=[adapter], merge_lora=True, output_dir=tmp_path / "mcore")
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", model=tmp_path / "hf", output_dir=tmp_path / "back")
+    convert(ConversionRequest(to_hf=True, model=base, adapters=[adapter], merge_lora=True), output_dir=tmp_path / "hf")
+    convert(
+        ConversionRequest(to_mcore=True, model=base, adapters=[adapter], merge_lora=True),
+        output_dir=tmp_path / "mcore",
+    )
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore", model=tmp_path / "hf"),
+        output_dir=tmp_path / "back",
+    )
     before, lora = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
     direct, through = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert direct.keys() == through.keys()
@@ -100,10 +109,12 @@ def test_a_layer_in_parts_is_brought_whole(whole: str, saved: Saved, tmp_path: P
     """Linear attention's projection is six tensors of a checkpoint, made of two of Hugging Face's."""
     base = saved("qwen3-next")
     adapter_of(base, tmp_path / "adapter", whole=whole)
-    convert(to_mcore=True, model=base, adapters=[tmp_path / "adapter"], output_dir=tmp_path / "mcore")
+    convert(
+        ConversionRequest(to_mcore=True, model=base, adapters=[tmp_path / "adapter"]), output_dir=tmp_path / "mcore"
+    )
     keys = TorchDistFolder(tmp_path / "mcore" / "release").entries
     parts = {"in_proj_ba": "in_proj.weight.beta", "conv1d": "conv1d.weight.key"}.get(whole, "in_proj.weight.z")
     assert f"decoder.layers.0.self_attention.{parts}" in keys
-    convert(to_hf=True, adapters=[tmp_path / "mcore"], output_dir=tmp_path / "back")
+    convert(ConversionRequest(to_hf=True, adapters=[tmp_path / "mcore"]), output_dir=tmp_path / "back")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes(), name

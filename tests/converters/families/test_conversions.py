@@ -10,7 +10,7 @@ import pytest
 from cases import CASES
 from safetensors.numpy import load_file, save_file
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.hf_model import open_hf_model
 from megabatch.converters.to_hf import to_hf
 from megabatch.converters.to_mcore import to_mcore
@@ -70,9 +70,9 @@ def test_copies_that_the_source_lacks_are_not_written(
     source.mkdir()
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     (source / "config.json").write_bytes((saved(case) / "config.json").read_bytes())
-    convert(to_mcore=True, model=source, output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "mcore")
     reference = {"model": source} if named else {}
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "hf", **reference)
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore", **reference), output_dir=tmp_path / "hf")
     after = load_file(tmp_path / "hf" / "model.safetensors")
     assert after.keys() == weights.keys()
     assert all(after[name].tobytes() == array.tobytes() for name, array in weights.items())
@@ -81,12 +81,16 @@ def test_copies_that_the_source_lacks_are_not_written(
 def test_layers_that_are_alike_may_have_keys_of_their_own(saved: Saved, tmp_path: Path) -> None:
     """As megatron-core has them where `moe_layer_freq` is a list, be it of ones."""
     base = saved("mixtral")
-    convert(to_mcore=True, model=base, layer_keys="per_layer", output_dir=tmp_path / "mcore", verify=True)
+    convert(
+        ConversionRequest(to_mcore=True, model=base, layer_keys="per_layer"),
+        output_dir=tmp_path / "mcore",
+        verify=True,
+    )
     entries = TorchDistFolder(tmp_path / "mcore" / "release").entries
     assert entries["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].size == (3, 80, 24)
     assert entries["decoder.layers.0.self_attention.linear_proj.weight"].size == (24, 60)
     assert not any(key.startswith("decoder.layers.mlp") for key in entries)
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "hf")
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore"), output_dir=tmp_path / "hf")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "hf"))
     assert after.keys() == before.keys()
     assert all(after[name].tobytes() == array.tobytes() for name, array in before.items())
@@ -94,4 +98,7 @@ def test_layers_that_are_alike_may_have_keys_of_their_own(saved: Saved, tmp_path
 
 def test_layers_that_differ_are_not_stacked(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="layer_keys=stacked: the layers of this Qwen3NextForCausalLM differ"):
-        convert(to_mcore=True, model=saved("qwen3-next"), layer_keys="stacked", output_dir=tmp_path / "mcore")
+        convert(
+            ConversionRequest(to_mcore=True, model=saved("qwen3-next"), layer_keys="stacked"),
+            output_dir=tmp_path / "mcore",
+        )

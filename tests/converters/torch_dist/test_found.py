@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.to_hf import find_reference, to_hf
 from megabatch.converters.to_mcore import to_mcore
 from megabatch.converters.torch_dist.find import find_checkpoint
@@ -66,9 +66,9 @@ def test_the_folder_with_config_json_is_found_in_a_run(config: str, tmp_path: Pa
 
 
 def test_what_we_make_has_a_tracker_file_and_side_files(saved: Saved, tmp_path: Path) -> None:
-    convert(to_mcore=True, model=saved("qwen3-moe"), output_dir=tmp_path / "mcore")
+    convert(ConversionRequest(to_mcore=True, model=saved("qwen3-moe")), output_dir=tmp_path / "mcore")
     assert (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").read_text() == "release"
-    convert(to_hf=True, mcore_model=tmp_path / "mcore", output_dir=tmp_path / "hf")
+    convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore"), output_dir=tmp_path / "hf")
     shutil.rmtree(tmp_path / "mcore" / "release")
     for name in ("config.json", "generation_config.json"):
         expected = (saved("qwen3-moe") / name).read_bytes()

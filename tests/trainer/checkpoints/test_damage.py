@@ -14,7 +14,7 @@ import pytest
 from rank_server import RankServer
 from runs import curve, forget_digests, metrics, recipe, train, write_run
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.errors import ConversionError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.saved.check import faults
@@ -201,8 +201,8 @@ def test_another_run_refuses_a_damaged_checkpoint(whole: Path, ranks: RankServer
 def test_converters_check_what_they_read(whole: Path, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
     step = run / "checkpoints" / f"step_{STEPS:08d}"
-    asked: dict[str, Any] = {"to_hf": True, "mcore_model": step, "model": step / "hf", "verify": True}
-    convert(**asked, output_dir=tmp_path / "intact")
+    request = ConversionRequest(to_hf=True, mcore_model=step, model=step / "hf")
+    convert(request, output_dir=tmp_path / "intact", verify=True)
     assert (tmp_path / "intact" / "model.safetensors").is_file()
     manifest = read_manifest(step)
     assert manifest is not None
@@ -217,10 +217,10 @@ def test_converters_check_what_they_read(whole: Path, tmp_path: Path) -> None:
             file.write(bytes([byte ^ 8]))
         if is_read:
             with pytest.raises(ConversionError, match=f"(?s)is damaged.*{name}: {wanted} differs from its digest"):
-                convert(**asked, output_dir=tmp_path / "damaged")
+                convert(request, output_dir=tmp_path / "damaged", verify=True)
         else:
-            convert(**asked, output_dir=tmp_path / "state")
+            convert(request, output_dir=tmp_path / "state", verify=True)
     assert not (tmp_path / "damaged").exists()
     flip(step / "hf" / "model.safetensors", random.Random(1), [])
     with pytest.raises(ConversionError, match="is damaged"):
-        convert(to_mcore=True, model=step / "hf", output_dir=tmp_path / "mcore", verify=True)
+        convert(ConversionRequest(to_mcore=True, model=step / "hf"), output_dir=tmp_path / "mcore", verify=True)

@@ -13,7 +13,7 @@ from runs import curve, evaluations, recipe, train, write_run
 from safetensors.torch import load_file
 
 from megabatch import Model
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 
 STEPS, STOP = 4, 2
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -76,14 +76,16 @@ def test_a_checkpoint_goes_on_at_another_layout(
 def test_the_converter_reads_it(ranks: RankServer, runs: dict[str, Path], tmp_path: Path) -> None:
     """Whole tensors of four ranks, whatever their split: the bytes that the ranks exported themselves."""
     step = _step(runs["tp4"])
-    convert(to_hf=True, mcore_model=step, model=step / "hf", output_dir=tmp_path / "hf", verify=True)
+    convert(
+        ConversionRequest(to_hf=True, mcore_model=step, model=step / "hf"), output_dir=tmp_path / "hf", verify=True
+    )
     assert _same(_tensors(tmp_path / "hf"), _tensors(step / "hf"))
 
 
 def test_a_folder_comes_back_byte_for_byte(ranks: RankServer, runs: dict[str, Path], tmp_path: Path) -> None:
     """Through four ranks, and through the converter and four ranks: saved again after a step that learns nothing."""
     folder = _step(runs["tp1"]) / "hf"
-    convert(to_mcore=True, model=folder, output_dir=tmp_path / "mcore", verify=True)
+    convert(ConversionRequest(to_mcore=True, model=folder), output_dir=tmp_path / "mcore", verify=True)
     nothing: dict[str, Any] = {"learning_rate": {"lr_warmup_iters": 1}}  # begins at 0
     load = {"load": str(tmp_path / "mcore"), "finetune": True}
     plain = _run(ranks, tmp_path, "plain", "tp4", stop=1, model_folder=folder, **nothing)

@@ -1,19 +1,20 @@
-"""Every argument, of functions and of the command, is heeded or refused by name: never without effect in silence."""
+"""Every argument, of functions and of the command, is used or refused by name: never without effect in silence."""
 
 from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megabatch.converters import convert
+from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.command import main
-from megabatch.converters.command.flags import Flags
+from megabatch.converters.command.flags import FLAGS
 from megabatch.converters.conversion import make_plan
-from megabatch.converters.ways import ARGUMENTS
+from megabatch.converters.request import Mode
 from megabatch.errors import ConversionError
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
@@ -46,7 +47,7 @@ REFUSED: list[tuple[dict[str, Any], set[str]]] = [
     ({"to_mcore": True, "adapters": ["a"]}, {*OF_MODELS, "peft_format"}),
     ({"to_hf": True, "adapters": ["a"]}, {*OF_MODELS, "layer_keys"}),
 ]
-"""Arguments of each way of converting, and those that mean nothing in it; all the others of `VALUES` do."""
+"""Arguments of each mode, and those that mean nothing in it; all the others of `VALUES` do."""
 
 
 @pytest.mark.parametrize(("given", "refused"), REFUSED)
@@ -59,7 +60,7 @@ def test_what_has_no_effect_is_refused_by_name(
         line = _line({**given, name: value})
         if name in refused:
             with pytest.raises(ConversionError, match=rf"^{name} is about|^{name} is the checkpoint"):
-                convert(**given, **{name: value}, output_dir="o")
+                convert(ConversionRequest(**given, **{name: value}), output_dir="o")
             assert main(line) == 2
             assert f"error: --{name} is " in capsys.readouterr().err
         else:  # it is the folders that are not there
@@ -76,27 +77,36 @@ def _line(given: dict[str, Any]) -> list[str]:
 
 def test_all_that_has_no_effect_is_named_at_once() -> None:
     with pytest.raises(ConversionError, match=r"mcore_model is .*; max_shard_size, fp8_quantise are about"):
-        convert(to_mcore=True, model="m", mcore_model="c", max_shard_size=1, fp8_quantise=True, output_dir="o")
+        convert(
+            ConversionRequest(to_mcore=True, model="m", mcore_model="c", max_shard_size=1, fp8_quantise=True),
+            output_dir="o",
+        )
 
 
 @pytest.mark.parametrize("rank_world", [(2, 2), (-1, 1), (0, 0)])
 def test_ranks_that_would_do_nothing_are_refused(rank_world: tuple[int, int], folders: Any, tmp_path: Path) -> None:
     rank, world = rank_world
     with pytest.raises(ConversionError, match=rf"rank={rank} .* world={world}"):
-        convert(to_mcore=True, model=folders["model"], output_dir=tmp_path / "o", rank=rank, world=world)
+        convert(
+            ConversionRequest(to_mcore=True, model=folders["model"]), output_dir=tmp_path / "o", rank=rank, world=world
+        )
 
 
-def test_every_argument_and_every_flag_is_judged() -> None:
-    assert set(Flags.__slots__) == set(ARGUMENTS) | OF_THE_COMMAND
-    assert set(inspect.signature(convert).parameters) == set(ARGUMENTS) | OF_RUNNING
-    assert set(inspect.signature(make_plan).parameters) == set(ARGUMENTS) - {"to_hf"}
+def test_every_flag_is_an_argument_or_the_commands_own() -> None:
+    arguments = {argument.name for argument in fields(ConversionRequest)}
+    assert set(FLAGS) == arguments | OF_THE_COMMAND
+    assert set(inspect.signature(convert).parameters) == {"request"} | OF_RUNNING
+    for argument in fields(ConversionRequest):
+        assert argument.metadata["help"]
+        alike = set(argument.metadata["modes"]) == set(Mode)
+        assert alike == (not argument.metadata["elsewhere"]), f"{argument.name}: no error where it is not used"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("ways")
+    folder = tmp_path_factory.mktemp("modes")
     hf = make_folder(folder / "hf", MOE)
-    convert(to_mcore=True, model=hf, output_dir=folder / "mcore")
+    convert(ConversionRequest(to_mcore=True, model=hf), output_dir=folder / "mcore")
     return {"model": hf, "mcore_model": folder / "mcore"}
 
 
@@ -104,20 +114,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     "given",
     [
         {"to_mcore": True, "model": ""},
-        {"to_mcore": False, "mcore_model": ""},
-        {"to_mcore": False, "model": "", "torch_dtype": "float16"},
-        {"to_mcore": False, "model": "", "max_shard_size": "1GB"},
+        {"to_hf": True, "mcore_model": ""},
+        {"to_hf": True, "model": "", "torch_dtype": "float16"},
+        {"to_hf": True, "model": "", "max_shard_size": "1GB"},
     ],
 )
-def test_what_is_heeded_changes_the_plan(given: dict[str, Any], folders: dict[str, Path]) -> None:
+def test_what_is_used_changes_the_plan(given: dict[str, Any], folders: dict[str, Path]) -> None:
     given = {name: folders.get(name, value) for name, value in given.items()}
-    plain = make_plan(**given).digest
+    plain = make_plan(ConversionRequest(**given)).digest
     of_mcore = ("torch_dtype", "layer_keys")
     of_hf = ("torch_dtype", "max_shard_size", "expert_layout", "fp8_quantise")
-    for name in of_mcore if given["to_mcore"] else of_hf:
-        assert make_plan(**{**given, name: VALUES[name]}).digest != plain, name
+    for name in of_mcore if "to_mcore" in given else of_hf:
+        assert make_plan(ConversionRequest(**{**given, name: VALUES[name]})).digest != plain, name
 
 
 def test_choices_are_checked_by_functions_too(folders: dict[str, Path]) -> None:
     with pytest.raises(ConversionError, match="expert_layout=stacked must be per_expert or fused"):
-        make_plan(to_mcore=False, mcore_model=folders["mcore_model"], expert_layout="stacked")  # type: ignore[arg-type]
+        make_plan(ConversionRequest(to_hf=True, mcore_model=folders["mcore_model"], expert_layout="stacked"))  # type: ignore[arg-type]
