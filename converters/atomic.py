@@ -9,7 +9,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from megabatch.saved.manifest import WHOLE, Crc32, File, Range
+from xxhash import xxh3_64
+
+from megabatch.saved.manifest import WHOLE, File, Range
 
 _NOTED: ContextVar[dict[Path, File] | None] = ContextVar("noted", default=None)
 
@@ -30,15 +32,15 @@ class _Digested:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._crc, self._size = Crc32(), 0
+        self._digest, self._size = xxh3_64(), 0
 
     def write(self, data: bytes | memoryview) -> int:
-        self._crc.update(data)
+        self._digest.update(data)
         self._size += len(data)
         return self._file.write(data)
 
     def noted(self) -> File:
-        return File(self._size, (Range(WHOLE, 0, self._size, self._crc.hexdigest()),))
+        return File(self._size, (Range(WHOLE, 0, self._size, self._digest.hexdigest()),))
 
 
 @contextmanager

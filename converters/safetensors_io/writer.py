@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from xxhash import xxh3_64
+
 from megabatch.converters.atomic import sync_folder
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.mapping import elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE, build_header
 from megabatch.errors import ConversionError
-from megabatch.saved.manifest import Crc32, File, Range
+from megabatch.saved.manifest import File, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class _Part:
 
     name: str
     start: int
-    crc: Crc32
+    digest: xxh3_64
 
 
 class Writer:
@@ -87,14 +89,14 @@ class Writer:
         self._digest(name, view, self._extents[name].start + start)
 
     def _digest(self, name: str, view: memoryview, offset: int) -> None:
-        """Notes the CRC-32 of what was written; bytes that follow those written before go on with their part."""
+        """Notes the digest of what was written; bytes that follow those written before go on with their part."""
         if not view.nbytes:
             return
         with self._lock:
             before = self._parts.get(offset)
             follows = before is not None and before.name == name
-            part = self._parts.pop(offset) if follows else _Part(name, offset, Crc32())
-        part.crc.update(view)
+            part = self._parts.pop(offset) if follows else _Part(name, offset, xxh3_64())
+        part.digest.update(view)
         with self._lock:
             self._parts[offset + view.nbytes] = part
 
@@ -103,7 +105,7 @@ class Writer:
         return File(
             self._size,
             tuple(
-                Range(part.name, part.start, stop - part.start, part.crc.hexdigest())
+                Range(part.name, part.start, stop - part.start, part.digest.hexdigest())
                 for stop, part in sorted(self._parts.items(), key=lambda entry: entry[0])
             ),
         )

@@ -36,6 +36,13 @@ REQUIREMENTS = (
         without="runs cannot be submitted",
         fix="pip install 'submitit>=1.5.3,<1.6'",
     ),
+    Requirement(
+        name="xxhash",
+        supported=">=3.4,<5",
+        level="core",
+        without="checkpoints can be neither written nor checked",
+        fix="pip install 'xxhash>=3.4,<5'",
+    ),
     Requirement(name="torch", supported=">=2.6,<2.14", level="train", without=_NO_TRAINING, fix=_TRAIN),
     Requirement(name="megatron-core", supported=">=0.16.1,<0.20", level="train", without=_NO_TRAINING, fix=_TRAIN),
     Requirement(name="transformers", supported=">=4.57,<6", level="train", without=_NO_TRAINING, fix=_TRAIN),

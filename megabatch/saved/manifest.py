@@ -1,8 +1,8 @@
 """`megabatch-manifest.json` of a checkpoint: its files, their sizes, and digests taken while they were written.
 
-    {"version": 1, "digest": "crc32",
+    {"version": 1, "digest": "xxh3-64",
      "files": {"mcore/__0_0.distcp": {"size": …, "ranges": [[name, offset, bytes, digest], …]}, …},
-     "own": CRC-32 of all that is before this key}
+     "own": the same digest of all that is before this key}
 
 The form is that of the converters' manifests, whose digests are BLAKE2b. The ranges of a file cover it without gaps. A
 `.distcp` has one range for each item that `.metadata` names, so that a rank checks the very bytes that it loads; a
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
+
+from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from megabatch.errors import CheckpointError
 
@@ -25,8 +26,9 @@ MANIFEST = "megabatch-manifest.json"
 WHOLE = "all of it"
 """Name of the range of a file that has one."""
 _VERSION = 1
-_OWN = ',"own":"{:08x}"}}\n'
-_OWN_BYTES = len(_OWN.format(0))
+_OURS = "xxh3-64"
+_OWN = ',"own":"{}"}}\n'
+_OWN_BYTES = len(_OWN.format(xxh3_64_hexdigest(b"")))
 
 
 class DamagedError(CheckpointError):
@@ -41,21 +43,8 @@ class Digest(Protocol):
     def hexdigest(self) -> str: ...
 
 
-class Crc32:
-    """CRC-32 of zlib as eight hexadecimal digits."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def update(self, data: memoryview | bytes, /) -> None:
-        self.value = zlib.crc32(data, self.value)
-
-    def hexdigest(self) -> str:
-        return f"{self.value:08x}"
-
-
 _ALGORITHMS: Mapping[str, Callable[[], Digest]] = {
-    "crc32": Crc32,
+    _OURS: xxh3_64,
     "blake2b-128": lambda: hashlib.blake2b(digest_size=16),
 }
 
@@ -82,7 +71,7 @@ class File:
     @staticmethod
     def of(data: bytes) -> File:
         """A file that is written at once."""
-        return File(len(data), (Range(WHOLE, 0, len(data), f"{zlib.crc32(data):08x}"),))
+        return File(len(data), (Range(WHOLE, 0, len(data), xxh3_64_hexdigest(data)),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,25 +97,25 @@ class Manifest:
             raise DamagedError(f"{name}: is not in {MANIFEST}")
         if len(data) != file.size:
             raise DamagedError(f"{name}: has {len(data)} bytes instead of {file.size}")
-        self.require_range(name, file.ranges[0], data)
-
-    def require_range(self, name: str, part: Range, data: bytes | memoryview) -> None:
-        """Checks the bytes of a range; one without a digest is taken as it is. Raises: DamagedError."""
         digest = self.digest()
         digest.update(data)
+        self.require_digest(name, file.ranges[0], digest)
+
+    def require_digest(self, name: str, part: Range, digest: Digest) -> None:
+        """Checks a range by the digest of its bytes; one that has none is taken as it is. Raises: DamagedError."""
         if part.digest is not None and digest.hexdigest() != part.digest:
             what = "it" if part.name == WHOLE else part.name
             raise DamagedError(f"{name}: {what} differs from its digest")
 
 
 def manifest_text(files: Mapping[str, File]) -> str:
-    """The text of a manifest with CRC-32 digests."""
+    """The text of a manifest with XXH3 digests."""
     plain = {
         name: {"size": file.size, "ranges": [[r.name, r.offset, r.size, r.digest] for r in file.ranges]}
         for name, file in sorted(files.items())
     }
-    text = json.dumps({"version": _VERSION, "digest": "crc32", "files": plain}, separators=(",", ":"))[:-1]
-    return text + _OWN.format(zlib.crc32(text.encode()))
+    text = json.dumps({"version": _VERSION, "digest": _OURS, "files": plain}, separators=(",", ":"))[:-1]
+    return text + _OWN.format(xxh3_64_hexdigest(text.encode()))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -135,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         raw = path.read_bytes()
         made = json.loads(raw)
-        if made["digest"] == "crc32" and raw[-_OWN_BYTES:].decode() != _OWN.format(zlib.crc32(raw[:-_OWN_BYTES])):
+        if made["digest"] == _OURS and raw[-_OWN_BYTES:].decode() != _OWN.format(xxh3_64_hexdigest(raw[:-_OWN_BYTES])):
             raise ValueError("it differs from its own digest")
         if made["version"] != _VERSION or made["digest"] not in _ALGORITHMS:
             raise ValueError(f"version {made['version']} with digests {made['digest']!r}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-import zlib
 from pathlib import Path
+
+from xxhash import xxh3_64_hexdigest
 
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.manifest import MANIFEST, File, Range, manifest_text
@@ -14,7 +15,7 @@ PARTS = (100, 0, 7, 3000)
 
 
 def make_checkpoint(folder: Path, *, seed: int = 0, mcore: bool = True) -> Path:
-    """A checkpoint of two ranks; digests come from zlib itself."""
+    """A checkpoint of two ranks; digests come from xxhash itself."""
     rng, files = random.Random(seed), {}
     (folder / "hf").mkdir(parents=True)
     for name in ("trainer.json", "hf/config.json"):
@@ -25,7 +26,7 @@ def make_checkpoint(folder: Path, *, seed: int = 0, mcore: bool = True) -> Path:
         name, at, ranges, data = f"mcore/__{rank}_0.distcp", 0, [], b""
         for number, size in enumerate(PARTS):
             part = rng.randbytes(size)
-            ranges.append(Range(f"tensor{number}", at, size, f"{zlib.crc32(part):08x}"))
+            ranges.append(Range(f"tensor{number}", at, size, xxh3_64_hexdigest(part)))
             data, at = data + part, at + size
         (folder / "mcore").mkdir(exist_ok=True)
         (folder / name).write_bytes(data)

@@ -21,12 +21,14 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megabatch.saved.manifest import DamagedError, Manifest, Range
+from megabatch.saved.manifest import DamagedError, Digest, Manifest, Range
 from megabatch.trainer.checkpoints.unpickling import read_metadata
 from megabatch.trainer.checkpoints.writing import COMMON, CONFIG, METADATA
 
 SMALL = (COMMON, CONFIG)
 """What megatron-core reads itself, besides what `Reader` does."""
+_BLOCK_BYTES = 1 << 20
+"""Read and digested together, while they are in the processor's cache."""
 
 
 class Reader(FileSystemReader):
@@ -87,13 +89,14 @@ class Reader(FileSystemReader):
         if len(self._buffers[0]) < length:
             self._buffers[0] = bytearray(length)
         data = memoryview(self._buffers[0])[:length]
-        if (missing := _read_into(data, file, offset)) > 0:
+        digest = None if self._manifest is None else self._manifest.digest()
+        if (missing := _read_into(data, file, offset, digest)) > 0:
             raise DamagedError(f"{self._prefix}{name}: ends {missing} bytes early")
-        if self._manifest is not None:
+        if self._manifest is not None and digest is not None:
             known = self._ranges_of(self._prefix + name, self._manifest).get(offset)
             if known is None or known.size != length:
                 raise DamagedError(f"{self._prefix}{name}: bytes {offset} to {offset + length} are no part of it")
-            self._manifest.require_range(self._prefix + name, known, data)
+            self._manifest.require_digest(self._prefix + name, known, digest)
         return data
 
     def _ranges_of(self, name: str, manifest: Manifest) -> Mapping[int, Range]:
@@ -127,9 +130,11 @@ def _opened(path: Path, name: str) -> Iterator[int]:
         os.close(file)
 
 
-def _read_into(data: memoryview, file: int, offset: int) -> int:
-    """Fills `data`; returns how many bytes the file lacks."""
-    while data.nbytes and (count := os.preadv(file, [data], offset)):
+def _read_into(data: memoryview, file: int, offset: int, digest: Digest | None) -> int:
+    """Fills `data`, taking its digest; returns how many bytes the file lacks."""
+    while data.nbytes and (count := os.preadv(file, [data[:_BLOCK_BYTES]], offset)):
+        if digest is not None:
+            digest.update(data[:count])
         data, offset = data[count:], offset + count
     return data.nbytes
 

@@ -30,8 +30,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
+from xxhash import xxh3_64
 
-from megabatch.saved.manifest import WHOLE, Crc32, File, Range
+from megabatch.saved.manifest import WHOLE, File, Range
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 
@@ -114,17 +115,17 @@ def write_metadata(planned: Plan, directory: Path, results: list[list[WriteResul
 
 
 class DigestingFile:
-    """A file that is written from its beginning to its end, with a CRC-32 of each part."""
+    """A file that is written from its beginning to its end, with a digest of each part."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._crc = Crc32()
+        self._digest = xxh3_64()
         self.size = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         view = memoryview(data).cast("B")
         self._file.write(view)
-        self._crc.update(view)
+        self._digest.update(view)
         self.size += view.nbytes
         return view.nbytes
 
@@ -133,11 +134,11 @@ class DigestingFile:
 
     def begin(self) -> int:
         """Starts a part; returns where."""
-        self._crc = Crc32()
+        self._digest = xxh3_64()
         return self.size
 
     def end(self, name: str, start: int) -> Range:
-        return Range(name, start, self.size - start, self._crc.hexdigest())
+        return Range(name, start, self.size - start, self._digest.hexdigest())
 
     def whole(self) -> File:
         """Of a file that was written as one part."""
