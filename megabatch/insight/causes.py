@@ -88,7 +88,7 @@ _CAUSES = (
     Cause(
         "oom_host",
         "out of host memory",
-        "raise resources.mem_gib (0 requests all memory of a node), or lower data.num_workers",
+        "raise resources.mem_gib or lower data.num_workers",
     ),
     Cause(
         "limit",
