@@ -54,8 +54,6 @@ class Family:
     """`hf_config(shape, *, dtype, **token_ids)`: a config.json for a model built on the spot."""
     tied: Mapping[str, str]
     """Tensors left out of the file when embeddings are tied, with the tensor they repeat."""
-    untrainable: Callable[[ModelShape], str | None]
-    """Why the trainer cannot train a model of this shape yet, or None when it can."""
     ignorable: tuple[Ignorable, ...] = ()
     mtp_copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors that each layer of multi-token prediction brings along in a folder, with the tensor they repeat; `{l}`

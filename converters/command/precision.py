@@ -21,6 +21,7 @@ from megabatch.converters.hf_model import find_folder, read_config
 from megabatch.converters.request import ConversionRequest
 from megabatch.converters.torch_dist.find import find_checkpoint
 from megabatch.errors import ConversionError
+from megabatch.trainable import untrainable
 
 
 def check_comparable(request: ConversionRequest) -> None:
@@ -28,9 +29,7 @@ def check_comparable(request: ConversionRequest) -> None:
     if not request.model:
         return
     config = read_config(find_folder(request.model))
-    family = family_of(config)
-    reason = family.untrainable(family.shape(config))
-    if reason is not None:
+    if reason := untrainable(family_of(config).shape(config)):
         raise ConversionError(f"--test_convert_precision compares with the trainer's model: {reason}")
 
 

@@ -157,21 +157,22 @@ def refuse_quantised(config: Config) -> None:
         )
 
 
+def switched_window(config: Config) -> int | None:
+    """`sliding_window` where `use_sliding_window` is on, as Qwen's families have it."""
+    on = switch(config, "use_sliding_window") and config.get("sliding_window") is not None
+    return size(config, "sliding_window") if on else None
+
+
 def refuse_unsupported(config: Config) -> None:
-    """Refuses, by name, what would change the model's numbers and is not built yet."""
+    """Refuses, by name, what changes the model's numbers and a `ModelShape` cannot say."""
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConversionError(
             f"config.json: hidden_act={short(activation)} is not supported by this family; it uses silu"
         )
-    if switch(config, "use_sliding_window") and config.get("sliding_window") is not None:
-        raise ConversionError(
-            f"config.json: use_sliding_window=true with sliding_window={config['sliding_window']!r} is not supported "
-            "yet; sequences no longer than the window may be trained with use_sliding_window=false"
-        )
-    odd = sorted({kind for kind in layer_types(config) or [] if kind != "full_attention"})
-    if odd:
-        raise ConversionError(f"config.json: layer_types has {', '.join(odd)}; only full_attention is supported yet")
+    known = ["full_attention", *(["sliding_attention"] if switched_window(config) else [])]
+    if odd := sorted({*(layer_types(config) or [])} - {*known}):
+        raise ConversionError(f"config.json: layer_types has {', '.join(odd)}; here it may have {' and '.join(known)}")
 
 
 def refuse_biases(config: Config, *names: str) -> None:
@@ -190,7 +191,7 @@ def decoder(
     theta: float = 10000.0,
     epsilon: float = 1e-6,
     tied: bool = False,
-    trains: bool = True,
+    tensors_only: bool = False,
 ) -> dict[str, Any]:
     """The fields of `ModelShape` that every family here reads in the same way.
 
@@ -198,18 +199,18 @@ def decoder(
         head_dim: what transformers uses for this family when config.json has none; None: hidden size / heads.
         theta, epsilon, tied: what it uses for the base of the rotary embedding, the norms' epsilon and tied
             embeddings.
-        trains: False for a family that is converted only: settings that change the model's numbers but not its
-            tensors are then left in config.json, unread.
+        tensors_only: leaves settings that change the model's numbers but not its tensors (activation, rotary
+            embedding, windows) in config.json, unread.
     """
     refuse_quantised(config)
-    if trains:
+    if not tensors_only:
         refuse_unsupported(config)
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     groups = size(config, "num_key_value_heads", default=heads)
     if heads % groups:
         raise ConversionError(f"config.json: num_key_value_heads={groups} must divide num_attention_heads={heads}")
     head = size(config, "head_dim", default=head_dim or hidden // heads)
-    base, scaling = rope(config, default_theta=theta) if trains else (theta, None)
+    base, scaling = (theta, None) if tensors_only else rope(config, default_theta=theta)
     return {
         "architecture": architecture(config, default=default_architecture),
         "model_type": model_type,
@@ -225,6 +226,7 @@ def decoder(
         "norm_epsilon": number(config, "rms_norm_eps", default=epsilon),
         "rotary_base": base,
         "rope_scaling": scaling,
+        "sliding_window": None if tensors_only else switched_window(config),
         "num_labels": _num_labels(config),
         "hf_config": dict(config),
     }

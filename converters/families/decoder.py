@@ -160,34 +160,7 @@ ROTARY_BUFFERS = Ignorable(
     "rotary frequencies are computed from config.json",
 )
 
-_BUILT_ROPES = ("default", "linear", "llama3")
-
-
-def unbuilt_ends(shape: ModelShape) -> str | None:
-    """Why a decoder that needs nothing else cannot be trained: the trainer lacks its rotary embedding or its head."""
-    if shape.num_labels is not None:
-        return "score heads (sequence classification, reward models) are not built; they are converted only"
-    kind = (shape.rope_scaling or {}).get("rope_type", "default")
-    return None if kind in _BUILT_ROPES else f"rope_type={kind!r} is not built; {', '.join(_BUILT_ROPES)} are"
-
-
-def unbuilt_attention(shape: ModelShape) -> str | None:
-    """As `unbuilt_ends`, for families that may have a sliding window."""
-    if shape.sliding_window is not None:
-        return (
-            f"attention in a sliding window (sliding_window={shape.sliding_window}) is not built; with sliding_window "
-            "null in config.json it is the same model for sequences no longer than that"
-        )
-    return unbuilt_ends(shape)
-
-
-def only_converted(lacks: str) -> Callable[[ModelShape], str]:
-    """`Family.untrainable` of a family that the trainer has not built."""
-    return lambda shape: (
-        f"the trainer has not built {lacks}; megabatch converts this family, and does not train it yet"
-    )
-
 
 def not_made(shape: ModelShape, **_: Any) -> dict[str, Any]:
-    """`Family.hf_config` of such a family. Raises: ConversionError."""
+    """`Family.hf_config` of a family whose config.json is only read. Raises: ConversionError."""
     raise ConversionError(f"{shape.model_type}: a model of this family cannot be made on the spot, only converted")

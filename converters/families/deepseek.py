@@ -2,8 +2,7 @@
 
 Names and layouts are those that megatron-core writes with Transformer Engine: norms of the latents inside the
 projections behind them, no permutation of the rotated dimensions. Layers of multi-token prediction, which V3 numbers
-on behind its decoder layers, are converted; transformers does not load them. Converted only: the trainer has not
-built multi-latent attention.
+on behind its decoder layers, are converted; transformers does not load them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from megabatch.converters.families.decoder import (
     moe_mlp,
     mtp,
     not_made,
-    only_converted,
     shared_experts,
 )
 from megabatch.converters.family import Family
@@ -59,7 +57,7 @@ _LAYER: tuple[Row | Experts, ...] = (*LATENT_ATTENTION, *DENSE_MLP, *moe_mlp(), 
 def _shape(config: Config, *, model_type: str, default_architecture: str, expert_bias: bool) -> ModelShape:
     refuse_biases(config, "attention_bias", "mlp_bias")
     fields = decoder(
-        config, model_type=model_type, default_architecture=default_architecture, head_dim=None, trains=False
+        config, model_type=model_type, default_architecture=default_architecture, head_dim=None, tensors_only=True
     )
     experts, topk = experts_of(config, "n_routed_experts", "num_local_experts", "num_experts")
     width, value_head = size(config, "moe_intermediate_size"), size(config, "v_head_dim")
@@ -97,7 +95,6 @@ DEEPSEEK_V2 = Family(
     shape=_v2,
     hf_config=not_made,
     tied=TIED,
-    untrainable=only_converted("multi-latent attention"),
     ignorable=(ROTARY_BUFFERS,),
 )
 
@@ -108,7 +105,6 @@ DEEPSEEK_V3 = Family(
     shape=_v3,
     hf_config=not_made,
     tied=TIED,
-    untrainable=only_converted("multi-latent attention"),
     ignorable=(ROTARY_BUFFERS,),
     mtp_copies=MTP_COPIES,
 )

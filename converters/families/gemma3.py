@@ -1,8 +1,7 @@
 """Gemma 3, text: `Gemma3ForCausalLM`; norms behind attention and MLP too.
 
 Gemma's norms multiply with one plus their weight. So does megatron-core with `layernorm_zero_centered_gamma`, as
-Megatron-Bridge builds this family: the weights stay as they are. Converted only: the trainer has not built windows,
-two rotary embeddings and the norms behind.
+Megatron-Bridge builds this family: the weights stay as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from megabatch.converters.families.decoder import (
     OUTPUT,
     TIED,
     not_made,
-    only_converted,
 )
 from megabatch.converters.family import Family
 from megabatch.converters.mapping import Rename, Row
@@ -43,13 +41,12 @@ def _shape(config: Config) -> ModelShape:
         head_dim=256,
         theta=1e6,
         tied=True,
-        trains=False,
+        tensors_only=True,
     )
     return ModelShape(
-        **fields,
+        **fields | {"sliding_window": size(config, "sliding_window", default=4096)},
         qk_layernorm=True,
         post_layernorms=True,
-        sliding_window=size(config, "sliding_window", default=4096),
     )
 
 
@@ -60,5 +57,4 @@ GEMMA3_TEXT = Family(
     shape=_shape,
     hf_config=not_made,
     tied=TIED,
-    untrainable=only_converted("attention in windows and norms behind attention and MLP"),
 )

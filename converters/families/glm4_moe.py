@@ -1,7 +1,7 @@
 """GLM-4.5, 4.6 and Air: `Glm4MoeForCausalLM`; experts beside shared ones, behind a few dense layers.
 
 The rotation of half of each head's dimensions needs no permutation. Layers of multi-token prediction are converted;
-transformers does not load them. Converted only: the trainer has not built partial rotation and sigmoid routing.
+transformers does not load them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from megabatch.converters.families.decoder import (
     moe_mlp,
     mtp,
     not_made,
-    only_converted,
     shared_experts,
 )
 from megabatch.converters.family import Family
@@ -43,7 +42,7 @@ def _shape(config: Config) -> ModelShape:
         default_architecture="Glm4MoeForCausalLM",
         head_dim=None,
         epsilon=1e-5,
-        trains=False,
+        tensors_only=True,
     )
     experts, topk = experts_of(config, "n_routed_experts", "num_local_experts", "num_experts")
     width = size(config, "moe_intermediate_size")
@@ -68,6 +67,5 @@ GLM4_MOE = Family(
     shape=_shape,
     hf_config=not_made,
     tied=TIED,
-    untrainable=only_converted("partial rotary embeddings and sigmoid routing"),
     mtp_copies=MTP_COPIES,
 )

@@ -2,14 +2,13 @@
 
 Hugging Face's fused experts are the transposes of megatron-core's, and rows of gate and up projection alternate in
 them: they are woven (`converters.weave`), bit by bit. The published checkpoints in MXFP4 are made plain
-(`converters.mxfp4`); those in BF16 are read too. Converted only: the trainer has not built sinks and this family's
-activation.
+(`converters.mxfp4`); those in BF16 are read too.
 """
 
 from __future__ import annotations
 
 from megabatch.converters.families.config_json import Config, decoder, experts_of, size, switch
-from megabatch.converters.families.decoder import ATTENTION, EMBEDDING, OUTPUT, TIED, not_made, only_converted
+from megabatch.converters.families.decoder import ATTENTION, EMBEDDING, OUTPUT, TIED, not_made
 from megabatch.converters.family import Family
 from megabatch.converters.mapping import Experts, Rename, Row, Transposed, WovenGateUp
 from megabatch.plan.shape import ModelShape
@@ -39,19 +38,18 @@ def _shape(config: Config) -> ModelShape:
         head_dim=64,
         theta=150000.0,
         epsilon=1e-5,
-        trains=False,
+        tensors_only=True,
     )
     experts, topk = experts_of(config, "num_local_experts", "num_experts")
     bias = switch(config, "attention_bias", default=True)
     return ModelShape(
-        **fields,
+        **fields | {"sliding_window": size(config, "sliding_window", default=128)},
         add_qkv_bias=bias,
         attention_output_bias=bias,
         num_experts=experts,
         moe_layers=(True,) * fields["num_layers"],
         moe_ffn_hidden_size=fields["ffn_hidden_size"],
         moe_router_topk=topk,
-        sliding_window=size(config, "sliding_window", default=128),
         mlp_bias=True,
         attention_sinks=True,
     )
@@ -64,5 +62,4 @@ GPT_OSS = Family(
     shape=_shape,
     hf_config=not_made,
     tied=TIED,
-    untrainable=only_converted("attention sinks and clamped activations"),
 )

@@ -1,6 +1,6 @@
 """Mistral, and Ministral of that architecture: `MistralForCausalLM`; Llama's tensors without biases.
 
-A sliding window shorter than the context is converted; the trainer refuses it.
+Every layer has the sliding window, which counts where it is shorter than the context.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from megabatch.converters.families.decoder import (
     OUTPUT,
     ROTARY_BUFFERS,
     TIED,
-    unbuilt_attention,
 )
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
@@ -31,7 +30,8 @@ def sliding_window(config: Config, *, positions: int) -> int | None:
 
 def _shape(config: Config) -> ModelShape:
     fields = decoder(config, model_type="mistral", default_architecture="MistralForCausalLM", head_dim=None)
-    return ModelShape(**fields, sliding_window=sliding_window(config, positions=fields["max_position_embeddings"]))
+    window = sliding_window(config, positions=fields["max_position_embeddings"])
+    return ModelShape(**fields | {"sliding_window": window})
 
 
 def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | None) -> dict[str, Any]:
@@ -45,6 +45,5 @@ MISTRAL = Family(
     shape=_shape,
     hf_config=_config,
     tied=TIED,
-    untrainable=unbuilt_attention,
     ignorable=(ROTARY_BUFFERS,),
 )

@@ -16,7 +16,6 @@ from megabatch.converters.families.decoder import (
     ROTARY_BUFFERS,
     TIED,
     moe_mlp,
-    unbuilt_attention,
 )
 from megabatch.converters.families.mistral import sliding_window
 from megabatch.converters.family import Family
@@ -33,9 +32,9 @@ def _shape(config: Config) -> ModelShape:
         epsilon=1e-5,
     )
     experts, topk = experts_of(config, "num_local_experts", "num_experts")
+    window = sliding_window(config, positions=fields["max_position_embeddings"])
     return ModelShape(
-        **fields,
-        sliding_window=sliding_window(config, positions=fields["max_position_embeddings"]),
+        **fields | {"sliding_window": window},
         num_experts=experts,
         moe_layers=(True,) * fields["num_layers"],
         moe_ffn_hidden_size=fields["ffn_hidden_size"],
@@ -71,6 +70,5 @@ MIXTRAL = Family(
     shape=_shape,
     hf_config=_config,
     tied=TIED,
-    untrainable=unbuilt_attention,
     ignorable=(ROTARY_BUFFERS,),
 )

@@ -1,6 +1,6 @@
 """Models that see images: the language part is converted, everything else of the folder is carried along unchanged.
 
-megatron-core's tensors have the names of the language model alone. Converted only: the trainer has not built vision.
+megatron-core's tensors have the names of the language model alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from megabatch.converters.families.decoder import (
     EMBEDDING,
     OUTPUT,
     not_made,
-    only_converted,
     renamed,
     transposed_experts,
 )
@@ -63,7 +62,6 @@ def _with_vision(
         shape=shape,
         hf_config=not_made,
         tied={theirs(name): theirs(of) for name, of in text.tied.items()},
-        untrainable=only_converted("models that see images"),
         carried=carried,
     )
 

@@ -12,7 +12,6 @@ from megabatch.converters.families.decoder import (
     OUTPUT,
     ROTARY_BUFFERS,
     TIED,
-    unbuilt_ends,
 )
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
@@ -36,6 +35,5 @@ QWEN2 = Family(
     shape=_shape,
     hf_config=_config,
     tied=TIED,
-    untrainable=unbuilt_ends,
     ignorable=(ROTARY_BUFFERS,),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megabatch.converters.families.config_json import Config, decoder, decoder_config, switch
-from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, unbuilt_ends
+from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
 
@@ -39,5 +39,4 @@ QWEN3 = Family(
     shape=_shape,
     hf_config=_config,
     tied=TIED,
-    untrainable=unbuilt_ends,
 )

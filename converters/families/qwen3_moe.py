@@ -13,7 +13,7 @@ from megabatch.converters.families.config_json import (
     sparse_layers,
     switch,
 )
-from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, moe_mlp, unbuilt_ends
+from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, moe_mlp
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
 
@@ -59,5 +59,4 @@ QWEN3_MOE = Family(
     shape=_shape,
     hf_config=_config,
     tied=TIED,
-    untrainable=unbuilt_ends,
 )

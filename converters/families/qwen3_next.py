@@ -3,7 +3,7 @@
 On disk megatron-core has the parts of a linear attention's input projection and convolution as tensors of their own
 (`in_proj.weight.query`, …), and centres every norm on zero. Hugging Face does so too, except for the norm behind the
 linear attention: its weight differs by one. Subtracted and added in float32 that is exact for weights of at least 0.5;
-smaller ones may lose their last bits in bfloat16. Converted only: the trainer has not built linear attention.
+smaller ones may lose their last bits in bfloat16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from megabatch.converters.families.decoder import (
     moe_mlp,
     moved,
     not_made,
-    only_converted,
     shared_experts,
 )
 from megabatch.converters.family import Family
@@ -90,7 +89,7 @@ _MTP: tuple[Row | Experts, ...] = (
 def _shape(config: Config) -> ModelShape:
     refuse_biases(config, "attention_bias")
     fields = decoder(
-        config, model_type="qwen3_next", default_architecture="Qwen3NextForCausalLM", head_dim=256, trains=False
+        config, model_type="qwen3_next", default_architecture="Qwen3NextForCausalLM", head_dim=256, tensors_only=True
     )
     experts, topk = experts_of(config, "num_experts", "num_local_experts")
     layers = fields["num_layers"]
@@ -139,5 +138,4 @@ QWEN3_NEXT = Family(
     shape=_shape,
     hf_config=not_made,
     tied=TIED,
-    untrainable=only_converted("linear attention"),
 )

@@ -13,6 +13,7 @@ from megabatch.hub_cache import cached_folder, is_hub_name
 from megabatch.plan.known_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.environment import SHARED_CACHES
+from megabatch.trainable import untrainable
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _in_folder(folder: Path) -> FoundModel:
 
 def _untrainable(field: str, shape: ModelShape) -> Fault | None:
     """Families that are converted only, and settings of others that the trainer has not built."""
-    reason = family_named(shape.model_type).untrainable(shape)
+    reason = untrainable(shape)
     if reason is None:
         return None
     return Fault(

@@ -71,7 +71,6 @@ def test_expert_spellings_and_layers() -> None:
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "by layer type"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window=true"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
         ("qwen3_moe", {"num_experts": ...}, "num_experts is missing"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be at most num_experts=8"),
@@ -85,4 +84,12 @@ def test_refused_by_name(model_type: str, change: dict[str, Any], message: str) 
 
 def test_hub_configs_that_name_an_unused_window_are_read() -> None:
     """Qwen2.5 on the hub: a window beside `use_sliding_window: false`."""
-    assert shape("qwen2", use_sliding_window=False, sliding_window=131072, max_window_layers=28).add_qkv_bias
+    unused = shape("qwen2", use_sliding_window=False, sliding_window=131072, max_window_layers=28)
+    assert unused.add_qkv_bias and unused.sliding_window is None
+
+
+def test_a_window_that_is_switched_on_is_read() -> None:
+    kinds = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    given = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2, "layer_types": kinds}
+    for model_type in ("qwen2", "qwen3", "qwen3_moe"):
+        assert shape(model_type, **given).sliding_window == 32

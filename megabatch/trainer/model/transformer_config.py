@@ -16,9 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from megabatch.config.recipe import Recipe
-from megabatch.converters.families import family_named
 from megabatch.errors import ConfigError
 from megabatch.plan.shape import ModelShape
+from megabatch.trainable import untrainable
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
     Raises: ConfigError for a model that the trainer has not built, and for a combination that megatron-core itself
     refuses, with its own words.
     """
-    if reason := family_named(shape.model_type).untrainable(shape):
+    if reason := untrainable(shape):
         raise ConfigError(f"{shape.architecture or shape.model_type} cannot be trained: {reason}")
     values = own_values(recipe, shape, virtual_size=virtual_size)
     try:

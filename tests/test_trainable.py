@@ -1,0 +1,42 @@
+"""What the trainer builds, and the reasons against the rest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megabatch.converters.families import FAMILIES
+from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.trainable import BUILT, UNBUILT, untrainable
+
+CONFIG = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"]
+"""Has the keys that each built family reads."""
+
+
+def test_every_family_that_is_converted_is_built_or_has_a_reason() -> None:
+    assert {*BUILT, *UNBUILT} == set(FAMILIES)
+    assert not {*BUILT} & {*UNBUILT}
+
+
+@pytest.mark.parametrize("model_type", BUILT)
+def test_a_built_family_reads_more_than_decides_its_tensors(model_type: str) -> None:
+    config = CONFIG | {"architectures": [], "rope_theta": 123.0}
+    assert FAMILIES[model_type].shape(config).rotary_base == 123
+    assert FAMILIES[model_type].shape(config | {"sliding_window": 9, "use_sliding_window": True}).sliding_window == 9
+
+
+def test_reasons_name_the_setting_and_are_given_together() -> None:
+    shape = FAMILIES["qwen2"].shape(CONFIG)
+    assert untrainable(shape) is None
+    assert untrainable(replace(shape, rope_scaling={"rope_type": "llama3"})) is None
+    found = untrainable(replace(shape, num_labels=2, sliding_window=7, rope_scaling={"rope_type": "yarn"}))
+    assert found is not None
+    assert [found.find(part) >= 0 for part in ("score heads", "sliding_window=7", "rope_type='yarn'")] == [True] * 3
+
+
+def test_a_family_that_is_not_built_gives_that_reason_alone() -> None:
+    shape = replace(FAMILIES["qwen2"].shape(CONFIG), model_type="gpt_oss", sliding_window=128)
+    assert str(untrainable(shape)).startswith("the trainer has not built attention sinks and clamped activations;")
+    assert "sliding_window" not in str(untrainable(shape))
+    assert "model_type=new" in str(untrainable(replace(shape, model_type="new")))
