@@ -58,7 +58,8 @@ class RunDirectory:
 
     @property
     def jobs(self) -> Path:
-        """JSON lines: submissions (job id, time, cluster), starts (job id, restart, nodes), ends (…, exit code)."""
+        """JSON lines: submissions (job id, time, cluster), how attempts start (job id, attempt, nodes) and end
+        (…, exit code)."""
         return self.path / "jobs.jsonl"
 
     @property
@@ -68,12 +69,12 @@ class RunDirectory:
 
     @property
     def bad_nodes(self) -> Path:
-        """JSON lines of the preflight: time, job_id, restart, node, check, value, rule, excluded."""
+        """JSON lines of the preflight: time, job_id, attempt, node, check, value, rule, excluded."""
         return self.path / "bad_nodes.jsonl"
 
     @property
     def logs(self) -> Path:
-        """`batch.<job>.log` and `rank_<rank>.<restart>.log`."""
+        """`batch.<job>.log` and `rank_<rank>.<attempt>.log`."""
         return self.path / "logs"
 
     @property
@@ -83,7 +84,7 @@ class RunDirectory:
 
     @property
     def heartbeat(self) -> Path:
-        """JSON, replaced atomically by rank 0: time, step, state, job id, restart count, versions."""
+        """JSON, replaced atomically by rank 0: time, step, state, job id, attempt, versions."""
         return self.path / "heartbeat.json"
 
     @property
@@ -106,17 +107,17 @@ class RunDirectory:
         """Folder of the checkpoint after `step` optimizer steps: `hf/` (safetensors) and `mcore/` (torch_dist)."""
         return self.checkpoints / f"step_{step:08d}"
 
-    def rank_log(self, rank: int, restart: int) -> Path:
-        """`restart` counts the run's starts: 0 is the first, whichever job it belongs to."""
-        return self.logs / f"rank_{rank}.{restart}.log"
+    def rank_log(self, rank: int, attempt: int) -> Path:
+        """`attempt` counts over the run: 0 is the first, whichever job it belongs to."""
+        return self.logs / f"rank_{rank}.{attempt}.log"
 
     def batch_log(self, job_id: str) -> Path:
-        """What the batch script of a job, or the local launcher (`local`), says of all its starts."""
+        """What the batch script of a job, or the local launcher (`local`), says of all its attempts."""
         return self.logs / f"batch.{job_id}.log"
 
-    def mark(self, name: str, job_id: str, restart: int) -> Path:
+    def mark(self, name: str, job_id: str, attempt: int) -> Path:
         """`failed` (rank, exit code and node of the first rank that failed), `stop` (asked to stop) or `stopped`."""
-        return self.logs / f"{name}.{job_id}.{restart}"
+        return self.logs / f"{name}.{job_id}.{attempt}"
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -24,8 +24,8 @@ class BadNode:
     time: float
     """Seconds since the epoch."""
     job_id: str
-    restart: int
-    """Number of the run's start that found it."""
+    attempt: int
+    """Number of the run's attempt that found it."""
     node: str
     check: str
     """As in docs/slurm.md: `ecc`, `link`, …"""

@@ -142,7 +142,7 @@ def _resume(directory: RunDirectory, back_to: str | None) -> str:
 
     run = directory.path
     now = status([run], fresh_s=0)[0]
-    is_held = now.job_id and now.state is State.PENDING and now.reason == "BeginTime" and now.restart
+    is_held = now.job_id and now.state is State.PENDING and now.reason == "BeginTime" and now.attempt
     if is_held and now.job_id and back_to is None:
         _start_now(now.job_id)
         return now.job_id

@@ -22,7 +22,7 @@ class Input:
     run: Path | None = None
     """Run directory whose newest checkpoint `link` is to name."""
     link: Path | None = None
-    """Symbolic link to that checkpoint, made at the job's first start."""
+    """Symbolic link to that checkpoint, made at the job's first attempt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +49,14 @@ class JobSpec:
     preflight_answer_s: float = 60
     """How long a node may take for its report: torch's import and the devices' first use."""
     max_bad_nodes: int = 2
-    """How many nodes the job may leave out, over all its starts, because that step found them bad."""
+    """How many nodes the job may leave out, over all its attempts, because that step found them bad."""
     time: str | None = None
     """Time limit in Slurm's spelling (`12:00:00`, `2-00:00:00`, minutes); None is the partition's."""
     signal_delay_s: int = 90
     """Seconds before the time limit at which the ranks are asked to save and stop."""
     requeue: bool = True
     """Back into the queue after saving on that request, when Slurm takes the nodes away, and after what may pass."""
-    max_restarts_without_progress: int = 2
+    max_requeues_without_progress: int = 2
     """How often in a row the job requeues itself without a newer checkpoint."""
     hang_timeout_s: float = 1800
     """Seconds without a new heartbeat after which the run counts as hung; 0 waits for ever."""

@@ -27,7 +27,7 @@ from megabatch.slurm.local_roles import Requests, Servers
 from megabatch.slurm.ports import free_port_block
 from megabatch.slurm.processes import die_with_parent, end_processes, identity, marked_processes
 from megabatch.slurm.profile import ClusterProfile
-from megabatch.slurm.records import LOCAL, Ending, Start, next_restart, record_ending, record_start
+from megabatch.slurm.records import LOCAL, Ending, Start, next_attempt, record_ending, record_start
 from megabatch.slurm.script.variables import check_names
 
 _ENDED_WELL = (ExitCode.DONE, ExitCode.REQUEUE)
@@ -55,24 +55,24 @@ def run_local(
     mark = f"MEGABATCH_LOCAL_RUN={secrets.token_hex(8)}"
     try:
         job.files.logs.mkdir(parents=True, exist_ok=True)
-        restart = next_restart(job.files)
+        attempt = next_attempt(job.files)
         shared = local_environment(job, profile or ClusterProfile()) | dict(variables or {})
         with contextlib.nullcontext(requests) if requests else StopRequests() as asked, _kill_at_end(mark):
-            request, failed = (job.files.mark(name, LOCAL, restart) for name in ("stop", "failed"))
-            rank_0 = job.files.rank_log(0, restart)
+            request, failed = (job.files.mark(name, LOCAL, attempt) for name in ("stop", "failed"))
+            rank_0 = job.files.rank_log(0, attempt)
             rank_0.touch()
             with open(rank_0, "rb") as log, _removed_at_end(request):
                 beat = hang.Watch(job.files.heartbeat, job.hang_timeout_s)
                 output = _Output(log, terminal or sys.stdout.buffer, job.files.batch_log(LOCAL))
-                output.note(f"start {restart} of job {LOCAL} on {socket.gethostname()}")
+                output.note(f"attempt {attempt} of job {LOCAL} on {socket.gethostname()}")
                 servers = Servers(job, asked, output.say)
-                shared |= servers.start(os.environ | shared | dict([mark.split("=", 1)]), restart=restart)
+                shared |= servers.start(os.environ | shared | dict([mark.split("=", 1)]), attempt=attempt)
                 may_start = servers.failed is None and not (job.roles and asked.count)
-                ranks = _start(job, shared, restart=restart, request=request, mark=mark) if may_start else []
-                record_start(job.files, Start(restart, time.time(), socket.gethostname(), identity(os.getpid())))
+                ranks = _start(job, shared, attempt=attempt, request=request, mark=mark) if may_start else []
+                record_start(job.files, Start(attempt, time.time(), socket.gethostname(), identity(os.getpid())))
                 code = _watch(ranks, servers, output, beat, request=request, failed=failed)
                 code = servers.stop(code if may_start else ExitCode.REQUEUE)
-            record_ending(job.files, Ending(restart, code, time.time()))
+            record_ending(job.files, Ending(attempt, code, time.time()))
             return code
     except OSError as error:
         raise LaunchError(f"cannot run {job.command[0]} in {job.run_directory}: {error}") from error
@@ -184,9 +184,9 @@ def _kill_at_end(mark: str) -> Iterator[None]:
         end_processes(lambda: marked_processes(mark))
 
 
-def _start(job: JobSpec, shared: Mapping[str, str], *, restart: int, request: Path, mark: str) -> list[_Rank]:
+def _start(job: JobSpec, shared: Mapping[str, str], *, attempt: int, request: Path, mark: str) -> list[_Rank]:
     shared = os.environ | dict(shared) | dict([mark.split("=", 1)])
-    shared |= {"MEGABATCH_RESTART": str(restart), "MEGABATCH_STOP_REQUEST": str(request)}
+    shared |= {"MEGABATCH_ATTEMPT": str(attempt), "MEGABATCH_STOP_REQUEST": str(request)}
     shared.pop("MEGABATCH_JOB_ID", None)  # of a job that we may be running in
     parent = os.getpid()
 
@@ -198,7 +198,7 @@ def _start(job: JobSpec, shared: Mapping[str, str], *, restart: int, request: Pa
 
     ranks = []
     for rank in range(job.world_size):
-        path = job.files.rank_log(rank, restart)
+        path = job.files.rank_log(rank, attempt)
         with open(path, "ab") as log:
             process = subprocess.Popen(
                 job.command,

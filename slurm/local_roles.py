@@ -68,7 +68,7 @@ class Servers:
         """Requests to stop: the user's, and those of servers that ended."""
         return self._requests.count + self._own_requests
 
-    def start(self, environment: Mapping[str, str], *, restart: int) -> dict[str, str]:
+    def start(self, environment: Mapping[str, str], *, attempt: int) -> dict[str, str]:
         """Starts the servers and returns the variables that tell the ranks of them, once all answer.
 
         When one does not, `failed` says so and no rank may start. Raises: LaunchError for a faulty role.
@@ -81,7 +81,7 @@ class Servers:
         shared = {k: v for k, v in environment.items() if k not in ranks_own} | {"MEGABATCH_ROLE_TOKEN": token}
         for role in self._job.roles:
             for task in range(role.tasks):
-                self._servers.append(self._started(role, task, shared, restart=restart))
+                self._servers.append(self._started(role, task, shared, attempt=attempt))
         for server in self._servers:
             self._wait_for(server, token)
             if self.failed is not None:
@@ -108,16 +108,16 @@ class Servers:
             server.process.wait()
         return code if self.failed is None else self.failed
 
-    def _started(self, role: Role, task: int, shared: Mapping[str, str], *, restart: int) -> _Server:
+    def _started(self, role: Role, task: int, shared: Mapping[str, str], *, attempt: int) -> _Server:
         port, parent = free_port_block(), os.getpid()
-        path = self._job.files.logs / f"{role.name}_{task}.{restart}.log"
+        path = self._job.files.logs / f"{role.name}_{task}.{attempt}.log"
         own = {"MEGABATCH_ROLE": role.name, "MEGABATCH_ROLE_TASK": str(task), "MEGABATCH_ROLE_PORT": str(port)}
         command = role_job(self._job, role).command
         try:
             with open(path, "ab") as log:
                 process = subprocess.Popen(
                     command,
-                    env=dict(shared) | own | {"MEGABATCH_RESTART": str(restart)},
+                    env=dict(shared) | own | {"MEGABATCH_ATTEMPT": str(attempt)},
                     cwd=self._job.working_directory,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

@@ -1,4 +1,4 @@
-"""Reading the logs of a run: one file for each rank and start, and one for each job's batch script."""
+"""Reading the logs of a run: one file for each rank and attempt, and one for each job's batch script."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _STATE_EVERY_S = 3.0
 
 @dataclass(frozen=True, slots=True, order=True)
 class RankLog:
-    """One rank's log of one incarnation; they sort by incarnation, then rank."""
+    """One rank's log of one attempt; they sort by attempt, then rank."""
 
-    restart: int
+    attempt: int
     rank: int
     path: Path
 
 
 def rank_logs(run: Path) -> list[RankLog]:
-    """Every rank log there is, oldest incarnation first."""
+    """Every rank log there is, oldest attempt first."""
     found = []
     for path in RunDirectory(run).logs.glob("rank_*.log"):
         match = _NAME.fullmatch(path.name)
@@ -41,47 +41,47 @@ def batch_logs(run: Path) -> list[Path]:
     return sorted(RunDirectory(run).logs.glob("batch.*.log"), key=lambda path: path.stat().st_mtime)
 
 
-def logs(run: Path, *, rank: int | None = 0, restart: int | None = None, follow: bool = False) -> Iterator[str]:
+def logs(run: Path, *, rank: int | None = 0, attempt: int | None = None, follow: bool = False) -> Iterator[str]:
     """Lines of a log, without their newlines.
 
-    Args: `rank` None is the batch script; `restart` None is the newest incarnation; `follow` waits for more, goes on
-    to the next incarnation, and ends with the run.
+    Args: `rank` None is the batch script; `attempt` None is the newest; `follow` waits for more, goes on to the next
+    attempt, and ends with the run.
     Raises: LaunchError when there is no such log (naming those there are), at the first line.
     """
-    path = _find(run, rank=rank, restart=restart)
+    path = _find(run, rank=rank, attempt=attempt)
     if path is None and not follow:
-        raise LaunchError(_missing(run, rank=rank, restart=restart))
+        raise LaunchError(_missing(run, rank=rank, attempt=attempt))
     if not follow:
         assert path is not None
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             yield from (line.rstrip("\n") for line in file)
         return
-    yield from _follow(run, rank=rank, restart=restart)
+    yield from _follow(run, rank=rank, attempt=attempt)
 
 
-def _find(run: Path, *, rank: int | None, restart: int | None) -> Path | None:
+def _find(run: Path, *, rank: int | None, attempt: int | None) -> Path | None:
     if rank is None:
         batches = batch_logs(run)
         return batches[-1] if batches else None
-    fitting = [log for log in rank_logs(run) if log.rank == rank and restart in (None, log.restart)]
+    fitting = [log for log in rank_logs(run) if log.rank == rank and attempt in (None, log.attempt)]
     return fitting[-1].path if fitting else None
 
 
-def _missing(run: Path, *, rank: int | None, restart: int | None) -> str:
-    there = [f"{log.rank}.{log.restart}" for log in rank_logs(run)[-8:]]
+def _missing(run: Path, *, rank: int | None, attempt: int | None) -> str:
+    there = [f"{log.rank}.{log.attempt}" for log in rank_logs(run)[-8:]]
     wanted = (
-        "the batch script" if rank is None else f"rank {rank}" + ("" if restart is None else f", restart {restart}")
+        "the batch script" if rank is None else f"rank {rank}" + ("" if attempt is None else f", attempt {attempt}")
     )
     state = status([run])[0].state
-    hint = f"; newest <rank>.<restart> there: {', '.join(there)}" if there else "; no rank has written one yet"
+    hint = f"; newest <rank>.<attempt> there: {', '.join(there)}" if there else "; no rank has written one yet"
     return f"{run}: no log of {wanted} (the run is {state}){hint}"
 
 
-def _follow(run: Path, *, rank: int | None, restart: int | None) -> Iterator[str]:
+def _follow(run: Path, *, rank: int | None, attempt: int | None) -> Iterator[str]:
     path: Path | None = None
     position, rest, ended, asked = 0, b"", False, 0.0
     while True:
-        newest = _find(run, rank=rank, restart=restart)
+        newest = _find(run, rank=rank, attempt=attempt)
         chunk = _read_from(path, position) if path is not None else b""
         position += len(chunk)
         *lines, rest = (rest + chunk).split(b"\n")

@@ -1,4 +1,4 @@
-"""`jobs.jsonl`: a run's submissions, and how each start of a job began and ended as its batch script saw it."""
+"""`jobs.jsonl`: a run's submissions, and how each attempt started and ended as its batch script saw it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LOCAL = "local"
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The first thing that a batch script, or the local launcher, did."""
+    """How an attempt started: the first thing that its batch script, or the local launcher, did."""
 
-    restart: int
-    """Its number among the run's starts, 0 first; log names carry it."""
+    attempt: int
+    """Its number among the run's attempts, 0 first; log names carry it."""
     time: float
     """Seconds since the epoch."""
     nodes: str = ""
@@ -30,9 +30,9 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The last thing that a batch script did; missing when it was killed."""
+    """How an attempt ended: the last thing that its batch script did; missing when it was killed."""
 
-    restart: int
+    attempt: int
     exit_code: int
     time: float
     """Seconds since the epoch."""
@@ -42,7 +42,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """One submission; all local starts of a run together."""
+    """One submission; all local attempts of a run together."""
 
     job_id: str
     """Slurm's (an element of an array is `123_4`), or `LOCAL`."""
@@ -53,13 +53,13 @@ class JobRecord:
     starts: tuple[Start, ...] = ()
     """Oldest first."""
     endings: tuple[Ending, ...] = ()
-    """One for each start that ended by itself, oldest first."""
+    """One for each attempt that ended by itself, oldest first."""
     cancelled: float | None = None
     """When `megabatch cancel` ended it: Slurm forgets at once an element of an array that never started."""
 
     def ending_of(self, start: Start) -> Ending | None:
         """None while it runs, and when it was killed."""
-        return next((ending for ending in self.endings if ending.restart == start.restart), None)
+        return next((ending for ending in self.endings if ending.attempt == start.attempt), None)
 
 
 def record_submission(run: RunDirectory, job_id: str, *, cluster: str | None = None) -> None:
@@ -73,14 +73,14 @@ def record_cancellation(run: RunDirectory, job_id: str) -> None:
 
 
 def record_start(run: RunDirectory, start: Start) -> None:
-    """Appends the line of a local start."""
-    line: dict[str, Any] = {"job_id": LOCAL, "restart": start.restart, "start": start.time, "nodes": start.nodes}
+    """Appends the line of a local attempt's start."""
+    line: dict[str, Any] = {"job_id": LOCAL, "attempt": start.attempt, "start": start.time, "nodes": start.nodes}
     _append(run, line | {"process": start.process})
 
 
 def record_ending(run: RunDirectory, ending: Ending) -> None:
-    """Appends the line of a local ending."""
-    line: dict[str, Any] = {"job_id": LOCAL, "restart": ending.restart, "exit_code": ending.exit_code}
+    """Appends the line of a local attempt's ending."""
+    line: dict[str, Any] = {"job_id": LOCAL, "attempt": ending.attempt, "exit_code": ending.exit_code}
     _append(run, line | {"time": ending.time})
 
 
@@ -93,7 +93,7 @@ def read_records(run: RunDirectory) -> list[JobRecord]:
         old = records.get(job_id) or JobRecord(job_id, _number(line, "start", _number(line, "time")))
         if "exit_code" in line:
             ending = Ending(
-                int(_number(line, "restart")),
+                int(_number(line, "attempt")),
                 int(_number(line, "exit_code")),
                 _number(line, "time"),
                 cancelled=line.get("cancelled") is True,
@@ -106,15 +106,15 @@ def read_records(run: RunDirectory) -> list[JobRecord]:
         records.pop(job_id, None)
         if "start" in line:
             words = {name: str(line.get(name) or "") for name in ("nodes", "process")}
-            start = Start(int(_number(line, "restart")), _number(line, "start"), **words)
+            start = Start(int(_number(line, "attempt")), _number(line, "start"), **words)
             records[job_id] = replace(old, starts=(*old.starts, start))
         else:
             records[job_id] = replace(old, time=_number(line, "time"), cluster=line.get("cluster"))
     return list(records.values())
 
 
-def next_restart(run: RunDirectory) -> int:
-    """The number of the run's next start; the batch script counts the same lines."""
+def next_attempt(run: RunDirectory) -> int:
+    """The number of the run's next attempt; the batch script counts the same lines."""
     return sum("start" in line for line in _lines(run))
 
 

@@ -3,7 +3,7 @@
 How a run stops: Slurm sends USR2 to the batch shell before the time limit, which forwards it to every rank through
 srun. All ranks save after the same step and exit with `ExitCode.REQUEUE`; the shell then puts the job back into the
 queue. After TERM (scancel, preemption, an operator's requeue) the ranks save too, but whether the job comes back is
-Slurm's decision. Failures that may pass put it back too, as long as the starts before them made progress.
+Slurm's decision. Failures that may pass put it back too, as long as the attempts before them made progress.
 """
 
 from __future__ import annotations

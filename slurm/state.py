@@ -43,8 +43,8 @@ class RunStatus:
     exit_code: int | None = None
     step: int | None = None
     """Optimizer steps done, from the heartbeat."""
-    restart: int | None = None
-    """Number of the run's newest start, 0 first, or of the one that it waits for."""
+    attempt: int | None = None
+    """Number of the run's newest attempt, 0 first, or of the one that it waits for."""
     heartbeat_age_s: float | None = None
     heartbeat: Mapping[str, Any] = field(default_factory=dict)
     """All that `heartbeat.json` says, of whichever job."""
@@ -84,7 +84,7 @@ def active_jobs_of(runs: Iterable[Path]) -> dict[Path, list[str]]:
 
 
 def read_heartbeat(run: RunDirectory) -> dict[str, Any]:
-    """`heartbeat.json`: `time` (seconds since the epoch), `step`, `state`, `job_id`, `restart`; empty without one."""
+    """`heartbeat.json`: `time` (seconds since the epoch), `step`, `state`, `job_id`, `attempt`; empty without one."""
     try:
         value = json.loads(run.heartbeat.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -118,7 +118,7 @@ def _from_files(run: RunDirectory, *, fresh_s: float) -> RunStatus | _Unsettled:
 
 
 def _has_ended(jobs: Sequence[JobRecord]) -> bool:
-    """Whether the run's newest start has had its last word."""
+    """Whether the run's newest attempt has had its last word."""
     return bool(jobs and jobs[-1].starts and jobs[-1].ending_of(jobs[-1].starts[-1]))
 
 
@@ -142,14 +142,14 @@ def _local(found: _Unsettled) -> RunStatus:
 
 
 def local_launcher(jobs: Sequence[JobRecord]) -> int | None:
-    """The process that runs the newest start on this machine; None when there is none, or it runs elsewhere."""
+    """The process that runs the newest attempt on this machine; None when there is none, or it runs elsewhere."""
     process = _launcher(jobs)
     number = process.split(":")[1] if process.count(":") == 2 else ""
     return int(number) if number.isdigit() and identity(int(number)) == process else None
 
 
 def _launcher(jobs: Sequence[JobRecord]) -> str:
-    """Which process runs, or ran, the newest start of a local run; empty where that is not known."""
+    """Which process runs, or ran, the newest attempt of a local run; empty where that is not known."""
     return jobs[-1].starts[-1].process if jobs and jobs[-1].job_id == LOCAL and jobs[-1].starts else ""
 
 
@@ -175,8 +175,8 @@ def _settled(found: _Unsettled, answers: Mapping[str, tuple[str, JobState]]) -> 
     source, said = answers[job.job_id]
     state = State.STOPPED if said.exit_code == ExitCode.REQUEUE and said.state is State.FAILED else said.state
     earlier = sum(len(record.starts) for record in found.jobs if record is not job)
-    restart = None if said.restarts is None else earlier + said.restarts
-    return _status(found, state, source, job=job, reason=said.reason, exit_code=said.exit_code, restart=restart)
+    attempt = None if said.restarts is None else earlier + said.restarts
+    return _status(found, state, source, job=job, reason=said.reason, exit_code=said.exit_code, attempt=attempt)
 
 
 def _from_records(found: _Unsettled) -> RunStatus:
@@ -187,7 +187,7 @@ def _from_records(found: _Unsettled) -> RunStatus:
         state = _BY_EXIT_CODE.get(ending.exit_code, State.FAILED)
         if (ending.cancelled or job.cancelled is not None) and state is not State.COMPLETED:
             state = State.CANCELLED
-        return _status(found, state, "records", exit_code=ending.exit_code, restart=ending.restart)
+        return _status(found, state, "records", exit_code=ending.exit_code, attempt=ending.attempt)
     if job.cancelled is not None:
         return _status(found, State.CANCELLED, "records")
     if (word := _last_word_of_slurm(found.run, job)) is not None:
@@ -197,11 +197,11 @@ def _from_records(found: _Unsettled) -> RunStatus:
 
 
 def _last_word_of_slurm(run: RunDirectory, job: JobRecord) -> State | None:
-    """How Slurm's daemons ended a start that could leave no ending, by the end of its batch log."""
+    """How Slurm's daemons ended an attempt that could leave no ending, by the end of its batch log."""
     try:
         with open(run.batch_log(job.job_id), "rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - _LAST_BYTES))
-            text = log.read().decode(errors="replace").rpartition("\nmegabatch: start ")[2]
+            text = log.read().decode(errors="replace").rpartition("\nmegabatch: attempt ")[2]
     except OSError:
         return None
     words = _CANCELLED.findall(text)
@@ -212,8 +212,8 @@ def _status(found: _Unsettled, state: State, source: str, *, job: JobRecord | No
     job = job or (found.jobs[-1] if found.jobs else None)
     if state is State.RUNNING and job and job.cancelled is not None:
         more["reason"] = "cancelled, still saving"
-    if more.get("restart") is None:
-        more["restart"] = job.starts[-1].restart if job and job.starts else found.beat.get("restart")
+    if more.get("attempt") is None:
+        more["attempt"] = job.starts[-1].attempt if job and job.starts else found.beat.get("attempt")
     return RunStatus(
         run=found.run.path,
         state=state,

@@ -19,7 +19,7 @@ from megabatch.errors import LaunchError
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local import run_local
-from megabatch.slurm.records import LOCAL, Start, next_restart, record_start
+from megabatch.slurm.records import LOCAL, Start, next_attempt, record_start
 from megabatch.slurm.script.inputs import inputs
 from megabatch.slurm.script.stopping import LAST_WORD
 
@@ -71,8 +71,8 @@ def fix_inputs(job: JobSpec) -> str:
     """Does what the batch script does first; returns what is missing."""
     if not job.inputs:
         return ""
-    restart = next_restart(job.files)
-    own = {"MEGABATCH_RUN": str(job.run_directory), "MEGABATCH_JOB_ID": LOCAL, "MEGABATCH_RESTART": str(restart)}
+    attempt = next_attempt(job.files)
+    own = {"MEGABATCH_RUN": str(job.run_directory), "MEGABATCH_JOB_ID": LOCAL, "MEGABATCH_ATTEMPT": str(attempt)}
     done = subprocess.run(
         ["bash", "-c", "\n".join(["set -eo pipefail", *LAST_WORD, *inputs(job)])],
         env=os.environ | own,
@@ -83,8 +83,8 @@ def fix_inputs(job: JobSpec) -> str:
     if done.returncode not in (ExitCode.DONE, ExitCode.CONFIG):
         raise LaunchError(f"{job.run_directory}: inputs cannot be named: {done.stderr.strip()}")
     if done.returncode:
-        record_start(job.files, Start(restart, time.time(), socket.gethostname()))
+        record_start(job.files, Start(attempt, time.time(), socket.gethostname()))
         job.files.logs.mkdir(parents=True, exist_ok=True)
         with open(job.files.batch_log(LOCAL), "a", encoding="utf-8") as log:
-            log.write(f"megabatch: start {restart} of job {LOCAL} on {socket.gethostname()}\n{done.stderr}")
+            log.write(f"megabatch: attempt {attempt} of job {LOCAL} on {socket.gethostname()}\n{done.stderr}")
     return done.stderr if done.returncode else ""

@@ -139,7 +139,7 @@ class StepBuilder:
             time=resources.time,
             signal_delay_s=resources.signal_delay_s,
             requeue=resources.requeue,
-            max_restarts_without_progress=resources.max_restarts_without_progress,
+            max_requeues_without_progress=resources.max_requeues_without_progress,
             hang_timeout_s=0,
             python=sys.executable,
             working_directory=Path.cwd(),

@@ -59,7 +59,7 @@ def _of_runs(commands: _Commands) -> None:
 
     why = commands.add_parser("why", help="why a run failed: the first rank, the cause, the fix, its log")
     why.add_argument("run", type=Path, metavar="RUN")
-    why.add_argument("--restart", type=int, help="which start (default: the newest that failed)")
+    why.add_argument("--attempt", type=int, help="which attempt, 0 first (default: the newest that failed)")
     why.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
     diff = commands.add_parser("diff", help="how two runs differ: configuration, environment, code, script")
@@ -76,7 +76,7 @@ def _of_runs(commands: _Commands) -> None:
     logs.add_argument("run", type=Path, metavar="RUN")
     logs.add_argument("-f", "--follow", action="store_true", help="wait for more until the run ends")
     logs.add_argument("--rank", default="0", help="which rank, or `batch` for the job script (default: 0)")
-    logs.add_argument("--restart", type=int, help="which start after a requeue (default: the newest)")
+    logs.add_argument("--attempt", type=int, help="which attempt, 0 first (default: the newest)")
 
     cancel = commands.add_parser("cancel", help="cancel runs' jobs")
     resume = commands.add_parser("resume", help="submit runs again, from their last checkpoint")
@@ -160,7 +160,7 @@ def _status(options: argparse.Namespace, _: list[str]) -> int:
 def _why(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.why import show_why
 
-    return show_why(options.run, restart=options.restart, as_json=options.json)
+    return show_why(options.run, attempt=options.attempt, as_json=options.json)
 
 
 def _diff(options: argparse.Namespace, _: list[str]) -> int:
@@ -178,7 +178,7 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
 def _logs(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.jobs import show_logs
 
-    return show_logs(options.run, rank=options.rank, restart=options.restart, follow=options.follow)
+    return show_logs(options.run, rank=options.rank, attempt=options.attempt, follow=options.follow)
 
 
 def _cancel(options: argparse.Namespace, _: list[str]) -> int:

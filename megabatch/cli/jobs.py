@@ -19,11 +19,11 @@ from megabatch.slurm.state import status
 _AT_END = (State.COMPLETED, State.NOT_SUBMITTED)
 
 
-def show_logs(path: Path, *, rank: str, restart: int | None, follow: bool) -> int:
+def show_logs(path: Path, *, rank: str, attempt: int | None, follow: bool) -> int:
     """Prints a log. Raises: LaunchError when there is none, naming those there are."""
     if rank != "batch" and not rank.isdigit():
         raise LaunchError(f"--rank={rank!r} must be a number or `batch`")
-    for line in logs(one_run(path), rank=None if rank == "batch" else int(rank), restart=restart, follow=follow):
+    for line in logs(one_run(path), rank=None if rank == "batch" else int(rank), attempt=attempt, follow=follow):
         print(line, flush=follow)
     return 0
 

@@ -55,8 +55,8 @@ def _watch(paths: Sequence[Path]) -> int:
 def _row(one: Overview) -> tuple[str, ...]:
     now = one.status
     job = now.job_id or "-"
-    if now.restart:
-        job += f" #{now.restart}"
+    if now.attempt:
+        job += f" #{now.attempt}"
     reason = _goes_on(now) or now.reason or (f"exit code {now.exit_code}" if now.exit_code else "")
     why = "; ".join(text for text in (reason, told(one.bad_nodes), *(note.told() for note in one.damaged)) if text)
     return (

@@ -16,14 +16,14 @@ LONGEST = 300
 """Characters of a shown line of a log."""
 
 
-def show_why(path: Path, *, restart: int | None, as_json: bool) -> int:
+def show_why(path: Path, *, attempt: int | None, as_json: bool) -> int:
     """Prints a diagnosis, or those of the failed runs of a sweep or a chain; secrets in log lines are masked.
 
-    Raises: LaunchError when there is no such run or start.
+    Raises: LaunchError when there is no such run or attempt.
     """
     runs, mask = all_runs([path]), Masker()
-    if len(runs) == 1 or restart is not None:
-        found = diagnose(one_run(path), restart=restart)
+    if len(runs) == 1 or attempt is not None:
+        found = diagnose(one_run(path), attempt=attempt)
         print(json.dumps(mask(found.plain()), indent=2) if as_json else mask.text(text(found)))
         return 0
     failed = [diagnose(now.run) for now in status(runs) if not now.state.active and now.state not in _WELL]
@@ -40,9 +40,9 @@ def text(found: Diagnosis) -> str:
         head += f", job {found.job_id}"
     cause = found.cause
     if cause is None:
-        return "\n".join([f"{head}; no start of it is known to have failed", *_beside(found)])
-    if found.restart is not None:
-        head += f"; its start {found.restart} failed"
+        return "\n".join([f"{head}; no attempt of it is known to have failed", *_beside(found)])
+    if found.attempt is not None:
+        head += f"; its attempt {found.attempt} failed"
     lines = [head, f"cause: {cause.title} [{cause.name}]"]
     if found.role is not None or found.rank is not None:
         who = f"rank {found.rank}" if found.role is None else f"role {found.role}"

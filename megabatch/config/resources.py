@@ -23,13 +23,13 @@ class Resources:
     mem_gib: int | None = param(None, at_least=1)
     """Host memory on each node in GiB; None leaves it to the cluster."""
     time: str = param("24:00:00")
-    """Longest wall-clock time of one incarnation of the job: `minutes`, `[days-]hours:minutes:seconds`, …"""
+    """Longest wall-clock time of one attempt of the job: `minutes`, `[days-]hours:minutes:seconds`, …"""
     signal_delay_s: int = param(90, at_least=1)
     """Seconds before that limit at which the ranks are told to save and stop; must be below `time`."""
     requeue: bool = param(True)
     """Puts the job back into the queue after it saved on a signal, after a node failed, and after failures that may
     pass: a killed rank, a lost connection, a hang. Faults with an error message of their own end it."""
-    max_restarts_without_progress: int = param(2, at_least=0)
+    max_requeues_without_progress: int = param(2, at_least=0)
     """How often in a row the job puts itself back into the queue without a newer checkpoint than when it started:
     after a crash, a lost rank, a hang, or a time limit that came too early. With progress there is no limit."""
     hang_timeout_min: float = param(30.0, at_least=0)

@@ -129,7 +129,7 @@ def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) ->
         requeue=resources.requeue,
         preflight=resources.preflight_level,
         max_bad_nodes=resources.max_bad_nodes,
-        max_restarts_without_progress=resources.max_restarts_without_progress,
+        max_requeues_without_progress=resources.max_requeues_without_progress,
         hang_timeout_s=60 * resources.hang_timeout_min,
         python=sys.executable,
         snapshot=snapshot,

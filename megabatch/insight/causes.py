@@ -1,6 +1,6 @@
 """Why runs fail: classes of failure with their fixes, and the ordered table that maps evidence to a class.
 
-The first row of `TABLE` that matches any evidence of a start names the class, so precedence is the order of the rows.
+The first row of `TABLE` that matches any evidence of an attempt names the class: precedence is the order of the rows.
 A row matches one line: of a log, or one that megabatch.insight.evidence derives from a mark, an exit code or Slurm's
 state. tests/insight/excerpts.txt holds what torch, NCCL, gloo, Slurm and others print for each row, and the source of
 each text.
@@ -16,7 +16,7 @@ class Source(enum.StrEnum):
     """Where evidence comes from."""
 
     SCRIPT = enum.auto()
-    """The batch log of this start: output of the script, srun and slurmstepd."""
+    """The batch log of this attempt: output of the script, srun and slurmstepd."""
     FIRST = enum.auto()
     """The log of the rank that failed first."""
     RANK = enum.auto()
@@ -24,7 +24,7 @@ class Source(enum.StrEnum):
     MARK = enum.auto()
     """`exit code N` of the rank that failed first."""
     SLURM = enum.auto()
-    """`STATE reason` of a job that did not start, or whose newest start left no ending."""
+    """`STATE reason` of a job that did not start, or whose newest attempt left no ending."""
     ENDING = enum.auto()
     """`exit code N` of the job, or `no ending`."""
 

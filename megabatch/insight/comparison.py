@@ -125,7 +125,7 @@ def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _versions(a: Path, b: Path) -> list[dict[str, Any]]:
-    """What rank 0 of each run's newest start had; nothing where one of the two has not started."""
+    """What rank 0 of each run's newest attempt had; nothing where one of the two has not started."""
     said = [read_heartbeat(RunDirectory(run)).get("versions") for run in (a, b)]
     both = [{f"versions.{k}": v for k, v in one.items()} for one in said if isinstance(one, dict)]
     return both if len(both) == 2 else [{}, {}]

@@ -1,7 +1,7 @@
 """Why a run failed: the rank that failed first and its node, the class of the failure, what to do, and the evidence.
 
-All evidence of one start is gathered (its ranks' logs, its part of the batch log, the mark of the rank that failed
-first, its ending, Slurm's state where it is of this start) and put to megabatch.insight.causes.TABLE: the first row
+All evidence of one attempt is gathered (its ranks' logs, its part of the batch log, the mark of the rank that failed
+first, its ending, Slurm's state where it is of this attempt) and put to megabatch.insight.causes.TABLE: the first row
 that any of it matches names the class.
 """
 
@@ -28,7 +28,7 @@ from megabatch.insight.evidence import (
     read_mark,
     search,
 )
-from megabatch.insight.goodput import Stay
+from megabatch.insight.goodput import Attempt
 from megabatch.insight.overview import bad_nodes_of, damaged_of, history, run_json
 from megabatch.insight.steps import unmet_dependency
 from megabatch.insight.tails import tail
@@ -58,8 +58,8 @@ class Diagnosis:
     run: Path
     state: State
     job_id: str | None = None
-    restart: int | None = None
-    """Number of the start that failed."""
+    attempt: int | None = None
+    """Number of the attempt that failed."""
     cause: Cause | None = None
     """None when nothing failed."""
     rank: int | None = None
@@ -89,7 +89,7 @@ class Diagnosis:
             "run": str(self.run),
             "state": self.state.value,
             "job_id": self.job_id,
-            "restart": self.restart,
+            "attempt": self.attempt,
             "class": cause.name if cause else None,
             "title": cause.title if cause else None,
             "fix": cause.fix if cause else None,
@@ -107,21 +107,21 @@ class Diagnosis:
         }
 
 
-def diagnose(run: Path, *, restart: int | None = None) -> Diagnosis:
-    """Why the run failed: its newest start that did, or the one with that number.
+def diagnose(run: Path, *, attempt: int | None = None) -> Diagnosis:
+    """Why the run failed: its newest attempt that did, or the one with that number.
 
-    Raises: LaunchError when there is no such start.
+    Raises: LaunchError when there is no such attempt.
     """
     found = status([run])[0]
     held = history(found)
-    stay = _failed_start(found, held, restart=restart)
+    failed = _failed_attempt(found, held, number=attempt)
     base = Diagnosis(run=run, state=found.state, job_id=found.job_id)
-    if stay is None:
-        return _with_notes(_without_start(base, found))
-    base = replace(base, job_id=stay.job_id, restart=stay.restart, exit_code=stay.exit_code)
-    if stay.exit_code in _ENDED_WELL:
+    if failed is None:
+        return _with_notes(_without_attempt(base, found))
+    base = replace(base, job_id=failed.job_id, attempt=failed.number, exit_code=failed.exit_code)
+    if failed.exit_code in _ENDED_WELL:
         return _with_notes(base)
-    return _with_notes(_of_start(base, found, stay, newest=stay is held[-1]))
+    return _with_notes(_of_attempt(base, found, failed, newest=failed is held[-1]))
 
 
 def _with_notes(base: Diagnosis) -> Diagnosis:
@@ -129,28 +129,29 @@ def _with_notes(base: Diagnosis) -> Diagnosis:
     return replace(base, bad_nodes=bad_nodes_of(run, base.job_id), damaged=damaged_of(run))
 
 
-def _failed_start(found: RunStatus, held: Sequence[Stay], *, restart: int | None) -> Stay | None:
-    if restart is not None:
-        chosen = [stay for stay in held if stay.restart == restart]
+def _failed_attempt(found: RunStatus, held: Sequence[Attempt], *, number: int | None) -> Attempt | None:
+    if number is not None:
+        chosen = [attempt for attempt in held if attempt.number == number]
         if not chosen:
-            raise LaunchError(f"{found.run}: no start {restart}; there are {', '.join(str(s.restart) for s in held)}")
+            there = ", ".join(str(attempt.number) for attempt in held)
+            raise LaunchError(f"{found.run}: no attempt {number}; there are {there}")
         return chosen[-1]
     if found.state is State.COMPLETED or not held or _ends_its_job_alone(found, held[-1]):
         return None
     ended = held[:-1] if found.state is State.RUNNING else held
-    failed = [stay for stay in ended if stay.exit_code not in _ENDED_WELL]
+    failed = [attempt for attempt in ended if attempt.exit_code not in _ENDED_WELL]
     return failed[-1] if failed else None
 
 
-def _ends_its_job_alone(found: RunStatus, newest: Stay) -> bool:
-    """Whether the job's state is news, not of its newest start: that ended well, or belongs to an earlier job."""
+def _ends_its_job_alone(found: RunStatus, newest: Attempt) -> bool:
+    """Whether the job's state is news, not of its newest attempt: that ended well, or belongs to an earlier job."""
     ended = found.state in (State.CANCELLED, State.FAILED, State.NODE_FAIL, State.TIMEOUT, State.LOST)
     never = found.state is State.PENDING and found.reason.startswith("Dependency")
     return never or (ended and (newest.exit_code in _ENDED_WELL or newest.job_id != found.job_id))
 
 
-def _without_start(base: Diagnosis, found: RunStatus) -> Diagnosis:
-    """A run, or its newest job, of which no start is known to have failed."""
+def _without_attempt(base: Diagnosis, found: RunStatus) -> Diagnosis:
+    """A run, or its newest job, of which no attempt is known to have failed."""
     unmet = unmet_dependency(base.run) if found.state is State.LOST else ""
     evidence = [of_slurm(found.state, unmet or found.reason, shown=unmet or _word_of(found))]
     if found.state is State.FAILED and found.exit_code not in _ENDED_WELL:
@@ -165,22 +166,22 @@ def _without_start(base: Diagnosis, found: RunStatus) -> Diagnosis:
     return _with_end(result, finding.log, finding.line)
 
 
-def _of_start(base: Diagnosis, found: RunStatus, stay: Stay, *, newest: bool) -> Diagnosis:
+def _of_attempt(base: Diagnosis, found: RunStatus, attempt: Attempt, *, newest: bool) -> Diagnosis:
     run = RunDirectory(base.run)
-    mark = read_mark(run, stay.job_id, stay.restart)
-    logs = {log.rank: log.path for log in rank_logs(base.run) if log.restart == stay.restart}
+    mark = read_mark(run, attempt.job_id, attempt.number)
+    logs = {log.rank: log.path for log in rank_logs(base.run) if log.attempt == attempt.number}
     of_logs = list(of_ranks(logs, mark))
-    others = [of_script(log, stay.restart) for log in _script_logs(base)]
-    others.append(of_ending(stay.exit_code))
-    # a start that left an ending says itself what it came to; what Slurm says then may be of what was done afterwards
-    if newest and stay.job_id == found.job_id and (stay.exit_code is None or found.state is State.OUT_OF_MEMORY):
+    others = [of_script(log, attempt.number) for log in _script_logs(base)]
+    others.append(of_ending(attempt.exit_code))
+    # an attempt that left an ending says itself how it ended; Slurm's word may be of what was done afterwards
+    if newest and attempt.job_id == found.job_id and (attempt.exit_code is None or found.state is State.OUT_OF_MEMORY):
         others.append(of_slurm(found.state, found.reason, shown=_word_of(found)))
     finding = believed(itertools.chain(of_logs, *others), mark)
     assert finding is not None, "every ending, or its lack, has a row"
     result = replace(base, cause=finding.cause, evidence=finding.text, followers=_followers(of_logs, finding))
     if role := _ROLE.match(finding.text):
         return _of_role(result, role, finding)
-    return _of_rank(result, finding, mark, logs, nodes=stay.nodes)
+    return _of_rank(result, finding, mark, logs, nodes=attempt.nodes)
 
 
 def _word_of(found: RunStatus) -> str:
@@ -202,7 +203,7 @@ def _followers(found: Iterable[Finding], blamed: Finding) -> tuple[int, ...]:
 
 def _of_role(result: Diagnosis, role: re.Match[str], finding: Finding) -> Diagnosis:
     """A server's failure: its name, node and log, and what that log names."""
-    log = RunDirectory(result.run).logs / f"{role['name']}_{role['task']}.{result.restart}.log"
+    log = RunDirectory(result.run).logs / f"{role['name']}_{role['task']}.{result.attempt}.log"
     named = search(tail(log, SEARCHED_BYTES).decode(errors="replace"), (Source.RANK,))
     code = _CODE.search(role["what"])
     result = replace(

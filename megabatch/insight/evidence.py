@@ -1,4 +1,4 @@
-"""The evidence that the files of a start hold: lines of logs, the mark of the rank that failed first, the ending."""
+"""The evidence in an attempt's files: lines of logs, the mark of the rank that failed first, the ending."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megabatch.run_directory import RunDirectory
 SEARCHED_BYTES = 2**19
 """Of the end of each rank's log."""
 SCRIPT_BYTES = 2**24
-"""Of the end of a batch log, which holds all starts of its job."""
-START = "megabatch: start {restart} of job "
-"""Begins what a start wrote to the batch log."""
-_ANY_START = re.compile(rb"^megabatch: start (\d+) of job ", re.MULTILINE)
+"""Of the end of a batch log, which holds all attempts of its job."""
+BEGINNING = "megabatch: attempt {attempt} of job "
+"""Begins what an attempt wrote to the batch log."""
+_ANY_BEGINNING = re.compile(rb"^megabatch: attempt (\d+) of job ", re.MULTILINE)
 _ENDED = re.compile(r"^megabatch: (rank \d+ on \S+ failed first|no rank had a word)", re.MULTILINE)
 _ORDINARY = re.compile(r"[\d-]+ [\d:,]+ rank \d+ (INFO|DEBUG) ")
 """Most lines of a long log, in the trainer's format."""
@@ -62,10 +62,10 @@ class Finding:
         return self.cause.name in CONSEQUENCES
 
 
-def read_mark(run: RunDirectory, job_id: str, restart: int) -> Mark | None:
+def read_mark(run: RunDirectory, job_id: str, attempt: int) -> Mark | None:
     """`RANK CODE NODE`, as the batch script and the local launcher write it."""
     try:
-        words = run.mark("failed", job_id, restart).read_text(encoding="utf-8").split()
+        words = run.mark("failed", job_id, attempt).read_text(encoding="utf-8").split()
         return Mark(int(words[0]), int(words[1]), words[2] if len(words) > 2 else "")
     except (OSError, ValueError, IndexError):
         return None
@@ -86,9 +86,9 @@ def of_ranks(logs: Mapping[int, Path], mark: Mark | None) -> Iterator[Finding]:
         yield from _stated(Source.MARK, code, shown=code + signal, rank=mark.rank)
 
 
-def of_script(log: Path, restart: int | None) -> Iterator[Finding]:
-    """What the batch log says of that start; of all that it holds where it begins none."""
-    lines_before, text = _section(tail(log, SCRIPT_BYTES), restart)
+def of_script(log: Path, attempt: int | None) -> Iterator[Finding]:
+    """What the batch log says of that attempt; of all that it holds where it begins none."""
+    lines_before, text = _section(tail(log, SCRIPT_BYTES), attempt)
     found = search(_without_own_requeue(text.decode(errors="replace")), (Source.SCRIPT,))
     if found is not None:
         row, line, number = found
@@ -101,7 +101,7 @@ def of_slurm(state: str, reason: str, *, shown: str) -> Iterator[Finding]:
 
 
 def of_ending(exit_code: int | None) -> Iterator[Finding]:
-    """The code that a start ended with; None when it left none."""
+    """The code that an attempt ended with; None when it left none."""
     if exit_code is None:
         lost = "it left no word: killed from outside, or its node died"
         yield from _stated(Source.ENDING, "no ending", shown=lost)
@@ -150,13 +150,13 @@ def _without_own_requeue(text: str) -> str:
     return text if ended is None else text[: ended.end()] + text[ended.end() :].replace("DUE TO JOB REQUEUE", "")
 
 
-def _section(text: bytes, restart: int | None) -> tuple[int, bytes]:
-    """What one start wrote to a batch log, and the number of lines before it."""
-    starts = list(_ANY_START.finditer(text))
-    if not starts or restart is None:
+def _section(text: bytes, attempt: int | None) -> tuple[int, bytes]:
+    """What one attempt wrote to a batch log, and the number of lines before it."""
+    beginnings = list(_ANY_BEGINNING.finditer(text))
+    if not beginnings or attempt is None:
         return 0, text
-    for start, following in zip(starts, [*starts[1:], None], strict=True):
-        if int(start[1]) == restart:
+    for beginning, following in zip(beginnings, [*beginnings[1:], None], strict=True):
+        if int(beginning[1]) == attempt:
             end = len(text) if following is None else following.start()
-            return text.count(b"\n", 0, start.start()), text[start.start() : end]
+            return text.count(b"\n", 0, beginning.start()), text[beginning.start() : end]
     return 0, b""

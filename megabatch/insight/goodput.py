@@ -20,11 +20,12 @@ from megabatch.slurm.records import JobRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Stay:
-    """One start of a run and the time that it held its nodes."""
+class Attempt:
+    """One attempt of a run and the time for which it held its nodes."""
 
     job_id: str
-    restart: int
+    number: int
+    """Among the run's attempts, 0 first."""
     nodes: str
     start: float
     """Seconds since the epoch."""
@@ -34,13 +35,13 @@ class Stay:
     """None for one that runs or was killed."""
 
 
-def stays(
+def attempts(
     jobs: Sequence[JobRecord], *, last_sign: Callable[[int], float], running: bool, now: float | None = None
-) -> list[Stay]:
-    """Every start of a run, oldest first.
+) -> list[Attempt]:
+    """Every attempt of a run, oldest first.
 
-    Args: `last_sign`: when the start with that number was last heard of, asked where it left no word; `running`:
-    whether the newest start still holds its nodes.
+    Args: `last_sign`: when the attempt with that number was last heard of, asked where it left no word; `running`:
+    whether the newest attempt still holds its nodes.
     """
     now = time.time() if now is None else now
     starts = sorted(((start, job) for job in jobs for start in job.starts), key=lambda pair: pair[0].time)
@@ -50,21 +51,21 @@ def stays(
         if ending is not None:
             end = ending.time
         elif newest:
-            end = now if running else last_sign(start.restart)
+            end = now if running else last_sign(start.attempt)
         else:
             # killed, and started again: it held its nodes until then at the latest
-            end = min(starts[index + 1][0].time, last_sign(start.restart))
+            end = min(starts[index + 1][0].time, last_sign(start.attempt))
         code = None if ending is None else ending.exit_code
-        found.append(Stay(job.job_id, start.restart, start.nodes, start.time, max(end, start.time), code))
+        found.append(Attempt(job.job_id, start.attempt, start.nodes, start.time, max(end, start.time), code))
     return found
 
 
-def allocated_s(held: Sequence[Stay]) -> float:
+def allocated_s(held: Sequence[Attempt]) -> float:
     """Seconds for which the run held its nodes."""
-    return sum(stay.end - stay.start for stay in held)
+    return sum(attempt.end - attempt.start for attempt in held)
 
 
-def goodput(step: Mapping[str, Any], held: Sequence[Stay]) -> float | None:
+def goodput(step: Mapping[str, Any], held: Sequence[Attempt]) -> float | None:
     """The ratio above, between 0 and 1; None before the first step. `step` is the newest line of `metrics.jsonl`."""
     useful, allocated = step.get("trained_s"), allocated_s(held)
     if not isinstance(useful, int | float) or allocated <= 0:
@@ -72,11 +73,11 @@ def goodput(step: Mapping[str, Any], held: Sequence[Stay]) -> float | None:
     return min(1.0, useful / allocated)
 
 
-def remaining_s(step: Mapping[str, Any], *, train_iters: int, held: Sequence[Stay]) -> float | None:
+def remaining_s(step: Mapping[str, Any], *, train_iters: int, held: Sequence[Attempt]) -> float | None:
     """Seconds until the last step, across requeues: None before the first step.
 
-    The steps that are left at the recent pace; for a run that was started more than once, times what an hour of steps
-    has cost it so far: waiting, starting and lost steps between its first start and now.
+    The steps that are left at the recent pace; for a run of several attempts, times what an hour of steps has cost it
+    so far: waiting, starting and lost steps between its first attempt and now.
     """
     left, done, pace = step.get("eta_s"), step.get("step"), step.get("trained_s")
     if not isinstance(left, int | float) or not isinstance(done, int) or not isinstance(pace, int | float):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabatch.insight.goodput import Stay, allocated_s, goodput, remaining_s, stays
+from megabatch.insight.goodput import Attempt, allocated_s, attempts, goodput, remaining_s
 from megabatch.insight.tails import last_step
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.history import SetAside, notes
@@ -36,11 +36,11 @@ class Overview:
     """GPUs that the run is given; its ranks where it has none."""
     allocated_gpu_h: float | None
     """GPU-hours held so far."""
-    starts: int
+    attempts: int
     bad_nodes: tuple[BadNode, ...]
     """What the preflight of its newest job found."""
     damaged: tuple[SetAside, ...] = ()
-    """Checkpoints that a start found damaged and set aside, as long as their folders are there."""
+    """Checkpoints that an attempt found damaged and set aside, as long as their folders are there."""
 
     def plain(self) -> dict[str, object]:
         """For JSON: the keys that docs/knowing.md lists."""
@@ -52,8 +52,8 @@ class Overview:
             "source": now.source,
             "reason": now.reason,
             "job_id": now.job_id,
-            "restart": now.restart,
-            "starts": self.starts,
+            "attempt": now.attempt,
+            "attempts": self.attempts,
             "exit_code": now.exit_code,
             "step": self.step,
             "train_iters": self.train_iters,
@@ -83,11 +83,11 @@ def run_json(run: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def history(found: RunStatus) -> list[Stay]:
-    """The run's starts and how long they held their nodes; one that was killed, until rank 0 last wrote to its log."""
+def history(found: RunStatus) -> list[Attempt]:
+    """The run's attempts and how long they held their nodes: a killed one, until rank 0 last wrote to its log."""
     run = RunDirectory(found.run)
     running = found.state is State.RUNNING
-    return stays(found.jobs, last_sign=lambda restart: _changed(run.rank_log(0, restart)), running=running)
+    return attempts(found.jobs, last_sign=lambda attempt: _changed(run.rank_log(0, attempt)), running=running)
 
 
 def _overview(found: RunStatus) -> Overview:
@@ -110,7 +110,7 @@ def _overview(found: RunStatus) -> Overview:
         goodput=goodput(step, held),
         gpus=gpus,
         allocated_gpu_h=allocated * gpus / 3600 if held and gpus else None,
-        starts=len(held),
+        attempts=len(held),
         bad_nodes=bad_nodes_of(directory, found.job_id),
         damaged=damaged_of(directory),
     )

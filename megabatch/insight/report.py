@@ -15,7 +15,7 @@ from megabatch.insight.chart import Bar, Series, line_chart, timeline
 from megabatch.insight.comparison import flat
 from megabatch.insight.curves import Point, curve, final_history
 from megabatch.insight.diagnosis import Diagnosis, diagnose
-from megabatch.insight.goodput import Stay
+from megabatch.insight.goodput import Attempt
 from megabatch.insight.masking import Masker
 from megabatch.insight.overview import Overview, history, overview, run_json
 from megabatch.run_directory import ExitCode, RunDirectory
@@ -39,7 +39,7 @@ class _Run:
 
     overview: Overview
     config: Mapping[str, Any]
-    stays: list[Stay]
+    attempts: list[Attempt]
     curves: Mapping[str, list[Point]]
     evaluation: list[Point]
     diagnosis: Diagnosis | None
@@ -72,7 +72,7 @@ def _read(one: Overview) -> _Run:
     return _Run(
         overview=one,
         config=run_json(run.path),
-        stays=history(one.status),
+        attempts=history(one.status),
         curves={name: curve(train, name) for name, _ in _CHARTS},
         evaluation=curve(evaluations, "eval_loss"),
         diagnosis=diagnose(run.path) if failed else None,
@@ -97,10 +97,10 @@ def _progress(found: Sequence[_Run]) -> str:
             "-" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}",
             "-" if one.goodput is None else f"{one.goodput:.1%}",
             "-" if one.allocated_gpu_h is None else f"{one.allocated_gpu_h:,.2f}",
-            str(one.starts),
+            str(one.attempts),
             str(one.status.run),
         ))  # fmt: skip
-    header = ("", "State", "Step", "Loss", "Validation loss", "Tokens/s", "Goodput", "GPU-hours", "Starts", "Folder")
+    header = ("", "State", "Step", "Loss", "Validation loss", "Tokens/s", "Goodput", "GPU-hours", "Attempts", "Folder")
     return page.table(header, rows, caption="Progress of each run")
 
 
@@ -123,9 +123,9 @@ def _numbered(found: Sequence[_Run], labels: Sequence[str]) -> list[tuple[int, t
 
 def _timeline(found: Sequence[_Run], labels: Sequence[str]) -> str:
     bars = [
-        Bar(index, stay.start, stay.end, _outcome(stay, run), _said(stay, run, index))
+        Bar(index, attempt.start, attempt.end, _outcome(attempt, run), _said(attempt, run, index))
         for index, run in enumerate(found)
-        for stay in run.stays
+        for attempt in run.attempts
     ]
     rows = [
         (
@@ -138,25 +138,25 @@ def _timeline(found: Sequence[_Run], labels: Sequence[str]) -> str:
     ]
     if not bars:
         return ""
-    title = "Hours since the first start; one row for each run"
-    listed = page.table(("Run", "From", "For", "Start"), rows, caption="Every start of each run")
+    title = "Hours since the first attempt; one row for each run"
+    listed = page.table(("Run", "From", "For", "Attempt"), rows, caption="Every attempt of each run")
     return (
         page.figure(title, timeline(labels, bars, title=title))
-        + f"<details><summary>All starts</summary>{listed}</details>"
+        + f"<details><summary>All attempts</summary>{listed}</details>"
     )
 
 
-def _outcome(stay: Stay, run: _Run) -> str:
-    if stay.exit_code is None:
-        newest = stay is run.stays[-1]
+def _outcome(attempt: Attempt, run: _Run) -> str:
+    if attempt.exit_code is None:
+        newest = attempt is run.attempts[-1]
         return "running" if newest and run.overview.status.state is State.RUNNING else "failed"
-    return {ExitCode.DONE.value: "done", ExitCode.REQUEUE.value: "saved"}.get(stay.exit_code, "failed")
+    return {ExitCode.DONE.value: "done", ExitCode.REQUEUE.value: "saved"}.get(attempt.exit_code, "failed")
 
 
-def _said(stay: Stay, run: _Run, index: int) -> str:
-    how = {"done": "done", "saved": "saved and stopped", "running": "runs"}.get(_outcome(stay, run))
-    how = how or (f"exit code {stay.exit_code}" if stay.exit_code is not None else "killed")
-    return f"run {index + 1}, start {stay.restart}, job {stay.job_id} on {stay.nodes or '?'}: {how}"
+def _said(attempt: Attempt, run: _Run, index: int) -> str:
+    how = {"done": "done", "saved": "saved and stopped", "running": "runs"}.get(_outcome(attempt, run))
+    how = how or (f"exit code {attempt.exit_code}" if attempt.exit_code is not None else "killed")
+    return f"run {index + 1}, attempt {attempt.number}, job {attempt.job_id} on {attempt.nodes or '?'}: {how}"
 
 
 def _layouts(found: Sequence[_Run]) -> str:
@@ -189,8 +189,8 @@ def _failure(run: _Run, label: str, mask: Masker) -> str:
     if why is None or why.cause is None:
         return ""
     place = "" if why.rank is None else f" First: rank {why.rank}{f' on {why.node}' if why.node else ''}."
-    start = "" if why.restart is None else f"start {why.restart}: "
-    said = page.paragraph(mask.text(f"{start}{why.cause.title} [{why.cause.name}].{place}"))
+    attempt = "" if why.attempt is None else f"attempt {why.attempt}: "
+    said = page.paragraph(mask.text(f"{attempt}{why.cause.title} [{why.cause.name}].{place}"))
     said += page.lines([mask.text(why.evidence)] if why.evidence else [])
     said += page.paragraph(f"Fix: {why.cause.fix}")
     if why.last_lines and why.log is not None:

@@ -81,7 +81,7 @@ class Candidates:
 
 
 def candidates(run: RunDirectory) -> Candidates:
-    """What a start of this run may go on from."""
+    """What an attempt of this run may go on from."""
     found, latest = checkpoints(run), named_by_latest(run)
     later = tuple(path for path in found if latest is not None and step_of(path) > step_of(latest))
     return Candidates(tuple(path for path in found if path not in later and _may_be_resumed(path)), later)

@@ -27,10 +27,10 @@ class Heartbeat:
     """Written by the main rank when something got done, never by a clock: while it stays the same, the run hangs."""
 
     def __init__(self, run: RunDirectory, place: Place) -> None:
-        self.path, self.restart, self.is_main = run.heartbeat, place.restart, place.rank == 0
+        self.path, self.attempt, self.is_main = run.heartbeat, place.attempt, place.rank == 0
         self._beat_at = 0.0
         # of an array's element this is `123_4`, as in jobs.jsonl; ranks without Slurm belong to no job
-        self._start = {"job_id": os.environ.get("MEGABATCH_JOB_ID"), "restart": self.restart, "versions": versions()}
+        self._start = {"job_id": os.environ.get("MEGABATCH_JOB_ID"), "attempt": self.attempt, "versions": versions()}
 
     def beat(self, state: str, *, force: bool = False, **shown: Any) -> None:
         """`starting` (until the first step is done), `running`, `saving`, `stopped`, `failed` or `done`.

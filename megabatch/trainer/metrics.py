@@ -66,7 +66,7 @@ class Metrics:
     ) -> None:
         self.run, self.settings, self.is_main = run, settings, place.rank == 0
         self.world_size, self.shape, self.mean_length = place.world_size, shape, mean_length
-        self.train_iters, self.step, self.restart = train_iters, first_step, place.restart
+        self.train_iters, self.step, self.attempt = train_iters, first_step, place.attempt
         self.recent: deque[tuple[float, int]] = deque(maxlen=50)
         self._heart = Heartbeat(run, place)
         self._last: dict[str, Any] = {}
@@ -123,7 +123,7 @@ class Metrics:
         if not self.is_main:
             return
         values = {"step": step, "eval_loss": loss.value, "eval_loss_sum": loss.total, "eval_loss_count": loss.count}
-        self._write({"kind": "eval", **values, "seconds": seconds, "restart": self.restart})
+        self._write({"kind": "eval", **values, "seconds": seconds, "attempt": self.attempt})
         with self._explained(self._board.log_dir):
             self._board.add_scalar("eval/loss", loss.value, step)
             if self.settings.log_validation_ppl_to_tensorboard:
@@ -158,7 +158,7 @@ class Metrics:
             "tokens_per_s": rate,
             "eta_s": (self.train_iters - record.step) * seconds / len(self.recent),
             "memory_gib": _memory_gib(),
-            "restart": self.restart,
+            "attempt": self.attempt,
             **record.extra,
         }
         flops = training_flops(self.shape, tokens=record.tokens, mean_length=self.mean_length)
@@ -170,7 +170,7 @@ class Metrics:
         return values
 
     def _to_board(self, values: Mapping[str, Any], step: int) -> None:
-        skipped = {"step", "restart", "loss_sum", "loss_count"}
+        skipped = {"step", "attempt", "loss_sum", "loss_count"}
         if self.settings.no_log_learning_rate_to_tensorboard:
             skipped.add("learning_rate")
         if not self.settings.log_memory_to_tensorboard:

@@ -35,8 +35,8 @@ class Place:
     rank: int
     world_size: int
     local_rank: int
-    restart: int
-    """Number of this start of the run, 0 first."""
+    attempt: int
+    """Number of this attempt of the run, 0 first."""
 
     @staticmethod
     def from_environment() -> Place:
@@ -45,7 +45,7 @@ class Place:
                 rank=int(os.environ["RANK"]),
                 world_size=int(os.environ["WORLD_SIZE"]),
                 local_rank=int(os.environ["LOCAL_RANK"]),
-                restart=int(os.environ.get("MEGABATCH_RESTART", "0")),
+                attempt=int(os.environ.get("MEGABATCH_ATTEMPT", "0")),
             )
         except KeyError as e:
             raise LaunchError(

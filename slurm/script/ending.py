@@ -23,7 +23,7 @@ def finish(job: JobSpec) -> list[str]:
         'elif [ "$status" -ne 0 ] && read -r rank code node 2>/dev/null <"$MEGABATCH_FAILED" &&',
         '    [ -n "$node" ]; then',
         "    status=$code",
-        '    log="logs/rank_$rank.$MEGABATCH_RESTART.log"',
+        '    log="logs/rank_$rank.$MEGABATCH_ATTEMPT.log"',
         '    echo "megabatch: rank $rank on $node failed first, with exit code $status: $log"',
         "    # crashes, hangs and deaths by a signal; what has an error message of its own would only come again",
         f'    case "$status" in {MAY_PASS}) may_pass=1 ;; esac',
@@ -49,19 +49,19 @@ def finish(job: JobSpec) -> list[str]:
 
 
 def _requeue(job: JobSpec) -> list[str]:
-    """Where it may help, unless the job starts over and over without getting anywhere."""
+    """Where it may help, unless one attempt follows the other without getting anywhere."""
     resume = f"megabatch resume {shell(str(job.run_directory))}"
-    allowed = job.max_restarts_without_progress
+    allowed = job.max_requeues_without_progress
     return [
-        "# after TERM, and once Slurm gave this start up for another, it is decided whether the job comes back",
+        "# after TERM, and once Slurm gave this attempt up for another, it is decided whether the job comes back",
         "still_ours() {",
         '    job_now=$(patiently scontrol --oneliner show job "$MEGABATCH_JOB_ID") &&',
         '        [[ "$job_now " = *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]',
         "}",
         'if [ -n "$may_pass" ] && [ "$stop" != TERM ] && ! still_ours; then',
-        '    echo "megabatch: not requeued: Slurm has given this start up for another, or does not answer" >&2',
+        '    echo "megabatch: not requeued: Slurm has given this attempt up for another, or does not answer" >&2',
         'elif [ -n "$may_pass" ] && [ "$stop" != TERM ]; then',
-        "    # starts in a row that ended with the checkpoint they began with; `megabatch resume` counts anew",
+        "    # attempts in a row that ended with the checkpoint they began with; `megabatch resume` counts anew",
         "    fruitless=0 count=$MEGABATCH_RUN/logs/fruitless.$MEGABATCH_JOB_ID newest=$(newest_checkpoint)",
         '    if [ "$newest" = "$began_with" ]; then',
         '        read -r fruitless 2>/dev/null <"$count" || true',
@@ -70,7 +70,7 @@ def _requeue(job: JobSpec) -> list[str]:
         "        fruitless=$((10#$fruitless + 1))",
         "    fi",
         f'    if [ "$fruitless" -gt {allowed} ]; then',
-        '        echo "megabatch: not requeued: $fruitless starts in a row ended without a checkpoint newer than'
+        '        echo "megabatch: not requeued: $fruitless attempts in a row ended without a checkpoint newer than'
         ' ${newest:-none}" >&2',
         '    elif ! echo "$fruitless" >"$count"; then',
         '        echo "megabatch: not requeued: $count cannot be written" >&2',

@@ -1,4 +1,4 @@
-"""What a job reads of earlier jobs: named at its first start, and looked for at each."""
+"""What a job reads of earlier jobs: named at its first attempt, and looked for at each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def inputs(job: JobSpec) -> list[str]:
 
 
 _MISSING = f"""\
-# what this job reads of earlier ones; a checkpoint is chosen once, at the first start
+# what this job reads of earlier ones; a checkpoint is chosen once, at the first attempt
 missing_input() {{
     echo "megabatch: input missing: $1" >&2
     record_ending {ExitCode.CONFIG}

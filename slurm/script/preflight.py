@@ -29,7 +29,7 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
     words = " ".join(_step(job, profile))
     return [
         *_LEAVE_OUT,
-        'preflight="$MEGABATCH_RUN/logs/preflight.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART" verdict= bad=',
+        'preflight="$MEGABATCH_RUN/logs/preflight.$MEGABATCH_JOB_ID.$MEGABATCH_ATTEMPT" verdict= bad=',
         "export MEGABATCH_NODES=\"${nodes//$'\\n'/ }\"",
         'if [ -z "$stop" ]; then',
         "    # a request to stop meanwhile is acted on after it, before any rank starts",
@@ -98,7 +98,7 @@ blame_first_node() {
     if [ "${before:-0}" -ge "$1" ]; then verdict=fail excluded=false; fi
     echo "megabatch: preflight: $bad: answer: none (the first node answers the others)"
     {
-        printf '{"time": %d, "job_id": "%s", "restart": %d, ' "$EPOCHSECONDS" "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART"
+        printf '{"time": %d, "job_id": "%s", "attempt": %d, ' "$EPOCHSECONDS" "$MEGABATCH_JOB_ID" "$MEGABATCH_ATTEMPT"
         printf '"node": "%s", "check": "answer", "value": "none", "rule": "the first node answers the others", ' "$bad"
         printf '"excluded": %s}\\n' "$excluded"
     } >>"$MEGABATCH_RUN/bad_nodes.jsonl"

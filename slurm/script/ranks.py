@@ -30,7 +30,7 @@ def rank_script(variables: list[Variable]) -> list[str]:
         "trap : TERM",
         *WRITE_ONCE.splitlines(),
         'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"',
-        'exec >>"$MEGABATCH_RUN/logs/rank_$RANK.$MEGABATCH_RESTART.log" 2>&1',
+        'exec >>"$MEGABATCH_RUN/logs/rank_$RANK.$MEGABATCH_ATTEMPT.log" 2>&1',
         *(cache if caches else []),
         "status=0",
         f'{USE} && "$@" || status=$?',

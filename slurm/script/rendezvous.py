@@ -16,7 +16,7 @@ read -r ephemeral_first ephemeral_last </proc/sys/net/ipv4/ip_local_port_range
 first=15000 last=$((ephemeral_first - 1))
 if ((last - first < 1000)); then first=$((ephemeral_last + 1)) last=65535; fi
 if ((last - first < 1000)); then first=15000 last=32767; fi
-MASTER_PORT=$((first + (SLURM_JOB_ID * 4099 + MEGABATCH_RESTART * 257) % (last - first + 1)))
+MASTER_PORT=$((first + (SLURM_JOB_ID * 4099 + MEGABATCH_ATTEMPT * 257) % (last - first + 1)))
 for _ in {1..64}; do
     if ! (: </dev/tcp/127.0.0.1/"$MASTER_PORT") 2>/dev/null; then break; fi
     MASTER_PORT=$((MASTER_PORT < last ? MASTER_PORT + 1 : first))

@@ -88,12 +88,12 @@ address_of() {
     known=${known#*NodeAddr=}
     echo "${known%%[[:space:]]*}"
 }
-role_place() { echo "$MEGABATCH_RUN/logs/$1_$2.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART"; }
+role_place() { echo "$MEGABATCH_RUN/logs/$1_$2.$MEGABATCH_JOB_ID.$MEGABATCH_ATTEMPT"; }
 # name, task, what happened, exit code: the job will have failed of this server
 role_fails() {
     local name=$1 task=$2 node port log
     read -r node port 2>/dev/null <"$(role_place "$name" "$task")" || true
-    log="logs/${name}_$task.$MEGABATCH_RESTART.log"
+    log="logs/${name}_$task.$MEGABATCH_ATTEMPT.log"
     echo "megabatch: role $name, task $task${node:+ on $node} $3: $log"
     tail -n LAST_LINES -- "$MEGABATCH_RUN/$log" 2>/dev/null | sed 's/^/    /' || true
     role_failed=$4
@@ -181,7 +181,7 @@ end_roles() {
             read -rt 0.2 -u "$role_tick" || true
         done
     done
-    rm -f -- "$MEGABATCH_RUN"/logs/*_*."$MEGABATCH_JOB_ID.$MEGABATCH_RESTART"
+    rm -f -- "$MEGABATCH_RUN"/logs/*_*."$MEGABATCH_JOB_ID.$MEGABATCH_ATTEMPT"
     if [ -n "$role_failed" ]; then
         status=$role_failed
         rm -f -- "$MEGABATCH_STOPPED" "$MEGABATCH_FAILED"
@@ -203,18 +203,18 @@ trap '' USR1
 trap 'asked=1; if [ -n "$server" ]; then kill -TERM "$server"; fi' USR2
 trap : TERM
 place="$MEGABATCH_RUN/logs/${MEGABATCH_ROLE}_"
-exec >>"$place$SLURM_PROCID.$MEGABATCH_RESTART.log" 2>&1
+exec >>"$place$SLURM_PROCID.$MEGABATCH_ATTEMPT.log" 2>&1
 # libraries take these for their own
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 read -r first last <<<"$MEGABATCH_ROLE_PORTS"
-port=$((SLURM_JOB_ID * 4099 + MEGABATCH_RESTART * 257 + (SLURM_STEP_ID + 1) * 521 + SLURM_PROCID * 37))
+port=$((SLURM_JOB_ID * 4099 + MEGABATCH_ATTEMPT * 257 + (SLURM_STEP_ID + 1) * 521 + SLURM_PROCID * 37))
 port=$((first + port % (last - first + 1)))
 for _ in {1..64}; do
     if ! (: </dev/tcp/127.0.0.1/"$port") 2>/dev/null; then break; fi
     port=$((port < last ? port + 1 : first))
 done
 export MEGABATCH_ROLE_PORT=$port MEGABATCH_ROLE_TASK=$SLURM_PROCID
-id=$MEGABATCH_JOB_ID.$MEGABATCH_RESTART
+id=$MEGABATCH_JOB_ID.$MEGABATCH_ATTEMPT
 echo "$SLURMD_NODENAME $port" >"$place$SLURM_PROCID.$id.new"
 mv -- "$place$SLURM_PROCID.$id.new" "$place$SLURM_PROCID.$id"
 status=0

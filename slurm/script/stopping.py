@@ -48,12 +48,12 @@ _MARKS = {
 }
 
 LAST_WORD = f"""\
-# exit code, more keys: how this start ended, once, however the script ends
+# exit code, more keys: how this attempt ended, once, however the script ends
 recorded=
 record_ending() {{
     recorded=1
-    printf '{{"job_id": "%s", "restart": %d, "exit_code": %d, "time": %d%s}}\\n' \\
-        "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$1" "$EPOCHSECONDS" "${{2:-}}" >>"$MEGABATCH_RUN/jobs.jsonl" || true
+    printf '{{"job_id": "%s", "attempt": %d, "exit_code": %d, "time": %d%s}}\\n' \\
+        "$MEGABATCH_JOB_ID" "$MEGABATCH_ATTEMPT" "$1" "$EPOCHSECONDS" "${{2:-}}" >>"$MEGABATCH_RUN/jobs.jsonl" || true
 }}
 last_word() {{
     local code=$?
@@ -81,21 +81,21 @@ def run_directory(job: JobSpec) -> list[str]:
         "# an element of an array goes by the name that people see in squeue",
         "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         'export MEGABATCH_JOB_ID="${job:-$SLURM_JOB_ID}"',
-        "# starts count over the run, not the job: a resumed run must not write into the logs of an earlier job",
-        'MEGABATCH_RESTART=$(grep -c \'"start": \' -- "$MEGABATCH_RUN/jobs.jsonl" 2>/dev/null) || true',
-        'export MEGABATCH_RESTART="${MEGABATCH_RESTART:-0}"',
+        "# attempts count over the run, not the job: a resumed run must not write into the logs of an earlier job",
+        'MEGABATCH_ATTEMPT=$(grep -c \'"start": \' -- "$MEGABATCH_RUN/jobs.jsonl" 2>/dev/null) || true',
+        'export MEGABATCH_ATTEMPT="${MEGABATCH_ATTEMPT:-0}"',
         "# asked to stop, stopped with everything saved, rank 0 done, and who failed first",
         *(
-            f'export {name}="$MEGABATCH_RUN/logs/{file}.$MEGABATCH_JOB_ID.$MEGABATCH_RESTART"'
+            f'export {name}="$MEGABATCH_RUN/logs/{file}.$MEGABATCH_JOB_ID.$MEGABATCH_ATTEMPT"'
             for name, file in _MARKS.items()
         ),
         *LAST_WORD,
         'newest_checkpoint() { cat -- "$MEGABATCH_RUN/checkpoints/latest" 2>/dev/null || true; }',
         "began_with=$(newest_checkpoint)",
-        'printf \'{"job_id": "%s", "restart": %d, "start": %d, "nodes": "%s"}\\n\' \\',
-        '    "$MEGABATCH_JOB_ID" "$MEGABATCH_RESTART" "$EPOCHSECONDS" "$SLURM_JOB_NODELIST" \\',
+        'printf \'{"job_id": "%s", "attempt": %d, "start": %d, "nodes": "%s"}\\n\' \\',
+        '    "$MEGABATCH_JOB_ID" "$MEGABATCH_ATTEMPT" "$EPOCHSECONDS" "$SLURM_JOB_NODELIST" \\',
         '    >>"$MEGABATCH_RUN/jobs.jsonl" || true',
         "trap last_word EXIT",
-        "# the batch log holds all starts of this job: this line begins what belongs to this one",
-        'echo "megabatch: start $MEGABATCH_RESTART of job $MEGABATCH_JOB_ID on $SLURM_JOB_NODELIST"',
+        "# the batch log holds all attempts of this job: this line begins what belongs to this one",
+        'echo "megabatch: attempt $MEGABATCH_ATTEMPT of job $MEGABATCH_JOB_ID on $SLURM_JOB_NODELIST"',
     ]

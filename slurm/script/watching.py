@@ -30,7 +30,7 @@ def watching(job: JobSpec) -> list[str]:
         "# Runs beside srun, outside the ranks: one that is stopped, or stuck in a call, cannot watch itself.",
         "find_suspect() {",
         f"    awk -v world=\"$WORLD_SIZE\" '{SUSPECT}' \\",
-        '        "$MEGABATCH_RUN"/logs/rank_*."$MEGABATCH_RESTART".log',
+        '        "$MEGABATCH_RUN"/logs/rank_*."$MEGABATCH_ATTEMPT".log',
         "}",
         "watch_ranks() {",
         "    local beat first last idle=0 limit asked=0 request tick rank why node",

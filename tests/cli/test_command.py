@@ -27,7 +27,7 @@ def _run(folder: Path, *, state: str, age_s: float = 0, step: int = 7) -> Path:
     run = RunDirectory(folder)
     run.logs.mkdir(parents=True)
     run.run_json.write_text("{}")
-    beat = {"time": time.time() - age_s, "step": step, "state": state, "job_id": None, "restart": 0}
+    beat = {"time": time.time() - age_s, "step": step, "state": state, "job_id": None, "attempt": 0}
     run.heartbeat.write_text(json.dumps(beat))
     run.rank_log(0, 0).write_text("first\nsecond\n")
     run.rank_log(1, 0).write_text("other\n")
@@ -173,7 +173,7 @@ def test_submit_cancel_resume_on_slurm(slurm: PrivateCluster, tmp_path: Path) ->
     # what goodput counts: the steps of the final history, over two jobs
     steps, _ = final_history(RunDirectory(run).metrics)
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
-    assert {line["restart"] for line in steps} == {0, 1}
+    assert {line["attempt"] for line in steps} == {0, 1}
     assert steps[-1]["trained_s"] == pytest.approx(sum(line["step_s"] for line in steps))
     (found,) = json.loads(_megabatch("status", "--json", run, cwd=tmp_path))
-    assert 0 < found["goodput"] < 1 and found["starts"] == 2
+    assert 0 < found["goodput"] < 1 and found["attempts"] == 2

@@ -79,7 +79,7 @@ def test_secrets_and_missing_snapshots(
     monkeypatch.setenv("SOME_API_KEY", "open sesame")
     a, b = made(tmp_path / "a", variable="open sesame"), made(tmp_path / "b")
     RunDirectory(b).script.unlink()
-    RunDirectory(b).jobs.write_text('{"job_id": "local", "restart": 0, "start": 1}\n')
+    RunDirectory(b).jobs.write_text('{"job_id": "local", "attempt": 0, "start": 1}\n')
     found = diff(a, b, capsys)
     assert found["environment"]["VARIABLE"] == ["…", None]
     assert found["code_note"] == "not compared: the second run ran here, from the checkout" and found["script"] == []

@@ -15,7 +15,7 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.render import render
 from megabatch.table import table, text_width
 
-ENDED = '{"job_id": "local", "restart": 0, "start": 1, "nodes": "here"}\n'
+ENDED = '{"job_id": "local", "attempt": 0, "start": 1, "nodes": "here"}\n'
 
 
 def made(folder: Path, *, code: int, training: bool = True) -> Path:
@@ -23,7 +23,7 @@ def made(folder: Path, *, code: int, training: bool = True) -> Path:
     run.logs.mkdir(parents=True)
     if training:
         run.run_json.write_text(json.dumps({"recipe": {"name": folder.name}}))
-    run.jobs.write_text(f'{ENDED}{{"job_id": "local", "restart": 0, "exit_code": {code}, "time": 2}}\n')
+    run.jobs.write_text(f'{ENDED}{{"job_id": "local", "attempt": 0, "exit_code": {code}, "time": 2}}\n')
     run.rank_log(0, 0).write_text("RuntimeError: it broke\n" if code else "fine\n")
     return folder
 
@@ -71,7 +71,7 @@ def test_why_of_a_sweep_tells_of_each_failed_run(sweep: Path, capsys: pytest.Cap
     assert [f"{sweep / name} is failed" in told for name in "abc"] == [False, True, True]
     assert main(["why", str(sweep), "--json"]) == 0
     assert [one["run"] for one in json.loads(capsys.readouterr().out)] == [str(sweep / "b"), str(sweep / "c")]
-    assert main(["why", str(sweep), "--restart", "0"]) == 1
+    assert main(["why", str(sweep), "--attempt", "0"]) == 1
     assert "holds 3 runs; name one" in capsys.readouterr().err
 
 

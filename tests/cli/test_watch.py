@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def beat(run: RunDirectory, step: int) -> None:
-    words = {"time": time.time(), "step": step, "train_iters": 500, "state": "running", "job_id": None, "restart": 0}
+    words = {"time": time.time(), "step": step, "train_iters": 500, "state": "running", "job_id": None, "attempt": 0}
     run.heartbeat.write_text(json.dumps(words))
 
 

@@ -88,7 +88,7 @@ def test_a_damaged_memory_is_none(tmp_path: Path, damage: str, monkeypatch: pyte
     assert str(path) in (folder / digests.NAME).read_text()
 
 
-def test_several_starts_keep_what_each_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_attempts_keep_what_each_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(monkeypatch)
     first, second = Digests(tmp_path / "cache"), Digests(tmp_path / "cache")
     for known, name in ((first, "a"), (second, "b")):

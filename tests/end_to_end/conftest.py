@@ -139,7 +139,7 @@ class Training:
 
 
 def has_ended(run: RunDirectory) -> bool:
-    """Whether the newest start's batch script has written what it came to, which is after the trainer's last act."""
+    """Whether the newest attempt's batch script has written what it came to, which is after the trainer's last act."""
     jobs = read_records(run)
     return bool(jobs and jobs[-1].starts and jobs[-1].ending_of(jobs[-1].starts[-1]))
 
@@ -175,7 +175,7 @@ def new_training(environment: dict[str, str], tmp_path_factory: pytest.TempPathF
         fault: str | None = None,
         **flags: object,
     ) -> Training:
-        """Submits a run to those nodes, or any, with more of the profile; its first start may be held.
+        """Submits a run to those nodes, or any, with more of the profile; its first attempt may be held.
 
         Args: fault: Python that every process of its jobs runs first, to bring about what must happen to it.
         """

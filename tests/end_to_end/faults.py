@@ -25,7 +25,7 @@ class Struck:
     step: int
     """Newest step in metrics.jsonl when it struck."""
     back_s: float
-    """From the fault to the next step of another start."""
+    """From the fault to the next step of another attempt."""
 
 
 def kill_a_rank(training: Training) -> None:
@@ -61,10 +61,10 @@ def preempt(training: Training) -> None:
 def take_a_node_down(training: Training) -> None:
     """Its slurmd is there all the time: the ranks of that node go on until Slurm or their peers end them."""
     hosts = _slurm(training, "scontrol", "show", "hostnames", _nodes(training)).split()
-    node, restart = random.choice(hosts), training.now().restart or 0
+    node, attempt = random.choice(hosts), training.now().attempt or 0
     _slurm(training, "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=fault")
     try:
-        until(lambda: (training.now().restart or 0) > restart, timeout_s=400, what="Slurm to requeue it")
+        until(lambda: (training.now().attempt or 0) > attempt, timeout_s=400, what="Slurm to requeue it")
     finally:
         until(lambda: _resumed(training, node), timeout_s=400, what=f"{node} to come back")
 
@@ -92,23 +92,25 @@ def run_through(training: Training, faults: list[tuple[int, str]]) -> list[Struc
     """Strikes the run after those steps and waits each time until it trains again; nobody helps it."""
     struck = []
     for step, kind in faults:
-        training.gate.close(after=step, start=_start(training) if struck else 0)
+        training.gate.close(after=step, attempt=_attempt(training) if struck else 0)
         training.wait_step(step)
-        start, last, began = _start(training), training.steps()[-1], time.monotonic()
+        attempt, last, began = _attempt(training), training.steps()[-1], time.monotonic()
         KINDS[kind](training)
         training.gate.open()
         until(
-            lambda start=start: _start(training) > start, timeout_s=400, what=f"{kind} to be over\n{training.logs()}"
+            lambda attempt=attempt: _attempt(training) > attempt,
+            timeout_s=400,
+            what=f"{kind} to be over\n{training.logs()}",
         )
         struck.append(Struck(kind, last, time.monotonic() - began))
     return struck
 
 
-def _start(training: Training) -> int:
-    """Number of the start that did the newest step; an error once nothing would bring the run back."""
+def _attempt(training: Training) -> int:
+    """Number of the attempt that did the newest step; an error once nothing would bring the run back."""
     now = training.now()
     assert now.state.active, f"{now}\n{training.logs()}"
-    return int(training.lines("train")[-1]["restart"])
+    return int(training.lines("train")[-1]["attempt"])
 
 
 def _any(pids: list[int]) -> int:

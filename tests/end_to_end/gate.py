@@ -1,7 +1,7 @@
 """Holds a run still after a step until a test has done to it what it came for: no test races with the training.
 
 The trainer's rank 0 waits right after it has written the step's line of metrics.jsonl, as long as the gate is closed
-for this start and nobody asked the run to stop.
+for this attempt and nobody asked the run to stop.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def keep(metrics):
 
 def closed(step):
     try:
-        start, last = open(os.environ["TEST_GATE"]).read().split()
+        attempt, last = open(os.environ["TEST_GATE"]).read().split()
     except (OSError, ValueError):
         return False
     asked = os.path.exists(os.environ["MEGABATCH_STOP_REQUEST"])
-    return start == os.environ["MEGABATCH_RESTART"] and step >= int(last) and not asked
+    return attempt == os.environ["MEGABATCH_ATTEMPT"] and step >= int(last) and not asked
 
-if os.environ.get("RANK") == "0" and "MEGABATCH_RESTART" in os.environ:
+if os.environ.get("RANK") == "0" and "MEGABATCH_ATTEMPT" in os.environ:
     sys.meta_path.insert(0, Gate())
 """
 
@@ -55,10 +55,10 @@ class Gate:
         (self.folder / "site" / "sitecustomize.py").write_text(_SITE)
         return {"TEST_GATE": str(self._file), "PYTHONPATH": str(self.folder / "site")}
 
-    def close(self, *, after: int, start: int = 0) -> None:
-        """That start of the run stands still once it has done the step."""
+    def close(self, *, after: int, attempt: int = 0) -> None:
+        """That attempt of the run stands still once it has done the step."""
         new = self._file.with_suffix(".new")
-        new.write_text(f"{start} {after}")
+        new.write_text(f"{attempt} {after}")
         new.replace(self._file)
 
     def open(self) -> None:

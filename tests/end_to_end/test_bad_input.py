@@ -209,7 +209,7 @@ def test_a_dataset_that_breaks_while_the_job_waits(new_training: NewTraining, tm
     _jsonl(data, fault=b'{"query": "What is 1')
     subprocess.run(["scontrol", "release", str(training.now().job_id)], env=training.environment, check=True)
     end = training.wait(State.FAILED)
-    assert (end.exit_code, end.restart) == (ExitCode.CONFIG, 0)
+    assert (end.exit_code, end.attempt) == (ExitCode.CONFIG, 0)
     for rank in (0, 1):
         [error] = training.files.rank_log(rank, 0).read_text().splitlines()
         assert re.match(rf"error: .*{data}:{FAULTY_LINE}: not valid JSON .*; fix or delete that line", error)

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slurm
 @pytest.fixture(scope="module", autouse=True)
 def time_limited(new_training: NewTraining) -> Training:
     """Stands still after some steps until its time is up, and costs the other tests nothing while it does."""
-    # both starts may take their time: its limit is soon after it stands still, and far away again for the second
-    longer = '[ "$MEGABATCH_RESTART" = 0 ] || scontrol update "JobId=$SLURM_JOB_ID" TimeLimit=60'
+    # both attempts may take their time: its limit is soon after it stands still, and far away again for the second
+    longer = '[ "$MEGABATCH_ATTEMPT" = 0 ] || scontrol update "JobId=$SLURM_JOB_ID" TimeLimit=60'
     training = new_training("limit", on="n[3-4]", time="60", signal_delay_s=5, held_after=7, setup=[longer])
     training.wait_step(7)
     [record] = read_records(training.files)
@@ -42,16 +42,16 @@ def require_same_end(training: Training, uninterrupted: Training) -> None:
     assert training.files.latest.read_text().strip() == f"step_{STEPS:08d}"
 
 
-def incarnations(training: Training) -> tuple[list[int], list[int]]:
+def steps_of_attempts(training: Training) -> tuple[list[int], list[int]]:
     """The steps done before and after the one requeue."""
     lines = training.lines("train")
-    assert {line["restart"] for line in lines} == {0, 1}
-    return ([line["step"] for line in lines if line["restart"] == restart] for restart in (0, 1))  # type: ignore[return-value]
+    assert {line["attempt"] for line in lines} == {0, 1}
+    return ([line["step"] for line in lines if line["attempt"] == attempt] for attempt in (0, 1))  # type: ignore[return-value]
 
 
 def require_saved_at_once(training: Training) -> None:
-    """The first incarnation saved the very step that it left after, well before the end."""
-    first, second = incarnations(training)
+    """The first attempt saved the very step that it left after, well before the end."""
+    first, second = steps_of_attempts(training)
     assert [*first, *second] == list(range(1, STEPS + 1)), "no step was lost or done twice"
     assert first[-1] < STEPS / 2
 
@@ -74,7 +74,7 @@ def test_preempted(new_training: NewTraining, uninterrupted: Training) -> None:
     training.wait_step(12)
     urgent = ("--partition=urgent", "--nodelist=n[1-2]", "--nodes=2", "--exclusive", "--output=/dev/null", "--quiet")
     subprocess.run(["sbatch", "--wait", *urgent, "--wrap=true"], env=training.environment, check=True, timeout=300)
-    assert training.wait(State.COMPLETED).restart == 1
+    assert training.wait(State.COMPLETED).attempt == 1
     require_saved_at_once(training)
     require_same_end(training, uninterrupted)
 
@@ -88,14 +88,14 @@ def test_a_node_stops_answering(new_training: NewTraining, uninterrupted: Traini
         os.kill(pid, signal.SIGSTOP)
     try:
         scontrol("update", "NodeName=n2", "State=DOWN", "Reason=test")
-        until(lambda: (training.now().restart or 0) > 0, timeout_s=400, what="Slurm to requeue it")
+        until(lambda: (training.now().attempt or 0) > 0, timeout_s=400, what="Slurm to requeue it")
     finally:
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
         os.kill(slurmd, signal.SIGCONT)
         until(bring_back, timeout_s=400, what="n2 to come back")
-    assert training.wait(State.COMPLETED).restart == 1
-    first, second = incarnations(training)
+    assert training.wait(State.COMPLETED).attempt == 1
+    first, second = steps_of_attempts(training)
     assert second[0] == first[-1] // SAVED_EVERY * SAVED_EVERY + 1, "it went on from the last periodic checkpoint"
     require_same_end(training, uninterrupted)
 
@@ -127,10 +127,10 @@ def die(event, arguments):
     if event == "open" and "/.step_{2 * SAVED_EVERY:08d}.tmp/mcore/" in str(arguments[0]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-if os.environ.get("RANK") == "1" and os.environ.get("MEGABATCH_RESTART") == "0":
+if os.environ.get("RANK") == "1" and os.environ.get("MEGABATCH_ATTEMPT") == "0":
     sys.addaudithook(die)
 """
-"""Kills rank 1 of the first start when it opens its file of the second checkpoint."""
+"""Kills rank 1 of the first attempt when it opens its file of the second checkpoint."""
 
 
 def test_a_rank_is_killed_while_it_saves(new_training: NewTraining, uninterrupted: Training) -> None:
@@ -147,7 +147,7 @@ def test_a_rank_is_killed_while_it_saves(new_training: NewTraining, uninterrupte
     with open(training.files.metrics, "a") as file:
         file.write('{"kind": "tra')  # what a full disk leaves
     training.megabatch("resume")
-    assert training.wait(State.COMPLETED).restart == 1
+    assert training.wait(State.COMPLETED).attempt == 1
     assert not half_written.exists()
     require_same_end(training, uninterrupted)
 
@@ -156,7 +156,7 @@ def test_going_back_to_a_checkpoint(new_training: NewTraining, uninterrupted: Tr
     training = new_training("back", requeue="false", save_total_limit=9)
     training.wait(State.COMPLETED)
     training.megabatch("resume", "--from", f"step_{2 * SAVED_EVERY:08d}")
-    assert training.wait(State.COMPLETED).restart == 1
+    assert training.wait(State.COMPLETED).attempt == 1
     assert training.steps() == [*range(1, STEPS + 1), *range(2 * SAVED_EVERY + 1, STEPS + 1)]
     later = {path.name for path in training.files.checkpoints.glob("later.*")}
     assert later == {f"later.step_{step:08d}" for step in range(3 * SAVED_EVERY, STEPS + 1, SAVED_EVERY)}
@@ -165,8 +165,8 @@ def test_going_back_to_a_checkpoint(new_training: NewTraining, uninterrupted: Tr
 
 def test_the_time_limit(time_limited: Training, uninterrupted: Training) -> None:
     training = time_limited
-    assert training.wait(State.COMPLETED).restart == 1
+    assert training.wait(State.COMPLETED).attempt == 1
     require_saved_at_once(training)
-    endings = [(ending.restart, ending.exit_code) for ending in read_records(training.files)[0].endings]
+    endings = [(ending.attempt, ending.exit_code) for ending in read_records(training.files)[0].endings]
     assert endings == [(0, ExitCode.REQUEUE), (1, ExitCode.DONE)]
     require_same_end(training, uninterrupted)

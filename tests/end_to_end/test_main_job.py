@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slurm
 
 def test_the_commands_tell_what_became_of_it(uninterrupted: Training) -> None:
     [said] = json.loads(uninterrupted.megabatch("status", "--json"))
-    assert (said["state"], said["step"], said["restart"]) == ("completed", STEPS, 0)
+    assert (said["state"], said["step"], said["attempt"]) == ("completed", STEPS, 0)
     log = uninterrupted.megabatch("logs")
     assert f"step {STEPS} of {STEPS}" in log
     assert "Warning" not in log, "what libraries miss must not hide what a run says"

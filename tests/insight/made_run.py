@@ -34,17 +34,17 @@ class MadeRun:
     def submitted(self, job_id: str = "7", time: float = 0) -> None:
         self.line(job_id=job_id, time=time, cluster=None)
 
-    def started(self, restart: int, start: float, *, job_id: str = "7", nodes: str = "n[1-2]") -> None:
-        self.line(job_id=job_id, restart=restart, start=start, nodes=nodes)
+    def started(self, attempt: int, start: float, *, job_id: str = "7", nodes: str = "n[1-2]") -> None:
+        self.line(job_id=job_id, attempt=attempt, start=start, nodes=nodes)
 
-    def ended(self, restart: int, exit_code: int, time: float, *, job_id: str = "7") -> None:
-        self.line(job_id=job_id, restart=restart, exit_code=exit_code, time=time)
+    def ended(self, attempt: int, exit_code: int, time: float, *, job_id: str = "7") -> None:
+        self.line(job_id=job_id, attempt=attempt, exit_code=exit_code, time=time)
 
-    def failed_first(self, rank: int, exit_code: int, node: str, *, restart: int = 0, job_id: str = "7") -> None:
-        self.files.mark("failed", job_id, restart).write_text(f"{rank} {exit_code} {node}\n")
+    def failed_first(self, rank: int, exit_code: int, node: str, *, attempt: int = 0, job_id: str = "7") -> None:
+        self.files.mark("failed", job_id, attempt).write_text(f"{rank} {exit_code} {node}\n")
 
-    def bad_node(self, node: str, check: str, *, restart: int = 0, excluded: bool = True, job_id: str = "7") -> None:
-        words = {"time": 1000, "job_id": job_id, "restart": restart, "node": node, "check": check}
+    def bad_node(self, node: str, check: str, *, attempt: int = 0, excluded: bool = True, job_id: str = "7") -> None:
+        words = {"time": 1000, "job_id": job_id, "attempt": attempt, "node": node, "check": check}
         with open(self.files.bad_nodes, "a") as file:
             file.write(json.dumps(words | {"value": "3", "rule": "0", "excluded": excluded}) + "\n")
 
@@ -54,8 +54,8 @@ class MadeRun:
     def batch(self, text: str, *, job_id: str = "7") -> None:
         self.files.batch_log(job_id).write_text(text)
 
-    def log(self, rank: int, text: str, *, restart: int = 0) -> None:
-        self.files.rank_log(rank, restart).write_text(text)
+    def log(self, rank: int, text: str, *, attempt: int = 0) -> None:
+        self.files.rank_log(rank, attempt).write_text(text)
 
     def steps(self, steps: Sequence[tuple[int, float]], **more: object) -> None:
         """Appends a training line for each (step, seconds of all steps so far)."""

@@ -15,12 +15,12 @@ from .made_run import MadeRun
 
 def test_lost_steps_are_not_in_the_final_history(tmp_path: Path) -> None:
     run = MadeRun.at(tmp_path / "run")
-    run.steps([(step, 1.0 * step) for step in range(1, 9)], restart=0)
+    run.steps([(step, 1.0 * step) for step in range(1, 9)], attempt=0)
     with open(run.files.metrics, "a") as file:
         file.write('{"kind": "eval", "step": 4, "eval_loss": 2.5}\nnot json\n{"kind": "train"}\n')
-    run.steps([(step, 2.0 * step) for step in range(5, 7)], restart=1)
+    run.steps([(step, 2.0 * step) for step in range(5, 7)], attempt=1)
     train, evaluations = final_history(run.files.metrics)
-    assert [(line["step"], line["restart"]) for line in train] == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 1)]
+    assert [(line["step"], line["attempt"]) for line in train] == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 1)]
     assert curve(evaluations, "eval_loss") == [(4.0, 2.5)]
     assert train[-1] == last_step(run.files.metrics)
 

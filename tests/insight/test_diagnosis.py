@@ -117,20 +117,20 @@ REQUEUED = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-26T00:25:
 CANCELLED = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-26T00:25:21 ***\n"
 
 
-def test_each_start_has_its_own_part_of_the_batch_log(run: MadeRun) -> None:
-    """A hang, then a killed rank that the job itself requeued, then an exception, then a start that was requeued."""
+def test_each_attempt_has_its_own_part_of_the_batch_log(run: MadeRun) -> None:
+    """A hang, a killed rank that the job itself requeued, an exception, and an attempt that was requeued."""
     first = "megabatch: rank 3 on n1 failed first, with exit code 137: logs/rank_3.2.log\n"
     said = ("", HANGS + REQUEUED, first + REQUEUED, "", REQUEUED + first)
-    run.batch("".join(f"megabatch: start {start} of job 7 on n[1-2]\n{text}" for start, text in enumerate(said)))
+    run.batch("".join(f"megabatch: attempt {attempt} of job 7 on n[1-2]\n{text}" for attempt, text in enumerate(said)))
     run.ended(0, 1, 1100)
-    for start, code in ((1, 124), (2, 137), (3, 70), (4, None)):
-        run.started(start, 1100 + start)
+    for attempt, code in ((1, 124), (2, 137), (3, 70), (4, None)):
+        run.started(attempt, 1100 + attempt)
         if code is not None:
-            run.ended(start, code, 1101 + start)
-    run.failed_first(6, 124, "n2", restart=1)
-    run.failed_first(3, 137, "n1", restart=2)
-    run.log(4, "KeyError: 'text'\n", restart=3)
-    found = [diagnose(run.files.path, restart=start) for start in range(5)]
+            run.ended(attempt, code, 1101 + attempt)
+    run.failed_first(6, 124, "n2", attempt=1)
+    run.failed_first(3, 137, "n1", attempt=2)
+    run.log(4, "KeyError: 'text'\n", attempt=3)
+    found = [diagnose(run.files.path, attempt=attempt) for attempt in range(5)]
     assert [(one.cause.name, one.rank, one.line) for one in found if one.cause] == [
         ("unknown", None, None),
         ("hung", 6, 3),
@@ -141,7 +141,7 @@ def test_each_start_has_its_own_part_of_the_batch_log(run: MadeRun) -> None:
 
 
 def test_a_cancelled_run_stays_cancelled_once_slurm_forgets_it(run: MadeRun) -> None:
-    run.line(job_id="7", restart=0, exit_code=75, time=1100, cancelled=True)
+    run.line(job_id="7", attempt=0, exit_code=75, time=1100, cancelled=True)
     found = diagnose(run.files.path)
     assert found.cause is not None and (found.state, found.cause.name) == (State.CANCELLED, "cancelled")
 
@@ -152,19 +152,19 @@ def test_a_cancelled_run_stays_cancelled_once_slurm_forgets_it(run: MadeRun) -> 
         (CANCELLED, State.CANCELLED, "cancelled"),
         (CANCELLED.replace(" ***\n", " DUE TO TIME LIMIT ***\n"), State.TIMEOUT, "time_limit"),
         (CANCELLED.replace(" ***\n", " DUE TO PREEMPTION ***\n"), State.PREEMPTED, "preemption"),
-        (CANCELLED + "megabatch: start 0 of job 7 on n1\n", State.LOST, "lost"),
+        (CANCELLED + "megabatch: attempt 0 of job 7 on n1\n", State.LOST, "lost"),
         (REQUEUED, State.LOST, "preemption"),
     ],
 )
-def test_a_start_that_was_killed_before_it_could_end(run: MadeRun, said: str, state: State, cause: str) -> None:
-    run.batch(("" if "start 0" in said else "megabatch: start 0 of job 7 on n1\n") + said)
+def test_an_attempt_that_was_killed_before_it_could_end(run: MadeRun, said: str, state: State, cause: str) -> None:
+    run.batch(("" if "attempt 0" in said else "megabatch: attempt 0 of job 7 on n1\n") + said)
     found = diagnose(run.files.path)
     assert found.cause is not None and (found.state, found.cause.name) == (state, cause)
 
 
 def test_a_dead_server_has_its_name_log_and_own_cause(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
     run.batch(
-        "megabatch: start 0 of job 7 on n[1-3]\nmegabatch: role judge, task 1 on n3 ended with exit code 9 while "
+        "megabatch: attempt 0 of job 7 on n[1-3]\nmegabatch: role judge, task 1 on n3 ended with exit code 9 while "
         f"the ranks ran; they are asked to save: logs/judge_1.0.log\n    {OOM}"
     )
     log = run.files.logs / "judge_1.0.log"
@@ -206,29 +206,29 @@ def test_a_step_that_could_never_run_once_slurm_forgets_it(tmp_path: Path, monke
     assert (cause := diagnose(export.files.path).cause) is not None and cause.name == "lost"
 
 
-def test_a_start_that_ended_well_has_no_cause(run: MadeRun) -> None:
+def test_an_attempt_that_ended_well_has_no_cause(run: MadeRun) -> None:
     run.ended(0, 75, 1100)
-    assert diagnose(run.files.path, restart=0).cause is None
+    assert diagnose(run.files.path, attempt=0).cause is None
 
 
-def test_earlier_starts_by_number_and_by_themselves(run: MadeRun) -> None:
+def test_earlier_attempts_by_number_and_by_themselves(run: MadeRun) -> None:
     run.ended(0, 70, 1100)
     run.log(0, OOM)
     run.started(1, 1200)
-    run.log(0, "ModuleNotFoundError: No module named 'x'\n", restart=1)
+    run.log(0, "ModuleNotFoundError: No module named 'x'\n", attempt=1)
     run.ended(1, 1, 1300)
     run.started(2, time.time())
-    run.beat(time=time.time(), state="running", step=3, job_id="7", restart=2)
+    run.beat(time=time.time(), state="running", step=3, job_id="7", attempt=2)
     found = diagnose(run.files.path)
-    assert found.cause is not None and (found.state.value, found.restart, found.cause.name) == (
+    assert found.cause is not None and (found.state.value, found.attempt, found.cause.name) == (
         "running",
         1,
         "environment",
     )
-    earlier = diagnose(run.files.path, restart=0)
+    earlier = diagnose(run.files.path, attempt=0)
     assert earlier.cause is not None and earlier.cause.name == "oom_gpu"
-    with pytest.raises(LaunchError, match="no start 9; there are 0, 1, 2"):
-        diagnose(run.files.path, restart=9)
+    with pytest.raises(LaunchError, match="no attempt 9; there are 0, 1, 2"):
+        diagnose(run.files.path, attempt=9)
 
 
 def test_a_failed_node_is_named(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +245,7 @@ def test_nothing_failed(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> Non
     run.ended(0, 0, 1100)
     assert diagnose(run.files.path).cause is None
     assert main(["why", str(run.files.path)]) == 0
-    assert "no start of it is known to have failed" in capsys.readouterr().out
+    assert "no attempt of it is known to have failed" in capsys.readouterr().out
 
 
 def test_secrets_in_logs_are_masked(

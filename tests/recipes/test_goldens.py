@@ -70,4 +70,5 @@ def test_array_script(
 
 
 def test_every_golden_has_its_recipe() -> None:
-    assert {path.stem for path in GOLDENS.iterdir()} == {*NAMES, *SWEEPS}
+    scripts, configs = {f"{name}.sbatch" for name in (*NAMES, *SWEEPS)}, {f"{name}.json" for name in NAMES}
+    assert {path.name for path in GOLDENS.iterdir()} == scripts | configs

@@ -57,19 +57,19 @@ class Submitted:
             time.sleep(0.1)
         return now
 
-    def wait_listening(self, *, restart: int = 0, ranks: int = 1, timeout_s: float = 300) -> None:
-        """Until `ranks` ranks of that incarnation have said what they see."""
+    def wait_listening(self, *, attempt: int = 0, ranks: int = 1, timeout_s: float = 300) -> None:
+        """Until `ranks` ranks of that attempt have said what they see."""
         until(
             lambda: (
-                sum(bool(self.said(log.rank, restart)) for log in rank_logs(self.run.path) if log.restart == restart)
+                sum(bool(self.said(log.rank, attempt)) for log in rank_logs(self.run.path) if log.attempt == attempt)
                 >= ranks
             ),
             timeout_s=timeout_s,
-            what=f"{ranks} ranks of restart {restart}",
+            what=f"{ranks} ranks of attempt {attempt}",
         )
 
-    def said(self, rank: int, restart: int = 0) -> list[dict[str, Any]]:
-        path = self.run.rank_log(rank, restart)
+    def said(self, rank: int, attempt: int = 0) -> list[dict[str, Any]]:
+        path = self.run.rank_log(rank, attempt)
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.startswith("{")]
 

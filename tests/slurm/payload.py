@@ -1,8 +1,8 @@
 """Stands in for the trainer on the private Slurm: says what it sees, stops on request, fails on demand.
 
-Arguments are `key=value`: `seconds` to run, `until_restart` (runs on before that incarnation, then ends well),
-`fail_rank`, `fail` (an exit code, `kill`, or `hang`), `fail_until` (fails before that incarnation only), `save_until`
-(makes a checkpoint first before that incarnation), `deaf` (does not listen: `asked`, until the run is asked to stop;
+Arguments are `key=value`: `seconds` to run, `until_attempt` (runs on before that attempt, then ends well),
+`fail_rank`, `fail` (an exit code, `kill`, or `hang`), `fail_until` (fails before that attempt only), `save_until`
+(makes a checkpoint first before that attempt), `deaf` (does not listen: `asked`, until the run is asked to stop;
 else for ever), `meet` (a file where rank 0 writes who reached it).
 """
 
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-rank, restart = int(os.environ["RANK"]), int(os.environ["MEGABATCH_RESTART"])
+rank, attempt = int(os.environ["RANK"]), int(os.environ["MEGABATCH_ATTEMPT"])
 asked = []
 
 
@@ -39,7 +39,7 @@ def meet(path: str) -> None:
         json.dump(ranks, file)
 
 
-fails = rank == int(options.get("fail_rank", -1)) and restart < int(options.get("fail_until", 1000))
+fails = rank == int(options.get("fail_rank", -1)) and attempt < int(options.get("fail_until", 1000))
 while "deaf" in options and not fails:
     time.sleep(0.05)
     if options["deaf"] == "asked" and os.path.exists(os.environ["MEGABATCH_STOP_REQUEST"]):
@@ -54,10 +54,10 @@ if rank == 0:
     Path(os.environ["MEGABATCH_RUN"], "heartbeat.json").write_text(
         json.dumps({"state": "running", "time": time.time()})
     )
-    if restart < int(options.get("save_until", 0)):
+    if attempt < int(options.get("save_until", 0)):
         latest = Path(os.environ["MEGABATCH_RUN"], "checkpoints", "latest")
         latest.parent.mkdir(exist_ok=True)
-        latest.write_text(f"step_{restart:08d}\n")
+        latest.write_text(f"step_{attempt:08d}\n")
 if "meet" in options:
     meet(options["meet"])
 if fails:
@@ -67,7 +67,7 @@ if fails:
         os.kill(os.getpid(), signal.SIGSTOP if options["fail"] == "hang" else signal.SIGKILL)
     sys.exit(int(options["fail"]))
 end = time.monotonic() + float(options.get("seconds", 0))
-while restart < int(options.get("until_restart", 0)) or time.monotonic() < end:
+while attempt < int(options.get("until_attempt", 0)) or time.monotonic() < end:
     time.sleep(0.05)
     if asked:
         # ranks do not leave together: the last one still closes its files

@@ -1,7 +1,7 @@
 """A small real HTTP server, as a role: `/health` and `/square/N` for who knows the token.
 
 Arguments are `key=value`: `ready_s` (seconds until `/health` answers 200), `dies_s` (seconds until it dies, with exit
-code 9), `dies_until` (only before that incarnation), `exit` (an exit code to end with before it listens).
+code 9), `dies_until` (only before that attempt), `exit` (an exit code to end with before it listens).
 """
 
 import os
@@ -37,6 +37,6 @@ def die() -> None:
     os._exit(9)
 
 
-if "dies_s" in options and int(os.environ["MEGABATCH_RESTART"]) < int(options.get("dies_until", 1000)):
+if "dies_s" in options and int(os.environ["MEGABATCH_ATTEMPT"]) < int(options.get("dies_until", 1000)):
     threading.Timer(float(options["dies_s"]), die).start()
 ThreadingHTTPServer(("", int(os.environ["MEGABATCH_ROLE_PORT"])), Handler).serve_forever()

@@ -81,7 +81,7 @@ def test_elements_are_runs_of_their_own_whatever_they_are_called(slurm: PrivateC
         assert said[0]["argv"] == [f"number={number}"]
         assert said[0]["environment"]["MEGABATCH_RUN"] == str(job.run_directory)
         assert (files.logs / f"batch.{job_id}.log").read_text().splitlines() == [
-            f"megabatch: start 0 of job {job_id} on {record.starts[0].nodes}"
+            f"megabatch: attempt 0 of job {job_id} on {record.starts[0].nodes}"
         ]
     assert array.folder.joinpath("batch.log").read_text() == ""
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
@@ -124,7 +124,7 @@ def test_no_more_run_at_a_time_than_asked(slurm: PrivateCluster, tmp_path: Path,
 
 
 def test_an_element_that_is_told_to_stop_comes_back_alone(slurm: PrivateCluster, tmp_path: Path) -> None:
-    jobs = [_job(tmp_path / str(number), "until_restart=1") for number in range(2)]
+    jobs = [_job(tmp_path / str(number), "until_attempt=1") for number in range(2)]
     array_id = _submit(_array(tmp_path / "array", jobs))
     runs = [Submitted(job.files, f"{array_id}_{number}") for number, job in enumerate(jobs)]
     for run in runs:
@@ -134,8 +134,8 @@ def test_an_element_that_is_told_to_stop_comes_back_alone(slurm: PrivateCluster,
     runs[1].wait(State.COMPLETED)
     assert runs[0].now().state is State.RUNNING
     (record,) = read_records(jobs[1].files)
-    assert [(ending.restart, ending.exit_code) for ending in record.endings] == [(0, 75), (1, 0)]
-    assert runs[1].said(0, restart=1)[-1] == {"done": True}
+    assert [(ending.attempt, ending.exit_code) for ending in record.endings] == [(0, 75), (1, 0)]
+    assert runs[1].said(0, attempt=1)[-1] == {"done": True}
     assert len(read_records(jobs[0].files)[0].starts) == 1
     subprocess.run(["scancel", array_id], check=True)
 

@@ -15,7 +15,7 @@ from .conftest import payload_spec
 
 
 def found(run: RunDirectory, node: str, check: str = "ecc", *, hours_ago: float = 0, excluded: bool = True) -> None:
-    words = {"time": time.time() - 3600 * hours_ago, "job_id": "7", "restart": 0, "node": node, "check": check}
+    words = {"time": time.time() - 3600 * hours_ago, "job_id": "7", "attempt": 0, "node": node, "check": check}
     with open(run.bad_nodes, "a") as file:
         file.write(json.dumps(words | {"value": "3", "rule": "0", "excluded": excluded}) + "\n")
 

@@ -83,7 +83,7 @@ def test_a_step_fails_in_the_middle(tmp_path: Path) -> None:
 @pytest.mark.slurm
 def test_a_job_that_requeues_keeps_those_that_wait_for_it_waiting(tmp_path: Path) -> None:
     """Its script ends with 0 each time, and its ranks had ended with 75: neither may count as an end."""
-    options = {"until_restart": 1}
+    options = {"until_attempt": 1}
     jobs = submitted(
         [
             chained(tmp_path, "requeues", options=options),
@@ -93,7 +93,7 @@ def test_a_job_that_requeues_keeps_those_that_wait_for_it_waiting(tmp_path: Path
     first = jobs["requeues"]
     first.wait_listening()
     subprocess.run(["scancel", "--batch", "--signal=USR2", first.job_id], check=True)
-    first.wait_listening(restart=1)
+    first.wait_listening(attempt=1)
     assert all(not job.said(0) for name, job in jobs.items() if name != "requeues"), "nobody started in between"
     assert first.said(0)[-1] == {"stopped": "SIGUSR2"}
     assert states(jobs) == {
@@ -108,7 +108,7 @@ def test_a_job_that_requeues_keeps_those_that_wait_for_it_waiting(tmp_path: Path
 @pytest.mark.slurm
 def test_links_go_on_until_the_run_is_done_and_the_rest_never_start(tmp_path: Path) -> None:
     links = {"links": 3, "requeue": False}
-    run = chained(tmp_path, "run", options={"until_restart": 1}, spec=links)
+    run = chained(tmp_path, "run", options={"until_attempt": 1}, spec=links)
     after = chained(tmp_path, "after", after=(("ok", "run"),))
     notok = chained(tmp_path, "notok", after=(("notok", "run"),))
     ids = submit_all([run, after, notok])
@@ -120,7 +120,7 @@ def test_links_go_on_until_the_run_is_done_and_the_rest_never_start(tmp_path: Pa
     end = second.wait()
     assert (end.state, end.job_id) == (State.COMPLETED, second.job_id)
     assert [job.endings[0].exit_code for job in read_records(run.run) if job.endings] == [75, 0]
-    assert [start.restart for job in read_records(run.run) for start in job.starts] == [0, 1], "logs do not collide"
+    assert [start.attempt for job in read_records(run.run) for start in job.starts] == [0, 1], "logs do not collide"
     assert Submitted(after.run, ids["after"][0]).wait().state is State.COMPLETED
     assert Submitted(notok.run, ids["notok"][0]).wait().state is State.CANCELLED
     assert not third.batch_log(), "the third link was never given a node"
@@ -160,7 +160,7 @@ def test_a_stored_script_that_was_edited_is_not_half_changed(tmp_path: Path, wri
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.slurm
 def test_a_run_that_was_one_job_is_resumed_in_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = chained(tmp_path, "run", options={"until_restart": 2})
+    run = chained(tmp_path, "run", options={"until_attempt": 2})
     first = submitted([run])["run"]
     run.run.run_json.write_text("{}")
     first.wait_listening()
@@ -170,7 +170,7 @@ def test_a_run_that_was_one_job_is_resumed_in_links(tmp_path: Path, capsys: pyte
     ids = [job.job_id for job in read_records(run.run)][1:]
     assert capsys.readouterr().out == f"jobs {', '.join(ids)} go on in {run.run.path}\n" and len(ids) == 3
     second, third, last = (Submitted(run.run, job_id) for job_id in ids)
-    second.wait_listening(restart=1)
+    second.wait_listening(attempt=1)
     subprocess.run(["scancel", "--batch", "--signal=USR2", second.job_id], check=True)
     assert third.wait().job_id == third.job_id and not last.batch_log()
     assert [job.endings[-1].exit_code for job in read_records(run.run)[1:] if job.endings] == [75, 0]

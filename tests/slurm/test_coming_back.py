@@ -31,16 +31,16 @@ def codes(job: Submitted) -> list[int]:
     return [ending.exit_code for ending in read_records(job.run)[0].endings]
 
 
-def test_a_killed_rank_puts_the_job_back_until_starts_make_no_progress(submit_payload: Submit) -> None:
+def test_a_killed_rank_puts_the_job_back_until_attempts_make_no_progress(submit_payload: Submit) -> None:
     options = {"fail_rank": 1, "fail": "kill", "seconds": 30, "save_until": 2}
-    job = submit_payload(profile=NODES, nodes=2, max_restarts_without_progress=1, options=options)
+    job = submit_payload(profile=NODES, nodes=2, max_requeues_without_progress=1, options=options)
     end = job.wait()
-    assert (end.state, end.exit_code, end.restart) == (State.FAILED, 137, 3)
-    assert "not requeued: 2 starts in a row ended without a checkpoint newer than step_00000001" in job.batch_log()
+    assert (end.state, end.exit_code, end.attempt) == (State.FAILED, 137, 3)
+    assert "not requeued: 2 attempts in a row ended without a checkpoint newer than step_00000001" in job.batch_log()
     assert "go on with: megabatch resume" in job.batch_log()
-    # the requeue that the job itself asked for leaves `DUE TO JOB REQUEUE` in each start's part of the log
-    for restart in range(4):
-        found = diagnose(job.run.path, restart=restart)
+    # the requeue that the job itself asked for leaves `DUE TO JOB REQUEUE` in each attempt's part of the log
+    for attempt in range(4):
+        found = diagnose(job.run.path, attempt=attempt)
         assert found.cause is not None and (found.cause.name, found.rank) == ("killed", 1), found
 
 
@@ -48,20 +48,20 @@ def test_a_killed_rank_puts_the_job_back_until_starts_make_no_progress(submit_pa
 def test_a_fault_with_a_message_of_its_own_is_final(submit_payload: Submit, code: int) -> None:
     job = submit_payload(profile=NODES, options={"fail_rank": 0, "fail": int(code), "save_until": 1})
     end = job.wait()
-    assert (end.state, end.exit_code, end.restart) == (State.FAILED, code, 0)
+    assert (end.state, end.exit_code, end.attempt) == (State.FAILED, code, 0)
     assert "requeue" not in job.batch_log()
 
 
 def test_a_rank_that_hangs_is_named_and_the_job_comes_back(submit_payload: Submit) -> None:
-    options = {"fail_rank": 1, "fail": "hang", "fail_until": 1, "until_restart": 1}
+    options = {"fail_rank": 1, "fail": "hang", "fail_until": 1, "until_attempt": 1}
     job = submit_payload(profile=NODES, nodes=2, hang_timeout_s=4, options=options)
     end = job.wait()
-    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert (end.state, end.attempt) == (State.COMPLETED, 1)
     assert codes(job) == [ExitCode.HUNG, ExitCode.DONE]
     log = job.batch_log()
     assert "the run hangs; rank 1 on n2 does not answer" in log
     assert f"rank 1 on n2 failed first, with exit code {ExitCode.HUNG}: logs/rank_1.0.log" in log
-    found = diagnose(job.run.path, restart=0)
+    found = diagnose(job.run.path, attempt=0)
     assert found.cause is not None and (found.cause.name, found.rank, found.node) == ("hung", 1, "n2")
 
 
@@ -69,9 +69,9 @@ def test_ranks_that_do_not_save_before_the_limit_are_ended_and_come_back(submit_
     job = submit_payload(profile=NODES, signal_delay_s=2, options={"deaf": "ever"})
     until(lambda: job.now().state is State.RUNNING and job.run.rank_log(0, 0).exists(), what="the rank")
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
-    until(lambda: codes(job), what="the end of the first start")
+    until(lambda: codes(job), what="the end of the first attempt")
     assert "the ranks have not saved in 1 s" in job.batch_log()
-    until(lambda: (job.now().restart or 0) > 0, what="the requeue")
+    until(lambda: (job.now().attempt or 0) > 0, what="the requeue")
     subprocess.run(["scancel", job.job_id], check=True)
     assert codes(job)[0] == 137
 
@@ -92,7 +92,7 @@ exec {shutil.which("scontrol")} "$@"
     monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
     job = submit_payload(profile=NODES, options={"fail_rank": 0, "fail": "kill", "fail_until": 1})
     end = job.wait()
-    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert (end.state, end.attempt) == (State.COMPLETED, 1)
     assert codes(job) == [137, ExitCode.DONE]
     assert job.batch_log().count("Unable to contact") == 4, "twice whether it is still ours, twice for the requeue"
 
@@ -105,7 +105,7 @@ def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(
         assert found
         return found[1]
 
-    job = submit_payload(profile=NODES, options={"until_restart": 1})
+    job = submit_payload(profile=NODES, options={"until_attempt": 1})
     job.wait_listening()
     [srun] = [
         pid
@@ -118,7 +118,7 @@ def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(
     assert resume(job.run.path) == job.job_id
     assert held_until() < before
     end = job.wait()
-    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert (end.state, end.attempt) == (State.COMPLETED, 1)
 
 
 def sruns(job: Submitted) -> set[int]:

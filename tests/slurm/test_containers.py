@@ -146,7 +146,7 @@ def test_a_request_to_stop_reaches_ranks_in_apptainer(
     submit_payload: Submit, contained: Container, tmp_path: Path
 ) -> None:
     profile = ClusterProfile(container=contained, local_cache=str(tmp_path))
-    job = submit_payload(profile=profile, requeue=False, options={"until_restart": 1})
+    job = submit_payload(profile=profile, requeue=False, options={"until_attempt": 1})
     job.wait_listening()
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
     end = job.wait()

@@ -57,5 +57,5 @@ def test_the_failure_of_a_container_runtime_itself_is_final(submit_payload: Subm
     """Apptainer and ssh end with 255, which is no death by a signal."""
     job = submit_payload(profile=NODES, options={"fail_rank": 0, "fail": 255})
     end = job.wait()
-    assert (end.state, end.exit_code, end.restart) == (State.FAILED, 255, 0)
+    assert (end.state, end.exit_code, end.attempt) == (State.FAILED, 255, 0)
     assert "rank 0 on n" in job.batch_log() and "requeue" not in job.batch_log()

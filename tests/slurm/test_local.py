@@ -31,8 +31,8 @@ def with_options(job: JobSpec, **options: object) -> JobSpec:
     return replace(job, arguments=(str(PAYLOAD), *(f"{name}={value}" for name, value in options.items())))
 
 
-def first_line(job: JobSpec, rank: int, restart: int = 0) -> dict[str, dict[str, str]]:
-    line: dict[str, dict[str, str]] = json.loads(job.files.rank_log(rank, restart).read_text().splitlines()[0])
+def first_line(job: JobSpec, rank: int, attempt: int = 0) -> dict[str, dict[str, str]]:
+    line: dict[str, dict[str, str]] = json.loads(job.files.rank_log(rank, attempt).read_text().splitlines()[0])
     return line
 
 
@@ -52,26 +52,26 @@ def test_ranks_get_their_environment_and_logs_and_rank_0_the_terminal(job: JobSp
         environment = first_line(job, rank)["environment"]
         assert (environment["RANK"], environment["LOCAL_RANK"]) == (str(rank), str(rank))
         assert (environment["WORLD_SIZE"], environment["LOCAL_WORLD_SIZE"]) == ("2", "2")
-        assert (environment["MASTER_ADDR"], environment["MEGABATCH_RESTART"]) == ("127.0.0.1", "0")
+        assert (environment["MASTER_ADDR"], environment["MEGABATCH_ATTEMPT"]) == ("127.0.0.1", "0")
         assert (environment["OMP_NUM_THREADS"], environment["EXTRA"]) == ("1", "1")
     assert terminal.getvalue() == job.files.rank_log(0, 0).read_bytes()
 
 
-def test_each_run_counts_as_a_restart(job: JobSpec) -> None:
-    for restart in range(2):
+def test_each_run_counts_as_an_attempt(job: JobSpec) -> None:
+    for attempt in range(2):
         run_local(with_options(job), terminal=io.BytesIO())
-        assert first_line(job, 1, restart)["environment"]["MEGABATCH_RESTART"] == str(restart)
+        assert first_line(job, 1, attempt)["environment"]["MEGABATCH_ATTEMPT"] == str(attempt)
 
 
 @pytest.mark.parametrize(("fail", "code"), [("3", 3), ("kill", 137)])
 def test_one_dead_rank_ends_the_others(job: JobSpec, fail: str, code: int) -> None:
-    assert run_local(with_options(job, fail_rank=1, fail=fail, until_restart=1), terminal=io.BytesIO()) == code
+    assert run_local(with_options(job, fail_rank=1, fail=fail, until_attempt=1), terminal=io.BytesIO()) == code
     assert "done" not in job.files.rank_log(0, 0).read_text()
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_run(job: JobSpec) -> None:
     terminal = io.BytesIO()
-    run = with_options(replace(job, hang_timeout_s=3), fail_rank=1, fail="hang", until_restart=1)
+    run = with_options(replace(job, hang_timeout_s=3), fail_rank=1, fail="hang", until_attempt=1)
     assert run_local(run, terminal=terminal) == 124
     for text in (terminal.getvalue().decode(), job.files.batch_log("local").read_text()):
         assert "megabatch: the run hangs; rank 1 on " in text and " does not answer" in text
@@ -131,7 +131,7 @@ def test_a_first_signal_asks_to_stop_and_75_stays_75(job: JobSpec, number: signa
 
 
 def test_a_request_before_the_ranks_listen_is_not_lost(job: JobSpec) -> None:
-    process = launch(job, until_restart=1, deaf="asked")
+    process = launch(job, until_attempt=1, deaf="asked")
     process.send_signal(signal.SIGINT)
     assert process.wait(300) == 75
     assert '{"stopped": "file"}' in job.files.rank_log(1, 0).read_text()

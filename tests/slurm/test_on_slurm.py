@@ -39,7 +39,7 @@ def test_ranks_of_two_nodes_know_their_places_and_reach_rank_0(submit_payload: S
             "node names do not resolve here: the address must come from Slurm"
         )
         assert int(environment["MASTER_PORT"]) < 32768
-        assert environment["MEGABATCH_RESTART"] == "0"
+        assert environment["MEGABATCH_ATTEMPT"] == "0"
         assert environment["SLURM_CPUS_PER_TASK"] == "3"
         assert len(environment["CUDA_VISIBLE_DEVICES"].split(",")) == 2
         assert Path(environment["TRITON_CACHE_DIR"]).parent.stat().st_mode & 0o077 == 0

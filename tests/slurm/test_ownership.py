@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> RunDirectory:
     run.path.mkdir()
     write_atomic(run.run_json, "{}")
     write_atomic(run.script, "#!/bin/bash\n")
-    run.jobs.write_text('{"job_id": "7", "time": 1, "cluster": null}\n{"job_id": "7", "restart": 0, "exit_code": 1}\n')
+    run.jobs.write_text('{"job_id": "7", "time": 1, "cluster": null}\n{"job_id": "7", "attempt": 0, "exit_code": 1}\n')
     return run
 
 
@@ -104,7 +104,7 @@ def test_a_count_that_somebody_wrote_is_a_number_to_bash(tmp_path: Path) -> None
     run.logs.mkdir()
     (run.logs / "fruitless.7").write_text(f"a[$(touch {tmp_path}/ran)]\n")
     lines = [
-        f"MEGABATCH_RUN={tmp_path} MEGABATCH_JOB_ID=7 MEGABATCH_RESTART=0 status=70 stop= began_with=",
+        f"MEGABATCH_RUN={tmp_path} MEGABATCH_JOB_ID=7 MEGABATCH_ATTEMPT=0 status=70 stop= began_with=",
         f"MEGABATCH_FAILED={tmp_path}/failed MEGABATCH_STOPPED={tmp_path}/stopped",
         f"MEGABATCH_STOP_REQUEST={tmp_path}/stop",
         'newest_checkpoint() { :; }; patiently() { echo " Restarts=0 "; }; scontrol() { :; }',

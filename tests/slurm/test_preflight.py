@@ -52,8 +52,8 @@ def bad_nodes(job: Submitted) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def measured(job: Submitted, restart: int = 0) -> dict[str, Any]:
-    [path] = job.run.logs.glob(f"preflight.*.{restart}.json")
+def measured(job: Submitted, attempt: int = 0) -> dict[str, Any]:
+    [path] = job.run.logs.glob(f"preflight.*.{attempt}.json")
     found = json.loads(path.read_text())
     assert isinstance(found, dict)
     return found
@@ -73,7 +73,7 @@ def test_a_bad_node_is_left_out_and_the_job_runs_on_the_others(
     end = job.wait()
     assert end.state is State.COMPLETED, job.batch_log()
     [bad] = bad_nodes(job)
-    assert (bad["node"], bad["check"], bad["excluded"], bad["job_id"], bad["restart"]) == (
+    assert (bad["node"], bad["check"], bad["excluded"], bad["job_id"], bad["attempt"]) == (
         "n1",
         "ecc",
         True,
@@ -84,7 +84,7 @@ def test_a_bad_node_is_left_out_and_the_job_runs_on_the_others(
     assert excluded(scontrol, job) in ("n1,n4", "n[1,4]"), "the profile's own list stays"
     assert {rank["environment"]["SLURMD_NODENAME"] for r in range(2) for rank in job.said(r, 1)[:1]} == {"n2", "n3"}
     assert not job.said(0, 0), "no rank may start on a bad node"
-    assert [(e.restart, e.exit_code) for e in read_records(job.run)[0].endings] == [(0, 75), (1, 0)]
+    assert [(e.attempt, e.exit_code) for e in read_records(job.run)[0].endings] == [(0, 75), (1, 0)]
     assert not [path for path in job.run.logs.glob("preflight.*") if path.suffix != ".json"]
     again = Submitted(job.run, resume(job.run.path))
     assert excluded(scontrol, again) in ("n1,n4", "n[1,4]"), "a new job knows them, too"
@@ -97,11 +97,11 @@ def test_the_links_after_one_that_met_a_bad_node_do_without_it(
 ) -> None:
     nodes(n1={"values": {"ecc.errors.uncorrected.volatile.total": "3"}})
     job = replace(payload_job, nodes=2, gpus_per_node=2, preflight="light", requeue=False, links=3)
-    job = replace(job, arguments=(str(PAYLOAD), "until_restart=2"))
+    job = replace(job, arguments=(str(PAYLOAD), "until_attempt=2"))
     script = render(job, ClusterProfile(exclude="n4", sbatch={"exclusive": True}))
     [ids] = submit_all([ChainedJob(name="run", run=job.files, script=script, links=3)]).values()
     first, second, last = (Submitted(job.files, job_id) for job_id in ids)
-    second.wait_listening(restart=1, ranks=2)
+    second.wait_listening(attempt=1, ranks=2)
     assert "the next job of this run starts without n1" in first.batch_log()
     assert {second.said(rank, 1)[0]["environment"]["SLURMD_NODENAME"] for rank in range(2)} == {"n2", "n3"}
     assert excluded(scontrol, last) in ("n1,n4", "n[1,4]"), "not the next link alone, and the profile's own list stays"
@@ -110,7 +110,7 @@ def test_the_links_after_one_that_met_a_bad_node_do_without_it(
     subprocess.run(["scancel", "--batch", "--signal=USR2", second.job_id], check=True)
     assert last.wait().state is State.FAILED
     assert "without n2 partition batch has only 1 nodes" in last.batch_log()
-    endings = [(end.restart, end.exit_code) for record in read_records(job.files) for end in record.endings]
+    endings = [(end.attempt, end.exit_code) for record in read_records(job.files) for end in record.endings]
     assert endings == [(0, 75), (1, 75), (2, 1)]
 
 

@@ -43,8 +43,8 @@ def submitted(job: JobSpec) -> Submitted:
     return Submitted(job.files, submit(job.files, render(job, ClusterProfile())).job_id)
 
 
-def started(job: Submitted, restart: int = 0) -> None:
-    job.wait_listening(restart=restart, ranks=2)
+def started(job: Submitted, attempt: int = 0) -> None:
+    job.wait_listening(attempt=attempt, ranks=2)
 
 
 def all_text(folder: Path) -> str:
@@ -126,7 +126,7 @@ def test_a_job_with_roles_comes_back(tmp_path: Path) -> None:
     """Once because its server died, as failures that may pass do; with a new server it ends well."""
     run = submitted(job_of(tmp_path, server={"dies_s": 3, "dies_until": 1}, client={"seconds": 4}))
     end = run.wait()
-    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert (end.state, end.attempt) == (State.COMPLETED, 1)
     assert [ending.exit_code for ending in read_records(run.run)[0].endings] == [9, 0]
     assert run.said(0, 1)[0]["answers"] == [9]
     assert (run.run.logs / "server_0.1.log").exists()
@@ -158,7 +158,7 @@ def test_without_a_ready_server_no_rank_starts(
         return
     run = submitted(job)
     end = run.wait()
-    assert (end.state, end.exit_code, end.restart) == (State.FAILED, code, 0)
+    assert (end.state, end.exit_code, end.attempt) == (State.FAILED, code, 0)
     assert re.search(says, run.batch_log())
     assert not list(run.run.logs.glob("rank_*"))
 

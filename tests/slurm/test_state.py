@@ -43,7 +43,7 @@ def beat(run: RunDirectory, **words: object) -> None:
 
 def ended(run: RunDirectory, job_id: str, exit_code: int) -> None:
     with open(run.jobs, "a") as file:
-        file.write(json.dumps({"job_id": job_id, "restart": 2, "exit_code": exit_code, "time": 0}) + "\n")
+        file.write(json.dumps({"job_id": job_id, "attempt": 2, "exit_code": exit_code, "time": 0}) + "\n")
 
 
 @pytest.mark.usefixtures("no_slurm")
@@ -53,9 +53,9 @@ class TestWithoutSlurm:
 
     def test_a_fresh_heartbeat_runs(self, run: RunDirectory) -> None:
         record_submission(run, "7")
-        beat(run, job_id="7", restart=1)
+        beat(run, job_id="7", attempt=1)
         now = status([run.path])[0]
-        assert (now.state, now.source, now.step, now.restart, now.job_id) == (State.RUNNING, "heartbeat", 7, 1, "7")
+        assert (now.state, now.source, now.step, now.attempt, now.job_id) == (State.RUNNING, "heartbeat", 7, 1, "7")
 
     def test_an_old_heartbeat_proves_nothing(self, run: RunDirectory) -> None:
         record_submission(run, "7")
@@ -73,7 +73,7 @@ class TestWithoutSlurm:
         record_submission(run, "7")
         ended(run, "7", code)
         now = status([run.path])[0]
-        assert (now.state, now.source, now.exit_code, now.restart) == (state, "records", code, 2)
+        assert (now.state, now.source, now.exit_code, now.attempt) == (state, "records", code, 2)
 
     def test_done_is_done(self, run: RunDirectory) -> None:
         record_submission(run, "7")
@@ -191,12 +191,12 @@ def test_a_waiting_job_says_why_and_cannot_be_resumed(submit_payload: Submit) ->
 
 
 @pytest.mark.slurm
-def test_logs_are_read_by_rank_and_restart_and_followed_to_the_end(submit_payload: Submit) -> None:
+def test_logs_are_read_by_rank_and_attempt_and_followed_to_the_end(submit_payload: Submit) -> None:
     job = submit_payload(tasks_per_node=2, options={"seconds": 1})
     followed = list(logs(job.run.path, rank=1, follow=True))
     assert followed == list(logs(job.run.path, rank=1))
     assert followed[-1] == '{"done": true}'
     assert job.wait().state is State.COMPLETED
     assert list(logs(job.run.path, rank=None)) == job.batch_log().splitlines()
-    with pytest.raises(LaunchError, match=r"no log of rank 5, restart 0 .*completed.*0\.0, 1\.0"):
-        list(logs(job.run.path, rank=5, restart=0))
+    with pytest.raises(LaunchError, match=r"no log of rank 5, attempt 0 .*completed.*0\.0, 1\.0"):
+        list(logs(job.run.path, rank=5, attempt=0))

@@ -67,7 +67,7 @@ def test_a_sweep_is_cancelled_and_resumed_as_a_whole(
     assert "none of the 3 runs is in the queue" in capsys.readouterr().err
     assert main(["resume", folder]) == 0
     until(lambda: states(sweep) == [State.RUNNING] * 3)
-    # each is a job of its own now, and its second start
+    # each is a job of its own now, and its second attempt
     jobs = [read_records(run) for run in sweep]
     assert [["_" in job.job_id for job in found] for found in jobs] == [[True, False]] * 3
     until(lambda: all(run.rank_log(0, 1).exists() for run in sweep))
@@ -99,7 +99,7 @@ def test_each_of_slurms_commands_is_called_once_for_all_runs(
 
 @pytest.mark.slurm
 def test_logs_are_followed_over_a_requeue(submit_payload: Submit, scontrol: Callable[..., str]) -> None:
-    job = submit_payload(options={"until_restart": 1})
+    job = submit_payload(options={"until_attempt": 1})
     job.wait_listening()
     followed: list[str] = []
     reader = threading.Thread(target=lambda: followed.extend(logs(job.run.path, follow=True)))
@@ -160,13 +160,13 @@ def test_why_names_rank_node_and_cause(slurm: object, tmp_path: Path, capsys: py
     until(lambda: status([job.run_directory], fresh_s=0)[0].state is State.FAILED)
     assert main(["why", "--json", str(job.run_directory)]) == 0
     found = json.loads(capsys.readouterr().out)
-    expected = {"class": "oom_gpu", "rank": 2, "node": "n4", "exit_code": 70, "restart": 0, "job_id": job_id}
+    expected = {"class": "oom_gpu", "rank": 2, "node": "n4", "exit_code": 70, "attempt": 0, "job_id": job_id}
     assert found | expected == found and found["line"] == 1
     assert set(found["followers"]) <= {0, 1, 3}
 
 
 @pytest.mark.slurm
-def test_why_without_a_start(slurm: object, submit_payload: Submit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_why_without_an_attempt(slurm: object, submit_payload: Submit, capsys: pytest.CaptureFixture[str]) -> None:
     first = submit_payload(options={"seconds": 60})
     waiting = submit_payload(
         run_directory=first.run.path.with_name("second"),

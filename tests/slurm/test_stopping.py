@@ -35,33 +35,33 @@ def time_limited(slurm_cluster: PrivateCluster, tmp_path_factory: pytest.TempPat
     with pytest.MonkeyPatch.context() as environment:
         for name, value in slurm_cluster.environment.items():
             environment.setenv(name, value)
-        return submit_job(job, profile=FIRST_NODES, options={"until_restart": 1})
+        return submit_job(job, profile=FIRST_NODES, options={"until_attempt": 1})
 
 
 def test_a_warning_before_the_ranks_listen_is_not_lost(submit_payload: Submit) -> None:
-    job = submit_payload(requeue=False, options={"until_restart": 1, "deaf": "asked"})
+    job = submit_payload(requeue=False, options={"until_attempt": 1, "deaf": "asked"})
     until(job.run.rank_log(0, 0).exists)
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
     end = job.wait()
     assert job.said(0)[-1] == {"stopped": "file"}
     # it may not requeue: the code says why it ended
-    assert (end.state, end.exit_code, end.restart) == (State.STOPPED, 75, 0)
+    assert (end.state, end.exit_code, end.attempt) == (State.STOPPED, 75, 0)
 
 
 def test_a_warning_before_the_ranks_start_starts_none(submit_payload: Submit) -> None:
     job = submit_payload(requeue=False, profile=ClusterProfile(setup=('until [ -n "$stop" ]; do sleep 0.1; done',)))
-    until(lambda: "megabatch: start 0 of job" in job.batch_log(), what="the script, which listens by then")
+    until(lambda: "megabatch: attempt 0 of job" in job.batch_log(), what="the script, which listens by then")
     subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
     assert job.wait().state is State.STOPPED
     assert not rank_logs(job.run.path)
 
 
 def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Submit) -> None:
-    job = submit_payload(nodes=2, options={"until_restart": 1, "seconds": 60})
+    job = submit_payload(nodes=2, options={"until_attempt": 1, "seconds": 60})
     job.wait_listening(ranks=2)
     assert cancel(job.run.path) == job.job_id
     end = job.wait()
-    assert (end.state, end.restart) == (State.CANCELLED, 0)
+    assert (end.state, end.attempt) == (State.CANCELLED, 0)
     assert {job.said(rank)[-1]["stopped"] for rank in range(2)} <= {"SIGTERM", "SIGUSR2"}
     # the script asked Slurm who ended it, before Slurm forgets
     assert [(end.exit_code, end.cancelled) for end in read_records(job.run)[0].endings] == [(75, True)]
@@ -70,21 +70,21 @@ def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Subm
         assert (job.now().state, job.now().source) == (State.CANCELLED, "records")
     second = resume(job.run.path)
     assert second != job.job_id
-    job.wait_listening(restart=1, ranks=2)
-    # the second job's logs are its own: starts count over the run
+    job.wait_listening(attempt=1, ranks=2)
+    # the second job's logs are its own: attempts count over the run
     assert [record.job_id for record in read_records(job.run)] == [job.job_id, second]
-    assert [[start.restart for start in record.starts] for record in read_records(job.run)] == [[0], [1]]
+    assert [[start.attempt for start in record.starts] for record in read_records(job.run)] == [[0], [1]]
     assert len(job.said(0)) == 2 and "SLURM_RESTART_COUNT" not in job.said(0, 1)[0]["environment"]
 
 
 def test_preemption_requeues_through_slurm(submit_payload: Submit) -> None:
-    job = submit_payload(profile=LAST_NODES, nodes=2, tasks_per_node=2, options={"until_restart": 1})
+    job = submit_payload(profile=LAST_NODES, nodes=2, tasks_per_node=2, options={"until_attempt": 1})
     job.wait_listening(ranks=4)
     urgent = ["sbatch", "--partition=urgent", "--nodelist=n[3-4]", "--exclusive", "--output=/dev/null", "--wrap=true"]
     subprocess.run(urgent, check=True, capture_output=True)
-    job.wait_listening(restart=1, ranks=4)
+    job.wait_listening(attempt=1, ranks=4)
     end = job.wait()
-    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert (end.state, end.attempt) == (State.COMPLETED, 1)
     assert all("stopped" in job.said(rank)[-1] for rank in range(4))
     # the batch script left the requeue to Slurm, which would otherwise have restarted it twice
     assert "refused" not in job.batch_log()
@@ -92,15 +92,15 @@ def test_preemption_requeues_through_slurm(submit_payload: Submit) -> None:
 
 def test_a_node_that_goes_down_requeues(submit_payload: Submit, scontrol: Callable[..., str]) -> None:
     profile = ClusterProfile(sbatch={"nodelist": "n4"})
-    job = submit_payload(profile=profile, options={"until_restart": 1})
+    job = submit_payload(profile=profile, options={"until_attempt": 1})
     job.wait_listening()
     scontrol("update", "NodeName=n4", "State=DOWN", "Reason=test")
     try:
-        assert job.wait(State.PENDING).restart == 1
+        assert job.wait(State.PENDING).attempt == 1
     finally:
         bring_back(scontrol, "n4")
     end = job.wait()
-    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert (end.state, end.attempt) == (State.COMPLETED, 1)
 
 
 def test_ranks_that_a_failed_node_took_along_are_not_done(
@@ -138,8 +138,8 @@ def test_one_dead_rank_ends_the_job_with_its_exit_code(
     submit_payload: Submit, fail: str, code: int, deaf: bool
 ) -> None:
     # ranks that do not listen are killed by srun with a larger code, which must not hide the first one's
-    options = {"until_restart": 1, "fail_rank": 3, "fail": fail} | ({"deaf": "ever"} if deaf else {})
-    spec = {"nodes": 2, "tasks_per_node": 2, "max_restarts_without_progress": 0}
+    options = {"until_attempt": 1, "fail_rank": 3, "fail": fail} | ({"deaf": "ever"} if deaf else {})
+    spec = {"nodes": 2, "tasks_per_node": 2, "max_requeues_without_progress": 0}
     job = submit_payload(profile=LAST_NODES, options=options, **spec)
     end = job.wait()
     assert (end.state, end.exit_code) == (State.FAILED, code)
@@ -150,11 +150,11 @@ def test_one_dead_rank_ends_the_job_with_its_exit_code(
 @pytest.mark.usefixtures("slurm")
 def test_the_time_limits_warning_stops_all_ranks_together_and_requeues(time_limited: Submitted) -> None:
     job = time_limited
-    job.wait_listening(restart=1, ranks=4)
+    job.wait_listening(attempt=1, ranks=4)
     assert [job.said(rank)[-1] for rank in range(4)] == [{"stopped": "SIGUSR2"}] * 4
     end = job.wait()
-    assert (end.state, end.restart) == (State.COMPLETED, 1)
+    assert (end.state, end.attempt) == (State.COMPLETED, 1)
     assert [job.said(rank, 1)[-1] for rank in range(4)] == [{"done": True}] * 4
-    endings = [(e.restart, e.exit_code) for e in read_records(job.run)[0].endings]
+    endings = [(e.attempt, e.exit_code) for e in read_records(job.run)[0].endings]
     assert endings == [(0, 75), (1, 0)]
     assert not list(job.run.logs.glob("stop*"))

@@ -19,7 +19,7 @@ for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(number))
 if os.environ["RANK"] == "0":
     slow = run.parent / ".slow"
-    (run / f"pid.{os.environ['MEGABATCH_RESTART']}").write_text(str(os.getpid()))
+    (run / f"pid.{os.environ['MEGABATCH_ATTEMPT']}").write_text(str(os.getpid()))
     (run / "heartbeat.json").write_text(json.dumps({"time": time.time(), "state": "running"}))
     while slow.exists() and run.name in slow.read_text().split():
         time.sleep(0.05)

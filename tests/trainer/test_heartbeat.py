@@ -21,9 +21,9 @@ def test_the_job_by_its_own_name_and_the_versions(
     monkeypatch.delenv("MEGABATCH_JOB_ID", raising=False)
     if job_id:
         monkeypatch.setenv("MEGABATCH_JOB_ID", job_id)
-    place = Place(rank=0, world_size=1, local_rank=0, restart=2)
+    place = Place(rank=0, world_size=1, local_rank=0, attempt=2)
     Heartbeat(RunDirectory(tmp_path), place).beat("running", step=3)
     said = json.loads((tmp_path / "heartbeat.json").read_text())
-    assert (said["state"], said["step"], said["job_id"], said["restart"]) == ("running", 3, job_id, 2)
+    assert (said["state"], said["step"], said["job_id"], said["attempt"]) == ("running", 3, job_id, 2)
     assert said["versions"]["torch"] == version("torch")
     assert said["versions"]["megatron-core"] == version("megatron-core")

@@ -21,7 +21,7 @@ _SETTLED_S = 2
 
 
 class Digests:
-    """What one start of a run asks for; `save` keeps it for the next."""
+    """What one attempt of a run asks for; `save` keeps it for the next."""
 
     def __init__(self, folder: Path) -> None:
         self._path = Path(folder) / NAME

@@ -101,12 +101,12 @@ class Checkpoints:
             raise CheckpointError(f"{temporary}: {e.strerror or e}") from e
 
     def _require_newest_start(self) -> None:
-        """A start whose node Slurm gave up may live on beside the one that took over: it must not touch the run."""
+        """An attempt whose node Slurm gave up may live on beside the one that took over: it must not touch the run."""
         jobs = self.run.jobs
         starts = jobs.read_text(encoding="utf-8", errors="replace").count('"start"') if jobs.exists() else 0
-        if starts > self.ranks.place.restart + 1:
+        if starts > self.ranks.place.attempt + 1:
             raise CheckpointError(
-                f"restart {starts - 1} has taken over this run; restart {self.ranks.place.restart} ends"
+                f"attempt {starts - 1} has taken over this run; attempt {self.ranks.place.attempt} ends"
             )
 
     def _commit(self, temporary: Path, target: Path, progress: Progress, everyone: list[dict[str, File]]) -> None:

@@ -113,7 +113,7 @@ def _decide(
         excluded_before=len(_excluded_before(run)),
         max_bad_nodes=options.max_bad_nodes,
     )
-    mark = f"preflight.{os.environ['MEGABATCH_JOB_ID']}.{os.environ['MEGABATCH_RESTART']}"
+    mark = f"preflight.{os.environ['MEGABATCH_JOB_ID']}.{os.environ['MEGABATCH_ATTEMPT']}"
     said = {"seconds": round(seconds, 3), "reports": list(reports.values()), "links": links}
     write_atomic(run.logs / f"{mark}.json", json.dumps(said, indent=1) + "\n")
     _record(run, {names[index]: faults for index, faults in bad.items()}, excluded=decided.word == "exclude")
@@ -142,7 +142,7 @@ def _record(run: RunDirectory, bad: Mapping[str, list[Bad]], *, excluded: bool) 
     facts = {
         "time": time.time(),
         "job_id": os.environ["MEGABATCH_JOB_ID"],
-        "restart": int(os.environ["MEGABATCH_RESTART"]),
+        "attempt": int(os.environ["MEGABATCH_ATTEMPT"]),
     }
     lines = [
         {**facts, "node": name, "check": fault.check, "value": fault.value, "rule": fault.rule, "excluded": excluded}

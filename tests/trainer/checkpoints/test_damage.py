@@ -181,7 +181,7 @@ def test_latest_says_where_a_run_goes_on(whole: Path, ranks: RankServer, tmp_pat
     for run in (by_hand, by_command):
         ranks.run(train, world_size=2, run_dir=str(run), stop_after=1)
         assert curve(run) == curve(whole)[1:2]
-        # what was later is no checkpoint any more: the next start goes on in the new history
+        # what was later is no checkpoint any more: the next attempt goes on in the new history
         names = sorted(path.name for path in (run / "checkpoints").glob("*step_*"))
         assert names == ["later.step_00000002", "step_00000001", "step_00000002"]
         ranks.run(train, world_size=2, run_dir=str(run))
