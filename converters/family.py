@@ -51,7 +51,7 @@ class Family:
     shape: Callable[[Mapping[str, Any]], ModelShape]
     """Reads a config.json, old and new spellings; ConversionError names what it cannot read."""
     hf_config: Callable[..., dict[str, Any]]
-    """`hf_config(shape, *, dtype, **token_ids)`: a config.json for a model built on the spot."""
+    """`hf_config(shape, *, dtype, **token_ids)`: a config.json for a new model."""
     tied: Mapping[str, str]
     """Tensors left out of the file when embeddings are tied, with the tensor they repeat."""
     ignorable: tuple[Ignorable, ...] = ()

@@ -1,4 +1,4 @@
-"""GSM8K with a small Qwen3-MoE made on the spot, its tokenizer trained on the data: minutes on two CPU cores.
+"""GSM8K with a small new Qwen3-MoE, its tokenizer trained on the data: minutes on two CPU cores.
 
 python recipes/gsm8k_sft.py --dataset gsm8k_train.jsonl --val_dataset gsm8k_test.jsonl --local
 python recipes/gsm8k_sft.py --nodes 2 --tasks_per_node 2 --submit

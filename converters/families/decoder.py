@@ -163,4 +163,4 @@ ROTARY_BUFFERS = Ignorable(
 
 def not_made(shape: ModelShape, **_: Any) -> dict[str, Any]:
     """`Family.hf_config` of a family whose config.json is only read. Raises: ConversionError."""
-    raise ConversionError(f"{shape.model_type}: a model of this family cannot be made on the spot, only converted")
+    raise ConversionError(f"{shape.model_type}: megabatch cannot create a new model of this family, only convert one")

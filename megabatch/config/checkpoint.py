@@ -11,54 +11,55 @@ from megabatch.config.declare import freeze_lists, param
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What is saved, when, in which form, and what training starts from."""
+    """What to save, when and in which format, and what to start from."""
 
     save: str | None = param(None, aliases=("output_dir",))
     """Folder for run directories; None means `megatron_output/<last part of the model's name, or the recipe's>`."""
     add_version: bool = param(True)
-    """Makes a new folder `v<number>-<time>` below `save` for each run; False runs in `save` itself."""
+    """Creates a new folder `v<number>-<time>` in `save` for each run; False uses `save` itself."""
     save_strategy: Literal["steps", "epoch"] = param("steps", built=("steps",))
     """Unit of `save_interval`, `eval_interval` and `save_retain_interval`; epoch saves and evaluates after each."""
     save_interval: int = param(500, aliases=("save_steps",), at_least=1)
     """Optimizer steps between checkpoints; the last step is always saved."""
     save_retain_interval: int | None = param(None, at_least=1)
-    """Older checkpoints are deleted unless their step is a multiple of this; None keeps them."""
+    """Deletes older checkpoints unless their step is a multiple of this; None keeps them."""
     save_total_limit: int | None = param(None, at_least=1)
-    """Checkpoints kept, newest first; None keeps all."""
+    """Number of newest checkpoints to keep; None keeps all."""
     no_save_optim: bool = param(False)
-    """Leaves out the optimizer state: smaller, but no exact resume from this checkpoint."""
+    """Does not save the optimizer state: a smaller checkpoint, but no exact resume from it."""
     no_save_rng: bool = param(False)
-    """Leaves out the random number generators."""
+    """Does not save the random number generators."""
     save_safetensors: bool = param(True)
-    """Saves Hugging Face safetensors, beside what a resume needs."""
+    """Saves Hugging Face safetensors in addition to the state to resume from."""
     save_safetensors_interval: int | None = param(None, at_least=1)
-    """Optimizer steps between checkpoints with safetensors, a multiple of `save_interval`; None means all of them. The
-    last step's has them always, one that is saved because the run was asked to stop only where its step is due."""
+    """Optimizer steps between checkpoints with safetensors, a multiple of `save_interval`; None means every
+    checkpoint. The last step's checkpoint always has them; one saved because the run was asked to stop has them only
+    if due."""
     max_shard_size: str = param("5GB")
     """Largest safetensors file: a number with B, KB, MB or GB (or KiB, MiB, GiB)."""
 
     load: str | None = param(None, aliases=("mcore_model",))
     """Folder of a megatron-core checkpoint to start from; None starts from `model`."""
     finetune: bool = param(False)
-    """Takes only the weights from `load`: step, optimizer, RNG and place in the data begin anew."""
+    """Loads only the weights from `load`: step, optimizer, RNG and position in the data start over."""
     no_load_optim: bool = param(False)
-    """Leaves the optimizer state of `load` aside, which needs less memory."""
+    """Does not load the optimizer state of `load`, which needs less memory."""
     no_load_rng: bool = param(False)
-    """Leaves the random number generators of `load` aside."""
+    """Does not load the random number generators of `load`."""
     exit_on_missing_checkpoint: bool = param(True)
-    """Fails when `load` holds no checkpoint; False starts from `model` instead."""
+    """Fails if `load` holds no checkpoint; False starts from `model` instead."""
     no_initialization: bool = param(True, speed_only=True)
-    """Leaves weights uninitialised that loading will set; a model made on the spot is always initialised."""
+    """Does not initialise weights that loading will set; a new model is always initialised."""
     ckpt_format: Literal["torch", "torch_dist", "zarr"] = param("torch_dist", built=("torch_dist",))
     """Format of megatron-core checkpoints."""
     auto_detect_ckpt_format: bool = param(True, built=False)
-    """Finds out the format of `load`."""
+    """Detects the format of `load`."""
     async_save: bool = param(False, built=False)
-    """Goes on training while a checkpoint is written."""
+    """Continues training while a checkpoint is written."""
     use_persistent_ckpt_worker: bool = param(False, built=False)
     """Keeps one process for asynchronous saves."""
     ckpt_fully_parallel_load: bool = param(False, built=False)
-    """Shares the reading of a checkpoint among data parallel ranks."""
+    """Distributes the reading of a checkpoint over data parallel ranks."""
     ckpt_assume_constant_structure: bool = param(False, built=False)
     """Plans a save once and reuses the plan."""
 
@@ -68,9 +69,9 @@ class Bridge:
     """Exchange with Hugging Face formats and hubs."""
 
     load_safetensors: bool = param(False, built=False)
-    """Has no effect: safetensors are read whenever `load` is not given. Known so that old scripts are understood."""
+    """Has no effect: safetensors are read whenever `load` is not given. Exists so that old scripts are understood."""
     use_hf: bool = param(False)
-    """Takes models and datasets from Hugging Face's hub; False takes them from ModelScope."""
+    """Gets models and datasets from Hugging Face's hub; False gets them from ModelScope."""
     hub_token: str | None = param(None)
     """Name of the environment variable that holds the hub's token, such as HF_TOKEN; never the token itself."""
     adapters: Sequence[str] = param((), built=False)
@@ -80,7 +81,7 @@ class Bridge:
     ref_adapters: Sequence[str] = param((), built=False)
     """Reference model's LoRA adapters; at most one."""
     merge_lora: bool | None = param(None, built=False)
-    """Adds LoRA into the saved weights; None means yes for safetensors (and `to_hf`) and no for torch_dist."""
+    """Merges LoRA into the saved weights; None means yes for safetensors (and `to_hf`) and no for torch_dist."""
     offload_bridge: bool = param(False, built=False)
     """Keeps weights exported for the rollout engine in host memory."""
 

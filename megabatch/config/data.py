@@ -17,53 +17,55 @@ class Data:
     """Training data: files (JSONL, JSON, CSV, TSV, Parquet, also .gz and .zst), folders or hub names; `path#500` draws
     500 samples."""
     val_dataset: Sequence[str] = param(())
-    """Validation data, spelled like `dataset`; when given, nothing is split off the training data."""
+    """Validation data, in the form of `dataset`; if given, nothing is split off the training data."""
     split_dataset_ratio: float = param(0.0, at_least=0, below=1)
-    """Part of the training data set aside for validation when `val_dataset` is empty."""
+    """Fraction of the training data used for validation if `val_dataset` is empty."""
     columns: Mapping[str, str] | None = param(None)
-    """Renames columns: name in the file → name that is understood, for example `{"question": "query"}`."""
+    """Renames columns: name in the file → name that megabatch reads, for example `{"question": "query"}`."""
     template: str | None = param(None)
-    """Chat template; None takes the tokenizer's own."""
+    """Chat template; None uses the tokenizer's own."""
     system: str | None = param(None)
-    """System message of samples that bring none; None leaves it to the template."""
+    """System message of samples without their own; None leaves it to the template."""
     sanitize_control_tokens: bool = param(True)
-    """Tokenizes control tokens in the data (`<|im_end|>`) as plain text, so that only the template writes them. False
-    lets the data write them too."""
+    """Tokenizes control tokens in the data (`<|im_end|>`) as plain text, so that only the template can write them.
+    False lets the data write them too."""
     loss_scale: Literal["default", "last_round", "all"] | None = param(None)
-    """Which tokens are trained on: every assistant turn, only the last one, or all tokens.
+    """Which tokens to train on: every assistant turn (default), only the last one, or all tokens.
 
     None means `all` for pt, `default` for sft and `last_round` for rlhf.
     """
 
     max_length: int | None = param(None, at_least=2)
-    """Longest sample in tokens; longer ones meet `truncation_strategy`. None takes the model's longest position."""
+    """Longest sample in tokens; `truncation_strategy` decides about longer ones. None uses the model's largest
+    position."""
     seq_length: int | None = param(None, at_least=2)
-    """Has no effect of its own: rows are as long as their samples. None or the same as `max_length`."""
+    """Has no effect: rows are as long as their samples. Must be None or equal to `max_length`."""
     truncation_strategy: Literal["delete", "left", "right", "split", "raise"] | None = param(None)
-    """What happens to a sample above `max_length`: left out, cut at that end, cut into pieces (pt alone), or an error.
-    None means `delete`, for GRPO `left`."""
+    """What happens to a sample longer than `max_length`: dropped, cut at that end, split into pieces (pt only), or an
+    error. None means `delete`, for GRPO `left`."""
     packing: bool = param(False)
-    """Puts whole samples together into rows of about `packing_length` tokens; they do not see each other."""
+    """Packs whole samples into rows of about `packing_length` tokens; samples of a row do not see each other."""
     packing_length: int | None = param(None, at_least=2)
     """Tokens of a packed row; None means `max_length`."""
     packing_num_proc: int = param(1, built=False, at_least=1)
-    """Processes that pack; another number gives other packs."""
+    """Processes that pack; the packs depend on this number."""
     pad_to_max_length: bool = param(False)
     """Pads every row to `micro_batch_size` times `packing_length`, or `max_length` without packing.
 
-    Pipeline stages then tell each other no shapes. Padding costs time and takes part in no loss, gradient or routing.
+    Pipeline stages then need not exchange shapes. Padding costs time but is excluded from loss, gradient and routing.
     """
     padding_free: bool = param(True, built=False)
     """Lays the samples of a micro-batch end to end instead of padding them to one length."""
     mlp_padding_free: bool = param(False, built=False)
-    """Takes padding out for the MLP alone; only of use when `padding_free` is off."""
+    """Removes padding for the MLP only; only useful if `padding_free` is off."""
 
     dataset_shuffle: bool = param(True)
     """Shuffles the dataset once, from the seed, before it is split and packed."""
     train_dataloader_shuffle: bool = param(True)
-    """Draws the training rows in another order in each epoch, from the seed."""
+    """Draws the training rows in a different order in each epoch, from the seed."""
     no_data_sharding: bool = param(False, speed_only=True)
-    """Has no effect: rows are always shuffled over the whole dataset, so that no layout changes their order."""
+    """Has no effect: rows are always shuffled over the whole dataset, so that their order does not depend on the
+    layout."""
     group_by_length: bool = param(False, built=False)
     """Draws samples of similar length together."""
     dataloader_type: Literal["single", "cyclic", "external"] = param("cyclic", built=("cyclic",))
@@ -75,15 +77,15 @@ class Data:
     dataset_num_proc: int = param(1, speed_only=True, at_least=1)
     """Processes that read and tokenize the datasets."""
     load_from_cache_file: bool = param(False, speed_only=True)
-    """Reuses tokenized data that an earlier run left in the cache."""
+    """Reuses tokenized data of an earlier run from the cache."""
     num_workers: int = param(4, speed_only=True, aliases=("dataloader_num_workers",), at_least=0)
-    """Threads of each rank that prepare batches ahead; 0 prepares each when it is wanted."""
+    """Threads per rank that prepare batches ahead; 0 prepares each batch when it is needed."""
     dataloader_pin_memory: bool = param(True, speed_only=True)
     """Prepares batches in page-locked memory, for faster copies to a GPU."""
     dataloader_persistent_workers: bool = param(True, speed_only=True)
-    """Keeps the workers alive between epochs, as threads always are."""
+    """Keeps the workers alive between epochs; threads always stay alive."""
     dataloader_prefetch_factor: int = param(2, speed_only=True, at_least=1)
-    """Steps that each of them prepares ahead."""
+    """Steps that each worker prepares ahead."""
 
     def __post_init__(self) -> None:
         freeze_lists(self)

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints, as the converters' command line takes it."""
+"""Conversion of checkpoints: the parameters of the converters' command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megabatch.config.declare import param
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """What `megabatch-convert` does; in a recipe these have no effect and are refused."""
+    """Parameters of `megabatch-convert`; they have no effect in a recipe and are refused."""
 
     to_mcore: bool = param(False, built=False)
     """Converts Hugging Face weights to megatron-core's format."""
@@ -19,8 +19,8 @@ class Export:
     test_convert_precision: bool = param(False, built=False)
     """Compares the outputs of both formats after a conversion."""
     test_convert_dtype: Literal["float32", "bfloat16", "float16"] = param("float32", built=False)
-    """Type in which that comparison computes."""
+    """Type used for that comparison."""
     exist_ok: bool = param(False, built=False)
     """Overwrites an existing `save`."""
     device_map: str = param("auto", built=False)
-    """Where the Hugging Face model of the comparison is loaded; `cpu` spares GPU memory."""
+    """Where the Hugging Face model of the comparison is loaded; `cpu` saves GPU memory."""

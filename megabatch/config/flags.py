@@ -23,42 +23,43 @@ from megabatch.tasks import find_task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Actions:
-    """What to do with the recipe: flags of the command line itself, not of the run."""
+    """What to do with the recipe: flags of the command line, not parameters of the run."""
 
     submit: bool = False
     """Submit the run to Slurm."""
     local: bool = False
-    """Run it on this machine, one process for each rank."""
+    """Run on this machine, one process per rank."""
     dry_run: bool = False
-    """Show the plan and the exact sbatch script, and do nothing."""
+    """Print the plan and the exact sbatch script; write and submit nothing."""
     cluster: str | None = None
     """Cluster profile to submit with."""
     run_dir: str | None = None
-    """Run directory, instead of a new one below `save`."""
+    """Run directory; default: a new one in `save`."""
     chain: int | None = None
-    """Submits the run as that many jobs, each going on where the one before stopped: for clusters without requeue."""
+    """Submit the run as that many jobs, each continuing where the previous one stopped: for clusters without
+    requeue."""
     sweep: tuple[str, ...] = ()
-    """Runs every combination of parameters' values instead of one run: `--sweep lr=1e-5,2e-5 seed=1,2`."""
+    """Run every combination of parameter values instead of one run: `--sweep lr=1e-5,2e-5 seed=1,2`."""
     max_parallel: int | None = None
-    """How many runs of a sweep may run at a time."""
+    """Largest number of a sweep's runs at a time."""
     keep_all: bool = False
-    """Keeps points of a sweep that estimates alone speak against: memory, or groups of ranks that cross nodes."""
+    """Keep points of a sweep that only the estimates reject: memory, or groups of ranks that cross nodes."""
     gpu: str | None = None
-    """GPU that a sweep's memory and time are estimated for: A100, H100, H200, …; None means the cluster
-    profile's, or H100."""
+    """GPU for a sweep's memory and time estimates: A100, H100, H200, …; None means the cluster profile's, or
+    H100."""
     help: bool = False
     """Show all flags and exit."""
 
 
 _ACTIONS = {field.name: field.default is False for field in dataclasses.fields(Actions)}
-"""Own flag → whether it stands alone."""
+"""Flag of the command line itself → whether it takes no value."""
 _TOP = ("name", "task")
 _OF_THE_CLUSTER = frozenset(("partition", "account", "qos", "constraint", "reservation", "exclude", "modules"))
-"""What people know as options of sbatch, and look for among the flags."""
+"""Options of sbatch that people look for among the flags."""
 
 
 def parse(arguments: Sequence[str], recipe: Recipe) -> tuple[Actions, Recipe]:
-    """Actions, and the recipe with the flags' values in place of its own; with `--help` nothing else is read.
+    """Actions, and the recipe with the flags' values applied; with `--help` nothing else is read.
 
     Raises: ConfigError with every unknown name, wrong value and double spelling at once.
     """
@@ -85,19 +86,19 @@ class Named:
 
     parameter: Parameter
     negated: bool
-    """The name is an alias of the opposite meaning."""
+    """The name is an alias with the opposite meaning."""
 
     def typed(self, value: Any) -> Any:
-        """A value given in Python, as a recipe holds it. Raises: ValueError where its type is wrong."""
+        """A value given in Python, as a recipe holds it. Raises: ValueError if its type is wrong."""
         value = tuple(value) if isinstance(value, list) else value
         if not fits(value, self.parameter.hint):
             raise ValueError(f"must be {spelled(self.parameter.hint)}")
         return not value if self.negated and isinstance(value, bool) else value
 
     def values(self, text: str) -> list[Any]:
-        """The values in `1,2,4`, or in a JSON array where a value is a list or holds a comma; each read as a flag's.
+        """The values in `1,2,4`, or in a JSON array if a value is a list or contains a comma, each read like a flag's.
 
-        Raises: ValueError where one cannot be read.
+        Raises: ValueError if one cannot be read.
         """
         if text.lstrip().startswith("["):
             texts = [one if isinstance(one, str) else json.dumps(one) for one in json.loads(text)]
@@ -108,7 +109,7 @@ class Named:
 
 
 def named(name: str, recipe: Recipe) -> Named | Fault:
-    """The parameter of a flag's name, or the fault that names the nearest ones.
+    """The parameter of a flag's name, or a fault that suggests the nearest ones.
 
     `beta` and `loss_type` are those of the recipe's algorithm.
     """

@@ -14,17 +14,17 @@ class Grpo:
     """Group relative policy optimisation. Batch sizes count completions."""
 
     beta: float = param(0.04, built=False, at_least=0)
-    """Weight of the KL term; 0 does without a reference model."""
+    """Weight of the KL term; 0 needs no reference model."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = param("grpo", built=False)
-    """What the loss is averaged over, or which surrogate it has."""
+    """How the loss is averaged, or which surrogate it uses."""
     num_generations: int = param(8, built=False, at_least=2)
-    """Completions of each prompt (G)."""
+    """Completions per prompt (G)."""
     num_generations_eval: int | None = param(None, built=False, at_least=1)
-    """Completions of each prompt in an evaluation; None means `num_generations`."""
+    """Completions per prompt in an evaluation; None means `num_generations`."""
     steps_per_generation: int = param(1, built=False, at_least=1)
-    """Optimizer steps on each round of generation."""
+    """Optimizer steps per round of generation."""
     generation_batch_size: int | None = param(None, built=False, at_least=1)
-    """Completions of a round of generation; None means `global_batch_size * steps_per_generation`."""
+    """Completions per round of generation; None means `global_batch_size * steps_per_generation`."""
     num_iterations: int = param(1, built=False, at_least=1)
     """How often each completion is used for an update (mu)."""
     reward_funcs: Sequence[str] = param((), built=False)
@@ -36,23 +36,24 @@ class Grpo:
     epsilon: float = param(0.2, built=False, at_least=0)
     """Clipping: the ratio stays above 1 - epsilon, and below 1 + `epsilon_high`."""
     epsilon_high: float | None = param(None, built=False, at_least=0)
-    """Upper clipping; None means `epsilon`."""
+    """Upper clipping range; None means `epsilon`."""
     delta: float | None = param(None, built=False, above=0)
-    """Upper bound of the ratio where the advantage is negative, above 1 + epsilon; None is none."""
+    """Upper bound of the ratio for negative advantages, above 1 + epsilon; None sets none."""
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] = param("token", built=False)
     """Ratio for each token, for each sequence (GSPO), or the sequence's with the token's gradient."""
     dynamic_sample: bool = param(False, built=False)
-    """Generates anew for prompts whose completions all have the same reward."""
+    """Generates again for prompts whose completions all have the same reward."""
     max_resample_times: int = param(3, built=False, at_least=1)
-    """How often `dynamic_sample` tries."""
+    """Number of tries of `dynamic_sample`."""
     overlong_filter: bool = param(False, built=False)
-    """Leaves completions that were cut off out of the loss."""
+    """Excludes truncated completions from the loss."""
     off_policy_sequence_mask_delta: float | None = param(None, built=False)
-    """Leaves out sequences with a negative advantage whose mean log-ratio old - current exceeds this."""
+    """Excludes sequences with a negative advantage whose mean log-ratio old - current exceeds this."""
     rollout_importance_sampling_mode: (
         Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
     ) = param(None, built=False)
-    """Correction for the difference between the trainer's and the engine's probabilities; None corrects nothing."""
+    """Correction for the difference between the trainer's and the engine's probabilities; None applies no
+    correction."""
     rollout_importance_sampling_threshold: float = param(2.0, built=False, above=0)
     """Ratio above which that correction truncates or masks."""
     log_rollout_offpolicy_metrics: bool = param(False, built=False)
@@ -66,7 +67,7 @@ class Grpo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """Generation: sampling, the engine, and what the trainer frees for it."""
+    """Generation: sampling, the engine, and the memory that the trainer frees for it."""
 
     temperature: float = param(0.9, built=False, above=0)
     """Temperature of sampling and of the probabilities in the loss."""
@@ -75,7 +76,7 @@ class Rollout:
     async_generate: bool = param(False, built=False)
     """Generates the next round with the previous policy while training on the last one."""
     vllm_mode: Literal["server", "colocate"] | None = param(None, built=False)
-    """vLLM in a server process of its own, or inside the trainer's."""
+    """vLLM in its own server process, or inside the trainer's."""
     vllm_server_host: str | None = param(None, built=False)
     """Server's host."""
     vllm_server_port: int = param(8000, built=False, at_least=1, at_most=65535)
@@ -87,19 +88,19 @@ class Rollout:
     vllm_server_pass_dataset: bool = param(False, built=False)
     """Sends a sample's other columns to the server, for multi-turn schedulers."""
     vllm_tensor_parallel_size: int = param(1, built=False, at_least=1)
-    """GPUs sharing the engine's matrices."""
+    """GPUs that share the engine's matrices."""
     vllm_gpu_memory_utilization: float = param(0.9, built=False, above=0, at_most=1)
-    """Part of a GPU's memory that the engine may take."""
+    """Fraction of a GPU's memory that the engine may use."""
     vllm_max_model_len: int | None = param(None, built=False, at_least=1)
-    """Longest prompt with completion in tokens; None means the model's."""
+    """Longest prompt plus completion in tokens; None means the model's limit."""
     vllm_enforce_eager: bool = param(False, built=False)
     """Runs the engine without CUDA graphs."""
     vllm_limit_mm_per_prompt: Mapping[str, int] | None = param(None, built=False)
-    """Images and the like that a prompt may have, by kind; on the command line as a JSON object."""
+    """Number of images and other media that a prompt may have, by kind; on the command line as a JSON object."""
     vllm_enable_prefix_caching: bool = param(True, built=False)
     """Reuses the computation of common prompt beginnings."""
     vllm_enable_lora: bool = param(False, built=False)
-    """Hands the engine adapters instead of merged weights."""
+    """Sends adapters to the engine instead of merged weights."""
     sleep_level: Literal[0, 1, 2] = param(0, built=False)
     """What the engine frees during training: nothing, its cache, or its weights too."""
     offload_optimizer: bool = param(False, built=False)

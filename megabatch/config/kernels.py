@@ -1,4 +1,4 @@
-"""Which kernels compute: fusions, attention, the layers' implementation."""
+"""Kernels: fusions, attention, the implementation of layers."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from megabatch.config.declare import param
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """Kernel choices. They change speed and rounding, not what is computed; most need a GPU and some library."""
+    """Kernel choices. They change speed and rounding, not what is computed; most need a GPU and a library."""
 
     transformer_impl: Literal["local", "transformer_engine"] = param("transformer_engine", speed_only=True)
-    """Whose linear layers and norms are used; without Transformer Engine the local ones are."""
+    """Implementation of linear layers and norms; without Transformer Engine the local one is used."""
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = param("flash", speed_only=True)
-    """Attention kernel; without Transformer Engine, PyTorch's own fused attention."""
+    """Attention kernel; without Transformer Engine it is PyTorch's fused attention."""
     attn_impl: str = param("flash_attn", built=False)
     """Attention kernel of a multimodal model's vision tower."""
     cross_entropy_loss_fusion: bool = param(False, speed_only=True)
     """Computes the cross-entropy over a split vocabulary in one fused kernel."""
     cross_entropy_fusion_impl: Literal["native", "te"] = param("native", built=("native",))
-    """Whose fused cross-entropy: megatron-core's or Transformer Engine's."""
+    """Fused cross-entropy of megatron-core (native) or of Transformer Engine (te)."""
     no_masked_softmax_fusion: bool = param(False, speed_only=True, negated_aliases=("masked_softmax_fusion",))
-    """Keeps scaling, mask and softmax of attention apart."""
+    """Computes scaling, mask and softmax of attention separately."""
     no_bias_dropout_fusion: bool = param(False, speed_only=True, negated_aliases=("bias_dropout_fusion",))
-    """Keeps bias, dropout and residual addition apart."""
+    """Computes bias, dropout and residual addition separately."""
     no_bias_swiglu_fusion: bool = param(False, speed_only=True, negated_aliases=("bias_swiglu_fusion",))
-    """Keeps bias and SwiGLU apart."""
+    """Computes bias and SwiGLU separately."""
     no_rope_fusion: bool = param(False, speed_only=True, negated_aliases=("rope_fusion", "apply_rope_fusion"))
     """Applies rotary embeddings with plain tensor operations."""
     no_gradient_accumulation_fusion: bool = param(
         False, speed_only=True, negated_aliases=("gradient_accumulation_fusion",)
     )
-    """Adds weight gradients up after the matrix product instead of inside it (the fused one needs apex)."""
+    """Accumulates weight gradients after the matrix product instead of inside it (the fused version needs apex)."""

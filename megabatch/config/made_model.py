@@ -1,4 +1,4 @@
-"""The shape that a recipe declares for a model made on the spot."""
+"""The shape that a recipe declares for a new model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REQUIRED = ("model_type", "num_layers", "hidden_size", "num_attention_heads", "p
 
 
 def declared_shape(recipe: Recipe, *, architecture: str = "") -> ModelShape | None:
-    """The shape of a model made on the spot, or None where `model.model` is given or a needed field is missing.
+    """The shape of a new model, or None where `model.model` is given or a needed field is missing.
 
     What a family fixes (bias on qkv, norms on query and key) is the family's to correct: pass the shape through
     its `hf_config` and `shape`.

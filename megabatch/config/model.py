@@ -1,4 +1,4 @@
-"""The model: an existing Hugging Face folder or hub name, or the shape of a model made on the spot."""
+"""The model: an existing Hugging Face folder or hub name, or the shape of a new model."""
 
 from __future__ import annotations
 
@@ -11,44 +11,46 @@ from megabatch.config.declare import freeze_lists, param
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """Which model is trained.
+    """The model to train.
 
-    With `model` set, its `config.json` decides the shape and the other fields stay unset (or equal to it). With
-    `model` None a model of `model_type` and the shape given here is made on the spot, initialised from the seed, with
-    a byte-level BPE tokenizer of `padded_vocab_size` entries trained on the training data unless `tokenizer` is given.
+    With `model` set, its `config.json` decides the shape, and the other fields must be unset or agree with it. With
+    `model` None the run creates a new model of `model_type` with the shape given here, initialised from the seed.
+    Unless `tokenizer` is given, it also trains a byte-level BPE tokenizer of `padded_vocab_size` entries on the
+    training data.
     """
 
     model: str | None = param(None)
-    """Folder or hub name of Hugging Face safetensors weights; None makes a model of the shape given below."""
+    """Folder or hub name of Hugging Face safetensors weights; None creates a new model of the shape given below."""
     model_type: str | None = param(None)
-    """Model family, in Hugging Face's spelling (`qwen3_moe`, `llama`); needed only when `model` is None."""
+    """Model family, in Hugging Face's spelling (`qwen3_moe`, `llama`); only needed if `model` is None."""
     tokenizer: str | None = param(None)
-    """Folder or hub name of a tokenizer; None takes the model's own, or trains one for a model made on the spot."""
+    """Folder or hub name of a tokenizer; None uses the model's own, or trains one for a new model."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = param(None, built=("float32", "bfloat16"))
-    """Type of the weights in forward and backward; None takes config.json's, or bfloat16 where there is none."""
+    """Type of the weights in forward and backward; None uses config.json's, or bfloat16 if it has none."""
     new_special_tokens: Sequence[str] = param((), built=False)
-    """Special tokens added to the tokenizer, or paths of `.txt` files with one token in each line."""
+    """Special tokens added to the tokenizer, or paths of `.txt` files with one token per line."""
 
     num_layers: int | None = param(None, at_least=1)
     """Transformer layers."""
     hidden_size: int | None = param(None, at_least=1)
     """Width of the residual stream."""
     ffn_hidden_size: int | None = param(None, at_least=1)
-    """Width of a dense MLP; None means 4 times `hidden_size` for a model made on the spot."""
+    """Width of a dense MLP; None means 4 times `hidden_size` for a new model."""
     num_attention_heads: int | None = param(None, at_least=1)
-    """Query heads of each layer."""
+    """Query heads per layer."""
     group_query_attention: bool | None = param(None)
-    """Whether query heads share keys and values; None means yes exactly when `num_query_groups` is above 1."""
+    """Whether query heads share keys and values; None means yes if `num_query_groups` is above 1."""
     num_query_groups: int = param(1, at_least=1)
-    """Key and value heads of each layer; counts only with `group_query_attention`, otherwise each head has its own."""
+    """Key and value heads per layer; only used with `group_query_attention`, otherwise each query head has its own."""
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = param("vanilla", built=("vanilla",))
-    """Attention softmax: plain, with a constant 1 added to the denominator, or with a learned sink for each head."""
+    """Attention softmax: plain, with a constant 1 added to the denominator, or with a learned sink per head."""
     window_size: str | None = param(None, built=False)
-    """Sliding attention window as `left,right` tokens, for example `128,0`; None lets each token see all before it."""
+    """Sliding attention window as `left,right` tokens, for example `128,0`; None lets each token see all earlier
+    ones."""
     window_attn_skip_freq: int | Sequence[int] | None = param(None, built=False)
-    """Every n-th layer attends fully despite `window_size`, or a 0/1 entry for each layer (1 is windowed)."""
+    """Every n-th layer attends fully despite `window_size`; or a list with a 0 or 1 per layer (1 is windowed)."""
     max_position_embeddings: int | None = param(None, at_least=1)
-    """Longest position the model knows, in tokens."""
+    """Largest position that the model supports, in tokens."""
     position_embedding_type: Literal["learned_absolute", "rope", "mrope", "relative", "none"] = param(
         "rope", built=("rope",)
     )
@@ -56,9 +58,9 @@ class Model:
     rotary_base: float = param(10000, above=0)
     """Base (theta) of the rotary frequencies."""
     rotary_percent: float = param(1.0, built=False, above=0, at_most=1)
-    """Part of each head's dimensions that is rotated."""
+    """Fraction of each head's dimensions that is rotated."""
     normalization: Literal["LayerNorm", "RMSNorm"] = param("RMSNorm", built=("RMSNorm",))
-    """Normalisation in front of attention and MLP and after the last layer."""
+    """Normalisation before attention and MLP and after the last layer."""
     norm_epsilon: float = param(1e-5, above=0)
     """Added to the variance before its square root."""
     swiglu: bool = param(True, built=False)
@@ -74,23 +76,23 @@ class Model:
     disable_bias_linear: bool = param(True, built=False)
     """No bias in linear layers."""
     add_qkv_bias: bool = param(True)
-    """Bias on the query, key and value projections; a made model's family decides where it allows only one."""
+    """Bias on the query, key and value projections; in a new model the family decides if it allows only one value."""
     attention_dropout: float = param(0.0, built=False, at_least=0, below=1)
     """Probability of dropping an attention weight."""
     hidden_dropout: float = param(0.0, built=False, at_least=0, below=1)
     """Probability of dropping an element of the residual branches."""
     kv_channels: int | None = param(None, at_least=1)
-    """Dimensions of each head; None means `hidden_size // num_attention_heads`."""
+    """Dimensions per head; None means `hidden_size // num_attention_heads`."""
     qk_layernorm: bool = param(False)
-    """Normalises each query and key head; a made model's family decides where it allows only one."""
+    """Normalises each query and key head; in a new model the family decides if it allows only one value."""
     qk_l2_norm: bool = param(False, built=False)
     """Scales queries and keys to unit length, as Llama 4 does."""
     no_rope_freq: int | Sequence[int] | None = param(None, built=False)
-    """Layers without rotary embedding: every n-th, or a 0/1 entry for each layer (1 goes without)."""
+    """Layers without rotary embedding: every n-th; or a list with a 0 or 1 per layer (1 has none)."""
     moe_apply_probs_on_input: bool = param(False, built=False)
     """Scales an expert's input by its routing probability, instead of its output."""
     padded_vocab_size: int | None = param(None, at_least=1)
-    """Rows of the embedding, padding included; for a made model also the size of the tokenizer that is trained."""
+    """Rows of the embedding, including padding; for a new model also the size of the tokenizer that it trains."""
     rope_scaling: Mapping[str, Any] | None = param(None)
     """Rotary scaling as in config.json (`rope_type`, `factor`, …); on the command line as JSON."""
 

@@ -16,44 +16,44 @@ class MoE:
     num_experts: int | None = param(None, at_least=1)
     """Routed experts of a MoE layer."""
     moe_layer_freq: int | Sequence[int] | None = param(None, at_least=1)
-    """Every n-th layer from the first on is a MoE layer, or a 0/1 entry for each layer (1 is MoE)."""
+    """Every n-th layer, starting with the first, is a MoE layer; or a list with a 0 or 1 per layer (1 is MoE)."""
     moe_ffn_hidden_size: int | None = param(None, at_least=1)
-    """Width of each expert; None means the dense MLP's for a model made on the spot."""
+    """Width of each expert; None means the dense MLP's for a new model."""
     moe_shared_expert_intermediate_size: int | None = param(None, built=False, at_least=1)
-    """Total width of the experts that every token goes through."""
+    """Total width of the shared experts, which process every token."""
     moe_router_topk: int | None = param(None, at_least=1)
-    """Experts that each token is sent to."""
+    """Experts per token."""
     moe_router_num_groups: int | None = param(None, built=False, at_least=1)
     """Groups of experts for group-limited routing."""
     moe_router_group_topk: int | None = param(None, built=False, at_least=1)
-    """Groups that a token may choose its experts from."""
+    """Groups from which a token may choose its experts."""
     moe_router_pre_softmax: bool | None = param(None)
-    """Softmax over all experts before the choice, so that the chosen weights do not sum to 1."""
+    """Applies softmax over all experts before choosing, so that the chosen weights do not sum to 1."""
     moe_router_dtype: Literal["none", "fp32", "fp64"] = param("fp32")
-    """Type of the routing scores and of the weighted sum of expert outputs; none keeps the model's."""
+    """Type of the routing scores and of the weighted sum of expert outputs; none uses the model's."""
     moe_router_score_function: Literal["softmax", "sigmoid"] | None = param(None, built=("softmax",))
-    """What makes scores of router logits."""
+    """Function from router logits to scores."""
     moe_router_bias_update_rate: float | None = param(None, built=False, at_least=0)
-    """Step by which the balancing bias of an expert moves after each global batch."""
+    """Change of an expert's balancing bias after each global batch."""
     moe_router_enable_expert_bias: bool | None = param(None, built=(False,))
-    """Balances by a bias on each expert's score instead of by a loss (arXiv:2408.15664)."""
+    """Balances experts with a bias on each expert's score instead of a loss (arXiv:2408.15664)."""
     moe_router_topk_scaling_factor: float | None = param(None, built=False, above=0)
     """Multiplies the chosen experts' weights."""
     moe_router_load_balancing_type: (
         Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] | None
     ) = param(None, built=("aux_loss", "none"))
-    """Balancing: a loss over each micro-batch, each sequence or the global batch, optimal transport, or none."""
+    """Load balancing: a loss over each micro-batch, each sequence or the global batch, optimal transport, or none."""
     moe_aux_loss_coeff: float = param(0.0, at_least=0)
-    """Weight of the balancing loss; higher spreads tokens more evenly and costs quality."""
+    """Weight of the load-balancing loss; a higher value spreads tokens more evenly but costs quality."""
     moe_z_loss_coeff: float | None = param(None, at_least=0)
-    """Weight of the loss that keeps router logits small; None is none."""
+    """Weight of the loss that keeps router logits small; None disables it."""
     moe_expert_capacity_factor: float | None = param(None, above=0)
-    """Tokens of a micro-batch that an expert takes, as a multiple of an even share; the rest is dropped. None drops
+    """Tokens of a micro-batch that an expert accepts, as a multiple of an even share; the rest is dropped. None drops
     nothing."""
     moe_pad_expert_input_to_capacity: bool = param(False)
     """Pads each expert's input to its capacity; needs `moe_expert_capacity_factor` and no tensor parallelism."""
     moe_token_drop_policy: Literal["probs", "position"] = param("probs")
-    """Which tokens above capacity are dropped: the least probable ones or the last ones."""
+    """Which tokens beyond capacity are dropped: the least probable ones or the last ones."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = param(
         "alltoall", built=("alltoall", "allgather")
     )
@@ -61,11 +61,11 @@ class MoE:
     moe_enable_deepep: bool = param(False, built=False)
     """Dispatches with DeepEP's kernels; needs the flex dispatcher."""
     moe_grouped_gemm: bool = param(True, speed_only=True)
-    """Computes a rank's experts in one grouped matrix product where the device has it."""
+    """Computes a rank's experts in one grouped matrix product if the device supports it."""
     moe_permute_fusion: bool = param(False, speed_only=True)
     """Fuses the sorting of tokens by expert (Transformer Engine)."""
     moe_shared_expert_overlap: bool = param(False, speed_only=True)
-    """Computes shared experts while tokens are dispatched; without shared experts it has no effect."""
+    """Computes shared experts while tokens are dispatched; no effect without shared experts."""
 
     def __post_init__(self) -> None:
         freeze_lists(self)
@@ -76,13 +76,13 @@ class MLA:
     """Multi-head latent attention (DeepSeek-V2). Fields that are None come from the model's config.json."""
 
     multi_latent_attention: bool = param(False, built=False)
-    """Whether attention is latent."""
+    """Uses multi-head latent attention."""
     q_lora_rank: int | None = param(None, built=False, at_least=1)
     """Rank of the compressed queries."""
     kv_lora_rank: int | None = param(None, built=False, at_least=1)
     """Rank of the compressed keys and values."""
     qk_head_dim: int | None = param(None, built=False, at_least=1)
-    """Dimensions of a query or key head without position."""
+    """Dimensions of a query or key head that carry no position."""
     qk_pos_emb_head_dim: int | None = param(None, built=False, at_least=1)
     """Dimensions of a query or key head that carry the position."""
     v_head_dim: int | None = param(None, built=False, at_least=1)
@@ -91,9 +91,9 @@ class MLA:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MTP:
-    """Multi-token prediction: layers behind the last one that predict further tokens."""
+    """Multi-token prediction: extra layers after the last one that predict further tokens."""
 
     mtp_num_layers: int | None = param(None, built=False, at_least=1)
-    """Further tokens predicted, one layer for each; never read from config.json."""
+    """Number of further tokens to predict, one layer each; never read from config.json."""
     mtp_loss_scaling_factor: float = param(0.1, built=False, at_least=0)
     """Weight of the mean loss of the MTP layers."""

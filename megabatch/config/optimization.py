@@ -19,13 +19,13 @@ class LearningRate:
     )
     """Shape of the decay after warmup."""
     lr_decay_iters: int | None = param(None, at_least=1)
-    """Step at which the decay arrives at `min_lr`; None means the last step, known once the data is prepared."""
+    """Step at which the decay reaches `min_lr`; None means the last step, known once the data is prepared."""
     lr_warmup_iters: int = param(0, at_least=0)
-    """Steps of warmup; give either this or the fraction."""
+    """Warmup steps; set either this or the fraction."""
     lr_warmup_fraction: float | None = param(None, at_least=0, below=1)
-    """Warmup as a part of `lr_decay_iters`."""
+    """Warmup as a fraction of `lr_decay_iters`."""
     min_lr: float = param(0.0, at_least=0)
-    """Floor of the learning rate."""
+    """Lowest learning rate of the decay."""
     vit_lr: float | None = param(None, built=False, above=0)
     """Learning rate of a multimodal model's vision tower; None means `lr`."""
     aligner_lr: float | None = param(None, built=False, above=0)
@@ -34,14 +34,15 @@ class LearningRate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimizer:
-    """Optimizer, regularisation, and where and how precisely the optimizer's state is kept."""
+    """Optimizer, regularisation, and the place and precision of the optimizer state."""
 
     optimizer: Literal["adam", "sgd"] = param("adam")
     """Adam is AdamW: weight decay is decoupled from the gradient."""
     weight_decay: float = param(0.1, at_least=0)
-    """Decay of the weights, in units of the learning rate; norms and biases are spared."""
+    """Weight decay, multiplied by the learning rate; norms and biases are not decayed."""
     clip_grad: float = param(1.0, at_least=0)
-    """Largest L2 norm of the gradient, above which it is scaled down; 0 clips nothing. Logs show the norm before."""
+    """Gradients with a larger L2 norm are scaled down to it; 0 disables clipping. Logs show the norm before
+    clipping."""
     adam_beta1: float = param(0.9, at_least=0, below=1)
     """Decay of Adam's mean of gradients."""
     adam_beta2: float = param(0.95, at_least=0, below=1)
@@ -51,11 +52,11 @@ class Optimizer:
     sgd_momentum: float = param(0.9, at_least=0, below=1)
     """Momentum of sgd."""
     apply_wd_to_qk_layernorm: bool = param(False, built=False)
-    """Decays the weights of query and key norms too (Qwen3-Next)."""
+    """Also decays the weights of query and key norms (Qwen3-Next)."""
     optimizer_cpu_offload: bool = param(False, built=False)
     """Keeps optimizer state in host memory."""
     optimizer_offload_fraction: float = param(1.0, built=False, at_least=0, at_most=1)
-    """Part of the optimizer state that is offloaded."""
+    """Fraction of the optimizer state to offload."""
     use_precision_aware_optimizer: bool = param(False, built=False)
     """Allows optimizer state in the types below (Transformer Engine)."""
     main_grads_dtype: Literal["fp32", "bf16"] = param("fp32", built=False)
@@ -70,7 +71,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """Number formats of forward and backward; parameters and optimizer state are kept in fp32 beside them."""
+    """Number formats of forward and backward; fp32 copies of parameters and optimizer state exist in addition."""
 
     fp16: bool | None = param(None, built=(False,))
     """Half precision with loss scaling; None follows `torch_dtype`."""
@@ -87,12 +88,12 @@ class FP8:
     """8-bit floating point through Transformer Engine."""
 
     fp8_format: Literal["e4m3", "hybrid"] | None = param(None, built=False)
-    """e4m3 everywhere, or e4m3 forward and e5m2 backward; None is no FP8."""
+    """e4m3 everywhere, or e4m3 forward and e5m2 backward (hybrid); None disables FP8."""
     fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = param("delayed", built=False)
-    """How scales are found; blockwise needs CUDA 12.9."""
+    """How scales are computed; blockwise needs CUDA 12.9."""
     fp8_amax_history_len: int = param(1024, built=False, at_least=1)
-    """Steps over which largest values are remembered (delayed scaling)."""
+    """Steps of history of largest values (delayed scaling)."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = param("max", built=False)
-    """How a scale follows from that history."""
+    """How a scale is computed from that history."""
     fp8_param_gather: bool = param(False, built=False)
     """Keeps and gathers the weights in FP8."""

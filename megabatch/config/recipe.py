@@ -1,4 +1,4 @@
-"""A recipe: a name, a task, and one group of parameters for each concern."""
+"""A recipe: a name, a task, and groups of parameters."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from megabatch.tasks import Task, find_task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """One run, as its author declares it; a variant is `dataclasses.replace(recipe, parallel=…)`."""
+    """One run, as its author declares it; derive variants with `dataclasses.replace(recipe, parallel=…)`."""
 
     name: str
-    """Names the run: letters, digits, dot, dash and underscore."""
+    """Name of the run: letters, digits, dot, dash and underscore."""
     task: Literal["pt", "sft", "rlhf"]
     """Pre-training on plain text, supervised fine-tuning on conversations, or learning from preferences."""
     model: Model = field(default_factory=Model)
@@ -63,12 +63,12 @@ class Recipe:
     export: Export = field(default_factory=Export)
     resources: Resources = field(default_factory=Resources)
     roles: Sequence[Role] = ()
-    """Servers beside the ranks, on further nodes; a recipe file alone sets them, no flag does."""
+    """Servers beside the ranks, on further nodes; only a recipe file can set them, not a flag."""
 
     def __post_init__(self) -> None:
         freeze_lists(self)
 
     @property
     def kind(self) -> Task | None:
-        """The row of the table of tasks; None where `task`, `rlhf_type` and `task_type` do not go together."""
+        """The row of the table of tasks; None if `task`, `rlhf_type` and `task_type` contradict each other."""
         return find_task(self.task, rlhf_type=self.rlhf.rlhf_type, task_type=self.training.task_type)

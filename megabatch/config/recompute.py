@@ -11,14 +11,15 @@ from megabatch.config.declare import freeze_lists, param
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recompute:
-    """Memory for time: which activations are computed a second time in the backward pass."""
+    """Trades time for memory: which activations are recomputed in the backward pass."""
 
     recompute_granularity: Literal["full", "selective", "none"] = param("selective")
-    """Whole transformer layers, only `recompute_modules`, or nothing."""
+    """Recomputes whole transformer layers, only `recompute_modules`, or nothing."""
     recompute_method: Literal["uniform", "block"] | None = param(None)
-    """For `full`: every layer in units of `recompute_num_layers`, or only the first so many layers of a stage."""
+    """For `full`: all layers in units of `recompute_num_layers` (uniform), or only that many first layers of a stage
+    (block)."""
     recompute_num_layers: int | None = param(None, at_least=1)
-    """For `full`: layers of each unit (uniform) or layers recomputed in each stage (block)."""
+    """For `full`: layers per unit (uniform), or recomputed layers per stage (block)."""
     recompute_modules: Sequence[Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe"]] = param(
         ("core_attn",), built=("core_attn", "moe_act", "layernorm", "mlp", "moe")
     )

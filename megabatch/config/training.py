@@ -1,4 +1,4 @@
-"""Batch sizes, and the course of the training: how long, how reproducible, which task."""
+"""Batch sizes, and training itself: how long, how reproducible, which task."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Batch:
     """
 
     micro_batch_size: int = param(1, at_least=1)
-    """Samples that one data parallel rank takes through the model at a time."""
+    """Samples that one data parallel rank processes at a time."""
     global_batch_size: int = param(16, at_least=1)
-    """Samples of one optimizer step, over all ranks."""
+    """Samples per optimizer step, over all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,18 +28,18 @@ class Training:
     """How long to train, from which seed, and with which loss."""
 
     train_iters: int | None = param(None, at_least=1)
-    """Optimizer steps; give either this or `max_epochs`."""
+    """Optimizer steps; set either this or `max_epochs`."""
     max_epochs: int | None = param(None, aliases=("num_train_epochs",), at_least=1)
-    """Passes over the training data: `samples * max_epochs // global_batch_size` steps (with `packing`, packs),
-    counted once the data is prepared. A batch may span two epochs."""
+    """Passes over the training data: `samples * max_epochs // global_batch_size` steps (with `packing`: packs instead
+    of samples), counted once the data is prepared. A batch may span two epochs."""
     seed: int = param(42, at_least=0, below=2**32)
     """Seed of initialisation, shuffling, splitting and dropout."""
     deterministic_mode: bool = param(False)
-    """Only algorithms that give the same bits each time; slower on GPUs."""
+    """Uses only algorithms that give the same bits every time; slower on GPUs."""
     calculate_per_token_loss: bool | None = param(None)
     """Averages the loss over the trained tokens of the global batch, instead of over micro-batches.
 
-    None means True, but False for rlhf and for a `task_type` other than causal_lm.
+    None means False for rlhf and for a `task_type` other than causal_lm, otherwise True.
     """
     task_type: Literal["causal_lm", "seq_cls", "embedding", "reranker", "generative_reranker"] = param(
         "causal_lm", built=tuple(dict.fromkeys(task.task_type for task in TASKS if task.built))
@@ -50,7 +50,8 @@ class Training:
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = param(
         None, built=False
     )
-    """Kind of sequence classification; None means regression for one label or a reward model, else single-label."""
+    """Kind of sequence classification; None means regression for one label or a reward model, otherwise
+    single-label."""
     enable_dft_loss: bool = param(False, built=False)
     """Dynamic fine-tuning: weights each token's loss by its own probability."""
     enable_channel_loss: bool = param(False, built=False)
@@ -60,9 +61,9 @@ class Training:
     use_cpu_initialization: bool = param(False, built=False)
     """Initialises weights on the CPU before they move to the GPU."""
     manual_gc: bool = param(False, speed_only=True)
-    """Turns Python's garbage collector off during steps and collects at chosen steps on all ranks together."""
+    """Turns Python's garbage collector off during steps, and collects on all ranks at the same steps."""
     manual_gc_interval: int = param(0, speed_only=True, at_least=0)
     """Steps between collections when `manual_gc` is on; 0 collects only at evaluations and saves."""
     megatron_extra_kwargs: Mapping[str, Any] | None = param(None, aliases=("extra_megatron_kwargs",))
-    """Further fields of megatron-core's TransformerConfig, by name, that no parameter and not the model sets; on the
-    command line as a JSON object."""
+    """Further fields of megatron-core's TransformerConfig, by name, that neither a parameter nor the model sets; on
+    the command line as a JSON object."""

@@ -19,27 +19,27 @@ class Logging:
     tensorboard_log_interval: int = param(1, at_least=1)
     """Optimizer steps between TensorBoard points."""
     tensorboard_queue_size: int = param(50, at_least=1)
-    """Points held back before they are written."""
+    """Points buffered before they are written."""
     log_params_norm: bool = param(False)
     """Logs the L2 norm of all parameters."""
     log_throughput: bool = param(False)
-    """Logs arithmetic throughput per GPU, counted in real tokens."""
+    """Logs FLOP/s per GPU, counting only real tokens."""
     log_timers_to_tensorboard: bool = param(True)
-    """Sends the times of the parts of a step to TensorBoard."""
+    """Logs the times of the parts of a step to TensorBoard."""
     no_log_learning_rate_to_tensorboard: bool = param(False, negated_aliases=("log_learning_rate_to_tensorboard",))
-    """Keeps the learning rate out of TensorBoard."""
+    """Does not log the learning rate to TensorBoard."""
     log_validation_ppl_to_tensorboard: bool = param(True)
-    """Sends validation perplexity to TensorBoard."""
+    """Logs validation perplexity to TensorBoard."""
     log_memory_to_tensorboard: bool = param(True)
-    """Sends memory use to TensorBoard."""
+    """Logs memory use to TensorBoard."""
     logging_level: Literal["debug", "info", "warning", "error", "critical"] | None = param(None)
-    """Least severe message that reaches a rank's log; None means info on rank 0 and warning on the others."""
+    """Lowest level in a rank's log; None means info on rank 0 and warning on the others."""
     report_to: Literal["wandb", "swanlab"] | None = param(None, built=False)
-    """Tracker besides TensorBoard; it takes its key from WANDB_API_KEY or SWANLAB_API_KEY."""
+    """Tracker in addition to TensorBoard; its key comes from WANDB_API_KEY or SWANLAB_API_KEY."""
     wandb_project: str = param("megatron-swift", built=False)
-    """Project name at the tracker."""
+    """Project name in the tracker."""
     wandb_exp_name: str | None = param(None, built=False)
-    """Experiment name at the tracker; None means `save`."""
+    """Experiment name in the tracker; None means `save`."""
     wandb_save_dir: str | None = param(None, built=False)
     """Folder of the tracker's local files; None means `wandb` or `swanlab` inside the run directory."""
 
@@ -49,8 +49,8 @@ class Evaluation:
     """When and how long to evaluate on the validation data."""
 
     eval_iters: int = param(-1, at_least=-1)
-    """Global batches of one evaluation; -1 means all of the validation data, 0 none."""
+    """Global batches per evaluation; -1 evaluates all validation data, 0 none."""
     eval_interval: int | None = param(None, aliases=("eval_steps",), at_least=1)
     """Optimizer steps between evaluations; None means `save_interval`."""
     eval_on_start: bool = param(False)
-    """Evaluates once before the first step, for a value to compare with."""
+    """Evaluates once before the first step, as a baseline."""

@@ -16,7 +16,7 @@ from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError, DataError, MegabatchError
 
 MADE_MODEL = "model"
-"""Folder in the run directory with config.json and tokenizer of a model made on the spot."""
+"""Folder in the run directory with config.json and tokenizer of a new model."""
 
 
 def tokenizer_of(run: RunConfig) -> Path:

@@ -31,7 +31,7 @@ class FoundModel:
 
 
 def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel:
-    """The model's shape from its folder, a hub's cache or published facts; or as declared, when made on the spot."""
+    """The model's shape from its folder, a hub's cache or published facts; or as declared for a new model."""
     name = recipe.model.model
     if name is None:
         return _made(recipe)
@@ -65,12 +65,12 @@ def _made(recipe: Recipe) -> FoundModel:
     except ConversionError as error:
         return FoundModel(None, "not known", fault=told("model.model_type", error))
     if fault := _untrainable("model_type", declared):
-        return FoundModel(None, "made on the spot", fault=fault)
+        return FoundModel(None, "new", fault=fault)
     try:
         dtype = recipe.model.torch_dtype or "bfloat16"
-        return FoundModel(family.shape(family.hf_config(declared, dtype=dtype)), "made on the spot")
+        return FoundModel(family.shape(family.hf_config(declared, dtype=dtype)), "new")
     except (ConversionError, ArithmeticError, TypeError):
-        return FoundModel(declared, "made on the spot")  # the rules name what does not fit together
+        return FoundModel(declared, "new")  # the rules name what does not fit together
 
 
 def _in_folder(folder: Path) -> FoundModel:

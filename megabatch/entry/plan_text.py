@@ -44,7 +44,7 @@ def _set(variable: Variable) -> str:
 
 
 def _model(launch: Launch) -> str:
-    name, shape = launch.recipe.model.model or "made on the spot", launch.model.shape
+    name, shape = launch.recipe.model.model or "new model", launch.model.shape
     if shape is None:
         return f"{name}: {launch.model.origin}"
     origin = "" if launch.recipe.model.model is None else f" ({launch.model.origin})"

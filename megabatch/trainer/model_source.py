@@ -1,4 +1,4 @@
-"""Where a run's model comes from: a Hugging Face folder, a hub, or nowhere (made on the spot from its shape)."""
+"""Where a run's model comes from: a Hugging Face folder, a hub, or none (a new model from its shape)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Changes = Mapping[str, Any]
 
 
 def _dense() -> Recipe:
-    """Four dense layers made on the spot, on the eight GPUs of one node."""
+    """A new model of four dense layers, on the eight GPUs of one node."""
     return Recipe(
         name="dense",
         task="sft",

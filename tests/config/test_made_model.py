@@ -1,4 +1,4 @@
-"""The shape that a recipe declares for a model made on the spot."""
+"""The shape that a recipe declares for a new model."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def check(
     variant_of: Recipe | None = None,
     values_are_valid: bool = False,
 ) -> list[Fault]:
-    """Every fault of a recipe. Without `shape`, a model made on the spot is checked by the shape it declares.
+    """Every fault of a recipe. Without `shape`, a new model is checked by the shape it declares.
 
     Args: variant_of: a recipe without faults; groups that it shares with this one (`dataclasses.replace` keeps all
     others) are not looked at field by field again, which is most of the time that checking many layouts takes.

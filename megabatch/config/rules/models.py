@@ -1,4 +1,4 @@
-"""The model: what one made on the spot needs, what an existing one already decides, and what suits its experts."""
+"""The model: what a new one needs, what an existing one already determines, and what fits its experts."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def made_model_is_described(recipe: Recipe, shape: ModelShape | None, layout: La
         return
     missing = [name for name in REQUIRED if getattr(recipe.model, name) is None]
     if missing == list(REQUIRED):
-        rule = f"is missing; give a folder or hub name, or {', '.join(REQUIRED)} to make a model on the spot"
+        rule = f"is missing; give a folder or hub name, or {', '.join(REQUIRED)} for a new model"
         yield Fault("model.model", None, rule, bare=True)
         return
     for name in missing:
-        yield Fault(f"model.{name}", None, "is missing: a model made on the spot needs it", bare=True)
+        yield Fault(f"model.{name}", None, "is missing: a new model needs it", bare=True)
     if recipe.moe.num_experts is not None and recipe.moe.moe_router_topk is None:
         yield Fault("moe.moe_router_topk", None, "is missing: a model made with num_experts needs it", bare=True)
 

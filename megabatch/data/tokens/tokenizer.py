@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a folder, or a small byte-level BPE trained on the spot."""
+"""Tokenizers: loaded from a folder, or a small byte-level BPE trained on the data."""
 
 from __future__ import annotations
 
