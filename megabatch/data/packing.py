@@ -1,4 +1,4 @@
-"""Whole sequences into packs of a fixed length: first-fit-decreasing, tightest pack first."""
+"""Whole items (samples, or samples that belong together) into packs of a fixed length: best fit, decreasing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megabatch.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Packs:
-    """Which sequences make up each pack: pack p holds `members[starts[p]:starts[p + 1]]`."""
+    """Which items make up each pack: pack p holds `members[starts[p]:starts[p + 1]]`."""
 
     members: np.ndarray
-    """int64 [sequences]"""
+    """int64 [items]"""
     starts: np.ndarray
     """int64 [packs + 1]"""
 
@@ -27,24 +27,34 @@ class Packs:
 
 
 def singletons(order: np.ndarray) -> Packs:
-    """Every sequence alone, in this order."""
+    """Every item alone, in this order."""
     return Packs(order, np.arange(len(order) + 1))
 
 
-def pack(lengths: np.ndarray, *, order: np.ndarray, capacity: int, window: int = 1 << 20) -> Packs:
-    """Packs sequences into as few packs of `capacity` tokens as a decreasing best fit finds.
+def samples_of(items: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """The samples of these items, one item after the other, int64.
 
-    Each window of `window` sequences of `order` is packed on its own: the longest sequence first, each into the
-    fullest pack that still takes it. Sequences stay whole. The result depends on the arguments alone.
+    Args: `bounds` int64 [all items + 1]: item i holds the samples from `bounds[i]` up to `bounds[i + 1]`.
+    """
+    firsts, counts = bounds[items], bounds[items + 1] - bounds[items]
+    before = np.cumsum(counts) - counts
+    return np.repeat(firsts - before, counts) + np.arange(counts.sum())
+
+
+def pack(lengths: np.ndarray, *, order: np.ndarray, capacity: int, window: int = 1 << 20) -> Packs:
+    """Packs items into as few packs of `capacity` tokens as a decreasing best fit finds.
+
+    Each window of `window` items of `order` is packed on its own: the longest first, each into the fullest pack that
+    still takes it. Items stay whole. The result depends on the arguments alone.
 
     Args: `lengths` int [n] in tokens; `order` int [n]: a permutation, which also orders the packs (by their first
     member) and the members within a pack.
-    Raises: DataError for a sequence longer than `capacity`.
+    Raises: DataError for an item longer than `capacity`.
     """
     if len(lengths) and lengths.max() > capacity:
         raise DataError(
-            f"data.packing_length={capacity} is below a sample of {lengths.max()} tokens; raise it to "
-            f"data.max_length, or lower data.max_length"
+            f"data.packing_length={capacity} is below the longest sample (or samples that stay together), of "
+            f"{lengths.max()} tokens; raise it, or lower data.max_length"
         )
     bins: np.ndarray = np.empty(len(order), np.int64)
     used = 0

@@ -12,7 +12,7 @@ from megabatch.data.cache.datasets import CachePaths
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.counted import Counted, note_counted
 from megabatch.data.schedule import Schedule
-from megabatch.data.tokens.samples import Encoding
+from megabatch.data.tokens.encoding import Encoding
 
 
 def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None] = lambda: None) -> CachePaths:
@@ -21,10 +21,11 @@ def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None
     Args: `tokenizer`: its folder; `on_chunk` is called whenever some hundred rows are tokenised.
     Raises: DataError naming file and line.
     """
-    recipe, data = run.recipe, run.recipe.data
+    recipe, data, task = run.recipe, run.recipe.data, run.recipe.kind
+    assert task is not None, "a resolved run has a task"
     encoding = Encoding(
         tokenizer=tokenizer,
-        task="pt" if recipe.task == "pt" else "sft",
+        rows=task.rows,
         template=data.template,
         system=data.system,
         columns=data.columns or {},
@@ -70,11 +71,12 @@ def schedule_of(run: RunConfig, data: TokenCache, *, shuffle: bool = True) -> Sc
     recipe = run.recipe
     return Schedule(
         data.lengths,
+        items=data.items,
         global_batch_size=recipe.batch.global_batch_size,
         seed=recipe.training.seed,
         dataset_shuffle=shuffle and recipe.data.dataset_shuffle,
         train_dataloader_shuffle=shuffle and recipe.data.train_dataloader_shuffle,
-        packing_length=recipe.data.packing_length if recipe.data.packing else None,
+        packing_length=recipe.data.packing_length,
         content=data.content,
     )
 
@@ -87,10 +89,9 @@ def train_iters(run: RunConfig, schedule: Schedule) -> int:
 
 def course(schedule: Schedule, data: TokenCache, train_iters: int) -> str:
     """What an epoch and `train_iters` steps draw, in words."""
-    items, batch = len(schedule), schedule.global_batch_size
-    packs = f" in {items:,} packs" if items != len(data) else ""
-    epoch = f"an epoch draws all {len(data):,} samples{packs}, {int(data.lengths.sum()):,} tokens"
-    drawn = train_iters * batch
-    early = f"{-drawn % items:,} {'packs' if packs else 'samples'} early"
-    end = f"; the last epoch ends {early}" if drawn % items else ""
-    return f"{epoch}; the run draws {drawn / items:.2f} epochs{end}"
+    count, drawn = len(schedule), train_iters * schedule.global_batch_size
+    within = f" in {count:,} {schedule.drawn}" if count != len(data) else ""
+    epoch = f"an epoch draws all {len(data):,} samples{within}, {int(data.lengths.sum()):,} tokens"
+    early = f"{-drawn % count:,} {schedule.drawn} early"
+    end = f"; the last epoch ends {early}" if drawn % count else ""
+    return f"{epoch}; the run draws {drawn / count:.2f} epochs{end}"

@@ -4,21 +4,24 @@ The global batch is decided first, from seed, epoch and lengths alone; only then
 micro-batches. So it is the same for every data-parallel size and micro_batch_size.
 
 Epochs follow each other without a gap: a batch that the rest of an epoch does not fill takes what it lacks from the
-next one. So each epoch draws every item exactly once, and the last of `max_epochs` may end before its last items.
+next one. So each epoch draws every pack exactly once, and the last of `max_epochs` may end before its last packs.
+
+Samples that belong together (a pair, the answers to one prompt) are an item. Packs hold whole items: as many as fit
+where samples are packed, else one each. A global batch counts packs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from megabatch.data.packing import Packs, pack, singletons
+from megabatch.data.packing import Packs, pack, samples_of, singletons
 from megabatch.errors import DataError
 from megabatch.plan.batch import train_iters
 
@@ -29,7 +32,7 @@ class Cursor:
 
     epoch: int = 0
     offset: int = 0
-    """Items (samples, or packs when packing) of this epoch already drawn; all of them is the next epoch's start."""
+    """Packs of this epoch already drawn; all of them is the next epoch's start."""
     data: str = ""
     """`Schedule.fingerprint` of the schedule that moved it; "" before the first batch. Without a colon it knows the
     order and the lengths alone: checkpoints from before contents were compared."""
@@ -43,8 +46,10 @@ class Cursor:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> Cursor:
-        """Raises: DataError when `saved` is no cursor."""
+    def from_json(cls, saved: Mapping[str, Any]) -> Cursor:
+        """`{}` is a run's beginning. Raises: DataError when `saved` is no cursor."""
+        if not saved:
+            return cls()
         try:
             return cls(int(saved["epoch"]), int(saved["offset"]), str(saved["data"]))
         except (KeyError, TypeError, ValueError) as e:
@@ -59,43 +64,60 @@ class Schedule:
         lengths: np.ndarray,
         *,
         global_batch_size: int,
+        items: np.ndarray | None = None,
         seed: int = 42,
         dataset_shuffle: bool = True,
         train_dataloader_shuffle: bool = True,
         packing_length: int | None = None,
         content: str = "",
     ) -> None:
-        """Args: `lengths` int [samples] in tokens; `packing_length`: tokens of a pack, None for no packing; `content`:
-        digest of the samples' tokens, `TokenCache.content`.
+        """Args: `lengths` int [samples] in tokens; `items` int64 [items + 1]: first sample of each item, see
+        `TokenCache.items`, None for samples that are alone; `packing_length`: tokens of a pack, None for no packing;
+        `content`: digest of the samples' tokens, `TokenCache.content`.
 
-        `dataset_shuffle` orders the samples once, `train_dataloader_shuffle` the items again in each epoch.
-        Raises: DataError for a sample longer than `packing_length`.
+        `dataset_shuffle` orders the items once, `train_dataloader_shuffle` the packs again in each epoch.
+        Raises: DataError for an item longer than `packing_length`.
         """
         self.global_batch_size = global_batch_size
         self._seed = seed
         self._shuffle = train_dataloader_shuffle
-        order = _rng(seed, "dataset").permutation(len(lengths)) if dataset_shuffle else np.arange(len(lengths))
-        self.items: Packs = (
-            singletons(order) if packing_length is None else pack(lengths, order=order, capacity=packing_length)
+        self._bounds: np.ndarray = np.arange(len(lengths) + 1) if items is None else items
+        self._grouped = len(self._bounds) <= len(lengths)
+        together = np.add.reduceat(lengths, self._bounds[:-1]) if self._grouped else lengths
+        order = _rng(seed, "dataset").permutation(len(together)) if dataset_shuffle else np.arange(len(together))
+        self.packs: Packs = (
+            singletons(order) if packing_length is None else pack(together, order=order, capacity=packing_length)
         )
+        self.drawn = "packs" if packing_length is not None else "items" if self._grouped else "samples"
+        """What a global batch counts, in words."""
         settings = (seed, dataset_shuffle, train_dataloader_shuffle, packing_length)
         digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
         digest.update(np.ascontiguousarray(lengths, np.int64).tobytes())
+        if self._grouped:
+            digest.update(np.ascontiguousarray(self._bounds, np.int64).tobytes())
         self.fingerprint = f"{digest.hexdigest()}:{content}"
         """Digests of what a cursor's offset refers to, `order:content`; independent of batch sizes and ranks."""
         self.order = lru_cache(maxsize=2)(self._order)
-        """epoch → item numbers in the order they are drawn, int64 [items]."""
+        """epoch → pack numbers in the order they are drawn, int64 [packs]."""
 
     def __len__(self) -> int:
-        """Items: samples, or packs when packing."""
-        return len(self.items)
+        return len(self.packs)
+
+    def samples(self, pack: int) -> np.ndarray:
+        """The samples of a pack, those of an item side by side, int64."""
+        return samples_of(self.packs[pack], self._bounds) if self._grouped else self.packs[pack]
+
+    def items(self, pack: int) -> np.ndarray:
+        """The item of each sample of a pack, numbered from 0, int64."""
+        items = self.packs[pack]
+        return np.repeat(np.arange(len(items)), self._bounds[items + 1] - self._bounds[items])
 
     def require_a_batch(self) -> None:
         """Raises: DataError when an epoch is smaller than a global batch, which would then hold samples twice."""
         if self.global_batch_size > len(self):
             raise DataError(
-                f"batch.global_batch_size={self.global_batch_size} is more than the {len(self)} training items "
-                f"(samples, or packs when packing); lower it to {len(self)} or less, or add data"
+                f"batch.global_batch_size={self.global_batch_size} is more than the {len(self)} {self.drawn} of the "
+                f"training data; lower it to {len(self)} or less, or add data"
             )
 
     def train_iters(self, max_epochs: int) -> int:
@@ -122,22 +144,22 @@ class Schedule:
             )
 
     def next(self, cursor: Cursor) -> tuple[np.ndarray, Cursor]:
-        """Items of the next global batch, int64 [global_batch_size], and the cursor behind it.
+        """Packs of the next global batch, int64 [global_batch_size], and the cursor behind it.
 
         Raises: DataError when the cursor belongs to other data, or an epoch is smaller than a global batch.
         """
         self.require_a_batch()
         self.require_own(cursor)
         epoch, offset = divmod(cursor.epoch * len(self) + cursor.offset, len(self))
-        items = self.order(epoch)[offset : offset + self.global_batch_size]
-        stop = offset + len(items)
-        if rest := self.global_batch_size - len(items):
+        packs = self.order(epoch)[offset : offset + self.global_batch_size]
+        stop = offset + len(packs)
+        if rest := self.global_batch_size - len(packs):
             epoch, stop = epoch + 1, rest
-            items = np.concatenate([items, self.order(epoch)[:rest]])
-        return items, Cursor(epoch, stop, self.fingerprint)
+            packs = np.concatenate([packs, self.order(epoch)[:rest]])
+        return packs, Cursor(epoch, stop, self.fingerprint)
 
     def once(self) -> Iterator[np.ndarray]:
-        """Every item exactly once, in order and unshuffled by epoch: evaluation. The last batch may be smaller."""
+        """Every pack exactly once, in order and unshuffled by epoch: evaluation. The last batch may be smaller."""
         for first in range(0, len(self), self.global_batch_size):
             yield np.arange(first, min(first + self.global_batch_size, len(self)))
 

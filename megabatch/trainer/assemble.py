@@ -1,28 +1,19 @@
-"""Puts the parts of a run together: ranks, data, engine, checkpoints, and the state that it starts from."""
+"""Puts the parts of a run together: ranks, engine, checkpoints, and the state that it starts from."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from megabatch.config.run import RunConfig
-from megabatch.data.cache.token_cache import TokenCache
-from megabatch.data.run_caches import build_caches, note_data, open_caches, schedule_of
-from megabatch.data.schedule import Interleaving, Schedule
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory
-from megabatch.trainer.chat_export import ChatExport
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints, Retention
 from megabatch.trainer.checkpoints.progress import Progress
-from megabatch.trainer.data.batches import Ahead, Batches, Share
-from megabatch.trainer.data.pack import row_length_of
 from megabatch.trainer.engine import Engine
-from megabatch.trainer.heartbeat import Heartbeat
-from megabatch.trainer.hf_export import HfExport
-from megabatch.trainer.model.build import build, ddp_config
+from megabatch.trainer.exports.export import Export
+from megabatch.trainer.model.build import Model, build, ddp_config
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.optimizer import Optimizer
@@ -30,22 +21,6 @@ from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import prove_complete
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RunData:
-    """Samples and the order in which they are drawn."""
-
-    train: TokenCache
-    schedule: Schedule
-    batches: Batches
-    validation: Batches | None
-
-    @property
-    def mean_length(self) -> float:
-        """Length of the sequence that a token is in, on average."""
-        lengths: np.ndarray = self.train.lengths.astype(np.float64)
-        return float(np.square(lengths).sum() / lengths.sum())
 
 
 def join_ranks(run: RunConfig) -> Ranks:
@@ -68,67 +43,10 @@ def virtual_size(run: RunConfig) -> int | None:
     return run.layout.vp if run.layout.vp > 1 else None
 
 
-def open_data(run: RunConfig, source: ModelSource, ranks: Ranks, heartbeat: Heartbeat) -> RunData:
-    """Tokenises on one rank what no cache holds yet, and opens it on all; collective. Raises: DataError."""
-    paths = ranks.on_main(lambda: build_caches(run, source.tokenizer, on_chunk=lambda: heartbeat.beat("starting")))
-    train, validation = open_caches(run, paths)
-    share, schedule = _share(run, ranks), schedule_of(run, train)
-    schedule.require_a_batch()
-    if ranks.rank == 0:
-        note_data(run, train, schedule)
-    data, evaluated = run.recipe.data, None
-    ahead = Ahead(
-        workers=data.num_workers,
-        each=data.dataloader_prefetch_factor,
-        pinned=data.dataloader_pin_memory and ranks.device.type == "cuda",
-    )
-    if validation is not None:
-        evaluated = Batches(validation, schedule_of(run, validation, shuffle=False), share=share, ahead=ahead)
-    return RunData(train, schedule, Batches(train, schedule, share=share, ahead=ahead), evaluated)
-
-
-def _share(run: RunConfig, ranks: Ranks) -> Share:
-    row_multiple = ranks.tp_size if run.recipe.parallel.sequence_parallel else 1
-    return Share(
-        dp_rank=ranks.dp_rank,
-        dp_size=ranks.dp_size,
-        micro_batch_size=run.recipe.batch.micro_batch_size,
-        interleaving=_interleaving(run),
-        row_multiple=row_multiple,
-        equal_rows=_equal_rows(run),
-        row_length=row_length_of([_longest_row(run)], row_multiple, 1) if run.recipe.data.pad_to_max_length else 0,
-        hidden_size=run.shape.hidden_size,
-    )
-
-
-def _interleaving(run: RunConfig) -> Interleaving:
-    if run.layout.vp == 1:
-        return Interleaving()
-    stages = run.layout.pp
-    return Interleaving(stages, run.recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage or stages)
-
-
-def _longest_row(run: RunConfig) -> int:
-    """Tokens of the longest micro-batch that the data can make."""
-    data = run.recipe.data
-    longest = data.packing_length if data.packing else data.max_length
-    assert longest is not None, "a resolved run has its lengths"
-    return longest * run.recipe.batch.micro_batch_size
-
-
-def _equal_rows(run: RunConfig) -> int:
-    """Neighbours over data parallelism that share experts, where rows or capacities are exchanged as equals.
-
-    megatron-core lays experts over consecutive ranks of a pipeline stage, on which data parallelism comes last.
-    """
-    moe, layout = run.recipe.moe, run.layout
-    if moe.moe_token_dispatcher_type == "allgather" or moe.moe_pad_expert_input_to_capacity:
-        return max(1, layout.ep * layout.etp // (layout.tp * layout.cp))
-    return 1
-
-
-def build_engine(run: RunConfig, ranks: Ranks, *, train_iters: int) -> Engine:
-    """The model with uninitialised weights, and its optimizer."""
+def build_engine(
+    run: RunConfig, ranks: Ranks, *, train_iters: int, frozen: Mapping[str, Model] | None = None
+) -> Engine:
+    """The model with uninitialised weights, its optimizer, and the models that stay as they are."""
     recipe, parallel = run.recipe, run.recipe.parallel
     config = transformer_config(recipe, run.shape, virtual_size=virtual_size(run))
     ddp = ddp_config(
@@ -145,14 +63,11 @@ def build_engine(run: RunConfig, ranks: Ranks, *, train_iters: int) -> Engine:
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return Engine(model, ranks, optimizer=optimizer)
+    return Engine(model, ranks, optimizer=optimizer, frozen=frozen)
 
 
-def make_checkpoints(run: RunConfig, ranks: Ranks, source: ModelSource) -> Checkpoints:
+def make_checkpoints(run: RunConfig, ranks: Ranks, source: ModelSource, export: Export) -> Checkpoints:
     group = run.recipe.checkpoint
-    table = source.family.tensors(run.shape)
-    chat = ChatExport(source.tokenizer, run.recipe.data.template, has_turns=run.recipe.task != "pt")
-    export = HfExport(source.family, table, source.config_folder, group.max_shard_size, chat)
     return Checkpoints(
         RunDirectory(Path(run.run_dir)),
         ranks,
@@ -163,7 +78,7 @@ def make_checkpoints(run: RunConfig, ranks: Ranks, source: ModelSource) -> Check
             save_retain_interval=group.save_retain_interval,
             save_total_limit=group.save_total_limit,
         ),
-        table=table,
+        table=source.family.tensors(run.shape),
         export=export if group.save_safetensors else None,
     )
 

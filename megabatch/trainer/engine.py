@@ -1,6 +1,6 @@
 """Optimizer steps and evaluation through megatron-core's pipeline schedules, under one rule for every loss.
 
-The objective returns numerators; the engine divides by the denominator of the global batch, which the data schedule
+The objective returns numerators; the engine divides by the denominator of the global batch, which the source of steps
 knows without communication, and undoes megatron-core's own scaling: its schedule multiplies a micro-batch's losses,
 those of the experts' balance too, by cp / num_microbatches, and its data parallelism averages gradients over dp * cp
 ranks. That mean counts micro-batches without samples, which fill up a round of a pipeline: `empty_undone` takes them
@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -24,10 +25,12 @@ from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.row import row
-from megabatch.trainer.objectives.objective import Mean, Norm, Objective, TokenOutput
-from megabatch.trainer.ops.vocab import VocabShard, token_logps
+from megabatch.trainer.objectives.objective import Mean, Norm, Objective
+from megabatch.trainer.ops.vocab import VocabShard
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.readouts.broadcast import on_all_stages
+from megabatch.trainer.readouts.readout import Readout, Split
 from megabatch.trainer.sums import Ratio, Sums
 
 
@@ -41,40 +44,60 @@ class StepResult:
     """Whether any rank asked to stop; the same on every rank."""
 
 
+POLICY = "policy"
+"""The model that is trained, by its name in `Engine.infer`."""
+
+Last = Callable[[Pack, Tensor], tuple[Tensor, Mapping[str, Any]]]
+"""What happens to a micro-batch's output on the last pipeline stage: (loss, what the schedule hands back)."""
+
+
 class Engine:
     """A model, its optimizer and the ranks it is spread over."""
 
-    def __init__(self, model: Model, ranks: Ranks, *, optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        ranks: Ranks,
+        *,
+        optimizer: Optimizer | None = None,
+        frozen: Mapping[str, Model] | None = None,
+    ) -> None:
+        """Args: `frozen`: further models by name, such as a reference, of the same layout and without gradients."""
         self.model = model
         self.ranks = ranks
         self.optimizer = optimizer
-        width = model.padded_vocab_size // ranks.tp_size
-        self.vocab = VocabShard(ranks.tp_rank * width, width, model.shape.vocab_size, ranks.tp)
+        self.models = {POLICY: model, **(frozen or {})}
+        self._splits = {name: _split(one, ranks) for name, one in self.models.items()}
         self._schedule = get_forward_backward_func()
-        config = model.config
-        config.finalize_model_grads_func = finalize_model_grads
+        model.config.finalize_model_grads_func = finalize_model_grads
         if optimizer is not None:
             _overlap(model)
 
     def step(
-        self, packs: Sequence[Pack], objective: Objective, *, weight: float, filled: int, stop: bool = False
+        self,
+        packs: Sequence[Pack],
+        objective: Objective,
+        *,
+        totals: Mapping[Norm, float],
+        filled: int,
+        stop: bool = False,
     ) -> StepResult:
         """One optimizer step on this data-parallel rank's micro-batches.
 
-        Args: packs: this rank's micro-batches; weight: sum of the token weights of the global batch, over all
-        data-parallel ranks; filled: micro-batches with samples, likewise; stop: whether this rank was asked to stop
-        after this step.
+        Args: packs: this rank's micro-batches; totals: denominators of the global batch, over all data-parallel ranks;
+        filled: micro-batches with samples, likewise; stop: whether this rank was asked to stop after this step.
         """
         assert self.optimizer is not None, "an engine for inference has no optimizer"
+        packs = objective.prepare(packs, self)
         for chunk in self.model.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         undone = empty_undone(micro_batches=len(packs), dp_size=self.ranks.dp_size, filled=filled)
         self.model.config.grad_scale_func = partial(_scaled, self.optimizer, undone)
-        factor = self._factor(objective, weight=weight, filled=filled)
+        factor = _factor(objective.norm, totals, filled=filled)
         sums = Sums(objective.metrics, self.ranks)
-        sums.add(self._run(packs, objective, factor=factor, forward_only=False))
+        sums.add(self._run(POLICY, packs, self._loss(objective, factor), forward_only=False))
         # on their way while the optimizer waits for the gradient norm: reading them then costs nothing
         pending = sums.reduce(stop=stop)
         grad_norm = self.optimizer.step()
@@ -90,27 +113,60 @@ class Engine:
         """The objective's metrics over these batches of micro-batches, of every data-parallel rank; no gradients."""
         sums = Sums(objective.metrics, self.ranks)
         for packs in batches:
-            for chunk in self.model.wrapped:
-                chunk.eval()
-            with torch.no_grad():
-                sums.add(self._run(packs, objective, factor=1.0, forward_only=True))
+            sums.add(self._without_gradients(POLICY, objective.prepare(packs, self), self._loss(objective, 1.0)))
         return sums.reduce().read()[0]
 
-    def _factor(self, objective: Objective, *, weight: float, filled: int) -> float:
-        """What a numerator is multiplied with, so that their mean over filled micro-batches is their sum / weight."""
-        if objective.norm is Norm.MICRO_BATCH:
-            return 1.0
-        return filled / weight if weight > 0 else 0.0
+    def infer(self, packs: Sequence[Pack], readout: Readout, *, model: str = POLICY) -> list[dict[str, Tensor]]:
+        """The readout's fields of each pack, on every rank that shares the model; no gradients, no dropout.
 
-    def _run(
-        self, packs: Sequence[Pack], objective: Objective, *, factor: float, forward_only: bool
-    ) -> list[Mapping[str, Mean]]:
+        All packs go through the pipeline in one pass, interleaved stages too, and one collective brings the fields
+        to the other stages. Collective over the ranks of a model and over those that share experts: each gives as
+        many packs as the others, and as many as an interleaved pipeline takes (`Interleaving.rounds`).
+
+        Returns: tensors on this rank's device, in the order of the packs, `[T]` or `[N]` by `Field.per` and more
+        dimensions by `Field.shape`.
+        """
+
+        def read(pack: Pack, output: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            return output.new_zeros(()), readout(output, pack, self._splits[model])
+
+        found = self._without_gradients(model, packs, read)
+        return on_all_stages(found, packs, readout.fields, self.ranks)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks that hold other samples of the global batch; collective over them."""
+        values = values.clone()
+        if dist.get_world_size(self.ranks.replicas) > 1:
+            dist.all_reduce(values, group=self.ranks.replicas)
+        return values
+
+    def _without_gradients(self, model: str, packs: Sequence[Pack], last: Last) -> list[Mapping[str, Any]]:
+        for chunk in self.models[model].wrapped:
+            chunk.eval()
+        with torch.no_grad():
+            return self._run(model, packs, last, forward_only=True)
+
+    def _loss(self, objective: Objective, factor: float) -> Last:
+        """Args: `factor`: what numerators are multiplied with."""
+
+        def loss(pack: Pack, output: Tensor) -> tuple[Tensor, Mapping[str, Mean]]:
+            terms = objective.terms(objective.readout(output, pack, self._splits[POLICY]), pack)
+            scale: Tensor | float = factor
+            if objective.norm is Norm.MICRO_BATCH:
+                scale = 1.0 / terms.weight.clamp(min=1e-20)
+            return terms.numerator * scale, terms.metrics
+
+        return loss
+
+    def _run(self, name: str, packs: Sequence[Pack], last: Last, *, forward_only: bool) -> list[Mapping[str, Any]]:
+        """What `last` gave for each micro-batch; nothing on the other stages."""
+        model = self.models[name]
         longest = max(len(pack.ids_T) for pack in packs)
-        iterators: list[Iterator[Pack]] = [iter(packs) for _ in self.model.wrapped]
+        iterators: list[Iterator[Pack]] = [iter(packs) for _ in model.wrapped]
         return self._schedule(
-            forward_step_func=partial(self._forward, objective=objective, factor=factor),
+            forward_step_func=partial(self._forward, model=model, last=last),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.model.wrapped if len(iterators) > 1 else self.model.wrapped[0],
+            model=model.wrapped if len(iterators) > 1 else model.wrapped[0],
             num_microbatches=len(packs),
             seq_length=longest,
             micro_batch_size=1,
@@ -118,35 +174,35 @@ class Engine:
         )
 
     def _forward(
-        self, packs: Iterator[Pack], chunk: Any, *, objective: Objective, factor: float
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Mean]]]]:
+        self, packs: Iterator[Pack], chunk: Any, *, model: Model, last: Last
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Any]]]]:
         on_host = next(packs)
         pack = on_host.to(self.ranks.device)
         output = chunk(
             input_ids=pack.ids_T[None],
             position_ids=pack.positions_T[None],
             attention_mask=None,
-            packed_seq_params=self._sequences(on_host, pack),
-            **self._padding(pack, chunk),
+            packed_seq_params=self._sequences(model, on_host, pack),
+            **self._padding(model, pack, chunk),
         )
-        return output, partial(self._loss, pack, objective, factor)
+        return output, lambda output: last(pack, output.squeeze(0))
 
-    def _padding(self, pack: Pack, chunk: Any) -> dict[str, Tensor]:
+    def _padding(self, model: Model, pack: Pack, chunk: Any) -> dict[str, Tensor]:
         """Which positions the experts leave out: a mask of the row, in a stage without embedding of this rank's part.
 
         megatron-core cuts the mask for sequence parallelism where it cuts the embedding's output.
         """
-        if pack.padding_T is None or self.model.config.num_moe_experts is None:
+        if pack.padding_T is None or model.config.num_moe_experts is None:
             return {}
         mask_T = pack.padding_T
-        if self.model.config.sequence_parallel and not unwrap(chunk).pre_process:
+        if model.config.sequence_parallel and not unwrap(chunk).pre_process:
             mask_T = mask_T.chunk(self.ranks.tp_size)[self.ranks.tp_rank]
         return {"padding_mask": mask_T[None]}
 
-    def _sequences(self, on_host: Pack, pack: Pack) -> PackedSeqParams:
+    def _sequences(self, model: Model, on_host: Pack, pack: Pack) -> PackedSeqParams:
         """Where each sequence of a row starts and ends, for the layers."""
-        if self.model.rotary is not None:
-            rotation = self.model.rotary(pack.positions_T)
+        if model.rotary is not None:
+            rotation = model.rotary(pack.positions_T)
             return row(on_host.cu_seqlens_padded, device=self.ranks.device, rotation=rotation)
         return PackedSeqParams(
             qkv_format="thd",
@@ -158,16 +214,17 @@ class Engine:
             max_seqlen_kv=pack.max_seqlen,
         )
 
-    def _loss(
-        self, pack: Pack, objective: Objective, factor: float, logits: Tensor
-    ) -> tuple[Tensor, Mapping[str, Mean]]:
-        """Runs on the last pipeline stage: logits [1, T, V] of this rank's vocabulary shard."""
-        logps_T = token_logps(logits.squeeze(0), pack.targets_T, self.vocab)
-        terms = objective.terms(TokenOutput(logps_T=logps_T), pack)
-        scale: Tensor | float = factor
-        if objective.norm is Norm.MICRO_BATCH:
-            scale = 1.0 / terms.weight.clamp(min=1e-20)
-        return terms.numerator * scale, terms.metrics
+
+def _split(model: Model, ranks: Ranks) -> Split:
+    width = model.padded_vocab_size // ranks.tp_size
+    return Split(VocabShard(ranks.tp_rank * width, width, model.shape.vocab_size, ranks.tp))
+
+
+def _factor(norm: Norm, totals: Mapping[Norm, float], *, filled: int) -> float:
+    """What a numerator is multiplied with, so that their mean over filled micro-batches is their sum / total."""
+    if norm is Norm.MICRO_BATCH:
+        return 1.0
+    return filled / totals[norm] if totals[norm] > 0 else 0.0
 
 
 def empty_undone(*, micro_batches: int, dp_size: int, filled: int) -> float:

@@ -14,31 +14,24 @@ import torch
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
-from megabatch.data import run_caches as token_caches
 from megabatch.errors import MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.trainer import assemble
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
-from megabatch.trainer.data.batches import Batches, Step
-from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.engine import Engine, StepResult
 from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.metrics import Metrics, StepRecord
 from megabatch.trainer.model_source import model_source
 from megabatch.trainer.notes import note_settings_without_effect
-from megabatch.trainer.objectives.objective import Objective
-from megabatch.trainer.objectives.sft import Sft
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.signals import StopSignal
+from megabatch.trainer.steps import Step
+from megabatch.trainer.tasks.parts import Parts
+from megabatch.trainer.tasks.table import opener
 from megabatch.trainer.whereabouts import Whereabouts
 
 logger = logging.getLogger(__name__)
-
-_OLD_CURSOR = (
-    "the checkpoint was written by an older megabatch, which noted the samples' lengths and not their tokens: an edit "
-    "of the data since then that left every length as it was would not be noticed. The next checkpoint notes them"
-)
 
 
 def train(run: RunConfig, stop: StopSignal, where: Whereabouts) -> ExitCode:
@@ -55,55 +48,51 @@ def train(run: RunConfig, stop: StopSignal, where: Whereabouts) -> ExitCode:
 
 def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, where: Whereabouts) -> tuple[Loop, Progress]:
     """The loop of a run with everything loaded, and where it goes on; its `metrics` are yet to be entered."""
-    training, folder = run.recipe.training, RunDirectory(Path(run.run_dir))
+    folder = RunDirectory(Path(run.run_dir))
+    heart = Heartbeat(folder, ranks.place)
     source = model_source(run, ranks)
-    data = assemble.open_data(run, source, ranks, Heartbeat(folder, ranks.place))
-    train_iters = token_caches.train_iters(run, data.schedule)
-    engine = assemble.build_engine(run, ranks, train_iters=train_iters)
-    checkpoints = assemble.make_checkpoints(run, ranks, source)
+    parts = opener(run.recipe)(run, source, ranks, busy=lambda: heart.beat("starting"))
+    train_iters = parts.steps.train_iters
+    engine = assemble.build_engine(run, ranks, train_iters=train_iters, frozen=parts.frozen)
+    checkpoints = assemble.make_checkpoints(run, ranks, source, parts.export)
     progress = assemble.start(run, engine, checkpoints, source)
-    data.schedule.require_own(progress.cursor)
-    if ranks.is_main and not progress.cursor.knows_content:
-        logger.warning(_OLD_CURSOR)
-    logger.info(
-        "step %d of %d; %s", progress.step, train_iters, token_caches.course(data.schedule, data.train, train_iters)
-    )
+    parts.steps.require(progress.cursor)
+    logger.info("step %d of %d; %s", progress.step, train_iters, parts.steps.course)
     metrics = Metrics(
         folder,
         run.recipe.logging,
         place=ranks.place,
         shape=run.shape,
-        mean_length=data.mean_length,
         train_iters=train_iters,
         first_step=progress.step,
     )
     loop = Loop(
         recipe=run.recipe,
         engine=engine,
-        objective=Sft(calculate_per_token_loss=bool(training.calculate_per_token_loss)),
-        data=data,
+        parts=parts,
         checkpoints=checkpoints,
         metrics=metrics,
         stop=stop,
         where=where,
-        train_iters=train_iters,
     )
     return loop, progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loop:
-    """The steps of a run, with evaluations and checkpoints between them."""
+    """The steps of a run, with evaluations and checkpoints between them; the same for every task."""
 
     recipe: Recipe
     engine: Engine
-    objective: Objective
-    data: assemble.RunData
+    parts: Parts
     checkpoints: Checkpoints
     metrics: Metrics
     stop: StopSignal
     where: Whereabouts
-    train_iters: int
+
+    @property
+    def train_iters(self) -> int:
+        return self.parts.steps.train_iters
 
     def run_from(self, start: Progress) -> ExitCode:
         if start.step == 0 and self.recipe.evaluation.eval_on_start:
@@ -127,39 +116,40 @@ class Loop:
 
     def steps(self, progress: Progress) -> Iterator[tuple[Progress, bool]]:
         """Trains step by step; yields how far the run is and whether a stop was asked for."""
-        steps = self.data.batches.train(progress.cursor)
+        steps = self.parts.steps.after(progress.cursor, self.engine)
         while progress.step < self.train_iters:
             started = time.perf_counter()
             self.where.at("waiting for data", progress.step + 1)
-            batch = next(steps)
+            step = next(steps)
             self.where.at("training", progress.step + 1)
             result = self.engine.step(
-                batch.packs, self.objective, weight=batch.weight, filled=batch.filled, stop=self.stop.requested
+                step.packs, self.parts.objective, totals=step.totals, filled=step.filled, stop=self.stop.requested
             )
-            _check_finite(result, step=progress.step + 1, batch=batch)
+            _check_finite(result, number=progress.step + 1, step=step)
             seconds = time.perf_counter() - started
             progress = Progress(
                 step=progress.step + 1,
-                cursor=batch.cursor,
-                tokens=progress.tokens + batch.tokens,
-                samples=progress.samples + batch.samples,
+                cursor=step.cursor,
+                tokens=progress.tokens + step.tokens,
+                samples=progress.samples + step.samples,
                 seconds=progress.seconds + seconds,
             )
-            self._log(progress, batch, result, seconds=seconds)
+            self._log(progress, step, result, seconds=seconds)
             yield progress, result.stop
 
-    def _log(self, progress: Progress, batch: Step, result: StepResult, *, seconds: float) -> None:
+    def _log(self, progress: Progress, step: Step, result: StepResult, *, seconds: float) -> None:
         extra: dict[str, float] = {}
         if self.recipe.logging.log_params_norm and self.metrics.is_logged(progress.step):
             extra["params_norm"] = self.checkpoints.parameters_norm(self.engine)
         record = StepRecord(
             step=progress.step,
-            epoch=batch.cursor.epoch + batch.cursor.offset / len(self.data.schedule),
-            loss=result.metrics["loss"],
+            epoch=step.epoch,
+            metrics={**result.metrics, **step.metrics},
             grad_norm=result.grad_norm,
             learning_rate=result.learning_rate,
-            tokens=batch.tokens,
-            samples=batch.samples,
+            tokens=step.tokens,
+            mean_length=step.mean_length,
+            samples=step.samples,
             consumed_tokens=progress.tokens,
             consumed_samples=progress.samples,
             seconds=seconds,
@@ -169,17 +159,12 @@ class Loop:
         self.metrics.log_step(record)
 
     def _evaluate(self, step: int) -> None:
-        if self.data.validation is None or self.recipe.evaluation.eval_iters == 0:
+        if self.parts.evaluator is None:
             return
         self.where.at("evaluating", step)
         started = time.perf_counter()
-        loss = self.engine.evaluate(self._validation_packs(self.data.validation), self.objective)["loss"]
-        self.metrics.log_evaluation(step, loss, time.perf_counter() - started)
-
-    def _validation_packs(self, validation: Batches) -> Iterator[list[Pack]]:
-        for batch in validation.evaluate(eval_iters=self.recipe.evaluation.eval_iters):
-            yield batch.packs
-            self.metrics.heartbeat("running")
+        found = self.parts.evaluator.evaluate(self.engine, on_batch=lambda: self.metrics.heartbeat("running"))
+        self.metrics.log_evaluation(step, found, time.perf_counter() - started)
 
     def _exports_at(self, step: int) -> bool:
         interval = self.recipe.checkpoint.save_safetensors_interval
@@ -200,11 +185,11 @@ class Loop:
             gc.collect()
 
 
-def _check_finite(result: StepResult, *, step: int, batch: Step) -> None:
+def _check_finite(result: StepResult, *, number: int, step: Step) -> None:
     """Ends the run before weights that are no numbers are saved."""
     loss, norm = result.metrics["loss"].value, result.grad_norm
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise MegabatchError(
-            f"step {step}: loss={loss}, gradient norm={norm} over {batch.samples} samples; lower learning_rate.lr, "
+            f"step {number}: loss={loss}, gradient norm={norm} over {step.samples} samples; lower learning_rate.lr, "
             "warm up for longer, or look at the data of this step. The last checkpoint is from before it"
         )

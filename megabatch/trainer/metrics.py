@@ -35,11 +35,14 @@ class StepRecord:
 
     step: int
     epoch: float
-    loss: Ratio
+    metrics: Mapping[str, Ratio]
+    """Of the objective and of the source of steps, by name; `loss` is one of them."""
     grad_norm: float
     learning_rate: float
     tokens: int
     """Tokens of the global batch, without padding."""
+    mean_length: float
+    """Of the sequence that a token is in, on average."""
     samples: int
     consumed_tokens: int
     consumed_samples: int
@@ -60,12 +63,11 @@ class Metrics:
         *,
         place: Place,
         shape: ModelShape,
-        mean_length: float,
         train_iters: int,
         first_step: int,
     ) -> None:
         self.run, self.settings, self.is_main = run, settings, place.rank == 0
-        self.world_size, self.shape, self.mean_length = place.world_size, shape, mean_length
+        self.world_size, self.shape = place.world_size, shape
         self.train_iters, self.step, self.attempt = train_iters, first_step, place.attempt
         self.recent: deque[tuple[float, int]] = deque(maxlen=50)
         self._heart = Heartbeat(run, place)
@@ -106,7 +108,7 @@ class Metrics:
         self._write({"kind": "train", **values})
         if record.step % self.settings.tensorboard_log_interval == 0:
             with self._explained(self._board.log_dir):
-                self._to_board(values, record.step)
+                self._to_board(values, record)
         if self._bar.disable and self.is_logged(record.step):
             logger.info("%s", self._line(values))
         self._bar.update(1)
@@ -118,19 +120,20 @@ class Metrics:
         """Whether a step has a line in the log: every `log_interval`-th and the last; the same on every rank."""
         return step % self.settings.log_interval == 0 or step == self.train_iters
 
-    def log_evaluation(self, step: int, loss: Ratio, seconds: float) -> None:
-        """One evaluation of the validation data."""
+    def log_evaluation(self, step: int, metrics: Mapping[str, Ratio], seconds: float) -> None:
+        """One evaluation of the validation data: every metric under its name with `eval_` before it."""
         if not self.is_main:
             return
-        values = {"step": step, "eval_loss": loss.value, "eval_loss_sum": loss.total, "eval_loss_count": loss.count}
-        self._write({"kind": "eval", **values, "seconds": seconds, "attempt": self.attempt})
+        values = _written({f"eval_{name}": ratio for name, ratio in metrics.items()})
+        self._write({"kind": "eval", "step": step, **values, "seconds": seconds, "attempt": self.attempt})
         with self._explained(self._board.log_dir):
-            self._board.add_scalar("eval/loss", loss.value, step)
-            if self.settings.log_validation_ppl_to_tensorboard:
-                self._board.add_scalar("eval/perplexity", torch.tensor(loss.value).exp().item(), step)
-        logger.info(
-            "step %d of %d: validation loss %.6f over %d tokens", step, self.train_iters, loss.value, loss.count
-        )
+            for name, ratio in metrics.items():
+                if ratio.count:
+                    self._board.add_scalar(f"eval/{name}", ratio.value, step)
+            if self.settings.log_validation_ppl_to_tensorboard and "loss" in metrics:
+                self._board.add_scalar("eval/perplexity", torch.tensor(metrics["loss"].value).exp().item(), step)
+        told = ", ".join(f"{name} {ratio.value:.6f} over {ratio.count:g}" for name, ratio in metrics.items())
+        logger.info("step %d of %d: validation %s", step, self.train_iters, told)
 
     def heartbeat(self, state: str, *, force: bool = False) -> None:
         """Tells the launcher that the run is alive; `running` is `starting` until the first step is done."""
@@ -144,9 +147,7 @@ class Metrics:
         values: dict[str, Any] = {
             "step": record.step,
             "epoch": round(record.epoch, 6),
-            "loss": record.loss.value,
-            "loss_sum": record.loss.total,
-            "loss_count": record.loss.count,
+            **_written(record.metrics),
             "grad_norm": record.grad_norm,
             "learning_rate": record.learning_rate,
             "tokens": record.tokens,
@@ -161,7 +162,7 @@ class Metrics:
             "attempt": self.attempt,
             **record.extra,
         }
-        flops = training_flops(self.shape, tokens=record.tokens, mean_length=self.mean_length)
+        flops = training_flops(self.shape, tokens=record.tokens, mean_length=record.mean_length)
         tflops = flops / record.seconds / self.world_size / 1e12
         if self.settings.log_throughput:
             values["tflops_per_gpu"] = tflops
@@ -169,8 +170,8 @@ class Metrics:
             values["mfu"] = tflops / self._peak
         return values
 
-    def _to_board(self, values: Mapping[str, Any], step: int) -> None:
-        skipped = {"step", "attempt", "loss_sum", "loss_count"}
+    def _to_board(self, values: Mapping[str, Any], record: StepRecord) -> None:
+        skipped = {"step", "attempt", *(f"{name}_{part}" for name in record.metrics for part in ("sum", "count"))}
         if self.settings.no_log_learning_rate_to_tensorboard:
             skipped.add("learning_rate")
         if not self.settings.log_memory_to_tensorboard:
@@ -178,8 +179,8 @@ class Metrics:
         if not self.settings.log_timers_to_tensorboard:
             skipped |= {"step_s", "trained_s", "tokens_per_s", "eta_s"}
         for name, value in values.items():
-            if name not in skipped:
-                self._board.add_scalar(f"train/{name}", value, step)
+            if name not in skipped and value is not None:
+                self._board.add_scalar(f"train/{name}", value, record.step)
 
     def _line(self, values: Mapping[str, Any]) -> str:
         parts = [
@@ -206,6 +207,18 @@ class Metrics:
         with self._explained(self.run.metrics):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+
+
+def _written(metrics: Mapping[str, Ratio]) -> dict[str, float | None]:
+    """Each metric with its numerator and its count; one that nothing counted in has no value."""
+    values: dict[str, float | None] = {}
+    for name, ratio in metrics.items():
+        values |= {
+            name: ratio.value if ratio.count else None,
+            f"{name}_sum": ratio.total,
+            f"{name}_count": ratio.count,
+        }
+    return values
 
 
 def _appending(path: Path) -> TextIO:

@@ -18,7 +18,7 @@ from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.to_hf import to_hf
 from megabatch.converters.to_mcore import to_mcore
 from megabatch.trainer import assemble
-from megabatch.trainer.hf_export import HfExport
+from megabatch.trainer.exports.hugging_face import HfExport
 from megabatch.trainer.model.build import build, ddp_config
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model_source import model_source

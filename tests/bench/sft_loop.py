@@ -30,7 +30,7 @@ def main(folder: str, hf: str, data: dict[str, Any], batch: dict[str, Any], step
     run = write_run(made, place / f"ours-{time.time_ns()}")
     with assemble.join_ranks(run) as ranks:
         loop, progress = open_loop(run, ranks, StopSignal(), Whereabouts(0))
-        _write_rows(loop.data.train, place / "rows.jsonl")
+        _write_rows(loop.parts.steps.data, place / "rows.jsonl")
         with loop.metrics:
             taken = loop.steps(progress)
             *_, (before, _) = islice(taken, warm_up)

@@ -27,6 +27,7 @@ from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.loop import Loop, open_loop
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.signals import StopSignal
+from megabatch.trainer.steps import Step
 from megabatch.trainer.whereabouts import Whereabouts
 
 WARM_UP = sized(3, 1)
@@ -70,7 +71,7 @@ def compare(case: Case, folder: Path) -> list[Figure]:
     run = _run(case, folder)
     with assemble.join_ranks(run) as ranks:
         ours, _ = open_loop(run, ranks, StopSignal(), Whereabouts(0))
-        batches = _rows(ours.data, case, ranks.device)
+        batches = _rows(ours.parts.steps.after({}, ours.engine), case, ranks.device)
         bare = BareLoop(
             transformer_config(run.recipe, run.shape, virtual_size=None),
             run.shape,
@@ -154,10 +155,10 @@ def _run(case: Case, folder: Path) -> RunConfig:
     return write_run(recipe(folder, case.model, experts=EXPERTS if case.experts else None, **groups), folder / "run")
 
 
-def _rows(data: assemble.RunData, case: Case, device: torch.device) -> Iterator[list[Rows]]:
+def _rows(steps: Iterator[Step], case: Case, device: torch.device) -> Iterator[list[Rows]]:
     """The same batches as [rows, length] tensors, made outside the timed part."""
     shape = (case.micro_batch_size, case.max_length)
-    for step in data.batches.train(Progress().cursor):
+    for step in steps:
         packs = [pack.to(device) for pack in step.packs]
         assert all(pack.ids_T.numel() == shape[0] * shape[1] for pack in packs), "rows are not equally long"
         yield [

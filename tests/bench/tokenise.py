@@ -74,7 +74,7 @@ def _make(folder: Path) -> None:
 def _cache(folder: Path) -> None:
     from megabatch.data.cache.token_cache import TokenCache
     from megabatch.data.rows.sources import resolve
-    from megabatch.data.tokens.samples import Encoding
+    from megabatch.data.tokens.encoding import Encoding
 
     sources = resolve([str(folder / "rows.jsonl")])
     with tempfile.TemporaryDirectory(dir=folder) as cache:

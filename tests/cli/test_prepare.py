@@ -61,7 +61,7 @@ def test_it_makes_the_cache_and_says_how_long_the_run_is(
     assert command.main(["plan", str(recipe_file)]) == 0
     assert f"7 steps: 3 epochs of 20 samples, {tokens_in(made):,} tokens, counted in {made}" in capfd.readouterr().out
     assert command.main(["prepare", str(recipe_file), "--global_batch_size", "32"]) == 2
-    assert "is more than the 20 training items" in capfd.readouterr().err
+    assert "is more than the 20 samples of the training data" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

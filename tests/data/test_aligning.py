@@ -13,7 +13,8 @@ from test_exact_ids import QUICK
 from tokenizer_kinds import KINDS
 from tokenizers import Tokenizer, models, normalizers, processors
 
-from megabatch.data.tokens.aligning import Aligner, Encoded, Text
+from megabatch.data.tokens.aligning import Aligner, Text
+from megabatch.data.tokens.sample import Encoded
 
 _PIECES = st.lists(
     st.sampled_from([*"ab ,.'\n<|▁ä𝄞", "the", "  ", "\n\n", "<s>", "<|im_end|>", "e\u0301"]), max_size=12

@@ -19,7 +19,8 @@ from megabatch.data.rows.digests import Digests
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.rows.sources import resolve
 from megabatch.data.tokens import workers
-from megabatch.data.tokens.samples import Encoder, Encoding
+from megabatch.data.tokens.encoder import Encoder
+from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 
 Write = Callable[..., Path]
@@ -210,7 +211,7 @@ def test_a_cache_that_another_job_finishes_first_is_kept(
     before = (folder / "meta.json").stat().st_ino
     (source,) = resolve([str(path)])
     encoder = Encoder(Encoding(tokenizer=tokenizer_folder))
-    cache_files.write(folder, [encoder.encode(list(source.rows(seed=0, shuffle=False))).columns()])
+    cache_files.write(folder, [encoder.encode(list(source.rows(seed=0, shuffle=False))).arrays()])
     assert (folder / "meta.json").stat().st_ino == before
     assert caches_in(folder.parent) == [folder.name]
 

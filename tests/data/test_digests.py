@@ -13,7 +13,7 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.rows import digests, files
 from megabatch.data.rows.digests import Digests
 from megabatch.data.rows.sources import resolve
-from megabatch.data.tokens.samples import Encoding
+from megabatch.data.tokens.encoding import Encoding
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from tokenizer_kinds import KINDS
 from megabatch.data.rows import files
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.rows.formats import conversation_of
-from megabatch.data.tokens.templates import Encoded, Template
+from megabatch.data.tokens.sample import Encoded
+from megabatch.data.tokens.templates import Template
 from megabatch.errors import DataError
 
 TOOLS = [

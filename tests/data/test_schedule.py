@@ -53,7 +53,7 @@ def test_each_epoch_draws_each_sample_once_and_resumes_exactly(
     drawn = [item for items in batches for item in items]
     for epoch in range(epochs):
         part = drawn[epoch * len(whole) : (epoch + 1) * len(whole)]
-        samples = np.concatenate([whole.items[item] for item in part])
+        samples = np.concatenate([whole.packs[item] for item in part])
         assert len(part) == len(set(part))
         assert len(samples) == len(set(samples.tolist()))
         if len(part) == len(whole):
@@ -93,7 +93,7 @@ def test_shuffling() -> None:
             LENGTHS, global_batch_size=5, seed=seed, dataset_shuffle=dataset, train_dataloader_shuffle=loader
         )
         batches, _ = draw(schedule, Cursor(), 20)
-        samples = [[int(schedule.items[item][0]) for item in items] for items in batches]
+        samples = [[int(schedule.packs[item][0]) for item in items] for items in batches]
         return [samples[:10], samples[10:]]
 
     file_order = [list(range(start, start + 5)) for start in range(0, 50, 5)]
@@ -108,7 +108,7 @@ def test_shuffling() -> None:
 def test_a_shuffled_epoch_is_pinned() -> None:
     """A change of the generator would silently give resumed runs other batches: this must never change."""
     schedule = Schedule(np.full(8, 5), global_batch_size=4, seed=42)
-    samples = [int(schedule.items[int(item)][0]) for item in schedule.next(Cursor())[0]]
+    samples = [int(schedule.packs[int(item)][0]) for item in schedule.next(Cursor())[0]]
     assert samples == [2, 5, 0, 1]
 
 
@@ -120,7 +120,7 @@ def test_a_larger_batch_goes_on_from_the_cursor() -> None:
 
 def test_train_iters_and_too_little_data() -> None:
     assert Schedule(LENGTHS, global_batch_size=8).train_iters(3) == 18  # 150 // 8
-    with pytest.raises(DataError, match=r"global_batch_size=64 is more than the 50 training items .*lower it to 50"):
+    with pytest.raises(DataError, match=r"global_batch_size=64 is more than the 50 samples of .*lower it to 50"):
         Schedule(LENGTHS, global_batch_size=64).train_iters(2)
     with pytest.raises(DataError, match="global_batch_size=64"):
         Schedule(LENGTHS, global_batch_size=64).next(Cursor())

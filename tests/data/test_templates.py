@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megabatch.data.rows.formats import Conversation, Message
-from megabatch.data.tokens.templates import Encoded, LossScale, Template, encode_documents
+from megabatch.data.tokens.sample import Encoded
+from megabatch.data.tokens.templates import LossScale, Template
 from megabatch.errors import DataError
 
 TWO_ROUNDS = [
@@ -246,9 +247,3 @@ def test_any_content_is_found(tokens: Any, said: list[str], source: str) -> None
     assert len(runs) == len(said) // 2
     for run, content in zip(runs, said[1::2], strict=True):
         assert content.strip() in run
-
-
-def test_documents_are_learned_whole_and_end_with_eos(bpe: Any) -> None:
-    (encoded,) = encode_documents(bpe, ["two plus two"])
-    assert bpe.decode(encoded.ids) == "two plus two<|im_end|>"
-    assert encoded.weights.tolist() == [0.0] + [1.0] * (len(encoded.ids) - 1)

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megabatch.data.cache import datasets
-from megabatch.data.tokens.samples import Encoding
+from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 
 Write = Callable[..., Path]
@@ -27,21 +27,21 @@ def grown(tokenizer_folder: Path, tmp_path: Path) -> tuple[Path, int]:
     return folder, rows
 
 
-def texts(task: str, *answers: str) -> list[dict[str, Any]]:
-    return [{"text": answer} if task == "pt" else {"query": "Q", "response": answer} for answer in answers]
+def texts(kind: str, *answers: str) -> list[dict[str, Any]]:
+    return [{"text": answer} if kind == "documents" else {"query": "Q", "response": answer} for answer in answers]
 
 
-@pytest.mark.parametrize("task", ["sft", "pt"])
+@pytest.mark.parametrize("kind", ["conversations", "documents"])
 @pytest.mark.parametrize("where", ["dataset", "val_dataset"])
 @pytest.mark.parametrize("start", ["cold", "warm"])
 def test_a_token_that_the_model_does_not_have_is_named(
-    grown: tuple[Path, int], tmp_path: Path, write_jsonl: Write, task: Any, where: str, start: str
+    grown: tuple[Path, int], tmp_path: Path, write_jsonl: Write, kind: Any, where: str, start: str
 ) -> None:
     folder, rows = grown
-    good = write_jsonl("good.jsonl", texts(task, "apple", "two"))
-    bad = write_jsonl("bad.jsonl", texts(task, "apple", "a <most> b", "<more> c", "two"))
+    good = write_jsonl("good.jsonl", texts(kind, "apple", "two"))
+    bad = write_jsonl("bad.jsonl", texts(kind, "apple", "a <most> b", "<more> c", "two"))
     data = {"dataset": [str(good)], "val_dataset": [str(good)], where: [str(bad)]}
-    encoding = Encoding(tokenizer=folder, task=task)
+    encoding = Encoding(tokenizer=folder, rows=kind)
     cache_dir = tmp_path / "cache"
     datasets.build(encoding, vocab_size=rows, cache_dir=cache_dir, dataset=[str(good)])  # unused ids may lie above
     if start == "warm":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megabatch.data.tokens.samples import Sample
+from megabatch.data.tokens.sample import Sample
 from megabatch.trainer.data.pack import collate
 
 pytestmark = pytest.mark.gpu

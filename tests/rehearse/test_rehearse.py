@@ -20,7 +20,7 @@ import sys
 if "megabatch.trainer.main" in sys.orig_argv:
     from megabatch.data.schedule import Cursor
     from_json = Cursor.from_json
-    Cursor.from_json = staticmethod(lambda value: from_json({**value, "offset": 0}))
+    Cursor.from_json = staticmethod(lambda value: from_json({**value, "offset": 0} if value else {}))
 """
 """A sitecustomize: runs begin their epoch anew wherever they are resumed, as a trainer does that saves no cursor."""
 

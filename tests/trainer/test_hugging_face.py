@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from megabatch.config.run import RunConfig
 from megabatch.converters.families import family_of
 from megabatch.converters.hf_model import read_config
 from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.tokens.sample import Sample
 from megabatch.trainable import untrainable
+from megabatch.trainer.readouts.readout import Field, Readout
 
 COMMON: dict[str, Any] = {
     "vocab_size": 301,  # does not divide by 2: tensor parallelism pads it
@@ -83,32 +85,38 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def logits(run_dir: str, ids: list[list[int]]) -> Any:
-    """This rank's logits for one row of these sequences, [T, V/tp], or None before the last pipeline stage."""
-    from megabatch.data.tokens.samples import Sample
+@dataclass(frozen=True)
+class Logits(Readout):
+    """What the model gives, as it is."""
+
+    width: int
+    """Of this rank's vocabulary."""
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        return {"logits": Field("token", (self.width,))}
+
+    def __call__(self, output: torch.Tensor, pack: Any, split: Any) -> dict[str, torch.Tensor]:
+        return {"logits": output}
+
+
+def logits(run_dir: str, ids: list[list[int]]) -> tuple[tuple[int, int], Any]:
+    """(pipeline rank, tensor rank) and this rank's logits for one row of these sequences, [T, V/tp]."""
     from megabatch.trainer import assemble
     from megabatch.trainer.data.pack import collate
-    from megabatch.trainer.engine import Engine
     from megabatch.trainer.model_source import model_source
-    from megabatch.trainer.objectives.sft import Sft
 
     run = RunConfig.load(Path(run_dir) / "run.json")
-    seen: list[Any] = []
     with assemble.join_ranks(run) as ranks:
         source = model_source(run, ranks)
         engine = assemble.build_engine(run, ranks, train_iters=1)
         source.load(engine.model, ranks)
-        loss = Engine._loss
-
-        def spy(self: Any, pack: Any, objective: Any, factor: float, values: torch.Tensor) -> Any:
-            seen.append(values[0, : sum(map(len, ids))].detach().clone().numpy())
-            return loss(self, pack, objective, factor, values)
-
-        Engine._loss = spy  # type: ignore[method-assign]
         samples = [Sample(np.array(x, np.int32), np.ones(len(x), np.float32)) for x in ids]
         multiple = ranks.tp_size if run.recipe.parallel.sequence_parallel else 1
-        engine.evaluate([[collate(samples, row_multiple=multiple)]], Sft())
-    return seen[0] if seen else None
+        width = engine.model.padded_vocab_size // ranks.tp_size
+        (found,) = engine.infer([collate(samples, row_multiple=multiple)], Logits(width))
+        place = (ranks.pp_rank, ranks.tp_rank)
+    return place, found["logits"][: sum(map(len, ids))].numpy()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,8 +129,10 @@ def test_logits_equal_those_of_transformers(
     world_size, parallel = LAYOUTS[layout]
     run = _run(tmp_path, folders[name], world_size, parallel)
     ids = [[5, 17, 200, 3, 99, 4, 4, 250], [300, 1, 2], [42] * 20]
-    parts = [part for part in ranks.run(logits, world_size=world_size, run_dir=str(run), ids=ids) if part is not None]
-    found = torch.from_numpy(np.concatenate(parts, axis=1)[:, : COMMON["vocab_size"]])
+    parts = dict(ranks.run(logits, world_size=world_size, run_dir=str(run), ids=ids))
+    assert all(np.array_equal(part, parts[0, tp]) for (_, tp), part in parts.items()), "every stage has them"
+    shards = [parts[place] for place in sorted(parts) if place[0] == 0]
+    found = torch.from_numpy(np.concatenate(shards, axis=1)[:, : COMMON["vocab_size"]])
     model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
     with torch.no_grad():
         expected = torch.cat([model(torch.tensor([sequence])).logits[0] for sequence in ids])
@@ -134,6 +144,7 @@ def test_logits_equal_those_of_transformers(
 def export(run_dir: str, target: str) -> None:
     """Loads the run's model and saves it again."""
     from megabatch.trainer import assemble
+    from megabatch.trainer.exports.hugging_face import hugging_face_export
     from megabatch.trainer.model_source import model_source
 
     run = RunConfig.load(Path(run_dir) / "run.json")
@@ -141,9 +152,7 @@ def export(run_dir: str, target: str) -> None:
         source = model_source(run, ranks)
         engine = assemble.build_engine(run, ranks, train_iters=1)
         source.load(engine.model, ranks)
-        checkpoints = assemble.make_checkpoints(run, ranks, source)
-        assert checkpoints.export is not None
-        checkpoints.export.save(engine.model, ranks, Path(target))
+        hugging_face_export(run, source).save(engine.model, ranks, Path(target))
 
 
 DENSE_LAYOUTS, EXPERT_LAYOUTS = ("tp2", "pp2", "tp2_sp_pp2", "dp2"), ("pp2", "tp2_sp_pp2", "dp2", "ep2", "tp2_etp2")

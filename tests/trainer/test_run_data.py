@@ -115,7 +115,7 @@ def test_a_run_finds_what_was_prepared(ranks: RankServer, tmp_path: Path, given:
     assert "megabatch.data.schedule" in imported
     assert not {name for name in imported if name.startswith(("megatron", "megabatch.trainer.ranks"))}
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*") if not path.name.startswith(".")}
-    assert len(before) == 12
+    assert len(before) == 14
     assert ranks.run(train_with_cache, world_size=1, run_dir=str(run), cache=str(cache)) == [ExitCode.DONE]
     after = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*") if not path.name.startswith(".")}
     assert after == before

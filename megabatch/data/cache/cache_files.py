@@ -4,8 +4,11 @@ ids.bin      int32, all samples one after the other
 weights.bin  float32, likewise
 lengths.bin  int32, tokens of each sample
 sums.bin     float64, sum of the weights of each sample
+items.bin    int32, samples of each item, which stay together
 origins.bin  int32, two for each sample: index of its file in meta.json's `sources`, line or row
-meta.json    counts, sources, the largest id, a digest of the samples, and size and blake2b of the files above
+column.*.bin, token_column.*.bin
+             float32 or int32, for each sample or each token: what else a task's samples have
+meta.json    counts, sources, the largest id, a digest of the samples, and size, blake2b and type of the files above
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from megabatch.data.rows.digests import Digests
-from megabatch.data.tokens.samples import Columns
+from megabatch.data.tokens.chunk import ChunkArrays
 from megabatch.errors import DataError
 
 DTYPES: dict[str, Any] = {
@@ -31,13 +34,16 @@ DTYPES: dict[str, Any] = {
     "weights": np.float32,
     "lengths": np.int32,
     "sums": np.float64,
+    "items": np.int32,
     "origins": np.int32,
 }
-CONTENT = ("ids", "weights", "lengths")
-"""The arrays that training computes with."""
+COLUMN, TOKEN_COLUMN = "column.", "token_column."
+"""How the names of further arrays begin, by what they have a value for."""
+_CONTENT = ("ids", "weights", "lengths", "items")
+"""The arrays that training computes with, besides further columns."""
 
 
-def write(path: Path, chunks: Iterable[Columns], *, digests: Digests | None = None) -> None:
+def write(path: Path, chunks: Iterable[ChunkArrays], *, digests: Digests | None = None) -> None:
     """Writes a cache of these chunks as the folder `path`, all or nothing; one that appears meanwhile is kept.
 
     Args: `digests` remembers those of the files.
@@ -60,7 +66,7 @@ def write(path: Path, chunks: Iterable[Columns], *, digests: Digests | None = No
             # Another job made the same cache at the same time, and its ranks may have mapped it: theirs stays.
             return
         if digests is not None:
-            for name in DTYPES:
+            for name in meta["files"]:
                 digests.note(_file(path, name), bytes.fromhex(meta["files"][name]["blake2b"]))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -90,7 +96,7 @@ def column(path: Path, name: str, expected: dict[str, Any], *, digests: Digests 
         raise ValueError(f"{file.name} has {size} bytes instead of {expected['size']}")
     if digests is not None and digests.content(file).hex() != expected["blake2b"]:
         raise ValueError(f"the digest of {file.name} differs")
-    return np.memmap(file, DTYPES[name], mode="r")
+    return np.memmap(file, np.dtype(expected["dtype"]), mode="r").reshape(-1, *expected["shape"])
 
 
 def _file(path: Path, name: str) -> Path:
@@ -100,8 +106,9 @@ def _file(path: Path, name: str) -> Path:
 class _Column:
     """One array being written: appended to, with its size and digest on the way."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._dtype = DTYPES[name]
+    def __init__(self, folder: Path, name: str, *, dtype: Any, shape: tuple[int, ...] = ()) -> None:
+        """Args: `shape` of what belongs to one sample, item or token."""
+        self._dtype, self._shape = np.dtype(dtype), shape
         self._file = open(_file(folder, name), "wb")  # noqa: SIM115 - closed by `close`
         self._size = 0
         self._content = hashlib.blake2b()
@@ -122,12 +129,13 @@ class _Column:
             if sync:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-        return {"size": self._size, "blake2b": self._content.hexdigest()}
+        form = {"dtype": self._dtype.name, "shape": list(self._shape)}
+        return {"size": self._size, "blake2b": self._content.hexdigest(), **form}
 
 
-def _write_columns(folder: Path, chunks: Iterable[Columns]) -> dict[str, Any]:
+def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any]:
     """The arrays; returns the meta data."""
-    columns = {name: _Column(folder, name) for name in DTYPES}
+    columns = {name: _Column(folder, name, dtype=dtype) for name, dtype in DTYPES.items()}
     sources: dict[tuple[str, bool], int] = {}
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
@@ -138,12 +146,21 @@ def _write_columns(folder: Path, chunks: Iterable[Columns]) -> dict[str, Any]:
             remarks.update(chunk.remarks)
             if not len(chunk.lengths):
                 continue
+            further = _further(chunk)
+            if not samples:
+                columns |= {
+                    name: _Column(folder, name, dtype=values.dtype, shape=values.shape[1:])
+                    for name, values in further.items()
+                }
+            assert len(columns) == len(DTYPES) + len(further), "all samples of a dataset have the same columns"
             samples += len(chunk.lengths)
             max_id = max(max_id, int(chunk.ids.max()))
             numbers = np.array([sources.setdefault(file, len(sources)) for file in chunk.files], np.int32)
-            for name in ("ids", "weights", "lengths", "sums"):
+            for name in ("ids", "weights", "lengths", "sums", "items"):
                 columns[name].append(getattr(chunk, name))
             columns["origins"].append(np.stack([numbers[chunk.origins[:, 0]], chunk.origins[:, 1]], axis=1))
+            for name, values in further.items():
+                columns[name].append(values)
         if not samples:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             raise DataError(f"no sample is left of the dataset: {reasons}; raise data.max_length or check the data")
@@ -152,12 +169,18 @@ def _write_columns(folder: Path, chunks: Iterable[Columns]) -> dict[str, Any]:
     return {
         "samples": samples,
         "max_id": max_id,
-        "content": _digest(columns[name].content for name in CONTENT),
+        "content": _digest(columns[name].content for name in (*_CONTENT, *sorted(columns.keys() - DTYPES.keys()))),
         "dropped": dict(dropped),
         "remarks": dict(+remarks),
         "sources": [list(source) for source in sources],
         "files": written,
     }
+
+
+def _further(chunk: ChunkArrays) -> dict[str, np.ndarray]:
+    """The columns of this task's samples, by the names of their files."""
+    of_samples = {COLUMN + name: values for name, values in chunk.columns.items()}
+    return of_samples | {TOKEN_COLUMN + name: values for name, values in chunk.token_columns.items()}
 
 
 def _digest(parts: Iterable[bytes]) -> str:

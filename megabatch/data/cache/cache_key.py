@@ -24,16 +24,16 @@ from megabatch.data.rows import files
 from megabatch.data.rows.digests import Digests
 from megabatch.data.rows.sources import Source
 from megabatch.data.tokens import tokenizer
-from megabatch.data.tokens.samples import Encoding
+from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the files of a cache change: older caches are then made again."""
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _ROOMS = ("rows", "tokens")
 """Folders of `megabatch/data` with the code from row to sample."""
-_AFTER_TOKENS = ("rows/digests.py", "tokens/workers.py")
+_AFTER_TOKENS = ("rows/digests.py", "tokens/chunk.py", "tokens/workers.py")
 """Their modules that decide no token; every other one may."""
 _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece",
                     "sentencepiece", "spm")  # fmt: skip

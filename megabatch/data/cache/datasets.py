@@ -9,7 +9,7 @@ from pathlib import Path
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.cache.vocabulary import require_known_ids
 from megabatch.data.rows.sources import resolve
-from megabatch.data.tokens.samples import Encoding
+from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ import numpy as np
 
 from megabatch.data.cache import cache_files
 from megabatch.data.cache.cache_key import cache_key
+from megabatch.data.packing import samples_of
 from megabatch.data.rows.digests import Digests
 from megabatch.data.rows.files import Origin
 from megabatch.data.rows.sources import Source
-from megabatch.data.tokens.samples import Columns, Encoding, Sample
+from megabatch.data.tokens.chunk import ChunkArrays
+from megabatch.data.tokens.encoding import Encoding
+from megabatch.data.tokens.sample import Sample
 from megabatch.data.tokens.workers import encoded_chunks
 from megabatch.errors import DataError
 
@@ -45,6 +48,13 @@ class TokenCache:
     """Sum of the loss weights of each sample, float64 [samples]."""
     origins: np.ndarray = field(repr=False)
     """Source and line of each sample, int32 [samples, 2]."""
+    items: np.ndarray = field(repr=False)
+    """First sample of each item, and behind the last one the number of samples: int64 [items + 1]. An item's samples
+    stay together; in most datasets each sample is one."""
+    columns: Mapping[str, np.ndarray] = field(repr=False)
+    """What else samples have, float32 [samples] each."""
+    token_columns: Mapping[str, np.ndarray] = field(repr=False)
+    """What else tokens have, float32 or int32 [tokens, …] each, as long as `ids`."""
     meta: dict[str, Any] = field(repr=False)
     content: str
     """Digest of the tokens, weights and lengths of all samples, in order: 16 hexadecimal digits."""
@@ -108,12 +118,12 @@ class TokenCache:
             meta = cache_files.read_meta(path)
             content = str(meta["content"])
             arrays = {
-                name: cache_files.column(path, name, meta["files"][name], digests=digests)
-                for name in cache_files.DTYPES
+                name: cache_files.column(path, name, found, digests=digests) for name, found in meta["files"].items()
             }
+            lengths: np.ndarray = arrays["lengths"].astype(np.int64)
+            items = _bounds(arrays["items"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise DataError(f"{path}: damaged token cache ({e}); delete the folder to have it made again") from e
-        lengths: np.ndarray = arrays["lengths"].astype(np.int64)
         return cls(
             path=path,
             ids=arrays["ids"],
@@ -122,6 +132,9 @@ class TokenCache:
             lengths=lengths,
             sums=np.array(arrays["sums"]),
             origins=arrays["origins"].reshape(-1, 2),
+            items=items,
+            columns=_named(arrays, cache_files.COLUMN),
+            token_columns=_named(arrays, cache_files.TOKEN_COLUMN),
             meta=meta,
             content=content,
         )
@@ -132,7 +145,23 @@ class TokenCache:
     def __getitem__(self, index: int) -> Sample:
         part = slice(self.starts[index], self.starts[index] + self.lengths[index])
         source, number = map(int, self.origins[index])
-        return Sample(np.array(self.ids[part]), np.array(self.weights[part]), {"source": source, "number": number})
+        columns = {name: float(values[index]) for name, values in self.columns.items()}
+        return Sample(
+            np.array(self.ids[part]),
+            np.array(self.weights[part]),
+            {"source": source, "number": number, **columns},
+            {name: np.array(values[part]) for name, values in self.token_columns.items()},
+        )
+
+    @property
+    def blank(self) -> Sample:
+        """A sample without tokens: it says which columns the others have, and their types."""
+        return Sample(
+            np.zeros(0, np.int32),
+            np.zeros(0, np.float32),
+            {"source": 0, "number": 0, **dict.fromkeys(self.columns, 0.0)},
+            {name: np.zeros((0, *values.shape[1:]), values.dtype) for name, values in self.token_columns.items()},
+        )
 
     def origin(self, index: int) -> Origin:
         """Where a sample was read from."""
@@ -153,32 +182,36 @@ class TokenCache:
         """Rows that gave no sample: reason → count."""
         return dict(self.meta["dropped"])
 
-    def subset(self, indices: np.ndarray) -> TokenCache:
-        """The same cache with these samples only."""
+    def subset(self, items: np.ndarray) -> TokenCache:
+        """The same cache with these items only."""
         chosen = hashlib.blake2b(self.content.encode(), digest_size=8)
-        chosen.update(np.ascontiguousarray(indices, np.int64).tobytes())
+        chosen.update(np.ascontiguousarray(items, np.int64).tobytes())
+        samples = samples_of(items, self.items)
         return replace(
             self,
-            starts=self.starts[indices],
-            lengths=self.lengths[indices],
-            sums=self.sums[indices],
-            origins=self.origins[indices],
+            starts=self.starts[samples],
+            lengths=self.lengths[samples],
+            sums=self.sums[samples],
+            origins=self.origins[samples],
+            items=_bounds(np.diff(self.items)[items]),
+            columns={name: values[samples] for name, values in self.columns.items()},
             content=chosen.hexdigest(),
         )
 
     def split(self, ratio: float, *, seed: int) -> tuple[TokenCache, TokenCache]:
-        """(training, validation): a seeded random `ratio` of the samples validates; both keep the dataset's order.
+        """(training, validation): a seeded random `ratio` of the items validates; both keep the dataset's order.
 
         Raises: DataError when either part would be empty.
         """
-        count = round(len(self) * ratio)
-        if not 0 < count < len(self):
+        items = len(self.items) - 1
+        count = round(items * ratio)
+        if not 0 < count < items:
             raise DataError(
-                f"data.split_dataset_ratio={ratio} of {len(self)} samples leaves {count} for validation; both parts "
+                f"data.split_dataset_ratio={ratio} of {items} samples leaves {count} for validation; both parts "
                 f"need at least one: change the ratio or give data.val_dataset"
             )
-        chosen: np.ndarray = np.zeros(len(self), bool)
-        chosen[np.random.default_rng([seed, len(self)]).permutation(len(self))[:count]] = True
+        chosen: np.ndarray = np.zeros(items, bool)
+        chosen[np.random.default_rng([seed, items]).permutation(items)[:count]] = True
         return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
 
     def log_summary(self) -> None:
@@ -193,7 +226,15 @@ class TokenCache:
             log.warning("%d rows: %s", count, remark)
 
 
-def _each(chunks: Iterable[Columns], done: Callable[[], None]) -> Iterator[Columns]:
+def _each(chunks: Iterable[ChunkArrays], done: Callable[[], None]) -> Iterator[ChunkArrays]:
     for chunk in chunks:
         yield chunk
         done()
+
+
+def _bounds(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _named(arrays: Mapping[str, np.ndarray], beginning: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(beginning): values for name, values in arrays.items() if name.startswith(beginning)}

@@ -16,14 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-
-class Encoded(NamedTuple):
-    """One tokenised sample."""
-
-    ids: np.ndarray
-    """int32 [n]"""
-    weights: np.ndarray
-    """float32 [n]"""
+from megabatch.data.tokens.sample import Encoded
 
 
 class Text(NamedTuple):

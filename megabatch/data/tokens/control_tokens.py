@@ -18,6 +18,9 @@ from typing import Any
 
 from megabatch.errors import DataError
 
+ESCAPED = "control tokens in the text, tokenised as plain text (see data.sanitize_control_tokens)"
+"""What a dataset's remarks say of such rows."""
+
 _NAME = "\U0010f8f4"
 """Opens and closes the private name of a control token."""
 _OF_THE_ASSISTANT = re.compile(r"[<\[]/?(think|tool_call)[>\]]", re.IGNORECASE)

@@ -15,17 +15,17 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from megabatch.data.rows.formats import Conversation, is_text
 from megabatch.data.rows.turns import Message
-from megabatch.data.tokens.aligning import Aligner, Encoded, Text
-from megabatch.data.tokens.control_tokens import ControlTokens, Spelling
+from megabatch.data.tokens.aligning import Aligner, Text
+from megabatch.data.tokens.control_tokens import ESCAPED, ControlTokens, Spelling
 from megabatch.data.tokens.fitting import Fitting
 from megabatch.data.tokens.locating import Locator, Part
 from megabatch.data.tokens.own_templates import CHATML, PLAIN, with_bos
 from megabatch.data.tokens.rendering import MARKS, Rendered, Renderer
+from megabatch.data.tokens.sample import Encoded
 from megabatch.data.tokens.spans import answer
+from megabatch.data.tokens.tokenizer import backend
 from megabatch.data.tokens.turn_ends import TurnEnds
 from megabatch.errors import DataError
 
@@ -35,7 +35,6 @@ LossScale = Literal["default", "last_round", "all"]
 """Which tokens are learned: all assistant turns, those after the last user message, or every token."""
 
 _OWN = {"chatml": CHATML, "plain": PLAIN}
-_ESCAPED = "control tokens in the text, tokenised as plain text (see data.sanitize_control_tokens)"
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 _LEFT_OUT = "the template leaves out what is said beside a call"
@@ -68,7 +67,7 @@ class Template:
         self._forms = {kind: _form(tokenizer, source, self._ends, advice) for kind, source in self.sources.items()}
         extra = {token for form in self._forms.values() for token in _turn_tokens(tokenizer, form)}
         self._control = ControlTokens(tokenizer, extra) if sanitize_control_tokens else None
-        self._aligner = Aligner(_backend(tokenizer))
+        self._aligner = Aligner(backend(tokenizer))
         self._warned = False
 
     @property
@@ -169,7 +168,7 @@ class Template:
         weights = learned_turns(messages, loss_scale)
         if control is None:
             return _Said(Text(rendered.text, [(p.start, p.stop, weights[p.turn]) for p in parts]), by_twin=False)
-        remarks[_ESCAPED] += control.are_in(said)
+        remarks[ESCAPED] += control.are_in(said)
         spelling: Spelling = control.spelled(rendered.text, inner)
         placed = [(spelling.at(p.start), spelling.at(p.stop), weights[p.turn]) for p in parts]
         return _Said(Text(spelling.text, placed), by_twin=True)
@@ -188,33 +187,6 @@ def learned_turns(messages: Sequence[Message], loss_scale: LossScale) -> list[fl
         for index, m in enumerate(messages)
         if m.role == "assistant"
     ]
-
-
-def encode_documents(
-    tokenizer: Any,
-    documents: Sequence[str],
-    *,
-    control: ControlTokens | None = None,
-    remarks: Counter[str] | None = None,
-) -> list[Encoded]:
-    """Pretraining samples: the text with the tokenizer's own special tokens, then EOS; every token is learned.
-
-    Control tokens in the texts are tokenised as text if `control` is given. Raises: DataError.
-    """
-    eos = tokenizer.eos_token_id
-    plain = _backend(tokenizer).encode_batch(list(documents), add_special_tokens=True)
-    encoded = []
-    for text, encoding in zip(documents, plain, strict=True):
-        tokens = encoding.ids
-        if control is not None and control.may_be_in(text) and control.are_in(text):
-            tokens = control.twin.encode(control.spelled(text).text, add_special_tokens=True).ids
-            if remarks is not None:
-                remarks[_ESCAPED] += 1
-        ids = np.asarray(tokens if tokens[-1:] == [eos] else [*tokens, eos], np.int32)
-        weights: np.ndarray = np.ones(len(ids), np.float32)
-        weights[:1] = 0
-        encoded.append(Encoded(ids, weights))
-    return encoded
 
 
 def _json(value: Any) -> str:
@@ -248,12 +220,6 @@ def _turn_tokens(tokenizer: Any, form: _Form) -> set[str]:
     except DataError:
         return set()
     return {token for token in tokenizer.get_added_vocab() if token in between and token.strip()}
-
-
-def _backend(tokenizer: Any) -> Any:
-    """The Rust tokenizer, without the truncation and padding that its file may ask for."""
-    tokenizer("", add_special_tokens=False)  # resets them, and how special tokens are read
-    return tokenizer.backend_tokenizer
 
 
 def _special(tokenizer: Any) -> set[str]:

@@ -60,6 +60,12 @@ def check_readable(folder: Path | str) -> None:
             raise DataError(f"model.tokenizer: {path} is not valid JSON ({e}); download it again") from e
 
 
+def backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer, without the truncation and padding that its file may ask for."""
+    tokenizer("", add_special_tokens=False)  # resets them, and how special tokens are read
+    return tokenizer.backend_tokenizer
+
+
 def train_bpe(texts: Iterable[str], *, vocab_size: int, out_dir: Path | str) -> Path:
     """Trains a byte-level BPE with ChatML tokens and saves it so that transformers' AutoTokenizer loads it.
 

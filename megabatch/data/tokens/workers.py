@@ -20,7 +20,9 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from megabatch.data.rows.files import Line, Row
-from megabatch.data.tokens.samples import Columns, Encoder, Encoding
+from megabatch.data.tokens.chunk import ChunkArrays
+from megabatch.data.tokens.encoder import Encoder
+from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 
 CHUNK_ROWS = 128
@@ -29,7 +31,7 @@ CHUNK_ROWS = 128
 Rows = list[Row | Line]
 
 
-def encoded_chunks(rows: Iterable[Row | Line], encoding: Encoding, *, num_proc: int = 1) -> Iterator[Columns]:
+def encoded_chunks(rows: Iterable[Row | Line], encoding: Encoding, *, num_proc: int = 1) -> Iterator[ChunkArrays]:
     """Chunks of samples in the order of the rows, which is the same for every `num_proc`.
 
     A dataset of one chunk is encoded here. Raises: DataError of the first faulty row, or when a process dies.
@@ -38,10 +40,10 @@ def encoded_chunks(rows: Iterable[Row | Line], encoding: Encoding, *, num_proc: 
     first = list(islice(pieces, 2))
     if num_proc <= 1 or len(first) < 2:
         encoder = Encoder(encoding)
-        yield from (encoder.encode(piece).columns() for piece in chain(first, pieces))
+        yield from (encoder.encode(piece).arrays() for piece in chain(first, pieces))
         return
     workers = _Workers(encoding, num_proc)
-    waiting: deque[Future[Columns]] = deque()
+    waiting: deque[Future[ChunkArrays]] = deque()
     try:
         for piece in chain(first, pieces):
             waiting.append(workers.encoded(piece))
@@ -83,11 +85,11 @@ class _Workers:
         for end in self._ends:
             self._free.put(end)
 
-    def encoded(self, piece: Rows) -> Future[Columns]:
+    def encoded(self, piece: Rows) -> Future[ChunkArrays]:
         """The samples of these rows, once a process is free. Its error: what encoding raised, EOFError for a death."""
         return self._threads.submit(self._exchanged, piece)
 
-    def _exchanged(self, piece: Rows) -> Columns:
+    def _exchanged(self, piece: Rows) -> ChunkArrays:
         end = self._free.get()
         try:
             end.send(piece)
@@ -98,7 +100,7 @@ class _Workers:
             self._free.put(end)
         if isinstance(answer, BaseException):
             raise answer
-        assert isinstance(answer, Columns)
+        assert isinstance(answer, ChunkArrays)
         return answer
 
     def death(self) -> str:
@@ -158,11 +160,11 @@ def _work(encoder: Encoder | Exception, end: Connection, inherited: list[Connect
         return
 
 
-def _answer(encoder: Encoder | Exception, rows: Rows) -> Columns | Exception:
+def _answer(encoder: Encoder | Exception, rows: Rows) -> ChunkArrays | Exception:
     if isinstance(encoder, Exception):
         return encoder
     try:
-        return encoder.encode(rows).columns()
+        return encoder.encode(rows).arrays()
     except Exception as e:
         return _portable(e)
 

@@ -26,7 +26,7 @@ from megabatch.trainer.checkpoints import torch_dist
 from megabatch.trainer.checkpoints.progress import Progress, Saved, open_saved, progress_text
 from megabatch.trainer.checkpoints.reading import SMALL
 from megabatch.trainer.engine import Engine
-from megabatch.trainer.hf_export import HfExport
+from megabatch.trainer.exports.export import Export
 from megabatch.trainer.ranks import ElsewhereError, Ranks
 from megabatch.trainer.weights import parameters_norm
 
@@ -54,9 +54,9 @@ class Checkpoints:
         *,
         retention: Retention,
         table: Sequence[Mapped],
-        export: HfExport | None,
+        export: Export | None,
     ) -> None:
-        """`export` writes the Hugging Face folder; None writes none."""
+        """`export` writes what others load, into `hf/`; None writes none."""
         self.run, self.ranks, self.layout = run, ranks, layout
         self.retention, self.table, self.export = retention, table, export
         if ranks.is_main:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megabatch.data.schedule import Cursor
 from megabatch.errors import CheckpointError
 from megabatch.plan.layout import Layout
 from megabatch.saved.history import TRAINER
@@ -20,7 +20,8 @@ class Progress:
 
     step: int = 0
     """Optimizer steps done."""
-    cursor: Cursor = field(default_factory=Cursor)
+    cursor: Mapping[str, Any] = field(default_factory=dict)
+    """Where its steps go on, as JSON of the task's own (`steps.State`)."""
     tokens: int = 0
     """Tokens trained on so far, without padding."""
     samples: int = 0
@@ -43,7 +44,7 @@ class Saved:
 def progress_text(progress: Progress, *, generators_of: Layout | None) -> str:
     """The text of `trainer.json`; it names the manifest, whose loss would else be taken for an old checkpoint."""
     layout = None if generators_of is None else asdict(generators_of)
-    state = {**asdict(progress), "cursor": progress.cursor.to_json(), "generators_of": layout, "manifest": MANIFEST}
+    state = {**asdict(progress), "cursor": dict(progress.cursor), "generators_of": layout, "manifest": MANIFEST}
     return json.dumps(state, indent=2) + "\n"
 
 
@@ -64,7 +65,9 @@ def open_saved(checkpoint: Path) -> Saved:
     try:
         state = json.loads(raw)
         named, generators_of = state.pop("manifest", None), state.pop("generators_of")
-        progress = Progress(**{**state, "cursor": Cursor.from_json(state["cursor"])})
+        progress = Progress(**state)
+        if not isinstance(progress.cursor, dict):
+            raise TypeError(f"cursor is {progress.cursor!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise DamagedError(f"{TRAINER}: cannot be understood ({e})") from e
     if named is not None and manifest is None:

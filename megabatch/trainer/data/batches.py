@@ -12,7 +12,10 @@ import numpy as np
 
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.schedule import PLAIN, Cursor, Interleaving, Schedule, cost, deal
+from megabatch.data.tokens.sample import Sample
 from megabatch.trainer.data.pack import Pack, collate, row_length_of
+from megabatch.trainer.objectives.objective import Norm
+from megabatch.trainer.steps import Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,24 +37,6 @@ class Share:
     """Least length of every row: the run's longest where all are padded to it."""
     hidden_size: int = 4096
     """Of the model; weighs long sequences against many when balancing."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """One optimizer step, or one batch of an evaluation."""
-
-    packs: list[Pack]
-    """This rank's micro-batches; ranks of one model replica draw the same."""
-    weight: float
-    """Sum of all loss weights of the global batch: the same on every rank, with no reduction."""
-    filled: int
-    """Micro-batches of the global batch that hold samples, on all data-parallel ranks; at least 1."""
-    tokens: int
-    """Tokens of the global batch, without padding."""
-    samples: int
-    """Samples of the global batch."""
-    cursor: Cursor
-    """Where to go on after this step."""
 
 
 Maker = Callable[[], Step]
@@ -76,6 +61,7 @@ class Batches:
 
     def __init__(self, data: TokenCache, schedule: Schedule, *, share: Share, ahead: Ahead = Ahead(workers=0)) -> None:
         self._data, self._schedule, self._share, self._ahead = data, schedule, share, ahead
+        self._blank = data.blank
 
     def train(self, cursor: Cursor) -> Iterator[Step]:
         """Steps without end from a cursor on. Raises: DataError when the cursor does not fit this data."""
@@ -87,51 +73,66 @@ class Batches:
 
     def _train(self, cursor: Cursor) -> Iterator[Maker]:
         while True:
-            items, cursor = self._schedule.next(cursor)
-            yield partial(self._step, items, cursor)
+            packs, cursor = self._schedule.next(cursor)
+            yield partial(self._step, packs, cursor)
 
     def _evaluate(self, eval_iters: int) -> Iterator[Maker]:
-        for number, items in enumerate(self._schedule.once()):
+        for number, packs in enumerate(self._schedule.once()):
             if number == eval_iters:
                 return
-            yield partial(self._step, items, Cursor())
+            yield partial(self._step, packs, Cursor())
 
-    def _step(self, items: np.ndarray, cursor: Cursor) -> Step:
+    def _step(self, packs: np.ndarray, cursor: Cursor) -> Step:
+        """Args: `packs` of the schedule that the global batch holds."""
         share = self._share
-        members = [self._schedule.items[int(item)] for item in items]
-        costs = [cost(self._data.lengths[group], hidden_size=share.hidden_size) for group in members]
+        samples = [self._schedule.samples(int(pack)) for pack in packs]
+        costs = [cost(self._data.lengths[some], hidden_size=share.hidden_size) for some in samples]
         dealt = deal(
             np.array(costs),
             dp_size=share.dp_size,
             micro_batch_size=share.micro_batch_size,
             interleaving=share.interleaving,
         )
-        everyone = np.concatenate(members)
+        everyone = np.concatenate(samples)
         first = share.dp_rank - share.dp_rank % share.equal_rows
         rounds = zip(*dealt[first : first + share.equal_rows], strict=True)
-        lengths = [max(self._row_length(members, places) for places in together) for together in rounds]
+        row_lengths = [max(self._row_length(samples, places) for places in together) for together in rounds]
+        tokens = self._data.lengths[everyone]
         return Step(
             packs=[
-                self._pack([members[place] for place in places], length)
-                for places, length in zip(dealt[share.dp_rank], lengths, strict=True)
+                self._pack(packs[places], length)
+                for places, length in zip(dealt[share.dp_rank], row_lengths, strict=True)
             ],
-            weight=float(self._data.sums[everyone].sum()),
+            totals={
+                Norm.TOKENS: float(self._data.sums[everyone].sum()),
+                Norm.SEQUENCES: float(len(everyone)),
+                Norm.ITEMS: float(sum(len(self._schedule.packs[int(pack)]) for pack in packs)),
+            },
             filled=sum(bool(places) for rank in dealt for places in rank),
-            tokens=int(self._data.lengths[everyone].sum()),
+            tokens=int(tokens.sum()),
             samples=len(everyone),
-            cursor=cursor,
+            mean_length=float(np.square(tokens).sum() / tokens.sum()),
+            cursor=cursor.to_json(),
+            epoch=cursor.epoch + cursor.offset / len(self._schedule),
         )
 
-    def _row_length(self, members: list[np.ndarray], places: list[int]) -> int:
-        lengths = [int(length) for place in places for length in self._data.lengths[members[place]]]
+    def _row_length(self, samples: list[np.ndarray], places: list[int]) -> int:
+        lengths = [int(length) for place in places for length in self._data.lengths[samples[place]]]
         return max(
             row_length_of(lengths, self._share.row_multiple, self._share.sequence_multiple), self._share.row_length
         )
 
-    def _pack(self, members: list[np.ndarray], row_length: int) -> Pack:
-        samples = [self._data[int(index)] for group in members for index in group]
+    def _pack(self, packs: np.ndarray, row_length: int) -> Pack:
+        samples: list[Sample] = []
+        items: list[int] = []
+        for pack in map(int, packs):
+            before = items[-1] + 1 if items else 0
+            items += (self._schedule.items(pack) + before).tolist()
+            samples += [self._data[int(index)] for index in self._schedule.samples(pack)]
         return collate(
             samples,
+            items=items,
+            blank=self._blank,
             row_multiple=self._share.row_multiple,
             sequence_multiple=self._share.sequence_multiple,
             row_length=row_length,

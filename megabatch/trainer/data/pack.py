@@ -5,7 +5,7 @@ T tokens of the row (with padding); N sequences; S segments: the N sequences, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megabatch.data.tokens.samples import Sample
+from megabatch.data.tokens.sample import Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +41,13 @@ class Pack:
     """N; 0 for a micro-batch without samples."""
     max_seqlen: int
     """Longest segment, padding included."""
-    columns: dict[str, Any]
-    """Per-sequence columns of the samples: int64 or float32 [N], or a list of other values."""
+    items_N: Tensor
+    """int64: number of the item that each sequence belongs to, from 0; those of an item lie side by side."""
+    columns: Mapping[str, Any]
+    """Of each sequence: int64 or float32 [N], or a list of other values, such as references to media."""
+    token_columns: Mapping[str, Tensor]
+    """float32 or int32 [T, …] of the prediction made at each position, as `weights_T`; 0 at last positions and in
+    padding."""
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack on a device; `cu_seqlens` go along."""
@@ -55,18 +60,31 @@ class Pack:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Pack:
         named = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         columns = {k: change(v) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
-        return replace(self, **{name: change(value) for name, value in named.items()}, columns=columns)
+        token_columns = {name: change(values) for name, values in self.token_columns.items()}
+        changed = {name: change(value) for name, value in named.items()}
+        return replace(self, **changed, columns=columns, token_columns=token_columns)
+
+
+BLANK = Sample(np.zeros(0, np.int32), np.zeros(0, np.float32))
+"""Of samples without columns."""
 
 
 def collate(
-    samples: Sequence[Sample], *, row_multiple: int = 1, sequence_multiple: int = 1, row_length: int = 0
+    samples: Sequence[Sample],
+    *,
+    items: Sequence[int] | None = None,
+    blank: Sample = BLANK,
+    row_multiple: int = 1,
+    sequence_multiple: int = 1,
+    row_length: int = 0,
 ) -> Pack:
     """One row of these samples, in order.
 
-    Args: `row_multiple`: the row's length is rounded up to it by one more segment of weight 0 (tensor parallel size
-    for sequence parallelism, 2·cp·tp with context parallelism); `row_length`: least length of the row, a multiple of
-    `row_multiple`; `sequence_multiple`: each sequence's length likewise (2·cp), by tokens of weight 0 at its end. It
-    must divide `row_multiple`.
+    Args: `items`: number of the item of each sample, None where each is one; `blank`: a sample without tokens, which
+    says what columns a row without samples has; `row_multiple`: the row's length is rounded up to it by one more
+    segment of weight 0 (tensor parallel size for sequence parallelism, 2·cp·tp with context parallelism);
+    `row_length`: least length of the row, a multiple of `row_multiple`; `sequence_multiple`: each sequence's length
+    likewise (2·cp), by tokens of weight 0 at its end. It must divide `row_multiple`.
     No samples give a row of padding alone.
     """
     assert row_multiple % sequence_multiple == 0, (row_multiple, sequence_multiple)
@@ -79,6 +97,10 @@ def collate(
     ids_T, targets_T = np.zeros((2, starts[-1]), np.int64)
     weights_T = np.zeros(starts[-1], np.float32)
     padding_T = np.ones(starts[-1], np.bool_)
+    like = samples[0] if samples else blank
+    token_columns = {
+        name: np.zeros((starts[-1], *values.shape[1:]), values.dtype) for name, values in like.token_columns.items()
+    }
     for start, sample in zip(starts.tolist(), samples, strict=False):
         stop = start + len(sample.ids)
         ids_T[start:stop] = sample.ids
@@ -86,6 +108,8 @@ def collate(
         # Shifted within the sequence: its last position has no target, whatever follows it in the row.
         targets_T[start : stop - 1] = sample.ids[1:]
         weights_T[start : stop - 1] = sample.weights[1:]
+        for name, values in token_columns.items():
+            values[start : stop - 1] = sample.token_columns[name][1:]
     return Pack(
         ids_T=torch.from_numpy(ids_T),
         targets_T=torch.from_numpy(targets_T),
@@ -97,7 +121,9 @@ def collate(
         cu_seqlens_padded=torch.from_numpy(starts.astype(np.int32)),
         sequences=len(samples),
         max_seqlen=max(padded),
-        columns=_columns(samples),
+        items_N=torch.tensor(range(len(samples)) if items is None else items, dtype=torch.int64),
+        columns=_columns(samples) if samples else {name: _stack([value])[:0] for name, value in blank.columns.items()},
+        token_columns={name: torch.from_numpy(values) for name, values in token_columns.items()},
     )
 
 

@@ -63,13 +63,14 @@ def build(
     shape: ModelShape,
     config: TransformerConfig,
     ranks: Ranks,
-    ddp: DistributedDataParallelConfig,
+    ddp: DistributedDataParallelConfig | None,
     *,
     vocab_size: int | None = None,
 ) -> Model:
     """Weights are allocated and not initialised: they are loaded next, from whatever source.
 
-    Args: vocab_size: rows of the embedding with padding; None pads as little as tensor parallelism needs.
+    Args: ddp: None for a model without gradients; vocab_size: rows of the embedding with padding, None pads as little
+    as tensor parallelism needs.
     """
     vocab = vocab_size or padded_vocab_size(shape.vocab_size, ranks.tp_size)
     stages = range(ranks.virtual_size) if ranks.virtual_size else [None]
@@ -78,17 +79,22 @@ def build(
         chunk.to(ranks.device)
     if config.bf16:
         chunks = [Bfloat16(config, chunk) for chunk in chunks]
-    wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    if ddp is None:
+        wrapped = [chunk.requires_grad_(False) for chunk in chunks]
+    else:
+        wrapped = [DistributedDataParallel(config, ddp, one, disable_bucketing=i > 0) for i, one in enumerate(chunks)]
     ours = config.transformer_impl != "transformer_engine"
     rotary = Rotary(shape, device=ranks.device, dtype=config.params_dtype) if ours else None
     return Model(wrapped, config, shape, vocab, rotary)
 
 
-def _gather_parameters(chunk: DistributedDataParallel) -> None:
+def _gather_parameters(chunk: Any) -> None:
     """Gathers the buckets that no forward has gathered yet, and waits for those on their way.
 
     megatron-core's own `start_param_sync(force_sync=True)` would gather all of them again at every call.
     """
+    if not isinstance(chunk, DistributedDataParallel):
+        return
     if not (chunk.ddp_config.use_distributed_optimizer and chunk.ddp_config.overlap_param_gather):
         return
     for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:

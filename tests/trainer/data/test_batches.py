@@ -1,21 +1,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.rows.sources import resolve
 from megabatch.data.schedule import Cursor, Interleaving, Schedule
-from megabatch.data.tokens.samples import Encoding
+from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
-from megabatch.trainer.data.batches import Ahead, Batches, Maker, Share, Step, made_ahead
+from megabatch.trainer.data.batches import Ahead, Batches, Maker, Share, made_ahead
 from megabatch.trainer.data.pack import Pack
+from megabatch.trainer.objectives.objective import Norm
+from megabatch.trainer.steps import Step
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def steps(
     cache: TokenCache,
     count: int,
     *,
-    cursor: Cursor | None = None,
+    cursor: Mapping[str, Any] | None = None,
     packing: int | None = None,
     ahead: int = 0,
     **share: int,
@@ -46,7 +50,7 @@ def steps(
     schedule = Schedule(cache.lengths, global_batch_size=8, packing_length=packing)
     how = Ahead(workers=ahead, each=2)
     ranks = [Batches(cache, schedule, share=Share(dp_rank=rank, **share), ahead=how) for rank in range(dp)]
-    return [list(islice(rank.train(cursor or Cursor()), count)) for rank in ranks]
+    return [list(islice(rank.train(Cursor.from_json(cursor or {})), count)) for rank in ranks]
 
 
 @pytest.mark.parametrize("packing", [None, 64])
@@ -59,9 +63,9 @@ def test_the_global_batch_is_the_same_for_every_split(cache: TokenCache, packing
             assert sorted(line for part in parts for line in lines_of(part.packs)) == sorted(lines_of(expected.packs))
             total = sum(float(pack.weights_T.sum()) for part in parts for pack in part.packs)
             for part in parts:
-                assert (part.weight, part.tokens, part.samples, part.cursor) == (
-                    expected.weight, expected.tokens, expected.samples, expected.cursor)  # fmt: skip
-                assert part.weight == total
+                assert (part.totals, part.tokens, part.samples, part.cursor, part.epoch) == (
+                    expected.totals, expected.tokens, expected.samples, expected.cursor, expected.epoch)  # fmt: skip
+                assert part.totals[Norm.TOKENS] == total
                 assert part.filled == sum(len(part.packs) for part in parts)
                 assert len(part.packs) == 8 // (share.get("dp_size", 1) * share.get("micro_batch_size", 1))
                 assert all(len(pack.ids_T) % share.get("row_multiple", 1) == 0 for pack in part.packs)
@@ -91,8 +95,24 @@ def test_evaluation_covers_every_sample_once(
         assert len(parts[0].packs) % stages == 0
         filled = sum(pack.sequences > 0 for part in parts for pack in part.packs)
         assert {part.filled for part in parts} == {filled}
-    assert sum(step.weight for step in ranks[0]) == cache.sums.sum()
+    assert sum(step.totals[Norm.TOKENS] for step in ranks[0]) == cache.sums.sum()
     assert sum(step.samples for step in ranks[0]) == 50
+
+
+@pytest.mark.parametrize("packing", [None, 200])
+def test_items_stay_whole_on_a_rank_and_are_counted(cache: TokenCache, packing: int | None) -> None:
+    """Samples in groups of five, dealt to three ranks: a group's lie side by side in one micro-batch."""
+    grouped = replace(cache, items=np.arange(0, 51, 5))
+    schedule = Schedule(cache.lengths, items=grouped.items, global_batch_size=2, packing_length=packing)
+    ranks = [Batches(grouped, schedule, share=Share(dp_rank=rank, dp_size=3)) for rank in range(3)]
+    for parts in zip(*(list(islice(rank.train(Cursor()), 4)) for rank in ranks), strict=True):
+        packs = [pack for part in parts for pack in part.packs]
+        assert parts[0].totals[Norm.SEQUENCES] == sum(pack.sequences for pack in packs) == parts[0].samples
+        found = [pack.columns["number"][pack.items_N == n] for pack in packs for n in pack.items_N.unique()]
+        assert parts[0].totals[Norm.ITEMS] == len(found) >= 2
+        for lines in found:  # of the file, whose first is 2
+            assert lines.tolist() == list(range(int(lines[0]), int(lines[0]) + 5))
+            assert (int(lines[0]) - 2) % 5 == 0
 
 
 def test_eval_iters_limits_the_batches(cache: TokenCache) -> None:
@@ -163,7 +183,7 @@ def test_rows_are_padded_to_the_runs_longest(cache: TokenCache) -> None:
         for one, other in zip(plain[rank], padded[rank], strict=True):
             assert {len(pack.ids_T) for pack in other.packs} == {longest}
             assert lines_of(one.packs) == lines_of(other.packs)
-            assert (one.weight, one.tokens, one.samples) == (other.weight, other.tokens, other.samples)
+            assert (one.totals, one.tokens, one.samples) == (other.totals, other.tokens, other.samples)
             assert sum(float(pack.weights_T.sum()) for pack in other.packs) == pytest.approx(
                 sum(float(pack.weights_T.sum()) for pack in one.packs)
             )

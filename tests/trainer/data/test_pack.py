@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megabatch.data.tokens.samples import Sample
+from megabatch.data.tokens.sample import Sample
 from megabatch.trainer.data.pack import Pack, collate
 
 
@@ -108,3 +108,27 @@ def test_dtypes_and_moving() -> None:
     dtypes = {name: getattr(pack, name).dtype for name in ("ids_T", "weights_T", "segments_T", "cu_seqlens")}
     assert list(dtypes.values()) == [torch.int64, torch.float32, torch.int32, torch.int32]
     assert pack.columns["number"].device.type == pack.targets_T.device.type == "meta"
+
+
+def test_columns_of_tokens_are_shifted_like_weights() -> None:
+    """Position t holds the value of the token that is predicted there."""
+    columns = {"logps": np.array([0, -1, -2], np.float32), "top": np.array([[0, 0], [1, 2], [3, 4]], np.int32)}
+    first = Sample(FIRST.ids, FIRST.weights, {"label": 1.0}, columns)
+    pack = collate([first, first], items=[0, 0], row_multiple=4, sequence_multiple=4)
+    assert pack.token_columns["logps"].tolist() == [-1, -2, 0, 0] * 2
+    assert pack.token_columns["top"].tolist() == [[1, 2], [3, 4], [0, 0], [0, 0]] * 2
+    assert pack.token_columns["top"].dtype == torch.int32
+    assert pack.columns["label"].tolist() == [1, 1]
+    assert pack.items_N.tolist() == [0, 0]
+    assert collate([FIRST, SECOND]).items_N.tolist() == [0, 1]
+    moved = pack.to("meta")
+    assert moved.token_columns["top"].device.type == moved.items_N.device.type == "meta"
+
+
+def test_an_empty_micro_batch_has_the_columns_of_the_others() -> None:
+    blank = Sample(np.zeros(0, np.int32), np.zeros(0, np.float32), {"label": 0.0, "name": ""}, {
+        "top": np.zeros((0, 2), np.int32)})  # fmt: skip
+    pack = collate([], blank=blank, row_multiple=4)
+    assert (pack.columns["label"].shape, pack.columns["name"]) == ((0,), [])
+    assert pack.token_columns["top"].tolist() == [[0, 0]] * 4
+    assert len(pack.items_N) == 0

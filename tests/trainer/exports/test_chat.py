@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.tokens import tokenizer as tokenizers
-from megabatch.data.tokens.samples import Encoder, Encoding
-from megabatch.trainer.chat_export import ChatExport
+from megabatch.data.tokens.encoder import Encoder
+from megabatch.data.tokens.encoding import Encoding
+from megabatch.trainer.exports.chat import ChatExport
 
 OTHER = "{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]
@@ -139,7 +140,7 @@ def test_pretraining_exports_the_files_as_they_are(tmp_path: Path, plain_folder:
 @pytest.mark.parametrize("template", [None, "plain", "chatml"])
 def test_supervised_and_pretraining_samples_begin_with_the_same_bos(plain_folder: Path, template: str | None) -> None:
     row = Row(Origin("f", 1), {"query": "two", "response": "four"})
-    for task in ("pt", "sft"):
-        (sample,) = Encoder(Encoding(tokenizer=plain_folder, task=task, template=template)).encode([row]).samples
+    for rows in ("documents", "conversations"):
+        (sample,) = Encoder(Encoding(tokenizer=plain_folder, rows=rows, template=template)).encode([row]).samples
         assert sample.ids[0] == 0
         assert (sample.ids == 0).sum() == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megabatch.config.run import RunConfig
 from megabatch.converters.atomic import noting, replacing
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.family import Family
@@ -18,14 +19,16 @@ from megabatch.converters.shards import HfRows
 from megabatch.converters.side_files import carry_over
 from megabatch.errors import MegabatchError
 from megabatch.saved.manifest import File
-from megabatch.trainer.chat_export import ChatExport
+from megabatch.trainer.exports.chat import ChatExport
+from megabatch.trainer.exports.export import Export
 from megabatch.trainer.model.build import Model
+from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import SAFETENSORS_DTYPES, export, in_first_replica, placed, tensor_split
 
 
 @dataclass(frozen=True, slots=True)
-class HfExport:
+class HfExport(Export):
     """How this run's model becomes a Hugging Face folder."""
 
     family: Family
@@ -37,10 +40,6 @@ class HfExport:
     """The tokenizer that was trained with; None takes that of `config_folder` as it is."""
 
     def save(self, model: Model, ranks: Ranks, directory: Path) -> dict[str, File]:
-        """Writes an existing empty directory; collective. Every rank raises if one failed, without a hang.
-
-        Returns: the files that this rank wrote, with digests taken on the way.
-        """
         entries = self._own_entries(model, ranks)
         files, everyone = self._files(entries)
         written, error = _write(export(model, self.table, ranks), directory, files)
@@ -91,6 +90,15 @@ class HfExport:
         except (MegabatchError, OSError) as e:
             return {}, e if isinstance(e, MegabatchError) else MegabatchError(f"{directory} cannot be written: {e}")
         return {path.relative_to(directory).as_posix(): file for path, file in written.items()}, None
+
+
+def hugging_face_export(run: RunConfig, source: ModelSource) -> HfExport:
+    """The export of a run's whole model, with the tokenizer and the chat template that it is trained with."""
+    task = run.recipe.kind
+    assert task is not None, "a resolved run has a task"
+    chat = ChatExport(source.tokenizer, run.recipe.data.template, has_turns=task.rows == "conversations")
+    table = source.family.tensors(run.shape)
+    return HfExport(source.family, table, source.config_folder, run.recipe.checkpoint.max_shard_size, chat)
 
 
 def _write(

@@ -1,0 +1,93 @@
+"""Samples of a few rows, on their way from a tokenising process to the cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megabatch.data.rows.files import Origin
+from megabatch.data.tokens.sample import Encoded, Item
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Samples of a few rows, and what became of the others."""
+
+    samples: list[Encoded] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    """Of each sample."""
+    items: list[int] = field(default_factory=list)
+    """Samples of each item, which stay together."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason → rows."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """What the rows have and nobody reads → rows."""
+
+    def add(self, item: Item, origin: Origin) -> None:
+        self.samples.extend(item)
+        self.origins.extend([origin] * len(item))
+        self.items.append(len(item))
+
+    def arrays(self) -> ChunkArrays:
+        """The same in a few arrays, which are quick to send and to write."""
+        files = {(o.file, o.is_line): 0 for o in self.origins}
+        for number, file in enumerate(files):
+            files[file] = number
+        lengths: np.ndarray = np.array([len(sample.ids) for sample in self.samples], np.int32)
+        weights = _joined((sample.weights for sample in self.samples), np.float32)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        return ChunkArrays(
+            ids=_joined((sample.ids for sample in self.samples), np.int32),
+            weights=weights,
+            lengths=lengths,
+            sums=np.add.reduceat(weights, starts, dtype=np.float64) if len(starts) else np.zeros(0),
+            items=np.array(self.items, np.int32),
+            origins=np.array([(files[o.file, o.is_line], o.number) for o in self.origins], np.int32).reshape(-1, 2),
+            columns=self._columns(),
+            token_columns=self._token_columns(),
+            files=list(files),
+            dropped=self.dropped,
+            remarks=self.remarks,
+        )
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        names = self.samples[0].columns if self.samples else ()
+        return {name: np.array([sample.columns[name] for sample in self.samples], np.float32) for name in names}
+
+    def _token_columns(self) -> dict[str, np.ndarray]:
+        names = self.samples[0].token_columns if self.samples else ()
+        return {name: np.concatenate([sample.token_columns[name] for sample in self.samples]) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkArrays:
+    """A chunk with its samples one after the other."""
+
+    ids: np.ndarray
+    """int32 [tokens]"""
+    weights: np.ndarray
+    """float32 [tokens]"""
+    lengths: np.ndarray
+    """Tokens of each sample, int32 [samples]."""
+    sums: np.ndarray
+    """Sum of the weights of each sample, float64 [samples]."""
+    items: np.ndarray
+    """Samples of each item, int32 [items]."""
+    origins: np.ndarray
+    """Number of its file in `files`, and line or row: int32 [samples, 2]."""
+    columns: Mapping[str, np.ndarray]
+    """float32 [samples]"""
+    token_columns: Mapping[str, np.ndarray]
+    """float32 or int32 [tokens, …]"""
+    files: list[tuple[str, bool]]
+    """File and `is_line` of the origins."""
+    dropped: Counter[str]
+    remarks: Counter[str]
+
+
+def _joined(parts: Iterable[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts])

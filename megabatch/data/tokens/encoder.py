@@ -1,0 +1,86 @@
+"""Rows → samples: format, template, tokens, length limit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from megabatch.data.rows.files import Line, Row, parsed
+from megabatch.data.tokens import tokenizer
+from megabatch.data.tokens.chunk import Chunk
+from megabatch.data.tokens.conversations import Conversations
+from megabatch.data.tokens.documents import Documents
+from megabatch.data.tokens.encoding import Encoding, Rows
+from megabatch.data.tokens.sample import Encoded, Item
+from megabatch.errors import DataError
+
+
+class RowEncoder(Protocol):
+    """One kind of rows."""
+
+    def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
+        """The samples of each row. Raises: DataError with the row's file and line."""
+        ...
+
+
+class _Kind(Protocol):
+    def __call__(self, tokenizer: Any, encoding: Encoding) -> RowEncoder: ...
+
+
+ROWS: Mapping[Rows, _Kind] = {"documents": Documents, "conversations": Conversations}
+"""What encodes each kind of rows."""
+
+
+class Encoder:
+    """Turns rows into samples; loads the tokenizer once."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        """Raises: DataError for the tokenizer or the template."""
+        self.encoding = encoding
+        self.tokenizer = tokenizer.load(encoding.tokenizer)
+        self.rows = ROWS[encoding.rows](self.tokenizer, encoding)
+
+    def encode(self, unparsed: Sequence[Row | Line]) -> Chunk:
+        """Samples of these rows, in order. Raises: DataError with the row's file and line."""
+        rows = list(map(parsed, unparsed))
+        chunk = Chunk()
+        for row, item in zip(rows, self.rows.encode(rows, chunk.remarks), strict=True):
+            kept = self._limited(item, row)
+            if not kept:
+                chunk.dropped["longer than max_length"] += 1
+            elif not any(np.count_nonzero(sample.weights) for item in kept for sample in item):
+                chunk.dropped["nothing to learn"] += 1
+            else:
+                chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1
+                for each in kept:
+                    chunk.add(each, row.origin)
+        return chunk
+
+    def _limited(self, item: Item, row: Row) -> list[Item]:
+        """The item with every sample within max_length, its pieces, or nothing when it is to be dropped."""
+        limit, strategy = self.encoding.max_length, self.encoding.truncation_strategy
+        longest = max(len(sample.ids) for sample in item)
+        if limit is None or longest <= limit:
+            return [item]
+        if strategy == "delete":
+            return []
+        if strategy == "raise":
+            raise DataError(
+                f"{row.origin}: has {longest} tokens, above data.max_length={limit}; raise data.max_length, "
+                f"or set data.truncation_strategy to delete, left or right (for pt, to split)"
+            )
+        if strategy == "split":
+            return [[piece] for sample in item for piece in pieces(sample, limit)]
+        return [[sample.part(slice(-limit, None) if strategy == "left" else slice(limit)) for sample in item]]
+
+
+def pieces(encoded: Encoded, limit: int) -> list[Encoded]:
+    """A sample cut into pieces of `limit` tokens; the last may be shorter.
+
+    Nothing predicts the first token of a piece. So each piece begins with the last token of the one before, as context
+    alone: every token but the sample's first is predicted once, whatever the limit.
+    """
+    return [encoded.part(slice(start, start + limit)) for start in range(0, len(encoded.ids) - 1, limit - 1)]

@@ -1,0 +1,38 @@
+"""The settings that decide the tokens of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megabatch.data.tokens.templates import LossScale
+
+Rows = Literal["documents", "conversations"]
+"""What a row is: a text whose end is learned too, or turns that a chat template renders (`tasks.Task.rows`)."""
+
+Truncation = Literal["delete", "left", "right", "split", "raise"]
+"""What happens to a sample longer than max_length: dropped and counted, cut at an end or into pieces, an error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """Every setting that decides the tokens of a sample; pickled to the tokenising processes."""
+
+    tokenizer: Path
+    """Folder of the tokenizer."""
+    rows: Rows = "conversations"
+    template: str | None = None
+    system: str | None = None
+    columns: Mapping[str, str] | None = None
+    max_length: int | None = None
+    """In tokens; None for no limit."""
+    truncation_strategy: Truncation = "delete"
+    loss_scale: LossScale = "default"
+    sanitize_control_tokens: bool = True
+    """Control tokens in the data are tokenised as text."""
+
+    def __post_init__(self) -> None:
+        # Read-only views of a mapping can be neither pickled nor written as JSON.
+        object.__setattr__(self, "columns", dict(self.columns or {}))

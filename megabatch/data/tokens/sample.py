@@ -1,0 +1,50 @@
+"""One training example: as it is tokenised, and as it is read from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Encoded(NamedTuple):
+    """One tokenised sample."""
+
+    ids: np.ndarray
+    """int32 [n]"""
+    weights: np.ndarray
+    """float32 [n]"""
+    columns: Mapping[str, float] = _NONE
+    """Numbers of the sample, such as a label or a margin; all samples of a dataset have the same ones."""
+    token_columns: Mapping[str, np.ndarray] = _NONE
+    """What else each token has: float32 or int32 [n, …], aligned with `ids` and `weights`."""
+
+    def part(self, which: slice) -> Encoded:
+        """Some of its tokens in a row; nothing predicts the first of them."""
+        weights = self.weights[which].copy()
+        weights[:1] = 0
+        cut = {name: values[which] for name, values in self.token_columns.items()}
+        return Encoded(self.ids[which], weights, self.columns, cut)
+
+
+Item = list[Encoded]
+"""The samples of one row that belong together: one, or a pair, or an anchor with its candidates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training example."""
+
+    ids: np.ndarray
+    """Token ids, int32 [n]."""
+    weights: np.ndarray
+    """Loss weight of predicting each token, float32 [n]; the first is 0."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Values that belong to the sample, for objectives and for error messages."""
+    token_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """float32 or int32 [n, …]: values that belong to the prediction of each token, as `weights` do."""

@@ -1,0 +1,139 @@
+"""Steps and evaluations that draw from a dataset: what every task but the generating ones shares."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from megabatch.config.run import RunConfig
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
+from megabatch.data.schedule import Cursor, Interleaving, Schedule
+from megabatch.trainer.data.batches import Ahead, Batches, Share
+from megabatch.trainer.data.pack import Pack, row_length_of
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.model_source import ModelSource
+from megabatch.trainer.objectives.objective import Objective
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.steps import Evaluator, State, Step, Steps
+from megabatch.trainer.sums import Ratio
+
+logger = logging.getLogger(__name__)
+
+_OLD_CURSOR = (
+    "the checkpoint was written by an older megabatch, which noted the samples' lengths and not their tokens: an edit "
+    "of the data since then that left every length as it was would not be noticed. The next checkpoint notes them"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset(Steps):
+    """A run's training data as steps."""
+
+    data: TokenCache
+    schedule: Schedule
+    batches: Batches
+    train_iters: int
+
+    @property
+    def course(self) -> str:  # type: ignore[override]
+        return course(self.schedule, self.data, self.train_iters)
+
+    def require(self, cursor: State) -> None:
+        found = Cursor.from_json(cursor)
+        self.schedule.require_own(found)
+        if not found.knows_content:
+            logger.warning(_OLD_CURSOR)
+
+    def after(self, cursor: State, engine: Engine) -> Iterator[Step]:
+        return self.batches.train(Cursor.from_json(cursor))
+
+
+@dataclass(frozen=True, slots=True)
+class Validation(Evaluator):
+    """The objective's metrics over validation data, each sample once."""
+
+    batches: Batches
+    objective: Objective
+    eval_iters: int
+    """Batches to take; all of them when it is negative."""
+
+    def evaluate(self, engine: Engine, *, on_batch: Callable[[], None]) -> Mapping[str, Ratio]:
+        def packs() -> Iterator[list[Pack]]:
+            for step in self.batches.evaluate(eval_iters=self.eval_iters):
+                yield step.packs
+                on_batch()
+
+        return engine.evaluate(packs(), self.objective)
+
+
+def open_data(
+    run: RunConfig, source: ModelSource, ranks: Ranks, objective: Objective, *, busy: Callable[[], None]
+) -> tuple[Dataset, Validation | None]:
+    """Tokenises on one rank what no cache holds yet, and opens it on all; collective.
+
+    Args: `busy` is called whenever some hundred rows are tokenised. Raises: DataError.
+    """
+    paths = ranks.on_main(lambda: build_caches(run, source.tokenizer, on_chunk=busy))
+    train, validation = open_caches(run, paths)
+    share, schedule = _share(run, ranks), schedule_of(run, train)
+    schedule.require_a_batch()
+    if ranks.is_main:
+        note_data(run, train, schedule)
+    ahead = _ahead(run, ranks)
+    steps = Dataset(train, schedule, Batches(train, schedule, share=share, ahead=ahead), train_iters(run, schedule))
+    eval_iters = run.recipe.evaluation.eval_iters
+    if validation is None or eval_iters == 0:
+        return steps, None
+    batches = Batches(validation, schedule_of(run, validation, shuffle=False), share=share, ahead=ahead)
+    return steps, Validation(batches, objective, eval_iters)
+
+
+def _ahead(run: RunConfig, ranks: Ranks) -> Ahead:
+    data = run.recipe.data
+    return Ahead(
+        workers=data.num_workers,
+        each=data.dataloader_prefetch_factor,
+        pinned=data.dataloader_pin_memory and ranks.device.type == "cuda",
+    )
+
+
+def _share(run: RunConfig, ranks: Ranks) -> Share:
+    row_multiple = ranks.tp_size if run.recipe.parallel.sequence_parallel else 1
+    return Share(
+        dp_rank=ranks.dp_rank,
+        dp_size=ranks.dp_size,
+        micro_batch_size=run.recipe.batch.micro_batch_size,
+        interleaving=_interleaving(run),
+        row_multiple=row_multiple,
+        equal_rows=_equal_rows(run),
+        row_length=row_length_of([_longest_row(run)], row_multiple, 1) if run.recipe.data.pad_to_max_length else 0,
+        hidden_size=run.shape.hidden_size,
+    )
+
+
+def _interleaving(run: RunConfig) -> Interleaving:
+    if run.layout.vp == 1:
+        return Interleaving()
+    stages = run.layout.pp
+    return Interleaving(stages, run.recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage or stages)
+
+
+def _longest_row(run: RunConfig) -> int:
+    """Tokens of the longest micro-batch that the data can make."""
+    data = run.recipe.data
+    longest = data.packing_length or data.max_length
+    assert longest is not None, "a resolved run has its lengths"
+    return longest * run.recipe.batch.micro_batch_size
+
+
+def _equal_rows(run: RunConfig) -> int:
+    """Neighbours over data parallelism that share experts, where rows or capacities are exchanged as equals.
+
+    megatron-core lays experts over consecutive ranks of a pipeline stage, on which data parallelism comes last.
+    """
+    moe, layout = run.recipe.moe, run.layout
+    if moe.moe_token_dispatcher_type == "allgather" or moe.moe_pad_expert_input_to_capacity:
+        return max(1, layout.ep * layout.etp // (layout.tp * layout.cp))
+    return 1

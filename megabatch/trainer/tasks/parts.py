@@ -1,0 +1,39 @@
+"""What a task brings to the loop: its steps, its loss, its evaluation, what it saves for others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from megabatch.config.run import RunConfig
+from megabatch.trainer.exports.export import Export
+from megabatch.trainer.model.build import Model
+from megabatch.trainer.model_source import ModelSource
+from megabatch.trainer.objectives.objective import Objective
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.steps import Evaluator, Steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """A task, opened for one run."""
+
+    steps: Steps
+    objective: Objective
+    evaluator: Evaluator | None
+    """None: there is nothing to evaluate on."""
+    export: Export
+    frozen: Mapping[str, Model] = field(default_factory=dict)
+    """Further models by name, such as a reference or a teacher, for `Engine.infer`."""
+
+
+class Opener(Protocol):
+    """The function that a module of `trainer.tasks` is for."""
+
+    def __call__(self, run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
+        """Opens data and all else that the task needs before its model is built; collective.
+
+        Args: `busy` is called from time to time while that takes long. Raises: MegabatchError on every rank.
+        """
+        ...

@@ -1,0 +1,18 @@
+"""Which module of the trainer opens which task; `megabatch.tasks` is the table of what recipes may name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megabatch.config.recipe import Recipe
+from megabatch.trainer.tasks import sft
+from megabatch.trainer.tasks.parts import Opener
+
+OPENERS: Mapping[str, Opener] = {"pt": sft.parts, "sft": sft.parts}
+"""By `Task.name`: one for each task that is built."""
+
+
+def opener(recipe: Recipe) -> Opener:
+    task = recipe.kind
+    assert task is not None and task.built, "a resolved run has a task that is built"
+    return OPENERS[task.name]
