@@ -21,13 +21,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.row import row
 from megabatch.trainer.objectives.objective import Mean, Norm, Objective
 from megabatch.trainer.ops.vocab import VocabShard
 from megabatch.trainer.optimizer import Optimizer
+from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.broadcast import on_all_stages
 from megabatch.trainer.readouts.readout import Readout, Split

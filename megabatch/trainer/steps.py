@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.objectives.objective import Norm
+from megabatch.trainer.pack import Pack
 from megabatch.trainer.sums import Ratio
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megabatch.data.tokens.sample import Sample
-from megabatch.trainer.data.pack import collate
+from megabatch.trainer.pack import collate
 
 pytestmark = pytest.mark.gpu
 

@@ -103,8 +103,8 @@ class Logits(Readout):
 def logits(run_dir: str, ids: list[list[int]]) -> tuple[tuple[int, int], Any]:
     """(pipeline rank, tensor rank) and this rank's logits for one row of these sequences, [T, V/tp]."""
     from megabatch.trainer import assemble
-    from megabatch.trainer.data.pack import collate
     from megabatch.trainer.model_source import model_source
+    from megabatch.trainer.pack import collate
 
     run = RunConfig.load(Path(run_dir) / "run.json")
     with assemble.join_ranks(run) as ranks:

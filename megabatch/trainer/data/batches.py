@@ -13,8 +13,8 @@ import numpy as np
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.schedule import PLAIN, Cursor, Interleaving, Schedule, cost, deal
 from megabatch.data.tokens.sample import Sample
-from megabatch.trainer.data.pack import Pack, collate, row_length_of
 from megabatch.trainer.objectives.objective import Norm
+from megabatch.trainer.pack import Pack, collate, row_length_of
 from megabatch.trainer.steps import Step
 
 

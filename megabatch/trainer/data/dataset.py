@@ -11,10 +11,10 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
 from megabatch.data.schedule import Cursor, Interleaving, Schedule
 from megabatch.trainer.data.batches import Ahead, Batches, Share
-from megabatch.trainer.data.pack import Pack, row_length_of
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.objective import Objective
+from megabatch.trainer.pack import Pack, row_length_of
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.steps import Evaluator, State, Step, Steps
 from megabatch.trainer.sums import Ratio

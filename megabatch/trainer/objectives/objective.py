@@ -16,7 +16,7 @@ from torch import Tensor
 from megabatch.trainer.readouts.readout import Readout
 
 if TYPE_CHECKING:
-    from megabatch.trainer.data.pack import Pack
+    from megabatch.trainer.pack import Pack
 
 
 class Norm(enum.Enum):

@@ -12,7 +12,7 @@ from megabatch.trainer.readouts.readout import Readout
 from megabatch.trainer.readouts.tokens import Tokens
 
 if TYPE_CHECKING:
-    from megabatch.trainer.data.pack import Pack
+    from megabatch.trainer.pack import Pack
 
 
 class Sft(Objective):

@@ -13,7 +13,7 @@ from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.readout import Field
 
 if TYPE_CHECKING:
-    from megabatch.trainer.data.pack import Pack
+    from megabatch.trainer.pack import Pack
 
 
 def on_all_stages(

@@ -16,7 +16,7 @@ from torch import Tensor
 from megabatch.trainer.ops.vocab import VocabShard
 
 if TYPE_CHECKING:
-    from megabatch.trainer.data.pack import Pack
+    from megabatch.trainer.pack import Pack
 
 
 @dataclass(frozen=True, slots=True)

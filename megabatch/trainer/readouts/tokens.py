@@ -12,7 +12,7 @@ from megabatch.trainer.ops.vocab import token_logps
 from megabatch.trainer.readouts.readout import Field, Readout, Split
 
 if TYPE_CHECKING:
-    from megabatch.trainer.data.pack import Pack
+    from megabatch.trainer.pack import Pack
 
 
 @dataclass(frozen=True, slots=True)

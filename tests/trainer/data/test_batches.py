@@ -17,8 +17,8 @@ from megabatch.data.schedule import Cursor, Interleaving, Schedule
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 from megabatch.trainer.data.batches import Ahead, Batches, Maker, Share, made_ahead
-from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.objectives.objective import Norm
+from megabatch.trainer.pack import Pack
 from megabatch.trainer.steps import Step
 
 

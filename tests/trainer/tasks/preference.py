@@ -16,13 +16,13 @@ from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.trainer.assemble import virtual_size
 from megabatch.trainer.data.dataset import open_data
-from megabatch.trainer.data.pack import Pack
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.exports.hugging_face import hugging_face_export
 from megabatch.trainer.model.build import build
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.objective import Inference, Mean, Norm, Objective, Terms
+from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.readout import Readout
 from megabatch.trainer.readouts.tokens import Tokens

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megabatch.data.tokens.sample import Sample
-from megabatch.trainer.data.pack import Pack, collate
+from megabatch.trainer.pack import Pack, collate
 
 
 def sample(ids: list[int], weights: list[float], **columns: object) -> Sample:
