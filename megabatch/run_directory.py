@@ -115,7 +115,7 @@ class RunDirectory:
         """What the batch script of a job, or the local launcher (`local`), says of all its attempts."""
         return self.logs / f"batch.{job_id}.log"
 
-    def mark(self, name: str, job_id: str, attempt: int) -> Path:
+    def marker(self, name: str, job_id: str, attempt: int) -> Path:
         """`failed` (rank, exit code and node of the first rank that failed), `stop` (asked to stop) or `stopped`."""
         return self.logs / f"{name}.{job_id}.{attempt}"
 

@@ -67,7 +67,7 @@ def exclude_option(script: str, nodes: Sequence[str]) -> tuple[str, ...]:
     return (f"--exclude={','.join([*own, *nodes])}",)
 
 
-def told(found: Sequence[BadNode]) -> str:
+def describe(found: Sequence[BadNode]) -> str:
     """In a few words: `without n1 (ecc)`, `bad: n2 (link, matmul)`; empty for none."""
     texts = []
     for word, excluded in (("without", True), ("bad:", False)):

@@ -32,9 +32,9 @@ from megabatch.slurm.processes import (
     Daemon,
     end_processes,
     last_lines,
-    marked_processes,
     program_path,
     start_daemon,
+    tagged_processes,
     wait_for,
 )
 from megabatch.slurm.quoting import shell
@@ -140,9 +140,9 @@ class PrivateCluster:
 
     def stop(self) -> None:
         """Ends every job and daemon of this cluster; safe to call again, and on a cluster that is half up."""
-        mark = _mark(self.layout.directory)
+        tag = _tag(self.layout.directory)
         job = f"SLURM_CONF={self.layout.configuration}"
-        end_processes(lambda: marked_processes(mark) | marked_processes(job, also="SLURM_JOB_ID="))
+        end_processes(lambda: tagged_processes(tag) | tagged_processes(job, also="SLURM_JOB_ID="))
         for daemon in self.daemons:
             daemon.wait()
         shutil.rmtree(self.layout.socket_directory, ignore_errors=True)
@@ -176,12 +176,12 @@ class PrivateCluster:
 
     def _start_guard(self) -> None:
         """The kernel ends the daemons with this process, but not the jobs: another one waits for its end and does."""
-        mark, layout = _mark(self.layout.directory), self.layout
-        words = [mark, f"SLURM_CONF={layout.configuration}", str(layout.socket_directory)]
+        tag, layout = _tag(self.layout.directory), self.layout
+        words = [tag, f"SLURM_CONF={layout.configuration}", str(layout.socket_directory)]
         with open(layout.directory / "guard.out", "ab") as log:
             guard = subprocess.Popen(
                 ["bash", "-c", _GUARD, "guard", *words],
-                env=os.environ | dict([mark.split("=", 1)]),
+                env=os.environ | dict([tag.split("=", 1)]),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -190,7 +190,7 @@ class PrivateCluster:
         self.daemons.append(guard)
 
     def _spawn(self, command: list[str], *, log: str, tied: bool) -> None:
-        environment = _without_job(os.environ) | self.environment | dict([_mark(self.layout.directory).split("=", 1)])
+        environment = _without_job(os.environ) | self.environment | dict([_tag(self.layout.directory).split("=", 1)])
         if self.layout.accounting:
             environment |= cluster_accounting.accounting_environment(self.layout)
         log_path = self.layout.directory / log
@@ -213,11 +213,11 @@ def _check_can_start(directory: Path, *, accounting: bool) -> None:
     if missing:
         packages = "slurm-wlm munge" + " slurmdbd mariadb-server" * accounting
         raise LaunchError(f"a private cluster needs {', '.join(missing)}; on Debian: apt install {packages}")
-    if marked_processes(_mark(directory.absolute())):
+    if tagged_processes(_tag(directory.absolute())):
         raise LaunchError(f"{directory} holds a private cluster already; take it down with `down --dir {directory}`")
 
 
-def _mark(directory: Path) -> str:
+def _tag(directory: Path) -> str:
     """A variable that every daemon carries, naming its cluster's folder: so `down` finds what is left of it."""
     return f"MEGABATCH_PRIVATE_CLUSTER={directory}"
 

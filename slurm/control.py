@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory, write_atomic
-from megabatch.slurm.alone import alone
+from megabatch.slurm.launcher_lock import launcher_lock
 from megabatch.slurm.ownership import read_own, require_own
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import LOCAL, read_records, record_cancellation
@@ -128,7 +128,7 @@ def is_local(run: Path) -> bool:
 def _held(directory: RunDirectory) -> Iterator[None]:
     require_own(directory.path)
     try:
-        with alone(directory):
+        with launcher_lock(directory):
             yield
     except OSError as error:
         raise LaunchError(

@@ -25,7 +25,7 @@ from megabatch.slurm.environment import job_variables
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local_roles import Requests, Servers
 from megabatch.slurm.ports import free_port_block
-from megabatch.slurm.processes import die_with_parent, end_processes, identity, marked_processes
+from megabatch.slurm.processes import die_with_parent, end_processes, identity, tagged_processes
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.records import LOCAL, Ending, Start, next_attempt, record_ending, record_start
 from megabatch.slurm.script.variables import check_names
@@ -52,13 +52,13 @@ def run_local(
     Args: `requests` are those of a caller that runs several jobs, each in a thread; `variables` win over all others.
     Raises: LaunchError when the run directory cannot be written or the command cannot be started.
     """
-    mark = f"MEGABATCH_LOCAL_RUN={secrets.token_hex(8)}"
+    tag = f"MEGABATCH_LOCAL_RUN={secrets.token_hex(8)}"
     try:
         job.files.logs.mkdir(parents=True, exist_ok=True)
         attempt = next_attempt(job.files)
         shared = local_environment(job, profile or ClusterProfile()) | dict(variables or {})
-        with contextlib.nullcontext(requests) if requests else StopRequests() as asked, _kill_at_end(mark):
-            request, failed = (job.files.mark(name, LOCAL, attempt) for name in ("stop", "failed"))
+        with contextlib.nullcontext(requests) if requests else StopRequests() as asked, _kill_at_end(tag):
+            request, failed = (job.files.marker(name, LOCAL, attempt) for name in ("stop", "failed"))
             rank_0 = job.files.rank_log(0, attempt)
             rank_0.touch()
             with open(rank_0, "rb") as log, _removed_at_end(request):
@@ -66,9 +66,9 @@ def run_local(
                 output = _Output(log, terminal or sys.stdout.buffer, job.files.batch_log(LOCAL))
                 output.note(f"attempt {attempt} of job {LOCAL} on {socket.gethostname()}")
                 servers = Servers(job, asked, output.say)
-                shared |= servers.start(os.environ | shared | dict([mark.split("=", 1)]), attempt=attempt)
+                shared |= servers.start(os.environ | shared | dict([tag.split("=", 1)]), attempt=attempt)
                 may_start = servers.failed is None and not (job.roles and asked.count)
-                ranks = _start(job, shared, attempt=attempt, request=request, mark=mark) if may_start else []
+                ranks = _start(job, shared, attempt=attempt, request=request, tag=tag) if may_start else []
                 record_start(job.files, Start(attempt, time.time(), socket.gethostname(), identity(os.getpid())))
                 code = _watch(ranks, servers, output, beat, request=request, failed=failed)
                 code = servers.stop(code if may_start else ExitCode.REQUEUE)
@@ -176,16 +176,16 @@ def _removed_at_end(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kill_at_end(mark: str) -> Iterator[None]:
+def _kill_at_end(tag: str) -> Iterator[None]:
     """Ends every process of the run, whatever session it moved to."""
     try:
         yield
     finally:
-        end_processes(lambda: marked_processes(mark))
+        end_processes(lambda: tagged_processes(tag))
 
 
-def _start(job: JobSpec, shared: Mapping[str, str], *, attempt: int, request: Path, mark: str) -> list[_Rank]:
-    shared = os.environ | dict(shared) | dict([mark.split("=", 1)])
+def _start(job: JobSpec, shared: Mapping[str, str], *, attempt: int, request: Path, tag: str) -> list[_Rank]:
+    shared = os.environ | dict(shared) | dict([tag.split("=", 1)])
     shared |= {"MEGABATCH_ATTEMPT": str(attempt), "MEGABATCH_STOP_REQUEST": str(request)}
     shared.pop("MEGABATCH_JOB_ID", None)  # of a job that we may be running in
     parent = os.getpid()

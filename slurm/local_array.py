@@ -17,23 +17,25 @@ from megabatch.slurm.local import StopRequests, run_local
 from megabatch.slurm.ports import free_port_block
 from megabatch.slurm.profile import ClusterProfile
 
-Told = Callable[[JobSpec, str], None]
+Report = Callable[[JobSpec, str], None]
 
 
-def run_local_array(jobs: Sequence[JobSpec], profile: ClusterProfile, *, max_parallel: int, tell: Told) -> list[int]:
+def run_local_array(
+    jobs: Sequence[JobSpec], profile: ClusterProfile, *, max_parallel: int, report: Report
+) -> list[int]:
     """Runs each job as `run_local` does, at most `max_parallel` at a time, and returns their exit codes in order.
 
     A request to stop (SIGINT, SIGTERM) has all that run save and stop, and starts no more of them: these give
     `ExitCode.REQUEUE` too. A second one kills. GPUs are dealt out: as many jobs run as have GPUs of their own.
 
-    Args: `tell` hears of each job how it starts and ends; it is called from several threads, one at a time.
+    Args: `report` is called with how each job starts and ends, from several threads, one at a time.
     """
     places = _Places(jobs, max_parallel)
     lock = threading.Lock()
 
-    def tell_one(job: JobSpec, text: str) -> None:
+    def report_one(job: JobSpec, text: str) -> None:
         with lock:
-            tell(job, text)
+            report(job, text)
 
     with StopRequests() as requests, ThreadPoolExecutor(places.count) as pool:
 
@@ -41,13 +43,13 @@ def run_local_array(jobs: Sequence[JobSpec], profile: ClusterProfile, *, max_par
             if requests.count:
                 return ExitCode.REQUEUE
             with places.taken() as variables, open(os.devnull, "wb") as nowhere:
-                tell_one(job, "started")
+                report_one(job, "started")
                 try:
                     code = run_local(job, profile, terminal=nowhere, requests=requests, variables=variables)
                 except LaunchError as error:
-                    tell_one(job, str(error))
+                    report_one(job, str(error))
                     return ExitCode.FAILED
-                tell_one(job, _ended(code))
+                report_one(job, _ended(code))
                 return code
 
         return list(pool.map(run_one, jobs))

@@ -51,14 +51,14 @@ def start_daemon(command: list[str], environment: Mapping[str, str], *, log: Pat
         )
 
 
-def marked_processes(mark: str, *, also: str = "") -> set[int]:
-    """Processes started with `mark` (`NAME=value`) in their environment, and a variable that begins with `also`."""
+def tagged_processes(tag: str, *, also: str = "") -> set[int]:
+    """Processes started with `tag` (`NAME=value`) in their environment, and a variable that begins with `also`."""
     found: set[int] = set()
     for entry in os.scandir("/proc"):
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
                 variables = Path(entry.path, "environ").read_bytes().split(b"\0")
-                if mark.encode() in variables and any(v.startswith(also.encode()) for v in variables):
+                if tag.encode() in variables and any(v.startswith(also.encode()) for v in variables):
                     found.add(int(entry.name))
     return found
 

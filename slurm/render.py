@@ -22,7 +22,7 @@ from megabatch.slurm.script.rendezvous import RENDEZVOUS
 from megabatch.slurm.script.roles import end_roles, start_roles
 from megabatch.slurm.script.stopping import STOP_HANDLING, run_directory
 from megabatch.slurm.script.variables import check_names, check_words, environment, modules
-from megabatch.slurm.script.watching import watching
+from megabatch.slurm.script.watchdog import watchdog
 
 
 def render(job: JobSpec, profile: ClusterProfile) -> str:
@@ -49,7 +49,7 @@ def render(job: JobSpec, profile: ClusterProfile) -> str:
         own_code(job, profile),
         preflight(job, profile),
         rank_script(variables),
-        watching(job),
+        watchdog(job),
         start_roles(job, profile),
         launch(job, profile),
         end_roles(job),

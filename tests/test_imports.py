@@ -40,19 +40,19 @@ def test_an_import_inside_a_function_is_an_arrow(graph: grimp.ImportGraph) -> No
 
 def test_no_circle_of_files(graph: grimp.ImportGraph) -> None:
     arrows = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
-    assert not (found := list(_circles(arrows))), _told(found)
+    assert not (found := list(_circles(arrows))), _described(found)
 
 
 def test_no_circle_of_folders(graph: grimp.ImportGraph) -> None:
     """In each folder, whose files and folders are the nodes: what they hold imports one way."""
     found = [circle for folder in sorted(graph.modules) for circle in _circles(_arrows_in(graph, folder))]
-    assert not found, _told(found)
+    assert not found, _described(found)
 
 
 def test_every_circle_is_found() -> None:
     arrows = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d", "f"}, "f": set()}
     assert list(_circles(arrows)) == [("a", "b", "c"), ("d", "e")]
-    assert _told([("a", "b", "c")]) == "a -> b -> c -> a"
+    assert _described([("a", "b", "c")]) == "a -> b -> c -> a"
 
 
 def _circles(arrows: Mapping[str, Set[str]]) -> Iterator[tuple[str, ...]]:
@@ -89,7 +89,7 @@ def _arrows_in(graph: grimp.ImportGraph, folder: str) -> dict[str, set[str]]:
     return arrows
 
 
-def _told(circles: list[tuple[str, ...]]) -> str:
+def _described(circles: list[tuple[str, ...]]) -> str:
     return "\n".join(" -> ".join((*circle, circle[0])) for circle in circles)
 
 

@@ -72,13 +72,13 @@ class ZipDirectory:
     def _end(self) -> tuple[int, int, int]:
         """Number of members, size and offset of the directory."""
         at = self._length - _END.size
-        mark, _, _, _, count, size, offset, _ = _END.unpack(self._bytes(at, _END.size))
-        if mark != b"PK\x05\x06":
+        magic, _, _, _, count, size, offset, _ = _END.unpack(self._bytes(at, _END.size))
+        if magic != b"PK\x05\x06":
             raise ValueError("no zip archive, or a truncated one")
         if _WIDE in (size, offset) or count == 0xFFFF:
-            mark, _, place, _ = _LOCATOR.unpack(self._bytes(at - _LOCATOR.size, _LOCATOR.size))
+            magic, _, place, _ = _LOCATOR.unpack(self._bytes(at - _LOCATOR.size, _LOCATOR.size))
             fields = _END64.unpack(self._bytes(place, _END64.size))
-            if mark != b"PK\x06\x07" or fields[0] != b"PK\x06\x06":
+            if magic != b"PK\x06\x07" or fields[0] != b"PK\x06\x06":
                 raise ValueError("a broken directory of a large archive")
             count, size, offset = fields[-3:]
         return count, size, offset
@@ -111,13 +111,13 @@ def _member(raw: bytes, at: int) -> tuple[str, Member, int]:
     """The entry of the directory at a byte, and where the next one begins."""
     if at + _CENTRAL.size > len(raw):
         raise ValueError("a directory that ends early")
-    mark, _, _, flags, method, _, _, crc, stored, size, name, extra, comment, _, _, _, header = _CENTRAL.unpack_from(
+    magic, _, _, flags, method, _, _, crc, stored, size, name, extra, comment, _, _, _, header = _CENTRAL.unpack_from(
         raw, at
     )
     names = at + _CENTRAL.size
     extras = names + name
     following = extras + extra + comment
-    if mark != b"PK\x01\x02" or following > len(raw):
+    if magic != b"PK\x01\x02" or following > len(raw):
         raise ValueError("a broken directory")
     if method != 0 or flags & 1:
         raise ValueError("compressed or encrypted members")

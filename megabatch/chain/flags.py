@@ -65,8 +65,8 @@ def _of_no_step(name: str, training: Sequence[str]) -> Fault:
     first, dot, rest = name.partition(".")
     if dot and first not in group_types(Recipe):
         near = [f"--{step}.{rest}" for step in get_close_matches(first, training, n=2)]
-        told = f"; the training steps are {', '.join(training)}" if training and not near else ""
-        return Fault(f"--{name}", None, f"is of no step of this chain{told}", try_=near, bare=True)
+        hint = f"; the training steps are {', '.join(training)}" if training and not near else ""
+        return Fault(f"--{name}", None, f"is of no step of this chain{hint}", try_=near, bare=True)
     found = named(name, _NOTHING)
     if isinstance(found, Named) or name in ("name", "task"):
         fix = [f"--{step}.{name}" for step in training]

@@ -87,13 +87,13 @@ def states(chain: Chain, folder: Path) -> list[StepState]:
     steps = in_order(chain)
     found = status([folder / step.name for step in steps], fresh_s=0)
     fates: dict[str, Fate] = {}
-    told = []
+    known = []
     for step, now in zip(steps, found, strict=True):
         fate = _fate(step, now, fates)
         if fate is not None:
             fates[step.name] = fate
-        told.append(StepState(step, now, fate))
-    return told
+        known.append(StepState(step, now, fate))
+    return known
 
 
 def _fate(step: Step, now: RunStatus, fates: Mapping[str, Fate]) -> Fate | None:

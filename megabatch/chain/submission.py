@@ -12,8 +12,8 @@ from megabatch.chain.step import ReadyStep
 from megabatch.entry.launch import written
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
-from megabatch.slurm.alone import alone
 from megabatch.slurm.chain import ChainedJob, submit_all
+from megabatch.slurm.launcher_lock import launcher_lock
 from megabatch.slurm.ownership import require_own
 from megabatch.slurm.state import active_jobs
 
@@ -50,7 +50,7 @@ def _held(ready: ReadyChain) -> Iterator[None]:
     made = not ready.folder.exists()
     try:
         ready.folder.mkdir(parents=True, exist_ok=True)
-        with alone(RunDirectory(ready.folder)):
+        with launcher_lock(RunDirectory(ready.folder)):
             try:
                 yield
             finally:

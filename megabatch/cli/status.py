@@ -12,7 +12,7 @@ from megabatch.cli.runs import all_runs
 from megabatch.errors import LaunchError
 from megabatch.insight.overview import Overview, overview
 from megabatch.run_directory import RunDirectory
-from megabatch.slurm.bad_nodes import told
+from megabatch.slurm.bad_nodes import describe
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import LOCAL
 from megabatch.slurm.script.links import is_linked
@@ -58,7 +58,9 @@ def _row(one: Overview) -> tuple[str, ...]:
     if now.attempt:
         job += f" #{now.attempt}"
     reason = _goes_on(now) or now.reason or (f"exit code {now.exit_code}" if now.exit_code else "")
-    why = "; ".join(text for text in (reason, told(one.bad_nodes), *(note.told() for note in one.damaged)) if text)
+    why = "; ".join(
+        text for text in (reason, describe(one.bad_nodes), *(note.describe() for note in one.damaged)) if text
+    )
     return (
         _short(now.run),
         now.state.value,

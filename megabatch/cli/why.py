@@ -66,7 +66,7 @@ def text(found: Diagnosis) -> str:
 
 def _beside(found: Diagnosis) -> list[str]:
     """What is known besides the cause, one line each."""
-    return [*_bad_nodes(found), *(f"checkpoint: {note.told()}" for note in found.damaged)]
+    return [*_bad_nodes(found), *(f"checkpoint: {note.describe()}" for note in found.damaged)]
 
 
 def _bad_nodes(found: Diagnosis) -> list[str]:

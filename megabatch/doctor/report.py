@@ -11,7 +11,7 @@ from megabatch.doctor.site import examine_site
 from megabatch.slurm.profile import load_profile
 from megabatch.table import table
 
-_MARKS = {"ok": "ok", "missing": "-", "unsupported": "VERSION", "broken": "BROKEN"}
+_SHOWN = {"ok": "ok", "missing": "-", "unsupported": "VERSION", "broken": "BROKEN"}
 
 
 def show_report(*, as_json: bool, cluster: str | None = None, run: bool = False) -> int:
@@ -37,7 +37,7 @@ def _examine_profile(cluster: str, *, run: bool) -> list[Finding]:
 
 def _text(findings: list[Finding], failed: list[Finding]) -> str:
     rows = [
-        (one.name, "MISSING" if one.needed and one.state == "missing" else _MARKS[one.state], one.found, one.supported)
+        (one.name, "MISSING" if one.needed and one.state == "missing" else _SHOWN[one.state], one.found, one.supported)
         for one in findings
     ]
     parts = [table(("", "", "FOUND", "SUPPORTED"), rows)]

@@ -81,23 +81,23 @@ def _node(profile: ClusterProfile) -> Iterator[Finding]:
     """A job on one node: that steps launch there, and what it sees of the profile's folders and programs."""
     token = secrets.token_hex(8)
     folder = Path(profile.shared_cache or Path.cwd())
-    mark = folder / f".megabatch-doctor.{token}"
+    probe = folder / f".megabatch-doctor.{token}"
     script = [
-        f"if [ -e {shell(str(mark))} ]; then echo shared; fi",
+        f"if [ -e {shell(str(probe))} ]; then echo shared; fi",
         f"if [ -d {shell(profile.local_cache)} ] && [ -w {shell(profile.local_cache)} ]; then echo local; fi",
         "if command -v apptainer >/dev/null; then echo apptainer; fi",
         f"if command -v {shell(profile.python or 'python3')} >/dev/null; then echo python; fi",
         f"echo {token} $SLURMD_NODENAME",
     ]
     try:
-        mark.touch()
+        probe.touch()
         said = ask("srun", *_options(profile), "bash", "-c", "\n".join(script), timeout_s=_JOB_S)
     except OSError as error:
         fix = "run this from a folder on shared storage"
-        yield Finding(name="job on a node", state="broken", found=f"{mark}: {error.strerror}", needed=True, fix=fix)
+        yield Finding(name="job on a node", state="broken", found=f"{probe}: {error.strerror}", needed=True, fix=fix)
         return
     finally:
-        mark.unlink(missing_ok=True)
+        probe.unlink(missing_ok=True)
     if f"{token} " not in said.text:
         fix = "mend the faults above first; else the nodes are busy, or steps do not launch: `srun hostname`"
         found = " ".join(said.lines[-2:]) or "no answer"

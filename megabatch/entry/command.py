@@ -16,7 +16,7 @@ from megabatch.entry.preflight import occupied
 from megabatch.entry.startable import missing, require_torch, unplaceable, unstartable
 from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.run_directory import ExitCode, RunDirectory
-from megabatch.slurm.alone import TakenError
+from megabatch.slurm.launcher_lock import LockedError
 
 _USAGE = """\
 python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [--<parameter> VALUE …]
@@ -45,7 +45,7 @@ def start(
         launch = prepared()
         try:
             return how(launch, arguments)
-        except TakenError:
+        except LockedError:
             if not launch.numbered:
                 raise
 

@@ -25,8 +25,8 @@ from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import RunDirectory
-from megabatch.slurm.alone import alone, taken
 from megabatch.slurm.job import JobSpec
+from megabatch.slurm.launcher_lock import already_locked, launcher_lock
 from megabatch.slurm.ownership import require_own
 from megabatch.slurm.profile import ClusterProfile, load_profile
 from megabatch.slurm.snapshot import Snapshot, snapshot_of
@@ -143,7 +143,7 @@ def written(launch: Launch, arguments: Sequence[str]) -> Iterator[RunDirectory]:
     """The run directory with its run.json, held; taken away again when the body fails before the run has started.
 
     A directory that holds this very run is used as it is: the run goes on from its last checkpoint.
-    Raises: ConfigError when it holds another run, TakenError when another launcher has it, LaunchError when it cannot
+    Raises: ConfigError when it holds another run, LockedError when another launcher has it, LaunchError when it cannot
     be written, or belongs to somebody else.
     """
     directory = launch.directory
@@ -152,11 +152,11 @@ def written(launch: Launch, arguments: Sequence[str]) -> Iterator[RunDirectory]:
         with _writable(directory, made):
             directory.path.mkdir(mode=0o755, parents=True, exist_ok=True)
             require_own(directory.path, directory.run_json)
-            held.enter_context(alone(directory))
+            held.enter_context(launcher_lock(directory))
         if not directory.run_json.exists():
             held.enter_context(_new_run(launch, arguments, made))
         elif launch.numbered:
-            raise taken(directory)
+            raise already_locked(directory)
         else:
             existing = RunConfig.load(directory.run_json)
             _require_same(existing, launch.config(provenance=existing.provenance))

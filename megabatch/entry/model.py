@@ -50,7 +50,7 @@ def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel
     return FoundModel(None, "not on this machine")
 
 
-def told(field: str, error: MegabatchError) -> Fault:
+def fault_of(field: str, error: MegabatchError) -> Fault:
     """An error that already names place and fix, as a fault of a field."""
     return Fault(f"{field}:", None, str(error).removeprefix(f"{field}: "), bare=True)
 
@@ -63,7 +63,7 @@ def _made(recipe: Recipe) -> FoundModel:
     try:
         family = family_named(declared.model_type)
     except ConversionError as error:
-        return FoundModel(None, "not known", fault=told("model.model_type", error))
+        return FoundModel(None, "not known", fault=fault_of("model.model_type", error))
     if fault := _untrainable("model_type", declared):
         return FoundModel(None, "new", fault=fault)
     try:
@@ -81,7 +81,7 @@ def _in_folder(folder: Path) -> FoundModel:
         shape = family_of(config).shape(config)
         return FoundModel(shape, f"config.json in {folder}", folder, _untrainable("model", shape))
     except ConversionError as error:
-        return FoundModel(None, f"unreadable in {folder}", folder, told("model.model", error))
+        return FoundModel(None, f"unreadable in {folder}", folder, fault_of("model.model", error))
 
 
 def _untrainable(field: str, shape: ModelShape) -> Fault | None:

@@ -12,14 +12,14 @@ from megabatch.config.recipe import Recipe
 from megabatch.data.rows import files, names
 from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.tokens import tokenizer
-from megabatch.entry.model import FoundModel, told
+from megabatch.entry.model import FoundModel, fault_of
 from megabatch.entry.paths import NUMBERED
 from megabatch.errors import DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 
 SCANNED_BYTES = 64 << 20
 """JSONL, JSON, CSV and TSV files up to this size are read through before submission; it takes about a second."""
-_MARKS = {"run.json", "sweep.json", "chain.json"}
+_RUN_FILES = {"run.json", "sweep.json", "chain.json"}
 _BEFORE = {"code", "logs", "slurm", "job.sbatch"}
 """What a submission that was refused leaves in a folder that was there before."""
 _SCANNED_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
@@ -63,7 +63,7 @@ def occupied(run_directory: Path, *, own: Collection[str] = ()) -> list[Fault]:
         names = set(os.listdir(run_directory))
     except OSError:
         return []  # not there, or `unwritable` says what is wrong
-    if names & _MARKS:
+    if names & _RUN_FILES:
         return []  # whether it is this very one is looked at when it is written
     others = sorted(n for n in names - _BEFORE - {*own} if not n.startswith(".") and not NUMBERED.fullmatch(n))
     if not others:
@@ -89,7 +89,7 @@ def _datasets(recipe: Recipe, check: Callable[[names.DatasetName], None]) -> Ite
             try:
                 check(names.parse(text, use_hf=recipe.bridge.use_hf))
             except DataError as error:
-                yield told(f"data.{field}", error)
+                yield fault_of(f"data.{field}", error)
 
 
 def _check_presence(name: names.DatasetName) -> None:
@@ -174,7 +174,7 @@ def _tokenizer(recipe: Recipe, model: FoundModel, check: Callable[[Path], None])
     try:
         check(folder)
     except DataError as error:
-        yield told("model.tokenizer", error)
+        yield fault_of("model.tokenizer", error)
 
 
 def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
@@ -185,7 +185,7 @@ def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
     try:
         open_hf_model(model.folder, compare_duplicates=False)
     except MegabatchError as error:
-        yield told("model.model", error)
+        yield fault_of("model.model", error)
 
 
 def _load(recipe: Recipe) -> Iterator[Fault]:
@@ -195,9 +195,8 @@ def _load(recipe: Recipe) -> Iterator[Fault]:
         return
     path = Path(load).expanduser()
     names = ("latest", "checkpoints/latest", "trainer.json", "latest_checkpointed_iteration.txt", ".metadata")
-    marks = [path / name for name in names]
     if not path.is_dir():
         yield Fault("checkpoint.load", load, f"does not exist{_nearest_folder(path)}")
-    elif not any(mark.is_file() for mark in marks):
+    elif not any((path / name).is_file() for name in names):
         rule = "holds no checkpoint; give a run directory that has saved one, a step_* folder, or a torch_dist folder"
         yield Fault("checkpoint.load", load, rule)

@@ -1,9 +1,9 @@
 """Why runs fail: classes of failure with their fixes, and the ordered table that maps evidence to a class.
 
 The first row of `TABLE` that matches any evidence of an attempt names the class: precedence is the order of the rows.
-A row matches one line: of a log, or one that megabatch.insight.evidence derives from a mark, an exit code or Slurm's
-state. tests/insight/excerpts.txt holds what torch, NCCL, gloo, Slurm and others print for each row, and the source of
-each text.
+A row matches one line: of a log, or one that megabatch.insight.evidence derives from a first failure, an exit code or
+Slurm's state. tests/insight/excerpts.txt holds what torch, NCCL, gloo, Slurm and others print for each row, and the
+source of each text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Source(enum.StrEnum):
     """The log of the rank that failed first."""
     RANK = enum.auto()
     """The log of any rank."""
-    MARK = enum.auto()
+    FIRST_FAILURE = enum.auto()
     """`exit code N` of the rank that failed first."""
     SLURM = enum.auto()
     """`STATE reason` of a job that did not start, or whose newest attempt left no ending."""
@@ -209,7 +209,7 @@ CONSEQUENCES = ("timeout", "communication")
 """Classes of ranks that failed because another rank had."""
 
 
-_SCRIPT, _MARK, _SLURM, _ENDING = (Source.SCRIPT,), (Source.MARK,), (Source.SLURM,), (Source.ENDING,)
+_SCRIPT, _FIRST_FAILURE, _SLURM, _ENDING = (Source.SCRIPT,), (Source.FIRST_FAILURE,), (Source.SLURM,), (Source.ENDING,)
 _FIRST, _ANY = (Source.FIRST,), (Source.FIRST, Source.RANK)
 _EXCEPTION = (
     r"^(\w+\.)*\w+(Error|Exception|Interrupt|Exit)(: (?!.*(closed by peer|reset by peer|Socket closed|remote process"
@@ -315,7 +315,7 @@ TABLE = (
     Row("oom_host", _SLURM, r"^out_of_memory\b"),
     # ended from outside; later messages of the ranks are consequences
     Row("hung", _SCRIPT, r"^megabatch: the run hangs; rank \d+"),
-    Row("hung", _MARK, r"^exit code 124$"),
+    Row("hung", _FIRST_FAILURE, r"^exit code 124$"),
     Row("time_limit", _SCRIPT, r"CANCELLED AT .* DUE TO TIME LIMIT|have not saved in \d+ s"),
     Row("time_limit", _SLURM, r"^timeout\b"),
     Row(
@@ -332,19 +332,19 @@ TABLE = (
     Row("killed", _FIRST, r"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Floating)"),
     Row("network", _FIRST, _NETWORK),
     Row("exception", _FIRST, _EXCEPTION),
-    Row("killed", _MARK, r"^exit code (?!134)(129|1[3-8]\d|19[0-2])$"),
-    # no rank is marked as the first to fail, or its mark is inconclusive
+    Row("killed", _FIRST_FAILURE, r"^exit code (?!134)(129|1[3-8]\d|19[0-2])$"),
+    # no rank is known as the first to fail, or its exit code is inconclusive
     Row("killed", (*_ANY, *_SCRIPT), r"(?<!failed: )[Ss]egmentation fault"),
     Row("network", (Source.RANK, *_SCRIPT), _NETWORK),
-    Row("environment", _MARK, r"^exit code 12[67]$"),
-    Row("config", _MARK, r"^exit code 2$"),
+    Row("environment", _FIRST_FAILURE, r"^exit code 12[67]$"),
+    Row("config", _FIRST_FAILURE, r"^exit code 2$"),
     Row("exception", (Source.RANK,), _EXCEPTION),
     Row("environment", _SCRIPT, r"^megabatch: the job script ended early"),
     Row("exception", _SCRIPT, _EXCEPTION),
     # consequences of another rank's failure
     Row("timeout", (*_ANY, *_SCRIPT), _TIMEOUT),
     Row("communication", _FIRST, _COMMUNICATION),
-    Row("killed", _MARK, r"^exit code 134$"),
+    Row("killed", _FIRST_FAILURE, r"^exit code 134$"),
     Row("communication", (Source.RANK, *_SCRIPT), _COMMUNICATION),
     # nothing above matched: the bare exit code
     Row("config", _ENDING, r"^exit code 2$"),

@@ -46,7 +46,7 @@ class Comparison:
         return not (self.config or self.derived or self.environment or self.code or self.script)
 
     def plain(self) -> dict[str, object]:
-        """For JSON: the keys that docs/knowing.md lists."""
+        """For JSON: the keys that docs/inspecting.md lists."""
         both = {name: getattr(self, name) for name in ("config", "derived", "environment")}
         return {
             **{name: {field: list(values) for field, values in found.items()} for name, found in both.items()},

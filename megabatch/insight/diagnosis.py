@@ -1,7 +1,7 @@
 """Why a run failed: the rank that failed first and its node, the class of the failure, what to do, and the evidence.
 
-All evidence of one attempt is gathered (its ranks' logs, its part of the batch log, the mark of the rank that failed
-first, its ending, Slurm's state where it is of this attempt) and put to megabatch.insight.causes.TABLE: the first row
+All evidence of one attempt is gathered (its ranks' logs, its part of the batch log, the rank that failed first, its
+ending, Slurm's state where it is of this attempt) and put to megabatch.insight.causes.TABLE: the first row
 that any of it matches names the class.
 """
 
@@ -16,22 +16,22 @@ from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.insight.causes import CAUSES, Cause, Source
+from megabatch.insight.dependency import unmet_dependency
 from megabatch.insight.evidence import (
     SEARCHED_BYTES,
     Finding,
-    Mark,
-    believed,
+    FirstFailure,
     of_ending,
     of_ranks,
     of_script,
     of_slurm,
-    read_mark,
+    read_first_failure,
     search,
+    strongest,
 )
 from megabatch.insight.goodput import Attempt
 from megabatch.insight.overview import bad_nodes_of, damaged_of, history, run_json
-from megabatch.insight.steps import unmet_dependency
-from megabatch.insight.tails import tail
+from megabatch.insight.tail import tail
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.saved.history import SetAside
 from megabatch.slurm.bad_nodes import BadNode
@@ -83,7 +83,7 @@ class Diagnosis:
     """What the job's preflight found."""
 
     def plain(self) -> dict[str, object]:
-        """For JSON: the keys that docs/knowing.md lists."""
+        """For JSON: the keys that docs/inspecting.md lists."""
         cause = self.cause
         return {
             "run": str(self.run),
@@ -103,7 +103,7 @@ class Diagnosis:
             "followers": list(self.followers),
             "last_lines": list(self.last_lines),
             "bad_nodes": [bad.plain() for bad in self.bad_nodes],
-            "damaged": [note.told() for note in self.damaged],
+            "damaged": [note.describe() for note in self.damaged],
         }
 
 
@@ -157,7 +157,7 @@ def _without_attempt(base: Diagnosis, found: RunStatus) -> Diagnosis:
     if found.state is State.FAILED and found.exit_code not in _ENDED_WELL:
         evidence += [of_script(log, None) for log in _script_logs(base)]
         evidence.append(of_ending(found.exit_code))
-    finding = believed(itertools.chain(*evidence), None)
+    finding = strongest(itertools.chain(*evidence), None)
     if finding is None:
         return base
     result = replace(base, cause=finding.cause, exit_code=found.exit_code or None, evidence=finding.text)
@@ -168,20 +168,20 @@ def _without_attempt(base: Diagnosis, found: RunStatus) -> Diagnosis:
 
 def _of_attempt(base: Diagnosis, found: RunStatus, attempt: Attempt, *, newest: bool) -> Diagnosis:
     run = RunDirectory(base.run)
-    mark = read_mark(run, attempt.job_id, attempt.number)
+    first = read_first_failure(run, attempt.job_id, attempt.number)
     logs = {log.rank: log.path for log in rank_logs(base.run) if log.attempt == attempt.number}
-    of_logs = list(of_ranks(logs, mark))
+    of_logs = list(of_ranks(logs, first))
     others = [of_script(log, attempt.number) for log in _script_logs(base)]
     others.append(of_ending(attempt.exit_code))
     # an attempt that left an ending says itself how it ended; Slurm's word may be of what was done afterwards
     if newest and attempt.job_id == found.job_id and (attempt.exit_code is None or found.state is State.OUT_OF_MEMORY):
         others.append(of_slurm(found.state, found.reason, shown=_word_of(found)))
-    finding = believed(itertools.chain(of_logs, *others), mark)
+    finding = strongest(itertools.chain(of_logs, *others), first)
     assert finding is not None, "every ending, or its lack, has a row"
     result = replace(base, cause=finding.cause, evidence=finding.text, followers=_followers(of_logs, finding))
     if role := _ROLE.match(finding.text):
         return _of_role(result, role, finding)
-    return _of_rank(result, finding, mark, logs, nodes=attempt.nodes)
+    return _of_rank(result, finding, first, logs, nodes=attempt.nodes)
 
 
 def _word_of(found: RunStatus) -> str:
@@ -217,22 +217,22 @@ def _of_role(result: Diagnosis, role: re.Match[str], finding: Finding) -> Diagno
 
 
 def _of_rank(
-    result: Diagnosis, finding: Finding, mark: Mark | None, logs: Mapping[int, Path], *, nodes: str
+    result: Diagnosis, finding: Finding, first: FirstFailure | None, logs: Mapping[int, Path], *, nodes: str
 ) -> Diagnosis:
     """With the rank to look at, its node, its exit code where it is known, and the end of its log."""
-    rank = _rank_of(finding, mark)
-    own = mark is not None and rank == mark.rank
+    rank = _rank_of(finding, first)
+    own = first is not None and rank == first.rank
     failed = None if finding.rank is not None else _NODE.search(finding.text)
     known = _node_of(rank, RunDirectory(result.run), nodes)
-    node = mark.node if mark is not None and own else known or (failed and (failed[1] or failed[2] or failed[3]))
-    code = mark.exit_code if mark is not None and own else result.exit_code
+    node = first.node if first is not None and own else known or (failed and (failed[1] or failed[2] or failed[3]))
+    code = first.exit_code if first is not None and own else result.exit_code
     log = logs.get(rank) if rank is not None else None
     log = log or finding.log or (logs[min(logs)] if logs else None)
     result = replace(result, rank=rank, node=node or None, exit_code=code)
     return _with_end(result, log, finding.line if log == finding.log else None)
 
 
-def _rank_of(finding: Finding, mark: Mark | None) -> int | None:
+def _rank_of(finding: Finding, first: FirstFailure | None) -> int | None:
     """Whose failure it is: what happened to nodes and jobs is nobody's."""
     hanging = _HANGING.search(finding.text)
     if hanging:
@@ -240,7 +240,7 @@ def _rank_of(finding: Finding, mark: Mark | None) -> int | None:
     if finding.rank is not None:
         return finding.rank
     of_all = ("bad_node", "dependency", "time_limit", "node_failure", "preemption", "cancelled", "lost")
-    return None if mark is None or finding.cause.name in of_all else mark.rank
+    return None if first is None or finding.cause.name in of_all else first.rank
 
 
 def _node_of(rank: int | None, run: RunDirectory, nodes: str) -> str | None:

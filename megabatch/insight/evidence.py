@@ -1,4 +1,4 @@
-"""The evidence in an attempt's files: lines of logs, the mark of the rank that failed first, the ending."""
+"""The evidence in an attempt's files: lines of logs, the rank that failed first, the ending."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from megabatch.insight.causes import CAUSES, CONSEQUENCES, TABLE, Cause, Source
-from megabatch.insight.tails import tail
+from megabatch.insight.tail import tail
 from megabatch.run_directory import RunDirectory
 
 SEARCHED_BYTES = 2**19
@@ -30,7 +30,7 @@ _FIRST_CONSEQUENCE = next(number for number, row in enumerate(TABLE) if row.caus
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class FirstFailure:
     """What was written down of the first rank that failed."""
 
     rank: int
@@ -62,28 +62,28 @@ class Finding:
         return self.cause.name in CONSEQUENCES
 
 
-def read_mark(run: RunDirectory, job_id: str, attempt: int) -> Mark | None:
+def read_first_failure(run: RunDirectory, job_id: str, attempt: int) -> FirstFailure | None:
     """`RANK CODE NODE`, as the batch script and the local launcher write it."""
     try:
-        words = run.mark("failed", job_id, attempt).read_text(encoding="utf-8").split()
-        return Mark(int(words[0]), int(words[1]), words[2] if len(words) > 2 else "")
+        words = run.marker("failed", job_id, attempt).read_text(encoding="utf-8").split()
+        return FirstFailure(int(words[0]), int(words[1]), words[2] if len(words) > 2 else "")
     except (OSError, ValueError, IndexError):
         return None
 
 
-def of_ranks(logs: Mapping[int, Path], mark: Mark | None) -> Iterator[Finding]:
-    """What the log of each rank names, and the mark."""
+def of_ranks(logs: Mapping[int, Path], first: FirstFailure | None) -> Iterator[Finding]:
+    """What the log of each rank names, and the exit code of the one that failed first."""
     for rank, path in logs.items():
-        sources = (Source.FIRST, Source.RANK) if mark is not None and mark.rank == rank else (Source.RANK,)
+        sources = (Source.FIRST, Source.RANK) if first is not None and first.rank == rank else (Source.RANK,)
         text = tail(path, SEARCHED_BYTES)
         found = search(text.decode(errors="replace"), sources)
         if found is not None:
             row, line, number = found
             yield Finding(row, line, rank, path, None if len(text) == SEARCHED_BYTES else number)
-    if mark is not None:
-        signal = f": signal {mark.exit_code - 128}" if 128 < mark.exit_code <= 192 else ""
-        code = f"exit code {mark.exit_code}"
-        yield from _stated(Source.MARK, code, shown=code + signal, rank=mark.rank)
+    if first is not None:
+        signal = f": signal {first.exit_code - 128}" if 128 < first.exit_code <= 192 else ""
+        code = f"exit code {first.exit_code}"
+        yield from _stated(Source.FIRST_FAILURE, code, shown=code + signal, rank=first.rank)
 
 
 def of_script(log: Path, attempt: int | None) -> Iterator[Finding]:
@@ -109,11 +109,11 @@ def of_ending(exit_code: int | None) -> Iterator[Finding]:
         yield from _stated(Source.ENDING, f"exit code {exit_code}", shown=f"exit code {exit_code}")
 
 
-def believed(found: Iterable[Finding], mark: Mark | None) -> Finding | None:
-    """What is believed by the order of the table; of several ranks the one that failed first, else the lowest."""
+def strongest(found: Iterable[Finding], first: FirstFailure | None) -> Finding | None:
+    """The finding whose row comes first in the table; of several ranks the one that failed first, else the lowest."""
 
     def order(one: Finding) -> tuple[int, bool, int]:
-        return one.row, mark is None or one.rank != mark.rank, -1 if one.rank is None else one.rank
+        return one.row, first is None or one.rank != first.rank, -1 if one.rank is None else one.rank
 
     return min(found, key=order, default=None)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.insight.goodput import Attempt, allocated_s, attempts, goodput, remaining_s
-from megabatch.insight.tails import last_step
+from megabatch.insight.tail import last_step
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.history import SetAside, notes
 from megabatch.slurm.bad_nodes import BadNode, read_bad_nodes
@@ -43,7 +43,7 @@ class Overview:
     """Checkpoints that an attempt found damaged and set aside, as long as their folders are there."""
 
     def plain(self) -> dict[str, object]:
-        """For JSON: the keys that docs/knowing.md lists."""
+        """For JSON: the keys that docs/inspecting.md lists."""
         now = self.status
         return {
             "run": str(now.run),
@@ -65,7 +65,7 @@ class Overview:
             "allocated_gpu_h": self.allocated_gpu_h,
             "heartbeat_age_s": _number(now.heartbeat_age_s),
             "bad_nodes": [bad.plain() for bad in self.bad_nodes],
-            "damaged": [note.told() for note in self.damaged],
+            "damaged": [note.describe() for note in self.damaged],
         }
 
 

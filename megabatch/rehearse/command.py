@@ -14,7 +14,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.entry.launch import Launch, prepare
 from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.rehearse.compare import Verdict, compare
-from megabatch.rehearse.disturbed import ENDINGS, killed, moments, stopped, undisturbed
+from megabatch.rehearse.interruptions import ENDINGS, killed, moments, stopped, uninterrupted
 from megabatch.rehearse.shrink import Small, shrink
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
@@ -32,7 +32,7 @@ class Settings:
 
 
 def rehearse(recipe: Recipe, recipe_file: Path, flags: Sequence[str], settings: Settings) -> int:
-    """Prints the verdict; 0 when the resumed run equals the undisturbed one. Raises: MegabatchError."""
+    """Prints the verdict; 0 when the resumed run equals the uninterrupted one. Raises: MegabatchError."""
     if settings.steps < 12:
         raise ConfigError("--steps must be at least 12: there must be room for a stop, a kill and what follows")
     actions, chosen = parse(flags, recipe)
@@ -43,7 +43,7 @@ def rehearse(recipe: Recipe, recipe_file: Path, flags: Sequence[str], settings: 
     ranks = max(4, 2 * (os.cpu_count() or 1))
     small = shrink(chosen, whole.model.shape, steps=settings.steps, max_ranks=ranks)
     folder = settings.folder or Path(tempfile.mkdtemp(prefix="megabatch-rehearsal-"))
-    jobs = [_prepared(small, recipe_file, folder / name) for name in ("undisturbed", "resumed")]
+    jobs = [_prepared(small, recipe_file, folder / name) for name in ("uninterrupted", "resumed")]
     _say_what(small, whole)
     verdicts = _run(jobs[0], jobs[1], settings)
     same = all(verdict.difference is None for verdict in verdicts)
@@ -89,10 +89,10 @@ def _say_what(small: Small, whole: Launch) -> None:
 
 def _run(whole: JobSpec, resumed: JobSpec, settings: Settings) -> list[Verdict]:
     stop, kill, rank = moments(settings.steps, ranks=whole.world_size, seed=settings.seed)
-    _require(undisturbed(whole), ExitCode.DONE, whole, f"undisturbed, {settings.steps} steps")
+    _require(uninterrupted(whole), ExitCode.DONE, whole, f"uninterrupted, {settings.steps} steps")
     _require(stopped(resumed, step=stop), ExitCode.REQUEUE, resumed, f"asked to stop after step {stop}")
     _require(killed(resumed, step=kill, rank=rank), 137, resumed, f"resumed; rank {rank} killed after step {kill}")
-    _require(undisturbed(resumed), ExitCode.DONE, resumed, "resumed, to the end")
+    _require(uninterrupted(resumed), ExitCode.DONE, resumed, "resumed, to the end")
     return compare(whole.files, resumed.files, steps=settings.steps)
 
 

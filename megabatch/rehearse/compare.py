@@ -52,7 +52,7 @@ def _lines(whole: RunDirectory, resumed: RunDirectory, kind: str, names: tuple[s
         for name in names:
             a, b = expected[step][name], found[step][name]
             if _bits(a) != _bits(b):
-                return f"first at step {step}: {name} {a!r} undisturbed, {b!r} resumed"
+                return f"first at step {step}: {name} {a!r} uninterrupted, {b!r} resumed"
     return None
 
 

@@ -41,7 +41,7 @@ class SetAside:
     time: float
     """Seconds since the epoch."""
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """For people: one line."""
         if self.kind == "damaged":
             return (

@@ -25,7 +25,7 @@ def run_here(found: Candidates, wanted: Sequence[Candidate], arguments: Sequence
     if launches:
         write_runs(launches, [""] * len(launches), sweep_provenance(found, arguments))
         jobs = [launch.job for launch in launches]
-        codes = run_local_array(jobs, found.base.profile, max_parallel=found.max_parallel or 1, tell=_say)
+        codes = run_local_array(jobs, found.base.profile, max_parallel=found.max_parallel or 1, report=_say)
     print(results_table(results_in(found.folder), by="tokens_per_s"))
     for candidate, code in zip(wanted, codes, strict=True):
         if code not in (ExitCode.DONE, ExitCode.REQUEUE):

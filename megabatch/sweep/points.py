@@ -170,8 +170,8 @@ def _refuse_repetitions(rows: Rows, base: Recipe) -> None:
         key = tuple(_key((declared | row)[name]) for name in swept)
         before = first.setdefault(key, index)
         if before != index:
-            told = ", ".join(f"{name}={value_text(value)}" for name, value in (declared | row).items())
-            rule = f"are the same run ({told}); leave one of them out"
+            values = ", ".join(f"{name}={value_text(value)}" for name, value in (declared | row).items())
+            rule = f"are the same run ({values}); leave one of them out"
             faults.append(Fault(f"points {before + 1} and {index + 1}", None, rule, bare=True))
     if faults:
         raise ConfigError(faults)

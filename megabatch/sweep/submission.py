@@ -22,13 +22,13 @@ def left_alone(found: Candidates) -> dict[str, str]:
     there = [candidate for candidate in found.kept if candidate.launch.directory.run_json.exists()]
     states = status_now(candidate.launch.directory.path for candidate in there)
     return {
-        candidate.point.name: _told(now)
+        candidate.point.name: _describe(now)
         for candidate, now in zip(there, states, strict=True)
         if now.state.active or now.state is State.COMPLETED
     }
 
 
-def _told(now: RunStatus) -> str:
+def _describe(now: RunStatus) -> str:
     job = f" as job {now.job_id}" if now.job_id and now.state.active else ""
     return f"{now.state}{job}" + (f" ({now.reason})" if now.state is State.RUNNING and now.reason else "")
 

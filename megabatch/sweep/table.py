@@ -99,8 +99,8 @@ def _sum(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, str])
     parts = [f"{len(kept)} run{'s' * (len(kept) != 1)}"]
     if arrays:
         sizes = [len(array.jobs) for array in arrays]
-        told = " and ".join(map(str, sizes)) if len(sizes) <= 4 else f"{min(sizes)} to {max(sizes)}"
-        parts[0] += f" in {len(sizes)} array{'s' * (len(sizes) != 1)} of {told}"
+        listed = " and ".join(map(str, sizes)) if len(sizes) <= 4 else f"{min(sizes)} to {max(sizes)}"
+        parts[0] += f" in {len(sizes)} array{'s' * (len(sizes) != 1)} of {listed}"
         if found.max_parallel is not None:
             parts.append(f"at most {sum(array.max_parallel or 0 for array in arrays)} at a time")
     parts += _resources([candidate.point.recipe for candidate in kept])

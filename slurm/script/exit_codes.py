@@ -1,4 +1,4 @@
-"""What exit codes mean, as patterns of bash's `case`, and the mark of the first process that failed."""
+"""What exit codes mean, as patterns of bash's `case`, and the marker of the first process that failed."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ write_once() {
     { echo "$1" >"$2.$3" && { ln -- "$2.$3" "$2" || mv -n -- "$2.$3" "$2"; }; } 2>/dev/null || true
     rm -f -- "$2.$3"
 }"""
-"""For the marks of who failed first, which others read while they are written."""
+"""For the markers of who failed first, which others read while they are written."""

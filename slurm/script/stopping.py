@@ -40,7 +40,7 @@ WRITE_ONCE""".replace("PATIENCE", str(_PATIENCE_S))
 )
 
 
-_MARKS = {
+_MARKERS = {
     "MEGABATCH_STOP_REQUEST": "stop",
     "MEGABATCH_STOPPED": "stopped",
     "MEGABATCH_DONE": "done",
@@ -87,7 +87,7 @@ def run_directory(job: JobSpec) -> list[str]:
         "# asked to stop, stopped with everything saved, rank 0 done, and who failed first",
         *(
             f'export {name}="$MEGABATCH_RUN/logs/{file}.$MEGABATCH_JOB_ID.$MEGABATCH_ATTEMPT"'
-            for name, file in _MARKS.items()
+            for name, file in _MARKERS.items()
         ),
         *LAST_WORD,
         'newest_checkpoint() { cat -- "$MEGABATCH_RUN/checkpoints/latest" 2>/dev/null || true; }',

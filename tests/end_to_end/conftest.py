@@ -17,7 +17,7 @@ import pytest
 
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.cluster import PrivateCluster
-from megabatch.slurm.processes import marked_processes
+from megabatch.slurm.processes import tagged_processes
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
 from megabatch.slurm.state import RunStatus, status
@@ -128,7 +128,7 @@ class Training:
     def ranks(self) -> list[int]:
         """Process ids of the trainer, rank 0 first."""
         found = {}
-        for pid in marked_processes(f"MEGABATCH_RUN={self.files.path}", also="RANK="):
+        for pid in tagged_processes(f"MEGABATCH_RUN={self.files.path}", also="RANK="):
             if b"megabatch.trainer.main" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
                 variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 found[next(v for v in variables if v.startswith(b"RANK="))] = pid

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megabatch.slurm.processes import marked_processes
+from megabatch.slurm.processes import tagged_processes
 
 from .conftest import Training, until
 
@@ -38,7 +38,7 @@ def stop_a_rank(training: Training) -> None:
 
 
 def kill_srun(training: Training) -> None:
-    found = marked_processes(f"MEGABATCH_RUN={training.files.path}")
+    found = tagged_processes(f"MEGABATCH_RUN={training.files.path}")
     sruns = {pid for pid in found if _executable(pid) == "srun"}
     os.kill(min(sruns), signal.SIGKILL)  # the first started the others
 

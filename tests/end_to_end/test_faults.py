@@ -28,10 +28,10 @@ def test_random_faults_in_a_row(
     random.seed(seed)
     steps = STEPS if number == FEW else 15 * number
     if number == FEW:
-        undisturbed: Training = request.getfixturevalue("uninterrupted")
+        uninterrupted: Training = request.getfixturevalue("uninterrupted")
     else:
-        undisturbed = new_training("undisturbed", train_iters=steps)
-        undisturbed.wait(State.COMPLETED, timeout_s=600)
+        uninterrupted = new_training("uninterrupted", train_iters=steps)
+        uninterrupted.wait(State.COMPLETED, timeout_s=600)
     training = new_training(
         "faults", on=None, train_iters=steps, save_interval=5, save_total_limit=2, hang_timeout_min=0.2
     )
@@ -42,5 +42,5 @@ def test_random_faults_in_a_row(
         lines = [f"  {fault.kind:18} at step {fault.step:4}, back after {fault.back_s:5.1f} s" for fault in struck]
         print(f"\n{number} faults, seed {seed}: {steps} steps, {again} of them done again", *lines, sep="\n")
     assert len(read_records(training.files)) == 1, "the same job all along"
-    assert training.curves()["train"] == undisturbed.curves()["train"]
-    assert training.exported(steps) == undisturbed.exported(steps)
+    assert training.curves()["train"] == uninterrupted.curves()["train"]
+    assert training.exported(steps) == uninterrupted.exported(steps)

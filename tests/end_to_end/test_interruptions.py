@@ -13,7 +13,7 @@ import pytest
 
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.cluster import PrivateCluster
-from megabatch.slurm.processes import marked_processes
+from megabatch.slurm.processes import tagged_processes
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
 
@@ -83,7 +83,7 @@ def test_a_node_stops_answering(new_training: NewTraining, uninterrupted: Traini
     training = new_training("node", held_after=2 * SAVED_EVERY + 2)
     training.wait_step(2 * SAVED_EVERY + 2)
     slurmd = daemon_of(slurm, "n2")
-    processes = marked_processes(f"MEGABATCH_RUN={training.files.path}", also="SLURMD_NODENAME=n2")
+    processes = tagged_processes(f"MEGABATCH_RUN={training.files.path}", also="SLURMD_NODENAME=n2")
     for pid in (slurmd, *processes):
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -102,7 +102,7 @@ def test_a_node_stops_answering(new_training: NewTraining, uninterrupted: Traini
 
 def daemon_of(cluster: PrivateCluster, node: str) -> int:
     """The node's slurmd."""
-    found = marked_processes(f"MEGABATCH_PRIVATE_CLUSTER={cluster.layout.directory}")
+    found = tagged_processes(f"MEGABATCH_PRIVATE_CLUSTER={cluster.layout.directory}")
     command = ["-D", "-N", node, ""]
     [pid] = [pid for pid in found if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:] == command]
     return pid

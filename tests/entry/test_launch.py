@@ -12,7 +12,7 @@ from megabatch.config.flags import Actions
 from megabatch.config.run import RunConfig
 from megabatch.entry.launch import Launch, prepare, written
 from megabatch.errors import ConfigError, LaunchError
-from megabatch.slurm.alone import TakenError
+from megabatch.slurm.launcher_lock import LockedError
 
 
 @pytest.fixture(autouse=True)
@@ -112,11 +112,11 @@ def test_two_launchers_never_share_a_run(recipe: Recipe) -> None:
     first, second = _launch(recipe), _launch(recipe)
     assert first.directory == second.directory, "planned in the same second"
     with written(first, []):
-        with pytest.raises(TakenError), written(second, []):
+        with pytest.raises(LockedError), written(second, []):
             pass
-        with pytest.raises(TakenError), written(_launch(recipe, run_dir=str(first.directory.path)), []):
+        with pytest.raises(LockedError), written(_launch(recipe, run_dir=str(first.directory.path)), []):
             pass
-    with pytest.raises(TakenError), written(second, []):
+    with pytest.raises(LockedError), written(second, []):
         pass
     assert first.directory.run_json.exists() and not first.directory.launcher_lock.exists()
 

@@ -144,7 +144,7 @@ def test_a_folder_with_other_files_is_nobodys_run_directory(tmp_path: Path) -> N
     (folder / "d").unlink()
     (fault,) = occupied(folder, own=["b", "c"])
     assert "holds no run, but thesis.tex;" in str(fault)
-    for mark in ("run.json", "sweep.json", "chain.json"):
-        (folder / mark).touch()
+    for name in ("run.json", "sweep.json", "chain.json"):
+        (folder / name).touch()
         assert occupied(folder) == []
-        (folder / mark).unlink()
+        (folder / name).unlink()

@@ -41,7 +41,7 @@ class MadeRun:
         self.line(job_id=job_id, attempt=attempt, exit_code=exit_code, time=time)
 
     def failed_first(self, rank: int, exit_code: int, node: str, *, attempt: int = 0, job_id: str = "7") -> None:
-        self.files.mark("failed", job_id, attempt).write_text(f"{rank} {exit_code} {node}\n")
+        self.files.marker("failed", job_id, attempt).write_text(f"{rank} {exit_code} {node}\n")
 
     def bad_node(self, node: str, check: str, *, attempt: int = 0, excluded: bool = True, job_id: str = "7") -> None:
         words = {"time": 1000, "job_id": job_id, "attempt": attempt, "node": node, "check": check}

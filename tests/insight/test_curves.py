@@ -8,7 +8,7 @@ import pytest
 
 from megabatch.insight.chart import Series, line_chart, number, ticks
 from megabatch.insight.curves import curve, final_history, thinned
-from megabatch.insight.tails import last_step
+from megabatch.insight.tail import last_step
 
 from .made_run import MadeRun
 

@@ -11,7 +11,7 @@ import pytest
 from megabatch.cli.status import status_table
 from megabatch.insight.goodput import allocated_s, attempts, goodput, remaining_s
 from megabatch.insight.overview import overview
-from megabatch.insight.tails import MOST_BYTES, last_step
+from megabatch.insight.tail import MOST_BYTES, last_step
 from megabatch.slurm.records import read_records
 
 from .made_run import MadeRun
@@ -107,6 +107,6 @@ def test_only_the_end_of_long_metrics_is_read(tmp_path: Path, monkeypatch: pytes
 
 
 def test_keys_for_programs_are_documented(requeued: MadeRun) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "knowing.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "inspecting.md").read_text()
     (found,) = overview([requeued.files.path])
     assert [key for key in found.plain() if f"`{key}`" not in page] == []

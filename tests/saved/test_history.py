@@ -79,7 +79,7 @@ def test_damage_is_noted_as_long_as_it_is_there(tmp_path: Path) -> None:
     run = make_run(tmp_path, 1, 2)
     [note] = settle(run, run.step(1), [(run.step(2), "mcore/__0_0.distcp: a differs from its digest")], [])
     assert notes(run) == [note]
-    assert note.told() == (
+    assert note.describe() == (
         "step_00000002 is damaged (mcore/__0_0.distcp: a differs from its digest), set aside as "
         "damaged.step_00000002; went on from step_00000001"
     )

@@ -1,4 +1,4 @@
-"""Which nodes a run's next job avoids, and how they are told."""
+"""Which nodes a run's next job avoids, and how they are described."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from megabatch.run_directory import RunDirectory
-from megabatch.slurm.bad_nodes import avoided, exclude_option, read_bad_nodes, told
+from megabatch.slurm.bad_nodes import avoided, describe, exclude_option, read_bad_nodes
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.render import render
 
@@ -22,7 +22,7 @@ def found(run: RunDirectory, node: str, check: str = "ecc", *, hours_ago: float 
 
 def test_what_was_left_out_within_a_day_is_avoided(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    assert avoided([run]) == [] and told(read_bad_nodes(run)) == ""
+    assert avoided([run]) == [] and describe(read_bad_nodes(run)) == ""
     found(run, "n3", hours_ago=23)
     found(run, "n1")
     found(run, "n1", "link")
@@ -30,7 +30,7 @@ def test_what_was_left_out_within_a_day_is_avoided(tmp_path: Path) -> None:
     found(run, "n4", excluded=False)
     run.bad_nodes.write_text(run.bad_nodes.read_text() + '{"time": 1, "no')
     assert avoided([run]) == ["n1", "n3"]
-    assert told(read_bad_nodes(run)) == "without n3 (ecc), n1 (ecc, link), n2 (ecc); bad: n4 (ecc)"
+    assert describe(read_bad_nodes(run)) == "without n3 (ecc), n1 (ecc, link), n2 (ecc); bad: n4 (ecc)"
 
 
 def test_the_scripts_own_list_stays(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from megabatch.errors import LaunchError
 from megabatch.slurm.cluster import PrivateCluster, main
 from megabatch.slurm.cluster_config import ClusterLayout, slurm_conf
-from megabatch.slurm.processes import descendants, marked_processes
+from megabatch.slurm.processes import descendants, tagged_processes
 
 from .conftest import until
 
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def left_over(directory: Path) -> set[int]:
-    marks = (f"MEGABATCH_PRIVATE_CLUSTER={directory}", f"SLURM_CONF={directory}/slurm.conf")
-    alive = set().union(*(marked_processes(mark) for mark in marks))
+    tags = (f"MEGABATCH_PRIVATE_CLUSTER={directory}", f"SLURM_CONF={directory}/slurm.conf")
+    alive = set().union(*(tagged_processes(tag) for tag in tags))
     return {pid for pid in alive if _state(pid) not in ("Z", "")}
 
 

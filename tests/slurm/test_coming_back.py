@@ -15,7 +15,7 @@ import pytest
 from megabatch.insight.diagnosis import diagnose
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.control import resume
-from megabatch.slurm.processes import marked_processes
+from megabatch.slurm.processes import tagged_processes
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import read_records
@@ -109,7 +109,7 @@ def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(
     job.wait_listening()
     [srun] = [
         pid
-        for pid in marked_processes(f"MEGABATCH_RUN={job.run.path}")
+        for pid in tagged_processes(f"MEGABATCH_RUN={job.run.path}")
         if os.readlink(f"/proc/{pid}/exe").endswith("/srun") and parent(pid) not in sruns(job)
     ]
     os.kill(srun, signal.SIGKILL)
@@ -122,7 +122,7 @@ def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(
 
 
 def sruns(job: Submitted) -> set[int]:
-    pids = marked_processes(f"MEGABATCH_RUN={job.run.path}")
+    pids = tagged_processes(f"MEGABATCH_RUN={job.run.path}")
     return {pid for pid in pids if os.readlink(f"/proc/{pid}/exe").endswith("/srun")}
 
 

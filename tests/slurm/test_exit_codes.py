@@ -1,4 +1,4 @@
-"""What exit codes mean to the batch script, and the mark that the first process to fail leaves."""
+"""What exit codes mean to the batch script, and the marker that the first process to fail leaves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_first_of_many_writes_the_mark_whole(tmp_path: Path) -> None:
     assert early == late and early.endswith(" said a word") and files == "mark"
 
 
-def test_a_mark_stays_where_there_are_no_hard_links(tmp_path: Path) -> None:
+def test_a_marker_stays_where_there_are_no_hard_links(tmp_path: Path) -> None:
     script = f"ln() {{ return 1; }}\n{WRITE_ONCE}\nwrite_once first mark 1; write_once second mark 2; cat mark; ls"
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "first\nmark\n"

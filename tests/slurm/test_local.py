@@ -75,8 +75,8 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(job: JobSpec) -> None:
     assert run_local(run, terminal=terminal) == 124
     for text in (terminal.getvalue().decode(), job.files.batch_log("local").read_text()):
         assert "megabatch: the run hangs; rank 1 on " in text and " does not answer" in text
-    [mark] = job.files.logs.glob("failed.*")
-    assert mark.read_text().split()[:2] == ["1", "124"]
+    [marker] = job.files.logs.glob("failed.*")
+    assert marker.read_text().split()[:2] == ["1", "124"]
     assert "rank 0 is at step 7, training" in job.files.rank_log(0, 0).read_text()
 
 

@@ -13,7 +13,7 @@ import pytest
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local_array import device_shares, run_local_array
-from megabatch.slurm.processes import marked_processes
+from megabatch.slurm.processes import tagged_processes
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.records import read_records
 
@@ -36,18 +36,18 @@ def _said(job: JobSpec, rank: int = 0) -> list[dict[str, object]]:
 def test_each_is_a_run_of_its_own_and_a_failure_stops_no_other(tmp_path: Path) -> None:
     jobs = _jobs(tmp_path, "seconds=0.3", "fail_rank=0", "seconds=0.3", "seconds=0.3", tasks_per_node=2)
     jobs[1] = replace(jobs[1], arguments=(*(jobs[1].arguments or ()), "fail=3"))
-    told: list[tuple[str, str]] = []
+    reported: list[tuple[str, str]] = []
     codes = run_local_array(
-        jobs, ClusterProfile(), max_parallel=2, tell=lambda job, text: told.append((job.name, text))
+        jobs, ClusterProfile(), max_parallel=2, report=lambda job, text: reported.append((job.name, text))
     )
     assert codes == [0, 3, 0, 0]
-    assert sorted(told) == sorted(
+    assert sorted(reported) == sorted(
         [(name, "started") for name in "abcd"]
         + [(name, "done") for name in "acd"]
         + [("b", "failed with exit code 3")]
     )
     running, most = 0, 0
-    for _, text in told:
+    for _, text in reported:
         running += 1 if text == "started" else -1
         most = max(most, running)
     assert most == 2
@@ -68,7 +68,7 @@ from megabatch.slurm.local_array import run_local_array
 from megabatch.slurm.profile import ClusterProfile
 jobs = [JobSpec(name=name, run_directory=Path({folder!r}, name), python=sys.executable,
                 arguments=({payload!r}, "seconds=60")) for name in "abc"]
-print(*map(int, run_local_array(jobs, ClusterProfile(), max_parallel=2, tell=lambda job, text: None)))
+print(*map(int, run_local_array(jobs, ClusterProfile(), max_parallel=2, report=lambda job, text: None)))
 """
 
 
@@ -91,8 +91,8 @@ def test_killing_the_launcher_leaves_nothing_running(tmp_path: Path) -> None:
     until(lambda: all(Submitted(run, "local").said(0) for run in runs), what="two that run")
     process.kill()
     process.wait()
-    marks = [f"MEGABATCH_RUN={run.path}" for run in runs]
-    until(lambda: not any(marked_processes(mark) for mark in marks), what="the end of all ranks")
+    tags = [f"MEGABATCH_RUN={run.path}" for run in runs]
+    until(lambda: not any(tagged_processes(tag) for tag in tags), what="the end of all ranks")
 
 
 def test_gpus_are_dealt_out_to_as_many_jobs_as_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +106,6 @@ def test_gpus_are_dealt_out_to_as_many_jobs_as_have_their_own(monkeypatch: pytes
 def test_a_job_on_gpus_sees_its_own_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     jobs = _jobs(tmp_path, "seconds=0.3", "seconds=0.3", "seconds=0", gpus_per_node=1)
-    assert run_local_array(jobs, ClusterProfile(), max_parallel=8, tell=lambda job, text: None) == [0, 0, 0]
+    assert run_local_array(jobs, ClusterProfile(), max_parallel=8, report=lambda job, text: None) == [0, 0, 0]
     seen = [_said(job)[0]["environment"]["CUDA_VISIBLE_DEVICES"] for job in jobs]  # type: ignore[index]
     assert set(seen[:2]) == {"4", "5"} and seen[2] in ("4", "5")

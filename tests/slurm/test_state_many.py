@@ -121,7 +121,7 @@ def test_a_local_run_is_known_by_its_launcher_and_cancelled(tmp_path: Path) -> N
     assert run_local(job) == 3
     found = status([job.run_directory])[0]
     assert (found.state, found.source, found.exit_code, found.job_id) == (State.FAILED, "records", 3, "local")
-    assert job.files.mark("failed", "local", 0).read_text().split()[:2] == ["0", "3"]
+    assert job.files.marker("failed", "local", 0).read_text().split()[:2] == ["0", "3"]
     code = (
         "import sys; from pathlib import Path\nfrom megabatch.slurm.job import JobSpec\n"
         "from megabatch.slurm.local import run_local\n"

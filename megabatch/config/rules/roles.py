@@ -14,7 +14,7 @@ from megabatch.plan.shape import ModelShape
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TAKEN = ("rank", "batch", "token", "port", "ports", "task", "stop", "stopped", "failed", "preflight", "fruitless")
-"""Names of other logs, marks and variables."""
+"""Names of other logs, markers and variables."""
 
 
 def role_faults(roles: Sequence[Role]) -> Iterator[Fault]:

@@ -190,7 +190,7 @@ class Checkpoints:
         self._require_newest_start()
         try:
             for note in history.settle(self.run, chosen, damaged, later):
-                logger.warning("%s", note.told())
+                logger.warning("%s", note.describe())
         except OSError as e:
             raise CheckpointError(f"{self.run.checkpoints} cannot be written: {e.strerror or e}") from e
 

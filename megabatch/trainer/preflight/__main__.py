@@ -113,12 +113,12 @@ def _decide(
         excluded_before=len(_excluded_before(run)),
         max_bad_nodes=options.max_bad_nodes,
     )
-    mark = f"preflight.{os.environ['MEGABATCH_JOB_ID']}.{os.environ['MEGABATCH_ATTEMPT']}"
+    marker = f"preflight.{os.environ['MEGABATCH_JOB_ID']}.{os.environ['MEGABATCH_ATTEMPT']}"
     said = {"seconds": round(seconds, 3), "reports": list(reports.values()), "links": links}
-    write_atomic(run.logs / f"{mark}.json", json.dumps(said, indent=1) + "\n")
+    write_atomic(run.logs / f"{marker}.json", json.dumps(said, indent=1) + "\n")
     _record(run, {names[index]: faults for index, faults in bad.items()}, excluded=decided.word == "exclude")
     _say(bad, names, decided, seconds=seconds)
-    write_atomic(run.logs / mark, f"{decided.word} {','.join(names[index] for index in bad)}\n")
+    write_atomic(run.logs / marker, f"{decided.word} {','.join(names[index] for index in bad)}\n")
 
 
 def _name(reports: Values, index: int) -> str:

@@ -2,7 +2,7 @@
 
     python tests/converters/engine/killing.py --kills 100 [--seed 0]
 
-kills so many, dealt over the ways of converting; every output must have the bytes of an undisturbed one, and must not
+kills so many, dealt over the conversion modes; every output must have the bytes of an uninterrupted one, and must not
 have its name before. `test_resume.py` does the same with fewer.
 """
 
@@ -63,7 +63,7 @@ class Killed:
     """What happened to one way of converting."""
 
     calls: int
-    """To the system, of an undisturbed conversion."""
+    """To the system, of an uninterrupted conversion."""
     kills: int = 0
     resumed: int = 0
     """Conversions that were taken up, some twice."""

@@ -15,27 +15,27 @@ _BUSY = (BlockingIOError, PermissionError)
 """What flock and lockf raise for a lock that somebody else holds."""
 
 
-class TakenError(LaunchError):
+class LockedError(LaunchError):
     """Another launcher is at work in the run directory."""
 
 
 @contextmanager
-def alone(run: RunDirectory) -> Iterator[None]:
+def launcher_lock(run: RunDirectory) -> Iterator[None]:
     """Holds the run directory, which exists, for this process; the system lets go of it when the process ends.
 
     A file system without locks is taken at its word: nothing is held there.
-    Raises: TakenError, at once, when another launcher holds it or has just taken it away; OSError when nothing can be
+    Raises: LockedError, at once, when another launcher holds it or has just taken it away; OSError when nothing can be
     written there.
     """
     with open(run.launcher_lock, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except _BUSY as error:
-            raise taken(run) from error
+            raise already_locked(run) from error
         except OSError:
             pass
         if not _is_there(run.launcher_lock, file.fileno()):
-            raise taken(run)
+            raise already_locked(run)
         try:
             yield
         finally:
@@ -51,6 +51,6 @@ def _is_there(path: Path, descriptor: int) -> bool:
         return False
 
 
-def taken(run: RunDirectory) -> TakenError:
+def already_locked(run: RunDirectory) -> LockedError:
     """What to raise where another launcher was quicker."""
-    return TakenError(f"{run.path}: another launcher is at work there; look with megabatch status, or use --run_dir")
+    return LockedError(f"{run.path}: another launcher is at work there; look with megabatch status, or use --run_dir")

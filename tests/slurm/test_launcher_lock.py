@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from megabatch.run_directory import RunDirectory
-from megabatch.slurm.alone import TakenError, alone
+from megabatch.slurm.launcher_lock import LockedError, launcher_lock
 
 _HOLD = """
 import sys, time
 from pathlib import Path
 from megabatch.run_directory import RunDirectory
-from megabatch.slurm.alone import alone
-with alone(RunDirectory(Path(sys.argv[1]))):
+from megabatch.slurm.launcher_lock import launcher_lock
+with launcher_lock(RunDirectory(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -27,10 +27,10 @@ def test_the_second_one_is_told_at_once_and_a_killed_one_lets_go(tmp_path: Path)
     run = RunDirectory(tmp_path)
     with subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
-        with pytest.raises(TakenError, match="another launcher"), alone(run):
+        with pytest.raises(LockedError, match="another launcher"), launcher_lock(run):
             pass
         first.send_signal(signal.SIGKILL)
         first.wait()
-    with alone(run):
+    with launcher_lock(run):
         pass
     assert not list(tmp_path.iterdir())

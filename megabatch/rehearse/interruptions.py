@@ -16,10 +16,10 @@ from megabatch.rehearse.compare import records
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local import run_local
-from megabatch.slurm.processes import marked_processes
+from megabatch.slurm.processes import tagged_processes
 
 
-def undisturbed(job: JobSpec) -> int:
+def uninterrupted(job: JobSpec) -> int:
     """Exit code of the run from its first step to its last."""
     return run_local(job, terminal=io.BytesIO())
 
@@ -33,7 +33,7 @@ def killed(job: JobSpec, *, step: int, rank: int) -> int:
     """Kills a rank after that step, as a machine that runs out of memory would."""
 
     def kill() -> None:
-        for pid in marked_processes(f"MEGABATCH_RUN={job.run_directory}", also=f"RANK={rank}"):
+        for pid in tagged_processes(f"MEGABATCH_RUN={job.run_directory}", also=f"RANK={rank}"):
             if _environment(pid).get("RANK") == str(rank):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -7,7 +7,7 @@ from megabatch.slurm.hang import ANSWER_S, START_FACTOR, SUSPECT
 from megabatch.slurm.job import JobSpec
 
 
-def watching(job: JobSpec) -> list[str]:
+def watchdog(job: JobSpec) -> list[str]:
     hang_s = round(job.hang_timeout_s)
     hung = [
         "        # seconds are counted by the tick: a job that was suspended has not hung",
