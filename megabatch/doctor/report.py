@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import textwrap
 
-from megabatch.doctor.checks import Finding, examine
+from megabatch.doctor.checks import examine
 from megabatch.doctor.cluster import examine_cluster
+from megabatch.doctor.finding import Finding
 from megabatch.doctor.site import examine_site
 from megabatch.slurm.profile import load_profile
 from megabatch.table import table

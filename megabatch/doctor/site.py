@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megabatch.doctor.ask import ask
-from megabatch.doctor.checks import Finding
+from megabatch.doctor.finding import Finding
 from megabatch.slurm.profile import ClusterProfile, Container
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.script.variables import modules

@@ -4,7 +4,7 @@ set -euo pipefail
 
 TRANSFORMER_ENGINE=2.20.2
 FLASH_ATTN=2.8.3
-VLLM=0.24.0
+VLLM=0.32.0
 # Hopper and Blackwell; every further architecture adds minutes to the build
 ARCHITECTURES="${ARCHITECTURES:-90;100}"
 export MAX_JOBS="${MAX_JOBS:-8}" DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1
@@ -35,8 +35,7 @@ if [ -n "${APEX:-}" ]; then
     rm -rf /tmp/apex
 fi
 
-# each vLLM names one torch, another than ours: rollout servers get an environment of their own
+# the one vLLM that goes with this torch, in the same environment: rollouts may share the trainer's processes
 if [ -n "${WITH_VLLM:-}" ]; then
-    python3 -m venv /opt/rollout
-    /opt/rollout/bin/pip install "vllm==$VLLM"
+    pip install --constraint constraints.txt "vllm==$VLLM"
 fi

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from megabatch.doctor.checks import Finding
 from megabatch.doctor.cluster import examine_cluster
+from megabatch.doctor.finding import Finding
 from megabatch.doctor.site import examine_site
 from megabatch.slurm.cluster import PrivateCluster, missing_programs
-from megabatch.slurm.profile import ClusterProfile, Container
+from megabatch.slurm.profile import ClusterProfile, Container, PreparePartition
 
 pytestmark = pytest.mark.slurm
 
@@ -69,6 +69,20 @@ class TestAgainstSlurm:
         assert fault.name == name
         assert found in fault.found
         assert fix in fault.fix
+
+    def test_where_preparations_go_is_looked_at_like_the_rest(self) -> None:
+        good = PreparePartition(partition="urgent", time="2:00:00")
+        findings = {finding.name: finding for finding in examine_cluster(ClusterProfile(prepare=good))}
+        assert not any(finding.needed for finding in findings.values())
+        assert findings["prepare.partition"].found.startswith("urgent: 4 nodes")
+        assert findings["prepare.time"].found == "2:00:00 is within urgent's limit of UNLIMITED"
+        bad = PreparePartition(partition="urgnet", constraint="bigmem")
+        found = faults(examine_cluster(ClusterProfile(prepare=bad)))
+        assert (found["prepare.partition"].found, found["prepare.partition"].fix) == (
+            "no partition urgnet",
+            'partition = "urgent"',
+        )
+        assert "bigmem" in found["prepare.constraint"].found
 
     def test_a_partition_that_is_down_or_too_short(self, slurm: PrivateCluster) -> None:
         def update(words: str) -> None:
@@ -144,9 +158,13 @@ def test_accounts_are_those_of_this_user(accounted: PrivateCluster) -> None:
         for name, value in accounted.environment.items():
             patch.setenv(name, value)
         assert faults(examine_cluster(ClusterProfile(account="nlp", qos="normal"))) == {}
-        found = faults(examine_cluster(ClusterProfile(account="npl", qos="high")))
+        other = PreparePartition(partition="batch", account="ndp", qos="low")
+        findings = examine_cluster(ClusterProfile(account="npl", qos="high", prepare=other))
+    found = faults(findings)
     assert '"nlp"' in found["account"].fix
     assert found["qos"].fix == 'qos = "normal"'
+    assert '"nlp"' in found["prepare.account"].fix
+    assert found["prepare.qos"].found.endswith("may not use low")
 
 
 @pytest.fixture

