@@ -9,7 +9,7 @@ from megabatch.plan.shape import ModelShape
 BUILT = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 """Model types (`ModelShape.model_type`) that the trainer builds; `docs/families.md` lists them."""
 
-_VISION = "models that see images"
+_VISION = "vision-language models"
 UNBUILT = {
     "deepseek_v2": "multi-latent attention",
     "deepseek_v3": "multi-latent attention",
@@ -33,14 +33,14 @@ def untrainable(shape: ModelShape) -> str | None:
     """Why the trainer cannot train a model of this shape; None when it can."""
     if shape.model_type not in BUILT:
         lacks = UNBUILT.get(shape.model_type, f"model_type={shape.model_type}")
-        return f"the trainer has not built {lacks}; megabatch converts this family, and does not train it yet"
+        return f"the trainer does not support {lacks} yet; megabatch converts this family but cannot train it"
     return "; ".join(reason for rule in _RULES if (reason := rule(shape))) or None
 
 
 def _score_head(shape: ModelShape) -> str | None:
     if shape.num_labels is None:
         return None
-    return "score heads (sequence classification, reward models) are not built; they are converted only"
+    return "score heads (sequence classification, reward models) are not built; megabatch only converts them"
 
 
 def _window(shape: ModelShape) -> str | None:
@@ -48,7 +48,7 @@ def _window(shape: ModelShape) -> str | None:
         return None
     return (
         f"attention in a sliding window (sliding_window={shape.sliding_window}) is not built; with sliding_window "
-        "null in config.json it is the same model for sequences no longer than that"
+        "null in config.json the model is the same for sequences up to that length"
     )
 
 

@@ -227,7 +227,7 @@ def _secrets(value: Any, place: str) -> Iterator[Fault]:
     kinds = {secret_given(name, word) for word in words if isinstance(word, str)}
     kinds.update(secrets_in_words([word for word in words if isinstance(word, str)]))
     for kind in sorted(kinds - {None}, key=str):
-        rule = f"holds {kind}, and job scripts are readable by others; export it in the shell that submits and "
+        rule = f"holds {kind}, but others can read job scripts; export it in the submitting shell and "
         yield Fault(place, None, rule + "list its name under `inherit`", bare=True)
 
 

@@ -174,7 +174,7 @@ def _take_action(name: str, texts: list[str], actions: dict[str, Any], faults: l
             faults.append(Fault("--sweep", None, rule, try_=("--sweep seed=1,2,3",), bare=True))
         actions["sweep"] = (*actions.get("sweep", ()), *texts)
     elif alone and texts:
-        faults.append(Fault(f"--{name}", None, f"takes no value, but {texts[0]!r} follows it", bare=True))
+        faults.append(Fault(f"--{name}", None, f"takes no value, but got {texts[0]!r}", bare=True))
     elif not alone and len(texts) != 1:
         faults.append(Fault(f"--{name}", None, "needs one value", bare=True))
     elif name in actions:
@@ -219,7 +219,7 @@ def _value(named: Named, texts: list[str]) -> Any:
     if not texts:
         return Fault(parameter.dotted, None, "needs a value", bare=True)
     if len(texts) > 1 and not is_list(hint):
-        return Fault(parameter.dotted, None, f"takes one value, but {len(texts)} follow it", bare=True)
+        return Fault(parameter.dotted, None, f"takes one value, but got {len(texts)}", bare=True)
     try:
         value = read(texts, hint)
     except ValueError as error:
@@ -236,13 +236,13 @@ def _find(name: str, algorithm: str | None) -> Named | Fault:
         return found[0]
     if len(found) > 1 or name in _names():
         dotted = [named.parameter.dotted for named in _names()[name]]
-        return Fault(f"--{name}", None, "belongs to several algorithms; say which", try_=_dashed(dotted), bare=True)
+        return Fault(f"--{name}", None, "belongs to several algorithms; name one", try_=_dashed(dotted), bare=True)
     group, _, field = name.partition(".")
     known = [*_names(), *_ACTIONS, *_TOP]
     if field and group in group_types(Recipe):
         known = [dotted for dotted in known if dotted.startswith(f"{group}.")]
     if name in _OF_THE_CLUSTER:
-        return Fault(f"--{name}", None, "is set in the cluster profile that --cluster names, not in a run", bare=True)
+        return Fault(f"--{name}", None, "belongs in the cluster profile that --cluster names, not in a run", bare=True)
     near = sorted(get_close_matches(name, known, n=3, cutoff=0.7), key=_is_unbuilt)
     return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near[:2]), bare=True)
 

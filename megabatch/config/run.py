@@ -232,7 +232,9 @@ def _built_group(group: type, found: Any, *, place: str) -> Any:
     for name in found:
         if name not in names:
             near = get_close_matches(name, names, n=1)
-            raise ConfigError(f"{place}: {name} is no field of {group.__name__}{f'; try {near[0]}' if near else ''}")
+            raise ConfigError(
+                f"{place}: {name} is not a field of {group.__name__}{f'; try {near[0]}' if near else ''}"
+            )
     for name in names:
         if name not in found:
             raise ConfigError(f"{place}: {name} of {group.__name__} is missing; submit the run again")

@@ -26,5 +26,5 @@ def seconds(time: str) -> int:
     else:
         total = parts[0] * 60 + sum(parts[1:])
     if not total:
-        raise ConfigError("must be longer than nothing")
+        raise ConfigError("must be above 0")
     return total

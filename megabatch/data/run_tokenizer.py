@@ -53,13 +53,13 @@ def folder_of(name: str, run: RunConfig) -> Path:
         return Path(ms_download(name, token=token))
     except ImportError as e:
         raise ConfigError(
-            f"model.model={name!r} is no folder here and bridge.use_hf=False asks ModelScope's hub, whose package is "
-            "not installed; pip install modelscope, or set use_hf=True for Hugging Face's hub"
+            f"model.model={name!r} is not a local folder, and bridge.use_hf=False selects ModelScope's hub, whose "
+            "package is not installed; pip install modelscope, or set use_hf=True for Hugging Face's hub"
         ) from e
     except Exception as e:  # hubs raise a dozen kinds for what is always: it could not be downloaded
         raise ConfigError(
-            f"model.model={name!r} is no folder here and cannot be downloaded ({type(e).__name__}: "
-            f"{str(e).strip().splitlines()[0]}); download it where there is a network and give its folder"
+            f"model.model={name!r} is not a local folder and cannot be downloaded ({type(e).__name__}: "
+            f"{str(e).strip().splitlines()[0]}); download it on a machine with network access and give its folder"
         ) from e
 
 

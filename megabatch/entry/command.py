@@ -21,7 +21,7 @@ from megabatch.slurm.launcher_lock import LockedError
 _USAGE = """\
 python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [--<parameter> VALUE …]
 
-  --submit    send the run to Slurm       --local    run it here, one process a rank
+  --submit    send the run to Slurm       --local    run it here, one process per rank
   --dry_run   show plan and job script    --help     all parameters
 """
 
@@ -124,7 +124,10 @@ def queue(launch: Launch, arguments: Sequence[str]) -> int:
         print(
             f"  note: this cluster does not let job {jobs[0]} requeue: at its time limit it saves and ends. Submit it"
         )
-        print("  with --chain N, which queues N jobs that go on where the one before stopped, or use megabatch resume")
+        print(
+            "  with --chain N, which queues N jobs that each continue where the previous one stopped, or use "
+            "megabatch resume"
+        )
     print(f"  megabatch status {folder}")
     print(f"  megabatch logs -f {folder}")
     print(f"  megabatch cancel {folder}")
@@ -166,6 +169,6 @@ def _report_end(directory: RunDirectory, code: int, arguments: Sequence[str]) ->
         given = any(argument.startswith(("--run_dir", "--run-dir")) for argument in arguments)
         where = [] if given else ["--run_dir", str(directory.path)]
         again = shlex.join(["python", sys.argv[0], *arguments, *where])
-        print(f"stopped and saved; go on with: {again}")
+        print(f"stopped and saved; resume with: {again}")
     else:
         print(f"error: the run failed with exit code {code}; all logs are in {directory.logs}", file=sys.stderr)

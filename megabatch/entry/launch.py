@@ -217,7 +217,7 @@ def _require_same(existing: RunConfig, config: RunConfig) -> None:
     if changed := differences(existing, config):
         raise ConfigError(
             f"{config.run_dir} holds another run (it differs in {', '.join(changed)}); choose another --run_dir, or "
-            f"go on with that one: megabatch resume {shlex.quote(config.run_dir)}"
+            f"resume that run: megabatch resume {shlex.quote(config.run_dir)}"
         )
 
 

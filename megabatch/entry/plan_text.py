@@ -16,7 +16,7 @@ from megabatch.plan.shape import ModelShape
 from megabatch.slurm.environment import Variable, job_variables
 
 _WIDTH = 12
-_LINKS = "{} in a row, each going on where the one before stopped; none requeues, and those left over never start"
+_LINKS = "{} in a row, each continuing where the previous one stopped; none requeues; left-over jobs never start"
 
 
 def plan_text(launch: Launch, *, refusals: list[Fault], local: bool = False) -> str:
@@ -155,12 +155,12 @@ def _estimate(launch: Launch) -> Iterator[str]:
 def _notes(launch: Launch) -> Iterator[str]:
     recipe, model = launch.recipe, launch.model
     if model.shape is None:
-        yield "the model's shape is not known here, so rules about it were not checked"
+        yield "the model's shape is not known here, so the rules that need it were not checked"
     elif recipe.model.model is not None and model.folder is None:
         command = download_command(recipe.model.model, use_hf=recipe.bridge.use_hf)
-        yield f"the weights are downloaded when the run starts; where nodes have no network, first: {command}"
+        yield f"the run downloads the weights when it starts; if nodes have no network, run first: {command}"
     hubs = {"hf": "Hugging Face", "ms": "ModelScope"}
     named = [parse(text, use_hf=recipe.bridge.use_hf) for text in (*recipe.data.dataset, *recipe.data.val_dataset)]
     for name in named:
         if name.kind in hubs:
-            yield f"{name.where} is taken from {hubs[name.kind]} when the run starts"
+            yield f"{name.where} is downloaded from {hubs[name.kind]} when the run starts"

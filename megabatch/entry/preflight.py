@@ -49,8 +49,8 @@ def unwritable(run_directory: Path) -> list[Fault]:
     existing = next(path for path in (run_directory, *run_directory.parents) if path.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return []
-    problem = "cannot be written by you" if existing.is_dir() else "is a file"
-    rule = f"cannot be made: {existing} {problem}; choose another folder with --save or --run_dir"
+    problem = "is not writable for you" if existing.is_dir() else "is a file"
+    rule = f"cannot be created: {existing} {problem}; choose another folder with --save or --run_dir"
     return [Fault("run directory", str(run_directory), rule)]
 
 
@@ -69,7 +69,7 @@ def occupied(run_directory: Path, *, own: Collection[str] = ()) -> list[Fault]:
     if not others:
         return []
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    rule = f"holds no run, but {', '.join(others[:3])}{more}; choose one that is empty or not there yet with --run_dir"
+    rule = f"holds no run, but {', '.join(others[:3])}{more}; choose an empty or a new folder with --run_dir"
     return [Fault("run directory", str(run_directory), rule)]
 
 
@@ -152,7 +152,7 @@ def _model(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
     elif name is not None and model.shape is None and model.folder is None:
         if is_hub_name(name):
             fix = download_command(name, use_hf=recipe.bridge.use_hf)
-            rule = f"is neither a folder here nor downloaded, so its shape is not known; first: {fix}"
+            rule = f"is neither a local folder nor downloaded, so its shape is not known; run first: {fix}"
         else:
             rule = f"does not exist{_nearest_folder(Path(name).expanduser())}"
         yield Fault("model.model", name, rule)
@@ -198,5 +198,5 @@ def _load(recipe: Recipe) -> Iterator[Fault]:
     if not path.is_dir():
         yield Fault("checkpoint.load", load, f"does not exist{_nearest_folder(path)}")
     elif not any((path / name).is_file() for name in names):
-        rule = "holds no checkpoint; give a run directory that has saved one, a step_* folder, or a torch_dist folder"
+        rule = "holds no checkpoint; give a run directory with a checkpoint, a step_* folder, or a torch_dist folder"
         yield Fault("checkpoint.load", load, rule)

@@ -57,5 +57,5 @@ def _value(recipe: Recipe, name: str) -> Any:
 def _of_the_run(changed: list[str]) -> Iterator[Fault]:
     for name in changed:
         if name not in _ASKED_FOR:
-            rule = "is not for preparing, which is one task on a node without GPUs; leave it out"
+            rule = "has no effect on a preparation, which is one task on a node without GPUs; leave it out"
             yield Fault(f"--{name}", None, rule, bare=True)

@@ -25,7 +25,7 @@ def resume_here(run: Path, *, back_to: str | None = None) -> int:
         profile = load_profile(str(cluster)) if cluster else ClusterProfile()
         code = run_local(job_of(config.recipe, directory, snapshot=None), profile)
     if code == ExitCode.REQUEUE:
-        print(f"stopped and saved; go on with: megabatch resume {run}")
+        print(f"stopped and saved; resume with: megabatch resume {run}")
     elif code != ExitCode.DONE:
         print(f"error: the run failed with exit code {code}; megabatch why {run}", file=sys.stderr)
     return code

@@ -40,7 +40,7 @@ def require_torch() -> None:
     """Raises: LaunchError where this Python cannot train."""
     if absent := absent_packages():
         raise LaunchError(
-            f"{', '.join(absent)} not installed for {sys.executable}, so nothing can be trained here; "
+            f"{', '.join(absent)} not installed for {sys.executable}, so this machine cannot train; "
             "pip install 'megabatch[train]', or --submit to a cluster"
         )
 
@@ -52,7 +52,7 @@ def _untrainable(profile: ClusterProfile) -> list[Fault]:
     if not absent:
         return []
     rule = (
-        f"lacks {', '.join(absent)}, and the ranks would run it; name another with `python`, or a container, in the "
+        f"lacks {', '.join(absent)}, and the ranks would use it; name another with `python`, or a container, in the "
         "cluster profile, or: pip install 'megabatch[train]'"
     )
     return [Fault(sys.executable, None, rule, bare=True)]
@@ -72,7 +72,7 @@ def unplaceable(folder: Path, *, recipe_file: Path, local: bool, own: Collection
 
 
 _FIX = (
-    "and others can read the copy that a job runs from; export it in the shell that submits, and list its name under "
+    "and others can read the copy that a job runs from; export it in the submitting shell, and list its name under "
     "`inherit` of the cluster profile"
 )
 

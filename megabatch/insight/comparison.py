@@ -170,7 +170,9 @@ def _code(
 ) -> tuple[tuple[str, ...], str]:
     if before is None or after is None:
         which = "the first" if before is None else "the second"
-        why = "ran here, from the checkout" if local[0 if before is None else 1] else "has lost its snapshot"
+        why = (
+            "ran on this machine, from the checkout" if local[0 if before is None else 1] else "has lost its snapshot"
+        )
         return (), f"not compared: {which} run {why}"
     found = []
     for name in sorted(before.keys() | after.keys()):

@@ -103,7 +103,7 @@ def of_slurm(state: str, reason: str, *, shown: str) -> Iterator[Finding]:
 def of_ending(exit_code: int | None) -> Iterator[Finding]:
     """The code that an attempt ended with; None when it left none."""
     if exit_code is None:
-        lost = "it left no word: killed from outside, or its node died"
+        lost = "it left no exit code: it was killed from outside, or its node died"
         yield from _stated(Source.ENDING, "no ending", shown=lost)
     else:
         yield from _stated(Source.ENDING, f"exit code {exit_code}", shown=f"exit code {exit_code}")

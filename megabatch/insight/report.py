@@ -26,7 +26,7 @@ _CHARTS = (
     ("grad_norm", "Gradient norm"),
     ("learning_rate", "Learning rate"),
     ("tokens_per_s", "Throughput (tokens/s)"),
-    ("step_s", "Time of a step (s)"),
+    ("step_s", "Step time (s)"),
     ("memory_gib", "Peak memory of rank 0 (GiB)"),
     ("mfu", "Model FLOPs utilisation"),
 )
@@ -53,7 +53,7 @@ def report(runs: Sequence[Path], *, mask: Masker | None = None) -> str:
     title = "Runs: " + ", ".join(labels[:3]) + (" …" if len(labels) > 3 else "")
     body = [
         f"<h1>{escape(title)}</h1>",
-        page.paragraph(time.strftime("Made on %Y-%m-%d at %H:%M %Z by megabatch report."), soft=True),
+        page.paragraph(time.strftime("Created on %Y-%m-%d at %H:%M %Z by megabatch report."), soft=True),
         page.legend(labels),
         page.section("Progress", _progress(found)),
         page.section("Curves", f'<div class="charts">{_charts(found, labels)}</div>'),
@@ -138,7 +138,7 @@ def _timeline(found: Sequence[_Run], labels: Sequence[str]) -> str:
     ]
     if not bars:
         return ""
-    title = "Hours since the first attempt; one row for each run"
+    title = "Hours since the first attempt; one row per run"
     listed = page.table(("Run", "From", "For", "Attempt"), rows, caption="Every attempt of each run")
     return (
         page.figure(title, timeline(labels, bars, title=title))

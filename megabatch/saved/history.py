@@ -45,7 +45,7 @@ class SetAside:
         """For people: one line."""
         if self.kind == "damaged":
             return (
-                f"step_{self.step:08d} is damaged ({self.why}), set aside as {self.name}; went on from {self.went_on}"
+                f"step_{self.step:08d} is damaged ({self.why}), set aside as {self.name}; resumed from {self.went_on}"
             )
         return f"step_{self.step:08d} is set aside as {self.name}: {self.why}"
 
@@ -147,7 +147,7 @@ def find(run: RunDirectory, name: str) -> Path:
     for path in there:
         if name.strip("/") == path.name or (name.isdigit() and int(name) == step_of(path)):
             if not _may_be_resumed(path):
-                raise CheckpointError(f"{path} was saved without optimizer state: nothing can go on from it")
+                raise CheckpointError(f"{path} was saved without optimizer state: a run cannot resume from it")
             return path
     names = ", ".join(path.name for path in reversed(there)) or "none"
     aside = "".join(f"; set aside: {note.name}" for note in notes(run))

@@ -134,12 +134,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DamagedError(f"{MANIFEST}: cannot be understood ({e})") from e
+        raise DamagedError(f"{MANIFEST}: is not valid ({e})") from e
 
 
 def _file(name: str, made: Mapping[str, Any]) -> File:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"{name} is no file of this folder")
+        raise ValueError(f"{name} is not a file of this folder")
     ranges = tuple(Range(*entry) for entry in made["ranges"])
     end = 0
     for part in ranges:
@@ -168,4 +168,4 @@ def left_over(manifest: Manifest) -> Iterator[str]:
     for path in sorted(manifest.folder.rglob("*")):
         name = path.relative_to(manifest.folder).as_posix()
         if name not in manifest.files and name != MANIFEST and not path.is_dir():
-            yield f"{name}: is not of this checkpoint"
+            yield f"{name}: does not belong to this checkpoint"

@@ -54,7 +54,7 @@ def _refusal(variable: Variable) -> str | None:
         return "holds a $ that nothing expands; name your folders alone: they come before those of the node's own PATH"
     if secret_given(name, variable.value) or any(secrets_in_words([variable.value])):
         return (
-            "looks like a secret, and job scripts are readable by others; export it in the shell that submits and "
+            "looks like a secret, but others can read job scripts; export it in the submitting shell and "
             "list its name under `inherit`"
         )
     return None

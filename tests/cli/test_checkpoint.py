@@ -65,7 +65,7 @@ def test_status_and_why_say_what_was_set_aside(tmp_path: Path, capsys: pytest.Ca
     told = "step_00000002 is damaged (trainer.json: is missing), set aside as damaged.step_00000002"
     assert main(["status", str(run.path), "--json"]) == 0
     [one] = json.loads(capsys.readouterr().out)
-    assert one["damaged"] == [f"{told}; went on from step_00000001"]
+    assert one["damaged"] == [f"{told}; resumed from step_00000001"]
     assert main(["why", str(run.path)]) == 0
     assert f"checkpoint: {told}" in capsys.readouterr().out
 

@@ -82,4 +82,7 @@ def test_secrets_and_missing_snapshots(
     RunDirectory(b).jobs.write_text('{"job_id": "local", "attempt": 0, "start": 1}\n')
     found = diff(a, b, capsys)
     assert found["environment"]["VARIABLE"] == ["…", None]
-    assert found["code_note"] == "not compared: the second run ran here, from the checkout" and found["script"] == []
+    assert (
+        found["code_note"] == "not compared: the second run ran on this machine, from the checkout"
+        and found["script"] == []
+    )

@@ -91,18 +91,18 @@ def test_help_reads_nothing_else(dense):
     [
         ("--tensor_parallel_size 2", "--tensor_parallel_size is not a parameter; try --tensor_model_parallel_size"),
         ("--learnin_rate 2", "--learnin_rate is not a parameter; try --learning_rate"),
-        ("--partition a100", "--partition is set in the cluster profile that --cluster names, not in a run"),
+        ("--partition a100", "--partition belongs in the cluster profile that --cluster names, not in a run"),
         ("--parallel.lr 2", "--parallel.lr is not a parameter"),
         ("--submitt", "--submitt is not a parameter; try --submit"),
         ("--train_iters many", "training.train_iters='many' must be a whole number or None"),
         ("--sequence_parallel maybe", "parallel.sequence_parallel='maybe' must be true or false"),
         ("--train_iters", "training.train_iters needs a value"),
-        ("--train_iters 1 2", "training.train_iters takes one value, but 2 follow it"),
+        ("--train_iters 1 2", "training.train_iters takes one value, but got 2"),
         ("--optimizer adamw", "optimizer.optimizer='adamw' must be one of 'adam', 'sgd'"),
         ("--save_steps 1 --save_interval 1", "--save_interval was already given as --save_steps; give one of them"),
         ("--lr 1 --lr 1", "--lr is given twice"),
         ("--rope_fusion --no_rope_fusion", "--no_rope_fusion was already given as --rope_fusion; give one of them"),
-        ("--submit now", "--submit takes no value, but 'now' follows it"),
+        ("--submit now", "--submit takes no value, but got 'now'"),
         ("--cluster", "--cluster needs one value"),
         ("--name", "--name needs one value"),
         ("train.jsonl", "train.jsonl is not a flag; flags begin with --"),
@@ -124,7 +124,7 @@ def test_a_token_is_never_echoed(dense):
 
 def test_shared_names_follow_the_algorithm(dense):
     assert faults("--beta 1", dense) == [
-        "--beta belongs to several algorithms; say which; try --dpo.beta or --kto.beta or --grpo.beta or --gkd.beta"
+        "--beta belongs to several algorithms; name one; try --dpo.beta or --kto.beta or --grpo.beta or --gkd.beta"
     ]
     for algorithm in ("dpo", "kto", "grpo", "gkd"):
         _, recipe = parse(f"--beta 0.7 --task rlhf --rlhf_type {algorithm}".split(), dense)

@@ -117,7 +117,7 @@ def edited(run, path, edit):
             lambda run: run["recipe"]["parallel"].update(tensor_model_parallel_sise=2),
             [
                 "recipe: parallel",
-                "tensor_model_parallel_sise is no field of Parallel",
+                "tensor_model_parallel_sise is not a field of Parallel",
                 "try tensor_model_parallel_size",
             ],
         ),

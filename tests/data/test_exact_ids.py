@@ -183,7 +183,7 @@ def test_thoughts_beside_the_content_are_learned(name: str) -> None:
 def test_what_a_template_does_not_read_is_refused_by_name(family: str) -> None:
     with pytest.raises(DataError, match=r"^f:1: .* has reasoning_content, .*; set data\.template to chatml or plain"):
         ours("byte_level", family, {"messages": THOUGHTFUL})
-    with pytest.raises(DataError, match=r"^f:1: .* the row has images, which a text model does not see"):
+    with pytest.raises(DataError, match=r"^f:1: .* the row has images, which a text model does not read"):
         ours("byte_level", family, {"query": "Q", "response": "A", "images": ["a.png"]})
 
 

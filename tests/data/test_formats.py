@@ -92,7 +92,7 @@ def chat(*pairs: tuple[Any, Any]) -> dict[str, Any]:
         (chat(("user", "Q"), ("assistant", [{"type": "text"}])), r"messages\[1\]\.content\[0\] must be a text part"),
         (chat(("user", [{"type": "image"}]), ("assistant", "A")), r"not of type 'image': a text model reads no other"),
         (chat(("user", "Q"), ("robot", "A")), "has the role 'robot'; accepted are system"),
-        (chat(("user", "Q")), "the last message is of the user"),
+        (chat(("user", "Q")), "the last message is from the user"),
         (chat(("user", "Q"), ("tool_call", "no JSON")), r"messages\[1\]\.content is not valid JSON"),
         (chat(("user", "Q"), ("tool_call", '{"f": 1}')), "must be JSON with the name and arguments of a call"),
         ({"messages": [{"role": "assistant", "content": "A", "loss": "yes"}]}, "loss must be true, false or a weight"),
@@ -141,7 +141,7 @@ def test_one_turn_has_one_loss() -> None:
     call = '{"name": "f", "arguments": {}}'
     said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "loss": False},
             {"role": "tool_call", "content": call}]  # fmt: skip
-    with pytest.raises(DataError, match=r"^train\.jsonl:7: messages\[2\]: two messages .* have not the same loss"):
+    with pytest.raises(DataError, match=r"^train\.jsonl:7: messages\[2\]: two messages .* their losses differ"):
         conversation_of(row(messages=said))
     same = [*said[:2], {**said[2], "loss": False}, said[2]]  # of calls in a row the first one counts
     assert [m.loss for m in conversation_of(row(messages=same)).messages] == [None, 0]

@@ -107,15 +107,15 @@ def test_other_faults_of_files_are_named(tmp_path: Path) -> None:
     assert "dict.json: holds a dict" in fault("dict.json", b'{\n"text": "a"}')
     assert "lines.json:2: not valid JSON" in fault("lines.json", b'{"a": 1}\n{"a": 2')
     assert "cut.json: not valid JSON" in fault("cut.json", b'[{"a": 1}, {"a"')
-    assert "ragged.csv:3: has not the header's 2 cells" in fault("ragged.csv", b"a,b\n1,2\n1,2,3\n")
-    assert "short.csv:2: has not the header's 2 cells" in fault("short.csv", b"a,b\n1\n")
+    assert "ragged.csv:3: must have the header's 2 cells" in fault("ragged.csv", b"a,b\n1,2\n1,2,3\n")
+    assert "short.csv:2: must have the header's 2 cells" in fault("short.csv", b"a,b\n1\n")
     assert "quote.csv:2: not valid CSV" in fault("quote.csv", b'a,b\n"1"x,2\n')
     assert "bad.parquet: not readable as Parquet" in fault("bad.parquet", b"PAR1 nonsense")
     assert "empty.jsonl' is empty" in fault("empty.jsonl", b"\n")
     assert "is not a .jsonl, .json, .csv, .tsv, .parquet, .txt (the text ones also with .gz or .zst)" in fault(
         "data.xlsx", b""
     )
-    assert "tabs.tsv:3: has not the header's 2 cells; quote cells that hold tabs" in fault(
+    assert "tabs.tsv:3: must have the header's 2 cells; quote cells that contain tabs" in fault(
         "tabs.tsv", b"a\tb\n1\t2\n1\t2\t3\n"
     )
 
@@ -179,7 +179,7 @@ def test_a_damaged_compressed_file_is_one_error_with_its_place(tmp_path: Path, s
     path = tmp_path / f"a.jsonl.{suffix}"
     path.write_bytes(broken)
     with pytest.raises(
-        DataError, match=r"a\.jsonl\.\w+:\d+: (the compressed file is damaged or cut short|not )"
+        DataError, match=r"a\.jsonl\.\w+:\d+: (the compressed file is damaged or truncated|not )"
     ) as caught:
         read(path)
     if damage == "cut":
@@ -246,7 +246,7 @@ def test_modelscope_says_which_package_it_needs() -> None:
     try:
         import modelscope  # noqa: F401
     except ImportError:
-        with pytest.raises(DataError, match=r"pip install modelscope, or take .* hf::org/name"):
+        with pytest.raises(DataError, match=r"pip install modelscope, or use .* hf::org/name"):
             read("ms::org/name")
 
 

@@ -205,8 +205,8 @@ def test_unknown_template_suggests_the_nearest(tokens: Any) -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("{{ messages[0].content }}", "leaves out, repeats or reorders assistant message 0"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "leaves out, repeats or reorders"),
+        ("{{ messages[0].content }}", "omits, repeats or reorders assistant message 0"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "omits, repeats or reorders"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "is not found in the rendered conversation"),
         ("{{ messages | length }}{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ],

@@ -43,5 +43,5 @@ def test_faults_are_named(tmp_path: Path, tokenizer_folder: Path) -> None:
         tokenizer.load(tmp_path)
     with pytest.raises(DataError, match=r"vocab_size=100 is below .* try 259"):
         tokenizer.train_bpe(["a"], vocab_size=100, out_dir=tmp_path)
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(DataError, match="needs text"):
         tokenizer.train_bpe([""], vocab_size=300, out_dir=tmp_path)

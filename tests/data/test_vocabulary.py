@@ -46,7 +46,7 @@ def test_a_token_that_the_model_does_not_have_is_named(
     datasets.build(encoding, vocab_size=rows, cache_dir=cache_dir, dataset=[str(good)])  # unused ids may lie above
     if start == "warm":
         datasets.build(encoding, vocab_size=rows + 2, cache_dir=cache_dir, **data)
-    with pytest.raises(DataError, match=r"bad\.jsonl:2: has the token .<most>. with id") as caught:
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: contains the token .<most>. with id") as caught:
         datasets.build(encoding, vocab_size=rows, cache_dir=cache_dir, **data)
     for said in (f"id {rows + 1}, ", f"has {rows} rows", "(2 samples", f"at least {rows + 2} rows"):
         assert said in str(caught.value)

@@ -21,7 +21,7 @@ def test_the_script_looks_at_earlier_links_first_and_does_not_requeue(
 ) -> None:
     assert run(lambda: recipe, ["--dry_run", "--chain", "3"]) == 0
     script, plan = capsys.readouterr()
-    assert "\njobs         3 in a row, each going on where the one before stopped; none requeues, " in plan
+    assert "\njobs         3 in a row, each continuing where the previous one stopped; none requeues" in plan
     assert "#SBATCH --no-requeue\n" in script and "still_ours()" not in script
     assert script.index("nothing to go on with") < script.index("export MEGABATCH_ATTEMPT")
     run(lambda: recipe, ["--dry_run"])

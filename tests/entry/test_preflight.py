@@ -139,7 +139,7 @@ def test_a_folder_with_other_files_is_nobodys_run_directory(tmp_path: Path) -> N
     (fault,) = occupied(folder)
     assert str(fault) == (
         f"run directory='{folder}' holds no run, but b, c, d and 1 more; "
-        "choose one that is empty or not there yet with --run_dir"
+        "choose an empty or a new folder with --run_dir"
     )
     (folder / "d").unlink()
     (fault,) = occupied(folder, own=["b", "c"])

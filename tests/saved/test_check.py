@@ -40,7 +40,7 @@ def test_missing_resized_and_left_over_files(tmp_path: Path) -> None:
     (folder / "mcore" / "__2_0.distcp").write_bytes(b"x")
     assert sorted(found(folder)) == [
         "hf/config.json: has 60 bytes instead of 59",
-        "mcore/__2_0.distcp: is not of this checkpoint",
+        "mcore/__2_0.distcp: does not belong to this checkpoint",
         "trainer.json: is missing",
     ]
 
@@ -50,11 +50,11 @@ def test_each_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
     whole = (folder / MANIFEST).read_bytes()
     for at in range(len(whole)):
         (folder / MANIFEST).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(DamagedError, match=f"^{MANIFEST}: cannot be understood"):
+        with pytest.raises(DamagedError, match=f"^{MANIFEST}: is not valid"):
             read_manifest(folder)
     for length in range(0, len(whole), 17):
         (folder / MANIFEST).write_bytes(whole[:length])
-        with pytest.raises(DamagedError, match=f"^{MANIFEST}: cannot be understood"):
+        with pytest.raises(DamagedError, match=f"^{MANIFEST}: is not valid"):
             read_manifest(folder)
 
 
@@ -62,7 +62,7 @@ def test_each_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
 def test_a_manifest_names_no_file_outside_its_folder(name: str, tmp_path: Path) -> None:
     made = {"version": 1, "digest": "blake2b-128", "files": {name: {"size": 0, "ranges": []}}}
     (tmp_path / MANIFEST).write_text(json.dumps(made))
-    with pytest.raises(DamagedError, match="no file of this folder"):
+    with pytest.raises(DamagedError, match="not a file of this folder"):
         read_manifest(tmp_path)
 
 

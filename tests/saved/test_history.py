@@ -81,7 +81,7 @@ def test_damage_is_noted_as_long_as_it_is_there(tmp_path: Path) -> None:
     assert notes(run) == [note]
     assert note.describe() == (
         "step_00000002 is damaged (mcore/__0_0.distcp: a differs from its digest), set aside as "
-        "damaged.step_00000002; went on from step_00000001"
+        "damaged.step_00000002; resumed from step_00000001"
     )
     with open(run.set_aside, "a") as file:
         file.write('{"kind": "dam')  # what a full disk leaves

@@ -98,7 +98,7 @@ def test_broken_toml_names_the_file_and_the_place(tmp_path: Path) -> None:
 def test_a_secret_in_a_profile_is_refused_and_not_shown(tmp_path: Path, line: str) -> None:
     path = tmp_path / "leaky.toml"
     path.write_text(line + "\n")
-    with pytest.raises(ConfigError, match=r"readable by others.*inherit") as caught:
+    with pytest.raises(ConfigError, match=r"others can read job scripts.*inherit") as caught:
         load_profile(str(path))
     assert "hunter2" not in str(caught.value)
 

@@ -123,7 +123,7 @@ def test_a_secret_in_a_value_or_a_command_is_refused_and_not_shown(value: str) -
         replace(GPU_JOB, roles=(replace(SERVER, command=["serve", "-H", value]),)),
     )
     for job in leaks:
-        with pytest.raises(LaunchError, match="export it in the shell that submits") as caught:
+        with pytest.raises(LaunchError, match="export it in the submitting shell") as caught:
             render(job, SITE)
         assert "hunter2" not in str(caught.value)
 

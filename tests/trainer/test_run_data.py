@@ -83,7 +83,7 @@ def test_a_token_without_an_embedding_ends_the_run_before_its_first_step(
     run = write_run(replace(recipe(tmp_path, "qwen3", **groups), model=given), tmp_path / "run")
     for code, error in ranks.run(train_or_refuse, world_size=tp, run_dir=str(run)):
         assert code == ExitCode.CONFIG
-        assert f"train.jsonl:7: has the token '{last}' with id {rows}" in error
+        assert f"train.jsonl:7: contains the token '{last}' with id {rows}" in error
         assert f"the model's embedding has {rows} rows" in error
     assert not (run / "metrics.jsonl").exists() or not metrics(run)
 

@@ -58,9 +58,9 @@ def owner_of(name: str) -> str | None:
     if parameter := _parameters().get(name) or _UNDER_OTHER_NAMES.get(name):
         return f"{parameter} sets; give it there"
     if name in _OF_THE_MODEL:
-        return "the model's family settles; leave it out"
+        return "the model's family determines; leave it out"
     if name in _OF_THE_TRAINER:
-        return "the trainer sets itself; leave it out"
+        return "the trainer sets; leave it out"
     return None
 
 

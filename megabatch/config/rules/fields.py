@@ -67,7 +67,7 @@ def _by_group() -> dict[str, tuple[Parameter, ...]]:
 
 def _name_and_task(recipe: Recipe) -> Iterator[Fault]:
     if not isinstance(recipe.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name, re.ASCII):
-        yield Fault("name", recipe.name, "must be letters, digits, '.', '-' and '_', beginning with a letter or digit")
+        yield Fault("name", recipe.name, "must be letters, digits, '.', '-' and '_', and begin with a letter or digit")
     names = tuple(dict.fromkeys(task.task for task in TASKS))
     if recipe.task not in names:
         yield Fault("task", recipe.task, f"must be one of {', '.join(map(repr, names))}")

@@ -57,7 +57,7 @@ def made_model_is_described(recipe: Recipe, shape: ModelShape | None, layout: La
     for name in missing:
         yield Fault(f"model.{name}", None, "is missing: a new model needs it", bare=True)
     if recipe.moe.num_experts is not None and recipe.moe.moe_router_topk is None:
-        yield Fault("moe.moe_router_topk", None, "is missing: a model made with num_experts needs it", bare=True)
+        yield Fault("moe.moe_router_topk", None, "is missing: a new model with num_experts needs it", bare=True)
 
 
 def given_model_decides_its_shape(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -80,7 +80,7 @@ def heads_divide(recipe: Recipe, shape: ModelShape | None, layout: Layout | None
         return
     heads, groups = shape.num_attention_heads, shape.num_query_groups
     if recipe.model.kv_channels is None and shape.hidden_size % heads:
-        rule = f"must be a multiple of num_attention_heads={heads} unless kv_channels is given"
+        rule = f"must be a multiple of num_attention_heads={heads} unless kv_channels is set"
         yield Fault("model.hidden_size", shape.hidden_size, rule, try_=nearest_multiples(shape.hidden_size, of=heads))
     elif shape.kv_channels % 2:
         rule = "must be even for rotary embeddings"
@@ -132,7 +132,7 @@ def router_is_consistent(recipe: Recipe, shape: ModelShape | None, layout: Layou
     if (moe.moe_router_num_groups is None) != (moe.moe_router_group_topk is None):
         given = "num_groups" if moe.moe_router_group_topk is None else "group_topk"
         other = "group_topk" if given == "num_groups" else "num_groups"
-        rule = f"needs moe_router_{other} beside it"
+        rule = f"needs moe_router_{other} too"
         yield Fault(f"moe.moe_router_{given}", getattr(moe, f"moe_router_{given}"), rule)
 
 
@@ -158,13 +158,13 @@ def _padding_to_capacity_fits(recipe: Recipe, shape: ModelShape | None) -> Itera
     """Experts' inputs are padded with tokens of this rank's own part of a row."""
     tp, factor = recipe.parallel.tensor_model_parallel_size, recipe.moe.moe_expert_capacity_factor
     if tp > 1:
-        rule = f"needs tensor_model_parallel_size=1, which is {tp}: a row's capacity counts the parts of all ranks"
+        rule = f"needs tensor_model_parallel_size=1, which is {tp}: a row's capacity includes the parts of all ranks"
         yield Fault("moe.moe_pad_expert_input_to_capacity", True, rule, try_=(False,))
     if shape is None or shape.num_experts is None or factor is None or not shape.moe_router_topk:
         return
     most = shape.num_experts / shape.moe_router_topk
     if factor > most:
-        rule = f"must be at most num_experts/moe_router_topk={most:g} where inputs are padded: no row has more tokens"
+        rule = f"must be at most num_experts/moe_router_topk={most:g} if inputs are padded: no row has more tokens"
         yield Fault("moe.moe_expert_capacity_factor", factor, rule, try_=(most,))
 
 

@@ -30,7 +30,7 @@ def splits_exclude_each_other(recipe: Recipe, shape: ModelShape | None, layout: 
     uneven, accounts = _set(recipe, _UNEVEN), _set(recipe, _ACCOUNTS)
     if parallel.pipeline_model_parallel_layout is not None:
         for name in (*uneven, *accounts, *_set(recipe, ("num_layers_per_virtual_pipeline_stage",))):
-            rule = "cannot be combined with pipeline_model_parallel_layout, which already says it all"
+            rule = "cannot be combined with pipeline_model_parallel_layout, which already defines the split"
             yield Fault(f"parallel.{name}", getattr(parallel, name), rule)
         return
     if uneven:
@@ -40,7 +40,7 @@ def splits_exclude_each_other(recipe: Recipe, shape: ModelShape | None, layout: 
             rule = f"cannot be combined with {uneven[0]}; give num_virtual_stages_per_pipeline_rank instead"
             yield Fault(_CHUNK_LAYERS, parallel.num_layers_per_virtual_pipeline_stage, rule)
     if parallel.num_layers_per_virtual_pipeline_stage and parallel.num_virtual_stages_per_pipeline_rank:
-        rule = "and num_virtual_stages_per_pipeline_rank say the same in two ways; give one of them"
+        rule = "and num_virtual_stages_per_pipeline_rank set the same thing; give one of them"
         yield Fault(_CHUNK_LAYERS, parallel.num_layers_per_virtual_pipeline_stage, rule)
 
 
@@ -136,7 +136,7 @@ def _broken_layout(stages: tuple[str, ...], shape: ModelShape | None, mtp_layers
     if letters.count("L") != 1 or not stages[-1].endswith("L"):
         yield "must end with the loss L, its only one"
     if "t" in letters.partition("m")[2]:
-        yield "has transformer layers t behind MTP layers m"
+        yield "has transformer layers t after MTP layers m"
     if shape is not None and letters.count("t") != shape.num_layers:
         yield f"has {letters.count('t')} transformer layers t, but the model has num_layers={shape.num_layers}"
     if letters.count("m") != mtp_layers:

@@ -20,13 +20,13 @@ _TAKEN = ("rank", "batch", "token", "port", "ports", "task", "stop", "stopped", 
 def role_faults(roles: Sequence[Role]) -> Iterator[Fault]:
     """Names that cannot be used, and numbers and texts that make no sense."""
     if not all(isinstance(role, Role) for role in roles):
-        yield Fault("roles", None, "must be made of Role(…)", bare=True)
+        yield Fault("roles", None, "must consist of Role(…)", bare=True)
         return
     names = [role.name for role in roles]
     for role in roles:
         place = f"roles[{role.name!r}]"
         if not _NAME.fullmatch(role.name) or role.name in _TAKEN:
-            rule = f"must be lower-case letters, digits and underscores, and not {', '.join(_TAKEN)}"
+            rule = f"must consist of lower-case letters, digits and underscores, and not be {', '.join(_TAKEN)}"
             yield Fault(f"{place}.name", role.name, rule)
         if names.count(role.name) > 1:
             yield Fault(f"{place}.name", role.name, f"names {names.count(role.name)} roles; each needs its own")

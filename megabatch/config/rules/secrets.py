@@ -1,4 +1,4 @@
-"""No secret may be among a recipe's values and commands: run.json, job scripts and logs are readable by others."""
+"""No secret may be among a recipe's values and commands: others can read run.json, job scripts and logs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def no_secrets(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[
     """Args: variant_of: a recipe without faults, whose groups are not looked at again where this one shares them."""
     for parameter in own_parameters(recipe, variant_of):
         for kind in _secrets(getattr(getattr(recipe, parameter.group), parameter.name)):
-            rule = f"holds {kind}, and run.json is readable by others; export it in the shell that submits instead"
+            rule = f"holds {kind}, but others can read run.json; export it in the submitting shell instead"
             yield Fault(parameter.dotted, None, rule, bare=True)
 
 
 def no_secrets_in_words(place: str, words: Sequence[str]) -> Iterator[Fault]:
     """Of a command: what it is given, `--name value` and scripts included; one fault for each kind."""
     for kind in dict.fromkeys(secrets_in_words([str(word) for word in words])):
-        rule = f"holds {kind}, and run directories, scripts and lists of processes are readable by others; export it "
-        yield Fault(place, None, rule + "in the shell that submits, and let the program read it there", bare=True)
+        rule = f"holds {kind}, but others can read run directories, scripts and process lists; export it "
+        yield Fault(place, None, rule + "in the submitting shell, and let the program read it there", bare=True)
 
 
 def _secrets(value: Any, name: str = "") -> Iterator[str]:

@@ -22,7 +22,7 @@ def data_is_given(recipe: Recipe, shape: ModelShape | None, layout: Layout | Non
     if not data.dataset:
         yield Fault("data.dataset", None, "is missing: name at least one file, folder or hub dataset", bare=True)
     if data.val_dataset and data.split_dataset_ratio:
-        rule = "has no effect beside val_dataset; give one of them"
+        rule = "has no effect with val_dataset; give one of them"
         yield Fault("data.split_dataset_ratio", data.split_dataset_ratio, rule, try_=(0,))
     if data.packing_length is not None and not data.packing:
         yield Fault("data.packing_length", data.packing_length, "needs packing, which is False")
@@ -41,7 +41,7 @@ def only_documents_are_cut_into_pieces(
 def one_of_steps_and_epochs(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     steps, epochs = recipe.training.train_iters, recipe.training.max_epochs
     if steps is None and epochs is None:
-        yield Fault("training.train_iters", None, "is missing: give it or max_epochs", bare=True)
+        yield Fault("training.train_iters", None, "is missing; give it or max_epochs", bare=True)
     if steps is not None and epochs is not None and not recipe.data.streaming:
         yield Fault(
             "training.train_iters", steps, f"and max_epochs={epochs} both decide the length; set one of them to None"
@@ -58,7 +58,7 @@ def safetensors_are_saved_with_checkpoints(
     if not group.save_safetensors:
         yield Fault(name, interval, "has no effect with save_safetensors=False; set one of them", try_=(None,))
     elif group.no_save_optim:
-        yield Fault(name, interval, "with no_save_optim=True leaves checkpoints between with nothing", try_=(None,))
+        yield Fault(name, interval, "with no_save_optim=True leaves the checkpoints in between empty", try_=(None,))
     if interval % group.save_interval:
         below = interval // group.save_interval * group.save_interval
         near = tuple(n for n in (below, below + group.save_interval) if n)
@@ -133,10 +133,10 @@ def recompute_units_divide(recipe: Recipe, shape: ModelShape | None, layout: Lay
     counts = sorted({len(chunk.layers) for chunk in chunks_of(recipe.parallel, shape.num_layers) or ()})
     for count in counts:
         if recompute.recompute_method == "uniform" and count % unit:
-            rule = f"must divide the {count} layers that one rank computes in turn"
+            rule = f"must divide the {count} layers of a pipeline chunk"
             yield Fault(field, unit, rule, try_=nearest_divisors(unit, of=count))
     if recompute.recompute_method == "block" and counts and unit > counts[-1]:
-        yield Fault(field, unit, f"must be at most the {counts[-1]} layers that one rank computes in turn")
+        yield Fault(field, unit, f"must be at most the {counts[-1]} layers of a pipeline chunk")
 
 
 def precision_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -147,7 +147,7 @@ def precision_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Lay
         if flag is not None and dtype is not None and flag != (dtype == matching):
             yield Fault(f"precision.{name}", flag, f"contradicts torch_dtype={dtype!r}", try_=(not flag,))
     if recipe.training.deterministic_mode and recipe.kernels.cross_entropy_loss_fusion:
-        rule = "is not deterministic; leave it off with deterministic_mode"
+        rule = "is not deterministic; turn it off or unset deterministic_mode"
         yield Fault("kernels.cross_entropy_loss_fusion", True, rule, try_=(False,))
 
 

@@ -163,7 +163,7 @@ def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any
                 columns[name].append(values)
         if not samples:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-            raise DataError(f"no sample is left of the dataset: {reasons}; raise data.max_length or check the data")
+            raise DataError(f"no sample of the dataset is left: {reasons}; raise data.max_length or check the data")
     finally:
         written = {name: column.close(sync=bool(samples)) for name, column in columns.items()}
     return {

@@ -96,7 +96,7 @@ class TokenCache:
             ) from e
         finally:
             digests.save()
-        log.info("token cache %s: made now", path)
+        log.info("token cache %s: built now", path)
         cls.open(path).log_summary()
         return path
 
@@ -105,7 +105,7 @@ class TokenCache:
         try:
             return cls.open(path, digests=digests)
         except DataError as e:
-            log.warning("making a token cache again: %s", e)
+            log.warning("rebuilding a token cache: %s", e)
             return None
 
     @classmethod
@@ -123,7 +123,7 @@ class TokenCache:
             lengths: np.ndarray = arrays["lengths"].astype(np.int64)
             items = _bounds(arrays["items"])
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise DataError(f"{path}: damaged token cache ({e}); delete the folder to have it made again") from e
+            raise DataError(f"{path}: damaged token cache ({e}); delete the folder to rebuild it") from e
         return cls(
             path=path,
             ids=arrays["ids"],
@@ -217,7 +217,7 @@ class TokenCache:
     def log_summary(self) -> None:
         """Logs how many samples and tokens there are, and how many rows were dropped and why: many of them loudly."""
         learned = int(np.count_nonzero(self.weights))
-        log.info("%d samples, %d tokens, %d learned", len(self), len(self.ids), learned)
+        log.info("%d samples, %d tokens, %d trained on", len(self), len(self.ids), learned)
         rows = len(self) + sum(self.dropped.values())
         for reason, count in self.dropped.items():
             level = logging.WARNING if count >= _MANY * rows else logging.INFO

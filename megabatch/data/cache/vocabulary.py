@@ -29,10 +29,10 @@ def require_known_ids(cache: TokenCache, *, rows: int, folder: Path) -> None:
     number = int(cache.ids[first])
     samples = np.unique(np.searchsorted(cache.starts, places, side="right") - 1)
     token = tokenizer.load(folder).convert_ids_to_tokens(number)
-    more = f" ({len(samples):,} samples hold such tokens)" if len(samples) > 1 else ""
+    more = f" ({len(samples):,} samples contain such tokens)" if len(samples) > 1 else ""
     raise DataError(
-        f"{cache.origin(int(samples[0]))}: has the token {token!r} with id {number}, and the model's embedding has "
-        f"{rows} rows{more}; take the tokenizer that belongs to the model, keep the token out of the data, or resize "
+        f"{cache.origin(int(samples[0]))}: contains the token {token!r} with id {number}, and the model's embedding "
+        f"has {rows} rows{more}; use the model's own tokenizer, remove the token from the data, or resize "
         f"the embedding to at least {cache.max_id + 1} rows"
     )
 

@@ -126,7 +126,7 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         if not is_damage(e):
             raise
         raise DataError(
-            f"{path}:{number + 1}: the compressed file is damaged or cut short there ({e}); copy or download it again"
+            f"{path}:{number + 1}: the compressed file is damaged or truncated there ({e}); copy or download it again"
         ) from e
 
 
@@ -197,11 +197,11 @@ def _json_list(path: Path, text: str) -> Iterator[Row]:
             else "nested too deeply"
         )
         raise DataError(
-            f"{path}: not valid JSON ({near}); fix it: a .json dataset is a list of objects, or one object a line"
+            f"{path}: not valid JSON ({near}); fix it: a .json dataset is a list of objects, or one object per line"
         ) from e
     if not isinstance(records, list):
         raise DataError(
-            f"{path}: holds a {type(records).__name__}; a .json dataset is a list of objects, or one object a line"
+            f"{path}: holds a {type(records).__name__}; a .json dataset is a list of objects, or one object per line"
         )
     for number, fields in enumerate(records):
         yield Row(Origin(str(path), number, is_line=False), _object(fields, str(path), number, is_line=False))
@@ -221,8 +221,8 @@ def _csv(path: Path, *, delimiter: str = ",") -> Iterator[Row]:
             return
         if None in fields or None in fields.values():
             raise DataError(
-                f"{path}:{reader.line_num}: has not the header's {len(reader.fieldnames or ())} cells; "
-                f"quote cells that hold {'tabs' if delimiter == _TAB else 'commas'}"
+                f"{path}:{reader.line_num}: must have the header's {len(reader.fieldnames or ())} cells; "
+                f"quote cells that contain {'tabs' if delimiter == _TAB else 'commas'}"
             )
         yield Row(Origin(str(path), reader.line_num), fields)
 

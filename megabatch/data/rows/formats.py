@@ -167,7 +167,7 @@ def _columns(rest: dict[str, Any], row: Row, *, is_agent: bool) -> dict[str, Any
             del rest[name]
             continue
         if not is_text(value):
-            raise DataError(f"{place} holds half a surrogate pair, which is no text; delete it")
+            raise DataError(f"{place} holds half a surrogate pair, which is not valid text; delete it")
         rest[name] = [_wrapped(tool) for tool in value] if name == "tools" and is_agent else value
     return rest
 
@@ -194,11 +194,13 @@ def _check(messages: list[Message], row: Row) -> None:
         if message.role == "assistant" and not says and message.loss != 0:
             raise DataError(f"{row.origin}: message {index} of the assistant is empty; fill it or delete the row")
         if not is_text(message.content) or (message.fields and not is_text(message.fields)):
-            raise DataError(f"{row.origin}: message {index} holds half a surrogate pair, which is no text; delete it")
+            raise DataError(
+                f"{row.origin}: message {index} holds half a surrogate pair, which is not valid text; delete it"
+            )
     if not any(message.role == "assistant" for message in messages):
         raise DataError(
-            f"{row.origin}: the last message is of the {messages[-1].role}; there must be one of the assistant to "
-            f"learn from"
+            f"{row.origin}: the last message is from the {messages[-1].role}; there must be an assistant message "
+            f"to train on"
         )
 
 

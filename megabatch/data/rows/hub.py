@@ -51,6 +51,6 @@ def _modelscope(path: str, subset: str | None, split: str) -> Any:
     except ImportError as e:
         raise DataError(
             f"dataset ms::{path}: needs the modelscope package, which is not installed; pip install modelscope, "
-            f"or take a dataset of the Hugging Face Hub: hf::{path} or bridge.use_hf=True"
+            f"or use a dataset of the Hugging Face Hub: hf::{path} or bridge.use_hf=True"
         ) from e
     return MsDataset.load(path, subset_name=subset or "default", split=split).to_hf_dataset()

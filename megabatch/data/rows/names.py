@@ -51,7 +51,7 @@ def parse(text: str, *, use_hf: bool = True) -> DatasetName:
     if match := _COUNT.search(text):
         where, count = text[: match.start()], int(match.group(1))
         if not count:
-            raise DataError(f"dataset {text!r} asks for #0 rows; drop the #0 or ask for at least one")
+            raise DataError(f"dataset {text!r} requests #0 rows; drop the #0 or request at least one")
     if where.startswith("hf::"):
         return DatasetName(text, "hf", where[4:], count)
     if where.startswith("ms::"):
@@ -90,5 +90,7 @@ def _files_in(folder: Path) -> list[Path]:
 def _known_example(name: str) -> str:
     if name not in EXAMPLES:
         near = get_close_matches(name, EXAMPLES, n=1) or EXAMPLES
-        raise DataError(f"dataset '{_EXAMPLE}{name}' is none of megabatch's own; try {_EXAMPLE}{' or '.join(near)}")
+        raise DataError(
+            f"dataset '{_EXAMPLE}{name}' is not one of megabatch's examples; try {_EXAMPLE}{' or '.join(near)}"
+        )
     return name

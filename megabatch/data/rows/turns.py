@@ -122,7 +122,7 @@ def joined(first: Message, second: Message) -> Message:
     weights = (first.loss, first.scale), (second.loss, second.scale)
     if weights[0] != weights[1] and not first.fields.get("tool_calls"):
         raise DataError(
-            f"two messages of the {first.role} in a row are one turn here, and have not the same loss: give both the "
+            f"two messages of the {first.role} in a row become one turn, but their losses differ: give both the "
             f"same, or put a message between them"
         )
     fields = {**first.fields, **second.fields}

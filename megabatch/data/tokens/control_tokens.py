@@ -83,7 +83,9 @@ class ControlTokens:
     def spelled(self, text: str, mark: str | None = None) -> Spelling:
         """A marked text as the twin reads it; without `mark`, a text without control tokens of its own."""
         if _NAME in text:
-            raise DataError(f"it holds the private character U+{ord(_NAME):X}, which stands for control tokens here")
+            raise DataError(
+                f"it holds the private character U+{ord(_NAME):X}, which megabatch uses for control tokens"
+            )
         if mark is None:
             return Spelling(text, [], [])
         return _spell(text, re.compile(f"{re.escape(mark)}|{self._any.pattern}"), self._names, mark)
@@ -112,7 +114,7 @@ class ControlTokens:
 
 
 _CANNOT = "control tokens in the data cannot be told from the template's with this tokenizer"
-_ALLOW = "set data.sanitize_control_tokens=False where the data may hold them"
+_ALLOW = "set data.sanitize_control_tokens=False if the data may contain them"
 
 
 class Spelling:

@@ -119,7 +119,7 @@ class Fitting:
                 if name in (*_REASONING, "tool_calls"):
                     raise DataError(f"a message has {name}, and the template does not read it; {self._advice}")
                 if name in _MEDIA and message.fields[name]:
-                    raise DataError(f"a message has {name}, which a text model does not see; drop them or the row")
+                    raise DataError(f"a message has {name}, which a text model does not read; drop them or the row")
                 remarks[f"nothing reads the messages' field {name!r}"] += 1
 
     def _same_with_parts(self) -> bool:
@@ -160,7 +160,7 @@ def check_column(name: str, value: Any, remarks: Counter[str]) -> None:
     if not value or name in _HARMLESS or name.startswith("_"):
         return
     if name in _MEDIA:
-        raise DataError(f"the row has {name}, which a text model does not see; drop the column or the row")
+        raise DataError(f"the row has {name}, which a text model does not read; drop the column or the row")
     remarks[f"nothing reads the column {name!r}"] += 1
 
 

@@ -111,7 +111,7 @@ class Locator:
         span = other.chunks.get(index)
         header, found, _ = other.text[slice(*span)].partition(mark) if span else ("", "", "")
         if not found:
-            raise DataError(f"it leaves out message {index} of the assistant, or writes it in another place")
+            raise DataError(f"it omits assistant message {index}, or writes it in another place")
         return _shared(_THINKING.sub("", header), chunk)
 
     def _without_tail(self, text: str, start: int, stop: int) -> int:
@@ -123,7 +123,7 @@ class Locator:
         text = rendered.text
         spans = [self._ends.trim(text, span) for span in rendered.generated if span[0] < span[1]]
         if not spans:
-            raise DataError("it marks nothing with generation")
+            raise DataError("it marks nothing as generation")
         assistants = [index for index, m in enumerate(messages) if m["role"] == "assistant"]
         if len(spans) == len(assistants):
             return [Part(turn, *self._ends.complete(text, span)) for turn, span in enumerate(spans)]

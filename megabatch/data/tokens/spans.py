@@ -29,7 +29,7 @@ def assistant_spans(render: Render, messages: Sequence[Mapping[str, Any]], *, te
     answers = [answer(m) for m in messages if m["role"] == "assistant"]
     before = _without_own(pieces[0], prompt)
     if not text.startswith(before):
-        raise DataError("the text before the first assistant message depends on what the assistant says")
+        raise DataError("the text before the first assistant message depends on the assistant's messages")
     position = len(before)
     for index, said in enumerate(answers):
         last = index == len(answers) - 1
@@ -67,7 +67,7 @@ def _pieces(render: Render, messages: Sequence[Mapping[str, Any]]) -> list[str]:
     for index, name in enumerate(sentinels):
         piece, found, rest = rest.partition(name)
         if not found or mark in piece:
-            raise DataError(f"it leaves out, repeats or reorders assistant message {index}")
+            raise DataError(f"it omits, repeats or reorders assistant message {index}")
         pieces.append(piece)
     if mark in rest:
         raise DataError("it repeats the last assistant message")

@@ -37,7 +37,7 @@ LossScale = Literal["default", "last_round", "all"]
 _OWN = {"chatml": CHATML, "plain": PLAIN}
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
-_LEFT_OUT = "the template leaves out what is said beside a call"
+_LEFT_OUT = "the template omits the text beside a call"
 
 
 class _Said(NamedTuple):
@@ -176,7 +176,11 @@ class Template:
     def _warn_of_missing_end(self, rendered: Rendered, parts: Sequence[Part]) -> None:
         if not self._warned and not self._ends.at_end(rendered.text[parts[-1].start : parts[-1].stop]):
             self._warned = True
-            log.warning("chat template %s puts no end-of-turn token after the assistant: it is not learned", self.name)
+            log.warning(
+                "chat template %s writes no end-of-turn token after the assistant: the model will not learn "
+                "to end its turn",
+                self.name,
+            )
 
 
 def learned_turns(messages: Sequence[Message], loss_scale: LossScale) -> list[float]:
@@ -194,9 +198,9 @@ def _json(value: Any) -> str:
     try:
         made = _ENCODER.encode(value)
     except (TypeError, ValueError, RecursionError) as e:
-        raise DataError(f"it holds what JSON cannot ({e}); drop or convert that field") from e
+        raise DataError(f"it holds a value that JSON cannot represent ({e}); drop or convert that field") from e
     if not is_text(made):
-        raise DataError("it holds half a surrogate pair, which is no text; delete it")
+        raise DataError("it holds half a surrogate pair, which is not valid text; delete it")
     return made
 
 

@@ -82,7 +82,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, out_dir: Path | str) -> 
         raise DataError(f"vocab_size={vocab_size} is below the 256 bytes and special tokens; try {smallest} or more")
     texts = list(texts)
     if not any(texts):
-        raise DataError("a tokenizer cannot be trained on no text; give at least one non-empty document")
+        raise DataError("a tokenizer needs text to train on; give at least one non-empty document")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -53,7 +53,7 @@ def encoded_chunks(rows: Iterable[Row | Line], encoding: Encoding, *, num_proc: 
             yield waiting.popleft().result()
     except EOFError:
         raise DataError(
-            f"a tokenising process died{workers.death()}, probably for lack of memory; lower "
+            f"a tokenising process died{workers.death()}, probably because memory ran out; lower "
             f"data.dataset_num_proc={num_proc} or ask for more memory"
         ) from None
     finally:

@@ -69,7 +69,7 @@ def open_saved(checkpoint: Path) -> Saved:
         if not isinstance(progress.cursor, dict):
             raise TypeError(f"cursor is {progress.cursor!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DamagedError(f"{TRAINER}: cannot be understood ({e})") from e
+        raise DamagedError(f"{TRAINER}: is not valid ({e})") from e
     if named is not None and manifest is None:
         raise DamagedError(f"{named}: is missing")
     return Saved(checkpoint, progress, generators_of, manifest)

@@ -31,7 +31,7 @@ INVALID = [
     ({"task": "stf"}, "task='stf' must be one of 'pt', 'sft', 'rlhf'"),
     (
         {"name": "my run"},
-        "name='my run' must be letters, digits, '.', '-' and '_', beginning with a letter or digit",
+        "name='my run' must be letters, digits, '.', '-' and '_', and begin with a letter or digit",
     ),
 ]
 

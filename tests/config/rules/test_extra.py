@@ -16,8 +16,8 @@ CASES = [
     ("attention_dropout", 0.1, "model.attention_dropout sets"),
     ("params_dtype", "bfloat16", "model.torch_dtype sets"),
     ("calculate_per_token_loss", True, "training.calculate_per_token_loss sets"),
-    ("variable_seq_lengths", False, "the trainer sets itself; leave it out"),
-    ("softmax_scale", 1.0, "the model's family settles; leave it out"),
+    ("variable_seq_lengths", False, "the trainer sets; leave it out"),
+    ("softmax_scale", 1.0, "the model's family determines; leave it out"),
 ]
 
 

@@ -177,7 +177,7 @@ CASES = [
         {**split(**{LAYOUT: "Ettm|ttL"}), "mtp": {"mtp_num_layers": 1}},
         {**split(**{LAYOUT: "Ett|ttmL"}), "mtp": {"mtp_num_layers": 1}},
         LAYOUT,
-        ["t behind MTP layers m"],
+        ["t after MTP layers m"],
     ),
     (
         pipeline.layout_string_fits,

@@ -53,13 +53,16 @@ def test_roles_are_in_run_json_and_come_back(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"name": "Server"}, "lower-case"),
-        ({"name": "rank"}, "not rank"),
+        ({"name": "rank"}, "not be rank"),
         ({"name": "judge"}, "names 2 roles"),
         ({"command": []}, "must be a list"),
         ({"command": "python serve.py"}, "must be a list"),
         ({"tasks_per_node": 0}, "at least 1"),
         ({"health": "ready"}, "path"),
-        ({"command": ["serve", "--token=hunter2xyz"]}, "command holds a value for token, and run directories"),
+        (
+            {"command": ["serve", "--token=hunter2xyz"]},
+            "command holds a value for token, but others can read run directories",
+        ),
         ({"command": ["serve", "--password", "hunter2xyz"]}, "command holds a value for password"),
         ({"command": ["serve", "-H", "Authorization: Bearer hunter2xyz"]}, "command holds a secret for HTTP"),
         ({"command": "serve --token=hunter2xyz"}, "command must be a list"),

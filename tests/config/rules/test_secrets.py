@@ -19,7 +19,7 @@ from megabatch.config.rules.check import check
     ],
 )  # fmt: skip
 def test_it_is_named_and_not_shown(dense, changed, changes, field, kind):
-    faults = [fault for fault in check(changed(dense, changes)) if "readable by others" in str(fault)]
+    faults = [fault for fault in check(changed(dense, changes)) if "others can read" in str(fault)]
     assert [fault.field for fault in faults] == [field]
     assert f"holds {kind}" in str(faults[0])
     assert "hunter2" not in "".join(map(str, check(changed(dense, changes))))

@@ -50,7 +50,7 @@ CASES = [
         {"checkpoint": {"save_interval": 5, "save_safetensors_interval": 10, "no_save_optim": True}},
         {"checkpoint": {"save_interval": 5, "save_safetensors_interval": 10}},
         "checkpoint.save_safetensors_interval",
-        ["leaves checkpoints between with nothing"],
+        ["leaves the checkpoints in between empty"],
     ),
     (
         training.safetensors_are_saved_with_checkpoints,
@@ -74,7 +74,7 @@ CASES = [
         {"data": {"val_dataset": ["b"], "split_dataset_ratio": 0.1}},
         {"data": {"split_dataset_ratio": 0.1}},
         "data.split_dataset_ratio",
-        ["beside val_dataset", "try 0"],
+        ["with val_dataset", "try 0"],
     ),
     (
         training.data_is_given,

@@ -186,7 +186,7 @@ CONTRADICTIONS: list[tuple[Callable[[Any], None], str]] = [
     (no_floats, r"distcp: .*router.weight at byte \d+: is F32, .metadata gives int32"),
     (far_away, r"\.metadata: no checkpoint metadata: \d+ bytes at 9223372036854775808 of __0_0.distcp cannot be"),
     (very_long, r"\.metadata: no checkpoint metadata: 18446744073709551616 bytes at"),
-    (nameless, r"\.metadata: no checkpoint metadata: 'a\\x00b' is no file of this folder"),
+    (nameless, r"\.metadata: no checkpoint metadata: 'a\\x00b' is not a file of this folder"),
     (folder_for_a_file, r"\.\.: cannot be read: it is a folder, not a regular file"),
 ]
 
