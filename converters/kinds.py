@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from megabatch.converters.safetensors_io.folder import has_safetensors
-from megabatch.converters.torch_dist.find import find_checkpoint
+from megabatch.converters.torch_dist.find import find_torch_dist
 from megabatch.errors import ConversionError
 
 
@@ -38,7 +38,7 @@ def _is_model(folder: Path) -> bool:
 
 def _is_checkpoint(folder: Path) -> bool:
     try:
-        find_checkpoint(folder)
+        find_torch_dist(folder)
     except ConversionError:
         return False
     return True

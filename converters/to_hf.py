@@ -21,7 +21,7 @@ from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.safetensors_io.folder import has_safetensors
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.aliases import is_optimizer, respelled, unwrapped
-from megabatch.converters.torch_dist.find import find_checkpoint
+from megabatch.converters.torch_dist.find import find_torch_dist
 from megabatch.converters.torch_dist.folder import Block, TorchDistFolder
 from megabatch.converters.torch_dist.keys import Cell, cell
 from megabatch.converters.weave import Weave
@@ -59,14 +59,14 @@ def plan_to_hf(
 ) -> Plan:
     """Plans a Hugging Face folder from a checkpoint; optimizer state in it is left aside.
 
-    `mcore`: whatever `find_checkpoint` understands. `hf_reference`: the folder that config, tokenizer and the like
+    `mcore`: whatever `saved.find` understands. `hf_reference`: the folder that config, tokenizer and the like
     come from, whose weights are not read; None looks for a config.json beside the checkpoint.
     `form`: its dtype is that of every weight but those whose dtype megatron-core prescribes, and those that become
     block-scaled FP8, of the numbers that the checkpoint has. `adapters` are merged into the weights; `accept_bin` is
     about theirs.
     Raises: ConversionError for whatever does not fit, before anything is written.
     """
-    folder = find_checkpoint(mcore)
+    folder = find_torch_dist(mcore)
     reference = Path(hf_reference) if hf_reference is not None else find_reference(Path(mcore), folder)
     source = TorchDistFolder(folder)
     try:

@@ -27,10 +27,10 @@ from megabatch.converters.quantised import PLAIN
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import replaced_config
 from megabatch.converters.torch_dist.archive import archive_of
-from megabatch.converters.torch_dist.find import RELEASE, TRACKER
 from megabatch.converters.torch_dist.keys import Cell, LayerKeys, cell, extra_states, stacks_layers
 from megabatch.converters.torch_dist.layout import Item, lay_out
 from megabatch.converters.weave import Weave
+from megabatch.saved.find import RELEASE, TRACKER
 
 
 def to_mcore(

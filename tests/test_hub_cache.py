@@ -83,7 +83,7 @@ def test_a_folder_that_is_not_there_is_said_with_what_is_nearly_called_so(caches
     }.items():
         with pytest.raises(ConversionError, match=message):
             make_plan(ConversionRequest(to_mcore=True, model=given))
-    with pytest.raises(ConversionError, match=r"no such folder of a checkpoint; did you mean models\?$"):
+    with pytest.raises(ConversionError, match=r"^there is no folder modles; did you mean models\?$"):
         make_plan(ConversionRequest(to_hf=True, mcore_model="modles"))
 
 

@@ -23,7 +23,7 @@ from megabatch.converters.engine.sources import Sources
 from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.aliases import is_optimizer, unwrapped
-from megabatch.converters.torch_dist.find import find_checkpoint
+from megabatch.converters.torch_dist.find import find_torch_dist
 from megabatch.converters.torch_dist.folder import TorchDistFolder
 from megabatch.converters.torch_dist.keys import cell
 from megabatch.errors import ConversionError
@@ -71,7 +71,7 @@ def open_mcore(given: Path, tables: Tables, numbered: Numbered) -> Adapter:
 
     Raises: ConversionError naming what does not.
     """
-    checkpoint = find_checkpoint(given)
+    checkpoint = find_torch_dist(given)
     config = read_config(find_config(given, checkpoint))
     source = TorchDistFolder(checkpoint)
     try:

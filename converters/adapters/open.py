@@ -12,9 +12,9 @@ from megabatch.converters.adapters.mcore_folder import find_config, open_mcore
 from megabatch.converters.adapters.peft_folder import is_peft, open_peft
 from megabatch.converters.engine.plan import Numbered
 from megabatch.converters.hf_model import find_folder
-from megabatch.converters.nearest import did_you_mean
-from megabatch.converters.torch_dist.find import find_checkpoint
+from megabatch.converters.torch_dist.find import find_torch_dist
 from megabatch.errors import ConversionError
+from megabatch.nearest import did_you_mean
 
 Path_ = str | os.PathLike[str]
 
@@ -50,7 +50,7 @@ def base_model_of(path: Path_) -> Path:
         config = read_config(folder / NAME)
         places = [_named(config)]
     else:
-        config = read_config(find_config(folder, find_checkpoint(folder)))
+        config = read_config(find_config(folder, find_torch_dist(folder)))
         places = [config.path.parent, _named(config)]
     for place in places:
         if place is not None and (place / "config.json").is_file():
@@ -68,7 +68,7 @@ def base_weights_of(adapters: Sequence[Path_]) -> Path:
     folders: dict[Path, str] = {}
     for path in adapters:
         folder = _existing(path)
-        given = folder if is_peft(folder) else find_checkpoint(folder)
+        given = folder if is_peft(folder) else find_torch_dist(folder)
         config = read_config(folder / NAME if is_peft(folder) else find_config(folder, given))
         name = config.values.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:

@@ -25,10 +25,10 @@ from megabatch.converters.regular import INDEX_BYTES, read_regular
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import side_files
 from megabatch.converters.torch_dist.archive import archive_of
-from megabatch.converters.torch_dist.find import RELEASE, TRACKER
 from megabatch.converters.torch_dist.keys import Cell, LayerKeys, cell, stacks_layers
 from megabatch.converters.torch_dist.layout import Item, lay_out
 from megabatch.errors import ConversionError
+from megabatch.saved.find import RELEASE, TRACKER
 
 Path_ = str | os.PathLike[str]
 Made = tuple[Mapped, Tensor]

@@ -19,7 +19,7 @@ from megabatch.converters.dtypes import TORCH, read_dtype
 from megabatch.converters.families import family_of
 from megabatch.converters.hf_model import find_folder, read_config
 from megabatch.converters.request import ConversionRequest
-from megabatch.converters.torch_dist.find import find_checkpoint
+from megabatch.converters.torch_dist.find import find_torch_dist
 from megabatch.errors import ConversionError
 from megabatch.trainable import untrainable
 
@@ -36,7 +36,7 @@ def check_comparable(request: ConversionRequest) -> None:
 def compare_models(flags: Flags) -> None:
     """Raises: ConversionError when the models do not compute the same."""
     with _both(flags) as (folder, checkpoint):
-        program = [sys.executable, "-m", "megabatch.trainer.precision", folder, str(find_checkpoint(checkpoint))]
+        program = [sys.executable, "-m", "megabatch.trainer.precision", folder, str(find_torch_dist(checkpoint))]
         program += ["--dtype", flags.test_convert_dtype]
         if (rounded := read_dtype(flags.request.torch_dtype)) is not None:
             program += ["--weights", TORCH[rounded]]

@@ -39,7 +39,8 @@ class Checkpoint:
     """Largest safetensors file: a number with B, KB, MB or GB (or KiB, MiB, GiB)."""
 
     load: str | None = param(None, aliases=("mcore_model",))
-    """Folder of a megatron-core checkpoint to start from; None starts from `model`."""
+    """Checkpoint to start from: a run, one of its `step_*` folders, or with `finetune` any torch_dist folder of
+    megatron-core's; None starts from `model`."""
     finetune: bool = param(False)
     """Loads only the weights from `load`: step, optimizer, RNG and position in the data start over."""
     no_load_optim: bool = param(False)

@@ -14,8 +14,9 @@ from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.tokens import tokenizer
 from megabatch.entry.model import FoundModel, fault_of
 from megabatch.entry.paths import NUMBERED
-from megabatch.errors import DataError, Fault, MegabatchError
+from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
+from megabatch.saved.find import find_to_load
 
 SCANNED_BYTES = 64 << 20
 """JSONL, JSON, CSV and TSV files up to this size are read through before submission; it takes about a second."""
@@ -189,14 +190,17 @@ def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
 
 
 def _load(recipe: Recipe) -> Iterator[Fault]:
-    """A run directory, its `checkpoints`, one `step_*` folder, or what `megabatch-convert` or Megatron-LM wrote."""
-    load = recipe.checkpoint.load
-    if load is None or not recipe.checkpoint.exit_on_missing_checkpoint:
+    group = recipe.checkpoint
+    if group.load is None:
         return
-    path = Path(load).expanduser()
-    names = ("latest", "checkpoints/latest", "trainer.json", "latest_checkpointed_iteration.txt", ".metadata")
-    if not path.is_dir():
-        yield Fault("checkpoint.load", load, f"does not exist{_nearest_folder(path)}")
-    elif not any((path / name).is_file() for name in names):
-        rule = "holds no checkpoint; give a run directory with a checkpoint, a step_* folder, or a torch_dist folder"
-        yield Fault("checkpoint.load", load, rule)
+    try:
+        found = find_to_load(group.load, may_be_missing=not group.exit_on_missing_checkpoint)
+    except CheckpointError as error:
+        yield fault_of("checkpoint.load", error)
+        return
+    if found is not None and not group.finetune and not found.of_a_run:
+        rule = (
+            "is a checkpoint of another program, which does not say where its run was; set checkpoint.finetune=True "
+            "to load its weights alone"
+        )
+        yield Fault("checkpoint.load", group.load, rule)

@@ -54,20 +54,38 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return bool(_NAME.fullmatch(path.name)) and path.is_dir()
+
+
 def checkpoints(run: RunDirectory) -> list[Path]:
     """Every folder with the name of a checkpoint, newest first."""
-    found = (path for path in run.checkpoints.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
-    return sorted(found, key=step_of, reverse=True)
+    return _checkpoints_in(run.checkpoints)
+
+
+def newest_in(folder: Path) -> Path | None:
+    """Of a run's `checkpoints/`, wherever it lies: what `latest` names, or the newest where that is not there."""
+    return _named_by(folder / "latest") or next(iter(_checkpoints_in(folder)), None)
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    return sorted(filter(is_checkpoint, folder.glob("step_*")), key=step_of, reverse=True)
 
 
 def named_by_latest(run: RunDirectory) -> Path | None:
     """What `latest` names, None when that is not there."""
+    return _named_by(run.latest)
+
+
+def _named_by(latest: Path) -> Path | None:
     try:
-        name = run.latest.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
+        if not latest.is_file():  # a pipe would be waited for
+            return None
+        path = latest.with_name(latest.read_text(encoding="utf-8").strip())
+    except (OSError, ValueError):  # also of a text that is no name
         return None
-    path = run.checkpoints / name
-    return path if _NAME.fullmatch(name) and path.is_dir() else None
+    return path if is_checkpoint(path) else None
 
 
 @dataclass(frozen=True, slots=True)

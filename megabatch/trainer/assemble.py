@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megabatch.config.run import RunConfig
-from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory
+from megabatch.saved.find import find_to_load
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints, Retention
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.engine import Engine
@@ -93,33 +93,16 @@ def start(run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: Mode
     if (resumed := checkpoints.resume(engine)) is not None:
         return resumed
     if group.load:
-        found = engine.ranks.on_main(lambda: find_checkpoint(Path(group.load or ""), run))
+        found = engine.ranks.on_main(
+            lambda: find_to_load(group.load or "", may_be_missing=not group.exit_on_missing_checkpoint)
+        )
         if found is not None:
-            logger.info("loading %s", found)
+            folder = found.folder
+            logger.info("loading %s", folder)
             if group.finetune:
-                checkpoints.restore_weights(engine, found)
+                checkpoints.restore_weights(engine, folder)
                 return Progress()
-            return checkpoints.restore(engine, found, optimizer=not group.no_load_optim, rng=not group.no_load_rng)
+            return checkpoints.restore(engine, folder, optimizer=not group.no_load_optim, rng=not group.no_load_rng)
     source.load(engine.model, engine.ranks)
     engine.optimizer_from_model()
     return Progress()
-
-
-def find_checkpoint(path: Path, run: RunConfig) -> Path | None:
-    """The folder that `checkpoint.load` means: a step's, a run's newest, or another tool's torch_dist folder.
-
-    Raises: CheckpointError where nothing is found and `exit_on_missing_checkpoint` is set.
-    """
-    for folder in (path, path / "checkpoints"):
-        for tracker, name in (("latest", "{}"), ("latest_checkpointed_iteration.txt", "iter_{:0>7}")):
-            if (folder / tracker).is_file():
-                newest = (folder / tracker).read_text(encoding="utf-8").strip()
-                return folder / (newest if newest == "release" else name.format(newest))
-    if (path / "trainer.json").is_file() or (path / ".metadata").is_file():
-        return path
-    if run.recipe.checkpoint.exit_on_missing_checkpoint:
-        raise CheckpointError(
-            f"checkpoint.load={str(path)!r} holds no checkpoint; give a run directory, step_* or torch_dist folder,"
-            " or set exit_on_missing_checkpoint=False to start from the model"
-        )
-    return None

@@ -107,14 +107,25 @@ def test_cut_off_weights(recipe: Recipe, model_folder: Path) -> None:
 def test_load_must_be_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     asked = replace(recipe, checkpoint=Checkpoint(load=str(folder)))
-    assert "does not exist" in _faults(asked)[0]
+    assert _faults(asked)[0].startswith(f"checkpoint.load: there is no folder {folder}")
     folder.mkdir()
     assert "holds no checkpoint" in _faults(asked)[0]
-    lenient = Checkpoint(load=str(folder), exit_on_missing_checkpoint=False)
-    assert _faults(replace(recipe, checkpoint=lenient)) == []
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "latest").write_text("step_00000001\n")
+    lenient = replace(recipe, checkpoint=Checkpoint(load=str(folder), exit_on_missing_checkpoint=False))
+    assert _faults(lenient) == []
+    step = folder / "checkpoints" / "step_00000001"
+    (step / "mcore").mkdir(parents=True)
+    assert "is damaged: mcore/.metadata: is missing" in _faults(lenient)[0], "it is there, and cannot be loaded"
+    (step / "mcore" / ".metadata").touch()
+    (step / "trainer.json").touch()
     assert _faults(asked) == []
+
+
+def test_a_checkpoint_of_another_program_gives_weights_alone(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "mcore").mkdir()
+    (tmp_path / "mcore" / ".metadata").touch()
+    load = str(tmp_path / "mcore")
+    assert "set checkpoint.finetune=True" in _faults(replace(recipe, checkpoint=Checkpoint(load=load)))[0]
+    assert _faults(replace(recipe, checkpoint=Checkpoint(load=load, finetune=True))) == []
 
 
 def test_a_run_directory_below_a_file(dataset: Path) -> None:

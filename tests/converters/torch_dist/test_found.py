@@ -1,4 +1,4 @@
-"""Checkpoints as other programs leave them: folders with tracker files, runs of ours, keys in other spellings."""
+"""Checkpoints as other programs leave them: what lies beside them, and keys in other spellings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from megabatch.converters import ConversionRequest, convert
 from megabatch.converters.to_hf import find_reference, to_hf
 from megabatch.converters.to_mcore import to_mcore
-from megabatch.converters.torch_dist.find import find_checkpoint
 from megabatch.converters.torch_dist.folder import TorchDistFolder
 from megabatch.converters.torch_dist.metadata import dump_metadata
 from megabatch.errors import ConversionError
@@ -21,47 +20,14 @@ from megabatch.errors import ConversionError
 Saved = Callable[[str], Path]
 
 
-def layout(folder: Path, *files: str) -> Path:
-    for name in files:
-        path, _, text = name.partition("=")
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("files", "found"),
-    [
-        ([".metadata"], "."),
-        (["mcore/.metadata", "hf/config.json"], "mcore"),
-        (["latest_checkpointed_iteration.txt=release", "release/.metadata", "iter_0000002/.metadata"], "release"),
-        (["latest_checkpointed_iteration.txt=20\n", "iter_0000020/.metadata", "iter_30/.metadata"], "iter_0000020"),
-        (["latest=step_00000006\n", "step_00000006/mcore/.metadata", "step_00000003/mcore/.metadata"],
-         "step_00000006/mcore"),
-        (["run.json={}", "checkpoints/latest=step_00000006\n", "checkpoints/step_00000006/mcore/.metadata"],
-         "checkpoints/step_00000006/mcore"),
-    ],
-)  # fmt: skip
-def test_the_newest_checkpoint_is_found(files: list[str], found: str, tmp_path: Path) -> None:
-    assert find_checkpoint(layout(tmp_path, *files)) == tmp_path / found
-
-
-@pytest.mark.parametrize("files", [["a"], ["latest=../other"], ["latest_checkpointed_iteration.txt=../x"], []])
-def test_what_is_there_instead_is_said(files: list[str], tmp_path: Path) -> None:
-    layout(tmp_path / "c", *files, ".x")
-    layout(tmp_path / "other", ".metadata")
-    with pytest.raises(ConversionError, match=r"no torch_dist checkpoint .* in it; it has \.x"):
-        find_checkpoint(tmp_path / "c")
-    with pytest.raises(ConversionError, match="no such folder"):
-        find_checkpoint(tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize("config", ["config.json", "checkpoints/step_00000006/hf/config.json", "model/config.json"])
 def test_the_folder_with_config_json_is_found_in_a_run(config: str, tmp_path: Path) -> None:
-    checkpoint = layout(tmp_path, "checkpoints/step_00000006/mcore/.metadata") / "checkpoints/step_00000006/mcore"
+    checkpoint = tmp_path / "checkpoints" / "step_00000006" / "mcore"
+    checkpoint.mkdir(parents=True)
     with pytest.raises(ConversionError, match=r"there is no config\.json beside .*--model"):
         find_reference(tmp_path, checkpoint)
-    layout(tmp_path, config)
+    (tmp_path / config).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / config).touch()
     assert find_reference(tmp_path, checkpoint) == (tmp_path / config).parent
 
 
