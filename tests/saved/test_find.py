@@ -106,7 +106,7 @@ def test_a_path_to_many_checkpoints_means_one(files: list[str], folder: str, wei
         (["step_00000003/hf/x"], "step_00000003 is damaged: mcore/.metadata: is missing"),
         (
             ["trainer.json", "megabatch-manifest.json={"],
-            "{} is damaged: megabatch-manifest.json: cannot be understood",
+            "{} is damaged: megabatch-manifest.json: ",
         ),
     ],
 )
