@@ -12,8 +12,8 @@ from typing import Any
 from megabatch.doctor.finding import Finding, fault
 
 _TIMEOUT_S = 90
-_BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
-"""What pip brings with vLLM from PyPI, built for CUDA, whatever build torch is."""
+_BESIDE_TORCH = ("torchvision", "torchaudio")
+"""What pip brings with vLLM from PyPI, built for CUDA, whatever torch is; transformers imports those it finds."""
 _NEEDED = ("megatron.core", "transformers.modeling_utils")
 """What a run imports."""
 
@@ -103,15 +103,15 @@ def _nccl(answer: dict[str, Any]) -> Finding:
 
 def _imports(answer: dict[str, Any]) -> Iterator[Finding]:
     """Packages that are there and do not import."""
-    broken = [name for name in _BESIDE_TORCH if _failed(answer, name)]
-    build = f"cu{answer['built for CUDA'].replace('.', '')}" if answer["built for CUDA"] else "cpu"
-    for name in broken:
-        without = "megabatch needs none of it, but transformers imports it where it finds it, and fails with it"
+    if broken := [name for name in _BESIDE_TORCH if _failed(answer, name)]:
+        names = " ".join(broken)
+        build = f"cu{answer['built for CUDA'].replace('.', '')}" if answer["built for CUDA"] else "cpu"
         fix = (
-            f"pip uninstall {' '.join(_BESIDE_TORCH)}; or take the one of torch's own build: "
-            f"pip install --force-reinstall --no-deps --index-url https://download.pytorch.org/whl/{build} {name}"
+            f"pip uninstall {names}; or take torch's own build: pip install --force-reinstall --no-deps "
+            f"--index-url https://download.pytorch.org/whl/{build} {names}"
         )
-        yield fault(f"import {name}", str(answer[name]), without=without, fix=fix)
+        without = "megabatch needs neither, but where they are installed transformers' models import them"
+        yield fault(f"import {', '.join(broken)}", str(answer[broken[0]]), without=without, fix=fix)
     # transformers fails with those above, and says so less well
     for name in [name for name in _NEEDED if _failed(answer, name) and not (broken and "transformers" in name)]:
         fix = f'run it to see the whole message: python -c "import {name}"'

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megabatch.doctor.finding import Finding, fault
+from megabatch.doctor.requirements import VLLM
 from megabatch.doctor.versions import supports
 
 
@@ -39,7 +40,6 @@ PAIRS = (
 )
 _BUILT_FOR_CUDA_13 = ">=0.22"
 """Versions of vLLM on PyPI; earlier ones are built for CUDA 12."""
-_TOGETHER = "pip install -c constraints.txt 'megabatch[train,vllm]', which brings three that fit"
 
 
 def wrong_pairs(installed: Mapping[str, Installed | None]) -> Iterator[Finding]:
@@ -50,11 +50,12 @@ def wrong_pairs(installed: Mapping[str, Installed | None]) -> Iterator[Finding]:
     for pair in PAIRS:
         other = installed[pair.package]
         if other and supports(pair.vllm, vllm.version) and not supports(pair.versions, other.version):
+            found = f"{other.name} {other.version}"
             yield fault(
                 f"vllm with {other.name}",
-                f"{vllm.name} {vllm.version} with {other.name} {other.version}",
+                f"{vllm.name} {vllm.version} with {found}",
                 supported=f"{other.name} {pair.versions}",
-                fix=f"{_TOGETHER}; {other.name} {other.version} goes with {_going_with(other)}",
+                fix=f"{VLLM[vllm.name]} brings three that fit; {found} goes with {_going_with(other)}",
             )
 
 

