@@ -14,7 +14,9 @@ from typing import Any
 
 from megabatch.config.kinds import options
 from megabatch.config.layout import layout_of
+from megabatch.config.lengths import row_tokens, sample_tokens
 from megabatch.config.recipe import Recipe
+from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.rules.training import peak_lr
@@ -22,6 +24,7 @@ from megabatch.errors import ConfigError
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import write_atomic
+from megabatch.tasks import Task
 
 SCHEMA_VERSION = 1
 """Raised whenever an older run.json could no longer be read, or would mean something else."""
@@ -44,6 +47,10 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Writes it as JSON, atomically."""
         write_atomic(path, _json(self))
+
+    @property
+    def task(self) -> Task:
+        return resolved(self.recipe.kind)
 
     @classmethod
     def load(cls, path: Path) -> RunConfig:
@@ -84,8 +91,8 @@ def run_json(recipe: Recipe, *, shape: ModelShape, run_dir: Path, provenance: Ma
     """What `resolve(…).save` writes of a recipe without faults; for a sweep's hundreds of runs."""
     layout = layout_of(recipe, shape)
     assert layout is not None, "a recipe without faults has a layout"
-    derived = _derived(recipe, shape=shape, run_dir=run_dir)
-    config = RunConfig(run_dir=str(run_dir), recipe=derived, shape=shape, layout=layout, provenance=provenance)
+    filled = derived(recipe, shape=shape, run_dir=run_dir)
+    config = RunConfig(run_dir=str(run_dir), recipe=filled, shape=shape, layout=layout, provenance=provenance)
     return _json(config)
 
 
@@ -95,12 +102,12 @@ def save_folder(recipe: Recipe) -> Path:
     return Path(recipe.checkpoint.save or Path("megatron_output") / suffix)
 
 
-def _derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
+def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
+    """A recipe without faults, with everything filled in that follows from its other fields and the model."""
     training, data, resources = recipe.training, recipe.data, recipe.resources
     dtype = torch_dtype(recipe, shape)
-    max_length = data.max_length or shape.max_position_embeddings
-    task = recipe.kind
-    assert task is not None, "a recipe without faults has a task"
+    max_length = sample_tokens(recipe, shape)
+    task = resolved(recipe.kind)
     per_token = training.calculate_per_token_loss
     return replace(
         recipe,
@@ -115,7 +122,7 @@ def _derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
             data,
             max_length=max_length,
             seq_length=data.seq_length or max_length,
-            packing_length=(data.packing_length or max_length) if data.packing else None,
+            packing_length=row_tokens(recipe, shape) if data.packing else None,
             loss_scale=data.loss_scale or task.loss_scale,
             truncation_strategy=data.truncation_strategy or task.truncation_strategy,
             lazy_tokenize=bool(data.lazy_tokenize),
@@ -125,6 +132,7 @@ def _derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
             calculate_per_token_loss=task.calculate_per_token_loss if per_token is None else per_token,
         ),
         learning_rate=replace(recipe.learning_rate, lr=peak_lr(recipe)),
+        parallel=_derived_parallel(recipe),
         moe=_derived_moe(recipe, shape),
         checkpoint=replace(recipe.checkpoint, save=str(save_folder(recipe))),
         logging=replace(recipe.logging, tensorboard_dir=recipe.logging.tensorboard_dir or str(run_dir / "runs")),
@@ -150,6 +158,14 @@ def torch_dtype(recipe: Recipe, shape: ModelShape) -> Any:
         return "float16" if recipe.precision.fp16 else "bfloat16"
     declared = str(shape.hf_config.get("torch_dtype") or shape.hf_config.get("dtype") or "bfloat16")
     return declared.removeprefix("torch.")
+
+
+def _derived_parallel(recipe: Recipe) -> Any:
+    parallel = recipe.parallel
+    if parallel.pipeline_model_parallel_size == 1:
+        return parallel
+    group = parallel.microbatch_group_size_per_virtual_pipeline_stage or parallel.pipeline_model_parallel_size
+    return replace(parallel, microbatch_group_size_per_virtual_pipeline_stage=group)
 
 
 def _derived_moe(recipe: Recipe, shape: ModelShape) -> Any:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.data.cache import datasets
 from megabatch.data.cache.datasets import CachePaths
@@ -21,17 +22,16 @@ def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None
     Args: `tokenizer`: its folder; `on_chunk` is called whenever some hundred rows are tokenised.
     Raises: DataError naming file and line.
     """
-    recipe, data, task = run.recipe, run.recipe.data, run.recipe.kind
-    assert task is not None, "a resolved run has a task"
+    recipe, data = run.recipe, run.recipe.data
     encoding = Encoding(
         tokenizer=tokenizer,
-        rows=task.rows,
+        rows=run.task.rows,
         template=data.template,
         system=data.system,
-        columns=data.columns or {},
+        columns=data.columns,
         max_length=data.max_length,
-        truncation_strategy=data.truncation_strategy or "delete",
-        loss_scale=data.loss_scale or "default",
+        truncation_strategy=resolved(data.truncation_strategy),
+        loss_scale=resolved(data.loss_scale),
         sanitize_control_tokens=data.sanitize_control_tokens,
     )
     return datasets.build(
@@ -84,7 +84,7 @@ def schedule_of(run: RunConfig, data: TokenCache, *, shuffle: bool = True) -> Sc
 def train_iters(run: RunConfig, schedule: Schedule) -> int:
     """Steps of the run."""
     training = run.recipe.training
-    return training.train_iters or schedule.train_iters(training.max_epochs or 1)
+    return training.train_iters or schedule.train_iters(resolved(training.max_epochs))
 
 
 def course(schedule: Schedule, data: TokenCache, train_iters: int) -> str:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.converters.atomic import replacing
 from megabatch.converters.families import family_named
@@ -23,7 +24,7 @@ def tokenizer_of(run: RunConfig) -> Path:
     """Folder of the run's tokenizer, downloaded or made now unless it is there. Raises: ConfigError, DataError."""
     if run.recipe.model.model is None:
         return made_model(run)[1]
-    tokenizer = folder_of(run.recipe.model.tokenizer or run.recipe.model.model, run)
+    tokenizer = folder_of(resolved(run.recipe.model.tokenizer), run)
     tokenizers.check(tokenizer)
     return tokenizer
 
@@ -86,7 +87,7 @@ def _write_config(run: RunConfig, folder: Path, tokenizer: Path) -> None:
         )
     tokens = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     family = family_named(run.shape.model_type)
-    config = family.hf_config(run.shape, dtype=run.recipe.model.torch_dtype or "float32", **tokens)
+    config = family.hf_config(run.shape, dtype=resolved(run.recipe.model.torch_dtype), **tokens)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "config.json") as file:

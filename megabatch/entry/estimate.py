@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megabatch.config.layout import chunks_of, layout_of
+from megabatch.config.lengths import row_tokens
 from megabatch.config.optimization import Optimizer
 from megabatch.config.recipe import Recipe
+from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.config.run import torch_dtype
 from megabatch.errors import ConfigError, Fault
@@ -96,8 +98,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
     layout, chunks = layout_of(recipe, shape), chunks_of(parallel, shape.num_layers)
     assert layout is not None and chunks is not None, "a recipe without faults has a layout"
     mtp_layers = recipe.mtp.mtp_num_layers or 0
-    longest = recipe.data.max_length or shape.max_position_embeddings
-    row = (recipe.data.packing_length or longest) if recipe.data.packing else longest
+    row = resolved(row_tokens(recipe, shape))
     weight_bytes = _BYTES[torch_dtype(recipe, shape)]
     lora = Lora(
         rank=tuner.lora_rank, targets=tuner.target_modules, dropout=tuner.lora_dropout, saved=tuner.modules_to_save

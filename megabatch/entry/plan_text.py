@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megabatch.config.lengths import row_tokens
 from megabatch.data.counted import Counted
 from megabatch.data.rows.names import parse
 from megabatch.entry.counted_data import counted_data
@@ -86,15 +87,9 @@ def _batch(launch: Launch) -> str:
     total, micro = recipe.batch.global_batch_size, recipe.batch.micro_batch_size
     what = "packed rows" if recipe.data.packing else "samples"
     split = f" = micro-batch {micro} x dp {layout.dp} x {layout.num_microbatches} micro-batches" if layout else ""
-    length = _tokens_of_a_row(launch)
+    length = row_tokens(recipe, launch.model.shape)
     tokens = f"; up to {total * length:,} tokens" if length else ""
     return f"{total} {what} a step{split}{tokens}"
-
-
-def _tokens_of_a_row(launch: Launch) -> int | None:
-    data, shape = launch.recipe.data, launch.model.shape
-    packed = data.packing_length if data.packing else None
-    return packed or data.max_length or (shape.max_position_embeddings if shape else None)
 
 
 def _length(launch: Launch) -> str:

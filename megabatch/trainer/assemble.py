@@ -92,10 +92,9 @@ def start(run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: Mode
     group = run.recipe.checkpoint
     if (resumed := checkpoints.resume(engine)) is not None:
         return resumed
-    if group.load:
-        found = engine.ranks.on_main(
-            lambda: find_to_load(group.load or "", may_be_missing=not group.exit_on_missing_checkpoint)
-        )
+    if load := group.load:
+        may_be_missing = not group.exit_on_missing_checkpoint
+        found = engine.ranks.on_main(lambda: find_to_load(load, may_be_missing=may_be_missing))
         if found is not None:
             folder = found.folder
             logger.info("loading %s", folder)

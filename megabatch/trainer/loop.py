@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megabatch.config.recipe import Recipe
+from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.errors import MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
@@ -51,7 +52,7 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, where: Whereabouts
     folder = RunDirectory(Path(run.run_dir))
     heart = Heartbeat(folder, ranks.place)
     source = model_source(run, ranks)
-    parts = opener(run.recipe)(run, source, ranks, busy=lambda: heart.beat("starting"))
+    parts = opener(run)(run, source, ranks, busy=lambda: heart.beat("starting"))
     train_iters = parts.steps.train_iters
     engine = assemble.build_engine(run, ranks, train_iters=train_iters, frozen=parts.frozen)
     checkpoints = assemble.make_checkpoints(run, ranks, source, parts.export)
@@ -101,7 +102,7 @@ class Loop:
             gc.disable()
         for progress, stop in self.steps(start):
             last = progress.step == self.train_iters
-            evaluate = last or progress.step % (self.recipe.evaluation.eval_interval or self.train_iters) == 0
+            evaluate = last or progress.step % resolved(self.recipe.evaluation.eval_interval) == 0
             save = last or stop or progress.step % self.recipe.checkpoint.save_interval == 0
             if evaluate:
                 self._evaluate(progress.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.converters.families import family_named
 from megabatch.converters.family import Family
@@ -43,10 +44,10 @@ def model_source(run: RunConfig, ranks: Ranks) -> ModelSource:
 
     Raises: ConfigError, DataError, ConversionError on every rank.
     """
-    if run.recipe.model.model is None:
+    if (model := run.recipe.model.model) is None:
         return _made(run, ranks)
-    folder = ranks.on_main(lambda: folder_of(run.recipe.model.model or "", run))
-    tokenizer = ranks.on_main(lambda: folder_of(run.recipe.model.tokenizer or str(folder), run))
+    folder = ranks.on_main(lambda: folder_of(model, run))
+    tokenizer = ranks.on_main(lambda: folder_of(resolved(run.recipe.model.tokenizer), run))
     ranks.on_main(lambda: tokenizers.check(tokenizer))
     ranks.on_main(lambda: _prove(folder, run))
     opened = open_hf_model(folder, compare_duplicates=False)

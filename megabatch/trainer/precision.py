@@ -107,6 +107,7 @@ def of_megatron(folder: Path, checkpoint: Path, ids_S: Tensor, *, dtype: str, we
 
     from megabatch.config.model import Model as ModelConfig
     from megabatch.config.recipe import Recipe
+    from megabatch.config.run import derived
     from megabatch.converters.families import family_of
     from megabatch.converters.hf_model import read_config
     from megabatch.trainer.model.build import build, ddp_config
@@ -116,10 +117,11 @@ def of_megatron(folder: Path, checkpoint: Path, ids_S: Tensor, *, dtype: str, we
 
     config = read_config(folder)
     shape = family_of(config).shape(config)
-    recipe = Recipe(name="precision", task="sft", model=ModelConfig(model=str(folder), torch_dtype=dtype))  # type: ignore[arg-type]
+    plain = Recipe(name="precision", task="sft", model=ModelConfig(model=str(folder), torch_dtype=dtype))  # type: ignore[arg-type]
+    recipe = derived(plain, shape=shape, run_dir=Path())
     with Ranks(gpus_per_node=int(ids_S.is_cuda)) as ranks:
-        plain = ddp_config(use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False)
-        model = build(shape, transformer_config(recipe, shape, virtual_size=None), ranks, plain)
+        no_overlap = ddp_config(use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False)
+        model = build(shape, transformer_config(recipe, shape, virtual_size=None), ranks, no_overlap)
         inner = model.chunks[0].eval()
         try:
             # nested, because megatron-core puts the checkpoint's common state beside what was asked for

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+import megabatch
+from megabatch.config.declare import parameters
 from megabatch.config.made_model import declared_shape
+from megabatch.config.recipe import Recipe
 from megabatch.config.run import SCHEMA_VERSION, RunConfig, resolve, save_folder
 from megabatch.config.walltime import seconds
 from megabatch.errors import ConfigError
@@ -51,6 +55,26 @@ def test_given_values_stay(dense, changed):
     assert (resolved.data.loss_scale, resolved.data.truncation_strategy) == ("last_round", "right")
     assert resolved.data.packing_length == 128
     assert run_of(replace(dense, task="pt")).recipe.data.loss_scale == "all"
+
+
+def test_a_pipeline_knows_its_groups_of_micro_batches(dense, changed):
+    pipelined = changed(dense, {"parallel": {"pipeline_model_parallel_size": 2}})
+    assert run_of(pipelined).recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage == 2
+    assert run_of(dense).recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage is None
+
+
+@pytest.mark.parametrize("room", ["trainer", "data"])
+def test_nothing_falls_back_on_a_constant_of_its_own(room):
+    """A parameter's default is declared, and what follows from others is derived: nobody says it a second time."""
+    names, found = {parameter.name for parameter in parameters(Recipe)}, []
+    for path in sorted((Path(megabatch.__file__).parent / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.BoolOp) or not isinstance(node.values[-1], ast.Constant):
+                continue
+            first = node.values[0]
+            if isinstance(first, ast.Attribute) and first.attr in names and "shape" not in ast.unparse(first):
+                found.append((path.name, ast.unparse(node)))
+    assert not found
 
 
 @pytest.mark.parametrize(

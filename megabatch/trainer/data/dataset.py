@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
@@ -116,15 +117,13 @@ def _share(run: RunConfig, ranks: Ranks) -> Share:
 def _interleaving(run: RunConfig) -> Interleaving:
     if run.layout.vp == 1:
         return Interleaving()
-    stages = run.layout.pp
-    return Interleaving(stages, run.recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage or stages)
+    return Interleaving(run.layout.pp, resolved(run.recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage))
 
 
 def _longest_row(run: RunConfig) -> int:
     """Tokens of the longest micro-batch that the data can make."""
     data = run.recipe.data
-    longest = data.packing_length or data.max_length
-    assert longest is not None, "a resolved run has its lengths"
+    longest = data.packing_length or resolved(data.max_length)
     return longest * run.recipe.batch.micro_batch_size
 
 

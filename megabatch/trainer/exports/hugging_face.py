@@ -94,9 +94,7 @@ class HfExport(Export):
 
 def hugging_face_export(run: RunConfig, source: ModelSource) -> HfExport:
     """The export of a run's whole model, with the tokenizer and the chat template that it is trained with."""
-    task = run.recipe.kind
-    assert task is not None, "a resolved run has a task"
-    chat = ChatExport(source.tokenizer, run.recipe.data.template, has_turns=task.rows == "conversations")
+    chat = ChatExport(source.tokenizer, run.recipe.data.template, has_turns=run.task.rows == "conversations")
     table = source.family.tensors(run.shape)
     return HfExport(source.family, table, source.config_folder, run.recipe.checkpoint.max_shard_size, chat)
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megabatch.config.resolved import resolved
 from megabatch.trainer.model.row import Row, rotated
 
 
@@ -55,7 +56,7 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
+        self.scale = softmax_scale or 1.0 / math.sqrt(resolved(config.kv_channels))
         self.dropout = config.attention_dropout
         self.flash = _flash()
         self.flash_takes_groups = takes_groups(self.flash)

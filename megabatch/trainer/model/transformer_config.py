@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from megabatch.config.recipe import Recipe
+from megabatch.config.resolved import resolved
 from megabatch.errors import ConfigError
 from megabatch.plan.shape import ModelShape
 from megabatch.trainable import untrainable
@@ -60,7 +61,7 @@ def own_values(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -
 
 
 def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
-    dtype = DTYPES[recipe.model.torch_dtype or "float32"]
+    dtype = DTYPES[resolved(recipe.model.torch_dtype)]
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -124,8 +125,8 @@ def _moe(shape: ModelShape, recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
         "moe_router_pre_softmax": shape.moe_router_pre_softmax,
         "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
         "moe_router_dtype": None if moe.moe_router_dtype == "none" else moe.moe_router_dtype,
-        "moe_router_score_function": moe.moe_router_score_function or "softmax",
-        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type or "aux_loss",
+        "moe_router_score_function": resolved(moe.moe_router_score_function),
+        "moe_router_load_balancing_type": resolved(moe.moe_router_load_balancing_type),
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
@@ -168,9 +169,7 @@ def _parallel(recipe: Recipe, virtual_size: int | None) -> dict[str, Any]:
             "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
             "virtual_pipeline_model_parallel_size": virtual_size,
             "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
-            "microbatch_group_size_per_vp_stage": (
-                parallel.microbatch_group_size_per_virtual_pipeline_stage or parallel.pipeline_model_parallel_size
-            ),
+            "microbatch_group_size_per_vp_stage": resolved(parallel.microbatch_group_size_per_virtual_pipeline_stage),
         }
     return values
 

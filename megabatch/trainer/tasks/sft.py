@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.trainer.data.dataset import open_data
 from megabatch.trainer.exports.hugging_face import hugging_face_export
@@ -15,6 +16,6 @@ from megabatch.trainer.tasks.parts import Parts
 
 def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
     """Next-token prediction over a dataset, exported as a Hugging Face folder. Raises: DataError."""
-    objective = Sft(calculate_per_token_loss=bool(run.recipe.training.calculate_per_token_loss))
+    objective = Sft(calculate_per_token_loss=resolved(run.recipe.training.calculate_per_token_loss))
     steps, evaluator = open_data(run, source, ranks, objective, busy=busy)
     return Parts(steps=steps, objective=objective, evaluator=evaluator, export=hugging_face_export(run, source))

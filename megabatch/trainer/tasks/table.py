@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megabatch.config.recipe import Recipe
+from megabatch.config.run import RunConfig
 from megabatch.trainer.tasks import sft
 from megabatch.trainer.tasks.parts import Opener
 
@@ -12,7 +12,5 @@ OPENERS: Mapping[str, Opener] = {"pt": sft.parts, "sft": sft.parts}
 """By `Task.name`: one for each task that is built."""
 
 
-def opener(recipe: Recipe) -> Opener:
-    task = recipe.kind
-    assert task is not None and task.built, "a resolved run has a task that is built"
-    return OPENERS[task.name]
+def opener(run: RunConfig) -> Opener:
+    return OPENERS[run.task.name]

@@ -1,0 +1,16 @@
+"""Tokens of a sample and of a row, for a recipe whose lengths may be left out."""
+
+from __future__ import annotations
+
+from megabatch.config.recipe import Recipe
+from megabatch.plan.shape import ModelShape
+
+
+def sample_tokens(recipe: Recipe, shape: ModelShape | None) -> int | None:
+    """Longest sample: `data.max_length`, or what the model takes; None where neither is known."""
+    return recipe.data.max_length or (shape.max_position_embeddings if shape is not None else None)
+
+
+def row_tokens(recipe: Recipe, shape: ModelShape | None) -> int | None:
+    """Longest row of one packed or plain sample: `data.packing_length` with packing, else the longest sample."""
+    return recipe.data.packing_length or sample_tokens(recipe, shape)
