@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +11,10 @@ from megabatch.converters.adapters.mcore_folder import find_config, open_mcore
 from megabatch.converters.adapters.peft_folder import is_peft, open_peft
 from megabatch.converters.engine.plan import Numbered
 from megabatch.converters.hf_model import find_folder
+from megabatch.converters.request import Path_
 from megabatch.converters.torch_dist.find import find_torch_dist
 from megabatch.errors import ConversionError
 from megabatch.nearest import did_you_mean
-
-Path_ = str | os.PathLike[str]
 
 
 def open_adapters(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from megabatch.converters.families import family_of
 from megabatch.converters.hf_model import read_config
 from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.regular import INDEX_BYTES, read_regular
+from megabatch.converters.request import Path_
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.side_files import side_files
 from megabatch.converters.torch_dist.archive import archive_of
@@ -30,7 +30,6 @@ from megabatch.converters.torch_dist.layout import Item, lay_out
 from megabatch.errors import ConversionError
 from megabatch.saved.find import RELEASE, TRACKER
 
-Path_ = str | os.PathLike[str]
 Made = tuple[Mapped, Tensor]
 
 

@@ -16,11 +16,12 @@ from megabatch.converters.adapters.pairs import Pair, Rows, joined, tensor_of
 from megabatch.converters.adapters.peft_config import described
 from megabatch.converters.adapters.peft_experts import Adapted, expert_leaves
 from megabatch.converters.adapters.peft_folder import WEIGHTS
-from megabatch.converters.adapters.to_mcore import Path_, carried, tables_of
+from megabatch.converters.adapters.to_mcore import carried, tables_of
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.engine.plan import Numbered, Plan, SmallFile, Strip, TargetFile, Tensor, uncollected
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.mapping import ExpertLayout, Mapped, elements
+from megabatch.converters.request import Path_
 from megabatch.converters.safetensors_io.header import ITEMSIZE, build_header
 from megabatch.errors import ConversionError
 
