@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -79,6 +80,24 @@ def test_a_faulty_row_in_another_process_is_named(
     with pytest.raises(DataError, match=r"a\.jsonl:41: response must be a string"):
         build(path, num_proc=2)
     assert not caches_in(tmp_path / "cache")
+
+
+def test_only_the_tokenising_processes_get_the_allocators_settings(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_serve", _tell_tunables)
+    for own, seen in ((None, "glibc.malloc.tcache_count=200"), ("glibc.malloc.check=1", "glibc.malloc.check=1")):
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+        if own:
+            monkeypatch.setenv("GLIBC_TUNABLES", own)
+        made = workers._Workers(Encoding(tokenizer=tokenizer_folder), 1)
+        assert made._ends[0].recv() == seen
+        assert os.environ.get("GLIBC_TUNABLES") == own
+        made.close()
+
+
+def _tell_tunables(_: Encoding, ends: list[Connection], __: Connection) -> None:
+    ends[0].send(os.environ["GLIBC_TUNABLES"])
 
 
 class Fatal:

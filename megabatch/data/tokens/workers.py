@@ -14,6 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -27,6 +28,9 @@ from megabatch.errors import DataError
 
 CHUNK_ROWS = 128
 """Few enough that what is made of them stays near the processor: 512 took a tenth longer."""
+_GC_OBJECTS = 20_000
+"""Made between two garbage collections: a chunk's. Python's 700 are five rows', and take a twentieth of the time."""
+_TUNABLES = "GLIBC_TUNABLES"
 
 Rows = list[Row | Line]
 
@@ -79,7 +83,8 @@ class _Workers:
         theirs = [theirs for _, theirs in pairs]
         self._server = context.Process(target=_serve, args=(encoding, theirs, news), name="megabatch-tokenise")
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="megabatch-tokenise")
-        self._server.start()
+        with _keeping_small_blocks():
+            self._server.start()
         for end in (*theirs, news):
             end.close()
         for end in self._ends:
@@ -120,6 +125,23 @@ class _Workers:
         self._server.join()
 
 
+@contextmanager
+def _keeping_small_blocks() -> Iterator[None]:
+    """What is started within it keeps freed blocks of memory by their size, where libc is glibc.
+
+    The tokenizer allocates some blocks for each token and frees those of a whole chunk; glibc keeps 7 of a size and
+    joins the others. With 200 a row takes a seventh less in the tokenizer, and a process 3 MiB more.
+    """
+    if _TUNABLES in os.environ:  # the user's own
+        yield
+        return
+    os.environ[_TUNABLES] = "glibc.malloc.tcache_count=200"  # read when a process starts, and never again
+    try:
+        yield
+    finally:
+        del os.environ[_TUNABLES]
+
+
 def _serve(encoding: Encoding, ends: list[Connection], news: Connection) -> None:
     """Loads the tokenizer, starts a process for each end, and tells how one died."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
@@ -133,6 +155,7 @@ def _serve(encoding: Encoding, ends: list[Connection], news: Connection) -> None
         encoder = _portable(e)
     gc.collect()
     gc.freeze()  # what was loaded stays; looking through it again and again takes time
+    gc.set_threshold(_GC_OBJECTS)
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_work, args=(encoder, end, [*ends, news])) for end in ends]
     for worker in workers:
