@@ -112,3 +112,12 @@ def test_its_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text())
     assert len(links) > 4
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_files_where_new_things_go_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page.split("## Where a new thing goes\n")[1].split("\n## ")[0]
+    places = [place for place in re.findall(r"`([\w./]+/[\w.]*)`", table) if place]
+    assert len(places) > 15
+    roots = (ROOT, ROOT / "megabatch", ROOT / "megabatch" / "config", ROOT / "converters")
+    assert not [place for place in places if not any((root / place).exists() for root in roots)]
