@@ -94,72 +94,86 @@ def _empty_folder(path: Path) -> None:
     path.mkdir()
 
 
+_SETTINGS: dict[str, str | int] = {
+    "ClusterName": "megabatch",
+    # only loopback listens
+    "CommunicationParameters": "NoAddrCache,NoCtldInAddrAny,NoInAddrAny",
+    "AuthType": "auth/munge",
+    "CredType": "cred/munge",
+    # the nodes are as large as we say, whatever the machine has
+    "SlurmdParameters": "config_overrides",
+    "SelectType": "select/cons_tres",
+    "SelectTypeParameters": "CR_CPU",
+    # what can never run is refused, not queued
+    "EnforcePartLimits": "ALL",
+    "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0",
+    "ProctrackType": "proctrack/linuxproc",
+    "TaskPlugin": "task/none",
+    "JobAcctGatherType": "jobacct_gather/none",
+    "MpiDefault": "none",
+    "ReturnToService": 2,
+    "KillWait": 5,
+    "InactiveLimit": 0,
+    "SlurmctldTimeout": 60,
+    "SlurmdTimeout": 30,
+    "PreemptType": "preempt/partition_prio",
+    "PreemptMode": "REQUEUE",
+    "JobRequeue": 1,
+    "JobCompType": "jobcomp/filetxt",
+    "MailProg": "/bin/true",
+}
+"""What all private clusters have in common."""
+
+
 def slurm_conf(layout: ClusterLayout) -> str:
     """slurm.conf. Raises: LaunchError for a folder whose name Slurm's configuration cannot hold."""
     directory = str(layout.directory)
     if not directory.isprintable() or set(directory) & set(" \"'#%\\,=[]"):
         raise LaunchError(f"{directory}: Slurm's configuration cannot hold this folder's name; choose a plain one")
-    host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.geteuid()).pw_name
-    settings: dict[str, str | int | Path] = {
-        "ClusterName": "megabatch",
-        "SlurmctldHost": f"{host}(127.0.0.1)",
-        "SlurmctldPort": layout.first_port,
-        # only loopback listens
-        "CommunicationParameters": "NoAddrCache,NoCtldInAddrAny,NoInAddrAny",
-        "SlurmUser": user,
-        "SlurmdUser": user,
-        "AuthType": "auth/munge",
-        "CredType": "cred/munge",
-        # a requeued job waits until its old credential has expired: two minutes by default
-        "AuthInfo": f"socket={layout.munge_socket},cred_expire=5",
-        "StateSaveLocation": layout.directory / "state",
-        "SlurmdSpoolDir": layout.directory / "spool" / "%n",
-        "SlurmctldPidFile": layout.directory / "slurmctld.pid",
-        "SlurmdPidFile": layout.directory / "slurmd.%n.pid",
-        "SlurmctldLogFile": layout.directory / "slurmctld.log",
-        "SlurmdLogFile": layout.directory / "slurmd.%n.log",
-        # the nodes are as large as we say, whatever the machine has
-        "SlurmdParameters": "config_overrides",
-        "SelectType": "select/cons_tres",
-        "SelectTypeParameters": "CR_CPU",
-        # what can never run is refused, not queued
-        "EnforcePartLimits": "ALL",
-        "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0",
-        "ProctrackType": "proctrack/linuxproc",
-        "TaskPlugin": "task/none",
-        "JobAcctGatherType": "jobacct_gather/none",
-        "AccountingStorageType": f"accounting_storage/{'slurmdbd' if layout.accounting else 'none'}",
-        "MpiDefault": "none",
-        "ReturnToService": 2,
-        "KillWait": 5,
-        "InactiveLimit": 0,
-        "MinJobAge": layout.min_job_age_s,
-        "SlurmctldTimeout": 60,
-        "SlurmdTimeout": 30,
-        "PreemptType": "preempt/partition_prio",
-        "PreemptMode": "REQUEUE",
-        "JobRequeue": 1,
-        "JobCompType": "jobcomp/filetxt",
-        "JobCompLoc": layout.directory / "jobcomp.log",
-        "MailProg": "/bin/true",
-    }
-    if layout.accounting:
-        settings |= {
-            "AccountingStorageHost": "127.0.0.1",
-            "AccountingStoragePort": layout.accounting_port,
-            # munge's socket, whatever the name says
-            "AccountingStoragePass": layout.munge_socket,
-        }
-    if layout.gpus_per_node:
-        settings["GresTypes"] = "gpu"
+    host = socket.gethostname().split(".")[0]
+    settings = _SETTINGS | _of_this_machine(layout, host=host) | _accounting(layout)
     nodes = ",".join(layout.node_names)
-    lines = [f"{name}={value}" for name, value in settings.items()]
-    lines += [_node_line(layout, index, host=host) for index in range(1, layout.nodes + 1)]
-    lines += [
+    lines = [
+        *(f"{name}={value}" for name, value in settings.items()),
+        *(_node_line(layout, index, host=host) for index in range(1, layout.nodes + 1)),
         f"PartitionName=batch Nodes={nodes} Default=YES PriorityTier=1 MaxTime=INFINITE State=UP",
         f"PartitionName=urgent Nodes={nodes} PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE State=UP",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _of_this_machine(layout: ClusterLayout, *, host: str) -> dict[str, str | int]:
+    """Names, ports, folders and sizes."""
+    user, folder = pwd.getpwuid(os.geteuid()).pw_name, layout.directory
+    return {
+        "SlurmctldHost": f"{host}(127.0.0.1)",
+        "SlurmctldPort": layout.first_port,
+        "SlurmUser": user,
+        "SlurmdUser": user,
+        # a requeued job waits until its old credential has expired: two minutes by default
+        "AuthInfo": f"socket={layout.munge_socket},cred_expire=5",
+        "StateSaveLocation": f"{folder}/state",
+        "SlurmdSpoolDir": f"{folder}/spool/%n",
+        "SlurmctldPidFile": f"{folder}/slurmctld.pid",
+        "SlurmdPidFile": f"{folder}/slurmd.%n.pid",
+        "SlurmctldLogFile": f"{folder}/slurmctld.log",
+        "SlurmdLogFile": f"{folder}/slurmd.%n.log",
+        "JobCompLoc": f"{folder}/jobcomp.log",
+        "MinJobAge": layout.min_job_age_s,
+        **({"GresTypes": "gpu"} if layout.gpus_per_node else {}),
+    }
+
+
+def _accounting(layout: ClusterLayout) -> dict[str, str | int]:
+    if not layout.accounting:
+        return {"AccountingStorageType": "accounting_storage/none"}
+    return {
+        "AccountingStorageType": "accounting_storage/slurmdbd",
+        "AccountingStorageHost": "127.0.0.1",
+        "AccountingStoragePort": layout.accounting_port,
+        # munge's socket, whatever the name says
+        "AccountingStoragePass": str(layout.munge_socket),
+    }
 
 
 def _node_line(layout: ClusterLayout, index: int, *, host: str) -> str:
