@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -145,16 +146,18 @@ def made_ahead(makers: Iterator[Maker], how: Ahead) -> Iterator[Step]:
         for make in makers:
             yield make()
         return
-    with ThreadPoolExecutor(how.workers, thread_name_prefix="megabatch-batches") as pool:
-        waiting: deque[Future[Step]] = deque()
-        try:
-            for make in _with_errors_at_their_place(makers):
-                waiting.append(pool.submit(_made, make, pinned=how.pinned))
-                if len(waiting) > how.workers * how.each:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(how.workers, thread_name_prefix="megabatch-batches")
+    waiting: deque[Future[Step]] = deque()
+    is_exiting = sys.is_finalizing  # names of modules are gone when the interpreter drops this generator at its exit
+    try:
+        for make in _with_errors_at_their_place(makers):
+            waiting.append(pool.submit(_made, make, pinned=how.pinned))
+            if len(waiting) > how.workers * how.each:
                 yield waiting.popleft().result()
-        finally:
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        if not is_exiting():  # all threads have ended by then
             pool.shutdown(cancel_futures=True)
 
 

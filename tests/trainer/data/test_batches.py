@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -155,6 +157,19 @@ def test_an_error_arrives_in_its_place(workers: int, where: str) -> None:
     assert next(stream) == 1
     with pytest.raises(DataError, match="disk gone"):
         next(stream)
+
+
+def test_a_stream_dropped_at_exit_says_nothing() -> None:
+    """One that is still held when the interpreter takes its modules apart."""
+    program = (
+        "import itertools, threading\n"
+        "from megabatch.trainer.data.batches import Ahead, made_ahead\n"
+        "stream = made_ahead((lambda: 1 for _ in itertools.count()), Ahead(workers=2))\n"
+        "next(stream)\n"
+        "threading.held = stream\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_rows_of_a_round_are_equally_long_over_neighbours(cache: TokenCache) -> None:
