@@ -82,19 +82,22 @@ _CAUSES = (
     ),
     Cause(
         "oom_shared",
-        "a data worker died: out of shared memory, or killed",
-        "lower data.num_workers, raise resources.mem_gib, or give containers a larger /dev/shm",
+        "out of shared memory (/dev/shm)",
+        "give containers a larger /dev/shm, remove what ended jobs left there on the node, or raise "
+        "resources.mem_gib: files in it count as memory of the job",
     ),
     Cause(
         "oom_host",
         "out of host memory",
-        "raise resources.mem_gib or lower data.num_workers",
+        "raise resources.mem_gib, or lower data.dataset_num_proc (processes that tokenise) and data.num_workers "
+        "(threads, each with batches made ahead)",
     ),
     Cause(
         "limit",
         "a limit on open files, file sizes, processes or threads was reached",
         "raise it with a line of the profile's `setup` (`ulimit -n` open files, `-f` file size, `-u` processes and "
-        "threads; your site sets a cgroup's pids.max), or lower data.num_workers and OMP_NUM_THREADS",
+        "threads; your site sets a cgroup's pids.max), or lower data.num_workers, data.dataset_num_proc and "
+        "OMP_NUM_THREADS",
     ),
     Cause(
         "disk",
@@ -246,14 +249,14 @@ _NAMED = (
     ),
     (
         "oom_shared",
-        r"DataLoader worker \(pid\(?s?\)? .*(killed by signal|exited unexpectedly)|insufficient shared memory \(shm\)"
-        r"|unable to (open|allocate|mmap) shared memory|Unexpected bus error encountered in worker",
+        r"insufficient shared memory \(shm\)|unable to (open|allocate|mmap) shared memory"
+        r"|Error while creating shared memory segment",
     ),
     (
         "oom_host",
         r"[Dd]etected \d+ oom.kill event|Out of memory: Killed process|oom-kill:|can't allocate memory: you tried to "
         r"allocate|Cannot allocate memory|^(\w+\.)*MemoryError\b|error: Exceeded job memory limit"
-        r"|task \d+: Out Of Memory",
+        r"|task \d+: Out Of Memory|a tokenising process died",
     ),
     (
         "limit",
