@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megabatch.config.kernels import Kernels
     from megabatch.config.model import Model
     from megabatch.config.moe import MLA, MTP, MoE
+    from megabatch.config.monitoring import Evaluation, Logging
     from megabatch.config.optimization import FP8, LearningRate, Optimizer, Precision
     from megabatch.config.parallel import Parallel
     from megabatch.config.recipe import Recipe
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from megabatch.config.roles import Role
     from megabatch.config.training import Batch, Training
     from megabatch.config.tuner import Tuner
-    from megabatch.config.watching import Evaluation, Logging
     from megabatch.converters.request import ConversionRequest
     from megabatch.sweep.declare import Sweep
 
@@ -86,6 +86,7 @@ _NAMES_OF = {
     "config.kernels": "Kernels",
     "config.model": "Model",
     "config.moe": "MLA MTP MoE",
+    "config.monitoring": "Evaluation Logging",
     "config.optimization": "FP8 LearningRate Optimizer Precision",
     "config.parallel": "Parallel",
     "config.recipe": "Recipe",
@@ -95,7 +96,6 @@ _NAMES_OF = {
     "config.roles": "Role",
     "config.training": "Batch Training",
     "config.tuner": "Tuner",
-    "config.watching": "Evaluation Logging",
     "converters.request": "ConversionRequest",
     "sweep.declare": "Sweep",
 }

@@ -2,7 +2,7 @@
 
 While `heartbeat.json` does not change, nothing gets done. Whoever watches it is outside the ranks: a rank that is
 stopped, or whose Python lock is held, cannot watch itself. Asked with SIGUSR1, each rank writes its stacks and its
-whereabouts (megabatch/trainer/whereabouts.py) to its log.
+activity (megabatch/trainer/activity.py) to its log.
 """
 
 from __future__ import annotations

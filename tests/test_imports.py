@@ -100,7 +100,7 @@ def _light_modules() -> list[str]:
     names = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for path in found}
     computing = ("megabatch.trainer", *(f"megabatch.data.{one}" for one in COMPUTING))
     light = {name for name in names if not name.startswith(computing)}
-    return sorted(light | {f"megabatch.data.{one}" for one in ("tokens.tokenizer", "tokens.own_templates")})
+    return sorted(light | {f"megabatch.data.{one}" for one in ("tokens.tokenizer", "tokens.default_templates")})
 
 
 def _imported(statement: str) -> set[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megabatch.converters.families import FAMILIES
-from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.trainable import BUILT, UNBUILT, untrainable
 
 CONFIG = KNOWN_MODELS["Qwen/Qwen3-30B-A3B"]

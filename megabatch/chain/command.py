@@ -9,10 +9,10 @@ from pathlib import Path
 
 from megabatch.chain.declare import Chain
 from megabatch.chain.flags import parsed
+from megabatch.chain.graph_text import graph_table, state_table
 from megabatch.chain.ready import ReadyChain, make_ready
 from megabatch.chain.record import recorded_chain, states
-from megabatch.chain.text import graph_table, state_table
-from megabatch.entry.startable import require_torch
+from megabatch.entry.launch_checks import require_torch
 from megabatch.run_directory import ExitCode
 from megabatch.table import table
 

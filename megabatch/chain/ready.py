@@ -9,7 +9,7 @@ from megabatch.chain.declare import Chain, Step
 from megabatch.chain.graph import graph_faults, in_order
 from megabatch.chain.step import ReadyStep, StepBuilder
 from megabatch.config.flags import Actions
-from megabatch.entry.startable import unplaceable
+from megabatch.entry.launch_checks import folder_faults
 from megabatch.errors import ConfigError, Fault
 from megabatch.slurm.profile import ClusterProfile, load_profile
 from megabatch.slurm.render import render
@@ -49,7 +49,7 @@ def make_ready(chain: Chain, actions: Actions, *, file: Path) -> ReadyChain:
     folder = Path(actions.run_dir or chain.save or Path("megatron_output") / chain.name).expanduser().absolute()
     code = None if actions.local else snapshot_of(folder / "code", recipe=file)
     made: dict[str, ReadyStep] = {}
-    refusals = unplaceable(folder, recipe_file=file, local=actions.local, own=[s.name for s in chain.steps])
+    refusals = folder_faults(folder, recipe_file=file, local=actions.local, own=[s.name for s in chain.steps])
     for step in in_order(chain):
         builder = StepBuilder(chain, step, folder, made, actions, file, code)
         ready, own = builder.decided(profile)

@@ -20,8 +20,8 @@ from megabatch.config.rules.roles import role_faults
 from megabatch.config.rules.secrets import no_secrets_in_words
 from megabatch.converters.request import ConversionRequest
 from megabatch.entry.launch import Launch, prepare
+from megabatch.entry.launch_checks import faults_here
 from megabatch.entry.model import FoundModel, find_model
-from megabatch.entry.startable import unstartable
 from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.job import Input, JobSpec
@@ -121,7 +121,7 @@ class StepBuilder:
         work = self.step.work
         if ready.launch is not None and isinstance(work, Recipe):
             own = _without_references(work)
-            yield from unstartable(ready.launch, local=self.actions.local, own=own)
+            yield from faults_here(ready.launch, local=self.actions.local, own=own)
         elif isinstance(ready.work, Convert) and not references(work):
             yield from source_faults(ready.work)
 

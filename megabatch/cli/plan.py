@@ -18,9 +18,9 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.rules.fields import unbuilt_fields
 from megabatch.entry.estimate import estimate_of, gpu_of
 from megabatch.entry.launch import Launch, prepare
+from megabatch.entry.launch_checks import missing_here
 from megabatch.entry.layouts import faults_of_all, judged_layouts
 from megabatch.entry.plan_text import plan_text
-from megabatch.entry.startable import missing
 from megabatch.errors import ConfigError, Fault, MegabatchError
 from megabatch.plan.memory import MARGIN, usable_gib
 from megabatch.plan.shape import ModelShape
@@ -103,7 +103,7 @@ def _show(path: Path, recipe: Recipe, actions: Actions, options: PlanOptions) ->
             raise ConfigError(_no_estimate(launch))
         print(json.dumps(estimate_document(found, gpu), indent=2))
         return 0
-    print(plan_text(launch, refusals=[*unbuilt, *missing(launch, local=False)]))
+    print(plan_text(launch, refusals=[*unbuilt, *missing_here(launch, local=False)]))
     print(f"\n{estimate_text(found, gpu) if found else _no_estimate(launch)}")
     return 0
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from megabatch.cli.recipe_file import as_declared, load_recipe
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
-from megabatch.entry.counted_data import CACHE, cache_folder
+from megabatch.entry.data_counts import CACHE, cache_folder
+from megabatch.entry.input_checks import missing_inputs
 from megabatch.entry.launch import Launch, prepare
-from megabatch.entry.preflight import missing_inputs
 from megabatch.errors import ConfigError, Fault
 from megabatch.run_directory import ExitCode, RunDirectory
 
@@ -55,14 +55,14 @@ def _require_meant(actions: Actions) -> None:
 
 def _as_job(recipe: Recipe, chosen: Recipe, actions: Actions, flags: Sequence[str], *, file: Path, cache: str) -> int:
     from megabatch.entry.command import queue, start
+    from megabatch.entry.launch_checks import folder_faults
     from megabatch.entry.mounts import unmounted
     from megabatch.entry.preparation import preparation
-    from megabatch.entry.startable import unplaceable
     from megabatch.slurm.render import render
 
     def prepared() -> Launch:
         launch = preparation(recipe, chosen, actions, recipe_file=file, cache=cache)
-        place = unplaceable(launch.directory.path, recipe_file=file, local=False)
+        place = folder_faults(launch.directory.path, recipe_file=file, local=False)
         if faults := [*place, *unmounted(launch), *_hidden(launch, cache)]:
             raise ConfigError(faults)
         return launch

@@ -11,8 +11,8 @@ from types import ModuleType
 
 from megabatch.chain.declare import Chain
 from megabatch.config.recipe import Recipe
-from megabatch.config.unknown import unknown_field
-from megabatch.entry.raised import place_in, raised
+from megabatch.config.unknown_field import unknown_field
+from megabatch.entry.recipe_error import describe_error, place_in
 from megabatch.errors import ConfigError, MegabatchError
 from megabatch.sweep.declare import Sweep
 
@@ -35,7 +35,7 @@ def loaded(path: Path) -> ModuleType:
     except MegabatchError:
         raise
     except Exception as error:
-        raise ConfigError(raised(error, path)) from error
+        raise ConfigError(describe_error(error, path)) from error
     return module
 
 
@@ -60,7 +60,7 @@ def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Ch
     except Exception as error:
         fault = unknown_field(error) if isinstance(error, TypeError) else None
         if fault is None:
-            raise ConfigError(raised(error, file)) from error
+            raise ConfigError(describe_error(error, file)) from error
         raise ConfigError([replace(fault, field=f"{place_in(error, file)}: {fault.field}")]) from error
     if not isinstance(built, Recipe | Chain):
         raise ConfigError(f"{file.name}: recipe() returns {built!r}; it must return a Recipe or a Chain")

@@ -6,7 +6,7 @@ import sys
 
 from megabatch.config.declare import Parameter, group_types, parameters
 from megabatch.config.docstrings import field_docs
-from megabatch.config.kinds import spelled
+from megabatch.config.field_types import spelled
 from megabatch.config.recipe import Recipe
 
 _INTRODUCTION = """\

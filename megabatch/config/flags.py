@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from megabatch.config.declare import Parameter, group_types, parameters
-from megabatch.config.kinds import fits, is_boolean, is_list, read, spelled
+from megabatch.config.field_types import fits, is_boolean, is_list, read, spelled
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError, Fault
 from megabatch.tasks import find_task

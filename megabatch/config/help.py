@@ -6,8 +6,8 @@ import textwrap
 
 from megabatch.config.declare import Parameter, group_types, parameters
 from megabatch.config.docstrings import field_docs
+from megabatch.config.field_types import spelled
 from megabatch.config.flags import Actions
-from megabatch.config.kinds import spelled
 from megabatch.config.recipe import Recipe
 
 _INDENT = " " * 8

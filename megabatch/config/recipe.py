@@ -14,6 +14,7 @@ from megabatch.config.grpo import Grpo, Rollout
 from megabatch.config.kernels import Kernels
 from megabatch.config.model import Model
 from megabatch.config.moe import MLA, MTP, MoE
+from megabatch.config.monitoring import Evaluation, Logging
 from megabatch.config.optimization import FP8, LearningRate, Optimizer, Precision
 from megabatch.config.parallel import Parallel
 from megabatch.config.recompute import Recompute
@@ -22,7 +23,6 @@ from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
 from megabatch.config.roles import Role
 from megabatch.config.training import Batch, Training
 from megabatch.config.tuner import Tuner
-from megabatch.config.watching import Evaluation, Logging
 from megabatch.tasks import Task, find_task
 
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megabatch.config.kinds import options
+from megabatch.config.field_types import options
 from megabatch.config.layout import layout_of
 from megabatch.config.lengths import row_tokens, sample_tokens
 from megabatch.config.recipe import Recipe

@@ -11,7 +11,7 @@ from megabatch.config.run import RunConfig
 from megabatch.data.cache import datasets
 from megabatch.data.cache.datasets import CachePaths
 from megabatch.data.cache.token_cache import TokenCache
-from megabatch.data.counted import Counted, note_counted
+from megabatch.data.counts import DataCounts, remember_counts
 from megabatch.data.schedule import Schedule
 from megabatch.data.tokens.encoding import Encoding
 
@@ -56,8 +56,8 @@ def cache_folder(run: RunConfig) -> Path:
 def note_data(run: RunConfig, data: TokenCache, schedule: Schedule) -> None:
     """Remembers how much training data there is, for plans of the same run; one process calls it."""
     tokens = int(data.lengths.sum())
-    found = Counted(samples=len(data), items=len(schedule), tokens=tokens, cache=str(data.path))
-    note_counted(run, cache_folder(run), found)
+    found = DataCounts(samples=len(data), items=len(schedule), tokens=tokens, cache=str(data.path))
+    remember_counts(run, cache_folder(run), found)
 
 
 def open_caches(run: RunConfig, paths: CachePaths) -> tuple[TokenCache, TokenCache | None]:

@@ -16,22 +16,22 @@ from megabatch.data.rows.formats import conversation_of
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError, DataError, MegabatchError
 
-MADE_MODEL = "model"
+NEW_MODEL = "model"
 """Folder in the run directory with config.json and tokenizer of a new model."""
 
 
 def tokenizer_of(run: RunConfig) -> Path:
     """Folder of the run's tokenizer, downloaded or made now unless it is there. Raises: ConfigError, DataError."""
     if run.recipe.model.model is None:
-        return made_model(run)[1]
+        return new_model(run)[1]
     tokenizer = folder_of(resolved(run.recipe.model.tokenizer), run)
     tokenizers.check(tokenizer)
     return tokenizer
 
 
-def made_model(run: RunConfig) -> tuple[Path, Path]:
+def new_model(run: RunConfig) -> tuple[Path, Path]:
     """(folder with config.json, folder of the tokenizer) of a model that has no weights yet, written unless there."""
-    folder = Path(run.run_dir) / MADE_MODEL
+    folder = Path(run.run_dir) / NEW_MODEL
     given = run.recipe.model.tokenizer
     tokenizer = folder_of(given, run) if given else _trained_tokenizer(run, folder)
     _write_config(run, folder, tokenizer)

@@ -7,7 +7,7 @@ import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 
-from megabatch.doctor.ask import ask
+from megabatch.doctor.commands import run_command
 from megabatch.doctor.devices import PROBE, devices, probe
 from megabatch.doctor.finding import Finding, State, fine, note
 from megabatch.doctor.pairs import Installed, wrong_build, wrong_pairs
@@ -90,4 +90,4 @@ def _slurm() -> list[Finding]:
 
 
 def _said(*command: str) -> str:
-    return ask(*command, timeout_s=_SLURM_TIMEOUT_S).text
+    return run_command(*command, timeout_s=_SLURM_TIMEOUT_S).text

@@ -9,7 +9,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from megabatch.config.walltime import seconds
-from megabatch.doctor.ask import ask
+from megabatch.doctor.commands import run_command
 from megabatch.doctor.finding import Finding, fault, fine, note
 from megabatch.doctor.live import Live, chosen, live_cluster, one_of
 from megabatch.doctor.requests import account_and_qos, accounting, constraint, gpus, options, reservation
@@ -20,7 +20,7 @@ _SAVE_S = 30
 
 def examine_cluster(profile: ClusterProfile) -> list[Finding]:
     """One finding for each thing that the profile names or a run relies on; the rest is left out where Slurm is."""
-    said = ask("scontrol", "ping")
+    said = run_command("scontrol", "ping")
     if not said.ok or "UP" not in said.text:
         fix = "log in to a node of the cluster, or check SLURM_CONF; for a private cluster: make cluster"
         return [fault("Slurm controller", said.first or "no answer", fix=fix)]
@@ -58,7 +58,7 @@ def _time(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
 
 def _nodes_named(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
     if profile.exclude is not None:
-        named = ask("scontrol", "show", "hostnames", profile.exclude).text.split()
+        named = run_command("scontrol", "show", "hostnames", profile.exclude).text.split()
         unknown = [name for name in named if name not in live.nodes]
         if unknown or not named:
             fix = "exclude = only nodes that `sinfo -N` lists; sbatch refuses a list with any other"
@@ -67,7 +67,7 @@ def _nodes_named(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
             yield fine("exclude", f"{len(named)} of {len(live.nodes)} nodes left out")
     if live.nodes:
         name = next(iter(live.nodes))
-        shown = ask("scontrol", "--oneliner", "show", "node", name).text
+        shown = run_command("scontrol", "--oneliner", "show", "node", name).text
         address = (re.search(r"NodeAddr=(\S+)", shown) or ["", ""])[1]
         if _resolves(name):
             yield fine("node names", f"{name} resolves")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from megabatch.doctor.ask import ask
+from megabatch.doctor.commands import run_command
 from megabatch.slurm.profile import ClusterProfile
 
 
@@ -29,20 +29,22 @@ def live_cluster() -> Live:
 
 
 def _config() -> dict[str, str]:
-    lines = (line.split("=", 1) for line in ask("scontrol", "show", "config").text.splitlines() if " = " in line)
+    lines = (
+        line.split("=", 1) for line in run_command("scontrol", "show", "config").text.splitlines() if " = " in line
+    )
     return {name.strip(): value.strip() for name, value in lines}
 
 
 def _partitions() -> dict[str, dict[str, str]]:
     found = {}
-    for line in ask("scontrol", "--oneliner", "show", "partition").text.splitlines():
+    for line in run_command("scontrol", "--oneliner", "show", "partition").text.splitlines():
         words = dict(re.findall(r"(\w+)=(\S*)", line))
         found[words.get("PartitionName", "")] = words
     return found
 
 
 def _nodes() -> dict[str, str]:
-    lines = ask("sinfo", "--noheader", "--Node", "--format=%N|%G").text.splitlines()
+    lines = run_command("sinfo", "--noheader", "--Node", "--format=%N|%G").text.splitlines()
     return dict(line.split("|", 1) for line in lines if "|" in line)
 
 

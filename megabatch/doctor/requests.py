@@ -6,7 +6,7 @@ import getpass
 import re
 from collections.abc import Iterator
 
-from megabatch.doctor.ask import Answer, ask
+from megabatch.doctor.commands import Answer, run_command
 from megabatch.doctor.finding import Finding, fault, fine, note
 from megabatch.doctor.live import Live, in_partitions, one_of
 from megabatch.slurm.profile import ClusterProfile
@@ -15,7 +15,7 @@ from megabatch.slurm.script.gpus import gpu_options
 
 
 def gpus(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
-    shown = ask("sinfo", "--noheader", "--format=%G|%D", *in_partitions(profile, live)).text.splitlines()
+    shown = run_command("sinfo", "--noheader", "--format=%G|%D", *in_partitions(profile, live)).text.splitlines()
     kinds = dict(line.strip().split("|", 1) for line in shown if "gpu" in line)
     types = sorted(set(re.findall(r"gpu:([^:(,]*[^:(,\d][^:(,]*)", " ".join(kinds))))
     if profile.gpu_type is not None and profile.gpu_type not in types:
@@ -59,7 +59,7 @@ def _tried(name: str, value: str, profile: ClusterProfile, live: Live, *, fix: s
 
 
 def _test_only(*options: str) -> Answer:
-    return ask("sbatch", "--test-only", "--time=1", *options, "--wrap=true")
+    return run_command("sbatch", "--test-only", "--time=1", *options, "--wrap=true")
 
 
 def _reason(said: Answer) -> str:
@@ -73,7 +73,7 @@ def accounting(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
     if not _is_accounted(live):
         yield note("accounting", "not used by this cluster", without=without)
         return
-    said = ask("sacct", "--noheader", "--jobs=0")
+    said = run_command("sacct", "--noheader", "--jobs=0")
     yield fine("accounting", "sacct answers") if said.ok else note("accounting", said.first, without=without)
 
 
@@ -100,7 +100,7 @@ def account_and_qos(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
 def _associations() -> dict[str, list[str]]:
     """The accounts and qualities of service of this user."""
     of_user = f"user={getpass.getuser()}"
-    said = ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", of_user, "format=account,qos")
+    said = run_command("sacctmgr", "--noheader", "--parsable2", "show", "associations", of_user, "format=account,qos")
     rows = [line.split("|") for line in said.lines if "|" in line]
     return {
         "account": sorted({row[0] for row in rows}),

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megabatch.doctor.ask import ask
+from megabatch.doctor.commands import run_command
 from megabatch.doctor.finding import Finding
 from megabatch.slurm.profile import ClusterProfile, Container
 from megabatch.slurm.quoting import shell
@@ -28,7 +28,7 @@ def _container(container: Container | None) -> Iterator[Finding]:
         return
     name = f"container ({container.runtime})"
     if container.runtime == "pyxis":
-        there = "--container-image" in ask("srun", "--help").text
+        there = "--container-image" in run_command("srun", "--help").text
         fix = 'ask the site for the Pyxis plugin, or set runtime = "apptainer"'
     else:
         there = shutil.which("apptainer") is not None
@@ -49,7 +49,7 @@ def _modules(profile: ClusterProfile) -> Iterator[Finding]:
     if not profile.modules:
         return
     script = "\n".join(["set -e", *modules(profile)])
-    said = ask("bash", "-c", script, timeout_s=60)
+    said = run_command("bash", "-c", script, timeout_s=60)
     bad = not said.ok or "ERROR" in said.text
     yield Finding(
         name="modules",
@@ -91,7 +91,7 @@ def _node(profile: ClusterProfile) -> Iterator[Finding]:
     ]
     try:
         probe.touch()
-        said = ask("srun", *_options(profile), "bash", "-c", "\n".join(script), timeout_s=_JOB_S)
+        said = run_command("srun", *_options(profile), "bash", "-c", "\n".join(script), timeout_s=_JOB_S)
     except OSError as error:
         fix = "run this from a folder on shared storage"
         yield Finding(name="job on a node", state="broken", found=f"{probe}: {error.strerror}", needed=True, fix=fix)

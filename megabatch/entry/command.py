@@ -10,10 +10,10 @@ from pathlib import Path
 
 from megabatch.config.flags import Actions
 from megabatch.config.recipe import Recipe
+from megabatch.entry.input_checks import occupied
 from megabatch.entry.launch import Launch, prepare, written
+from megabatch.entry.launch_checks import faults_here, folder_faults, missing_here, require_torch
 from megabatch.entry.plan_text import plan_text
-from megabatch.entry.preflight import occupied
-from megabatch.entry.startable import missing, require_torch, unplaceable, unstartable
 from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.launcher_lock import LockedError
@@ -82,20 +82,20 @@ def _checked(launch: Launch) -> list[Fault]:
         faults.append(launch.model.fault)
     if faults:
         raise ConfigError(faults)
-    return missing(launch, local=False) + occupied(launch.directory.path)
+    return missing_here(launch, local=False) + occupied(launch.directory.path)
 
 
-def _require_startable(launch: Launch, *, local: bool = False) -> None:
+def _require_launchable(launch: Launch, *, local: bool = False) -> None:
     """Raises ConfigError with every fault that can be seen before the run starts."""
-    faults = launch.faults() + unplaceable(launch.directory.path, recipe_file=launch.recipe_file, local=local)
+    faults = launch.faults() + folder_faults(launch.directory.path, recipe_file=launch.recipe_file, local=local)
     # data and weights are read only for a run that could start otherwise
-    faults += missing(launch, local=local) if faults else unstartable(launch, local=local)
+    faults += missing_here(launch, local=local) if faults else faults_here(launch, local=local)
     if faults:
         raise ConfigError(faults)
 
 
 def _submit(launch: Launch, arguments: Sequence[str]) -> int:
-    _require_startable(launch)
+    _require_launchable(launch)
     return queue(launch, arguments)
 
 
@@ -149,7 +149,7 @@ def _require_idle(directory: RunDirectory) -> None:
 def _local(launch: Launch, arguments: Sequence[str]) -> int:
     from megabatch.slurm.local import run_local
 
-    _require_startable(launch, local=True)
+    _require_launchable(launch, local=True)
     require_torch()
     with written(launch, arguments) as directory:
         _require_idle(directory)

@@ -12,10 +12,10 @@ from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.config.run import torch_dtype
 from megabatch.errors import ConfigError, Fault
+from megabatch.plan.communication import groups, leaves_node
 from megabatch.plan.estimate import Estimate, estimate
 from megabatch.plan.figures import GIB, MemoryEstimate
 from megabatch.plan.gpus import GPUS, Gpu, gpu_named
-from megabatch.plan.links import groups, leaves_node
 from megabatch.plan.memory import usable_gib
 from megabatch.plan.settings import Lora, Settings
 from megabatch.plan.shape import ModelShape

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megabatch.config.made_model import declared_shape
+from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.converters.families import family_named, family_of
 from megabatch.errors import ConversionError, Fault, MegabatchError
 from megabatch.hub_cache import cached_folder, is_hub_name
-from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.environment import SHARED_CACHES
 from megabatch.trainable import untrainable

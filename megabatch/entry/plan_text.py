@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megabatch.config.lengths import row_tokens
-from megabatch.data.counted import Counted
+from megabatch.data.counts import DataCounts
 from megabatch.data.rows.names import parse
-from megabatch.entry.counted_data import counted_data
+from megabatch.entry.data_counts import counts_of
 from megabatch.entry.launch import Launch
 from megabatch.errors import Fault
 from megabatch.hub_cache import download_command
@@ -93,7 +93,7 @@ def _batch(launch: Launch) -> str:
 
 
 def _length(launch: Launch) -> str:
-    recipe, found = launch.recipe, counted_data(launch)
+    recipe, found = launch.recipe, counts_of(launch)
     steps, epochs, batch = recipe.training.train_iters, recipe.training.max_epochs or 1, recipe.batch.global_batch_size
     items = "packed rows" if recipe.data.packing else "samples"
     if steps is not None:
@@ -106,7 +106,7 @@ def _length(launch: Launch) -> str:
     return f"{passes} of all {items}; steps = {items} x {epochs} // {batch}, counted when the data is prepared"
 
 
-def _amount(found: Counted) -> str:
+def _amount(found: DataCounts) -> str:
     packed = f"{found.items:,} packed rows of " if found.items != found.samples else ""
     return f"{packed}{found.samples:,} samples, {found.tokens:,} tokens, counted in {found.cache}"
 

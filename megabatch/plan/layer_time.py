@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from megabatch.plan import weights
 from megabatch.plan.activations import stream
+from megabatch.plan.communication import all_to_all_s, groups, ring_s
 from megabatch.plan.flops import attention_flops
 from megabatch.plan.gpus import Gpu
-from megabatch.plan.links import all_to_all_s, groups, ring_s
 from megabatch.plan.routing import EXPERT_IMBALANCE, routed_tokens
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from megabatch.plan import weights
 from megabatch.plan.activations import stream
+from megabatch.plan.communication import groups, ring_s, send_s
 from megabatch.plan.figures import StepEstimate
 from megabatch.plan.flops import training_flops
 from megabatch.plan.gpus import Gpu
 from megabatch.plan.layer_time import MEMORY_EFFICIENCY, OVERLAP, LayerSeconds, Seconds, head_seconds, layer_seconds
-from megabatch.plan.links import groups, ring_s, send_s
 from megabatch.plan.rank_size import RankSize
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape

@@ -14,8 +14,8 @@ from typing import Any
 
 from megabatch.config.declare import parameters
 from megabatch.config.layout import layout_of, virtual_stages
-from megabatch.config.made_model import declared_shape
 from megabatch.config.model import Model
+from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
 from megabatch.errors import ConfigError, Fault
@@ -35,7 +35,7 @@ class Small:
 
 
 def shrink(recipe: Recipe, shape: ModelShape, *, steps: int, max_ranks: int) -> Small:
-    """The same recipe with a made model, little data and `steps` steps on at most `max_ranks` CPU processes.
+    """The same recipe with a new model, little data and `steps` steps on at most `max_ranks` CPU processes.
 
     Raises: ConfigError where what is left of the recipe has faults that no default mends.
     """

@@ -16,7 +16,7 @@ from megabatch.config.run import save_folder
 from megabatch.entry.estimate import gpu_of, verdict_of
 from megabatch.entry.launch import Launch, job_of, prepare
 from megabatch.entry.model import FoundModel, find_model
-from megabatch.entry.raised import raised
+from megabatch.entry.recipe_error import describe_error
 from megabatch.errors import ConfigError, Fault, MegabatchError
 from megabatch.plan.estimate import Estimate
 from megabatch.plan.gpus import Gpu
@@ -145,7 +145,7 @@ def _wanted(point: Point, sweep: Sweep, *, file: Path) -> bool:
         raise
     except Exception as error:
         values = ", ".join(f"{name}={value_text(value)}" for name, value in point.values.items())
-        rule = f"fails for point {point.name} ({values}): {raised(error, file)}"
+        rule = f"fails for point {point.name} ({values}): {describe_error(error, file)}"
         raise ConfigError([Fault("sweep.filter", None, rule, bare=True)]) from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megabatch.config.flags import Actions, Named, named
 from megabatch.config.recipe import Recipe
-from megabatch.entry.startable import missing, unplaceable, unstartable
+from megabatch.entry.launch_checks import faults_here, folder_faults, missing_here
 from megabatch.errors import ConfigError, Fault
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.array import JobArray, array_directives, expected_start, render_array
@@ -73,7 +73,7 @@ def _refuse_swept_flags(sweep: Sweep, recipe: Recipe, actions: Actions, argument
 
 
 def _submit(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, str], arguments: Sequence[str]) -> int:
-    _require_startable(found)
+    _require_launchable(found)
     if not arrays:
         print(_nothing_to_submit(left))
         return ExitCode.DONE
@@ -105,21 +105,21 @@ def _local(found: Candidates, left: Mapping[str, str], arguments: Sequence[str])
     from megabatch.sweep.local import run_here
 
     print(table_text(found, arrays=(), starts={}, left=left), flush=True)
-    _require_startable(found, local=True)
+    _require_launchable(found, local=True)
     describe(found)
     _tell_left(left)
     return run_here(found, [c for c in found.kept if c.point.name not in left], arguments)
 
 
-def _require_startable(found: Candidates, *, local: bool = False) -> None:
+def _require_launchable(found: Candidates, *, local: bool = False) -> None:
     """Raises ConfigError with every fault that can be seen before the runs start."""
     _require_one(found)
     if others := other_runs(found):
         fix = "nothing was submitted; give the sweep another name or --run_dir, or remove those folders"
         raise ConfigError("\n  ".join([f"{len(others)} folders hold other runs, {fix}", *others]))
     own = {"arrays", "cache", *(candidate.point.name for candidate in found.all)}
-    faults = [*_unbuilt(found), *unplaceable(found.folder, recipe_file=found.base.recipe_file, local=local, own=own)]
-    asked = missing if faults else unstartable
+    faults = [*_unbuilt(found), *folder_faults(found.folder, recipe_file=found.base.recipe_file, local=local, own=own)]
+    asked = missing_here if faults else faults_here
     faults += _once(fault for c in found.distinct_inputs() for fault in asked(c.launch, local=local))
     if faults:
         raise ConfigError(faults)
@@ -136,7 +136,7 @@ def _unbuilt(found: Candidates) -> list[Fault]:
 
 
 def _missing(found: Candidates) -> list[Fault]:
-    return _once(fault for c in found.distinct_inputs() for fault in missing(c.launch, local=False))
+    return _once(fault for c in found.distinct_inputs() for fault in missing_here(c.launch, local=False))
 
 
 def _once(faults: Iterable[Fault]) -> list[Fault]:

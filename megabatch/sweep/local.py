@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megabatch.entry.startable import require_torch
+from megabatch.entry.launch_checks import require_torch
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local_array import run_local_array

@@ -18,36 +18,36 @@ from megabatch.config.run import RunConfig
 from megabatch.errors import MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.trainer import assemble
+from megabatch.trainer.activity import Activity
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.engine import Engine, StepResult
 from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.metrics import Metrics, StepRecord
 from megabatch.trainer.model_source import model_source
-from megabatch.trainer.notes import note_settings_without_effect
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.settings_without_effect import note_settings_without_effect
 from megabatch.trainer.signals import StopSignal
 from megabatch.trainer.steps import Step
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.table import opener
-from megabatch.trainer.whereabouts import Whereabouts
 
 logger = logging.getLogger(__name__)
 
 
-def train(run: RunConfig, stop: StopSignal, where: Whereabouts) -> ExitCode:
+def train(run: RunConfig, stop: StopSignal, activity: Activity) -> ExitCode:
     """Trains until the last step or until asked to stop. Raises: MegabatchError, on every rank."""
     training = run.recipe.training
     if training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     with assemble.join_ranks(run) as ranks:
         note_settings_without_effect(run.recipe, is_main=ranks.is_main)
-        loop, progress = open_loop(run, ranks, stop, where)
+        loop, progress = open_loop(run, ranks, stop, activity)
         with loop.metrics:
             return loop.run_from(progress)
 
 
-def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, where: Whereabouts) -> tuple[Loop, Progress]:
+def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity) -> tuple[Loop, Progress]:
     """The loop of a run with everything loaded, and where it goes on; its `metrics` are yet to be entered."""
     folder = RunDirectory(Path(run.run_dir))
     heart = Heartbeat(folder, ranks.place)
@@ -74,7 +74,7 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, where: Whereabouts
         checkpoints=checkpoints,
         metrics=metrics,
         stop=stop,
-        where=where,
+        activity=activity,
     )
     return loop, progress
 
@@ -89,7 +89,7 @@ class Loop:
     checkpoints: Checkpoints
     metrics: Metrics
     stop: StopSignal
-    where: Whereabouts
+    activity: Activity
 
     @property
     def train_iters(self) -> int:
@@ -120,9 +120,9 @@ class Loop:
         steps = self.parts.steps.after(progress.cursor, self.engine)
         while progress.step < self.train_iters:
             started = time.perf_counter()
-            self.where.at("waiting for data", progress.step + 1)
+            self.activity.at("waiting for data", progress.step + 1)
             step = next(steps)
-            self.where.at("training", progress.step + 1)
+            self.activity.at("training", progress.step + 1)
             result = self.engine.step(
                 step.packs, self.parts.objective, totals=step.totals, filled=step.filled, stop=self.stop.requested
             )
@@ -162,7 +162,7 @@ class Loop:
     def _evaluate(self, step: int) -> None:
         if self.parts.evaluator is None:
             return
-        self.where.at("evaluating", step)
+        self.activity.at("evaluating", step)
         started = time.perf_counter()
         found = self.parts.evaluator.evaluate(self.engine, on_batch=lambda: self.metrics.heartbeat("running"))
         self.metrics.log_evaluation(step, found, time.perf_counter() - started)
@@ -172,7 +172,7 @@ class Loop:
         return interval is None or step % interval == 0
 
     def _save(self, progress: Progress, *, must_resume: bool, with_hf: bool) -> None:
-        self.where.at("saving", progress.step)
+        self.activity.at("saving", progress.step)
         self.metrics.heartbeat("saving", force=True)
         path = self.checkpoints.save(self.engine, progress, must_resume=must_resume, with_hf=with_hf)
         logger.info("saved %s", path)

@@ -15,15 +15,15 @@ from pathlib import Path
 from megabatch.config.run import RunConfig
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.trainer import failures
+from megabatch.trainer.activity import Activity
 from megabatch.trainer.signals import StopSignal
-from megabatch.trainer.whereabouts import Whereabouts
 
 
 def main(arguments: list[str]) -> int:
     """Exit status of the rank; see `ExitCode`."""
     stop = StopSignal()
-    where = Whereabouts(_rank())
-    where.listen()
+    activity = Activity(_rank())
+    activity.listen()
     if len(arguments) != 1:
         print("usage: python -m megabatch.trainer.main RUN_DIR", file=sys.stderr)
         return ExitCode.CONFIG
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         _prepare_device(run)
         from megabatch.trainer.loop import train
 
-        return train(run, stop, where)
+        return train(run, stop, activity)
     except Exception as e:
         return failures.report(e)
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from megabatch.config.watching import Logging
+from megabatch.config.monitoring import Logging
 from megabatch.errors import MegabatchError
 from megabatch.plan.flops import peak_tflops, training_flops
 from megabatch.plan.shape import ModelShape

@@ -10,7 +10,7 @@ from megabatch.config.run import RunConfig
 from megabatch.converters.families import family_named
 from megabatch.converters.family import Family
 from megabatch.converters.hf_model import HfModel, open_hf_model
-from megabatch.data.run_tokenizer import folder_of, made_model
+from megabatch.data.run_tokenizer import folder_of, new_model
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError
 from megabatch.trainer.model.build import Model
@@ -67,5 +67,5 @@ def _prove(folder: Path, run: RunConfig) -> None:
 
 def _made(run: RunConfig, ranks: Ranks) -> ModelSource:
     family = family_named(run.shape.model_type)
-    folder, tokenizer = ranks.on_main(lambda: made_model(run))
+    folder, tokenizer = ranks.on_main(lambda: new_model(run))
     return ModelSource(family, folder, tokenizer, RandomWeights(family, run.shape, seed=run.recipe.training.seed))

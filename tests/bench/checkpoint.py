@@ -23,6 +23,7 @@ from megabatch.converters.hf_model import open_hf_model
 from megabatch.converters.safetensors_io import writer
 from megabatch.saved.manifest import Manifest
 from megabatch.trainer import assemble
+from megabatch.trainer.activity import Activity
 from megabatch.trainer.checkpoints import writing
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
@@ -30,7 +31,6 @@ from megabatch.trainer.engine import Engine
 from megabatch.trainer.loop import open_loop
 from megabatch.trainer.model_source import ModelSource, model_source
 from megabatch.trainer.signals import StopSignal
-from megabatch.trainer.whereabouts import Whereabouts
 
 TIMES = sized(3, 1)
 
@@ -41,7 +41,7 @@ def figures(folder: Path) -> list[Figure]:
         recipe(folder, sized(WEIGHTY, SMALL), checkpoint={"save_safetensors": True}, **groups), folder / "run"
     )
     with assemble.join_ranks(run) as ranks:
-        loop, progress = open_loop(run, ranks, StopSignal(), Whereabouts(0))
+        loop, progress = open_loop(run, ranks, StopSignal(), Activity(0))
         engine, checkpoints = loop.engine, loop.checkpoints
         with loop.metrics:
             next(loop.steps(progress))  # gives Adam its state

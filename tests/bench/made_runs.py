@@ -1,4 +1,4 @@
-"""Runs of made models on made data, for the benchmarks that train."""
+"""Runs of new models on synthetic data, for the benchmarks that train."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megabatch import (
     Resources,
     Training,
 )
-from megabatch.config.made_model import declared_shape
+from megabatch.config.new_model import declared_shape
 from megabatch.config.run import RunConfig, resolve
 from megabatch.converters.families import family_named, family_of
 from megabatch.converters.hf_model import read_config

@@ -22,7 +22,7 @@ def plan() -> list[Figure]:
     from megabatch.entry.estimate import estimate_of, verdict_of
     from megabatch.entry.layouts import judged_layouts
     from megabatch.plan.gpus import GPUS
-    from megabatch.plan.known_models import KNOWN_MODELS
+    from megabatch.plan.published_models import KNOWN_MODELS
 
     recipe = load_recipe(ROOT / "recipes" / "qwen3_moe_sft.py")()
     shape = family_of(KNOWN_MODELS[recipe.model.model or ""]).shape(KNOWN_MODELS[recipe.model.model or ""])

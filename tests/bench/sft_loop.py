@@ -15,9 +15,9 @@ from made_runs import SMALL, recipe, write_run
 
 from megabatch import Model
 from megabatch.trainer import assemble
+from megabatch.trainer.activity import Activity
 from megabatch.trainer.loop import open_loop
 from megabatch.trainer.signals import StopSignal
-from megabatch.trainer.whereabouts import Whereabouts
 
 
 def main(folder: str, hf: str, data: dict[str, Any], batch: dict[str, Any], steps: int, warm_up: int) -> None:
@@ -29,7 +29,7 @@ def main(folder: str, hf: str, data: dict[str, Any], batch: dict[str, Any], step
     made = replace(made, task="sft", model=Model(model=hf, torch_dtype="float32"))
     run = write_run(made, place / f"ours-{time.time_ns()}")
     with assemble.join_ranks(run) as ranks:
-        loop, progress = open_loop(run, ranks, StopSignal(), Whereabouts(0))
+        loop, progress = open_loop(run, ranks, StopSignal(), Activity(0))
         _write_rows(loop.parts.steps.data, place / "rows.jsonl")
         with loop.metrics:
             taken = loop.steps(progress)

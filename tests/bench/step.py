@@ -23,12 +23,12 @@ from measure import Figure, answer, median, sized
 
 from megabatch.config.run import RunConfig
 from megabatch.trainer import assemble
+from megabatch.trainer.activity import Activity
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.loop import Loop, open_loop
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.signals import StopSignal
 from megabatch.trainer.steps import Step
-from megabatch.trainer.whereabouts import Whereabouts
 
 WARM_UP = sized(3, 1)
 TARGET = 1.03
@@ -70,7 +70,7 @@ def compare(case: Case, folder: Path) -> list[Figure]:
     """Median over pairs of steps of (ours / bare)."""
     run = _run(case, folder)
     with assemble.join_ranks(run) as ranks:
-        ours, _ = open_loop(run, ranks, StopSignal(), Whereabouts(0))
+        ours, _ = open_loop(run, ranks, StopSignal(), Activity(0))
         batches = _rows(ours.parts.steps.after({}, ours.engine), case, ranks.device)
         bare = BareLoop(
             transformer_config(run.recipe, run.shape, virtual_size=None),

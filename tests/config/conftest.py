@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from megabatch import Batch, Data, Model, MoE, Recipe, Resources, Training
 from megabatch.config.layout import layout_of
-from megabatch.config.made_model import declared_shape
+from megabatch.config.new_model import declared_shape
 from megabatch.config.rules.check import Rule
 from megabatch.errors import Fault
 from megabatch.plan.shape import ModelShape
@@ -101,7 +101,7 @@ def changed() -> Callable[[Recipe, Changes], Recipe]:
 
 @pytest.fixture
 def judge() -> Callable[[Rule, str, Changes], list[Fault]]:
-    """Faults that one rule finds in a base recipe with changes. A made model's shape follows the changes."""
+    """Faults that one rule finds in a base recipe with changes. A new model's shape follows the changes."""
 
     def faults(rule: Rule, base: str, changes: Changes) -> list[Fault]:
         recipe, shape = _BASES[base]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megabatch import Batch, Data, Model, Parallel, Recipe, Resources, Training
 from megabatch.config.layout import chunks_of, layout_of
-from megabatch.config.made_model import declared_shape
+from megabatch.config.new_model import declared_shape
 from megabatch.config.rules.check import check
 
 seldom = st.one_of(*[st.none()] * 4, st.integers(1, 6))

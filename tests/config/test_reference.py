@@ -14,7 +14,7 @@ import megabatch
 from megabatch.config.declare import group_types, named, parameters
 from megabatch.config.docstrings import field_docs
 from megabatch.config.document import document
-from megabatch.config.kinds import fits
+from megabatch.config.field_types import fits
 from megabatch.config.recipe import Recipe
 
 ROOT = Path(megabatch.__file__).parents[1]

@@ -11,7 +11,7 @@ import pytest
 
 import megabatch
 from megabatch.config.declare import parameters
-from megabatch.config.made_model import declared_shape
+from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import SCHEMA_VERSION, RunConfig, resolve, save_folder
 from megabatch.config.walltime import seconds

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megabatch.config.made_model import declared_shape
 from megabatch.config.model import Model
+from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.families import family_named

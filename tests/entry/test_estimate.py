@@ -14,7 +14,7 @@ from megabatch.entry.estimate import estimate_of, gpu_of, optimizer_bytes, setti
 from megabatch.entry.layouts import judged_layouts, on_gpus, with_choice
 from megabatch.errors import ConfigError
 from megabatch.plan.gpus import GPUS
-from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.plan.published_models import KNOWN_MODELS
 
 MODEL = "Qwen/Qwen3-30B-A3B"
 SHAPE = family_of(KNOWN_MODELS[MODEL]).shape(KNOWN_MODELS[MODEL])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megabatch import Bridge, Model, MoE, Recipe
+from megabatch.entry.input_checks import missing_inputs
 from megabatch.entry.model import find_model
-from megabatch.entry.preflight import missing_inputs
 
 
 def _with(recipe: Recipe, name: str, *, use_hf: bool = True) -> Recipe:
@@ -64,7 +64,7 @@ def test_an_unknown_model_has_no_shape(recipe: Recipe) -> None:
     assert found.shape is None and found.folder is None and found.fault is None
 
 
-def test_a_family_corrects_what_a_made_model_declares(recipe: Recipe) -> None:
+def test_a_family_corrects_what_a_new_model_declares(recipe: Recipe) -> None:
     made = Model(
         model_type="qwen3_moe", num_layers=2, hidden_size=16, num_attention_heads=4, padded_vocab_size=300,
         num_query_groups=2, add_qkv_bias=True,

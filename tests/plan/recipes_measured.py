@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megabatch import Batch, Data, Model, MoE, Parallel, Recipe, Recompute, Resources, Training, Tuner
 from megabatch.converters.families import family_of
-from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 
 _FULL = Recompute(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

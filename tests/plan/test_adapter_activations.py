@@ -9,8 +9,8 @@ import pytest
 
 from megabatch.converters.families import family_of
 from megabatch.plan.activations import layer_activations
-from megabatch.plan.known_models import KNOWN_MODELS
 from megabatch.plan.layout import layout
+from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.settings import Lora, Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import chunks_of_counts

@@ -14,10 +14,10 @@ from megabatch.entry.estimate import estimate_of, settings_of
 from megabatch.plan.activations import layer_activations
 from megabatch.plan.estimate import estimate
 from megabatch.plan.gpus import GPUS, gpu_named
-from megabatch.plan.known_models import KNOWN_MODELS
 from megabatch.plan.layout import layout
 from megabatch.plan.memory import LOSS_CHUNK, in_flight
 from megabatch.plan.model_size import num_parameters
+from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.rank_size import rank_sizes
 from megabatch.plan.settings import Lora, Settings
 from megabatch.plan.shape import ModelShape

@@ -10,7 +10,7 @@ import pytest
 from megabatch.converters.families import FAMILIES, family_of
 from megabatch.plan.flops import matmul_parameters, peak_tflops, training_flops
 from megabatch.plan.gpus import GPUS
-from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 
 

@@ -17,8 +17,8 @@ import pytest
 from megabatch import Batch, Data, Model, Parallel, Recipe, Resources, Training
 from megabatch.converters.families import family_of
 from megabatch.entry.estimate import settings_of
-from megabatch.plan.known_models import KNOWN_MODELS
 from megabatch.plan.memory import in_flight
+from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.rank_size import rank_sizes
 from megabatch.plan.shape import ModelShape
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from megabatch.converters.families import FAMILIES, family_of
-from megabatch.plan.known_models import KNOWN_MODELS
 from megabatch.plan.model_size import num_active_parameters, num_parameters
+from megabatch.plan.published_models import KNOWN_MODELS
 
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)

@@ -16,7 +16,7 @@ from megabatch import Batch, Data, Kernels, Model, Parallel, Recipe, Recompute, 
 from megabatch.converters.families import family_of
 from megabatch.entry.estimate import settings_of
 from megabatch.plan.activations import layer_activations
-from megabatch.plan.known_models import KNOWN_MODELS
+from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 
 ROOT = Path(__file__).parents[2]

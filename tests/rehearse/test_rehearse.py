@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megabatch.config.layout import layout_of
-from megabatch.config.made_model import declared_shape
+from megabatch.config.new_model import declared_shape
 from megabatch.rehearse.shrink import shrink
 
 RECIPES = Path(__file__).parents[2] / "recipes"

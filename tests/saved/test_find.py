@@ -10,8 +10,8 @@ from made import make_checkpoint
 
 from megabatch import Checkpoint, Data, Recipe
 from megabatch.converters.torch_dist.find import find_torch_dist
+from megabatch.entry.input_checks import missing_inputs
 from megabatch.entry.model import FoundModel
-from megabatch.entry.preflight import missing_inputs
 from megabatch.errors import CheckpointError, ConversionError
 from megabatch.saved.find import NoCheckpointError, find_checkpoint, find_to_load
 

@@ -23,7 +23,7 @@ from megabatch import (
     Resources,
     Training,
 )
-from megabatch.config.made_model import declared_shape
+from megabatch.config.new_model import declared_shape
 from megabatch.config.run import RunConfig, resolve
 from megabatch.converters.families import family_named, family_of
 from megabatch.converters.hf_model import read_config
@@ -110,9 +110,9 @@ def train(run_dir: str, stop_after: int | None = None) -> int:
 
     warnings.simplefilter("ignore")
     from megabatch.trainer import loop
+    from megabatch.trainer.activity import Activity
     from megabatch.trainer.engine import Engine
     from megabatch.trainer.signals import StopSignal
-    from megabatch.trainer.whereabouts import Whereabouts
 
     stop = StopSignal()
     if stop_after is not None:
@@ -126,7 +126,7 @@ def train(run_dir: str, stop_after: int | None = None) -> int:
             return step(engine, *arguments, **keywords)
 
         Engine.step = counted  # type: ignore[method-assign]
-    return int(loop.train(RunConfig.load(Path(run_dir) / "run.json"), stop, Whereabouts(0)))
+    return int(loop.train(RunConfig.load(Path(run_dir) / "run.json"), stop, Activity(0)))
 
 
 def train_in_buckets(run_dir: str, bucket_size: int, cache: str | None = None) -> int:

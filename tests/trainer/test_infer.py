@@ -37,14 +37,14 @@ def inferred(run_dir: str) -> tuple[dict[int, Any], tuple[float, float], tuple[f
     """Of each sample of the first step: log-probabilities, targets, sum. And (loss, gradient norm) of a step that
     comes after `infer`, and the loss and norm of the step after that one."""
     from megabatch.trainer import assemble
+    from megabatch.trainer.activity import Activity
     from megabatch.trainer.loop import open_loop
     from megabatch.trainer.signals import StopSignal
-    from megabatch.trainer.whereabouts import Whereabouts
 
     run = RunConfig.load(Path(run_dir) / "run.json")
     found: dict[int, Any] = {}
     with assemble.join_ranks(run) as ranks:
-        loop, progress = open_loop(run, ranks, StopSignal(), Whereabouts(0))
+        loop, progress = open_loop(run, ranks, StopSignal(), Activity(0))
         taken = []
         for step in loop.parts.steps.after(progress.cursor, loop.engine):
             for pack, one in zip(step.packs, loop.engine.infer(step.packs, Everything()), strict=True):

@@ -8,9 +8,9 @@ from typing import Any
 
 from megabatch.config.declare import group_types
 from megabatch.config.layout import layout_of
-from megabatch.config.made_model import declared_shape
+from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules import batches, extra, models, parallelism, pipeline, roles, training
+from megabatch.config.rules import batches, extra_kwargs, models, parallelism, pipeline, roles, training
 from megabatch.config.rules.fields import invalid_fields, unbuilt_fields
 from megabatch.config.rules.secrets import no_secrets
 from megabatch.errors import Fault
@@ -21,7 +21,7 @@ Rule = Callable[[Recipe, ModelShape | None, Layout | None], Iterator[Fault]]
 
 RULES: tuple[Rule, ...] = (
     *training.RULES,
-    *extra.RULES,
+    *extra_kwargs.RULES,
     *models.RULES,
     *parallelism.RULES,
     *pipeline.RULES,

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from megabatch.config.declare import Parameter, parameters
-from megabatch.config.kinds import choices, fits, spelled
+from megabatch.config.field_types import choices, fits, spelled
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
 from megabatch.tasks import TASKS

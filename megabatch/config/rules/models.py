@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 
 from megabatch.config.declare import Parameter, parameters
-from megabatch.config.made_model import REQUIRED, moe_layers
+from megabatch.config.new_model import REQUIRED, moe_layers
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
 from megabatch.plan.batch import nearest_multiples
@@ -46,7 +46,7 @@ def _shape_parameters() -> tuple[Parameter, ...]:
     return tuple(found for found in parameters(Recipe) if found.name in _SHAPE_FIELDS.get(found.group, ()))
 
 
-def made_model_is_described(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+def new_model_is_described(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     if recipe.model.model is not None:
         return
     missing = [name for name in REQUIRED if getattr(recipe.model, name) is None]
@@ -169,7 +169,7 @@ def _padding_to_capacity_fits(recipe: Recipe, shape: ModelShape | None) -> Itera
 
 
 RULES = (
-    made_model_is_described,
+    new_model_is_described,
     given_model_decides_its_shape,
     heads_divide,
     positions_suffice,

@@ -15,7 +15,7 @@ from megabatch.data.rows import files
 from megabatch.errors import DataError
 
 EXAMPLES = ("arithmetic",)
-"""Datasets that megabatch makes itself, see `examples`."""
+"""Datasets that megabatch makes itself, see `synthetic`."""
 
 _COUNT = re.compile(r"#(\d+)$")
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(?::[\w./-]+){0,2}$")

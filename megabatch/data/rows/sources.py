@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from megabatch.data.rows import examples, files, hub, names
+from megabatch.data.rows import files, hub, names, synthetic
 from megabatch.data.rows.digests import Digests
 from megabatch.data.rows.files import Line, Row
 from megabatch.errors import DataError
@@ -38,7 +38,7 @@ class Source:
     name: str = ""
     """Hub name, `org/name[:subset[:split]]`."""
     example: str | None = None
-    """Name of a dataset that is made, see `examples`."""
+    """Name of a dataset that is made, see `synthetic`."""
     count: int | None = None
 
     def rows(self, *, seed: int, shuffle: bool) -> Iterator[Row]:
@@ -70,13 +70,13 @@ class Source:
         if self.hub:
             digest.update(hub.fingerprint(self.hub, self.name).encode())
         if self.example:
-            digest.update(f"example:{self.example}:{examples.VERSION}".encode())
+            digest.update(f"example:{self.example}:{synthetic.VERSION}".encode())
         digest.update(repr(self.count).encode())
         return digest.hexdigest()
 
     def _all(self) -> Iterator[Row | Line]:
         if self.example:
-            yield from examples.rows(self.example, self.count)
+            yield from synthetic.rows(self.example, self.count)
         if self.hub:
             yield from hub.rows(self.hub, self.name)
         for path in self.paths:

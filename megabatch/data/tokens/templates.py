@@ -19,9 +19,9 @@ from megabatch.data.rows.formats import Conversation, is_text
 from megabatch.data.rows.turns import Message
 from megabatch.data.tokens.aligning import Aligner, Text
 from megabatch.data.tokens.control_tokens import ESCAPED, ControlTokens, Spelling
+from megabatch.data.tokens.default_templates import CHATML, PLAIN, with_bos
 from megabatch.data.tokens.fitting import Fitting
 from megabatch.data.tokens.locating import Locator, Part
-from megabatch.data.tokens.own_templates import CHATML, PLAIN, with_bos
 from megabatch.data.tokens.rendering import MARKS, Rendered, Renderer
 from megabatch.data.tokens.sample import Encoded
 from megabatch.data.tokens.spans import answer

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megabatch.data.tokens.own_templates import CHATML
+from megabatch.data.tokens.default_templates import CHATML
 from megabatch.errors import DataError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

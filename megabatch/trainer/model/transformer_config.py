@@ -48,7 +48,7 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
 
 
 def own_values(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -> dict[str, Any]:
-    """Every field that megabatch sets, none of which `megatron_extra_kwargs` may name (`config.rules.extra`)."""
+    """Every field that megabatch sets, none of which `megatron_extra_kwargs` may name."""
     impl = transformer_impl(recipe.kernels.transformer_impl, shape)
     return {
         **_model(shape, recipe),

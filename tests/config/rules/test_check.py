@@ -102,7 +102,7 @@ def test_every_unbuilt_parameter_is_refused_by_name(dense, changed):
 
 
 def _choices(parameter):
-    from megabatch.config.kinds import choices
+    from megabatch.config.field_types import choices
 
     return [*choices(parameter.hint), ("all",), ("mla_up_proj",), (0.5,)]
 

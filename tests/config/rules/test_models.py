@@ -9,7 +9,7 @@ from megabatch.config.rules import models
 CASES = [
     # rule, base, changes that break it, changes that keep it, field, words of the fault
     (
-        models.made_model_is_described,
+        models.new_model_is_described,
         "dense",
         {"model": {"hidden_size": None}},
         {"model": {"ffn_hidden_size": None}},
@@ -17,7 +17,7 @@ CASES = [
         ["model.hidden_size is missing"],
     ),
     (
-        models.made_model_is_described,
+        models.new_model_is_described,
         "given dense",
         {"model": {"model": None}},
         {},
@@ -25,7 +25,7 @@ CASES = [
         ["model.model is missing", "hub name", "padded_vocab_size"],
     ),
     (
-        models.made_model_is_described,
+        models.new_model_is_described,
         "experts",
         {"moe": {"moe_router_topk": None}},
         {"moe": {"moe_ffn_hidden_size": None}},

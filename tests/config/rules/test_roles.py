@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megabatch import Batch, Data, Model, Recipe, Resources, Role, Training
-from megabatch.config.made_model import declared_shape
+from megabatch.config.new_model import declared_shape
 from megabatch.config.rules.check import check
 from megabatch.config.run import RunConfig, resolve
 

@@ -10,7 +10,7 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 from runs import recipe, write_run
 
-from megabatch.config.rules import extra
+from megabatch.config.rules import extra_kwargs
 from megabatch.config.run import RunConfig
 from megabatch.trainer.model.transformer_config import own_values, transformer_config
 
@@ -32,12 +32,12 @@ def _run(folder: Path, **groups: dict[str, Any]) -> RunConfig:
 def test_every_field_that_the_trainer_sets_has_an_owner(groups: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     run = _run(tmp_path, **groups)
     values = own_values(run.recipe, run.shape, virtual_size=2)
-    assert [name for name in values if extra.owner_of(name) is None] == []
+    assert [name for name in values if extra_kwargs.owner_of(name) is None] == []
 
 
 def test_every_owned_field_is_one_of_megatron_core() -> None:
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    assert known >= {*extra._UNDER_OTHER_NAMES, *extra._OF_THE_MODEL, *extra._OF_THE_TRAINER}
+    assert known >= {*extra_kwargs._UNDER_OTHER_NAMES, *extra_kwargs._OF_THE_MODEL, *extra_kwargs._OF_THE_TRAINER}
 
 
 def test_what_nobody_sets_reaches_megatron_core(tmp_path: Path) -> None:

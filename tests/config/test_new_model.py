@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megabatch.config.made_model import REQUIRED, declared_shape, moe_layers
 from megabatch.config.moe import MoE
+from megabatch.config.new_model import REQUIRED, declared_shape, moe_layers
 
 
 def test_defaults_follow_from_what_is_given(dense, changed):

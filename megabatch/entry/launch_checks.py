@@ -1,7 +1,6 @@
-"""What would stop a run on this machine or its cluster, told before it is queued, whatever the way in.
+"""What would stop a launch on this machine or its cluster, checked before anything is queued.
 
-A recipe, each step of a chain and each point of a sweep ask the same; what is looked at lies in `preflight` and
-`mounts`.
+Runs, chains and sweeps share it; the checks themselves are in `input_checks` and `mounts`.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megabatch.config.recipe import Recipe
+from megabatch.entry.input_checks import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.entry.launch import Launch
 from megabatch.entry.mounts import unmounted
-from megabatch.entry.preflight import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.errors import Fault, LaunchError
 from megabatch.secret_text import tokens_in
 from megabatch.slurm.profile import ClusterProfile
 
 
-def missing(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
+def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
     """What is not there, as far as names and sizes tell: GPUs for `--local`, else what the container must show.
 
     Args: `own` is the recipe without what other runs have yet to make.
@@ -58,12 +57,12 @@ def _untrainable(profile: ClusterProfile) -> list[Fault]:
     return [Fault(sys.executable, None, rule, bare=True)]
 
 
-def unstartable(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
+def faults_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
     """What is missing; where nothing is, what is damaged, which takes reading."""
-    return missing(launch, local=local, own=own) or damaged_inputs(own or launch.recipe, launch.model)
+    return missing_here(launch, local=local, own=own) or damaged_inputs(own or launch.recipe, launch.model)
 
 
-def unplaceable(folder: Path, *, recipe_file: Path, local: bool, own: Collection[str] = ()) -> list[Fault]:
+def folder_faults(folder: Path, *, recipe_file: Path, local: bool, own: Collection[str] = ()) -> list[Fault]:
     """Whether `folder` can be made and is nobody else's, and the recipe's file be copied into the code that runs.
 
     Args: `own` are names that a sweep or a chain makes in its folder.

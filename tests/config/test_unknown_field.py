@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megabatch import Batch, Parallel, Recipe
-from megabatch.config.unknown import unknown_field
+from megabatch.config.unknown_field import unknown_field
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Chat templates of our own, for tokenizers that bring none: ChatML, and plain text for base models.
+"""Chat templates for tokenizers that bring none: ChatML, and plain text for base models.
 
 Both read `tools`, `tool_calls`, `tool` messages and `reasoning_content`. A call is JSON between `<tool_call>` tags, as
 Hermes and Qwen write it; a result stands between `<tool_response>` tags.

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabatch.config.declare import parameters
-from megabatch.config.kinds import fits, read, spelled
+from megabatch.config.field_types import fits, read, spelled
 from megabatch.config.recipe import Recipe
 
 READ = [

@@ -15,10 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STUCK = """
 import ctypes, sys
-from megabatch.trainer.whereabouts import Whereabouts
-where = Whereabouts(rank=3)
-where.listen()
-where.at("training", 7)
+from megabatch.trainer.activity import Activity
+activity = Activity(rank=3)
+activity.listen()
+activity.at("training", 7)
 def hang():
     print("hangs", flush=True)
     while True:

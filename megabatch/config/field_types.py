@@ -1,4 +1,4 @@
-"""Declared types: whether a value fits one, reading a value from text, and naming the type in a message."""
+"""Types of fields: whether a value fits one, reading a value from text, and naming the type in a message."""
 
 from __future__ import annotations
 

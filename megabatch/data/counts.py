@@ -1,6 +1,6 @@
-"""How much data runs had when it was counted, kept beside the token caches for plans to show. No numpy, no torch.
+"""How many samples, items and tokens runs have counted, kept beside the token caches for plans. No numpy, no torch.
 
-`.counted.json` in the cache folder holds an entry for each set of data and settings. A plan may be made where neither
+`.counts.json` in the cache folder holds an entry for each set of data and settings. A plan may be made where neither
 tokenizer nor data is read, so an entry is found by what decides samples and packs as run.json tells it, and by the
 sizes and times of the files.
 """
@@ -22,12 +22,12 @@ from megabatch.data.rows import names
 from megabatch.errors import DataError
 from megabatch.run_directory import write_atomic
 
-NAME = ".counted.json"
+NAME = ".counts.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".gguf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Counted:
+class DataCounts:
     """The training data of a run."""
 
     samples: int
@@ -38,7 +38,7 @@ class Counted:
     """The token cache that they were counted in."""
 
 
-def note_counted(run: RunConfig, cache_folder: Path, found: Counted) -> None:
+def remember_counts(run: RunConfig, cache_folder: Path, found: DataCounts) -> None:
     """Remembers it, where there is a place that can be written; entries whose cache is gone are dropped."""
     with contextlib.suppress(OSError, DataError):
         kept = {name: one for name, one in _entries(cache_folder).items() if Path(str(one.get("cache"))).is_dir()}
@@ -46,10 +46,10 @@ def note_counted(run: RunConfig, cache_folder: Path, found: Counted) -> None:
         write_atomic(cache_folder / NAME, json.dumps(kept, indent=1))
 
 
-def counted(run: RunConfig, cache_folder: Path) -> Counted | None:
+def recall_counts(run: RunConfig, cache_folder: Path) -> DataCounts | None:
     """What was counted of this very data, if its token cache is there still."""
     try:
-        found = Counted(**_entries(cache_folder)[_request(run)])
+        found = DataCounts(**_entries(cache_folder)[_request(run)])
         meta = json.loads((Path(found.cache) / "meta.json").read_bytes())
         return found if meta["samples"] >= found.samples > 0 else None
     except (OSError, ValueError, TypeError, KeyError, DataError):

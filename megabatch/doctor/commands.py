@@ -1,4 +1,4 @@
-"""Asking a program, and never waiting for ever."""
+"""Running a command with a time limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Answer:
         return self.lines[0] if self.lines else ""
 
 
-def ask(*command: str, timeout_s: float = _TIMEOUT_S) -> Answer:
+def run_command(*command: str, timeout_s: float = _TIMEOUT_S) -> Answer:
     """Runs a command to its end; one that is missing or hangs gives an answer too."""
     try:
         done = subprocess.run(

@@ -6,7 +6,7 @@ import pytest
 
 from megabatch.config.declare import parameters
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules import extra
+from megabatch.config.rules import extra_kwargs
 
 CASES = [
     ("moe_router_load_balancing_type", "seq_aux_loss", "moe.moe_router_load_balancing_type sets; give it there"),
@@ -24,7 +24,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "value", "words"), CASES)
 def test_rule(prove, name, value, words):
     prove(
-        extra.extra_fields_are_not_set_elsewhere,
+        extra_kwargs.extra_fields_are_not_set_elsewhere,
         "experts",
         {"training": {"megatron_extra_kwargs": {"barrier_with_L1_time": False, name: value}}},
         {"training": {"megatron_extra_kwargs": {"barrier_with_L1_time": False}}},
@@ -35,5 +35,5 @@ def test_rule(prove, name, value, words):
 
 def test_every_owner_is_a_parameter():
     named = {parameter.dotted for parameter in parameters(Recipe)}
-    assert set(extra._UNDER_OTHER_NAMES.values()) <= named
-    assert all(extra.owner_of(parameter.name) for parameter in parameters(Recipe))
+    assert set(extra_kwargs._UNDER_OTHER_NAMES.values()) <= named
+    assert all(extra_kwargs.owner_of(parameter.name) for parameter in parameters(Recipe))

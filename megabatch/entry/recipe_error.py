@@ -1,4 +1,4 @@
-"""What the code of a recipe file raised, told by the file's own line."""
+"""Errors that the code of a recipe file raised, with the line of that file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from traceback import extract_tb
 
 
-def raised(error: Exception, file: Path) -> str:
+def describe_error(error: Exception, file: Path) -> str:
     """The line of the recipe's own code that the error came through, and where it was raised if that is elsewhere."""
     place, last = place_in(error, file), extract_tb(error.__traceback__)[-1]
     deepest = f"{Path(last.filename).name}:{last.lineno}"

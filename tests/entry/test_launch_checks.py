@@ -82,7 +82,7 @@ def test_a_python_that_cannot_train_is_refused_before_the_queue(
 ) -> None:
     """Of the interpreter that submits, unless the profile says where another one, or its packages, come from."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megabatch.entry.startable.find_spec", lambda name: None)
+    monkeypatch.setattr("megabatch.entry.launch_checks.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
         main(lambda: recipe, ["--submit"])
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""Datasets that are made, not read: `example:arithmetic`, small word problems for a first run without a download."""
+"""Synthetic datasets: `example:arithmetic`, small word problems for a first run without a download."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import time
 ASK = signal.SIGUSR1
 
 
-class Whereabouts:
+class Activity:
     """Kept up to date by the loop, which costs two assignments a phase; read only when asked for."""
 
     def __init__(self, rank: int) -> None:
@@ -39,7 +39,7 @@ class Whereabouts:
         heard, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        threading.Thread(target=self._answer, args=(heard,), name="whereabouts", daemon=True).start()
+        threading.Thread(target=self._answer, args=(heard,), name="activity", daemon=True).start()
 
     def _answer(self, heard: int) -> None:
         while True:

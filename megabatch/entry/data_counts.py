@@ -1,11 +1,11 @@
-"""The folder in which a run will look for tokens, and how much training data was counted in it."""
+"""Where a run looks for its token cache, and the counts of its training data there."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from megabatch.data.counted import NAME, Counted, counted
+from megabatch.data.counts import NAME, DataCounts, recall_counts
 from megabatch.entry.launch import Launch
 from megabatch.errors import ConfigError
 from megabatch.slurm.environment import job_variables
@@ -20,12 +20,12 @@ def cache_folder(launch: Launch) -> Path | None:
     return Path(found).expanduser().absolute() if found else None
 
 
-def counted_data(launch: Launch) -> Counted | None:
+def counts_of(launch: Launch) -> DataCounts | None:
     """What `megabatch prepare` or an earlier run counted of the very same data; None where nobody has."""
     folder = cache_folder(launch)
     if folder is None or launch.model.shape is None or not (folder / NAME).is_file():
         return None
     try:
-        return counted(launch.config(provenance={}), folder)
+        return recall_counts(launch.config(provenance={}), folder)
     except ConfigError:
         return None  # of a recipe that cannot start yet

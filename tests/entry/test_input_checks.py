@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megabatch import Checkpoint, Model, Recipe
+from megabatch.entry.input_checks import damaged_inputs, missing_inputs, occupied, unwritable
 from megabatch.entry.model import find_model
-from megabatch.entry.preflight import damaged_inputs, missing_inputs, occupied, unwritable
 
 
 def _faults(recipe: Recipe) -> list[str]:
