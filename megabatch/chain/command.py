@@ -57,7 +57,7 @@ def _submit(ready: ReadyChain, arguments: Sequence[str]) -> int:
     for one in ready.steps:
         if one.job.requeue and one.launch and forbids_requeue(ids.get(one.step.name, ("",))[0]):
             print(
-                f"  note: this cluster does not let {one.step.name} requeue; give its Step links=N to go on in N jobs"
+                f"  note: this cluster does not let {one.step.name} requeue; give its Step links=N to run it in N jobs"
             )
     print(f"  megabatch chain show {folder}")
     print(f"  megabatch chain cancel {folder}")
@@ -95,5 +95,5 @@ def cancel_chain(folder: Path) -> int:
     for one in reversed(active):
         print(f"cancelled {one.step.name}: job {cancel(one.status.run)}")
     if not active:
-        print(f"no step of {folder} waits or runs")
+        print(f"no step of {folder} is waiting or running")
     return ExitCode.DONE

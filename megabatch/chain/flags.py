@@ -36,7 +36,9 @@ def parsed(chain: Chain, arguments: Sequence[str]) -> tuple[Actions, Chain]:
         if step in of_steps:
             of_steps[step] += [f"--{flag.removeprefix(f'{step}.')}", *words]
         elif step is not None:
-            faults.append(Fault(f"--{name}", None, "is of a step that takes none: only training steps do", bare=True))
+            faults.append(
+                Fault(f"--{name}", None, "names a step that takes no flags: only training steps do", bare=True)
+            )
         elif not flag or name.replace("-", "_") in _OF_RECIPES:
             own += [*([f"--{flag}"] if flag else []), *words]
         else:
@@ -66,11 +68,11 @@ def _of_no_step(name: str, training: Sequence[str]) -> Fault:
     if dot and first not in group_types(Recipe):
         near = [f"--{step}.{rest}" for step in get_close_matches(first, training, n=2)]
         hint = f"; the training steps are {', '.join(training)}" if training and not near else ""
-        return Fault(f"--{name}", None, f"is of no step of this chain{hint}", try_=near, bare=True)
+        return Fault(f"--{name}", None, f"names no step of this chain{hint}", try_=near, bare=True)
     found = named(name, _NOTHING)
     if isinstance(found, Named) or name in ("name", "task"):
         fix = [f"--{step}.{name}" for step in training]
-        return Fault(f"--{name}", None, "is given without a training step's name", try_=fix, bare=True)
+        return Fault(f"--{name}", None, "needs the name of a training step", try_=fix, bare=True)
     return replace(found, try_=[one for near in found.try_ for one in _spelled(near, training)])
 
 
@@ -90,7 +92,7 @@ def _actions(own: Sequence[str], faults: list[Fault]) -> Actions:
         return Actions()
     for field in fields(Actions):
         if field.name not in _ACTIONS and getattr(actions, field.name) != field.default:
-            rule = "is for a recipe of its own" + ("; here a Step has links=…" if field.name == "chain" else "")
+            rule = "is for a single recipe" + ("; here a Step has links=…" if field.name == "chain" else "")
             faults.append(Fault(f"--{field.name}", None, rule, bare=True))
     given = [f"--{name}" for name in ("submit", "local", "dry_run") if getattr(actions, name)]
     if len(given) > 1:

@@ -21,10 +21,10 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 def graph_faults(chain: Chain) -> list[Fault]:
     """Everything wrong with names, edges and references; the steps' own faults are not looked for."""
     if not isinstance(chain.name, str) or not _NAME.fullmatch(chain.name):
-        rule = "must be letters, digits, '.', '-' and '_', beginning with a letter or digit"
+        rule = "must be letters, digits, '.', '-' and '_', and begin with a letter or digit"
         return [Fault("chain.name", chain.name, rule)]
     if not chain.steps or not all(isinstance(step, Step) for step in chain.steps):
-        return [Fault("chain.steps", None, "must be made of at least one Step(…)", bare=True)]
+        return [Fault("chain.steps", None, "must consist of at least one Step(…)", bare=True)]
     found = [*_names(chain), *_edges(chain)]
     if not found:
         found += _cycles(chain)
@@ -78,7 +78,7 @@ def _names(chain: Chain) -> Iterator[Fault]:
     names = [step.name for step in chain.steps]
     for name in dict.fromkeys(names):
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            rule = "must be letters, digits, '.', '-' and '_', beginning with a letter or digit"
+            rule = "must be letters, digits, '.', '-' and '_', and begin with a letter or digit"
             yield Fault("step.name", name, rule)
         elif names.count(name) > 1:
             yield Fault("step.name", name, f"is the name of {names.count(name)} steps; each needs its own")
@@ -89,12 +89,12 @@ def _edges(chain: Chain) -> Iterator[Fault]:
     for step in chain.steps:
         place = f"{step.name}.after"
         if not isinstance(step.after, list | tuple) or not all(isinstance(edge, Edge) for edge in step.after):
-            yield Fault(place, step.after, "must be made of ok(…), notok(…), ended(…) and singleton()")
+            yield Fault(place, step.after, "must consist of ok(…), notok(…), ended(…) and singleton()")
             continue
         waits = [edge.step for edge in _waits(step)]
         for name in waits:
             if name not in names:
-                yield Fault(place, name, "is no step of this chain", try_=get_close_matches(name, names, n=2))
+                yield Fault(place, name, "is not a step of this chain", try_=get_close_matches(name, names, n=2))
         for name in {name for name in waits if waits.count(name) > 1}:
             yield Fault(place, name, "is named twice; give one condition for it")
 
@@ -111,7 +111,7 @@ def _cycles(chain: Chain) -> Iterator[Fault]:
         while path.count(path[-1]) == 1:
             path.append(next(name for name in waits[path[-1]] if name not in free))
         circle = path[path.index(path[-1]) :]
-        yield Fault(f"{circle[0]}.after", None, f"goes in a circle: {' after '.join(circle)}", bare=True)
+        yield Fault(f"{circle[0]}.after", None, f"is a cycle: {' after '.join(circle)}", bare=True)
 
 
 def _references(chain: Chain, step: Step) -> Iterator[Fault]:
@@ -121,13 +121,13 @@ def _references(chain: Chain, step: Step) -> Iterator[Fault]:
         place = f"{step.name}: output({ref.step!r})"
         if ref.step not in steps:
             near = get_close_matches(ref.step, steps, n=2)
-            yield Fault(place, None, "is no step of this chain", try_=near, bare=True)
+            yield Fault(place, None, "is not a step of this chain", try_=near, bare=True)
         elif ref.step == step.name:
             yield Fault(place, None, "is its own output", bare=True)
         elif problem := not_made(steps[ref.step], ref):
             yield Fault(place, None, problem, bare=True)
         elif ref.step not in certain:
-            rule = f"is read, but {step.name} may start without it: only ok(…), all the way, makes sure of it"
+            rule = f"is read, but {step.name} may start without it: an unbroken path of ok(…) must lead to it"
             yield Fault(place, None, rule, try_=(f"after=ok({ref.step!r})",), bare=True)
 
 
@@ -169,10 +169,12 @@ def _links(chain: Chain, step: Step) -> Iterator[Fault]:
     if step.links < 1:
         yield Fault(f"{step.name}.links", step.links, "must be at least 1")
     if step.links > 1 and not isinstance(step.work, Recipe):
-        yield Fault(f"{step.name}.links", step.links, "is for training runs, which go on where they were stopped")
+        yield Fault(f"{step.name}.links", step.links, "is for training runs, which resume where they stopped")
     several = {other.name: other.links for other in chain.steps if other.links > 1}
     linked = [edge.step for edge in step.after if edge.kind == "ok" and edge.step in several]
     if linked and (len(step.after) > 1 or step.links > 1):
-        rule = f"waits for {linked[0]}, which has {several[linked[0]]} links: Slurm cannot make it wait for more"
-        fix = "a step in between that waits for it alone, or links=1"
+        rule = (
+            f"waits for {linked[0]}, which has {several[linked[0]]} links: Slurm cannot make it wait for anything else"
+        )
+        fix = "a step in between that waits only for it, or links=1"
         yield Fault(f"{step.name}.after", None, rule, try_=(fix,), bare=True)

@@ -81,7 +81,7 @@ def fix_inputs(job: JobSpec) -> str:
         check=False,
     )
     if done.returncode not in (ExitCode.DONE, ExitCode.CONFIG):
-        raise LaunchError(f"{job.run_directory}: inputs cannot be named: {done.stderr.strip()}")
+        raise LaunchError(f"{job.run_directory}: inputs cannot be linked: {done.stderr.strip()}")
     if done.returncode:
         record_start(job.files, Start(attempt, time.time(), socket.gethostname()))
         job.files.logs.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise LaunchError(f"{folder / FILE} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise LaunchError(f"{folder / FILE} is no record of a chain")
+        raise LaunchError(f"{folder / FILE} is not the record of a chain")
     return found
 
 
@@ -131,7 +131,7 @@ def to_run(ready: ReadyChain) -> list[ReadyStep]:
             if waits_for_new:
                 raise LaunchError(
                     f"{name} is {state.status.state} as job {state.status.job_id} and waits for {min(waits_for_new)}, "
-                    f"which must run again; first: megabatch cancel {state.status.run}"
+                    f"which must run again; run first: megabatch cancel {state.status.run}"
                 )
         elif state.fate == "done" and not waits_for_new:
             fates[name] = "done"
@@ -153,7 +153,7 @@ def _require_unchanged(ready: ReadyChain, now: Mapping[str, StepState]) -> None:
                 pass  # says what differs
         if made and old is not None and old["definition"] != definition(one):
             changed = [k for k, v in (definition(one) or {}).items() if (old["definition"] or {}).get(k) != v]
-            rule = f"is {state.status.state} already and is declared otherwise now; choose another --run_dir"
+            rule = f"is {state.status.state} already, but is now declared differently; choose another --run_dir"
             faults.append(Fault(f"{one.step.name}: {', '.join(changed) or 'its work'}", None, rule, bare=True))
     if faults:
         raise ConfigError(faults)

@@ -106,7 +106,7 @@ class StepBuilder:
             if model.fault is not None:
                 yield model.fault
             if model.shape is None and references(work.model.model):
-                rule = "is made by a step whose model's shape is not known before it runs; training needs to know it"
+                rule = "is made by a step whose model's shape is not known before it runs, which training needs"
                 yield Fault("model.model", None, rule, bare=True)
         elif isinstance(ready.work, Convert | Command):
             yield from _resource_faults(ready.work.resources)

@@ -21,7 +21,9 @@ def verify(path: Path, *, workers: int) -> int:
     """
     if not is_run(path):
         if not path.is_dir():
-            raise LaunchError(f"{path} is no folder; give a run, one of its step_* folders, or a conversion's output")
+            raise LaunchError(
+                f"{path} is not a folder; give a run, one of its step_* folders, or a conversion's output"
+            )
         return int(_check(path, workers=workers))
     run = RunDirectory(path)
     found = checkpoints(run)
@@ -29,7 +31,7 @@ def verify(path: Path, *, workers: int) -> int:
         raise LaunchError(f"{path} has no checkpoints")
     damaged = [folder.name for folder in reversed(found) if _check(folder, workers=workers)]
     if run.latest.exists() and named_by_latest(run) is None:
-        print(f"{run.latest}: names no checkpoint that is there; the run goes on from the newest")
+        print(f"{run.latest}: names a checkpoint that does not exist; the run resumes from the newest")
     if damaged:
         print(f"{len(damaged)} of {len(found)} checkpoints are damaged: {', '.join(damaged)}")
     return int(bool(damaged))
@@ -46,13 +48,13 @@ def _check(folder: Path, *, workers: int) -> bool:
             named = MANIFEST in (folder / TRAINER).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             if not folder.name.startswith("step_"):
-                raise LaunchError(f"{folder} is no checkpoint: it has neither {TRAINER} nor {MANIFEST}") from None
-            return _say(folder, [f"{TRAINER}: is missing, and {MANIFEST} too"])
+                raise LaunchError(f"{folder} is not a checkpoint: it has neither {TRAINER} nor {MANIFEST}") from None
+            return _say(folder, [f"{TRAINER}: is missing, and so is {MANIFEST}"])
         except OSError as error:
             raise CheckpointError(f"{folder / TRAINER} cannot be read: {error.strerror or error}") from error
         if named:
             return _say(folder, [f"{MANIFEST}: is missing"])
-        print(f"{folder}: not checked: it was saved before there were digests")
+        print(f"{folder}: not checked: it was saved before megabatch wrote digests")
         return False
     size = sum(file.size for file in manifest.files.values())
     if found := faults(manifest, workers=workers):

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megabatch", description="Watch, stop and resume runs; check recipes and machines."
     )
-    parser.add_argument("--version", nargs=0, action=_Version, help="megabatch's own version")
+    parser.add_argument("--version", nargs=0, action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _of_runs(commands)
     _of_several(commands)
@@ -52,66 +52,70 @@ class _Version(argparse.Action):
 
 
 def _of_runs(commands: _Commands) -> None:
-    status = commands.add_parser("status", help="state of runs")
+    status = commands.add_parser("status", help="show the state of runs")
     status.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories, or folders of them")
     status.add_argument("--json", action="store_true", help="one JSON array, for programs")
-    status.add_argument("--watch", action="store_true", help="draw it again and again; q ends")
+    status.add_argument("--watch", action="store_true", help="redraw the table until q is pressed")
 
-    why = commands.add_parser("why", help="why a run failed: the first rank, the cause, the fix, its log")
+    why = commands.add_parser("why", help="show why a run failed: the first rank, the cause, the fix, its log")
     why.add_argument("run", type=Path, metavar="RUN")
     why.add_argument("--attempt", type=int, help="which attempt, 0 first (default: the newest that failed)")
     why.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
-    diff = commands.add_parser("diff", help="how two runs differ: configuration, environment, code, script")
+    diff = commands.add_parser("diff", help="show how two runs differ: configuration, environment, code, script")
     diff.add_argument("a", type=Path, metavar="A")
     diff.add_argument("b", type=Path, metavar="B")
-    diff.add_argument("--code", action="store_true", help="also every changed line of code")
+    diff.add_argument("--code", action="store_true", help="show every changed line of code too")
     diff.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
-    report = commands.add_parser("report", help="one HTML page about runs, with curves and timelines")
+    report = commands.add_parser("report", help="write one HTML page about runs, with curves and timelines")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
     report.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
 
-    logs = commands.add_parser("logs", help="a rank's log")
+    logs = commands.add_parser("logs", help="print a rank's log")
     logs.add_argument("run", type=Path, metavar="RUN")
-    logs.add_argument("-f", "--follow", action="store_true", help="wait for more until the run ends")
+    logs.add_argument("-f", "--follow", action="store_true", help="follow the log until the run ends")
     logs.add_argument("--rank", default="0", help="which rank, or `batch` for the job script (default: 0)")
     logs.add_argument("--attempt", type=int, help="which attempt, 0 first (default: the newest)")
 
     cancel = commands.add_parser("cancel", help="cancel runs' jobs")
-    resume = commands.add_parser("resume", help="submit runs again, from their last checkpoint")
+    resume = commands.add_parser("resume", help="submit runs again, to resume from their last checkpoint")
     for command in (cancel, resume):
         command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
-    resume.add_argument("--from", dest="back_to", metavar="STEP", help="go back to this checkpoint, step_00000100")
-    resume.add_argument("--chain", type=_count, metavar="N", help="in N jobs, where a cluster lets none requeue")
+    resume.add_argument(
+        "--from", dest="back_to", metavar="STEP", help="go back to this checkpoint, such as step_00000100"
+    )
+    resume.add_argument("--chain", type=_count, metavar="N", help="in N jobs, for clusters that forbid requeue")
 
     checkpoint = commands.add_parser(
-        "checkpoint", help="check checkpoints against the digests of when they were saved"
+        "checkpoint", help="compare checkpoints with the digests taken when they were saved"
     )
     checkpoint.add_argument("action", choices=("verify",))
     checkpoint.add_argument(
         "folder", type=Path, metavar="RUN|FOLDER", help="a run, one step_* folder, or a conversion"
     )
-    checkpoint.add_argument("--workers", type=_count, default=4, metavar="N", help="files at a time (default: 4)")
+    checkpoint.add_argument(
+        "--workers", type=_count, default=4, metavar="N", help="files to check at a time (default: 4)"
+    )
 
 
 def _of_several(commands: _Commands) -> None:
-    chain = commands.add_parser("chain", help="what has become of the steps of a chain; or cancel them all")
+    chain = commands.add_parser("chain", help="show the state of a chain's steps, or cancel them all")
     chain.add_argument("action", choices=("show", "cancel"))
     chain.add_argument("folder", type=Path, metavar="FOLDER", help="the chain's folder")
 
-    sweep = commands.add_parser("sweep", help="the runs of a sweep, ranked")
+    sweep = commands.add_parser("sweep", help="rank the runs of a sweep")
     sweep.add_argument("action", choices=("show",))
     sweep.add_argument("folder", type=Path, metavar="FOLDER", help="the sweep's folder")
     ranks = ("tokens_per_s", "mfu", "memory_gib", "loss", "eval_loss")
-    sweep.add_argument("--by", choices=ranks, default=ranks[0], help="what ranks them (default: %(default)s)")
+    sweep.add_argument("--by", choices=ranks, default=ranks[0], help="what to rank by (default: %(default)s)")
     sweep.add_argument("--json", action="store_true", help="one JSON array, for programs")
 
 
 def _of_recipes(commands: _Commands) -> None:
     plan = commands.add_parser(
         "plan",
-        help="what a recipe would do and take, with any of its flags; or its layouts on some GPUs, ranked",
+        help="show a recipe's plan with memory and time, with any of its flags; or rank its layouts on N GPUs",
         add_help=False,
         allow_abbrev=False,
     )
@@ -124,24 +128,29 @@ def _of_recipes(commands: _Commands) -> None:
 
     prepare = commands.add_parser(
         "prepare",
-        help="tokenise a recipe's data now, with any of its flags, so that no GPU waits for it",
+        help="tokenise a recipe's data in advance, with any of its flags, so that no GPU waits for it",
         allow_abbrev=False,
     )
     prepare.add_argument("recipe", type=Path, metavar="RECIPE.py")
 
     rehearse = commands.add_parser(
         "rehearse",
-        help="prove here that a recipe's runs resume bit for bit, with any of its flags",
+        help="show on this machine that a recipe's runs resume bit for bit, with any of its flags",
         allow_abbrev=False,
     )
     rehearse.add_argument("recipe", type=Path, metavar="RECIPE.py")
     rehearse.add_argument("--steps", type=int, default=20, help="steps of the rehearsal (default: %(default)s)")
-    rehearse.add_argument("--faults_seed", type=int, default=0, help="another stop, kill and victim for each number")
-    rehearse.add_argument("--dir", type=Path, help="keep both runs there")
+    rehearse.add_argument(
+        "--faults_seed",
+        type=int,
+        default=0,
+        help="random seed of the stop, the kill and the rank to kill (default: %(default)s)",
+    )
+    rehearse.add_argument("--dir", type=Path, help="folder to keep both runs in")
 
-    doctor = commands.add_parser("doctor", help="check this machine or a cluster, with a fix for each failure")
+    doctor = commands.add_parser("doctor", help="check this machine or a cluster, and show a fix for each failure")
     doctor.add_argument("--cluster", metavar="NAME", help="compare this cluster profile with the live cluster")
-    doctor.add_argument("--run", action="store_true", help="with --cluster: also look from a node, by a short job")
+    doctor.add_argument("--run", action="store_true", help="with --cluster: check a node too, with a short job")
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
 
@@ -238,7 +247,7 @@ def _sweep(options: argparse.Namespace, _: list[str]) -> int:
 
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
     if options.run and not options.cluster:
-        raise ConfigError("--run looks at a cluster from a node of it; add --cluster NAME")
+        raise ConfigError("--run checks a node of a cluster; add --cluster NAME")
     from megabatch.doctor.report import show_report
 
     return show_report(as_json=options.json, cluster=options.cluster, run=options.run)

@@ -20,8 +20,8 @@ def estimate_text(estimate: Estimate, gpu: Gpu) -> str:
     communication = " + ".join(f"{kind} {seconds:.2f}" for kind, seconds in step.communication_s.items() if seconds)
     parts = [f"compute {step.compute_s:.2f}", f"bubble {step.bubble_s:.2f}", f"optimizer {step.optimizer_s:.2f}"]
     lines = [
-        f"estimate on {gpu.name} ({gpu.memory_gib:g} GiB): up to {estimate.memory.total_gib:.1f} GiB a rank, "
-        f"{step.total_s:.2f} s a step",
+        f"estimate on {gpu.name} ({gpu.memory_gib:g} GiB): up to {estimate.memory.total_gib:.1f} GiB per rank, "
+        f"{step.total_s:.2f} s per step",
         "",
         memory_table(estimate.stages),
         "",
@@ -34,7 +34,9 @@ def estimate_text(estimate: Estimate, gpu: Gpu) -> str:
     if taken > gpu.memory_gib:
         lines.append(f"{'note':12} a rank needs more than the {gpu.memory_gib:g} GiB of a {gpu.name}")
     elif taken > usable_gib(gpu):
-        lines.append(f"{'note':12} that leaves less than {MARGIN:.0%} of a {gpu.name} for what estimates miss")
+        lines.append(
+            f"{'note':12} this leaves less than {MARGIN:.0%} of a {gpu.name} as a margin for what the estimates miss"
+        )
     return "\n".join(lines)
 
 

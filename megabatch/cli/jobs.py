@@ -53,10 +53,12 @@ def resume_runs(paths: Sequence[Path], *, links: int | None = None, back_to: str
     if len(runs) == 1:
         return _resume(runs[0], links=links, back_to=back_to)
     if back_to is not None:
-        raise ConfigError(f"--from names a checkpoint of one run, and these are {len(runs)}; resume them one by one")
+        raise ConfigError(
+            f"--from names a checkpoint of one run, but {len(runs)} runs are given; resume them one by one"
+        )
     able = [found.run for found in status(runs, fresh_s=0) if not found.state.active and found.state not in _AT_END]
     if not able:
-        raise LaunchError(f"none of the {len(runs)} runs can go on: they wait, run or are done")
+        raise LaunchError(f"none of the {len(runs)} runs can be resumed: they wait, run or are done")
     refused = 0
     for run in able:
         try:
@@ -81,5 +83,7 @@ def _resume(run: Path, *, links: int | None, back_to: str | None) -> int:
         return 0
     print(f"job {control.resume(run, back_to=back_to)} goes on {place}")
     if is_linked(control.stored_script(RunDirectory(run))):
-        print("  note: like the jobs before it, it does not requeue; --chain N queues N that go on one after another")
+        print(
+            "  note: like the run's earlier jobs, it does not requeue; --chain N queues N that run one after another"
+        )
     return 0

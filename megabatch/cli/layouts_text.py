@@ -56,7 +56,7 @@ def _reasons(pruned: Sequence[JudgedLayout]) -> list[str]:
     for one in pruned:
         groups.setdefault(_group(one.verdict.reason), []).append(one)
     ordered = sorted(groups.values(), key=len, reverse=True)
-    return [f"{len(found):5} left out: {found[0].verdict.reason}" for found in ordered]
+    return [f"{len(found):5} pruned: {found[0].verdict.reason}" for found in ordered]
 
 
 def _group(reason: str) -> str:

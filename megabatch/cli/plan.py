@@ -48,7 +48,7 @@ def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = No
     Raises: ConfigError for flags that start something.
     """
     if started := [flag for flag in flags if flag.split("=")[0] in ("--submit", "--local")]:
-        rule = f"is not for a plan, which starts nothing; python {path} {' '.join(flags)} does"
+        rule = f"has no effect on a plan, which starts nothing; use: python {path} {' '.join(flags)}"
         raise ConfigError([Fault(started[0], None, rule, bare=True)])
     found = load_declared(path)
     try:
@@ -69,10 +69,10 @@ def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = No
 _USAGE = f"""\
 megabatch plan RECIPE.py [--gpu NAME] [--gpus N [--gpu_memory_gib GIB] [--all]] [--json] [--<parameter> VALUE …]
 
-  --gpu NAME            GPU that memory and time are estimated for, as h100; the cluster profile's, or an H100
-  --gpus N              rank every layout on that many instead of planning the recipe's own
-  --gpu_memory_gib GIB  memory that a layout may take on each; {1 - MARGIN:.0%} of the GPU's, as estimates miss some
-  --all                 list every layout, with the reason of each that is left out
+  --gpu NAME            GPU for the estimates, such as h100; default: the cluster profile's, or an H100
+  --gpus N              rank every layout on that many GPUs instead of planning the recipe's own
+  --gpu_memory_gib GIB  memory that a layout may use on each; default: {1 - MARGIN:.0%} of the GPU's
+  --all                 list every layout, with the reason for each pruned one
   --json                for programs
 """
 
@@ -111,7 +111,7 @@ def _show(path: Path, recipe: Recipe, actions: Actions, options: PlanOptions) ->
 def _no_estimate(launch: Launch) -> str:
     if launch.model.shape is None:
         return f"no estimate: the model's shape is not known ({launch.model.origin})"
-    return "no estimate: the recipe asks for no GPUs (resources.gpus_per_node=0); --gpu h100 estimates it on some"
+    return "no estimate: the recipe asks for no GPUs (resources.gpus_per_node=0); --gpu h100 estimates it for that GPU"
 
 
 def _faults_but_unbuilt(launch: Launch) -> list[Fault]:
@@ -130,14 +130,14 @@ def _layouts(launch: Launch, options: PlanOptions, *, gpus: int) -> str:
         raise ConfigError([Fault("--gpus", gpus, "must be at least 1")])
     a_node = recipe.resources.gpus_per_node or gpus
     if gpus > a_node and gpus % a_node:
-        rule = f"must be whole nodes of gpus_per_node={a_node}, or less than one"
+        rule = f"must fill whole nodes of gpus_per_node={a_node}, or be less than one node"
         raise ConfigError([Fault("--gpus", gpus, rule, try_=(gpus // a_node * a_node,))])
     if faults := faults_of_all(recipe, shape, gpus=gpus):
         raise ConfigError(faults)
     gpu = gpu_of(options.gpu or launch.profile.gpu)
     limit = usable_gib(gpu) if options.gpu_memory_gib is None else options.gpu_memory_gib
     if limit <= 0:
-        raise ConfigError([Fault("--gpu_memory_gib", limit, "must be more than 0")])
+        raise ConfigError([Fault("--gpu_memory_gib", limit, "must be above 0")])
     judged = judged_layouts(recipe, shape, gpus=gpus, gpu=gpu, gpu_memory_gib=limit)
     if options.as_json:
         return json.dumps(layouts_document(judged, gpu), indent=2)

@@ -45,7 +45,7 @@ def _require_meant(actions: Actions) -> None:
     given = [name for name in ("local", "sweep", "chain", "max_parallel", "keep_all", "gpu") if getattr(actions, name)]
     if not (actions.submit or actions.dry_run) and actions.run_dir:
         given.append("run_dir")
-    rule = "is not for preparing, which tokenises here, or as a job with --submit; leave it out"
+    rule = "has no effect on a preparation, which tokenises here, or as a job with --submit; leave it out"
     faults = [Fault(f"--{name}", None, rule, bare=True) for name in given]
     if actions.submit and actions.dry_run:
         faults.append(Fault("--submit and --dry_run", None, "exclude each other; give one of them", bare=True))
@@ -99,7 +99,7 @@ def _cache_folder(launch: Launch) -> str:
     found = cache_folder(launch)
     if found is None:
         raise ConfigError(
-            f"the run would not find the cache: set {CACHE}, here and where the run is submitted, or shared_cache in "
+            f"the run would not find the cache: set {CACHE} both here and when you submit the run, or shared_cache in "
             "the cluster profile that --cluster names"
         )
     return str(found)

@@ -57,4 +57,6 @@ def _one_action(actions: Actions) -> None:
 def _refuse_sweep_flags(actions: Actions) -> None:
     given = [f"--{name}" for name in ("max_parallel", "keep_all", "gpu") if getattr(actions, name)]
     if given:
-        raise ConfigError([Fault(name, None, "says something of a sweep; add --sweep", bare=True) for name in given])
+        raise ConfigError(
+            [Fault(name, None, "has an effect only on a sweep; add --sweep", bare=True) for name in given]
+        )

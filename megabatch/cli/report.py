@@ -15,7 +15,7 @@ def write_report(paths: Sequence[Path], *, output: Path) -> int:
     """Writes the page. Raises: LaunchError for a path that holds no run, or an output that cannot be written."""
     runs = all_runs(paths)
     if not runs:
-        raise LaunchError("no run there; `megabatch status` lists runs")
+        raise LaunchError("no runs found; `megabatch status` lists runs")
     text = report(runs)
     try:
         write_atomic(output, text)

@@ -39,7 +39,7 @@ def one_run(path: Path) -> Path:
         names = ", ".join(str(run) for run in found[:4])
         raise LaunchError(f"{path} holds {len(found)} runs; name one: {names}{' …' if len(found) > 4 else ''}")
     if path.exists():
-        raise LaunchError(f"{path} is no run directory: it has no run.json; `megabatch status` lists runs")
+        raise LaunchError(f"{path} is not a run directory: it has no run.json; `megabatch status` lists runs")
     folder = path.parent
     near = get_close_matches(path.name, [p.name for p in folder.iterdir()] if folder.is_dir() else [], n=2)
     hint = f"; nearest in {folder}: {', '.join(near)}" if near else "; `megabatch status` lists runs"

@@ -35,7 +35,7 @@ def show_status(paths: Sequence[Path], *, as_json: bool, watch: bool = False) ->
 def status_table(found: Sequence[Overview]) -> str:
     """As wide as the terminal at most."""
     if not found:
-        return "no runs beneath megatron_output; name their folder: megabatch status DIR"
+        return "no runs in megatron_output; name their folder: megabatch status DIR"
     return table(_HEADER, [_row(one) for one in found], width=terminal_width())
 
 
@@ -43,11 +43,11 @@ def _watch(paths: Sequence[Path]) -> int:
     from megabatch.cli.screen import Screen
 
     if not sys.stdout.isatty():
-        raise LaunchError("--watch draws on a terminal, and standard output is none; leave --watch out")
+        raise LaunchError("--watch needs a terminal, and standard output is not one; leave --watch out")
     with Screen() as screen:
         while True:
             text = status_table(overview(all_runs(paths)))
-            screen.draw(f"{time.strftime('%H:%M:%S')}   q ends\n\n{text}")
+            screen.draw(f"{time.strftime('%H:%M:%S')}   q quits\n\n{text}")
             if screen.key_within(REDRAW_S) in ("q", "Q", "\x03", "\x04"):
                 return 0
 

@@ -40,7 +40,7 @@ def text(found: Diagnosis) -> str:
         head += f", job {found.job_id}"
     cause = found.cause
     if cause is None:
-        return "\n".join([f"{head}; no attempt of it is known to have failed", *_beside(found)])
+        return "\n".join([f"{head}; none of its attempts is known to have failed", *_beside(found)])
     if found.attempt is not None:
         head += f"; its attempt {found.attempt} failed"
     lines = [head, f"cause: {cause.title} [{cause.name}]"]
@@ -58,7 +58,7 @@ def text(found: Diagnosis) -> str:
     lines.append(f"fix: {cause.fix}")
     lines += _beside(found)
     if found.followers:
-        lines.append(f"taken along, with no cause in their logs: {_ranks(found.followers)}")
+        lines.append(f"ended as a consequence, with no cause in their logs: {_ranks(found.followers)}")
     if found.last_lines:
         lines += ["", f"last lines of {found.log}:", *(f"    {line[:LONGEST]}" for line in found.last_lines)]
     return "\n".join(lines)
@@ -73,7 +73,7 @@ def _bad_nodes(found: Diagnosis) -> list[str]:
     """What the preflight saw, one line for each fault."""
     return [
         f"bad node: {bad.node}: {bad.check}: {bad.value[:LONGEST]} ({bad.rule})"
-        + ("; left out of the job" if bad.excluded else "")
+        + ("; excluded from the job" if bad.excluded else "")
         for bad in found.bad_nodes
     ]
 

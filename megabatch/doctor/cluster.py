@@ -38,7 +38,7 @@ def _partition(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
     for name in chosen(profile, live):
         words = live.partitions[name]
         if words.get("State") != "UP":
-            fix = "no job starts there until the site brings it up"
+            fix = "no job starts there until the site enables it"
             yield fault("partition", f"{name} is {words.get('State')}", fix=fix)
         else:
             yield fine("partition", f"{name}: {words.get('TotalNodes')} nodes, at most {words.get('MaxTime')}")
@@ -50,7 +50,7 @@ def _time(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
     for name in chosen(profile, live):
         longest = live.partitions[name].get("MaxTime", "UNLIMITED")
         if longest not in ("UNLIMITED", "INFINITE") and seconds(profile.time) > seconds(longest):
-            fix = f'time = "{longest}": a run that needs longer saves, requeues and goes on'
+            fix = f'time = "{longest}": a longer run saves, requeues and resumes'
             yield fault("time", f"{profile.time} is over {name}'s limit", supported=longest, fix=fix)
         else:
             yield fine("time", f"{profile.time} is within {name}'s limit of {longest}")
@@ -61,10 +61,10 @@ def _nodes_named(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
         named = run_command("scontrol", "show", "hostnames", profile.exclude).text.split()
         unknown = [name for name in named if name not in live.nodes]
         if unknown or not named:
-            fix = "exclude = only nodes that `sinfo -N` lists; sbatch refuses a list with any other"
+            fix = "exclude = only nodes that `sinfo -N` lists; sbatch refuses a list with any other name"
             yield fault("exclude", f"no such node: {', '.join(unknown) or profile.exclude}", fix=fix)
         else:
-            yield fine("exclude", f"{len(named)} of {len(live.nodes)} nodes left out")
+            yield fine("exclude", f"{len(named)} of {len(live.nodes)} nodes excluded")
     if live.nodes:
         name = next(iter(live.nodes))
         shown = run_command("scontrol", "--oneliner", "show", "node", name).text
@@ -72,9 +72,9 @@ def _nodes_named(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
         if _resolves(name):
             yield fine("node names", f"{name} resolves")
         elif _resolves(address):
-            yield fine("node names", f"{name} does not resolve here, its NodeAddr {address} does: jobs use that")
+            yield fine("node names", f"{name} does not resolve here, but its NodeAddr {address} does; jobs use that")
         else:
-            fix = "ask the site for DNS names of nodes; compute nodes may resolve what this one does not (--run shows)"
+            fix = "ask the site for DNS names of nodes; compute nodes may resolve more than this one (--run checks)"
             without = "ranks find each other only if the nodes themselves resolve these names"
             yield note("node names", f"neither {name} nor its NodeAddr resolve here", without=without, fix=fix)
 
@@ -90,7 +90,7 @@ def _settings(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
     """What Slurm is set to, and what that means for a run."""
     known: dict[str, Callable[[str], str]] = {
         "MaxArraySize": lambda value: f"{value}: larger sweeps are split over several arrays",
-        "JobRequeue": lambda value: "jobs may requeue" if value == "1" else "off by default; our jobs ask for it",
+        "JobRequeue": lambda value: "jobs may requeue" if value == "1" else "off by default; our jobs request it",
         "PreemptMode": lambda value: f"{value}, by {live.config.get('PreemptType', '?')}",
         "PrologFlags": lambda value: "none" if value == "(null)" else value,
     }
@@ -100,7 +100,7 @@ def _settings(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
     kill_wait = live.config.get("KillWait", "")
     found = re.match(r"\d+", kill_wait)
     if found and int(found[0]) < _SAVE_S:
-        without = "a cancelled or preempted run goes on from the checkpoint before, if its own takes longer than this"
+        without = "a cancelled or preempted run resumes from the previous checkpoint if saving takes longer than this"
         yield note("KillWait", f"{kill_wait} to save in", without=without, fix="ask the site for 60 or more")
     elif found:
         yield fine("KillWait", f"{kill_wait} to save in after a cancel or a preemption")

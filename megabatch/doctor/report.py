@@ -49,7 +49,7 @@ def _text(findings: list[Finding], failed: list[Finding]) -> str:
         if one.fix:
             parts.append(_indented(f"fix: {one.fix}"))
     names = ", ".join(one.name for one in failed)
-    parts.append(f"\n{names} must be fixed" if failed else "\nnothing that this machine needs is missing")
+    parts.append(f"\n{names} must be fixed" if failed else "\nthis machine has everything that it needs")
     return "\n".join(parts)
 
 

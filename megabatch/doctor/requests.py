@@ -19,14 +19,14 @@ def gpus(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
     kinds = dict(line.strip().split("|", 1) for line in shown if "gpu" in line)
     types = sorted(set(re.findall(r"gpu:([^:(,]*[^:(,\d][^:(,]*)", " ".join(kinds))))
     if profile.gpu_type is not None and profile.gpu_type not in types:
-        fix = f"gpu_type = {one_of(types)}" if types else "leave gpu_type out: Slurm knows no types of GPUs there"
+        fix = f"gpu_type = {one_of(types)}" if types else "leave gpu_type out: Slurm has no GPU types there"
         yield fault("GPUs", f"no node there has GPUs of type {profile.gpu_type}", fix=fix)
     elif kinds:
         yield fine("GPUs", "; ".join(f"{count} nodes with {gres.split('(')[0]}" for gres, count in kinds.items()))
         yield from _gpu_request(profile, live)
     else:
         fix = "name a partition that has some: `sinfo -o '%P %G'`"
-        yield note("GPUs", "no node here has any", without="runs with gpus_per_node=0 alone", fix=fix)
+        yield note("GPUs", "no node here has GPUs", without="only runs with gpus_per_node=0", fix=fix)
 
 
 def _gpu_request(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
@@ -87,7 +87,7 @@ def account_and_qos(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
     known = _associations() if named and _is_accounted(live) else None
     for name, value in named.items():
         if known is None:
-            without = f"Slurm takes any name, so {value} means nothing here"
+            without = f"Slurm accepts any name, so {value} means nothing here"
             yield note(name, "cannot be checked without accounting", without=without, fix=f"leave {name} out")
         elif value in known[name]:
             yield fine(name, value)

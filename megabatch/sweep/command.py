@@ -26,7 +26,7 @@ _USAGE = """\
 python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [--max_parallel N]
     [--sweep <parameter>=VALUE,VALUE …] [--<parameter> VALUE …]
 
-  --submit    send the runs to Slurm, one job array for each shape     --local    run them here
+  --submit    send the runs to Slurm, one job array for each job size  --local    run them here
   --dry_run   show the table and the arrays' scripts                   --help     all parameters
 """
 
@@ -35,7 +35,9 @@ def run_sweep(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequenc
     """Exit code of a sweep's command line; `recipe` is the sweep's own with the flags. Raises: MegabatchError."""
     _refuse_swept_flags(sweep, recipe, actions, arguments)
     if actions.chain is not None:
-        raise ConfigError([Fault("--chain", actions.chain, "is of one run; runs of a sweep come back by requeueing")])
+        raise ConfigError(
+            [Fault("--chain", actions.chain, "is for a single run; runs of a sweep come back by requeueing")]
+        )
     found = candidates(sweep, recipe, actions, recipe_file=recipe_file)
     left = left_alone(found)
     if actions.local:
@@ -66,7 +68,7 @@ def _refuse_swept_flags(sweep: Sweep, recipe: Recipe, actions: Actions, argument
         flag = argument.removeprefix("--").partition("=")[0]
         found = named(flag, recipe) if argument.startswith("--") else None
         if isinstance(found, Named) and found.parameter.dotted in dotted:
-            rule = "is swept, so that one value of it changes nothing"
+            rule = "is swept, so a single value has no effect"
             faults.append(Fault(f"--{flag}", None, rule, try_=(f"--sweep {flag}=VALUE",), bare=True))
     if faults:
         raise ConfigError(faults)
@@ -92,7 +94,7 @@ def _nothing_to_submit(left: Mapping[str, str]) -> str:
     if not active:
         return "nothing was submitted: nothing is missing or failed"
     head = "nothing was submitted: nothing is missing or failed, but these have not ended"
-    tail = "once they have, the same command submits those of them that are not done"
+    tail = "once they have ended, the same command submits those that are not done"
     return "\n".join([head, *(f"  {name}: {why}" for name, why in active.items()), tail])
 
 

@@ -156,7 +156,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LaunchError(f"{folder} is no sweep's folder: {SWEEP_JSON} cannot be read ({error})") from error
+        raise LaunchError(f"{folder} is not a sweep's folder: {SWEEP_JSON} cannot be read ({error})") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION:
         raise LaunchError(f"{path}: schema_version={version!r}, but this megabatch reads {SCHEMA_VERSION}")

@@ -32,7 +32,7 @@ def run_here(found: Candidates, wanted: Sequence[Candidate], arguments: Sequence
             logs = candidate.launch.directory.logs
             print(f"error: {candidate.point.name} failed with exit code {code}; its logs are in {logs}")
     if ExitCode.REQUEUE in codes:
-        print("stopped and saved; the same command goes on with what is missing")
+        print("stopped and saved; the same command continues with what is missing")
     return worst(codes)
 
 

@@ -108,7 +108,7 @@ class _Reader:
             try:
                 values = found.values(words)
             except ValueError as error:
-                self._fault(name, words, f"{error}; values stand between commas, or in a JSON array")
+                self._fault(name, words, f"{error}; separate values by commas, or give a JSON array")
                 return
             if not values:
                 self._fault(name, words, "is empty; give at least one value")

@@ -40,23 +40,23 @@ def said(*steps: Step) -> str:
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
-        ([], "chain.steps must be made of"),
-        (["a"], "chain.steps must be made of"),
+        ([], "chain.steps must consist of"),
+        (["a"], "chain.steps must consist of"),
         ([Step("a", NOTHING), Step("a", NOTHING)], "step.name='a' is the name of 2 steps"),
         ([Step("a b", NOTHING)], "step.name='a b' must be letters"),
-        ([Step("train", NOTHING), Step("b", NOTHING, after=ok("trian"))], "b.after='trian' is no step.*try train"),
+        ([Step("train", NOTHING), Step("b", NOTHING, after=ok("trian"))], "b.after='trian' is not a step.*try train"),
         ([Step("a", NOTHING), Step("b", NOTHING, after=(*ok("a"), *ended("a")))], "b.after='a' is named twice"),
-        ([Step("a", NOTHING, after=ok("a"))], "a.after goes in a circle: a after a"),
+        ([Step("a", NOTHING, after=ok("a"))], "a.after is a cycle: a after a"),
         (
             [
                 Step("a", NOTHING, after=ok("c")),
                 Step("b", NOTHING, after=ok("a")),
                 Step("c", NOTHING, after=ended("b")),
             ],
-            "a.after goes in a circle: a after c after b after a",
+            "a.after is a cycle: a after c after b after a",
         ),
-        ([Step("a", NOTHING, after="b")], "must be made of ok"),  # type: ignore[arg-type]
-        ([Step("a", NOTHING, after=ok("b")[0]), Step("b", NOTHING)], "must be made of ok"),  # type: ignore[arg-type]
+        ([Step("a", NOTHING, after="b")], "must consist of ok"),  # type: ignore[arg-type]
+        ([Step("a", NOTHING, after=ok("b")[0]), Step("b", NOTHING)], "must consist of ok"),  # type: ignore[arg-type]
         ([Step("a", NOTHING, links=2)], "a.links=2 is for training runs"),
         ([Step("a", TRAIN, links=0)], "at least 1"),
         (
@@ -81,7 +81,7 @@ def test_outputs_must_be_made_and_be_sure_to_be_there() -> None:
     assert not said(
         train, to_mcore, command, *(reading(text, after=after, name=f"r{i}") for i, text in enumerate(made))
     )
-    assert "output('nobody') is no step" in said(train, reading(output("nobody").hf))
+    assert "output('nobody') is not a step" in said(train, reading(output("nobody").hf))
     assert "is its own output" in said(reading(output("reader").folder))
     assert "makes mcore, not hf" in said(train, to_mcore, reading(output("convert").hf, after=ok("convert")))
     declared = said(train, to_mcore, command, reading(output("measure").file("other"), after=after))

@@ -204,14 +204,14 @@ def test_flags_of_steps(tmp_path: Path) -> None:
     actions, changed = parsed(chain, ["--local", "--train.train_iters", "7"])
     assert actions.local and changed.steps[0].work.training.train_iters == 7  # type: ignore[union-attr]
     for words, says in (
-        (["--train_iters", "7"], "--train_iters is given without a training step's name; try --train.train_iters"),
+        (["--train_iters", "7"], "--train_iters needs the name of a training step; try --train.train_iters"),
         (["--train.train_itres", "7"], "--train.train_itres is not a parameter; try --train.train_iters"),
-        (["--trian.train_iters=7"], "--trian.train_iters is of no step of this chain; try --train.train_iters"),
-        (["--x.lr", "1"], "--x.lr is of no step of this chain; the training steps are train"),
-        (["--training.train_iters", "7"], "without a training step's name; try --train.training.train_iters"),
+        (["--trian.train_iters=7"], "--trian.train_iters names no step of this chain; try --train.train_iters"),
+        (["--x.lr", "1"], "--x.lr names no step of this chain; the training steps are train"),
+        (["--training.train_iters", "7"], "the name of a training step; try --train.training.train_iters"),
         (["--train_itres", "7"], "--train_itres is not a parameter; try --train.train_iters"),
         (["--submt"], "--submt is not a parameter; try --submit"),
-        (["--after.train_iters", "7"], "--after.train_iters is of a step that takes none: only training steps do"),
+        (["--after.train_iters", "7"], "--after.train_iters names a step that takes no flags: only training steps do"),
         (["--train.lr", "x"], "train: learning_rate.lr='x' must be a number"),
         (["--train.submit"], "takes parameters, not actions"),
         (["--submit", "--local"], "exclude each other"),

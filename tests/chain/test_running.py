@@ -97,7 +97,7 @@ def test_submitted_shown_and_submitted_again(tmp_path: Path, capsys: pytest.Capt
     assert command(chain, "--submit") == 0
     assert "nothing to submit" in capsys.readouterr().out
     changed = replace(chain, steps=[shell("makes", "echo 22", outputs=["number"]), *chain.steps[1:]])
-    with pytest.raises(ConfigError, match=r"makes: argv is completed already and is declared otherwise now"):
+    with pytest.raises(ConfigError, match=r"makes: argv is completed already, but is now declared differently"):
         command(changed, "--submit")
 
 

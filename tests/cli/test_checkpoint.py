@@ -54,9 +54,9 @@ def test_a_checkpoint_of_before(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
-    assert "is no checkpoint" in capsys.readouterr().err
+    assert "is not a checkpoint" in capsys.readouterr().err
     assert main(["checkpoint", "verify", str(tmp_path / "x")]) == 1
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 def test_status_and_why_say_what_was_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def test_status_without_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["status"]) == 0
-    assert "no runs beneath megatron_output" in capsys.readouterr().out
+    assert "no runs in megatron_output" in capsys.readouterr().out
 
 
 def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

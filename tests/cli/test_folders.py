@@ -62,7 +62,7 @@ def test_cancel_of_everything_in_a_sweeps_folder(sweep: Path, capsys: pytest.Cap
 
 def test_a_folder_that_holds_no_run_is_still_named(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cancel", str(sweep / "cache")]) == 1
-    assert f"{sweep / 'cache'} is no run directory" in capsys.readouterr().err
+    assert f"{sweep / 'cache'} is not a run directory" in capsys.readouterr().err
 
 
 def test_why_of_a_sweep_tells_of_each_failed_run(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ def test_layouts_are_ranked_and_those_left_out_counted(capsys: pytest.CaptureFix
     assert "in 71.3 GiB of 79.2 each" in default, "a tenth stays free unless somebody says otherwise"
     shown = _plan(capsys, MOE, "--gpus", 16, "--gpu_memory_gib", 60, "--gpu", "a800")
     assert shown.startswith(f"{len(kept)} of {len(layouts)} layouts can run on 16 x A800 in 60 GiB of 79.2 each")
-    counts = [int(line.split()[0]) for line in shown.splitlines() if "left out:" in line]
+    counts = [int(line.split()[0]) for line in shown.splitlines() if "pruned:" in line]
     assert sum(counts) == len(layouts) - len(kept)
     everything = _plan(capsys, MOE, "--gpus", 16, "--gpu_memory_gib", 60, "--gpu", "a800", "--all")
     assert len(everything.splitlines()) == len(layouts) + 3
@@ -97,7 +97,7 @@ def test_a_recipe_for_cpus_has_no_estimate(capsys: pytest.CaptureFixture[str]) -
     ("arguments", "text"),
     [
         (["--gpu", "v100"], "gpu='v100' is not known; there are A100"),
-        (["--gpus", "12"], "--gpus=12 must be whole nodes of gpus_per_node=8, or less than one; try 8"),
+        (["--gpus", "12"], "--gpus=12 must fill whole nodes of gpus_per_node=8, or be less than one node; try 8"),
         (["--expert_model_parallel_size", "6"], "must divide the model's num_experts=128"),
         (["--gpus_per_nod", "8"], "gpus_per_node"),
     ],
@@ -126,9 +126,9 @@ def test_help_is_the_commands_and_the_recipes(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--submit"], "--submit is not for a plan"),
+        (["--submit"], "--submit has no effect on a plan"),
         (["--gpus", "0"], "--gpus=0 must be at least 1"),
-        (["--gpus", "2", "--gpu_memory_gib", "-3"], "--gpu_memory_gib=-3.0 must be more than 0"),
+        (["--gpus", "2", "--gpu_memory_gib", "-3"], "--gpu_memory_gib=-3.0 must be above 0"),
     ],
 )
 def test_what_a_plan_cannot_be_asked(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

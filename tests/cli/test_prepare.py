@@ -68,8 +68,8 @@ def test_it_makes_the_cache_and_says_how_long_the_run_is(
     ("flags", "said"),
     [
         ([], "the run would not find the cache: set MEGABATCH_CACHE"),
-        (["--local"], "--local is not for preparing"),
-        (["--run_dir", "x"], "--run_dir is not for preparing"),
+        (["--local"], "--local has no effect on a preparation"),
+        (["--run_dir", "x"], "--run_dir has no effect on a preparation"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--max_epoch", "3"], "max_epochs"),
     ],
@@ -183,7 +183,7 @@ def test_its_job_asks_for_one_node_without_gpus(
     assert said >= {"partition=gpu", "qos=high", "constraint=h100", "time=1:00:00"}
     assert not [line for line in said if line.startswith(("gpu", "gres", "mem"))]
     assert command.main(["prepare", str(recipe_file), *flags, "--nodes", "2"]) == 2
-    assert "--nodes is not for preparing" in capfd.readouterr().err
+    assert "--nodes has no effect on a preparation" in capfd.readouterr().err
     assert not (tmp_path / "megatron_output").exists()
 
 

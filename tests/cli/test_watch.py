@@ -111,7 +111,7 @@ def test_ctrl_c_ends_it_too(run: RunDirectory) -> None:
 
 def test_without_a_terminal_it_is_refused(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--watch", str(run.path)]) == 1
-    assert "draws on a terminal" in capsys.readouterr().err
+    assert "needs a terminal" in capsys.readouterr().err
 
 
 def test_tables_give_way_at_their_ends() -> None:

@@ -36,7 +36,7 @@ class TestAgainstSlurm:
         assert faults(findings) == {}
         found = {finding.name: finding.found for finding in findings}
         assert found["GPUs"] == "4 nodes with gpu:a100:8"
-        assert found["exclude"] == "2 of 4 nodes left out"
+        assert found["exclude"] == "2 of 4 nodes excluded"
         assert "its NodeAddr 127.0.0.1 does" in found["node names"]
         assert found["MaxArraySize"].startswith("1001")
         assert found["PreemptMode"] == "REQUEUE, by preempt/partition_prio"

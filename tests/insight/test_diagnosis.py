@@ -58,7 +58,7 @@ def test_a_node_that_failed_the_check_before_the_ranks(run: MadeRun, capsys: pyt
     assert (found.cause.name, found.rank, found.node) == ("bad_node", None, "n2")
     assert [bad["node"] for bad in found.plain()["bad_nodes"]] == ["n2"]  # type: ignore[attr-defined]
     assert main(["why", str(run.files.path)]) == 0
-    assert "\nbad node: n2: ecc: 3 (0); left out of the job\n" in capsys.readouterr().out
+    assert "\nbad node: n2: ecc: 3 (0); excluded from the job\n" in capsys.readouterr().out
 
 
 def test_of_ranks_with_a_cause_the_marked_one_is_blamed(run: MadeRun) -> None:
@@ -245,7 +245,7 @@ def test_nothing_failed(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> Non
     run.ended(0, 0, 1100)
     assert diagnose(run.files.path).cause is None
     assert main(["why", str(run.files.path)]) == 0
-    assert "no attempt of it is known to have failed" in capsys.readouterr().out
+    assert "none of its attempts is known to have failed" in capsys.readouterr().out
 
 
 def test_secrets_in_logs_are_masked(

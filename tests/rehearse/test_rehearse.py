@@ -58,7 +58,7 @@ def test_flags_that_ask_for_something_else_are_refused(tmp_path: Path) -> None:
     done = rehearse("quickstart.py", "--submit", "--chain", "3", folder=tmp_path)
     assert done.returncode == 2
     for flag in ("--submit", "--chain"):
-        assert f"  {flag} is not for a rehearsal" in done.stderr
+        assert f"  {flag} has no effect on a rehearsal" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

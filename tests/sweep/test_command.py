@@ -74,7 +74,7 @@ def test_groups_that_cross_nodes_are_pruned(run: Run) -> None:
 
 def test_what_the_filter_leaves_out_is_shown(run: Run, write_sweep: WriteSweep) -> None:
     file = write_sweep("grid={'seed': [1, 2, 3]}, filter=lambda recipe: recipe.training.seed != 2")
-    assert _rows(run(file, "--dry_run").stderr)["2"] == "pruned: left out by the sweep's filter"
+    assert _rows(run(file, "--dry_run").stderr)["2"] == "pruned: rejected by the sweep's filter"
 
 
 def test_a_filter_that_fails_is_a_fault_of_the_configuration(run: Run, write_sweep: WriteSweep) -> None:
@@ -109,10 +109,10 @@ def test_what_is_not_built_is_shown_and_refused(run: Run, tmp_path: Path) -> Non
         (["--sweep", "tensor_parallel=1,2"], "try tensor_model_parallel_size"),
         (["--sweep"], "--sweep needs at least one parameter=value,value; try --sweep seed=1,2,3"),
         (["--sweep", "seed=1,1"], "points 1 and 2 are the same run (training.seed=1)"),
-        (["--sweep", "seed=1", "--seed", "2"], "--seed is swept, so that one value of it changes nothing"),
+        (["--sweep", "seed=1", "--seed", "2"], "--seed is swept, so a single value has no effect"),
         (["--sweep", "seed=1", "--max_parallel", "0"], "--max_parallel='0' must be a whole number, at least 1"),
-        (["--sweep", "seed=1", "--chain", "2"], "--chain=2 is of one run"),
-        (["--max_parallel", "2"], "--max_parallel says something of a sweep; add --sweep"),
+        (["--sweep", "seed=1", "--chain", "2"], "--chain=2 is for a single run"),
+        (["--max_parallel", "2"], "--max_parallel has an effect only on a sweep; add --sweep"),
         (["--sweep", "seed=1", "--submit", "--local"], "exclude each other"),
         (["--sweep", "lr=1e-9", "--submit"], "learning_rate.min_lr=0.0005 must be at most lr"),
     ],

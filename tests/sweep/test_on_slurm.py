@@ -129,7 +129,7 @@ def test_runs_that_are_about_to_end_are_named(
         "nothing was submitted: nothing is missing or failed, but these have not ended\n"
         f"  seed1: running as job {array_id}_0 (ending)\n"
         f"  seed2: running as job {array_id}_1 (cancelled, still saving)\n"
-        "once they have, the same command submits those of them that are not done\n"
+        "once they have ended, the same command submits those that are not done\n"
     )
     _wait(sweep, ["seed1", "seed2"], State.CANCELLED)
     (sweep / ".slow").unlink()

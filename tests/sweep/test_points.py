@@ -89,7 +89,7 @@ def test_faults_of_the_command_line() -> None:
         "--sweep lr needs values; try --sweep lr=1,2",
         "--sweep seed='' is empty; give at least one value",
         "--sweep tensor_parallel is not a parameter; try tensor_model_parallel_size or expert_tensor_parallel_size",
-        "--sweep lr='1,fast' must be a number or None; values stand between commas, or in a JSON array",
+        "--sweep lr='1,fast' must be a number or None; separate values by commas, or give a JSON array",
         "--sweep micro_batch_size=0 must be at least 1",
     ]
 
