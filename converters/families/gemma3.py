@@ -7,14 +7,7 @@ Megatron-Bridge builds this family: the weights stay as they are.
 from __future__ import annotations
 
 from megabatch.converters.families.config_json import Config, decoder, refuse_biases, size
-from megabatch.converters.families.decoder import (
-    ATTENTION,
-    DENSE_MLP,
-    EMBEDDING,
-    OUTPUT,
-    TIED,
-    not_made,
-)
+from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, not_made
 from megabatch.converters.family import Family
 from megabatch.converters.mapping import Rename, Row
 from megabatch.plan.shape import ModelShape

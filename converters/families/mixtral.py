@@ -9,14 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megabatch.converters.families.config_json import Config, decoder, decoder_config, experts_of
-from megabatch.converters.families.decoder import (
-    ATTENTION,
-    EMBEDDING,
-    OUTPUT,
-    ROTARY_BUFFERS,
-    TIED,
-    moe_mlp,
-)
+from megabatch.converters.families.decoder import ATTENTION, EMBEDDING, OUTPUT, ROTARY_BUFFERS, TIED, moe_mlp
 from megabatch.converters.families.mistral import sliding_window
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape

@@ -5,14 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megabatch.converters.families.config_json import Config, decoder, decoder_config
-from megabatch.converters.families.decoder import (
-    ATTENTION,
-    DENSE_MLP,
-    EMBEDDING,
-    OUTPUT,
-    ROTARY_BUFFERS,
-    TIED,
-)
+from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, ROTARY_BUFFERS, TIED
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
 
