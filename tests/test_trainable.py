@@ -37,6 +37,8 @@ def test_reasons_name_the_setting_and_are_given_together() -> None:
 
 def test_a_family_that_is_not_built_gives_that_reason_alone() -> None:
     shape = replace(FAMILIES["qwen2"].shape(CONFIG), model_type="gpt_oss", sliding_window=128)
-    assert str(untrainable(shape)).startswith("the trainer has not built attention sinks and clamped activations;")
+    assert str(untrainable(shape)).startswith(
+        "the trainer does not support attention sinks and clamped activations yet;"
+    )
     assert "sliding_window" not in str(untrainable(shape))
     assert "model_type=new" in str(untrainable(replace(shape, model_type="new")))

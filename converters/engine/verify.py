@@ -138,7 +138,7 @@ def _ranges(output: Path, made: dict[str, Any]) -> Iterator[tuple[Path, str, int
         for name, file in made["files"].items():
             path = output / name
             if ".." in path.parts or path.is_relative_to(output) is False:
-                raise ValueError(f"{name} is no file of this folder")
+                raise ValueError(f"{name} is not a file of this folder")
             size = path.stat().st_size
             if size != file["size"]:
                 raise ConversionError(f"{path}: has {size} bytes, its manifest gives {file['size']}")

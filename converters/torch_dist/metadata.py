@@ -186,7 +186,7 @@ def _stored(info: Recorded, place: str) -> Stored:
         raise ConversionError(f"{place}: compressed storage is not supported")
     file, offset, length = (info.field(name) for name in ("relative_path", "offset", "length"))
     if not isinstance(file, str) or "/" in file or "\0" in file:
-        raise ValueError(f"{file!r} is no file of this folder")
+        raise ValueError(f"{file!r} is not a file of this folder")
     if not all(type(number) is int and 0 <= number < _MOST for number in (offset, length)):
         raise ValueError(f"{str(length)[:40]} bytes at {str(offset)[:40]} of {file} cannot be")
     return Stored(file, offset, length)
