@@ -24,7 +24,7 @@ def setup_faults(lines: Sequence[str], *, file: object) -> Iterator[Fault]:
     if bash is None or not lines or _fault(bash, lines) is None:
         return
     number = next(n for n in range(len(lines), 0, -1) if _fault(bash, lines[: n - 1]) is None) - 1
-    rule = f"in {file}: {_fault(bash, lines)}; the rest of the job script would not run, so mend it"
+    rule = f"in {file}: {_fault(bash, lines)}; the rest of the job script would not run; fix it"
     yield Fault(f"cluster.setup[{number}]", lines[number], rule)
 
 
@@ -36,7 +36,7 @@ def _fault(bash: str, lines: Sequence[str]) -> str | None:
     if said := _complaint(bash, text):
         return f"bash says: {said}"
     if f"`{_REST}'" not in (_complaint(bash, text + _REST) or ""):
-        return "it goes on in the next line of the script"
+        return "it continues into the next line of the script"
     return None
 
 

@@ -81,7 +81,9 @@ def dependency(job: ChainedJob, *, ids: Mapping[str, tuple[str, ...]], links: Se
     """
     either = [name for kind, name in job.after if kind == "ok" and len(ids[name]) > 1]
     if either and (len(job.after) > 1 or job.singleton or job.links > 1):
-        raise LaunchError(f"{job.name} cannot wait for more than {either[0]}, which has {len(ids[either[0]])} links")
+        raise LaunchError(
+            f"{job.name} cannot wait for anything but {either[0]}, which has {len(ids[either[0]])} links"
+        )
     if either:
         return "?".join(f"afterok:{job_id}" for job_id in ids[either[0]])
     words = [f"{_TYPES[kind]}:{job_id}" for kind, name in job.after for job_id in ids[name]]
@@ -93,7 +95,7 @@ def _release(job_ids: list[str]) -> None:
     if job_ids:
         done = subprocess.run(["scontrol", "release", ",".join(job_ids)], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise LaunchError(f"Slurm does not release jobs {', '.join(job_ids)}: {done.stderr.strip()}")
+            raise LaunchError(f"Slurm did not release jobs {', '.join(job_ids)}: {done.stderr.strip()}")
 
 
 def _cancelled(job_ids: list[str]) -> str:

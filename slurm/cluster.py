@@ -200,7 +200,7 @@ class PrivateCluster:
         while not self._all_idle():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self.daemons):
                 logs = "\n".join(last_lines(path) for path in sorted(self.layout.directory.glob("slurm*.out")))
-                raise LaunchError(f"the private cluster in {self.layout.directory} did not come up:\n{logs}")
+                raise LaunchError(f"the private cluster in {self.layout.directory} did not start:\n{logs}")
             time.sleep(0.1)
 
     def _all_idle(self) -> bool:
@@ -214,7 +214,7 @@ def _check_can_start(directory: Path, *, accounting: bool) -> None:
         packages = "slurm-wlm munge" + " slurmdbd mariadb-server" * accounting
         raise LaunchError(f"a private cluster needs {', '.join(missing)}; on Debian: apt install {packages}")
     if tagged_processes(_tag(directory.absolute())):
-        raise LaunchError(f"{directory} holds a private cluster already; take it down with `down --dir {directory}`")
+        raise LaunchError(f"{directory} already holds a private cluster; stop it with `down --dir {directory}`")
 
 
 def _tag(directory: Path) -> str:
@@ -241,8 +241,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, help_ in (
         ("up", _up, "start a cluster and leave it running"),
-        ("down", _down, "end its jobs and daemons"),
-        ("env", _env, 'print what a shell must export: eval "$(… env --dir DIR)"'),
+        ("down", _down, "stop its jobs and daemons"),
+        ("env", _env, 'print the variables to export: eval "$(… env --dir DIR)"'),
         ("status", _status, "show its nodes"),
     ):
         command = commands.add_parser(name, help=help_)
@@ -250,10 +250,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--dir", type=Path, default=Path(".cluster"), help="its folder (default: %(default)s)")
         if name == "up":
             command.add_argument("--nodes", type=int, default=4)
-            command.add_argument("--gpu_type", help="type that Slurm knows them by, for example a100")
-            command.add_argument("--gpus_per_node", type=int, default=0, help="pretended GPUs (plain files)")
+            command.add_argument("--gpu_type", help="their type in Slurm, for example a100")
+            command.add_argument("--gpus_per_node", type=int, default=0, help="simulated GPUs (plain files)")
             command.add_argument("--cpus_per_node", type=int, default=16, help="pretended CPUs")
-            command.add_argument("--accounting", action="store_true", help="with a database, so that sacct answers")
+            command.add_argument("--accounting", action="store_true", help="with accounting, so that sacct works")
     return parser.parse_args(arguments)
 
 

@@ -102,7 +102,7 @@ def _mounts(job: JobSpec, profile: ClusterProfile, container: Container) -> list
     for path in ours:
         if set(str(path)) & set(",:"):
             raise LaunchError(
-                f"{path} cannot be mounted into a container: a mount may hold no comma or colon; rename it"
+                f"{path} cannot be mounted into a container: a mount must not contain a comma or colon; rename it"
             )
     # older versions of Pyxis want both sides
     theirs = (mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts)

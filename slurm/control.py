@@ -168,7 +168,7 @@ def _require_over(now: RunStatus, *, may_be_done: bool = False) -> None:
         raise LaunchError(f"{now.run}: job {now.job_id} is {now.state}; cancel it before resuming")
     if now.state is State.COMPLETED and now.source == "heartbeat" and not may_be_done:
         raise LaunchError(
-            f"{now.run} is completed, at step {now.step}; there is nothing to go on with (--from goes back to a step)"
+            f"{now.run} is completed, at step {now.step}; there is nothing left to do (--from goes back to a step)"
         )
 
 

@@ -45,7 +45,7 @@ GPU = (
         "one hardware queue keeps kernels in launch order, which megatron-core relies on to start tensor- and "
         "sequence-parallel communication before the matrix product it overlaps",
     ),
-    Variable("NCCL_DEBUG", "WARN", "errors of NCCL name their cause in the log; INFO would be thousands of lines"),
+    Variable("NCCL_DEBUG", "WARN", "NCCL's errors name their cause in the log; INFO would log thousands of lines"),
     Variable(
         "TORCH_NCCL_TRACE_BUFFER_SIZE",
         "2000",
@@ -57,15 +57,13 @@ GPU = (
 NETWORKS: dict[Network, tuple[Variable, ...]] = {
     "none": (),
     "single_node": (
-        Variable("NCCL_SOCKET_IFNAME", "lo", "ranks meet on loopback: no firewall and no lost link can stop them"),
+        Variable("NCCL_SOCKET_IFNAME", "lo", "ranks meet on loopback, which no firewall or lost link can block"),
         Variable("GLOO_SOCKET_IFNAME", "lo", "the same for gloo, used for checkpoints and CPU tensors"),
-        Variable("NCCL_IB_DISABLE", "1", "no probing of network cards that a one-node job never uses"),
+        Variable("NCCL_IB_DISABLE", "1", "does not probe network cards that a one-node job never uses"),
     ),
     "ethernet": (
-        Variable(
-            "NCCL_SOCKET_IFNAME", "^lo,docker,virbr,veth", "interfaces that other nodes cannot reach are left out"
-        ),
-        Variable("NCCL_IB_DISABLE", "1", "plain TCP was asked for: no probing of RDMA devices"),
+        Variable("NCCL_SOCKET_IFNAME", "^lo,docker,virbr,veth", "excludes interfaces that other nodes cannot reach"),
+        Variable("NCCL_IB_DISABLE", "1", "plain TCP was requested: does not probe RDMA devices"),
     ),
     "infiniband": (
         Variable("NCCL_NET", "IB", "without working InfiniBand NCCL fails at once instead of crawling over TCP"),
@@ -80,7 +78,9 @@ NETWORKS: dict[Network, tuple[Variable, ...]] = {
         Variable("NCCL_IB_RETRY_CNT", "7", "the largest number of tries that the verbs interface allows"),
     ),
     "roce": (
-        Variable("NCCL_NET", "IB", "RoCE goes through the same verbs transport; without it NCCL fails, not crawls"),
+        Variable(
+            "NCCL_NET", "IB", "RoCE uses the same verbs transport; without it NCCL fails instead of crawling over TCP"
+        ),
         Variable(
             "NCCL_SOCKET_IFNAME", "^lo,docker,virbr,veth", "bootstrap uses interfaces that other nodes can reach"
         ),
@@ -103,7 +103,9 @@ NETWORKS: dict[Network, tuple[Variable, ...]] = {
             "0",
             "huge pages held by libfabric make fork fail with `Cannot allocate memory` in data workers",
         ),
-        Variable("FI_EFA_FORK_SAFE", "1", "kernels before 5.15 corrupt registered memory in forked data workers else"),
+        Variable(
+            "FI_EFA_FORK_SAFE", "1", "otherwise kernels before 5.15 corrupt registered memory in forked data workers"
+        ),
     ),
 }
 
@@ -111,7 +113,7 @@ SHARED_CACHES = (
     Variable("HF_HOME", "huggingface", "models, datasets and tokens of the hub are downloaded once for all nodes"),
     Variable("HF_DATASETS_CACHE", "huggingface/datasets", "tokenised and mapped datasets are shared between runs"),
     Variable("MODELSCOPE_CACHE", "modelscope", "the same for downloads from ModelScope"),
-    Variable("MEGABATCH_CACHE", "megabatch", "tokenised datasets are made once and shared between runs"),
+    Variable("MEGABATCH_CACHE", "megabatch", "datasets are tokenised once and shared between runs"),
     Variable("TORCH_HOME", "torch", "the same for torch.hub"),
 )
 

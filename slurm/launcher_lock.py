@@ -53,4 +53,4 @@ def _is_there(path: Path, descriptor: int) -> bool:
 
 def already_locked(run: RunDirectory) -> LockedError:
     """What to raise where another launcher was quicker."""
-    return LockedError(f"{run.path}: another launcher is at work there; look with megabatch status, or use --run_dir")
+    return LockedError(f"{run.path}: another launcher is using it; see megabatch status, or use --run_dir")

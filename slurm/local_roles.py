@@ -159,9 +159,7 @@ class Servers:
             if server.process.poll() is not None and not self._ranks_ended.is_set():
                 if self.failed is None and self._requests.count == 0:
                     code = _code(server)
-                    self._fail(
-                        server, f"ended with exit code {code} while the ranks ran; they are asked to save", code
-                    )
+                    self._fail(server, f"ended with exit code {code} while the ranks ran; asking them to save", code)
                 return True
         return False
 

@@ -15,15 +15,15 @@ def read_own(path: Path) -> bytes:
     Raises: LaunchError for any other, by name; FileNotFoundError and other OSError where there is none to read.
     """
     if path.is_symlink():
-        raise LaunchError(f"{path} is a link; what a job runs must be a file of its own: {_FIX}")
+        raise LaunchError(f"{path} is a link; what a job runs must be a regular file: {_FIX}")
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise LaunchError(f"{path} is no plain file; remove it")
+            raise LaunchError(f"{path} is not a regular file; remove it")
         if found.st_uid != os.getuid():
             raise LaunchError(f"{path} belongs to {_user(found.st_uid)}, who can change what your job runs: {_FIX}")
         if is_others_to_write(found):
-            raise LaunchError(f"{path} can be written by others: look at it, and then: chmod go-w {path}")
+            raise LaunchError(f"{path} can be written by others: check its content, then run: chmod go-w {path}")
         return file.read()
 
 

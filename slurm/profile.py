@@ -159,7 +159,7 @@ def _text(path: Path) -> str:
     with open(path, encoding="utf-8") as file:
         if is_others_to_write(os.fstat(file.fileno())):
             raise ConfigError(
-                f"{path} can be written by others, and jobs run what it says: look at it, and then: chmod go-w {path}"
+                f"{path} can be written by others, and jobs execute it: check its content, then run: chmod go-w {path}"
             )
         return file.read()
 

@@ -100,7 +100,8 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self._left_s = 0
             print(
-                f"warning: {command[0]} gave no answer in {_PATIENCE_S} s; runs' own files are read", file=sys.stderr
+                f"warning: {command[0]} did not answer within {_PATIENCE_S} s; using the runs' own files",
+                file=sys.stderr,
             )
             return ""
         self._left_s -= time.monotonic() - begin

@@ -30,7 +30,7 @@ def directive(option: str, value: str | int | bool) -> str:
     Raises: LaunchError for a control character in `value`, and for an option that is not a name of one.
     """
     if not _OPTION.fullmatch(option):
-        raise LaunchError(f"{option!r} is no name of an option of sbatch; it has lower-case letters and dashes")
+        raise LaunchError(f"{option!r} is not the name of an sbatch option; use lower-case letters and dashes")
     if value is True:
         return f"#SBATCH --{option}"
     text = str(value)

@@ -9,11 +9,11 @@ from typing import Any
 from megabatch.errors import Fault
 
 _NODES = "resources.nodes and resources.tasks_per_node"
-_GPUS = "resources.gpus_per_node, and `gpu_request` and `gpu_type` for how they are asked for"
+_GPUS = "resources.gpus_per_node, and `gpu_request` and `gpu_type` for how they are requested"
 _CPUS = "resources.cpus_per_task"
 _LOGS = "nothing: logs are in the run directory"
 _VARIABLES = "`environment`, and `inherit` for secrets"
-_CALL = "nothing: it belongs to a call of sbatch by hand"
+_CALL = "nothing: it is for calling sbatch by hand"
 _INSTEAD = {
     "array": "nothing: sweeps are arrays",
     "chdir": "nothing: jobs run where they are submitted",
@@ -69,10 +69,10 @@ def sbatch_faults(profile: Mapping[str, Any], *, file: object) -> Iterator[Fault
         place = f"cluster.sbatch.{name}"
         if not _NAME.fullmatch(name):
             near = [dashed] if _NAME.fullmatch(dashed := name.lower().replace("_", "-")) else []
-            rule = f"in {file} is no name of an option of sbatch: lower-case letters and dashes"
+            rule = f"in {file} is not the name of an sbatch option: lower-case letters and dashes"
             yield Fault(repr(place) if not name.isprintable() else place, None, rule, near, bare=True)
         elif instead := _set_by(name, value):
-            yield Fault(place, None, f"in {file} is what the job script depends on; set {instead}", bare=True)
+            yield Fault(place, None, f"in {file} is reserved for the job script; set {instead}", bare=True)
         elif name in _FIELDS and profile.get(name) is not None:
             yield Fault(place, None, f"in {file} is set twice; keep cluster.{name}", bare=True)
 
@@ -83,7 +83,7 @@ def _set_by(name: str, value: object) -> str | None:
     if "gres".startswith(name) and any(re.match(r"(gres[:/])?gpu\b", part.strip()) for part in parts):
         return _GPUS
     if "distribution".startswith(name) and not re.match(r"(block|\*)(:|,|$)", parts[0]):
-        return "nothing: ranks lie on their nodes in blocks"
+        return "nothing: ranks are placed on nodes in blocks"
     return next((instead for own, instead in _INSTEAD.items() if own.startswith(name)), None)
 
 

@@ -67,7 +67,7 @@ def snapshot_of(store: Path, *, recipe: Path | None = None, package: Path | None
     try:
         contents = {name: path.read_bytes() for name, path in _files(recipe, package).items()}
     except OSError as error:
-        raise LaunchError(f"cannot read the code that the job is to run: {error}") from error
+        raise LaunchError(f"cannot read the code for the job: {error}") from error
     content = _archive(contents)
     return Snapshot(store / f"{hashlib.sha256(content).hexdigest()}.tar", content)
 

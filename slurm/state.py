@@ -192,7 +192,7 @@ def _from_records(found: _Unsettled) -> RunStatus:
         return _status(found, State.CANCELLED, "records")
     if (word := _last_word_of_slurm(found.run, job)) is not None:
         return _status(found, word, "records")
-    reason = "" if job.starts or found.beat else "not in the queue, and it never started"
+    reason = "" if job.starts or found.beat else "not in the queue, and never started"
     return _status(found, State.LOST, "nobody", reason=reason)
 
 

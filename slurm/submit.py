@@ -37,7 +37,7 @@ _FIXES = (
     ("node count", "`sinfo -o '%P %D'` lists the nodes of each partition; ask for fewer in resources.nodes"),
     (
         "more processors",
-        "ask for fewer resources.nodes, tasks_per_node or cpus_per_task; `sinfo -o '%P %D %c'` lists what there is",
+        "lower resources.nodes, tasks_per_node or cpus_per_task; `sinfo -o '%P %D %c'` lists what is available",
     ),
     (
         "node configuration",
@@ -48,12 +48,12 @@ _FIXES = (
     ("gres", "`sinfo -o '%N %G'` lists the GPUs of each node"),
     (
         "dns srv lookup",
-        "Slurm is installed here but knows no cluster: submit from a login node, set SLURM_CONF, or start a private "
-        "one with make cluster",
+        "Slurm is installed here but has no cluster configured: submit from a login node, set SLURM_CONF, or start a "
+        "private one with make cluster",
     ),
     ("unable to process configuration", "Slurm's configuration cannot be read here; check SLURM_CONF"),
     ("unable to contact", "Slurm's controller does not answer; `scontrol ping`, and check SLURM_CONF"),
-    ("job violates", "an accounting limit of yours is reached; `sacctmgr show associations user=$USER` lists them"),
+    ("job violates", "you have reached an accounting limit; `sacctmgr show associations user=$USER` lists them"),
 )
 
 
@@ -176,7 +176,7 @@ def _explained(avoid: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
-        without = f"; it was to run without {', '.join(avoid)}, bad lately by bad_nodes.jsonl" if avoid else ""
+        without = f"; it was to exclude {', '.join(avoid)}, recently bad according to bad_nodes.jsonl" if avoid else ""
         raise LaunchError(explain(str(error)) + without) from error
 
 

@@ -76,12 +76,12 @@ def _resume(run: Path, *, links: int | None, back_to: str | None) -> int:
         if links is not None:
             raise ConfigError(f"{run} was started without Slurm: --chain has no effect; leave it out")
         return resume_here(run, back_to=back_to)
-    place = f"in {run}" if back_to is None else f"in {run} from {find(RunDirectory(run), back_to).name}"
+    what = f"{run}" if back_to is None else f"{run} from {find(RunDirectory(run), back_to).name}"
     if links is not None:
         jobs = control.resume_in_links(run, links, back_to=back_to)
-        print(f"job{'s' if links > 1 else ''} {', '.join(jobs)} go{'' if links > 1 else 'es'} on {place}")
+        print(f"job{'s' if links > 1 else ''} {', '.join(jobs)} resume{'' if links > 1 else 's'} {what}")
         return 0
-    print(f"job {control.resume(run, back_to=back_to)} goes on {place}")
+    print(f"job {control.resume(run, back_to=back_to)} resumes {what}")
     if is_linked(control.stored_script(RunDirectory(run))):
         print(
             "  note: like the run's earlier jobs, it does not requeue; --chain N queues N that run one after another"

@@ -201,7 +201,7 @@ class Metrics:
         try:
             yield
         except OSError as e:
-            raise MegabatchError(f"{place} cannot be written ({e.strerror or e}); make room there") from e
+            raise MegabatchError(f"{place} cannot be written ({e.strerror or e}); free space there") from e
 
     def _write(self, record: Mapping[str, Any]) -> None:
         with self._explained(self.run.metrics):

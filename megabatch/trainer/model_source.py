@@ -62,7 +62,7 @@ def _prove(folder: Path, run: RunConfig) -> None:
         names = [n for n in old.__slots__ if n != "hf_config" and getattr(old, n) != getattr(new, n)]
         if names:
             changes = ", ".join(f"{n} {getattr(old, n)} → {getattr(new, n)}" for n in names)
-            raise ConfigError(f"{folder}/config.json is not the one that this run was planned with: {changes}")
+            raise ConfigError(f"{folder}/config.json differs from the one that this run was planned with: {changes}")
 
 
 def _made(run: RunConfig, ranks: Ranks) -> ModelSource:

@@ -65,7 +65,7 @@ class Optimizer:
         self.used_learning_rate = float(self.schedule.get_lr(self.megatron.param_groups[0]))
         updated, grad_norm, _ = self.megatron.step()
         if not updated:
-            raise MegabatchError("the gradient is not finite: lower the learning rate or look at the last batch")
+            raise MegabatchError("the gradient is not finite: lower the learning rate or check the last batch")
         self.schedule.step(1)
         # megatron-core computes it only where it clips; the gradients are still there
         return float(grad_norm if self.clips else self.megatron.get_grad_norm())

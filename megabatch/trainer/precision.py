@@ -88,7 +88,7 @@ def of_transformers(folder: Path, ids_S: Tensor, *, dtype: torch.dtype, weights:
         raise CheckpointError(f"{folder}: transformers cannot load it: {e}") from e
     if loading["missing_keys"] or loading["mismatched_keys"]:
         odd = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))[:8]
-        raise CheckpointError(f"{folder}: transformers misses {', '.join(odd)}")
+        raise CheckpointError(f"{folder}: transformers does not find {', '.join(odd)}")
     model.eval().to(ids_S.device, dtype)
     layers: list[Tensor] = []
     _watch(model.get_decoder().layers, layers, rows=lambda hidden: hidden[0])

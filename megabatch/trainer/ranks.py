@@ -49,7 +49,7 @@ class Place:
             )
         except KeyError as e:
             raise LaunchError(
-                f"{e.args[0]} is not set: ranks are started by a recipe (--submit or --local), not by hand"
+                f"{e.args[0]} is not set: start ranks with a recipe (--submit or --local), not by hand"
             ) from e
 
 
@@ -231,7 +231,7 @@ def _device(local_rank: int, gpus_per_node: int) -> torch.device:
         seen = torch.cuda.device_count()
         if local_rank >= seen:
             raise LaunchError(
-                f"local rank {local_rank} wants a GPU of its own and sees {seen}; look at CUDA_VISIBLE_DEVICES and "
+                f"local rank {local_rank} needs its own GPU but sees {seen}; check CUDA_VISIBLE_DEVICES and "
                 f"resources.gpus_per_node={gpus_per_node}, or set gpus_per_node=0 and distributed_backend=gloo for a "
                 "run on CPUs"
             )

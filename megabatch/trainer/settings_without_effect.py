@@ -23,11 +23,11 @@ CUDA = (
     "no_gradient_accumulation_fusion",
 )
 NEVER = {
-    "cross_entropy_loss_fusion": "the loss is one fused vocabulary-parallel function in any case",
-    "dataloader_persistent_workers": "batches are built by threads, which live as long as the run",
+    "cross_entropy_loss_fusion": "the loss is one fused vocabulary-parallel function in every case",
+    "dataloader_persistent_workers": "threads build the batches, and they live as long as the run",
     "load_from_cache_file": "tokenized data is always reused when its sources and settings are unchanged",
-    "no_initialization": "weights are loaded or drawn tensor by tensor, never initialised twice",
-    "no_data_sharding": "rows are always shuffled over the whole dataset, so that no layout changes their order",
+    "no_initialization": "weights are loaded or drawn tensor by tensor and never initialised twice",
+    "no_data_sharding": "rows are always shuffled over the whole dataset, independently of the layout",
 }
 
 

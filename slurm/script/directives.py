@@ -44,7 +44,7 @@ def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = Non
     if of_memory and job.mem_gib is not None:
         theirs = f"sbatch.{of_memory[0]}={profile.sbatch[of_memory[0]]!r}"
         raise LaunchError(
-            f"resources.mem_gib={job.mem_gib} and the profile's {theirs} both ask for memory; leave one of them out"
+            f"resources.mem_gib={job.mem_gib} and the profile's {theirs} both request memory; leave one of them out"
         )
     options |= {name: value for name, value in profile.sbatch.items() if name != "gres"}
     chosen = {name: value for name, value in options.items() if value is not None and value is not False}

@@ -27,8 +27,8 @@ def gpu_options(size: Allocation, profile: ClusterProfile) -> dict[str, str | No
     if profile.gpu_request == "gpus-per-task":
         if number % size.tasks_per_node:
             raise LaunchError(
-                f'gpu_request = "gpus-per-task": {number} GPUs of a node cannot be dealt out to {size.tasks_per_node} '
-                'tasks; give each as many, or set gpu_request = "gpus-per-node" in the cluster profile'
+                f'gpu_request = "gpus-per-task": the {number} GPUs of a node must divide by its {size.tasks_per_node} '
+                'tasks; change one of them, or set gpu_request = "gpus-per-node" in the cluster profile'
             )
         number //= size.tasks_per_node
         options |= {"ntasks": str(size.nodes * size.tasks_per_node)}

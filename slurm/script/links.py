@@ -10,7 +10,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.script.exit_codes import MAY_PASS
 
-_NOTHING_LEFT = "nothing to go on with"
+_NOTHING_LEFT = "nothing left to do"
 _START = re.compile(r"^(?=export MEGABATCH_RUN=)", re.MULTILINE)
 _OPTION = re.compile(r"^#SBATCH --(?:no-)?requeue$", re.MULTILINE)
 _WITHOUT = re.compile(
@@ -41,7 +41,7 @@ def _last(run: RunDirectory) -> list[str]:
         '    "$MEGABATCH_RUN/jobs.jsonl") || true',
         f'case "$status:$later" in {ExitCode.REQUEUE}: | {": | ".join(MAY_PASS.split(" | "))}:)',
         "    echo "
-        + shell(f"megabatch: the last of this run's jobs has ended and the run has not; go on with: {resume}"),
+        + shell(f"megabatch: the last of this run's jobs has ended but the run is not done; resume with: {resume}"),
         "    ;;",
         "esac",
     ]

@@ -45,13 +45,13 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
         f'    if [ -z "$verdict" ] && [ -z "$stop" ] && [ "$status" -eq {FIRST_NODE_SILENT} ]; then',
         f"        blame_first_node {job.max_bad_nodes}",
         '    elif [ -z "$verdict" ] && [ -z "$stop" ]; then',
-        '        echo "megabatch: preflight ended with exit code $status and no verdict: going on without it" >&2',
+        '        echo "megabatch: preflight ended with exit code $status and no verdict: continuing without it" >&2',
         "    fi",
         "fi",
         f'if [ "$verdict" = exclude ] && [ -z "$stop" ]; then {_without_bad_nodes(job)}; fi',
         'if [ "$verdict" = fail ] && [ -z "$stop" ]; then',
         '    echo "megabatch: preflight: not started on $bad; leave bad nodes out with \\`exclude\\` in the cluster'
-        ' profile, or go on without the preflight: --preflight none" >&2',
+        ' profile, or skip the preflight: --preflight none" >&2',
         f"    record_preflight {ExitCode.FAILED}",
         f"    exit {ExitCode.FAILED}",
         "fi",
@@ -108,7 +108,7 @@ find_excluded() {
     local known left=0 node
     # a job whose own list is not known may not get a new one
     if ! known=$(patiently scontrol --oneliner show job "$MEGABATCH_JOB_ID"); then
-        echo "megabatch: preflight: Slurm does not say which nodes this job leaves out already" >&2
+        echo "megabatch: preflight: Slurm does not say which nodes this job already excludes" >&2
         verdict=fail
         return
     fi
@@ -138,12 +138,12 @@ leave_out() {
     if patiently scontrol requeue "$MEGABATCH_JOB_ID"; then
         for _ in {1..20}; do
             if scontrol update JobId="$MEGABATCH_JOB_ID" ExcNodeList="${excluded//$'\\n'/,}"; then
-                echo "megabatch: preflight: back into the queue without $bad"
+                echo "megabatch: preflight: requeued without $bad"
                 exit 0
             fi
             sleep 0.2
         done
-        echo "megabatch: preflight: back into the queue, but Slurm may give it $bad again" >&2
+        echo "megabatch: preflight: requeued, but Slurm may allocate $bad again" >&2
         exit 0
     fi
     verdict=fail
@@ -160,7 +160,7 @@ leave_to_next_link() {
         if scontrol update JobId="$link" ExcNodeList="${excluded//$'\\n'/,}"; then verdict=exclude; fi
     done
     if [ "$verdict" = fail ]; then
-        echo "megabatch: preflight: no later job of this run waits, to go on without $bad; queue some with:" \\
+        echo "megabatch: preflight: no later job of this run is queued to continue without $bad; queue some with:" \\
             "megabatch resume $(printf %q "$MEGABATCH_RUN") --chain N" >&2
         return
     fi

@@ -73,7 +73,7 @@ def run_directory(job: JobSpec) -> list[str]:
         "# whoever owns these decides what the job does; in a folder that others may write they can be replaced",
         'for own in "$MEGABATCH_RUN" "$MEGABATCH_RUN/run.json"; do',
         '    if [ -e "$own" ] && [ ! -O "$own" ]; then',
-        '        echo "megabatch: not run: $own belongs to somebody else" >&2',
+        '        echo "megabatch: not run: $own belongs to another user" >&2',
         f"        exit {ExitCode.CONFIG}",
         "    fi",
         "done",

@@ -47,11 +47,11 @@ def _refusal(variable: Variable) -> str | None:
     if name.startswith(("SLURM", "SRUN_", "SBATCH_")):
         return "is Slurm's own variable; its options go under `srun` and `sbatch` of the cluster profile"
     if _OWN.fullmatch(name) or name in _SHELLS.split():
-        return "is set by the job script itself; take it out"
+        return "is set by the job script itself; remove it"
     if name == name.lower() and not name.endswith("_proxy"):
-        return "is in lower case, as the job script's own variables are; choose a name in capitals"
+        return "is lower-case, like the job script's own variables; use an upper-case name"
     if name == "PATH" and "$" in variable.value:
-        return "holds a $ that nothing expands; name your folders alone: they come before those of the node's own PATH"
+        return "contains a $ that nothing expands; list only your folders: they precede the node's own PATH"
     if secret_given(name, variable.value) or any(secrets_in_words([variable.value])):
         return (
             "looks like a secret, but others can read job scripts; export it in the submitting shell and "

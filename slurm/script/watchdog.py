@@ -44,7 +44,7 @@ def watchdog(job: JobSpec) -> list[str]:
         '        request=$(cat -- "$MEGABATCH_STOP_REQUEST" 2>/dev/null) || true',
         '        if [ "$request" = USR2 ]; then asked=$((asked + 1)); fi',
         f'        if [ "$asked" -ge {_save_s(job)} ]; then',
-        '            echo "megabatch: the ranks have not saved in $asked s; they end before the time limit does it"',
+        '            echo "megabatch: the ranks have not saved in $asked s; ending them before the time limit does"',
         '            kill -TERM "$srun_pid"',
         "            return",
         "        fi",

@@ -165,7 +165,7 @@ def test_submit_cancel_resume_on_slurm(slurm: PrivateCluster, tmp_path: Path) ->
     assert "cancelled job" in _megabatch("cancel", run, cwd=tmp_path)
     _until(lambda: _state(run) == "cancelled", run)
     saved = int(RunDirectory(run).latest.read_text().strip().removeprefix("step_"))
-    assert "goes on in" in _megabatch("resume", run, cwd=tmp_path)
+    assert "resumes" in _megabatch("resume", run, cwd=tmp_path)
     _until(lambda: _last_step(run) > saved, run)
     assert f"step_{saved:08d}" in _megabatch("logs", run, cwd=tmp_path)
     _megabatch("cancel", run, cwd=tmp_path)

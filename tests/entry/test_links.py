@@ -23,10 +23,10 @@ def test_the_script_looks_at_earlier_links_first_and_does_not_requeue(
     script, plan = capsys.readouterr()
     assert "\njobs         3 in a row, each continuing where the previous one stopped; none requeues" in plan
     assert "#SBATCH --no-requeue\n" in script and "still_ours()" not in script
-    assert script.index("nothing to go on with") < script.index("export MEGABATCH_ATTEMPT")
+    assert script.index("nothing left to do") < script.index("export MEGABATCH_ATTEMPT")
     run(lambda: recipe, ["--dry_run"])
     script, plan = capsys.readouterr()
-    assert "nothing to go on with" not in script and "\njobs " not in plan
+    assert "nothing left to do" not in script and "\njobs " not in plan
 
 
 @pytest.mark.parametrize(

@@ -168,14 +168,14 @@ def test_a_run_that_was_one_job_is_resumed_in_links(tmp_path: Path, capsys: pyte
     first.wait()
     assert main(["resume", str(run.run.path), "--chain", "3"]) == 0
     ids = [job.job_id for job in read_records(run.run)][1:]
-    assert capsys.readouterr().out == f"jobs {', '.join(ids)} go on in {run.run.path}\n" and len(ids) == 3
+    assert capsys.readouterr().out == f"jobs {', '.join(ids)} resume {run.run.path}\n" and len(ids) == 3
     second, third, last = (Submitted(run.run, job_id) for job_id in ids)
     second.wait_listening(attempt=1)
     subprocess.run(["scancel", "--batch", "--signal=USR2", second.job_id], check=True)
     assert third.wait().job_id == third.job_id and not last.batch_log()
     assert [job.endings[-1].exit_code for job in read_records(run.run)[1:] if job.endings] == [75, 0]
     assert main(["resume", str(run.run.path)]) == 0
-    assert "note: like the jobs before it, it does not requeue; --chain N" in capsys.readouterr().out
+    assert "note: like the run's earlier jobs, it does not requeue; --chain N" in capsys.readouterr().out
     until(lambda: not active_jobs(run.run.path), what="the last job")
 
 
@@ -187,7 +187,7 @@ def test_links_do_not_burn_the_queue_after_a_failure(tmp_path: Path) -> None:
     last = Submitted(run.run, ids[-1])
     until(lambda: not active_jobs(run.run.path), what="the links")
     assert [len(job.starts) for job in read_records(run.run)].count(1) == 1, "only the first link started ranks"
-    assert "ended with exit code 2: nothing to go on with" in last.batch_log()
+    assert "ended with exit code 2: nothing left to do" in last.batch_log()
     end = last.now()
     assert (end.state, end.exit_code) == (State.FAILED, 2)
 
@@ -236,7 +236,7 @@ def test_a_cluster_that_does_not_requeue_is_recognised(slurm: PrivateCluster, sc
 def test_what_slurm_cannot_say_is_refused(tmp_path: Path) -> None:
     job = ChainedJob(name="x", run=RunDirectory(tmp_path), script="", after=(("ok", "a"), ("ok", "b")))
     ids = {"a": ("1", "2"), "b": ("3",)}
-    with pytest.raises(LaunchError, match="x cannot wait for more than a, which has 2 links"):
+    with pytest.raises(LaunchError, match="x cannot wait for anything but a, which has 2 links"):
         dependency(job, ids=ids)
     assert dependency(replace(job, after=(("ok", "a"),)), ids=ids) == "afterok:1?afterok:2"
     assert dependency(replace(job, after=(("notok", "a"),), singleton=True), ids=ids) == (

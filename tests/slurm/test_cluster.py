@@ -108,7 +108,7 @@ def test_a_cluster_that_does_not_come_up_says_why_and_leaves_nothing(
     broken.write_text("#!/bin/sh\necho 'this machine has no slurmd today' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", str(broken.parent), prepend=os.pathsep)
-    with pytest.raises(LaunchError, match=r"did not come up:\n(?s:.*)no slurmd today"):
+    with pytest.raises(LaunchError, match=r"did not start:\n(?s:.*)no slurmd today"):
         PrivateCluster.start(nodes=1, directory=tmp_path / "cluster")
     assert not left_over(tmp_path / "cluster")
 

@@ -37,7 +37,7 @@ def test_a_killed_rank_puts_the_job_back_until_attempts_make_no_progress(submit_
     end = job.wait()
     assert (end.state, end.exit_code, end.attempt) == (State.FAILED, 137, 3)
     assert "not requeued: 2 attempts in a row ended without a checkpoint newer than step_00000001" in job.batch_log()
-    assert "go on with: megabatch resume" in job.batch_log()
+    assert "resume with: megabatch resume" in job.batch_log()
     # the requeue that the job itself asked for leaves `DUE TO JOB REQUEUE` in each attempt's part of the log
     for attempt in range(4):
         found = diagnose(job.run.path, attempt=attempt)

@@ -46,7 +46,7 @@ def test_the_form_and_the_type(profile: dict[str, Any], lines: list[str]) -> Non
 
 
 def test_gpus_that_cannot_be_dealt_out_are_refused() -> None:
-    with pytest.raises(LaunchError, match="4 GPUs of a node cannot be dealt out to 3 tasks"):
+    with pytest.raises(LaunchError, match="the 4 GPUs of a node must divide by its 3 tasks"):
         asked(replace(JOB, tasks_per_node=3), gpu_request="gpus-per-task")
 
 

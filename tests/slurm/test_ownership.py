@@ -68,7 +68,7 @@ def test_a_job_does_not_begin_in_somebody_elses_folder(run: RunDirectory, name: 
     os.chown(run.path / name, STRANGER, -1)
     lines = ["set -eo pipefail", *run_directory(JobSpec(name="j", run_directory=run.path)), "echo went on"]
     done = subprocess.run(["bash"], input="\n".join(lines), capture_output=True, text=True, check=False)
-    assert done.returncode == ExitCode.CONFIG and "belongs to somebody else" in done.stderr
+    assert done.returncode == ExitCode.CONFIG and "belongs to another user" in done.stderr
     assert "went on" not in done.stdout
 
 

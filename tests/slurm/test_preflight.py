@@ -89,7 +89,7 @@ def test_a_bad_node_is_left_out_and_the_job_runs_on_the_others(
     again = Submitted(job.run, resume(job.run.path))
     assert excluded(scontrol, again) in ("n1,n4", "n[1,4]"), "a new job knows them, too"
     assert again.wait().state is State.COMPLETED
-    assert "preflight" in again.batch_log() and "back into the queue" not in again.batch_log()
+    assert "preflight" in again.batch_log() and "requeued without" not in again.batch_log()
 
 
 def test_the_links_after_one_that_met_a_bad_node_do_without_it(
@@ -123,7 +123,9 @@ def test_the_last_link_says_how_to_go_on_without_a_bad_node(
     script = render(job, ClusterProfile(sbatch={"exclusive": True}))
     last = Submitted(job.files, submit_all([ChainedJob(name="run", run=job.files, script=script)])["run"][0])
     assert last.wait().state is State.FAILED
-    assert f"to go on without n1; queue some with: megabatch resume {job.run_directory} --chain N" in last.batch_log()
+    assert (
+        f"to continue without n1; queue some with: megabatch resume {job.run_directory} --chain N" in last.batch_log()
+    )
     ids = resume_in_links(job.run_directory, 2)
     assert Submitted(job.files, ids[0]).wait().state is State.COMPLETED
     assert {last.said(rank, 1)[0]["environment"]["SLURMD_NODENAME"] for rank in range(2)} == {"n2", "n3"}

@@ -125,7 +125,7 @@ def faults_of(tmp_path: Path, text: str) -> str:
 )
 def test_what_is_no_name_of_an_option_is_refused(tmp_path: Path, key: str, shown: str) -> None:
     said = faults_of(tmp_path, f'[sbatch]\n{key} = "1"\n')
-    assert f"{shown} in" in said and "is no name of an option of sbatch" in said
+    assert f"{shown} in" in said and "is not the name of an sbatch option" in said
     assert "\ntouch" not in said
     if key == "mail_type":
         assert "try mail-type" in said
@@ -157,14 +157,14 @@ def test_what_is_no_name_of_an_option_is_refused(tmp_path: Path, key: str, shown
         ('job-name = "x"', "resources.job_name"),
         ('depen = "singleton"', "a chain's `after`"),
         ('sign = "B:USR1@1"', "resources.signal_delay_s"),
-        ("wait = true", "a call of sbatch"),
-        ('distribution = "cyclic"', "ranks lie on their nodes in blocks"),
+        ("wait = true", "calling sbatch by hand"),
+        ('distribution = "cyclic"', "ranks are placed on nodes in blocks"),
     ],
 )
 def test_what_the_script_depends_on_is_refused(tmp_path: Path, option: str, instead: str) -> None:
     said = faults_of(tmp_path, f"[sbatch]\n{option}\n")
     name = option.partition(" ")[0]
-    assert f"cluster.sbatch.{name} in" in said and "is what the job script depends on; set " in said
+    assert f"cluster.sbatch.{name} in" in said and "is reserved for the job script; set " in said
     assert instead in said
 
 

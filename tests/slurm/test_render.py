@@ -102,7 +102,7 @@ def test_directives_and_labels() -> None:
     assert label("\n") == "megabatch"
     with pytest.raises(LaunchError, match="control character"):
         directive("output", "a\nb")
-    with pytest.raises(LaunchError, match="no name of an option"):
+    with pytest.raises(LaunchError, match="not the name of an sbatch option"):
         directive("x\ntouch /tmp/x", "1")
 
 
@@ -174,7 +174,7 @@ def test_other_variables_are_the_users() -> None:
     for name in names.split():
         assert f"\nexport {name}=/x" in script
     assert '\nexport PATH=/x"${PATH:+:$PATH}"\n' in script, "the script finds its own programs still"
-    with pytest.raises(LaunchError, match=r"environment.PATH holds a \$ that nothing expands"):
+    with pytest.raises(LaunchError, match=r"environment.PATH contains a \$ that nothing expands"):
         render(replace(GPU_JOB, environment={"PATH": "/x:$PATH"}), SITE)
 
 
@@ -186,7 +186,7 @@ def test_a_warning_must_come_before_the_limit() -> None:
 def test_memory_is_asked_for_once() -> None:
     assert "#SBATCH --mem-per-gpu=10G\n" in render(GPU_JOB, replace(SITE, sbatch={"mem-per-gpu": "10G"}))
     with pytest.raises(
-        LaunchError, match=r"resources.mem_gib=5 and the profile's sbatch.mem='10G' both ask for memory"
+        LaunchError, match=r"resources.mem_gib=5 and the profile's sbatch.mem='10G' both request memory"
     ):
         render(replace(GPU_JOB, mem_gib=5), replace(SITE, sbatch={"mem": "10G"}))
 

@@ -170,7 +170,7 @@ def test_a_controller_that_hangs_is_waited_for_once_and_said(
         assert queue.ask_slurm({finished.job_id}) == {}
     finally:
         os.kill(controller, signal.SIGCONT)
-    assert capsys.readouterr().err == "warning: squeue gave no answer in 2 s; runs' own files are read\n"
+    assert capsys.readouterr().err == "warning: squeue did not answer within 2 s; using the runs' own files\n"
     monkeypatch.setenv("SLURM_CONF", "/nowhere/slurm.conf")
     assert queue.ask_slurm({finished.job_id}) == {} and capsys.readouterr().err == ""
 

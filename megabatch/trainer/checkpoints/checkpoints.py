@@ -133,7 +133,7 @@ class Checkpoints:
     def _room(self) -> str:
         free = shutil.disk_usage(self.run.path).free / 2**20
         return (
-            f"{free:.0f} MiB are free there; if that is too little, save elsewhere or set checkpoint.save_total_limit"
+            f"{free:.0f} MiB are free there; if that is not enough, save elsewhere or set checkpoint.save_total_limit"
         )
 
     def _forget(self, step: int) -> None:
@@ -179,8 +179,8 @@ class Checkpoints:
         if damaged:
             which = "; ".join(f"{path.name}: {fault}" for path, fault in damaged)
             raise CheckpointError(
-                f"{self.run.checkpoints}: every checkpoint is damaged, and none was changed or set aside ({which}). "
-                "Put back an intact copy of one, or move the folder away to start anew"
+                f"{self.run.checkpoints}: every checkpoint is damaged, and nothing was changed or set aside "
+                f"({which}). Put back an intact copy of one, or move the folder away to start over"
             )
         return None
 
@@ -202,7 +202,7 @@ class Checkpoints:
                 manifest = self._opened(inner.parent).manifest
             else:
                 manifest = None
-                logger.info("%s has no digests: it is loaded unchecked", folder)
+                logger.info("%s has no digests: loading it unchecked", folder)
             torch_dist.load(engine, inner, manifest, step=None, rng=False)
 
     def restore(self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True) -> Progress:
@@ -220,7 +220,7 @@ class Checkpoints:
         progress = saved.progress
         same = saved.generators_of == asdict(self.layout)
         if rng and not same:
-            logger.info("%s has no random generators of this layout: they begin anew", checkpoint)
+            logger.info("%s has no random generators for this layout: they start over", checkpoint)
         step = progress.step if optimizer else None
         torch_dist.load(engine, checkpoint / MCORE, saved.manifest, step=step, rng=rng and same)
         if engine.optimizer is not None and optimizer:
@@ -233,7 +233,7 @@ class Checkpoints:
         def look() -> Saved:
             saved = open_saved(checkpoint)
             if saved.manifest is None:
-                logger.warning("%s has no digests (saved before there were any): it is loaded unchecked", checkpoint)
+                logger.warning("%s has no digests (it was saved before them): loading it unchecked", checkpoint)
                 return saved
             for fault in missing_or_resized(saved.manifest, saved.manifest.below(MCORE)):
                 raise DamagedError(fault)

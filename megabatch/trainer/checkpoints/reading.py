@@ -95,7 +95,7 @@ class Reader(FileSystemReader):
         if self._manifest is not None and digest is not None:
             known = self._ranges_of(self._prefix + name, self._manifest).get(offset)
             if known is None or known.size != length:
-                raise DamagedError(f"{self._prefix}{name}: bytes {offset} to {offset + length} are no part of it")
+                raise DamagedError(f"{self._prefix}{name}: bytes {offset} to {offset + length} are not part of it")
             self._manifest.require_digest(self._prefix + name, known, digest)
         return data
 

@@ -117,7 +117,7 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Weights only load failed"):  # torch goes on to advise loading it all the same
-        return "an object in it is more than data: loading it could run code"
+        return "an object in it is not plain data: loading it could run code"
     return lines[0] if lines else type(error).__name__
 
 

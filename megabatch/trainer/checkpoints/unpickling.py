@@ -69,7 +69,7 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        raise CheckpointError(f".metadata names {module}.{name}, which no checkpoint is made of: it is not loaded")
+        raise CheckpointError(f".metadata names {module}.{name}, which no checkpoint consists of: it is not loaded")
 
 
 def _load(file: IO[bytes]) -> Any:

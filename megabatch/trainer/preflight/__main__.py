@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         )
         name = environment["SLURMD_NODENAME"]
     except KeyError as error:
-        raise LaunchError(f"{error.args[0]} is not set: the preflight is a step of a Slurm job") from error
+        raise LaunchError(f"{error.args[0]} is not set: the preflight runs as a step of a Slurm job") from error
     try:
         asyncio.run(_examine(options, place, name))
     except (OSError, TimeoutError, ValueError) as error:

@@ -37,7 +37,7 @@ def bad_nodes(
     for index in range(count):
         report = reports.get(index)
         if report is None:
-            found[index].append(Bad("answer", "none", "reports before the others' time is up"))
+            found[index].append(Bad("answer", "none", "reports before the time limit"))
             continue
         found[index] += [Bad(*words) for words in report["faults"]]
         ahead_s = report.get("clock_s", 0.0)
@@ -116,5 +116,5 @@ def verdict(bad: int, *, count: int, excluded_before: int, max_bad_nodes: int) -
         return Verdict("fail", why)
     if excluded_before + bad > max_bad_nodes:
         before = f" after {excluded_before} before" if excluded_before else ""
-        return Verdict("fail", f"{bad} bad nodes{before}, and resources.max_bad_nodes={max_bad_nodes} may be left out")
+        return Verdict("fail", f"{bad} bad nodes{before}, and resources.max_bad_nodes={max_bad_nodes} may be excluded")
     return Verdict("exclude")

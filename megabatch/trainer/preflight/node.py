@@ -28,13 +28,13 @@ _REASONS, _RENAMED = "clocks_throttle_reasons.", "clocks_event_reasons."
 """The reasons of throttling, and what newer drivers call them."""
 _COUNTERS = {"ecc.errors.uncorrected.volatile.total": "uncorrectable ECC errors since the driver was loaded"}
 _FLAGS = {
-    "retired_pages.pending": "a memory page waits to be retired: the GPU needs a reset",
+    "retired_pages.pending": "a memory page is waiting to be retired: the GPU needs a reset",
     "clocks_throttle_reasons.hw_slowdown": "the hardware has lowered its clocks",
     "clocks_throttle_reasons.hw_thermal_slowdown": "too hot: the hardware has lowered its clocks",
-    "clocks_throttle_reasons.hw_power_brake_slowdown": "the power supply's brake has lowered its clocks",
+    "clocks_throttle_reasons.hw_power_brake_slowdown": "the power brake has lowered its clocks",
 }
 _REMAPPED = {
-    "remapped_rows.pending": "a memory row waits to be remapped: the GPU needs a reset",
+    "remapped_rows.pending": "a memory row is waiting to be remapped: the GPU needs a reset",
     "remapped_rows.failure": "a memory row could not be remapped: the GPU needs replacing",
 }
 _HARDWARE_XIDS = {
@@ -86,7 +86,7 @@ def _gpus(wanted: int) -> Iterator[Bad]:
         return
     allotted = _visible(rows)
     if len(allotted) < wanted:
-        yield Bad("gpus", f"{len(allotted)} GPUs", f"{wanted} were asked for")
+        yield Bad("gpus", f"{len(allotted)} GPUs", f"{wanted} were requested")
     for row in allotted:
         yield from _gpu(row)
     numbers = {row.get("uuid"): row.get("index") for row in allotted}

@@ -50,7 +50,7 @@ def _matmul(device: torch.device, *, name: str, size: int, dtype: torch.dtype) -
     product = left @ right
     best_s = min(_seconds(lambda: torch.matmul(left, right, out=product), device) for _ in range(_REPEATS))
     if not torch.equal(product, left[:, order]):
-        return {"name": name, "error": "a matrix product came out wrong"}
+        return {"name": name, "error": "a matrix product is wrong"}
     return {"name": name, "tflops": 2 * size**3 / best_s / 1e12}
 
 

@@ -150,7 +150,9 @@ def test_what_is_said_of_damage(whole: Path, ranks: RankServer, tmp_path: Path) 
     for seed, step in enumerate((1, STEPS)):
         flip(next((run / "checkpoints" / f"step_{step:08d}" / "mcore").glob("*.distcp")), random.Random(seed), [])
     said, _ = ranks.run(resume, world_size=2, run_dir=str(run))
-    assert said.startswith(f"{run}/checkpoints: every checkpoint is damaged, and none was changed or set aside (step_")
+    assert said.startswith(
+        f"{run}/checkpoints: every checkpoint is damaged, and nothing was changed or set aside (step_"
+    )
     assert "step_00000002: mcore/__" in said and "step_00000001: mcore/__" in said
     assert sorted(p.name for p in (run / "checkpoints").glob("*step_*")) == ["step_00000001", "step_00000002"]
     assert (run / "checkpoints" / "latest").read_text() == "step_00000002\n"

@@ -76,7 +76,7 @@ def test_metrics_that_do_not_fit(small_disk: SmallDisk, ranks: RankServer, tmp_p
     board = {"tensorboard_dir": str(tmp_path / "board")}  # whose writer would meet the full disk at its own time
     run = write_run(recipe(tmp_path, training={"train_iters": 100}, logging=board), disk / "run")
     ranks_said = ranks.run(fill_up_and_train, world_size=1, run_dir=str(run), disk=str(disk))
-    assert ranks_said[0] == f"{run}/metrics.jsonl cannot be written (No space left on device); make room there"
+    assert ranks_said[0] == f"{run}/metrics.jsonl cannot be written (No space left on device); free space there"
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert all(json.loads(line) for line in lines if line.endswith("\n"))
 

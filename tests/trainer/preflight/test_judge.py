@@ -46,7 +46,7 @@ def test_other_products_are_no_peers() -> None:
 
 
 def test_a_wrong_product_and_a_missing_answer_are_bad() -> None:
-    wrong = {"matmul": [{"name": "H100", "error": "a matrix product came out wrong"}]}
+    wrong = {"matmul": [{"name": "H100", "error": "a matrix product is wrong"}]}
     assert judged({0: report("a", 700), 2: report("c", **wrong)}, count=3) == {1: ["answer"], 2: ["matmul"]}
 
 
