@@ -70,7 +70,7 @@ def _tiled(name: str, spans: list[Span]) -> tuple[int, ...]:
         if mapped.shape[1:] != tail:
             raise ConversionError(f"{name}: two row lengths, {tail} and {mapped.shape[1:]}, in entry {mapped.entry}")
         if (piece.step, piece.transposed) != (first.step, first.transposed):
-            raise ConversionError(f"{name}: pieces that are woven in different ways, in entry {mapped.entry}")
+            raise ConversionError(f"{name}: pieces that are strided in different ways, in entry {mapped.entry}")
     rows = _consecutive(name, spans) if first.step == 1 else _woven(name, spans)
     return (*tail, rows) if first.transposed else (rows, *tail)
 

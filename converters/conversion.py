@@ -11,9 +11,9 @@ from megabatch.converters.engine.journal import ALONE, Place
 from megabatch.converters.engine.plan import Plan
 from megabatch.converters.engine.run import Outcome, Say, check_output, run
 from megabatch.converters.engine.verify import check_manifest, compare
+from megabatch.converters.folder_kinds import check_kinds
 from megabatch.converters.hf_model import find_folder
 from megabatch.converters.hf_output import HfForm
-from megabatch.converters.kinds import check_kinds
 from megabatch.converters.modes import mode_of
 from megabatch.converters.request import ADAPTER, ConversionRequest, Mode, Path_
 from megabatch.converters.reshard import plan_reshard

@@ -12,12 +12,12 @@ from megabatch.converters.family import Family
 from megabatch.converters.mapping import Mapped
 from megabatch.converters.mxfp4 import Mxfp4
 from megabatch.converters.quantised import Quantised, plain, quantised
-from megabatch.converters.regular import read_regular
+from megabatch.converters.regular_files import read_regular
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.safetensors_io.header import parse_object
+from megabatch.did_you_mean import did_you_mean
 from megabatch.errors import ConversionError
 from megabatch.hub_cache import cached_folder, download_command, is_hub_name
-from megabatch.nearest import did_you_mean
 from megabatch.plan.shape import ModelShape
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from megabatch.converters.adapters.merge import UNTIED, Merged
+from megabatch.converters.auxiliary_files import replaced_config
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.dtypes import FP8
-from megabatch.converters.engine.plan import Numbered, Plan, SideFiles, SmallFile, Strip, TargetFile, Tensor
+from megabatch.converters.engine.plan import AuxiliaryFiles, Numbered, Plan, SmallFile, Strip, TargetFile, Tensor
 from megabatch.converters.family import Family
 from megabatch.converters.hf_model import read_config
 from megabatch.converters.mapping import ExpertLayout, Experts, elements
@@ -21,7 +22,6 @@ from megabatch.converters.safetensors_io import HfFolder, split_shards
 from megabatch.converters.safetensors_io.folder import INDEX, has_safetensors
 from megabatch.converters.safetensors_io.header import Extent, build_header
 from megabatch.converters.safetensors_io.sharding import index_json
-from megabatch.converters.side_files import replaced_config
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
@@ -132,7 +132,7 @@ def plan_files(
         files=files,
         tensors=tensors,
         small=[SmallFile(INDEX, lambda: index_json(shards))] if len(shards) > 1 else [],
-        side=SideFiles(reference, replaced),
+        auxiliary=AuxiliaryFiles(reference, replaced),
         ignored=ignored,
     )
 

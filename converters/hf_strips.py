@@ -33,8 +33,8 @@ def read_dtype(model: HfModel, name: str) -> str:
     return PLAIN if _is_packed(model, name) else model.folder.info(name).dtype
 
 
-class Woven(NamedTuple):
-    """What a woven tensor is made of: all of its Hugging Face tensor, or of one leading index of it."""
+class Strided(NamedTuple):
+    """What a strided tensor is made of: all of its Hugging Face tensor, or of one leading index of it."""
 
     strips: tuple[Strip, ...]
     row_bytes: int
@@ -43,8 +43,8 @@ class Woven(NamedTuple):
     """Whether they give blocks of MXFP4, which `MadePlain` takes; else numbers."""
 
 
-def woven(model: HfModel, mapped: Mapped, numbered: Numbered) -> Woven:
-    """Raises: ConversionError for quantised weights that cannot be woven."""
+def strided(model: HfModel, mapped: Mapped, numbered: Numbered) -> Strided:
+    """Raises: ConversionError for quantised weights that cannot be strided."""
     piece = next(mapped.pieces)
     rows, index = mapped.shape[0], piece.index or 0
     if _is_packed(model, piece.hf):
@@ -53,14 +53,14 @@ def woven(model: HfModel, mapped: Mapped, numbered: Numbered) -> Woven:
         for suffix, left, width in zip((BLOCKS, SCALES), (0, widths[0]), widths, strict=True):
             path, start, _ = model.folder.extent(piece.hf + suffix)
             strips.append(Strip(0, rows, numbered.number(path), start + index * rows * width, left, width))
-        return Woven(tuple(strips), sum(widths), True)
+        return Strided(tuple(strips), sum(widths), True)
     path, start, _ = model.folder.extent(piece.hf)
     dtype = model.folder.info(piece.hf).dtype
     if dtype not in FLOATS:
-        raise ConversionError(f"{piece.hf} is quantised and woven; this is not supported, entry {mapped.entry}")
+        raise ConversionError(f"{piece.hf} is quantised and strided; this is not supported, entry {mapped.entry}")
     width = elements(mapped.shape[1:]) * ITEMSIZE[dtype]
     strip = Strip(0, rows, numbered.number(path), start + index * rows * width, 0, width)
-    return Woven((strip,), width, False)
+    return Strided((strip,), width, False)
 
 
 def _is_packed(model: HfModel, name: str) -> bool:

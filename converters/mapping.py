@@ -33,7 +33,7 @@ Block = Literal["model", "layers", "mtp"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of one Hugging Face tensor, one after the other unless it is `woven`."""
+    """Rows of one Hugging Face tensor, one after the other unless it is `strided`."""
 
     hf: str
     """Name of the Hugging Face tensor."""
@@ -51,7 +51,7 @@ class Piece:
         return -((self.rows[0] - self.rows[1]) // self.step)
 
     @property
-    def woven(self) -> bool:
+    def strided(self) -> bool:
         """Whether its rows are not runs of bytes in the file."""
         return self.step != 1 or self.transposed
 
@@ -82,10 +82,10 @@ class Mapped:
     """Added to Hugging Face's values to give megatron-core's (a norm that megatron-core centres on zero)."""
 
     @property
-    def woven(self) -> bool:
+    def strided(self) -> bool:
         """Whether its bytes are not runs of bytes of the Hugging Face file. All its pieces then come from one tensor,
-        or one leading index of it, and use it up: `weave` moves it whole."""
-        return any(piece.woven for piece in self.pieces)
+        or one leading index of it, and use it up: `strided_copy` moves it whole."""
+        return any(piece.strided for piece in self.pieces)
 
     @property
     def pieces(self) -> Iterator[Piece]:

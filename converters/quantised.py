@@ -13,7 +13,7 @@ from typing import Any
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.dtypes import FP8
 from megabatch.converters.mxfp4 import METHOD, Mxfp4
-from megabatch.converters.patterns import matches
+from megabatch.converters.safe_regex import matches
 from megabatch.errors import ConversionError
 
 SUFFIX = "_scale_inv"

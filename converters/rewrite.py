@@ -2,7 +2,7 @@
 
 The table of a family says twice which rows make up a megatron-core tensor, once for each layout of experts; both have
 the same rows in the same order, so that rows go from one to the other without megatron-core's format between; where
-one of them is woven (`weave`), by way of megatron-core's order.
+one of them is strided (`strided_copy`), by way of megatron-core's order.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from megabatch.converters.bijection import invert
 from megabatch.converters.engine.plan import Arrangement, Numbered, Plan, Strip, Tensor, uncollected
 from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.converters.hf_output import HfForm, layout_of, plan_folder
-from megabatch.converters.hf_strips import joined, plain_dtype, read_dtype, strip_of, woven
+from megabatch.converters.hf_strips import joined, plain_dtype, read_dtype, strided, strip_of
 from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.mxfp4 import MadePlain
 from megabatch.converters.safetensors_io.header import ITEMSIZE
-from megabatch.converters.weave import Weave
+from megabatch.converters.strided_copy import StridedCopy
 from megabatch.errors import ConversionError
 
 Key = tuple[str, int]
@@ -79,19 +79,19 @@ def _parts(model: HfModel, table: Sequence[Mapped], numbered: Numbered, dtype: s
         dtype_read = read_dtype(model, first.hf)
         row_bytes = elements(read.shape[1:]) * ITEMSIZE[dtype_read]
         arrangement: Arrangement | None = None
-        if read.woven:
-            made = woven(model, read, numbered)
+        if read.strided:
+            made = strided(model, read, numbered)
             pairs, row_bytes = [(next(written.pieces), strip) for strip in made.strips], made.row_bytes
             if made.packed:
-                arrangement = MadePlain(read, written.woven)
+                arrangement = MadePlain(read, written.strided)
             else:
-                arrangement = None if written.woven else Weave(read, False)
-        elif written.woven:
+                arrangement = None if written.strided else StridedCopy(read, False)
+        elif written.strided:
             pairs = [
                 (target, strip_of(model, source, row, row_bytes, numbered))
                 for source, target, row in zip(read.pieces, written.pieces, _positions(read), strict=True)
             ]
-            arrangement = Weave(written, True)
+            arrangement = StridedCopy(written, True)
         else:
             pairs = [
                 (target, strip_of(model, source, target.rows[0], row_bytes, numbered))
@@ -116,7 +116,7 @@ def _positions(mapped: Mapped) -> Iterator[int]:
 
 
 class _Owner(NamedTuple):
-    """Whose rows a tensor that is written has, and how they are arranged where only one of the layouts is woven."""
+    """Whose rows a tensor that is written has, and how they are arranged where only one of the layouts is strided."""
 
     mapped: Mapped
     dtype: str

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megabatch.converters import weave
+from megabatch.converters import strided_copy
 from megabatch.converters.mapping import Mapped, Piece, elements
 from megabatch.errors import ConversionError
 
@@ -68,10 +68,10 @@ def shard_shape(mapped: Mapped, *, tp_size: int, padded_vocab: int | None = None
 def shard_reads(mapped: Mapped, *, tp_rank: int, tp_size: int, padded_vocab: int | None = None) -> list[Read]:
     """The least that one rank reads to have its shard; rows of the shard that no read fills are zero (padding).
 
-    Raises: ConversionError when the tensor cannot be cut into equal parts, or is woven: it has no runs of bytes.
+    Raises: ConversionError when the tensor cannot be cut into equal parts, or is strided: it has no runs of bytes.
     """
-    if mapped.woven:
-        raise ConversionError(f"{mapped.name} is woven, not moved by rows; `weave` moves it, entry {mapped.entry}")
+    if mapped.strided:
+        raise ConversionError(f"{mapped.name} is strided, so not moved by rows, entry {mapped.entry}")
     if mapped.split == "replicated":
         return list(_rows_between(mapped.pieces, 0, mapped.shape[0]))
     if mapped.split == "row":
@@ -158,10 +158,10 @@ class Source(Protocol):
 def read_shard(
     folder: Source, mapped: Mapped, *, tp_rank: int, tp_size: int, padded_vocab: int | None = None
 ) -> bytearray:
-    """One rank's shard as contiguous bytes, shape `shard_shape`; only that rank's bytes are read, except for a woven
+    """One rank's shard as contiguous bytes, shape `shard_shape`; only that rank's bytes are read, except for a strided
     tensor, which is read whole."""
     _refuse_arithmetic(mapped)
-    if mapped.woven:
+    if mapped.strided:
         return _woven_shard(folder, mapped, tp_rank=tp_rank, tp_size=tp_size)
     shape = shard_shape(mapped, tp_size=tp_size, padded_vocab=padded_vocab)
     row_bytes = elements(shape[1:]) * folder.itemsize(next(mapped.pieces).hf)
@@ -179,7 +179,7 @@ def _woven_shard(folder: Source, mapped: Mapped, *, tp_rank: int, tp_size: int) 
     itemsize = folder.itemsize(piece.hf)
     whole = bytearray(elements(mapped.shape) * itemsize)
     folder.read_into(piece.hf, memoryview(whole), index=piece.index)
-    data = weave.to_mcore(mapped, whole, itemsize=itemsize)
+    data = strided_copy.to_mcore(mapped, whole, itemsize=itemsize)
     return cut(mapped, data, itemsize=itemsize, tp_rank=tp_rank, tp_size=tp_size)
 
 
@@ -221,7 +221,7 @@ def assemble(
     """Hugging Face rows from the bytes of all ranks' shards, in the order of the ranks.
 
     Replicated tensors need rank 0's only. Nothing is copied, except that a row split is joined in blocks of at most
-    `BLOCK_BYTES`, and a woven tensor whole.
+    `BLOCK_BYTES`, and a strided tensor whole.
     """
     _refuse_arithmetic(mapped)
     tp_size = len(shards)
@@ -231,9 +231,9 @@ def assemble(
     for rank, view in enumerate(views):
         if view.nbytes != shape[0] * row_bytes and not (mapped.split == "replicated" and rank):
             raise ConversionError(f"{mapped.name}: shard {rank} has {view.nbytes} bytes, {list(shape)} expected")
-    if mapped.woven:
+    if mapped.strided:
         piece = next(mapped.pieces)
-        yield HfRows(piece.hf, piece.index, 0, weave.to_hf(mapped, join(mapped, views), itemsize=itemsize))
+        yield HfRows(piece.hf, piece.index, 0, strided_copy.to_hf(mapped, join(mapped, views), itemsize=itemsize))
         return
     if mapped.split == "row" and tp_size > 1:
         yield from _joined(mapped, views, row_bytes)

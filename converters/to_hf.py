@@ -20,11 +20,11 @@ from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.converters.safetensors_io.folder import has_safetensors
 from megabatch.converters.safetensors_io.header import ITEMSIZE
+from megabatch.converters.strided_copy import StridedCopy
 from megabatch.converters.torch_dist.aliases import is_optimizer, respelled, unwrapped
 from megabatch.converters.torch_dist.find import find_torch_dist
 from megabatch.converters.torch_dist.folder import Block, TorchDistFolder
 from megabatch.converters.torch_dist.keys import Cell, cell
-from megabatch.converters.weave import Weave
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
@@ -162,7 +162,7 @@ def _gathered(
                     f"{source.path}: {piece.hf} is made of {part.mapped.name} {part.dtype} and {mapped.name} {read}, "
                     f"which differ in dtype or in what is added to them, entry {mapped.entry}"
                 )
-            first = position if mapped.woven else piece.rows[0]
+            first = position if mapped.strided else piece.rows[0]
             part.strips += _strips(first, piece.count, position, blocks, unit, numbered)
             position += piece.count
     tensors: dict[str, list[Tensor]] = {}
@@ -189,7 +189,7 @@ def _tensor(name: str, part: _Part, dtype: str | None) -> Tensor:
         source_row_bytes=columns * ITEMSIZE[part.dtype],
         strips=tuple(strips),
         add=-mapped.offset,
-        arrangement=Weave(mapped, True) if mapped.woven else None,
+        arrangement=StridedCopy(mapped, True) if mapped.strided else None,
     )
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megabatch.converters.adapters.merge import UNTIED, Merged, merged_adapters
+from megabatch.converters.auxiliary_files import replaced_config
 from megabatch.converters.dtypes import read_dtype as dtype_named
 from megabatch.converters.engine.plan import (
     Arrangement,
+    AuxiliaryFiles,
     Numbered,
     Plan,
-    SideFiles,
     SmallFile,
     Strip,
     Tensor,
@@ -20,16 +21,15 @@ from megabatch.converters.engine.plan import (
 )
 from megabatch.converters.engine.run import run
 from megabatch.converters.hf_model import HfModel, open_hf_model
-from megabatch.converters.hf_strips import joined, plain_dtype, read_dtype, strip_of, woven
+from megabatch.converters.hf_strips import joined, plain_dtype, read_dtype, strided, strip_of
 from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.mxfp4 import MadePlain
 from megabatch.converters.quantised import PLAIN
 from megabatch.converters.safetensors_io.header import ITEMSIZE
-from megabatch.converters.side_files import replaced_config
+from megabatch.converters.strided_copy import StridedCopy
 from megabatch.converters.torch_dist.archive import archive_of
 from megabatch.converters.torch_dist.keys import Cell, LayerKeys, cell, extra_states, stacks_layers
 from megabatch.converters.torch_dist.layout import Item, lay_out
-from megabatch.converters.weave import Weave
 from megabatch.saved.find import RELEASE, TRACKER
 
 
@@ -56,7 +56,7 @@ def plan_to_mcore(
     accept_bin: bool = False,
     layer_keys: LayerKeys | None = None,
 ) -> Plan:
-    """Plans a folder that Megatron-LM loads: `release/` with the checkpoint, its tracker file, and the side files.
+    """Plans a folder that Megatron-LM loads: `release/` with the checkpoint, its tracker file and auxiliary files.
 
     `torch_dtype` casts every weight but those whose dtype megatron-core prescribes. `files` is the number of files of
     tensors, else one for each 8 GiB and at least two. `bare`: the checkpoint alone, not in a folder of its own.
@@ -108,7 +108,7 @@ def _planned(
         files=checkpoint.files,
         tensors=checkpoint.tensors,
         small=[*([] if bare else [SmallFile(TRACKER, RELEASE.encode)]), *checkpoint.small],
-        side=None if bare else SideFiles(source, _config(model, source, dtype, untied=untied)),
+        auxiliary=None if bare else AuxiliaryFiles(source, _config(model, source, dtype, untied=untied)),
         ignored=model.ignored
         | (merged.aside if merged is not None else {})
         | dict.fromkeys(model.carried, "megatron-core has no such part; it goes along on the way back"),
@@ -165,9 +165,9 @@ def _strips(
     model: HfModel, mapped: Mapped, row_bytes: int, numbered: Numbered
 ) -> tuple[tuple[Strip, ...], int, Arrangement | None]:
     """The pieces one below the other, the bytes of a row of what they give, and how that is put in order."""
-    if mapped.woven:
-        made = woven(model, mapped, numbered)
-        return made.strips, made.row_bytes, (MadePlain if made.packed else Weave)(mapped, False)
+    if mapped.strided:
+        made = strided(model, mapped, numbered)
+        return made.strips, made.row_bytes, (MadePlain if made.packed else StridedCopy)(mapped, False)
     position, strips = 0, []
     for piece in mapped.pieces:
         strips.append(strip_of(model, piece, position, row_bytes, numbered))

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megabatch.converters.patterns import check_pattern, matches
-from megabatch.converters.regular import read_regular
+from megabatch.converters.regular_files import read_regular
+from megabatch.converters.safe_regex import check_pattern, matches
 from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.errors import ConversionError
 

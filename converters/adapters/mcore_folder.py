@@ -220,7 +220,7 @@ class _Reader:
         found = self._find(mapped)
         if found is None:
             return
-        if mapped.offset or mapped.woven or mapped.expert is not None:
+        if mapped.offset or mapped.strided or mapped.expert is not None:
             raise self._fault(mapped, "is a whole tensor, which is not supported of this layer")
         strips, dtype = self._strips(*found)
         for (name, _), spans in spans_by_part(mapped).items():

@@ -144,7 +144,7 @@ class Merged:
         terms: list[LowRank] = []
         for mapped in self._tables.users(part):
             blocks = self._blocks(mapped.name, mapped.expert)
-            if blocks and mapped.woven:
+            if blocks and mapped.strided:
                 raise ConversionError(
                     f"{part[0]}: its rows are not in megatron-core's order; merge its adapter with --to_mcore, and "
                     "convert what that makes with --to_hf"
@@ -162,7 +162,7 @@ class Merged:
         if not any(found):
             return tensor
         dtypes = {tensor.source_dtype if whole is None else whole.dtype for whole in found}
-        if mapped.woven or len(dtypes) > 1:
+        if mapped.strided or len(dtypes) > 1:
             raise ConversionError(
                 f"{mapped.name} {list(mapped.shape)}: an adapter replaces parts of it, in "
                 f"{' and '.join(sorted(dtypes))}: not supported"

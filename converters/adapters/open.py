@@ -13,8 +13,8 @@ from megabatch.converters.engine.plan import Numbered
 from megabatch.converters.hf_model import find_folder
 from megabatch.converters.request import Path_
 from megabatch.converters.torch_dist.find import find_torch_dist
+from megabatch.did_you_mean import did_you_mean
 from megabatch.errors import ConversionError
-from megabatch.nearest import did_you_mean
 
 
 def open_adapters(

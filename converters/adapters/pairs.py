@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from megabatch.converters.adapters.adapter import Block
-from megabatch.converters.adapters.arrange import Picked
+from megabatch.converters.adapters.expert_order import Picked
 from megabatch.converters.engine.gather import matrix_bytes, sliced
 from megabatch.converters.engine.plan import Matrix, Strip, Tensor
 from megabatch.converters.engine.sources import Sources

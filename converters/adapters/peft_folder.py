@@ -183,7 +183,7 @@ class _Reader:
             raise self._fault(a, f"adapters of {name} {list(shape)} are not supported")
         mapped = next(iter(self._tables.users((name, 0))))
         # outputs and inputs, as a linear layer has them
-        rows, columns = shape[:0:-1] if mapped.woven and next(mapped.pieces).transposed else shape[1:]
+        rows, columns = shape[:0:-1] if mapped.strided and next(mapped.pieces).transposed else shape[1:]
         ranks = self._extents[a].info.shape[:1]
         rank = self._config.rank(name)
         if ranks != (experts * rank,):

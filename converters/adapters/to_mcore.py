@@ -9,21 +9,21 @@ from functools import partial
 from pathlib import Path
 
 from megabatch.converters.adapters.adapter import Adapter, Block, Span, Tables
-from megabatch.converters.adapters.arrange import ExpertsApart
 from megabatch.converters.adapters.config import NAME
+from megabatch.converters.adapters.expert_order import ExpertsApart
 from megabatch.converters.adapters.mcore_folder import EMBEDDING, low_rank_names, suffixes
 from megabatch.converters.adapters.open import base_model_of, open_adapters
 from megabatch.converters.adapters.pairs import Rows, joined, tensor_of
+from megabatch.converters.auxiliary_files import auxiliary_files
 from megabatch.converters.engine.gather import sliced
 from megabatch.converters.engine.plan import Numbered, Plan, SmallFile, Tensor, uncollected
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.families import family_of
 from megabatch.converters.hf_model import read_config
 from megabatch.converters.mapping import Mapped, elements
-from megabatch.converters.regular import INDEX_BYTES, read_regular
+from megabatch.converters.regular_files import INDEX_BYTES, read_regular
 from megabatch.converters.request import Path_
 from megabatch.converters.safetensors_io.header import ITEMSIZE
-from megabatch.converters.side_files import side_files
 from megabatch.converters.torch_dist.archive import archive_of
 from megabatch.converters.torch_dist.keys import Cell, LayerKeys, cell, stacks_layers
 from megabatch.converters.torch_dist.layout import Item, lay_out
@@ -76,7 +76,7 @@ def plan_adapter_to_mcore(
             SmallFile(TRACKER, RELEASE.encode),
             *checkpoint.small,
         ],
-        side=None,
+        auxiliary=None,
         ignored=opened.aside,
     )
 
@@ -85,7 +85,7 @@ def carried(folder: Path, skip: Sequence[str]) -> list[SmallFile]:
     """Tokenizer, chat template and the like that lie beside an adapter."""
     return [
         SmallFile(name.as_posix(), partial(read_regular, folder / name, most=INDEX_BYTES))
-        for name in side_files(folder)
+        for name in auxiliary_files(folder)
         if str(name) not in skip
     ]
 
@@ -149,7 +149,7 @@ def _whole(adapter: Adapter, mapped: Mapped) -> Made | None:
         return None
     missing = [name for name, whole in names.items() if whole is None]
     dtypes = {whole.dtype for whole in names.values() if whole is not None}
-    if missing or len(dtypes) > 1 or mapped.woven or mapped.offset or mapped.expert is not None:
+    if missing or len(dtypes) > 1 or mapped.strided or mapped.offset or mapped.expert is not None:
         why = f"{', '.join(missing)} is missing" if missing else f"its parts are {' and '.join(sorted(dtypes))}"
         raise ConversionError(
             f"{adapter.path}: {', '.join(there)} is a part of {mapped.name}, which cannot be made of it ({why}); "

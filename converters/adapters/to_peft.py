@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megabatch.converters.adapters.adapter import Adapter, Block, Part, spans_by_part
-from megabatch.converters.adapters.arrange import ExpertsTogether
 from megabatch.converters.adapters.config import NAME
+from megabatch.converters.adapters.expert_order import ExpertsTogether
 from megabatch.converters.adapters.mcore_folder import EMBEDDING, suffixes
 from megabatch.converters.adapters.names import BASE, low_rank_name, whole_name
 from megabatch.converters.adapters.open import base_model_of, open_adapters
@@ -63,7 +63,7 @@ def plan_adapter_to_peft(
         files=[TargetFile(WEIGHTS, size, head)],
         tensors=[tensors[name]._replace(name=name, offset=extent.start) for name, extent in extents.items()],
         small=[*carried(opened.config.path.parent, ("config.json",)), SmallFile(NAME, lambda: config)],
-        side=None,
+        auxiliary=None,
         ignored=opened.aside,
         notes=notes,
     )

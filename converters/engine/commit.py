@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megabatch.converters.atomic import replacing, sync_folder
+from megabatch.converters.auxiliary_files import carry_over
 from megabatch.converters.engine.journal import Staged
 from megabatch.converters.engine.manifest import MANIFEST, manifest
 from megabatch.converters.engine.plan import Plan
-from megabatch.converters.side_files import carry_over
 from megabatch.errors import ConversionError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -32,9 +32,9 @@ def commit(plan: Plan, staged: Staged, hashes: Mapping[int, str], *, world: int)
             staged.remove()
             return
         _clear(plan, staged)
-        if plan.side is not None:
-            carry_over(plan.side.folder, staged.files, skip=plan.side.replaced)
-            for name, data in plan.side.replaced.items():
+        if plan.auxiliary is not None:
+            carry_over(plan.auxiliary.folder, staged.files, skip=plan.auxiliary.replaced)
+            for name, data in plan.auxiliary.replaced.items():
                 _write(staged.files / name, data)
         small = {file.name: file.make() for file in plan.small}
         for name, data in small.items():

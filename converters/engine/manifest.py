@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.converters.engine.plan import Plan
-from megabatch.converters.regular import INDEX_BYTES, read_regular
+from megabatch.converters.regular_files import INDEX_BYTES, read_regular
 from megabatch.errors import ConversionError
 
 MANIFEST = "megabatch-manifest.json"

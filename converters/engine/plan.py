@@ -201,7 +201,7 @@ class SmallFile:
 
 
 @dataclass(frozen=True, slots=True)
-class SideFiles:
+class AuxiliaryFiles:
     """Files carried over from a Hugging Face folder, some of them with other contents."""
 
     folder: Path
@@ -220,7 +220,7 @@ class Plan:
     tensors: list[Tensor]
     small: list[SmallFile]
     """In the order in which they are written: last the one without which no loader accepts the folder."""
-    side: SideFiles | None
+    auxiliary: AuxiliaryFiles | None
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Tensors of the source that are left aside, each with the reason."""
     notes: Sequence[str] = ()
@@ -239,8 +239,8 @@ class Plan:
             made.update(repr((file.name, file.size)).encode() + file.head + file.tail)
         for tensor in self.tensors:
             made.update(repr(tensor[:-1]).encode())
-        if self.side is not None:
-            made.update(repr(sorted(self.side.replaced.items())).encode())
+        if self.auxiliary is not None:
+            made.update(repr(sorted(self.auxiliary.replaced.items())).encode())
         return made.hexdigest()
 
     @property
@@ -250,15 +250,15 @@ class Plan:
     @property
     def bytes_needed(self) -> int:
         """Free disk that the output needs: all files of tensors, and an upper bound for the others."""
-        return self.tensor_file_bytes + 1_000 * len(self.tensors) + _side_bytes(self.side) + (64 << 10)
+        return self.tensor_file_bytes + 1_000 * len(self.tensors) + _auxiliary_bytes(self.auxiliary) + (64 << 10)
 
 
-def _side_bytes(side: SideFiles | None) -> int:
-    from megabatch.converters.side_files import side_files
+def _auxiliary_bytes(auxiliary: AuxiliaryFiles | None) -> int:
+    from megabatch.converters.auxiliary_files import auxiliary_files
 
-    if side is None:
+    if auxiliary is None:
         return 0
-    return sum((side.folder / name).stat().st_size for name in side_files(side.folder))
+    return sum((auxiliary.folder / name).stat().st_size for name in auxiliary_files(auxiliary.folder))
 
 
 class Numbered:

@@ -125,7 +125,9 @@ def check_output(target: Path, *, exist_ok: bool) -> None:
 def _check_apart(plan: Plan, target: Path) -> None:
     """Raises: ConversionError when the output would replace what it is made from."""
     place = target.resolve()
-    read = [source.path for source in plan.sources] + ([plan.side.folder / "config.json"] if plan.side else [])
+    read = [source.path for source in plan.sources] + (
+        [plan.auxiliary.folder / "config.json"] if plan.auxiliary else []
+    )
     for path in read:
         if place in path.resolve().parents:
             raise ConversionError(f"{target}: {path} is in it, from which it is to be made; choose another output_dir")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from megabatch.converters.engine.plan import SourceFile
-from megabatch.converters.regular import open_regular
+from megabatch.converters.regular_files import open_regular
 from megabatch.errors import ConversionError
 
 

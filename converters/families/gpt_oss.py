@@ -1,7 +1,7 @@
 """GPT-OSS: `GptOssForCausalLM`; attention sinks, biases everywhere, experts in one tensor for each layer.
 
 Hugging Face's fused experts are the transposes of megatron-core's, and rows of gate and up projection alternate in
-them: they are woven (`converters.weave`), bit by bit. The published checkpoints in MXFP4 are made plain
+them: they are strided (`converters.strided_copy`), bit by bit. The published checkpoints in MXFP4 are made plain
 (`converters.mxfp4`); those in BF16 are read too.
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.mapping import elements
-from megabatch.converters.regular import INDEX_BYTES, open_regular, read_regular
+from megabatch.converters.regular_files import INDEX_BYTES, open_regular, read_regular
 from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, parse_object, read_header
 from megabatch.errors import ConversionError
 

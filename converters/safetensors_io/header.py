@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
-from megabatch.converters.regular import open_regular
+from megabatch.converters.regular_files import open_regular
 from megabatch.errors import ConversionError
 
 ITEMSIZE = {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megabatch.converters.engine.sources import allow_files
 from megabatch.converters.mapping import elements
-from megabatch.converters.regular import INDEX_BYTES, open_regular, read_regular
+from megabatch.converters.regular_files import INDEX_BYTES, open_regular, read_regular
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.archive import StoredTensor, open_tensor
 from megabatch.converters.torch_dist.metadata import Chunk, Entry, Stored, load_metadata

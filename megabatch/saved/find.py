@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megabatch.did_you_mean import did_you_mean
 from megabatch.errors import CheckpointError
-from megabatch.nearest import did_you_mean
 from megabatch.saved import history
 from megabatch.saved.history import HF, MCORE, TRAINER
 from megabatch.saved.manifest import read_manifest

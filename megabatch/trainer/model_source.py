@@ -24,7 +24,7 @@ class ModelSource:
 
     family: Family
     config_folder: Path
-    """config.json and the other side files, which exported folders get too."""
+    """config.json and the other auxiliary files, which exported folders get too."""
     tokenizer: Path
     weights: HfModel | RandomWeights
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megabatch.converters import ConversionRequest, convert
-from megabatch.converters.regular import read_regular
+from megabatch.converters.regular_files import read_regular
 from megabatch.errors import ConversionError
 
 Saved = Callable[[str], Path]

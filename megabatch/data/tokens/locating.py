@@ -7,8 +7,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from megabatch.data.tokens.assistant_spans import answer, assistant_spans, sentinel
 from megabatch.data.tokens.rendering import Rendered, Renderer, Span
-from megabatch.data.tokens.spans import answer, assistant_spans, sentinel
 from megabatch.data.tokens.turn_ends import TurnEnds
 from megabatch.errors import DataError
 

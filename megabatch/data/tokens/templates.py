@@ -18,13 +18,13 @@ from typing import Any, Literal, NamedTuple
 from megabatch.data.rows.formats import Conversation, is_text
 from megabatch.data.rows.turns import Message
 from megabatch.data.tokens.aligning import Aligner, Text
+from megabatch.data.tokens.assistant_spans import answer
 from megabatch.data.tokens.control_tokens import ESCAPED, ControlTokens, Spelling
 from megabatch.data.tokens.default_templates import CHATML, PLAIN, with_bos
 from megabatch.data.tokens.fitting import Fitting
 from megabatch.data.tokens.locating import Locator, Part
 from megabatch.data.tokens.rendering import MARKS, Rendered, Renderer
 from megabatch.data.tokens.sample import Encoded
-from megabatch.data.tokens.spans import answer
 from megabatch.data.tokens.tokenizer import backend
 from megabatch.data.tokens.turn_ends import TurnEnds
 from megabatch.errors import DataError

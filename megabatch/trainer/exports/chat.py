@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megabatch.converters.atomic import replacing
-from megabatch.converters.side_files import carry_over, side_files
+from megabatch.converters.auxiliary_files import auxiliary_files, carry_over
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.data.tokens.templates import Template
 from megabatch.errors import DataError
@@ -23,7 +23,7 @@ _TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
     "sentencepiece*", "*.tiktoken", "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
-"""Side files that belong to the tokenizer, as shell patterns."""
+"""Auxiliary files that belong to the tokenizer, as shell patterns."""
 _TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
 
 
@@ -38,11 +38,11 @@ class ChatExport:
     """False for pretraining, which renders no template."""
 
     def write(self, config_folder: Path, directory: Path) -> None:
-        """Writes the side files of both folders, without config.json. Raises: MegabatchError, OSError."""
+        """Writes the auxiliary files of both folders, without config.json. Raises: MegabatchError, OSError."""
         chat = _chat(self.tokenizer, self.template) if self.has_turns else _Chat(None, None)
         dropped = _TEMPLATES if chat.source is not None else ()
         carry_over(config_folder, directory, skip=("config.json", *_named(config_folder, _TOKENIZER)))
-        others = {name.as_posix() for name in side_files(self.tokenizer)} - {*_named(self.tokenizer, _TOKENIZER)}
+        others = {name.as_posix() for name in auxiliary_files(self.tokenizer)} - {*_named(self.tokenizer, _TOKENIZER)}
         carry_over(self.tokenizer, directory, skip=(*others, *_named(self.tokenizer, dropped)))
         if chat.source is not None:
             _write_template(directory, chat.source)
@@ -66,7 +66,7 @@ def _chat(tokenizer: Path, name: str | None) -> _Chat:
 
 
 def _named(folder: Path, patterns: tuple[str, ...]) -> list[str]:
-    names = [path.as_posix() for path in side_files(folder)]
+    names = [path.as_posix() for path in auxiliary_files(folder)]
     return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from megabatch.config.run import RunConfig
 from megabatch.converters.atomic import noting, replacing
+from megabatch.converters.auxiliary_files import carry_over
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.family import Family
 from megabatch.converters.mapping import Mapped
 from megabatch.converters.safetensors_io import ShardFile, Writer, split_shards, write_index
 from megabatch.converters.shards import HfRows
-from megabatch.converters.side_files import carry_over
 from megabatch.errors import MegabatchError
 from megabatch.saved.manifest import File
 from megabatch.trainer.exports.chat import ChatExport
@@ -34,7 +34,7 @@ class HfExport(Export):
     family: Family
     table: Sequence[Mapped]
     config_folder: Path
-    """Where config.json, tokenizer and the other side files are taken from."""
+    """Where config.json, tokenizer and the other auxiliary files are taken from."""
     max_shard_size: str
     chat: ChatExport | None = None
     """The tokenizer that was trained with; None takes that of `config_folder` as it is."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megabatch.converters.side_files import carry_over
+from megabatch.converters.auxiliary_files import carry_over
 from megabatch.errors import ConversionError
 
 CARRIED = [

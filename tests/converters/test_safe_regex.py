@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from megabatch.converters import patterns
-from megabatch.converters.patterns import check_pattern, matches
+from megabatch.converters import safe_regex
+from megabatch.converters.safe_regex import check_pattern, matches
 from megabatch.errors import ConversionError
 
 PATTERNS = (
@@ -32,7 +32,7 @@ ENDLESS = (r"(\w*)*$x", "(a|a)*b", r"(.*)*\1z", r".*.*.*.*.*.*.*.*.*.*.*.*x", r"
 
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_what_has_no_end_is_ended(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "LIMIT_S", 0.2)
+    monkeypatch.setattr(safe_regex, "LIMIT_S", 0.2)
     begun = time.monotonic()
     with pytest.raises(ConversionError, match=r"takes longer than 0.2 s on 'a+'"):
         matches(pattern, "a" * 60)
@@ -44,7 +44,7 @@ def test_what_has_no_end_is_ended(pattern: str, monkeypatch: pytest.MonkeyPatch)
 def test_what_is_matched_here_is_quick() -> None:
     """The worst that has the form of those that need no process: three repeats and seven choices."""
     begun = time.process_time()
-    assert patterns._is_quick(r"(a?)(b?)(c?)(d?)(e?)(f?)(g?)\w*\w*\w*!")
+    assert safe_regex._is_quick(r"(a?)(b?)(c?)(d?)(e?)(f?)(g?)\w*\w*\w*!")
     assert not matches(r"(a?)(b?)(c?)(d?)(e?)(f?)(g?)\w*\w*\w*!", "abcdefg" + "a" * 100)
     assert time.process_time() - begun < 10
 

@@ -18,7 +18,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
-class Weave:
+class StridedCopy:
     """One direction for one tensor, as a plan holds it."""
 
     mapped: Mapped
@@ -31,7 +31,7 @@ class Weave:
 
 
 def to_mcore(mapped: Mapped, hf: Buffer, *, itemsize: int) -> bytearray:
-    """A woven tensor in megatron-core's order from all bytes of its Hugging Face tensor (of its leading index)."""
+    """A strided tensor in megatron-core's order from all bytes of its Hugging Face tensor (of its leading index)."""
     data = bytearray(memoryview(hf).nbytes)
     _move(mapped, _numbers(data, itemsize), _numbers(hf, itemsize), towards_hf=False)
     return data

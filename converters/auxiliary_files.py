@@ -13,7 +13,7 @@ from typing import Any
 
 from megabatch.converters.atomic import replacing
 from megabatch.converters.dtypes import TORCH
-from megabatch.converters.regular import read_regular
+from megabatch.converters.regular_files import read_regular
 from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.errors import ConversionError
 
@@ -29,7 +29,7 @@ CARRIED = (
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
-def side_files(folder: Path) -> list[Path]:
+def auxiliary_files(folder: Path) -> list[Path]:
     """The carried files of a folder, relative to it, never weights."""
     found = [path for pattern in ("*", "additional_chat_templates/*") for path in folder.glob(pattern)]
     names = sorted(path.relative_to(folder) for path in found if path.is_file())
@@ -41,13 +41,13 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def carry_over(source: str | os.PathLike[str], target: str | os.PathLike[str], *, skip: Collection[str] = ()) -> None:
-    """Copies the side files from one folder to another, each written under a temporary name and renamed.
+    """Copies the auxiliary files from one folder to another, each written under a temporary name and renamed.
 
     Links (a hub cache is made of them) are followed. `skip` names files that the caller writes itself.
     Raises: ConversionError naming the file that could not be copied.
     """
     from_folder, to_folder = Path(source), Path(target)
-    for name in side_files(from_folder):
+    for name in auxiliary_files(from_folder):
         if name.as_posix() not in skip:
             _copy(from_folder / name, to_folder / name)
 
