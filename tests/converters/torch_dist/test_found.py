@@ -31,7 +31,7 @@ def test_the_folder_with_config_json_is_found_in_a_run(config: str, tmp_path: Pa
     assert find_reference(tmp_path, checkpoint) == (tmp_path / config).parent
 
 
-def test_what_we_make_has_a_tracker_file_and_side_files(saved: Saved, tmp_path: Path) -> None:
+def test_what_we_make_has_a_tracker_file_and_auxiliary_files(saved: Saved, tmp_path: Path) -> None:
     convert(ConversionRequest(to_mcore=True, model=saved("qwen3-moe")), output_dir=tmp_path / "mcore")
     assert (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").read_text() == "release"
     convert(ConversionRequest(to_hf=True, mcore_model=tmp_path / "mcore"), output_dir=tmp_path / "hf")
