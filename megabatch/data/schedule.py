@@ -112,6 +112,11 @@ class Schedule:
         items = self.packs[pack]
         return np.repeat(np.arange(len(items)), self._bounds[items + 1] - self._bounds[items])
 
+    def longest(self, lengths: np.ndarray) -> int:
+        """Tokens of the longest pack, of samples of these lengths."""
+        each = np.add.reduceat(lengths, self._bounds[:-1]) if self._grouped else lengths
+        return int(np.add.reduceat(each[self.packs.members], self.packs.starts[:-1]).max())
+
     def require_a_batch(self) -> None:
         """Raises: DataError when an epoch is smaller than a global batch, which would then hold samples twice."""
         if self.global_batch_size > len(self):

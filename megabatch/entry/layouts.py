@@ -108,7 +108,7 @@ class _Screen:
     def fault(self, choice: Choice) -> Fault | None:
         rules: tuple[tuple[str, Hashable, Callable[[Recipe], Iterator[Fault]]], ...] = (
             ("tp", choice.tp, lambda recipe: parallelism.tensor_parallel_divides(recipe, self.shape, None)),
-            ("cp", choice.cp, lambda recipe: unbuilt_fields(recipe, variant_of=self.recipe)),
+            ("cp", (choice.tp, choice.cp), lambda recipe: parallelism.sequence_divides(recipe, self.shape, None)),
             ("pp", (choice.pp, choice.vp), lambda recipe: pipeline.layers_divide_evenly(recipe, self.shape, None)),
             ("ep", (choice.ep, choice.etp), lambda recipe: parallelism.experts_divide(recipe, self.shape, None)),
         )

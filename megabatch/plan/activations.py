@@ -48,6 +48,12 @@ def stream(shape: ModelShape, settings: Settings) -> float:
     return settings.micro_batch_tokens * shape.hidden_size * settings.weight_bytes / settings.sp
 
 
+def keys_values(shape: ModelShape, settings: Settings) -> float:
+    """Keys and values of a micro-batch's part on this rank, in one layer."""
+    channels = 2 * shape.num_query_groups * shape.kv_channels
+    return settings.micro_batch_tokens * channels * settings.weight_bytes / settings.layout.tp
+
+
 def layer_activations(shape: ModelShape, settings: Settings, kind: Kind) -> LayerActivations:
     saved = _saved(shape, settings, kind)
     whole = sum(saved.values())
@@ -175,8 +181,21 @@ def _working(shape: ModelShape, settings: Settings, kind: Kind, saved: Mapping[s
     moe, _ = kind
     gathered = settings.micro_batch_tokens * shape.hidden_size * settings.weight_bytes if settings.sp > 1 else 0.0
     mixer = saved.get("qkv", 0.0) + saved.get("up_projected", 0.0) + saved["attention_output"]
+    mixer += _others_keys(shape, settings, kind)
     if not moe:
         return 2 * saved["input"] + gathered + max(mixer, saved["mlp"])
     exchanged = 2 * routed_tokens(shape, settings) * shape.hidden_size * settings.weight_bytes
     experts = exchanged + saved["experts"] + saved["experts_act"] + saved["shared_experts"]
     return 2 * saved["input"] + max(gathered + mixer, experts)
+
+
+def _others_keys(shape: ModelShape, settings: Settings, kind: Kind) -> float:
+    """Keys and values of other context parallel ranks while a layer attends to them.
+
+    Transformer Engine's ring has those of two ranks and their gradients. Ours has the whole row's twice, as gathered
+    and in the order of the chunks that see them, and in the backward pass the gradients of the latter.
+    """
+    cp = settings.layout.cp
+    if cp == 1 or kind[1]:
+        return 0.0
+    return keys_values(shape, settings) * (4 if settings.transformer_engine else 3 * cp + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megabatch.plan import weights
-from megabatch.plan.activations import stream
+from megabatch.plan.activations import keys_values, stream
 from megabatch.plan.communication import all_to_all_s, groups, ring_s
 from megabatch.plan.flops import attention_flops
 from megabatch.plan.gpus import Gpu
@@ -70,12 +70,14 @@ def layer_seconds(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -
     attention = _attention_s(shape, settings, kind, gpu)
     touched, sorted_ = _memory_s(shape, settings, kind, gpu)
     host = EXPERTS_HOST_S if kind[0] else 0.0
-    forward = Seconds(linear + experts + attention + touched + sorted_ + host) + _links(shape, settings, kind, gpu)
+    links, around = _links(shape, settings, kind, gpu), _around_s(shape, settings, kind, gpu)
+    forward = Seconds(linear + experts + attention + touched + sorted_ + host, cp=around) + links
     # frozen weights have no gradients of their own
     passes = 1.0 if settings.lora else 2.0
     compute = passes * (linear + experts) + ATTENTION_BACKWARD * attention + 2 * touched + sorted_ + host
     compute += _accumulated_s(settings, weights.layer(shape, kind), gpu)
-    backward = Seconds(compute) + _links(shape, settings, kind, gpu)
+    # ours gathers keys and values again, and then scatters their gradients
+    backward = Seconds(compute, cp=around * (1 if settings.transformer_engine else 2)) + links
     return LayerSeconds(forward, backward, _selective(settings, kind, forward, attention, linear))
 
 
@@ -83,7 +85,7 @@ def _selective(settings: Settings, kind: Kind, forward: Seconds, attention: floa
     if settings.recompute_granularity != "selective":
         return Seconds()
     modules, (moe, _) = settings.recompute_modules, kind
-    again = Seconds(attention) if "core_attn" in modules else Seconds()
+    again = Seconds(attention, cp=forward.cp) if "core_attn" in modules else Seconds()
     if "moe" in modules and moe:
         again += Seconds(forward.compute - attention - linear, ep=forward.ep)
     if "mlp" in modules and not moe:
@@ -164,17 +166,28 @@ def _memory_bytes_per_s(gpu: Gpu) -> float:
 def _links(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -> Seconds:
     """Of a pass through a layer, forward or backward."""
     found, node = groups(settings), settings.gpus_per_node
-    moe, linear = kind
+    moe, _ = kind
     rows = settings.micro_batch_tokens * shape.hidden_size * settings.weight_bytes
     # gathered in front of and scattered behind attention, and the same around a dense MLP or shared experts
     turns = 2 if moe and not shape.moe_shared_expert_intermediate_size else 4
     tp = turns * ring_s(gpu, found["tp"], rows, gpus_per_node=node)
     if settings.tp_comm_overlap:
         tp *= 1 - OVERLAP
-    keys_values = 2 * settings.micro_batch_tokens * shape.num_query_groups * shape.kv_channels * settings.weight_bytes
-    around = ring_s(gpu, found["cp"], keys_values * settings.layout.cp / settings.layout.tp, gpus_per_node=node)
-    cp = 0.0 if linear else max(around * (1 - OVERLAP), around - _attention_s(shape, settings, kind, gpu))
-    return Seconds(tp=tp, cp=cp, ep=_experts_s(shape, settings, gpu) if moe else 0.0)
+    return Seconds(tp=tp, ep=_experts_s(shape, settings, gpu) if moe else 0.0)
+
+
+def _around_s(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -> float:
+    """Keys and values of a layer once around the context parallel ranks.
+
+    Transformer Engine sends them on while it attends to those that it has; ours gathers them first.
+    """
+    if kind[1]:
+        return 0.0
+    sent = keys_values(shape, settings) * settings.layout.cp
+    around = ring_s(gpu, groups(settings)["cp"], sent, gpus_per_node=settings.gpus_per_node)
+    if not settings.transformer_engine:
+        return around
+    return max(around * (1 - OVERLAP), around - _attention_s(shape, settings, kind, gpu))
 
 
 def _experts_s(shape: ModelShape, settings: Settings, gpu: Gpu) -> float:

@@ -10,7 +10,7 @@ out of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,16 @@ from torch import Tensor
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.row import row
-from megabatch.trainer.objectives.objective import Mean, Norm, Objective
+from megabatch.trainer.objectives.objective import Mean, Norm, Objective, Terms
+from megabatch.trainer.ops.parts import summed
 from megabatch.trainer.ops.vocab import VocabShard
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.readouts.broadcast import on_all_stages
+from megabatch.trainer.readouts.broadcast import on_all_ranks
 from megabatch.trainer.readouts.readout import Readout, Split
 from megabatch.trainer.sums import Ratio, Sums
+from megabatch.trainer.zigzag import Cut, zigzag
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +121,10 @@ class Engine:
     def infer(self, packs: Sequence[Pack], readout: Readout, *, model: str = POLICY) -> list[dict[str, Tensor]]:
         """The readout's fields of each pack, on every rank that shares the model; no gradients, no dropout.
 
-        All packs go through the pipeline in one pass, interleaved stages too, and one collective brings the fields
-        to the other stages. Collective over the ranks of a model and over those that share experts: each gives as
-        many packs as the others, and as many as an interleaved pipeline takes (`Interleaving.rounds`).
+        All packs go through the pipeline in one pass, interleaved stages too; one collective joins the parts of rows
+        that are cut, and one brings the fields to the other stages. Collective over the ranks of a model, those that
+        share rows and those that share experts: each gives as many packs as the others, and as many as an interleaved
+        pipeline takes (`Interleaving.rounds`).
 
         Returns: tensors on this rank's device, in the order of the packs, `[T]` or `[N]` by `Field.per` and more
         dimensions by `Field.shape`.
@@ -131,13 +134,14 @@ class Engine:
             return output.new_zeros(()), readout(output, pack, self._splits[model])
 
         found = self._without_gradients(model, packs, read)
-        return on_all_stages(found, packs, readout.fields, self.ranks)
+        cuts = [self._cut(pack) for pack in packs]
+        return on_all_ranks(found, packs, readout.fields, self.ranks, cuts=cuts)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that hold other samples of the global batch; collective over them."""
         values = values.clone()
-        if dist.get_world_size(self.ranks.replicas) > 1:
-            dist.all_reduce(values, group=self.ranks.replicas)
+        if self.ranks.dp_size > 1:
+            dist.all_reduce(values, group=self.ranks.dp)
         return values
 
     def _without_gradients(self, model: str, packs: Sequence[Pack], last: Last) -> list[Mapping[str, Any]]:
@@ -150,10 +154,11 @@ class Engine:
         """Args: `factor`: what numerators are multiplied with."""
 
         def loss(pack: Pack, output: Tensor) -> tuple[Tensor, Mapping[str, Mean]]:
-            terms = objective.terms(objective.readout(output, pack, self._splits[POLICY]), pack)
+            terms = share_of(objective.terms(objective.readout(output, pack, self._splits[POLICY]), pack), pack)
             scale: Tensor | float = factor
             if objective.norm is Norm.MICRO_BATCH:
-                scale = 1.0 / terms.weight.clamp(min=1e-20)
+                weight = terms.weight if pack.cut is None else summed(terms.weight, pack.cut.group)
+                scale = 1.0 / weight.clamp(min=1e-20)
             return terms.numerator * scale, terms.metrics
 
         return loss
@@ -177,7 +182,9 @@ class Engine:
         self, packs: Iterator[Pack], chunk: Any, *, model: Model, last: Last
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Any]]]]:
         on_host = next(packs)
-        pack = on_host.to(self.ranks.device)
+        pack, cut = on_host.to(self.ranks.device), self._cut(on_host)
+        if cut is not None:
+            pack = pack.part(cut)
         output = chunk(
             input_ids=pack.ids_T[None],
             position_ids=pack.positions_T[None],
@@ -186,6 +193,12 @@ class Engine:
             **self._padding(model, pack, chunk),
         )
         return output, lambda output: last(pack, output.squeeze(0))
+
+    def _cut(self, pack: Pack) -> Cut | None:
+        """How this row is cut over context-parallel ranks."""
+        if self.ranks.cp_size == 1:
+            return None
+        return zigzag(pack.cu_seqlens_padded, self.ranks.cp, device=self.ranks.device)
 
     def _padding(self, model: Model, pack: Pack, chunk: Any) -> dict[str, Tensor]:
         """Which positions the experts leave out: a mask of the row, in a stage without embedding of this rank's part.
@@ -203,7 +216,7 @@ class Engine:
         """Where each sequence of a row starts and ends, for the layers."""
         if model.rotary is not None:
             rotation = model.rotary(pack.positions_T)
-            return row(on_host.cu_seqlens_padded, device=self.ranks.device, rotation=rotation)
+            return row(on_host.cu_seqlens_padded, device=self.ranks.device, rotation=rotation, cut=pack.cut)
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=pack.cu_seqlens_padded,
@@ -218,6 +231,14 @@ class Engine:
 def _split(model: Model, ranks: Ranks) -> Split:
     width = model.padded_vocab_size // ranks.tp_size
     return Split(VocabShard(ranks.tp_rank * width, width, model.shape.vocab_size, ranks.tp))
+
+
+def share_of(terms: Terms, pack: Pack) -> Terms:
+    """The terms of which the sum over context-parallel ranks counts everything once."""
+    if terms.per == "token" or pack.cut is None or pack.cut.is_first:
+        return terms
+    metrics = {name: Mean(mean.total * 0, mean.count * 0) for name, mean in terms.metrics.items()}
+    return replace(terms, numerator=terms.numerator * 0, weight=terms.weight * 0, metrics=metrics)
 
 
 def _factor(norm: Norm, totals: Mapping[Norm, float], *, filled: int) -> float:

@@ -1,6 +1,7 @@
 """Samples → one flat row of tensors, without padding between the sequences.
 
-T tokens of the row (with padding); N sequences; S segments: the N sequences, and the row's padding if there is any.
+T tokens of the row (with padding), or of one rank's part of it; N sequences; S segments: the N sequences, and the
+row's padding if there is any.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from megabatch.data.tokens.sample import Sample
+from megabatch.trainer.ops.parts import summed
+from megabatch.trainer.zigzag import Cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +36,10 @@ class Pack:
     padding_T: Tensor | None
     """bool: whether a position is padding, of the row or of a sequence; None for a row without any."""
     cu_seqlens: Tensor
-    """int32 [S + 1]: cumulative real lengths; the row's padding counts as a real sequence, so that attention is
-    defined everywhere."""
+    """int32 [S + 1]: cumulative real lengths in the whole row; the row's padding counts as a real sequence, so that
+    attention is defined everywhere."""
     cu_seqlens_padded: Tensor
-    """int32 [S + 1]: where each segment starts in the row. Equal to `cu_seqlens` unless sequences are padded."""
+    """int32 [S + 1]: where each segment starts in the whole row. Equal to `cu_seqlens` unless sequences are padded."""
     sequences: int
     """N; 0 for a micro-batch without samples."""
     max_seqlen: int
@@ -48,6 +51,24 @@ class Pack:
     token_columns: Mapping[str, Tensor]
     """float32 or int32 [T, …] of the prediction made at each position, as `weights_T`; 0 at last positions and in
     padding."""
+    cut: Cut | None = None
+    """How the row was cut over context-parallel ranks, of which this is one's part; None for a whole row."""
+
+    def part(self, cut: Cut) -> Pack:
+        """What one rank has of this row, on the cut's device: its tokens, and all that belongs to sequences."""
+        assert self.cut is None, "a part is not cut again"
+        named = {name: value[cut.mine_t] for name, value in self._tensors() if name.endswith("_T")}
+        token_columns = {name: values[cut.mine_t] for name, values in self.token_columns.items()}
+        return replace(self, **named, token_columns=token_columns, cut=cut)
+
+    def sequence_sums(self, values_T: Tensor) -> Tensor:
+        """The sum over each sequence, [T, …] → [N, …]; of all its tokens, also where this is a part of a row.
+
+        Differentiable; of a part collective over the ranks that have the others, in backward too.
+        """
+        sums = values_T.new_zeros((self.sequences + 1, *values_T.shape[1:]))
+        sums = sums.index_add(0, self.segments_T.long(), values_T)[: self.sequences]
+        return sums if self.cut is None else summed(sums, self.cut.group)
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack on a device; `cu_seqlens` go along."""
@@ -58,11 +79,15 @@ class Pack:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Pack:
-        named = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         columns = {k: change(v) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
         token_columns = {name: change(values) for name, values in self.token_columns.items()}
-        changed = {name: change(value) for name, value in named.items()}
+        changed = {name: change(value) for name, value in self._tensors()}
         return replace(self, **changed, columns=columns, token_columns=token_columns)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        """Name and value of each field that is a tensor."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return [(name, value) for name, value in values if isinstance(value, Tensor)]
 
 
 BLANK = Sample(np.zeros(0, np.int32), np.zeros(0, np.float32))

@@ -149,6 +149,20 @@ class Ranks:
         return int(self.state.get_pipeline_model_parallel_world_size())
 
     @property
+    def cp(self) -> dist.ProcessGroup:
+        """Ranks that have the parts of a row between them."""
+        return self.state.get_context_parallel_group()
+
+    @property
+    def cp_size(self) -> int:
+        return int(self.state.get_context_parallel_world_size())
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        """Ranks that see other samples: all that the global batch is dealt to."""
+        return self.state.get_data_parallel_group()
+
+    @property
     def dp_rank(self) -> int:
         return int(self.state.get_data_parallel_rank())
 

@@ -35,7 +35,7 @@ class Sums:
     def __init__(self, names: Sequence[str], ranks: Ranks) -> None:
         self._names, self._ranks = tuple(names), ranks
         self._values = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=ranks.device)
-        # of the ranks that share a model one has something to add
+        # of the ranks that share a model one has something to add, of those that share a row each its part
         self._adds = ranks.is_last_stage and ranks.tp_rank == 0
 
     def add(self, micro_batches: Sequence[Mapping[str, Mean]]) -> None:

@@ -70,6 +70,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "alone": (1, 3, {}),
     "dp2": (2, 1, {}),
     "ep2": (2, 1, {"expert_model_parallel_size": 2}),
+    "cp2": (2, 1, {"context_parallel_size": 2}),
     "tp2_sp": (2, 1, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2_vpp2": (2, 2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}),
 }

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from rank_server import RankServer
-from runs import MODELS, curve, evaluations, recipe, train, write_run
+from runs import MODELS, curve, evaluations, recipe, train, with_fields, write_run
+
+CP: dict[str, Any] = {"context_parallel_size": 2}
 
 DENSE: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "dp2": (2, {}),
@@ -39,6 +41,19 @@ DENSE: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
                                          "num_virtual_stages_per_pipeline_rank": 2}}),
     "fused_cross_entropy": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
                                 "kernels": {"cross_entropy_loss_fusion": True}}),
+    "cp2": (2, {"parallel": CP}),
+    "cp2_recompute_full": (2, {"parallel": CP, "recompute": {"recompute_granularity": "full",
+                                                             "recompute_method": "uniform",
+                                                             "recompute_num_layers": 2}}),
+    "cp2_recompute_none": (2, {"parallel": CP, "recompute": {"recompute_granularity": "none"}}),
+    "cp2_micro4": (2, {"parallel": CP, "batch": {"micro_batch_size": 4}}),
+    "cp2_tp2_sp": (4, {"parallel": {**CP, "tensor_model_parallel_size": 2, "sequence_parallel": True}}),
+    "cp2_pp2_vpp2": (4, {"parallel": {**CP, "pipeline_model_parallel_size": 2,
+                                      "num_virtual_stages_per_pipeline_rank": 2}}),
+    "cp2_dp2": (4, {"parallel": {**CP, "overlap_grad_reduce": True, "overlap_param_gather": True}}),
+    "cp4": (4, {"parallel": {"context_parallel_size": 4}}),
+    "cp2_padded_pp2": (4, {"parallel": {**CP, "pipeline_model_parallel_size": 2},
+                           "data": {"pad_to_max_length": True}}),
 }  # fmt: skip
 
 EXPERTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
@@ -57,6 +72,12 @@ EXPERTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tp2_ep2_dp2": (4, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True,
                                      "expert_model_parallel_size": 2}}),
     "pp2_ep2": (4, {"parallel": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}}),
+    "cp2": DENSE["cp2"],
+    "cp2_tp2_sp": DENSE["cp2_tp2_sp"],
+    "cp2_ep2": (2, {"parallel": {**CP, "expert_model_parallel_size": 2}}),
+    "cp2_ep4": (4, {"parallel": {**CP, "expert_model_parallel_size": 4}}),
+    "cp2_tp2_etp2_ep2": (4, {"parallel": {**CP, "tensor_model_parallel_size": 2, "sequence_parallel": True,
+                                          "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2}}),
     "recompute_moe": (1, {"recompute": {"recompute_modules": ["core_attn", "moe"]}}),
 }  # fmt: skip
 
@@ -102,18 +123,24 @@ def test_training_learns(references: dict[str, Path]) -> None:
         assert losses[-1] < losses[0] - 0.1
 
 
+PACKED: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "alone": (1, {}),
+    "tp2_sp": DENSE["tp2_sp"],
+    "cp2": DENSE["cp2"],
+    "cp2_padded_pp2": DENSE["cp2_padded_pp2"],
+}
+
+
 def test_packing_changes_the_batch_and_not_the_mathematics(ranks: RankServer, references: dict[str, Path]) -> None:
     """A packed row is a micro-batch of its sequences: the same rows at another layout give the same losses."""
     folder = references["qwen3"].parent
-    losses = []
-    for world_size, parallel in ((1, {}), (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True})):
-        groups: dict[str, dict[str, Any]] = {
-            "parallel": parallel,
-            "data": {"packing": True, "packing_length": 192},
-            "batch": {"global_batch_size": 2},
-            "resources": {"tasks_per_node": world_size},
-        }
-        run = write_run(recipe(folder, "qwen3", **groups), folder / f"packed-{world_size}")
+    curves = {}
+    for layout, (world_size, groups) in PACKED.items():
+        made = recipe(folder, "qwen3", **groups, batch={"global_batch_size": 2})
+        packed = {"packing": True, "packing_length": 192}
+        made = with_fields(made, data=packed, resources={"tasks_per_node": world_size})
+        run = write_run(made, folder / f"packed-{layout}")
         ranks.run(train, world_size=world_size, run_dir=str(run))
-        losses.append([loss for _, loss, _ in curve(run)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        curves[layout] = [number for _, *numbers in curve(run) for number in numbers]
+    for layout in PACKED:
+        assert curves[layout] == pytest.approx(curves["alone"], rel=1e-5), layout

@@ -21,6 +21,7 @@ STEPS = 2
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 EP = {"expert_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
 VPP = {**PP, "num_virtual_stages_per_pipeline_rank": 2}
 
 OVERLAPS: dict[str, dict[str, bool]] = {
@@ -72,6 +73,10 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield "dense-dp2_pp2_uneven-distributed_both", Case("dense", 4, {"parallel": uneven})
     # two groups of query heads: two ranks share each
     yield "losses-tp4_ep2", _experts("losses", 4, "alltoall", {**TP, **EP, "tensor_model_parallel_size": 4})
+    yield "losses-cp2_ep2-allgather", _experts("losses", 2, "allgather", {**CP, **EP, **OVERLAPS["distributed_both"]})
+    yield "losses-cp2_tp2-alltoall", _experts("losses", 4, "alltoall", {**CP, **TP, **OVERLAPS["plain_grad"]})
+    # experts over two replicas, whose rows are equally long
+    yield "losses-cp2_ep4-allgather", _experts("losses", 4, "allgather", {**CP, "expert_model_parallel_size": 4})
     for layout, (world_size, dispatchers, parallel) in CAPACITY.items():
         for dispatcher in dispatchers:
             yield f"capacity-{layout}-{dispatcher}", _experts("capacity", world_size, dispatcher, parallel)

@@ -115,6 +115,32 @@ def expert_ranks_divide(recipe: Recipe, shape: ModelShape | None, layout: Layout
     yield Fault(_EP, ep, rule, try_=fitting[:2])
 
 
+def capacities_are_of_whole_rows(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """What an expert drops depends on the order of a whole row, of which each cp rank has a part."""
+    cp, factor = recipe.parallel.context_parallel_size, recipe.moe.moe_expert_capacity_factor
+    if cp > 1 and factor is not None:
+        rule = f"is not built with context_parallel_size={cp}"
+        yield Fault("moe.moe_expert_capacity_factor", factor, rule, try_=(None,))
+
+
+def exchange_has_its_kernels(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """`cp_comm_type` is Transformer Engine's, which needs GPUs; with a2a each rank has a part of the heads."""
+    parallel, field = recipe.parallel, "parallel.cp_comm_type"
+    how, cp, tp = parallel.cp_comm_type, parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if how is None:
+        return
+    if cp == 1:
+        yield Fault(field, how, "needs context_parallel_size above 1, which is 1", try_=(None,))
+    if recipe.kernels.transformer_impl == "local" or not recipe.resources.gpus_per_node:
+        has = "transformer_impl='local'" if recipe.resources.gpus_per_node else "gpus_per_node=0"
+        yield Fault(field, how, f"is Transformer Engine's, which a run with {has} does not use", try_=(None,))
+    for name in ("num_attention_heads", "num_query_groups"):
+        count = getattr(shape, name, cp * tp)
+        if how == "a2a" and count % (cp * tp):
+            rule = f"needs the model's {name}={count} to be a multiple of cp*tp={cp}*{tp}"
+            yield Fault(field, how, rule, try_=("p2p",))
+
+
 def overlaps_have_their_needs(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     parallel = recipe.parallel
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
@@ -133,5 +159,7 @@ RULES = (
     experts_with_tp_need_sequence_parallel,
     experts_divide,
     expert_ranks_divide,
+    capacities_are_of_whole_rows,
+    exchange_has_its_kernels,
     overlaps_have_their_needs,
 )

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
@@ -78,16 +80,18 @@ def open_data(
     """
     paths = ranks.on_main(lambda: build_caches(run, source.tokenizer, on_chunk=busy))
     train, validation = open_caches(run, paths)
-    share, schedule = _share(run, ranks), schedule_of(run, train)
+    schedule = schedule_of(run, train)
     schedule.require_a_batch()
     if ranks.is_main:
         note_data(run, train, schedule)
     ahead = _ahead(run, ranks)
-    steps = Dataset(train, schedule, Batches(train, schedule, share=share, ahead=ahead), train_iters(run, schedule))
+    batches = Batches(train, schedule, share=_share(run, ranks, train, schedule), ahead=ahead)
+    steps = Dataset(train, schedule, batches, train_iters(run, schedule))
     eval_iters = run.recipe.evaluation.eval_iters
     if validation is None or eval_iters == 0:
         return steps, None
-    batches = Batches(validation, schedule_of(run, validation, shuffle=False), share=share, ahead=ahead)
+    once = schedule_of(run, validation, shuffle=False)
+    batches = Batches(validation, once, share=_share(run, ranks, validation, once), ahead=ahead)
     return steps, Validation(batches, objective, eval_iters)
 
 
@@ -100,16 +104,19 @@ def _ahead(run: RunConfig, ranks: Ranks) -> Ahead:
     )
 
 
-def _share(run: RunConfig, ranks: Ranks) -> Share:
-    row_multiple = ranks.tp_size if run.recipe.parallel.sequence_parallel else 1
+def _share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Schedule) -> Share:
+    recipe, sequence_multiple = run.recipe, 2 * ranks.cp_size if ranks.cp_size > 1 else 1
+    row_multiple = sequence_multiple * (ranks.tp_size if recipe.parallel.sequence_parallel else 1)
+    padded: np.ndarray = -(-data.lengths // sequence_multiple) * sequence_multiple
     return Share(
         dp_rank=ranks.dp_rank,
         dp_size=ranks.dp_size,
-        micro_batch_size=run.recipe.batch.micro_batch_size,
+        micro_batch_size=recipe.batch.micro_batch_size,
         interleaving=_interleaving(run),
         row_multiple=row_multiple,
+        sequence_multiple=sequence_multiple,
         equal_rows=_equal_rows(run),
-        row_length=row_length_of([_longest_row(run)], row_multiple, 1) if run.recipe.data.pad_to_max_length else 0,
+        row_length=_longest_row(run, schedule, padded, row_multiple) if recipe.data.pad_to_max_length else 0,
         hidden_size=run.shape.hidden_size,
     )
 
@@ -120,11 +127,14 @@ def _interleaving(run: RunConfig) -> Interleaving:
     return Interleaving(run.layout.pp, resolved(run.recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage))
 
 
-def _longest_row(run: RunConfig) -> int:
-    """Tokens of the longest micro-batch that the data can make."""
+def _longest_row(run: RunConfig, schedule: Schedule, padded: np.ndarray, row_multiple: int) -> int:
+    """Tokens of the longest row that the data can make.
+
+    Args: `padded`: length of each sample's sequence in a row, which may fill a pack beyond its length.
+    """
     data = run.recipe.data
     longest = data.packing_length or resolved(data.max_length)
-    return longest * run.recipe.batch.micro_batch_size
+    return row_length_of([max(longest, schedule.longest(padded)) * run.recipe.batch.micro_batch_size], row_multiple, 1)
 
 
 def _equal_rows(run: RunConfig) -> int:

@@ -1,6 +1,7 @@
 """Core attention on flat rows of several sequences, on any device, without Transformer Engine.
 
-Shapes: T tokens of the flat row, H query heads, G key/value heads, D channels of a head.
+Shapes: T tokens of the flat row that are here, H query heads, G key/value heads, D channels of a head, K keys: T of
+them, or as many as the chunks' prefixes have where the row is cut over ranks.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megabatch.config.resolved import resolved
+from megabatch.trainer.model.keys import seen
 from megabatch.trainer.model.row import Row, rotated
 
 
@@ -44,6 +47,9 @@ class PackedAttention(MegatronModule):
     and keys turned by the row's rotation first. CUDA in half precision takes torch's variable-length flash kernel,
     everything else scaled_dot_product_attention for each sequence, or for all where they are equally long. Takes
     megatron-core's place of `core_attention`.
+
+    Of a row that is cut over context-parallel ranks, each chunk of a sequence attends to the sequence up to its own
+    end: to the kernels a sequence with fewer queries than keys, the last of each aligned.
     """
 
     def __init__(
@@ -58,6 +64,9 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(resolved(config.kv_channels))
         self.dropout = config.attention_dropout
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.earlier = config.window_size[0] if windowed else -1
+        """Keys before its own that a query sees; -1 for all of them."""
         self.flash = _flash()
         self.flash_takes_groups = takes_groups(self.flash)
 
@@ -73,51 +82,64 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """[T, H, D], [T, G, D], [T, G, D], before their rotation → [T, H * D]; `packed_seq_params` is a `Row`."""
-        assert isinstance(packed_seq_params, Row), "rows are always packed"
-        query_THD, key_TGD = (rotated(x, packed_seq_params.rotation) for x in (query_THD, key_TGD))
-        if self.flash is not None and self._fits_flash(query_THD):
-            out = self._varlen(query_THD, key_TGD, value_TGD, packed_seq_params)
-        elif len(set(packed_seq_params.lengths)) == 1:
-            out = self._rectangle(query_THD, key_TGD, value_TGD, len(packed_seq_params.lengths))
-        else:
-            out = self._each_sequence(query_THD, key_TGD, value_TGD, packed_seq_params.lengths)
+        row = packed_seq_params
+        assert isinstance(row, Row), "rows are always packed"
+        query_THD, key_TGD = (rotated(x, row.rotation) for x in (query_THD, key_TGD))
+        with seen(key_TGD, value_TGD, row.cut) as (key_KGD, value_KGD):
+            if self.flash is not None and self._fits_flash(query_THD):
+                out = self._varlen(query_THD, key_KGD, value_KGD, row)
+            elif len(set(zip(row.lengths, row.prefixes, strict=True))) == 1:
+                out = self._rectangle(query_THD, key_KGD, value_KGD, len(row.lengths))
+            else:
+                out = self._each_sequence(query_THD, key_KGD, value_KGD, row)
         return out.reshape(out.shape[0], -1)
 
-    def _varlen(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, row: Row) -> Tensor:
+    def _varlen(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, row: Row) -> Tensor:
         assert self.flash is not None
-        groups = query_THD.shape[1] // key_TGD.shape[1]
-        options: dict[str, Any] = {"scale": self.scale, "window_size": (-1, 0)}
+        groups = query_THD.shape[1] // key_KGD.shape[1]
+        options: dict[str, Any] = {"scale": self.scale, "window_size": (self.earlier, 0)}
         if groups > 1 and self.flash_takes_groups:
             options["enable_gqa"] = True
         elif groups > 1:
-            key_TGD, value_TGD = (x.repeat_interleave(groups, dim=1) for x in (key_TGD, value_TGD))
-        bounds, longest = row.cu_seqlens_q, int(row.max_seqlen_q)
-        return self.flash(query_THD, key_TGD, value_TGD, bounds, bounds, longest, longest, **options)
+            key_KGD, value_KGD = (x.repeat_interleave(groups, dim=1) for x in (key_KGD, value_KGD))
+        bounds = row.cu_seqlens_q, row.cu_seqlens_kv, int(row.max_seqlen_q), int(row.max_seqlen_kv)
+        return self.flash(query_THD, key_KGD, value_KGD, *bounds, **options)
 
     def _fits_flash(self, query_THD: Tensor) -> bool:
         half = query_THD.dtype in (torch.bfloat16, torch.float16)
         return query_THD.is_cuda and half and not (self.training and self.dropout)
 
-    def _rectangle(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, sequences: int) -> Tensor:
+    def _rectangle(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, sequences: int) -> Tensor:
         """All sequences at once, which are equally long."""
         query, key, value = (
-            x.view(sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (query_THD, key_TGD, value_TGD)
+            x.view(sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (query_THD, key_KGD, value_KGD)
         )
         return self._causal(query, key, value).transpose(1, 2).flatten(0, 1)
 
-    def _each_sequence(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _each_sequence(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, row: Row) -> Tensor:
         # splitting once rather than slicing: the gradient of a slice is a zero-filled tensor of the whole row
-        split = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x in (query_THD, key_TGD, value_TGD))
+        tensors = ((query_THD, row.lengths), (key_KGD, row.prefixes), (value_KGD, row.prefixes))
+        split = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x, lengths in tensors)
         return torch.cat([self._causal(*part).squeeze(0).transpose(0, 1) for part in zip(*split, strict=True)])
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[sequences, heads, length, D] each."""
+        """[sequences, heads, length, D] each, the last query's own key the last key."""
+        mask = self._mask(query.shape[2], key.shape[2], device=query.device)
         return scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+    def _mask(self, queries: int, keys: int, *, device: torch.device) -> Tensor | None:
+        """bool [queries, keys]: which keys each query sees; None where these are all up to its own, as many as it."""
+        if queries == keys and (self.earlier < 0 or self.earlier >= keys - 1):
+            return None
+        own = torch.arange(keys - queries, keys, device=device)[:, None]
+        behind = own - torch.arange(keys, device=device)
+        return (behind >= 0) if self.earlier < 0 else (behind >= 0) & (behind <= self.earlier)

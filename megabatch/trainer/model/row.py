@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from megabatch.trainer.zigzag import Cut, on_device
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of every position of a row, [T, 1, D] each; as many channels D as are rotated."""
@@ -19,19 +21,36 @@ class Row(PackedSeqParams):
     """megatron-core's description of a row, for our attention: layers neither read the device nor compute it again."""
 
     lengths: tuple[int, ...] = ()
-    """Tokens of each segment, in order."""
+    """Queries of each segment, in order; of each chunk of a segment where the row is cut."""
+    prefixes: tuple[int, ...] = ()
+    """Keys that the last of them sees: as many, or more where the row is cut."""
     rotation: Rotation | None = None
     """By which the attention turns queries and keys; None leaves them as they are."""
+    cut: Cut | None = None
+    """How the row is cut over context-parallel ranks; None for a row that is whole."""
 
 
-def row(bounds: Tensor, *, device: torch.device | str = "cpu", rotation: Rotation | None = None) -> Row:
-    """Args: bounds: int32 [S + 1] in host memory, where each segment starts and the last one ends."""
-    lengths = tuple(stop - start for start, stop in pairwise(bounds.tolist()))
-    bounds = bounds.to(device, non_blocking=True)
-    longest = max(lengths)
-    values: dict[str, Any] = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds}
-    values |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
-    return Row(qkv_format="thd", **values, lengths=lengths, rotation=rotation)
+def row(
+    bounds: Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    rotation: Rotation | None = None,
+    cut: Cut | None = None,
+) -> Row:
+    """Args: bounds: int32 [S + 1] in host memory, where each segment of the whole row starts and the last one ends."""
+    if cut is None:
+        lengths = prefixes = tuple(stop - start for start, stop in pairwise(bounds.tolist()))
+        queries = keys = bounds.to(device, non_blocking=True)
+    else:
+        lengths, prefixes = cut.lengths, cut.prefixes
+        queries, keys = (_bounds(each, device) for each in (lengths, prefixes))
+    values: dict[str, Any] = {"cu_seqlens_q": queries, "cu_seqlens_kv": keys}
+    values |= {"max_seqlen_q": max(lengths), "max_seqlen_kv": max(prefixes)}
+    return Row(qkv_format="thd", **values, lengths=lengths, prefixes=prefixes, rotation=rotation, cut=cut)
+
+
+def _bounds(lengths: tuple[int, ...], device: torch.device | str) -> Tensor:
+    return on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 class _Rotated(torch.autograd.Function):

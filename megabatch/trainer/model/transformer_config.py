@@ -53,7 +53,7 @@ def own_values(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -
     return {
         **_model(shape, recipe),
         **_moe(shape, recipe, has_te=impl == "transformer_engine"),
-        **_parallel(recipe, virtual_size),
+        **_parallel(recipe, virtual_size, has_te=impl == "transformer_engine"),
         **_recompute(recipe),
         **_kernels(recipe, has_te=impl == "transformer_engine"),
         "transformer_impl": impl,
@@ -146,13 +146,19 @@ def _fused_experts(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
     }
 
 
-def _parallel(recipe: Recipe, virtual_size: int | None) -> dict[str, Any]:
+def _parallel(recipe: Recipe, virtual_size: int | None, *, has_te: bool) -> dict[str, Any]:
     parallel = recipe.parallel
+    if parallel.cp_comm_type is not None and not has_te:
+        raise ConfigError(
+            f"parallel.cp_comm_type={parallel.cp_comm_type} is Transformer Engine's, which this run does not use; "
+            "leave it None: keys and values are gathered"
+        )
     pipelined = parallel.pipeline_model_parallel_size > 1
     values: dict[str, Any] = {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
+        "cp_comm_type": parallel.cp_comm_type or "p2p",
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,

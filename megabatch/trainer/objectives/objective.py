@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
@@ -52,6 +52,9 @@ class Terms:
     """0-d fp32: this micro-batch's share of the denominator."""
     metrics: Mapping[str, Mean]
     """One for each name in `Objective.metrics`; all are summed over the global batch and logged."""
+    per: Literal["token", "sequence"] = "token"
+    """What the numbers above are sums over: the tokens of `pack`, of which context-parallel ranks have a part each, or
+    its sequences, which they all have (`Pack.sequence_sums`) and which are counted once."""
 
 
 class Inference(Protocol):
@@ -83,5 +86,8 @@ class Objective(Protocol):
         return packs
 
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
-        """This micro-batch's share of the loss. Args: `out`: the fields of `readout`."""
+        """This micro-batch's share of the loss.
+
+        Args: `out`: the fields of `readout`; `pack`: the row, or with context parallelism this rank's part of it.
+        """
         ...

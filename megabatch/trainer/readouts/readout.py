@@ -24,7 +24,8 @@ class Field:
     """The form of one thing read, which the other pipeline stages need to know before it arrives."""
 
     per: Literal["token", "sequence"] = "token"
-    """What the first dimension counts: the row's T positions, padding included, or the pack's N sequences."""
+    """What the first dimension counts: the row's T positions, padding included, or the pack's N sequences. Of a row
+    that is cut over ranks a readout gives this rank's tokens, and whole sequences (`Pack.sequence_sums`)."""
     shape: tuple[int, ...] = ()
     """The dimensions after it."""
     dtype: torch.dtype = torch.float32

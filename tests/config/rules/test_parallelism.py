@@ -8,6 +8,8 @@ from megabatch.config.rules import parallelism
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
+CP2 = {"context_parallel_size": 2}
+
 THREE_GROUPS = {"num_attention_heads": 12, "num_query_groups": 3, "kv_channels": 8}
 
 CASES = [
@@ -131,6 +133,38 @@ CASES = [
         {"parallel": TP2_SP},
         "parallel.tp_comm_overlap",
         ["user buffers"],
+    ),
+    (
+        parallelism.capacities_are_of_whole_rows,
+        "experts",
+        {"parallel": CP2, "moe": {"moe_expert_capacity_factor": 1.5}},
+        {"parallel": CP2},
+        "moe.moe_expert_capacity_factor",
+        ["not built with context_parallel_size=2", "try None"],
+    ),
+    (
+        parallelism.exchange_has_its_kernels,
+        "dense",
+        {"parallel": {"cp_comm_type": "p2p"}},
+        {"parallel": {"cp_comm_type": "p2p", **CP2}},
+        "parallel.cp_comm_type",
+        ["context_parallel_size above 1", "try None"],
+    ),
+    (
+        parallelism.exchange_has_its_kernels,
+        "dense",
+        {"parallel": {"cp_comm_type": "p2p", **CP2}, "kernels": {"transformer_impl": "local"}},
+        {"parallel": CP2, "kernels": {"transformer_impl": "local"}},
+        "parallel.cp_comm_type",
+        ["Transformer Engine's", "transformer_impl='local'", "try None"],
+    ),
+    (
+        parallelism.exchange_has_its_kernels,
+        "given dense",
+        {"parallel": {"cp_comm_type": "a2a", "context_parallel_size": 4, "tensor_model_parallel_size": 2}},
+        {"parallel": {"cp_comm_type": "a2a", "context_parallel_size": 2, "tensor_model_parallel_size": 2}},
+        "parallel.cp_comm_type",
+        ["num_query_groups=4", "cp*tp=4*2", "try p2p"],
     ),
 ]
 

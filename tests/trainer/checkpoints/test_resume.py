@@ -24,6 +24,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
                 "learning_rate": {"lr": 0.1}}),
     "packed": (2, {"data": {"packing": True, "packing_length": 160}, "batch": {"global_batch_size": 4}}),
     "pp2_vpp2": (2, {"parallel": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}}),
+    "cp2_ep2_dp2": (4, {"parallel": {"context_parallel_size": 2, "expert_model_parallel_size": 2}}),
     "tp2_ep2_dp2": (4, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True,
                                      "expert_model_parallel_size": 2}}),
 }  # fmt: skip
@@ -74,10 +75,12 @@ def test_a_lost_run_goes_on_from_its_last_checkpoint(ranks: RankServer, tmp_path
 def test_another_layout_goes_on_with_the_same_curve(ranks: RankServer, tmp_path: Path) -> None:
     whole, world_size = _make(tmp_path, "whole", "dp2")
     ranks.run(train, world_size=world_size, run_dir=str(whole))
-    cut, _ = _make(tmp_path, "cut", "tp2_ep2_dp2")
-    ranks.run(train, world_size=4, run_dir=str(cut), stop_after=3)
-    for layout in ("dp2", "pp2_vpp2"):
-        moved, world_size = _make(tmp_path, f"moved-{layout}", layout, checkpoint={"load": str(cut)})
+    for saved in ("tp2_ep2_dp2", "cp2_ep2_dp2"):
+        cut, _ = _make(tmp_path, saved, saved)
+        ranks.run(train, world_size=4, run_dir=str(cut), stop_after=3)
+    for saved, layout in (("tp2_ep2_dp2", "dp2"), ("tp2_ep2_dp2", "cp2_ep2_dp2"), ("cp2_ep2_dp2", "pp2_vpp2")):
+        load = {"load": str(tmp_path / saved)}
+        moved, world_size = _make(tmp_path, f"{saved}-{layout}", layout, checkpoint=load)
         ranks.run(train, world_size=world_size, run_dir=str(moved))
         for (step, loss, norm), expected in zip(curve(moved), curve(whole)[3:], strict=True):
             assert (step, loss) == (expected[0], pytest.approx(expected[1], rel=1e-5))

@@ -64,8 +64,7 @@ class Preference(Objective):
 
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
         gained_T = (out["logps"] - pack.token_columns["reference"]) * pack.weights_T
-        sequences = gained_T.new_zeros(pack.sequences + 1)
-        gained_N = sequences.index_add(0, pack.segments_T.long(), gained_T)[: pack.sequences]
+        gained_N = pack.sequence_sums(gained_T)
         first_N = torch.ones_like(pack.items_N, dtype=torch.bool)
         first_N[1:] = pack.items_N[1:] != pack.items_N[:-1]
         signs_N = torch.where(first_N, 1.0, -1.0)
@@ -75,6 +74,7 @@ class Preference(Objective):
         reference = pack.columns["mean"].sum() if pack.sequences else pairs * 0
         count = gained_N.new_tensor(float(pack.sequences))
         return Terms(
+            per="sequence",
             numerator=loss,
             weight=pairs,
             metrics={

@@ -35,8 +35,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tp2_sp": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
     "pp2_vpp2": (2, {"parallel": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}}),
     "dp2_overlapped": (2, {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+    "cp2": (2, {"parallel": {"context_parallel_size": 2}}),
+    "cp2_micro4": (2, {"parallel": {"context_parallel_size": 2},
+                       "batch": {"micro_batch_size": 4, "global_batch_size": 8}}),
     "ep2": (2, {"parallel": {"expert_model_parallel_size": 2}}),
-}
+}  # fmt: skip
 
 
 def _run(ranks: RankServer, folder: Path, name: str, model: str, world_size: int, groups: dict[str, Any]) -> Path:

@@ -1,0 +1,79 @@
+"""Which positions of a row each context-parallel rank has.
+
+A row is cut segment by segment: each into 2·cp equal chunks, of which rank r has the r-th from the front and the r-th
+from the back. So every rank has as many tokens as the others, and as many pairs of query and key.
+
+T positions of a row, t = T / cp of them on each rank; S segments; K keys that a rank's queries see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One rank's part of a row, and the way from the parts of all ranks back to the row."""
+
+    group: dist.ProcessGroup
+    """Ranks that have the parts of the row."""
+    lengths: tuple[int, ...]
+    """Tokens of each chunk of this rank, [2·S]: front and back of the first segment, of the second, …"""
+    prefixes: tuple[int, ...]
+    """Tokens of the segment up to the end of each chunk, [2·S]: the keys that the chunk's queries see."""
+    mine_t: Tensor
+    """int64 [t]: the position in the row of each token that this rank has."""
+    places_T: Tensor
+    """int64 [T]: where each position of the row lies in the parts of all ranks, one behind the other."""
+    keys_K: Tensor
+    """int64 [K]: the same of the positions of all prefixes, one prefix behind the other."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank counts what every rank of the group knows."""
+        return dist.get_rank(self.group) == 0
+
+
+def zigzag(bounds: Tensor, group: dist.ProcessGroup, *, device: torch.device | str = "cpu") -> Cut:
+    """This rank's part of a row.
+
+    Args: bounds: int32 [S + 1] in host memory, multiples of 2·cp: where each segment starts and the last one ends.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    starts, segments = bounds.numpy()[:-1].astype(np.int64), np.diff(bounds.numpy())
+    chunk, left = np.divmod(segments, 2 * size)
+    assert not left.any(), f"segments of {segments.tolist()} tokens are no multiples of 2·{size}"
+    everyone = np.concatenate([_positions(*_chunks(starts, chunk, one, size)) for one in range(size)])
+    places = np.empty_like(everyone)
+    places[everyone] = np.arange(len(everyone))
+    first, lengths = _chunks(starts, chunk, rank, size)
+    prefixes = first + lengths - starts.repeat(2)
+    mine, keys = _positions(first, lengths), places[_positions(starts.repeat(2), prefixes)]
+    return Cut(
+        group,
+        tuple(lengths.tolist()),
+        tuple(prefixes.tolist()),
+        *(on_device(torch.from_numpy(numbers), device) for numbers in (mine, places, keys)),
+    )
+
+
+def _chunks(starts: np.ndarray, chunk: np.ndarray, rank: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of a rank's chunks, [2·S] each."""
+    return np.stack((starts + rank * chunk, starts + (2 * size - 1 - rank) * chunk), 1).ravel(), chunk.repeat(2)
+
+
+def _positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, … of each run of positions, one run behind the other."""
+    return np.repeat(starts - lengths.cumsum() + lengths, lengths) + np.arange(lengths.sum())
+
+
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of host memory, through page-locked memory: from other memory the host would wait for the copy."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
