@@ -132,7 +132,7 @@ class Metrics:
                     self._board.add_scalar(f"eval/{name}", ratio.value, step)
             if self.settings.log_validation_ppl_to_tensorboard and "loss" in metrics:
                 self._board.add_scalar("eval/perplexity", torch.tensor(metrics["loss"].value).exp().item(), step)
-        told = ", ".join(f"{name} {ratio.value:.6f} over {ratio.count:g}" for name, ratio in metrics.items())
+        told = ", ".join(f"{name} {ratio.value:.6f}" for name, ratio in metrics.items())
         logger.info("step %d of %d: validation %s", step, self.train_iters, told)
 
     def heartbeat(self, state: str, *, force: bool = False) -> None:
