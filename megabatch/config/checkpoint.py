@@ -55,10 +55,11 @@ class Checkpoint:
     """Format of megatron-core checkpoints."""
     auto_detect_ckpt_format: bool = param(True, built=False)
     """Detects the format of `load`."""
-    async_save: bool = param(False, built=False)
-    """Continues training while a checkpoint is written."""
-    use_persistent_ckpt_worker: bool = param(False, built=False)
-    """Keeps one process for asynchronous saves."""
+    async_save: bool = param(False)
+    """Continues training while a checkpoint is written: training waits for a copy in host memory alone. A run that is
+    killed meanwhile resumes from the checkpoint before it."""
+    use_persistent_ckpt_worker: bool = param(False, speed_only=True)
+    """Keeps one process for asynchronous saves. Has no effect: each rank writes in a thread."""
     ckpt_fully_parallel_load: bool = param(False, built=False)
     """Distributes the reading of a checkpoint over data parallel ranks."""
     ckpt_assume_constant_structure: bool = param(False, built=False)
@@ -69,7 +70,7 @@ class Checkpoint:
 class Bridge:
     """Exchange with Hugging Face formats and hubs."""
 
-    load_safetensors: bool = param(False, built=False)
+    load_safetensors: bool = param(False, speed_only=True)
     """Has no effect: safetensors are read whenever `load` is not given. Exists so that old scripts are understood."""
     use_hf: bool = param(False)
     """Gets models and datasets from Hugging Face's hub; False gets them from ModelScope."""

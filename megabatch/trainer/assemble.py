@@ -9,7 +9,8 @@ from pathlib import Path
 from megabatch.config.run import RunConfig
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.find import find_to_load
-from megabatch.trainer.checkpoints.checkpoints import Checkpoints, Retention
+from megabatch.trainer.checkpoints.checkpoints import Checkpoints
+from megabatch.trainer.checkpoints.commit import Retention
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.exports.export import Export

@@ -32,7 +32,7 @@ from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.broadcast import on_all_ranks
 from megabatch.trainer.readouts.readout import Readout, Split
-from megabatch.trainer.sums import Ratio, Sums
+from megabatch.trainer.sums import NONE, Flags, Ratio, Sums
 from megabatch.trainer.zigzag import Cut, zigzag
 
 
@@ -42,8 +42,8 @@ class StepResult:
     grad_norm: float
     """L2 norm of the gradient of the global batch's loss, before clipping."""
     learning_rate: float
-    stop: bool
-    """Whether any rank asked to stop; the same on every rank."""
+    flags: Flags
+    """Those that any rank raised; the same on every rank."""
 
 
 POLICY = "policy"
@@ -82,12 +82,12 @@ class Engine:
         *,
         totals: Mapping[Norm, float],
         filled: int,
-        stop: bool = False,
+        flags: Flags = NONE,
     ) -> StepResult:
         """One optimizer step on this data-parallel rank's micro-batches.
 
         Args: packs: this rank's micro-batches; totals: denominators of the global batch, over all data-parallel ranks;
-        filled: micro-batches with samples, likewise; stop: whether this rank was asked to stop after this step.
+        filled: micro-batches with samples, likewise; flags: what this rank says of itself after this step.
         """
         assert self.optimizer is not None, "an engine for inference has no optimizer"
         packs = objective.prepare(packs, self)
@@ -101,10 +101,10 @@ class Engine:
         sums = Sums(objective.metrics, self.ranks)
         sums.add(self._run(POLICY, packs, self._loss(objective, factor), forward_only=False))
         # on their way while the optimizer waits for the gradient norm: reading them then costs nothing
-        pending = sums.reduce(stop=stop)
+        pending = sums.reduce(flags)
         grad_norm = self.optimizer.step()
-        metrics, stop = pending.read()
-        return StepResult(metrics, grad_norm, self.optimizer.learning_rate, stop)
+        metrics, raised = pending.read()
+        return StepResult(metrics, grad_norm, self.optimizer.learning_rate, raised)
 
     def optimizer_from_model(self) -> None:
         """Takes the optimizer's main parameters from the model, after weights were loaded into it."""

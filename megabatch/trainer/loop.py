@@ -29,6 +29,7 @@ from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.settings_without_effect import note_settings_without_effect
 from megabatch.trainer.signals import StopSignal
 from megabatch.trainer.steps import Step
+from megabatch.trainer.sums import Flags
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.table import opener
 
@@ -107,7 +108,12 @@ class Loop:
             if evaluate:
                 self._evaluate(progress.step)
             if save:
-                self._save(progress, must_resume=stop and not last, with_hf=last or self._exports_at(progress.step))
+                self._save(
+                    progress,
+                    at_once=last or stop,
+                    must_resume=stop and not last,
+                    with_hf=last or self._exports_at(progress.step),
+                )
             self._collect_garbage(progress.step, pause=evaluate or save)
             if stop and not last:
                 self.metrics.heartbeat("stopped", force=True)
@@ -123,8 +129,9 @@ class Loop:
             self.activity.at("waiting for data", progress.step + 1)
             step = next(steps)
             self.activity.at("training", progress.step + 1)
+            flags = Flags(stop=self.stop.requested, writing=self.checkpoints.writing)
             result = self.engine.step(
-                step.packs, self.parts.objective, totals=step.totals, filled=step.filled, stop=self.stop.requested
+                step.packs, self.parts.objective, totals=step.totals, filled=step.filled, flags=flags
             )
             _check_finite(result, number=progress.step + 1, step=step)
             seconds = time.perf_counter() - started
@@ -136,7 +143,9 @@ class Loop:
                 seconds=progress.seconds + seconds,
             )
             self._log(progress, step, result, seconds=seconds)
-            yield progress, result.stop
+            if self.checkpoints.under_way and not result.flags.writing:
+                self._finish_save()
+            yield progress, result.flags.stop
 
     def _log(self, progress: Progress, step: Step, result: StepResult, *, seconds: float) -> None:
         extra: dict[str, float] = {}
@@ -171,11 +180,21 @@ class Loop:
         interval = self.recipe.checkpoint.save_safetensors_interval
         return interval is None or step % interval == 0
 
-    def _save(self, progress: Progress, *, must_resume: bool, with_hf: bool) -> None:
+    def _save(self, progress: Progress, *, at_once: bool, must_resume: bool, with_hf: bool) -> None:
+        """Args: at_once: the run ends with this checkpoint, so that nothing is left for it to be written beside."""
         self.activity.at("saving", progress.step)
         self.metrics.heartbeat("saving", force=True)
+        self._finish_save()
+        if self.recipe.checkpoint.async_save and not at_once:
+            self.checkpoints.begin(self.engine, progress, with_hf=with_hf)
+            return
         path = self.checkpoints.save(self.engine, progress, must_resume=must_resume, with_hf=with_hf)
         logger.info("saved %s", path)
+
+    def _finish_save(self) -> None:
+        """Commits the checkpoint that is written beside training, if there is one."""
+        if (path := self.checkpoints.finish()) is not None:
+            logger.info("saved %s beside training", path)
 
     def _collect_garbage(self, step: int, *, pause: bool) -> None:
         """Every rank at the same step, so that none waits for another's pause."""

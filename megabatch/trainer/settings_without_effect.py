@@ -28,6 +28,8 @@ NEVER = {
     "load_from_cache_file": "tokenized data is always reused when its sources and settings are unchanged",
     "no_initialization": "weights are loaded or drawn tensor by tensor and never initialised twice",
     "no_data_sharding": "rows are always shuffled over the whole dataset, independently of the layout",
+    "use_persistent_ckpt_worker": "each rank writes its checkpoints in a thread, which costs nothing to start",
+    "load_safetensors": "safetensors are read whenever checkpoint.load is not given",
 }
 
 

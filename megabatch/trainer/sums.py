@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,12 +30,25 @@ class Ratio:
         return self.total / self.count if self.count else float("nan")
 
 
+class Flags(NamedTuple):
+    """What ranks decide together after a step: raised if one of them raises it."""
+
+    stop: bool = False
+    """The run is asked to stop."""
+    writing: bool = False
+    """A checkpoint is still being written beside training."""
+
+
+NONE = Flags()
+FLAGS = len(NONE)
+
+
 class Sums:
     """The named metrics of one optimizer step, or of an evaluation."""
 
     def __init__(self, names: Sequence[str], ranks: Ranks) -> None:
         self._names, self._ranks = tuple(names), ranks
-        self._values = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=ranks.device)
+        self._values = torch.zeros(2 * len(names) + FLAGS, dtype=torch.float64, device=ranks.device)
         # of the ranks that share a model one has something to add, of those that share a row each its part
         self._adds = ranks.is_last_stage and ranks.tp_rank == 0
 
@@ -43,12 +57,13 @@ class Sums:
         if not (self._adds and micro_batches):
             return
         found = [x for metrics in micro_batches for n in self._names for x in (metrics[n].total, metrics[n].count)]
-        self._values[:-1] += torch.stack(found).double().view(len(micro_batches), -1).sum(0)
+        self._values[:-FLAGS] += torch.stack(found).double().view(len(micro_batches), -1).sum(0)
 
-    def reduce(self, *, stop: bool = False) -> Pending:
-        """Starts adding up over all ranks, which must all call this. Args: stop: whether this rank was asked to."""
-        if stop:
-            self._values[-1] = 1.0
+    def reduce(self, flags: Flags = NONE) -> Pending:
+        """Starts adding up over all ranks, which must all call this."""
+        for place, flag in enumerate(flags):
+            if flag:
+                self._values[place - FLAGS] = 1.0
         for group in (self._ranks.replicas, self._ranks.model):
             if dist.get_world_size(group) > 1:
                 dist.all_reduce(self._values, group=group)
@@ -67,12 +82,13 @@ class Pending:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def read(self) -> tuple[dict[str, Ratio], bool]:
-        """The metrics, and whether any rank was asked to stop; the same on every rank.
+    def read(self) -> tuple[dict[str, Ratio], Flags]:
+        """The metrics, and the flags that any rank raised; the same on every rank.
 
         Waits for what was queued before `Sums.reduce`, not for what came after it.
         """
         if self._arrived is not None:
             self._arrived.synchronize()
-        *sums, stop = self._values.tolist()
-        return {name: Ratio(*sums[2 * i : 2 * i + 2]) for i, name in enumerate(self._names)}, stop > 0
+        sums = self._values.tolist()
+        flags = Flags(*(count > 0 for count in sums[-FLAGS:]))
+        return {name: Ratio(*sums[2 * i : 2 * i + 2]) for i, name in enumerate(self._names)}, flags

@@ -48,9 +48,10 @@ def figures(folder: Path) -> list[Figure]:
         saved = _save(engine, checkpoints, folder)
         newest = checkpoints.latest()
         assert newest is not None
+        beside = _beside(engine, checkpoints)
         restored = _restore(engine, checkpoints, newest)
         digests = _digests(engine, checkpoints, newest)
-        return [*saved, *restored, *digests, *_load(engine, model_source(run, ranks), newest / "hf")]
+        return [*saved, *beside, *restored, *digests, *_load(engine, model_source(run, ranks), newest / "hf")]
 
 
 def _save(engine: Engine, checkpoints: Checkpoints, folder: Path) -> list[Figure]:
@@ -68,6 +69,21 @@ def _save(engine: Engine, checkpoints: Checkpoints, folder: Path) -> list[Figure
         _ratio("checkpoint save / plain write", ours, plain, f"{size / MIB:.0f} MiB written and synced"),
         Figure(name="checkpoint save, peak memory", value=max(peaks), unit="MiB", note="above the trainer's own"),
     ]
+
+
+def _beside(engine: Engine, checkpoints: Checkpoints) -> list[Figure]:
+    """How long training waits for a checkpoint that is written beside it, and for one that is not, in turns."""
+    waited, saved = [], []
+    for step in range(TIMES + 1, 2 * TIMES + 1):
+        progress = Progress(step=step)
+        begun = seconds(lambda progress=progress: checkpoints.begin(engine, progress))  # type: ignore[misc]
+        while checkpoints.writing:
+            time.sleep(0.01)
+        waited.append(begun + seconds(checkpoints.finish))
+        shutil.rmtree(checkpoints.run.step(step))
+        saved.append(seconds(lambda progress=progress: checkpoints.save(engine, progress)))  # type: ignore[misc]
+        shutil.rmtree(checkpoints.run.step(step))
+    return [_ratio("checkpoint beside training, wait / save", waited, saved, "the copy, and the commit")]
 
 
 def _restore(engine: Engine, checkpoints: Checkpoints, saved: Path) -> list[Figure]:

@@ -122,7 +122,7 @@ def train(run_dir: str, stop_after: int | None = None) -> int:
             nonlocal done
             done += 1
             if done == stop_after:
-                keywords["stop"] = engine.ranks.is_main  # one rank was told, all must stop
+                keywords["flags"] = keywords["flags"]._replace(stop=engine.ranks.is_main)
             return step(engine, *arguments, **keywords)
 
         Engine.step = counted  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ def summed(sizes: dict[str, int], stops: int) -> dict[str, Any]:
 
     from megabatch.trainer.objectives.objective import Mean
     from megabatch.trainer.ranks import Ranks
-    from megabatch.trainer.sums import Sums
+    from megabatch.trainer.sums import Flags, Sums
 
     found: dict[str, Any] = {}
     with Ranks(**sizes) as ranks:
@@ -33,11 +33,11 @@ def summed(sizes: dict[str, int], stops: int) -> dict[str, Any]:
         other = {"other": Mean(torch.tensor(0.25), torch.tensor(1.0))}
         more = {"loss": Mean(torch.tensor(2.0), torch.tensor(5.0)), **other}
         sums.add([{**whole, **other}, more])
-        metrics, stop = sums.reduce(stop=ranks.rank == stops).read()
+        metrics, flags = sums.reduce(Flags(stop=ranks.rank == stops, writing=ranks.rank == 0)).read()
         dist.all_reduce = reduce
         adds = ranks.is_last_stage and ranks.tp_rank == 0
         loss, rest = metrics["loss"], metrics["other"]
-        found = {"loss": (loss.total, loss.count), "other": (rest.total, rest.count), "stop": stop}
+        found = {"loss": (loss.total, loss.count), "other": (rest.total, rest.count), "flags": tuple(flags)}
         found |= {"adds": adds, "spans": spans, "rank": ranks.rank}
     return found
 
@@ -61,7 +61,7 @@ def test_every_rank_knows_the_sums_and_the_stop(
         for one in found:
             assert one["loss"] == (sum(rank + 3.0 for rank in adding), 15.0 * len(adding))
             assert one["other"] == (0.5 * len(adding), 2.0 * len(adding))
-            assert one["stop"] == (stops >= 0)
+            assert one["flags"] == (stops >= 0, True)
             assert one["spans"] == spans
 
 

@@ -8,21 +8,23 @@ written under a temporary name, synced and renamed; then `latest` is replaced.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megabatch.converters.mapping import Mapped
 from megabatch.errors import CheckpointError, MegabatchError
 from megabatch.plan.layout import Layout
-from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.run_directory import RunDirectory
 from megabatch.saved import history
 from megabatch.saved.history import HF, MCORE, TRAINER
-from megabatch.saved.manifest import MANIFEST, DamagedError, File, manifest_text, missing_or_resized
-from megabatch.trainer.checkpoints import torch_dist
+from megabatch.saved.manifest import DamagedError, File, missing_or_resized
+from megabatch.trainer.checkpoints import commit, torch_dist, writing
+from megabatch.trainer.checkpoints.background import Background
+from megabatch.trainer.checkpoints.commit import Retention
 from megabatch.trainer.checkpoints.progress import Progress, Saved, open_saved, progress_text
 from megabatch.trainer.checkpoints.reading import SMALL
 from megabatch.trainer.engine import Engine
@@ -33,14 +35,22 @@ from megabatch.trainer.weights import parameters_norm
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Retention:
-    """What is saved and what is kept."""
+class Part(NamedTuple):
+    """What this rank wrote of a checkpoint."""
 
-    no_save_optim: bool = False
-    no_save_rng: bool = False
-    save_retain_interval: int | None = None
-    save_total_limit: int | None = None
+    hf: dict[str, File]
+    mcore: writing.Written
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """A checkpoint that is being written beside training."""
+
+    progress: Progress
+    temporary: Path
+    planned: writing.Plan | None
+    """None: it has no state to resume from."""
+    background: Background[Part]
 
 
 class Checkpoints:
@@ -59,46 +69,113 @@ class Checkpoints:
         """`export` writes what others load, into `hf/`; None writes none."""
         self.run, self.ranks, self.layout = run, ranks, layout
         self.retention, self.table, self.export = retention, table, export
+        self._under_way: UnderWay | None = None
         if ranks.is_main:
             for leftover in run.checkpoints.glob(".*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, engine: Engine, progress: Progress, *, must_resume: bool = False, with_hf: bool = True) -> Path:
-        """Writes the checkpoint of a step.
+        """Writes the checkpoint of a step, after the one that is under way.
 
         Args: must_resume: optimizer and generators are saved even with `no_save_optim`, for a run that stops to be
-        requeued; with_hf: the Hugging Face folder too, if this run exports one.
+        requeued; with_hf: what others load too, if this run exports it.
         Raises: CheckpointError on every rank, with nothing left behind, if any rank could not write.
         """
-        target = self.run.step(progress.step)
-        temporary = target.with_name(f".{target.name}.tmp")
-        self.ranks.on_main(lambda: self._begin(temporary))
-        files: dict[str, File] = {}
-        try:
+        self.finish()
+        with self._new(progress) as temporary:
+            files: dict[str, File] = {}
             if self.export is not None and with_hf:
                 files |= _below(HF, self.export.save(engine.model, self.ranks, temporary / HF))
             if must_resume or not self.retention.no_save_optim:
                 rng = not self.retention.no_save_rng
                 files |= _below(MCORE, torch_dist.save(engine, temporary / MCORE, optimizer=True, rng=rng))
-            everyone = self.ranks.gather_on_main(files)
-            self.ranks.on_main(lambda: self._commit(temporary, target, progress, everyone or []))
+            return self._commit(temporary, progress, files)
+
+    def begin(self, engine: Engine, progress: Progress, *, with_hf: bool = True) -> None:
+        """Copies the checkpoint of a step and starts to write it beside training; `finish` commits it.
+
+        One that is under way is finished first. Raises: CheckpointError as `save`.
+        """
+        self.finish()
+        with self._new(progress) as temporary:
+            write_hf = self.export.copied(engine.model, self.ranks) if self.export is not None and with_hf else None
+            planned, items = None, []
+            if not self.retention.no_save_optim:
+                planned = torch_dist.plan_save(engine, optimizer=True, rng=not self.retention.no_save_rng)
+                items = writing.copied(writing.items(planned))
+
+            def write() -> Part:
+                hf = {} if write_hf is None else write_hf(temporary / HF)
+                return Part(hf, writing.write_items(items, temporary / MCORE, rank=self.ranks.rank))
+
+            self._under_way = UnderWay(progress, temporary, planned, Background(write))
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing a checkpoint beside training."""
+        return self._under_way is not None and self._under_way.background.running
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is a checkpoint to be finished; the same on every rank."""
+        return self._under_way is not None
+
+    def finish(self) -> Path | None:
+        """Waits for the checkpoint that is under way, if there is one, and commits it.
+
+        Raises: CheckpointError on every rank, with nothing left behind, if any rank could not write.
+        """
+        found, self._under_way = self._under_way, None
+        if found is None:
+            return None
+        with self._cleaned_up(found.temporary, found.progress.step):
+            part, error = found.background.result()
+            self.ranks.raise_together(error)
+            assert part is not None, "no error, so it was written"
+            files = _below(HF, part.hf)
+            if found.planned is not None:
+                mcore = torch_dist.complete(found.planned, found.temporary / MCORE, part.mcore, self.ranks)
+                files |= _below(MCORE, mcore)
+            return self._commit(found.temporary, found.progress, files)
+
+    @contextmanager
+    def _new(self, progress: Progress) -> Iterator[Path]:
+        """A folder to write the checkpoint of a step in."""
+        temporary = commit.temporary_of(self.run.step(progress.step))
+
+        def begin() -> None:
+            self._require_newest_start()
+            commit.begin(temporary)
+
+        self.ranks.on_main(begin)
+        with self._cleaned_up(temporary, progress.step):
+            yield temporary
+
+    @contextmanager
+    def _cleaned_up(self, temporary: Path, step: int) -> Iterator[None]:
+        try:
+            yield
         except MegabatchError as e:
             self.ranks.barrier()
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"the checkpoint of step {progress.step} was not saved: {e}; {self._room()}") from e
-        if self.ranks.is_main:
-            self._forget(progress.step)
-        return target
+            raise CheckpointError(f"the checkpoint of step {step} was not saved: {e}; {commit.room(self.run)}") from e
 
-    def _begin(self, temporary: Path) -> None:
-        self._require_newest_start()
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            for name in (MCORE, HF):
-                (temporary / name).mkdir(parents=True)
-        except OSError as e:
-            raise CheckpointError(f"{temporary}: {e.strerror or e}") from e
+    def _commit(self, temporary: Path, progress: Progress, files: dict[str, File]) -> Path:
+        """Makes what all ranks wrote a checkpoint of the run; collective. Args: files: those of this rank."""
+        target = self.run.step(progress.step)
+        everyone = self.ranks.gather_on_main(files)
+
+        def on_main() -> None:
+            self._require_newest_start()
+            text = progress_text(progress, generators_of=None if self.retention.no_save_rng else self.layout)
+            found = {name: file for part in everyone or [] for name, file in part.items()}
+            commit.commit(self.run, temporary, target, found, progress=text)
+
+        self.ranks.on_main(on_main)
+        if self.ranks.is_main:
+            commit.forget(self.run, progress.step, self.retention)
+        return target
 
     def _require_newest_start(self) -> None:
         """An attempt whose node Slurm gave up may live on beside the one that took over: it must not touch the run."""
@@ -108,44 +185,6 @@ class Checkpoints:
             raise CheckpointError(
                 f"attempt {starts - 1} has taken over this run; attempt {self.ranks.place.attempt} ends"
             )
-
-    def _commit(self, temporary: Path, target: Path, progress: Progress, everyone: list[dict[str, File]]) -> None:
-        self._require_newest_start()
-        files = {name: file for files in everyone for name, file in files.items()}
-        try:
-            text = progress_text(progress, generators_of=None if self.retention.no_save_rng else self.layout)
-            write_atomic(temporary / TRAINER, text)
-            files[TRAINER] = File.of(text.encode())
-            write_atomic(temporary / MANIFEST, manifest_text(files))
-            _sync_folders(temporary)
-            earlier = None
-            if target.exists():  # of before the run went back; a kill between the two names loses nothing
-                why = f"step {progress.step} was reached again"
-                earlier = history.set_aside(self.run, target, "later", why=why, went_on=target.name)
-            os.replace(temporary, target)
-            _sync(target.parent)
-            write_atomic(self.run.latest, target.name + "\n")
-            if earlier is not None:
-                shutil.rmtree(target.with_name(earlier.name), ignore_errors=True)
-        except OSError as e:
-            raise CheckpointError(f"{target}: {e.strerror or e}") from e
-
-    def _room(self) -> str:
-        free = shutil.disk_usage(self.run.path).free / 2**20
-        return (
-            f"{free:.0f} MiB are free there; if that is not enough, save elsewhere or set checkpoint.save_total_limit"
-        )
-
-    def _forget(self, step: int) -> None:
-        """Deletes what `save_retain_interval` and `save_total_limit` do not keep; never the newest."""
-        older = [path for path in reversed(history.checkpoints(self.run)) if history.step_of(path) < step]
-        keep_every, keep_last = self.retention.save_retain_interval, self.retention.save_total_limit
-        doomed = [p for p in older if keep_every is not None and history.step_of(p) % keep_every]
-        if keep_last is not None:
-            kept = [p for p in older if p not in doomed]
-            doomed += kept[: max(0, len(kept) + 1 - keep_last)]
-        for path in doomed:
-            shutil.rmtree(path, ignore_errors=True)
 
     def parameters_norm(self, engine: Engine) -> float:
         """L2 norm of all parameters."""
@@ -263,20 +302,3 @@ def _naming(checkpoint: Path) -> Iterator[None]:
 
 def _below(part: str, files: dict[str, File]) -> dict[str, File]:
     return {f"{part}/{name}": file for name, file in files.items()}
-
-
-def _sync_folders(folder: Path) -> None:
-    """Makes the names in it durable; files were synced by the ranks that wrote them."""
-    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        if not any(path.iterdir()):
-            path.rmdir()  # the part that this checkpoint does without
-        else:
-            _sync(path)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

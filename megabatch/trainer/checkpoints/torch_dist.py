@@ -34,19 +34,33 @@ def save(engine: Engine, directory: Path, *, optimizer: bool, rng: bool) -> dict
     Returns: the files that this rank wrote.
     Raises: CheckpointError on every rank if one could not write.
     """
+    planned = plan_save(engine, optimizer=optimizer, rng=rng)
+    written, error = writing.Written([], {}), None
+    try:
+        written = writing.write_items(writing.items(planned), directory, rank=engine.ranks.rank)
+    except (OSError, RuntimeError) as e:  # torch wraps a full disk in a RuntimeError
+        error = CheckpointError(f"{directory}: {root_cause(e)}")
+    engine.ranks.raise_together(error)
+    return complete(planned, directory, written, engine.ranks)
+
+
+def plan_save(engine: Engine, *, optimizer: bool, rng: bool) -> writing.Plan:
+    """Decides what this rank writes of the state; collective."""
     ranks = engine.ranks
     state: dict[str, Any] = deal(_model_state(engine), ranks)
     if optimizer and engine.optimizer is not None:
         state["optimizer"] = optimizer_state.sharded(engine.optimizer, _model_state(engine), ranks)
     if rng:
         state["rng"] = _rng_object(ranks)
-    planned = writing.plan(state, content=METADATA)
-    written, error = writing.Written([], {}), None
-    try:
-        written = writing.write_items(planned, directory, rank=ranks.rank)
-    except (OSError, RuntimeError) as e:  # torch wraps a full disk in a RuntimeError
-        error = CheckpointError(f"{directory}: {root_cause(e)}")
-    ranks.raise_together(error)
+    return writing.plan(state, content=METADATA)
+
+
+def complete(planned: writing.Plan, directory: Path, written: writing.Written, ranks: Ranks) -> dict[str, File]:
+    """Makes the files that all ranks have written one checkpoint; collective.
+
+    Returns: the files that this rank wrote. Raises: CheckpointError on every rank if the main rank could not write.
+    """
+    error: MegabatchError | None = None
     results = ranks.gather_on_main(written.results)
     files = dict(written.files)
     if results is not None:

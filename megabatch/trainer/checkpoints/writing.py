@@ -2,7 +2,8 @@
 
 The format is torch's and megatron-core's, the writer is ours: megatron-core's own starts processes for every rank,
 even for a synchronous save, and what it does differs between 0.16 and 0.19. `write_items` touches no process group and
-may run beside training; what the ranks must agree on is before it (`plan`) and behind it (`write_metadata`).
+runs beside training on `copied` items; what the ranks must agree on is before it (`plan`) and behind it
+(`write_metadata`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from xxhash import xxh3_64
@@ -35,6 +37,9 @@ from xxhash import xxh3_64
 from megabatch.saved.manifest import WHOLE, File, Range
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
+
+Item = tuple[MetadataIndex, io.BytesIO | torch.Tensor]
+"""Where a part of the state belongs, and its bytes or numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +77,41 @@ def plan(state: dict[str, Any], *, content: Mapping[str, Any]) -> Plan:
     return Plan(planner.finish_plan(planner.create_decentralized_global_plan(mine)), planner, common, metadata)
 
 
-def write_items(planned: Plan, directory: Path, *, rank: int) -> Written:
+def items(planned: Plan) -> Iterator[Item]:
+    """What this rank writes, as it is at that moment; tensors may be the live ones."""
+    for item in sorted(planned.items.items, key=lambda item: item.type != WriteItemType.BYTE_IO):
+        yield item.index, planned.planner.resolve_data(item)
+
+
+def copied(found: Iterable[Item]) -> list[Item]:
+    """The same in host memory of their own, which training does not change."""
+    copies = [(index, data if isinstance(data, io.BytesIO) else _copy(data)) for index, data in found]
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copies
+
+
+def write_items(found: Iterable[Item], directory: Path, *, rank: int) -> Written:
     """Writes and syncs this rank's `.distcp`; nothing when it has no part in the state.
 
     Raises: OSError, RuntimeError.
     """
-    if not planned.items.items:
+    first = list(islice(found := iter(found), 1))
+    if not first:
         return Written([], {})
     name = f"__{rank}_0.distcp"
     results, ranges = [], []
     # torch's own checksum inside each archive takes longer than ours, and torch never reads it
     with _without_archive_checksums(), digesting(directory / name) as file:
-        for item in sorted(planned.items.items, key=lambda item: item.type != WriteItemType.BYTE_IO):
+        for index, data in chain(first, found):
             start = file.begin()
-            data = planned.planner.resolve_data(item)
             if isinstance(data, io.BytesIO):
                 file.write(data.getbuffer())
             else:
                 torch.save(_alone(data), file)
-            part = file.end(item.index.fqn, start)
+            part = file.end(index.fqn, start)
             ranges.append(part)
-            results.append(WriteResult(item.index, part.size, _StorageInfo(name, part.offset, part.size)))
+            results.append(WriteResult(index, part.size, _StorageInfo(name, part.offset, part.size)))
     return Written(results, {name: File(file.size, tuple(ranges))})
 
 
@@ -162,6 +181,13 @@ def _without_archive_checksums() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
+
+
+def _copy(data: torch.Tensor) -> torch.Tensor:
+    if not data.is_cuda:
+        return data.detach().clone()
+    host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)  # torch keeps such memory for the next copy
+    return host.copy_(data.detach(), non_blocking=True)
 
 
 def _alone(data: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -18,5 +19,13 @@ class Export(Protocol):
 
         Returns: the files that this rank wrote, by their path in the directory, with digests taken on the way.
         Raises: MegabatchError on every rank if one failed, without a hang.
+        """
+        ...
+
+    def copied(self, model: Model, ranks: Ranks) -> Callable[[Path], dict[str, File]]:
+        """The same later: copies what this rank writes into host memory; collective.
+
+        Returns: what writes it as `save` does, in any thread and with no collective. It raises MegabatchError on this
+        rank alone.
         """
         ...

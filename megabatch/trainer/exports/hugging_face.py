@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megabatch.config.run import RunConfig
@@ -44,10 +45,26 @@ class HfExport(Export):
         files, everyone = self._files(entries)
         written, error = _write(export(model, self.table, ranks), directory, files)
         if ranks.is_main and error is None:
-            rest, error = self._write_rest(model, directory, everyone)
+            rest, error = self._write_rest(model.config.params_dtype, directory, everyone)
             written |= rest
         ranks.raise_together(error)
         return written
+
+    def copied(self, model: Model, ranks: Ranks) -> Callable[[Path], dict[str, File]]:
+        files, everyone = self._files(self._own_entries(model, ranks))
+        tensors = [(mapped, [_copy(row) for row in rows]) for mapped, rows in export(model, self.table, ranks)]
+        dtype, is_main = model.config.params_dtype, ranks.is_main
+
+        def write(directory: Path) -> dict[str, File]:
+            written, error = _write(((mapped, iter(rows)) for mapped, rows in tensors), directory, files)
+            if is_main and error is None:
+                rest, error = self._write_rest(dtype, directory, everyone)
+                written |= rest
+            if error is not None:
+                raise error
+            return written
+
+        return write
 
     def _own_entries(self, model: Model, ranks: Ranks) -> dict[str, TensorInfo]:
         """The Hugging Face tensors that this rank writes, in the order in which the export yields them."""
@@ -73,7 +90,7 @@ class HfExport(Export):
         return everyone[before : before + len(mine)], everyone
 
     def _write_rest(
-        self, model: Model, directory: Path, files: Sequence[ShardFile]
+        self, dtype: torch.dtype, directory: Path, files: Sequence[ShardFile]
     ) -> tuple[dict[str, File], MegabatchError | None]:
         try:
             with noting() as written:
@@ -83,8 +100,7 @@ class HfExport(Export):
                 else:
                     self.chat.write(self.config_folder, directory)
                 config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
-                dtype = str(model.config.params_dtype).removeprefix("torch.")
-                config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+                config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
                 with replacing(directory / "config.json") as file:
                     file.write((json.dumps(config, indent=2) + "\n").encode())
         except (MegabatchError, OSError) as e:
@@ -99,8 +115,12 @@ def hugging_face_export(run: RunConfig, source: ModelSource) -> HfExport:
     return HfExport(source.family, table, source.config_folder, run.recipe.checkpoint.max_shard_size, chat)
 
 
+def _copy(row: HfRows) -> HfRows:
+    return replace(row, data=memoryview(bytes(row.data)))
+
+
 def _write(
-    tensors: Iterator[tuple[Mapped, Iterator[HfRows]]], directory: Path, files: Sequence[ShardFile]
+    tensors: Iterable[tuple[Mapped, Iterator[HfRows]]], directory: Path, files: Sequence[ShardFile]
 ) -> tuple[dict[str, File], MegabatchError | None]:
     """Writes this rank's tensors; after an error it goes on gathering with the others and writes no more."""
     file_of = {name: file for file in files for name in file.entries}

@@ -1,0 +1,97 @@
+"""What the main rank does to a checkpoint's folder: begin it, make it one of the run's, forget older ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabatch.errors import CheckpointError
+from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.saved import history
+from megabatch.saved.history import HF, MCORE, TRAINER
+from megabatch.saved.manifest import MANIFEST, File, manifest_text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retention:
+    """What is saved and what is kept."""
+
+    no_save_optim: bool = False
+    no_save_rng: bool = False
+    save_retain_interval: int | None = None
+    save_total_limit: int | None = None
+
+
+def temporary_of(target: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return target.with_name(f".{target.name}.tmp")
+
+
+def begin(temporary: Path) -> None:
+    """Raises: CheckpointError."""
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for name in (MCORE, HF):
+            (temporary / name).mkdir(parents=True)
+    except OSError as e:
+        raise CheckpointError(f"{temporary}: {e.strerror or e}") from e
+
+
+def commit(run: RunDirectory, temporary: Path, target: Path, files: Mapping[str, File], *, progress: str) -> None:
+    """Writes progress and manifest, makes all names durable, and renames the folder; then it is the newest.
+
+    Args: files: of all ranks, by their path in the folder. Raises: CheckpointError.
+    """
+    try:
+        write_atomic(temporary / TRAINER, progress)
+        write_atomic(temporary / MANIFEST, manifest_text({**files, TRAINER: File.of(progress.encode())}))
+        _sync_folders(temporary)
+        earlier = None
+        if target.exists():  # of before the run went back; a kill between the two names loses nothing
+            why = f"step {history.step_of(target)} was reached again"
+            earlier = history.set_aside(run, target, "later", why=why, went_on=target.name)
+        os.replace(temporary, target)
+        _sync(target.parent)
+        write_atomic(run.latest, target.name + "\n")
+        if earlier is not None:
+            shutil.rmtree(target.with_name(earlier.name), ignore_errors=True)
+    except OSError as e:
+        raise CheckpointError(f"{target}: {e.strerror or e}") from e
+
+
+def forget(run: RunDirectory, step: int, retention: Retention) -> None:
+    """Deletes what `save_retain_interval` and `save_total_limit` do not keep; never the newest, which is of `step`."""
+    older = [path for path in reversed(history.checkpoints(run)) if history.step_of(path) < step]
+    keep_every, keep_last = retention.save_retain_interval, retention.save_total_limit
+    doomed = [p for p in older if keep_every is not None and history.step_of(p) % keep_every]
+    if keep_last is not None:
+        kept = [p for p in older if p not in doomed]
+        doomed += kept[: max(0, len(kept) + 1 - keep_last)]
+    for path in doomed:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def room(run: RunDirectory) -> str:
+    """How much there is, in words."""
+    free = shutil.disk_usage(run.path).free / 2**20
+    return f"{free:.0f} MiB are free there; if that is not enough, save elsewhere or set checkpoint.save_total_limit"
+
+
+def _sync_folders(folder: Path) -> None:
+    """Makes the names in it durable; files were synced by the ranks that wrote them."""
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        if not any(path.iterdir()):
+            path.rmdir()  # the part that this checkpoint does without
+        else:
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
