@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, ROOT, Figure, environment, sized
+from measure import MIB, ROOT, Figure, environment, sized, status_kib
 
 GIANTS: dict[str, dict[str, Any]] = {
     "Kimi-K2": {
@@ -56,7 +55,7 @@ def plan(folder: str) -> None:
 
     made = plan_to_mcore(folder)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = status_kib("VmHWM") / 1024  # ru_maxrss would count the process that started this one
     print(json.dumps({"s": seconds, "mib": peak, "tensors": len(made.tensors), "bytes": made.tensor_file_bytes}))
 
 

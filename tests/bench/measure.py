@@ -109,12 +109,13 @@ def peak_memory() -> Iterator[Peak]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the process still holds would hide what the block takes
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status_kib("VmRSS")
+    before = status_kib("VmRSS")
     yield peak
-    peak.mib = max(0, _status_kib("VmHWM") - before) / 1024
+    peak.mib = max(0, status_kib("VmHWM") - before) / 1024
 
 
-def _status_kib(name: str) -> int:
+def status_kib(name: str) -> int:
+    """A line of this process's /proc/self/status."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
