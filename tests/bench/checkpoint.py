@@ -122,7 +122,7 @@ def _digests(engine: Engine, checkpoints: Checkpoints, saved: Path) -> list[Figu
 def _taken_in_turns(work: Callable[[], None], more: list[Any]) -> tuple[list[float], list[float]]:
     """Processor seconds with digests and without, `more` being replaced besides."""
     taken: tuple[list[float], list[float]] = ([], [])
-    for number in range(2 * TIMES):
+    for number in range(sized(2 * TIMES, 1)):
         for without in (number % 2, 1 - number % 2):
             replaced = [*_UNDIGESTED, *more] if without else []
             with ExitStack() as stack:

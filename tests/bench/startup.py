@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from made_runs import EXPERTS, SMALL, recipe, write_run
-from measure import ROOT, Figure, alternated, environment, median, seconds, sized
+from measure import ROOT, TOY, Figure, alternated, environment, median, seconds, sized
 
-from megabatch import Model, MoE
+from megabatch import Model, MoE, Recipe
 
 TIMES = sized(3, 1)
 TIMEOUT_S = 120.0
@@ -23,10 +23,8 @@ def startup() -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         made = recipe(folder, SMALL, experts=EXPERTS, training={"train_iters": 1})
-        write_run(made, folder / "made")
-        _first_step_s(folder / "made", lines=1)
-        hf = folder / "made" / "checkpoints" / "step_00000001" / "hf"
-        made = replace(made, model=Model(model=str(hf), torch_dtype="float32"), moe=MoE())
+        if not TOY:  # the same is done for `peers`
+            made = _of_its_weights(made, folder / "made")
         fresh, resumed = [], []
         for number in range(TIMES):
             run_dir = folder / f"run{number}"
@@ -34,7 +32,7 @@ def startup() -> list[Figure]:
             fresh.append(_first_step_s(run_dir, lines=1))
             write_run(replace(made, training=replace(made.training, train_iters=2)), run_dir)
             resumed.append(_first_step_s(run_dir, lines=2))
-    names = sized(("torch", "megatron.core", "megabatch.trainer.loop"), ("torch",))
+    names = sized(("torch", "megatron.core", "megabatch.trainer.loop"), ("megabatch",))
     imports = alternated([[sys.executable, "-W", "ignore", "-c", f"import {name}"] for name in names], times=TIMES)
     return [
         Figure(name="rank start to first step", value=median(fresh), unit="s", note="one rank, small experts"),
@@ -44,6 +42,14 @@ def startup() -> list[Figure]:
             for name, costs in zip(names, imports, strict=True)
         ),
     ]
+
+
+def _of_its_weights(made: Recipe, run_dir: Path) -> Recipe:
+    """The same recipe on the Hugging Face folder that a run of it leaves."""
+    write_run(made, run_dir)
+    _first_step_s(run_dir, lines=1)
+    hf = run_dir / "checkpoints" / "step_00000001" / "hf"
+    return replace(made, model=Model(model=str(hf), torch_dtype="float32"), moe=MoE())
 
 
 def _first_step_s(run_dir: Path, *, lines: int) -> float:
