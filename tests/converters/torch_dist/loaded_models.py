@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megabatch.config.model import Model
 from megabatch.config.recipe import Recipe
+from megabatch.config.run import derived
 from megabatch.converters.hf_model import open_hf_model
 from megabatch.trainer import megatron_cpu
 from megabatch.trainer.model.build import build, ddp_config
@@ -28,7 +29,7 @@ def built(folder: Path, ranks: Ranks, *, listed: bool) -> Any:
     """megatron-core's model, its weights not a number until they are loaded."""
     shape = open_hf_model(folder).shape
     recipe = Recipe(name="loaded", task="sft", model=Model(model=str(folder), torch_dtype="float32"))
-    config = transformer_config(recipe, shape, virtual_size=None)
+    config = transformer_config(derived(recipe, shape=shape, run_dir=Path()), shape, virtual_size=None)
     if listed:
         config.moe_layer_freq = [1] * shape.num_layers
     plain = ddp_config(use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False)
