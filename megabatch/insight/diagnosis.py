@@ -113,15 +113,15 @@ def diagnose(run: Path, *, attempt: int | None = None) -> Diagnosis:
     Raises: LaunchError when there is no such attempt.
     """
     found = status([run])[0]
-    held = history(found)
-    failed = _failed_attempt(found, held, number=attempt)
+    attempts = history(found)
+    failed = _failed_attempt(found, attempts, number=attempt)
     base = Diagnosis(run=run, state=found.state, job_id=found.job_id)
     if failed is None:
         return _with_notes(_without_attempt(base, found))
     base = replace(base, job_id=failed.job_id, attempt=failed.number, exit_code=failed.exit_code)
     if failed.exit_code in _ENDED_WELL:
         return _with_notes(base)
-    return _with_notes(_of_attempt(base, found, failed, newest=failed is held[-1]))
+    return _with_notes(_of_attempt(base, found, failed, newest=failed is attempts[-1]))
 
 
 def _with_notes(base: Diagnosis) -> Diagnosis:
@@ -129,16 +129,16 @@ def _with_notes(base: Diagnosis) -> Diagnosis:
     return replace(base, bad_nodes=bad_nodes_of(run, base.job_id), damaged=damaged_of(run))
 
 
-def _failed_attempt(found: RunStatus, held: Sequence[Attempt], *, number: int | None) -> Attempt | None:
+def _failed_attempt(found: RunStatus, attempts: Sequence[Attempt], *, number: int | None) -> Attempt | None:
     if number is not None:
-        chosen = [attempt for attempt in held if attempt.number == number]
+        chosen = [attempt for attempt in attempts if attempt.number == number]
         if not chosen:
-            there = ", ".join(str(attempt.number) for attempt in held)
+            there = ", ".join(str(attempt.number) for attempt in attempts)
             raise LaunchError(f"{found.run}: no attempt {number}; there are {there}")
         return chosen[-1]
-    if found.state is State.COMPLETED or not held or _ends_its_job_alone(found, held[-1]):
+    if found.state is State.COMPLETED or not attempts or _ends_its_job_alone(found, attempts[-1]):
         return None
-    ended = held[:-1] if found.state is State.RUNNING else held
+    ended = attempts[:-1] if found.state is State.RUNNING else attempts
     failed = [attempt for attempt in ended if attempt.exit_code not in _ENDED_WELL]
     return failed[-1] if failed else None
 

@@ -35,7 +35,7 @@ class Attempt:
     """None for one that runs or was killed."""
 
 
-def attempts(
+def attempts_of(
     jobs: Sequence[JobRecord], *, last_sign: Callable[[int], float], running: bool, now: float | None = None
 ) -> list[Attempt]:
     """Every attempt of a run, oldest first.
@@ -60,20 +60,20 @@ def attempts(
     return found
 
 
-def allocated_s(held: Sequence[Attempt]) -> float:
+def allocated_s(attempts: Sequence[Attempt]) -> float:
     """Seconds for which the run held its nodes."""
-    return sum(attempt.end - attempt.start for attempt in held)
+    return sum(attempt.end - attempt.start for attempt in attempts)
 
 
-def goodput(step: Mapping[str, Any], held: Sequence[Attempt]) -> float | None:
+def goodput(step: Mapping[str, Any], attempts: Sequence[Attempt]) -> float | None:
     """The ratio above, between 0 and 1; None before the first step. `step` is the newest line of `metrics.jsonl`."""
-    useful, allocated = step.get("trained_s"), allocated_s(held)
+    useful, allocated = step.get("trained_s"), allocated_s(attempts)
     if not isinstance(useful, int | float) or allocated <= 0:
         return None
     return min(1.0, useful / allocated)
 
 
-def remaining_s(step: Mapping[str, Any], *, train_iters: int, held: Sequence[Attempt]) -> float | None:
+def remaining_s(step: Mapping[str, Any], *, train_iters: int, attempts: Sequence[Attempt]) -> float | None:
     """Seconds until the last step, across requeues: None before the first step.
 
     The steps that are left at the recent pace; for a run of several attempts, times what an hour of steps has cost it
@@ -84,6 +84,6 @@ def remaining_s(step: Mapping[str, Any], *, train_iters: int, held: Sequence[Att
         return None
     if done >= train_iters:
         return 0.0
-    if len(held) < 2 or pace <= 0:
+    if len(attempts) < 2 or pace <= 0:
         return float(left)
-    return float(left) * max(1.0, (held[-1].end - held[0].start) / pace)
+    return float(left) * max(1.0, (attempts[-1].end - attempts[0].start) / pace)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabatch.insight.goodput import Attempt, allocated_s, attempts, goodput, remaining_s
+from megabatch.insight.goodput import Attempt, allocated_s, attempts_of, goodput, remaining_s
 from megabatch.insight.tail import last_step
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.history import SetAside, notes
@@ -87,18 +87,20 @@ def history(found: RunStatus) -> list[Attempt]:
     """The run's attempts and how long they held their nodes: a killed one, until rank 0 last wrote to its log."""
     run = RunDirectory(found.run)
     running = found.state is State.RUNNING
-    return attempts(found.jobs, last_sign=lambda attempt: _changed(run.rank_log(0, attempt)), running=running)
+    return attempts_of(found.jobs, last_sign=lambda attempt: _changed(run.rank_log(0, attempt)), running=running)
 
 
 def _overview(found: RunStatus) -> Overview:
     directory, config = RunDirectory(found.run), run_json(found.run)
     step, beat = last_step(directory.metrics), found.heartbeat
-    held = history(found)
+    attempts = history(found)
     recipe = config.get("recipe") if isinstance(config.get("recipe"), dict) else {}
     train_iters = _integer(beat.get("train_iters")) or _integer(_group(recipe, "training").get("train_iters"))
     gpus = gpus_of(config)
-    waits = found.state.active and train_iters is not None
-    allocated = allocated_s(held)
+    allocated = allocated_s(attempts)
+    eta_s = None
+    if found.state.active and train_iters is not None:
+        eta_s = remaining_s(step, train_iters=train_iters, attempts=attempts)
     return Overview(
         status=found,
         name=str(recipe["name"]) if recipe and "name" in recipe else None,
@@ -106,11 +108,11 @@ def _overview(found: RunStatus) -> Overview:
         train_iters=train_iters,
         loss=_number(step.get("loss")),
         tokens_per_s=_number(step.get("tokens_per_s")),
-        eta_s=remaining_s(step, train_iters=train_iters, held=held) if waits and train_iters is not None else None,
-        goodput=goodput(step, held),
+        eta_s=eta_s,
+        goodput=goodput(step, attempts),
         gpus=gpus,
-        allocated_gpu_h=allocated * gpus / 3600 if held and gpus else None,
-        attempts=len(held),
+        allocated_gpu_h=allocated * gpus / 3600 if attempts and gpus else None,
+        attempts=len(attempts),
         bad_nodes=bad_nodes_of(directory, found.job_id),
         damaged=damaged_of(directory),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megabatch.cli.status import status_table
-from megabatch.insight.goodput import allocated_s, attempts, goodput, remaining_s
+from megabatch.insight.goodput import allocated_s, attempts_of, goodput, remaining_s
 from megabatch.insight.overview import overview
 from megabatch.insight.tail import MOST_BYTES, last_step
 from megabatch.slurm.records import read_records
@@ -57,12 +57,14 @@ def test_nodes_that_its_job_runs_without(requeued: MadeRun, monkeypatch: pytest.
 
 
 def test_the_time_left_takes_what_requeues_cost_so_far(requeued: MadeRun) -> None:
-    held = attempts(read_records(requeued.files), last_sign=lambda _: 1200, running=False)
+    attempts = attempts_of(read_records(requeued.files), last_sign=lambda _: 1200, running=False)
     step = last_step(requeued.files.metrics)
     # 70 steps at 2 s, and each second of steps has taken 200 s / 60 s since the first attempt
-    assert remaining_s(step, train_iters=100, held=held) == pytest.approx(140 * 200 / 60)
-    assert remaining_s(step, train_iters=100, held=held[:1]) == 140, "never requeued: the trainer's own estimate"
-    assert remaining_s(step | {"step": 100}, train_iters=100, held=held) == 0
+    assert remaining_s(step, train_iters=100, attempts=attempts) == pytest.approx(140 * 200 / 60)
+    assert remaining_s(step, train_iters=100, attempts=attempts[:1]) == 140, (
+        "never requeued: the trainer's own estimate"
+    )
+    assert remaining_s(step | {"step": 100}, train_iters=100, attempts=attempts) == 0
 
 
 def test_an_attempt_that_was_killed_ends_with_its_last_sign_of_life(tmp_path: Path) -> None:
@@ -70,10 +72,13 @@ def test_an_attempt_that_was_killed_ends_with_its_last_sign_of_life(tmp_path: Pa
     run.started(0, 1000)
     run.started(1, 1500)
     jobs, heard = read_records(run.files), {0: 1300.0, 1: 1560.0}.__getitem__
-    assert [(s.start, s.end) for s in attempts(jobs, last_sign=heard, running=False)] == [(1000, 1300), (1500, 1560)]
-    assert [s.end for s in attempts(jobs, last_sign=heard, running=True, now=1700)] == [1300, 1700]
-    assert [s.end for s in attempts(jobs, last_sign=lambda _: 2000, running=False)] == [1500, 2000]
-    assert allocated_s(attempts(jobs, last_sign=lambda _: 0, running=False)) == 0 and goodput({}, []) is None
+    assert [(s.start, s.end) for s in attempts_of(jobs, last_sign=heard, running=False)] == [
+        (1000, 1300),
+        (1500, 1560),
+    ]
+    assert [s.end for s in attempts_of(jobs, last_sign=heard, running=True, now=1700)] == [1300, 1700]
+    assert [s.end for s in attempts_of(jobs, last_sign=lambda _: 2000, running=False)] == [1500, 2000]
+    assert allocated_s(attempts_of(jobs, last_sign=lambda _: 0, running=False)) == 0 and goodput({}, []) is None
 
 
 def test_a_running_run_has_time_left(tmp_path: Path) -> None:

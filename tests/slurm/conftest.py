@@ -70,7 +70,7 @@ class Submitted:
 
     def said(self, rank: int, attempt: int = 0) -> list[dict[str, Any]]:
         path = self.run.rank_log(rank, attempt)
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be half written
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def batch_log(self) -> str:

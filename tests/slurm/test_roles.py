@@ -214,7 +214,7 @@ def test_the_allocation_fits_the_largest_role(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"name": "Server"}, "lower-case"),
-        ({"name": "rank"}, "not rank"),
+        ({"name": "rank"}, "not be rank"),
         ({"command": ()}, "list of"),
         ({"nodes": 0}, "at least 1"),
     ],

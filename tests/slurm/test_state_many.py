@@ -72,7 +72,7 @@ def test_a_sweep_is_cancelled_and_resumed_as_a_whole(
     assert [["_" in job.job_id for job in found] for found in jobs] == [[True, False]] * 3
     until(lambda: all(run.rank_log(0, 1).exists() for run in sweep))
     assert main(["resume", folder]) == 1
-    assert "none of the 3 runs can go on" in capsys.readouterr().err
+    assert "none of the 3 runs can be resumed" in capsys.readouterr().err
     assert main(["cancel", folder]) == 0
 
 

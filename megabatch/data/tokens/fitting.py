@@ -55,7 +55,7 @@ class Fitting:
             check_column(name, columns[name], remarks)
         return found
 
-    def attempts(self, conversation: Conversation, remarks: Counter[str]) -> Iterator[Fitted]:
+    def candidates(self, conversation: Conversation, remarks: Counter[str]) -> Iterator[Fitted]:
         """The turns as the template may read them, the row's own first; then, where it fails, as others write them.
 
         With null contents where a turn only calls, and with neighbours of one role as one turn.

@@ -133,7 +133,7 @@ class Template:
         form = self._forms["tool_use" if has_tools and "tool_use" in self._forms else "default"]
         variables = form.fitting.variables(conversation, remarks)
         failed: DataError | None = None
-        for messages, fitted in form.fitting.attempts(conversation, remarks):
+        for messages, fitted in form.fitting.candidates(conversation, remarks):
             try:
                 text = self._rendered(form, messages, fitted, variables, loss_scale=loss_scale, remarks=remarks)
             except DataError as e:
