@@ -36,7 +36,7 @@ def invert(tensors: Iterable[Mapped]) -> dict[str, tuple[int, ...]]:
     for mapped in tensors:
         key = (mapped.name, mapped.expert)
         if key in seen:
-            raise ConversionError(f"{_title(mapped)} is made by two entries of the table, one is {mapped.entry}")
+            raise ConversionError(f"{_title(mapped)} is built by two entries of the table, one is {mapped.entry}")
         seen.add(key)
         _check_rows(mapped)
         for piece in mapped.pieces:

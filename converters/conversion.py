@@ -133,7 +133,7 @@ def compare_output(plan: Plan, output: Path_, *, workers: int = 2, rank: int = 0
     for small in plan.small if rank == 0 else []:
         path = Path(output) / small.name
         if not path.is_file() or path.read_bytes() != small.make():
-            raise ConversionError(f"{path}: is missing or not what the plan makes")
+            raise ConversionError(f"{path}: is missing or differs from the plan")
 
 
 def verify_output(output: Path_, *, workers: int = 2) -> int:
@@ -156,7 +156,7 @@ def place(environment: Mapping[str, str]) -> Place:
     rank = environment.get("SLURM_PROCID", "")
     if not (counted.isdecimal() and rank.isdecimal() and int(rank) < int(counted)):
         raise ConversionError(
-            f"SLURM_PROCID={rank} and SLURM_STEP_NUM_TASKS={counted} are no place in a step; give --rank and --world"
+            f"SLURM_PROCID={rank} and SLURM_STEP_NUM_TASKS={counted} do not describe a rank; give --rank and --world"
         )
     start = [environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
     known = f"{'.'.join(start)}.{environment.get('SLURM_RESTART_COUNT', '0')}" if all(start) else ""

@@ -151,7 +151,7 @@ def _check_size(shape: ModelShape) -> None:
     if 3 * experts + 4 * groups * layers > _MOST_PARTS:
         raise ConversionError(
             f"config.json: {layers} layers, {shape.num_attention_heads} attention heads and "
-            f"{shape.num_experts or 0} experts are more than any real model has"
+            f"{shape.num_experts or 0} experts exceed any real model"
         )
 
 

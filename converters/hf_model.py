@@ -51,7 +51,7 @@ def find_folder(model: str | os.PathLike[str]) -> Path:
         raise ConversionError(f"{name}: is a file; name the folder of the model")
     if not is_hub_name(name):
         raise ConversionError(
-            f"{name}: there is no folder {path.absolute()}, and it is no model of a hub, whose name is "
+            f"{name}: there is no folder {path.absolute()}, and it is not the name of a hub model, "
             f"organisation/name (`{download_command('organisation/name', use_hf=True)}`){did_you_mean(path)}"
         )
     folder = cached_folder(name, use_hf=True)
@@ -110,6 +110,4 @@ def _differs(name: str, of: str, *, tied: bool) -> str:
             f"{name} differs from {of} though config.json has tie_word_embeddings=true; set it to false to use both, "
             f"or remove {name}"
         )
-    return (
-        f"{name} differs from {of}, which a layer of multi-token prediction must share: megatron-core has one of them"
-    )
+    return f"{name} differs from {of}, which a multi-token prediction layer must share: megatron-core has only one"

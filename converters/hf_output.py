@@ -56,7 +56,9 @@ def layout_of(family: Family, shape: ModelShape, form: HfForm) -> ExpertLayout:
     if layout == "per_expert" and fused_only:
         raise ConversionError(f"expert_layout={layout}: {shape.architecture} has fused experts only")
     if form.fp8 and (layout == "fused" or fused_only):
-        raise ConversionError("fp8_quantise: block-scaled FP8 is not written with fused experts; take them one by one")
+        raise ConversionError(
+            "fp8_quantise: block-scaled FP8 is not supported with fused experts; write them one by one"
+        )
     return layout or "per_expert"
 
 
@@ -185,7 +187,9 @@ def _usual(entries: Mapping[str, TensorInfo]) -> str:
 def _placed(parts: Parts, name: str, file: int, extent: Extent) -> Iterator[Tensor]:
     """The parts of a tensor, by leading index, one behind the other."""
     if sum(part.data_bytes for part in parts) != extent.size:
-        raise ConversionError(f"{name} {list(extent.info.shape)}: its parts have other sizes; this is a fault of ours")
+        raise ConversionError(
+            f"{name} {list(extent.info.shape)}: its parts have other sizes; this is a bug in megabatch"
+        )
     at = extent.start
     for index, part in enumerate(parts):
         yield part._replace(name=name if len(parts) == 1 else f"{name}[{index}]", file=file, offset=at)

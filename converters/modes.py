@@ -43,7 +43,7 @@ def _mode(given: Mapping[str, Any], prefix: str) -> Mode:
 def _mode_of_adapter(given: Mapping[str, Any], prefix: str) -> Mode:
     if len(given["adapters"]) > 1:
         raise ConversionError(
-            f"{prefix}adapters: several adapters can be merged ({prefix}merge_lora); one at a time is converted"
+            f"{prefix}adapters: several adapters can only be merged ({prefix}merge_lora); convert them one at a time"
         )
     return Mode.ADAPTER_TO_MCORE if "to_mcore" in given else Mode.ADAPTER_TO_PEFT
 
@@ -58,7 +58,7 @@ def _mode_to_hf(given: Mapping[str, Any], prefix: str) -> Mode:
     anew = ", ".join(prefix + name for name in (*_REWRITES, "max_shard_size"))
     raise ConversionError(
         f"{prefix}to_hf needs {prefix}mcore_model, the checkpoint to convert; or {prefix}model, a Hugging Face folder "
-        f"to write anew, with one of {anew}"
+        f"to rewrite, with one of {anew}"
     )
 
 

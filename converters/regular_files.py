@@ -26,7 +26,7 @@ def open_regular(path: str | os.PathLike[str], *, why: str = "") -> int:
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read: {error.strerror}{why}") from error
     except ValueError as error:
-        raise ConversionError(f"{os.fspath(path)!r}: is no name of a file: {error}") from error
+        raise ConversionError(f"{os.fspath(path)!r}: is not a file name: {error}") from error
     if not stat.S_ISREG(os.fstat(file).st_mode):
         kind = _kind(os.fstat(file).st_mode)
         os.close(file)
@@ -39,7 +39,7 @@ def read_regular(path: Path, *, most: int = CONFIG_BYTES, why: str = "") -> byte
     with open(open_regular(path, why=why), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise ConversionError(f"{path}: has {size} bytes, and at most {most} are read of such a file{why}")
+            raise ConversionError(f"{path}: has {size} bytes, but such a file may have at most {most}{why}")
         try:
             return file.read(most)
         except OSError as error:

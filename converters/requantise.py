@@ -23,7 +23,7 @@ def requantised(
     Raises: ConversionError for a tensor that is no matrix of rows.
     """
     if len(parts) != 1 or len(shape) != 2 or parts[0].arrangement is not None:
-        raise ConversionError(f"{name} {list(shape)}: this is no matrix that can be written as block-scaled FP8")
+        raise ConversionError(f"{name} {list(shape)}: this is not a matrix that block-scaled FP8 supports")
     (rows, columns), (height, width) = shape, how.block
     down, across = -(-rows // height), -(-columns // width)
     blocks = Blocks(height, width, how.powers_of_two, rows, columns, "weights")

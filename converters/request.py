@@ -62,13 +62,14 @@ class ConversionRequest:
         ),
     )
     adapters: Sequence[Path_] = field(
-        default=(), metadata=_use("LoRA adapters, PEFT's or megatron-core's: one to convert, or some to merge")
+        default=(),
+        metadata=_use("LoRA adapters in PEFT's or megatron-core's format: one to convert, or several to merge"),
     )
     merge_lora: bool = field(default=False, metadata=_use("add the adapters to the weights, in their order"))
     peft_format: ExpertLayout | None = field(
         default=None,
         metadata=_use(
-            "experts' adapters for --to_hf; transformers 5 has them fused",
+            "layout of experts' adapters for --to_hf; transformers 5 has them fused",
             modes=(Mode.ADAPTER_TO_PEFT,),
             elsewhere="{1} about the adapter that {0}to_hf {0}adapters writes, converted and not merged",
         ),
@@ -76,7 +77,7 @@ class ConversionRequest:
     torch_dtype: str | None = field(
         default=None,
         metadata=_use(
-            "bfloat16, float16 or float32; left as they are by default",
+            "bfloat16, float16 or float32; default: unchanged",
             modes=(Mode.TO_MCORE, *_WRITES_HF),
             elsewhere="{1} about the weights of a model, and an adapter is converted as it is",
         ),
@@ -84,7 +85,7 @@ class ConversionRequest:
     max_shard_size: str | int | None = field(
         default=None,
         metadata=_use(
-            "largest safetensors file, 5GB by default; with --model alone, only that changes",
+            "largest safetensors file, default 5GB; with --model alone only that changes",
             modes=(*_WRITES_HF, Mode.RESHARD),
             elsewhere=_OF_HF,
         ),
@@ -92,7 +93,7 @@ class ConversionRequest:
     expert_layout: ExpertLayout | None = field(
         default=None,
         metadata=_use(
-            "experts of the folder written; transformers 5 has them fused", modes=_WRITES_HF, elsewhere=_OF_HF
+            "layout of experts in the output; transformers 5 has them fused", modes=_WRITES_HF, elsewhere=_OF_HF
         ),
     )
     fp8_quantise: bool = field(
@@ -106,7 +107,7 @@ class ConversionRequest:
     layer_keys: LayerKeys | None = field(
         default=None,
         metadata=_use(
-            "how --to_mcore names layers; give per_layer where a run's --moe-layer-freq is a list",
+            "how --to_mcore names layers; use per_layer if a run's --moe-layer-freq is a list",
             modes=(Mode.TO_MCORE, Mode.ADAPTER_TO_MCORE),
             elsewhere="{1} about the checkpoint that {0}to_mcore writes",
         ),
@@ -114,7 +115,7 @@ class ConversionRequest:
     accept_bin: bool = field(
         default=False,
         metadata=_use(
-            "read pickled weights where there are no safetensors; no code in them is run",
+            "read pickled weights if there are no safetensors, without running code in them",
             modes=(Mode.TO_MCORE, Mode.MERGED_TO_HF, Mode.REWRITE, *ADAPTER),
             elsewhere="{1} about weights that are read, and here those of {0}mcore_model are",
         ),

@@ -44,7 +44,7 @@ def check_pattern(pattern: str) -> None:
             raise ValueError(f"it has {len(pattern)} characters")
         re.compile(pattern)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
-        raise ConversionError(f"{pattern[:80]!r} is no regular expression: {error}") from error
+        raise ConversionError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
 
 
 @functools.lru_cache(1 << 18)

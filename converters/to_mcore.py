@@ -111,7 +111,9 @@ def _planned(
         auxiliary=None if bare else AuxiliaryFiles(source, _config(model, source, dtype, untied=untied)),
         ignored=model.ignored
         | (merged.aside if merged is not None else {})
-        | dict.fromkeys(model.carried, "megatron-core has no such part; it goes along on the way back"),
+        | dict.fromkeys(
+            model.carried, "megatron-core has no such part; it is copied back when converting to Hugging Face"
+        ),
         lacks=[name for name in model.family.copies(model.shape) if name not in model.ignored],
     )
 

@@ -84,7 +84,7 @@ def read_bin(path: Path) -> dict[str, Extent]:
 def _read(file: int, path: Path) -> dict[str, Extent]:
     if os.pread(file, len(_OLD), 0) == _OLD:
         raise ConversionError(
-            f"{path}: saved in the format before torch 1.6, which has no ranges of bytes; load it with "
+            f"{path}: saved in the format before torch 1.6, which has no byte ranges; load it with "
             "torch.load(..., weights_only=True) and save it again"
         )
     archive = ZipDirectory(file, 0, os.fstat(file).st_size, largest=_LARGEST_PICKLE)

@@ -141,7 +141,7 @@ def read_config(path: Path) -> AdapterConfig:
 def checked(path: Path, values: dict[str, Any]) -> AdapterConfig:
     """As `read_config`, for values that are there."""
     if str(values.get("peft_type")).upper() != "LORA":
-        raise ConversionError(f"{path}: peft_type={values.get('peft_type')!r} is not supported; LORA is")
+        raise ConversionError(f"{path}: peft_type={values.get('peft_type')!r} is not supported; only LORA is")
     for key, value in values.items():
         if key not in _HONOURED | _NO_NUMBERS and value not in (None, False, [], {}):
             raise ConversionError(

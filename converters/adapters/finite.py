@@ -22,7 +22,9 @@ def check_finite(adapter: Adapter) -> None:
             checked.update(new)
             if not all(computer.is_finite(memoryview(part), dtype) for part in chunks(sources, new)):
                 beyond = ", or numbers beyond float32's" if dtype == "F64" else ""
-                raise ConversionError(f"{adapter.path}: {name}: has infinities or NaN{beyond}; it is not merged")
+                raise ConversionError(
+                    f"{adapter.path}: {name}: has infinities or NaN{beyond}; megabatch does not merge it"
+                )
 
 
 def _tensors(adapter: Adapter) -> Iterator[tuple[str, str, tuple[Strip, ...]]]:

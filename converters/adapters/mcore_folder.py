@@ -49,7 +49,9 @@ def low_rank_names(mapped: Mapped) -> tuple[str, str]:
     """The names of a layer's A and B; `gate_weight`, a parameter without a module of its own, is the layer `gate`."""
     stem = mapped.name.removesuffix("weight")
     if stem == mapped.name:
-        raise ConversionError(f"{mapped.name}: is no weight of a layer that can have an adapter; a fault of ours")
+        raise ConversionError(
+            f"{mapped.name}: is not the weight of a layer that can have an adapter; this is a bug in megabatch"
+        )
     a, b = suffixes(mapped)
     stem = f"{stem[:-1]}." if stem.endswith("_") else stem
     return stem + a, stem + b
@@ -61,7 +63,7 @@ def find_config(given: Path, checkpoint: Path) -> Path:
         if (place / NAME).is_file():
             return place / NAME
     raise ConversionError(
-        f"{given}: there is no {NAME} beside this checkpoint, which says what its adapters' ranks and scales are; "
+        f"{given}: there is no {NAME} beside this checkpoint, which gives its adapters' ranks and scales are; "
         "write one in PEFT's terms (peft_type, r, lora_alpha, target_modules in Hugging Face's names)"
     )
 
@@ -139,7 +141,7 @@ class _Reader:
         padded = mapped.split == "vocab" and rows >= mapped.shape[0]
         if (rank, columns) != (other, mapped.shape[1]) or (rows != mapped.shape[0] and not padded):
             raise self._fault(
-                mapped, f"has A [{other}, {columns}] and B [{rows}, {rank}], which do not fit {list(mapped.shape)}"
+                mapped, f"has A [{other}, {columns}] and B [{rows}, {rank}], which do not match {list(mapped.shape)}"
             )
 
     def _fused(self, mapped: Mapped, a: Matrix, b: Matrix) -> None:

@@ -55,11 +55,11 @@ class Merged:
         self._whole: dict[str, Whole] = {}
         biased = [adapter.path for adapter in adapters if adapter.config.bias != "none"]
         if len(biased) > 1:
-            raise ConversionError(f"{biased[0]} and {biased[1]}: both bring biases, of which a model can have one")
+            raise ConversionError(f"{biased[0]} and {biased[1]}: both change biases, but a model can have only one")
         for adapter in adapters:
             for name, whole in adapter.whole.items():
                 if name in self._whole and not _equal(whole, self._whole[name], sources):
-                    raise ConversionError(f"{adapter.path}: {name} is replaced by an adapter before it already")
+                    raise ConversionError(f"{adapter.path}: {name} is already replaced by an earlier adapter")
                 self._whole[name] = whole
         self._tied: dict[str, str] = {}
         if tables.shape.has_output_layer and not tables.tied_shape.has_output_layer:
@@ -116,7 +116,7 @@ class Merged:
         Raises: ConversionError for `fp8`: the sums would have to be rounded twice.
         """
         if fp8:
-            raise ConversionError("fp8_quantise: merge the adapters first, and quantise what that makes")
+            raise ConversionError("fp8_quantise: merge the adapters first, then quantise the result")
         dims = {**shapes, **{name: shapes[of] for name, of in self._tied.items()}}
         merged: dict[str, Sequence[Tensor]] = {}
         for name in dims:
@@ -146,8 +146,8 @@ class Merged:
             blocks = self._blocks(mapped.name, mapped.expert)
             if blocks and mapped.strided:
                 raise ConversionError(
-                    f"{part[0]}: its rows are not in megatron-core's order; merge its adapter with --to_mcore, and "
-                    "convert what that makes with --to_hf"
+                    f"{part[0]}: its rows are not in megatron-core's order; merge its adapter with --to_mcore, then "
+                    "convert the result with --to_hf"
                 )
             own = spans_by_part(mapped).get(part, []) if blocks else []
             terms += (term for block in blocks for term in _between(block, own))

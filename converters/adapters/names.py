@@ -35,7 +35,7 @@ class Name(NamedTuple):
 def parse(name: str) -> Name:
     """Raises: ConversionError for names that PEFT's LoRA does not make, or that are refused."""
     if not name.startswith(PREFIX):
-        raise ConversionError(f"{name} is no tensor of a LoRA adapter: PEFT's begin with {PREFIX}")
+        raise ConversionError(f"{name} is not a tensor of a LoRA adapter: PEFT's begin with {PREFIX}")
     rest = name.removeprefix(PREFIX)
     for suffix, (side, embedding) in _SIDES.items():
         if rest.endswith(suffix):
@@ -44,7 +44,7 @@ def parse(name: str) -> Name:
         if rest.endswith(suffix):
             raise ConversionError(f"{name}: {what} is not supported")
     if ".lora_" in rest:
-        raise ConversionError(f"{name} is no tensor of a LoRA adapter that PEFT saves")
+        raise ConversionError(f"{name} is not a tensor of a LoRA adapter that PEFT saves")
     module, dot, leaf = rest.rpartition(".")
     return Name(module.removesuffix(BASE) + dot + leaf, None)
 

@@ -43,7 +43,7 @@ def joined(rows: Sequence[Rows], height: int, *, sources: Sources, what: str) ->
     blocks = list(dict.fromkeys(row.block for row in rows))
     dtypes = {matrix.dtype for block in blocks for matrix in (block.left, block.right)}
     if len(dtypes) > 1:
-        raise ConversionError(f"{what}: its adapters are {' and '.join(sorted(dtypes))}, where one dtype is needed")
+        raise ConversionError(f"{what}: its adapters are {' and '.join(sorted(dtypes))}, but they must have one dtype")
     if _share(blocks, sources):
         first = blocks[0]
         return Pair(
@@ -71,7 +71,7 @@ def _share(blocks: Sequence[Block], sources: Sources) -> bool:
 
 def _plain(matrix: Matrix, what: str) -> Matrix:
     if matrix.pick is not None or matrix.transposed:
-        raise ConversionError(f"{what}: its adapters cannot be put together; this is a fault of ours")
+        raise ConversionError(f"{what}: its adapters cannot be combined; this is a bug in megabatch")
     return matrix
 
 
@@ -94,7 +94,7 @@ def _cut(row: Rows, at: int, size: int, what: str) -> Iterable[Strip]:
         return [strip._replace(left=strip.left + at) for strip in strips]
     first, last, step = left.pick
     if step != 1 or any(strip.left or strip.width != left.columns * size for strip in strips):
-        raise ConversionError(f"{what}: its adapters are cut in a way in which they cannot be put together")
+        raise ConversionError(f"{what}: its adapters are sharded in a way that cannot be combined")
     width = (last - first) * size
     return [
         Strip(strip.row + i, 1, strip.source, strip.offset + i * strip.width + first * size, at, width)

@@ -31,14 +31,14 @@ def described(
     lost = list(differently_loaded(described_, adapted, tables))
     if lost and asked is not None:
         raise ConversionError(
-            f"{config.path.parent}: peft_format={asked}: PEFT 0.21 would load it as another model: {_some(lost)}"
+            f"{config.path.parent}: peft_format={asked}: PEFT 0.21 would load it as a different model: {_some(lost)}"
         )
     text = config.path.read_bytes() if described_.values == config.values else dump(described_.values)
     if not lost:
         return text, []
     note = (
-        f"PEFT 0.21 loads this adapter as another model than was trained: {_some(lost)}; --peft_format writes an "
-        "adapter_config.json that keeps it from that"
+        f"PEFT 0.21 loads this adapter as a different model from the one that was trained: {_some(lost)}; "
+        "--peft_format writes an adapter_config.json that prevents this"
     )
     return text, [note]
 

@@ -46,7 +46,7 @@ def open_peft(folder: Path, tables: Tables, numbered: Numbered, *, accept_bin: b
         extents = read_bin(weights)
     else:
         raise ConversionError(
-            f"{folder / PICKLED}: is pickled, which can run code on loading, and refused unless asked for; "
+            f"{folder / PICKLED}: is a pickle, which can run code when it is loaded, and is refused by default; "
             "--accept_bin reads it as data"
         )
     return _Reader(weights, extents, read_config(folder / NAME), tables, numbered).read()
@@ -231,7 +231,7 @@ class _Reader:
         for wanted in self._config.modules_to_save:
             if not any(module.endswith(wanted) for module in modules) and any(map(_ends_with(wanted), there)):
                 raise ConversionError(
-                    f"{self._path}: {NAME} names {wanted} in modules_to_save, and no tensor is of it"
+                    f"{self._path}: {NAME} names {wanted} in modules_to_save, but no tensor belongs to it"
                 )
 
     def _matrix(self, name: str) -> Matrix:

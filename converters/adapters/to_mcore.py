@@ -132,7 +132,7 @@ def _of_all_experts(adapter: Adapter, mapped: Mapped, blocks: list[Block]) -> It
     block, experts = blocks[0], adapter.tables.shape.num_experts or 0
     _plain(mapped, block)
     if len(blocks) > 1 or block.spans != (Span(0, mapped.shape[0], 0, 1),):
-        raise ConversionError(f"{mapped.name}: is adapted by more than {block.part[0]}: this is a fault of ours")
+        raise ConversionError(f"{mapped.name}: is adapted by more than {block.part[0]}: this is a bug in megabatch")
     right, left = block.right, block.left._replace(pick=None)
     strip = right.strips[0]
     stacked = right._replace(rows=right.rows * experts, strips=(strip._replace(rows=strip.rows * experts),))
@@ -152,7 +152,7 @@ def _whole(adapter: Adapter, mapped: Mapped) -> Made | None:
     if missing or len(dtypes) > 1 or mapped.strided or mapped.offset or mapped.expert is not None:
         why = f"{', '.join(missing)} is missing" if missing else f"its parts are {' and '.join(sorted(dtypes))}"
         raise ConversionError(
-            f"{adapter.path}: {', '.join(there)} is a part of {mapped.name}, which cannot be made of it ({why}); "
+            f"{adapter.path}: {', '.join(there)} is a part of {mapped.name}, which cannot be built from it ({why}); "
             "it can be merged"
         )
     strips, position = [], 0
@@ -208,5 +208,5 @@ def _check_experts(made: Sequence[Made], tables: Tables) -> None:
             ranks = sorted({min(shape) for shape in found})
             raise ConversionError(
                 f"{name}: {len(found)} of {tables.shape.num_experts} experts have adapters, of ranks {ranks}; "
-                "one tensor holds them all, and they must be alike"
+                "one tensor holds them all, so they must be alike"
             )

@@ -139,7 +139,7 @@ class _Writer:
         blocks = list(dict.fromkeys(row.block for row in rows))
         scales = {block.scale for block in blocks}
         if len(scales) > 1:
-            raise ConversionError(f"{what}: its parts have the scales {sorted(scales)}, and one is needed")
+            raise ConversionError(f"{what}: its parts have the scales {sorted(scales)}, but they must be equal")
         block = blocks[0]
         if suffixes(mapped) == EMBEDDING:
             return _Of(part, Pair(block.rank, tensor_of(block.left), tensor_of(block.right)), block.scale, None)
@@ -205,6 +205,6 @@ def _below(tensors: list[Tensor], numbers: list[int], count: int) -> Tensor:
     strips: list[Strip] = []
     for number, tensor in zip(numbers, tensors, strict=True):
         if tensor.arrangement is not None:
-            raise ConversionError("adapters that are cut by columns cannot be stacked: this is a fault of ours")
+            raise ConversionError("adapters that are cut by columns cannot be stacked: this is a bug in megabatch")
         strips += (strip._replace(row=strip.row + number * first.rows) for strip in tensor.strips)
     return first._replace(rows=count * first.rows, strips=tuple(strips))

@@ -25,17 +25,17 @@ class Flags:
 
     request: ConversionRequest = field(default_factory=ConversionRequest)
     output_dir: str = _flag("", "folder to make")
-    exist_ok: bool = _flag(False, "replace an output that exists, once the new one is complete")
-    workers: int = _flag(0, "threads; by default as many as processors, at most 8")
-    resume: bool = _flag(False, "finish what an interrupted conversion left")
+    exist_ok: bool = _flag(False, "replace an existing output once the new one is complete")
+    workers: int = _flag(0, "number of threads; default: one per processor, at most 8")
+    resume: bool = _flag(False, "finish an interrupted conversion")
     verify: bool = _flag(
-        False, "compare every byte with its source, and write digests; alone: check an output by them"
+        False, "compare every byte with its source and write digests; alone: check an output against its digests"
     )
-    dry_run: bool = _flag(False, "show every tensor, its bytes and the disk needed, and write nothing")
+    dry_run: bool = _flag(False, "print every tensor, its bytes and the disk space needed, and write nothing")
     test_convert_precision: bool = _flag(False, "compare the logits of transformers and of the trainer's model")
-    test_convert_dtype: str = _flag("float32", "dtype that both compute in")
-    rank: int = _flag(-1, "this process among --world that share the work; by default from srun")
-    world: int = _flag(0, "how many processes share the work; by default from srun")
+    test_convert_dtype: str = _flag("float32", "dtype for both models")
+    rank: int = _flag(-1, "number of this process among --world; default: from srun")
+    world: int = _flag(0, "number of processes that share the work; default: from srun")
     help: bool = _flag(False, "these lines")
 
 
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str]) -> Flags:
         else:
             given[flag.name] = _value(flag, texts, faults)
     if faults:
-        raise ConversionError("\n  ".join(["the command line has faults, nothing was done", *faults]))
+        raise ConversionError("\n  ".join(["the command line has faults; nothing was done", *faults]))
     request = {name: given.pop(name) for name in _OF_REQUEST if name in given}
     return Flags(request=ConversionRequest(**request), **given)
 
@@ -88,7 +88,7 @@ def _split(arguments: Sequence[str], faults: list[str]) -> Iterator[tuple[str, l
             spelled, equals, value = argument.lstrip("-").partition("=")
             name, texts = spelled.replace("-", "_"), [value] if equals else []
         elif name is None:
-            faults.append(f"{argument!r} is no flag; flags begin with --")
+            faults.append(f"{argument!r} is not a flag; flags begin with --")
         else:
             texts.append(argument)
 
@@ -130,5 +130,5 @@ def help_text() -> str:
         words = f"{' or '.join(of[name])}: " if name in of else ""
         default = "" if flag.default in (None, False, "", 0, -1, ()) else f" (default: {flag.default})"
         lines.append(f"  --{name:24}{words}{flag.metadata['help']}{default}")
-    lines += ["", "Switches are accepted bare and with a value: --to_hf, --to_hf true, --to_hf=false."]
+    lines += ["", "Switches work with and without a value: --to_hf, --to_hf true, --to_hf=false."]
     return "\n".join(lines)

@@ -47,7 +47,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     except MegabatchError as error:
         return _failed(error, code=1)
     except KeyboardInterrupt:
-        print("interrupted; run again with --resume to go on", file=sys.stderr)
+        print("interrupted; run again with --resume to continue", file=sys.stderr)
         return 130
 
 
@@ -59,7 +59,7 @@ def _failed(error: MegabatchError, *, code: int) -> int:
 def check_flags(flags: Flags) -> None:
     """Raises: ConversionError for flags that do not go together."""
     if not flags.output_dir:
-        raise ConversionError("--output_dir is missing; name the folder to make (or, with --verify, to check)")
+        raise ConversionError("--output_dir is missing; name the folder to create (or, with --verify, to check)")
     if flags.request.to_mcore or flags.request.to_hf:
         mode_of(flags.request, prefix="--")
     else:
@@ -67,11 +67,11 @@ def check_flags(flags: Flags) -> None:
     if flags.test_convert_precision:
         _check_precision(flags.request)
     elif "test_convert_dtype" in changed(flags):
-        raise ConversionError("--test_convert_dtype is about --test_convert_precision, which is not given")
+        raise ConversionError("--test_convert_dtype has no effect without --test_convert_precision")
     if flags.test_convert_dtype not in ("float32", "bfloat16"):
         raise ConversionError(f"--test_convert_dtype={flags.test_convert_dtype} must be float32 or bfloat16")
     if (flags.rank < 0) != (flags.world == 0) or flags.rank >= max(flags.world, 1):
-        raise ConversionError("--rank and --world belong together, and rank counts from 0 to world - 1")
+        raise ConversionError("--rank and --world must be given together, and rank must be from 0 to world - 1")
 
 
 def _check_verify_alone(flags: Flags) -> None:
@@ -90,11 +90,13 @@ def _check_precision(request: ConversionRequest) -> None:
     if request.adapters and not request.merge_lora:
         raise ConversionError("--test_convert_precision compares models; merge the adapter with --merge_lora")
     if request.fp8_quantise:
-        raise ConversionError("--test_convert_precision: weights in FP8 differ by more than it allows; leave one out")
+        raise ConversionError(
+            "--test_convert_precision: weights in FP8 differ by more than it allows; leave one of them out"
+        )
     if request.accept_bin:
         raise ConversionError("--test_convert_precision reads safetensors: convert them first, --to_hf --accept_bin")
     if request.to_hf and not request.mcore_model:
-        raise ConversionError("--test_convert_precision compares both formats, and megatron-core's is not there")
+        raise ConversionError("--test_convert_precision compares both formats, but megatron-core's is not involved")
 
 
 def _run(flags: Flags) -> int:
@@ -169,7 +171,7 @@ def _convert(plan: Plan, flags: Flags, place: Place) -> bool:
     for note in plan.notes if place.rank == 0 else ():
         print(f"note: {note}")
     resumed = f", {in_words(outcome.resumed)} had been written before" if outcome.resumed else ""
-    state = "complete" if outcome.committed else f"rank {place.rank} of {place.world} is done, others may not be"
+    state = "complete" if outcome.committed else f"rank {place.rank} of {place.world} is done; others may not be"
     speed = in_words(round(outcome.written / taken)) if taken else "-"
     print(f"{flags.output_dir}: wrote {in_words(outcome.written)} in {taken:.2f} s, {speed}/s{resumed}; {state}")
     return outcome.committed

@@ -20,7 +20,7 @@ def show_plan(plan: Plan, output: str) -> None:
 def _lines(plan: Plan, output: str) -> Iterator[str]:
     moved = sum(tensor.data_bytes for tensor in plan.tensors if tensor.is_moved)
     whole = sum(tensor.data_bytes for tensor in plan.tensors)
-    yield f"{len(plan.tensors)} tensors of {whole} bytes, {moved} of them moved as they are; plan {plan.digest}"
+    yield f"{len(plan.tensors)} tensors of {whole} bytes, {moved} of them copied unchanged; plan {plan.digest}"
     yield f"from {plan.source} ({len(plan.sources)} files) to {output}: {_disk(plan, output)}"
     yield from left_aside(plan.ignored)
     yield from (f"note: {note}" for note in plan.notes)
@@ -40,7 +40,7 @@ def left_aside(ignored: Mapping[str, str]) -> Iterator[str]:
     for name, reason in ignored.items():
         groups.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
     for (pattern, reason), names in groups.items():
-        yield f"left aside: {names[0] if len(names) == 1 else f'{pattern} ({len(names)} tensors)'}: {reason}"
+        yield f"skipped: {names[0] if len(names) == 1 else f'{pattern} ({len(names)} tensors)'}: {reason}"
 
 
 def _how(plan: Plan, tensor: Tensor) -> str:
@@ -63,4 +63,4 @@ def _disk(plan: Plan, output: str) -> str:
     parent = Path(os.path.abspath(output)).parent
     while not parent.exists():
         parent = parent.parent
-    return f"{plan.bytes_needed} bytes of disk are needed, {shutil.disk_usage(parent).free} are free"
+    return f"{plan.bytes_needed} bytes of disk space are needed, {shutil.disk_usage(parent).free} are free"

@@ -74,7 +74,7 @@ class BlockQuantiser:
         np.abs(grid, out=magnitudes)
         largest = np.maximum.reduceat(magnitudes.max(axis=0), range(0, grid.shape[1], blocks.width))
         if not np.isfinite(largest).all():
-            raise ConversionError("has infinities or NaN, for which block-scaled FP8 has no scale")
+            raise ConversionError("has infinities or NaN, which block-scaled FP8 cannot scale")
         scales = np.maximum(largest / np.float32(_LARGEST), np.float32(_SMALLEST_SCALE))
         if blocks.powers_of_two:
             fraction, exponent = np.frexp(scales)

@@ -97,7 +97,9 @@ class Computer:
             # E4M3 has no infinities, and NaN alone above its numbers
             self._widen(np.frombuffer(raw, np.int8), bits, shift=20, exponents=0x7F, bias=120)
         else:
-            raise ConversionError(f"dtype {dtype} cannot be computed with; known are {', '.join((*CASTS, FP8))}")
+            raise ConversionError(
+                f"dtype {dtype} is not supported in computations; known are {', '.join((*CASTS, FP8))}"
+            )
         return values
 
     def _widen(self, raw: Any, bits: Any, *, shift: int, exponents: int, bias: int) -> None:

@@ -79,7 +79,7 @@ class Staged:
         if self.folder.exists():
             if plans - {plan.digest} or (not plans and self._has_files()):
                 raise ConversionError(
-                    f"{self.folder}: left by the conversion of another source or with other flags; finish that one "
+                    f"{self.folder}: left by a conversion of another source or with other flags; finish that one "
                     "with its own command and --resume, or remove the folder"
                 )
             if not resume and any(

@@ -39,7 +39,9 @@ class Sources:
             while into.nbytes:
                 count = os.preadv(file, [into], offset)
                 if count == 0:
-                    raise ConversionError(f"{self._files[number].path}: truncated while it was read, at byte {offset}")
+                    raise ConversionError(
+                        f"{self._files[number].path}: truncated while it was being read, at byte {offset}"
+                    )
                 into, offset = into[count:], offset + count
         except OSError as error:
             path = self._files[number].path

@@ -165,7 +165,7 @@ class HfFolder:
             while into.nbytes:
                 count = os.preadv(file, [into], offset)
                 if count == 0:
-                    raise ConversionError(f"{path}: truncated while it was read, at byte {offset}")
+                    raise ConversionError(f"{path}: truncated while it was being read, at byte {offset}")
                 into = into[count:]
                 offset += count
         except OSError as error:
@@ -224,7 +224,9 @@ def _locate(folder: Path) -> dict[str, tuple[Path, Extent]]:
     if index.is_file():
         weight_map = _read_index(index)
         if single.is_file() and SINGLE not in weight_map.values():
-            raise ConversionError(f"{folder}: has both {SINGLE} and {INDEX}, which does not name it; remove the stale")
+            raise ConversionError(
+                f"{folder}: has both {SINGLE} and {INDEX}, which does not name it; remove the stale one"
+            )
         return _sharded(folder, weight_map, index)
     if single.is_file():
         return {name: (single, extent) for name, extent in read_header(single).items()}
@@ -265,11 +267,11 @@ def _without_index(folder: Path, shards: Sequence[str]) -> dict[str, tuple[Path,
 def _what_is_there(folder: Path) -> str:
     found = sorted(path.name for path in folder.iterdir())
     if shards := [name for name in found if name.endswith(".safetensors")]:
-        return f"has {', '.join(shards[:4])}, not all that their names count, and no {INDEX}; complete the download"
+        return f"has {', '.join(shards[:4])}, not all shards, and no {INDEX}; complete the download"
     if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         return (
-            f"has only pickled weights ({pickles[0]}), which are refused unless asked for; --accept_bin reads "
-            "pytorch_model.bin as data alone, or save them as safetensors with transformers' save_pretrained"
+            f"has only pickled weights ({pickles[0]}), which are refused by default; --accept_bin reads "
+            "pytorch_model.bin as data only, or save them as safetensors with transformers' save_pretrained"
         )
     return f"no {SINGLE} and no {INDEX} in it"
 
@@ -280,7 +282,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ConversionError(f"{path}: has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ConversionError(f"{path}: {name} is in {file!r}, which is no safetensors file of this folder")
+            raise ConversionError(f"{path}: {name} is in {file!r}, which is not a safetensors file of this folder")
     return weight_map
 
 

@@ -160,7 +160,7 @@ def _check_contiguous(extents: Mapping[str, Extent], base: int, size: int, path:
     position = base
     for name, extent in extents.items():
         if extent.start != position:
-            word = "a hole lies before" if extent.start > position else "other tensors overlap"
+            word = "there is a gap before" if extent.start > position else "other tensors overlap"
             raise ConversionError(f"{path}: {word} {name} at byte {extent.start - base} of the data")
         position += extent.size
     if position != size:

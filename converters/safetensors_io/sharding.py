@@ -39,7 +39,7 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     if match is None or match[2].lower() not in units:
-        raise ConversionError(f"max_shard_size={text!r} is no size; write for example 5GB, 500MB or 2GiB")
+        raise ConversionError(f"max_shard_size={text!r} is not a size; write for example 5GB, 500MB or 2GiB")
     return int(float(match[1]) * units[match[2].lower()])
 
 

@@ -164,7 +164,7 @@ def open_tensor(file: int, start: int, length: int, *, place: str) -> StoredTens
     except ConversionError as error:
         raise ConversionError(f"{place}: {error}") from error
     except (struct.error, KeyError, ValueError, AttributeError, StopIteration, TypeError, OSError) as error:
-        raise ConversionError(f"{place}: no tensor saved by torch.save: {type(error).__name__} {error}") from error
+        raise ConversionError(f"{place}: not a tensor saved by torch.save: {type(error).__name__} {error}") from error
 
 
 @functools.lru_cache(1 << 12)
@@ -175,7 +175,7 @@ def _described(pickled: bytes) -> tuple[str, int, tuple[int, ...], str]:
     """
     record = load(pickled, place="data.pkl")
     if type(record).__name__ != "_rebuild_tensor_v2":
-        raise ValueError(f"{type(record).__name__} is no plain tensor")
+        raise ValueError(f"{type(record).__name__} is not a plain tensor")
     storage, skip, shape, strides = record.args[:4]
     _, kind, key, *_ = storage.key
     if type(skip) is not int:

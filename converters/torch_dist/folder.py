@@ -163,7 +163,7 @@ def check_tiling(blocks: list[Block], size: tuple[int, int], place: str) -> None
             if block.rows[0] <= first and last <= block.rows[1]:
                 column = block.cols[1] if block.cols[0] == column else -1
         if column != size[1] or last > size[0]:
-            word = "overlap in" if sum(map(_area, blocks)) > size[0] * size[1] else "leave a hole in"
+            word = "overlap in" if sum(map(_area, blocks)) > size[0] * size[1] else "leave a gap in"
             raise ConversionError(f"{place}: chunks {word} rows {first} to {last}")
 
 

@@ -123,7 +123,7 @@ def load_metadata(raw: bytes, *, place: str) -> dict[str, Entry]:
         return {key: _entry(key, meta, located.get(key, {})) for key, meta in described.items()}
     except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
         what = f"{type(error).__name__} {error}" if not isinstance(error, ValueError) else str(error)
-        raise ConversionError(f"{place}: no checkpoint metadata: {what}") from error
+        raise ConversionError(f"{place}: not checkpoint metadata: {what}") from error
 
 
 def _places(
@@ -177,7 +177,7 @@ def _ints(value: Any) -> tuple[int, ...]:
     """A torch.Size or a tuple of sizes."""
     values = tuple(value.args[0] if isinstance(value, Recorded) else value)
     if not all(type(item) is int and 0 <= item < _MOST for item in values):
-        raise ValueError(f"{str(values)[:80]} are no sizes")
+        raise ValueError(f"{str(values)[:80]} are not sizes")
     return values
 
 

@@ -74,7 +74,7 @@ class ZipDirectory:
         at = self._length - _END.size
         magic, _, _, _, count, size, offset, _ = _END.unpack(self._bytes(at, _END.size))
         if magic != b"PK\x05\x06":
-            raise ValueError("no zip archive, or a truncated one")
+            raise ValueError("not a zip archive, or a truncated one")
         if _WIDE in (size, offset) or count == 0xFFFF:
             magic, _, place, _ = _LOCATOR.unpack(self._bytes(at - _LOCATOR.size, _LOCATOR.size))
             fields = _END64.unpack(self._bytes(place, _END64.size))
@@ -110,7 +110,7 @@ class ZipDirectory:
 def _member(raw: bytes, at: int) -> tuple[str, Member, int]:
     """The entry of the directory at a byte, and where the next one begins."""
     if at + _CENTRAL.size > len(raw):
-        raise ValueError("a directory that ends early")
+        raise ValueError("a truncated directory")
     magic, _, _, flags, method, _, _, crc, stored, size, name, extra, comment, _, _, _, header = _CENTRAL.unpack_from(
         raw, at
     )
@@ -138,4 +138,4 @@ def _wide(extra: bytes, *values: int) -> tuple[int, ...]:
             wide = iter(struct.unpack_from(f"<{size // 8}Q", extra, at + 4))
             return tuple(next(wide, value) if value == _WIDE else value for value in values)
         at += 4 + size
-    raise ValueError("sizes that are nowhere")
+    raise ValueError("sizes that are missing")

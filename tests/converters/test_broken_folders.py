@@ -51,7 +51,7 @@ BAD_HEADERS: dict[str, tuple[Callable[[Header], object], str]] = {
     "three offsets": (_set("a", "data_offsets", [0, 8, 16]), "no valid data_offsets"),
     "huge offset": (_set("a", "data_offsets", [0, 2**70]), "no valid data_offsets"),
     "overlap": (_set("b", "data_offsets", [10, 16]), "other tensors overlap b"),
-    "hole": (_set("b", "data_offsets", [18, 24]), "a hole lies before b"),
+    "hole": (_set("b", "data_offsets", [18, 24]), "there is a gap before b"),
     "beyond the end": (lambda header: header.update(c={"dtype": "U8", "shape": [9], "data_offsets": [22, 31]}),
                        "truncated: its header gives"),
     "data that nothing uses": (lambda header: header.pop("b"), "too long"),
@@ -128,9 +128,9 @@ BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "tensor not named": (lambda index: index["weight_map"].pop("b"), f"{ONE}: has b, which .* puts in no file"),
     "tensor nowhere": (lambda index: index["weight_map"].update(e=TWO), f"{TWO}: e is not in it"),
     "missing file": (lambda index: index["weight_map"].update(a="other.safetensors"), "No such file"),
-    "path outside": (lambda index: index["weight_map"].update(a=f"../{ONE}"), "no safetensors file of this folder"),
-    "pickle": (lambda index: index["weight_map"].update(a="model.bin"), "no safetensors file of this folder"),
-    "number for a file": (lambda index: index["weight_map"].update(a=1), "no safetensors file of this folder"),
+    "path outside": (lambda index: index["weight_map"].update(a=f"../{ONE}"), "not a safetensors file of this folder"),
+    "pickle": (lambda index: index["weight_map"].update(a="model.bin"), "not a safetensors file of this folder"),
+    "number for a file": (lambda index: index["weight_map"].update(a=1), "not a safetensors file of this folder"),
     "empty map": (lambda index: index["weight_map"].clear(), "no weight_map"),
     "no map": (lambda index: index.pop("weight_map"), "no weight_map"),
 }
@@ -152,7 +152,7 @@ def test_duplicate_tensor_in_two_files(sharded: Path) -> None:
 
 def test_stale_files_beside_each_other(sharded: Path) -> None:
     raw_file(sharded / "model.safetensors", good_header(), DATA)
-    with pytest.raises(ConversionError, match="remove the stale"):
+    with pytest.raises(ConversionError, match="remove the stale one"):
         HfFolder(sharded)
 
 

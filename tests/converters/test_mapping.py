@@ -48,7 +48,7 @@ def test_layer_order() -> None:
         ([mapped(Piece("hf", (0, 2))), replace(mapped(Piece("hf", (1, 4))), name="b")], "rows 1 to 2 are used twice"),
         ([mapped(Piece("hf", (1, 4)))], "rows 0 to 1 are left out"),
         ([mapped(Piece("hf", (0, 2)), Piece("hf", (3, 4)))], "rows 2 to 3 are left out"),
-        ([mapped(Piece("hf", (0, 2))), mapped(Piece("other", (0, 2)))], "ours is made by two entries"),
+        ([mapped(Piece("hf", (0, 2))), mapped(Piece("other", (0, 2)))], "ours is built by two entries"),
         ([mapped(Piece("hf", (0, 2))), replace(mapped(Piece("hf", (2, 4)), tail=(5,)), name="b")], "two row lengths"),
         ([mapped(Piece("hf", (0, 2), 1))], "unequal or missing leading indices"),
         ([mapped(Piece("hf", (0, 2), 0), Piece("hf", (0, 3), 1))], "unequal or missing leading indices"),

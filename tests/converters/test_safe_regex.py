@@ -63,5 +63,5 @@ def test_threads_share_the_process() -> None:
 
 @pytest.mark.parametrize("pattern", ["q_(proj", "a{99999999999}", "(" * 5000 + ")" * 5000, "a" * (1 << 21), "*"])
 def test_what_is_no_pattern_is_named(pattern: str) -> None:
-    with pytest.raises(ConversionError, match="is no regular expression"):
+    with pytest.raises(ConversionError, match="is not a regular expression"):
         check_pattern(pattern)

@@ -117,7 +117,7 @@ def test_same_compares_bytes(tmp_path: Path) -> None:
 
 def test_a_file_cut_after_opening_is_an_error(folder: HfFolder) -> None:
     os.truncate(folder.path / "model.safetensors", 1000)
-    with pytest.raises(ConversionError, match="truncated while it was read"):
+    with pytest.raises(ConversionError, match="truncated while it was being read"):
         folder.read("wide")
 
 

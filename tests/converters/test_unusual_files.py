@@ -83,7 +83,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be at most 10000"),
     ({"num_hidden_layers": 10**4000}, r"num_hidden_layers=10+\.\.\. must be at most"),
     ({"num_attention_heads": 10**8, "num_key_value_heads": 10**8}, "num_attention_heads=100000000 must be at most"),
-    ({"num_hidden_layers": 9000, "num_attention_heads": 9000, "num_key_value_heads": 9000}, "than any real model has"),
+    ({"num_hidden_layers": 9000, "num_attention_heads": 9000, "num_key_value_heads": 9000}, "exceed any real model"),
     ({"hidden_size": 1 << 40}, "hidden_size=1099511627776 must be at most"),
     ({"rms_norm_eps": 10**400}, r"rms_norm_eps=10+\.\.\. must be a positive number"),
     ({"architectures": {"a": 1}}, r"architectures=\{'a': 1\} must be a list of class names"),

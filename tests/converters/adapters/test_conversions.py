@@ -169,7 +169,7 @@ def test_scales_that_no_joined_layer_has_are_refused(made: Get, tmp_path: Path) 
     one = made("moe-one-by-one")
     for number, alphas in enumerate(({"gate_proj": 7}, {r".*\.2\.down_proj": 7})):
         adapter = changed(one.adapter, tmp_path / f"adapter{number}", scaled(alpha_pattern=alphas))
-        with pytest.raises(ConversionError, match=r"PEFT 0\.21 would load it as another model: .*cannot have"):
+        with pytest.raises(ConversionError, match=r"PEFT 0\.21 would load it as a different model: .*cannot have"):
             convert(
                 ConversionRequest(to_hf=True, adapters=[adapter], model=one.base, peft_format="per_expert"),
                 output_dir=tmp_path / "out",

@@ -38,7 +38,7 @@ def tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor] | None, as_: 
 
 
 FAULTS: dict[str, tuple[str, Change, str]] = {
-    "no lora": ("llama", config(peft_type="IA3"), "peft_type='IA3' is not supported; LORA is"),
+    "no lora": ("llama", config(peft_type="IA3"), "peft_type='IA3' is not supported; only LORA is"),
     "dora": ("llama", config(use_dora=True), "use_dora=True is not supported: it changes what the adapter adds"),
     "fan in": ("llama", config(fan_in_fan_out=True), "fan_in_fan_out=True is not supported"),
     "lora bias": ("llama", config(lora_bias=True), "lora_bias=True is not supported"),
@@ -51,10 +51,10 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     "rank is no number": ("llama", config(r="four"), "r='four' must be a positive number"),
     "no alpha": ("llama", config(lora_alpha=0), "lora_alpha=0 must be a positive number"),
     "a pattern's rank": ("llama", config(rank_pattern={"q_proj": 5}), "gives .*q_proj rank 5"),
-    "a pattern": ("llama", config(rank_pattern={"q_(proj": 4}), r"rank_pattern: 'q_\(proj' is no regular expression"),
+    "a pattern": ("llama", config(rank_pattern={"q_(proj": 4}), r"rank_pattern: 'q_\(proj' is not a regular expr"),
     "targets": ("llama", config(target_modules=["k_proj"]), "target_modules does not name it"),
     "targets' type": ("llama", config(target_modules=[1]), "target_modules=.* must be a list of names"),
-    "saved module": ("llama", config(modules_to_save=["lm_head"]), "names lm_head in modules_to_save, and"),
+    "saved module": ("llama", config(modules_to_save=["lm_head"]), "names lm_head in modules_to_save, but"),
     "shape of A": ("llama", tensor(Q + "A.weight", lambda x: x[:, 1:]), r"\[4, 24\] is needed"),
     "shape of B": ("llama", tensor(Q + "B.weight", lambda x: x[1:]), r"\[24, 4\] is needed"),
     "no B": ("llama", tensor(Q + "B.weight", None), "its lora_B is missing"),
@@ -119,7 +119,7 @@ def test_truncated_and_pickled_weights(made: Get, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"no adapter_model\.safetensors; complete the download"):
         convert(ConversionRequest(**flags), output_dir=tmp_path / "out")
     (adapter / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ConversionError, match=r"adapter_model\.bin: is pickled, which can run code"):
+    with pytest.raises(ConversionError, match=r"adapter_model\.bin: is a pickle, which can run code"):
         convert(ConversionRequest(**flags), output_dir=tmp_path / "out")
     with pytest.raises(ConversionError, match=r"adapter_model\.bin: no file of torch.save"):
         convert(ConversionRequest(accept_bin=True, **flags), output_dir=tmp_path / "out")
@@ -134,8 +134,8 @@ def test_adapters_that_exclude_each_other(made: Get, tmp_path: Path) -> None:
         saved.adapter, tmp_path / "other", lambda tensors, _: [x.add_(1) for x in tensors.values()] and None
     )
     for one, pair, message in (
-        (saved, [saved.adapter, other], "is replaced by an adapter before it already"),
-        (biased, [biased.adapter, biased.adapter], "both bring biases"),
+        (saved, [saved.adapter, other], "is already replaced by an earlier adapter"),
+        (biased, [biased.adapter, biased.adapter], "both change biases"),
     ):
         with pytest.raises(ConversionError, match=message):
             convert(
@@ -214,7 +214,7 @@ def test_flags_that_do_not_go_together(flags: list[str], message: str, capsys: p
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"adapters": ["a", "b"]}, "several adapters can be merged"),
+        ({"adapters": ["a", "b"]}, "several adapters can only be merged"),
         ({"adapters": ["a"], "torch_dtype": "float32"}, "an adapter is converted as it is"),
         ({"adapters": ["a"], "merge_lora": True, "peft_format": "fused"}, "writes, converted and not merged"),
         ({"merge_lora": True}, "merge_lora needs adapters"),

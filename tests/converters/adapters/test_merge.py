@@ -200,7 +200,7 @@ def test_an_interrupted_merge_is_resumed_to_the_same_bits(wide: tuple[Path, Path
     flags = {"to_hf": True, "model": base, "adapters": [adapter], "merge_lora": True}
     convert(ConversionRequest(**flags), output_dir=tmp_path / "whole")
     convert(ConversionRequest(**flags), output_dir=tmp_path / "part", rank=1, world=2)
-    with pytest.raises(ConversionError, match="left by the conversion of another source"):
+    with pytest.raises(ConversionError, match="left by a conversion of another source"):
         convert(
             ConversionRequest(to_hf=True, model=base, adapters=[adapter, adapter], merge_lora=True),
             output_dir=tmp_path / "part",

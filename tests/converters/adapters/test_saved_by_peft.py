@@ -136,7 +136,7 @@ def test_a_classifiers_adapter(tmp_path: Path) -> None:
         del tensors["base_model.model.score.weight"]
 
     other = changed(tmp_path / "adapter", tmp_path / "other", no_score)
-    with pytest.raises(ConversionError, match="names score in modules_to_save, and no tensor is of it"):
+    with pytest.raises(ConversionError, match="names score in modules_to_save, but no tensor belongs to it"):
         convert(ConversionRequest(to_mcore=True, model=tmp_path / "base", adapters=[other]), output_dir=tmp_path / "o")
 
 
@@ -188,5 +188,5 @@ def test_shards_without_an_index_are_read_when_they_are_complete(tmp_path: Path)
     first, other = (sorted((tmp_path / name).rglob("*.distcp")) for name in ("one", "other"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in other]
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ConversionError, match=r"not all that their names count, and no model.safetensors.index.json"):
+    with pytest.raises(ConversionError, match=r"not all shards, and no model.safetensors.index.json"):
         convert(ConversionRequest(to_mcore=True, model=folder), output_dir=tmp_path / "out")

@@ -81,7 +81,7 @@ def _texts(value: object) -> tuple[str, ...]:
         (["--model"], "--model needs one value"),
         (["--model", "a", "b"], "--model needs one value, not 'a b'"),
         (["--resume", "--resume"], "--resume is given twice"),
-        (["folder", "--resume"], "'folder' is no flag"),
+        (["folder", "--resume"], "'folder' is not a flag"),
     ],
 )
 def test_faults_of_the_command_line_are_named(arguments: list[str], message: str) -> None:
@@ -106,7 +106,7 @@ def test_all_faults_are_said_at_once() -> None:
         (["--to_mcore", "--model", "m", "--output_dir", "o", "--max_shard_size", "1GB"], "--max_shard_size is about"),
         (
             ["--to_mcore", "--model", "m", "--output_dir", "o", "--test_convert_dtype", "bfloat16"],
-            "--test_convert_precision, which is not given",
+            "--test_convert_dtype has no effect without --test_convert_precision",
         ),
         (["--to_mcore", "--model", "m", "--output_dir", "o", "--fp8_quantise"], "folder that --to_hf writes"),
         (
@@ -118,8 +118,14 @@ def test_all_faults_are_said_at_once() -> None:
             ["--to_hf", "--model", "m", "--output_dir", "o", "--fp8_quantise", "--test_convert_precision"],
             "in FP8 differ",
         ),
-        (["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--rank", "1"], "--rank and --world belong together"),
-        (["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--rank", "2", "--world", "2"], "rank counts from 0"),
+        (
+            ["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--rank", "1"],
+            "--rank and --world must be given together",
+        ),
+        (
+            ["--to_hf", "--mcore_model", "m", "--output_dir", "o", "--rank", "2", "--world", "2"],
+            "rank must be from 0 to world - 1",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +163,7 @@ def test_a_dry_run_shows_every_tensor_and_writes_nothing(
     text = capsys.readouterr().out
     assert os.listdir(tmp_path) == []
     assert re.search(r"decoder\.layers\.1\.mlp\.experts\.linear_fc1\.weight\[4\] \[1, 1, 64, 64\] BF16 to F16", text)
-    assert "bytes of disk are needed" in text
+    assert "bytes of disk space are needed" in text
     main(flags)
     made = json.loads((tmp_path / "out" / "megabatch-manifest.json").read_text())
     assert f"plan {made['plan']}" in text
@@ -205,7 +211,7 @@ def test_only_tasks_of_srun_share_the_work() -> None:
     assert place({**step, "SLURM_RESTART_COUNT": "2"}) == (3, 8, "5.1.2")  # a requeued job numbers its steps anew
     assert place({}) == (0, 1, "")
     for odd in ({"SLURM_STEP_NUM_TASKS": "8"}, {"SLURM_STEP_NUM_TASKS": "x", "SLURM_PROCID": "0"}):
-        with pytest.raises(ConversionError, match="no place in a step; give --rank and --world"):
+        with pytest.raises(ConversionError, match="do not describe a rank; give --rank and --world"):
             place(odd)
 
 

@@ -73,8 +73,8 @@ def test_nothing_to_write_is_all_of_it() -> None:
 def test_what_is_left_aside_is_grouped() -> None:
     names = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": "computed" for layer in range(61)}
     assert list(left_aside({**names, "lm_head.weight": "it repeats another"})) == [
-        "left aside: model.layers.*.self_attn.rotary_emb.inv_freq (61 tensors): computed",
-        "left aside: lm_head.weight: it repeats another",
+        "skipped: model.layers.*.self_attn.rotary_emb.inv_freq (61 tensors): computed",
+        "skipped: lm_head.weight: it repeats another",
     ]
 
 
@@ -82,7 +82,7 @@ def test_a_dry_run_begins_with_the_totals(saved: Saved, tmp_path: Path, capsys: 
     assert main(["--to_mcore", "--model", str(saved("qwen3")), "--output_dir", str(tmp_path / "o"), "--dry_run"]) == 0
     first, second, third, *_ = capsys.readouterr().out.splitlines()
     assert " tensors of " in first
-    assert " bytes of disk are needed, " in second
+    assert " bytes of disk space are needed, " in second
     assert third.startswith("release/__0_0.distcp: ")
 
 

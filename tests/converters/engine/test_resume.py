@@ -81,7 +81,7 @@ def test_leftovers_are_taken_up_only_when_asked_and_only_of_the_same_plan(
     )  # and the other half never came
     with pytest.raises(ConversionError, match=r"out\.partial: left by an interrupted .* bytes are done.*--resume"):
         convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output)
-    with pytest.raises(ConversionError, match=r"out\.partial: left by the conversion of another source"):
+    with pytest.raises(ConversionError, match=r"out\.partial: left by a conversion of another source"):
         convert(ConversionRequest(to_mcore=True, model=hf, torch_dtype="float32"), output_dir=output, resume=True)
     outcome = convert(ConversionRequest(to_mcore=True, model=hf), output_dir=output, resume=True)
     assert outcome.resumed > 0
@@ -93,7 +93,7 @@ def test_a_source_that_changed_is_another_plan(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "hf", MOE)
     convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "out", rank=0, world=2)
     os.utime(next(source.glob("*.safetensors")), ns=(1, 1))
-    with pytest.raises(ConversionError, match="left by the conversion of another source"):
+    with pytest.raises(ConversionError, match="left by a conversion of another source"):
         convert(ConversionRequest(to_mcore=True, model=source), output_dir=tmp_path / "out", resume=True)
 
 

@@ -85,7 +85,7 @@ def test_headers_sizes_and_missing_files_are_compared(verified: Path, back: Path
     path.write_bytes(raw)
     index = tmp_path / "out" / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("00001-of", "00002-of", 1))
-    with pytest.raises(ConversionError, match=r"index\.json: is missing or not what the plan makes"):
+    with pytest.raises(ConversionError, match=r"index\.json: is missing or differs from the plan"):
         compare_output(plan, tmp_path / "out")
     with pytest.raises(ConversionError, match=r"index\.json: all of it is damaged"):
         verify_output(tmp_path / "out")

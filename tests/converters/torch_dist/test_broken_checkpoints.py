@@ -123,7 +123,7 @@ def overlap(chunks: list[Chunk]) -> list[Chunk]:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (hole, r"weight \[1\]: chunks leave a hole in rows 0 to 4"),
+        (hole, r"weight \[1\]: chunks leave a gap in rows 0 to 4"),
         (overlap, r"__0_.\.distcp: .*router.weight at byte \d+: shape \[1, 4, 24\], .metadata gives \[1, 3, 24\]"),
         (lambda chunks: [*chunks, chunks[0]], r"router.weight has its chunk at \[0, 0, 0\] in two places"),
     ],
@@ -184,9 +184,9 @@ CONTRADICTIONS: list[tuple[Callable[[Any], None], str]] = [
     (located_no_more, r"\.metadata: .*router.weight: the chunk at \[0, 0, 0\] of \[1, 4, 24\] is in no file"),
     (of_another_dtype, r"distcp: .*router.weight at byte \d+: is F32, .metadata gives BF16"),
     (no_floats, r"distcp: .*router.weight at byte \d+: is F32, .metadata gives int32"),
-    (far_away, r"\.metadata: no checkpoint metadata: \d+ bytes at 9223372036854775808 of __0_0.distcp cannot be"),
-    (very_long, r"\.metadata: no checkpoint metadata: 18446744073709551616 bytes at"),
-    (nameless, r"\.metadata: no checkpoint metadata: 'a\\x00b' is not a file of this folder"),
+    (far_away, r"\.metadata: not checkpoint metadata: \d+ bytes at 9223372036854775808 of __0_0.distcp cannot be"),
+    (very_long, r"\.metadata: not checkpoint metadata: 18446744073709551616 bytes at"),
+    (nameless, r"\.metadata: not checkpoint metadata: 'a\\x00b' is not a file of this folder"),
     (folder_for_a_file, r"\.\.: cannot be read: it is a folder, not a regular file"),
 ]
 
