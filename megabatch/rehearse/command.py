@@ -77,6 +77,7 @@ def _say_what(small: Small, whole: Launch) -> None:
     sizes = {
         "tp": parallel.tensor_model_parallel_size,
         "pp": parallel.pipeline_model_parallel_size,
+        "cp": parallel.context_parallel_size,
         "ep": parallel.expert_model_parallel_size,
     }
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)

@@ -58,6 +58,7 @@ def _fewer_ranks(
     names = {
         "tensor_model_parallel_size": p.tensor_model_parallel_size,
         "pipeline_model_parallel_size": p.pipeline_model_parallel_size,
+        "context_parallel_size": p.context_parallel_size,
         "expert_model_parallel_size": p.expert_model_parallel_size,
         "expert_tensor_parallel_size": p.expert_tensor_parallel_size,
     }
@@ -68,7 +69,8 @@ def _fewer_ranks(
     world = _least_ranks(*sizes.values())
     layout = layout_of(recipe, shape)
     tp, pp = sizes["tensor_model_parallel_size"], sizes["pipeline_model_parallel_size"]
-    if layout is not None and layout.dp > 1 and world == tp * pp and 2 * world <= max_ranks:
+    replica = tp * pp * sizes["context_parallel_size"]
+    if layout is not None and layout.dp > 1 and world == replica and 2 * world <= max_ranks:
         world *= 2
     for name, size in sizes.items():
         if size != names[name]:
@@ -96,8 +98,8 @@ def _fewer_ranks(
     return {"parallel": changed, "resources": ranks}, world
 
 
-def _least_ranks(tp: int, pp: int, ep: int, etp: int) -> int:
-    return pp * math.lcm(tp, ep * etp)
+def _least_ranks(tp: int, pp: int, cp: int, ep: int, etp: int) -> int:
+    return pp * math.lcm(tp * cp, ep * etp)
 
 
 def _on_cpus(recipe: Recipe, notes: list[str]) -> Recipe:
@@ -166,6 +168,7 @@ def _little_data(recipe: Recipe, notes: list[str]) -> Recipe:
         validation = [f"example:arithmetic#{VALIDATION_ROWS}"] if data.val_dataset else []
         changed["columns"] = None
     length = min(data.max_length or LENGTH, LENGTH)
+    length -= length % (2 * recipe.parallel.context_parallel_size * recipe.parallel.tensor_model_parallel_size)
     if data.truncation_strategy in (None, "delete", "raise"):
         changed["truncation_strategy"] = "right"  # with so few rows none may be left out
     return replace(
@@ -197,7 +200,7 @@ def _few_rows(text: str, most: int) -> str | None:
 def _few_steps(recipe: Recipe, whole: Recipe, shape: ModelShape, *, steps: int, world: int, vp: int) -> Recipe:
     parallel, layout = recipe.parallel, layout_of(whole, shape)
     pp = parallel.pipeline_model_parallel_size
-    dp = world // (parallel.tensor_model_parallel_size * pp)
+    dp = world // (parallel.tensor_model_parallel_size * pp * parallel.context_parallel_size)
     accumulation = min(layout.num_microbatches if layout else 1, 2)
     if pp > 1:
         accumulation = pp * max(1, accumulation // pp)

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from megabatch.slurm.ports import free_port_block
+
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 TOY = os.environ.get("BENCH_TOY") == "1"
@@ -163,15 +165,21 @@ def bytes_below(path: Path) -> int:
     return sum(p.stat().st_size for p in files_below(path))
 
 
-def in_trainer_process(script: str, folder: Path) -> list[Figure]:
-    """Figures of a script beside this one that needs torch; it runs as the only rank of a world of one."""
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+def in_trainer_processes(script: str, folder: Path, *, world_size: int = 1) -> list[Figure]:
+    """Figures of a script beside this one that needs torch; each process is a rank, the first one answers."""
     answer = folder / "figures.json"
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), str(folder), str(answer)]
-    subprocess.run(command, cwd=ROOT, env=environment(**place), check=True)
+    place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port_block())}
+    ranks = [
+        subprocess.Popen(command, cwd=ROOT, env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        if rank.wait():
+            raise subprocess.CalledProcessError(rank.returncode, command)
     return [Figure(**values) for values in json.loads(answer.read_text(encoding="utf-8"))]
 
 
 def answer(figures: Sequence[Figure], path: str) -> None:
-    """The other end of `in_trainer_process`."""
+    """The other end of `in_trainer_processes`."""
     Path(path).write_text(json.dumps([asdict(figure) for figure in figures]), encoding="utf-8")

@@ -31,13 +31,13 @@ import startup
 import status
 import sweeps
 import tokenise
-from measure import Figure, in_trainer_process
+from measure import Figure, in_trainer_processes
 
 
-def _in_trainer(script: str) -> Callable[[], list[Figure]]:
+def _in_trainer(script: str, *, world_size: int = 1) -> Callable[[], list[Figure]]:
     def measure() -> list[Figure]:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            return in_trainer_process(script, Path(folder))
+            return in_trainer_processes(script, Path(folder), world_size=world_size)
 
     return measure
 
@@ -50,6 +50,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "render": launch.rendering,
     "plan": plan.plan,
     "step": _in_trainer("step.py"),
+    "context": _in_trainer("context.py", world_size=2),
     "checkpoint": _in_trainer("checkpoint.py"),
     "convert": _in_trainer("convert.py"),
     "files": files.files,

@@ -62,7 +62,9 @@ def test_flags_that_ask_for_something_else_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["quickstart", "gsm8k_sft", "pretrain", "qwen3_moe_sft", "qwen2_5_7b_sft"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "gsm8k_sft", "pretrain", "qwen3_moe_sft", "qwen2_5_7b_sft", "long_context_sft"]
+)
 def test_recipes_shrink_to_what_few_processes_train(name: str) -> None:
     from megabatch.cli.recipe_file import load_recipe
     from megabatch.entry.model import find_model
@@ -79,6 +81,7 @@ def test_recipes_shrink_to_what_few_processes_train(name: str) -> None:
     whole = layout_of(recipe, shape)
     assert whole is not None
     # a size above 1 stays above 1, or is named
-    for size, field in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+    fields = {"tp": "tensor_model", "pp": "pipeline_model", "cp": "context", "ep": "expert_model"}
+    for size, field in fields.items():
         smaller = getattr(layout, size) != getattr(whole, size)
-        assert smaller == any(f"parallel.{field}_model_parallel_size=" in note for note in small.not_rehearsed)
+        assert smaller == any(f"parallel.{field}_parallel_size=" in note for note in small.not_rehearsed)
