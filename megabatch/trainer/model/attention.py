@@ -89,7 +89,7 @@ class PackedAttention(MegatronModule):
             if self.flash is not None and self._fits_flash(query_THD):
                 out = self._varlen(query_THD, key_KGD, value_KGD, row)
             elif len(set(zip(row.lengths, row.prefixes, strict=True))) == 1:
-                out = self._rectangle(query_THD, key_KGD, value_KGD, len(row.lengths))
+                out = self._rectangle(query_THD, key_KGD, value_KGD, row)
             else:
                 out = self._each_sequence(query_THD, key_KGD, value_KGD, row)
         return out.reshape(out.shape[0], -1)
@@ -109,22 +109,23 @@ class PackedAttention(MegatronModule):
         half = query_THD.dtype in (torch.bfloat16, torch.float16)
         return query_THD.is_cuda and half and not (self.training and self.dropout)
 
-    def _rectangle(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, sequences: int) -> Tensor:
+    def _rectangle(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, row: Row) -> Tensor:
         """All sequences at once, which are equally long."""
         query, key, value = (
-            x.view(sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (query_THD, key_KGD, value_KGD)
+            x.view(len(row.lengths), -1, *x.shape[1:]).transpose(1, 2) for x in (query_THD, key_KGD, value_KGD)
         )
-        return self._causal(query, key, value).transpose(1, 2).flatten(0, 1)
+        return self._causal(query, key, value, row).transpose(1, 2).flatten(0, 1)
 
     def _each_sequence(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, row: Row) -> Tensor:
         # splitting once rather than slicing: the gradient of a slice is a zero-filled tensor of the whole row
         tensors = ((query_THD, row.lengths), (key_KGD, row.prefixes), (value_KGD, row.prefixes))
         split = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x, lengths in tensors)
-        return torch.cat([self._causal(*part).squeeze(0).transpose(0, 1) for part in zip(*split, strict=True)])
+        parts = [self._causal(query, key, value, row) for query, key, value in zip(*split, strict=True)]
+        return torch.cat([part.squeeze(0).transpose(0, 1) for part in parts])
 
-    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor, row: Row) -> Tensor:
         """[sequences, heads, length, D] each, the last query's own key the last key."""
-        mask = self._mask(query.shape[2], key.shape[2], device=query.device)
+        mask = row.mask(query, key, earlier=self.earlier)
         return scaled_dot_product_attention(
             query,
             key,
@@ -135,11 +136,3 @@ class PackedAttention(MegatronModule):
             enable_gqa=query.shape[1] != key.shape[1],
             dropout_p=self.dropout if self.training else 0.0,
         )
-
-    def _mask(self, queries: int, keys: int, *, device: torch.device) -> Tensor | None:
-        """bool [queries, keys]: which keys each query sees; None where these are all up to its own, as many as it."""
-        if queries == keys and (self.earlier < 0 or self.earlier >= keys - 1):
-            return None
-        own = torch.arange(keys - queries, keys, device=device)[:, None]
-        behind = own - torch.arange(keys, device=device)
-        return (behind >= 0) if self.earlier < 0 else (behind >= 0) & (behind <= self.earlier)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -28,6 +29,25 @@ class Row(PackedSeqParams):
     """By which the attention turns queries and keys; None leaves them as they are."""
     cut: Cut | None = None
     """How the row is cut over context-parallel ranks; None for a row that is whole."""
+    masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    """Masks that a layer of this row has made, for the others."""
+
+    def mask(self, query: Tensor, key: Tensor, *, earlier: int) -> Tensor | None:
+        """[queries, keys] to be added to scores, in the queries' type: -inf at keys that a query does not see; None
+        where it sees all up to its own, and queries are as many as keys.
+
+        Args: `query`, `key` [..., length, D], the last query's own key the last one; `earlier`: keys before its own
+        that a query sees, -1 for all.
+        """
+        queries, keys = query.shape[-2], key.shape[-2]
+        if queries == keys and (earlier < 0 or earlier >= keys - 1):
+            return None
+        if (queries, keys, earlier) not in self.masks:
+            own = torch.arange(keys - queries, keys, device=query.device)[:, None]
+            behind = own - torch.arange(keys, device=query.device)
+            hidden = (behind < 0) | (behind > (keys if earlier < 0 else earlier))
+            self.masks[queries, keys, earlier] = query.new_zeros(queries, keys).masked_fill_(hidden, -math.inf)
+        return self.masks[queries, keys, earlier]
 
 
 def row(
