@@ -1,4 +1,4 @@
-"""Everything of a Hugging Face folder besides its weights: configs, tokenizer, chat template, code, model card."""
+"""The files of a Hugging Face folder besides its weights: configs, tokenizer, chat template, code, model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dtypes as people write them, as safetensors names them, and what a conversion writes."""
+"""dtype names on the command line and in safetensors, and which a conversion writes."""
 
 from __future__ import annotations
 

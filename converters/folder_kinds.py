@@ -1,4 +1,4 @@
-"""What a folder is, where it is named by the flag of another kind."""
+"""Recognises the kind of a folder that was given to the wrong flag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder planned from its tensors' parts: dtypes, block-scaled FP8, files, headers, config.json."""
+"""Plans a Hugging Face folder from its tensors' parts: dtypes, block-scaled FP8, files, headers, config.json."""
 
 from __future__ import annotations
 

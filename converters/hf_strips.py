@@ -1,4 +1,4 @@
-"""Rows of a Hugging Face folder's tensors as byte extents with their scales, as every plan that reads one has them."""
+"""Rows of Hugging Face tensors as byte extents with their scales, for every plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-OSS's experts as they are published, in MXFP4: four bits a number, and a power of two for each 32 of a row.
+"""GPT-OSS's published experts in MXFP4: four bits a number, and a power of two for each 32 of a row.
 
 `X_blocks` [experts, rows, columns / 32, 16] has two numbers in a byte, the lower four bits first, and `X_scales`
 [experts, rows, columns / 32] the powers, 127 for one (OCP Microscaling Formats 1.0, sections 5.3 and 6). Each product

@@ -1,4 +1,4 @@
-"""Files that are read: regular ones alone, and of those that are read whole none larger than any real one is.
+"""Opens input files: only regular files, and for files that are read whole only up to a maximum size.
 
 A pipe would be waited for, and a device has no end.
 """

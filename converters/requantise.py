@@ -1,4 +1,4 @@
-"""Block-scaled FP8 planned: in place of a tensor of floats, the FP8 numbers and their scales."""
+"""Plans block-scaled FP8 output: in place of a tensor of floats, the FP8 numbers and their scales."""
 
 from __future__ import annotations
 

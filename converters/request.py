@@ -1,4 +1,4 @@
-"""What a conversion is asked for: flags, help, refusals and a chain's command line are derived from its fields."""
+"""The request of a conversion: flags, help, refusals and a chain's command line are derived from its fields."""
 
 from __future__ import annotations
 

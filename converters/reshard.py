@@ -1,4 +1,4 @@
-"""A Hugging Face folder in other files, planned: every tensor goes as it is, whatever its model and its dtype."""
+"""Plans the same Hugging Face tensors in other files: copies every tensor unchanged, whatever its model and dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors → Hugging Face safetensors in another form, planned: experts, dtype, FP8, pickles no more.
+"""Plans Hugging Face safetensors → Hugging Face safetensors in another form: experts, dtype, FP8, pickles no more.
 
 The table of a family says twice which rows make up a megatron-core tensor, once for each layout of experts; both have
 the same rows in the same order, so that rows go from one to the other without megatron-core's format between; where

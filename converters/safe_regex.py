@@ -1,4 +1,4 @@
-"""Regular expressions from files of others, under a limit of time.
+"""Regular expressions from untrusted files, under a time limit.
 
 A short pattern can take longer than the universe has on a name of forty letters, and `re` cannot be stopped from
 another thread. Patterns whose time is bounded by their form are matched here; any other in a process of its own, which

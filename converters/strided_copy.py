@@ -1,4 +1,4 @@
-"""Tensors whose rows are not runs of bytes in the Hugging Face file: transposed, or every second row of another.
+"""Tensors whose rows are not contiguous in the Hugging Face file: transposed, or every second row of another.
 
 Both directions take and give a whole tensor (for experts: of one expert). Bytes are moved, never computed with, by
 strided copies of the standard library's memoryview.

@@ -1,4 +1,4 @@
-"""megatron-core torch_dist, of any sharding → Hugging Face safetensors, planned: rows gathered into their place."""
+"""Plans megatron-core torch_dist, in any sharding → Hugging Face safetensors: rows gathered into their place."""
 
 from __future__ import annotations
 

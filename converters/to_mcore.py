@@ -1,4 +1,4 @@
-"""Hugging Face safetensors → megatron-core torch_dist, planned: byte extents and the places they go to."""
+"""Plans Hugging Face safetensors → megatron-core torch_dist: byte extents and the places they go to."""
 
 from __future__ import annotations
 

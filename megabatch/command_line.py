@@ -1,4 +1,4 @@
-"""What every command line of megabatch does around its work: errors in one line, and readers that leave early."""
+"""Error handling shared by all command lines: errors in one line, and readers that leave early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder that was meant, where a name has none."""
+"""Suggests the nearest folder for a name that does not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where hubs' own clients keep what they downloaded, so that a model's folder is found without them."""
+"""Finds models in the download caches of hub clients, without those clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where megabatch's own code lies: what a job's snapshot copies, and what ranks on this machine import."""
+"""The folder of megabatch's own code: what a job's snapshot copies, and what ranks on this machine import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognising secrets in names, values and command lines, so that none is written down or shown."""
+"""Recognises secrets in names, values and command lines, so that none is stored or shown."""
 
 from __future__ import annotations
 

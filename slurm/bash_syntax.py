@@ -1,4 +1,4 @@
-"""Whether bash lines of the user's own end where they seem to, and leave the rest of a job script alone."""
+"""Checks that the user's bash lines cannot swallow the rest of a job script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Environment presets: each variable with its value and the reason it is there.
+"""Environment presets: each variable with its value and reason.
 
 The reason becomes the comment above the export in the job script, and the tables of docs/slurm.md are printed by
 `python -m megabatch.slurm.environment`.

@@ -1,4 +1,4 @@
-"""Noticing that a run hangs, and naming the rank that does: shared by the batch script and the local launcher.
+"""Detects that a run hangs, and names the suspect rank: shared by the batch script and the local launcher.
 
 While `heartbeat.json` does not change, nothing gets done. Whoever watches it is outside the ranks: a rank that is
 stopped, or whose Python lock is held, cannot watch itself. Asked with SIGUSR1, each rank writes its stacks and its

@@ -1,4 +1,5 @@
-"""Whose files are: what tells a job what to run must be its user's own, wherever others may write beside it."""
+"""Who owns, and who can write, the files that a job runs: what tells a job what to run must be its user's own,
+wherever others may write beside it."""
 
 from __future__ import annotations
 

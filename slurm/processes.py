@@ -1,4 +1,4 @@
-"""Starting processes that cannot be left behind, waiting for them, and ending those that are left (Linux)."""
+"""Starts processes, waits for them, and leaves none behind (Linux)."""
 
 from __future__ import annotations
 

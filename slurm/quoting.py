@@ -1,4 +1,4 @@
-"""Turns any string into one harmless line of bash or of `#SBATCH`."""
+"""Quotes any string for bash or `#SBATCH` lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs whose nodes have roles: those of the ranks first, then those of each server."""
+"""Jobs with roles: the ranks' nodes first, then those of each server."""
 
 from __future__ import annotations
 

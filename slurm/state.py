@@ -1,4 +1,4 @@
-"""What became of a run: its heartbeat says, else Slurm, else the run's own records."""
+"""The state of a run, from its heartbeat, Slurm or its own records."""
 
 from __future__ import annotations
 

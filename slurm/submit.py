@@ -1,4 +1,4 @@
-"""Submission through submitit: it runs sbatch on our text and hands back its job; nothing is pickled."""
+"""Submits our script through submitit and returns the job; nothing is pickled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orders of numbers in which PEFT has the adapters of all experts: bytes are moved, never computed with.
+"""The order in which PEFT stores the adapters of all experts: bytes are moved, never computed with.
 
 In its B of all experts, [rows, rank x experts], an expert's columns lie `experts` apart, so that the numbers of one
 expert are every so many-th of the whole tensor.

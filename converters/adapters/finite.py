@@ -1,4 +1,5 @@
-"""Numbers of adapters that are none: an infinity or NaN would spread over the whole model that it is merged into."""
+"""Checks adapters for infinities and NaN: an infinity or NaN would spread over the whole model that it is merged
+into."""
 
 from __future__ import annotations
 

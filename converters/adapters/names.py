@@ -1,4 +1,4 @@
-"""PEFT's names of tensors in adapter_model.safetensors, taken apart and put together.
+"""Parses and builds PEFT's tensor names in adapter_model.safetensors.
 
 Where two parameters of one module (all experts' `gate_up_proj` and `down_proj`) have adapters, PEFT wraps the module
 twice: the one that comes last in the module has the outer wrapper, and the other's names have `base_layer` inside.

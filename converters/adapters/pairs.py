@@ -1,4 +1,4 @@
-"""Low-rank pairs put together: several, each with rows of its own, as one."""
+"""Combines low-rank pairs of different rows into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PEFT makes of adapters of single experts, which transformers 5 holds in one tensor for each layer.
+"""How PEFT loads adapters of single experts, which transformers 5 stores fused per layer.
 
 From 0.21 on PEFT joins the adapters of single experts when it loads them (its
 `utils/transformers_weight_conversion.py`): A of gate and up one below the other, B block by block. It turns the names

@@ -1,4 +1,4 @@
-"""An adapter of PEFT's → a torch_dist checkpoint of adapters, planned. `mcore_folder` says what its tensors are."""
+"""Plans PEFT adapter → torch_dist checkpoint of adapters. `mcore_folder` says what its tensors are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter → PEFT's folder of it, planned: a module for each expert, or the stacked parameters of transformers 5."""
+"""Plans adapter → PEFT folder: a module for each expert, or the stacked parameters of transformers 5."""
 
 from __future__ import annotations
 

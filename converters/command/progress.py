@@ -1,4 +1,4 @@
-"""How far a conversion is: a bar where somebody looks at a terminal, elsewhere a line from time to time."""
+"""Progress of a conversion: a bar on a terminal, elsewhere a line from time to time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block-scaled FP8 made plain, the common case in as few passes as numpy allows.
+"""Dequantises block-scaled FP8, in few numpy passes in the common case.
 
 A pass over a tile costs as much as its bytes, and each hands Python's lock to and fro. So a number's bits are shifted
 to float32's places, which makes it 2^120 too small, and multiplied by a scale that is as much too large; what only

@@ -1,4 +1,4 @@
-"""Where bytes must change: casts between float types, and block-scaled FP8 made plain. numpy, a small tile at a time.
+"""Casts between float types, and dequantises block-scaled FP8. numpy, a small tile at a time.
 
 A tile stays in a processor's cache, so that the passes over it cost little beside reading and writing; its arrays are
 made once, because fresh memory costs more than the arithmetic. Rounding is to nearest, ties to even, and values pass

@@ -1,4 +1,4 @@
-"""Rows of a tensor or a matrix from the strips that they lie in."""
+"""Gathers rows of a tensor or a matrix from strips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From a plan to an output with its final name: checks, shares, executes, verifies, commits; or resumes all that."""
+"""Runs a plan to an output with its final name: checks, shares, executes, verifies, commits; or resumes
+all that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checking what a conversion reads against the digests that its source has of it."""
+"""Checks what a conversion reads against its source's digests."""
 
 from __future__ import annotations
 

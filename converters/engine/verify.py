@@ -1,4 +1,4 @@
-"""Proof that an output is what its plan says: bytes compared with the source's, or with the manifest's digests."""
+"""Verifies that an output matches its plan: bytes compared with the source's, or with the manifest's digests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tensor's bytes as they will be written, a few megabytes at a time."""
+"""Computes a tensor's output bytes, a few megabytes at a time."""
 
 from __future__ import annotations
 

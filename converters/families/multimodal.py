@@ -1,4 +1,4 @@
-"""Models that see images: the language part is converted, everything else of the folder is carried along unchanged.
+"""Vision-language models: converts the language part and carries everything else of the folder along unchanged.
 
 megatron-core's tensors have the names of the language model alone.
 """

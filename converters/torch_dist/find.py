@@ -1,4 +1,4 @@
-"""From what people name (a run, a step, a folder with a tracker file) to the torch_dist folder in it."""
+"""Finds the torch_dist folder in a run, a step, or a folder with a tracker file."""
 
 from __future__ import annotations
 

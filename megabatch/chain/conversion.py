@@ -1,4 +1,4 @@
-"""What a conversion step runs, and its faults."""
+"""The conversion step of a chain: what it runs, and its faults."""
 
 from __future__ import annotations
 

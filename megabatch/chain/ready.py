@@ -1,4 +1,4 @@
-"""A chain made ready: each step's folder, job and script, and every fault of the whole; nothing is written."""
+"""Prepares a chain: each step's folder, job and script, and every fault; nothing is written."""
 
 from __future__ import annotations
 

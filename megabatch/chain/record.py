@@ -1,4 +1,4 @@
-"""`chain.json`: what a chain is, beside its steps' folders; and what has become of them."""
+"""`chain.json`: the record of a chain beside its steps' folders, and the state of each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step made ready: its folder, its job, and its faults, with what earlier steps make counted as there."""
+"""Prepares one step of a chain: its folder, its job, and its faults, with what earlier steps make counted as there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sending a chain to Slurm: the steps that are to run, all or none."""
+"""Submits a chain's steps to Slurm, all or none."""
 
 from __future__ import annotations
 

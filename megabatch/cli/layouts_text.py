@@ -1,4 +1,4 @@
-"""The layouts of a recipe as a table, those left out counted by reason."""
+"""The layouts of a recipe as a table, with pruned ones counted by reason."""
 
 from __future__ import annotations
 

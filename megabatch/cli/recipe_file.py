@@ -1,4 +1,4 @@
-"""What a recipe file declares: read, built, and explained where that fails."""
+"""Loads a recipe file, builds what it declares, and explains failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run directories by what people type."""
+"""Finds the run directories that a command line names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A terminal that is drawn on again and again, and left as it was."""
+"""Redraws a terminal repeatedly and restores it at the end."""
 
 from __future__ import annotations
 

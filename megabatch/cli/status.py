@@ -1,4 +1,4 @@
-"""`megabatch status`: one line for each run, once or until someone has seen enough."""
+"""`megabatch status`: one line per run, once or until q is pressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slurm's spellings of a time limit."""
+"""Slurm's formats of a time limit."""
 
 from __future__ import annotations
 

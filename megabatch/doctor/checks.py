@@ -1,4 +1,4 @@
-"""Looking at this machine: Python, packages by their metadata and by importing them, Slurm."""
+"""Checks this machine: Python, packages by metadata and by import, Slurm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was found of one thing, and what to do about it."""
+"""One result of the doctor: what it found, and the fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Slurm says of itself, asked once."""
+"""Slurm's own configuration, queried once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which torch and transformers a vLLM goes with: each is built against one torch, which its metadata names."""
+"""Which torch and transformers versions a vLLM needs: each is built against one torch, which its metadata names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What sbatch would refuse of a profile: GPUs, features, reservations, accounts, options, each tried alone."""
+"""Which options of a profile sbatch would refuse: GPUs, features, reservations, accounts, options, each tried
+alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What megabatch works with: versions, what works without it, and how to get it. One table, compared with
+"""Required and optional packages: versions, what works without them, how to install them. One table, compared with
 pyproject.toml by a test."""
 
 from __future__ import annotations

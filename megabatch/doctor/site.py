@@ -1,4 +1,5 @@
-"""What a cluster profile names beside Slurm's own words: containers, modules, folders, and a short job that looks."""
+"""Checks of a profile outside Slurm: containers, modules, folders, and a short job that
+looks."""
 
 from __future__ import annotations
 

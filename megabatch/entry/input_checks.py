@@ -1,4 +1,4 @@
-"""What can be seen on this machine before a run is queued: files that are missing, empty, damaged or in the way."""
+"""Checks of inputs on this machine before a run is queued: files that are missing, empty, damaged or in the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A recipe made ready: its run directory, its job, and, once it may run, what is written before it starts."""
+"""Prepares a launch from a recipe: its run directory, its job, and, once it may run, what is written before it
+starts."""
 
 from __future__ import annotations
 

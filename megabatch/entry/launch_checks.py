@@ -1,4 +1,4 @@
-"""What would stop a launch on this machine or its cluster, checked before anything is queued.
+"""Checks of the machine and the cluster before anything is queued.
 
 Runs, chains and sweeps share it; the checks themselves are in `input_checks` and `mounts`.
 """

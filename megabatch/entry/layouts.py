@@ -1,4 +1,4 @@
-"""Every layout of a recipe on a number of GPUs, judged."""
+"""Every layout of a recipe on a number of GPUs, with its verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs that exist here and would be missing in the container that the ranks run in."""
+"""Inputs that exist here but would be missing in the ranks' container."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe's tokenising as a job of its own: one task on a node without GPUs, in a folder beside the runs'."""
+"""The preparation of a recipe's data as its own job: one task on a node without GPUs, in a folder beside the runs'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going on with a run that was started on this machine, without its recipe."""
+"""Resumes a run that was started on this machine, without its recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of what a run was given went into its training.
+"""Goodput: the share of a run's allocated time that went into training.
 
 Goodput is the time spent in steps of the final history, over the time for which GPUs were allocated:
 

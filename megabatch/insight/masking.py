@@ -1,4 +1,4 @@
-"""Secrets out of what is shown: values of this environment's secret variables, assignments, tokens by their form."""
+"""Masks secrets in output: values of this environment's secret variables, assignments, tokens by their form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ends of files that may be long: what is read is bounded."""
+"""Reads the ends of long files, within a bound."""
 
 from __future__ import annotations
 

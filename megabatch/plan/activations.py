@@ -1,4 +1,4 @@
-"""What the backward pass needs of a micro-batch, layer by layer, and what recomputation leaves of it.
+"""Activations that the backward pass needs, layer by layer, with and without recomputation.
 
 After Korthikanti et al. (arXiv:2205.05198, section 4), counted tensor by tensor for what megatron-core's layers save
 today: grouped queries, gated MLPs, flash attention, no dropout, experts. Sizes are bytes on one rank.

@@ -1,4 +1,4 @@
-"""LoRA's adapters as tensors of their own, beside the weights that they adapt (arXiv:2106.09685)."""
+"""LoRA's adapters as separate tensors beside the weights (arXiv:2106.09685)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What accelerators can do: data-sheet figures, and how much of them training reaches. Pure numbers, no torch."""
+"""Accelerators: data-sheet figures, and the fraction that training reaches. Pure numbers, no torch."""
 
 from __future__ import annotations
 

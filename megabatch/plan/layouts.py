@@ -1,4 +1,4 @@
-"""Every way to lay a run over a number of ranks, for the rules and estimates to judge."""
+"""Enumerates the layouts of a run on a number of ranks."""
 
 from __future__ import annotations
 

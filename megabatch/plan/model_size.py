@@ -1,4 +1,4 @@
-"""How many parameters a model of some shape has."""
+"""The number of parameters of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the published `config.json` of well-known models says, for planning before a model is downloaded.
+"""The published `config.json` of well-known models, for planning before a download.
 
 A folder on this machine or in a hub's cache always wins over these facts. Sources: `config.json` of each repository
 on huggingface.co, compared with citsjtu2020/LLM-Prof@8434c8d (`sglang/Model_Config.md`, verbatim copies) and

@@ -1,4 +1,4 @@
-"""What estimates need to know of a run besides its model's shape."""
+"""Settings of a run that estimates need besides the model's shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether two runs computed the same, to the last bit, and where they first differ."""
+"""Compares two runs bit for bit and finds their first difference."""
 
 from __future__ import annotations
 

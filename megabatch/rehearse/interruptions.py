@@ -1,4 +1,4 @@
-"""One run that is stopped by a signal, killed, and resumed, in this process's own hands."""
+"""Runs one run locally, with a stop, a kill and resumes."""
 
 from __future__ import annotations
 

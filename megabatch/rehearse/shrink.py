@@ -1,4 +1,4 @@
-"""A recipe small enough for a few CPU processes, that keeps what decides whether a run resumes exactly.
+"""Shrinks a recipe to a few CPU processes and keeps what exact resuming depends on.
 
 Kept: the model's family and kind of layers, number formats, the parallel layout as far as the machine's cores go,
 accumulation, packing, shuffling, objective, optimizer, what checkpoints hold. What is not is named.

@@ -1,4 +1,5 @@
-"""Checking a checkpoint at rest: every byte against the manifest, some files at a time, a few megabytes of each."""
+"""Checks a checkpoint on disk against its digests: every byte against the manifest, some files at a time, a few
+megabytes of each."""
 
 from __future__ import annotations
 

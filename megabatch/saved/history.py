@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints it goes on from, and what becomes of the others.
+"""Which checkpoint a run resumes from, and what happens to the others.
 
 `checkpoints/latest` decides: a run goes on from the checkpoint that it names, which a person may change. Where it
 names none that is there, the newest counts. What cannot be used is renamed, never deleted: `damaged.step_<n>` for a

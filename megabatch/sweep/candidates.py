@@ -1,4 +1,4 @@
-"""The runs that a sweep asks for, each made ready and judged: kept, or left out for a reason that is said."""
+"""The runs of a sweep, each prepared and judged: kept, or pruned with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of a sweep's runs: short, the same each time, and good as a folder: `tp4-pp2-ep4`, `lr1e-5-seed2`."""
+"""Names of a sweep's runs: short, stable, and valid as folder names: `tp4-pp2-ep4`, `lr1e-5-seed2`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of a sweep's runs: the finished ones ranked, then the others with their state."""
+"""The results of a sweep's runs: the finished ones ranked, then the others with their state."""
 
 from __future__ import annotations
 

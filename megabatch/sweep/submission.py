@@ -1,4 +1,4 @@
-"""Sending a sweep to Slurm: what is missing or failed, one array for each shape of job."""
+"""Submits a sweep's missing and failed runs, one array per job size."""
 
 from __future__ import annotations
 

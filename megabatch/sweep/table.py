@@ -1,4 +1,4 @@
-"""What a sweep would run, for people: one line for each point, kept or left out and why, and what it all takes."""
+"""The table of a sweep's runs: a line per point, kept or pruned and why, and the total cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank is doing, written into its log when somebody asks with SIGUSR1: every thread's stack, phase and step.
+"""Logs what a rank is doing when it receives SIGUSR1: every thread's stack, phase and step.
 
 The stacks are written by the signal handler itself, in C: also while the main thread hangs in a collective, and while
 nothing else can run because a call holds Python's lock. The line with the phase then stays out, which says so.

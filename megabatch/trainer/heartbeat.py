@@ -1,4 +1,4 @@
-"""heartbeat.json: how launcher, batch script and people know that a run gets things done."""
+"""heartbeat.json: shows the launcher, the batch script and people that a run makes progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, the log or a progress bar, and the heartbeat."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, the log or a progress bar, and the heartbeat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live weights as Hugging Face tensors in bounded buckets of bytes, for an engine that is to have them.
+"""Streams live weights to a rollout engine in bounded buckets.
 
 A bucket is one block of bytes with a manifest of what lies where in it and a CRC-32 of it all. Tensors are whole in a
 bucket, one behind the other; only a tensor that is larger than a bucket is cut, into buckets of its own but the last.

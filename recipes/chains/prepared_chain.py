@@ -1,4 +1,4 @@
-"""Tokens first, on a node without GPUs; then the run that finds them. The same on two CPU cores, without a download.
+"""Tokenises on a node without GPUs first, then runs with the cache. The same on two CPU cores, without a download.
 
 MEGABATCH_CACHE=/shared/cache python recipes/chains/prepared_chain.py --dry_run        # then --submit, or --local
 

@@ -1,4 +1,4 @@
-"""What sbatch is asked for: the `#SBATCH` lines."""
+"""The `#SBATCH` lines of a job script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the batch script ends: who failed first, the record, and back into the queue."""
+"""The end of the batch script: the first failure, the record, the requeue."""
 
 from __future__ import annotations
 

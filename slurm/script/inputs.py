@@ -1,4 +1,4 @@
-"""What a job reads of earlier jobs: named at its first attempt, and looked for at each."""
+"""Inputs that a job reads from earlier jobs: fixed at its first attempt, checked at each."""
 
 from __future__ import annotations
 

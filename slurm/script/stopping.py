@@ -1,4 +1,4 @@
-"""Requests to stop, and the files by which script, ranks and launcher tell each other of it."""
+"""Stop requests, and the files through which script, ranks and launcher communicate them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What watches the ranks while srun runs them: for a hang, and for ranks that do not save in time."""
+"""The watchdog of the ranks while srun runs them: for a hang, and for ranks that do not save in time."""
 
 from __future__ import annotations
 

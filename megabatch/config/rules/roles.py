@@ -1,4 +1,4 @@
-"""What must hold of the servers that a run has beside its ranks."""
+"""Rules for the servers beside a run's ranks."""
 
 from __future__ import annotations
 

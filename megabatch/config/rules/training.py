@@ -1,4 +1,5 @@
-"""The course of a run: data, length, learning rate, recomputation, precision, task and resources."""
+"""Rules for the length and schedule of a run: data, length, learning rate, recomputation, precision, task and
+resources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dataset files as bytes, whether compressed or not: streamed, never unpacked to disk.
+"""Reads dataset files as bytes, compressed or not, without decompressing to disk.
 
 gzip is Python's own. Zstandard is read by pyarrow, which comes with `datasets`; Python 3.11 to 3.13 have none.
 """

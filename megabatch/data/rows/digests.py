@@ -1,4 +1,4 @@
-"""Digests of files, remembered: a file is read again only when its size, times or inode are others.
+"""Digests of files, cached: a file is read again only if its size, times or inode differ.
 
 `.digests.json` in the cache folder holds size, mtime_ns, ctime_ns, inode and digest for each path. No program can set
 ctime, so an edit whose size and mtime were put back is found too.

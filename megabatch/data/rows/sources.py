@@ -1,4 +1,4 @@
-"""Dataset strings → rows that know where they came from.
+"""Dataset strings → rows with their origin.
 
 `names` says what a dataset string may be. A path is a JSONL, JSON, CSV, TSV, Parquet or plain-text file, or a folder
 of such files; the text ones may be compressed. `#count` takes that many rows of this dataset: a seeded random subset

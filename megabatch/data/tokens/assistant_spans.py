@@ -1,4 +1,4 @@
-"""Where the assistant's turns stand in a rendered conversation, for templates that do not loop over the messages.
+"""Finds assistant turns in a rendered conversation, for templates that do not loop over messages.
 
 The conversation is rendered a second time with a sentinel in place of each assistant content; what lies between the
 sentinels is the template's own text plus the other roles' messages, and that text must be met again, in order, in the

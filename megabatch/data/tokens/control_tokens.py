@@ -1,4 +1,4 @@
-"""Control tokens in what a dataset says: tokenised as the plain text that they are, unless told otherwise.
+"""Control tokens in a dataset's text: tokenised as the plain text that they are, unless told otherwise.
 
 A user's text that holds `<|im_end|>` must not end the turn. Before a template renders a message, a private character
 is put into each control token in it; the control tokens of the rendered text without one are the template's own. The

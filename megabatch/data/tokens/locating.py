@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation the assistant says: what is learned."""
+"""Finds the characters of a rendered conversation to train on: the assistant's."""
 
 from __future__ import annotations
 

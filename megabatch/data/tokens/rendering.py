@@ -1,4 +1,4 @@
-"""Renders a chat template once, and knows which characters of the text each message gave.
+"""Renders a chat template once and records which message produced each character.
 
 Templates trim contents, add system messages and rewrite turns, so a turn is not found by searching for its content.
 Instead the template is compiled with marks: one where an iteration of a loop over the messages begins, one where such

@@ -1,4 +1,4 @@
-"""The token that ends an assistant's turn, which is learned with what the assistant says."""
+"""The token that ends an assistant's turn, which is trained on too."""
 
 from __future__ import annotations
 

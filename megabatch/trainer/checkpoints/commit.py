@@ -1,4 +1,5 @@
-"""What the main rank does to a checkpoint's folder: begin it, make it one of the run's, forget older ones."""
+"""Changes to checkpoint folders, made by the main rank alone: begin it, make it one of the run's, forget older
+ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who of several ranks that hold the same tensor writes it: each gets about as many bytes."""
+"""Which of the ranks that hold the same tensor writes it, balanced by bytes."""
 
 from __future__ import annotations
 

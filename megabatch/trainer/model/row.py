@@ -1,4 +1,4 @@
-"""What all layers need to know of a packed row, found once for each micro-batch."""
+"""Facts about a packed row that all layers need, computed once per micro-batch."""
 
 from __future__ import annotations
 

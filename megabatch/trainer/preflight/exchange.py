@@ -1,4 +1,4 @@
-"""Gathering one value from each node at node 0, and answering all of them, over plain sockets.
+"""Gathers one value from each node at node 0 and answers all, over plain sockets.
 
 No torch: a node whose torch hangs must be found by one that does not need it.
 """

@@ -1,4 +1,4 @@
-"""Which nodes are worse than their peers, and whether a run may leave them out: pure arithmetic over what came."""
+"""Judges which nodes are bad, and whether a run may exclude them: pure arithmetic over what came."""
 
 from __future__ import annotations
 

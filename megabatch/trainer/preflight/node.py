@@ -1,4 +1,4 @@
-"""What one node tells of itself without torch: GPUs by nvidia-smi's CSV, the kernel's Xid lines, disks, memory.
+"""Checks of one node without torch: GPUs by nvidia-smi's CSV, the kernel's Xid lines, disks, memory.
 
 The fields are those of `nvidia-smi --help-query-gpu` and `--help-query-remapped-rows`. Values that a driver does not
 know (`[N/A]`, `[Not Supported]`) are no fault; a field that it does not know is left out.
