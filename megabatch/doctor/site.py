@@ -1,5 +1,5 @@
-"""Checks of a profile outside Slurm: containers, modules, folders, and a short job that
-looks."""
+"""Checks of a profile outside Slurm: containers, modules, folders, and a short job on a
+node."""
 
 from __future__ import annotations
 
