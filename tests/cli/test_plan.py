@@ -11,7 +11,7 @@ import pytest
 from megabatch.cli.command import main
 
 ROOT = Path(__file__).parents[2]
-MOE, SMALL = ROOT / "recipes" / "qwen3_moe_sft.py", ROOT / "recipes" / "quickstart.py"
+MOE, LONG, SMALL = (ROOT / "recipes" / f"{name}.py" for name in ("qwen3_moe_sft", "long_context_sft", "quickstart"))
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,15 @@ def test_layouts_are_ranked_and_those_left_out_counted(capsys: pytest.CaptureFix
     assert sum(counts) == len(layouts) - len(kept)
     everything = _plan(capsys, MOE, "--gpus", 16, "--gpu_memory_gib", 60, "--gpu", "a800", "--all")
     assert len(everything.splitlines()) == len(layouts) + 3
+
+
+def test_long_rows_are_cut_over_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """At 128K the fastest layouts of those that fit have context parallelism; a capacity of experts forbids it."""
+    layouts = _json(capsys, LONG, "--gpus", 8, "--gpu", "h100")
+    kept = [one["cp"] for one in layouts if one["keep"]]
+    assert len(kept) > 10 and all(cp > 1 for cp in kept[:3]) and 1 in kept
+    reasons = " ".join(one["reason"] for one in _json(capsys, MOE, "--gpus", 8) if one["cp"] == 2)
+    assert "moe.moe_expert_capacity_factor=2 is not built with context_parallel_size=2" in reasons
 
 
 def test_the_recipes_own_layout_is_among_them_with_its_own_estimate(capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,15 @@ def test_the_order_part_of_a_fingerprint_is_pinned() -> None:
     assert schedule.fingerprint == "b96427cfa183937b:"
 
 
+def test_the_longest_pack_by_hand() -> None:
+    """Of samples that count more than they did when they were packed; items count whole."""
+    packed = Schedule(np.array([3, 5, 7]), global_batch_size=1, packing_length=8)
+    assert packed.longest(np.array([4, 8, 8])) == 12
+    assert Schedule(np.array([3, 5, 7]), global_batch_size=1).longest(np.array([4, 8, 8])) == 8
+    pairs = Schedule(np.array([3, 5, 7, 1]), items=np.array([0, 2, 4]), global_batch_size=1)
+    assert pairs.longest(np.array([4, 8, 8, 2])) == 12
+
+
 def test_evaluation_holds_every_item_once() -> None:
     batches = [items.tolist() for items in Schedule(LENGTHS, global_batch_size=8).once()]
     assert [item for items in batches for item in items] == list(range(50))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
@@ -14,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megabatch.trainer.model.attention import PackedAttention
-from megabatch.trainer.model.row import row
+from megabatch.trainer.model.row import Row, row
 
 
 def errors(lengths: list[int], *, heads: int, groups: int, width: int) -> dict[str, float | bool]:
@@ -46,7 +47,27 @@ def errors(lengths: list[int], *, heads: int, groups: int, width: int) -> dict[s
             name: _relative(tensor.grad, truth.grad)
             for name, tensor, truth in zip(("query", "key", "value"), tensors, exact, strict=True)
         },
+        "chunk": _chunk_error(attention, tensors, packed, weights),
     }
+
+
+def _chunk_error(attention: PackedAttention, tensors: list[Tensor], packed: Row, weights: Tensor) -> float:
+    """Largest error of output and gradients where only the second half of each sequence has queries, as the chunks of
+    a row have that is cut over context-parallel ranks."""
+    halves = [-(-length // 2) for length in packed.lengths]
+    ends = packed.cu_seqlens_kv.tolist()[1:]
+    places = torch.cat([torch.arange(end - half, end) for end, half in zip(ends, halves, strict=True)]).cuda()
+    bounds = torch.tensor([0, *halves], dtype=torch.int32, device="cuda").cumsum(0).int()
+    part = replace(packed, lengths=tuple(halves), cu_seqlens_q=bounds, max_seqlen_q=max(halves))
+    query, key, value = (tensor.detach().clone().requires_grad_() for tensor in tensors)
+    out = attention(query[places], key, value, None, packed_seq_params=part)
+    (out * weights[places]).sum().backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    parts = zip(*(tensor.split(list(packed.lengths)) for tensor in exact), strict=True)
+    reference = torch.cat([_one_sequence(*one) for one in parts])[places]
+    (reference * weights[places].double()).sum().backward()
+    pairs = [(out, reference), *((t.grad, e.grad) for t, e in zip((query, key, value), exact, strict=True))]
+    return max(_relative(found, truth) for found, truth in pairs)
 
 
 def _attention(heads: int, groups: int, width: int) -> PackedAttention:

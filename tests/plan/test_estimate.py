@@ -38,7 +38,7 @@ def _shape(name: str, **changes: Any) -> ModelShape:
 
 def _settings(shape: ModelShape, *, world: int = 1, batch: int = 8, **changes: Any) -> Settings:
     """Rows of 4,096 tokens in fitting layouts; `changes` are sizes of the layout, or other settings."""
-    sizes = {name: changes.pop(name) for name in ("tp", "pp", "vp", "ep", "etp") if name in changes}
+    sizes = {name: changes.pop(name) for name in ("tp", "pp", "vp", "cp", "ep", "etp") if name in changes}
     found = layout(world_size=world, global_batch_size=batch, **sizes)
     assert found is not None
     counts = even_counts(shape.num_layers, pp=found.pp, vp=found.vp)
@@ -82,6 +82,34 @@ def test_sequence_parallelism_cuts_the_stream_and_tensor_parallelism_the_rest() 
     both = layer_activations(shape, _settings(shape, world=4, tp=4, sequence_parallel=True), (False, False)).whole
     assert only_tp == stream + (whole - stream) / 4
     assert both == whole / 4
+
+
+def test_context_parallelism_cuts_everything_and_gathers_keys() -> None:
+    """Qwen3-8B, 4,096 tokens on eight ranks, by hand. Ours has the row's keys and values of 8 heads of 128 three times
+    and its own, beside queries, keys, values and output and two streams."""
+    shape, kind = _shape(DENSE), (False, False)
+    alone, cut = (layer_activations(shape, _settings(shape, world=cp, cp=cp), kind) for cp in (1, 8))
+    assert (cut.whole, cut.kept) == (alone.whole / 8, alone.kept / 8)
+    ours = layer_activations(shape, _settings(shape, world=8, cp=8, transformer_engine=False), kind)
+    assert ours.working == 512 * 2 * (2 * 4096 + (88 + 32) * 128 + (3 * 8 + 1) * 2 * 8 * 128)
+    logits = [estimate(shape, _settings(shape, world=cp, cp=cp, weight_bytes=4), A800).memory.logits for cp in (1, 8)]
+    assert logits[1] == logits[0] / 8
+
+
+def test_gathering_keys_takes_longer_than_a_ring() -> None:
+    """Which hides behind attention what it sends; recomputed attention gathers once more."""
+    shape = _shape(DENSE)
+
+    def seconds(**changes: Any) -> float:
+        settings = _settings(shape, world=4, cp=4, row_tokens=32768, mean_length=32768, **changes)
+        return estimate(shape, settings, A800).step.communication_s["cp"]
+
+    ring, gathered = (
+        seconds(recompute_granularity="none"),
+        seconds(recompute_granularity="none", transformer_engine=False),
+    )
+    assert 0 < ring < gathered / 2
+    assert seconds(transformer_engine=False) == pytest.approx(gathered * 4 / 3)
 
 
 def test_full_recomputation_keeps_the_input_of_each_unit() -> None:

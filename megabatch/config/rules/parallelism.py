@@ -141,6 +141,14 @@ def exchange_has_its_kernels(recipe: Recipe, shape: ModelShape | None, layout: L
             yield Fault(field, how, rule, try_=("p2p",))
 
 
+def attention_knows_of_context(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """Transformer Engine's unfused attention has no context parallelism; ours takes no notice of the backend."""
+    backend, cp = recipe.kernels.attention_backend, recipe.parallel.context_parallel_size
+    if cp > 1 and backend in ("unfused", "local") and recipe.kernels.transformer_impl != "local":
+        rule = f"has no context parallelism (context_parallel_size={cp}) in Transformer Engine"
+        yield Fault("kernels.attention_backend", backend, rule, try_=("flash", "fused"))
+
+
 def overlaps_have_their_needs(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     parallel = recipe.parallel
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
@@ -161,5 +169,6 @@ RULES = (
     expert_ranks_divide,
     capacities_are_of_whole_rows,
     exchange_has_its_kernels,
+    attention_knows_of_context,
     overlaps_have_their_needs,
 )

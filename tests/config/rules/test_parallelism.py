@@ -166,6 +166,14 @@ CASES = [
         "parallel.cp_comm_type",
         ["num_query_groups=4", "cp*tp=4*2", "try p2p"],
     ),
+    (
+        parallelism.attention_knows_of_context,
+        "dense",
+        {"parallel": CP2, "kernels": {"attention_backend": "unfused"}},
+        {"parallel": CP2, "kernels": {"attention_backend": "unfused", "transformer_impl": "local"}},
+        "kernels.attention_backend",
+        ["context_parallel_size=2", "try flash or fused"],
+    ),
 ]
 
 
