@@ -58,7 +58,12 @@ def steps(
 @pytest.mark.parametrize("packing", [None, 64])
 def test_the_global_batch_is_the_same_for_every_split(cache: TokenCache, packing: int | None) -> None:
     (reference,) = steps(cache, 9, packing=packing)
-    for share in ({"dp_size": 2}, {"dp_size": 4, "micro_batch_size": 2}, {"micro_batch_size": 8, "row_multiple": 16}):
+    for share in (
+        {"dp_size": 2},
+        {"dp_size": 4, "micro_batch_size": 2},
+        {"micro_batch_size": 8, "row_multiple": 16},
+        {"micro_batch_size": 2, "row_multiple": 8, "sequence_multiple": 4},
+    ):
         ranks = steps(cache, 9, packing=packing, **share)
         for number, expected in enumerate(reference):
             parts = [rank[number] for rank in ranks]
