@@ -33,7 +33,7 @@ ROOMS = {
     "megabatch/entry": "one launch: planned, judged, written, and submitted or run here",
     "megabatch/insight": "what the files of runs tell: goodput, causes of failure, differences, reports",
     "megabatch/plan": "pure arithmetic: layouts, batches, stages, sizes",
-    "megabatch/rehearse": "proof that a recipe's runs resume bit for bit",
+    "megabatch/rehearse": "proofs on this machine: runs resume bit for bit, layouts compute what one process does",
     "megabatch/saved": "checkpoints at rest: digests, checking, which one a run goes on from; no torch",
     "megabatch/sweep": "one recipe at many points: table, arrays, results",
     "megabatch/trainer": "the only room with torch and megatron-core",

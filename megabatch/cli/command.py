@@ -26,7 +26,7 @@ def _run(arguments: Sequence[str]) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
-    if rest and options.command not in ("plan", "prepare", "rehearse"):
+    if rest and options.command not in ("plan", "prepare", "check", "rehearse"):
         raise ConfigError(f"{rest[0]} is not an option of `megabatch {options.command}`; see --help")
     return _COMMANDS[options.command](options, rest)
 
@@ -133,6 +133,15 @@ def _of_recipes(commands: _Commands) -> None:
     )
     prepare.add_argument("recipe", type=Path, metavar="RECIPE.py")
 
+    check = commands.add_parser(
+        "check",
+        help="show on this machine that a recipe's layout computes what one process computes, with any of its flags",
+        allow_abbrev=False,
+    )
+    check.add_argument("recipe", type=Path, metavar="RECIPE.py")
+    check.add_argument("--steps", type=int, default=4, help="optimizer steps to compare (default: %(default)s)")
+    check.add_argument("--dir", type=Path, help="folder to keep both runs in")
+
     rehearse = commands.add_parser(
         "rehearse",
         help="show on this machine that a recipe's runs resume bit for bit, with any of its flags",
@@ -227,6 +236,12 @@ def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
     return prepare_recipe(options.recipe, rest)
 
 
+def _check(options: argparse.Namespace, rest: list[str]) -> int:
+    from megabatch.cli.check import check_recipe
+
+    return check_recipe(options.recipe, rest, steps=options.steps, folder=options.dir)
+
+
 def _rehearse(options: argparse.Namespace, rest: list[str]) -> int:
     from megabatch.cli.rehearse import rehearse_recipe
 
@@ -264,6 +279,7 @@ _COMMANDS = {
     "checkpoint": _checkpoint,
     "plan": _plan,
     "prepare": _prepare,
+    "check": _check,
     "rehearse": _rehearse,
     "chain": _chain,
     "sweep": _sweep,

@@ -27,10 +27,10 @@ HEAD_DIM, MLP, EXPERT_MLP = 8, 64, 32
 
 @dataclass(frozen=True, slots=True)
 class Small:
-    """What is rehearsed, and what is not."""
+    """What is run, and what is left out."""
 
     recipe: Recipe
-    not_rehearsed: tuple[str, ...]
+    left_out: tuple[str, ...]
     """`group.name=value: why`, for parameters with which the recipe's own run would differ in more than size."""
 
 

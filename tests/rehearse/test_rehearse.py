@@ -84,4 +84,4 @@ def test_recipes_shrink_to_what_few_processes_train(name: str) -> None:
     fields = {"tp": "tensor_model", "pp": "pipeline_model", "cp": "context", "ep": "expert_model"}
     for size, field in fields.items():
         smaller = getattr(layout, size) != getattr(whole, size)
-        assert smaller == any(f"parallel.{field}_parallel_size=" in note for note in small.not_rehearsed)
+        assert smaller == any(f"parallel.{field}_parallel_size=" in note for note in small.left_out)

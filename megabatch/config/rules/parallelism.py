@@ -159,6 +159,14 @@ def overlaps_have_their_needs(recipe: Recipe, shape: ModelShape | None, layout: 
         yield Fault("parallel.tp_comm_overlap", True, rule, try_=(False,))
 
 
+def distributed_optimizer_takes_adam(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    if recipe.optimizer.optimizer == "sgd" and recipe.parallel.use_distributed_optimizer:
+        rule = "needs parallel.use_distributed_optimizer=False: megatron-core's distributed optimizer has Adam alone"
+        yield Fault("optimizer.optimizer", "sgd", rule, try_=("adam",))
+
+
 RULES = (
     tensor_parallel_divides,
     vocabulary_divides,
@@ -171,4 +179,5 @@ RULES = (
     exchange_has_its_kernels,
     attention_knows_of_context,
     overlaps_have_their_needs,
+    distributed_optimizer_takes_adam,
 )

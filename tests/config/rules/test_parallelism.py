@@ -119,6 +119,14 @@ CASES = [
         ["expert_tensor_parallel_size=2", "8 ranks", "try 4 or 2"],
     ),
     (
+        parallelism.distributed_optimizer_takes_adam,
+        "dense",
+        {"optimizer": {"optimizer": "sgd"}},
+        {"optimizer": {"optimizer": "sgd"}, "parallel": {"use_distributed_optimizer": False}},
+        "optimizer.optimizer",
+        ["use_distributed_optimizer=False", "Adam alone"],
+    ),
+    (
         parallelism.overlaps_have_their_needs,
         "dense",
         {"parallel": {"overlap_param_gather": True}},

@@ -1,0 +1,70 @@
+"""The same small run twice: with the recipe's layout, and in one process, made so that only the layout can differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from megabatch.config.parallel import Parallel
+from megabatch.config.recipe import Recipe
+from megabatch.config.recompute import Recompute
+from megabatch.rehearse.shrink import Small
+
+LEARNING_RATE = 0.3
+
+_GRADIENT_STEPS: dict[str, dict[str, Any]] = {
+    "optimizer": {"optimizer": "adam", "adam_eps": 1.0, "weight_decay": 0.0, "clip_grad": 0.0},
+    "learning_rate": {
+        "lr": LEARNING_RATE, "min_lr": LEARNING_RATE, "lr_decay_style": "constant", "lr_warmup_fraction": None,
+        "lr_warmup_iters": 0, "lr_decay_iters": None,
+    },
+}  # fmt: skip
+"""Beside so large an epsilon a step is about the gradient, times a constant: weights tell every tensor's gradient."""
+_NUMBERS: dict[str, dict[str, Any]] = {
+    "model": {"torch_dtype": "float32", "attention_dropout": 0.0, "hidden_dropout": 0.0},
+    "precision": {"fp16": None, "bf16": None},
+}
+_ADAPTERS: dict[str, dict[str, Any]] = {"tuner": {"lora_dropout": 0.0}}
+_SAVES: dict[str, dict[str, Any]] = {
+    "checkpoint": {"save_interval": 1, "no_save_optim": True, "async_save": False},
+}
+_REASONS = {
+    "optimizer.optimizer": "so that weights tell the gradients",
+    "optimizer.adam_eps": "so that weights tell the gradients",
+    "model.torch_dtype": "rounding to fewer bits differs with the layout",
+    "model.attention_dropout": "random numbers differ with the layout",
+    "model.hidden_dropout": "random numbers differ with the layout",
+    "tuner.lora_dropout": "random numbers differ with the layout",
+}
+"""Changes that are worth a word."""
+
+
+def comparable(small: Small) -> Small:
+    """In fp32, without random numbers, with steps that are about the gradient."""
+    recipe, notes = small.recipe, list(small.left_out)
+    for groups in (_GRADIENT_STEPS, _NUMBERS, _SAVES, _ADAPTERS if recipe.tuner.tuner_type == "lora" else {}):
+        for group, fields in groups.items():
+            notes += _notes(recipe, group, fields)
+            recipe = replace(recipe, **{group: replace(getattr(recipe, group), **fields)})
+    return Small(recipe, tuple(notes))
+
+
+def _notes(recipe: Recipe, group: str, fields: dict[str, Any]) -> Iterator[str]:
+    for name, value in fields.items():
+        given, reason = getattr(getattr(recipe, group), name), _REASONS.get(f"{group}.{name}")
+        if reason is not None and given not in (value, None):
+            yield f"{group}.{name}={given!r}: {value!r} here, {reason}"
+
+
+def in_one_process(recipe: Recipe) -> Recipe:
+    """The reference: no parallelism, no recomputation, and one pack a micro-batch where that changes no loss."""
+    alone = replace(
+        recipe,
+        parallel=Parallel(distributed_backend="gloo", use_distributed_optimizer=False),
+        recompute=Recompute(recompute_granularity="none"),
+        resources=replace(recipe.resources, tasks_per_node=1),
+    )
+    if recipe.moe.num_experts is None and recipe.training.calculate_per_token_loss:
+        alone = replace(alone, batch=replace(alone.batch, micro_batch_size=1))
+    return alone
