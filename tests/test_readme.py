@@ -41,6 +41,7 @@ ROOMS = {
     "megabatch/trainer/data": "each rank's batches, as tensors",
     "megabatch/trainer/exports": "what checkpoints hold for others to load",
     "megabatch/trainer/model": "megatron-core models of our families",
+    "megabatch/trainer/model/lora": "LoRA below megatron-core's layers",
     "megabatch/trainer/objectives": "losses, as numerators with a named denominator",
     "megabatch/trainer/ops": "collectives inside autograd",
     "megabatch/trainer/readouts": "what is read from a model's output, for a loss or on its own",

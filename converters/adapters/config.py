@@ -34,6 +34,11 @@ _INITIAL = (True, False, "gaussian", "eva", "orthogonal")
 _BIASES = ("none", "all", "lora_only")
 
 
+def scale_of(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    """What B @ A is multiplied by: alpha / rank, or alpha / sqrt(rank) when rank-stabilised (arXiv:2312.03732)."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """A config that was checked."""
@@ -66,8 +71,8 @@ class AdapterConfig:
         return float(self._by_pattern("alpha_pattern", key, self.values.get("lora_alpha", 8)))
 
     def scale(self, key: str, rank: int) -> float:
-        """What B @ A is multiplied by: alpha / rank, or alpha / sqrt(rank) when rank-stabilised (arXiv:2312.03732)."""
-        return self.alpha(key) / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
+        """What B @ A is multiplied by."""
+        return scale_of(self.alpha(key), rank, use_rslora=bool(self.values.get("use_rslora")))
 
     def alpha_for(self, scale: float, rank: int) -> float:
         """`scale` turned round."""

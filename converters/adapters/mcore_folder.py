@@ -5,7 +5,8 @@ stacked over layers and experts as the weights are, cut by tensor parallelism in
 names and shapes (`lora_embedding_A` [rank, vocabulary]). Whole tensors (`modules_to_save`, biases) have the model's
 own names.
 adapter_config.json is PEFT's, in Hugging Face's names. Where a layer is several of Hugging Face's (qkv, gate and up),
-they share A when its rank is theirs; when its rank is the sum of theirs, each has its own rows of A and columns of B.
+they share A when its rank is theirs; when its rank is the sum of theirs, each has its own rows of A, and of B its own
+columns, or, as the trainer saves it, the same columns of its own rows: B is then [rows that are adapted, rank].
 """
 
 from __future__ import annotations
@@ -133,8 +134,33 @@ class _Reader:
             self._check(mapped, left, b._replace(transposed=True))
             self._add(mapped, next(iter(spans_by_part(mapped))), left, b._replace(transposed=True))
             return
-        self._check(mapped, b, a)
-        self._fused(mapped, a, b)
+        if not self._compact(mapped, a, b):
+            self._check(mapped, b, a)
+            self._fused(mapped, a, b)
+
+    def _compact(self, mapped: Mapped, a: Matrix, b: Matrix) -> bool:
+        """Adds adapters whose B has the rows of adapted tensors alone, if these are such."""
+        parts = self._parts(mapped)
+        rows = sum(span.rows for spans in parts.values() for span in spans)
+        ranks = {self._config.rank(self._key(part)) for part in parts}
+        is_one = len(parts) == 1 and b.rows == mapped.shape[0]
+        if is_one or (a.rows, b.rows, ranks) != (len(parts) * b.columns, rows, {b.columns}):
+            return False
+        if a.columns != mapped.shape[1]:
+            return False
+        order = sorted((span, part) for part, spans in parts.items() for span in spans)
+        strips: dict[Part, list[Strip]] = {part: [] for part in parts}
+        first = 0
+        for span, part in order:
+            strips[part] += sliced(b.strips, first, span.rows, row=span.first)
+            first += span.rows
+        for number, part in enumerate(parts):
+            own = sliced(a.strips, number * b.columns, b.columns, row=0)
+            right = a._replace(rows=b.columns, strips=tuple(own))
+            height = max(span.first + span.rows for span in parts[part])
+            below = tuple(sorted(strips[part], key=lambda strip: strip.row))
+            self._add(mapped, part, b._replace(rows=height, strips=below), right)
+        return True
 
     def _check(self, mapped: Mapped, left: Matrix, right: Matrix) -> None:
         (rows, rank), (other, columns) = left.shape, right.shape

@@ -6,10 +6,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megabatch.converters.adapters.adapter import Tables
-from megabatch.converters.adapters.config import AdapterConfig, dump
+from megabatch.converters.adapters.config import NAME, AdapterConfig, dump
 from megabatch.converters.adapters.peft_experts import Adapted, differently_loaded, joined_experts
 from megabatch.errors import ConversionError
 
@@ -41,6 +42,21 @@ def described(
         "--peft_format writes an adapter_config.json that prevents this"
     )
     return text, [note]
+
+
+def written(values: dict[str, Any], adapted: Sequence[Adapted], tables: Tables, *, for_peft: bool = True) -> bytes:
+    """The text of adapter_config.json of an adapter that no file has yet.
+
+    Args: values: all but which layers are adapted; adapted: every layer and parameter with an adapter; for_peft: not
+    only for us to read.
+    Raises: ConversionError where PEFT would load another model than was trained.
+    """
+    config = AdapterConfig(Path(NAME), {**values, "target_modules": [], "target_parameters": None})
+    config = _joined_as_trained(_described(config, adapted, tables), adapted, tables)
+    lost = list(differently_loaded(config, adapted, tables))
+    if lost and for_peft:
+        raise ConversionError(f"PEFT 0.21 would load this adapter as another model: {_some(lost)}")
+    return dump(config.values)
 
 
 def _some(faults: Sequence[str]) -> str:

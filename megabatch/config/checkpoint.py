@@ -76,13 +76,13 @@ class Bridge:
     """Gets models and datasets from Hugging Face's hub; False gets them from ModelScope."""
     hub_token: str | None = param(None)
     """Name of the environment variable that holds the hub's token, such as HF_TOKEN; never the token itself."""
-    adapters: Sequence[str] = param((), built=False)
+    adapters: Sequence[str] = param(())
     """Folders or hub names of LoRA adapters in safetensors format to start from."""
     ref_model: str | None = param(None, built=False)
     """Reference model's safetensors weights; None means `model`."""
-    ref_adapters: Sequence[str] = param((), built=False)
+    ref_adapters: Sequence[str] = param(())
     """Reference model's LoRA adapters; at most one."""
-    merge_lora: bool | None = param(None, built=False)
+    merge_lora: bool | None = param(None)
     """Merges LoRA into the saved weights; None means yes for safetensors (and `to_hf`) and no for torch_dist."""
     offload_bridge: bool = param(False, built=False)
     """Keeps weights exported for the rollout engine in host memory."""

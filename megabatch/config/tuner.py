@@ -13,7 +13,7 @@ from megabatch.config.declare import freeze_lists, param
 class Tuner:
     """Full-parameter training with frozen parts, or LoRA."""
 
-    tuner_type: Literal["full", "lora"] = param("full", built=("full",), aliases=("train_type",))
+    tuner_type: Literal["full", "lora"] = param("full", aliases=("train_type",))
     """Trains the model's own parameters (full), or adapters added to them (lora)."""
     freeze_llm: bool = param(False, built=False)
     """Freezes a multimodal model's language part."""
@@ -21,34 +21,39 @@ class Tuner:
     """Freezes a multimodal model's vision and audio towers."""
     freeze_aligner: bool = param(True, built=False)
     """Freezes a multimodal model's aligner."""
-    freeze_parameters: Sequence[str] = param((), built=False)
-    """Prefixes of parameters to freeze."""
-    freeze_parameters_regex: str | None = param(None, built=False)
-    """Pattern of parameters to freeze."""
-    freeze_parameters_ratio: float = param(0.0, built=False, at_least=0, at_most=1)
-    """Fraction of the parameters to freeze, starting at the input; with pipeline stages only 0 or 1."""
-    trainable_parameters: Sequence[str] = param((), built=False)
+    freeze_parameters: Sequence[str] = param(())
+    """Prefixes of the names of parameters to freeze, megatron-core's (`decoder.layers.0.`) or Hugging Face's
+    (`model.layers.0.`)."""
+    freeze_parameters_regex: str | None = param(None)
+    """Regular expression to find in the names of parameters to freeze."""
+    freeze_parameters_ratio: float = param(0.0, at_least=0, at_most=1)
+    """Fraction of the parameters to freeze, starting at the input."""
+    trainable_parameters: Sequence[str] = param(())
     """Prefixes of parameters to train although frozen above."""
-    trainable_parameters_regex: str | None = param(None, built=False)
-    """Pattern of parameters to train although frozen above."""
-    adapter_load: str | None = param(None, built=False)
+    trainable_parameters_regex: str | None = param(None)
+    """Regular expression to find in the names of parameters to train although frozen above."""
+    adapter_load: str | None = param(None)
     """Folder of an adapter in megatron-core format to resume from."""
-    target_modules: Sequence[str] = param(("all-linear",), built=False)
-    """Suffixes of the modules that get LoRA; `all-linear` and `all-router` mean all of that kind."""
-    target_regex: str | None = param(None, built=False)
-    """Pattern of modules that get LoRA, instead of `target_modules`."""
-    modules_to_save: Sequence[str] = param((), built=False)
+    target_modules: Sequence[str] = param(("all-linear",))
+    """Layers that get an adapter, by the ends of their names, megatron-core's (`linear_qkv`) or Hugging Face's
+    (`q_proj`); `all-linear`, `all-router` and `all-embedding` mean all of that kind."""
+    target_regex: str | None = param(None)
+    """Regular expression for the whole name of a layer that gets an adapter, in place of `target_modules`."""
+    modules_to_save: Sequence[str] = param(())
     """Modules to train and save in full in addition to LoRA, such as `word_embeddings` and `output_layer`."""
-    lora_rank: int = param(8, built=False, at_least=1)
+    lora_rank: int = param(8, at_least=1)
     """Rank of an adapter."""
-    lora_alpha: float = param(32, built=False, above=0)
+    lora_alpha: float = param(32, above=0)
     """An adapter's output is multiplied by this divided by its rank."""
-    lora_dropout: float = param(0.05, built=False, at_least=0, below=1)
-    """Probability of dropping an element of an adapter's input."""
-    lora_bias: Literal["none", "all"] = param("none", built=False)
+    lora_dropout: float = param(0.05, at_least=0, below=1)
+    """Probability of dropping an element of an adapter's input; not of routers' and embeddings'."""
+    lora_bias: Literal["none", "all"] = param("none")
     """Whether biases are trained."""
-    use_rslora: bool = param(False, built=False)
+    use_rslora: bool = param(False)
     """Divides by the square root of the rank instead of the rank."""
+    init_lora_weights: Literal["kaiming", "gaussian"] = param("kaiming")
+    """What a new adapter's A begins with: uniform numbers within 1 / sqrt(inputs), or normal ones with standard
+    deviation 1 / rank. B begins with zeros, so that a new adapter changes nothing."""
 
     def __post_init__(self) -> None:
         freeze_lists(self)

@@ -11,13 +11,14 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.config.run import torch_dtype
+from megabatch.entry.trained import trained_of
 from megabatch.errors import ConfigError, Fault
 from megabatch.plan.communication import groups, leaves_node
 from megabatch.plan.estimate import Estimate, estimate
 from megabatch.plan.figures import GIB, MemoryEstimate
 from megabatch.plan.gpus import GPUS, Gpu, gpu_named
 from megabatch.plan.memory import usable_gib
-from megabatch.plan.settings import Lora, Settings
+from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
 
@@ -94,15 +95,12 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
 
     Rows are taken to be full, and a full row to be one sequence: the data is not looked at.
     """
-    parallel, recompute, tuner = recipe.parallel, recipe.recompute, recipe.tuner
+    parallel, recompute = recipe.parallel, recipe.recompute
     layout, chunks = layout_of(recipe, shape), chunks_of(parallel, shape.num_layers)
     assert layout is not None and chunks is not None, "a recipe without faults has a layout"
     mtp_layers = recipe.mtp.mtp_num_layers or 0
     row = resolved(row_tokens(recipe, shape))
     weight_bytes = _BYTES[torch_dtype(recipe, shape)]
-    lora = Lora(
-        rank=tuner.lora_rank, targets=tuner.target_modules, dropout=tuner.lora_dropout, saved=tuner.modules_to_save
-    )
     return Settings(
         layout=layout,
         chunks=_with_mtp(chunks, mtp_layers),
@@ -128,7 +126,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         overlap_param_gather=parallel.overlap_param_gather,
         tp_comm_overlap=parallel.tp_comm_overlap,
         moe_permute_fusion=recipe.moe.moe_permute_fusion,
-        lora=lora if tuner.tuner_type == "lora" else None,
+        **trained_of(recipe.tuner, shape),
     )
 
 

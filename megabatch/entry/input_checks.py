@@ -14,6 +14,7 @@ from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.tokens import tokenizer
 from megabatch.entry.model import FoundModel, fault_of
 from megabatch.entry.paths import NUMBERED
+from megabatch.entry.tuning import tuning_faults
 from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.saved.find import find_to_load
@@ -31,7 +32,8 @@ _GZIP_RATIO = 8
 def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     """Faults of the run's inputs as far as names and sizes tell; reads no data."""
     found = _tokenizer(recipe, model, tokenizer.check)
-    return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *_load(recipe)]
+    tuning = tuning_faults(recipe, None if model.fault is not None else model.shape)
+    return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *_load(recipe), *tuning]
 
 
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megabatch.plan.adapters import is_target
+from megabatch.plan.adapters import is_target, parts
 from megabatch.plan.flops import head_channels
 from megabatch.plan.routing import routed_tokens
 from megabatch.plan.settings import Settings
@@ -102,7 +102,7 @@ def _beside_adapters(
         own = 0.0 if name == "attention_output" else given
         kept[name] -= own
         if is_target(module, lora):
-            kept[name] += (given * (1 + 1 / size) if lora.dropout else own) + count * lora.rank * size
+            kept[name] += (given * (1 + 1 / size) if lora.dropout else own) + count * lora.rank * parts(module) * size
     return kept
 
 

@@ -11,22 +11,33 @@ _NOT_LINEAR = ("word_embeddings", "output_layer", "router", "gate_weight", "conv
 """Matrices that `all-linear` does not mean."""
 
 
+_KINDS = {"all-router": "router", "all-embedding": "word_embeddings"}
+_PARTS = {"linear_qkv": 3, "linear_fc1": 2}
+"""Layers that are several of Hugging Face's, each of which has an A of its own."""
+
+
 def beside(weight: Weight, lora: Lora) -> Iterator[Weight]:
-    """What is trained beside a frozen weight: an adapter's two matrices, or a copy of it; often nothing.
+    """What is trained beside a frozen weight: an adapter's two matrices; often nothing.
 
     The adapter of a matrix that is cut by rows or columns is cut there; the other of its two is on every rank.
     """
     module = weight.name.removesuffix(".weight").removesuffix(".bias")
-    if lora.saved and module.endswith(tuple(lora.saved)):
-        yield weight
-    elif weight.cols is not None and is_target(module, lora):
-        by_row = weight.split == "row"
-        yield Weight(
-            f"{module}.lora_A.weight", lora.rank, weight.cols, "row" if by_row else "replicated", weight.experts
-        )
+    if weight.cols is not None and not is_saved(weight.name, lora) and is_target(module, lora):
+        by_row, rank = weight.split == "row", lora.rank * parts(module)
+        yield Weight(f"{module}.lora_A.weight", rank, weight.cols, "row" if by_row else "replicated", weight.experts)
         yield Weight(
             f"{module}.lora_B.weight", weight.rows, lora.rank, "replicated" if by_row else weight.split, weight.experts
         )
+
+
+def parts(module: str) -> int:
+    """How many of Hugging Face's layers a layer is."""
+    return _PARTS.get(module.rpartition(".")[2], 1)
+
+
+def is_saved(name: str, lora: Lora) -> bool:
+    """Whether a parameter is trained in full, in its own place."""
+    return name.rpartition(".")[0].endswith(tuple(lora.saved)) if lora.saved else False
 
 
 def is_target(module: str, lora: Lora) -> bool:
@@ -35,6 +46,6 @@ def is_target(module: str, lora: Lora) -> bool:
         if name == "all-linear":
             if not module.endswith(_NOT_LINEAR):
                 return True
-        elif module.endswith("router" if name == "all-router" else name):
+        elif module.endswith(_KINDS.get(name, name)):
             return True
     return False

@@ -8,18 +8,20 @@ and of the data parallel size, and each data parallel rank keeps the optimizer's
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import lcm
 
 from megabatch.plan import weights
-from megabatch.plan.adapters import beside
+from megabatch.plan.adapters import beside, is_saved
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
-from megabatch.plan.weights import Weight
+from megabatch.plan.weights import Kind, Weight
 
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 PARAMETER_UNIT = 64
 BUCKET_UNIT = 128
 BUCKET_ELEMENTS, BUCKET_ELEMENTS_OF_A_RANK = 40_000_000, 1_000_000
@@ -98,20 +100,23 @@ class _Sizer:
         self.unit = PARAMETER_UNIT if settings.use_distributed_optimizer else 1
         layout = settings.layout
         self.ranks = {False: layout.dp * layout.cp, True: layout.edp}
-        self.kinds = weights.kinds(shape)
-        self.layers = {kind: list(self._runs(weights.layer(shape, kind))) for kind in set(self.kinds)}
+        self.kinds = _kinds(shape, settings.frozen)
+        self.layers = {
+            (kind, frozen): list(self._runs(weights.layer(shape, kind), frozen)) for kind, frozen in set(self.kinds)
+        }
         self.sums = {kind: self._sum(runs) for kind, runs in self.layers.items()}
 
     def size(self, chunk: Chunk) -> RankSize:
         before, behind, shared = ends(self.shape, self.settings, chunk)
-        around = list(self._runs([*before, *behind]))
+        around = list(self._runs([*before, *behind], self.settings.frozen))
         mtp = list(self._runs(weights.mtp_layer(self.shape))) * chunk.mtp_layers if chunk.mtp_layers else []
-        apart = self._sum(self._runs(shared))
+        apart = self._sum(self._runs(shared, self.settings.frozen))
         counted = Counter(self.kinds[layer] for layer in chunk.layers)
         parts = [(self._sum([*around, *mtp]), 1), *((self.sums[kind], count) for kind, count in counted.items())]
         if self.settings.overlap_grad_reduce and chunk.pp_rank == chunk.vp_stage == 0:
             inside = [run for layer in chunk.layers for run in self.layers[self.kinds[layer]]]
-            runs = [*self._runs(before), *inside, *mtp, *self._runs(behind)]
+            ends_ = [list(self._runs(end, self.settings.frozen)) for end in (before, behind)]
+            runs = [*ends_[0], *inside, *mtp, *ends_[1]]
             dense, experts = (self._bucketed(runs, expert=expert) for expert in (False, True))
         else:
             dense = self._bucket(sum(part.dense * count for part, count in parts), expert=False)
@@ -125,13 +130,14 @@ class _Sizer:
             shard=self._shard(dense, expert=False) + self._shard(experts, expert=True),
         )
 
-    def _runs(self, found: Iterable[Weight]) -> Iterator[_Run]:
+    def _runs(self, found: Iterable[Weight], frozen: frozenset[str] = frozenset()) -> Iterator[_Run]:
         layout, lora = self.settings.layout, self.settings.lora
         for weight in found:
             if not weight.trained:
                 continue
             count = weight.experts // layout.ep if weight.experts else 1
-            yield _Run(weight.shard(tp=layout.tp, etp=layout.etp), count, bool(weight.experts), lora is None)
+            trained = weight.name not in frozen and (lora is None or is_saved(weight.name, lora))
+            yield _Run(weight.shard(tp=layout.tp, etp=layout.etp), count, bool(weight.experts), trained)
             for added in beside(weight, lora) if lora is not None else ():
                 yield _Run(added.shard(tp=layout.tp, etp=layout.etp), count, bool(added.experts), True)
 
@@ -174,6 +180,15 @@ class _Sizer:
 
     def _shard(self, elements: int, *, expert: bool) -> int:
         return elements // self.ranks[expert] if self.settings.use_distributed_optimizer else elements
+
+
+def _kinds(shape: ModelShape, frozen: frozenset[str]) -> list[tuple[Kind, frozenset[str]]]:
+    """Of each layer its kind and which of its tensors are frozen, by their names within it."""
+    inside: dict[int, set[str]] = {}
+    for name in frozen:
+        if match := _LAYER.match(name):
+            inside.setdefault(int(match[1]), set()).add(match[2])
+    return [(kind, frozenset(inside.get(i, ()))) for i, kind in enumerate(weights.kinds(shape))]
 
 
 def ends(shape: ModelShape, settings: Settings, chunk: Chunk) -> tuple[list[Weight], list[Weight], list[Weight]]:

@@ -15,11 +15,12 @@ class Lora:
 
     rank: int
     targets: Sequence[str]
-    """Ends of the names of modules that get adapters; `all-linear` and `all-router` stand for all of their kind."""
+    """Ends of megatron-core's names of layers that get adapters; `all-linear`, `all-router` and `all-embedding` stand
+    for all of their kind."""
     dropout: float = 0.0
     """Probability of dropping an element of an adapter's input."""
     saved: Sequence[str] = ()
-    """Ends of the names of modules that are trained in full, in a copy beside the frozen one."""
+    """Ends of the names of modules that are trained in full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +65,8 @@ class Settings:
     tp_comm_overlap: bool = False
     moe_permute_fusion: bool = False
     lora: Lora | None = None
+    frozen: frozenset[str] = frozenset()
+    """Parameters that are not trained, by their names in the model with the layer inside."""
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megabatch.config.run import RunConfig
+from megabatch.converters.adapters.adapter import Tables
+from megabatch.converters.families import family_named
 from megabatch.run_directory import RunDirectory
-from megabatch.saved.find import find_to_load
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.commit import Retention
-from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.exports.export import Export
+from megabatch.trainer.exports.peft import config_text
 from megabatch.trainer.model.build import Model, build, ddp_config
 from megabatch.trainer.model.transformer_config import transformer_config
+from megabatch.trainer.model.tuning import ALL, Tuning, tuning_of
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.weights import prove_complete
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ def build_engine(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    model = build(run.shape, config, ranks, ddp, vocab_size=recipe.model.padded_vocab_size)
+    tuning = tuning_of(recipe.tuner, family_named(run.shape.model_type).tensors(run.shape))
+    model = build(run.shape, config, ranks, ddp, vocab_size=recipe.model.padded_vocab_size, tuning=tuning)
     optimizer = Optimizer(
         model,
         group=recipe.optimizer,
@@ -67,7 +69,9 @@ def build_engine(
     return Engine(model, ranks, optimizer=optimizer, frozen=frozen)
 
 
-def make_checkpoints(run: RunConfig, ranks: Ranks, source: ModelSource, export: Export) -> Checkpoints:
+def make_checkpoints(
+    run: RunConfig, ranks: Ranks, source: ModelSource, export: Export, *, tuning: Tuning = ALL
+) -> Checkpoints:
     group = run.recipe.checkpoint
     return Checkpoints(
         RunDirectory(Path(run.run_dir)),
@@ -81,28 +85,10 @@ def make_checkpoints(run: RunConfig, ranks: Ranks, source: ModelSource, export: 
         ),
         table=source.family.tensors(run.shape),
         export=export if group.save_safetensors else None,
+        adapter_config=None if tuning.lora is None else _adapter_config(run, tuning),
     )
 
 
-def start(run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: ModelSource) -> Progress:
-    """Loads this run's own newest checkpoint, else the one it was told to load, else the model as it came; collective.
-
-    Returns: where the run goes on.
-    """
-    prove_complete(engine.model, checkpoints.table, engine.ranks)
-    group = run.recipe.checkpoint
-    if (resumed := checkpoints.resume(engine)) is not None:
-        return resumed
-    if load := group.load:
-        may_be_missing = not group.exit_on_missing_checkpoint
-        found = engine.ranks.on_main(lambda: find_to_load(load, may_be_missing=may_be_missing))
-        if found is not None:
-            folder = found.folder
-            logger.info("loading %s", folder)
-            if group.finetune:
-                checkpoints.restore_weights(engine, folder)
-                return Progress()
-            return checkpoints.restore(engine, folder, optimizer=not group.no_load_optim, rng=not group.no_load_rng)
-    source.load(engine.model, engine.ranks)
-    engine.optimizer_from_model()
-    return Progress()
+def _adapter_config(run: RunConfig, tuning: Tuning) -> str:
+    tables = Tables(family_named(run.shape.model_type), run.shape)
+    return config_text(run.recipe.tuner, tuning, tables, base=run.recipe.model.model, for_peft=False).decode()

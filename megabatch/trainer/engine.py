@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megabatch.trainer.model.build import Model
+from megabatch.trainer.model.lora.gradients import finalize
 from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.row import row
 from megabatch.trainer.objectives.objective import Mean, Norm, Objective, Terms
@@ -71,7 +71,7 @@ class Engine:
         self.models = {POLICY: model, **(frozen or {})}
         self._splits = {name: _split(one, ranks) for name, one in self.models.items()}
         self._schedule = get_forward_backward_func()
-        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.finalize_model_grads_func = finalize
         if optimizer is not None:
             _overlap(model)
 

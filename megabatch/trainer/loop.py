@@ -28,6 +28,7 @@ from megabatch.trainer.model_source import model_source
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.settings_without_effect import note_settings_without_effect
 from megabatch.trainer.signals import StopSignal
+from megabatch.trainer.starting import start
 from megabatch.trainer.steps import Step
 from megabatch.trainer.sums import Flags
 from megabatch.trainer.tasks.parts import Parts
@@ -56,8 +57,8 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity
     parts = opener(run)(run, source, ranks, busy=lambda: heart.beat("starting"))
     train_iters = parts.steps.train_iters
     engine = assemble.build_engine(run, ranks, train_iters=train_iters, frozen=parts.frozen)
-    checkpoints = assemble.make_checkpoints(run, ranks, source, parts.export)
-    progress = assemble.start(run, engine, checkpoints, source)
+    checkpoints = assemble.make_checkpoints(run, ranks, source, parts.export, tuning=engine.model.tuning)
+    progress = start(run, engine, checkpoints, source)
     parts.steps.require(progress.cursor)
     logger.info("step %d of %d; %s", progress.step, train_iters, parts.steps.course)
     metrics = Metrics(

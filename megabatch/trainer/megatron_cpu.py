@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -212,6 +213,9 @@ def _adapt_rng() -> None:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    # dropout with one of these generators then changes the CPU's, of which megatron-core warns every time
+    warning = "CPU RNG state changed within GPU RNG context"
+    logging.getLogger(random.__name__).addFilter(lambda record: record.msg != warning)
 
 
 def _adapt_norm() -> None:

@@ -13,9 +13,10 @@ from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.data.run_tokenizer import folder_of, new_model
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError
+from megabatch.trainer.made_tensors import RandomWeights
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.weights import RandomWeights, load
+from megabatch.trainer.weights import load
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,18 @@ group; the ranks that own tensors write their own files side by side.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megabatch.converters.family import Family
 from megabatch.converters.mapping import Mapped
 from megabatch.converters.shards import HfRows, Source, assemble, read_shard, shard_shape
 from megabatch.errors import ConversionError
-from megabatch.plan.shape import ModelShape
 from megabatch.trainer.model.build import Model
+from megabatch.trainer.model.lora.layers import merged_weights
 from megabatch.trainer.model.naming import named_parameters
 from megabatch.trainer.ranks import Ranks
 
@@ -38,15 +36,16 @@ class Placed:
     """Whether another pipeline stage owns it (the output layer of tied embeddings)."""
 
 
-def placed(model: Model, table: Sequence[Mapped], ranks: Ranks) -> list[Placed]:
-    """Every parameter of this rank with its mapping, in the model's order.
+def placed(model: Model, table: Sequence[Mapped], ranks: Ranks, *, adapter: str | None = None) -> list[Placed]:
+    """Every parameter of this rank with its mapping, in the model's order: the model's own, or those of an adapter.
 
     Raises: ConversionError naming a parameter without a row in the table.
     """
     rows = {(mapped.name, mapped.expert): mapped for mapped in table}
     experts = (model.shape.num_experts or 0) // ranks.ep_size
     found = []
-    for name, expert, parameter in named_parameters(model.chunks, first_expert=ranks.ep_rank * experts):
+    first = ranks.ep_rank * experts
+    for name, expert, parameter in named_parameters(model.chunks, first_expert=first, adapter=adapter):
         copy = name == "output_layer.weight" and not model.shape.untie_embeddings_and_output_weights
         key = "embedding.word_embeddings.weight" if copy else name
         if (key, expert) not in rows:
@@ -58,24 +57,35 @@ def placed(model: Model, table: Sequence[Mapped], ranks: Ranks) -> list[Placed]:
     return found
 
 
-def load(model: Model, source: Source, table: Sequence[Mapped], ranks: Ranks, *, dtype_of: Mapping[str, str]) -> None:
-    """Fills every parameter of this rank from the source; only this rank's bytes are read.
+def load(
+    model: Model,
+    source: Source,
+    table: Sequence[Mapped],
+    ranks: Ranks,
+    *,
+    dtype_of: Mapping[str, str],
+    adapter: str | None = None,
+    only: Collection[str] | None = None,
+) -> None:
+    """Fills every parameter of this rank from the source, or those of an adapter; only this rank's bytes are read.
 
-    Args: dtype_of: safetensors' dtype name of each Hugging Face tensor.
+    Args: dtype_of: safetensors' dtype name of each Hugging Face tensor; only: canonical names, None for all.
     """
     with torch.no_grad():
-        for item in placed(model, table, ranks):
+        for item in placed(model, table, ranks, adapter=adapter):
+            if only is not None and item.mapped.name not in only:
+                continue
             item.parameter.copy_(_read(item.mapped, source, ranks, dtype_of, model.padded_vocab_size))
 
 
-def prove_complete(model: Model, table: Sequence[Mapped], ranks: Ranks) -> None:
+def prove_complete(model: Model, table: Sequence[Mapped], ranks: Ranks, *, adapter: str | None = None) -> None:
     """Proves that every tensor of the table has a live parameter on some rank; collective.
 
     Raises: ConversionError naming tensors that would be dropped silently.
     """
     mine = [
         (item.mapped.name, item.mapped.expert)
-        for item in placed(model, table, ranks)
+        for item in placed(model, table, ranks, adapter=adapter)
         if in_first_replica(item.mapped, ranks) and tensor_split(item.mapped, ranks)[0] == 0
     ]
     everyone: list[list[tuple[str, int | None]]] = [[] for _ in range(ranks.place.world_size)]
@@ -105,18 +115,34 @@ def tensor_split(mapped: Mapped, ranks: Ranks) -> tuple[int, int]:
     return ranks.tp_rank, ranks.tp_size
 
 
-def export(model: Model, table: Sequence[Mapped], ranks: Ranks) -> Iterator[tuple[Mapped, Iterator[HfRows]]]:
-    """The Hugging Face rows of every tensor that this rank owns, one tensor at a time.
+def export(
+    model: Model,
+    table: Sequence[Mapped],
+    ranks: Ranks,
+    *,
+    adapter: str | None = None,
+    only: Collection[str] | None = None,
+) -> Iterator[tuple[Mapped, Iterator[HfRows]]]:
+    """The Hugging Face rows of every tensor that this rank owns, one tensor at a time: of the model as it computes,
+    with the adapter in use merged into it, or of an adapter by itself.
 
     A tensor's owner is the first rank of its tensor-parallel group in the first data-parallel replica. Every rank
     must run the iterator to its end: the others take part in gathering and yield nothing.
+    Args: only: canonical names, None for all.
     """
-    for item in placed(model, table, ranks):
+    adapters = merged_weights(model.chunks)
+    for item in placed(model, table, ranks, adapter=adapter):
         if item.is_copy or not in_first_replica(item.mapped, ranks):
+            continue
+        if only is not None and item.mapped.name not in only:
             continue
         rank, size = tensor_split(item.mapped, ranks)
         padded = model.padded_vocab_size if item.mapped.split == "vocab" else None
-        shards = _gather(item.parameter.detach(), item.mapped, rank, size, ranks)
+        tensor = item.parameter.detach()
+        if item.parameter in adapters:
+            with torch.no_grad():
+                tensor = adapters[item.parameter].merged(tensor)
+        shards = _gather(tensor, item.mapped, rank, size, ranks)
         if rank == 0:
             itemsize = item.parameter.element_size()
             yield item.mapped, assemble(item.mapped, shards, itemsize=itemsize, padded_vocab=padded)
@@ -141,62 +167,13 @@ def parameters_norm(model: Model, table: Sequence[Mapped], ranks: Ranks) -> floa
 
 def _gather(tensor: Tensor, mapped: Mapped, rank: int, size: int, ranks: Ranks) -> list[memoryview]:
     if size == 1 or mapped.split == "replicated":
-        return [_bytes(tensor)] if rank == 0 else []
+        return [bytes_of(tensor)] if rank == 0 else []
     group = ranks.state.get_expert_tensor_parallel_group() if mapped.expert is not None else ranks.tp
     parts = [torch.empty_like(tensor) for _ in range(size)] if rank == 0 else None
     dist.gather(tensor.contiguous(), parts, group=group, group_dst=0)
-    return [_bytes(part) for part in parts or ()]
+    return [bytes_of(part) for part in parts or ()]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return memoryview(flat.numpy())
-
-
-class RandomWeights:
-    """A `Source` that makes each Hugging Face tensor from the run's seed and the tensor's name.
-
-    Matrices are normal with standard deviation `std`, norms are ones, biases zeros. A tensor is the same whatever the
-    layout, because it is drawn whole, on the CPU, before a rank takes its part.
-    """
-
-    def __init__(self, family: Family, shape: ModelShape, *, seed: int, std: float = 0.02) -> None:
-        self.shapes = family.hf_tensors(shape)
-        self.seed, self.std = seed, std
-        self.dtypes = dict.fromkeys(self.shapes, "F32")
-        self._last: tuple[str, Tensor] | None = None
-
-    def itemsize(self, name: str) -> int:
-        return 4
-
-    def read_into(
-        self,
-        name: str,
-        into: memoryview,
-        *,
-        rows: tuple[int, int] | None = None,
-        cols: tuple[int, int] | None = None,
-        index: int | None = None,
-    ) -> None:
-        tensor = self._tensor(name)
-        if index is not None:
-            tensor = tensor[index]
-        if rows is not None:
-            tensor = tensor[slice(*rows)]
-        if cols is not None:
-            tensor = tensor[:, slice(*cols)]
-        into[:] = _bytes(tensor)
-
-    def _tensor(self, name: str) -> Tensor:
-        if self._last is not None and self._last[0] == name:
-            return self._last[1]
-        shape = self.shapes[name]
-        if name.endswith("bias"):
-            tensor = torch.zeros(shape)
-        elif len(shape) == 1:
-            tensor = torch.ones(shape)
-        else:
-            generator = torch.Generator().manual_seed(self.seed << 32 | zlib.crc32(name.encode()))
-            tensor = torch.empty(shape).normal_(0.0, self.std, generator=generator)
-        self._last = (name, tensor)
-        return tensor

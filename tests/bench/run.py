@@ -51,6 +51,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "plan": plan.plan,
     "step": _in_trainer("step.py"),
     "context": _in_trainer("context.py", world_size=2),
+    "lora_step": _in_trainer("lora_step.py"),
     "checkpoint": _in_trainer("checkpoint.py"),
     "convert": _in_trainer("convert.py"),
     "files": files.files,

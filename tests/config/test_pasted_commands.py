@@ -80,11 +80,11 @@ def test_full_parameter_commands_pass_every_rule(blank, line, model):
     assert (recipe.training.max_epochs, recipe.data.num_workers) == (1, 4 if model is QWEN25_7B else 8)
 
 
-def test_lora_is_refused_by_name_and_nothing_else_is_wrong(blank):
+def test_a_lora_command_passes_every_rule(blank):
     _, recipe = parse((COMMON + DENSE + LORA).split(), blank)
-    faults = check(recipe, QWEN25_7B)
-    assert [fault.field for fault in faults] == ["tuner.tuner_type", "bridge.merge_lora"]
-    assert all("not built yet" in str(fault) for fault in faults)
+    assert check(recipe, QWEN25_7B) == []
+    assert (recipe.tuner.tuner_type, recipe.tuner.target_modules) == ("lora", ("all-linear",))
+    assert recipe.bridge.merge_lora is False
 
 
 def test_the_learning_rate_suits_the_kind_of_training(blank):

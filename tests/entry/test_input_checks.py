@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megabatch import Checkpoint, Model, Recipe
+from megabatch.converters.adapters.targets import find_targets
+from megabatch.converters.bijection import TensorInfo
+from megabatch.converters.families import family_named
+from megabatch.converters.safetensors_io import Writer
 from megabatch.entry.input_checks import damaged_inputs, missing_inputs, occupied, unwritable
 from megabatch.entry.model import find_model
 
@@ -102,6 +107,48 @@ def test_cut_off_weights(recipe: Recipe, model_folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-8])
     (fault,) = _faults(recipe)
     assert fault.startswith("model.model: ") and "model.safetensors" in fault
+
+
+def test_names_of_what_is_trained_must_be_the_models(recipe: Recipe) -> None:
+    shape = find_model(recipe)
+    for fields, message in (
+        (
+            {"tuner_type": "lora", "target_modules": ("linear_qvk",)},
+            "tuner.target_modules: 'linear_qvk' is the end of no",
+        ),
+        ({"tuner_type": "lora", "target_regex": "x.*"}, "tuner.target_regex: 'x.*' matches no layer"),
+        ({"tuner_type": "lora", "modules_to_save": ("lm_haed",)}, "tuner.modules_to_save: 'lm_haed' is the end of no"),
+        ({"freeze_parameters": ("decoder.layer.0",)}, "tuner.freeze_parameters: no parameter's name begins with"),
+        ({"freeze_parameters_ratio": 1.0}, "tuner.freeze_parameters: nothing is left to train"),
+    ):
+        (fault,) = missing_inputs(replace(recipe, tuner=replace(recipe.tuner, **fields)), shape)
+        assert str(fault).startswith(message)
+    assert missing_inputs(replace(recipe, tuner=replace(recipe.tuner, tuner_type="lora")), shape) == []
+
+
+def test_an_adapter_of_another_model_or_rank_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    tuned = replace(recipe, tuner=replace(recipe.tuner, tuner_type="lora", lora_rank=4, lora_alpha=8))
+    shape = find_model(recipe).shape
+    assert shape is not None
+    table = family_named(shape.model_type).tensors(shape)
+    targets = find_targets(table, ["all-linear"], rank=2)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    shapes = {name: dims for target in targets for name, dims in target.peft_shapes().items()}
+    with Writer(folder / "adapter_model.safetensors", {n: TensorInfo("F32", d) for n, d in shapes.items()}) as writer:
+        for name, dims in shapes.items():
+            writer.write(name, bytes(4 * dims[0] * dims[1]))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj",
+              "gate_proj", "up_proj", "down_proj"]}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    given = replace(tuned, bridge=replace(tuned.bridge, adapters=(str(folder),)))
+    (fault,) = missing_inputs(given, find_model(given))
+    assert "has rank 2 in model.layers.0" in str(fault) and "lora_rank is 4; try 2" in str(fault)
+    fitting = replace(given, tuner=replace(given.tuner, lora_rank=2))
+    assert missing_inputs(fitting, find_model(fitting)) == []
+    other = replace(fitting, tuner=replace(fitting.tuner, target_modules=("linear_qkv",)))
+    (fault,) = missing_inputs(other, find_model(other))
+    assert "adapts model.layers.0.mlp.down_proj.weight" in str(fault) and "which the run does not" in str(fault)
 
 
 def test_load_must_be_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:

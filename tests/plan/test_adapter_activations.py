@@ -9,6 +9,7 @@ import pytest
 
 from megabatch.converters.families import family_of
 from megabatch.plan.activations import layer_activations
+from megabatch.plan.adapters import parts
 from megabatch.plan.layout import layout
 from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.settings import Lora, Settings
@@ -89,7 +90,8 @@ class _Linear(torch.nn.Module):  # type: ignore[misc]
         self.base = torch.nn.Linear(cols, rows, bias=False).requires_grad_(lora is None)
         self.down = self.up = None
         if lora is not None and ("all-linear" in lora.targets or name in lora.targets):
-            self.down, self.up = torch.nn.Linear(cols, RANK, bias=False), torch.nn.Linear(RANK, rows, bias=False)
+            rank = RANK * parts(name)
+            self.down, self.up = torch.nn.Linear(cols, rank, bias=False), torch.nn.Linear(rank, rows, bias=False)
             self.dropout = lora.dropout
 
     def forward(self, x: Any) -> Any:

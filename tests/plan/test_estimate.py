@@ -11,6 +11,7 @@ import pytest
 
 from megabatch.converters.families import family_of
 from megabatch.entry.estimate import estimate_of, settings_of
+from megabatch.plan import weights
 from megabatch.plan.activations import layer_activations
 from megabatch.plan.estimate import estimate
 from megabatch.plan.gpus import GPUS, gpu_named
@@ -159,11 +160,11 @@ def test_a_pipeline_waits_for_the_stages_behind() -> None:
 
 
 def test_frozen_weights_have_neither_gradients_nor_optimizer_state() -> None:
-    """Rank 8 beside each matrix: 8 * (inputs + outputs), by hand for Qwen3-8B's four."""
+    """Rank 8 beside each matrix: 8 * (inputs + outputs), by hand for Qwen3-8B's seven in four."""
     shape = _shape(DENSE)
     settings = _settings(shape, lora=Lora(rank=8, targets=("all-linear",)))
     size = rank_sizes(shape, settings)[0]
-    adapters = 8 * ((4096 + 6144) + (4096 + 4096) + (4096 + 24576) + (12288 + 4096)) * 36
+    adapters = 8 * ((3 * 4096 + 6144) + (4096 + 4096) + (2 * 4096 + 24576) + (12288 + 4096)) * 36
     assert size.dense == adapters and size.frozen == size.parameters - adapters
     memory = estimate(shape, settings, A800).memory
     assert memory.weights == 2 * size.parameters
@@ -175,7 +176,20 @@ def test_adapters_are_cut_where_their_weights_are() -> None:
     shape = _shape(DENSE)
     lora = Lora(rank=8, targets=("linear_qkv", "linear_fc2"))
     size = rank_sizes(shape, _settings(shape, world=2, tp=2, lora=lora))[0]
-    assert size.dense == 8 * ((4096 + 6144 // 2) + (12288 // 2 + 4096)) * 36
+    assert size.dense == 8 * ((3 * 4096 + 6144 // 2) + (12288 // 2 + 4096)) * 36
+
+
+def test_frozen_layers_have_neither_gradients_nor_optimizer_state() -> None:
+    """Of Qwen3-8B's 36 layers the first 20, and the embedding, by their names."""
+    shape = _shape(DENSE)
+    whole = rank_sizes(shape, _settings(shape))[0]
+    names = [weight.name for weight in weights.layer(shape, weights.kinds(shape)[0])]
+    frozen = frozenset(f"decoder.layers.{i}.{name}" for i in range(20) for name in names)
+    size = rank_sizes(shape, _settings(shape, frozen=frozen | {"embedding.word_embeddings.weight"}))[0]
+    layer = sum(weight.elements for weight in weights.layer(shape, weights.kinds(shape)[0]))
+    assert size.parameters == whole.parameters
+    assert size.frozen == 20 * layer + shape.vocab_size * shape.hidden_size
+    assert size.dense == whole.dense - size.frozen
 
 
 @pytest.mark.parametrize("pp", [1, 3])

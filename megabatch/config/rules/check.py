@@ -10,7 +10,7 @@ from megabatch.config.declare import group_types
 from megabatch.config.layout import layout_of
 from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules import batches, extra_kwargs, models, parallelism, pipeline, roles, training
+from megabatch.config.rules import batches, extra_kwargs, models, parallelism, pipeline, roles, training, tuning
 from megabatch.config.rules.fields import invalid_fields, unbuilt_fields
 from megabatch.config.rules.secrets import no_secrets
 from megabatch.errors import Fault
@@ -27,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     *pipeline.RULES,
     *batches.RULES,
     *roles.RULES,
+    *tuning.RULES,
 )
 """Rules between fields; each yields nothing where it has nothing to say."""
 

@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from megabatch.converters.adapters.config import NAME as ADAPTER_CONFIG
 from megabatch.converters.mapping import Mapped
 from megabatch.errors import CheckpointError, MegabatchError
 from megabatch.plan.layout import Layout
 from megabatch.run_directory import RunDirectory
 from megabatch.saved import history
 from megabatch.saved.history import HF, MCORE, TRAINER
-from megabatch.saved.manifest import DamagedError, File, missing_or_resized
+from megabatch.saved.manifest import DamagedError, File, Manifest, missing_or_resized
 from megabatch.trainer.checkpoints import commit, torch_dist, writing
 from megabatch.trainer.checkpoints.background import Background
 from megabatch.trainer.checkpoints.commit import Retention
@@ -65,11 +66,14 @@ class Checkpoints:
         retention: Retention,
         table: Sequence[Mapped],
         export: Export | None,
+        adapter_config: str | None = None,
     ) -> None:
-        """`export` writes what others load, into `hf/`; None writes none."""
+        """`export` writes what others load, into `hf/`; None writes none. `adapter_config` lies beside adapters, for
+        the converters to know their ranks and scales."""
         self.run, self.ranks, self.layout = run, ranks, layout
         self.retention, self.table, self.export = retention, table, export
         self._under_way: UnderWay | None = None
+        self.adapter_config = adapter_config
         if ranks.is_main:
             for leftover in run.checkpoints.glob(".*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -168,9 +172,12 @@ class Checkpoints:
 
         def on_main() -> None:
             self._require_newest_start()
-            text = progress_text(progress, generators_of=None if self.retention.no_save_rng else self.layout)
+            layout = None if self.retention.no_save_rng else self.layout
+            texts = {TRAINER: progress_text(progress, generators_of=layout)}
             found = {name: file for part in everyone or [] for name, file in part.items()}
-            commit.commit(self.run, temporary, target, found, progress=text)
+            if self.adapter_config is not None and any(name.startswith(f"{MCORE}/") for name in found):
+                texts[f"{MCORE}/{ADAPTER_CONFIG}"] = self.adapter_config
+            commit.commit(self.run, temporary, target, found, texts=texts)
 
         self.ranks.on_main(on_main)
         if self.ranks.is_main:
@@ -235,14 +242,23 @@ class Checkpoints:
 
     def restore_weights(self, engine: Engine, folder: Path) -> None:
         """Loads the weights alone: of a checkpoint of ours, or of a torch_dist folder of megatron-core's."""
+        with self._weights_in(folder) as (inner, manifest):
+            torch_dist.load(engine, inner, manifest, step=None, rng=False)
+
+    def restore_base(self, engine: Engine, folder: Path) -> None:
+        """Loads the model that adapters are beside, of a checkpoint as above."""
+        with self._weights_in(folder) as (inner, manifest):
+            torch_dist.load_base(engine, inner, manifest)
+
+    @contextmanager
+    def _weights_in(self, folder: Path) -> Iterator[tuple[Path, Manifest | None]]:
         inner = folder / MCORE if (folder / MCORE).is_dir() else folder
         with _naming(folder):
             if (inner.parent / TRAINER).is_file():
-                manifest = self._opened(inner.parent).manifest
+                yield inner, self._opened(inner.parent).manifest
             else:
-                manifest = None
                 logger.info("%s has no digests: loading it unchecked", folder)
-            torch_dist.load(engine, inner, manifest, step=None, rng=False)
+                yield inner, None
 
     def restore(self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True) -> Progress:
         """Loads a checkpoint of this or another run and says how far it was.

@@ -12,7 +12,7 @@ from pathlib import Path
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.saved import history
-from megabatch.saved.history import HF, MCORE, TRAINER
+from megabatch.saved.history import HF, MCORE
 from megabatch.saved.manifest import MANIFEST, File, manifest_text
 
 
@@ -41,14 +41,19 @@ def begin(temporary: Path) -> None:
         raise CheckpointError(f"{temporary}: {e.strerror or e}") from e
 
 
-def commit(run: RunDirectory, temporary: Path, target: Path, files: Mapping[str, File], *, progress: str) -> None:
-    """Writes progress and manifest, makes all names durable, and renames the folder; then it is the newest.
+def commit(
+    run: RunDirectory, temporary: Path, target: Path, files: Mapping[str, File], *, texts: Mapping[str, str]
+) -> None:
+    """Writes small files and the manifest, makes all names durable, and renames the folder; then it is the newest.
 
-    Args: files: of all ranks, by their path in the folder. Raises: CheckpointError.
+    Args: files: of all ranks, by their path in the folder; texts: of the small files, likewise.
+    Raises: CheckpointError.
     """
     try:
-        write_atomic(temporary / TRAINER, progress)
-        write_atomic(temporary / MANIFEST, manifest_text({**files, TRAINER: File.of(progress.encode())}))
+        for name, text in texts.items():
+            write_atomic(temporary / name, text)
+        small = {name: File.of(text.encode()) for name, text in texts.items()}
+        write_atomic(temporary / MANIFEST, manifest_text({**files, **small}))
         _sync_folders(temporary)
         earlier = None
         if target.exists():  # of before the run went back; a kill between the two names loses nothing

@@ -20,12 +20,15 @@ from megabatch.saved.manifest import DamagedError, File, Manifest
 from megabatch.trainer.checkpoints import optimizer_state, writing
 from megabatch.trainer.checkpoints.reading import Reader, through
 from megabatch.trainer.checkpoints.replicas import deal
+from megabatch.trainer.checkpoints.trained_state import trained_state, trained_tensors
 from megabatch.trainer.checkpoints.unpickling import as_data
 from megabatch.trainer.engine import Engine
+from megabatch.trainer.model.naming import is_of_adapter
 from megabatch.trainer.ranks import Ranks
 
 METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """How megatron-core lays out the model's state."""
+_TRAINED = "trained"
 
 
 def save(engine: Engine, directory: Path, *, optimizer: bool, rng: bool) -> dict[str, File]:
@@ -49,7 +52,7 @@ def plan_save(engine: Engine, *, optimizer: bool, rng: bool) -> writing.Plan:
     ranks = engine.ranks
     state: dict[str, Any] = deal(_model_state(engine), ranks)
     if optimizer and engine.optimizer is not None:
-        state["optimizer"] = optimizer_state.sharded(engine.optimizer, _model_state(engine), ranks)
+        state["optimizer"] = optimizer_state.sharded(engine.optimizer, _optimized_state(engine), ranks)
     if rng:
         state["rng"] = _rng_object(ranks)
     return writing.plan(state, content=METADATA)
@@ -81,16 +84,37 @@ def load(engine: Engine, directory: Path, manifest: Manifest | None, *, step: in
     Raises: CheckpointError on every rank; the one of a rank that met damage is a DamagedError.
     """
     read = _opened(engine.ranks, directory, manifest)
-    loaded = read(_model_state(engine))
-    for i, chunk in enumerate(chunks := engine.model.chunks):
-        chunk.load_state_dict(loaded[_chunk_key(i, of=len(chunks))], strict=True)
+    if engine.model.tuning.lora is None:
+        _load_own(engine, read)
+    else:
+        _load_trained(engine, read)
     if engine.optimizer is not None:
         if step is not None:
-            optimizer_state.restore(engine.optimizer, _model_state(engine), engine.ranks, read, step=step)
+            optimizer_state.restore(engine.optimizer, _optimized_state(engine), engine.ranks, read, step=step)
         else:
             engine.optimizer.megatron.reload_model_params()
     if rng:
         _set_rng(read({"rng": _rng_object(engine.ranks)})["rng"])
+
+
+def load_base(engine: Engine, directory: Path, manifest: Manifest | None) -> None:
+    """Reads the model's own tensors, whatever adapters it has; collective. Raises: CheckpointError, as `load`."""
+    _load_own(engine, _opened(engine.ranks, directory, manifest))
+
+
+def _load_own(engine: Engine, read: Any) -> None:
+    loaded = read(_own_state(engine))
+    for i, chunk in enumerate(chunks := engine.model.chunks):
+        missing, unexpected = chunk.load_state_dict(loaded[_chunk_key(i, of=len(chunks))], strict=False)
+        absent = [name for name in missing if not is_of_adapter(name)]
+        assert not absent and not unexpected, f"{absent}, {unexpected}: megatron-core read other names than asked for"
+
+
+def _load_trained(engine: Engine, read: Any) -> None:
+    loaded = read(_trained_state(engine))[_TRAINED]
+    with torch.no_grad():
+        for name, parameter in trained_tensors(engine.model, engine.ranks).items():
+            parameter.copy_(loaded[name])
 
 
 def _opened(ranks: Ranks, directory: Path, manifest: Manifest | None) -> Any:
@@ -140,10 +164,25 @@ def _chunk_key(chunk: int, *, of: int) -> str:
 
 
 def _model_state(engine: Engine) -> dict[str, Any]:
+    """What a checkpoint holds of the model: all of it, or, beside a base that others have, what is trained."""
+    return _own_state(engine) if engine.model.tuning.lora is None else _trained_state(engine)
+
+
+def _optimized_state(engine: Engine) -> dict[str, Any]:
+    """How the parameters lie that have a state of the optimizer's."""
+    return _trained_state(engine) if engine.model.tuning.frozen else _own_state(engine)
+
+
+def _trained_state(engine: Engine) -> dict[str, Any]:
+    return {_TRAINED: trained_state(engine.model, engine.ranks)}
+
+
+def _own_state(engine: Engine) -> dict[str, Any]:
     chunks = engine.model.chunks
+    states = (chunk.sharded_state_dict(metadata=dict(METADATA)) for chunk in chunks)
     return {
-        _chunk_key(i, of=len(chunks)): chunk.sharded_state_dict(metadata=dict(METADATA))
-        for i, chunk in enumerate(chunks)
+        _chunk_key(i, of=len(chunks)): {name: item for name, item in state.items() if not is_of_adapter(name)}
+        for i, state in enumerate(states)
     }
 
 

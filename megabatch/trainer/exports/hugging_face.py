@@ -110,9 +110,14 @@ class HfExport(Export):
 
 def hugging_face_export(run: RunConfig, source: ModelSource) -> HfExport:
     """The export of a run's whole model, with the tokenizer and the chat template that it is trained with."""
-    chat = ChatExport(source.tokenizer, run.recipe.data.template, has_turns=run.task.rows == "conversations")
     table = source.family.tensors(run.shape)
-    return HfExport(source.family, table, source.config_folder, run.recipe.checkpoint.max_shard_size, chat)
+    size = run.recipe.checkpoint.max_shard_size
+    return HfExport(source.family, table, source.config_folder, size, chat_of(run, source))
+
+
+def chat_of(run: RunConfig, source: ModelSource) -> ChatExport:
+    """The tokenizer and the chat template that a run is trained with."""
+    return ChatExport(source.tokenizer, run.recipe.data.template, has_turns=run.task.rows == "conversations")
 
 
 def _copy(row: HfRows) -> HfRows:

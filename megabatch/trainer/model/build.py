@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +12,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megabatch.errors import ConfigError
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer import megatron_moe
 from megabatch.trainer.model.layers import decoder_layers
+from megabatch.trainer.model.lora.layers import using
 from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.rope import Rotary, inverse_frequencies
+from megabatch.trainer.model.tuning import ALL, Tuning
 from megabatch.trainer.ranks import Ranks
 
 
@@ -30,6 +35,8 @@ class Model:
     padded_vocab_size: int
     rotary: Rotary | None
     """For rows of our own attention (`row.row`); None where Transformer Engine's layers rotate by themselves."""
+    tuning: Tuning = ALL
+    """What of it is trained."""
 
     @property
     def chunks(self) -> list[Any]:
@@ -41,6 +48,20 @@ class Model:
         for chunk in self.wrapped:
             _gather_parameters(chunk)
         return [unwrap(chunk) for chunk in self.wrapped]
+
+    @contextmanager
+    def with_adapter(self, name: str | None) -> Iterator[None]:
+        """Within it the model has this adapter; None is the model as it was before LoRA, such as a reference.
+
+        Raises: ConfigError where parameters of the model itself are trained too, of which nothing is kept.
+        """
+        if name is None and self.tuning.trained:
+            raise ConfigError(
+                "tuner.modules_to_save and lora_bias='all' train the model's own parameters, so that the model "
+                "without the adapter is gone; leave them out, or name a reference of its own"
+            )
+        with using(self.chunks, name):
+            yield
 
 
 class Bfloat16(Float16Module):
@@ -66,16 +87,18 @@ def build(
     ddp: DistributedDataParallelConfig | None,
     *,
     vocab_size: int | None = None,
+    tuning: Tuning = ALL,
 ) -> Model:
     """Weights are allocated and not initialised: they are loaded next, from whatever source.
 
     Args: ddp: None for a model without gradients; vocab_size: rows of the embedding with padding, None pads as little
-    as tensor parallelism needs.
+    as tensor parallelism needs; tuning: what of the model is trained.
     """
     vocab = vocab_size or padded_vocab_size(shape.vocab_size, ranks.tp_size)
     stages = range(ranks.virtual_size) if ranks.virtual_size else [None]
     chunks: list[Any] = [_chunk(shape, config, vp_stage=stage, vocab=vocab) for stage in stages]
     for chunk in chunks:
+        tuning.apply(chunk, config, ranks, padded_vocab=vocab)
         chunk.to(ranks.device)
     if config.bf16:
         chunks = [Bfloat16(config, chunk) for chunk in chunks]
@@ -85,7 +108,7 @@ def build(
         wrapped = [DistributedDataParallel(config, ddp, one, disable_bucketing=i > 0) for i, one in enumerate(chunks)]
     ours = config.transformer_impl != "transformer_engine"
     rotary = Rotary(shape, device=ranks.device, dtype=config.params_dtype) if ours else None
-    return Model(wrapped, config, shape, vocab, rotary)
+    return Model(wrapped, config, shape, vocab, rotary, tuning)
 
 
 def _gather_parameters(chunk: Any) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _LOCAL_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.*)$")
 _GROUPED_EXPERT = re.compile(r"^(mlp\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)$")
+_ADAPTER = re.compile(r"^(.*)\.lora\.(\w+)\.([AB])$")
 
 
 def unwrap(chunk: nn.Module) -> Any:
@@ -21,16 +22,47 @@ def unwrap(chunk: nn.Module) -> Any:
 
 
 def named_parameters(
-    chunks: Sequence[nn.Module], *, first_expert: int
+    chunks: Sequence[nn.Module], *, first_expert: int, adapter: str | None = None
 ) -> Iterator[tuple[str, int | None, nn.Parameter]]:
-    """(canonical name, expert or None, parameter) of every parameter of these bare models.
+    """(canonical name, expert or None, parameter) of every parameter of these bare models, or of their adapter.
 
     Args: first_expert: global index of this rank's first expert in each mixture-of-experts layer.
     """
     for model in chunks:
         for name, parameter in model.named_parameters():
-            canonical, expert = _canonical(name, model)
-            yield canonical, None if expert is None else first_expert + expert, parameter
+            layer, of, side = _of_adapter(name)
+            if of != adapter:
+                continue
+            canonical, expert = _canonical(layer, model)
+            named = canonical if side is None else adapter_name(canonical, side)
+            yield named, None if expert is None else first_expert + expert, parameter
+
+
+def named_layers(chunk: Any, *, first_expert: int) -> list[tuple[str, int | None, nn.Module]]:
+    """(canonical name of its weight, expert or None, layer) of every module of a bare model that has a weight."""
+    found = []
+    for name, module in chunk.named_modules():
+        if module._parameters.get("weight") is not None:
+            canonical, expert = _canonical(f"{name}.weight", chunk)
+            found.append((canonical, None if expert is None else first_expert + expert, module))
+    return found
+
+
+def adapter_name(weight: str, side: str) -> str:
+    """The canonical name of an adapter's A or B, of its layer's weight."""
+    stem = weight.removesuffix("weight")
+    return f"{stem}lora_embedding_{side}" if weight.startswith("embedding.") else f"{stem}lora_{side}.weight"
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a live parameter's name is that of an adapter's."""
+    return _ADAPTER.match(name) is not None
+
+
+def _of_adapter(name: str) -> tuple[str, str | None, str | None]:
+    """The name of the layer's weight, of the adapter and of its matrix; of any other parameter its name alone."""
+    match = _ADAPTER.match(name)
+    return (name, None, None) if match is None else (f"{match[1]}.weight", match[2], match[3])
 
 
 def _canonical(name: str, model: Any) -> tuple[str, int | None]:

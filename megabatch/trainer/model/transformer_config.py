@@ -49,7 +49,7 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
 
 def own_values(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -> dict[str, Any]:
     """Every field that megabatch sets, none of which `megatron_extra_kwargs` may name."""
-    impl = transformer_impl(recipe.kernels.transformer_impl, shape)
+    impl = transformer_impl(recipe, shape)
     return {
         **_model(shape, recipe),
         **_moe(shape, recipe, has_te=impl == "transformer_engine"),
@@ -92,11 +92,14 @@ def leave_uninitialised(weight: torch.Tensor) -> None:
     too, and then gradient norms leave out the shards of every rank but the first."""
 
 
-def transformer_impl(wanted: str, shape: ModelShape) -> str:
+def transformer_impl(recipe: Recipe, shape: ModelShape) -> str:
     """`local` wherever Transformer Engine cannot be used; said once, by name."""
+    wanted = recipe.kernels.transformer_impl
     if wanted == "local":
         return wanted
-    if importlib.util.find_spec("transformer_engine") is None:
+    if recipe.tuner.tuner_type == "lora":
+        why = "LoRA is built for these alone"
+    elif importlib.util.find_spec("transformer_engine") is None:
         why = "transformer-engine is not installed"
     elif not torch.cuda.is_available():
         why = "there is no CUDA device"

@@ -1,0 +1,61 @@
+"""What is trained: parameters of LoRA and of freezing, each where it has an effect; names are checked elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megabatch.config.declare import parameters
+from megabatch.config.recipe import Recipe
+from megabatch.errors import Fault
+from megabatch.plan.layout import Layout
+from megabatch.plan.shape import ModelShape
+
+LORA = (
+    "tuner.target_modules", "tuner.target_regex", "tuner.modules_to_save", "tuner.lora_rank", "tuner.lora_alpha",
+    "tuner.lora_dropout", "tuner.lora_bias", "tuner.use_rslora", "tuner.init_lora_weights", "tuner.adapter_load",
+    "bridge.adapters",
+)  # fmt: skip
+"""Parameters of adapters."""
+FREEZING = (
+    "tuner.freeze_parameters", "tuner.freeze_parameters_regex", "tuner.freeze_parameters_ratio",
+    "tuner.trainable_parameters", "tuner.trainable_parameters_regex",
+)  # fmt: skip
+"""Parameters of full training with frozen parts."""
+_VOCABULARY = ("all-embedding", "word_embeddings", "embed_tokens", "output_layer", "lm_head")
+
+
+def each_kind_has_its_own_parameters(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    is_lora = recipe.tuner.tuner_type == "lora"
+    idle, needed = (FREEZING, "full") if is_lora else (LORA, "lora")
+    for parameter in parameters(Recipe):
+        value = getattr(getattr(recipe, parameter.group), parameter.name)
+        if parameter.dotted in idle and value != parameter.default:
+            yield Fault(parameter.dotted, value, f"needs tuner_type={needed!r}, which is {recipe.tuner.tuner_type!r}")
+    if not is_lora and recipe.bridge.merge_lora:
+        yield Fault("bridge.merge_lora", True, "needs tuner_type='lora', which is 'full'", try_=(None,))
+
+
+def one_adapter_to_start_from(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    adapters, load = recipe.bridge.adapters, recipe.tuner.adapter_load
+    if len(adapters) > 1:
+        yield Fault("bridge.adapters", adapters, "must be one adapter, which is trained; merge the others first")
+    if adapters and load is not None:
+        yield Fault("bridge.adapters", adapters, f"and tuner.adapter_load={load!r} both begin the run; give one")
+
+
+def tied_embeddings_have_no_adapter(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    tuner = recipe.tuner
+    if tuner.tuner_type != "lora" or shape is None or shape.untie_embeddings_and_output_weights:
+        return
+    named = [name for name in (*tuner.target_modules, *tuner.modules_to_save) if name in _VOCABULARY]
+    if named:
+        rule = f"has {named[0]!r}, and {shape.model_type}'s embedding is its output layer too: not built"
+        field = "target_modules" if named[0] in tuner.target_modules else "modules_to_save"
+        yield Fault(f"tuner.{field}", getattr(tuner, field), rule)
+
+
+RULES = (each_kind_has_its_own_parameters, one_adapter_to_start_from, tied_embeddings_have_no_adapter)

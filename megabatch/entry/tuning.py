@@ -1,0 +1,63 @@
+"""Whether the names of what is trained are the model's, and an adapter that a run starts from is one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from megabatch.config.recipe import Recipe
+from megabatch.converters.adapters.adapter import Tables
+from megabatch.converters.adapters.config import scale_of
+from megabatch.converters.adapters.fit import open_fitting
+from megabatch.converters.adapters.targets import Target, find_targets, find_whole, hf_names
+from megabatch.converters.families import family_named
+from megabatch.converters.frozen import Freezing, frozen_names
+from megabatch.converters.mapping import Mapped
+from megabatch.entry.model import fault_of
+from megabatch.errors import ConversionError, Fault
+from megabatch.plan.shape import ModelShape
+
+
+def tuning_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
+    """Faults of names, told by the model's table; nothing where its shape is not known."""
+    if shape is None:
+        return
+    table = family_named(shape.model_type).tensors(shape)
+    if recipe.tuner.tuner_type == "lora":
+        yield from _adapters(recipe, shape, table)
+    else:
+        yield from _frozen(recipe, table)
+
+
+def _frozen(recipe: Recipe, table: Sequence[Mapped]) -> Iterator[Fault]:
+    try:
+        frozen_names(table, Freezing.of(recipe.tuner))
+    except ConversionError as error:
+        field, _, what = str(error).partition(": ")
+        yield Fault(f"tuner.{field}:", None, what, bare=True)
+
+
+def _adapters(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Iterator[Fault]:
+    tuner = recipe.tuner
+    try:
+        targets = find_targets(table, tuner.target_modules, regex=tuner.target_regex, rank=tuner.lora_rank)
+    except ConversionError as error:
+        yield fault_of("tuner.target_modules" if tuner.target_regex is None else "tuner.target_regex", error)
+        return
+    try:
+        whole = find_whole(table, tuner.modules_to_save, biases=tuner.lora_bias == "all")
+    except ConversionError as error:
+        yield fault_of("tuner.modules_to_save", error)
+        return
+    if recipe.bridge.adapters:
+        yield from _given(recipe, shape, targets, hf_names(table, whole))
+
+
+def _given(recipe: Recipe, shape: ModelShape, targets: Sequence[Target], whole: Collection[str]) -> Iterator[Fault]:
+    """The adapter that the run starts from, where it is on this machine."""
+    folder, tuner = Path(recipe.bridge.adapters[0]).expanduser(), recipe.tuner
+    scale = scale_of(tuner.lora_alpha, tuner.lora_rank, use_rslora=tuner.use_rslora)
+    try:
+        open_fitting(folder, Tables(family_named(shape.model_type), shape), targets, scale=scale, whole=whole)
+    except ConversionError as error:
+        yield fault_of("bridge.adapters", error)

@@ -1,0 +1,97 @@
+"""What is trained of a model that is frozen in part, as megatron-core's sharded tensors; adapters among it.
+
+megatron-core's layers know nothing of what hangs below them, and stack all layers in one tensor, which those that are
+trained do not fill. So the table says how each tensor is cut, and each layer has keys of its own, as the converters
+read them (`adapters/mcore_folder`); experts are stacked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+
+from megabatch.converters.mapping import Mapped
+from megabatch.converters.torch_dist.keys import Cell, cell
+from megabatch.trainer.checkpoints.replicas import group_of
+from megabatch.trainer.model.build import Model
+from megabatch.trainer.model.lora.layers import TRAINED
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.weights import Placed, placed, tensor_split
+
+
+def trained_tensors(model: Model, ranks: Ranks) -> dict[str, nn.Parameter]:
+    """The parameters on this rank that are trained, by the names that `trained_state` gives them."""
+    return {_name(item.mapped): item.parameter for item in _trained(model, ranks)}
+
+
+def trained_state(model: Model, ranks: Ranks) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """How each of them lies in its global tensor."""
+    return {_name(item.mapped): _sharded(item, model, ranks) for item in _trained(model, ranks)}
+
+
+def _trained(model: Model, ranks: Ranks) -> list[Placed]:
+    tuning = model.tuning
+    own = [item for item in placed(model, tuning.table, ranks) if item.mapped.name in tuning.trained]
+    return own if tuning.lora is None else [*placed(model, tuning.lora.table, ranks, adapter=TRAINED), *own]
+
+
+def _name(mapped: Mapped) -> str:
+    return mapped.name if mapped.expert is None else f"{mapped.name}[{mapped.expert}]"
+
+
+def _sharded(item: Placed, model: Model, ranks: Ranks) -> ShardedTensor | ShardedTensorFactory:
+    mapped = item.mapped
+    rank, size = tensor_split(mapped, ranks)
+    whole, stage = mapped.split == "replicated", int(item.is_copy)
+    copies = (stage, rank if whole else 0, dist.get_rank(group_of(item.parameter, ranks)))
+    cut = _Cut(cell(mapped, model.shape, stacked=False), mapped, rank, size)
+    if cut.sections == 1 and not cut.turned:
+        return cut.tensor(cut.place.key, item.parameter, copies)
+    return ShardedTensorFactory(cut.place.key, item.parameter, cut.parts, cut.joined, copies)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """One rank's part of a tensor: a part of each section, all of which are equally long."""
+
+    place: Cell
+    mapped: Mapped
+    rank: int
+    size: int
+
+    @property
+    def sections(self) -> int:
+        return len(self.mapped.sections) if self.mapped.split == "column" else 1
+
+    @property
+    def turned(self) -> bool:
+        """Whether the checkpoint has the transpose: an embedding's A, as PEFT has it."""
+        return self.mapped.name.endswith("lora_embedding_A")
+
+    def tensor(self, key: str, data: Tensor, copies: Any, section: int = 0) -> ShardedTensor:
+        """The part of one section."""
+        axis = len(self.place.lead)
+        lead = ((i, at, of) for i, (at, of) in enumerate(zip(self.place.lead, self.place.axes, strict=True)))
+        rows = (axis + self.turned, section * self.size + self.rank, self.sections * self.size)
+        cuts = {"replicated": [], "row": [(axis + 1, self.rank, self.size)]}.get(self.mapped.split, [rows])
+        return ShardedTensor.from_rank_offsets(
+            key,
+            data,
+            *lead,
+            *cuts,
+            replica_id=copies,
+            prepend_axis_num=axis,
+            allow_shape_mismatch=self.mapped.split == "vocab",
+        )
+
+    def parts(self, key: str, data: Tensor, copies: Any, *_: Any) -> list[ShardedTensor]:
+        chunks = [data.detach().t().contiguous()] if self.turned else data.detach().chunk(self.sections)
+        return [self.tensor(key, chunk, copies, section) for section, chunk in enumerate(chunks)]
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        return parts[0].t() if self.turned else torch.cat(parts)

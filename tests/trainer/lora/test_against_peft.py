@@ -1,0 +1,104 @@
+"""The same adapters in peft on transformers: loss, gradients and logits."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from adapted import beside, gradients, make_base, opened
+from rank_server import RankServer
+from runs import recipe, write_run
+
+LORA: dict[str, Any] = {"tuner_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "biased, rank-stabilised": ("biased", {"use_rslora": True}),
+    "by names of both": ("dense", {"target_modules": ["q_proj", "v_proj", "linear_fc2"]}),
+    "by a pattern": ("dense", {"target_regex": r".*layers\.1\..*(linear_proj|up_proj)"}),
+    "embedding and output": ("dense", {"target_modules": ["all-linear", "all-embedding", "output_layer"]}),
+    "experts": ("experts", {}),
+    "experts and router": ("experts", {"target_modules": ["all-linear", "all-router"]}),
+    "whole modules and biases": ("biased", {"lora_bias": "all", "modules_to_save": ["final_layernorm"]}),
+    "whole output layer": ("dense", {"modules_to_save": ["lm_head", "word_embeddings"]}),
+    "dense layers among experts": ("mixed", {"target_modules": ["all-linear", "all-router"]}),
+}
+
+
+def stepped(run_dir: str, folder: str) -> tuple[float, float, dict[str, Any], list[Any]]:
+    """Saves the adapter, then takes a step; loss, gradient norm, gradients, and the step's rows."""
+    with opened(run_dir) as (_, loop, progress):
+        Path(folder).mkdir()
+        loop.parts.export.save(loop.engine.model, loop.engine.ranks, Path(folder))
+        step = next(loop.parts.steps.after(progress.cursor, loop.engine))
+        result = loop.engine.step(step.packs, loop.parts.objective, totals=step.totals, filled=step.filled)
+        found = {name: grad.numpy() for name, grad in gradients(loop.engine).items()}
+        rows = [(p.ids_T, p.targets_T, p.weights_T, p.cu_seqlens_padded[: p.sequences + 1]) for p in step.packs]
+        return result.metrics["loss"].value, result.grad_norm, found, [[x.numpy() for x in row] for row in rows]
+
+
+def reference(base: Path, adapter: Path, rows: list[Any]) -> tuple[float, Any]:
+    """The loss in peft, and the model with its gradients."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    total, weight = torch.zeros(()), 0.0
+    for ids, targets, weights, starts in rows:
+        for start, stop in pairwise(starts):
+            logits = adapted(torch.from_numpy(ids[start:stop])[None]).logits[0]
+            logps = logits.log_softmax(-1).gather(1, torch.from_numpy(targets[start:stop, None]))[:, 0]
+            total = total - (logps * torch.from_numpy(weights[start:stop])).sum()
+            weight += float(weights[start:stop].sum())
+    (total / weight).backward()
+    return float(total.detach() / weight), adapted
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_peft(case: str, ranks: RankServer, tmp_path: Path) -> None:
+    model, tuner = CASES[case]
+    base = make_base(tmp_path, model)
+    made = recipe(
+        tmp_path, "qwen3", tuner={**LORA, **tuner}, bridge={"merge_lora": False}, optimizer={"clip_grad": 0.0}
+    )
+    run = write_run(beside(made, base), tmp_path / "run")
+    adapter = tmp_path / "adapter"
+    ((loss, norm, found, rows),) = ranks.run(stepped, world_size=1, run_dir=str(run), folder=str(adapter))
+    expected, adapted = reference(base, adapter, rows)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    theirs = _by_saved_name(adapted, found)
+    assert theirs.keys() == found.keys()
+    for name, gradient in theirs.items():
+        own = torch.from_numpy(found[name])
+        assert float((own - gradient).norm()) <= 1e-5 * max(float(gradient.norm()), 1e-3 * norm), name
+    whole = [p.grad for n, p in adapted.named_parameters() if p.grad is not None and ".lora_" not in n]
+    assert bool(whole) == ("whole" in case)
+    total = torch.stack([gradient.norm() for gradient in [*theirs.values(), *whole]]).norm()
+    assert norm == pytest.approx(float(total), rel=1e-5)
+
+
+def _by_saved_name(adapted: Any, names: Any) -> dict[str, torch.Tensor]:
+    """Gradients by the names that a folder has; those of experts, which peft joins, taken apart."""
+    grads = {n.replace(".default", ""): p.grad for n, p in adapted.named_parameters() if p.grad is not None}
+    found = {name: grads[name] if name in grads else _of_expert(grads, name) for name in names}
+    return {name: grad.t() if name.endswith("lora_embedding_A") else grad for name, grad in found.items()}
+
+
+def _of_expert(grads: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """peft wraps a layer's experts twice, `down_proj` outside: A of gate and up one below the other for each expert,
+    B block by block with the experts' columns apart."""
+    if ".experts." not in name:  # a weight that is adapted as a parameter
+        return grads[name.replace(".lora_", ".base_layer.lora_") if name not in grads else name]
+    layer, _, rest = name.partition(".experts.")
+    number, leaf, side = int(rest.split(".")[0]), rest.split(".")[1], rest.split(".")[2]
+    inner = "" if leaf == "down_proj" else ".base_layer"
+    a, b = (grads[f"{layer}.experts{inner}.lora_{x}.weight"] for x in "AB")
+    experts, rank = 4, 4
+    if leaf == "down_proj":
+        return a.view(experts, rank, -1)[number] if side == "lora_A" else b.view(-1, rank, experts)[..., number]
+    half = ("gate_proj", "up_proj").index(leaf)
+    if side == "lora_A":
+        return a.view(experts, 2, rank, -1)[number, half]
+    return b.view(2, b.shape[0] // 2, 2, rank, experts)[half, :, half, :, number]

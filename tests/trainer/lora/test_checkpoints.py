@@ -1,0 +1,169 @@
+"""Runs with adapters stop, go on, start from others' adapters, and give theirs away."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from adapted import beside, make_base
+from rank_server import RankServer
+from runs import curve, evaluations, recipe, train, write_run
+from safetensors.torch import load_file
+
+from megabatch import Recipe
+from megabatch.converters import ConversionRequest, convert
+from megabatch.run_directory import ExitCode
+
+LORA: dict[str, Any] = {
+    "tuner_type": "lora",
+    "lora_rank": 4,
+    "lora_alpha": 16,
+    "target_modules": ["all-linear", "all-router", "all-embedding", "output_layer"],
+}
+TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {}),
+    "dp2": (2, {}),
+    "dp2_plain": (2, {"use_distributed_optimizer": False}),
+    "tp2_sp_ep2": (2, {**TP2_SP, "expert_model_parallel_size": 2}),
+    "tp2_etp2": (2, {**TP2_SP, "expert_tensor_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+}
+LAST = Path("checkpoints") / "step_00000006"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    make_base(folder, "experts")
+    return folder
+
+
+def made(folder: Path, layout: str, **groups: Any) -> tuple[Recipe, int]:
+    world_size, parallel = LAYOUTS[layout]
+    values: dict[str, Any] = {
+        "tuner": {**LORA, **groups.pop("tuner", {})},
+        "training": {"train_iters": 6},
+        "parallel": parallel,
+        "bridge": {"merge_lora": False, **groups.pop("bridge", {})},
+        "resources": {"tasks_per_node": world_size},
+    }
+    return beside(recipe(folder, "qwen3", **values, **groups), folder / "experts"), world_size
+
+
+def trained(
+    ranks: RankServer, folder: Path, name: str, layout: str, *, stop_after: int | None = None, **groups: Any
+) -> Path:
+    one, world_size = made(folder, layout, **groups)
+    run = write_run(one, folder / name) if not (folder / name).exists() else folder / name
+    status = ranks.run(train, world_size=world_size, run_dir=str(run), stop_after=stop_after)
+    assert set(status) == {ExitCode.DONE if stop_after is None else ExitCode.REQUEUE}
+    return run
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2_plain", "tp2_sp_ep2"])
+def test_stop_and_resume_give_the_uninterrupted_curve_bit_for_bit(
+    layout: str, ranks: RankServer, folder: Path
+) -> None:
+    """Dropout included, whose generators are saved."""
+    whole = trained(ranks, folder, f"whole-{layout}", layout)
+    cut = trained(ranks, folder, f"cut-{layout}", layout, stop_after=3)
+    trained(ranks, folder, f"cut-{layout}", layout)
+    assert curve(cut) == curve(whole) and evaluations(cut) == evaluations(whole)
+    assert len(curve(cut)) == 6
+    before, after = (load_file(run / LAST / "hf" / "adapter_model.safetensors") for run in (whole, cut))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_another_layout_goes_on_with_the_same_curve(ranks: RankServer, folder: Path) -> None:
+    still: dict[str, Any] = {"tuner": {"lora_dropout": 0.0}}
+    whole = trained(ranks, folder, "whole", "alone", **still)
+    cut = trained(ranks, folder, "cut", "tp2_etp2", stop_after=3, **still)
+    for layout in ("dp2", "pp2", "tp2_sp_ep2"):
+        tuner = {"lora_dropout": 0.0, "adapter_load": str(cut)}
+        moved = trained(ranks, folder, f"moved-{layout}", layout, tuner=tuner)
+        for (step, loss, norm), expected in zip(curve(moved), curve(whole)[3:], strict=True):
+            assert (step, loss) == (expected[0], pytest.approx(expected[1], rel=1e-5))
+            assert norm == pytest.approx(expected[2], rel=1e-4)
+
+
+def test_a_checkpoint_holds_what_is_trained_alone(ranks: RankServer, folder: Path) -> None:
+    run = trained(ranks, folder, "whole-dp2", "dp2")
+    from megabatch.converters.torch_dist.folder import TorchDistFolder
+
+    keys = set(TorchDistFolder(run / LAST / "mcore").entries)
+    assert all(".lora_" in key or key.startswith("rng_state") for key in keys)
+    kinds = {re.split(r"\.(?:decoder|embedding|output_layer)\.", k)[0] for k in keys if k.startswith("optimizer.")}
+    assert kinds == {"optimizer.state.param", "optimizer.state.exp_avg", "optimizer.state.exp_avg_sq"}
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2_etp2"])
+def test_the_converters_read_a_checkpoint(layout: str, ranks: RankServer, folder: Path, tmp_path: Path) -> None:
+    run = trained(ranks, folder, f"whole-{layout}", layout)
+    convert(
+        ConversionRequest(to_hf=True, adapters=[run / LAST / "mcore"], model=folder / "experts", merge_lora=False),
+        output_dir=tmp_path / "adapter",
+    )
+    found, expected = (load_file(p / "adapter_model.safetensors") for p in (tmp_path / "adapter", run / LAST / "hf"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("layout", ["alone", "tp2_sp_ep2", "tp2_etp2", "pp2"])
+def test_the_merged_model_is_the_adapted_one(layout: str, ranks: RankServer, folder: Path, tmp_path: Path) -> None:
+    run = trained(ranks, folder, f"whole-{layout}", layout)
+    again = {"adapters": [str(run / LAST / "hf")], "merge_lora": True}
+    one, world_size = made(folder, layout, bridge=again, learning_rate={"lr": 1e-30, "min_lr": 0.0})
+    merged = write_run(one, tmp_path / "merged")
+    ranks.run(train, world_size=world_size, run_dir=str(merged))
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "experts", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, run / LAST / "hf").eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(merged / LAST / "hf", dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 17, 200, 3, 99, 4, 4, 250]])
+    with torch.no_grad():
+        found, expected = plain(ids).logits, adapted(ids).logits
+        with adapted.disable_adapter():
+            assert (adapted(ids).logits - expected).abs().max() > 1e-2, "the adapter changes something"
+    assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_adapters_of_both_formats_go_on_as_they_were(ranks: RankServer, folder: Path, tmp_path: Path) -> None:
+    run = trained(ranks, folder, "whole-dp2", "dp2")
+    last = evaluations(run)[-1][1]
+    convert(
+        ConversionRequest(to_mcore=True, adapters=[run / LAST / "hf"], model=folder / "experts", merge_lora=False),
+        output_dir=tmp_path / "mcore",
+    )
+    starts: dict[str, dict[str, Any]] = {
+        "peft": {"bridge": {"adapters": [str(run / LAST / "hf")]}},
+        "mcore": {"tuner": {"adapter_load": str(tmp_path / "mcore")}},
+        "ours": {"tuner": {"adapter_load": str(run)}, "checkpoint": {"finetune": True}},
+    }
+    for name, groups in starts.items():
+        began = trained(ranks, folder, f"began-{name}", "tp2_sp_ep2", **groups)
+        assert [step for step, *_ in curve(began)] == [1, 2, 3, 4, 5, 6]
+        assert evaluations(began)[0][1] == pytest.approx(last, rel=1e-6), name
+
+
+def test_an_adapter_of_another_rank_is_refused(ranks: RankServer, folder: Path, tmp_path: Path) -> None:
+    run = trained(ranks, folder, "whole-dp2", "dp2")
+    for fields, message in (
+        ({"lora_rank": 8, "lora_alpha": 32}, "has rank 4 in .*, and lora_rank is 8; try 4"),
+        ({"lora_alpha": 8}, "is scaled by 4 in .*, and the run's by 2"),
+        (
+            {"target_modules": ["all-linear"]},
+            "adapts lm_head.weight, model.embed_tokens.weight and 2 more, which the run does not",
+        ),
+    ):
+        one, _ = made(folder, "alone", tuner=fields, bridge={"adapters": [str(run / LAST / "hf")]})
+        name = json.dumps(fields).replace(" ", "")[:24].replace('"', "").replace("/", "")
+        other = write_run(replace(one), tmp_path / name)
+        with pytest.raises(RuntimeError, match=message):
+            ranks.run(train, world_size=1, run_dir=str(other))
