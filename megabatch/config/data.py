@@ -29,8 +29,10 @@ class Data:
     sanitize_control_tokens: bool = param(True)
     """Tokenizes control tokens in the data (`<|im_end|>`) as plain text, so that only the template can write them.
     False lets the data write them too."""
-    loss_scale: Literal["default", "last_round", "all"] | None = param(None)
-    """Which tokens to train on: every assistant turn (default), only the last one, or all tokens.
+    loss_scale: str | None = param(None)
+    """Which tokens to train on, and how much: every assistant turn (`default`), those after the last user message
+    (`last_round`) or all tokens (`all`); behind it, with `+`, weights of parts of the turns (`ignore_empty_think`,
+    `hermes`, `react`, …): `last_round+ignore_empty_think`.
 
     None means `all` for pt, `default` for sft and `last_round` for rlhf.
     """

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 from megabatch.data.rows.formats import Conversation, Message
 from megabatch.data.tokens.sample import Encoded
-from megabatch.data.tokens.templates import LossScale, Template
+from megabatch.data.tokens.templates import Template
 from megabatch.errors import DataError
 
 TWO_ROUNDS = [
@@ -57,7 +58,7 @@ def encode(
     source: str | None,
     messages: list[Message],
     *,
-    scale: LossScale = "default",
+    scale: str = "default",
     name: str | None = None,
 ) -> tuple[str, list[str]]:
     """(all text, runs of learned text)."""
@@ -167,6 +168,45 @@ def test_loss_scale_chooses_turns(tokens: Any) -> None:
     assert encode(tokens, QWEN2_5, own)[1] == ["It is four.<|im_end|>"]
     text, runs = encode(tokens, QWEN2_5, own, scale="all")
     assert ["<|im_start|>" + runs[0] + "no<|im_end|>" + runs[1]] == [text]
+
+
+def weighed(tokenizer: Any, source: str, messages: list[Message], scale: str) -> list[tuple[str, float]]:
+    """Runs of text of one weight, without the prompt and what stands between turns."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = source
+    (encoded,) = Template(tokenizer).encode([Conversation(messages)], places=["f:1"], loss_scale=scale)
+    runs: list[tuple[list[int], float]] = []
+    for number, weight in zip(encoded.ids.tolist(), encoded.weights.tolist(), strict=True):
+        if not runs or runs[-1][1] != weight:
+            runs.append(([], weight))
+        runs[-1][0].append(number)
+    return [(tokenizer.decode(run), weight) for run, weight in runs]
+
+
+def test_scales_weigh_parts_of_turns_and_never_their_ends(tokens: Any) -> None:
+    header = "<|im_start|>user\nHow many apples?<|im_end|>\n<|im_start|>assistant\n"
+    asked = [TWO_ROUNDS[2], TWO_ROUNDS[3]]
+    assert weighed(tokens, QWEN3, asked, "ignore_empty_think") == [
+        (header + "<think>\n\n</think>\n\n", 0.0), ("Seven ä apples.<|im_end|>", 1.0), ("\n", 0.0)]  # fmt: skip
+    thinking = [TWO_ROUNDS[2], Message("assistant", "<think>\nadd\n</think>\n\nSeven")]
+    said = "<think>\nadd\n</think>\n\nSeven<|im_end|>"
+    assert weighed(tokens, QWEN3, thinking, "ignore_empty_think") == [(header, 0.0), (said, 1.0), ("\n", 0.0)]
+    reacting = [TWO_ROUNDS[2], Message("assistant", "Action: count\nObservation: 7")]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    assert weighed(tokens, QWEN2_5, reacting, "react") == [
+        (system + header, 0.0), ("Action: count\nObservation:", 2.0), (" 7", 0.0), ("<|im_end|>", 1.0),
+        ("\n", 0.0)]  # fmt: skip
+    halved = [*TWO_ROUNDS[:2], asked[0], replace(reacting[1], scale=0.5)]
+    assert [weight for _, weight in weighed(tokens, QWEN2_5, halved, "last_round+react")] == [0, 1, 0, 0.5, 0]
+    assert [weight for _, weight in weighed(tokens, QWEN2_5, halved, "react")] == [0, 1, 0, 1, 0, 0.5, 0]
+    silent = [asked[0], replace(reacting[1], loss=0.0)]
+    assert [weight for _, weight in weighed(tokens, QWEN2_5, silent, "react")] == [0]
+    assert [weight for _, weight in weighed(tokens, QWEN2_5, reacting, "all+react")] == [0, 1, 2, 0, 1]
+
+
+def test_a_turn_with_two_ends_keeps_both(tokens: Any) -> None:
+    said = [TWO_ROUNDS[0], Message("assistant", "Observation: 4")]
+    assert weighed(tokens, TWO_ENDS, said, "react")[-2:] == [(" 4", 0.0), ("</s><|eot_id|>", 1.0)]
 
 
 def test_default_template_depends_on_the_vocabulary(tokens: Any) -> None:

@@ -13,6 +13,7 @@ from megabatch.config.declare import Parameter, parameters
 from megabatch.config.field_types import choices, fits, spelled
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
+from megabatch.loss_scales import parse
 from megabatch.tasks import TASKS
 
 _SECRET = "bridge.hub_token"
@@ -98,8 +99,16 @@ def _token_name(value: Any) -> Iterator[Fault]:
         yield Fault(_SECRET, None, rule, try_=("HF_TOKEN",), bare=True)
 
 
+def _loss_scale(value: Any) -> Iterator[Fault]:
+    try:
+        parse(value or "default")
+    except ValueError as e:
+        yield Fault("data.loss_scale", value, str(e))
+
+
 _FORMS: dict[str, Callable[[Any], Iterator[Fault]]] = {
     "checkpoint.max_shard_size": _shard_size,
+    "data.loss_scale": _loss_scale,
     _SECRET: _token_name,
 }
 """Texts that must look like something."""

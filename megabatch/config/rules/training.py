@@ -10,6 +10,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Rlhf
 from megabatch.config.walltime import seconds
 from megabatch.errors import ConfigError, Fault
+from megabatch.loss_scales import parse
 from megabatch.plan.batch import nearest_divisors
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -37,6 +38,13 @@ def only_documents_are_cut_into_pieces(
     if recipe.data.truncation_strategy == "split" and recipe.task != "pt":
         rule = f"is for task='pt', not {recipe.task!r}: an answer's later pieces would lack the question"
         yield Fault("data.truncation_strategy", "split", rule, try_=("right", "delete"))
+
+
+def scales_weigh_conversations(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    text = recipe.data.loss_scale
+    if text is not None and recipe.task == "pt" and parse(text).scales:
+        rule = "weighs parts of an assistant's turns, and task='pt' reads plain texts, of which every token is learned"
+        yield Fault("data.loss_scale", text, rule, try_=(None,))
 
 
 def one_of_steps_and_epochs(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -209,6 +217,7 @@ def time_covers_the_signal(recipe: Recipe, shape: ModelShape | None, layout: Lay
 RULES = (
     data_is_given,
     only_documents_are_cut_into_pieces,
+    scales_weigh_conversations,
     one_of_steps_and_epochs,
     safetensors_are_saved_with_checkpoints,
     warmup_is_said_once,

@@ -33,7 +33,9 @@ FORMAT = 3
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _ROOMS = ("rows", "tokens")
 """Folders of `megabatch/data` with the code from row to sample."""
-_AFTER_TOKENS = ("rows/digests.py", "tokens/chunk.py", "tokens/workers.py")
+_ABOVE = ("loss_scales.py",)
+"""Modules of `megabatch` itself with a part in it."""
+_AFTER_TOKENS = ("data/rows/digests.py", "data/tokens/chunk.py", "data/tokens/workers.py")
 """Their modules that decide no token; every other one may."""
 _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece",
                     "sentencepiece", "spm")  # fmt: skip
@@ -82,8 +84,9 @@ def _class_of(folder: Path) -> dict[str, Any]:
 def _code_digest() -> str:
     digest = hashlib.blake2b(digest_size=16)
     data = Path(__file__).parent.parent
-    for path in sorted(path for room in _ROOMS for path in (data / room).glob("*.py")):
-        if (name := path.relative_to(data).as_posix()) not in _AFTER_TOKENS:
+    rooms = sorted(path for room in _ROOMS for path in (data / room).glob("*.py"))
+    for path in [*rooms, *(data.parent / name for name in _ABOVE)]:
+        if (name := path.relative_to(data.parent).as_posix()) not in _AFTER_TOKENS:
             digest.update(name.encode())
             digest.update(files.content_digest(path))
     return digest.hexdigest()

@@ -43,7 +43,7 @@ class Aligner:
 
     def encode(self, texts: Sequence[Text], *, whole: bool) -> list[Encoded]:
         """Ids without the tokenizer's own additions, and weights: a part's for every token that shares a character
-        with it, else `whole`. Nothing predicts the first token, so its weight is 0."""
+        with it (the later of two parts'), else `whole`. Nothing predicts the first token, so its weight is 0."""
         if self._lengths is None:
             return self._by_offsets(texts, whole=whole)
         made = self._by_bytes(texts, self._lengths, whole=whole)
@@ -81,7 +81,7 @@ class Aligner:
                 found.append(None)
             else:
                 for start, stop, weight in text.sizes():
-                    if weight != whole and start < stop:
+                    if start < stop:
                         first = token + stops[token:after].searchsorted(byte + start, "right")
                         end = token + begins[token:after].searchsorted(byte + stop, "left")
                         weights[first:end] = weight
@@ -104,9 +104,8 @@ def _by_offsets(encoding: Any, text: Text, *, whole: bool) -> Encoded:
     ids = np.array(encoding.ids, np.int32)
     weights: np.ndarray = np.full(len(ids), whole, np.float32)
     for start, stop, weight in text.parts:
-        if weight != whole:  # else they have it already
-            first, end = _tokens_of(encoding, start, stop, len(text.text))
-            weights[first:end] = weight
+        first, end = _tokens_of(encoding, start, stop, len(text.text))
+        weights[first:end] = weight
     weights[:1] = 0
     return Encoded(ids, weights)
 

@@ -23,7 +23,7 @@ ESCAPED = "control tokens in the text, tokenised as plain text (see data.sanitiz
 
 _NAME = "\U0010f8f4"
 """Opens and closes the private name of a control token."""
-_OF_THE_ASSISTANT = re.compile(r"[<\[]/?(think|tool_call)[>\]]", re.IGNORECASE)
+OF_THE_ASSISTANT = re.compile(r"[<\[]/?(think|tool_call)[>\]]", re.IGNORECASE)
 """Control tokens of some tokenizers that a dataset's own assistant writes in its text."""
 
 
@@ -44,7 +44,7 @@ class ControlTokens:
         self._halves = {token[:end] for token in self.tokens for end in range(1, len(token))}
         self._longest_half = max(map(len, self._halves), default=0)
         self._any = _either(self.tokens)
-        self._not_the_assistants = _either(t for t in self.tokens if not _OF_THE_ASSISTANT.fullmatch(t))
+        self._not_the_assistants = _either(t for t in self.tokens if not OF_THE_ASSISTANT.fullmatch(t))
 
     def may_be_in(self, text: str) -> bool:
         """Whether JSON might hold a control token, or the beginning of one at the end of a string.

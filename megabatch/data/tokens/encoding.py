@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megabatch.data.tokens.templates import LossScale
-
 Rows = Literal["documents", "conversations"]
 """What a row is: a text whose end is learned too, or turns that a chat template renders (`tasks.Task.rows`)."""
 
@@ -29,7 +27,8 @@ class Encoding:
     max_length: int | None = None
     """In tokens; None for no limit."""
     truncation_strategy: Truncation = "delete"
-    loss_scale: LossScale = "default"
+    loss_scale: str = "default"
+    """See `loss_scales`."""
     sanitize_control_tokens: bool = True
     """Control tokens in the data are tokenised as text."""
 

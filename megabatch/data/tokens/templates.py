@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from megabatch.data.rows.formats import Conversation, is_text
 from megabatch.data.rows.turns import Message
@@ -28,11 +28,9 @@ from megabatch.data.tokens.sample import Encoded
 from megabatch.data.tokens.tokenizer import backend
 from megabatch.data.tokens.turn_ends import TurnEnds
 from megabatch.errors import DataError
+from megabatch.loss_scales import LossScale, parse
 
 log = logging.getLogger(__name__)
-
-LossScale = Literal["default", "last_round", "all"]
-"""Which tokens are learned: all assistant turns, those after the last user message, or every token."""
 
 _OWN = {"chatml": CHATML, "plain": PLAIN}
 
@@ -91,16 +89,19 @@ class Template:
         conversations: Sequence[Conversation],
         *,
         places: Sequence[str],
-        loss_scale: LossScale,
+        loss_scale: str,
         remarks: Counter[str] | None = None,
     ) -> list[Encoded]:
         """Tokenises conversations; `places` name them in errors, `remarks` counts what the rows have and nobody reads.
 
+        Args: `loss_scale` as `loss_scales` says.
+
         Raises: DataError for one that cannot be rendered, aligned, or told from the template.
         """
         counted: Counter[str] = Counter() if remarks is None else remarks
+        scale = parse(loss_scale)
         texts = [
-            self._text(conversation, place=place, loss_scale=loss_scale, remarks=counted)
+            self._text(conversation, place=place, loss_scale=scale, remarks=counted)
             for conversation, place in zip(conversations, places, strict=True)
         ]
         encoded: dict[int, Encoded] = {}
@@ -108,7 +109,7 @@ class Template:
             chosen = [index for index, text in enumerate(texts) if text.by_twin == by_twin]
             if chosen:
                 aligner = self._twins_aligner if by_twin else self._aligner
-                made = aligner.encode([texts[index].text for index in chosen], whole=loss_scale == "all")
+                made = aligner.encode([texts[index].text for index in chosen], whole=scale.base == "all")
                 encoded |= zip(chosen, made, strict=True)
         return [encoded[index] for index in range(len(texts))]
 
@@ -165,13 +166,26 @@ class Template:
         parts = form.locator.parts(fitted, variables, rendered)
         self._warn_of_missing_end(rendered, parts)
         remarks[_LEFT_OUT] += any(m.get("tool_calls") and answer(m) not in rendered.text for m in fitted)
-        weights = learned_turns(messages, loss_scale)
+        weighed = self._weighed(rendered.text, parts, learned_turns(messages, loss_scale.base), loss_scale)
         if control is None:
-            return _Said(Text(rendered.text, [(p.start, p.stop, weights[p.turn]) for p in parts]), by_twin=False)
+            return _Said(Text(rendered.text, weighed), by_twin=False)
         remarks[ESCAPED] += control.are_in(said)
         spelling: Spelling = control.spelled(rendered.text, inner)
-        placed = [(spelling.at(p.start), spelling.at(p.stop), weights[p.turn]) for p in parts]
+        placed = [(spelling.at(start), spelling.at(stop), weight) for start, stop, weight in weighed]
         return _Said(Text(spelling.text, placed), by_twin=True)
+
+    def _weighed(
+        self, text: str, parts: Sequence[Part], turns: Sequence[float], loss_scale: LossScale
+    ) -> list[tuple[int, int, float]]:
+        """Characters with their weights: a turn's, times what the scales say; the token that ends it keeps it."""
+        weighed: list[tuple[int, int, float]] = []
+        for part in parts:
+            weight = turns[part.turn]
+            said = part.start + self._ends.without(text[part.start : part.stop]) if loss_scale.scales else part.start
+            segments = loss_scale.segments(text[part.start : said])
+            weighed += [(part.start + start, part.start + stop, weight * factor) for start, stop, factor in segments]
+            weighed.append((said, part.stop, weight))
+        return weighed
 
     def _warn_of_missing_end(self, rendered: Rendered, parts: Sequence[Part]) -> None:
         if not self._warned and not self._ends.at_end(rendered.text[parts[-1].start : parts[-1].stop]):
@@ -183,11 +197,11 @@ class Template:
             )
 
 
-def learned_turns(messages: Sequence[Message], loss_scale: LossScale) -> list[float]:
+def learned_turns(messages: Sequence[Message], base: str) -> list[float]:
     """For each assistant message the weight of its tokens in the loss; a message's own `loss` wins."""
     last_user = max((index for index, m in enumerate(messages) if m.role == "user"), default=-1)
     return [
-        m.scale * (m.loss if m.loss is not None else float(loss_scale != "last_round" or index > last_user))
+        m.scale * (m.loss if m.loss is not None else float(base != "last_round" or index > last_user))
         for index, m in enumerate(messages)
         if m.role == "assistant"
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from megabatch.data.tokens.control_tokens import OF_THE_ASSISTANT
 from megabatch.data.tokens.rendering import Span
 
 
@@ -50,6 +51,16 @@ class TurnEnds:
     def at_end(self, said: str) -> bool:
         """Whether a text ends with a special token."""
         return said.endswith(self._all)
+
+    def without(self, said: str) -> int:
+        """Characters of a turn before the special tokens that it ends with; those that enclose thoughts and calls are
+        its own."""
+        length = len(said)
+        while token := self.last(said[:length]):
+            if OF_THE_ASSISTANT.fullmatch(token):
+                break
+            length -= len(token)
+        return length
 
     def last(self, said: str) -> str | None:
         """The special token that a text ends with."""

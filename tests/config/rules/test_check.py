@@ -25,6 +25,11 @@ INVALID = [
         "training.megatron_extra_kwargs={'x': <class 'object'>} must be a mapping (JSON object) or None, not dict",
     ),
     (
+        {"data": {"loss_scale": "last_round+hermess"}},
+        "data.loss_scale='last_round+hermess' must be one of default, last_round, all, and behind it with '+' any of "
+        "react, alpha_umi, qwen, hermes, ignore_empty_think, ignore_think_prefix, not 'hermess'; try hermes",
+    ),
+    (
         {"checkpoint": {"max_shard_size": "5 elephants"}},
         "checkpoint.max_shard_size='5 elephants' must be a number with B, KB, MB, GB or GiB; try 5GB",
     ),

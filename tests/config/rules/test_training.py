@@ -13,6 +13,14 @@ PP2 = {"pipeline_model_parallel_size": 2}
 CASES = [
     # rule, base, changes that break it, changes that keep it, field, words of the fault
     (
+        training.scales_weigh_conversations,
+        "dense",
+        {"task": "pt", "data": {"loss_scale": "all+hermes"}},
+        {"task": "pt", "data": {"loss_scale": "all"}},
+        "data.loss_scale",
+        ["task='pt' reads plain texts"],
+    ),
+    (
         training.backend_fits_the_device,
         "dense",
         {"parallel": {"distributed_backend": "gloo"}, "resources": {"gpus_per_node": 8}},
