@@ -52,10 +52,12 @@ class Training:
     )
     """Kind of sequence classification; None means regression for one label or a reward model, otherwise
     single-label."""
-    enable_dft_loss: bool = param(False, built=False)
-    """Dynamic fine-tuning: weights each token's loss by its own probability."""
-    enable_channel_loss: bool = param(False, built=False)
-    """Logs the loss separately for each value of the data's `channel` column."""
+    enable_dft_loss: bool = param(False)
+    """Dynamic fine-tuning (arXiv:2508.05629): weights each token's loss by its own probability, through which no
+    gradient flows. `nll` is then logged beside `loss`."""
+    enable_channel_loss: bool = param(False)
+    """Logs the loss separately for each value of the data's `channel` column, as `loss_<channel>`; rows without one
+    are in the channel `None`."""
     check_model: bool = param(True, built=False)
     """Checks local model files for damage before loading them."""
     use_cpu_initialization: bool = param(False, built=False)

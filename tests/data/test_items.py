@@ -68,6 +68,26 @@ def test_a_cache_gives_back_items_and_columns(cache: TokenCache) -> None:
     assert dict(cache.blank.columns) == {"source": 0, "number": 0, "label": 0.0}
 
 
+def test_names_are_numbered_over_all_chunks_and_are_no_content(cache: TokenCache, tmp_path: Path) -> None:
+    made = chunks()
+    named = [sample for chunk in made for sample in chunk.samples]
+    channels = [("code", "math", "None")[index % 3] if index < 9 else "prose" for index in range(len(named))]
+    names = iter(channels)
+    for chunk in made:
+        chunk.samples[:] = [sample._replace(names={"channel": next(names)}) for sample in chunk.samples]
+    cache_files.write(tmp_path / "named", [chunk.arrays() for chunk in made])
+    found = TokenCache.open(tmp_path / "named")
+    assert found.content == cache.content, "where a loss is counted decides nothing that is learned"
+    both = ["None", "code", "left", "math", "prose"]
+    for one, known in ((found, ["code", "math", "None", "prose"]), (found.numbered("channel", both), both)):
+        assert list(one.names["channel"].names) == known
+        assert [known[one[index].columns["channel"]] for index in range(len(one))] == channels
+        part = one.subset(np.array([9, 0]))
+        chosen = [*range(18, 20), 0, 1]
+        assert [known[part[index].columns["channel"]] for index in range(4)] == [channels[index] for index in chosen]
+        assert one.blank.columns["channel"] == 0
+
+
 def test_a_changed_column_is_another_content(cache: TokenCache, tmp_path: Path) -> None:
     made = chunks()
     made[1].samples[-1] = made[1].samples[-1]._replace(columns={"label": -1.0})

@@ -8,6 +8,7 @@ items.bin    int32, samples of each item, which stay together
 origins.bin  int32, two for each sample: index of its file in meta.json's `sources`, line or row
 column.*.bin, token_column.*.bin
              float32 or int32, for each sample or each token: what else a task's samples have
+name.*.bin   int32, for each sample: its number in the list of that name in meta.json's `names`
 meta.json    counts, sources, the largest id, a digest of the samples, and size, blake2b and type of the files above
 """
 
@@ -37,7 +38,7 @@ DTYPES: dict[str, Any] = {
     "items": np.int32,
     "origins": np.int32,
 }
-COLUMN, TOKEN_COLUMN = "column.", "token_column."
+COLUMN, TOKEN_COLUMN, NAME = "column.", "token_column.", "name."
 """How the names of further arrays begin, by what they have a value for."""
 _CONTENT = ("ids", "weights", "lengths", "items")
 """The arrays that training computes with, besides further columns."""
@@ -139,6 +140,7 @@ def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any
     sources: dict[tuple[str, bool], int] = {}
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
+    names: dict[str, dict[str, int]] = {}
     max_id = samples = 0
     try:
         for chunk in chunks:
@@ -146,7 +148,7 @@ def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any
             remarks.update(chunk.remarks)
             if not len(chunk.lengths):
                 continue
-            further = _further(chunk)
+            further = _further(chunk, names)
             if not samples:
                 columns |= {
                     name: _Column(folder, name, dtype=values.dtype, shape=values.shape[1:])
@@ -169,18 +171,30 @@ def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any
     return {
         "samples": samples,
         "max_id": max_id,
-        "content": _digest(columns[name].content for name in (*_CONTENT, *sorted(columns.keys() - DTYPES.keys()))),
+        "content": _digest(columns[name].content for name in (*_CONTENT, *_learned(columns))),
         "dropped": dict(dropped),
         "remarks": dict(+remarks),
         "sources": [list(source) for source in sources],
+        "names": {column: list(found) for column, found in names.items()},
         "files": written,
     }
 
 
-def _further(chunk: ChunkArrays) -> dict[str, np.ndarray]:
-    """The columns of this task's samples, by the names of their files."""
-    of_samples = {COLUMN + name: values for name, values in chunk.columns.items()}
-    return of_samples | {TOKEN_COLUMN + name: values for name, values in chunk.token_columns.items()}
+def _further(chunk: ChunkArrays, names: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
+    """This task's columns by the names of their files; adds to `names`, which are numbered over all chunks."""
+    found = {COLUMN + name: values for name, values in chunk.columns.items()}
+    found |= {TOKEN_COLUMN + name: values for name, values in chunk.token_columns.items()}
+    for column, own in chunk.names.items():
+        known = names.setdefault(column, {})
+        for name in own.names:
+            known.setdefault(name, len(known))
+        found[NAME + column] = own.among(list(known)).numbers
+    return found
+
+
+def _learned(columns: Iterable[str]) -> list[str]:
+    """Further columns that may decide what is learned; names only say where it is counted."""
+    return sorted(name for name in columns if name not in DTYPES and not name.startswith(NAME))
 
 
 def _digest(parts: Iterable[bytes]) -> str:

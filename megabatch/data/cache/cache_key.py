@@ -27,7 +27,7 @@ from megabatch.data.tokens import tokenizer
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the files of a cache change: older caches are then made again."""
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")

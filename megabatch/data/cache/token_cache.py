@@ -21,7 +21,7 @@ from megabatch.data.packing import samples_of
 from megabatch.data.rows.digests import Digests
 from megabatch.data.rows.files import Origin
 from megabatch.data.rows.sources import Source
-from megabatch.data.tokens.chunk import ChunkArrays
+from megabatch.data.tokens.chunk import ChunkArrays, Names
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.sample import Sample
 from megabatch.data.tokens.workers import encoded_chunks
@@ -55,6 +55,8 @@ class TokenCache:
     """What else samples have, float32 [samples] each."""
     token_columns: Mapping[str, np.ndarray] = field(repr=False)
     """What else tokens have, float32 or int32 [tokens, …] each, as long as `ids`."""
+    names: Mapping[str, Names] = field(repr=False)
+    """Names that many samples share, by column."""
     meta: dict[str, Any] = field(repr=False)
     content: str
     """Digest of the tokens, weights and lengths of all samples, in order: 16 hexadecimal digits."""
@@ -135,6 +137,10 @@ class TokenCache:
             items=items,
             columns=_named(arrays, cache_files.COLUMN),
             token_columns=_named(arrays, cache_files.TOKEN_COLUMN),
+            names={
+                column: Names(meta["names"][column], numbers)
+                for column, numbers in _named(arrays, cache_files.NAME).items()
+            },
             meta=meta,
             content=content,
         )
@@ -145,7 +151,8 @@ class TokenCache:
     def __getitem__(self, index: int) -> Sample:
         part = slice(self.starts[index], self.starts[index] + self.lengths[index])
         source, number = map(int, self.origins[index])
-        columns = {name: float(values[index]) for name, values in self.columns.items()}
+        columns: dict[str, Any] = {name: float(values[index]) for name, values in self.columns.items()}
+        columns |= {name: int(found.numbers[index]) for name, found in self.names.items()}
         return Sample(
             np.array(self.ids[part]),
             np.array(self.weights[part]),
@@ -159,7 +166,7 @@ class TokenCache:
         return Sample(
             np.zeros(0, np.int32),
             np.zeros(0, np.float32),
-            {"source": 0, "number": 0, **dict.fromkeys(self.columns, 0.0)},
+            {"source": 0, "number": 0, **dict.fromkeys(self.columns, 0.0), **dict.fromkeys(self.names, 0)},
             {name: np.zeros((0, *values.shape[1:]), values.dtype) for name, values in self.token_columns.items()},
         )
 
@@ -195,8 +202,13 @@ class TokenCache:
             origins=self.origins[samples],
             items=_bounds(np.diff(self.items)[items]),
             columns={name: values[samples] for name, values in self.columns.items()},
+            names={name: Names(found.names, found.numbers[samples]) for name, found in self.names.items()},
             content=chosen.hexdigest(),
         )
+
+    def numbered(self, column: str, names: Sequence[str]) -> TokenCache:
+        """The same cache with a column of names numbered in this list, which holds all of them."""
+        return replace(self, names={**self.names, column: self.names[column].among(names)})
 
     def split(self, ratio: float, *, seed: int) -> tuple[TokenCache, TokenCache]:
         """(training, validation): a seeded random `ratio` of the items validates; both keep the dataset's order.

@@ -24,7 +24,7 @@ from megabatch.data.rows.files import Row
 from megabatch.data.rows.turns import SAYING, Message, Turns, from_json, short, turns_of
 from megabatch.errors import DataError
 
-__all__ = ["Conversation", "Message", "conversation_of", "is_text"]
+__all__ = ["Conversation", "Message", "channel_of", "conversation_of", "is_text", "renamed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,7 @@ def conversation_of(row: Row, *, columns: Mapping[str, str] | None = None, syste
     Raises: DataError with the row's place for an unknown shape, a value of the wrong type, an empty assistant
     message, or no message of the assistant.
     """
-    fields = {**row.fields}
-    for old, new in (columns or {}).items():
-        if old in fields:
-            fields[new] = fields.pop(old)
+    fields = renamed(row, columns)
     for required, optional, convert in _SHAPES:  # noqa: B007 - used below
         if all(fields.get(name) is not None for name in required):
             turns = convert(fields, row)
@@ -67,6 +64,23 @@ def conversation_of(row: Row, *, columns: Mapping[str, str] | None = None, syste
     used = {*required, *optional, "system"}
     rest = {name: value for name, value in fields.items() if value is not None and name not in used}
     return Conversation(messages, _columns(rest, row, is_agent=turns.is_agent), turns.is_agent)
+
+
+def renamed(row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """A row's fields under the names that `data.columns` gives them."""
+    fields = {**row.fields}
+    for old, new in (columns or {}).items():
+        if old in fields:
+            fields[new] = fields.pop(old)
+    return fields
+
+
+def channel_of(row: Row, *, columns: Mapping[str, str] | None = None) -> str:
+    """What a row's column `channel` holds; "None" where it has none. Raises: DataError for what names nothing."""
+    channel = renamed(row, columns).get("channel")
+    if channel is not None and (not isinstance(channel, str | int) or not is_text(channel)):
+        raise DataError(f"{row.origin}: channel must be a text or a whole number, not {short(channel)}")
+    return str(channel)
 
 
 def _turns(name: str) -> Callable[[Mapping[str, Any], Row], Turns]:

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megabatch.data.rows.files import Origin
 from megabatch.data.tokens.sample import Encoded, Item
+
+
+class Names(NamedTuple):
+    """A column of names that many samples share."""
+
+    names: Sequence[str]
+    """Each once."""
+    numbers: np.ndarray
+    """Of each sample, in `names`: int32 [samples]."""
+
+    def among(self, names: Sequence[str]) -> Names:
+        """The same column, numbered in a list that holds all of its names."""
+        places = {name: number for number, name in enumerate(names)}
+        moved: np.ndarray = np.array([places[name] for name in self.names], np.int32)
+        return Names(names, moved[self.numbers])
+
+
+def numbered(names: Sequence[str]) -> Names:
+    """Of samples with these names."""
+    places = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return Names(list(places), np.array([places[name] for name in names], np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +70,7 @@ class Chunk:
             origins=np.array([(files[o.file, o.is_line], o.number) for o in self.origins], np.int32).reshape(-1, 2),
             columns=self._columns(),
             token_columns=self._token_columns(),
+            names=self._names(),
             files=list(files),
             dropped=self.dropped,
             remarks=self.remarks,
@@ -57,6 +79,10 @@ class Chunk:
     def _columns(self) -> dict[str, np.ndarray]:
         names = self.samples[0].columns if self.samples else ()
         return {name: np.array([sample.columns[name] for sample in self.samples], np.float32) for name in names}
+
+    def _names(self) -> dict[str, Names]:
+        columns = self.samples[0].names if self.samples else ()
+        return {column: numbered([sample.names[column] for sample in self.samples]) for column in columns}
 
     def _token_columns(self) -> dict[str, np.ndarray]:
         names = self.samples[0].token_columns if self.samples else ()
@@ -83,6 +109,7 @@ class ChunkArrays:
     """float32 [samples]"""
     token_columns: Mapping[str, np.ndarray]
     """float32 or int32 [tokens, …]"""
+    names: Mapping[str, Names]
     files: list[tuple[str, bool]]
     """File and `is_line` of the origins."""
     dropped: Counter[str]

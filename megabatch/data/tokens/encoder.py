@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from megabatch.data.rows.files import Line, Row, parsed
+from megabatch.data.rows.formats import channel_of
 from megabatch.data.tokens import tokenizer
 from megabatch.data.tokens.chunk import Chunk
 from megabatch.data.tokens.conversations import Conversations
 from megabatch.data.tokens.documents import Documents
 from megabatch.data.tokens.encoding import Encoding, Rows
-from megabatch.data.tokens.sample import Encoded, Item
+from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
 from megabatch.errors import DataError
 
 
@@ -55,9 +56,14 @@ class Encoder:
                 chunk.dropped["nothing to learn"] += 1
             else:
                 chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1
+                names = self._names(row)
                 for each in kept:
-                    chunk.add(each, row.origin)
+                    chunk.add([sample._replace(names=names) for sample in each] if names else each, row.origin)
         return chunk
+
+    def _names(self, row: Row) -> dict[str, str]:
+        """Names that all samples of a row have."""
+        return {CHANNEL: channel_of(row, columns=self.encoding.columns)} if self.encoding.channels else {}
 
     def _limited(self, item: Item, row: Row) -> list[Item]:
         """The item with every sample within max_length, its pieces, or nothing when it is to be dropped."""

@@ -29,6 +29,8 @@ class Encoding:
     truncation_strategy: Truncation = "delete"
     loss_scale: str = "default"
     """See `loss_scales`."""
+    channels: bool = False
+    """Samples keep the name in their row's column `channel`."""
     sanitize_control_tokens: bool = True
     """Control tokens in the data are tokenised as text."""
 

@@ -24,7 +24,7 @@ _HARMLESS = frozenset(
     | {"category", "categories", "domain", "topic", "task", "tags", "meta", "metadata", "license", "title", "date"}
     | {"time", "timestamp", "created", "created_at", "updated_at", "author", "user_id", "conversation_id", "chat_id"}
     | {"session_id", "model", "model_name", "score", "scores", "quality", "length", "num_tokens", "num_turns"}
-    | {"name", "type", "tool_call_id", "refusal", "annotations"}
+    | {"channel", "name", "type", "tool_call_id", "refusal", "annotations"}
 )
 """Columns and fields that describe a row or a turn; a template that reads one gets it."""
 _PROBE = "megabatch"

@@ -12,6 +12,10 @@ import numpy as np
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
+CHANNEL = "channel"
+"""The column of names by which `training.enable_channel_loss` divides the loss."""
+
+
 class Encoded(NamedTuple):
     """One tokenised sample."""
 
@@ -23,13 +27,15 @@ class Encoded(NamedTuple):
     """Numbers of the sample, such as a label or a margin; all samples of a dataset have the same ones."""
     token_columns: Mapping[str, np.ndarray] = _NONE
     """What else each token has: float32 or int32 [n, …], aligned with `ids` and `weights`."""
+    names: Mapping[str, str] = _NONE
+    """Names that the sample has in common with many others, such as its channel; all samples have the same ones."""
 
     def part(self, which: slice) -> Encoded:
         """Some of its tokens in a row; nothing predicts the first of them."""
         weights = self.weights[which].copy()
         weights[:1] = 0
         cut = {name: values[which] for name, values in self.token_columns.items()}
-        return Encoded(self.ids[which], weights, self.columns, cut)
+        return self._replace(ids=self.ids[which], weights=weights, token_columns=cut)
 
 
 Item = list[Encoded]

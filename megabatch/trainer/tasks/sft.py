@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
-from megabatch.trainer.data.dataset import open_data
+from megabatch.errors import DataError
+from megabatch.trainer.data.dataset import open_tokens, steps_of
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.sft import Sft
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.tasks.parts import Parts
 
+_MOST_CHANNELS = 512
+"""Curves that one can look at; a column with more values is another thing than a channel."""
+
 
 def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
     """Next-token prediction over a dataset, exported as a Hugging Face or PEFT folder. Raises: DataError."""
-    objective = Sft(calculate_per_token_loss=resolved(run.recipe.training.calculate_per_token_loss))
-    steps, evaluator = open_data(run, source, ranks, objective, busy=busy)
+    training = run.recipe.training
+    tokens = open_tokens(run, source, ranks, busy=busy)
+    objective = Sft(
+        calculate_per_token_loss=resolved(training.calculate_per_token_loss),
+        dynamic=training.enable_dft_loss,
+        channels=checked_channels(tokens.channels),
+    )
+    steps, evaluator = steps_of(run, ranks, tokens, objective)
     return Parts(steps=steps, objective=objective, evaluator=evaluator, export=export_of(run, source))
+
+
+def checked_channels(channels: Sequence[str]) -> Sequence[str]:
+    """Raises: DataError for too many, or for one whose curve would have another metric's name."""
+    if len(channels) > _MOST_CHANNELS:
+        raise DataError(
+            f"training.enable_channel_loss=True: the data's column 'channel' has {len(channels):,} values, above "
+            f"{_MOST_CHANNELS}; name another column with data.columns, or join channels"
+        )
+    names = Counter(f"{name}{part}" for name in _metrics(channels) for part in ("", "_sum", "_count"))
+    if twice := [channel for channel in channels if names[f"loss_{channel}"] > 1]:
+        raise DataError(
+            f"training.enable_channel_loss=True: the channel {twice[0]!r} would be logged as loss_{twice[0]}, which "
+            "is another metric's numerator or count; give it another name"
+        )
+    return channels
+
+
+def _metrics(channels: Sequence[str]) -> list[str]:
+    return ["loss", *(f"loss_{channel}" for channel in channels)]
