@@ -49,17 +49,18 @@ class Data:
     """Packs whole samples into rows of about `packing_length` tokens; samples of a row do not see each other."""
     packing_length: int | None = param(None, at_least=2)
     """Tokens of a packed row; None means `max_length`."""
-    packing_num_proc: int = param(1, built=False, at_least=1)
-    """Processes that pack; the packs depend on this number."""
+    packing_num_proc: int = param(1, speed_only=True, at_least=1)
+    """Has no effect: packs are made in one pass over the lengths, in one process."""
     pad_to_max_length: bool = param(False)
     """Pads every row to `micro_batch_size` times `packing_length`, or `max_length` without packing.
 
     Pipeline stages then need not exchange shapes. Padding costs time but is excluded from loss, gradient and routing.
     """
-    padding_free: bool = param(True, built=False)
-    """Lays the samples of a micro-batch end to end instead of padding them to one length."""
-    mlp_padding_free: bool = param(False, built=False)
-    """Removes padding for the MLP only; only useful if `padding_free` is off."""
+    padding_free: bool = param(True)
+    """Lays the samples of a micro-batch end to end instead of padding them to the longest of them. False costs time
+    and changes no number: padding is excluded from loss, gradient and routing."""
+    mlp_padding_free: bool = param(False, speed_only=True)
+    """Has no effect: only `padding_free=False` makes padding, and every layer computes it."""
 
     dataset_shuffle: bool = param(True)
     """Shuffles the dataset once, from the seed, before it is split and packed."""
@@ -68,14 +69,16 @@ class Data:
     no_data_sharding: bool = param(False, speed_only=True)
     """Has no effect: rows are always shuffled over the whole dataset, so that their order does not depend on the
     layout."""
-    group_by_length: bool = param(False, built=False)
-    """Draws samples of similar length together."""
-    dataloader_type: Literal["single", "cyclic", "external"] = param("cyclic", built=("cyclic",))
-    """Order of rows: one pass in file order, epochs with shuffling, or a stream."""
+    group_by_length: bool = param(False)
+    """Draws samples of similar length together: the epoch's order is sorted by length, 50 batches at a time. The order
+    then depends on `global_batch_size`, so a run resumes with the same one only."""
+    dataloader_type: Literal["single", "cyclic", "external"] = param("cyclic", built=("single", "cyclic"))
+    """Order of rows: `single` for one pass without shuffling by epoch (in file order with `dataset_shuffle=False`),
+    `cyclic` for epochs, each in its own order, `external` for a stream."""
     streaming: bool = param(False, built=False)
     """Reads data while training instead of before; needs `train_iters`."""
-    lazy_tokenize: bool | None = param(None, built=(False,))
-    """Tokenizes samples when they are drawn; None means False for text models."""
+    lazy_tokenize: bool | None = param(None, speed_only=True)
+    """Has no effect: samples are tokenized once, into a cache, before the first step."""
     dataset_num_proc: int = param(1, speed_only=True, at_least=1)
     """Processes that read and tokenize the datasets."""
     load_from_cache_file: bool = param(False, speed_only=True)

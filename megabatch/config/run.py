@@ -125,7 +125,6 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
             packing_length=row_tokens(recipe, shape) if data.packing else None,
             loss_scale=data.loss_scale or task.loss_scale,
             truncation_strategy=data.truncation_strategy or task.truncation_strategy,
-            lazy_tokenize=bool(data.lazy_tokenize),
         ),
         training=replace(
             training,

@@ -14,6 +14,7 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.counts import DataCounts, remember_counts
 from megabatch.data.schedule import Schedule
 from megabatch.data.tokens.encoding import Encoding
+from megabatch.errors import DataError
 
 
 def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None] = lambda: None) -> CachePaths:
@@ -32,6 +33,7 @@ def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None
         max_length=data.max_length,
         truncation_strategy=resolved(data.truncation_strategy),
         loss_scale=resolved(data.loss_scale),
+        channels=recipe.training.enable_channel_loss,
         sanitize_control_tokens=data.sanitize_control_tokens,
     )
     return datasets.build(
@@ -69,22 +71,31 @@ def open_caches(run: RunConfig, paths: CachePaths) -> tuple[TokenCache, TokenCac
 def schedule_of(run: RunConfig, data: TokenCache, *, shuffle: bool = True) -> Schedule:
     """The order in which samples are drawn. Raises: DataError when they do not fill a batch."""
     recipe = run.recipe
+    again = shuffle and recipe.data.train_dataloader_shuffle and recipe.data.dataloader_type == "cyclic"
     return Schedule(
         data.lengths,
         items=data.items,
         global_batch_size=recipe.batch.global_batch_size,
         seed=recipe.training.seed,
         dataset_shuffle=shuffle and recipe.data.dataset_shuffle,
-        train_dataloader_shuffle=shuffle and recipe.data.train_dataloader_shuffle,
+        train_dataloader_shuffle=again,
         packing_length=recipe.data.packing_length,
+        group_by_length=shuffle and recipe.data.group_by_length,
         content=data.content,
     )
 
 
 def train_iters(run: RunConfig, schedule: Schedule) -> int:
-    """Steps of the run."""
+    """Steps of the run. Raises: DataError for more than one pass over data that is drawn once."""
     training = run.recipe.training
-    return training.train_iters or schedule.train_iters(resolved(training.max_epochs))
+    steps = training.train_iters or schedule.train_iters(resolved(training.max_epochs))
+    if run.recipe.data.dataloader_type == "single" and steps * schedule.global_batch_size > len(schedule):
+        raise DataError(
+            f"data.dataloader_type='single' draws the {len(schedule):,} {schedule.drawn} of the training data once, "
+            f"which are {len(schedule) // schedule.global_batch_size} steps, and training.train_iters={steps}; lower "
+            "it, or set dataloader_type='cyclic'"
+        )
+    return steps
 
 
 def course(schedule: Schedule, data: TokenCache, train_iters: int) -> str:

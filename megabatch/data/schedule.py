@@ -69,13 +69,15 @@ class Schedule:
         dataset_shuffle: bool = True,
         train_dataloader_shuffle: bool = True,
         packing_length: int | None = None,
+        group_by_length: bool = False,
         content: str = "",
     ) -> None:
         """Args: `lengths` int [samples] in tokens; `items` int64 [items + 1]: first sample of each item, see
         `TokenCache.items`, None for samples that are alone; `packing_length`: tokens of a pack, None for no packing;
         `content`: digest of the samples' tokens, `TokenCache.content`.
 
-        `dataset_shuffle` orders the items once, `train_dataloader_shuffle` the packs again in each epoch.
+        `dataset_shuffle` orders the items once, `train_dataloader_shuffle` the packs again in each epoch;
+        `group_by_length` sorts these by length, some 50 batches at a time.
         Raises: DataError for an item longer than `packing_length`.
         """
         self.global_batch_size = global_batch_size
@@ -88,9 +90,12 @@ class Schedule:
         self.packs: Packs = (
             singletons(order) if packing_length is None else pack(together, order=order, capacity=packing_length)
         )
+        self._tokens = self._pack_lengths(together) if group_by_length else None
         self.drawn = "packs" if packing_length is not None else "items" if self._grouped else "samples"
         """What a global batch counts, in words."""
-        settings = (seed, dataset_shuffle, train_dataloader_shuffle, packing_length)
+        settings: tuple[Any, ...] = (seed, dataset_shuffle, train_dataloader_shuffle, packing_length)
+        if group_by_length:
+            settings += ("by length", self._window)
         digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
         digest.update(np.ascontiguousarray(lengths, np.int64).tobytes())
         if self._grouped:
@@ -115,7 +120,11 @@ class Schedule:
     def longest(self, lengths: np.ndarray) -> int:
         """Tokens of the longest pack, of samples of these lengths."""
         each = np.add.reduceat(lengths, self._bounds[:-1]) if self._grouped else lengths
-        return int(np.add.reduceat(each[self.packs.members], self.packs.starts[:-1]).max())
+        return int(self._pack_lengths(each).max())
+
+    def _pack_lengths(self, items: np.ndarray) -> np.ndarray:
+        """Tokens of each pack, of items of these lengths."""
+        return np.add.reduceat(items[self.packs.members], self.packs.starts[:-1])
 
     def require_a_batch(self) -> None:
         """Raises: DataError when an epoch is smaller than a global batch, which would then hold samples twice."""
@@ -169,7 +178,27 @@ class Schedule:
             yield np.arange(first, min(first + self.global_batch_size, len(self)))
 
     def _order(self, epoch: int) -> np.ndarray:
-        return _rng(self._seed, f"epoch {epoch}").permutation(len(self)) if self._shuffle else np.arange(len(self))
+        rng = _rng(self._seed, f"epoch {epoch}")
+        order = rng.permutation(len(self)) if self._shuffle else np.arange(len(self))
+        return order if self._tokens is None else sorted_in_windows(order, self._tokens, window=self._window)
+
+    @property
+    def _window(self) -> int:
+        """Packs that are sorted together: 50 batches, or fewer so that an epoch has about four windows."""
+        return self.global_batch_size * max(1, min(50, len(self) // (4 * self.global_batch_size)))
+
+
+def sorted_in_windows(order: np.ndarray, lengths: np.ndarray, *, window: int) -> np.ndarray:
+    """An order in which neighbours have similar lengths: each `window` of it is sorted, falling and rising in turns.
+
+    The window that holds the longest comes first and begins with it, so that a lack of memory shows at once.
+    """
+    windows = [order[first : first + window] for first in range(0, len(order), window)]
+    windows.insert(0, windows.pop(int(np.argmax(lengths[order])) // window))
+    signs = [(-1, 1)[number % 2] for number in range(len(windows))]
+    return np.concatenate(
+        [some[np.argsort(sign * lengths[some], kind="stable")] for some, sign in zip(windows, signs, strict=True)]
+    )
 
 
 def cost(lengths: np.ndarray, *, hidden_size: int) -> float:

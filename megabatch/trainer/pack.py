@@ -101,6 +101,7 @@ def collate(
     blank: Sample = BLANK,
     row_multiple: int = 1,
     sequence_multiple: int = 1,
+    sequence_length: int = 0,
     row_length: int = 0,
 ) -> Pack:
     """One row of these samples, in order.
@@ -109,13 +110,14 @@ def collate(
     says what columns a row without samples has; `row_multiple`: the row's length is rounded up to it by one more
     segment of weight 0 (tensor parallel size for sequence parallelism, 2·cp·tp with context parallelism);
     `row_length`: least length of the row, a multiple of `row_multiple`; `sequence_multiple`: each sequence's length
-    likewise (2·cp), by tokens of weight 0 at its end. It must divide `row_multiple`.
+    likewise (2·cp), by tokens of weight 0 at its end. It must divide `row_multiple`. `sequence_length`: least length
+    of each sequence, likewise.
     No samples give a row of padding alone.
     """
     assert row_multiple % sequence_multiple == 0, (row_multiple, sequence_multiple)
     real = [len(sample.ids) for sample in samples]
-    padded = [_up(length, sequence_multiple) for length in real]
-    if rest := max(row_length_of(real, row_multiple, sequence_multiple), row_length) - sum(padded):
+    padded = [_up(max(length, sequence_length), sequence_multiple) for length in real]
+    if rest := max(row_length_of(padded, row_multiple, 1), row_length) - sum(padded):
         real.append(rest)
         padded.append(rest)
     starts = np.concatenate([[0], np.cumsum(padded)]).astype(np.int64)

@@ -29,7 +29,7 @@ def test_derived_values(dense, changed):
     assert (recipe.learning_rate.lr, recipe.evaluation.eval_interval) == (1e-5, 500)
     assert (recipe.precision.bf16, recipe.precision.fp16, recipe.model.torch_dtype) == (False, False, "float32")
     assert (recipe.data.loss_scale, recipe.data.truncation_strategy) == ("default", "delete")
-    assert (recipe.data.seq_length, recipe.data.packing_length, recipe.data.lazy_tokenize) == (128, None, False)
+    assert (recipe.data.seq_length, recipe.data.packing_length) == (128, None)
     assert recipe.training.calculate_per_token_loss is True
     assert recipe.logging.tensorboard_dir == "/runs/one/runs"
     assert recipe.checkpoint.save == "megatron_output/dense"
@@ -177,7 +177,7 @@ def test_nothing_derivable_is_none(dense):
     recipe = run_of(dense).recipe
     derived = {
         "model": ("torch_dtype",),
-        "data": ("loss_scale", "max_length", "seq_length", "truncation_strategy", "lazy_tokenize"),
+        "data": ("loss_scale", "max_length", "seq_length", "truncation_strategy"),
         "training": ("calculate_per_token_loss",),
         "learning_rate": ("lr",),
         "precision": tuple(field.name for field in fields(recipe.precision)),

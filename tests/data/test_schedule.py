@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabatch.data.schedule import Cursor, Interleaving, Schedule, cost, deal
+from megabatch.data.schedule import Cursor, Interleaving, Schedule, cost, deal, sorted_in_windows
 from megabatch.errors import DataError
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 50)
@@ -30,16 +30,18 @@ def draw(schedule: Schedule, cursor: Cursor, steps: int) -> tuple[list[list[int]
     packing=st.sampled_from([None, 64]),
     epochs=st.integers(1, 4),
     stop=st.integers(0, 320),
+    by_length=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
 def test_each_epoch_draws_each_sample_once_and_resumes_exactly(
-    size: int, batch: int, shuffle: tuple[bool, bool], packing: int | None, epochs: int, stop: int
+    size: int, batch: int, shuffle: tuple[bool, bool], packing: int | None, epochs: int, stop: int, by_length: bool
 ) -> None:
     lengths = np.random.default_rng(size).integers(1, 60, size)
 
     def schedule() -> Schedule:
         return Schedule(lengths, global_batch_size=batch, seed=3, dataset_shuffle=shuffle[0],
-                        train_dataloader_shuffle=shuffle[1], packing_length=packing)  # fmt: skip
+                        train_dataloader_shuffle=shuffle[1], packing_length=packing,
+                        group_by_length=by_length)  # fmt: skip
 
     whole = schedule()
     if batch > len(whole):
@@ -230,3 +232,32 @@ def test_ranks_are_balanced() -> None:
 
 def test_cost_by_hand() -> None:
     assert cost(np.array([12, 24]), hidden_size=2) == 12 + 6 + 24 + 24
+
+
+def test_grouped_batches_hold_similar_lengths_and_differ_between_epochs() -> None:
+    lengths = np.random.default_rng(1).integers(1, 1000, 1000)
+    spreads = {}
+    for by_length in (False, True):
+        schedule = Schedule(lengths, global_batch_size=8, group_by_length=by_length)
+        batches, _ = draw(schedule, Cursor(), 250)
+        sizes = [[int(lengths[schedule.samples(pack)[0]]) for pack in packs] for packs in batches]
+        spreads[by_length] = np.mean([max(some) - min(some) for some in sizes])
+        assert len({tuple(packs) for packs in batches}) == 250
+        if by_length:
+            assert sizes[0][0] == max(lengths) == max(map(max, sizes))
+    assert spreads[True] < spreads[False] / 10
+
+
+def test_windows_are_sorted_falling_and_rising_from_the_longest() -> None:
+    lengths = np.array([5, 1, 4, 2, 9, 3, 7, 8, 6, 10])
+    order = sorted_in_windows(np.arange(9), lengths, window=3)
+    assert lengths[order].tolist() == [9, 3, 2, 1, 4, 5, 8, 7, 6]
+    assert sorted_in_windows(np.arange(10), lengths, window=4).tolist()[:2] == [9, 8]
+
+
+def test_an_order_by_length_belongs_to_its_batch_size() -> None:
+    lengths = np.random.default_rng(1).integers(1, 1000, 1000)
+    _, cursor = Schedule(lengths, global_batch_size=8, group_by_length=True).next(Cursor())
+    for other in ({"global_batch_size": 16, "group_by_length": True}, {"global_batch_size": 8}):
+        with pytest.raises(DataError, match="belongs to other samples, seed, shuffling"):
+            Schedule(lengths, **other).require_own(cursor)  # type: ignore[arg-type]

@@ -119,3 +119,27 @@ def test_a_run_finds_what_was_prepared(ranks: RankServer, tmp_path: Path, given:
     assert ranks.run(train_with_cache, world_size=1, run_dir=str(run), cache=str(cache)) == [ExitCode.DONE]
     after = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*") if not path.name.startswith(".")}
     assert after == before
+
+
+def test_samples_of_similar_length_are_drawn_together_and_resumed(ranks: RankServer, tmp_path: Path) -> None:
+    groups: dict[str, Any] = {"data": {"group_by_length": True}, "training": {"train_iters": 6}}
+    whole = write_run(recipe(tmp_path, "qwen2", **groups), tmp_path / "whole")
+    assert ranks.run(train, world_size=1, run_dir=str(whole)) == [ExitCode.DONE]
+    cut = write_run(recipe(tmp_path, "qwen2", **groups), tmp_path / "cut")
+    assert ranks.run(train, world_size=1, run_dir=str(cut), stop_after=3) == [ExitCode.REQUEUE]
+    assert ranks.run(train, world_size=1, run_dir=str(cut)) == [ExitCode.DONE]
+    assert curve(cut) == curve(whole)
+    tokens = [line["tokens"] for line in metrics(whole)]
+    assert tokens[0] > max(tokens[1:]), "the longest come first"
+
+
+def test_one_pass_draws_every_sample_once(ranks: RankServer, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "train.jsonl", samples=16)
+    write_dataset(tmp_path / "validation.jsonl", samples=2)
+    once: dict[str, Any] = {"data": {"dataloader_type": "single", "dataset_shuffle": False}}
+    run = write_run(recipe(tmp_path, "qwen2", **once, training={"train_iters": 2}), tmp_path / "run")
+    assert ranks.run(train, world_size=1, run_dir=str(run)) == [ExitCode.DONE]
+    run = write_run(recipe(tmp_path, "qwen2", **once, training={"train_iters": 3}), tmp_path / "more")
+    [(code, error)] = ranks.run(train_or_refuse, world_size=1, run_dir=str(run))
+    assert code == ExitCode.CONFIG
+    assert "draws the 16 samples of the training data once, which are 2 steps" in error

@@ -40,6 +40,18 @@ def only_documents_are_cut_into_pieces(
         yield Fault("data.truncation_strategy", "split", rule, try_=("right", "delete"))
 
 
+def padding_and_packing_agree(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if recipe.data.packing and not recipe.data.padding_free:
+        yield Fault("data.padding_free", False, "pads samples to one length, and packing=True lays them end to end")
+
+
+def one_pass_has_one_epoch(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    epochs = recipe.training.max_epochs
+    if recipe.data.dataloader_type == "single" and (epochs or 1) > 1:
+        rule = f"is one pass over the data, and max_epochs={epochs}"
+        yield Fault("data.dataloader_type", "single", rule, try_=("cyclic",))
+
+
 def scales_weigh_conversations(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     text = recipe.data.loss_scale
     if text is not None and recipe.task == "pt" and parse(text).scales:
@@ -218,6 +230,8 @@ RULES = (
     data_is_given,
     only_documents_are_cut_into_pieces,
     scales_weigh_conversations,
+    padding_and_packing_agree,
+    one_pass_has_one_epoch,
     one_of_steps_and_epochs,
     safetensors_are_saved_with_checkpoints,
     warmup_is_said_once,

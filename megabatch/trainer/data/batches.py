@@ -34,6 +34,8 @@ class Share:
     equal_rows: int = 1
     """Data-parallel ranks, one behind the other, whose n-th rows of a step are padded to one length: those whose
     dispatcher of experts exchanges whole rows."""
+    equal_sequences: bool = False
+    """Sequences of a row are padded to one length."""
     row_length: int = 0
     """Least length of every row: the run's longest where all are padded to it."""
     hidden_size: int = 4096
@@ -118,10 +120,11 @@ class Batches:
         )
 
     def _row_length(self, samples: list[np.ndarray], places: list[int]) -> int:
+        share = self._share
         lengths = [int(length) for place in places for length in self._data.lengths[samples[place]]]
-        return max(
-            row_length_of(lengths, self._share.row_multiple, self._share.sequence_multiple), self._share.row_length
-        )
+        if share.equal_sequences:
+            lengths = [max(lengths)] * len(lengths) if lengths else []
+        return max(row_length_of(lengths, share.row_multiple, share.sequence_multiple), share.row_length)
 
     def _pack(self, packs: np.ndarray, row_length: int) -> Pack:
         samples: list[Sample] = []
@@ -136,6 +139,7 @@ class Batches:
             blank=self._blank,
             row_multiple=self._share.row_multiple,
             sequence_multiple=self._share.sequence_multiple,
+            sequence_length=max((len(s.ids) for s in samples), default=0) if self._share.equal_sequences else 0,
             row_length=row_length,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
 from megabatch.data.schedule import Cursor, Interleaving, Schedule
+from megabatch.data.tokens.sample import CHANNEL
 from megabatch.trainer.data.batches import Ahead, Batches, Share
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.model_source import ModelSource
@@ -71,15 +72,48 @@ class Validation(Evaluator):
         return engine.evaluate(packs(), self.objective)
 
 
-def open_data(
-    run: RunConfig, source: ModelSource, ranks: Ranks, objective: Objective, *, busy: Callable[[], None]
-) -> tuple[Dataset, Validation | None]:
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A run's tokenised data, the same on every rank."""
+
+    train: TokenCache
+    validation: TokenCache | None
+
+    @property
+    def channels(self) -> Sequence[str]:
+        """Names behind the samples' column `channel`, of both parts; none without that column."""
+        return self.train.names[CHANNEL].names if CHANNEL in self.train.names else ()
+
+
+def open_tokens(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Tokens:
     """Tokenises on one rank what no cache holds yet, and opens it on all; collective.
 
     Args: `busy` is called whenever some hundred rows are tokenised. Raises: DataError.
     """
     paths = ranks.on_main(lambda: build_caches(run, source.tokenizer, on_chunk=busy))
-    train, validation = open_caches(run, paths)
+    return Tokens(*_with_common_channels(*open_caches(run, paths)))
+
+
+def _with_common_channels(train: TokenCache, validation: TokenCache | None) -> tuple[TokenCache, TokenCache | None]:
+    """Both numbered in one list: validation may have channels that training lacks."""
+    parts = [train] if validation is None else [train, validation]
+    if CHANNEL not in train.names:
+        return train, validation
+    channels = sorted({name for part in parts for name in part.names[CHANNEL].names})
+    train = train.numbered(CHANNEL, channels)
+    return train, None if validation is None else validation.numbered(CHANNEL, channels)
+
+
+def open_data(
+    run: RunConfig, source: ModelSource, ranks: Ranks, objective: Objective, *, busy: Callable[[], None]
+) -> tuple[Dataset, Validation | None]:
+    """Steps and evaluation for an objective that asks nothing of the data. Args and errors as of `open_tokens`."""
+    return steps_of(run, ranks, open_tokens(run, source, ranks, busy=busy), objective)
+
+
+def steps_of(run: RunConfig, ranks: Ranks, tokens: Tokens, objective: Objective) -> tuple[Dataset, Validation | None]:
+    """Steps and evaluation over tokenised data. Raises: DataError."""
+    train, validation = tokens.train, tokens.validation
     schedule = schedule_of(run, train)
     schedule.require_a_batch()
     if ranks.is_main:
@@ -116,6 +150,7 @@ def _share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Schedule) -
         row_multiple=row_multiple,
         sequence_multiple=sequence_multiple,
         equal_rows=_equal_rows(run),
+        equal_sequences=not recipe.data.padding_free,
         row_length=_longest_row(run, schedule, padded, row_multiple) if recipe.data.pad_to_max_length else 0,
         hidden_size=run.shape.hidden_size,
     )

@@ -13,6 +13,22 @@ PP2 = {"pipeline_model_parallel_size": 2}
 CASES = [
     # rule, base, changes that break it, changes that keep it, field, words of the fault
     (
+        training.padding_and_packing_agree,
+        "dense",
+        {"data": {"padding_free": False, "packing": True}},
+        {"data": {"padding_free": False}},
+        "data.padding_free",
+        ["packing=True lays them end to end"],
+    ),
+    (
+        training.one_pass_has_one_epoch,
+        "dense",
+        {"data": {"dataloader_type": "single"}, "training": {"max_epochs": 2}},
+        {"data": {"dataloader_type": "single"}, "training": {"max_epochs": 1}},
+        "data.dataloader_type",
+        ["one pass", "max_epochs=2", "try cyclic"],
+    ),
+    (
         training.scales_weigh_conversations,
         "dense",
         {"task": "pt", "data": {"loss_scale": "all+hermes"}},
