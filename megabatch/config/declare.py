@@ -23,6 +23,8 @@ class Facts:
 
     built: bool | tuple[Any, ...]
     """True: every value works. False: only the default does. A tuple: these values and the default do."""
+    refused: str | None
+    """Why the other values are refused, where that is known; None: they are to be built."""
     speed_only: bool
     """Changes speed or memory, never the numbers; the trainer says so once where it has no effect."""
     aliases: tuple[str, ...]
@@ -56,6 +58,7 @@ def param(
     default: T,
     *,
     built: bool | tuple[Any, ...] = True,
+    refused: str | None = None,
     speed_only: bool = False,
     aliases: tuple[str, ...] = (),
     negated_aliases: tuple[str, ...] = (),
@@ -65,7 +68,7 @@ def param(
     below: float | None = None,
 ) -> T:
     """Declares a field of a group; see `Facts` for the arguments."""
-    facts = Facts(built, speed_only, aliases, negated_aliases, at_least, above, at_most, below)
+    facts = Facts(built, refused, speed_only, aliases, negated_aliases, at_least, above, at_most, below)
     return typing.cast(T, dataclasses.field(default=default, metadata={_FACTS: facts}))
 
 
@@ -95,11 +98,12 @@ class Parameter:
 
     @property
     def state(self) -> str:
-        """`built`, `speed only`, `not built yet`, or the values that are built."""
+        """`built`, `speed only`, `not built yet`, the values that are built, or why others are refused."""
         if isinstance(self.facts.built, tuple):
-            return f"built: {', '.join(map(str, self.facts.built))}"
+            why = f" (others refused: {self.facts.refused})" if self.facts.refused else ""
+            return f"built: {', '.join(map(str, self.facts.built))}{why}"
         if not self.facts.built:
-            return "not built yet"
+            return f"refused: {self.facts.refused}" if self.facts.refused else "not built yet"
         return "speed only" if self.facts.speed_only else "built"
 
     def unbuilt(self, value: Any) -> tuple[Any, ...]:

@@ -20,14 +20,14 @@ Each parameter is a field of one of the recipe's groups, and a flag, flat (`--lr
 - **built**: every value works.
 - **built: …**: only these values work; others are refused by name.
 - **speed only**: changes speed or memory, never the numbers; if it has no effect in a run, the trainer says so once.
-- **not built yet**: any value but the default is refused by name.
+- **not built yet**, **refused: …**: any value but the default is refused by name, the latter for good reason.
 """
 
 
 def document() -> str:
     """The reference of all parameters in Markdown."""
     found = parameters(Recipe)
-    unbuilt = sum(one.state == "not built yet" for one in found)
+    unbuilt = sum(one.facts.built is False for one in found)
     parts = [_INTRODUCTION, f"{len(found)} parameters, {unbuilt} of them not built yet.\n"]
     for group, group_type in group_types(Recipe).items():
         summary = " ".join((group_type.__doc__ or "").split())

@@ -25,7 +25,7 @@ class Model:
     """Model family, in Hugging Face's spelling (`qwen3_moe`, `llama`); only needed if `model` is None."""
     tokenizer: str | None = param(None)
     """Folder or hub name of a tokenizer; None uses the model's own, or trains one for a new model."""
-    torch_dtype: Literal["float32", "bfloat16", "float16"] | None = param(None, built=("float32", "bfloat16"))
+    torch_dtype: Literal["float32", "bfloat16", "float16"] | None = param(None)
     """Type of the weights in forward and backward; None uses config.json's, or bfloat16 if it has none."""
     new_special_tokens: Sequence[str] = param((), built=False)
     """Special tokens added to the tokenizer, or paths of `.txt` files with one token per line."""

@@ -10,14 +10,18 @@ from megabatch.config.declare import param
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningRate:
-    """Linear warmup to `lr`, then a decay to `min_lr`."""
+    """Linear warmup to `lr`, then a decay to `min_lr`, by optimizer steps that changed parameters."""
 
     lr: float | None = param(None, aliases=("learning_rate",), above=0)
     """Peak learning rate; None means 1e-5 for full-parameter training and 1e-4 for LoRA."""
-    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = param(
-        "cosine", built=("cosine", "linear", "constant")
-    )
-    """Shape of the decay after warmup."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = param("cosine")
+    """Shape of the decay after warmup. inverse-square-root: `lr * sqrt(warmup / step)`, at least `min_lr`. WSD
+    (warmup, stable, decay): `lr` until the last `lr_wsd_decay_iters` steps of `lr_decay_iters`. constant never
+    decays."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = param("exponential")
+    """Shape of WSD's decay, over its fraction r: 2 * 0.5^r - 1, 1 - r, (1 + cos(pi r)) / 2 or 1 - sqrt(r)."""
+    lr_wsd_decay_iters: int | None = param(None, at_least=1)
+    """Steps of WSD's decay."""
     lr_decay_iters: int | None = param(None, at_least=1)
     """Step at which the decay reaches `min_lr`; None means the last step, known once the data is prepared."""
     lr_warmup_iters: int = param(0, at_least=0)
@@ -36,7 +40,11 @@ class LearningRate:
 class Optimizer:
     """Optimizer, regularisation, and the place and precision of the optimizer state."""
 
-    optimizer: Literal["adam", "sgd"] = param("adam")
+    optimizer: Literal["adam", "sgd", "muon"] = param(
+        "adam",
+        built=("adam", "sgd"),
+        refused="keeps other state for matrices than for other parameters, which checkpoints do not hold",
+    )
     """Adam is AdamW: weight decay is decoupled from the gradient."""
     weight_decay: float = param(0.1, at_least=0)
     """Weight decay, multiplied by the learning rate; norms and biases are not decayed."""
@@ -51,8 +59,8 @@ class Optimizer:
     """Added to Adam's denominator."""
     sgd_momentum: float = param(0.9, at_least=0, below=1)
     """Momentum of sgd."""
-    apply_wd_to_qk_layernorm: bool = param(False, built=False)
-    """Also decays the weights of query and key norms (Qwen3-Next)."""
+    apply_wd_to_qk_layernorm: bool = param(False)
+    """Also decays the weights of query and key norms (Qwen3-Next), towards 0."""
     optimizer_cpu_offload: bool = param(False, built=False)
     """Keeps optimizer state in host memory."""
     optimizer_offload_fraction: float = param(1.0, built=False, at_least=0, at_most=1)
@@ -73,14 +81,23 @@ class Optimizer:
 class Precision:
     """Number formats of forward and backward; fp32 copies of parameters and optimizer state exist in addition."""
 
-    fp16: bool | None = param(None, built=(False,))
-    """Half precision with loss scaling; None follows `torch_dtype`."""
+    fp16: bool | None = param(None)
+    """Half precision with a dynamic loss scale; None follows `torch_dtype`."""
     bf16: bool | None = param(None)
     """bfloat16; None follows `torch_dtype`."""
-    apply_query_key_layer_scaling: bool | None = param(None, built=(False,))
-    """Divides attention scores by the layer's number, for fp16; None means yes with fp16."""
-    attention_softmax_in_fp32: bool = param(True, built=False)
-    """Computes the attention softmax in fp32."""
+    apply_query_key_layer_scaling: bool | None = param(None, speed_only=True)
+    """Divides attention scores by the layer's number and multiplies them again before the softmax, so that fp16 scores
+    do not overflow; None means yes with fp16. Only Transformer Engine's unfused attention has scores in fp16."""
+    attention_softmax_in_fp32: bool = param(True, speed_only=True)
+    """Has no effect: every attention kernel computes its softmax in fp32."""
+    initial_loss_scale: float = param(2.0**32, above=0)
+    """First loss scale of fp16. While gradients overflow it is halved, at a step each that changes no parameter."""
+    min_loss_scale: float = param(1.0, above=0)
+    """Smallest loss scale of fp16; the run ends where gradients overflow even so."""
+    loss_scale_window: int = param(1000, at_least=1)
+    """Steps without overflow after which the loss scale is doubled."""
+    hysteresis: int = param(2, at_least=1)
+    """Which overflow since the loss scale was last doubled is the first to halve it, as each further one does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

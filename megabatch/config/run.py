@@ -109,6 +109,7 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
     max_length = sample_tokens(recipe, shape)
     task = resolved(recipe.kind)
     per_token = training.calculate_per_token_loss
+    layer_scaling = recipe.precision.apply_query_key_layer_scaling
     return replace(
         recipe,
         model=replace(recipe.model, torch_dtype=dtype, tokenizer=recipe.model.tokenizer or recipe.model.model),
@@ -116,7 +117,7 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
             recipe.precision,
             fp16=dtype == "float16",
             bf16=dtype == "bfloat16",
-            apply_query_key_layer_scaling=recipe.precision.apply_query_key_layer_scaling or dtype == "float16",
+            apply_query_key_layer_scaling=dtype == "float16" if layer_scaling is None else layer_scaling,
         ),
         data=replace(
             data,

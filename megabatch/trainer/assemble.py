@@ -62,6 +62,7 @@ def build_engine(
         model,
         group=recipe.optimizer,
         learning_rate=recipe.learning_rate,
+        precision=recipe.precision,
         train_iters=train_iters,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,

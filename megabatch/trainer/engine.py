@@ -39,9 +39,12 @@ from megabatch.trainer.zigzag import Cut, zigzag
 @dataclass(frozen=True, slots=True)
 class StepResult:
     metrics: Mapping[str, Ratio]
-    grad_norm: float
-    """L2 norm of the gradient of the global batch's loss, before clipping."""
+    grad_norm: float | None
+    """L2 norm of the gradient of the global batch's loss, before clipping; None where fp16's gradients overflowed, and
+    the step changed no parameter."""
     learning_rate: float
+    loss_scale: Mapping[str, float] | None
+    """State of fp16's loss scale after the step (`LossScale.state`)."""
     flags: Flags
     """Those that any rank raised; the same on every rank."""
 
@@ -104,7 +107,9 @@ class Engine:
         pending = sums.reduce(flags)
         grad_norm = self.optimizer.step()
         metrics, raised = pending.read()
-        return StepResult(metrics, grad_norm, self.optimizer.learning_rate, raised)
+        scale = self.optimizer.loss_scale
+        state = None if scale is None else scale.state()
+        return StepResult(metrics, grad_norm, self.optimizer.learning_rate, state, raised)
 
     def optimizer_from_model(self) -> None:
         """Takes the optimizer's main parameters from the model, after weights were loaded into it."""

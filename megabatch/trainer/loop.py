@@ -141,6 +141,8 @@ class Loop:
                 cursor=step.cursor,
                 tokens=progress.tokens + step.tokens,
                 samples=progress.samples + step.samples,
+                skipped=progress.skipped + (result.grad_norm is None),
+                loss_scale=result.loss_scale,
                 seconds=progress.seconds + seconds,
             )
             self._log(progress, step, result, seconds=seconds)
@@ -152,6 +154,8 @@ class Loop:
         extra: dict[str, float] = {}
         if self.recipe.logging.log_params_norm and self.metrics.is_logged(progress.step):
             extra["params_norm"] = self.checkpoints.parameters_norm(self.engine)
+        if result.loss_scale is not None:
+            extra |= {"loss_scale": result.loss_scale["scale"], "skipped_steps": progress.skipped}
         record = StepRecord(
             step=progress.step,
             epoch=step.epoch,
@@ -209,7 +213,7 @@ class Loop:
 def _check_finite(result: StepResult, *, number: int, step: Step) -> None:
     """Ends the run before weights that are no numbers are saved."""
     loss, norm = result.metrics["loss"].value, result.grad_norm
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    if not (math.isfinite(loss) and (norm is None or math.isfinite(norm))):
         raise MegabatchError(
             f"step {number}: loss={loss}, gradient norm={norm} over {step.samples} samples; lower learning_rate.lr, "
             "warm up for longer, or look at the data of this step. The last checkpoint is from before it"

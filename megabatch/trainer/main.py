@@ -49,8 +49,11 @@ def _prepare_device(run: RunConfig) -> None:
         from megabatch.trainer.megatron_cpu import adapt
 
         adapt()
-    elif run.recipe.training.deterministic_mode:
+        return
+    if run.recipe.training.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to run cuBLAS without it
+    # Transformer Engine reads it here, and megatron-core insists that its own setting agrees
+    os.environ["NVTE_APPLY_QK_LAYER_SCALING"] = str(int(bool(run.recipe.precision.apply_query_key_layer_scaling)))
 
 
 def _configure_logging(run: RunConfig) -> None:

@@ -37,7 +37,8 @@ class StepRecord:
     epoch: float
     metrics: Mapping[str, Ratio]
     """Of the objective and of the source of steps, by name; `loss` is one of them."""
-    grad_norm: float
+    grad_norm: float | None
+    """None where fp16's gradients overflowed, and the step changed no parameter."""
     learning_rate: float
     tokens: int
     """Tokens of the global batch, without padding."""
@@ -186,7 +187,7 @@ class Metrics:
         parts = [
             f"step {values['step']} of {self.train_iters}",
             f"loss {values['loss']:.6f}",
-            f"grad norm {values['grad_norm']:.3f}",
+            "no update, gradients overflow" if (norm := values["grad_norm"]) is None else f"grad norm {norm:.3f}",
             f"lr {values['learning_rate']:.3e}",
             f"{values['tokens_per_s']:.0f} tokens/s",
             f"{values['step_s']:.2f} s/it",

@@ -8,17 +8,20 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megabatch.config.optimization import LearningRate
+from megabatch.config.optimization import LearningRate, Precision
 from megabatch.config.optimization import Optimizer as OptimizerGroup
-from megabatch.errors import MegabatchError
+from megabatch.config.resolved import resolved
+from megabatch.errors import ConfigError, MegabatchError
+from megabatch.trainer.loss_scale import LossScale
 from megabatch.trainer.model.build import Model
 
 
 class Optimizer:
     """Adam (decoupled weight decay) or SGD over a model's chunks, with warmup, decay and clipping.
 
-    As in Megatron-LM, parameters of one dimension (norms, biases) have no weight decay, and with warmup the first
-    step's learning rate is 0.
+    As in Megatron-LM, parameters of one dimension (norms, biases) have no weight decay, with warmup the first step's
+    learning rate is 0, and a step whose fp16 gradients overflow changes nothing: neither parameters nor the learning
+    rate of the next step.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class Optimizer:
         *,
         group: OptimizerGroup,
         learning_rate: LearningRate,
+        precision: Precision,
         train_iters: int,
         use_distributed_optimizer: bool,
         overlap_param_gather: bool,
@@ -36,12 +40,18 @@ class Optimizer:
             lr=learning_rate.lr,
             min_lr=learning_rate.min_lr,
             weight_decay=group.weight_decay,
+            apply_wd_to_qk_layernorm=group.apply_wd_to_qk_layernorm,
             clip_grad=group.clip_grad,
             adam_beta1=group.adam_beta1,
             adam_beta2=group.adam_beta2,
             adam_eps=group.adam_eps,
             sgd_momentum=group.sgd_momentum,
             bf16=model.config.bf16,
+            fp16=model.config.fp16,
+            initial_loss_scale=precision.initial_loss_scale,
+            min_loss_scale=precision.min_loss_scale,
+            loss_scale_window=precision.loss_scale_window,
+            hysteresis=precision.hysteresis,
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=use_distributed_optimizer,
             overlap_param_gather=overlap_param_gather,
@@ -49,7 +59,8 @@ class Optimizer:
         self.clips = group.clip_grad > 0
         self.is_adam = group.optimizer == "adam"
         self.megatron: Any = get_megatron_optimizer(config, model.wrapped)
-        self.schedule = _schedule(self.megatron, learning_rate, group.weight_decay, train_iters)
+        self.loss_scale = LossScale.shared_by(self.inner) if config.fp16 else None
+        self.schedule = schedule_of(self.megatron, learning_rate, group.weight_decay, train_iters=train_iters)
 
     def zero_grad(self) -> None:
         self.megatron.zero_grad()
@@ -57,15 +68,23 @@ class Optimizer:
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         return self.megatron.scale_loss(loss)
 
-    def step(self) -> float:
-        """Updates the parameters and the learning rate; returns the gradient norm before clipping, clipped or not.
+    def step(self) -> float | None:
+        """Updates the parameters and the learning rate.
 
-        Raises: MegabatchError where the gradient is not finite.
+        Returns: the gradient norm before clipping, clipped or not; None where fp16's gradients overflowed, nothing was
+        updated and the loss scale may have become smaller.
+        Raises: MegabatchError where gradients overflow at the smallest loss scale.
         """
         self.used_learning_rate = float(self.schedule.get_lr(self.megatron.param_groups[0]))
-        updated, grad_norm, _ = self.megatron.step()
-        if not updated:
-            raise MegabatchError("the gradient is not finite: lower the learning rate or check the last batch")
+        was_lowest = self.loss_scale is not None and self.loss_scale.is_lowest
+        _, grad_norm, _ = self.megatron.step()
+        if self.loss_scale is not None and self.loss_scale.end_step():
+            if was_lowest:
+                raise MegabatchError(
+                    f"gradients overflow fp16 at the smallest loss scale, {float(self.loss_scale.scale):g}: train in "
+                    "bfloat16, lower the learning rate, or lower precision.min_loss_scale"
+                )
+            return None
         self.schedule.step(1)
         # megatron-core computes it only where it clips; the gradients are still there
         return float(grad_norm if self.clips else self.megatron.get_grad_norm())
@@ -93,11 +112,22 @@ class Optimizer:
                 if "step" in group:
                     group["step"] = step  # Transformer Engine's and Apex's Adam count here, torch's for each parameter
                 for parameter in group["params"]:
-                    state = inner.optimizer.state[parameter]
-                    for name in self.state_names[1:]:
-                        state[name] = torch.zeros_like(parameter)
-                    if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
-                        state["step"] = torch.tensor(float(step))
+                    self._allocate(inner.optimizer, parameter, step)
+
+    def allocate_missing_state(self) -> None:
+        """Makes the state of before the first update where there is none yet: with fp16 that may take some steps."""
+        for inner in self.inner:
+            for group in [] if inner.optimizer is None else inner.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if not inner.optimizer.state[parameter]:
+                        self._allocate(inner.optimizer, parameter, 0)
+
+    def _allocate(self, optimizer: Any, parameter: torch.Tensor, step: int) -> None:
+        state = optimizer.state[parameter]
+        for name in self.state_names[1:]:
+            state[name] = torch.zeros_like(parameter)
+        if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+            state["step"] = torch.tensor(float(step))
 
     @property
     def learning_rate(self) -> float:
@@ -105,23 +135,32 @@ class Optimizer:
         return self.used_learning_rate
 
 
-def _schedule(
-    optimizer: Any, learning_rate: LearningRate, weight_decay: float, train_iters: int
+def schedule_of(
+    optimizer: Any, learning_rate: LearningRate, weight_decay: float, *, train_iters: int
 ) -> OptimizerParamScheduler:
+    """megatron-core's schedule of an optimizer's learning rate. Raises: ConfigError where WSD's decay does not fit."""
     decay = learning_rate.lr_decay_iters or train_iters
     warmup = learning_rate.lr_warmup_iters
     if learning_rate.lr_warmup_fraction is not None:
         warmup = int(learning_rate.lr_warmup_fraction * decay)
+    warmup = min(warmup, max(decay - 1, 0))
+    if learning_rate.lr_decay_style == "WSD" and resolved(learning_rate.lr_wsd_decay_iters) > decay - warmup:
+        raise ConfigError(
+            f"learning_rate.lr_wsd_decay_iters={learning_rate.lr_wsd_decay_iters} must be at most {decay - warmup}, "
+            f"the {decay} steps of decay less the {warmup} of warmup"
+        )
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=learning_rate.lr,
         min_lr=learning_rate.min_lr,
-        lr_warmup_steps=min(warmup, max(decay - 1, 0)),
+        lr_warmup_steps=warmup,
         lr_decay_steps=decay,
         lr_decay_style=learning_rate.lr_decay_style,
         start_wd=weight_decay,
         end_wd=weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        lr_wsd_decay_style=learning_rate.lr_wsd_decay_style,
+        wsd_decay_steps=learning_rate.lr_wsd_decay_iters,
     )

@@ -12,7 +12,12 @@ from megabatch.config.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-TRANSFORMER_ENGINE = ("moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap")
+TRANSFORMER_ENGINE = (
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_shared_expert_overlap",
+    "apply_query_key_layer_scaling",
+)
 CUDA = (
     "dataloader_pin_memory",
     "attention_backend",
@@ -23,6 +28,7 @@ CUDA = (
     "no_gradient_accumulation_fusion",
 )
 NEVER = {
+    "attention_softmax_in_fp32": "every attention kernel computes its softmax in fp32",
     "cross_entropy_loss_fusion": "the loss is one fused vocabulary-parallel function in every case",
     "dataloader_persistent_workers": "threads build the batches, and they live as long as the run",
     "load_from_cache_file": "tokenized data is always reused when its sources and settings are unchanged",
@@ -43,7 +49,8 @@ def note_settings_without_effect(recipe: Recipe, *, is_main: bool) -> None:
     for parameter in parameters(Recipe):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
         reason = reason_without_effect(parameter)
-        if reason is not None and value != parameter.default:
+        default = False if parameter.default is None else parameter.default  # None was derived: nobody asked for False
+        if reason is not None and value != default:
             logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
 
 

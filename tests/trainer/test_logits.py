@@ -16,7 +16,7 @@ def trained(run_dir: str, fp32: bool) -> list[str]:
     from megatron.core.transformer.module import Float16Module
 
     from megabatch.trainer import engine
-    from megabatch.trainer.model.build import Bfloat16
+    from megabatch.trainer.model.build import HalfPrecision
 
     real, seen = engine.token_logps, []
 
@@ -26,7 +26,7 @@ def trained(run_dir: str, fp32: bool) -> list[str]:
 
     engine.token_logps = noted
     if fp32:
-        Bfloat16.forward = Float16Module.forward  # type: ignore[method-assign]
+        HalfPrecision.forward = Float16Module.forward  # type: ignore[method-assign]
     assert train(run_dir) == 0
     return seen
 

@@ -51,7 +51,8 @@ def unbuilt_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Itera
             built = parameter.facts.built
             works = built if isinstance(built, tuple) else (parameter.default,)
             shown = [f"{item!r}" if isinstance(item, str) else f"{item}" for item in works]
-            yield Fault(parameter.dotted, value, f"is not built yet; works: {', '.join(shown)}")
+            why = parameter.facts.refused or "is not built yet"
+            yield Fault(parameter.dotted, value, f"{why}; works: {', '.join(shown)}")
 
 
 def own_parameters(recipe: Recipe, variant_of: Recipe | None) -> Iterator[Parameter]:

@@ -96,6 +96,29 @@ def warmup_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout
         yield Fault("learning_rate.lr_warmup_iters", rate.lr_warmup_iters, f"must be below the {last} steps of decay")
 
 
+def stable_phase_ends(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """WSD decays at the end, by a length and in a shape of its own; other styles have neither."""
+    rate, field = recipe.learning_rate, "learning_rate.lr_wsd_decay_iters"
+    length = rate.lr_wsd_decay_iters
+    last = rate.lr_decay_iters or recipe.training.train_iters
+    if rate.lr_decay_style != "WSD":
+        for name, default in (("lr_wsd_decay_iters", None), ("lr_wsd_decay_style", "exponential")):
+            if (value := getattr(rate, name)) != default:
+                rule = f"needs lr_decay_style='WSD', which is {rate.lr_decay_style!r}"
+                yield Fault(f"learning_rate.{name}", value, rule)
+    elif length is None:
+        yield Fault(field, None, "is missing: lr_decay_style='WSD' needs it", bare=True)
+    elif last is not None and length > last - rate.lr_warmup_iters:
+        rule = f"must be at most {last - rate.lr_warmup_iters}, the steps of decay after warmup"
+        yield Fault(field, length, rule, try_=(max(1, (last - rate.lr_warmup_iters) // 10),))
+
+
+def norms_to_decay_exist(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if recipe.optimizer.apply_wd_to_qk_layernorm and shape is not None and not shape.qk_layernorm:
+        rule = f"has no effect: {shape.model_type} has no norms of queries and keys"
+        yield Fault("optimizer.apply_wd_to_qk_layernorm", True, rule, try_=(False,))
+
+
 def learning_rate_is_above_its_floor(
     recipe: Recipe, shape: ModelShape | None, layout: Layout | None
 ) -> Iterator[Fault]:
@@ -172,6 +195,13 @@ def precision_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Lay
         yield Fault("kernels.cross_entropy_loss_fusion", True, rule, try_=(False,))
 
 
+def loss_scale_has_a_range(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    first, least = recipe.precision.initial_loss_scale, recipe.precision.min_loss_scale
+    if least > first:
+        rule = f"must be at most initial_loss_scale={first:g}"
+        yield Fault("precision.min_loss_scale", least, rule, try_=(first,))
+
+
 def task_and_algorithm_agree(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     task, algorithm, task_type = recipe.kind, recipe.rlhf.rlhf_type, recipe.training.task_type
     if recipe.task != "rlhf" and algorithm != Rlhf().rlhf_type:
@@ -235,11 +265,14 @@ RULES = (
     one_of_steps_and_epochs,
     safetensors_are_saved_with_checkpoints,
     warmup_is_said_once,
+    stable_phase_ends,
+    norms_to_decay_exist,
     learning_rate_is_above_its_floor,
     recompute_is_consistent,
     recompute_modules_exist,
     recompute_units_divide,
     precision_is_said_once,
+    loss_scale_has_a_range,
     task_and_algorithm_agree,
     backend_fits_the_device,
     seq_length_says_nothing_else,

@@ -276,10 +276,12 @@ class Checkpoints:
         same = saved.generators_of == asdict(self.layout)
         if rng and not same:
             logger.info("%s has no random generators for this layout: they start over", checkpoint)
-        step = progress.step if optimizer else None
+        step = progress.updates if optimizer else None
         torch_dist.load(engine, checkpoint / MCORE, saved.manifest, step=step, rng=rng and same)
         if engine.optimizer is not None and optimizer:
-            engine.optimizer.advance(progress.step)
+            engine.optimizer.advance(progress.updates)
+            if engine.optimizer.loss_scale is not None and progress.loss_scale is not None:
+                engine.optimizer.loss_scale.restore(progress.loss_scale)
         return progress
 
     def _opened(self, checkpoint: Path) -> Saved:

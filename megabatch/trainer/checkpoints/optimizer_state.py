@@ -46,6 +46,7 @@ class _State:
 
 def sharded(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """What this rank writes, as megatron-core's sharded tensors; collective over each data-parallel group."""
+    optimizer.allocate_missing_state()
     described = _described(model_state)
     found: dict[str, Any] = {}
     by_group: dict[dist.ProcessGroup, list[_Dealt]] = {}

@@ -25,8 +25,17 @@ class Progress:
     tokens: int = 0
     """Tokens trained on so far, without padding."""
     samples: int = 0
+    skipped: int = 0
+    """Steps among these that changed no parameter, because fp16's gradients overflowed."""
+    loss_scale: Mapping[str, float] | None = None
+    """State of fp16's loss scale (`LossScale.state`)."""
     seconds: float = 0.0
     """Wall-clock time of these steps: a step that a resume takes again counts once, as it was taken last."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that changed parameters."""
+        return self.step - self.skipped
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,8 +64,8 @@ class Model:
             yield
 
 
-class Bfloat16(Float16Module):
-    """A chunk in bfloat16 whose logits stay so: the loss turns them into fp32 a few rows at a time.
+class HalfPrecision(Float16Module):
+    """A chunk in bfloat16 or fp16 whose logits stay so: the loss turns them into fp32 a few rows at a time.
 
     megatron-core would hand out fp32 copies: of 8,192 tokens by 152,000 entries, logits and gradients take 15 GB
     rather than 5. The numbers are the same.
@@ -100,8 +100,8 @@ def build(
     for chunk in chunks:
         tuning.apply(chunk, config, ranks, padded_vocab=vocab)
         chunk.to(ranks.device)
-    if config.bf16:
-        chunks = [Bfloat16(config, chunk) for chunk in chunks]
+    if config.bf16 or config.fp16:
+        chunks = [HalfPrecision(config, chunk) for chunk in chunks]
     if ddp is None:
         wrapped = [chunk.requires_grad_(False) for chunk in chunks]
     else:

@@ -79,6 +79,7 @@ def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
         "attention_dropout": recipe.model.attention_dropout,
         "hidden_dropout": recipe.model.hidden_dropout,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "init_method": leave_uninitialised,
@@ -207,7 +208,7 @@ def _kernels(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
         "apply_rope_fusion": has_te and not kernels.no_rope_fusion,
         "gradient_accumulation_fusion": has_wgrad and not kernels.no_gradient_accumulation_fusion,
         "attention_backend": AttnBackend[kernels.attention_backend],
-        "attention_softmax_in_fp32": recipe.precision.attention_softmax_in_fp32,
+        "apply_query_key_layer_scaling": has_te and bool(recipe.precision.apply_query_key_layer_scaling),
         "deterministic_mode": recipe.training.deterministic_mode,
     }
 

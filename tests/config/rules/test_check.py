@@ -14,7 +14,10 @@ INVALID = [
     ({"batch": {"global_batch_size": "ten"}}, "batch.global_batch_size='ten' must be a whole number, not str"),
     ({"batch": {"micro_batch_size": True}}, "batch.micro_batch_size=True must be a whole number, not bool"),
     ({"batch": {"micro_batch_size": 0}}, "batch.micro_batch_size=0 must be at least 1"),
-    ({"optimizer": {"optimizer": "adamw"}}, "optimizer.optimizer='adamw' must be one of 'adam', 'sgd'; try adam"),
+    (
+        {"optimizer": {"optimizer": "adamw"}},
+        "optimizer.optimizer='adamw' must be one of 'adam', 'sgd', 'muon'; try adam",
+    ),
     ({"optimizer": {"adam_beta1": 1.0}}, "optimizer.adam_beta1=1.0 must be at least 0 and below 1"),
     ({"learning_rate": {"lr": float("nan")}}, "learning_rate.lr=nan must be a number or None, not float"),
     ({"data": {"dataset": "train.jsonl"}}, "data.dataset='train.jsonl' must be a list of texts, not str"),
@@ -100,7 +103,7 @@ def test_every_unbuilt_parameter_is_refused_by_name(dense, changed):
             value
             for value in (*candidates, *_choices(parameter))
             if parameter.unbuilt(value)
-            and f"{parameter.dotted}={value!r} is not built yet"
+            and f"{parameter.dotted}={value!r} {parameter.facts.refused or 'is not built yet'}"
             in "\n".join(map(str, check(changed(dense, {parameter.group: {parameter.name: value}}))))
         ]
         assert refused, f"no value of {parameter.dotted} is refused as not built"
