@@ -51,7 +51,7 @@ class MoE:
     """Tokens of a micro-batch that an expert accepts, as a multiple of an even share; the rest is dropped. None drops
     nothing."""
     moe_pad_expert_input_to_capacity: bool = param(False)
-    """Pads each expert's input to its capacity; needs `moe_expert_capacity_factor` and no tensor parallelism."""
+    """Pads each expert's input to its capacity; needs `moe_expert_capacity_factor`, tp 1 and cp 1."""
     moe_token_drop_policy: Literal["probs", "position"] = param("probs")
     """Which tokens beyond capacity are dropped: the least probable ones or the last ones."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = param(

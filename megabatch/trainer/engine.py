@@ -20,6 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megabatch.trainer import megatron_moe
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model.lora.gradients import finalize
 from megabatch.trainer.model.naming import unwrap
@@ -208,11 +209,14 @@ class Engine:
     def _padding(self, model: Model, pack: Pack, chunk: Any) -> dict[str, Tensor]:
         """Which positions the experts leave out: a mask of the row, in a stage without embedding of this rank's part.
 
-        megatron-core cuts the mask for sequence parallelism where it cuts the embedding's output.
+        megatron-core cuts the mask for sequence parallelism where it cuts the embedding's output. Experts of a
+        capacity also need the order of a row that is cut over context-parallel ranks.
         """
-        if pack.padding_T is None or model.config.num_moe_experts is None:
-            return {}
         mask_T = pack.padding_T
+        if pack.cut is not None and model.config.moe_expert_capacity_factor is not None:
+            mask_T = megatron_moe.places(pack.cut.mine_t, mask_T)
+        if mask_T is None or model.config.num_moe_experts is None:
+            return {}
         if model.config.sequence_parallel and not unwrap(chunk).pre_process:
             mask_T = mask_T.chunk(self.ranks.tp_size)[self.ranks.tp_rank]
         return {"padding_mask": mask_T[None]}

@@ -4,7 +4,7 @@ Padding takes part in nothing: it goes to no expert, uses up no capacity and cou
 mask of the padding from 0.16 on and uses it in the losses alone. Checked with megatron-core 0.16.0 and 0.16.1, which
 are alike here.
 
-Shapes: T tokens of this rank's part of a row, E experts.
+Shapes: T tokens of this rank's part of a row, E experts. A token's place is its position in the whole row.
 """
 
 from __future__ import annotations
@@ -15,28 +15,60 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe import moe_utils, router
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_capacity
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
 
-class Router(TopKRouter):
-    """Sends no padding anywhere, and sees a row as a whole where tensor parallelism cuts it (0.16-0.19).
+class Experts(MoELayer):
+    """Takes the places of tokens in a row that is cut over context-parallel ranks (`places`) in place of the mask."""
 
-    megatron-core routes padding like tokens, gives each tensor-parallel rank a capacity of its own, and averages means
-    of the z-loss over ranks that may have unequal numbers of tokens.
+    def forward(self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Any = None) -> Any:
+        if padding_mask is not None and padding_mask.dtype != torch.bool:
+            padding_mask = _as_bits(padding_mask)
+        return super().forward(hidden_states, intermediate_tensors, padding_mask)
+
+
+def places(mine_T: Tensor, padding_T: Tensor | None) -> Tensor:
+    """int64 [T]: the place of each token in its whole row; of padding its complement, which is negative."""
+    return mine_T if padding_T is None else torch.where(padding_T, ~mine_T, mine_T)
+
+
+def _as_bits(places_1T: Tensor) -> Tensor:
+    """bool [..., 32]: padding, and the bits of the place; a mask is all that megatron-core recomputes a layer with."""
+    padding = places_1T < 0
+    place = torch.where(padding, ~places_1T, places_1T)[..., None]
+    bits = place.bitwise_right_shift(torch.arange(31, device=place.device)).bitwise_and(1).bool()
+    return torch.cat((padding[..., None], bits), dim=-1)
+
+
+def _from_bits(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Padding, bool [T], and places, int64 [T]."""
+    bits = mask.reshape(-1, 32)
+    return bits[:, 0], (bits[:, 1:] * (1 << torch.arange(31, device=mask.device))).sum(-1)
+
+
+class Router(TopKRouter):
+    """Sends no padding anywhere, and sees a row as a whole where tensor or context parallelism cuts it (0.16-0.19).
+
+    megatron-core routes padding like tokens, gives each of these ranks a capacity of its own, and averages means of
+    the z-loss over ranks that may have unequal numbers of tokens.
     """
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **more: Any) -> tuple[Tensor, Tensor]:
-        """[..., E] → probabilities and choices, both [T, E]; padding_mask: bool [...], true at padding."""
+        """[..., E] → probabilities and choices, both [T, E]; padding_mask: bool [...], true at padding, or bits."""
+        places_T = None
+        if padding_mask is not None and padding_mask.dim() == 3:
+            padding_mask, places_T = _from_bits(padding_mask)
         probs_TE, chosen_TE = super().routing(logits, padding_mask=padding_mask, **more)
         real_T = None
         if padding_mask is not None:
             real_T = ~padding_mask.reshape(-1)
             probs_TE, chosen_TE = probs_TE * real_T[:, None], chosen_TE & real_T[:, None]
         if self.capacity_factor is not None:
-            return self._within_capacity(probs_TE, chosen_TE, self._count(probs_TE, real_T))
+            return self._within_capacity(probs_TE, chosen_TE, self._count(probs_TE, real_T), places_T)
         return probs_TE, chosen_TE
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -63,28 +95,39 @@ class Router(TopKRouter):
             dist.all_reduce(count, group=self.tp_cp_group)
         return count
 
-    def _within_capacity(self, probs_TE: Tensor, chosen_TE: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    def _within_capacity(
+        self, probs_TE: Tensor, chosen_TE: Tensor, count: Tensor, places_T: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Drops what is above an expert's capacity of ceil(tokens * topk / E * factor) in the whole row."""
         assert self.capacity_factor is not None
         capacity = torch.ceil(count.double() * self.topk / self.num_experts * self.capacity_factor)
-        kept_TE = chosen_TE & (self._places(probs_TE.detach(), chosen_TE) < capacity)
+        kept_TE = chosen_TE & (self._earlier(probs_TE.detach(), chosen_TE, places_T) < capacity)
         if not self.config.moe_pad_expert_input_to_capacity:
             return probs_TE * kept_TE, kept_TE
         room = get_capacity(probs_TE.shape[0] * self.topk, self.num_experts, self.capacity_factor)
         return probs_TE * kept_TE, _ranked(kept_TE.to(torch.int8)) < room
 
-    def _places(self, probs_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-        """int64 [T, E]: tokens of the whole row that an expert takes before this one, by `moe_token_drop_policy`."""
-        ranks, rank = self.tp_cp_group.size(), self.tp_cp_group.rank()
-        tokens = probs_TE.shape[0]
+    def _earlier(self, probs_TE: Tensor, chosen_TE: Tensor, places_T: Tensor | None) -> Tensor:
+        """int64 [T, E]: tokens of the whole row that an expert takes before this one, by `moe_token_drop_policy`.
+
+        Args: `places_T`: where this rank's tokens lie in the row; None where each rank has the next part of it.
+        """
+        tokens, first = probs_TE.shape[0], self.tp_cp_group.rank() * probs_TE.shape[0]
+        mine_T = torch.arange(first, first + tokens, device=probs_TE.device) if places_T is None else places_T
         if self.config.moe_token_drop_policy == "position":
-            probs_TE = -torch.arange(rank * tokens, (rank + 1) * tokens, device=probs_TE.device)[:, None].float()
-        scores_TE = torch.where(chosen_TE, probs_TE, float("-inf")).contiguous()
-        if ranks == 1:
-            return _ranked(scores_TE)
-        everyone = [torch.empty_like(scores_TE) for _ in range(ranks)]
-        dist.all_gather(everyone, scores_TE, group=self.tp_cp_group)
-        return _ranked(torch.cat(everyone))[rank * tokens : (rank + 1) * tokens]
+            probs_TE = -mine_T[:, None].float()
+        scores_TE = self._of_row(torch.where(chosen_TE, probs_TE, float("-inf")))
+        if places_T is not None:
+            scores_TE = torch.empty_like(scores_TE).index_copy_(0, self._of_row(places_T), scores_TE)
+        return _ranked(scores_TE)[mine_T]
+
+    def _of_row(self, values_T: Tensor) -> Tensor:
+        """Those of all ranks that have parts of the row, one behind the other."""
+        if self.tp_cp_group.size() == 1:
+            return values_T
+        everyone = [torch.empty_like(values_T) for _ in range(self.tp_cp_group.size())]
+        dist.all_gather(everyone, values_T.contiguous(), group=self.tp_cp_group)
+        return torch.cat(everyone)
 
 
 def _ranked(scores_TE: Tensor) -> Tensor:
@@ -95,12 +138,14 @@ def _ranked(scores_TE: Tensor) -> Tensor:
 
 
 def prepare(model: nn.Module) -> None:
-    """Makes the routers of a model ours, and patches the functions around them in this process.
+    """Makes the routers and layers of experts of a model ours, and patches the functions around them in this process.
 
     Specs name the router in some versions and the layer itself does in others: changing the class of what was built
     serves all. Capacity is ours, so that the routers' own configuration has none; the dispatchers keep theirs.
     """
     for module in model.modules():
+        if type(module) is MoELayer:
+            module.__class__ = Experts
         if type(module) is TopKRouter:
             module.__class__ = Router
             module.capacity_factor = module.config.moe_expert_capacity_factor

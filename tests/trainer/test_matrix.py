@@ -56,6 +56,9 @@ CAPACITY: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
     "tp2_ep2_dp2": (4, ("allgather",), {**TP, **EP}),
     "tp2_ep4": (4, ("alltoall",), {**TP, "expert_model_parallel_size": 4}),
     "ep2_pp2": (4, ("allgather",), {**EP, **PP}),
+    "cp2_ep2": (2, ("alltoall",), {**CP, **EP}),
+    "cp2_tp2_ep4": (4, ("allgather",), {**CP, **TP, "expert_model_parallel_size": 4}),
+    "cp2_pp2_vpp2": (4, ("alltoall",), {**CP, **VPP}),
 }
 """Layouts with experts of a capacity: ranks, dispatchers, sizes."""
 RECOMPUTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -81,12 +84,14 @@ def _cases() -> Iterator[tuple[str, Case]]:
         for dispatcher in dispatchers:
             yield f"capacity-{layout}-{dispatcher}", _experts("capacity", world_size, dispatcher, parallel)
     yield "position-tp2_ep2-alltoall", _experts("position", 2, "alltoall", {**TP, **EP})
+    yield "position-cp2-alltoall", _experts("position", 2, "alltoall", CP)
     for layout, parallel in (("dp2", {}), ("ep2", EP)):
         case = _experts("capacity", 2, "alltoall", parallel)
         padded = {"moe": {**case.groups["moe"], "moe_pad_expert_input_to_capacity": True}}
         yield f"capacity-{layout}-padded", Case("capacity", 2, {**case.groups, **padded})
     for name, (dispatcher, recompute) in RECOMPUTED.items():
         yield f"capacity-tp2-recompute_{name}", _experts("capacity", 2, dispatcher, TP, recompute=recompute)
+        yield f"capacity-cp2-recompute_{name}", _experts("capacity", 2, dispatcher, CP, recompute=recompute)
 
 
 def _experts(

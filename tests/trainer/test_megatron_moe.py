@@ -46,3 +46,20 @@ def padding_is_routed() -> tuple[int, int]:
 
 def test_padding_is_routed_to_experts(ranks: RankServer) -> None:
     assert ranks.run(padding_is_routed, world_size=1) == [(6, 4)]
+
+
+def places_as_bits() -> tuple[list[bool], list[int]]:
+    """Padding and places of four tokens, taken the way that megatron-core takes a mask to its routers."""
+    import torch
+
+    from megabatch.trainer import megatron_moe
+
+    mine_T = torch.tensor([0, 5, 131_071, 2**31 - 1])
+    mask = megatron_moe.places(mine_T, torch.tensor([False, True, False, True]))[None]
+    padding_T, places_T = megatron_moe._from_bits(megatron_moe._as_bits(mask).transpose(0, 1).bool())
+    return padding_T.tolist(), places_T.tolist()
+
+
+def test_places_of_tokens_travel_as_bits_of_a_mask(ranks: RankServer) -> None:
+    expected = ([False, True, False, True], [0, 5, 131_071, 2**31 - 1])
+    assert ranks.run(places_as_bits, world_size=1) == [expected]

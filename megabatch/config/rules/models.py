@@ -156,10 +156,11 @@ def balancing_is_consistent(recipe: Recipe, shape: ModelShape | None, layout: La
 
 def _padding_to_capacity_fits(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
     """Experts' inputs are padded with tokens of this rank's own part of a row."""
-    tp, factor = recipe.parallel.tensor_model_parallel_size, recipe.moe.moe_expert_capacity_factor
-    if tp > 1:
-        rule = f"needs tensor_model_parallel_size=1, which is {tp}: a row's capacity includes the parts of all ranks"
-        yield Fault("moe.moe_pad_expert_input_to_capacity", True, rule, try_=(False,))
+    factor = recipe.moe.moe_expert_capacity_factor
+    for name in ("tensor_model_parallel_size", "context_parallel_size"):
+        if (size := getattr(recipe.parallel, name)) > 1:
+            rule = f"needs {name}=1, which is {size}: a row's capacity includes the parts of all ranks"
+            yield Fault("moe.moe_pad_expert_input_to_capacity", True, rule, try_=(False,))
     if shape is None or shape.num_experts is None or factor is None or not shape.moe_router_topk:
         return
     most = shape.num_experts / shape.moe_router_topk

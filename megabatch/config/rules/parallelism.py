@@ -115,14 +115,6 @@ def expert_ranks_divide(recipe: Recipe, shape: ModelShape | None, layout: Layout
     yield Fault(_EP, ep, rule, try_=fitting[:2])
 
 
-def capacities_are_of_whole_rows(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    """What an expert drops depends on the order of a whole row, of which each cp rank has a part."""
-    cp, factor = recipe.parallel.context_parallel_size, recipe.moe.moe_expert_capacity_factor
-    if cp > 1 and factor is not None:
-        rule = f"is not built with context_parallel_size={cp}"
-        yield Fault("moe.moe_expert_capacity_factor", factor, rule, try_=(None,))
-
-
 def exchange_has_its_kernels(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """`cp_comm_type` is Transformer Engine's, which needs GPUs; with a2a each rank has a part of the heads."""
     parallel, field = recipe.parallel, "parallel.cp_comm_type"
@@ -175,7 +167,6 @@ RULES = (
     experts_with_tp_need_sequence_parallel,
     experts_divide,
     expert_ranks_divide,
-    capacities_are_of_whole_rows,
     exchange_has_its_kernels,
     attention_knows_of_context,
     overlaps_have_their_needs,

@@ -162,7 +162,7 @@ def _parallel(recipe: Recipe, virtual_size: int | None, *, has_te: bool) -> dict
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
-        "cp_comm_type": parallel.cp_comm_type or "p2p",
+        "cp_comm_type": parallel.cp_comm_type,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,

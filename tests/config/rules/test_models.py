@@ -166,6 +166,17 @@ CASES = [
     (
         models.balancing_is_consistent,
         "experts",
+        {
+            "moe": {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.5},
+            "parallel": {"context_parallel_size": 2},
+        },
+        {"moe": {"moe_expert_capacity_factor": 1.5}, "parallel": {"context_parallel_size": 2}},
+        "moe.moe_pad_expert_input_to_capacity",
+        ["context_parallel_size=1"],
+    ),
+    (
+        models.balancing_is_consistent,
+        "experts",
         {"moe": {"moe_expert_capacity_factor": 1.5, "moe_router_load_balancing_type": "sinkhorn"}},
         {"moe": {"moe_expert_capacity_factor": 1.5, "moe_router_load_balancing_type": "aux_loss"}},
         "moe.moe_expert_capacity_factor",

@@ -143,14 +143,6 @@ CASES = [
         ["user buffers"],
     ),
     (
-        parallelism.capacities_are_of_whole_rows,
-        "experts",
-        {"parallel": CP2, "moe": {"moe_expert_capacity_factor": 1.5}},
-        {"parallel": CP2},
-        "moe.moe_expert_capacity_factor",
-        ["not built with context_parallel_size=2", "try None"],
-    ),
-    (
         parallelism.exchange_has_its_kernels,
         "dense",
         {"parallel": {"cp_comm_type": "p2p"}},
