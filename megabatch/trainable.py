@@ -43,18 +43,9 @@ def _score_head(shape: ModelShape) -> str | None:
     return "score heads (sequence classification, reward models) are not built; megabatch only converts them"
 
 
-def _window(shape: ModelShape) -> str | None:
-    if shape.sliding_window is None:
-        return None
-    return (
-        f"attention in a sliding window (sliding_window={shape.sliding_window}) is not built; with sliding_window "
-        "null in config.json the model is the same for sequences up to that length"
-    )
-
-
 def _rotary_embedding(shape: ModelShape) -> str | None:
     kind = (shape.rope_scaling or {}).get("rope_type", "default")
     return None if kind in _ROPES else f"rope_type={kind!r} is not built; {', '.join(_ROPES)} are"
 
 
-_RULES: tuple[Callable[[ModelShape], str | None], ...] = (_score_head, _window, _rotary_embedding)
+_RULES: tuple[Callable[[ModelShape], str | None], ...] = (_score_head, _rotary_embedding)

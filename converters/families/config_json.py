@@ -163,6 +163,40 @@ def switched_window(config: Config) -> int | None:
     return size(config, "sliding_window") if on else None
 
 
+def windows_by_layer(config: Config) -> dict[str, Any]:
+    """`sliding_window` and `window_layers` of Qwen's dense families.
+
+    A layer has the window if `layer_types` says so, or else from `max_window_layers` on.
+    """
+    window = switched_window(config)
+    if window is None:
+        return {}
+    layers = size(config, "num_hidden_layers")
+    kinds, first = layer_types(config), config.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise ConversionError(f"config.json: max_window_layers={short(first)} must be a number of layers")
+    if kinds is not None and len(kinds) != layers:
+        raise ConversionError(f"config.json: layer_types has {len(kinds)} entries for {layers} layers")
+    windowed = tuple(kind == "sliding_attention" for kind in kinds or ()) or tuple(i >= first for i in range(layers))
+    if not any(windowed):
+        return {"sliding_window": None}
+    return {"sliding_window": window, "window_layers": () if all(windowed) else windowed}
+
+
+def window_config(shape: ModelShape) -> dict[str, Any]:
+    """The keys that `windows_by_layer` reads, and those of a family whose layers all have the window."""
+    if shape.sliding_window is None:
+        return {"use_sliding_window": False, "sliding_window": None}
+    windowed = shape.window_layers or (True,) * shape.num_layers
+    kinds = ["sliding_attention" if is_windowed else "full_attention" for is_windowed in windowed]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": shape.sliding_window,
+        "max_window_layers": windowed.index(True),
+        "layer_types": kinds,
+    }
+
+
 def refuse_unsupported(config: Config) -> None:
     """Refuses, by name, what changes the model's numbers and a `ModelShape` cannot say."""
     activation = config.get("hidden_act", "silu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megabatch.converters.families.config_json import Config, decoder, decoder_config
+from megabatch.converters.families.config_json import Config, decoder, decoder_config, window_config, windows_by_layer
 from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, ROTARY_BUFFERS, TIED
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
@@ -12,13 +12,14 @@ from megabatch.plan.shape import ModelShape
 
 def _shape(config: Config) -> ModelShape:
     return ModelShape(
-        **decoder(config, model_type="qwen2", default_architecture="Qwen2ForCausalLM", head_dim=None),
+        **decoder(config, model_type="qwen2", default_architecture="Qwen2ForCausalLM", head_dim=None)
+        | windows_by_layer(config),
         add_qkv_bias=True,
     )
 
 
 def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | None) -> dict[str, Any]:
-    return {**decoder_config(shape, dtype=dtype, **token_ids), "use_sliding_window": False, "sliding_window": None}
+    return {**decoder_config(shape, dtype=dtype, **token_ids), **window_config(shape)}
 
 
 QWEN2 = Family(

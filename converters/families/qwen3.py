@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from megabatch.converters.families.config_json import Config, decoder, decoder_config, switch
+from megabatch.converters.families.config_json import (
+    Config,
+    decoder,
+    decoder_config,
+    switch,
+    window_config,
+    windows_by_layer,
+)
 from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
@@ -16,7 +23,8 @@ _HEAD_DIM = 128
 def _shape(config: Config) -> ModelShape:
     bias = switch(config, "attention_bias")
     return ModelShape(
-        **decoder(config, model_type="qwen3", default_architecture="Qwen3ForCausalLM", head_dim=_HEAD_DIM),
+        **decoder(config, model_type="qwen3", default_architecture="Qwen3ForCausalLM", head_dim=_HEAD_DIM)
+        | windows_by_layer(config),
         add_qkv_bias=bias,
         attention_output_bias=bias,
         qk_layernorm=True,
@@ -27,8 +35,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
     return {
         **decoder_config(shape, dtype=dtype, **token_ids),
         "attention_bias": shape.attention_output_bias,
-        "use_sliding_window": False,
-        "sliding_window": None,
+        **window_config(shape),
     }
 
 

@@ -12,6 +12,7 @@ from megabatch.converters.families.config_json import (
     size,
     sparse_layers,
     switch,
+    window_config,
 )
 from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, moe_mlp
 from megabatch.converters.family import Family
@@ -47,8 +48,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
         "mlp_only_layers": [layer for layer in range(shape.num_layers) if not shape.is_moe_layer(layer)],
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
-        "use_sliding_window": False,
-        "sliding_window": None,
+        **window_config(shape),
     }
 
 

@@ -44,11 +44,12 @@ class Model:
     """Key and value heads per layer; only used with `group_query_attention`, otherwise each query head has its own."""
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = param("vanilla", built=("vanilla",))
     """Attention softmax: plain, with a constant 1 added to the denominator, or with a learned sink per head."""
-    window_size: str | None = param(None, built=False)
-    """Sliding attention window as `left,right` tokens, for example `128,0`; None lets each token see all earlier
-    ones."""
-    window_attn_skip_freq: int | Sequence[int] | None = param(None, built=False)
-    """Every n-th layer attends fully despite `window_size`; or a list with a 0 or 1 per layer (1 is windowed)."""
+    window_size: str | None = param(None)
+    """Sliding attention window of a new model as `left,right` tokens: with `127,0` each token sees 127 earlier ones
+    and itself. None lets it see all earlier ones; a given model has its own."""
+    window_attn_skip_freq: int | Sequence[int] | None = param(None)
+    """Every n-th layer attends fully despite `window_size`; or a list with a 0 or 1 per layer (1 is windowed). Qwen's
+    dense families alone have such layers."""
     max_position_embeddings: int | None = param(None, at_least=1)
     """Largest position that the model supports, in tokens."""
     position_embedding_type: Literal["learned_absolute", "rope", "mrope", "relative", "none"] = param(
@@ -77,10 +78,11 @@ class Model:
     """No bias in linear layers."""
     add_qkv_bias: bool = param(True)
     """Bias on the query, key and value projections; in a new model the family decides if it allows only one value."""
-    attention_dropout: float = param(0.0, built=False, at_least=0, below=1)
-    """Probability of dropping an attention weight."""
-    hidden_dropout: float = param(0.0, built=False, at_least=0, below=1)
-    """Probability of dropping an element of the residual branches."""
+    attention_dropout: float = param(0.0, at_least=0, below=1)
+    """Probability of dropping an attention weight in training; the model's config.json is not asked."""
+    hidden_dropout: float = param(0.0, at_least=0, below=1)
+    """Probability of dropping an element of the embeddings and of what attention and MLP add to the residual stream,
+    in training."""
     kv_channels: int | None = param(None, at_least=1)
     """Dimensions per head; None means `hidden_size // num_attention_heads`."""
     qk_layernorm: bool = param(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megabatch.config.moe import MoE
 from megabatch.config.recipe import Recipe
+from megabatch.config.windows import declared_window
 from megabatch.plan.shape import ModelShape
 
 REQUIRED = ("model_type", "num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
@@ -23,6 +24,7 @@ def declared_shape(recipe: Recipe, *, architecture: str = "") -> ModelShape | No
     grouped = model.group_query_attention if model.group_query_attention is not None else model.num_query_groups > 1
     ffn_hidden_size = model.ffn_hidden_size or 4 * hidden
     experts = moe.num_experts is not None
+    sliding_window, window_layers = declared_window(model, layers)
     return ModelShape(
         architecture=architecture,
         model_type=model.model_type,
@@ -38,6 +40,8 @@ def declared_shape(recipe: Recipe, *, architecture: str = "") -> ModelShape | No
         norm_epsilon=model.norm_epsilon,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
+        sliding_window=sliding_window,
+        window_layers=window_layers,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
         num_experts=moe.num_experts,

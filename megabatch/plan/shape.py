@@ -65,6 +65,8 @@ class ModelShape:
     sliding_window: int | None = None
     """Tokens that a query sees, itself included, in layers with windowed attention; None where every layer sees all
     of them."""
+    window_layers: tuple[bool, ...] = ()
+    """For each layer whether it has the window; empty where all of them have it, or none."""
     attention_sinks: bool = False
     """A learned logit for each head joins every softmax (megatron-core's `softmax_type="learnable"`)."""
     attention_output_gate: bool = False

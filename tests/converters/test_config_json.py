@@ -93,3 +93,9 @@ def test_a_window_that_is_switched_on_is_read() -> None:
     given = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2, "layer_types": kinds}
     for model_type in ("qwen2", "qwen3", "qwen3_moe"):
         assert shape(model_type, **given).sliding_window == 32
+    assert shape("qwen2", **given).window_layers == (False, False, True, True)
+    assert shape("qwen3_moe", **given).window_layers == (), "transformers' class has the window in every layer"
+    by_number = {name: value for name, value in given.items() if name != "layer_types"}
+    assert shape("qwen3", **by_number).window_layers == (False, False, True, True)
+    assert shape("qwen3", **by_number | {"max_window_layers": 0}).window_layers == ()
+    assert shape("qwen3", **by_number | {"max_window_layers": 4}).sliding_window is None

@@ -93,12 +93,13 @@ def test_an_unreadable_config_is_a_fault(recipe: Recipe, model_folder: Path) -> 
 def test_what_the_trainer_cannot_train_is_refused_before_the_queue(recipe: Recipe, model_folder: Path) -> None:
     config = json.loads((model_folder / "config.json").read_text())
     assert find_model(recipe).fault is None
-    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4}
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    config |= {"sliding_window": 4, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
     (model_folder / "config.json").write_text(json.dumps(config))
     found = find_model(recipe)
     assert found.shape is not None and found.fault in missing_inputs(recipe, found)
     assert str(found.fault).startswith(
-        "model.model: MistralForCausalLM cannot be trained: attention in a sliding window (sliding_window=4) "
+        "model.model: MistralForCausalLM cannot be trained: rope_type='dynamic' is not built"
     )
     config |= {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     (model_folder / "config.json").write_text(json.dumps(config))

@@ -10,7 +10,17 @@ from megabatch.config.declare import group_types
 from megabatch.config.layout import layout_of
 from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules import batches, extra_kwargs, models, parallelism, pipeline, roles, training, tuning
+from megabatch.config.rules import (
+    batches,
+    extra_kwargs,
+    models,
+    parallelism,
+    pipeline,
+    roles,
+    training,
+    tuning,
+    windows,
+)
 from megabatch.config.rules.fields import invalid_fields, unbuilt_fields
 from megabatch.config.rules.secrets import no_secrets
 from megabatch.errors import Fault
@@ -23,6 +33,7 @@ RULES: tuple[Rule, ...] = (
     *training.RULES,
     *extra_kwargs.RULES,
     *models.RULES,
+    *windows.RULES,
     *parallelism.RULES,
     *pipeline.RULES,
     *batches.RULES,

@@ -10,10 +10,12 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -85,7 +87,7 @@ class PackedAttention(MegatronModule):
         row = packed_seq_params
         assert isinstance(row, Row), "rows are always packed"
         query_THD, key_TGD = (rotated(x, row.rotation) for x in (query_THD, key_TGD))
-        with seen(key_TGD, value_TGD, row.cut) as (key_KGD, value_KGD):
+        with self._generator(), seen(key_TGD, value_TGD, row.cut) as (key_KGD, value_KGD):
             if self.flash is not None and self._fits_flash(query_THD):
                 out = self._varlen(query_THD, key_KGD, value_KGD, row)
             elif len(set(zip(row.lengths, row.prefixes, strict=True))) == 1:
@@ -93,6 +95,15 @@ class PackedAttention(MegatronModule):
             else:
                 out = self._each_sequence(query_THD, key_KGD, value_KGD, row)
         return out.reshape(out.shape[0], -1)
+
+    def _generator(self) -> AbstractContextManager[None]:
+        """The one that dropout draws from: heads are split over tensor-parallel ranks, and each has its own.
+
+        With sequence parallelism megatron-core has set it for the whole block; a recomputation has it as it was.
+        """
+        if not (self.training and self.dropout) or self.config.sequence_parallel:
+            return nullcontext()
+        return cast(AbstractContextManager[None], get_cuda_rng_tracker().fork())
 
     def _varlen(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, row: Row) -> Tensor:
         assert self.flash is not None

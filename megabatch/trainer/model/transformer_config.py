@@ -78,6 +78,7 @@ def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
         "qk_layernorm": shape.qk_layernorm,
         "attention_dropout": recipe.model.attention_dropout,
         "hidden_dropout": recipe.model.hidden_dropout,
+        **_windows(shape),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "params_dtype": dtype,
@@ -86,6 +87,14 @@ def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
         "output_layer_init_method": leave_uninitialised,
         "moe_token_dispatcher_type": "alltoall",
     }
+
+
+def _windows(shape: ModelShape) -> dict[str, Any]:
+    """megatron-core counts the tokens before a query's own; `sliding_window` includes it."""
+    if shape.sliding_window is None:
+        return {}
+    layers = [int(windowed) for windowed in shape.window_layers] or None
+    return {"window_size": (shape.sliding_window - 1, 0), "window_attn_skip_freq": layers}
 
 
 def leave_uninitialised(weight: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
@@ -64,8 +65,6 @@ def test_sequences_of_a_row_do_not_see_each_other(
 
 def grouped(with_groups: bool) -> tuple[bool, bool, float]:
     """Whether this torch's kernel takes groups; whether ours was given them unrepeated; how far the output is off."""
-    from typing import Any
-
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -100,3 +99,50 @@ def test_a_kernel_that_takes_groups_gets_them(with_groups: bool, ranks: RankServ
     ((known, unrepeated, difference),) = ranks.run(grouped, world_size=1, with_groups=with_groups)
     assert known == (version("torch") >= "2.13")
     assert unrepeated == with_groups and difference < 1e-5
+
+
+def dropped(groups: int) -> dict[str, Any]:
+    """Attention weights of a row of two sequences, read off with values that are the rows of a unit matrix."""
+    import torch
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megabatch.trainer.model.attention import PackedAttention
+    from megabatch.trainer.model.row import row
+
+    heads, width, total = 4, 16, 16
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=heads * width,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=width,
+        attention_dropout=0.5,
+    )
+    attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
+    query, key = (torch.randn(total, n, width, generator=torch.Generator().manual_seed(n)) for n in (heads, groups))
+    value = torch.eye(total)[:, None].expand(total, groups, width)
+    bounds = row(torch.tensor([0, 9, 16], dtype=torch.int32))
+
+    def weights(seed: int) -> torch.Tensor:
+        model_parallel_cuda_manual_seed(seed, tp_rank=0, ep_rank=0, etp_rank=0, force_reset_rng=True)
+        return attention(query, key, value, None, packed_seq_params=bounds).view(total, heads, width)
+
+    first, again, other = weights(1), weights(1), weights(2)
+    attention.eval()
+    whole = weights(1)
+    kept = first != 0
+    return {
+        "again": torch.equal(first, again),
+        "other": torch.equal(first, other),
+        "doubled": torch.allclose(first[kept], 2 * whole[kept], rtol=1e-5),
+        "share": float(kept.sum() / (whole != 0).sum()),
+    }
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_dropout_drops_weights_and_scales_the_rest(groups: int, ranks: RankServer) -> None:
+    (found,) = ranks.run(dropped, world_size=1, groups=groups)
+    assert found["again"] and not found["other"] and found["doubled"]
+    assert found["share"] == pytest.approx(0.5, abs=0.1)
