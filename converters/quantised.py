@@ -88,7 +88,7 @@ def quantised(config: Mapping[str, Any]) -> Quantised | Mxfp4 | None:
     if block is None or not _is_block(block) or given.get("quant_method") != "fp8" or given.get("fmt") not in _FORMATS:
         raise ConversionError(
             f"config.json: quantization_config={given!r} is not supported; block-scaled FP8 is (quant_method fp8 with "
-            "weight_block_size), and mxfp4; for others use the unquantised checkpoint"
+            "weight_block_size), and mxfp4; for others, QLoRA's too, use the unquantised checkpoint"
         )
     return Quantised((block[0], block[1]), given)
 

@@ -110,18 +110,35 @@ def find_targets(
         found = [Target(layer, parts, rank) for layer in layers if (parts := _matching(layer, regex))]
         if not found:
             raise ConversionError(f"{regex!r} matches no layer; layers are called {_examples(layers)}")
-        return found
+        return _alike(found, layers)
     for name in names:
         if not any(_parts(layer, name) for layer in layers):
             raise ConversionError(_unknown(name, layers))
     chosen = ((layer, {part for name in names for part in _parts(layer, name)}) for layer in layers)
-    return [Target(layer, tuple(p for p in _layers(layer) if p in parts), rank) for layer, parts in chosen if parts]
+    return _alike(
+        [Target(layer, tuple(p for p in _layers(layer) if p in parts), rank) for layer, parts in chosen if parts],
+        layers,
+    )
 
 
 def _is_in(mapped: Mapped, module: str) -> bool:
     """Whether a tensor belongs to a module, named by the end of either name of it."""
     names = (mapped.name, *(piece.hf for piece in mapped.pieces))
     return any(_ends(name.rpartition(".")[0], module) for name in names)
+
+
+def _alike(targets: list[Target], layers: Sequence[Mapped]) -> list[Target]:
+    """Proves that the experts of a layer are adapted in the same parts, all of them: one tensor holds their adapters,
+    and peft joins gate and up of all experts. Raises: ConversionError."""
+    experts = [layer for layer in layers if layer.expert is not None]
+    adapted = {(target.weight.name, target.weight.expert): target for target in targets}
+    touched = {target.weight.name for target in targets if target.weight.expert is not None}
+    for layer in experts:
+        target = adapted.get((layer.name, layer.expert))
+        if layer.name in touched and (target is None or target.parts != _layers(layer)):
+            left = next(part for part in _layers(layer) if target is None or part not in target.parts)
+            raise ConversionError(f"{left}: of a layer's experts all parts get an adapter or none; name this one too")
+    return targets
 
 
 def find_whole(table: Sequence[Mapped], modules: Sequence[str], *, biases: bool) -> frozenset[str]:

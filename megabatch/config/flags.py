@@ -56,6 +56,8 @@ _ACTIONS = {field.name: field.default is False for field in dataclasses.fields(A
 _TOP = ("name", "task")
 _OF_THE_CLUSTER = frozenset(("partition", "account", "qos", "constraint", "reservation", "exclude", "modules"))
 """Options of sbatch that people look for among the flags."""
+_QLORA = frozenset(("quant_bits", "quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "qlora"))
+"""Flags of other programs that train adapters beside quantised weights."""
 
 
 def parse(arguments: Sequence[str], recipe: Recipe) -> tuple[Actions, Recipe]:
@@ -243,6 +245,9 @@ def _find(name: str, algorithm: str | None) -> Named | Fault:
         known = [dotted for dotted in known if dotted.startswith(f"{group}.")]
     if name in _OF_THE_CLUSTER:
         return Fault(f"--{name}", None, "belongs in the cluster profile that --cluster names, not in a run", bare=True)
+    if name in _QLORA:
+        rule = "asks for QLoRA, which is not supported: the frozen weights stay in bf16 or fp32"
+        return Fault(f"--{name}", None, rule, try_=("--tuner_type lora with more ranks",), bare=True)
     near = sorted(get_close_matches(name, known, n=3, cutoff=0.7), key=_is_unbuilt)
     return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near[:2]), bare=True)
 

@@ -48,19 +48,21 @@ def note_settings_without_effect(recipe: Recipe, *, is_main: bool) -> None:
         return
     for parameter in parameters(Recipe):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
-        reason = reason_without_effect(parameter)
+        reason = reason_without_effect(parameter, is_lora=recipe.tuner.tuner_type == "lora")
         default = False if parameter.default is None else parameter.default  # None was derived: nobody asked for False
         if reason is not None and value != default:
             logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
 
 
-def reason_without_effect(parameter: Parameter) -> str | None:
+def reason_without_effect(parameter: Parameter, *, is_lora: bool) -> str | None:
     """Why a setting does nothing here, or None where it does something."""
     if parameter.name in NEVER:
         return NEVER[parameter.name]
     cuda = torch.cuda.is_available()
     if parameter.name in CUDA and not cuda:
         return "there is no CUDA device"
+    if parameter.name in TRANSFORMER_ENGINE and is_lora:
+        return "LoRA is built for megatron-core's local layers alone"
     if parameter.name in TRANSFORMER_ENGINE:
         if not cuda:
             return "there is no CUDA device"

@@ -108,8 +108,8 @@ def _may_lose_gradients(config: TransformerConfig) -> bool:
 
 
 def _with_plain_gradient(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> None:
-    """The logits' gradient comes with a stride of its own in the dimension of size 1, and a product with a frozen
-    weight, of which nothing needs a gradient, is then taken row by row: ten times as long (torch 2.11-2.13)."""
+    """The logits' gradient comes with a stride of its own in the dimension of size 1. A product with a frozen weight,
+    of which nothing needs a gradient, is then taken row by row, which takes many times as long (torch 2.13)."""
     if output[0].requires_grad:
         output[0].register_hook(lambda grad: grad.reshape(-1, grad.shape[-1]).view(grad.shape))
 

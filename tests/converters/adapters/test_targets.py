@@ -101,6 +101,8 @@ def test_a_row_split_and_an_embedding(table: list[Mapped]) -> None:
         (["linear_qvk"], None, "'linear_qvk' is the end of no layer's name; the nearest are linear_qkv"),
         (["all-linear", "qproj"], None, "'qproj' is the end of no layer's name; the nearest are q_proj"),
         (["xyz"], None, "there are all-linear, all-router, all-embedding, word_embeddings"),
+        (["q_proj", "gate_proj"], None, "model.layers.0.mlp.experts.0.up_proj: of a layer's experts all parts get an"),
+        ([], r".*experts\.1\..*", "model.layers.0.mlp.experts.0.gate_proj: of a layer's experts all parts get an"),
         ([], r".*conv.*", "'.*conv.*' matches no layer; layers are called decoder.layers."),
         ([], "(", "'(' is not a regular expression"),
     ],

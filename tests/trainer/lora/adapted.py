@@ -50,9 +50,9 @@ def make_base(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def beside(made: Recipe, base: Path) -> Recipe:
+def beside(made: Recipe, base: Path, dtype: str = "float32") -> Recipe:
     """The recipe with a base of its own."""
-    return replace(made, model=Model(model=str(base), torch_dtype="float32"))
+    return replace(made, model=Model(model=str(base), torch_dtype=dtype))
 
 
 class Trained(MadeTensors):

@@ -55,7 +55,8 @@ def made(folder: Path, layout: str, **groups: Any) -> tuple[Recipe, int]:
         "bridge": {"merge_lora": False, **groups.pop("bridge", {})},
         "resources": {"tasks_per_node": world_size},
     }
-    return beside(recipe(folder, "qwen3", **values, **groups), folder / "experts"), world_size
+    dtype = groups.pop("model", {}).get("torch_dtype", "float32")
+    return beside(recipe(folder, "qwen3", **values, **groups), folder / "experts", dtype), world_size
 
 
 def trained(
@@ -66,6 +67,21 @@ def trained(
     status = ranks.run(train, world_size=world_size, run_dir=str(run), stop_after=stop_after)
     assert set(status) == {ExitCode.DONE if stop_after is None else ExitCode.REQUEUE}
     return run
+
+
+def test_bfloat16_resumes_bit_for_bit_and_checkpoints_beside_training_are_the_same(
+    ranks: RankServer, folder: Path
+) -> None:
+    """The adapter's main copies are fp32; what is written beside training is what waiting for it writes."""
+    bf16: dict[str, Any] = {"model": {"torch_dtype": "bfloat16"}}
+    whole = trained(ranks, folder, "bf16", "tp2_etp2", **bf16)
+    cut = trained(ranks, folder, "bf16-cut", "tp2_etp2", stop_after=3, **bf16)
+    trained(ranks, folder, "bf16-cut", "tp2_etp2", **bf16)
+    beside = trained(ranks, folder, "bf16-beside", "tp2_etp2", checkpoint={"async_save": True}, **bf16)
+    assert curve(cut) == curve(whole) == curve(beside)
+    first, *others = (load_file(run / LAST / "hf" / "adapter_model.safetensors") for run in (whole, cut, beside))
+    assert {tensor.dtype for tensor in first.values()} == {torch.bfloat16}
+    assert all(torch.equal(other[name], tensor) for other in others for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp2_plain", "tp2_sp_ep2"])
