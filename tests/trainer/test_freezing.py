@@ -22,6 +22,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "dp2": ("qwen3_moe", 2, {}),
     "dp2_plain": ("qwen3_moe", 2, {"parallel": {"use_distributed_optimizer": False}}),
     "recompute": ("qwen3_moe", 1, {"recompute": FULL}),
+    "cp2": ("qwen3_moe", 2, {"parallel": {"context_parallel_size": 2}}),
     "tp2_sp": ("qwen3_moe", 2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
     # the first stage has nothing to train
     "pp2": ("qwen3_moe", 2, {"parallel": {"pipeline_model_parallel_size": 2}}),

@@ -34,6 +34,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2_plain": (2, {"use_distributed_optimizer": False}),
     "tp2_sp_ep2": (2, {**TP2_SP, "expert_model_parallel_size": 2}),
     "tp2_etp2": (2, {**TP2_SP, "expert_tensor_parallel_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
 }
 LAST = Path("checkpoints") / "step_00000006"
