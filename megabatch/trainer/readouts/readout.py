@@ -34,7 +34,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How a model's output is split over ranks."""
+    """How the columns of a model's output are split over ranks; `Pack.cut` says how its rows are."""
 
     vocab: VocabShard
     """The columns of the vocabulary that this rank's logits are for."""
