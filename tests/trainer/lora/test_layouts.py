@@ -31,7 +31,6 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts_cp2_ep2": ("qwen3_moe", 2, {"parallel": {"context_parallel_size": 2, "expert_model_parallel_size": 2}}),
     "experts_tp2_sp": ("qwen3_moe", 2, {"parallel": TP2_SP}),
     "experts_ep2": ("qwen3_moe", 2, {"parallel": {"expert_model_parallel_size": 2}}),
-    "experts_cp2_ep2": ("qwen3_moe", 2, {"parallel": {"context_parallel_size": 2, "expert_model_parallel_size": 2}}),
     "experts_tp2_etp2": ("qwen3_moe", 2, {"parallel": {**TP2_SP, "expert_tensor_parallel_size": 2}}),
     "experts_tp2_etp2_plain": ("qwen3_moe", 2, {"parallel": {**TP2_SP, "expert_tensor_parallel_size": 2,
                                                              "use_distributed_optimizer": False}}),
