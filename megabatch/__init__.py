@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megabatch.config.roles import Role
     from megabatch.config.training import Batch, Training
     from megabatch.config.tuner import Tuner
+    from megabatch.config.watching import Watching
     from megabatch.converters.request import ConversionRequest
     from megabatch.sweep.declare import Sweep
 
@@ -68,6 +69,7 @@ __all__ = [
     "Sweep",
     "Training",
     "Tuner",
+    "Watching",
     "ended",
     "main",
     "notok",
@@ -96,6 +98,7 @@ _NAMES_OF = {
     "config.roles": "Role",
     "config.training": "Batch Training",
     "config.tuner": "Tuner",
+    "config.watching": "Watching",
     "converters.request": "ConversionRequest",
     "sweep.declare": "Sweep",
 }

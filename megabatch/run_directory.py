@@ -83,6 +83,12 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def incidents(self) -> Path:
+        """JSON lines of steps that looked wrong (`watching.check_for_…`): step, loss, gradient norm, what was done,
+        and where its samples come from."""
+        return self.path / "incidents.jsonl"
+
+    @property
     def heartbeat(self) -> Path:
         """JSON, replaced atomically by rank 0: time, step, state, job id, attempt, versions."""
         return self.path / "heartbeat.json"

@@ -46,6 +46,7 @@ ROOMS = {
     "megabatch/trainer/ops": "collectives inside autograd",
     "megabatch/trainer/readouts": "what is read from a model's output, for a loss or on its own",
     "megabatch/trainer/tasks": "one module for each task: its steps, loss, evaluation and export",
+    "megabatch/trainer/watching": "metrics and where they go, and what is done about steps that look wrong",
     "megabatch/trainer/preflight": "one node's part of the step that looks for bad nodes before the ranks start",
     "slurm/script": "the sections of a batch script",
     "converters/adapters": "LoRA adapters, PEFT's and megatron-core's: converted, merged",

@@ -23,6 +23,7 @@ from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
 from megabatch.config.roles import Role
 from megabatch.config.training import Batch, Training
 from megabatch.config.tuner import Tuner
+from megabatch.config.watching import Watching
 from megabatch.tasks import Task, find_task
 
 
@@ -51,6 +52,7 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    watching: Watching = field(default_factory=Watching)
     tuner: Tuner = field(default_factory=Tuner)
     bridge: Bridge = field(default_factory=Bridge)
     rlhf: Rlhf = field(default_factory=Rlhf)

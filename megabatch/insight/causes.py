@@ -112,6 +112,12 @@ _CAUSES = (
         "before it",
     ),
     Cause(
+        "spike",
+        "loss or gradient norm is far above that of the steps before",
+        "look at the data of that step, lower learning_rate.lr, or set watching.check_for_spiky_loss to skip; the "
+        "last checkpoint is from before it",
+    ),
+    Cause(
         "damaged",
         "no checkpoint of the run is intact",
         "nothing was changed: restore an intact copy of the named file, or load an older checkpoint; `megabatch "
@@ -272,9 +278,10 @@ _NAMED = (
     ),
     (
         "nan",
-        r"step \d+: loss=.*(nan|inf)|step \d+: .*gradient norm=(nan|-?inf)|found NaN in local grad norm"
+        r"step \d+: loss=-?(nan|inf)|step \d+: .*gradient norm=(nan|-?inf)|found NaN in local grad norm"
         r"|Unexpected result (nan|inf)",
     ),
+    ("spike", r"step \d+: loss=.* a spike of the "),
     ("damaged", r"^error: .*(: every checkpoint is damaged|step_\d+ is damaged: )"),
     (
         "environment",

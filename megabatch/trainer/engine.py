@@ -33,25 +33,33 @@ from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.broadcast import on_all_ranks
 from megabatch.trainer.readouts.readout import Readout, Split
-from megabatch.trainer.sums import NONE, Flags, Ratio, Sums
+from megabatch.trainer.stopwatch import Stopwatch
+from megabatch.trainer.sums import NONE, Flags, Measured, Ratio, Sums
 from megabatch.trainer.zigzag import Cut, zigzag
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     metrics: Mapping[str, Ratio]
     grad_norm: float | None
     """L2 norm of the gradient of the global batch's loss, before clipping; None where fp16's gradients overflowed, and
     the step changed no parameter."""
+    updated: bool
+    """False: the update was left out, by a guard or because of an overflow."""
     learning_rate: float
     loss_scale: Mapping[str, float] | None
     """State of fp16's loss scale after the step (`LossScale.state`)."""
     flags: Flags
     """Those that any rank raised; the same on every rank."""
+    times: Mapping[str, float]
+    """Seconds by part of the step; on a GPU the last part is the previous step's, so that nothing waits for it."""
 
 
 POLICY = "policy"
 """The model that is trained, by its name in `Engine.infer`."""
+
+Accept = Callable[[Measured], bool]
+"""Whether the update of a step is taken; the same answer on every rank."""
 
 Last = Callable[[Pack, Tensor], tuple[Tensor, Mapping[str, Any]]]
 """What happens to a micro-batch's output on the last pipeline stage: (loss, what the schedule hands back)."""
@@ -75,6 +83,7 @@ class Engine:
         self.models = {POLICY: model, **(frozen or {})}
         self._splits = {name: _split(one, ranks) for name, one in self.models.items()}
         self._schedule = get_forward_backward_func()
+        self._stopwatch = Stopwatch(ranks.device)
         model.config.finalize_model_grads_func = finalize
         if optimizer is not None:
             _overlap(model)
@@ -87,11 +96,13 @@ class Engine:
         totals: Mapping[Norm, float],
         filled: int,
         flags: Flags = NONE,
+        accept: Accept = lambda measured: True,
     ) -> StepResult:
         """One optimizer step on this data-parallel rank's micro-batches.
 
         Args: packs: this rank's micro-batches; totals: denominators of the global batch, over all data-parallel ranks;
-        filled: micro-batches with samples, likewise; flags: what this rank says of itself after this step.
+        filled: micro-batches with samples, likewise; flags: what this rank says of itself after this step; accept:
+        asked before the update.
         """
         assert self.optimizer is not None, "an engine for inference has no optimizer"
         packs = objective.prepare(packs, self)
@@ -103,14 +114,27 @@ class Engine:
         self.model.config.grad_scale_func = partial(_scaled, self.optimizer, undone)
         factor = _factor(objective.norm, totals, filled=filled)
         sums = Sums(objective.metrics, self.ranks)
-        sums.add(self._run(POLICY, packs, self._loss(objective, factor), forward_only=False))
+        self._stopwatch.start()
+        sums.add(found := self._run(POLICY, packs, self._loss(objective, factor), forward_only=False))
         # on their way while the optimizer waits for the gradient norm: reading them then costs nothing
         pending = sums.reduce(flags)
-        grad_norm = self.optimizer.step()
+        grad_norm = self.optimizer.gradient_norm()
+        self._stopwatch.end("forward_backward_s")
         metrics, raised = pending.read()
+        accepted = accept(Measured(metrics, grad_norm, found if sums.adds else []))
+        if updated := accepted and grad_norm is not None:
+            self.optimizer.update(grad_norm)
+        self._stopwatch.end("optimizer_s")
         scale = self.optimizer.loss_scale
-        state = None if scale is None else scale.state()
-        return StepResult(metrics, grad_norm, self.optimizer.learning_rate, state, raised)
+        return StepResult(
+            metrics=metrics,
+            grad_norm=grad_norm,
+            updated=updated,
+            learning_rate=self.optimizer.learning_rate,
+            loss_scale=None if scale is None else scale.state(),
+            flags=raised,
+            times=self._stopwatch.read(),
+        )
 
     def optimizer_from_model(self) -> None:
         """Takes the optimizer's main parameters from the model, after weights were loaded into it."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
-from megabatch.errors import MegabatchError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.trainer import assemble
 from megabatch.trainer.activity import Activity
@@ -23,7 +22,6 @@ from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.engine import Engine, StepResult
 from megabatch.trainer.heartbeat import Heartbeat
-from megabatch.trainer.metrics import Metrics, StepRecord
 from megabatch.trainer.model_source import model_source
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.settings_without_effect import note_settings_without_effect
@@ -33,6 +31,8 @@ from megabatch.trainer.steps import Step
 from megabatch.trainer.sums import Flags
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.table import opener
+from megabatch.trainer.watching.guard import Guard, Seen, remembered
+from megabatch.trainer.watching.metrics import Metrics, StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity
         engine=engine,
         parts=parts,
         checkpoints=checkpoints,
+        guard=Guard(run.recipe.watching, ranks, parts.steps, incidents=folder.incidents),
         metrics=metrics,
         stop=stop,
         activity=activity,
@@ -89,6 +90,7 @@ class Loop:
     engine: Engine
     parts: Parts
     checkpoints: Checkpoints
+    guard: Guard
     metrics: Metrics
     stop: StopSignal
     activity: Activity
@@ -128,22 +130,29 @@ class Loop:
         while progress.step < self.train_iters:
             started = time.perf_counter()
             self.activity.at("waiting for data", progress.step + 1)
-            step = next(steps)
+            with self.metrics.timed("data_s"):
+                step = next(steps)
             self.activity.at("training", progress.step + 1)
             flags = Flags(stop=self.stop.requested, writing=self.checkpoints.writing)
+            before = [Seen(*values) for values in progress.recent]
             result = self.engine.step(
-                step.packs, self.parts.objective, totals=step.totals, filled=step.filled, flags=flags
+                step.packs,
+                self.parts.objective,
+                totals=step.totals,
+                filled=step.filled,
+                flags=flags,
+                accept=partial(self.guard.accepts, before, number=progress.step + 1, step=step),
             )
-            _check_finite(result, number=progress.step + 1, step=step)
             seconds = time.perf_counter() - started
             progress = Progress(
                 step=progress.step + 1,
                 cursor=step.cursor,
                 tokens=progress.tokens + step.tokens,
                 samples=progress.samples + step.samples,
-                skipped=progress.skipped + (result.grad_norm is None),
                 loss_scale=result.loss_scale,
                 seconds=progress.seconds + seconds,
+                skipped=progress.skipped + (not result.updated),
+                recent=remembered(self.recipe.watching, Seen(result.metrics["loss"].value, result.grad_norm), before),
             )
             self._log(progress, step, result, seconds=seconds)
             if self.checkpoints.under_way and not result.flags.writing:
@@ -155,7 +164,7 @@ class Loop:
         if self.recipe.logging.log_params_norm and self.metrics.is_logged(progress.step):
             extra["params_norm"] = self.checkpoints.parameters_norm(self.engine)
         if result.loss_scale is not None:
-            extra |= {"loss_scale": result.loss_scale["scale"], "skipped_steps": progress.skipped}
+            extra["loss_scale"] = result.loss_scale["scale"]
         record = StepRecord(
             step=progress.step,
             epoch=step.epoch,
@@ -169,6 +178,8 @@ class Loop:
             consumed_samples=progress.samples,
             seconds=seconds,
             trained_s=progress.seconds,
+            skipped=progress.skipped,
+            times=result.times,
             extra=extra,
         )
         self.metrics.log_step(record)
@@ -189,11 +200,12 @@ class Loop:
         """Args: at_once: the run ends with this checkpoint, so that nothing is left for it to be written beside."""
         self.activity.at("saving", progress.step)
         self.metrics.heartbeat("saving", force=True)
-        self._finish_save()
-        if self.recipe.checkpoint.async_save and not at_once:
-            self.checkpoints.begin(self.engine, progress, with_hf=with_hf)
-            return
-        path = self.checkpoints.save(self.engine, progress, must_resume=must_resume, with_hf=with_hf)
+        with self.metrics.timed("save_s"):
+            self._finish_save()
+            if self.recipe.checkpoint.async_save and not at_once:
+                self.checkpoints.begin(self.engine, progress, with_hf=with_hf)
+                return
+            path = self.checkpoints.save(self.engine, progress, must_resume=must_resume, with_hf=with_hf)
         logger.info("saved %s", path)
 
     def _finish_save(self) -> None:
@@ -208,13 +220,3 @@ class Loop:
         interval = self.recipe.training.manual_gc_interval
         if (interval and step % interval == 0) or (not interval and pause):
             gc.collect()
-
-
-def _check_finite(result: StepResult, *, number: int, step: Step) -> None:
-    """Ends the run before weights that are no numbers are saved."""
-    loss, norm = result.metrics["loss"].value, result.grad_norm
-    if not (math.isfinite(loss) and (norm is None or math.isfinite(norm))):
-        raise MegabatchError(
-            f"step {number}: loss={loss}, gradient norm={norm} over {step.samples} samples; lower learning_rate.lr, "
-            "warm up for longer, or look at the data of this step. The last checkpoint is from before it"
-        )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megabatch.config.optimization import LearningRate, Precision
@@ -56,7 +57,7 @@ class Optimizer:
             use_distributed_optimizer=use_distributed_optimizer,
             overlap_param_gather=overlap_param_gather,
         )
-        self.clips = group.clip_grad > 0
+        self.clip_grad = group.clip_grad
         self.is_adam = group.optimizer == "adam"
         self.megatron: Any = get_megatron_optimizer(config, model.wrapped)
         self.loss_scale = LossScale.shared_by(self.inner) if config.fp16 else None
@@ -68,16 +69,16 @@ class Optimizer:
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         return self.megatron.scale_loss(loss)
 
-    def step(self) -> float | None:
-        """Updates the parameters and the learning rate.
+    def gradient_norm(self) -> float | None:
+        """Takes the gradient from the model. `update` comes next, or nothing: a step may be judged between them.
 
-        Returns: the gradient norm before clipping, clipped or not; None where fp16's gradients overflowed, nothing was
-        updated and the loss scale may have become smaller.
+        Returns: its L2 norm; None where fp16's gradients overflowed, there is no update, and the loss scale may have
+        become smaller.
         Raises: MegabatchError where gradients overflow at the smallest loss scale.
         """
         self.used_learning_rate = float(self.schedule.get_lr(self.megatron.param_groups[0]))
         was_lowest = self.loss_scale is not None and self.loss_scale.is_lowest
-        _, grad_norm, _ = self.megatron.step()
+        self.megatron.prepare_grads()
         if self.loss_scale is not None and self.loss_scale.end_step():
             if was_lowest:
                 raise MegabatchError(
@@ -85,9 +86,16 @@ class Optimizer:
                     "bfloat16, lower the learning rate, or lower precision.min_loss_scale"
                 )
             return None
+        return float(self.megatron.get_grad_norm())
+
+    def update(self, grad_norm: float) -> None:
+        """Clips the gradient, whose norm this is, and updates the parameters and the learning rate."""
+        if self.clip_grad > 0:
+            for inner in self.inner:
+                if parameters := [] if inner.is_stub_optimizer else inner.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
+        self.megatron.step_with_ready_grads()
         self.schedule.step(1)
-        # megatron-core computes it only where it clips; the gradients are still there
-        return float(grad_norm if self.clips else self.megatron.get_grad_norm())
 
     @property
     def inner(self) -> list[Any]:
@@ -103,16 +111,17 @@ class Optimizer:
         """Moves the learning-rate schedule on by steps that were done before."""
         self.schedule.step(steps)
 
-    def allocate_state(self, step: int) -> None:
-        """Makes the state that `step` steps would have made, with zeros in it, for a checkpoint to be read into."""
+    def allocate_state(self, updates: int) -> None:
+        """Makes the state that many updates would have made, with zeros in it, for a checkpoint to be read into."""
         for inner in self.inner:
             if inner.optimizer is None:
                 continue
             for group in inner.optimizer.param_groups:
                 if "step" in group:
-                    group["step"] = step  # Transformer Engine's and Apex's Adam count here, torch's for each parameter
+                    # Transformer Engine's and Apex's Adam count here, torch's for each parameter
+                    group["step"] = updates
                 for parameter in group["params"]:
-                    self._allocate(inner.optimizer, parameter, step)
+                    self._allocate(inner.optimizer, parameter, updates)
 
     def allocate_missing_state(self) -> None:
         """Makes the state of before the first update where there is none yet: with fp16 that may take some steps."""

@@ -6,7 +6,7 @@ the cursor of the last step that was taken, and hands it back when the run goes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,6 +59,10 @@ class Steps(Protocol):
     def after(self, cursor: State, engine: Engine) -> Iterator[Step]:
         """Steps from a cursor on, without end. Args: `engine`: for sources that ask the model."""
         ...
+
+    def places(self, pack: Pack) -> Sequence[str]:
+        """Where the samples of a pack come from, such as `train.jsonl:17`; nothing where that is not known."""
+        return ()
 
 
 class Evaluator(Protocol):

@@ -30,6 +30,18 @@ class Ratio:
         return self.total / self.count if self.count else float("nan")
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A step whose update has not been taken yet."""
+
+    metrics: Mapping[str, Ratio]
+    """Of the global batch, the same on every rank."""
+    grad_norm: float | None
+    """None where fp16's gradients overflowed: there is no update to be taken."""
+    micro_batches: Sequence[Mapping[str, Mean]]
+    """What each of this rank's micro-batches adds to them; nothing on ranks that add nothing."""
+
+
 class Flags(NamedTuple):
     """What ranks decide together after a step: raised if one of them raises it."""
 
@@ -50,11 +62,11 @@ class Sums:
         self._names, self._ranks = tuple(names), ranks
         self._values = torch.zeros(2 * len(names) + FLAGS, dtype=torch.float64, device=ranks.device)
         # of the ranks that share a model one has something to add, of those that share a row each its part
-        self._adds = ranks.is_last_stage and ranks.tp_rank == 0
+        self.adds = ranks.is_last_stage and ranks.tp_rank == 0
 
     def add(self, micro_batches: Sequence[Mapping[str, Mean]]) -> None:
         """What the last pipeline stage found, one mapping for each micro-batch; nothing on the other stages."""
-        if not (self._adds and micro_batches):
+        if not (self.adds and micro_batches):
             return
         found = [x for metrics in micro_batches for n in self._names for x in (metrics[n].total, metrics[n].count)]
         self._values[:-FLAGS] += torch.stack(found).double().view(len(micro_batches), -1).sum(0)

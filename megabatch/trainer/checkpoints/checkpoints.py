@@ -243,7 +243,7 @@ class Checkpoints:
     def restore_weights(self, engine: Engine, folder: Path) -> None:
         """Loads the weights alone: of a checkpoint of ours, or of a torch_dist folder of megatron-core's."""
         with self._weights_in(folder) as (inner, manifest):
-            torch_dist.load(engine, inner, manifest, step=None, rng=False)
+            torch_dist.load(engine, inner, manifest, updates=None, rng=False)
 
     def restore_base(self, engine: Engine, folder: Path) -> None:
         """Loads the model that adapters are beside, of a checkpoint as above."""
@@ -276,8 +276,8 @@ class Checkpoints:
         same = saved.generators_of == asdict(self.layout)
         if rng and not same:
             logger.info("%s has no random generators for this layout: they start over", checkpoint)
-        step = progress.updates if optimizer else None
-        torch_dist.load(engine, checkpoint / MCORE, saved.manifest, step=step, rng=rng and same)
+        updates = progress.updates if optimizer else None
+        torch_dist.load(engine, checkpoint / MCORE, saved.manifest, updates=updates, rng=rng and same)
         if engine.optimizer is not None and optimizer:
             engine.optimizer.advance(progress.updates)
             if engine.optimizer.loss_scale is not None and progress.loss_scale is not None:

@@ -63,12 +63,12 @@ def sharded(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks) 
     return found
 
 
-def restore(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks, load: Any, *, step: int) -> None:
+def restore(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks, load: Any, *, updates: int) -> None:
     """Fills this rank's ranges from a checkpoint, some parameters at a time.
 
-    Args: load: takes a dict of sharded tensors and returns it with their values; step: optimizer steps done.
+    Args: load: takes a dict of sharded tensors and returns it with their values; updates: those done.
     """
-    optimizer.allocate_state(step)
+    optimizer.allocate_state(updates)
     described = _described(model_state)
     names = optimizer.state_names
     for block in _blocks(_states(optimizer, ranks)):

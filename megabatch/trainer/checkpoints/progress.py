@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ class Progress:
     """Tokens trained on so far, without padding."""
     samples: int = 0
     skipped: int = 0
-    """Steps among these that changed no parameter, because fp16's gradients overflowed."""
+    """Steps among these that changed no parameter, because fp16's gradients overflowed, or by a guard."""
     loss_scale: Mapping[str, float] | None = None
     """State of fp16's loss scale (`LossScale.state`)."""
     seconds: float = 0.0
     """Wall-clock time of these steps: a step that a resume takes again counts once, as it was taken last."""
+    recent: Sequence[Any] = ()
+    """Loss and gradient norm of the last steps, as far as the guard compares new ones with them."""
 
     @property
     def updates(self) -> int:

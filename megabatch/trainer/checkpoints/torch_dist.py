@@ -75,11 +75,11 @@ def complete(planned: writing.Plan, directory: Path, written: writing.Written, r
     return files
 
 
-def load(engine: Engine, directory: Path, manifest: Manifest | None, *, step: int | None, rng: bool) -> None:
+def load(engine: Engine, directory: Path, manifest: Manifest | None, *, updates: int | None, rng: bool) -> None:
     """Reads the model and, if asked for, optimizer and generators into the engine; collective.
 
     Args: manifest: what every byte is checked against before it is used; None checks nothing.
-    step: optimizer steps done by the checkpoint, to load the optimizer too; None leaves it fresh.
+    updates: those that the checkpoint's optimizer has done, to load it too; None leaves it fresh.
     rng: needs the layout that the checkpoint was saved with; everything else loads into any layout.
     Raises: CheckpointError on every rank; the one of a rank that met damage is a DamagedError.
     """
@@ -89,8 +89,8 @@ def load(engine: Engine, directory: Path, manifest: Manifest | None, *, step: in
     else:
         _load_trained(engine, read)
     if engine.optimizer is not None:
-        if step is not None:
-            optimizer_state.restore(engine.optimizer, _optimized_state(engine), engine.ranks, read, step=step)
+        if updates is not None:
+            optimizer_state.restore(engine.optimizer, _optimized_state(engine), engine.ranks, read, updates=updates)
         else:
             engine.optimizer.megatron.reload_model_params()
     if rng:

@@ -53,6 +53,10 @@ class Dataset(Steps):
     def after(self, cursor: State, engine: Engine) -> Iterator[Step]:
         return self.batches.train(Cursor.from_json(cursor))
 
+    def places(self, pack: Pack) -> Sequence[str]:
+        origins = zip(pack.columns["source"].tolist(), pack.columns["number"].tolist(), strict=True)
+        return [str(self.data.place(source, number)) for source, number in origins]
+
 
 @dataclass(frozen=True, slots=True)
 class Validation(Evaluator):

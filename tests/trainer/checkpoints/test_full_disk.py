@@ -83,7 +83,7 @@ def test_metrics_that_do_not_fit(small_disk: SmallDisk, ranks: RankServer, tmp_p
 
 def fill_up_and_train(run_dir: str, disk: str) -> str:
     """Trains while a file takes what is left of the disk, after the first step."""
-    from megabatch.trainer.metrics import Metrics
+    from megabatch.trainer.watching.metrics import Metrics
 
     log_step = Metrics.log_step
 

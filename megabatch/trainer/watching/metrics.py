@@ -1,30 +1,28 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, the log or a progress bar, and the heartbeat."""
+"""What a run says of itself: metrics, the log or a progress bar, and the heartbeat."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
 import resource
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from megabatch.config.monitoring import Logging
-from megabatch.errors import MegabatchError
 from megabatch.plan.flops import peak_tflops, training_flops
 from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import RunDirectory
 from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.ranks import Place
 from megabatch.trainer.sums import Ratio
+from megabatch.trainer.watching.sinks import Board, Line, MetricsFile, Sink
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,12 @@ class StepRecord:
     """Wall-clock time of the step, data included."""
     trained_s: float
     """Such time of all steps that led here, each counted once."""
+    skipped: int
+    """Steps so far whose update was left out."""
+    times: Mapping[str, float]
+    """Seconds by part."""
     extra: Mapping[str, float]
+    """What else is known of it, by name."""
 
 
 class Metrics:
@@ -72,16 +75,16 @@ class Metrics:
         self.train_iters, self.step, self.attempt = train_iters, first_step, place.attempt
         self.recent: deque[tuple[float, int]] = deque(maxlen=50)
         self._heart = Heartbeat(run, place)
+        self._sinks: list[Sink] = []
+        self._times: dict[str, float] = {}
         self._last: dict[str, Any] = {}
         self._peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
     def __enter__(self) -> Metrics:
         if self.is_main:
-            from torch.utils.tensorboard import SummaryWriter
             from tqdm import tqdm
 
-            self._file = _appending(self.run.metrics)
-            self._board = SummaryWriter(self.settings.tensorboard_dir, max_queue=self.settings.tensorboard_queue_size)
+            self._sinks = [MetricsFile(self.run.metrics), Board(self.settings)]
             self._bar = tqdm(
                 total=self.train_iters, initial=self.step, unit="step", disable=not sys.stderr.isatty(), leave=True
             )
@@ -93,48 +96,52 @@ class Metrics:
     ) -> None:
         if self.is_main:
             self._bar.close()
-            for writer in (self._board, self._file):
-                with contextlib.suppress(OSError):  # what a full disk did not take has been said already
-                    writer.close()
+            for sink in self._sinks:
+                sink.close()
             if kind is not None:
                 self.heartbeat("failed", force=True)
 
-    def log_step(self, record: StepRecord) -> None:
-        """One optimizer step: a line of metrics.jsonl always, the rest at its intervals."""
+    def log_step(self, record: StepRecord) -> Line:
+        """One optimizer step. Returns: what is known of it; nothing on ranks other than the main one."""
         if not self.is_main:
-            return
+            return {}
         self.step = record.step
         self.recent.append((record.seconds, record.tokens))
-        values = self._values(record)
-        self._write({"kind": "train", **values})
-        if record.step % self.settings.tensorboard_log_interval == 0:
-            with self._explained(self._board.log_dir):
-                self._to_board(values, record)
+        values = {"kind": "train", **self._values(record)}
+        self._times.clear()
+        self._write(values)
         if self._bar.disable and self.is_logged(record.step):
             logger.info("%s", self._line(values))
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_s']:.0f} tokens/s", refresh=False)
         self._last = values
         self.heartbeat("running", force=len(self.recent) == 1)
+        return values
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time of what is done inside to the next step's line."""
+        began = time.perf_counter()
+        yield
+        self._times[name] = self._times.get(name, 0.0) + time.perf_counter() - began
 
     def is_logged(self, step: int) -> bool:
         """Whether a step has a line in the log: every `log_interval`-th and the last; the same on every rank."""
         return step % self.settings.log_interval == 0 or step == self.train_iters
 
-    def log_evaluation(self, step: int, metrics: Mapping[str, Ratio], seconds: float) -> None:
-        """One evaluation of the validation data: every metric under its name with `eval_` before it."""
+    def log_evaluation(self, step: int, metrics: Mapping[str, Ratio], seconds: float) -> Line:
+        """One evaluation of the validation data: every metric under its name with `eval_` before it.
+
+        Returns: as `log_step`.
+        """
         if not self.is_main:
-            return
+            return {}
         values = _written({f"eval_{name}": ratio for name, ratio in metrics.items()})
-        self._write({"kind": "eval", "step": step, **values, "seconds": seconds, "attempt": self.attempt})
-        with self._explained(self._board.log_dir):
-            for name, ratio in metrics.items():
-                if ratio.count:
-                    self._board.add_scalar(f"eval/{name}", ratio.value, step)
-            if self.settings.log_validation_ppl_to_tensorboard and "loss" in metrics:
-                self._board.add_scalar("eval/perplexity", torch.tensor(metrics["loss"].value).exp().item(), step)
+        line = {"kind": "eval", "step": step, **values, "seconds": seconds, "attempt": self.attempt}
+        self._write(line)
         told = ", ".join(f"{name} {ratio.value:.6f}" for name, ratio in metrics.items())
         logger.info("step %d of %d: validation %s", step, self.train_iters, told)
+        return line
 
     def heartbeat(self, state: str, *, force: bool = False) -> None:
         """Tells the launcher that the run is alive; `running` is `starting` until the first step is done."""
@@ -160,7 +167,9 @@ class Metrics:
             "tokens_per_s": rate,
             "eta_s": (self.train_iters - record.step) * seconds / len(self.recent),
             "memory_gib": _memory_gib(),
+            "skipped_steps": record.skipped,
             "attempt": self.attempt,
+            **(self._times | dict(record.times) if self.settings.log_timers_to_tensorboard else {}),
             **record.extra,
         }
         flops = training_flops(self.shape, tokens=record.tokens, mean_length=record.mean_length)
@@ -171,17 +180,9 @@ class Metrics:
             values["mfu"] = tflops / self._peak
         return values
 
-    def _to_board(self, values: Mapping[str, Any], record: StepRecord) -> None:
-        skipped = {"step", "attempt", *(f"{name}_{part}" for name in record.metrics for part in ("sum", "count"))}
-        if self.settings.no_log_learning_rate_to_tensorboard:
-            skipped.add("learning_rate")
-        if not self.settings.log_memory_to_tensorboard:
-            skipped.add("memory_gib")
-        if not self.settings.log_timers_to_tensorboard:
-            skipped |= {"step_s", "trained_s", "tokens_per_s", "eta_s"}
-        for name, value in values.items():
-            if name not in skipped and value is not None:
-                self._board.add_scalar(f"train/{name}", value, record.step)
+    def _write(self, line: Line) -> None:
+        for sink in self._sinks:
+            sink.write(line)
 
     def _line(self, values: Mapping[str, Any]) -> str:
         parts = [
@@ -197,18 +198,6 @@ class Metrics:
         minutes, seconds = divmod(int(values["eta_s"]), 60)
         return ", ".join([*parts, f"{minutes}:{seconds:02d} left"])
 
-    @contextlib.contextmanager
-    def _explained(self, place: Path | str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            raise MegabatchError(f"{place} cannot be written ({e.strerror or e}); free space there") from e
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        with self._explained(self.run.metrics):
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-
 
 def _written(metrics: Mapping[str, Ratio]) -> dict[str, float | None]:
     """Each metric with its numerator and its count; one that nothing counted in has no value."""
@@ -220,17 +209,6 @@ def _written(metrics: Mapping[str, Ratio]) -> dict[str, float | None]:
             f"{name}_count": ratio.count,
         }
     return values
-
-
-def _appending(path: Path) -> TextIO:
-    """The file, without a last line that a full disk cut short."""
-    if path.exists():
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            file.seek(max(0, size - 2**16))
-            end = file.read()
-        os.truncate(path, size - len(end) + end.rfind(b"\n") + 1)
-    return open(path, "a", encoding="utf-8")
 
 
 def _memory_gib() -> float:
