@@ -35,6 +35,8 @@ CASES = [
         {"task": "pt", "data": {"loss_scale": "all"}},
         "data.loss_scale",
         ["task='pt' reads plain texts"],
+    ),
+    (
         training.stable_phase_ends,
         "dense",
         {"learning_rate": {"lr_decay_style": "WSD"}},
