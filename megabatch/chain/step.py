@@ -228,6 +228,8 @@ def _without_references(recipe: Recipe) -> Recipe:
         model=replace(recipe.model, tokenizer=_own(recipe.model.tokenizer)),
         data=replace(data, dataset=_owned(data.dataset), val_dataset=_owned(data.val_dataset)),
         checkpoint=replace(recipe.checkpoint, load=_own(recipe.checkpoint.load)),
+        bridge=replace(recipe.bridge, adapters=_owned(recipe.bridge.adapters)),
+        tuner=replace(recipe.tuner, adapter_load=_own(recipe.tuner.adapter_load)),
     )
 
 

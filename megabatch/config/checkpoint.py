@@ -77,7 +77,7 @@ class Bridge:
     hub_token: str | None = param(None)
     """Name of the environment variable that holds the hub's token, such as HF_TOKEN; never the token itself."""
     adapters: Sequence[str] = param(())
-    """Folders or hub names of LoRA adapters in safetensors format to start from."""
+    """Folder of a LoRA adapter to start from, PEFT's or megatron-core's; at most one."""
     ref_model: str | None = param(None, built=False)
     """Reference model's safetensors weights; None means `model`."""
     ref_adapters: Sequence[str] = param(())

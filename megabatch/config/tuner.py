@@ -33,7 +33,8 @@ class Tuner:
     trainable_parameters_regex: str | None = param(None)
     """Regular expression to find in the names of parameters to train although frozen above."""
     adapter_load: str | None = param(None)
-    """Folder of an adapter in megatron-core format to resume from."""
+    """Run or checkpoint with an adapter to go on from, exactly unless `finetune`; of one that was converted, or that
+    another program saved, the adapter alone."""
     target_modules: Sequence[str] = param(("all-linear",))
     """Layers that get an adapter, by the ends of their names, megatron-core's (`linear_qkv`) or Hugging Face's
     (`q_proj`); `all-linear`, `all-router` and `all-embedding` mean all of that kind."""

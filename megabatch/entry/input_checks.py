@@ -200,7 +200,8 @@ def _load(recipe: Recipe) -> Iterator[Fault]:
     except CheckpointError as error:
         yield fault_of("checkpoint.load", error)
         return
-    if found is not None and not group.finetune and not found.of_a_run:
+    is_base = recipe.tuner.tuner_type == "lora"  # of which the weights are loaded alone
+    if found is not None and not group.finetune and not found.of_a_run and not is_base:
         rule = (
             "is a checkpoint of another program, which does not say where its run was; set checkpoint.finetune=True "
             "to load its weights alone"

@@ -29,12 +29,14 @@ def unmounted(launch: Launch) -> list[Fault]:
 
 def _inputs(launch: Launch) -> Iterator[tuple[str, Path]]:
     recipe = absolute_paths(launch.recipe)
-    named = {
-        "model.model": launch.model.folder,
-        "model.tokenizer": recipe.model.tokenizer,
-        "checkpoint.load": recipe.checkpoint.load,
-    }
-    yield from ((field, Path(path)) for field, path in named.items() if path is not None and Path(path).is_absolute())
+    named = [
+        ("model.model", launch.model.folder),
+        ("model.tokenizer", recipe.model.tokenizer),
+        ("checkpoint.load", recipe.checkpoint.load),
+        ("tuner.adapter_load", recipe.tuner.adapter_load),
+        *(("bridge.adapters", folder) for folder in recipe.bridge.adapters),
+    ]
+    yield from ((field, Path(path)) for field, path in named if path is not None and Path(path).is_absolute())
     for field in ("dataset", "val_dataset"):
         for text in getattr(recipe.data, field):
             try:

@@ -59,6 +59,8 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             load=absolute(checkpoint.load),
         ),
         logging=replace(logging, tensorboard_dir=absolute(logging.tensorboard_dir)),
+        bridge=replace(recipe.bridge, adapters=tuple(absolute(folder) for folder in recipe.bridge.adapters)),
+        tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
     )
 
 

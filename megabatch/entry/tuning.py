@@ -9,13 +9,15 @@ from megabatch.config.recipe import Recipe
 from megabatch.converters.adapters.adapter import Tables
 from megabatch.converters.adapters.config import scale_of
 from megabatch.converters.adapters.fit import open_fitting
+from megabatch.converters.adapters.peft_folder import is_peft
 from megabatch.converters.adapters.targets import Target, find_targets, find_whole, hf_names
 from megabatch.converters.families import family_named
 from megabatch.converters.frozen import Freezing, frozen_names
 from megabatch.converters.mapping import Mapped
 from megabatch.entry.model import fault_of
-from megabatch.errors import ConversionError, Fault
+from megabatch.errors import CheckpointError, ConversionError, Fault
 from megabatch.plan.shape import ModelShape
+from megabatch.saved.find import find_to_load
 
 
 def tuning_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
@@ -49,15 +51,26 @@ def _adapters(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Ite
     except ConversionError as error:
         yield fault_of("tuner.modules_to_save", error)
         return
-    if recipe.bridge.adapters:
-        yield from _given(recipe, shape, targets, hf_names(table, whole))
+    given = [*(("bridge.adapters", folder) for folder in recipe.bridge.adapters)]
+    if tuner.adapter_load is not None:
+        given.append(("tuner.adapter_load", tuner.adapter_load))
+    for field, folder in given:
+        try:
+            _require_fit(Path(folder).expanduser(), recipe, shape, targets, hf_names(table, whole))
+        except (ConversionError, CheckpointError) as error:
+            yield fault_of(field, error)
 
 
-def _given(recipe: Recipe, shape: ModelShape, targets: Sequence[Target], whole: Collection[str]) -> Iterator[Fault]:
-    """The adapter that the run starts from, where it is on this machine."""
-    folder, tuner = Path(recipe.bridge.adapters[0]).expanduser(), recipe.tuner
+def _require_fit(
+    folder: Path, recipe: Recipe, shape: ModelShape, targets: Sequence[Target], whole: Collection[str]
+) -> None:
+    """Raises: ConversionError, CheckpointError for an adapter that the run cannot start from."""
+    tuner = recipe.tuner
     scale = scale_of(tuner.lora_alpha, tuner.lora_rank, use_rslora=tuner.use_rslora)
-    try:
-        open_fitting(folder, Tables(family_named(shape.model_type), shape), targets, scale=scale, whole=whole)
-    except ConversionError as error:
-        yield fault_of("bridge.adapters", error)
+    if not is_peft(folder):
+        may_be_missing = not recipe.checkpoint.exit_on_missing_checkpoint
+        found = find_to_load(str(folder), may_be_missing=may_be_missing)
+        if found is None:
+            return
+        folder = found.weights if found.of_a_run else folder
+    open_fitting(folder, Tables(family_named(shape.model_type), shape), targets, scale=scale, whole=whole)

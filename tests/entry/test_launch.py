@@ -46,6 +46,8 @@ def test_run_json_holds_absolute_paths(recipe: Recipe, tmp_path: Path) -> None:
         model=replace(recipe.model, model="models/tiny-qwen3"),
         checkpoint=Checkpoint(save="out", load="earlier"),
         logging=replace(recipe.logging, tensorboard_dir="boards"),
+        bridge=replace(recipe.bridge, adapters=["adapter"]),
+        tuner=replace(recipe.tuner, tuner_type="lora"),
     )
     with written(_launch(asked), []) as directory:
         got = RunConfig.load(directory.run_json)
@@ -53,6 +55,7 @@ def test_run_json_holds_absolute_paths(recipe: Recipe, tmp_path: Path) -> None:
     assert got.recipe.model.model == got.recipe.model.tokenizer == f"{tmp_path}/models/tiny-qwen3"
     assert got.recipe.checkpoint.save == f"{tmp_path}/out" and got.recipe.checkpoint.load == f"{tmp_path}/earlier"
     assert got.recipe.logging.tensorboard_dir == f"{tmp_path}/boards"
+    assert got.recipe.bridge.adapters == (f"{tmp_path}/adapter",)
     assert got.run_dir == str(directory.path)
 
 

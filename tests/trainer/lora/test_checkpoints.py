@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 
 from megabatch import Recipe
 from megabatch.converters import ConversionRequest, convert
+from megabatch.converters.families import family_of
+from megabatch.converters.hf_model import read_config
+from megabatch.entry.tuning import tuning_faults
 from megabatch.run_directory import ExitCode
 
 LORA: dict[str, Any] = {
@@ -184,3 +187,7 @@ def test_an_adapter_of_another_rank_is_refused(ranks: RankServer, folder: Path, 
         other = write_run(replace(one), tmp_path / name)
         with pytest.raises(RuntimeError, match=message):
             ranks.run(train, world_size=1, run_dir=str(other))
+        config = read_config(folder / "experts")
+        before, _ = made(folder, "alone", tuner={**fields, "adapter_load": str(run)})
+        (fault,) = tuning_faults(before, family_of(config).shape(config))
+        assert fault.field == "tuner.adapter_load:" and re.search(message, str(fault)), "before the queue too"
