@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+import torch.distributed as dist
+
 from megabatch.config.watching import Watching
 from megabatch.errors import MegabatchError
 from megabatch.trainer.ranks import Ranks
@@ -111,13 +114,21 @@ class Guard:
         return finding.action == "warn"
 
     def _suspects(self, found: Measured, step: Step) -> list[Suspect]:
-        means = [metrics["loss"] for metrics in found.micro_batches]
-        losses = [mean.total.item() / (mean.count.item() or math.nan) for mean in means]
         return [
             Suspect(self.ranks.rank, loss, tuple(self.steps.places(pack)))
-            for loss, pack in zip(losses, step.packs, strict=False)
+            for loss, pack in zip(self._losses(found), step.packs, strict=False)
             if pack.sequences
         ]
+
+    def _losses(self, found: Measured) -> list[float]:
+        """Of each of this rank's micro-batches; of rows that are cut over ranks the first rank has them."""
+        means = [metrics["loss"] for metrics in found.micro_batches]
+        sums = [torch.stack([mean.total, mean.count]).double() for mean in means]
+        if sums and self.ranks.cp_size > 1:
+            whole = torch.stack(sums)
+            dist.all_reduce(whole, group=self.ranks.cp)
+            sums = list(whole) if dist.get_rank(self.ranks.cp) == 0 else []
+        return [total.item() / (count.item() or math.nan) for total, count in sums]
 
     def _noted(self, number: int, seen: Seen, step: Step, finding: Finding, suspects: list[list[Suspect]]) -> str:
         worst = ranked([one for of_rank in suspects for one in of_rank])

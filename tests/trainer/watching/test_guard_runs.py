@@ -99,6 +99,7 @@ def test_layouts_skip_the_same_steps(ranks: RankServer, tmp_path: Path) -> None:
         ("alone", 1, {}),
         ("overlapped", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
         ("split", 2, {"tensor_model_parallel_size": 2}),
+        ("cut", 2, {"context_parallel_size": 2}),
         ("staged", 2, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": False}),
     ):
         run = made(tmp_path, name, watching=SKIP, parallel=parallel, resources={"tasks_per_node": world})
