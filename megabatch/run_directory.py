@@ -89,6 +89,11 @@ class RunDirectory:
         return self.path / "incidents.jsonl"
 
     @property
+    def profile(self) -> Path:
+        """Traces of torch's profiler, `steps_<first>-<last>.rank_<rank>.<attempt>.json.gz`."""
+        return self.path / "profile"
+
+    @property
     def heartbeat(self) -> Path:
         """JSON, replaced atomically by rank 0: time, step, state, job id, attempt, versions."""
         return self.path / "heartbeat.json"

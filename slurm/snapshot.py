@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,14 +58,17 @@ class Snapshot:
             return own and found.st_size == len(self.content) and file.read() == self.content
 
 
-def snapshot_of(store: Path, *, recipe: Path | None = None, package: Path | None = None) -> Snapshot:
+def snapshot_of(
+    store: Path, *, recipe: Path | None = None, further: Mapping[str, Path] | None = None, package: Path | None = None
+) -> Snapshot:
     """The code as it is now; nothing is written.
 
-    Args: `store` is a folder on shared storage; `package` is the installed one unless given. Links are resolved.
+    Args: `store` is a folder on shared storage; `further`: files by their names in the archive; `package` is the
+    installed one unless given. Links are resolved.
     Raises: LaunchError when a file cannot be read.
     """
     try:
-        contents = {name: path.read_bytes() for name, path in _files(recipe, package).items()}
+        contents = {name: path.read_bytes() for name, path in (_files(recipe, package) | dict(further or {})).items()}
     except OSError as error:
         raise LaunchError(f"cannot read the code for the job: {error}") from error
     content = _archive(contents)

@@ -12,9 +12,9 @@ from types import ModuleType
 from megabatch.chain.declare import Chain
 from megabatch.config.recipe import Recipe
 from megabatch.config.unknown_field import unknown_field
-from megabatch.entry.recipe_error import describe_error, place_in
 from megabatch.errors import ConfigError, MegabatchError
 from megabatch.sweep.declare import Sweep
+from megabatch.user_error import describe_error, place_in
 
 
 def loaded(path: Path) -> ModuleType:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megabatch.callbacks import files_to_archive
 from megabatch.config.declare import group_types
 from megabatch.config.flags import Actions
 from megabatch.config.layout import layout_of
@@ -92,7 +93,8 @@ def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path, code: Snapsh
     if actions.local:
         code = None
     elif code is None:
-        code = snapshot_of(code_store(recipe, given=actions.run_dir), recipe=recipe_file)
+        callbacks = files_to_archive(recipe.watching.callbacks)
+        code = snapshot_of(code_store(recipe, given=actions.run_dir), recipe=recipe_file, further=callbacks)
     return Launch(
         recipe=recipe,
         recipe_file=recipe_file,

@@ -6,15 +6,16 @@ Runs, chains and sweeps share it; the checks themselves are in `input_checks` an
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from megabatch.callbacks import files_to_archive, load
 from megabatch.config.recipe import Recipe
 from megabatch.entry.input_checks import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.entry.launch import Launch
 from megabatch.entry.mounts import unmounted
-from megabatch.errors import Fault, LaunchError
+from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.secret_text import tokens_in
 from megabatch.slurm.profile import ClusterProfile
 
@@ -25,9 +26,28 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
     Args: `own` is the recipe without what other runs have yet to make.
     """
     recipe = own or launch.recipe
-    return missing_inputs(recipe, launch.model) + (
-        missing_gpus(recipe) if local else [*unmounted(launch), *_untrainable(launch.profile)]
-    )
+    found = [
+        *missing_inputs(recipe, launch.model),
+        *_callbacks(recipe.watching.callbacks, same_python=local or not _brings_python(launch.profile)),
+        *([] if local else _secrets_of(files_to_archive(recipe.watching.callbacks).values())),
+    ]
+    return found + (missing_gpus(recipe) if local else [*unmounted(launch), *_untrainable(launch.profile)])
+
+
+def _callbacks(named: Sequence[str], *, same_python: bool) -> list[Fault]:
+    """Args: same_python: the ranks run the Python that runs here; what another one has installed is not known."""
+    faults = []
+    for text in named:
+        try:
+            load(text)
+        except ConfigError as error:
+            if same_python or not isinstance(error.__cause__, ImportError):
+                faults.append(Fault("watching.callbacks", text, f"cannot be used: {error}"))
+    return faults
+
+
+def _secrets_of(files: Collection[Path]) -> list[Fault]:
+    return [fault for file in files for fault in _secrets(file)]
 
 
 def absent_packages() -> list[str]:
@@ -46,8 +66,7 @@ def require_torch() -> None:
 
 def _untrainable(profile: ClusterProfile) -> list[Fault]:
     """Whether the ranks would run this very Python without what trains; modules and setup may bring it."""
-    brought = profile.python or profile.container or profile.modules or profile.setup
-    absent = [] if brought or "PYTHONPATH" in profile.environment else absent_packages()
+    absent = [] if _brings_python(profile) else absent_packages()
     if not absent:
         return []
     rule = (
@@ -55,6 +74,12 @@ def _untrainable(profile: ClusterProfile) -> list[Fault]:
         "cluster profile, or: pip install 'megabatch[train]'"
     )
     return [Fault(sys.executable, None, rule, bare=True)]
+
+
+def _brings_python(profile: ClusterProfile) -> bool:
+    """Whether the ranks may run another Python than this one, or find other packages."""
+    brought = profile.python or profile.container or profile.modules or profile.setup
+    return bool(brought) or "PYTHONPATH" in profile.environment
 
 
 def faults_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:

@@ -61,6 +61,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         logging=replace(logging, tensorboard_dir=absolute(logging.tensorboard_dir)),
         bridge=replace(recipe.bridge, adapters=tuple(absolute(folder) for folder in recipe.bridge.adapters)),
         tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
+        watching=replace(recipe.watching, callbacks=tuple(absolute(text) for text in recipe.watching.callbacks)),
     )
 
 

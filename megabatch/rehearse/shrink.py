@@ -212,6 +212,8 @@ def _few_steps(recipe: Recipe, whole: Recipe, shape: ModelShape, *, steps: int, 
         training=replace(recipe.training, train_iters=steps, max_epochs=None),
         learning_rate=replace(rate, lr_decay_iters=None, lr_warmup_iters=min(rate.lr_warmup_iters, steps // 4)),
         evaluation=replace(recipe.evaluation, eval_interval=steps // 2, eval_iters=1),
+        logging=replace(recipe.logging, report_to=None),
+        watching=replace(recipe.watching, profile_steps=None, profile_ranks=(0,), callbacks=()),
         checkpoint=replace(
             checkpoint,
             save=None,

@@ -16,7 +16,6 @@ from megabatch.config.run import save_folder
 from megabatch.entry.estimate import gpu_of, verdict_of
 from megabatch.entry.launch import Launch, job_of, prepare
 from megabatch.entry.model import FoundModel, find_model
-from megabatch.entry.recipe_error import describe_error
 from megabatch.errors import ConfigError, Fault, MegabatchError
 from megabatch.plan.estimate import Estimate
 from megabatch.plan.gpus import Gpu
@@ -25,6 +24,7 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.sweep.declare import Sweep
 from megabatch.sweep.names import value_text
 from megabatch.sweep.points import Point, points_of
+from megabatch.user_error import describe_error
 
 _SHAPES = ("model", "moe", "mla", "mtp", "bridge", "data", "tuner")
 """Groups of the recipe that a model's shape depends on."""

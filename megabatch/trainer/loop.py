@@ -16,6 +16,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.saved.history import step_of
 from megabatch.trainer import assemble
 from megabatch.trainer.activity import Activity
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
@@ -31,8 +32,10 @@ from megabatch.trainer.steps import Step
 from megabatch.trainer.sums import Flags
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.table import opener
+from megabatch.trainer.watching.callbacks import Callbacks
 from megabatch.trainer.watching.guard import Guard, Seen, remembered
 from megabatch.trainer.watching.metrics import Metrics, StepRecord
+from megabatch.trainer.watching.profiler import Profiler
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ def train(run: RunConfig, stop: StopSignal, activity: Activity) -> ExitCode:
     with assemble.join_ranks(run) as ranks:
         note_settings_without_effect(run.recipe, is_main=ranks.is_main)
         loop, progress = open_loop(run, ranks, stop, activity)
-        with loop.metrics:
+        with loop.metrics, loop.profiler:
             return loop.run_from(progress)
 
 
@@ -75,6 +78,8 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity
         parts=parts,
         checkpoints=checkpoints,
         guard=Guard(run.recipe.watching, ranks, parts.steps, incidents=folder.incidents),
+        callbacks=Callbacks(run.recipe.watching.callbacks, ranks, activity),
+        profiler=Profiler(run.recipe.watching, folder, ranks.place),
         metrics=metrics,
         stop=stop,
         activity=activity,
@@ -91,6 +96,8 @@ class Loop:
     parts: Parts
     checkpoints: Checkpoints
     guard: Guard
+    callbacks: Callbacks
+    profiler: Profiler
     metrics: Metrics
     stop: StopSignal
     activity: Activity
@@ -119,8 +126,10 @@ class Loop:
                 )
             self._collect_garbage(progress.step, pause=evaluate or save)
             if stop and not last:
+                self.callbacks.call("on_end", progress.step, outcome="stopped")
                 self.metrics.heartbeat("stopped", force=True)
                 return ExitCode.REQUEUE
+        self.callbacks.call("on_end", self.train_iters, outcome="done")
         self.metrics.heartbeat("done", force=True)
         return ExitCode.DONE
 
@@ -129,6 +138,7 @@ class Loop:
         steps = self.parts.steps.after(progress.cursor, self.engine)
         while progress.step < self.train_iters:
             started = time.perf_counter()
+            self.profiler.begin(progress.step + 1)
             self.activity.at("waiting for data", progress.step + 1)
             with self.metrics.timed("data_s"):
                 step = next(steps)
@@ -155,6 +165,7 @@ class Loop:
                 recent=remembered(self.recipe.watching, Seen(result.metrics["loss"].value, result.grad_norm), before),
             )
             self._log(progress, step, result, seconds=seconds)
+            self.profiler.end(progress.step)
             if self.checkpoints.under_way and not result.flags.writing:
                 self._finish_save()
             yield progress, result.flags.stop
@@ -182,7 +193,7 @@ class Loop:
             times=result.times,
             extra=extra,
         )
-        self.metrics.log_step(record)
+        self.callbacks.call("on_step", progress.step, metrics=dict(self.metrics.log_step(record)))
 
     def _evaluate(self, step: int) -> None:
         if self.parts.evaluator is None:
@@ -190,7 +201,8 @@ class Loop:
         self.activity.at("evaluating", step)
         started = time.perf_counter()
         found = self.parts.evaluator.evaluate(self.engine, on_batch=lambda: self.metrics.heartbeat("running"))
-        self.metrics.log_evaluation(step, found, time.perf_counter() - started)
+        line = self.metrics.log_evaluation(step, found, time.perf_counter() - started)
+        self.callbacks.call("on_evaluate", step, metrics=dict(line))
 
     def _exports_at(self, step: int) -> bool:
         interval = self.recipe.checkpoint.save_safetensors_interval
@@ -206,12 +218,16 @@ class Loop:
                 self.checkpoints.begin(self.engine, progress, with_hf=with_hf)
                 return
             path = self.checkpoints.save(self.engine, progress, must_resume=must_resume, with_hf=with_hf)
-        logger.info("saved %s", path)
+        self._saved(path)
 
     def _finish_save(self) -> None:
         """Commits the checkpoint that is written beside training, if there is one."""
         if (path := self.checkpoints.finish()) is not None:
-            logger.info("saved %s beside training", path)
+            self._saved(path)
+
+    def _saved(self, path: Path) -> None:
+        logger.info("saved %s", path)
+        self.callbacks.call("on_save", step_of(path), path=str(path))
 
     def _collect_garbage(self, step: int, *, pause: bool) -> None:
         """Every rank at the same step, so that none waits for another's pause."""

@@ -19,6 +19,7 @@ from megabatch.config.rules import (
     roles,
     training,
     tuning,
+    watching,
     windows,
 )
 from megabatch.config.rules.fields import invalid_fields, unbuilt_fields
@@ -39,6 +40,7 @@ RULES: tuple[Rule, ...] = (
     *batches.RULES,
     *roles.RULES,
     *tuning.RULES,
+    *watching.RULES,
 )
 """Rules between fields; each yields nothing where it has nothing to say."""
 

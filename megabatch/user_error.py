@@ -1,4 +1,4 @@
-"""Errors that the code of a recipe file raised, with the line of that file."""
+"""Errors that a user's own code raised, in a recipe or a callback, with the line of its file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from traceback import extract_tb
 
 
 def describe_error(error: Exception, file: Path) -> str:
-    """The line of the recipe's own code that the error came through, and where it was raised if that is elsewhere."""
+    """The line of the file's own code that the error came through, and where it was raised if that is elsewhere."""
     place, last = place_in(error, file), extract_tb(error.__traceback__)[-1]
     deepest = f"{Path(last.filename).name}:{last.lineno}"
     beneath = "" if deepest == place or last.filename.startswith("<") else f" (at {deepest})"
