@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "megatron", "transformers", "numpy", "datasets", "submitit", "safetensors", "tokenizers")
-COMPUTING = ("cache", "tokens", "rows.sources", "schedule", "packing", "run_caches", "run_tokenizer", "prepare")
+COMPUTING = (
+    "cache", "tokens", "rows.sources", "schedule", "stream", "packing", "run_caches", "run_tokenizer", "prepare"
+)  # fmt: skip
 """Of megabatch.data; they import numpy."""
 
 

@@ -72,11 +72,14 @@ class Data:
     group_by_length: bool = param(False)
     """Draws samples of similar length together: the epoch's order is sorted by length, 50 batches at a time. The order
     then depends on `global_batch_size`, so a run resumes with the same one only."""
-    dataloader_type: Literal["single", "cyclic", "external"] = param("cyclic", built=("single", "cyclic"))
+    dataloader_type: Literal["single", "cyclic", "external"] = param("cyclic")
     """Order of rows: `single` for one pass without shuffling by epoch (in file order with `dataset_shuffle=False`),
     `cyclic` for epochs, each in its own order, `external` for a stream."""
-    streaming: bool = param(False, built=False)
-    """Reads data while training instead of before; needs `train_iters`."""
+    streaming: bool = param(False)
+    """Reads, tokenizes and packs data while training instead of before, without a cache; needs `train_iters`. Rows are
+    shuffled and packed within blocks of `shuffle_buffer_size`."""
+    shuffle_buffer_size: int = param(1000, at_least=1)
+    """Rows that a stream shuffles and packs together, rounded up to a multiple of 128."""
     lazy_tokenize: bool | None = param(None, speed_only=True)
     """Has no effect: samples are tokenized once, into a cache, before the first step."""
     dataset_num_proc: int = param(1, speed_only=True, at_least=1)

@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> int:
 
 def prepare(run: RunConfig) -> str:
     """Where the caches are and how long the run is, in words. Raises: MegabatchError."""
+    if run.recipe.data.streaming:
+        raise ConfigError("data.streaming=True tokenises data while the run trains: there is nothing to prepare")
     paths = build_caches(run, tokenizer_of(run))
     data, _ = open_caches(run, paths)
     schedule = schedule_of(run, data)

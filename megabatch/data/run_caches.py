@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from megabatch.config.resolved import resolved
@@ -12,7 +13,9 @@ from megabatch.data.cache import datasets
 from megabatch.data.cache.datasets import CachePaths
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.counts import DataCounts, remember_counts
+from megabatch.data.rows import sources
 from megabatch.data.schedule import Schedule
+from megabatch.data.stream import Stream
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 
@@ -24,7 +27,24 @@ def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None
     Raises: DataError naming file and line.
     """
     recipe, data = run.recipe, run.recipe.data
-    encoding = Encoding(
+    return datasets.build(
+        encoding_of(run, tokenizer),
+        vocab_size=run.shape.vocab_size,
+        dataset=data.dataset,
+        val_dataset=data.val_dataset,
+        cache_dir=cache_folder(run),
+        seed=recipe.training.seed,
+        dataset_shuffle=data.dataset_shuffle,
+        dataset_num_proc=data.dataset_num_proc,
+        use_hf=recipe.bridge.use_hf,
+        on_chunk=on_chunk,
+    )
+
+
+def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
+    """What decides the tokens of this run's samples. Args: `tokenizer`: its folder."""
+    recipe, data = run.recipe, run.recipe.data
+    return Encoding(
         tokenizer=tokenizer,
         rows=run.task.rows,
         template=data.template,
@@ -36,17 +56,31 @@ def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None
         channels=recipe.training.enable_channel_loss,
         sanitize_control_tokens=data.sanitize_control_tokens,
     )
-    return datasets.build(
-        encoding,
+
+
+def build_validation(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None] = lambda: None) -> Path | None:
+    """The token cache of the validation data alone, for a run that streams its training data."""
+    if not (validation := run.recipe.data.val_dataset):
+        return None
+    alone = replace(run.recipe.data, dataset=validation, val_dataset=())
+    recipe = replace(run.recipe, data=alone)
+    return build_caches(replace(run, recipe=recipe), tokenizer, on_chunk=on_chunk).train
+
+
+def stream_of(run: RunConfig, tokenizer: Path) -> Stream:
+    """The run's training data as a stream. Raises: DataError for a path that does not exist."""
+    recipe, data = run.recipe, run.recipe.data
+    return Stream(
+        sources=sources.resolve(data.dataset, use_hf=recipe.bridge.use_hf),
+        encoding=encoding_of(run, tokenizer),
         vocab_size=run.shape.vocab_size,
-        dataset=data.dataset,
-        val_dataset=data.val_dataset,
-        cache_dir=cache_folder(run),
+        global_batch_size=recipe.batch.global_batch_size,
         seed=recipe.training.seed,
-        dataset_shuffle=data.dataset_shuffle,
-        dataset_num_proc=data.dataset_num_proc,
-        use_hf=recipe.bridge.use_hf,
-        on_chunk=on_chunk,
+        shuffle=data.dataset_shuffle,
+        shuffle_epochs=data.train_dataloader_shuffle,
+        block_rows=data.shuffle_buffer_size,
+        packing_length=data.packing_length,
+        num_proc=data.dataset_num_proc,
     )
 
 

@@ -86,7 +86,7 @@ class Schedule:
         self._bounds: np.ndarray = np.arange(len(lengths) + 1) if items is None else items
         self._grouped = len(self._bounds) <= len(lengths)
         together = np.add.reduceat(lengths, self._bounds[:-1]) if self._grouped else lengths
-        order = _rng(seed, "dataset").permutation(len(together)) if dataset_shuffle else np.arange(len(together))
+        order = rng_of(seed, "dataset").permutation(len(together)) if dataset_shuffle else np.arange(len(together))
         self.packs: Packs = (
             singletons(order) if packing_length is None else pack(together, order=order, capacity=packing_length)
         )
@@ -178,7 +178,7 @@ class Schedule:
             yield np.arange(first, min(first + self.global_batch_size, len(self)))
 
     def _order(self, epoch: int) -> np.ndarray:
-        rng = _rng(self._seed, f"epoch {epoch}")
+        rng = rng_of(self._seed, f"epoch {epoch}")
         order = rng.permutation(len(self)) if self._shuffle else np.arange(len(self))
         return order if self._tokens is None else sorted_in_windows(order, self._tokens, window=self._window)
 
@@ -269,7 +269,7 @@ def _balanced(costs: np.ndarray, *, groups: int, size: int) -> list[list[int]]:
     return members
 
 
-def _rng(seed: int, purpose: str) -> np.random.Generator:
+def rng_of(seed: int, purpose: str) -> np.random.Generator:
     """A PCG64 stream for one purpose of one seed."""
     words = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(words, "little")))

@@ -28,8 +28,6 @@ def data_is_given(recipe: Recipe, shape: ModelShape | None, layout: Layout | Non
         yield Fault("data.split_dataset_ratio", data.split_dataset_ratio, rule, try_=(0,))
     if data.packing_length is not None and not data.packing:
         yield Fault("data.packing_length", data.packing_length, "needs packing, which is False")
-    if data.streaming and recipe.training.train_iters is None:
-        yield Fault("data.streaming", True, "needs train_iters: the length of a stream is not known")
 
 
 def only_documents_are_cut_into_pieces(
@@ -50,6 +48,35 @@ def one_pass_has_one_epoch(recipe: Recipe, shape: ModelShape | None, layout: Lay
     if recipe.data.dataloader_type == "single" and (epochs or 1) > 1:
         rule = f"is one pass over the data, and max_epochs={epochs}"
         yield Fault("data.dataloader_type", "single", rule, try_=("cyclic",))
+
+
+def streams_are_read_once_by_themselves(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    data, training = recipe.data, recipe.training
+    if not data.streaming:
+        if data.dataloader_type == "external":
+            yield Fault("data.dataloader_type", "external", "is what streaming=True uses", try_=("cyclic", "single"))
+        return
+    if training.train_iters is None:
+        yield Fault("data.streaming", True, "needs train_iters: the length of a stream is not known")
+    if recipe.task == "rlhf":
+        yield Fault("data.streaming", True, "is for task='pt' and task='sft'", try_=(False,))
+    if training.max_epochs is not None:
+        rule = f"and max_epochs={training.max_epochs}: the length of a stream is not known; set train_iters alone"
+        yield Fault("data.streaming", True, rule)
+    if data.split_dataset_ratio:
+        rule = "needs all samples before training, and streaming=True reads them later; give val_dataset"
+        yield Fault("data.split_dataset_ratio", data.split_dataset_ratio, rule, try_=(0,))
+    if data.dataloader_type == "single":
+        rule = "ends with the data, and streaming=True goes on from its beginning"
+        yield Fault("data.dataloader_type", "single", rule, try_=("external",))
+    for name in ("group_by_length", "pad_to_max_length"):
+        if getattr(data, name):
+            yield Fault(f"data.{name}", True, "needs the lengths of all samples, which streaming=True does not know")
+    if training.enable_channel_loss:
+        rule = "names its metrics by the channels of all samples, which streaming=True does not know"
+        yield Fault("training.enable_channel_loss", True, rule)
 
 
 def scales_weigh_conversations(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -260,6 +287,7 @@ RULES = (
     data_is_given,
     only_documents_are_cut_into_pieces,
     scales_weigh_conversations,
+    streams_are_read_once_by_themselves,
     padding_and_packing_agree,
     one_pass_has_one_epoch,
     one_of_steps_and_epochs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
 from megabatch.data.schedule import Cursor, Interleaving, Schedule
 from megabatch.data.tokens.sample import CHANNEL
-from megabatch.trainer.data.batches import Ahead, Batches, Share
+from megabatch.trainer.data.batches import Ahead, Batches
+from megabatch.trainer.data.global_batch import Share
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.objective import Objective
@@ -122,18 +123,25 @@ def steps_of(run: RunConfig, ranks: Ranks, tokens: Tokens, objective: Objective)
     schedule.require_a_batch()
     if ranks.is_main:
         note_data(run, train, schedule)
-    ahead = _ahead(run, ranks)
-    batches = Batches(train, schedule, share=_share(run, ranks, train, schedule), ahead=ahead)
+    batches = Batches(train, schedule, share=_padded_share(run, ranks, train, schedule), ahead=ahead_of(run, ranks))
     steps = Dataset(train, schedule, batches, train_iters(run, schedule))
+    return steps, validation_of(run, ranks, validation, objective)
+
+
+def validation_of(
+    run: RunConfig, ranks: Ranks, validation: TokenCache | None, objective: Objective
+) -> Validation | None:
+    """The evaluation of a run that has validation data and wants to see it."""
     eval_iters = run.recipe.evaluation.eval_iters
     if validation is None or eval_iters == 0:
-        return steps, None
+        return None
     once = schedule_of(run, validation, shuffle=False)
-    batches = Batches(validation, once, share=_share(run, ranks, validation, once), ahead=ahead)
-    return steps, Validation(batches, objective, eval_iters)
+    share = _padded_share(run, ranks, validation, once)
+    return Validation(Batches(validation, once, share=share, ahead=ahead_of(run, ranks)), objective, eval_iters)
 
 
-def _ahead(run: RunConfig, ranks: Ranks) -> Ahead:
+def ahead_of(run: RunConfig, ranks: Ranks) -> Ahead:
+    """How this rank prepares steps."""
     data = run.recipe.data
     return Ahead(
         workers=data.num_workers,
@@ -142,10 +150,19 @@ def _ahead(run: RunConfig, ranks: Ranks) -> Ahead:
     )
 
 
-def _share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Schedule) -> Share:
+def _padded_share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Schedule) -> Share:
+    """The share of this data, whose rows are as long as its longest where that is asked for."""
+    share = share_of(run, ranks)
+    if not run.recipe.data.pad_to_max_length:
+        return share
+    padded: np.ndarray = -(-data.lengths // share.sequence_multiple) * share.sequence_multiple
+    return replace(share, row_length=_longest_row(run, schedule, padded, share.row_multiple))
+
+
+def share_of(run: RunConfig, ranks: Ranks) -> Share:
+    """This rank's part of every global batch."""
     recipe, sequence_multiple = run.recipe, 2 * ranks.cp_size if ranks.cp_size > 1 else 1
     row_multiple = sequence_multiple * (ranks.tp_size if recipe.parallel.sequence_parallel else 1)
-    padded: np.ndarray = -(-data.lengths // sequence_multiple) * sequence_multiple
     return Share(
         dp_rank=ranks.dp_rank,
         dp_size=ranks.dp_size,
@@ -155,7 +172,6 @@ def _share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Schedule) -
         sequence_multiple=sequence_multiple,
         equal_rows=_equal_rows(run),
         equal_sequences=not recipe.data.padding_free,
-        row_length=_longest_row(run, schedule, padded, row_multiple) if recipe.data.pad_to_max_length else 0,
         hidden_size=run.shape.hidden_size,
     )
 

@@ -9,6 +9,7 @@ from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.errors import DataError
 from megabatch.trainer.data.dataset import open_tokens, steps_of
+from megabatch.trainer.data.stream import open_stream
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.sft import Sft
@@ -21,15 +22,24 @@ _MOST_CHANNELS = 512
 
 def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
     """Next-token prediction over a dataset, exported as a Hugging Face or PEFT folder. Raises: DataError."""
-    training = run.recipe.training
+    export = export_of(run, source)
+    if run.recipe.data.streaming:
+        objective = _objective(run)
+        streamed, evaluator = open_stream(run, source, ranks, objective, busy=busy)
+        return Parts(steps=streamed, objective=objective, evaluator=evaluator, export=export)
     tokens = open_tokens(run, source, ranks, busy=busy)
-    objective = Sft(
+    objective = _objective(run, channels=checked_channels(tokens.channels))
+    steps, evaluator = steps_of(run, ranks, tokens, objective)
+    return Parts(steps=steps, objective=objective, evaluator=evaluator, export=export)
+
+
+def _objective(run: RunConfig, *, channels: Sequence[str] = ()) -> Sft:
+    training = run.recipe.training
+    return Sft(
         calculate_per_token_loss=resolved(training.calculate_per_token_loss),
         dynamic=training.enable_dft_loss,
-        channels=checked_channels(tokens.channels),
+        channels=channels,
     )
-    steps, evaluator = steps_of(run, ranks, tokens, objective)
-    return Parts(steps=steps, objective=objective, evaluator=evaluator, export=export_of(run, source))
 
 
 def checked_channels(channels: Sequence[str]) -> Sequence[str]:

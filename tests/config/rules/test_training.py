@@ -8,6 +8,7 @@ from megabatch.config.rules import training
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {**FULL, "recompute_method": "block"}
+STEPS = {"train_iters": 10, "max_epochs": None}
 PP2 = {"pipeline_model_parallel_size": 2}
 
 CASES = [
@@ -155,18 +156,83 @@ CASES = [
         ["needs packing"],
     ),
     (
-        training.data_is_given,
+        training.streams_are_read_once_by_themselves,
         "dense",
-        {"data": {"streaming": True}},
-        {"data": {"streaming": True}, "training": {"train_iters": 10}},
+        {"data": {"streaming": True}, "training": {"train_iters": None, "max_epochs": None}},
+        {"data": {"streaming": True}, "training": {**STEPS}},
         "data.streaming",
-        ["train_iters"],
+        ["needs train_iters"],
+    ),
+    (
+        training.streams_are_read_once_by_themselves,
+        "dense",
+        {"data": {"streaming": True}, "training": {"train_iters": 10, "max_epochs": 3}},
+        {"data": {"streaming": True}, "training": {**STEPS}},
+        "data.streaming",
+        ["max_epochs=3", "set train_iters alone"],
+    ),
+    (
+        training.streams_are_read_once_by_themselves,
+        "dense",
+        {"data": {"streaming": True, "split_dataset_ratio": 0.1}, "training": {**STEPS}},
+        {"data": {"streaming": True, "val_dataset": ["b"]}, "training": {**STEPS}},
+        "data.split_dataset_ratio",
+        ["give val_dataset"],
+    ),
+    (
+        training.streams_are_read_once_by_themselves,
+        "dense",
+        {
+            "data": {"streaming": True, "dataloader_type": "single"},
+            "training": {**STEPS},
+        },
+        {
+            "data": {"streaming": True, "dataloader_type": "external"},
+            "training": {**STEPS},
+        },
+        "data.dataloader_type",
+        ["try external"],
+    ),
+    (
+        training.streams_are_read_once_by_themselves,
+        "dense",
+        {"data": {"dataloader_type": "external"}, "training": {**STEPS}},
+        {"data": {"dataloader_type": "single"}, "training": {**STEPS}},
+        "data.dataloader_type",
+        ["is what streaming=True uses"],
+    ),
+    (
+        training.streams_are_read_once_by_themselves,
+        "dense",
+        {"data": {"streaming": True, "group_by_length": True}, "training": {**STEPS}},
+        {"data": {"group_by_length": True}, "training": {**STEPS}},
+        "data.group_by_length",
+        ["the lengths of all samples"],
+    ),
+    (
+        training.streams_are_read_once_by_themselves,
+        "dense",
+        {"data": {"streaming": True, "pad_to_max_length": True}, "training": {**STEPS}},
+        {"data": {"pad_to_max_length": True}, "training": {**STEPS}},
+        "data.pad_to_max_length",
+        ["the lengths of all samples"],
+    ),
+    (
+        training.streams_are_read_once_by_themselves,
+        "dense",
+        {
+            "data": {"streaming": True},
+            "training": {**STEPS, "enable_channel_loss": True},
+        },
+        {"data": {}, "training": {**STEPS, "enable_channel_loss": True}},
+        "training.enable_channel_loss",
+        ["channels of all samples"],
     ),
     (
         training.one_of_steps_and_epochs,
         "dense",
         {"training": {"train_iters": 10}},
-        {"training": {"train_iters": 10, "max_epochs": None}},
+        {"training": {**STEPS}},
         "training.train_iters",
         ["max_epochs=1", "set one of them to None"],
     ),
