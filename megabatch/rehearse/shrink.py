@@ -46,6 +46,7 @@ def shrink(recipe: Recipe, shape: ModelShape, *, steps: int, max_ranks: int) -> 
     vp = virtual_stages(recipe.parallel, shape.num_layers)
     small = _small_model(small, shape, vp=vp)
     small = _little_data(small, notes)
+    small = _new_adapters(small, notes)
     small = _few_steps(small, recipe, shape, steps=steps, world=world, vp=vp)
     return _without_faults(small, notes)
 
@@ -184,6 +185,18 @@ def _little_data(recipe: Recipe, notes: list[str]) -> Recipe:
             dataset_num_proc=1,
             **changed,
         ),
+    )
+
+
+def _new_adapters(recipe: Recipe, notes: list[str]) -> Recipe:
+    """Adapters fit the model that they were trained beside; here they are new, and merged in what is compared."""
+    bridge, tuner = recipe.bridge, recipe.tuner
+    if bridge.adapters or tuner.adapter_load is not None:
+        notes.append("bridge.adapters and tuner.adapter_load: new adapters instead")
+    if bridge.merge_lora is False and tuner.tuner_type == "lora":
+        notes.append("bridge.merge_lora=False: merged here, so that the model's weights tell what was trained")
+    return replace(
+        recipe, bridge=replace(bridge, adapters=(), merge_lora=None), tuner=replace(tuner, adapter_load=None)
     )
 
 

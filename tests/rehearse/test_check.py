@@ -38,6 +38,7 @@ def check(recipe: str, *flags: str, folder: Path, path: Path | None = None) -> s
     ("recipe", "flags", "layout"),
     [
         ("quickstart.py", (), "(ep 2)"),
+        ("gsm8k_lora.py", (), "(ep 2)"),
         ("qwen2_5_7b_sft.py", ("--num_virtual_stages_per_pipeline_rank", "2"), ""),
     ],
 )

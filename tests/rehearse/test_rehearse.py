@@ -63,7 +63,17 @@ def test_flags_that_ask_for_something_else_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart", "gsm8k_sft", "pretrain", "qwen3_moe_sft", "qwen2_5_7b_sft", "long_context_sft"]
+    "name",
+    [
+        "quickstart",
+        "gsm8k_sft",
+        "gsm8k_lora",
+        "pretrain",
+        "qwen3_moe_sft",
+        "qwen3_moe_lora",
+        "qwen2_5_7b_sft",
+        "long_context_sft",
+    ],
 )
 def test_recipes_shrink_to_what_few_processes_train(name: str) -> None:
     from megabatch.cli.recipe_file import load_recipe
