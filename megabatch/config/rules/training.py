@@ -50,7 +50,7 @@ def one_pass_has_one_epoch(recipe: Recipe, shape: ModelShape | None, layout: Lay
         yield Fault("data.dataloader_type", "single", rule, try_=("cyclic",))
 
 
-def streams_are_read_once_by_themselves(
+def streaming_needs_no_whole_dataset(
     recipe: Recipe, shape: ModelShape | None, layout: Layout | None
 ) -> Iterator[Fault]:
     data, training = recipe.data, recipe.training
@@ -287,7 +287,7 @@ RULES = (
     data_is_given,
     only_documents_are_cut_into_pieces,
     scales_weigh_conversations,
-    streams_are_read_once_by_themselves,
+    streaming_needs_no_whole_dataset,
     padding_and_packing_agree,
     one_pass_has_one_epoch,
     one_of_steps_and_epochs,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.rows.files import Origin
 from megabatch.data.run_caches import build_validation, cache_folder, stream_of
 from megabatch.data.stream import Drawn, Place, Stream
 from megabatch.errors import DataError
@@ -21,6 +22,7 @@ from megabatch.trainer.data.global_batch import GlobalBatch, Share
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.objective import Objective
+from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.steps import State, Step, Steps
 
@@ -35,6 +37,8 @@ class Streamed(Steps):
     share: Share
     ahead: Ahead
     train_iters: int
+    files: dict[tuple[str, bool], int] = field(default_factory=dict)
+    """File and `is_line` of the origins seen so far → number; the same on every rank."""
 
     @property
     def course(self) -> str:  # type: ignore[override]
@@ -58,6 +62,11 @@ class Streamed(Steps):
             step = self._step(self.ranks.on_main(lambda: next(mine)))
             yield replace(step, packs=[pack.pinned() for pack in step.packs]) if self.ahead.pinned else step
 
+    def places(self, pack: Pack) -> Sequence[str]:
+        files = list(self.files)
+        origins = zip(pack.columns["source"].tolist(), pack.columns["number"].tolist(), strict=True)
+        return [str(Origin(files[source][0], number, files[source][1])) for source, number in origins]
+
     def _step(self, drawn: Drawn) -> Step:
         """This rank's share of a batch, whose packs hold items that lie side by side."""
         bounds = drawn.samples.items
@@ -65,11 +74,18 @@ class Streamed(Steps):
         spans = [range(end - count, end) for end, count in zip(ends.tolist(), drawn.packs, strict=True)]
         sizes = np.diff(bounds)
         batch = GlobalBatch(
-            drawn.samples,
+            self._with_files_of_the_run(drawn.samples),
             [np.arange(bounds[span.start], bounds[span.stop]) for span in spans],
             [np.repeat(np.arange(len(span)), sizes[span.start : span.stop]) for span in spans],
         )
         return batch.step(self.share, cursor=drawn.place.to_json(), epoch=float(drawn.place.epoch))
+
+    def _with_files_of_the_run(self, samples: TokenCache) -> TokenCache:
+        """The samples with files numbered over all batches, of which each brings a list of its own."""
+        known = [(str(file), bool(is_line)) for file, is_line in samples.meta["sources"]]
+        numbers: np.ndarray = np.array([self.files.setdefault(file, len(self.files)) for file in known], np.int32)
+        origins = np.stack([numbers[samples.origins[:, 0]], samples.origins[:, 1]], axis=1)
+        return replace(samples, origins=origins)
 
 
 def open_stream(

@@ -156,7 +156,7 @@ CASES = [
         ["needs packing"],
     ),
     (
-        training.streams_are_read_once_by_themselves,
+        training.streaming_needs_no_whole_dataset,
         "dense",
         {"data": {"streaming": True}, "training": {"train_iters": None, "max_epochs": None}},
         {"data": {"streaming": True}, "training": {**STEPS}},
@@ -164,7 +164,7 @@ CASES = [
         ["needs train_iters"],
     ),
     (
-        training.streams_are_read_once_by_themselves,
+        training.streaming_needs_no_whole_dataset,
         "dense",
         {"data": {"streaming": True}, "training": {"train_iters": 10, "max_epochs": 3}},
         {"data": {"streaming": True}, "training": {**STEPS}},
@@ -172,7 +172,7 @@ CASES = [
         ["max_epochs=3", "set train_iters alone"],
     ),
     (
-        training.streams_are_read_once_by_themselves,
+        training.streaming_needs_no_whole_dataset,
         "dense",
         {"data": {"streaming": True, "split_dataset_ratio": 0.1}, "training": {**STEPS}},
         {"data": {"streaming": True, "val_dataset": ["b"]}, "training": {**STEPS}},
@@ -180,7 +180,7 @@ CASES = [
         ["give val_dataset"],
     ),
     (
-        training.streams_are_read_once_by_themselves,
+        training.streaming_needs_no_whole_dataset,
         "dense",
         {
             "data": {"streaming": True, "dataloader_type": "single"},
@@ -194,7 +194,7 @@ CASES = [
         ["try external"],
     ),
     (
-        training.streams_are_read_once_by_themselves,
+        training.streaming_needs_no_whole_dataset,
         "dense",
         {"data": {"dataloader_type": "external"}, "training": {**STEPS}},
         {"data": {"dataloader_type": "single"}, "training": {**STEPS}},
@@ -202,7 +202,7 @@ CASES = [
         ["is what streaming=True uses"],
     ),
     (
-        training.streams_are_read_once_by_themselves,
+        training.streaming_needs_no_whole_dataset,
         "dense",
         {"data": {"streaming": True, "group_by_length": True}, "training": {**STEPS}},
         {"data": {"group_by_length": True}, "training": {**STEPS}},
@@ -210,7 +210,7 @@ CASES = [
         ["the lengths of all samples"],
     ),
     (
-        training.streams_are_read_once_by_themselves,
+        training.streaming_needs_no_whole_dataset,
         "dense",
         {"data": {"streaming": True, "pad_to_max_length": True}, "training": {**STEPS}},
         {"data": {"pad_to_max_length": True}, "training": {**STEPS}},
@@ -218,7 +218,7 @@ CASES = [
         ["the lengths of all samples"],
     ),
     (
-        training.streams_are_read_once_by_themselves,
+        training.streaming_needs_no_whole_dataset,
         "dense",
         {
             "data": {"streaming": True},
