@@ -78,6 +78,24 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, references: 
     assert all(tensor.shape == its_adapter[name].shape for name, tensor in adapter.items())
 
 
+def test_what_dropout_left_out_is_left_out_again_where_layers_are_recomputed(
+    ranks: RankServer, references: dict[str, Path]
+) -> None:
+    tuner = {**LORA, "target_modules": ALL, "lora_dropout": 0.2}
+    curves = []
+    for name, recompute in (("kept", {}), ("again", FULL), ("experts again", {"recompute_modules": ["moe"]})):
+        groups = {"tuner": tuner, "recompute": recompute}
+        run = write_run(
+            recipe(references["qwen3_moe"].parent, "qwen3_moe", **groups), references["qwen3_moe"].parent / name
+        )
+        ranks.run(train, world_size=1, run_dir=str(run))
+        curves.append(curve(run))
+    for found in curves[1:]:
+        for (_, loss, norm), (_, its_loss, its_norm) in zip(found, curves[0], strict=True):
+            assert (loss, norm) == (pytest.approx(its_loss, rel=1e-5), pytest.approx(its_norm, rel=1e-5))
+    assert abs(curves[0][-1][1] - curve(references["qwen3_moe"])[-1][1]) > 1e-5, "something is left out"
+
+
 def test_adapters_learn(references: dict[str, Path]) -> None:
     for run in references.values():
         losses = [loss for _, loss in evaluations(run)]
