@@ -1,7 +1,7 @@
 """LoRA without a GPU or a download: adapters beside a small Qwen3-MoE learn word problems, on two CPU processes.
 
 python recipes/gsm8k_lora.py --local
-python recipes/gsm8k_lora.py --model path/to/model --dataset gsm8k_train.jsonl --val_dataset gsm8k_test.jsonl --local
+python recipes/gsm8k_lora.py --dataset gsm8k_train.jsonl --local
 """
 
 from megabatch import (
@@ -36,7 +36,7 @@ def recipe() -> Recipe:
             num_query_groups=2,
             kv_channels=16,
             padded_vocab_size=512,
-            max_position_embeddings=256,
+            max_position_embeddings=512,
             torch_dtype="float32",
         ),
         moe=MoE(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=64),
@@ -47,7 +47,7 @@ def recipe() -> Recipe:
             target_modules=["all-linear", "all-embedding", "output_layer"],
         ),
         bridge=Bridge(merge_lora=False),
-        data=Data(dataset=["example:arithmetic#400"], split_dataset_ratio=0.1, max_length=256, num_workers=0),
+        data=Data(dataset=["example:arithmetic#400"], split_dataset_ratio=0.1, max_length=512, num_workers=0),
         batch=Batch(micro_batch_size=4, global_batch_size=16),
         training=Training(train_iters=100),
         parallel=Parallel(expert_model_parallel_size=2, distributed_backend="gloo"),
