@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Sft(Objective):
     """- sum_t w_t f_t log p(y_t | y_<t), over the sum of the weights of the global batch or of each micro-batch.
 
-    f_t is 1; with dynamic fine-tuning (arXiv:2508.05629, equation 9) it is p(y_t | y_<t) without gradient.
+    f_t is 1; with dynamic fine-tuning (arXiv:2508.05629) it is p(y_t | y_<t) without gradient.
     """
 
     readout: Readout = Tokens()
