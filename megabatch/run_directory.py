@@ -110,6 +110,11 @@ class RunDirectory:
         return self.checkpoints / "latest"
 
     @property
+    def best(self) -> Path:
+        """Text file with the name of the checkpoint folder of the best evaluation, by `metric_for_best_model`."""
+        return self.checkpoints / "best"
+
+    @property
     def set_aside(self) -> Path:
         """JSON lines, one for each checkpoint that was renamed: damaged, or of a history that the run has left."""
         return self.checkpoints / "set_aside.jsonl"

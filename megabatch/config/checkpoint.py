@@ -17,14 +17,21 @@ class Checkpoint:
     """Folder for run directories; None means `megatron_output/<last part of the model's name, or the recipe's>`."""
     add_version: bool = param(True)
     """Creates a new folder `v<number>-<time>` in `save` for each run; False uses `save` itself."""
-    save_strategy: Literal["steps", "epoch"] = param("steps", built=("steps",))
-    """Unit of `save_interval`, `eval_interval` and `save_retain_interval`; epoch saves and evaluates after each."""
+    save_strategy: Literal["steps", "epoch"] = param("steps")
+    """Unit of `save_retain_interval` and `save_safetensors_interval`. epoch saves and evaluates at the step that ends
+    an epoch, whatever the intervals are; such a step may begin the next one."""
     save_interval: int = param(500, aliases=("save_steps",), at_least=1)
-    """Optimizer steps between checkpoints; the last step is always saved."""
+    """Optimizer steps between checkpoints; the last step is always saved. 1 epoch with `save_strategy` epoch."""
     save_retain_interval: int | None = param(None, at_least=1)
-    """Deletes older checkpoints unless their step is a multiple of this; None keeps them."""
+    """Deletes older checkpoints unless their step, or epoch, is a multiple of this; None keeps them."""
     save_total_limit: int | None = param(None, at_least=1)
-    """Number of newest checkpoints to keep; None keeps all."""
+    """Number of newest checkpoints to keep, the best of `metric_for_best_model` among them; None keeps all. The newest
+    is kept besides the best."""
+    metric_for_best_model: str | None = param(None)
+    """Metric of the evaluations (`loss`, or `eval_loss`) whose best checkpoint `checkpoints/best` names; it is never
+    deleted. None names none."""
+    greater_is_better: bool | None = param(None)
+    """Direction of that metric; None means yes unless its name ends in loss."""
     no_save_optim: bool = param(False)
     """Does not save the optimizer state: a smaller checkpoint, but no exact resume from it."""
     no_save_rng: bool = param(False)
@@ -32,9 +39,9 @@ class Checkpoint:
     save_safetensors: bool = param(True)
     """Saves Hugging Face safetensors in addition to the state to resume from."""
     save_safetensors_interval: int | None = param(None, at_least=1)
-    """Optimizer steps between checkpoints with safetensors, a multiple of `save_interval`; None means every
-    checkpoint. The last step's checkpoint always has them; one saved because the run was asked to stop has them only
-    if due."""
+    """Optimizer steps, or epochs, between checkpoints with safetensors, a multiple of `save_interval`; None means
+    every checkpoint. The last step's checkpoint always has them; one saved because the run was asked to stop has them
+    only if due."""
     max_shard_size: str = param("5GB")
     """Largest safetensors file: a number with B, KB, MB or GB (or KiB, MiB, GiB)."""
 
@@ -51,19 +58,23 @@ class Checkpoint:
     """Fails if `load` holds no checkpoint; False starts from `model` instead."""
     no_initialization: bool = param(True, speed_only=True)
     """Does not initialise weights that loading will set; a new model is always initialised."""
-    ckpt_format: Literal["torch", "torch_dist", "zarr"] = param("torch_dist", built=("torch_dist",))
+    ckpt_format: Literal["torch", "torch_dist", "zarr"] = param(
+        "torch_dist",
+        built=("torch_dist",),
+        refused="is a format of sharded state that megatron-core no longer has (0.16)",
+    )
     """Format of megatron-core checkpoints."""
-    auto_detect_ckpt_format: bool = param(True, built=False)
-    """Detects the format of `load`."""
+    auto_detect_ckpt_format: bool = param(True, speed_only=True)
+    """Detects the format of `load`. False has no effect: it is always seen from the files."""
     async_save: bool = param(False)
     """Continues training while a checkpoint is written: training waits for a copy in host memory alone. A run that is
     killed meanwhile resumes from the checkpoint before it."""
     use_persistent_ckpt_worker: bool = param(False, speed_only=True)
     """Keeps one process for asynchronous saves. Has no effect: each rank writes in a thread."""
-    ckpt_fully_parallel_load: bool = param(False, built=False)
-    """Distributes the reading of a checkpoint over data parallel ranks."""
-    ckpt_assume_constant_structure: bool = param(False, built=False)
-    """Plans a save once and reuses the plan."""
+    ckpt_fully_parallel_load: bool = param(False, speed_only=True)
+    """Ranks that need the same part of a checkpoint read and check it once between them, and send it to each other."""
+    ckpt_assume_constant_structure: bool = param(False, speed_only=True)
+    """Plans a save once and reuses the plan. Has no effect: planning takes a small part of a save."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

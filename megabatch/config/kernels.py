@@ -20,7 +20,9 @@ class Kernels:
     """Attention kernel of a multimodal model's vision tower."""
     cross_entropy_loss_fusion: bool = param(False, speed_only=True)
     """Computes the cross-entropy over a split vocabulary in one fused kernel."""
-    cross_entropy_fusion_impl: Literal["native", "te"] = param("native", built=("native",))
+    cross_entropy_fusion_impl: Literal["native", "te"] = param(
+        "native", built=("native",), refused="gives the loss alone, but objectives weigh each token's log-probability"
+    )
     """Fused cross-entropy of megatron-core (native) or of Transformer Engine (te)."""
     no_masked_softmax_fusion: bool = param(False, speed_only=True, negated_aliases=("masked_softmax_fusion",))
     """Computes scaling, mask and softmax of attention separately."""

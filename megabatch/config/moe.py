@@ -55,10 +55,16 @@ class MoE:
     moe_token_drop_policy: Literal["probs", "position"] = param("probs")
     """Which tokens beyond capacity are dropped: the least probable ones or the last ones."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = param(
-        "alltoall", built=("alltoall", "allgather")
+        "alltoall",
+        built=("alltoall", "allgather"),
+        refused="is not built: alltoall_seq is gone from megatron-core (0.16), and flex needs DeepEP on GPUs",
     )
     """How tokens reach the ranks of their experts."""
-    moe_enable_deepep: bool = param(False, built=False)
+    moe_enable_deepep: bool = param(
+        False,
+        built=False,
+        refused="needs the package deep_ep and GPUs with NVLink or RDMA, on which nothing was tested",
+    )
     """Dispatches with DeepEP's kernels; needs the flex dispatcher."""
     moe_grouped_gemm: bool = param(True, speed_only=True)
     """Computes a rank's experts in one grouped matrix product if the device supports it."""

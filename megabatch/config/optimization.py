@@ -7,6 +7,11 @@ from typing import Literal
 
 from megabatch.config.declare import param
 
+_TE = "needs Transformer Engine's Adam on GPUs, whose reduced state checkpoints do not hold yet"
+_LOW = "needs use_precision_aware_optimizer, which is refused"
+_OFFLOAD = "keeps state in the host's memory, where checkpoints do not look for it yet"
+_FRACTION = "needs optimizer_cpu_offload, which is refused"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningRate:
@@ -61,19 +66,19 @@ class Optimizer:
     """Momentum of sgd."""
     apply_wd_to_qk_layernorm: bool = param(False)
     """Also decays the weights of query and key norms (Qwen3-Next), towards 0."""
-    optimizer_cpu_offload: bool = param(False, built=False)
+    optimizer_cpu_offload: bool = param(False, built=False, refused=_OFFLOAD)
     """Keeps optimizer state in host memory."""
-    optimizer_offload_fraction: float = param(1.0, built=False, at_least=0, at_most=1)
+    optimizer_offload_fraction: float = param(1.0, built=False, refused=_FRACTION, at_least=0, at_most=1)
     """Fraction of the optimizer state to offload."""
-    use_precision_aware_optimizer: bool = param(False, built=False)
+    use_precision_aware_optimizer: bool = param(False, built=False, refused=_TE)
     """Allows optimizer state in the types below (Transformer Engine)."""
-    main_grads_dtype: Literal["fp32", "bf16"] = param("fp32", built=False)
+    main_grads_dtype: Literal["fp32", "bf16"] = param("fp32", built=False, refused=_LOW)
     """Type of the accumulated gradients; needs the precision-aware optimizer."""
-    main_params_dtype: Literal["fp32", "fp16"] = param("fp32", built=False)
+    main_params_dtype: Literal["fp32", "fp16"] = param("fp32", built=False, refused=_LOW)
     """Type of the optimizer's copy of the weights; needs the precision-aware optimizer."""
-    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = param("fp32", built=False)
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = param("fp32", built=False, refused=_LOW)
     """Type in which Adam's mean of gradients is stored; needs the precision-aware optimizer."""
-    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = param("fp32", built=False)
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = param("fp32", built=False, refused=_LOW)
     """Type in which Adam's mean of squared gradients is stored; needs the precision-aware optimizer."""
 
 

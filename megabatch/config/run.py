@@ -134,11 +134,11 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
         learning_rate=replace(recipe.learning_rate, lr=peak_lr(recipe)),
         parallel=_derived_parallel(recipe),
         moe=_derived_moe(recipe, shape),
-        checkpoint=replace(recipe.checkpoint, save=str(save_folder(recipe))),
+        checkpoint=replace(recipe.checkpoint, save=str(save_folder(recipe)), save_interval=save_interval(recipe)),
         logging=replace(recipe.logging, tensorboard_dir=recipe.logging.tensorboard_dir or str(run_dir / "runs")),
         evaluation=replace(
             recipe.evaluation,
-            eval_interval=recipe.evaluation.eval_interval or recipe.checkpoint.save_interval,
+            eval_interval=recipe.evaluation.eval_interval or save_interval(recipe),
         ),
         resources=replace(
             resources,
@@ -148,6 +148,11 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
             omp_num_threads=resources.omp_num_threads or resources.cpus_per_task or 1,
         ),
     )
+
+
+def save_interval(recipe: Recipe) -> int:
+    """In steps, or 1 epoch."""
+    return 1 if recipe.checkpoint.save_strategy == "epoch" else recipe.checkpoint.save_interval
 
 
 def torch_dtype(recipe: Recipe, shape: ModelShape) -> Any:

@@ -23,6 +23,8 @@ from megabatch.plan.shape import ModelShape
 
 LENGTH, ROWS, VALIDATION_ROWS, VOCABULARY, SAVE_EVERY = 256, 200, 24, 512, 3
 HEAD_DIM, MLP, EXPERT_MLP = 8, 64, 32
+LOSS_SCALE = 2.0**12
+"""First loss scale of fp16: a few steps are too few to come down from 2**32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +220,18 @@ def _few_steps(recipe: Recipe, whole: Recipe, shape: ModelShape, *, steps: int, 
     if pp > 1:
         accumulation = pp * max(1, accumulation // pp)
     micro = min(recipe.batch.micro_batch_size, 2)
-    rate, checkpoint = recipe.learning_rate, recipe.checkpoint
+    rate, checkpoint, precision = recipe.learning_rate, recipe.checkpoint, recipe.precision
     return replace(
         recipe,
         batch=replace(recipe.batch, micro_batch_size=micro, global_batch_size=micro * dp * accumulation),
         training=replace(recipe.training, train_iters=steps, max_epochs=None),
-        learning_rate=replace(rate, lr_decay_iters=None, lr_warmup_iters=min(rate.lr_warmup_iters, steps // 4)),
+        learning_rate=replace(
+            rate,
+            lr_decay_iters=None,
+            lr_warmup_iters=min(rate.lr_warmup_iters, steps // 4),
+            lr_wsd_decay_iters=rate.lr_wsd_decay_iters and min(rate.lr_wsd_decay_iters, steps // 4),
+        ),
+        precision=replace(precision, initial_loss_scale=max(LOSS_SCALE, precision.min_loss_scale)),
         evaluation=replace(recipe.evaluation, eval_interval=steps // 2, eval_iters=1),
         logging=replace(recipe.logging, report_to=None),
         watching=replace(recipe.watching, profile_steps=None, profile_ranks=(0,), callbacks=()),
@@ -232,6 +240,9 @@ def _few_steps(recipe: Recipe, whole: Recipe, shape: ModelShape, *, steps: int, 
             save=None,
             load=None,
             finetune=False,
+            save_strategy="steps",
+            metric_for_best_model=None,
+            greater_is_better=None,
             save_interval=SAVE_EVERY,
             save_retain_interval=None,
             save_safetensors_interval=None,

@@ -78,6 +78,21 @@ def named_by_latest(run: RunDirectory) -> Path | None:
     return _named_by(run.latest)
 
 
+def named_by_best(run: RunDirectory) -> Path | None:
+    """What `best` names, None when that is not there."""
+    return _named_by(run.best)
+
+
+def point_to_best(run: RunDirectory, step: int | None) -> None:
+    """Makes `best` name the checkpoint of a step, or nothing where that is not there."""
+    target = None if step is None else run.step(step)
+    if target is not None and is_checkpoint(target):
+        if named_by_best(run) != target:
+            write_atomic(run.best, target.name + "\n")
+    else:
+        run.best.unlink(missing_ok=True)
+
+
 def _named_by(latest: Path) -> Path | None:
     try:
         if not latest.is_file():  # a pipe would be waited for

@@ -83,9 +83,11 @@ def make_checkpoints(
             no_save_rng=group.no_save_rng,
             save_retain_interval=group.save_retain_interval,
             save_total_limit=group.save_total_limit,
+            by_epochs=group.save_strategy == "epoch",
         ),
         table=source.family.tensors(run.shape),
         export=export if group.save_safetensors else None,
+        each_once=group.ckpt_fully_parallel_load,
         adapter_config=None if tuning.lora is None else _adapter_config(run, tuning),
     )
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from megabatch.config.recipe import Recipe
-from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.saved.history import step_of
@@ -21,6 +20,7 @@ from megabatch.trainer import assemble
 from megabatch.trainer.activity import Activity
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
+from megabatch.trainer.due import best_of, ended_epoch, is_due
 from megabatch.trainer.engine import Engine, StepResult
 from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.model_source import model_source
@@ -29,7 +29,7 @@ from megabatch.trainer.settings_without_effect import note_settings_without_effe
 from megabatch.trainer.signals import StopSignal
 from megabatch.trainer.starting import start
 from megabatch.trainer.steps import Step
-from megabatch.trainer.sums import Flags
+from megabatch.trainer.sums import Flags, Ratio
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.table import opener
 from megabatch.trainer.watching.callbacks import Callbacks
@@ -107,22 +107,25 @@ class Loop:
         return self.parts.steps.train_iters
 
     def run_from(self, start: Progress) -> ExitCode:
+        group = self.recipe.checkpoint
+        best = best_of(group, start)
         if start.step == 0 and self.recipe.evaluation.eval_on_start:
             self._evaluate(0)
         if self.recipe.training.manual_gc:
             gc.disable()
         for progress, stop in self.steps(start):
             last = progress.step == self.train_iters
-            evaluate = last or progress.step % resolved(self.recipe.evaluation.eval_interval) == 0
-            save = last or stop or progress.step % self.recipe.checkpoint.save_interval == 0
-            if evaluate:
-                self._evaluate(progress.step)
+            evaluate = last or is_due(self.recipe.evaluation.eval_interval, progress, group)
+            save = last or stop or is_due(group.save_interval, progress, group)
+            found = self._evaluate(progress.step) if evaluate else None
+            if best is not None and found is not None:
+                best.see(progress.step, found)
             if save:
                 self._save(
-                    progress,
+                    progress if best is None else replace(progress, best=best.state),
                     at_once=last or stop,
                     must_resume=stop and not last,
-                    with_hf=last or self._exports_at(progress.step),
+                    with_hf=last or is_due(group.save_safetensors_interval, progress, group),
                 )
             self._collect_garbage(progress.step, pause=evaluate or save)
             if stop and not last:
@@ -160,6 +163,8 @@ class Loop:
                 tokens=progress.tokens + step.tokens,
                 samples=progress.samples + step.samples,
                 loss_scale=result.loss_scale,
+                epoch=step.epoch,
+                ended_epoch=ended_epoch(progress.epoch, step.epoch),
                 seconds=progress.seconds + seconds,
                 skipped=progress.skipped + (not result.updated),
                 recent=remembered(self.recipe.watching, Seen(result.metrics["loss"].value, result.grad_norm), before),
@@ -195,18 +200,16 @@ class Loop:
         )
         self.callbacks.call("on_step", progress.step, metrics=dict(self.metrics.log_step(record)))
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> Mapping[str, Ratio] | None:
+        """Metrics of the validation data; None where the run has none."""
         if self.parts.evaluator is None:
-            return
+            return None
         self.activity.at("evaluating", step)
         started = time.perf_counter()
         found = self.parts.evaluator.evaluate(self.engine, on_batch=lambda: self.metrics.heartbeat("running"))
         line = self.metrics.log_evaluation(step, found, time.perf_counter() - started)
         self.callbacks.call("on_evaluate", step, metrics=dict(line))
-
-    def _exports_at(self, step: int) -> bool:
-        interval = self.recipe.checkpoint.save_safetensors_interval
-        return interval is None or step % interval == 0
+        return found
 
     def _save(self, progress: Progress, *, at_once: bool, must_resume: bool, with_hf: bool) -> None:
         """Args: at_once: the run ends with this checkpoint, so that nothing is left for it to be written beside."""

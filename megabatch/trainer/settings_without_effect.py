@@ -28,6 +28,8 @@ CUDA = (
     "no_gradient_accumulation_fusion",
 )
 NEVER = {
+    "ckpt_assume_constant_structure": "planning a save takes milliseconds for each layer, whatever its size",
+    "auto_detect_ckpt_format": "the format of a checkpoint is always seen from its files",
     "attention_softmax_in_fp32": "every attention kernel computes its softmax in fp32",
     "cross_entropy_loss_fusion": "the loss is one fused vocabulary-parallel function in every case",
     "dataloader_persistent_workers": "threads build the batches, and they live as long as the run",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megabatch.config.checkpoint import Checkpoint
 from megabatch.config.layout import chunks_of
 from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Rlhf
@@ -107,10 +108,40 @@ def safetensors_are_saved_with_checkpoints(
         yield Fault(name, interval, "has no effect with save_safetensors=False; set one of them", try_=(None,))
     elif group.no_save_optim:
         yield Fault(name, interval, "with no_save_optim=True leaves the checkpoints in between empty", try_=(None,))
-    if interval % group.save_interval:
+    if group.save_strategy == "steps" and interval % group.save_interval:
         below = interval // group.save_interval * group.save_interval
         near = tuple(n for n in (below, below + group.save_interval) if n)
         yield Fault(name, interval, f"must be a multiple of save_interval={group.save_interval}", try_=near)
+
+
+def epochs_have_no_intervals(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """`save_strategy` epoch saves and evaluates after each epoch; an interval of steps would be silently lost."""
+    if recipe.checkpoint.save_strategy != "epoch":
+        return
+    given = (
+        ("checkpoint.save_interval", recipe.checkpoint.save_interval, Checkpoint().save_interval),
+        ("evaluation.eval_interval", recipe.evaluation.eval_interval, None),
+    )
+    for field, value, default in given:
+        if value not in (default, 1):
+            yield Fault(field, value, "has no effect with save_strategy='epoch', which saves after each", try_=(1,))
+
+
+def the_best_is_evaluated_and_saved(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    group, field = recipe.checkpoint, "checkpoint.metric_for_best_model"
+    metric, evaluates_every = group.metric_for_best_model, recipe.evaluation.eval_interval
+    if metric is None:
+        if group.greater_is_better is not None:
+            rule = "needs metric_for_best_model, which is None"
+            yield Fault("checkpoint.greater_is_better", group.greater_is_better, rule, try_=(None,))
+        return
+    if not (recipe.data.val_dataset or recipe.data.split_dataset_ratio):
+        yield Fault(field, metric, "needs validation data: val_dataset or split_dataset_ratio", try_=(None,))
+    if group.save_strategy == "steps" and evaluates_every and group.save_interval % evaluates_every:
+        rule = f"must be a multiple of eval_interval={evaluates_every} for metric_for_best_model={metric!r}"
+        yield Fault("checkpoint.save_interval", group.save_interval, rule, try_=(evaluates_every,))
 
 
 def warmup_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -292,6 +323,8 @@ RULES = (
     one_pass_has_one_epoch,
     one_of_steps_and_epochs,
     safetensors_are_saved_with_checkpoints,
+    epochs_have_no_intervals,
+    the_best_is_evaluated_and_saved,
     warmup_is_said_once,
     stable_phase_ends,
     norms_to_decay_exist,

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,13 +68,15 @@ class Checkpoints:
         table: Sequence[Mapped],
         export: Export | None,
         adapter_config: str | None = None,
+        each_once: bool = False,
     ) -> None:
         """`export` writes what others load, into `hf/`; None writes none. `adapter_config` lies beside adapters, for
-        the converters to know their ranks and scales."""
+        the converters to know their ranks and scales. `each_once`: ranks that need the same bytes share the reading.
+        """
         self.run, self.ranks, self.layout = run, ranks, layout
         self.retention, self.table, self.export = retention, table, export
         self._under_way: UnderWay | None = None
-        self.adapter_config = adapter_config
+        self.adapter_config, self.each_once = adapter_config, each_once
         if ranks.is_main:
             for leftover in run.checkpoints.glob(".*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -178,6 +181,7 @@ class Checkpoints:
             if self.adapter_config is not None and any(name.startswith(f"{MCORE}/") for name in found):
                 texts[f"{MCORE}/{ADAPTER_CONFIG}"] = self.adapter_config
             commit.commit(self.run, temporary, target, found, texts=texts)
+            self._point_to_best(progress)
 
         self.ranks.on_main(on_main)
         if self.ranks.is_main:
@@ -220,7 +224,7 @@ class Checkpoints:
                     raise
                 damaged.append((path, str(damage)))
                 continue
-            self.ranks.on_main(lambda path=path: self._settle(path, damaged, found.later))  # type: ignore[misc]
+            self.ranks.on_main(partial(self._settle, path, damaged, found.later, progress))
             return progress
         if damaged:
             which = "; ".join(f"{path.name}: {fault}" for path, fault in damaged)
@@ -230,7 +234,10 @@ class Checkpoints:
             )
         return None
 
-    def _settle(self, chosen: Path, damaged: Sequence[tuple[Path, str]], later: Sequence[Path]) -> None:
+    def _settle(
+        self, chosen: Path, damaged: Sequence[tuple[Path, str]], later: Sequence[Path], progress: Progress
+    ) -> None:
+        """Makes the checkpoint that was loaded, with this progress, the run's newest."""
         if not damaged and not later and history.named_by_latest(self.run) == chosen:
             return
         self._require_newest_start()
@@ -239,16 +246,23 @@ class Checkpoints:
                 logger.warning("%s", note.describe())
         except OSError as e:
             raise CheckpointError(f"{self.run.checkpoints} cannot be written: {e.strerror or e}") from e
+        self._point_to_best(progress)
+
+    def _point_to_best(self, progress: Progress) -> None:
+        try:
+            history.point_to_best(self.run, None if progress.best is None else int(progress.best["step"]))
+        except OSError as e:
+            raise CheckpointError(f"{self.run.best} cannot be written: {e.strerror or e}") from e
 
     def restore_weights(self, engine: Engine, folder: Path) -> None:
         """Loads the weights alone: of a checkpoint of ours, or of a torch_dist folder of megatron-core's."""
         with self._weights_in(folder) as (inner, manifest):
-            torch_dist.load(engine, inner, manifest, updates=None, rng=False)
+            torch_dist.load(engine, inner, manifest, updates=None, rng=False, each_once=self.each_once)
 
     def restore_base(self, engine: Engine, folder: Path) -> None:
         """Loads the model that adapters are beside, of a checkpoint as above."""
         with self._weights_in(folder) as (inner, manifest):
-            torch_dist.load_base(engine, inner, manifest)
+            torch_dist.load_base(engine, inner, manifest, each_once=self.each_once)
 
     @contextmanager
     def _weights_in(self, folder: Path) -> Iterator[tuple[Path, Manifest | None]]:
@@ -277,7 +291,8 @@ class Checkpoints:
         if rng and not same:
             logger.info("%s has no random generators for this layout: they start over", checkpoint)
         updates = progress.updates if optimizer else None
-        torch_dist.load(engine, checkpoint / MCORE, saved.manifest, updates=updates, rng=rng and same)
+        rng, inner = rng and same, checkpoint / MCORE
+        torch_dist.load(engine, inner, saved.manifest, updates=updates, rng=rng, each_once=self.each_once)
         if engine.optimizer is not None and optimizer:
             engine.optimizer.advance(progress.updates)
             if engine.optimizer.loss_scale is not None and progress.loss_scale is not None:

@@ -3,6 +3,7 @@ ones."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.saved import history
-from megabatch.saved.history import HF, MCORE
+from megabatch.saved.history import HF, MCORE, TRAINER
 from megabatch.saved.manifest import MANIFEST, File, manifest_text
 
 
@@ -23,7 +24,9 @@ class Retention:
     no_save_optim: bool = False
     no_save_rng: bool = False
     save_retain_interval: int | None = None
+    """In steps, or in epochs."""
     save_total_limit: int | None = None
+    by_epochs: bool = False
 
 
 def temporary_of(target: Path) -> Path:
@@ -69,15 +72,28 @@ def commit(
 
 
 def forget(run: RunDirectory, step: int, retention: Retention) -> None:
-    """Deletes what `save_retain_interval` and `save_total_limit` do not keep; never the newest, which is of `step`."""
-    older = [path for path in reversed(history.checkpoints(run)) if history.step_of(path) < step]
+    """Deletes what `save_retain_interval` and `save_total_limit` do not keep; never the newest, which is of `step`,
+    nor the best, which counts among those of the limit."""
+    best = history.named_by_best(run)
+    older = [p for p in reversed(history.checkpoints(run)) if history.step_of(p) < step and p != best]
     keep_every, keep_last = retention.save_retain_interval, retention.save_total_limit
-    doomed = [p for p in older if keep_every is not None and history.step_of(p) % keep_every]
+    doomed = [p for p in older if keep_every is not None and not _is_kept(p, keep_every, retention)]
     if keep_last is not None:
+        keep_last -= best is not None and history.step_of(best) < step
         kept = [p for p in older if p not in doomed]
-        doomed += kept[: max(0, len(kept) + 1 - keep_last)]
+        doomed += kept[: max(0, len(kept) + 1 - max(1, keep_last))]
     for path in doomed:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_kept(path: Path, every: int, retention: Retention) -> bool:
+    if not retention.by_epochs:
+        return history.step_of(path) % every == 0
+    try:
+        ended = int(json.loads((path / TRAINER).read_text(encoding="utf-8")).get("ended_epoch", 0))
+    except (OSError, ValueError):
+        return True  # what cannot be read is not deleted
+    return ended > 0 and ended % every == 0
 
 
 def room(run: RunDirectory) -> str:

@@ -29,6 +29,12 @@ class Progress:
     """Steps among these that changed no parameter, because fp16's gradients overflowed, or by a guard."""
     loss_scale: Mapping[str, float] | None = None
     """State of fp16's loss scale (`LossScale.state`)."""
+    epoch: float = 0.0
+    """Passes over the data."""
+    ended_epoch: int = 0
+    """The number of the epoch that ended with this step; 0 where none did."""
+    best: Mapping[str, float] | None = None
+    """Step and value of the best evaluation so far, by `metric_for_best_model`."""
     seconds: float = 0.0
     """Wall-clock time of these steps: a step that a resume takes again counts once, as it was taken last."""
     recent: Sequence[Any] = ()

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
@@ -75,15 +77,24 @@ def complete(planned: writing.Plan, directory: Path, written: writing.Written, r
     return files
 
 
-def load(engine: Engine, directory: Path, manifest: Manifest | None, *, updates: int | None, rng: bool) -> None:
+def load(
+    engine: Engine,
+    directory: Path,
+    manifest: Manifest | None,
+    *,
+    updates: int | None,
+    rng: bool,
+    each_once: bool = False,
+) -> None:
     """Reads the model and, if asked for, optimizer and generators into the engine; collective.
 
     Args: manifest: what every byte is checked against before it is used; None checks nothing.
     updates: those that the checkpoint's optimizer has done, to load it too; None leaves it fresh.
     rng: needs the layout that the checkpoint was saved with; everything else loads into any layout.
+    each_once: ranks that need the same bytes read them once between them, and send them to each other.
     Raises: CheckpointError on every rank; the one of a rank that met damage is a DamagedError.
     """
-    read = _opened(engine.ranks, directory, manifest)
+    read = _opened(engine.ranks, directory, manifest, each_once=each_once)
     if engine.model.tuning.lora is None:
         _load_own(engine, read)
     else:
@@ -97,9 +108,9 @@ def load(engine: Engine, directory: Path, manifest: Manifest | None, *, updates:
         _set_rng(read({"rng": _rng_object(engine.ranks)})["rng"])
 
 
-def load_base(engine: Engine, directory: Path, manifest: Manifest | None) -> None:
+def load_base(engine: Engine, directory: Path, manifest: Manifest | None, *, each_once: bool = False) -> None:
     """Reads the model's own tensors, whatever adapters it has; collective. Raises: CheckpointError, as `load`."""
-    _load_own(engine, _opened(engine.ranks, directory, manifest))
+    _load_own(engine, _opened(engine.ranks, directory, manifest, each_once=each_once))
 
 
 def _load_own(engine: Engine, read: Any) -> None:
@@ -117,7 +128,7 @@ def _load_trained(engine: Engine, read: Any) -> None:
             parameter.copy_(loaded[name])
 
 
-def _opened(ranks: Ranks, directory: Path, manifest: Manifest | None) -> Any:
+def _opened(ranks: Ranks, directory: Path, manifest: Manifest | None, *, each_once: bool) -> Any:
     error: MegabatchError | None = None
     reader: Reader | None = None
     try:
@@ -126,15 +137,19 @@ def _opened(ranks: Ranks, directory: Path, manifest: Manifest | None) -> Any:
         error = _unreadable(directory, e)
     ranks.raise_together(error)
     assert reader is not None
-    return partial(_read, ranks, directory, reader)
+    strategy: LoadShardedStrategy = TorchDistLoadShardedStrategy()
+    if each_once:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, ranks.replicas)
+    return partial(_read, ranks, directory, reader, strategy)
 
 
-def _read(ranks: Ranks, directory: Path, reader: Reader, state: dict[str, Any]) -> dict[str, Any]:
+def _read(
+    ranks: Ranks, directory: Path, reader: Reader, strategy: LoadShardedStrategy, state: dict[str, Any]
+) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
     error: MegabatchError | None = None
     try:
         with as_data(), through(reader):
-            strategy = TorchDistLoadShardedStrategy()
             loaded = dist_checkpointing.load(state, str(directory), sharded_strategy=strategy)
     except CheckpointException as e:  # no Exception, but what 0.16 raises on all ranks when some failed
         failures = [failure for failure, _ in e.failures.values()]
