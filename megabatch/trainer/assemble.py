@@ -93,5 +93,7 @@ def make_checkpoints(
 
 
 def _adapter_config(run: RunConfig, tuning: Tuning) -> str:
-    tables = Tables(family_named(run.shape.model_type), run.shape)
-    return config_text(run.recipe.tuner, tuning, tables, base=run.recipe.model.model, for_peft=False).decode()
+    """Raises: ConversionError, before the first step, where PEFT would load what is saved for it as another model."""
+    recipe, tables = run.recipe, Tables(family_named(run.shape.model_type), run.shape)
+    for_peft = recipe.bridge.merge_lora is False
+    return config_text(recipe.tuner, tuning, tables, base=recipe.model.model, for_peft=for_peft).decode()
