@@ -44,6 +44,10 @@ class _State:
     """Flat views by name: `param` (fp32 main copy) and the optimizer's own."""
 
 
+_Placed = tuple[_State, dist.ProcessGroup]
+"""With the data-parallel group of its parameter."""
+
+
 def sharded(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """What this rank writes, as megatron-core's sharded tensors; collective over each data-parallel group."""
     optimizer.allocate_missing_state()
@@ -71,7 +75,7 @@ def restore(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks, 
     optimizer.allocate_state(updates)
     described = _described(model_state)
     names = optimizer.state_names
-    for block in _blocks(_states(optimizer, ranks)):
+    for block in _blocks_everywhere(_states(optimizer, ranks)):
         wanted = {
             f"{i}.{name}": _entry(
                 described[state.parameter],
@@ -88,6 +92,19 @@ def restore(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks, 
                 for name in names:
                     if state.stop > state.start:
                         state.tensors[name].copy_(loaded[f"{i}.{name}"].reshape(-1)[state.start : state.stop])
+
+
+def _blocks_everywhere(states: Iterator[_Placed]) -> list[list[_Placed]]:
+    """As many on every rank, the last ones empty: also one that has less state than others takes part in every load.
+
+    A lone rank reads all at once: what it does not ask for megatron-core (0.16) takes to be another rank's.
+    """
+    if dist.get_world_size() == 1:
+        return [list(states)]
+    blocks = list(_blocks(states))
+    most = torch.tensor(len(blocks))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return blocks + [[] for _ in range(int(most) - len(blocks))]
 
 
 def _described(model_state: Mapping[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
@@ -184,7 +201,7 @@ def _everyones_ranges(dealt: Sequence[_Dealt], group: dist.ProcessGroup) -> Tens
     return torch.stack(everyone)
 
 
-def _states(optimizer: Optimizer, ranks: Ranks) -> Iterator[tuple[_State, dist.ProcessGroup]]:
+def _states(optimizer: Optimizer, ranks: Ranks) -> Iterator[_Placed]:
     """Every parameter in the same order on all ranks of its data-parallel group, and that group."""
     for inner in optimizer.inner:
         find = _distributed(inner) if isinstance(inner, DistributedOptimizer) else _plain(inner)
@@ -230,9 +247,9 @@ def _flat(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _blocks(
-    states: Iterator[tuple[_State, dist.ProcessGroup]],
-) -> Iterator[list[tuple[_State, dist.ProcessGroup]]]:
-    block: list[tuple[_State, dist.ProcessGroup]] = []
+    states: Iterator[_Placed],
+) -> Iterator[list[_Placed]]:
+    block: list[_Placed] = []
     size = 0
     for state, group in states:
         block.append((state, group))
