@@ -94,6 +94,12 @@ class RunDirectory:
         return self.path / "profile"
 
     @property
+    def tracker(self) -> Path:
+        """JSON of the process that hands metrics to a tracker: the tracker's id of this run, and the bytes of
+        metrics.jsonl that it has."""
+        return self.path / "tracker.json"
+
+    @property
     def heartbeat(self) -> Path:
         """JSON, replaced atomically by rank 0: time, step, state, job id, attempt, versions."""
         return self.path / "heartbeat.json"

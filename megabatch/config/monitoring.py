@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,14 +36,26 @@ class Logging:
     """Logs memory use to TensorBoard."""
     logging_level: Literal["debug", "info", "warning", "error", "critical"] | None = param(None)
     """Lowest level in a rank's log; None means info on rank 0 and warning on the others."""
-    report_to: Literal["wandb", "swanlab"] | None = param(None, built=False)
-    """Tracker in addition to TensorBoard; its key comes from WANDB_API_KEY or SWANLAB_API_KEY."""
-    wandb_project: str = param("megatron-swift", built=False)
+    report_to: Literal["wandb", "swanlab"] | None = param(None)
+    """Tracker in addition to TensorBoard; its key comes from WANDB_API_KEY or SWANLAB_API_KEY, without which it writes
+    offline."""
+    wandb_project: str = param("megatron-swift")
     """Project name in the tracker."""
-    wandb_exp_name: str | None = param(None, built=False)
+    wandb_exp_name: str | None = param(None)
     """Experiment name in the tracker; None means `save`."""
-    wandb_save_dir: str | None = param(None, built=False)
+    wandb_save_dir: str | None = param(None)
     """Folder of the tracker's local files; None means `wandb` or `swanlab` inside the run directory."""
+
+
+TRACKER_KEYS = {"wandb": "WANDB_API_KEY", "swanlab": "SWANLAB_API_KEY"}
+"""The variable that holds the key, by the name of a tracker's package."""
+
+
+def missing_tracker(package: str) -> str | None:
+    """The rule that `report_to` breaks in this Python if the package is not installed."""
+    if importlib.util.find_spec(package) is not None:
+        return None
+    return f"needs the package {package}, which {sys.executable} lacks; pip install 'megabatch[{package}]'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

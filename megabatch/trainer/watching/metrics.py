@@ -23,6 +23,7 @@ from megabatch.trainer.heartbeat import Heartbeat
 from megabatch.trainer.ranks import Place
 from megabatch.trainer.sums import Ratio
 from megabatch.trainer.watching.sinks import Board, Line, MetricsFile, Sink
+from megabatch.trainer.watching.tracker import TrackerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Metrics:
             from tqdm import tqdm
 
             self._sinks = [MetricsFile(self.run.metrics), Board(self.settings)]
+            if (package := self.settings.report_to) is not None:
+                self._sinks.append(TrackerProcess(package, self.run, attempt=self.attempt))
             self._bar = tqdm(
                 total=self.train_iters, initial=self.step, unit="step", disable=not sys.stderr.isatty(), leave=True
             )
@@ -97,7 +100,7 @@ class Metrics:
         if self.is_main:
             self._bar.close()
             for sink in self._sinks:
-                sink.close()
+                sink.close(failed=kind is not None)
             if kind is not None:
                 self.heartbeat("failed", force=True)
 

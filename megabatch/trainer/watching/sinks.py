@@ -29,8 +29,8 @@ class Sink(Protocol):
         """Takes a line. Raises: MegabatchError where that is a reason to end the run."""
         ...
 
-    def close(self) -> None:
-        """Nothing is written after it."""
+    def close(self, *, failed: bool) -> None:
+        """Nothing is written after it. Args: failed: the run ends with an error, which nothing should hold up."""
         ...
 
 
@@ -57,7 +57,7 @@ class MetricsFile(Sink):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         with contextlib.suppress(OSError):  # what a full disk did not take has been said already
             self._file.close()
 
@@ -94,7 +94,7 @@ class Board(Sink):
         if loss is not None and math.isfinite(loss):
             self._board.add_scalar("eval/perplexity", math.exp(min(loss, 700.0)), line["step"])
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         with contextlib.suppress(OSError):
             self._board.close()
 
