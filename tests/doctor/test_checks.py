@@ -22,7 +22,8 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 def _declared() -> dict[str, str]:
     """Distribution → range, as pyproject.toml has them for whoever runs megabatch."""
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *extras["train"], *extras["gpu"], *extras["vllm"]]
+    used = ("train", "gpu", "vllm", "wandb", "swanlab")
+    lines = [*PROJECT["dependencies"], *(line for name in used for line in extras[name])]
     parts = [line.partition(">=") for line in lines]
     return {name.split("[")[0]: f">={rest}" for name, _, rest in parts}
 
