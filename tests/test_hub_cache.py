@@ -73,7 +73,7 @@ def test_a_folder_that_is_not_there_is_said_with_what_is_nearly_called_so(caches
     (caches / "models" / "Qwen3-0.6B").mkdir(parents=True)
     (caches / "file").write_text("")
     for given, message in {
-        "model": rf"^model: there is no folder {caches}/model, and it is no model .*; did you mean models\?$",
+        "model": rf"^model: there is no folder {caches}/model, and it is not the name of .*; did you mean models\?$",
         "models/Qwen3-0.6": rf"^models/Qwen3-0.6: there is no folder {caches}/models/Qwen3-0.6, and no hub's cache .*"
         r"; did you mean models/Qwen3-0.6B\?$",
         f"{caches}/modles/Qwen3-0.6B": rf"did you mean {caches}/models/Qwen3-0.6B\?$",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megabatch.chain.outputs import reference
 from megabatch.config.recipe import Recipe
 from megabatch.config.resources import Resources
 from megabatch.config.roles import Role
-from megabatch.converters.request import ConversionRequest
+
+if TYPE_CHECKING:  # a recipe that converts nothing needs none of the tables
+    from megabatch.converters.request import ConversionRequest
 
 _ON_CPUS = Resources(gpus_per_node=0, time="4:00:00")
 

@@ -58,3 +58,10 @@ class Tuner:
 
     def __post_init__(self) -> None:
         freeze_lists(self)
+
+    @property
+    def trains_part(self) -> bool:
+        """Whether something of the model is frozen, as everything is beside adapters."""
+        frozen = self.freeze_parameters or self.freeze_parameters_regex or self.freeze_parameters_ratio
+        trained = self.trainable_parameters or self.trainable_parameters_regex
+        return self.tuner_type == "lora" or bool(frozen or trained)

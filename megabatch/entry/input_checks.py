@@ -14,7 +14,6 @@ from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.tokens import tokenizer
 from megabatch.entry.model import FoundModel, fault_of
 from megabatch.entry.paths import NUMBERED
-from megabatch.entry.tuning import tuning_faults
 from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.saved.find import find_to_load
@@ -32,8 +31,16 @@ _GZIP_RATIO = 8
 def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     """Faults of the run's inputs as far as names and sizes tell; reads no data."""
     found = _tokenizer(recipe, model, tokenizer.check)
-    tuning = tuning_faults(recipe, None if model.fault is not None else model.shape)
+    tuning = _tuning(recipe, model)
     return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *_load(recipe), *tuning]
+
+
+def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
+    if not recipe.tuner.trains_part or model.fault is not None:
+        return []
+    from megabatch.entry.tuning import tuning_faults  # the converters' tables; most recipes train everything
+
+    return list(tuning_faults(recipe, model.shape))
 
 
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:

@@ -7,9 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from megabatch.config.tuner import Tuner
-from megabatch.converters.adapters.targets import find_targets, find_whole, module_of
 from megabatch.converters.families import family_named
-from megabatch.converters.frozen import Freezing, frozen_names
 from megabatch.errors import ConversionError
 from megabatch.plan.settings import Lora
 from megabatch.plan.shape import ModelShape
@@ -24,13 +22,17 @@ _NORMS = {
 @lru_cache(maxsize=16)
 def trained_of(tuner: Tuner, shape: ModelShape) -> Mapping[str, Any]:
     """The fields of the plan's settings that say what is trained; all of it, where names are not the model's."""
+    if not tuner.trains_part:
+        return {}
     try:
-        return _lora(tuner, shape) if tuner.tuner_type == "lora" else {"frozen": _frozen(Freezing.of(tuner), shape)}
+        return _lora(tuner, shape) if tuner.tuner_type == "lora" else {"frozen": _frozen(tuner, shape)}
     except ConversionError:
         return {}  # `tuning` says so
 
 
 def _lora(tuner: Tuner, shape: ModelShape) -> dict[str, Any]:
+    from megabatch.converters.adapters.targets import find_targets, find_whole, module_of
+
     table = family_named(shape.model_type).tensors(shape)
     found = find_targets(table, tuner.target_modules, regex=tuner.target_regex, rank=tuner.lora_rank)
     saved = find_whole(table, tuner.modules_to_save, biases=tuner.lora_bias == "all")
@@ -40,10 +42,10 @@ def _lora(tuner: Tuner, shape: ModelShape) -> dict[str, Any]:
     return {"lora": lora}
 
 
-def _frozen(freezing: Freezing, shape: ModelShape) -> frozenset[str]:
-    if freezing == Freezing():
-        return frozenset()
-    names = frozen_names(family_named(shape.model_type).tensors(shape), freezing)
+def _frozen(tuner: Tuner, shape: ModelShape) -> frozenset[str]:
+    from megabatch.converters.frozen import Freezing, frozen_names
+
+    names = frozen_names(family_named(shape.model_type).tensors(shape), Freezing.of(tuner))
     return frozenset(_planned(name) for name in names)
 
 

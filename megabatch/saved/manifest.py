@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from xxhash import xxh3_64, xxh3_64_hexdigest
-
 from megabatch.errors import CheckpointError
 
 MANIFEST = "megabatch-manifest.json"
@@ -28,7 +26,7 @@ WHOLE = "all of it"
 _VERSION = 1
 _OURS = "xxh3-64"
 _OWN = ',"own":"{}"}}\n'
-_OWN_BYTES = len(_OWN.format(xxh3_64_hexdigest(b"")))
+_OWN_BYTES = len(_OWN.format("0" * 16))
 
 
 class DamagedError(CheckpointError):
@@ -43,8 +41,21 @@ class Digest(Protocol):
     def hexdigest(self) -> str: ...
 
 
+def _xxh3() -> Digest:
+    from xxhash import xxh3_64  # a plan takes no digest, and needs the standard library alone
+
+    digest: Digest = xxh3_64()
+    return digest
+
+
+def _hexdigest(data: bytes) -> str:
+    digest = _xxh3()
+    digest.update(data)
+    return digest.hexdigest()
+
+
 _ALGORITHMS: Mapping[str, Callable[[], Digest]] = {
-    _OURS: xxh3_64,
+    _OURS: _xxh3,
     "blake2b-128": lambda: hashlib.blake2b(digest_size=16),
 }
 
@@ -71,7 +82,7 @@ class File:
     @staticmethod
     def of(data: bytes) -> File:
         """A file that is written at once."""
-        return File(len(data), (Range(WHOLE, 0, len(data), xxh3_64_hexdigest(data)),))
+        return File(len(data), (Range(WHOLE, 0, len(data), _hexdigest(data)),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +126,7 @@ def manifest_text(files: Mapping[str, File]) -> str:
         for name, file in sorted(files.items())
     }
     text = json.dumps({"version": _VERSION, "digest": _OURS, "files": plain}, separators=(",", ":"))[:-1]
-    return text + _OWN.format(xxh3_64_hexdigest(text.encode()))
+    return text + _OWN.format(_hexdigest(text.encode()))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -124,7 +135,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         raw = path.read_bytes()
         made = json.loads(raw)
-        if made["digest"] == _OURS and raw[-_OWN_BYTES:].decode() != _OWN.format(xxh3_64_hexdigest(raw[:-_OWN_BYTES])):
+        if made["digest"] == _OURS and raw[-_OWN_BYTES:].decode() != _OWN.format(_hexdigest(raw[:-_OWN_BYTES])):
             raise ValueError("it differs from its own digest")
         if made["version"] != _VERSION or made["digest"] not in _ALGORITHMS:
             raise ValueError(f"version {made['version']} with digests {made['digest']!r}")

@@ -15,16 +15,16 @@ def trained(run_dir: str, fp32: bool) -> list[str]:
     import torch
     from megatron.core.transformer.module import Float16Module
 
-    from megabatch.trainer import engine
     from megabatch.trainer.model.build import HalfPrecision
+    from megabatch.trainer.readouts import tokens
 
-    real, seen = engine.token_logps, []
+    real, seen = tokens.token_logps, []
 
     def noted(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
         seen.append(str(logits.dtype))
         return real(logits, *arguments)
 
-    engine.token_logps = noted
+    tokens.token_logps = noted
     if fp32:
         HalfPrecision.forward = Float16Module.forward  # type: ignore[method-assign]
     assert train(run_dir) == 0

@@ -153,7 +153,7 @@ def test_embeddings_that_multi_token_prediction_does_not_share_are_refused(saved
     name = "model.layers.3.shared_head.head.weight"
     save_file(arrays | {name: arrays[name] + 1}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").symlink_to(saved("deepseek-v3-mtp") / "config.json")
-    with pytest.raises(ConversionError, match=f"{name} differs from lm_head.weight, which a layer of multi-token"):
+    with pytest.raises(ConversionError, match=f"{name} differs from lm_head.weight, which a multi-token"):
         open_hf_model(tmp_path)
 
 

@@ -92,7 +92,7 @@ def test_what_it_cannot_be_is_refused(published: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConversionError, match="has fused experts only"):
         convert(ConversionRequest(to_hf=True, model=published, expert_layout="per_expert"), output_dir=out)
-    with pytest.raises(ConversionError, match="not written with fused experts"):
+    with pytest.raises(ConversionError, match="not supported with fused experts"):
         convert(ConversionRequest(to_hf=True, model=published, fp8_quantise=True), output_dir=out)
     with pytest.raises(ConversionError, match="adapters of Qwen3VLMoeForConditionalGeneration are not supported"):
         convert(

@@ -102,13 +102,15 @@ def model_of(folder: Path, checkpoint: Path, output: Path) -> None:
 
     from megabatch.config.model import Model as ModelConfig
     from megabatch.config.recipe import Recipe
+    from megabatch.config.run import derived
     from megabatch.trainer import weights
     from megabatch.trainer.model.build import build, ddp_config
     from megabatch.trainer.model.transformer_config import transformer_config
     from megabatch.trainer.ranks import Ranks
 
     opened = open_hf_model(folder)
-    recipe = Recipe(name="test", task="sft", model=ModelConfig(model=str(folder), torch_dtype="float32"))
+    given = Recipe(name="test", task="sft", model=ModelConfig(model=str(folder), torch_dtype="float32"))
+    recipe = derived(given, shape=opened.shape, run_dir=Path())
     with Ranks() as ranks:
         ddp = ddp_config(use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False)
         model = build(opened.shape, transformer_config(recipe, opened.shape, virtual_size=None), ranks, ddp)
