@@ -27,6 +27,8 @@ class Task:
     """Default of `data.truncation_strategy`."""
     calculate_per_token_loss: bool = True
     """Default of `training.calculate_per_token_loss`."""
+    streams: bool = False
+    """Whether it can draw from a stream of rows (`data.streaming`)."""
     built: bool = False
     """Whether the trainer has it."""
 
@@ -47,8 +49,8 @@ def _head(task_type: str) -> Task:
 
 
 TASKS = (
-    Task(name="pt", task="pt", rows="documents", loss_scale="all", built=True),
-    Task(name="sft", task="sft", built=True),
+    Task(name="pt", task="pt", rows="documents", loss_scale="all", streams=True, built=True),
+    Task(name="sft", task="sft", streams=True, built=True),
     _rlhf("dpo"),
     _rlhf("kto"),
     _rlhf("rm"),

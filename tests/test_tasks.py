@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import typing
+from pathlib import Path
 
 import pytest
 
+import megabatch
 from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Rlhf
 from megabatch.config.training import Training
@@ -43,3 +46,19 @@ def test_what_a_recipe_says_is_one_task(said, name):
     task, rlhf_type, task_type = said
     found = find_task(task, rlhf_type=rlhf_type, task_type=task_type)
     assert (found.name if found else None) == name
+
+
+def test_nobody_else_asks_which_task_a_recipe_has() -> None:
+    """What differs between tasks is a field of the table; a recipe's `task` is compared where it is checked alone."""
+    package = Path(megabatch.__file__).parent
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            left = node.left if isinstance(node, ast.Compare) else None
+            if (
+                isinstance(left, ast.Attribute)
+                and left.attr == "task"
+                and isinstance(node.comparators[0], ast.Constant)
+            ):
+                found.append(path.relative_to(package).as_posix())
+    assert found == ["config/rules/training.py"], "task_and_algorithm_agree"

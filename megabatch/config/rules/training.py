@@ -34,9 +34,13 @@ def data_is_given(recipe: Recipe, shape: ModelShape | None, layout: Layout | Non
 def only_documents_are_cut_into_pieces(
     recipe: Recipe, shape: ModelShape | None, layout: Layout | None
 ) -> Iterator[Fault]:
-    if recipe.data.truncation_strategy == "split" and recipe.task != "pt":
+    if recipe.data.truncation_strategy == "split" and not _reads_documents(recipe):
         rule = f"is for task='pt', not {recipe.task!r}: an answer's later pieces would lack the question"
         yield Fault("data.truncation_strategy", "split", rule, try_=("right", "delete"))
+
+
+def _reads_documents(recipe: Recipe) -> bool:
+    return recipe.kind is not None and recipe.kind.rows == "documents"
 
 
 def padding_and_packing_agree(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -61,8 +65,9 @@ def streaming_needs_no_whole_dataset(
         return
     if training.train_iters is None:
         yield Fault("data.streaming", True, "needs train_iters: the length of a stream is not known")
-    if recipe.task == "rlhf":
-        yield Fault("data.streaming", True, "is for task='pt' and task='sft'", try_=(False,))
+    if recipe.kind is not None and not recipe.kind.streams:
+        streaming = " and ".join(task.name for task in TASKS if task.streams)
+        yield Fault("data.streaming", True, f"is for {streaming}, not {recipe.kind.name}", try_=(False,))
     if training.max_epochs is not None:
         rule = f"and max_epochs={training.max_epochs}: the length of a stream is not known; set train_iters alone"
         yield Fault("data.streaming", True, rule)
@@ -82,7 +87,7 @@ def streaming_needs_no_whole_dataset(
 
 def scales_weigh_conversations(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     text = recipe.data.loss_scale
-    if text is not None and recipe.task == "pt" and parse(text).scales:
+    if text is not None and _reads_documents(recipe) and parse(text).scales:
         rule = "weighs parts of an assistant's turns, and task='pt' reads plain texts, of which every token is learned"
         yield Fault("data.loss_scale", text, rule, try_=(None,))
 
