@@ -1,10 +1,10 @@
 """Optimizer steps and evaluation through megatron-core's pipeline schedules, under one rule for every loss.
 
-The objective returns numerators; the engine divides by the denominator of the global batch, which the source of steps
-knows without communication, and undoes megatron-core's own scaling: its schedule multiplies a micro-batch's losses,
-those of the experts' balance too, by cp / num_microbatches, and its data parallelism averages gradients over dp * cp
-ranks. That mean counts micro-batches without samples, which fill up a round of a pipeline: `empty_undone` takes them
-out of it.
+The objective returns numerators. The engine divides by the denominator of the global batch, which the source of steps
+knows without communication, and undoes megatron-core's own scaling: the schedule multiplies every loss of a
+micro-batch, the MoE balancing losses included, by cp / num_microbatches, and data parallelism averages gradients over
+dp * cp ranks. That average also counts empty micro-batches, which only fill up a pipeline round; `empty_undone`
+corrects for them.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ from megabatch.trainer.zigzag import Cut, zigzag
 class StepResult:
     metrics: Mapping[str, Ratio]
     grad_norm: float | None
-    """L2 norm of the gradient of the global batch's loss, before clipping; None where fp16's gradients overflowed, and
+    """L2 norm of the gradient of the global batch's loss, before clipping. None when fp16 gradients overflowed, and
     the step changed no parameter."""
     updated: bool
-    """False: the update was left out, by a guard or because of an overflow."""
+    """False when a guard or an overflow skipped the update."""
     learning_rate: float
     loss_scale: Mapping[str, float] | None
-    """State of fp16's loss scale after the step (`LossScale.state`)."""
+    """State of the fp16 loss scale after the step (`LossScale.state`)."""
     flags: Flags
-    """Those that any rank raised; the same on every rank."""
+    """Flags raised by any rank; the same on every rank."""
     times: Mapping[str, float]
-    """Seconds by part of the step; on a GPU the last part is the previous step's, so that nothing waits for it."""
+    """Seconds by part of the step. On a GPU the last part is the previous step's, so reading it blocks nothing."""
 
 
 POLICY = "policy"
-"""The model that is trained, by its name in `Engine.infer`."""
+"""Name of the trained model in `Engine.infer`."""
 
 Accept = Callable[[Measured], bool]
-"""Whether the update of a step is taken; the same answer on every rank."""
+"""Decides whether to apply a step's update; must answer the same on every rank."""
 
 Last = Callable[[Pack, Tensor], tuple[Tensor, Mapping[str, Any]]]
-"""What happens to a micro-batch's output on the last pipeline stage: (loss, what the schedule hands back)."""
+"""Processes a micro-batch's output on the last pipeline stage: returns (loss, what the schedule hands back)."""
 
 
 class Engine:
-    """A model, its optimizer and the ranks it is spread over."""
+    """A model, its optimizer and the ranks that share it."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Engine:
         optimizer: Optimizer | None = None,
         frozen: Mapping[str, Model] | None = None,
     ) -> None:
-        """Args: `frozen`: further models by name, such as a reference, of the same layout and without gradients."""
+        """Args: `frozen`: more models by name, such as a reference; same layout, no gradients."""
         self.model = model
         self.ranks = ranks
         self.optimizer = optimizer
@@ -101,8 +101,8 @@ class Engine:
         """One optimizer step on this data-parallel rank's micro-batches.
 
         Args: packs: this rank's micro-batches; totals: denominators of the global batch, over all data-parallel ranks;
-        filled: micro-batches with samples, likewise; flags: what this rank says of itself after this step; accept:
-        asked before the update.
+        filled: micro-batches that hold samples, over all data-parallel ranks; flags: this rank's flags after this
+        step; accept: called before the update.
         """
         assert self.optimizer is not None, "an engine for inference has no optimizer"
         packs = objective.prepare(packs, self)
@@ -116,7 +116,7 @@ class Engine:
         sums = Sums(objective.metrics, self.ranks)
         self._stopwatch.start()
         sums.add(found := self._run(POLICY, packs, self._loss(objective, factor), forward_only=False))
-        # on their way while the optimizer waits for the gradient norm: reading them then costs nothing
+        # the sums travel while the optimizer waits for the gradient norm, so reading them afterwards is free
         pending = sums.reduce(flags)
         grad_norm = self.optimizer.gradient_norm()
         self._stopwatch.end("forward_backward_s")
@@ -137,12 +137,12 @@ class Engine:
         )
 
     def optimizer_from_model(self) -> None:
-        """Takes the optimizer's main parameters from the model, after weights were loaded into it."""
+        """Copies the model's weights into the optimizer's main parameters, after loading weights."""
         if self.optimizer is not None:
             self.optimizer.megatron.reload_model_params()
 
     def evaluate(self, batches: Iterable[Sequence[Pack]], objective: Objective) -> Mapping[str, Ratio]:
-        """The objective's metrics over these batches of micro-batches, of every data-parallel rank; no gradients."""
+        """The objective's metrics over these batches of micro-batches on all data-parallel ranks; no gradients."""
         sums = Sums(objective.metrics, self.ranks)
         for packs in batches:
             sums.add(self._without_gradients(POLICY, objective.prepare(packs, self), self._loss(objective, 1.0)))
@@ -151,13 +151,13 @@ class Engine:
     def infer(self, packs: Sequence[Pack], readout: Readout, *, model: str = POLICY) -> list[dict[str, Tensor]]:
         """The readout's fields of each pack, on every rank that shares the model; no gradients, no dropout.
 
-        All packs go through the pipeline in one pass, interleaved stages too; one collective joins the parts of rows
-        that are cut, and one brings the fields to the other stages. Collective over the ranks of a model, those that
-        share rows and those that share experts: each gives as many packs as the others, and as many as an interleaved
-        pipeline takes (`Interleaving.rounds`).
+        All packs go through the pipeline in one pass, interleaved or not. One collective joins the parts of rows split
+        by context parallelism; another sends the fields to the other stages. Collective over the ranks that share a
+        model, rows (context parallel) or experts: each passes the same number of packs, one that an interleaved
+        pipeline accepts (`Interleaving.rounds`).
 
-        Returns: tensors on this rank's device, in the order of the packs, `[T]` or `[N]` by `Field.per` and more
-        dimensions by `Field.shape`.
+        Returns: tensors on this rank's device, in the order of the packs: `[T]` or `[N]` by `Field.per`, then the
+        dimensions of `Field.shape`.
         """
 
         def read(pack: Pack, output: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -181,7 +181,7 @@ class Engine:
             return self._run(model, packs, last, forward_only=True)
 
     def _loss(self, objective: Objective, factor: float) -> Last:
-        """Args: `factor`: what numerators are multiplied with."""
+        """Args: `factor`: multiplies the numerators."""
 
         def loss(pack: Pack, output: Tensor) -> tuple[Tensor, Mapping[str, Mean]]:
             terms = share_of(objective.terms(objective.readout(output, pack, self._splits[POLICY]), pack), pack)
@@ -194,7 +194,7 @@ class Engine:
         return loss
 
     def _run(self, name: str, packs: Sequence[Pack], last: Last, *, forward_only: bool) -> list[Mapping[str, Any]]:
-        """What `last` gave for each micro-batch; nothing on the other stages."""
+        """What `last` returned for each micro-batch; empty on the other stages."""
         model = self.models[name]
         longest = max(len(pack.ids_T) for pack in packs)
         iterators: list[Iterator[Pack]] = [iter(packs) for _ in model.wrapped]
@@ -225,16 +225,16 @@ class Engine:
         return output, lambda output: last(pack, output.squeeze(0))
 
     def _cut(self, pack: Pack) -> Cut | None:
-        """How this row is cut over context-parallel ranks."""
+        """How this row is split over context-parallel ranks."""
         if self.ranks.cp_size == 1:
             return None
         return zigzag(pack.cu_seqlens_padded, self.ranks.cp, device=self.ranks.device)
 
     def _padding(self, model: Model, pack: Pack, chunk: Any) -> dict[str, Tensor]:
-        """Which positions the experts leave out: a mask of the row, in a stage without embedding of this rank's part.
+        """The mask of positions that experts skip: the row's, or on a stage without the embedding this rank's part.
 
-        megatron-core cuts the mask for sequence parallelism where it cuts the embedding's output. Experts of a
-        capacity also need the order of a row that is cut over context-parallel ranks.
+        For sequence parallelism, megatron-core splits the mask where it splits the embedding's output. Experts with a
+        capacity also need the original order of a row that is split over context-parallel ranks.
         """
         mask_T = pack.padding_T
         if pack.cut is not None and model.config.moe_expert_capacity_factor is not None:
@@ -267,7 +267,7 @@ def _split(model: Model, ranks: Ranks) -> Split:
 
 
 def share_of(terms: Terms, pack: Pack) -> Terms:
-    """The terms of which the sum over context-parallel ranks counts everything once."""
+    """The terms, zeroed where another context-parallel rank already counts them, so the sum counts everything once."""
     if terms.per == "token" or pack.cut is None or pack.cut.is_first:
         return terms
     metrics = {name: Mean(mean.total * 0, mean.count * 0) for name, mean in terms.metrics.items()}
@@ -275,25 +275,25 @@ def share_of(terms: Terms, pack: Pack) -> Terms:
 
 
 def _factor(norm: Norm, totals: Mapping[Norm, float], *, filled: int) -> float:
-    """What a numerator is multiplied with, so that their mean over filled micro-batches is their sum / total."""
+    """Multiplies each numerator so that their mean over filled micro-batches equals their sum / total."""
     if norm is Norm.MICRO_BATCH:
         return 1.0
     return filled / totals[norm] if totals[norm] > 0 else 0.0
 
 
 def empty_undone(*, micro_batches: int, dp_size: int, filled: int) -> float:
-    """What turns the mean over all micro-batches, `micro_batches` on each of `dp_size` ranks, into the mean over the
-    `filled` ones: those without samples add nothing to its sum."""
+    """The factor that turns a mean over all micro-batches (`micro_batches` on each of `dp_size` ranks) into a mean
+    over the `filled` ones; empty micro-batches add nothing to the sum."""
     return micro_batches * dp_size / filled
 
 
 def _scaled(optimizer: Optimizer, factor: float, loss: Tensor) -> Tensor:
-    """What megatron-core multiplies each loss with before it goes backward."""
+    """megatron-core calls this on each loss before the backward pass."""
     return optimizer.scale_loss(loss) * factor
 
 
 def _overlap(model: Model) -> None:
-    """Hooks that let gradient reduction wait for the last micro-batch and overlap with the backward, if asked for."""
+    """Sets hooks that delay gradient reduction to the last micro-batch and overlap it with backward, if enabled."""
     chunks = model.wrapped
     if chunks[0].ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]

@@ -54,7 +54,7 @@ def train(run: RunConfig, stop: StopSignal, activity: Activity) -> ExitCode:
 
 
 def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity) -> tuple[Loop, Progress]:
-    """The loop of a run with everything loaded, and where it goes on; its `metrics` are yet to be entered."""
+    """The run's loop with everything loaded, and the progress it starts from; the caller enters its `metrics`."""
     folder = RunDirectory(Path(run.run_dir))
     heart = Heartbeat(folder, ranks.place)
     if (tracker := run.recipe.logging.report_to) is not None:
@@ -140,7 +140,7 @@ class Loop:
         return ExitCode.DONE
 
     def steps(self, progress: Progress) -> Iterator[tuple[Progress, bool]]:
-        """Trains step by step; yields how far the run is and whether a stop was asked for."""
+        """Trains step by step; yields the progress and whether a stop was requested."""
         steps = self.parts.steps.after(progress.cursor, self.engine)
         while progress.step < self.train_iters:
             started = time.perf_counter()
@@ -215,7 +215,7 @@ class Loop:
         return found
 
     def _save(self, progress: Progress, *, at_once: bool, must_resume: bool, with_hf: bool) -> None:
-        """Args: at_once: the run ends with this checkpoint, so that nothing is left for it to be written beside."""
+        """Args: at_once: write synchronously, because the run ends with this checkpoint."""
         self.activity.at("saving", progress.step)
         self.metrics.heartbeat("saving", force=True)
         with self.metrics.timed("save_s"):
@@ -227,7 +227,7 @@ class Loop:
         self._saved(path)
 
     def _finish_save(self) -> None:
-        """Commits the checkpoint that is written beside training, if there is one."""
+        """Waits for the asynchronous checkpoint, if there is one, and commits it."""
         if (path := self.checkpoints.finish()) is not None:
             self._saved(path)
 
@@ -236,7 +236,7 @@ class Loop:
         self.callbacks.call("on_save", step_of(path), path=str(path))
 
     def _collect_garbage(self, step: int, *, pause: bool) -> None:
-        """Every rank at the same step, so that none waits for another's pause."""
+        """Collects on every rank at the same step, so that no rank waits for another's pause."""
         if not self.recipe.training.manual_gc:
             return
         interval = self.recipe.training.manual_gc_interval

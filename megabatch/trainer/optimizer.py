@@ -20,9 +20,9 @@ from megabatch.trainer.model.build import Model
 class Optimizer:
     """Adam (decoupled weight decay) or SGD over a model's chunks, with warmup, decay and clipping.
 
-    As in Megatron-LM, parameters of one dimension (norms, biases) have no weight decay, with warmup the first step's
-    learning rate is 0, and a step whose fp16 gradients overflow changes nothing: neither parameters nor the learning
-    rate of the next step.
+    As in Megatron-LM: one-dimensional parameters (norms, biases) have no weight decay; with warmup, the first step's
+    learning rate is 0; a step whose fp16 gradients overflow changes neither the parameters nor the learning-rate
+    schedule.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Optimizer:
         return self.megatron.scale_loss(loss)
 
     def gradient_norm(self) -> float | None:
-        """Takes the gradient from the model. `update` comes next, or nothing: a step may be judged between them.
+        """Takes the gradient from the model. The caller then decides whether to call `update` or skip the step.
 
-        Returns: its L2 norm; None where fp16's gradients overflowed, there is no update, and the loss scale may have
-        become smaller.
-        Raises: MegabatchError where gradients overflow at the smallest loss scale.
+        Returns: its L2 norm; None when fp16 gradients overflowed: there is no update, and the loss scale may have
+        been lowered.
+        Raises: MegabatchError when gradients overflow at the smallest loss scale.
         """
         self.used_learning_rate = float(self.schedule.get_lr(self.megatron.param_groups[0]))
         was_lowest = self.loss_scale is not None and self.loss_scale.is_lowest
@@ -89,7 +89,7 @@ class Optimizer:
         return float(self.megatron.get_grad_norm())
 
     def update(self, grad_norm: float) -> None:
-        """Clips the gradient, whose norm this is, and updates the parameters and the learning rate."""
+        """Clips the gradient by its norm `grad_norm`, updates the parameters and advances the learning rate."""
         if self.clip_grad > 0:
             for inner in self.inner:
                 if parameters := [] if inner.is_stub_optimizer else inner.get_parameters():
@@ -99,32 +99,32 @@ class Optimizer:
 
     @property
     def inner(self) -> list[Any]:
-        """megatron-core's optimizers: one for dense parameters and, with experts, one for those."""
+        """megatron-core's optimizers: one for dense parameters and, for an MoE model, one for experts."""
         return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """What is kept for each parameter, `param` being the main copy."""
+        """Names of the state kept for each parameter; `param` is the main copy."""
         return ("param", "exp_avg", "exp_avg_sq") if self.is_adam else ("param", "momentum_buffer")
 
     def advance(self, steps: int) -> None:
-        """Moves the learning-rate schedule on by steps that were done before."""
+        """Advances the learning-rate schedule by steps done in earlier attempts."""
         self.schedule.step(steps)
 
     def allocate_state(self, updates: int) -> None:
-        """Makes the state that many updates would have made, with zeros in it, for a checkpoint to be read into."""
+        """Allocates the state as it is after `updates` updates, filled with zeros, to load a checkpoint into."""
         for inner in self.inner:
             if inner.optimizer is None:
                 continue
             for group in inner.optimizer.param_groups:
                 if "step" in group:
-                    # Transformer Engine's and Apex's Adam count here, torch's for each parameter
+                    # Transformer Engine's and Apex's Adam count steps per group, torch's per parameter
                     group["step"] = updates
                 for parameter in group["params"]:
                     self._allocate(inner.optimizer, parameter, updates)
 
     def allocate_missing_state(self) -> None:
-        """Makes the state of before the first update where there is none yet: with fp16 that may take some steps."""
+        """Allocates zero state where there was no update yet: with fp16, the first steps may all overflow."""
         for inner in self.inner:
             for group in [] if inner.optimizer is None else inner.optimizer.param_groups:
                 for parameter in group["params"]:
@@ -140,14 +140,14 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        """What the last step used."""
+        """The learning rate of the last step."""
         return self.used_learning_rate
 
 
 def schedule_of(
     optimizer: Any, learning_rate: LearningRate, weight_decay: float, *, train_iters: int
 ) -> OptimizerParamScheduler:
-    """megatron-core's schedule of an optimizer's learning rate. Raises: ConfigError where WSD's decay does not fit."""
+    """megatron-core's learning-rate schedule for an optimizer. Raises: ConfigError when WSD's decay does not fit."""
     decay = learning_rate.lr_decay_iters or train_iters
     warmup = learning_rate.lr_warmup_iters
     if learning_rate.lr_warmup_fraction is not None:

@@ -1,7 +1,7 @@
 """Samples → one flat row of tensors, without padding between the sequences.
 
-T tokens of the row (with padding), or of one rank's part of it; N sequences; S segments: the N sequences, and the
-row's padding if there is any.
+T: tokens of the row, padding included, or of one rank's part of it. N: sequences. S: segments, which are the N
+sequences plus the row's padding if there is any.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megabatch.trainer.zigzag import Cut
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
-    """A micro-batch: sequences one after the other, which never see each other."""
+    """A micro-batch: concatenated sequences that do not attend to each other."""
 
     ids_T: Tensor
     """int64 token ids."""
@@ -30,13 +30,13 @@ class Pack:
     weights_T: Tensor
     """float32: loss weight of predicting `targets_T[t]` at position t; 0 at last positions and in padding."""
     positions_T: Tensor
-    """int64: place within the sequence, from 0."""
+    """int64: position within the sequence, from 0."""
     segments_T: Tensor
-    """int32: number of the sequence, or N for the row's padding."""
+    """int32: index of the sequence, or N for the row's padding."""
     padding_T: Tensor | None
-    """bool: whether a position is padding, of the row or of a sequence; None for a row without any."""
+    """bool: whether a position is padding, of the row or of a sequence; None if there is no padding."""
     cu_seqlens: Tensor
-    """int32 [S + 1]: cumulative real lengths in the whole row; the row's padding counts as a real sequence, so that
+    """int32 [S + 1]: cumulative unpadded lengths in the whole row. The row's padding counts as a sequence, so that
     attention is defined everywhere."""
     cu_seqlens_padded: Tensor
     """int32 [S + 1]: where each segment starts in the whole row. Equal to `cu_seqlens` unless sequences are padded."""
@@ -45,33 +45,33 @@ class Pack:
     max_seqlen: int
     """Longest segment, padding included."""
     items_N: Tensor
-    """int64: number of the item that each sequence belongs to, from 0; those of an item lie side by side."""
+    """int64: index of the item that each sequence belongs to, from 0; the sequences of an item are adjacent."""
     columns: Mapping[str, Any]
-    """Of each sequence: int64 or float32 [N], or a list of other values, such as references to media."""
+    """One value per sequence: int64 or float32 [N], or a list of other values, such as references to media."""
     token_columns: Mapping[str, Tensor]
-    """float32 or int32 [T, …] of the prediction made at each position, as `weights_T`; 0 at last positions and in
-    padding."""
+    """float32 or int32 [T, …]: values of the prediction made at each position, like `weights_T`; 0 at last positions
+    and in padding."""
     cut: Cut | None = None
-    """How the row was cut over context-parallel ranks, of which this is one's part; None for a whole row."""
+    """How the row is split over context-parallel ranks, when this is one rank's part; None for a whole row."""
 
     def part(self, cut: Cut) -> Pack:
-        """What one rank has of this row, on the cut's device: its tokens, and all that belongs to sequences."""
+        """One rank's part of this row, on the cut's device: its tokens, and every per-sequence value."""
         assert self.cut is None, "a part is not cut again"
         named = {name: value[cut.mine_t] for name, value in self._tensors() if name.endswith("_T")}
         token_columns = {name: values[cut.mine_t] for name, values in self.token_columns.items()}
         return replace(self, **named, token_columns=token_columns, cut=cut)
 
     def sequence_sums(self, values_T: Tensor) -> Tensor:
-        """The sum over each sequence, [T, …] → [N, …]; of all its tokens, also where this is a part of a row.
+        """Sums over each sequence, [T, …] → [N, …]; always over all its tokens, even if this is one part of a row.
 
-        Differentiable; of a part collective over the ranks that have the others, in backward too.
+        Differentiable. On a part it is collective over the ranks that hold the row, in backward too.
         """
         sums = values_T.new_zeros((self.sequences + 1, *values_T.shape[1:]))
         sums = sums.index_add(0, self.segments_T.long(), values_T)[: self.sequences]
         return sums if self.cut is None else summed(sums, self.cut.group)
 
     def to(self, device: torch.device | str) -> Pack:
-        """The same pack on a device; `cu_seqlens` go along."""
+        """The same pack on a device, `cu_seqlens` included."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Pack:
@@ -91,7 +91,7 @@ class Pack:
 
 
 BLANK = Sample(np.zeros(0, np.int32), np.zeros(0, np.float32))
-"""Of samples without columns."""
+"""The blank of samples that have no columns."""
 
 
 def collate(
@@ -106,13 +106,13 @@ def collate(
 ) -> Pack:
     """One row of these samples, in order.
 
-    Args: `items`: number of the item of each sample, None where each is one; `blank`: a sample without tokens, which
-    says what columns a row without samples has; `row_multiple`: the row's length is rounded up to it by one more
-    segment of weight 0 (tensor parallel size for sequence parallelism, 2·cp·tp with context parallelism);
-    `row_length`: least length of the row, a multiple of `row_multiple`; `sequence_multiple`: each sequence's length
-    likewise (2·cp), by tokens of weight 0 at its end. It must divide `row_multiple`. `sequence_length`: least length
-    of each sequence, likewise.
-    No samples give a row of padding alone.
+    Args: `items`: item index of each sample, None if each sample is an item; `blank`: a sample without tokens, which
+    gives the columns of a row without samples; `row_multiple`: the row's length is rounded up to a multiple of it with
+    one more segment of weight 0 (tensor parallel size for sequence parallelism, 2·cp·tp with context parallelism);
+    `row_length`: minimum length of the row, a multiple of `row_multiple`; `sequence_multiple`: each sequence's length
+    is rounded up to a multiple of it (2·cp) with tokens of weight 0 at its end; it must divide `row_multiple`;
+    `sequence_length`: minimum length of each sequence, a multiple of `sequence_multiple`.
+    Without samples the row is padding only.
     """
     assert row_multiple % sequence_multiple == 0, (row_multiple, sequence_multiple)
     real = [len(sample.ids) for sample in samples]
@@ -132,7 +132,7 @@ def collate(
         stop = start + len(sample.ids)
         ids_T[start:stop] = sample.ids
         padding_T[start:stop] = False
-        # Shifted within the sequence: its last position has no target, whatever follows it in the row.
+        # Shift within the sequence: its last position has no target, whatever follows it in the row.
         targets_T[start : stop - 1] = sample.ids[1:]
         weights_T[start : stop - 1] = sample.weights[1:]
         for name, values in token_columns.items():
@@ -155,7 +155,7 @@ def collate(
 
 
 def row_length_of(lengths: Iterable[int], row_multiple: int, sequence_multiple: int) -> int:
-    """Length of the row of sequences of these lengths, padding included; at least `row_multiple`."""
+    """Length of a row that holds sequences of these lengths, padding included; at least `row_multiple`."""
     return max(_up(sum(_up(length, sequence_multiple) for length in lengths), row_multiple), row_multiple)
 
 
@@ -164,7 +164,7 @@ def _up(length: int, multiple: int) -> int:
 
 
 def _columns(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The samples' columns by name; those that every sample has."""
+    """The columns that every sample has, by name."""
     names = set.intersection(*(set(sample.columns) for sample in samples)) if samples else set()
     return {name: _stack([sample.columns[name] for sample in samples]) for name in sorted(names)}
 

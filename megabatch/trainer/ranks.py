@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class ElsewhereError(MegabatchError):
-    """Another rank failed; it has said why in its own log."""
+    """Another rank failed; its own log has the cause."""
 
     def __init__(self, error: MegabatchError, rank: int = 0) -> None:
         self.error = error
@@ -30,13 +30,13 @@ class ElsewhereError(MegabatchError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """This process among the run's processes, as its launcher says in the environment."""
+    """This process's place among the run's processes, from the environment that its launcher sets."""
 
     rank: int
     world_size: int
     local_rank: int
     attempt: int
-    """Number of this attempt of the run, 0 first."""
+    """Number of this attempt of the run, from 0."""
 
     @staticmethod
     def from_environment() -> Place:
@@ -56,8 +56,8 @@ class Place:
 class Ranks:
     """The process groups of one layout; use as a context manager.
 
-    Args are megatron-core's sizes. With GPUs the backend is nccl, and gloo for what lies in host memory; without them
-    gloo alone.
+    Args are megatron-core's sizes. With GPUs, the backend is nccl for device tensors and gloo for host tensors;
+    without GPUs it is gloo.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Ranks:
         self._seed(seed)
 
     def _seed(self, seed: int) -> None:
-        """The same seed but for the pipeline stage; tensor-parallel regions have generators of their own."""
+        """Uses one seed per pipeline stage; tensor-parallel regions have their own generators."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         staged = seed + 100 * self.pp_rank
@@ -125,7 +125,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that logs and writes what is written once."""
+        """Whether this is rank 0, which logs and writes what the run writes once."""
         return self.place.rank == 0
 
     @property
@@ -150,7 +150,7 @@ class Ranks:
 
     @property
     def cp(self) -> dist.ProcessGroup:
-        """Ranks that have the parts of a row between them."""
+        """Context-parallel ranks: they split each row."""
         return self.state.get_context_parallel_group()
 
     @property
@@ -159,7 +159,7 @@ class Ranks:
 
     @property
     def dp(self) -> dist.ProcessGroup:
-        """Ranks that see other samples: all that the global batch is dealt to."""
+        """Data-parallel ranks: they split the global batch's samples."""
         return self.state.get_data_parallel_group()
 
     @property
@@ -188,12 +188,12 @@ class Ranks:
 
     @property
     def replicas(self) -> dist.ProcessGroup:
-        """Ranks that hold this rank's part of the model and see other samples, or other parts of them."""
+        """Ranks that hold the same part of the model and see other samples, or other parts of the same samples."""
         return self.state.get_data_parallel_group(with_context_parallel=True)
 
     @property
     def model(self) -> dist.ProcessGroup:
-        """Ranks that hold one model between them and see the same samples: tensor and pipeline parallel."""
+        """Ranks that split one model and see the same samples: tensor and pipeline parallel."""
         return self.state.get_model_parallel_group()
 
     @property
@@ -204,7 +204,7 @@ class Ranks:
         dist.barrier()
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Runs a function on the main rank and gives its result to all; an error of it is raised on all of them."""
+        """Runs a function on the main rank and returns its result, or raises its error, on all ranks."""
         outcome: list[tuple[T | None, MegabatchError | None]] = [(None, None)]
         if self.is_main:
             try:
@@ -218,7 +218,7 @@ class Ranks:
         return cast(T, value)
 
     def raise_together(self, error: MegabatchError | None) -> None:
-        """Raises on every rank if there was an error on any: its own where it happened, `ElsewhereError` elsewhere."""
+        """Raises on every rank if any rank has an error: the error itself where it happened, else `ElsewhereError`."""
         errors: list[MegabatchError | None] = [None] * self.place.world_size
         dist.all_gather_object(errors, error)
         if error is not None:
@@ -234,7 +234,7 @@ class Ranks:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so; the same answer on every rank."""
+        """Whether the flag is set on any rank; the same answer on every rank."""
         value = torch.tensor([1 if flag else 0], dtype=torch.int64)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())

@@ -1,7 +1,7 @@
 """Where optimizer steps come from: the contract between the loop and a task's source of batches.
 
-A source may draw from a dataset, or generate, reward and pack inside `next`. The loop neither knows nor asks: it saves
-the cursor of the last step that was taken, and hands it back when the run goes on.
+A source may draw from a dataset, or generate, reward and pack inside `next`. The loop does not care: it saves the
+cursor of the last step and passes it back when the run resumes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from megabatch.trainer.engine import Engine
 
 State = Mapping[str, Any]
-"""All that decides the next step, as JSON: `{}` at a run's beginning; only the source that made it reads it."""
+"""Everything that determines the next step, as JSON; `{}` at the start of a run. Only the source that made it reads
+it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +27,9 @@ class Step:
     """One optimizer step, or one batch of an evaluation. All but `packs` is the same on every rank."""
 
     packs: list[Pack]
-    """This rank's micro-batches; ranks of one model replica draw the same."""
+    """This rank's micro-batches; all ranks of a model replica get the same."""
     totals: Mapping[Norm, float]
-    """Denominators of the global batch, known with no reduction."""
+    """Denominators of the global batch, known without a reduction."""
     filled: int
     """Micro-batches of the global batch that hold samples, on all data-parallel ranks; at least 1."""
     tokens: int
@@ -36,32 +37,32 @@ class Step:
     samples: int
     """Samples of the global batch."""
     mean_length: float
-    """Length of the sequence that a token is in, on average: sum of squared lengths over their sum."""
+    """Average over tokens of the length of their sequence: sum of squared lengths / sum of lengths."""
     cursor: State
-    """Where to go on after this step."""
+    """Where the run resumes after this step."""
     epoch: float
-    """Passes over the data up to and with this step."""
+    """Passes over the data, this step included."""
     metrics: Mapping[str, Ratio] = field(default_factory=dict)
-    """What the source found out while it made the step, such as rewards; logged with the objective's."""
+    """What the source measured while making the step, such as rewards; logged with the objective's metrics."""
 
 
 class Steps(Protocol):
     """A task's optimizer steps."""
 
     train_iters: int
-    """Length of the run."""
+    """Number of optimizer steps of the run."""
     course: str
-    """What the run draws, in words."""
+    """What the run draws, in words, for the log."""
 
     def require(self, cursor: State) -> None:
-        """Raises: DataError when the cursor belongs to other data or settings than this source's."""
+        """Raises: DataError when the cursor was saved with other data or settings than this source's."""
 
     def after(self, cursor: State, engine: Engine) -> Iterator[Step]:
-        """Steps from a cursor on, without end. Args: `engine`: for sources that ask the model."""
+        """Endless steps, starting at the cursor. Args: `engine`: for sources that run the model."""
         ...
 
     def places(self, pack: Pack) -> Sequence[str]:
-        """Where the samples of a pack come from, such as `train.jsonl:17`; nothing where that is not known."""
+        """Where the samples of a pack come from, such as `train.jsonl:17`; empty if unknown."""
         return ()
 
 
@@ -69,5 +70,5 @@ class Evaluator(Protocol):
     """A task's evaluation."""
 
     def evaluate(self, engine: Engine, *, on_batch: Callable[[], None]) -> Mapping[str, Ratio]:
-        """Metrics over the validation data, equal on every rank. Args: `on_batch` is called after each batch."""
+        """Metrics over the validation data, the same on every rank. Args: `on_batch`: called after each batch."""
         ...

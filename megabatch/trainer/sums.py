@@ -1,7 +1,7 @@
 """Metrics of a global batch: summed on the device over micro-batches and ranks, read by the host once.
 
-Nothing here waits for the device before `Pending.read`, and no collective spans the world: sums go over the ranks with
-other samples, and then over those that share a model, so that every rank has them.
+Nothing here waits for the device before `Pending.read`, and no collective spans the world: values are summed over the
+data-parallel replicas, then over the ranks that share a model, so every rank gets them.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A step whose update has not been taken yet."""
+    """The measurements of a step, before its update."""
 
     metrics: Mapping[str, Ratio]
     """Of the global batch, the same on every rank."""
     grad_norm: float | None
-    """None where fp16's gradients overflowed: there is no update to be taken."""
+    """None when fp16 gradients overflowed: there is no update to apply."""
     micro_batches: Sequence[Mapping[str, Mean]]
-    """What each of this rank's micro-batches adds to them; nothing on ranks that add nothing."""
+    """What each of this rank's micro-batches adds to the metrics; empty on ranks that add nothing."""
 
 
 class Flags(NamedTuple):
-    """What ranks decide together after a step: raised if one of them raises it."""
+    """What ranks decide together after a step: a flag is raised if any rank raises it."""
 
     stop: bool = False
-    """The run is asked to stop."""
+    """Something asked the run to stop."""
     writing: bool = False
-    """A checkpoint is still being written beside training."""
+    """A rank is still writing a checkpoint in the background."""
 
 
 NONE = Flags()
@@ -61,18 +61,18 @@ class Sums:
     def __init__(self, names: Sequence[str], ranks: Ranks) -> None:
         self._names, self._ranks = tuple(names), ranks
         self._values = torch.zeros(2 * len(names) + FLAGS, dtype=torch.float64, device=ranks.device)
-        # of the ranks that share a model one has something to add, of those that share a row each its part
+        # one rank of a model adds its values; with context parallelism, each rank adds those of its part of the row
         self.adds = ranks.is_last_stage and ranks.tp_rank == 0
 
     def add(self, micro_batches: Sequence[Mapping[str, Mean]]) -> None:
-        """What the last pipeline stage found, one mapping for each micro-batch; nothing on the other stages."""
+        """Adds what the last pipeline stage measured, one mapping per micro-batch; does nothing on other stages."""
         if not (self.adds and micro_batches):
             return
         found = [x for metrics in micro_batches for n in self._names for x in (metrics[n].total, metrics[n].count)]
         self._values[:-FLAGS] += torch.stack(found).double().view(len(micro_batches), -1).sum(0)
 
     def reduce(self, flags: Flags = NONE) -> Pending:
-        """Starts adding up over all ranks, which must all call this."""
+        """Starts the sum over all ranks; collective."""
         for place, flag in enumerate(flags):
             if flag:
                 self._values[place - FLAGS] = 1.0
@@ -97,7 +97,7 @@ class Pending:
     def read(self) -> tuple[dict[str, Ratio], Flags]:
         """The metrics, and the flags that any rank raised; the same on every rank.
 
-        Waits for what was queued before `Sums.reduce`, not for what came after it.
+        Waits for the device work queued up to `Sums.reduce`, not for anything queued later.
         """
         if self._arrived is not None:
             self._arrived.synchronize()

@@ -1,7 +1,7 @@
 """Weights between Hugging Face tensors and live megatron-core shards, through the converters' tables.
 
-Loading reads only the bytes that this rank holds. Exporting gathers one tensor at a time over its tensor-parallel
-group; the ranks that own tensors write their own files side by side.
+Loading reads only the bytes that this rank needs. Exporting gathers one tensor at a time over its tensor-parallel
+group; the ranks that own tensors write their own files in parallel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megabatch.trainer.model.naming import named_parameters
 from megabatch.trainer.ranks import Ranks
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""safetensors' names of the number formats that weights may have."""
+"""safetensors' dtype names → torch dtypes, for weights."""
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -37,9 +37,9 @@ class Placed:
 
 
 def placed(model: Model, table: Sequence[Mapped], ranks: Ranks, *, adapter: str | None = None) -> list[Placed]:
-    """Every parameter of this rank with its mapping, in the model's order: the model's own, or those of an adapter.
+    """This rank's parameters with their mappings, in model order: the base model's, or one adapter's.
 
-    Raises: ConversionError naming a parameter without a row in the table.
+    Raises: ConversionError naming a parameter that has no row in the table.
     """
     rows = {(mapped.name, mapped.expert): mapped for mapped in table}
     experts = (model.shape.num_experts or 0) // ranks.ep_size
@@ -67,7 +67,7 @@ def load(
     adapter: str | None = None,
     only: Collection[str] | None = None,
 ) -> None:
-    """Fills every parameter of this rank from the source, or those of an adapter; only this rank's bytes are read.
+    """Loads this rank's parameters, or one adapter's, from the source; reads only this rank's bytes.
 
     Args: dtype_of: safetensors' dtype name of each Hugging Face tensor; only: canonical names, None for all.
     """
@@ -79,9 +79,9 @@ def load(
 
 
 def prove_complete(model: Model, table: Sequence[Mapped], ranks: Ranks, *, adapter: str | None = None) -> None:
-    """Proves that every tensor of the table has a live parameter on some rank; collective.
+    """Checks that every tensor of the table has a live parameter on some rank; collective.
 
-    Raises: ConversionError naming tensors that would be dropped silently.
+    Raises: ConversionError naming the tensors that would otherwise be dropped silently.
     """
     mine = [
         (item.mapped.name, item.mapped.expert)
@@ -109,7 +109,7 @@ def _read(mapped: Mapped, source: Source, ranks: Ranks, dtype_of: Mapping[str, s
 
 
 def tensor_split(mapped: Mapped, ranks: Ranks) -> tuple[int, int]:
-    """This rank's place and the number of places in the split of a tensor; experts have a split of their own."""
+    """(rank, size) of the tensor-parallel split of a tensor; expert tensors use expert tensor parallelism."""
     if mapped.expert is not None:
         return ranks.etp_rank, ranks.etp_size
     return ranks.tp_rank, ranks.tp_size
@@ -123,11 +123,11 @@ def export(
     adapter: str | None = None,
     only: Collection[str] | None = None,
 ) -> Iterator[tuple[Mapped, Iterator[HfRows]]]:
-    """The Hugging Face rows of every tensor that this rank owns, one tensor at a time: of the model as it computes,
-    with the adapter in use merged into it, or of an adapter by itself.
+    """Yields the Hugging Face rows of every tensor that this rank owns, one tensor at a time: those of the model with
+    the adapter in use merged in, or those of one adapter alone.
 
-    A tensor's owner is the first rank of its tensor-parallel group in the first data-parallel replica. Every rank
-    must run the iterator to its end: the others take part in gathering and yield nothing.
+    A tensor's owner is the first rank of its tensor-parallel group in the first data-parallel replica. Every rank must
+    exhaust the iterator: ranks that own nothing still take part in the gathers.
     Args: only: canonical names, None for all.
     """
     adapters = merged_weights(model.chunks)

@@ -1,7 +1,8 @@
 """One rank's part of a checkpoint, written beside training by a thread of the rank.
 
-The thread touches no process group and nothing that training changes: it gets copies. What megatron-core has for this
-forks a process beside gloo's threads (0.16) or wants another package (0.19), and copies nothing on a CPU.
+The thread works on copies: it touches no process group and nothing that training changes. megatron-core's own
+asynchronous save forks a process beside gloo's threads (0.16) or needs another package (0.19), and copies nothing on a
+CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Runs `write` at once in a thread that ends with the process."""
+    """Starts `write` immediately in a daemon thread."""
 
     def __init__(self, write: Callable[[], T]) -> None:
         self._write = write
@@ -30,7 +31,7 @@ class Background(Generic[T]):
             self._written = self._write()
         except MegabatchError as e:
             self._error = e
-        except Exception as e:  # a disk's errors come as OSError or, from torch, as RuntimeError
+        except Exception as e:  # disk errors arrive as OSError or, from torch, as RuntimeError
             self._error = CheckpointError(f"{type(e).__name__}: {e}")
 
     @property
@@ -38,6 +39,6 @@ class Background(Generic[T]):
         return self._thread.is_alive()
 
     def result(self) -> tuple[T | None, MegabatchError | None]:
-        """Waits for the end; what `write` returned, or why it failed."""
+        """Waits for the thread, then returns what `write` returned, or its error."""
         self._thread.join()
         return self._written, self._error

@@ -1,8 +1,8 @@
 """Checkpoints of a run: complete or absent, and exact to resume from.
 
 `checkpoints/step_00000100/` holds `trainer.json` (step, data cursor, layout), `mcore/` (torch_dist: model, optimizer,
-generators), `hf/` (safetensors that transformers loads) and `megabatch-manifest.json` (digests of all files). It is
-written under a temporary name, synced and renamed; then `latest` is replaced.
+generators), `hf/` (safetensors that transformers loads) and `megabatch-manifest.json` (digests of all files). We write
+it under a temporary name, sync it, rename it, and then replace `latest`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
-    """What this rank wrote of a checkpoint."""
+    """This rank's part of a checkpoint, as written."""
 
     hf: dict[str, File]
     mcore: writing.Written
@@ -46,12 +46,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UnderWay:
-    """A checkpoint that is being written beside training."""
+    """A checkpoint being written in the background, while training goes on."""
 
     progress: Progress
     temporary: Path
     planned: writing.Plan | None
-    """None: it has no state to resume from."""
+    """None if it saves no state to resume from."""
     background: Background[Part]
 
 
@@ -70,8 +70,9 @@ class Checkpoints:
         adapter_config: str | None = None,
         each_once: bool = False,
     ) -> None:
-        """`export` writes what others load, into `hf/`; None writes none. `adapter_config` lies beside adapters, for
-        the converters to know their ranks and scales. `each_once`: ranks that need the same bytes share the reading.
+        """`export` writes the folder `hf/`, which other software loads; None writes none. `adapter_config` is saved
+        beside adapters, so that the converters know their ranks and scales. `each_once`: of the ranks that need the
+        same bytes, one reads them and sends them to the others.
         """
         self.run, self.ranks, self.layout = run, ranks, layout
         self.retention, self.table, self.export = retention, table, export
@@ -82,10 +83,10 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, engine: Engine, progress: Progress, *, must_resume: bool = False, with_hf: bool = True) -> Path:
-        """Writes the checkpoint of a step, after the one that is under way.
+        """Writes the checkpoint of a step, after finishing the one under way.
 
-        Args: must_resume: optimizer and generators are saved even with `no_save_optim`, for a run that stops to be
-        requeued; with_hf: what others load too, if this run exports it.
+        Args: must_resume: save optimizer and generators even with `no_save_optim`, for a run that stops to be
+        requeued; with_hf: also write `hf/`, if this run exports it.
         Raises: CheckpointError on every rank, with nothing left behind, if any rank could not write.
         """
         self.finish()
@@ -99,9 +100,9 @@ class Checkpoints:
             return self._commit(temporary, progress, files)
 
     def begin(self, engine: Engine, progress: Progress, *, with_hf: bool = True) -> None:
-        """Copies the checkpoint of a step and starts to write it beside training; `finish` commits it.
+        """Copies the state of a step and starts writing it in the background; `finish` commits it.
 
-        One that is under way is finished first. Raises: CheckpointError as `save`.
+        Finishes the checkpoint under way first. Raises: CheckpointError like `save`.
         """
         self.finish()
         with self._new(progress) as temporary:
@@ -119,16 +120,16 @@ class Checkpoints:
 
     @property
     def writing(self) -> bool:
-        """Whether this rank is still writing a checkpoint beside training."""
+        """Whether this rank is still writing a checkpoint in the background."""
         return self._under_way is not None and self._under_way.background.running
 
     @property
     def under_way(self) -> bool:
-        """Whether there is a checkpoint to be finished; the same on every rank."""
+        """Whether there is a checkpoint to finish; the same on every rank."""
         return self._under_way is not None
 
     def finish(self) -> Path | None:
-        """Waits for the checkpoint that is under way, if there is one, and commits it.
+        """Waits for the checkpoint under way, if there is one, and commits it.
 
         Raises: CheckpointError on every rank, with nothing left behind, if any rank could not write.
         """
@@ -147,7 +148,7 @@ class Checkpoints:
 
     @contextmanager
     def _new(self, progress: Progress) -> Iterator[Path]:
-        """A folder to write the checkpoint of a step in."""
+        """Creates a temporary folder for the checkpoint of a step; deletes it on an error."""
         temporary = commit.temporary_of(self.run.step(progress.step))
 
         def begin() -> None:
@@ -169,7 +170,7 @@ class Checkpoints:
             raise CheckpointError(f"the checkpoint of step {step} was not saved: {e}; {commit.room(self.run)}") from e
 
     def _commit(self, temporary: Path, progress: Progress, files: dict[str, File]) -> Path:
-        """Makes what all ranks wrote a checkpoint of the run; collective. Args: files: those of this rank."""
+        """Commits what all ranks wrote as a checkpoint of the run; collective. Args: files: this rank's."""
         target = self.run.step(progress.step)
         everyone = self.ranks.gather_on_main(files)
 
@@ -189,7 +190,7 @@ class Checkpoints:
         return target
 
     def _require_newest_start(self) -> None:
-        """An attempt whose node Slurm gave up may live on beside the one that took over: it must not touch the run."""
+        """Refuses to write if a newer attempt has started: Slurm may requeue a run while its lost node still runs."""
         jobs = self.run.jobs
         starts = jobs.read_text(encoding="utf-8", errors="replace").count('"start"') if jobs.exists() else 0
         if starts > self.ranks.place.attempt + 1:
@@ -202,16 +203,16 @@ class Checkpoints:
         return parameters_norm(engine.model, self.table, self.ranks)
 
     def latest(self) -> Path | None:
-        """The checkpoint that this run would go on from, if it is not damaged."""
+        """The checkpoint from which this run would resume, unless it turns out damaged."""
         usable = self.ranks.on_main(lambda: history.candidates(self.run).usable)
         return usable[0] if usable else None
 
     def resume(self, engine: Engine) -> Progress | None:
-        """Goes on from the checkpoint that `latest` names, or from the newest before it that is not damaged.
+        """Resumes from the checkpoint that `latest` names, or from the newest undamaged one before it.
 
-        Damaged ones are set aside once an older one is loaded, and so are those of a history that the run has left.
+        Once one is loaded, sets aside the damaged ones, and those of a history that the run has abandoned.
         Returns: None for a run without checkpoints.
-        Raises: CheckpointError, with everything left as it is, when all of them are damaged.
+        Raises: CheckpointError, changing nothing, when all of them are damaged.
         """
         found = self.ranks.on_main(lambda: history.candidates(self.run))
         damaged: list[tuple[Path, str]] = []
@@ -237,7 +238,7 @@ class Checkpoints:
     def _settle(
         self, chosen: Path, damaged: Sequence[tuple[Path, str]], later: Sequence[Path], progress: Progress
     ) -> None:
-        """Makes the checkpoint that was loaded, with this progress, the run's newest."""
+        """Makes the loaded checkpoint the run's newest. Args: progress: that of this checkpoint."""
         if not damaged and not later and history.named_by_latest(self.run) == chosen:
             return
         self._require_newest_start()
@@ -255,12 +256,12 @@ class Checkpoints:
             raise CheckpointError(f"{self.run.best} cannot be written: {e.strerror or e}") from e
 
     def restore_weights(self, engine: Engine, folder: Path) -> None:
-        """Loads the weights alone: of a checkpoint of ours, or of a torch_dist folder of megatron-core's."""
+        """Loads only the weights, from one of our checkpoints or from a torch_dist folder of megatron-core."""
         with self._weights_in(folder) as (inner, manifest):
             torch_dist.load(engine, inner, manifest, updates=None, rng=False, each_once=self.each_once)
 
     def restore_base(self, engine: Engine, folder: Path) -> None:
-        """Loads the model that adapters are beside, of a checkpoint as above."""
+        """Loads only the base model under the adapters, from the same kinds of folder."""
         with self._weights_in(folder) as (inner, manifest):
             torch_dist.load_base(engine, inner, manifest, each_once=self.each_once)
 
@@ -275,16 +276,16 @@ class Checkpoints:
                 yield inner, None
 
     def restore(self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True) -> Progress:
-        """Loads a checkpoint of this or another run and says how far it was.
+        """Loads a checkpoint of this or another run and returns its progress.
 
-        Generators are taken over only by the layout that saved them.
+        Restores random generators only in the layout that saved them.
         Raises: CheckpointError naming the file.
         """
         with _naming(checkpoint):
             return self._restore(engine, checkpoint, optimizer=optimizer, rng=rng)
 
     def _restore(self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True) -> Progress:
-        """Raises: CheckpointError; on some rank a DamagedError when that is the reason."""
+        """Raises: CheckpointError; for damage, a DamagedError on at least one rank."""
         saved = self._opened(checkpoint)
         progress = saved.progress
         same = saved.generators_of == asdict(self.layout)
@@ -300,7 +301,7 @@ class Checkpoints:
         return progress
 
     def _opened(self, checkpoint: Path) -> Saved:
-        """One rank looks at names, sizes and small files; what is loaded is checked by whoever loads it."""
+        """Opens a checkpoint. One rank checks names, sizes and small files; whoever loads the rest checks that."""
 
         def look() -> Saved:
             saved = open_saved(checkpoint)
@@ -317,14 +318,14 @@ class Checkpoints:
 
 
 def _damage(error: MegabatchError) -> DamagedError | None:
-    """What is damaged, if that is why a rank failed."""
+    """The damage, if that is why a rank failed."""
     cause = error.error if isinstance(error, ElsewhereError) else error
     return cause if isinstance(cause, DamagedError) else None
 
 
 @contextmanager
 def _naming(checkpoint: Path) -> Iterator[None]:
-    """Says which checkpoint is damaged, where none is there to take its place."""
+    """Names the damaged checkpoint in the error, where no other can replace it."""
     try:
         yield
     except MegabatchError as e:

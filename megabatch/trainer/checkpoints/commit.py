@@ -30,7 +30,7 @@ class Retention:
 
 
 def temporary_of(target: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
+    """The folder in which a checkpoint is written before we rename it."""
     return target.with_name(f".{target.name}.tmp")
 
 
@@ -47,9 +47,9 @@ def begin(temporary: Path) -> None:
 def commit(
     run: RunDirectory, temporary: Path, target: Path, files: Mapping[str, File], *, texts: Mapping[str, str]
 ) -> None:
-    """Writes small files and the manifest, makes all names durable, and renames the folder; then it is the newest.
+    """Writes small files and the manifest, syncs all folders, renames the folder and points `latest` to it.
 
-    Args: files: of all ranks, by their path in the folder; texts: of the small files, likewise.
+    Args: files: those of all ranks, by path in the folder; texts: contents of the small files, by path.
     Raises: CheckpointError.
     """
     try:
@@ -59,7 +59,7 @@ def commit(
         write_atomic(temporary / MANIFEST, manifest_text({**files, **small}))
         _sync_folders(temporary)
         earlier = None
-        if target.exists():  # of before the run went back; a kill between the two names loses nothing
+        if target.exists():  # from before the run went back; a kill between the two renames loses nothing
             why = f"step {history.step_of(target)} was reached again"
             earlier = history.set_aside(run, target, "later", why=why, went_on=target.name)
         os.replace(temporary, target)
@@ -72,8 +72,8 @@ def commit(
 
 
 def forget(run: RunDirectory, step: int, retention: Retention) -> None:
-    """Deletes what `save_retain_interval` and `save_total_limit` do not keep; never the newest, which is of `step`,
-    nor the best, which counts among those of the limit."""
+    """Deletes the checkpoints that `save_retain_interval` and `save_total_limit` do not keep. Always keeps the newest,
+    that of `step`, and the best, which counts towards the limit."""
     best = history.named_by_best(run)
     older = [p for p in reversed(history.checkpoints(run)) if history.step_of(p) < step and p != best]
     keep_every, keep_last = retention.save_retain_interval, retention.save_total_limit
@@ -92,21 +92,21 @@ def _is_kept(path: Path, every: int, retention: Retention) -> bool:
     try:
         ended = int(json.loads((path / TRAINER).read_text(encoding="utf-8")).get("ended_epoch", 0))
     except (OSError, ValueError):
-        return True  # what cannot be read is not deleted
+        return True  # never delete what we cannot read
     return ended > 0 and ended % every == 0
 
 
 def room(run: RunDirectory) -> str:
-    """How much there is, in words."""
+    """Free disk space and what to do about it, in words."""
     free = shutil.disk_usage(run.path).free / 2**20
     return f"{free:.0f} MiB are free there; if that is not enough, save elsewhere or set checkpoint.save_total_limit"
 
 
 def _sync_folders(folder: Path) -> None:
-    """Makes the names in it durable; files were synced by the ranks that wrote them."""
+    """Syncs all folders below it, so that file names are durable; the ranks synced the files themselves."""
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         if not any(path.iterdir()):
-            path.rmdir()  # the part that this checkpoint does without
+            path.rmdir()  # a part that this checkpoint does not have
         else:
             _sync(path)
 

@@ -1,10 +1,10 @@
 """Optimizer state by parameter: what a checkpoint holds, whatever the layout that wrote it.
 
-megatron-core's own layouts do not survive every model. In 0.16.1 `fully_reshardable` drops the tail of a buffer with
-more than one bucket (it says "can lead to data corruption"), `dp_reshardable` refuses parameters that are no
-multiple of 64, and `fully_sharded_model_space` needs flattened ranges that were removed. Here a parameter's state is
-put together over its data-parallel group on the rank that will write it, many parameters in one exchange, in which
-every number travels once. Parameters are dealt so that each rank holds and writes about as much. The keys are those of
+megatron-core's own formats do not work for every model. In 0.16.1 `fully_reshardable` drops the tail of a buffer with
+more than one bucket (it says "can lead to data corruption"), `dp_reshardable` refuses parameters whose size is not a
+multiple of 64, and `fully_sharded_model_space` needs flattened ranges that were removed. Here the rank that writes a
+parameter gathers its state over the data-parallel group; one exchange covers many parameters and sends every number
+once. Parameters are dealt so that all ranks hold and write about the same amount. The keys are those of
 megatron-core's `fully_reshardable`: `optimizer.state.{param,exp_avg,exp_avg_sq}.<parameter>`.
 """
 
@@ -26,9 +26,9 @@ from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
 
 BLOCK_BYTES = 2 << 30
-"""State read from a checkpoint at once, on each rank."""
+"""How much state each rank reads from a checkpoint at a time."""
 EXCHANGE_BYTES = 256 << 20
-"""One kind of state that is put together at once, over a data-parallel group."""
+"""How much of one kind of state a data-parallel group exchanges at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class _State:
 
 
 _Placed = tuple[_State, dist.ProcessGroup]
-"""With the data-parallel group of its parameter."""
+"""A state and the data-parallel group of its parameter."""
 
 
 def sharded(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -68,9 +68,9 @@ def sharded(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks) 
 
 
 def restore(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks, load: Any, *, updates: int) -> None:
-    """Fills this rank's ranges from a checkpoint, some parameters at a time.
+    """Loads this rank's ranges from a checkpoint, a block of parameters at a time.
 
-    Args: load: takes a dict of sharded tensors and returns it with their values; updates: those done.
+    Args: load: takes a dict of sharded tensors and returns it with values; updates: number of updates done.
     """
     optimizer.allocate_state(updates)
     described = _described(model_state)
@@ -95,9 +95,9 @@ def restore(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks, 
 
 
 def _blocks_everywhere(states: Iterator[_Placed]) -> list[list[_Placed]]:
-    """As many on every rank, the last ones empty: also one that has less state than others takes part in every load.
+    """Blocks of states, padded with empty ones to the same number on every rank, since every load is collective.
 
-    A lone rank reads all at once: what it does not ask for megatron-core (0.16) takes to be another rank's.
+    A single rank reads everything in one block: megatron-core (0.16) assumes that other ranks read what it leaves out.
     """
     if dist.get_world_size() == 1:
         return [list(states)]
@@ -108,7 +108,7 @@ def _blocks_everywhere(states: Iterator[_Placed]) -> list[list[_Placed]]:
 
 
 def _described(model_state: Mapping[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
-    """How each parameter lies in its global tensor."""
+    """The place of each parameter in its global tensor."""
     return {
         item.data: item
         for item in nested_values(dict(model_state))
@@ -141,7 +141,7 @@ class _Dealt:
 
 @dataclass(frozen=True, slots=True)
 class _Exchange:
-    """Parameters whose state is put together at once."""
+    """Parameters whose state is gathered in one exchange."""
 
     dealt: Sequence[_Dealt]
     ranges: Tensor
@@ -149,7 +149,7 @@ class _Exchange:
     group: dist.ProcessGroup
 
     def wholes(self, name: str) -> Iterator[tuple[_Dealt, Tensor]]:
-        """The states that this rank writes, each in its parameter's shape, in host memory; collective."""
+        """The states that this rank writes, in their parameters' shapes and in host memory; collective."""
         size, mine = dist.get_world_size(self.group), dist.get_rank(self.group)
         if size == 1 or not self.dealt[0].state.is_split:
             for one in self.dealt:
@@ -174,7 +174,7 @@ class _Exchange:
             yield self.dealt[i], whole.view(parameter.shape)
 
     def _sent(self, name: str, writer: int) -> Tensor:
-        """What this rank holds of a writer's parameters, in their order."""
+        """This rank's ranges of the parameters that `writer` writes, in order."""
         ours = [one.state for one in self.dealt if one.writer == writer]
         device = self.dealt[0].state.parameter.device
         none = torch.empty(0, dtype=torch.float32, device=device)
@@ -182,7 +182,7 @@ class _Exchange:
 
 
 def _exchanges(dealt: Sequence[_Dealt], group: dist.ProcessGroup) -> Iterator[_Exchange]:
-    """Blocks of parameters that are alike in being split or not, with everybody's ranges."""
+    """Blocks of parameters that are either all split or all not, with every rank's ranges."""
     ranges = _everyones_ranges(dealt, group)
     start, size = 0, 0
     for i, one in enumerate(dealt):
@@ -202,7 +202,7 @@ def _everyones_ranges(dealt: Sequence[_Dealt], group: dist.ProcessGroup) -> Tens
 
 
 def _states(optimizer: Optimizer, ranks: Ranks) -> Iterator[_Placed]:
-    """Every parameter in the same order on all ranks of its data-parallel group, and that group."""
+    """Each parameter's state with its data-parallel group, in the same order on all ranks of that group."""
     for inner in optimizer.inner:
         find = _distributed(inner) if isinstance(inner, DistributedOptimizer) else _plain(inner)
         for state in find:
@@ -227,7 +227,7 @@ def _distributed(inner: DistributedOptimizer) -> Iterator[_State]:
 
 
 def _plain(inner: Any) -> Iterator[_State]:
-    """An optimizer with all of the state on every rank."""
+    """The states of an optimizer that holds all of them on every rank."""
     main_to_model = {
         main: model
         for model_group, main_group in zip(

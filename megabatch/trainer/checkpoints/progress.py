@@ -16,29 +16,29 @@ from megabatch.saved.manifest import MANIFEST, DamagedError, Manifest, read_mani
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run is: all that decides its next step, besides weights, optimizer and generators."""
+    """Everything that determines a run's next step, besides weights, optimizer and generators."""
 
     step: int = 0
     """Optimizer steps done."""
     cursor: Mapping[str, Any] = field(default_factory=dict)
-    """Where its steps go on, as JSON of the task's own (`steps.State`)."""
+    """Where the steps resume, as JSON that belongs to the task (`steps.State`)."""
     tokens: int = 0
     """Tokens trained on so far, without padding."""
     samples: int = 0
     skipped: int = 0
-    """Steps among these that changed no parameter, because fp16's gradients overflowed, or by a guard."""
+    """How many of the steps changed no parameter: fp16 gradients overflowed, or a guard skipped the update."""
     loss_scale: Mapping[str, float] | None = None
-    """State of fp16's loss scale (`LossScale.state`)."""
+    """State of the fp16 loss scale (`LossScale.state`)."""
     epoch: float = 0.0
     """Passes over the data."""
     ended_epoch: int = 0
-    """The number of the epoch that ended with this step; 0 where none did."""
+    """The number of the epoch that ended with this step; 0 if none did."""
     best: Mapping[str, float] | None = None
     """Step and value of the best evaluation so far, by `metric_for_best_model`."""
     seconds: float = 0.0
-    """Wall-clock time of these steps: a step that a resume takes again counts once, as it was taken last."""
+    """Wall-clock time of these steps. A step repeated after a resume counts once, with its last time."""
     recent: Sequence[Any] = ()
-    """Loss and gradient norm of the last steps, as far as the guard compares new ones with them."""
+    """Loss and gradient norm of the last steps, as many as the guard compares with."""
 
     @property
     def updates(self) -> int:
@@ -48,25 +48,25 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint before it is loaded."""
+    """A checkpoint, opened but not loaded yet."""
 
     path: Path
     progress: Progress
     generators_of: dict[str, Any] | None
-    """The layout whose generators were saved."""
+    """The layout that saved the generators."""
     manifest: Manifest | None
-    """None for a checkpoint of before there were digests."""
+    """None for a checkpoint saved before there were digests."""
 
 
 def progress_text(progress: Progress, *, generators_of: Layout | None) -> str:
-    """The text of `trainer.json`; it names the manifest, whose loss would else be taken for an old checkpoint."""
+    """The text of `trainer.json`. It names the manifest: else a lost manifest would look like an old checkpoint."""
     layout = None if generators_of is None else asdict(generators_of)
     state = {**asdict(progress), "cursor": dict(progress.cursor), "generators_of": layout, "manifest": MANIFEST}
     return json.dumps(state, indent=2) + "\n"
 
 
 def open_saved(checkpoint: Path) -> Saved:
-    """Reads manifest and progress. Raises: DamagedError; CheckpointError for a folder that is no checkpoint."""
+    """Reads manifest and progress. Raises: DamagedError; CheckpointError if the folder is not a checkpoint."""
     manifest = read_manifest(checkpoint)
     path = checkpoint / TRAINER
     try:

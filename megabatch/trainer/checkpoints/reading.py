@@ -1,8 +1,8 @@
 """Reading torch_dist files: each item once, checked against its digest before anything is made of it.
 
-A rank checks exactly the bytes that it loads: an item of a `.distcp` is read into memory, its digest is compared, and
-only then is it unpickled and copied to where it belongs. What no rank loads is not read; `megabatch checkpoint verify`
-checks that.
+A rank checks exactly the bytes that it loads: it reads an item of a `.distcp` into memory, compares its digest, and
+only then unpickles it and copies it to its destination. Loading does not read, and so not check, what no rank needs;
+`megabatch checkpoint verify` checks that too.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from megabatch.trainer.checkpoints.unpickling import read_metadata
 from megabatch.trainer.checkpoints.writing import COMMON, CONFIG, METADATA
 
 SMALL = (COMMON, CONFIG)
-"""What megatron-core reads itself, besides what `Reader` does."""
+"""Files that megatron-core reads by itself, not through `Reader`."""
 _BLOCK_BYTES = 1 << 20
-"""Read and digested together, while they are in the processor's cache."""
+"""Bytes read at a time, so that they are still in the processor's cache when we digest them."""
 
 
 class Reader(FileSystemReader):
     """Reads one folder for one rank; `.metadata` is read once."""
 
     def __init__(self, folder: Path, manifest: Manifest | None) -> None:
-        """`manifest`: of the checkpoint; None loads what cannot be checked.
+        """`manifest`: the checkpoint's; None loads without checks.
 
-        Raises: DamagedError, OSError, CheckpointError for a `.metadata` that is more than data.
+        Raises: DamagedError; OSError; CheckpointError for a `.metadata` that holds more than data.
         """
         super().__init__(folder)
         self._manifest = manifest
         self._prefix = "" if manifest is None or manifest.folder == folder else f"{folder.name}/"
         self._ranges: dict[str, dict[int, Range]] = {}
-        self._buffers = [bytearray(), bytearray()]  # of the item that is used, and of the one that is read
+        self._buffers = [bytearray(), bytearray()]  # one for the item in use, one for the item being read
         self._metadata = read_metadata(self._small(folder / METADATA))
 
     def _small(self, path: Path) -> bytes:
@@ -59,7 +59,7 @@ class Reader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fills what the planner asks for. Raises: DamagedError before a damaged item is used."""
+        """Loads what the planner asks for. Raises: DamagedError before a damaged item is used."""
         files: dict[str, dict[tuple[int, int], list[ReadItem]]] = {}
         for request in plan.items:
             place = self.storage_data[request.storage_index]
@@ -75,7 +75,7 @@ class Reader(FileSystemReader):
         return done
 
     def _items(self, file: int, name: str, places: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
-        """The items of a file, each until the next is taken; the next is read and checked while one is used."""
+        """The items of a file. Reads and checks the next item while one is in use; each is valid until the next."""
         with ThreadPoolExecutor(1) as ahead:
             coming = [ahead.submit(self._item, file, name, *places[0])]
             for place in places[1:]:
@@ -109,7 +109,7 @@ class Reader(FileSystemReader):
 
 @contextmanager
 def through(reader: Reader) -> Iterator[None]:
-    """Within it megatron-core reads with `reader` (0.16 to 0.19; it makes readers of its own and takes none)."""
+    """Makes megatron-core (0.16 to 0.19) read with `reader`: it creates its own readers and accepts none."""
     made = torch_strategies._get_filesystem_reader
     torch_strategies._get_filesystem_reader = lambda *_, **__: reader
     try:
@@ -131,7 +131,7 @@ def _opened(path: Path, name: str) -> Iterator[int]:
 
 
 def _read_into(data: memoryview, file: int, offset: int, digest: Digest | None) -> int:
-    """Fills `data`, taking its digest; returns how many bytes the file lacks."""
+    """Fills `data` and updates the digest; returns how many bytes the file lacks."""
     while data.nbytes and (count := os.preadv(file, [data[:_BLOCK_BYTES]], offset)):
         if digest is not None:
             digest.update(data[:count])
@@ -140,7 +140,7 @@ def _read_into(data: memoryview, file: int, offset: int, digest: Digest | None) 
 
 
 class _Memory(io.RawIOBase):
-    """Bytes in memory as a file, without a copy of them."""
+    """A file over bytes in memory, without copying them."""
 
     def __init__(self, data: memoryview) -> None:
         self._data, self._at = data, 0
@@ -167,7 +167,7 @@ class _Memory(io.RawIOBase):
 
 
 def _hand_over(data: memoryview, requests: list[ReadItem], planner: LoadPlanner) -> None:
-    """Gives one item to all that want it, or a part of it."""
+    """Gives an item to every request for it or for a part of it."""
     if requests[0].type == LoadItemType.BYTE_IO:
         for request in requests:
             planner.load_bytes(request, io.BytesIO(data))

@@ -13,7 +13,7 @@ from megabatch.trainer.ranks import Ranks
 
 
 class Dealer:
-    """Deals tensors to the ranks of a group, the next to whoever has the least; the same on all of its ranks."""
+    """Deals tensors to the ranks of a group, each to the rank with the least so far; the same on all its ranks."""
 
     def __init__(self, size: int) -> None:
         self._dealt = [0] * size
@@ -33,9 +33,9 @@ def group_of(parameter: nn.Parameter, ranks: Ranks) -> dist.ProcessGroup:
 
 
 def deal(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Makes every data-parallel rank the writer of some of the model's parameters, in place.
+    """Spreads the writing of the model's parameters over the data-parallel ranks, in place.
 
-    megatron-core marks the copy of the first rank as the one to be saved, so that the others would write nothing.
+    megatron-core marks the first rank's copy as the one to save, so the other ranks would write nothing.
     """
     dealers: dict[dist.ProcessGroup, Dealer] = {}
     for item in nested_values(state):
@@ -44,7 +44,7 @@ def deal(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         group = group_of(item.data, ranks)
         size, mine = dist.get_world_size(group), dist.get_rank(group)
         *outer, copy = item.replica_id
-        if copy != mine:  # not what tells the copies of this one apart
+        if copy != mine:  # this field does not number the copies of this tensor
             continue
         writer = dealers.setdefault(group, Dealer(size)).writer(item.data.numel())
         item.replica_id = (*outer, (mine - writer) % size)

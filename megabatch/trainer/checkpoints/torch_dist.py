@@ -29,7 +29,7 @@ from megabatch.trainer.model.naming import is_of_adapter
 from megabatch.trainer.ranks import Ranks
 
 METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-"""How megatron-core lays out the model's state."""
+"""Options for how megatron-core lays out the model's state."""
 _TRAINED = "trained"
 
 
@@ -50,7 +50,7 @@ def save(engine: Engine, directory: Path, *, optimizer: bool, rng: bool) -> dict
 
 
 def plan_save(engine: Engine, *, optimizer: bool, rng: bool) -> writing.Plan:
-    """Decides what this rank writes of the state; collective."""
+    """Plans which parts of the state this rank writes; collective."""
     ranks = engine.ranks
     state: dict[str, Any] = deal(_model_state(engine), ranks)
     if optimizer and engine.optimizer is not None:
@@ -61,7 +61,7 @@ def plan_save(engine: Engine, *, optimizer: bool, rng: bool) -> writing.Plan:
 
 
 def complete(planned: writing.Plan, directory: Path, written: writing.Written, ranks: Ranks) -> dict[str, File]:
-    """Makes the files that all ranks have written one checkpoint; collective.
+    """Combines the files that all ranks wrote into one checkpoint; collective.
 
     Returns: the files that this rank wrote. Raises: CheckpointError on every rank if the main rank could not write.
     """
@@ -86,13 +86,13 @@ def load(
     rng: bool,
     each_once: bool = False,
 ) -> None:
-    """Reads the model and, if asked for, optimizer and generators into the engine; collective.
+    """Loads the model and, if requested, optimizer and generators into the engine; collective.
 
-    Args: manifest: what every byte is checked against before it is used; None checks nothing.
-    updates: those that the checkpoint's optimizer has done, to load it too; None leaves it fresh.
-    rng: needs the layout that the checkpoint was saved with; everything else loads into any layout.
-    each_once: ranks that need the same bytes read them once between them, and send them to each other.
-    Raises: CheckpointError on every rank; the one of a rank that met damage is a DamagedError.
+    Args: manifest: digests to check every byte against before using it; None checks nothing.
+    updates: number of updates that the checkpoint's optimizer has done, to load it too; None leaves it fresh.
+    rng: load the generators, which needs the layout that saved them; everything else loads into any layout.
+    each_once: of the ranks that need the same bytes, one reads them and sends them to the others.
+    Raises: CheckpointError on every rank; on a rank that found damage, a DamagedError.
     """
     read = _opened(engine.ranks, directory, manifest, each_once=each_once)
     if engine.model.tuning.lora is None:
@@ -112,7 +112,7 @@ def load(
 
 
 def load_base(engine: Engine, directory: Path, manifest: Manifest | None, *, each_once: bool = False) -> None:
-    """Reads the model's own tensors, whatever adapters it has; collective. Raises: CheckpointError, as `load`."""
+    """Loads the model's own tensors, without any adapters; collective. Raises: CheckpointError, like `load`."""
     _load_own(engine, _opened(engine.ranks, directory, manifest, each_once=each_once))
 
 
@@ -136,7 +136,7 @@ def _opened(ranks: Ranks, directory: Path, manifest: Manifest | None, *, each_on
     reader: Reader | None = None
     try:
         reader = Reader(directory, manifest)
-    except Exception as e:  # a pickle of a damaged file raises anything
+    except Exception as e:  # unpickling a damaged file can raise anything
         error = _unreadable(directory, e)
     ranks.raise_together(error)
     assert reader is not None
@@ -155,7 +155,7 @@ def _read(
     *,
     whole: bool = True,
 ) -> dict[str, Any]:
-    """Args: whole: the ranks ask for every part of each tensor between them, which megatron-core then checks."""
+    """Args: whole: together the ranks request every part of each tensor; megatron-core then checks that they do."""
     loaded: dict[str, Any] = {}
     error: MegabatchError | None = None
     try:
@@ -163,7 +163,7 @@ def _read(
             loaded = dist_checkpointing.load(
                 state, str(directory), sharded_strategy=strategy, validate_access_integrity=whole
             )
-    except CheckpointException as e:  # no Exception, but what 0.16 raises on all ranks when some failed
+    except CheckpointException as e:  # a BaseException, which 0.16 raises on all ranks when some failed
         failures = [failure for failure, _ in e.failures.values()]
         error = _unreadable(directory, next((f for f in failures if isinstance(f, DamagedError)), failures[0]))
     except Exception as e:  # megatron-core and torch raise many kinds for damaged files
@@ -177,11 +177,11 @@ def _unreadable(directory: Path, error: BaseException) -> MegabatchError:
 
 
 def root_cause(error: BaseException) -> str:
-    """The first line of the exception that started it."""
+    """The first line of the exception at the root of the chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    if lines and lines[0].startswith("Weights only load failed"):  # torch goes on to advise loading it all the same
+    if lines and lines[0].startswith("Weights only load failed"):  # torch's next lines advise loading it anyway
         return "an object in it is not plain data: loading it could run code"
     return lines[0] if lines else type(error).__name__
 
@@ -191,12 +191,13 @@ def _chunk_key(chunk: int, *, of: int) -> str:
 
 
 def _model_state(engine: Engine) -> dict[str, Any]:
-    """What a checkpoint holds of the model: all of it, or, beside a base that others have, what is trained."""
+    """The model's state in a checkpoint: all of it or, with LoRA, only the trained tensors, since the base is kept
+    elsewhere."""
     return _own_state(engine) if engine.model.tuning.lora is None else _trained_state(engine)
 
 
 def _optimized_state(engine: Engine) -> dict[str, Any]:
-    """How the parameters lie that have a state of the optimizer's."""
+    """The layout of the parameters that have optimizer state."""
     return _trained_state(engine) if engine.model.tuning.frozen else _own_state(engine)
 
 

@@ -1,8 +1,8 @@
 """What is trained of a model that is frozen in part, as megatron-core's sharded tensors; adapters among it.
 
-megatron-core's layers know nothing of what hangs below them, and stack all layers in one tensor, which those that are
-trained do not fill. So the table says how each tensor is cut, and each layer has keys of its own, as the converters
-read them (`adapters/mcore_folder`); experts are stacked.
+megatron-core's layers do not know the adapters attached to them, and they stack all layers in one tensor, which the
+trained layers alone do not fill. So the table says how each tensor is split, and each layer has its own keys, in the
+form that the converters read (`adapters/mcore_folder`); experts are stacked.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from megabatch.trainer.weights import Placed, placed, tensor_split
 
 
 def trained_tensors(model: Model, ranks: Ranks) -> dict[str, nn.Parameter]:
-    """The parameters on this rank that are trained, by the names that `trained_state` gives them."""
+    """This rank's trained parameters, by the names that `trained_state` uses."""
     return {_name(item.mapped): item.parameter for item in _trained(model, ranks)}
 
 
 def trained_state(model: Model, ranks: Ranks) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """How each of them lies in its global tensor."""
+    """The place of each trained parameter in its global tensor."""
     return {_name(item.mapped): _sharded(item, model, ranks) for item in _trained(model, ranks)}
 
 
@@ -57,7 +57,7 @@ def _sharded(item: Placed, model: Model, ranks: Ranks) -> ShardedTensor | Sharde
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """One rank's part of a tensor: a part of each section, all of which are equally long."""
+    """One rank's part of a tensor: an equally long part of each of its sections."""
 
     place: Cell
     mapped: Mapped
@@ -70,11 +70,11 @@ class _Cut:
 
     @property
     def turned(self) -> bool:
-        """Whether the checkpoint has the transpose: an embedding's A, as PEFT has it."""
+        """Whether the checkpoint holds the transpose: true for an embedding's A, as in PEFT."""
         return self.mapped.name.endswith("lora_embedding_A")
 
     def tensor(self, key: str, data: Tensor, copies: Any, section: int = 0) -> ShardedTensor:
-        """The part of one section."""
+        """This rank's part of one section."""
         axis = len(self.place.lead)
         lead = ((i, at, of) for i, (at, of) in enumerate(zip(self.place.lead, self.place.axes, strict=True)))
         rows = (axis + self.turned, section * self.size + self.rank, self.sections * self.size)

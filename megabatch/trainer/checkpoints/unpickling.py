@@ -1,8 +1,8 @@
 """Reading checkpoints as data: a pickle in them may name what a checkpoint is made of, and nothing else.
 
-torch and megatron-core unpickle `.metadata`, and every object that is no tensor, with all of Python within reach:
-whoever can write to a checkpoint's folder could run code in the ranks of its next reader. Folders are often shared by
-a group, so asking who may write there would not do.
+torch and megatron-core unpickle `.metadata`, and every object that is not a tensor, without restrictions: anyone who
+can write to a checkpoint's folder could run code on the ranks that read it next. Groups often share folders, so
+checking who may write there would not be enough.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _METADATA = {
     "collections": ("OrderedDict",),
     "pathlib": ("Path", "PosixPath"),
 }
-"""What `.metadata` is made of, besides torch's dtypes."""
+"""The names that a `.metadata` may contain, besides torch's dtypes."""
 
 _NUMPY: list[Any] = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np.random.RandomState]
-"""What a state of numpy's generator is made of."""
+"""The types in the state of numpy's generator."""
 
 
 @contextlib.contextmanager
 def as_data() -> Iterator[None]:
-    """Within it, pickles of checkpoints that name anything else raise, before anything of it is called."""
+    """Inside this context, a checkpoint's pickle that names anything else raises before any of it is called."""
     unpickling, forced = filesystem.pickle, os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     filesystem.pickle = SimpleNamespace(load=_load, dump=pickle.dump)
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load asks at every call, whatever its caller wants
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load reads it on every call and overrides its caller
     try:
         with torch.serialization.safe_globals([*_NUMPY, _reconstruct()]):
             yield

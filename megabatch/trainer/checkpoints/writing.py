@@ -1,9 +1,8 @@
 """Writing torch_dist files: every rank its own, synced by it, with digests taken while they are written.
 
-The format is torch's and megatron-core's, the writer is ours: megatron-core's own starts processes for every rank,
-even for a synchronous save, and what it does differs between 0.16 and 0.19. `write_items` touches no process group and
-runs beside training on `copied` items; what the ranks must agree on is before it (`plan`) and behind it
-(`write_metadata`).
+The format is torch's and megatron-core's; the writer is ours. megatron-core's writer starts processes on every rank,
+even for a synchronous save, and behaves differently in 0.16 and 0.19. `write_items` touches no process group, so it
+can run in the background on `copied` items. The ranks agree before it (`plan`) and after it (`write_metadata`).
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from megabatch.saved.manifest import WHOLE, File, Range
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 
 Item = tuple[MetadataIndex, io.BytesIO | torch.Tensor]
-"""Where a part of the state belongs, and its bytes or numbers."""
+"""Where a part of the state belongs, and its bytes or tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What this rank writes, and on the main rank what the checkpoint will be."""
+    """What this rank writes; on the main rank also the metadata of the whole checkpoint."""
 
     items: SavePlan
     planner: Any
@@ -61,9 +60,9 @@ class Written:
 
 
 def plan(state: dict[str, Any], *, content: Mapping[str, Any]) -> Plan:
-    """Decides who writes what of a state of megatron-core's sharded tensors; collective.
+    """Plans which rank writes which part of a state made of megatron-core's sharded tensors; collective.
 
-    Args: content: how the state is laid out, for megatron-core's readers.
+    Args: content: the layout of the state, for megatron-core's readers.
     """
     sharded, common = save_preprocess({**state, "content_metadata": dict(content)}, True)
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
@@ -78,13 +77,13 @@ def plan(state: dict[str, Any], *, content: Mapping[str, Any]) -> Plan:
 
 
 def items(planned: Plan) -> Iterator[Item]:
-    """What this rank writes, as it is at that moment; tensors may be the live ones."""
+    """What this rank writes, with current values; tensors may be the live ones."""
     for item in sorted(planned.items.items, key=lambda item: item.type != WriteItemType.BYTE_IO):
         yield item.index, planned.planner.resolve_data(item)
 
 
 def copied(found: Iterable[Item]) -> list[Item]:
-    """The same in host memory of their own, which training does not change."""
+    """Copies of the items in host memory, which training does not change."""
     copies = [(index, data if isinstance(data, io.BytesIO) else _copy(data)) for index, data in found]
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
@@ -92,7 +91,7 @@ def copied(found: Iterable[Item]) -> list[Item]:
 
 
 def write_items(found: Iterable[Item], directory: Path, *, rank: int) -> Written:
-    """Writes and syncs this rank's `.distcp`; nothing when it has no part in the state.
+    """Writes and syncs this rank's `.distcp`; writes nothing if this rank has no items.
 
     Raises: OSError, RuntimeError.
     """
@@ -116,7 +115,7 @@ def write_items(found: Iterable[Item], directory: Path, *, rank: int) -> Written
 
 
 def write_metadata(planned: Plan, directory: Path, results: list[list[WriteResult]]) -> dict[str, File]:
-    """On the main rank: writes what makes the ranks' files one checkpoint. Raises: OSError, RuntimeError."""
+    """On the main rank: writes the files that describe the whole checkpoint. Raises: OSError, RuntimeError."""
     assert planned.metadata is not None
     planned.metadata.storage_data = {one.index: one.storage_data for part in results for one in part}
     planned.metadata.storage_meta = StorageMeta()
@@ -134,7 +133,7 @@ def write_metadata(planned: Plan, directory: Path, results: list[list[WriteResul
 
 
 class DigestingFile:
-    """A file that is written from its beginning to its end, with a digest of each part."""
+    """A file written sequentially, with a digest of each part."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -152,7 +151,7 @@ class DigestingFile:
         self._file.flush()
 
     def begin(self) -> int:
-        """Starts a part; returns where."""
+        """Starts a part and returns its offset."""
         self._digest = xxh3_64()
         return self.size
 
@@ -160,7 +159,7 @@ class DigestingFile:
         return Range(name, start, self.size - start, self._digest.hexdigest())
 
     def whole(self) -> File:
-        """Of a file that was written as one part."""
+        """The manifest's entry for a file written as one part."""
         return File(self.size, (self.end(WHOLE, 0),))
 
 
@@ -186,11 +185,11 @@ def _without_archive_checksums() -> Iterator[None]:
 def _copy(data: torch.Tensor) -> torch.Tensor:
     if not data.is_cuda:
         return data.detach().clone()
-    host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)  # torch keeps such memory for the next copy
+    host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)  # torch reuses pinned memory for the next copy
     return host.copy_(data.detach(), non_blocking=True)
 
 
 def _alone(data: torch.Tensor) -> torch.Tensor:
-    """In host memory, without the rest of a storage that it is a view into: torch.save writes whole storages."""
+    """The tensor in host memory with a storage of its own, because torch.save writes whole storages."""
     tensor = data.detach().cpu()
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor

@@ -1,7 +1,7 @@
 """What an objective is: numerators of a loss, and the name of the denominator it wants.
 
 Objectives see tensors, never process groups, layouts or the recipe. The engine knows the denominators of the global
-batch and divides once; no objective divides by data parallel size, accumulation or context parallel size.
+batch and divides once; an objective never divides by data-parallel size, accumulation steps or context-parallel size.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Norm(enum.Enum):
-    """Denominator of a loss. A loss over a constant takes one of the counts and divides its numerator."""
+    """Denominator of a loss. A loss divided by a constant picks one of the counts and scales its numerator."""
 
     TOKENS = "tokens"
     """Sum of the token weights of the global batch."""
     SEQUENCES = "sequences"
     """Sequences of the global batch."""
     ITEMS = "items"
-    """Items of the global batch: pairs, groups; each sample is one where nothing groups them."""
+    """Items of the global batch, such as pairs or groups; ungrouped samples are one item each."""
     MICRO_BATCH = "micro_batch"
     """Each micro-batch's own weight (`Terms.weight`), then the mean over micro-batches that hold samples."""
 
@@ -51,14 +51,14 @@ class Terms:
     weight: Tensor
     """0-d fp32: this micro-batch's share of the denominator."""
     metrics: Mapping[str, Mean]
-    """One for each name in `Objective.metrics`; all are summed over the global batch and logged."""
+    """One for each name in `Objective.metrics`; the engine sums them over the global batch and logs them."""
     per: Literal["token", "sequence"] = "token"
-    """What the numbers above are sums over: the tokens of `pack`, of which context-parallel ranks have a part each, or
-    its sequences, which they all have (`Pack.sequence_sums`) and which are counted once."""
+    """What the values above sum over. "token": the tokens of `pack`, which context-parallel ranks split. "sequence":
+    its sequences, which all of these ranks have (`Pack.sequence_sums`); the engine counts them once."""
 
 
 class Inference(Protocol):
-    """What an objective may ask of the engine before a step. Every rank asks for the same, in the same order."""
+    """What an objective may call on the engine before a step. Every rank makes the same calls in the same order."""
 
     def infer(self, packs: Sequence[Pack], readout: Readout, *, model: str = "policy") -> list[dict[str, Tensor]]:
         """The readout's fields of each pack, on every rank that shares the model; no gradients."""
@@ -73,21 +73,21 @@ class Objective(Protocol):
     norm: Norm
     """Denominator of the loss."""
     metrics: tuple[str, ...]
-    """Names of the metrics that every micro-batch has, the same on every rank. `loss` is one of them."""
+    """Names of the metrics of every micro-batch, the same on every rank; includes `loss`."""
     readout: Readout
-    """What `terms` needs of the model's output."""
+    """What `terms` needs from the model's output."""
 
     def prepare(self, packs: Sequence[Pack], inference: Inference) -> Sequence[Pack]:
-        """The packs of a step with the columns that the loss needs besides the data's own.
+        """Adds to a step's packs the columns that the loss needs and the data does not have.
 
-        Runs before the forward, in training and evaluation: the place for log-probabilities of a reference model, for
-        a number that depends on the whole global batch, for embeddings of negatives on other ranks.
+        Runs before the forward pass, in training and evaluation. Compute here, for example, a reference model's
+        log-probabilities, a value that depends on the whole global batch, or embeddings of negatives on other ranks.
         """
         return packs
 
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
         """This micro-batch's share of the loss.
 
-        Args: `out`: the fields of `readout`; `pack`: the row, or with context parallelism this rank's part of it.
+        Args: `out`: the fields of `readout`; `pack`: the row or, with context parallelism, this rank's part of it.
         """
         ...

@@ -28,8 +28,8 @@ class Sft(Objective):
     def __init__(
         self, *, calculate_per_token_loss: bool = True, dynamic: bool = False, channels: Sequence[str] = ()
     ) -> None:
-        """Args: `dynamic`: dynamic fine-tuning; `channels`: names behind the samples' column `channel`, each of which
-        has a metric of its own."""
+        """Args: `dynamic`: dynamic fine-tuning; `channels`: names that the samples' column `channel` indexes; each
+        gets its own metric."""
         self.norm = Norm.TOKENS if calculate_per_token_loss else Norm.MICRO_BATCH
         self._dynamic, self._channels = dynamic, tuple(channels)
         own = tuple(f"loss_{channel}" for channel in channels)
@@ -47,7 +47,7 @@ class Sft(Objective):
         return Terms(numerator=total, weight=weight, metrics=metrics | self._by_channel(losses_T.detach(), pack))
 
     def _by_channel(self, losses_T: Tensor, pack: Pack) -> dict[str, Mean]:
-        """The loss of each channel's tokens; the row's padding is in the first channel, with weight 0."""
+        """The loss of each channel's tokens; the row's padding counts in the first channel with weight 0."""
         if not self._channels:
             return {}
         channels_S = torch.cat([pack.columns[CHANNEL], pack.columns[CHANNEL].new_zeros(1)])

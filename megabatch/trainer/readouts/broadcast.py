@@ -25,10 +25,10 @@ def on_all_ranks(
     *,
     cuts: Sequence[Cut | None],
 ) -> list[dict[str, Tensor]]:
-    """The fields of each pack as a whole.
+    """The fields of each whole pack, on every rank.
 
-    Args: `found`: what this rank read of its part of each pack, used on the last stage alone; `cuts`: how each pack is
-    cut over context-parallel ranks.
+    Args: `found`: what this rank read from its part of each pack, used only on the last stage; `cuts`: how each pack
+    is split over context-parallel ranks.
     """
     order = [(name, number) for name in fields for number in range(len(packs))]
     shapes = [_shape(packs[number], fields[name]) for name, number in order]
@@ -51,7 +51,7 @@ def _shape(pack: Pack, field: Field) -> torch.Size:
 
 
 def _flat(read: Sequence[Tensor], cuts: Sequence[Cut | None], shapes: Sequence[torch.Size]) -> Tensor:
-    """All numbers of the whole tensors, one behind the other."""
+    """The whole tensors, flattened and concatenated."""
     joined = iter(_joined([(part, cut) for part, cut in zip(read, cuts, strict=True) if cut is not None]))
     whole = [part if cut is None else next(joined) for part, cut in zip(read, cuts, strict=True)]
     for one, shape in zip(whole, shapes, strict=True):
@@ -60,7 +60,7 @@ def _flat(read: Sequence[Tensor], cuts: Sequence[Cut | None], shapes: Sequence[t
 
 
 def _joined(parts: Sequence[tuple[Tensor, Cut]]) -> list[Tensor]:
-    """The rows of these parts, [t, …] → [T, …], with one collective over the ranks that have the others."""
+    """Joins parts into whole rows, [t, …] → [T, …], with one collective over the ranks that hold them."""
     if not parts:
         return []
     group = parts[0][1].group

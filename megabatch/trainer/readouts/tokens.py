@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tokens(Readout):
-    """`logps` [T] fp32: log p(targets_T[t]) at each position; at last positions and in padding that of token 0."""
+    """`logps` [T] fp32: log p(targets_T[t]) at each position; last positions and padding have that of token 0."""
 
     fields: Mapping[str, Field] = field(default_factory=lambda: {"logps": Field("token")})
 

@@ -22,18 +22,18 @@ class Parts:
     steps: Steps
     objective: Objective
     evaluator: Evaluator | None
-    """None: there is nothing to evaluate on."""
+    """None if there is no validation data."""
     export: Export
     frozen: Mapping[str, Model] = field(default_factory=dict)
-    """Further models by name, such as a reference or a teacher, for `Engine.infer`."""
+    """More models by name, such as a reference or a teacher, for `Engine.infer`."""
 
 
 class Opener(Protocol):
-    """The function that a module of `trainer.tasks` is for."""
+    """The function that each module of `trainer.tasks` provides."""
 
     def __call__(self, run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
-        """Opens data and all else that the task needs before its model is built; collective.
+        """Opens the data and everything else the task needs before its model is built; collective.
 
-        Args: `busy` is called from time to time while that takes long. Raises: MegabatchError on every rank.
+        Args: `busy`: called from time to time during long work. Raises: MegabatchError on every rank.
         """
         ...

@@ -17,7 +17,7 @@ from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.tasks.parts import Parts
 
 _MOST_CHANNELS = 512
-"""Curves that one can look at; a column with more values is another thing than a channel."""
+"""As many curves as anyone can look at; a column with more values does not hold channels."""
 
 
 def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
@@ -43,7 +43,7 @@ def _objective(run: RunConfig, *, channels: Sequence[str] = ()) -> Sft:
 
 
 def checked_channels(channels: Sequence[str]) -> Sequence[str]:
-    """Raises: DataError for too many, or for one whose curve would have another metric's name."""
+    """Raises: DataError for too many channels, or for a channel whose metric would take another metric's name."""
     if len(channels) > _MOST_CHANNELS:
         raise DataError(
             f"training.enable_channel_loss=True: the data's column 'channel' has {len(channels):,} values, above "

@@ -9,7 +9,7 @@ from megabatch.trainer.tasks import sft
 from megabatch.trainer.tasks.parts import Opener
 
 OPENERS: Mapping[str, Opener] = {"pt": sft.parts, "sft": sft.parts}
-"""By `Task.name`: one for each task that is built."""
+"""By `Task.name`, one for each implemented task."""
 
 
 def opener(run: RunConfig) -> Opener:
