@@ -1,7 +1,7 @@
 """Core attention on flat rows of several sequences, on any device, without Transformer Engine.
 
-Shapes: T tokens of the flat row that are here, H query heads, G key/value heads, D channels of a head, K keys: T of
-them, or as many as the chunks' prefixes have where the row is cut over ranks.
+Shapes: T tokens of the flat row on this rank, H query heads, G key/value heads, D channels per head, K keys: T or,
+where the row is split over ranks, the total length of the chunks' prefixes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megabatch.trainer.model.row import Row, rotated
 
 
 def _flash() -> Callable[..., Tensor] | None:
-    """torch's variable-length flash attention; it takes a causal window from torch 2.11 on."""
+    """torch's variable-length flash attention if it supports a causal window (torch 2.11 or later), else None."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
@@ -38,20 +38,20 @@ def _flash() -> Callable[..., Tensor] | None:
 
 
 def takes_groups(flash: Callable[..., Tensor] | None) -> bool:
-    """Whether the kernel reads fewer key heads than query heads as they lie in memory; torch's does from 2.13 on."""
+    """Whether the kernel supports grouped-query attention without repeated keys; torch's does from 2.13 on."""
     return flash is not None and "enable_gqa" in inspect.signature(flash).parameters
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention in which the sequences of a row never see each other.
+    """Causal attention within each sequence of a row; sequences do not attend to each other.
 
-    softmax(Q K^T / sqrt(D)) V for each sequence, grouped queries included, softmax in fp32 inside the kernel, queries
-    and keys turned by the row's rotation first. CUDA in half precision takes torch's variable-length flash kernel,
-    everything else scaled_dot_product_attention for each sequence, or for all where they are equally long. Takes
-    megatron-core's place of `core_attention`.
+    softmax(Q K^T / sqrt(D)) V for each sequence, with grouped queries and an fp32 softmax inside the kernel, after the
+    row's rotation of queries and keys. Half precision on CUDA uses torch's variable-length flash kernel. Everything
+    else uses scaled_dot_product_attention, once per sequence, or once for all if they are equally long. Replaces
+    megatron-core's `core_attention`.
 
-    Of a row that is cut over context-parallel ranks, each chunk of a sequence attends to the sequence up to its own
-    end: to the kernels a sequence with fewer queries than keys, the last of each aligned.
+    If the row is split over context-parallel ranks, each chunk of a sequence attends to the sequence up to the chunk's
+    end. The kernels see a sequence with fewer queries than keys, aligned at the last query and key.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class PackedAttention(MegatronModule):
         self.dropout = config.attention_dropout
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.earlier = config.window_size[0] if windowed else -1
-        """Keys before its own that a query sees; -1 for all of them."""
+        """How many keys before its own a query sees; -1 for all."""
         self.flash = _flash()
         self.flash_takes_groups = takes_groups(self.flash)
 
@@ -83,7 +83,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> Tensor:
-        """[T, H, D], [T, G, D], [T, G, D], before their rotation → [T, H * D]; `packed_seq_params` is a `Row`."""
+        """[T, H, D], [T, G, D], [T, G, D], before rotation → [T, H * D]; `packed_seq_params` is a `Row`."""
         row = packed_seq_params
         assert isinstance(row, Row), "rows are always packed"
         query_THD, key_TGD = (rotated(x, row.rotation) for x in (query_THD, key_TGD))
@@ -97,9 +97,9 @@ class PackedAttention(MegatronModule):
         return out.reshape(out.shape[0], -1)
 
     def _generator(self) -> AbstractContextManager[None]:
-        """The one that dropout draws from: heads are split over tensor-parallel ranks, and each has its own.
+        """The random generator for dropout: each tensor-parallel rank has its own heads, so its own generator.
 
-        With sequence parallelism megatron-core has set it for the whole block; a recomputation has it as it was.
+        With sequence parallelism, megatron-core already sets it for the whole block and restores it to recompute.
         """
         if not (self.training and self.dropout) or self.config.sequence_parallel:
             return nullcontext()
@@ -121,21 +121,21 @@ class PackedAttention(MegatronModule):
         return query_THD.is_cuda and half and not (self.training and self.dropout)
 
     def _rectangle(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, row: Row) -> Tensor:
-        """All sequences at once, which are equally long."""
+        """Computes all sequences at once; they must be equally long."""
         query, key, value = (
             x.view(len(row.lengths), -1, *x.shape[1:]).transpose(1, 2) for x in (query_THD, key_KGD, value_KGD)
         )
         return self._causal(query, key, value, row).transpose(1, 2).flatten(0, 1)
 
     def _each_sequence(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, row: Row) -> Tensor:
-        # splitting once rather than slicing: the gradient of a slice is a zero-filled tensor of the whole row
+        # one split instead of slices: the gradient of each slice would be a zero-filled tensor of the whole row
         tensors = ((query_THD, row.lengths), (key_KGD, row.prefixes), (value_KGD, row.prefixes))
         split = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x, lengths in tensors)
         parts = [self._causal(query, key, value, row) for query, key, value in zip(*split, strict=True)]
         return torch.cat([part.squeeze(0).transpose(0, 1) for part in parts])
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor, row: Row) -> Tensor:
-        """[sequences, heads, length, D] each, the last query's own key the last key."""
+        """Args: [sequences, heads, length, D] each; the last query's own key is the last key."""
         mask = row.mask(query, key, earlier=self.earlier)
         return scaled_dot_product_attention(
             query,

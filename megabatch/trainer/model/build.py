@@ -28,22 +28,22 @@ class Model:
     """The chunks on this rank and what they were built from."""
 
     wrapped: list[Any]
-    """One for each virtual pipeline stage, in megatron-core's wrappers: for its schedules and its optimizer, which may
-    leave parameters as they were before the last step. Whatever reads or writes parameters takes `chunks`."""
+    """One per virtual pipeline stage, in megatron-core's wrappers, for its schedules and its optimizer. With
+    `overlap_param_gather` their parameters may predate the last step: use `chunks` to read or write parameters."""
     config: TransformerConfig
     shape: ModelShape
     padded_vocab_size: int
     rotary: Rotary | None
-    """For rows of our own attention (`row.row`); None where Transformer Engine's layers rotate by themselves."""
+    """For the rows of our own attention (`row.row`); None with Transformer Engine, whose layers rotate themselves."""
     tuning: Tuning = ALL
-    """What of it is trained."""
+    """Which parts of the model are trained."""
 
     @property
     def chunks(self) -> list[Any]:
-        """The bare models, one for each virtual pipeline stage, whose parameters are those of the last step.
+        """The bare models, one per virtual pipeline stage, with the parameters of the last step.
 
-        Collective over data-parallel ranks with `overlap_param_gather`: an optimizer step then updates this rank's
-        part of each parameter alone and leaves the rest to the next forward. What is still missing is gathered here.
+        With `overlap_param_gather` it is collective over data-parallel ranks: an optimizer step then updates only this
+        rank's part of each parameter and leaves the gather to the next forward pass. This gathers what is missing.
         """
         for chunk in self.wrapped:
             _gather_parameters(chunk)
@@ -51,9 +51,9 @@ class Model:
 
     @contextmanager
     def with_adapter(self, name: str | None) -> Iterator[None]:
-        """Within it the model has this adapter; None is the model as it was before LoRA, such as a reference.
+        """Inside this context the model uses this adapter; None gives the model before LoRA, for example a reference.
 
-        Raises: ConfigError where parameters of the model itself are trained too, of which nothing is kept.
+        Raises: ConfigError for None if the run also trains the model's own parameters: their old values are gone.
         """
         if name is None and self.tuning.trained:
             raise ConfigError(
@@ -65,10 +65,10 @@ class Model:
 
 
 class HalfPrecision(Float16Module):
-    """A chunk in bfloat16 or fp16 whose logits stay so: the loss turns them into fp32 a few rows at a time.
+    """A chunk in bfloat16 or fp16 that does not convert its logits: the loss converts a few rows at a time to fp32.
 
-    megatron-core would hand out fp32 copies: of 8,192 tokens by 152,000 entries, logits and gradients take 15 GB
-    rather than 5. The numbers are the same.
+    megatron-core would return fp32 copies: for 8,192 tokens by 152,000 entries, logits and gradients would take 15 GB
+    instead of 5. The numbers are the same.
     """
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ class HalfPrecision(Float16Module):
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """The vocabulary filled up so that every tensor-parallel rank has equally many rows."""
+    """The vocabulary size, padded so that every tensor-parallel rank has the same number of rows."""
     return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
 
 
@@ -89,10 +89,10 @@ def build(
     vocab_size: int | None = None,
     tuning: Tuning = ALL,
 ) -> Model:
-    """Weights are allocated and not initialised: they are loaded next, from whatever source.
+    """Builds this rank's chunks. Allocates weights but does not initialise them: the caller loads them next.
 
     Args: ddp: None for a model without gradients; vocab_size: rows of the embedding with padding, None pads as little
-    as tensor parallelism needs; tuning: what of the model is trained.
+    as tensor parallelism needs; tuning: which parts of the model are trained.
     """
     vocab = vocab_size or padded_vocab_size(shape.vocab_size, ranks.tp_size)
     stages = range(ranks.virtual_size) if ranks.virtual_size else [None]
@@ -112,9 +112,9 @@ def build(
 
 
 def _gather_parameters(chunk: Any) -> None:
-    """Gathers the buckets that no forward has gathered yet, and waits for those on their way.
+    """Gathers the buckets that no forward pass has gathered yet, and waits for pending gathers.
 
-    megatron-core's own `start_param_sync(force_sync=True)` would gather all of them again at every call.
+    megatron-core's own `start_param_sync(force_sync=True)` would gather all buckets again on every call.
     """
     if not isinstance(chunk, DistributedDataParallel):
         return
@@ -138,15 +138,15 @@ def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
-        # megatron-core's own is computed anew in every layer, and reads the sequences' lengths back from the device
+        # megatron-core's own is recomputed in every layer, and reads the sequences' lengths back from the device
         position_embedding_type="rope" if te else "none",
         rotary_base=int(shape.rotary_base),
         vp_stage=vp_stage,
     )
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
-            # megatron-core marks experts so only with ep > 1; with tp > 1 = ep it would not add up the gradients of
-            # tensor-parallel ranks, each of which sends its own tokens to its own copy of the experts.
+            # megatron-core sets this mark only with ep > 1. With ep = 1 and tp > 1 it would not sum the gradients of
+            # tensor-parallel ranks, although each of them sends its own tokens to its own copy of the experts.
             parameter.allreduce = False
     megatron_moe.prepare(model)
     if te:

@@ -19,10 +19,10 @@ from megabatch.trainer.zigzag import Cut
 
 @contextlib.contextmanager
 def seen(key_tGD: Tensor, value_tGD: Tensor, cut: Cut | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values [K, G, D] of each chunk's prefix, one behind the other; those given where no row is cut.
+    """Keys and values [K, G, D] of the chunks' prefixes, concatenated; the arguments themselves if the row is whole.
 
-    What is computed with them inside this context keeps nothing of other ranks for the backward pass, which gathers
-    them again: beside its own keys and values a rank holds those of one layer at a time.
+    Computations inside this context save no keys or values of other ranks for the backward pass, which gathers them
+    again. So besides its own keys and values, a rank holds those of one layer at a time.
     """
     if cut is None:
         yield key_tGD, value_tGD
@@ -34,7 +34,7 @@ def seen(key_tGD: Tensor, value_tGD: Tensor, cut: Cut | None) -> Iterator[tuple[
 
 
 class _Seen(torch.autograd.Function):
-    """Gathers in the forward; the gradient of each key is the sum over all ranks whose queries saw it."""
+    """Gathers in forward; in backward, sums each key's gradient over all ranks whose queries saw it."""
 
     @staticmethod
     def forward(ctx: Any, key_tGD: Tensor, value_tGD: Tensor, cut: Cut) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ def _gathered(key_tGD: Tensor, value_tGD: Tensor, cut: Cut) -> Tensor:
 
 
 class _Again:
-    """Saves of a tensor that is a view of the gathered ones only which, and gathers them again for the backward."""
+    """Saves only the shape and offset of views of the gathered tensors, and gathers them again for backward."""
 
     def __init__(self, key_tGD: Tensor, value_tGD: Tensor, cut: Cut, gathered: Tensor) -> None:
         self._mine = (key_tGD, value_tGD, cut)

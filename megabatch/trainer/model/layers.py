@@ -18,14 +18,14 @@ from megabatch.trainer.model.norms import LayerNorm, RMSNorm
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):
-    """megatron-core gives every linear layer a bias or none; some models have one here only."""
+    """A layer with a bias: megatron-core gives a bias to all linear layers or to none, but some models have few."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "bias": True})
 
 
 class BiasedRowParallelLinear(RowParallelLinear):
-    """As above, for the layers whose input is split."""
+    """The same for layers whose input is split."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "bias": True})
@@ -34,7 +34,7 @@ class BiasedRowParallelLinear(RowParallelLinear):
 def decoder_layers(
     config: TransformerConfig, shape: ModelShape, *, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers that this pipeline stage builds, dense or mixture of experts as `moe_layer_freq` says."""
+    """Specs of the layers that this pipeline stage builds: dense or mixture of experts, by `moe_layer_freq`."""
     if config.transformer_impl == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
@@ -67,10 +67,10 @@ def _moe_pattern(config: TransformerConfig) -> list[bool]:
 
 
 def _local_layer(config: TransformerConfig, *, norm: type, moe: bool, output_bias: bool, mlp_bias: bool) -> ModuleSpec:
-    """megatron-core's local layer with our norms and attention, under the names that Transformer Engine saves.
+    """megatron-core's local layer with our norms and attention, saved under Transformer Engine's names.
 
-    megatron-core's local spec maps `pre_mlp_layernorm` into `mlp.linear_fc1` for every layer; Transformer Engine does
-    so for dense layers only, and a checkpoint must not depend on which of them wrote it.
+    megatron-core's local spec maps `pre_mlp_layernorm` into `mlp.linear_fc1` for every layer, Transformer Engine only
+    for dense layers. A checkpoint must not depend on which of them wrote it.
     """
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if moe else None,

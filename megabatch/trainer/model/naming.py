@@ -24,7 +24,7 @@ def unwrap(chunk: nn.Module) -> Any:
 def named_parameters(
     chunks: Sequence[nn.Module], *, first_expert: int, adapter: str | None = None
 ) -> Iterator[tuple[str, int | None, nn.Parameter]]:
-    """(canonical name, expert or None, parameter) of every parameter of these bare models, or of their adapter.
+    """(canonical name, expert or None, parameter) for every parameter of these bare models, or of one adapter.
 
     Args: first_expert: global index of this rank's first expert in each mixture-of-experts layer.
     """
@@ -39,7 +39,7 @@ def named_parameters(
 
 
 def named_layers(chunk: Any, *, first_expert: int) -> list[tuple[str, int | None, nn.Module]]:
-    """(canonical name of its weight, expert or None, layer) of every module of a bare model that has a weight."""
+    """(canonical name of its weight, expert or None, layer) for every module of a bare model that has a weight."""
     found = []
     for name, module in chunk.named_modules():
         if module._parameters.get("weight") is not None:
@@ -49,18 +49,18 @@ def named_layers(chunk: Any, *, first_expert: int) -> list[tuple[str, int | None
 
 
 def adapter_name(weight: str, side: str) -> str:
-    """The canonical name of an adapter's A or B, of its layer's weight."""
+    """The canonical name of an adapter's A or B, from that of its layer's weight."""
     stem = weight.removesuffix("weight")
     return f"{stem}lora_embedding_{side}" if weight.startswith("embedding.") else f"{stem}lora_{side}.weight"
 
 
 def is_of_adapter(name: str) -> bool:
-    """Whether a live parameter's name is that of an adapter's."""
+    """Whether a live parameter belongs to an adapter, by its name."""
     return _ADAPTER.match(name) is not None
 
 
 def _of_adapter(name: str) -> tuple[str, str | None, str | None]:
-    """The name of the layer's weight, of the adapter and of its matrix; of any other parameter its name alone."""
+    """(name of the layer's weight, adapter, matrix); for a parameter of no adapter, (its name, None, None)."""
     match = _ADAPTER.match(name)
     return (name, None, None) if match is None else (f"{match[1]}.weight", match[2], match[3])
 

@@ -13,8 +13,8 @@ from torch.nn.functional import layer_norm, rms_norm
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (arXiv:1910.07467).
 
-    Its weight carries megatron-core's `sequence_parallel` mark, so that the gradient is summed over the
-    tensor-parallel ranks when each of them sees only a part of the tokens.
+    The weight carries megatron-core's `sequence_parallel` mark, so megatron-core sums its gradient over the
+    tensor-parallel ranks when each of them sees only part of the tokens.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 class _CpuRMSNorm(torch.autograd.Function):
-    """torch has no kernel of it for CPUs and differentiates its parts, which takes twice the passes over memory.
+    """RMSNorm on CPUs: torch has no kernel there and differentiates its parts, with twice the passes over memory.
 
     Gradients in n = x / rms: dx = (g w - n mean(g n w)) / rms, dw = sum of g n over all tokens.
     """

@@ -13,7 +13,7 @@ from megabatch.trainer.model.row import Rotation
 
 
 class Rotary:
-    """Cosines and sines of positions, in the precision of what they rotate."""
+    """Cosines and sines of positions, in the dtype of the queries and keys."""
 
     def __init__(self, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> None:
         self._frequencies = inverse_frequencies(shape).to(device)
@@ -27,9 +27,9 @@ class Rotary:
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """[D/2] fp32: base^(-2i/D), scaled as `rope_scaling` says (RoFormer, arXiv:2104.09864, eq. 15).
+    """[D/2] fp32: base^(-2i/D), scaled by `rope_scaling` (RoFormer, arXiv:2104.09864, eq. 15).
 
-    Raises: ConfigError for a rope type that is not built (dynamic, longrope, yarn).
+    Raises: ConfigError for an unsupported rope type (dynamic, longrope, yarn).
     """
     dim = shape.kv_channels
     plain = 1.0 / (shape.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
@@ -51,7 +51,8 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
 
 
 def _llama3(plain: Tensor, *, factor: float, low: float, high: float, original: float) -> Tensor:
-    """Llama 3.1: wavelengths above original/low are stretched by `factor`, below original/high kept, else blended."""
+    """Llama 3.1: stretches wavelengths above original/low by `factor`, keeps those below original/high, blends the
+    rest."""
     wavelength = 2 * math.pi / plain
     blend = (original / wavelength - low) / (high - low)
     scaled = torch.where(wavelength > original / low, plain / factor, plain)

@@ -14,30 +14,30 @@ from torch import Tensor
 from megabatch.trainer.zigzag import Cut, on_device
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines of every position of a row, [T, 1, D] each; as many channels D as are rotated."""
+"""Cosines and sines of every position of a row, [T, 1, D] each, for the D channels that are rotated."""
 
 
 @dataclass
 class Row(PackedSeqParams):
-    """megatron-core's description of a row, for our attention: layers neither read the device nor compute it again."""
+    """megatron-core's row description plus host-side facts, so layers neither read the device nor recompute them."""
 
     lengths: tuple[int, ...] = ()
-    """Queries of each segment, in order; of each chunk of a segment where the row is cut."""
+    """Number of queries in each segment, in order; in each chunk of a segment if the row is split."""
     prefixes: tuple[int, ...] = ()
-    """Keys that the last of them sees: as many, or more where the row is cut."""
+    """Number of keys that the last of these queries sees: the same, or more if the row is split."""
     rotation: Rotation | None = None
-    """By which the attention turns queries and keys; None leaves them as they are."""
+    """Rotates queries and keys; None leaves them unchanged."""
     cut: Cut | None = None
-    """How the row is cut over context-parallel ranks; None for a row that is whole."""
+    """How the row is split over context-parallel ranks; None for a whole row."""
     masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    """Masks that a layer of this row has made, for the others."""
+    """Cache of attention masks, shared by all layers."""
 
     def mask(self, query: Tensor, key: Tensor, *, earlier: int) -> Tensor | None:
-        """[queries, keys] to be added to scores, in the queries' type: -inf at keys that a query does not see; None
-        where it sees all up to its own, and queries are as many as keys.
+        """[queries, keys] in the queries' dtype, to add to scores: -inf at keys that a query does not see. None if a
+        plain causal mask does: as many queries as keys, and no window.
 
-        Args: `query`, `key` [..., length, D], the last query's own key the last one; `earlier`: keys before its own
-        that a query sees, -1 for all.
+        Args: `query`, `key` [..., length, D], where the last query's own key is the last key; `earlier`: how many keys
+        before its own a query sees, -1 for all.
         """
         queries, keys = query.shape[-2], key.shape[-2]
         if queries == keys and (earlier < 0 or earlier >= keys - 1):
@@ -57,7 +57,7 @@ def row(
     rotation: Rotation | None = None,
     cut: Cut | None = None,
 ) -> Row:
-    """Args: bounds: int32 [S + 1] in host memory, where each segment of the whole row starts and the last one ends."""
+    """Args: bounds: int32 [S + 1] in host memory: the start of each segment of the whole row, then the row's end."""
     if cut is None:
         lengths = prefixes = tuple(stop - start for start, stop in pairwise(bounds.tolist()))
         queries = keys = bounds.to(device, non_blocking=True)
@@ -74,7 +74,7 @@ def _bounds(lengths: tuple[int, ...], device: torch.device | str) -> Tensor:
 
 
 class _Rotated(torch.autograd.Function):
-    """x cos + rotate_half(x) sin, in one pass over each half and with nothing saved but cosines and sines."""
+    """x cos + rotate_half(x) sin, in one pass over each half; saves only the cosines and sines for backward."""
 
     @staticmethod
     def forward(ctx: Any, x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class _Rotated(torch.autograd.Function):
 
 
 def _turned(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, *, sign: int) -> Tensor:
-    """Rotated by the angles, or by their negatives: the gradient, as a rotation's transpose is its inverse."""
+    """Rotates by the angles; by their negatives for the gradient, since a rotation's transpose is its inverse."""
     width = cos_TD.shape[-1]
     half = width // 2
     out_THD = torch.empty_like(x_THD, memory_format=torch.contiguous_format)
@@ -100,7 +100,7 @@ def _turned(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, *, sign: int) -> Tens
 
 
 def rotated(x_THD: Tensor, rotation: Rotation | None) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv:2104.09864, eq. 34): channel i of D turns with channel i + D/2.
+    """Rotary position embedding (RoFormer, arXiv:2104.09864, eq. 34): pairs channel i of D with channel i + D/2.
 
     Args: x_THD [T, H, D], any float dtype; rotation: see `rope.Rotary`. Returns: [T, H, D] of the same dtype.
     """

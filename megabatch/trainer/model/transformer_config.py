@@ -27,10 +27,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -> TransformerConfig:
-    """The configuration of a resolved recipe; `virtual_size` is the number of chunks of each pipeline stage.
+    """The configuration for a resolved recipe; `virtual_size` is the number of chunks per pipeline stage.
 
-    Raises: ConfigError for a model that the trainer has not built, and for a combination that megatron-core itself
-    refuses, with its own words.
+    Raises: ConfigError for a model that the trainer does not support, and for a combination that megatron-core
+    refuses, with megatron-core's message.
     """
     if reason := untrainable(shape):
         raise ConfigError(f"{shape.architecture or shape.model_type} cannot be trained: {reason}")
@@ -39,8 +39,9 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
         config = TransformerConfig(**values, **_extra(recipe.training.megatron_extra_kwargs))
     except (ValueError, AssertionError) as e:
         raise ConfigError(f"megatron-core refuses this model and layout: {e}") from e
-    # megatron-core refuses this for dispatchers that exchange whole rows (0.16-0.19), whose rows `Share.equal_rows`
-    # makes equal; to pipeline stages they are of various lengths all the same, unless every row of the run is padded
+    # Set after construction, since megatron-core (0.16-0.19) refuses it for dispatchers that exchange whole rows.
+    # `Share.equal_rows` gives such rows equal lengths, but pipeline stages still see rows of various lengths, unless
+    # the run pads every row.
     config.variable_seq_lengths = (
         recipe.parallel.pipeline_model_parallel_size > 1 and not recipe.data.pad_to_max_length
     )
@@ -48,7 +49,7 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
 
 
 def own_values(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -> dict[str, Any]:
-    """Every field that megabatch sets, none of which `megatron_extra_kwargs` may name."""
+    """Every field that megabatch sets itself; `megatron_extra_kwargs` may name none of them."""
     impl = transformer_impl(recipe, shape)
     return {
         **_model(shape, recipe),
@@ -90,7 +91,7 @@ def _model(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
 
 
 def _windows(shape: ModelShape) -> dict[str, Any]:
-    """megatron-core counts the tokens before a query's own; `sliding_window` includes it."""
+    """megatron-core counts only the tokens before a query's own; `sliding_window` includes it."""
     if shape.sliding_window is None:
         return {}
     layers = [int(windowed) for windowed in shape.window_layers] or None
@@ -98,12 +99,12 @@ def _windows(shape: ModelShape) -> dict[str, Any]:
 
 
 def leave_uninitialised(weight: torch.Tensor) -> None:
-    """Weights are loaded after building. `perform_initialization=False` would skip marking the tensor-parallel ones
-    too, and then gradient norms leave out the shards of every rank but the first."""
+    """Does nothing, since weights are loaded after building. `perform_initialization=False` would also skip marking
+    the tensor-parallel parameters, and gradient norms would then miss the shards of every rank but the first."""
 
 
 def transformer_impl(recipe: Recipe, shape: ModelShape) -> str:
-    """`local` wherever Transformer Engine cannot be used; said once, by name."""
+    """`local` where Transformer Engine cannot be used; logs the reason once."""
     wanted = recipe.kernels.transformer_impl
     if wanted == "local":
         return wanted
@@ -151,7 +152,7 @@ def _moe(shape: ModelShape, recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
 
 
 def _fused_experts(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
-    """Transformer Engine's kernels for experts; without it each expert is computed by itself, with the same result."""
+    """Transformer Engine's kernels for experts; without it, each expert runs on its own, with the same result."""
     return {
         "moe_grouped_gemm": has_te and recipe.moe.moe_grouped_gemm,
         "moe_permute_fusion": has_te and recipe.moe.moe_permute_fusion,
@@ -175,9 +176,9 @@ def _parallel(recipe: Recipe, virtual_size: int | None, *, has_te: bool) -> dict
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
-        # what was sent on is kept for its graph alone; the interleaved schedule would free what is still being sent
+        # a sent output is needed only for its graph; but the interleaved schedule would free outputs still being sent
         "deallocate_pipeline_outputs": pipelined and virtual_size is None,
-        "batch_p2p_comm": virtual_size is None,  # batched pairs of sends mix up neighbours that are the same rank
+        "batch_p2p_comm": virtual_size is None,  # batched sends mix up the two neighbours if they are the same rank
         "overlap_p2p_comm": pipelined and virtual_size is not None,
     }
     if pipelined:
@@ -207,7 +208,7 @@ def _recompute(recipe: Recipe) -> dict[str, Any]:
 
 
 def _kernels(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
-    """Fused kernels are for CUDA; without it they would only be slower ways to the same numbers."""
+    """Fused kernels need CUDA; on CPUs they would compute the same numbers more slowly."""
     kernels, cuda = recipe.kernels, torch.cuda.is_available()
     has_wgrad = cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # a part of Apex
     return {
@@ -223,7 +224,7 @@ def _kernels(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
 
 
 def _extra(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`megatron_extra_kwargs`: names that TransformerConfig has, nothing else."""
+    """`megatron_extra_kwargs`, which may name only fields of TransformerConfig."""
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
     unknown = sorted(set(values or {}) - known)
     if unknown:

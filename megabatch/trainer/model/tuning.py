@@ -1,7 +1,6 @@
 """What of a model is trained: all of it, all but what is frozen, or adapters beside it.
 
-Applied to a chunk before data parallelism wraps it: its buffers, and the optimizer behind them, then hold what is
-trained and nothing else.
+We apply it to a chunk before data parallelism wraps it, so gradient buffers and optimizer hold only what is trained.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is frozen of a model, and its adapters."""
+    """Which tensors of a model are frozen, and its adapters."""
 
     table: Sequence[Mapped] = ()
-    """The model's own tensors; none where all of them are trained and nothing else."""
+    """The model's own tensors; empty if the run trains all of them and no adapter."""
     frozen: frozenset[str] = frozenset()
-    """Canonical names of those that are not trained."""
+    """Canonical names of the frozen tensors."""
     lora: Lora | None = None
 
     @cached_property
     def trained(self) -> frozenset[str]:
-        """Canonical names of the model's own tensors that are trained, beside adapters too (`modules_to_save`)."""
+        """Canonical names of the model's own trained tensors; with LoRA those of `modules_to_save`."""
         return frozenset(mapped.name for mapped in self.table) - self.frozen
 
     def apply(self, chunk: Any, config: TransformerConfig, ranks: Ranks, *, padded_vocab: int) -> None:
@@ -60,7 +59,7 @@ class Tuning:
             chunk.output_layer.register_forward_hook(_with_plain_gradient)
 
     def parameters(self) -> tuple[int, int]:
-        """How many numbers of the model are trained, adapters included, and how many there are."""
+        """(number of trained parameters, number of all parameters), adapters included."""
         adapters = self.lora.table if self.lora is not None else ()
         added = sum(elements(mapped.shape) for mapped in adapters)
         trained = sum(elements(mapped.shape) for mapped in self.table if mapped.name in self.trained)
@@ -72,7 +71,7 @@ ALL = Tuning()
 
 
 def tuning_of(tuner: Tuner, table: Sequence[Mapped]) -> Tuning:
-    """What a recipe trains. Raises: ConfigError for names that nothing has."""
+    """What a recipe trains. Raises: ConfigError for names that match nothing."""
     lora = lora_of(tuner, table)
     try:
         if lora is None:
@@ -89,7 +88,8 @@ def tuning_of(tuner: Tuner, table: Sequence[Mapped]) -> Tuning:
 
 
 def _keep_gradient_of_bias(layer: Any) -> None:
-    """megatron-core's product with a frozen weight hands no gradient to the bias that it adds (0.16-0.19)."""
+    """Adds a trained bias outside megatron-core's linear layer: with a frozen weight, the layer (0.16-0.19) gives its
+    bias no gradient."""
     if not isinstance(layer, ColumnParallelLinear) or layer.bias is None or layer.skip_bias_add:
         return
     if layer.bias.requires_grad and not layer.weight.requires_grad:
@@ -101,15 +101,15 @@ def _with_bias(forward: Callable[..., Tensor], *, bias: Tensor, **given: Any) ->
 
 
 def _may_lose_gradients(config: TransformerConfig) -> bool:
-    """Whether something computes gradients only of what its inputs need them for: recomputed layers, and a pipeline's
-    schedule, which takes every stage's output to have one."""
+    """Whether gradients get lost unless the embedding's output requires one: recomputed layers compute gradients only
+    if their inputs require them, and pipeline schedules expect every stage's output to require one."""
     recomputes = config.recompute_granularity == "full" or {*(config.recompute_modules or ())} - {"core_attn"}
     return bool(recomputes) or config.pipeline_model_parallel_size > 1
 
 
 def _with_plain_gradient(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> None:
-    """The logits' gradient comes with a stride of its own in the dimension of size 1. A product with a frozen weight,
-    of which nothing needs a gradient, is then taken row by row, which takes many times as long (torch 2.13)."""
+    """Normalises the strides of the logits' gradient, which has an odd one in its dimension of size 1. With a frozen
+    weight, torch (2.13) would otherwise compute the product row by row, many times slower."""
     if output[0].requires_grad:
         output[0].register_hook(lambda grad: grad.reshape(-1, grad.shape[-1]).view(grad.shape))
 

@@ -1,13 +1,13 @@
 """One layer's adapter: scale * B A x beside a frozen layer of megatron-core's (LoRA, arXiv:2106.09685, eq. 3).
 
-Whatever crosses ranks is z = A x, as wide as the rank of the adapter, and never x:
+Ranks exchange only z = A x, which is as wide as the adapter's rank, never x:
 
-- column split: A is on every rank and B cut by rows. z is gathered over sequence parallelism, else copied.
-- row split: A is cut by columns and B on every rank. z is summed, or scattered over sequence parallelism.
-- experts: as above over expert tensor parallelism, with no collective. Each rank's part of the sum is right by itself;
-  the gradient of the matrix that is on every rank is summed once in a step (`gradients`).
+- column split: every rank has A; B is split by rows. z is gathered with sequence parallelism, else copied.
+- row split: A is split by columns; every rank has B. z is summed, or reduce-scattered with sequence parallelism.
+- experts: the same over expert tensor parallelism, without collectives. Each rank's part of the sum is right by
+  itself; the gradient of the matrix that every rank has is summed once per step (`gradients`).
 
-T tokens of a row or its part on this rank; R the rank times the number of parts; O and I rows and columns of the
+T: tokens of a row or its part on this rank. R: adapter rank times number of parts. O, I: rows and columns of the
 layer's weight on this rank.
 """
 
@@ -34,19 +34,19 @@ from megabatch.converters.mapping import Mapped
 from megabatch.converters.shards import shard_reads, shard_shape
 
 SUMMED = "summed_over_expert_tensor_parallel"
-"""Mark of a parameter whose gradient is summed by `gradients.finalize`."""
+"""Marks a parameter whose gradient `gradients.finalize` sums."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a layer stands among the ranks that share it."""
+    """How ranks share a layer."""
 
     group: Any
-    """Ranks of tensor parallelism, of experts those of expert tensor parallelism."""
+    """The tensor-parallel group; for experts, the expert-tensor-parallel group."""
     sequence_parallel: bool
     is_expert: bool
     padded_vocab: int
-    """Rows of a vocabulary with padding."""
+    """Rows of the vocabulary, padding included."""
 
     @property
     def rank(self) -> int:
@@ -58,7 +58,7 @@ class Place:
 
 
 class Adapter(nn.Module):
-    """A and B of one layer, and what they add to its output; subclasses know how the layer is split."""
+    """A and B of one layer; adds scale * B A x to its output. Subclasses know how the layer is split."""
 
     def __init__(self, target: Target, weight: Tensor, place: Place, *, scale: float, dropout: float) -> None:
         super().__init__()
@@ -67,17 +67,17 @@ class Adapter(nn.Module):
         self._mark()
 
     def forward(self, x_TI: Tensor, out_TO: Tensor) -> Tensor:
-        """Returns: `out` with what the adapter adds, [..., O]."""
+        """Returns: `out` plus the adapter's term, [..., O]."""
         z_TR = self._exchanged(functional.linear(self._dropped(x_TI), self.A))
         added = torch.addmm(_flat(out_TO), _flat(z_TR), self.wide_b().t(), alpha=self.scale)
         return added.view_as(out_TO)
 
     def wide_b(self) -> Tensor:
-        """[O, R]: B with a row for each of the layer's, and zeros where row and column are not of the same part."""
+        """[O, R]: B expanded to all rows of the layer, with zeros where row and column belong to different parts."""
         return self.B
 
     def merged(self, weight_OI: Tensor) -> Tensor:
-        """The weight with what the adapter adds to it, summed in fp32; of this rank's part, without communication."""
+        """This rank's part of the weight with the adapter merged in, summed in fp32 without communication."""
         sum_OI = torch.addmm(weight_OI.float(), self.wide_b().float(), self.A.float(), alpha=self.scale)
         return sum_OI.to(weight_OI.dtype)
 
@@ -85,7 +85,7 @@ class Adapter(nn.Module):
         return z_TR
 
     def _mark(self) -> None:
-        """Says of each matrix how megatron-core reduces its gradient and counts it in the norm."""
+        """Marks how megatron-core reduces each matrix's gradient and counts it in the norm."""
         raise NotImplementedError
 
     def _dropped(self, x_TI: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Adapter(nn.Module):
             return functional.dropout(x_TI, self.dropout)
 
     def _generator(self) -> Any:
-        """Ranks with the same input drop the same, others each their own."""
+        """The generator for dropout: ranks with the same input drop the same elements, others draw independently."""
         if self.place.is_expert:
             return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
         return get_cuda_rng_tracker().fork() if self._has_own_input() else nullcontext()
@@ -105,7 +105,7 @@ class Adapter(nn.Module):
 
 
 class Column(Adapter):
-    """Of a layer whose rows are cut: `linear_qkv`, `linear_fc1`, the output layer."""
+    """For a layer split by rows: `linear_qkv`, `linear_fc1`, the output layer."""
 
     def __init__(self, target: Target, weight: Tensor, place: Place, *, scale: float, dropout: float) -> None:
         super().__init__(target, weight, place, scale=scale, dropout=dropout)
@@ -133,7 +133,7 @@ class Column(Adapter):
 
 
 class Row(Adapter):
-    """Of a layer whose columns are cut: `linear_proj`, `linear_fc2`."""
+    """For a layer split by columns: `linear_proj`, `linear_fc2`."""
 
     def _exchanged(self, z_TR: Tensor) -> Tensor:
         return z_TR if self.place.is_expert else _summed(z_TR, self.place)
@@ -147,7 +147,7 @@ class Row(Adapter):
 
 
 class Router(Adapter):
-    """Of a router, which every rank has whole and whose scores are computed in a number format of their own."""
+    """For a router, which every rank has in full and which computes its scores in a dtype of its own."""
 
     def forward(self, x_TI: Tensor, out_TO: Tensor) -> Tensor:
         z_TR = functional.linear(x_TI.to(out_TO.dtype), self.A.to(out_TO.dtype))
@@ -159,10 +159,10 @@ class Router(Adapter):
 
 
 class Embedding(Adapter):
-    """Of the embedding, whose A lies as its transpose, [vocabulary on this rank, R], and whose B is [O, R]."""
+    """For the embedding: A is stored transposed, [vocabulary on this rank, R]; B is [O, R]."""
 
     def forward(self, x_TI: Tensor, out_TO: Tensor) -> Tensor:
-        """Args: x: the tokens' numbers."""
+        """Args: x: token ids."""
         first, height = self.place.rank * self.A.shape[0], self.A.shape[0]
         own = (x_TI >= first) & (x_TI < first + height)
         z_TR = functional.embedding((x_TI - first) * own, self.A) * own[..., None]
@@ -186,7 +186,7 @@ def _parameter(mapped: Mapped, weight: Tensor, place: Place) -> nn.Parameter:
 
 
 def _parts_of_rows(target: Target, weight: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
-    """Which rows of the weight on this rank are adapted, and which part each of them belongs to.
+    """Which rows of this rank's weight the adapter changes, and to which part each belongs.
 
     Returns: int64 [adapted rows], None for all; ones and zeros [adapted rows, parts], None for one part.
     """
@@ -205,7 +205,7 @@ def _parts_of_rows(target: Target, weight: Tensor, place: Place) -> tuple[Tensor
 
 
 def _summed(z_TR: Tensor, place: Place) -> Tensor:
-    """The sum over the ranks of a group, each of which keeps its part of the row with sequence parallelism."""
+    """Sums over the ranks of a group; with sequence parallelism each rank keeps only its part of the row."""
     if place.size == 1:
         return z_TR
     if place.sequence_parallel:
@@ -220,8 +220,8 @@ def _mark_cut(parameter: nn.Parameter, dim: int, place: Place) -> None:
 
 
 def _mark_whole(parameter: nn.Parameter, place: Place) -> None:
-    """A matrix that every rank of the group has. Of experts, whose gradients are reduced over other ranks, the first
-    rank counts it in the norm; of all else megatron-core itself sees to that."""
+    """Marks a matrix that every rank of the group has. For experts, whose gradients are reduced over other ranks, only
+    the first rank counts it in the norm; for everything else megatron-core does this itself."""
     marked: Any = parameter
     if place.is_expert:
         set_tensor_model_parallel_attributes(parameter, True, 0, 1)

@@ -15,8 +15,8 @@ from megabatch.trainer.model.lora.adapter import SUMMED
 
 
 def finalize(model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
-    """megatron-core's `finalize_model_grads`, then the sum over expert tensor parallelism of each matrix of an
-    expert's adapter that all of its ranks have: each saw the gradient of its own part of the layer."""
+    """Runs megatron-core's `finalize_model_grads`, then sums over expert tensor parallelism the gradient of each
+    expert adapter's matrix that all of these ranks have: each rank computed it from its own part of the layer."""
     finalize_model_grads(model, *args, **kwargs)
     parameters = [p for chunk in model for p in chunk.parameters() if p.requires_grad and getattr(p, SUMMED, False)]
     if not parameters:

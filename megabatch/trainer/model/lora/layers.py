@@ -1,7 +1,7 @@
 """megatron-core's layers with adapters below them, by name, of which one is used or none.
 
-The adapters are a child `lora` of the layer, so that the model's own parameters keep their names; the layer's class
-gets a subclass that calls the adapter in use.
+The adapters are a child module `lora` of the layer, so the model's own parameters keep their names. The layer's class
+becomes a subclass that calls the adapter in use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megabatch.errors import ConfigError
 from megabatch.trainer.model.lora.adapter import Adapter, Column, Embedding, Router, Row
 
 TRAINED = "default"
-"""The adapter that is trained; further ones are frozen."""
+"""Name of the trained adapter; any others are frozen."""
 
 
 class Adapters(nn.ModuleDict):
@@ -34,7 +34,7 @@ class Adapters(nn.ModuleDict):
         return found
 
     def added(self, x: Tensor, output: Any) -> Any:
-        """A layer's output, of linear layers (output, bias), with what the adapter in use adds."""
+        """A layer's output, which is (output, bias) for linear layers, plus the term of the adapter in use."""
         adapter = self.current
         if adapter is None:
             return output
@@ -44,7 +44,7 @@ class Adapters(nn.ModuleDict):
 class _Kind(NamedTuple):
     layer: type
     method: str
-    """Which of the layer's methods an adapter adds to."""
+    """The layer's method whose output the adapter adds to."""
     adapter: type[Adapter]
 
 
@@ -73,7 +73,7 @@ def adapter_type(layer: nn.Module) -> type[Adapter]:
 
 
 def add_adapter(layer: Any, name: str, adapter: Adapter) -> None:
-    """Hangs an adapter below a layer, which then uses it."""
+    """Attaches an adapter to a layer and puts it in use."""
     if not isinstance(getattr(layer, "lora", None), Adapters):
         plain: Any = type(layer)
         layer.__class__ = _adapted(plain, _kind(layer).method)
@@ -98,7 +98,7 @@ def adapted_layers(chunks: Sequence[nn.Module]) -> Iterator[Any]:
 
 @contextmanager
 def using(chunks: Sequence[nn.Module], name: str | None) -> Iterator[None]:
-    """Within it the model has this adapter; None is the model without any."""
+    """Inside this context the model uses this adapter; None means no adapter."""
     layers = list(adapted_layers(chunks))
     before = [layer.lora.used for layer in layers]
     for layer in layers:

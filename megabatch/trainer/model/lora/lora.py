@@ -38,7 +38,7 @@ class Lora:
     def attach(
         self, chunk: nn.Module, config: TransformerConfig, ranks: Ranks, *, padded_vocab: int, name: str = TRAINED
     ) -> None:
-        """Hangs an adapter of this name below each target of a bare chunk, its numbers not set yet."""
+        """Attaches an adapter of this name to each target of a bare chunk; does not initialise its weights."""
         by_weight = {(target.weight.name, target.weight.expert): target for target in self.targets}
         experts = (config.num_moe_experts or 0) // ranks.ep_size
         for weight, expert, layer in named_layers(chunk, first_expert=ranks.ep_rank * experts):
@@ -53,7 +53,7 @@ class Lora:
 
 
 def lora_of(tuner: Tuner, table: Sequence[Mapped]) -> Lora | None:
-    """The adapters that a recipe asks for, or None for full training. Raises: ConfigError for names of no layer."""
+    """The recipe's adapters, or None for full training. Raises: ConfigError for names that match no layer."""
     if tuner.tuner_type != "lora":
         return None
     try:
@@ -65,7 +65,7 @@ def lora_of(tuner: Tuner, table: Sequence[Mapped]) -> Lora | None:
 
 
 def _place(layer: Any, config: TransformerConfig, ranks: Ranks, *, is_expert: bool, padded_vocab: int) -> Place:
-    # the embedding says by itself whether it scatters its output over sequence parallelism
+    # the embedding has its own setting for scattering its output over sequence parallelism
     scatters = getattr(layer, "reduce_scatter_embeddings", config.sequence_parallel)
     return Place(
         group=ranks.state.get_expert_tensor_parallel_group() if is_expert else ranks.tp,
