@@ -1,8 +1,8 @@
 """How many samples, items and tokens runs have counted, kept beside the token caches for plans. No numpy, no torch.
 
-`.counts.json` in the cache folder holds an entry for each set of data and settings. A plan may be made where neither
-tokenizer nor data is read, so an entry is found by what decides samples and packs as run.json tells it, and by the
-sizes and times of the files.
+`.counts.json` in the cache folder holds an entry for each set of data and settings. Planning reads neither tokenizer
+nor data, so the key of an entry is made of the settings in run.json that decide samples and packs, and of the sizes
+and times of the files.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".gguf")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataCounts:
-    """The training data of a run."""
+    """How much training data a run has."""
 
     samples: int
     items: int
-    """Packs, or samples where nothing is packed."""
+    """Packs, or samples if the run does not pack."""
     tokens: int
     cache: str
-    """The token cache that they were counted in."""
+    """The token cache in which they were counted."""
 
 
 def remember_counts(run: RunConfig, cache_folder: Path, found: DataCounts) -> None:
-    """Remembers it, where there is a place that can be written; entries whose cache is gone are dropped."""
+    """Saves the counts if the folder is writable; drops entries whose cache is gone."""
     with contextlib.suppress(OSError, DataError):
         kept = {name: one for name, one in _entries(cache_folder).items() if Path(str(one.get("cache"))).is_dir()}
         kept[_request(run)] = asdict(found)
@@ -47,7 +47,7 @@ def remember_counts(run: RunConfig, cache_folder: Path, found: DataCounts) -> No
 
 
 def recall_counts(run: RunConfig, cache_folder: Path) -> DataCounts | None:
-    """What was counted of this very data, if its token cache is there still."""
+    """The saved counts of exactly this data, if its token cache still exists."""
     try:
         found = DataCounts(**_entries(cache_folder)[_request(run)])
         meta = json.loads((Path(found.cache) / "meta.json").read_bytes())
@@ -65,7 +65,7 @@ def _entries(cache_folder: Path) -> dict[str, Any]:
 
 
 def _request(run: RunConfig) -> str:
-    """Raises: OSError, DataError for files that cannot be seen."""
+    """The key of a run's entry. Raises: OSError, DataError for files that cannot be found."""
     recipe = run.recipe
     decides = [one.name for one in parameters(Recipe) if one.group == "data" and not one.facts.speed_only]
     settings = {name: getattr(recipe.data, name) for name in decides}

@@ -32,7 +32,7 @@ def singletons(order: np.ndarray) -> Packs:
 
 
 def samples_of(items: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """The samples of these items, one item after the other, int64.
+    """The samples of these items, in order, int64.
 
     Args: `bounds` int64 [all items + 1]: item i holds the samples from `bounds[i]` up to `bounds[i + 1]`.
     """
@@ -42,10 +42,10 @@ def samples_of(items: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def pack(lengths: np.ndarray, *, order: np.ndarray, capacity: int, window: int = 1 << 20) -> Packs:
-    """Packs items into as few packs of `capacity` tokens as a decreasing best fit finds.
+    """Packs items into packs of at most `capacity` tokens by best-fit decreasing.
 
-    Each window of `window` items of `order` is packed on its own: the longest first, each into the fullest pack that
-    still takes it. Items stay whole. The result depends on the arguments alone.
+    Packs each window of `window` items of `order` on its own: longest item first, each into the fullest pack with room
+    for it. Items stay whole. The result depends only on the arguments.
 
     Args: `lengths` int [n] in tokens; `order` int [n]: a permutation, which also orders the packs (by their first
     member) and the members within a pack.
@@ -69,13 +69,13 @@ def pack(lengths: np.ndarray, *, order: np.ndarray, capacity: int, window: int =
 def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """Bin of each item, int64 [n], and the number of bins.
 
-    Items of one length, and bins with the same room, are alike: they are dealt with in groups, so the cost grows with
-    the number of different lengths rather than of items.
+    Handles items of equal length, and bins with equal room, as groups, so the cost grows with the number of distinct
+    lengths rather than the number of items.
     """
     items = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(lengths, return_counts=True)
     bin_of: np.ndarray = np.empty(len(lengths), np.int64)
-    room: dict[int, list[np.ndarray]] = {}  # tokens left in a bin → the bins, in pieces
+    room: dict[int, list[np.ndarray]] = {}  # tokens left in a bin → the bins, as a list of arrays
     sizes: list[int] = []  # the keys of `room`, sorted
     at = bins = 0
 

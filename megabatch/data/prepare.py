@@ -14,7 +14,7 @@ from megabatch.run_directory import ExitCode
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 when the caches are there, 2 for a fault of data or settings, 1 else."""
+    """Returns the exit code: 0 if the caches exist now, 2 for an error in data or settings, else 1."""
     if len(arguments) != 1:
         print("usage: python -m megabatch.data.prepare RUN_JSON", file=sys.stderr)
         return ExitCode.CONFIG
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare(run: RunConfig) -> str:
-    """Where the caches are and how long the run is, in words. Raises: MegabatchError."""
+    """Builds the caches; returns where they are and how long the run is, in words. Raises: MegabatchError."""
     if run.recipe.data.streaming:
         raise ConfigError("data.streaming=True tokenises data while the run trains: there is nothing to prepare")
     paths = build_caches(run, tokenizer_of(run))

@@ -21,9 +21,9 @@ from megabatch.errors import DataError
 
 
 def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None] = lambda: None) -> CachePaths:
-    """Token caches of training and validation data, made unless they are there; one process calls it.
+    """Builds the token caches of training and validation data unless they exist; one process calls it.
 
-    Args: `tokenizer`: its folder; `on_chunk` is called whenever some hundred rows are tokenised.
+    Args: `tokenizer`: its folder; `on_chunk`: called after every hundred or so tokenised rows.
     Raises: DataError naming file and line.
     """
     recipe, data = run.recipe, run.recipe.data
@@ -42,7 +42,7 @@ def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None
 
 
 def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
-    """What decides the tokens of this run's samples. Args: `tokenizer`: its folder."""
+    """The settings that decide the tokens of this run's samples. Args: `tokenizer`: its folder."""
     recipe, data = run.recipe, run.recipe.data
     return Encoding(
         tokenizer=tokenizer,
@@ -59,7 +59,7 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
 
 
 def build_validation(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None] = lambda: None) -> Path | None:
-    """The token cache of the validation data alone, for a run that streams its training data."""
+    """Builds only the token cache of the validation data, for a run that streams its training data."""
     if not (validation := run.recipe.data.val_dataset):
         return None
     alone = replace(run.recipe.data, dataset=validation, val_dataset=())
@@ -85,25 +85,25 @@ def stream_of(run: RunConfig, tokenizer: Path) -> Stream:
 
 
 def cache_folder(run: RunConfig) -> Path:
-    """Where token caches are made and found."""
+    """The folder of the token caches."""
     return Path(os.environ.get("MEGABATCH_CACHE") or Path(run.run_dir) / "cache")
 
 
 def note_data(run: RunConfig, data: TokenCache, schedule: Schedule) -> None:
-    """Remembers how much training data there is, for plans of the same run; one process calls it."""
+    """Saves how much training data there is, for later plans of the same run; one process calls it."""
     tokens = int(data.lengths.sum())
     found = DataCounts(samples=len(data), items=len(schedule), tokens=tokens, cache=str(data.path))
     remember_counts(run, cache_folder(run), found)
 
 
 def open_caches(run: RunConfig, paths: CachePaths) -> tuple[TokenCache, TokenCache | None]:
-    """(training, validation) samples. Raises: DataError for a damaged cache or an empty part."""
+    """(training, validation) samples. Raises: DataError for a damaged cache or an empty split."""
     recipe = run.recipe
     return datasets.open_caches(paths, split_dataset_ratio=recipe.data.split_dataset_ratio, seed=recipe.training.seed)
 
 
 def schedule_of(run: RunConfig, data: TokenCache, *, shuffle: bool = True) -> Schedule:
-    """The order in which samples are drawn. Raises: DataError when they do not fill a batch."""
+    """The order in which the run draws samples. Raises: DataError for an item longer than a pack."""
     recipe = run.recipe
     again = shuffle and recipe.data.train_dataloader_shuffle and recipe.data.dataloader_type == "cyclic"
     return Schedule(
@@ -120,7 +120,7 @@ def schedule_of(run: RunConfig, data: TokenCache, *, shuffle: bool = True) -> Sc
 
 
 def train_iters(run: RunConfig, schedule: Schedule) -> int:
-    """Steps of the run. Raises: DataError for more than one pass over data that is drawn once."""
+    """Number of steps of the run. Raises: DataError for more than one pass over data that may be drawn only once."""
     training = run.recipe.training
     steps = training.train_iters or schedule.train_iters(resolved(training.max_epochs))
     if run.recipe.data.dataloader_type == "single" and steps * schedule.global_batch_size > len(schedule):

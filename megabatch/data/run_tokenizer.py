@@ -21,7 +21,7 @@ NEW_MODEL = "model"
 
 
 def tokenizer_of(run: RunConfig) -> Path:
-    """Folder of the run's tokenizer, downloaded or made now unless it is there. Raises: ConfigError, DataError."""
+    """Folder of the run's tokenizer; downloads or trains it if necessary. Raises: ConfigError, DataError."""
     if run.recipe.model.model is None:
         return new_model(run)[1]
     tokenizer = folder_of(resolved(run.recipe.model.tokenizer), run)
@@ -30,7 +30,7 @@ def tokenizer_of(run: RunConfig) -> Path:
 
 
 def new_model(run: RunConfig) -> tuple[Path, Path]:
-    """(folder with config.json, folder of the tokenizer) of a model that has no weights yet, written unless there."""
+    """(folder with config.json, folder of the tokenizer) for a model without weights; creates them if necessary."""
     folder = Path(run.run_dir) / NEW_MODEL
     given = run.recipe.model.tokenizer
     tokenizer = folder_of(given, run) if given else _trained_tokenizer(run, folder)
@@ -39,7 +39,7 @@ def new_model(run: RunConfig) -> tuple[Path, Path]:
 
 
 def folder_of(name: str, run: RunConfig) -> Path:
-    """A local folder, or the download of a hub's."""
+    """The local folder of this name, or a download from a hub."""
     if Path(name).is_dir():
         return Path(name)
     bridge = run.recipe.bridge
@@ -57,7 +57,7 @@ def folder_of(name: str, run: RunConfig) -> Path:
             f"model.model={name!r} is not a local folder, and bridge.use_hf=False selects ModelScope's hub, whose "
             "package is not installed; pip install modelscope, or set use_hf=True for Hugging Face's hub"
         ) from e
-    except Exception as e:  # hubs raise a dozen kinds for what is always: it could not be downloaded
+    except Exception as e:  # hub clients raise a dozen types, and all mean that the download failed
         raise ConfigError(
             f"model.model={name!r} is not a local folder and cannot be downloaded ({type(e).__name__}: "
             f"{str(e).strip().splitlines()[0]}); download it on a machine with network access and give its folder"
@@ -65,7 +65,7 @@ def folder_of(name: str, run: RunConfig) -> Path:
 
 
 def _trained_tokenizer(run: RunConfig, folder: Path) -> Path:
-    """A byte-level BPE of the training data's text, kept for the runs that follow a requeue."""
+    """A byte-level BPE trained on the training data; kept, so that later attempts use the same one."""
     if (folder / "tokenizer_config.json").is_file():
         return folder
     data = run.recipe.data

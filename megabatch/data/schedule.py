@@ -1,13 +1,13 @@
 """Which samples form each optimizer step, and which data-parallel rank computes which of them. Pure: no I/O, no torch.
 
-The global batch is decided first, from seed, epoch and lengths alone; only then it is dealt to ranks and
-micro-batches. So it is the same for every data-parallel size and micro_batch_size.
+Seed, epoch and lengths alone decide the global batch; only then do we deal it to ranks and micro-batches. So it is the
+same for every data-parallel size and micro_batch_size.
 
-Epochs follow each other without a gap: a batch that the rest of an epoch does not fill takes what it lacks from the
-next one. So each epoch draws every pack exactly once, and the last of `max_epochs` may end before its last packs.
+Epochs follow each other without a gap: if the rest of an epoch does not fill a batch, the next epoch does. So each
+epoch draws every pack exactly once, and the last of `max_epochs` may stop before its last packs.
 
-Samples that belong together (a pair, the answers to one prompt) are an item. Packs hold whole items: as many as fit
-where samples are packed, else one each. A global batch counts packs.
+Samples that belong together (a pair, the answers to one prompt) form an item. A pack holds whole items: as many as fit
+if the run packs, else one. A global batch counts packs.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from megabatch.plan.batch import train_iters
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """All that decides the next batch, besides the schedule; saved in checkpoints."""
+    """Everything that decides the next batch, besides the schedule; saved in checkpoints."""
 
     epoch: int = 0
     offset: int = 0
-    """Packs of this epoch already drawn; all of them is the next epoch's start."""
+    """Number of packs of this epoch already drawn; all of them means the start of the next epoch."""
     data: str = ""
-    """`Schedule.fingerprint` of the schedule that moved it; "" before the first batch. Without a colon it knows the
-    order and the lengths alone: checkpoints from before contents were compared."""
+    """`Schedule.fingerprint` of the schedule that advanced it; "" before the first batch. Without a colon it covers
+    only order and lengths: such checkpoints predate the comparison of contents."""
 
     @property
     def knows_content(self) -> bool:
-        """Whether a dataset that was edited since would be found."""
+        """Whether the cursor can tell that the dataset's content has changed."""
         return not self.data or ":" in self.data
 
     def to_json(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Cursor:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Cursor:
-        """`{}` is a run's beginning. Raises: DataError when `saved` is no cursor."""
+        """`{}` is the start of a run. Raises: DataError when `saved` is not a cursor."""
         if not saved:
             return cls()
         try:
@@ -73,11 +73,11 @@ class Schedule:
         content: str = "",
     ) -> None:
         """Args: `lengths` int [samples] in tokens; `items` int64 [items + 1]: first sample of each item, see
-        `TokenCache.items`, None for samples that are alone; `packing_length`: tokens of a pack, None for no packing;
+        `TokenCache.items`, None if each sample is an item; `packing_length`: tokens of a pack, None for no packing;
         `content`: digest of the samples' tokens, `TokenCache.content`.
 
-        `dataset_shuffle` orders the items once, `train_dataloader_shuffle` the packs again in each epoch;
-        `group_by_length` sorts these by length, some 50 batches at a time.
+        `dataset_shuffle` shuffles the items once; `train_dataloader_shuffle` shuffles the packs again in each epoch;
+        `group_by_length` sorts the packs by length, up to 50 batches at a time.
         Raises: DataError for an item longer than `packing_length`.
         """
         self.global_batch_size = global_batch_size
@@ -92,7 +92,7 @@ class Schedule:
         )
         self._tokens = self._pack_lengths(together) if group_by_length else None
         self.drawn = "packs" if packing_length is not None else "items" if self._grouped else "samples"
-        """What a global batch counts, in words."""
+        """The word for what a global batch counts."""
         settings: tuple[Any, ...] = (seed, dataset_shuffle, train_dataloader_shuffle, packing_length)
         if group_by_length:
             settings += ("by length", self._window)
@@ -103,31 +103,31 @@ class Schedule:
         self.fingerprint = f"{digest.hexdigest()}:{content}"
         """Digests of what a cursor's offset refers to, `order:content`; independent of batch sizes and ranks."""
         self.order = lru_cache(maxsize=2)(self._order)
-        """epoch → pack numbers in the order they are drawn, int64 [packs]."""
+        """epoch → pack indices in drawing order, int64 [packs]."""
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def samples(self, pack: int) -> np.ndarray:
-        """The samples of a pack, those of an item side by side, int64."""
+        """The samples of a pack, int64; those of an item are adjacent."""
         return samples_of(self.packs[pack], self._bounds) if self._grouped else self.packs[pack]
 
     def items(self, pack: int) -> np.ndarray:
-        """The item of each sample of a pack, numbered from 0, int64."""
+        """The item index of each sample of a pack, from 0, int64."""
         items = self.packs[pack]
         return np.repeat(np.arange(len(items)), self._bounds[items + 1] - self._bounds[items])
 
     def longest(self, lengths: np.ndarray) -> int:
-        """Tokens of the longest pack, of samples of these lengths."""
+        """Tokens in the longest pack, if samples have these lengths."""
         each = np.add.reduceat(lengths, self._bounds[:-1]) if self._grouped else lengths
         return int(self._pack_lengths(each).max())
 
     def _pack_lengths(self, items: np.ndarray) -> np.ndarray:
-        """Tokens of each pack, of items of these lengths."""
+        """Tokens in each pack, if items have these lengths."""
         return np.add.reduceat(items[self.packs.members], self.packs.starts[:-1])
 
     def require_a_batch(self) -> None:
-        """Raises: DataError when an epoch is smaller than a global batch, which would then hold samples twice."""
+        """Raises: DataError when an epoch is smaller than a global batch, which would then repeat samples."""
         if self.global_batch_size > len(self):
             raise DataError(
                 f"batch.global_batch_size={self.global_batch_size} is more than the {len(self)} {self.drawn} of the "
@@ -135,12 +135,12 @@ class Schedule:
             )
 
     def train_iters(self, max_epochs: int) -> int:
-        """Optimizer steps of `max_epochs` epochs. Raises: DataError when an epoch is smaller than a global batch."""
+        """Optimizer steps in `max_epochs` epochs. Raises: DataError when an epoch is smaller than a global batch."""
         self.require_a_batch()
         return train_iters(len(self), epochs=max_epochs, global_batch_size=self.global_batch_size)
 
     def require_own(self, cursor: Cursor) -> None:
-        """Raises: DataError when the cursor belongs to other data than this schedule's."""
+        """Raises: DataError when the cursor was saved for other data than this schedule's."""
         if not cursor.data:
             return
         order, _, content = self.fingerprint.partition(":")
@@ -158,9 +158,9 @@ class Schedule:
             )
 
     def next(self, cursor: Cursor) -> tuple[np.ndarray, Cursor]:
-        """Packs of the next global batch, int64 [global_batch_size], and the cursor behind it.
+        """Packs of the next global batch, int64 [global_batch_size], and the cursor after it.
 
-        Raises: DataError when the cursor belongs to other data, or an epoch is smaller than a global batch.
+        Raises: DataError when the cursor was saved for other data, or an epoch is smaller than a global batch.
         """
         self.require_a_batch()
         self.require_own(cursor)
@@ -173,7 +173,8 @@ class Schedule:
         return packs, Cursor(epoch, stop, self.fingerprint)
 
     def once(self) -> Iterator[np.ndarray]:
-        """Every pack exactly once, in order and unshuffled by epoch: evaluation. The last batch may be smaller."""
+        """Yields every pack exactly once, without the shuffle per epoch, for evaluation. The last batch may be
+        smaller."""
         for first in range(0, len(self), self.global_batch_size):
             yield np.arange(first, min(first + self.global_batch_size, len(self)))
 
@@ -184,14 +185,14 @@ class Schedule:
 
     @property
     def _window(self) -> int:
-        """Packs that are sorted together: 50 batches, or fewer so that an epoch has about four windows."""
+        """How many packs are sorted together: 50 batches, or fewer, so that an epoch has about four windows."""
         return self.global_batch_size * max(1, min(50, len(self) // (4 * self.global_batch_size)))
 
 
 def sorted_in_windows(order: np.ndarray, lengths: np.ndarray, *, window: int) -> np.ndarray:
-    """An order in which neighbours have similar lengths: each `window` of it is sorted, falling and rising in turns.
+    """An order in which neighbours have similar lengths: sorts each window, descending and ascending in turn.
 
-    The window that holds the longest comes first and begins with it, so that a lack of memory shows at once.
+    The window with the longest pack comes first and starts with it, so that a lack of memory shows at once.
     """
     windows = [order[first : first + window] for first in range(0, len(order), window)]
     windows.insert(0, windows.pop(int(np.argmax(lengths[order])) // window))
@@ -204,8 +205,8 @@ def sorted_in_windows(order: np.ndarray, lengths: np.ndarray, *, window: int) ->
 def cost(lengths: np.ndarray, *, hidden_size: int) -> float:
     """Relative cost of computing sequences of these lengths.
 
-    A sequence of n tokens costs n + n² / (12 · hidden_size): the matrices of a transformer layer take about
-    24 · hidden_size² FLOPs per token, causal attention about 2 · n · hidden_size.
+    A sequence of n tokens costs n + n² / (12 · hidden_size): per token, the matrices of a transformer layer take about
+    24 · hidden_size² FLOPs and causal attention about 2 · n · hidden_size.
     """
     tokens: np.ndarray = lengths.astype(np.float64)
     return float((tokens + tokens**2 / (12 * hidden_size)).sum())
@@ -213,17 +214,18 @@ def cost(lengths: np.ndarray, *, hidden_size: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Interleaving:
-    """What an interleaved pipeline asks of the number of micro-batches; the default asks for one at least."""
+    """What an interleaved pipeline requires of the number of micro-batches; the default requires at least one."""
 
     stages: int = 1
     """Pipeline ranks."""
     group: int = 1
-    """Micro-batches that go through a chunk of layers one behind the other, `stages` or more."""
+    """Micro-batches that go through a chunk of layers in a row; at least `stages`."""
 
     def rounds(self, needed: int) -> int:
-        """Least number of micro-batches, `needed` or more, that megatron-core's interleaved schedule takes.
+        """The smallest number of micro-batches, at least `needed`, that megatron-core's interleaved schedule accepts.
 
-        That is a whole group at least, and behind whole groups nothing or one micro-batch for each stage.
+        It accepts at least one whole group; whatever follows the whole groups must have at least one micro-batch for
+        each stage.
         """
         count = max(needed, self.group)
         rest = count % self.group
@@ -238,10 +240,10 @@ def deal(
 ) -> list[list[list[int]]]:
     """Deals a global batch: [data-parallel rank][micro-batch] → positions in `costs`.
 
-    Every rank gets equally many micro-batches, as many as `interleaving` takes, each of `micro_batch_size` positions;
-    where the batch is too small for that, some hold fewer or none. Costs are balanced between ranks over the step, and
-    between the ranks' n-th micro-batches, which expert-parallel ranks compute in lock step; the costliest come first,
-    so a lack of memory shows at once.
+    Every rank gets the same number of micro-batches, one that `interleaving` accepts, each of `micro_batch_size`
+    positions; if the batch is too small for that, some hold fewer or none. Balances costs between ranks over the step,
+    and between the ranks' n-th micro-batches, which expert-parallel ranks compute in lock step. The costliest come
+    first, so that a lack of memory shows at once.
     """
     rounds = interleaving.rounds(-(-len(costs) // (dp_size * micro_batch_size)))
     micro_batches = _balanced(costs, groups=rounds * dp_size, size=micro_batch_size)
@@ -258,7 +260,7 @@ def deal(
 
 
 def _balanced(costs: np.ndarray, *, groups: int, size: int) -> list[list[int]]:
-    """Positions in `groups` groups of at most `size`: the costliest first, each to the cheapest group with room."""
+    """Deals positions to `groups` groups of at most `size`: costliest first, each to the cheapest group with room."""
     members: list[list[int]] = [[] for _ in range(groups)]
     heap = [(0.0, group) for group in range(groups)]
     for position in np.argsort(-costs, kind="stable").tolist():
@@ -270,6 +272,6 @@ def _balanced(costs: np.ndarray, *, groups: int, size: int) -> list[list[int]]:
 
 
 def rng_of(seed: int, purpose: str) -> np.random.Generator:
-    """A PCG64 stream for one purpose of one seed."""
+    """A PCG64 generator for one purpose, derived from the seed."""
     words = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(words, "little")))

@@ -1,8 +1,8 @@
 """Rows that are read, tokenised and packed while a run trains: no cache, bounded memory, exact resumption.
 
-A stream is cut into blocks of so many rows. A block is tokenised, shuffled and packed on its own, by its number and
-the epoch alone; batches run on over the ends of blocks and epochs. So a place in the stream is three numbers, whatever
-was waiting in a block, and a run that goes on there reads that block again.
+A stream is a sequence of blocks of a fixed number of rows. Each block is tokenised, shuffled and packed on its own, by
+its number and the epoch alone; batches may span blocks and epochs. So three numbers define a place in the stream, and
+a run that resumes there reads that block again.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a stream goes on; saved in checkpoints."""
+    """Where a stream resumes; saved in checkpoints."""
 
     epoch: int = 0
     block: int = 0
     offset: int = 0
-    """Packs of the block that were drawn already."""
+    """Number of packs of the block already drawn."""
     data: str = ""
-    """`Stream.fingerprint`; "" at a run's beginning."""
+    """`Stream.fingerprint`; "" at the start of a run."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Place:
-        """`{}` is a run's beginning. Raises: DataError when `saved` is no place in a stream."""
+        """`{}` is the start of a run. Raises: DataError when `saved` is not a place in a stream."""
         if not saved:
             return cls()
         try:
@@ -70,14 +70,14 @@ class Drawn:
 
     samples: TokenCache
     packs: Sequence[int]
-    """Items of each pack, which lie side by side."""
+    """Number of items in each pack; a pack's items are adjacent."""
     place: Place
-    """Behind it."""
+    """The place after this batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stream:
-    """The rows of some sources over and over, in global batches."""
+    """Global batches from the rows of some sources, repeated endlessly."""
 
     sources: Sequence[Source]
     encoding: Encoding
@@ -86,20 +86,20 @@ class Stream:
     global_batch_size: int
     seed: int
     shuffle: bool
-    """Whether the items of a block are shuffled, and rows of a `#count` drawn at random."""
+    """Whether to shuffle the items of a block, and to draw the rows of a `#count` at random."""
     shuffle_epochs: bool
-    """Whether each epoch shuffles in another way."""
+    """Whether each epoch shuffles differently."""
     block_rows: int
     packing_length: int | None = None
     num_proc: int = 1
 
     @property
     def rows(self) -> int:
-        """Rows of a block: whole chunks, as they leave a tokenising process."""
+        """Rows of a block, rounded up to whole chunks, the unit that tokenising processes return."""
         return -(-self.block_rows // CHUNK_ROWS) * CHUNK_ROWS
 
     def fingerprint(self, cache_folder: Path) -> str:
-        """Digest of what a place refers to. The data counts by names and sizes of its files, which are not read."""
+        """Digest of what a place refers to. Uses only names and sizes of the data's files; does not read them."""
         digests = Digests(cache_folder)
         files = [[source.text, [[path.name, path.stat().st_size] for path in source.paths]] for source in self.sources]
         settings = {**asdict(self.encoding), "tokenizer": tokenizer_digest(self.encoding.tokenizer, digests)}
@@ -108,7 +108,7 @@ class Stream:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def batches(self, place: Place) -> Iterator[Drawn]:
-        """Global batches from a place on, without end. Raises: DataError with file and line of a faulty row."""
+        """Endless global batches, starting at a place. Raises: DataError with file and line of a faulty row."""
         waiting: list[tuple[TokenCache, np.ndarray]] = []
         for block, items, after in self._packs(place):
             waiting.append((block, items))
@@ -117,7 +117,7 @@ class Stream:
                 waiting = []
 
     def _packs(self, place: Place) -> Iterator[tuple[TokenCache, np.ndarray, Place]]:
-        """Each pack's items in its block, and the place behind it."""
+        """For each pack: its block, its items in that block, and the place after it."""
         while True:
             drawn, whole = 0, place.block == place.offset == 0
             for number, block in self._blocks(place):
@@ -133,7 +133,7 @@ class Stream:
             place = replace(place, epoch=place.epoch + 1, block=0, offset=0)
 
     def _blocks(self, place: Place) -> Iterator[tuple[int, TokenCache]]:
-        """The blocks of an epoch from a place on, with their numbers."""
+        """The blocks of an epoch with their numbers, starting at a place."""
         rows = islice(self._rows(), place.block * self.rows, None)
         chunks = encoded_chunks(rows, self.encoding, num_proc=self.num_proc)
         told = _Told(place.epoch)
@@ -162,7 +162,7 @@ class Stream:
 
 
 class _Told:
-    """Says what becomes of rows that give no sample, once for each reason and again at an epoch's end."""
+    """Logs why rows gave no sample: each reason when it first occurs, and all counts at the end of an epoch."""
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch

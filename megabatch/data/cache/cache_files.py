@@ -1,14 +1,14 @@
 """The files of a token cache: written under a temporary name with digests, mapped and verified.
 
-ids.bin      int32, all samples one after the other
+ids.bin      int32, all samples concatenated
 weights.bin  float32, likewise
 lengths.bin  int32, tokens of each sample
 sums.bin     float64, sum of the weights of each sample
 items.bin    int32, samples of each item, which stay together
 origins.bin  int32, two for each sample: index of its file in meta.json's `sources`, line or row
 column.*.bin, token_column.*.bin
-             float32 or int32, for each sample or each token: what else a task's samples have
-name.*.bin   int32, for each sample: its number in the list of that name in meta.json's `names`
+             float32 or int32, further values per sample or per token that a task needs
+name.*.bin   int32, for each sample: its index in the list of that name in meta.json's `names`
 meta.json    counts, sources, the largest id, a digest of the samples, and size, blake2b and type of the files above
 """
 
@@ -39,16 +39,16 @@ DTYPES: dict[str, Any] = {
     "origins": np.int32,
 }
 COLUMN, TOKEN_COLUMN, NAME = "column.", "token_column.", "name."
-"""How the names of further arrays begin, by what they have a value for."""
+"""Prefixes of the names of further arrays."""
 _CONTENT = ("ids", "weights", "lengths", "items")
-"""The arrays that training computes with, besides further columns."""
+"""The arrays that affect training, besides further columns."""
 
 
 def write(path: Path, chunks: Iterable[ChunkArrays], *, digests: Digests | None = None) -> None:
-    """Writes a cache of these chunks as the folder `path`, all or nothing; one that appears meanwhile is kept.
+    """Writes these chunks as a cache folder `path`, all or nothing; keeps a cache that appears there meanwhile.
 
-    Args: `digests` remembers those of the files.
-    Raises: DataError when no sample comes; OSError of the disk; whatever `chunks` raises.
+    Args: `digests`: receives the digests of the files.
+    Raises: DataError when there is no sample; OSError from the disk; whatever `chunks` raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -58,13 +58,13 @@ def write(path: Path, chunks: Iterable[ChunkArrays], *, digests: Digests | None 
             json.dump(meta, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folder is its owner's alone; a cache is shared
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder; a cache is shared
         try:
             temporary.rename(path)
         except OSError:
             if not path.is_dir():
                 raise
-            # Another job made the same cache at the same time, and its ranks may have mapped it: theirs stays.
+            # Another job made the same cache at the same time, and its ranks may have mapped it: keep that one.
             return
         if digests is not None:
             for name in meta["files"]:
@@ -74,7 +74,7 @@ def write(path: Path, chunks: Iterable[ChunkArrays], *, digests: Digests | None 
 
 
 def remove(path: Path) -> None:
-    """Removes a cache at once for everybody who looks for it under its name."""
+    """Removes a cache; its name disappears in one step, before the files are deleted."""
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     path.rename(aside / "removed")
     shutil.rmtree(aside, ignore_errors=True)
@@ -87,9 +87,9 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def column(path: Path, name: str, expected: dict[str, Any], *, digests: Digests | None) -> np.ndarray:
-    """One array, memory-mapped.
+    """Memory-maps one array.
 
-    Raises: OSError, ValueError when its size or, where `digests` are given, its content differs; DataError.
+    Raises: OSError; ValueError when its size or, with `digests`, its content differs; DataError.
     """
     file = _file(path, name)
     size = file.stat().st_size
@@ -105,10 +105,10 @@ def _file(path: Path, name: str) -> Path:
 
 
 class _Column:
-    """One array being written: appended to, with its size and digest on the way."""
+    """An array file being written; tracks its size and digest."""
 
     def __init__(self, folder: Path, name: str, *, dtype: Any, shape: tuple[int, ...] = ()) -> None:
-        """Args: `shape` of what belongs to one sample, item or token."""
+        """Args: `shape`: that of one sample's, item's or token's value."""
         self._dtype, self._shape = np.dtype(dtype), shape
         self._file = open(_file(folder, name), "wb")  # noqa: SIM115 - closed by `close`
         self._size = 0
@@ -135,7 +135,7 @@ class _Column:
 
 
 def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any]:
-    """The arrays; returns the meta data."""
+    """Writes the arrays and returns the metadata."""
     columns = {name: _Column(folder, name, dtype=dtype) for name, dtype in DTYPES.items()}
     sources: dict[tuple[str, bool], int] = {}
     dropped: Counter[str] = Counter()
@@ -181,7 +181,7 @@ def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any
 
 
 def _further(chunk: ChunkArrays, names: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
-    """This task's columns by the names of their files; adds to `names`, which are numbered over all chunks."""
+    """The task's further columns by file name; extends `names`, which number the names over all chunks."""
     found = {COLUMN + name: values for name, values in chunk.columns.items()}
     found |= {TOKEN_COLUMN + name: values for name, values in chunk.token_columns.items()}
     for column, own in chunk.names.items():
@@ -193,7 +193,7 @@ def _further(chunk: ChunkArrays, names: dict[str, dict[str, int]]) -> dict[str, 
 
 
 def _learned(columns: Iterable[str]) -> list[str]:
-    """Further columns that may decide what is learned; names only say where it is counted."""
+    """Further columns that may affect training; names only decide under which metric a sample counts."""
     return sorted(name for name in columns if name not in DTYPES and not name.startswith(NAME))
 
 

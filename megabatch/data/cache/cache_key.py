@@ -1,10 +1,10 @@
 """The name of a token cache: a digest of everything that decides a token.
 
-| what | how it is known |
+| what | digest of |
 | --- | --- |
 | the datasets | their bytes, or the hub's fingerprint |
-| the settings | `Encoding`, and the seed where it chooses rows |
-| the tokenizer | its files, and what of `config.json` chooses its class |
+| the settings | `Encoding`, and the seed if it selects rows |
+| the tokenizer | its files, and the keys of `config.json` that select its class |
 | the libraries that render and tokenise | their versions |
 | our own code from row to sample | the source of its modules |
 """
@@ -28,24 +28,24 @@ from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 
 FORMAT = 4
-"""Raised when the files of a cache change: older caches are then made again."""
+"""Increase it when the file format of a cache changes, to rebuild older caches."""
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _ROOMS = ("rows", "tokens")
 """Folders of `megabatch/data` with the code from row to sample."""
 _ABOVE = ("loss_scales.py",)
-"""Modules of `megabatch` itself with a part in it."""
+"""Modules directly in `megabatch` that are part of that code."""
 _AFTER_TOKENS = ("data/rows/digests.py", "data/tokens/chunk.py", "data/tokens/workers.py")
-"""Their modules that decide no token; every other one may."""
+"""Modules in these folders that cannot affect tokens; all others may."""
 _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece",
                     "sentencepiece", "spm")  # fmt: skip
 _TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja", ".codes")
 _CLASS_KEYS = ("model_type", "model_name", "tokenizer_class", "auto_map")
-"""What transformers' AutoTokenizer reads of config.json; the rest differs between models that share a tokenizer."""
+"""Keys of config.json that transformers' AutoTokenizer reads; models that share a tokenizer differ in the others."""
 
 
 def cache_key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuffle: bool, digests: Digests) -> str:
-    """32 hexadecimal digits; `seed` and `shuffle` count only where a `#count` chooses rows. Raises: DataError."""
+    """32 hexadecimal digits; `seed` and `shuffle` matter only if a `#count` selects rows. Raises: DataError."""
     settings = {**asdict(encoding), "tokenizer": tokenizer_digest(encoding.tokenizer, digests)}
     sampling = [seed, shuffle] if any(source.count is not None for source in sources) else None
     code = [FORMAT, _code_digest(), {name: _version(name) for name in _LIBRARIES}]
@@ -54,9 +54,9 @@ def cache_key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuff
 
 
 def tokenizer_digest(folder: Path, digests: Digests) -> str:
-    """Content of a folder's tokenizer files, and of config.json what chooses the tokenizer's class.
+    """Digest of a folder's tokenizer files and of the keys in config.json that select the tokenizer's class.
 
-    A model's folder holds weights too, which do not matter. Raises: DataError where there is no tokenizer.
+    Ignores weights in the same folder. Raises: DataError if there is no tokenizer.
     """
     tokenizer.check(folder)
     digest = hashlib.blake2b(digest_size=16)
@@ -96,4 +96,4 @@ def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return None  # the trainer says so when it imports it
+        return None  # importing it will raise the error

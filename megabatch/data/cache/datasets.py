@@ -19,7 +19,7 @@ class CachePaths:
 
     train: Path
     validation: Path | None = None
-    """None: split off the training data, or no validation."""
+    """None if validation data is split off the training data, or there is none."""
 
 
 def build(
@@ -35,10 +35,10 @@ def build(
     use_hf: bool = True,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> CachePaths:
-    """Token caches of all datasets, made unless they are there; one process of a shared file system calls it.
+    """Builds the token caches of all datasets unless they exist; one process per shared file system calls it.
 
-    Args: `vocab_size`: rows of the model's embedding; `on_chunk` is called whenever some hundred rows are tokenised.
-    Raises: DataError naming file and line; for a token that the model does not have, too.
+    Args: `vocab_size`: rows of the model's embedding; `on_chunk`: called after every hundred or so tokenised rows.
+    Raises: DataError naming file and line, also for a token that the model does not have.
     """
     if not dataset:
         raise DataError("data.dataset is not set; give at least one file, folder or hub name")
@@ -62,7 +62,7 @@ def build(
 def open_caches(
     paths: CachePaths, *, split_dataset_ratio: float = 0.0, seed: int = 42
 ) -> tuple[TokenCache, TokenCache | None]:
-    """(training, validation) samples; without a validation dataset a seeded part of the training data validates.
+    """(training, validation) samples; without a validation dataset, splits off a seeded part of the training data.
 
     Raises: DataError for a damaged cache, or a split that leaves either part empty.
     """

@@ -14,7 +14,7 @@ from megabatch.data.tokens.chunk import ChunkArrays
 
 
 def in_memory(chunks: Sequence[ChunkArrays]) -> TokenCache:
-    """The samples of these chunks, one after the other; there may be none."""
+    """The samples of these chunks, concatenated; there may be none."""
     filled = [chunk for chunk in chunks if len(chunk.lengths)]
     sources: dict[tuple[str, bool], int] = {}
     origins = []
@@ -46,7 +46,7 @@ def in_memory(chunks: Sequence[ChunkArrays]) -> TokenCache:
 
 
 def gathered(parts: Sequence[tuple[TokenCache, np.ndarray]]) -> TokenCache:
-    """These items of each cache, in this order, without anything else that the caches hold."""
+    """A cache with only these items of each cache, in this order."""
     chunks = []
     for cache, items in parts:
         samples = samples_of(items, cache.items)

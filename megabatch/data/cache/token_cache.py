@@ -1,7 +1,7 @@
 """Tokenised datasets on disk: written once by one process, memory-mapped by every rank.
 
-A cache is a folder named by everything that decides a token, see `cache_key`. It is renamed into place when complete,
-so it can be kept on shared storage.
+A cache is a folder named by a digest of everything that decides a token, see `cache_key`. It is renamed into place
+when complete, so it can live on shared storage.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from megabatch.errors import DataError
 log = logging.getLogger(__name__)
 
 _MANY = 0.01
-"""Share of rows from which dropping them is worth a warning."""
+"""Dropping this share of the rows or more is worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCache:
-    """Samples of one dataset, read where they lie."""
+    """The samples of one dataset, memory-mapped."""
 
     path: Path
     ids: np.ndarray = field(repr=False)
@@ -49,12 +49,12 @@ class TokenCache:
     origins: np.ndarray = field(repr=False)
     """Source and line of each sample, int32 [samples, 2]."""
     items: np.ndarray = field(repr=False)
-    """First sample of each item, and behind the last one the number of samples: int64 [items + 1]. An item's samples
-    stay together; in most datasets each sample is one."""
+    """First sample of each item, then the number of samples: int64 [items + 1]. An item's samples stay together; in
+    most datasets each sample is an item."""
     columns: Mapping[str, np.ndarray] = field(repr=False)
-    """What else samples have, float32 [samples] each."""
+    """Further values per sample, float32 [samples] each."""
     token_columns: Mapping[str, np.ndarray] = field(repr=False)
-    """What else tokens have, float32 or int32 [tokens, …] each, as long as `ids`."""
+    """Further values per token, float32 or int32 [tokens, …] each, as long as `ids`."""
     names: Mapping[str, Names] = field(repr=False)
     """Names that many samples share, by column."""
     meta: dict[str, Any] = field(repr=False)
@@ -73,11 +73,11 @@ class TokenCache:
         num_proc: int = 1,
         on_chunk: Callable[[], None] = lambda: None,
     ) -> Path:
-        """Path of the cache of these sources, made now unless a sound one is there. Call it in one process.
+        """Builds the cache of these sources unless an intact one exists; returns its path. Call it in one process.
 
-        Args: `seed` and `shuffle` choose the rows of a `#count`; `num_proc`: tokenising processes;
-        `on_chunk` is called whenever a hundred or so rows are done.
-        Raises: DataError for a faulty row, no usable sample, or a disk that cannot take the cache.
+        Args: `seed` and `shuffle` select the rows of a `#count`; `num_proc`: number of tokenising processes;
+        `on_chunk`: called after every hundred or so rows.
+        Raises: DataError for a faulty row, no usable sample, or a disk that cannot hold the cache.
         """
         digests = Digests(cache_dir)
         path = Path(cache_dir) / cache_key(sources, encoding, seed=seed, shuffle=shuffle, digests=digests)
@@ -112,9 +112,9 @@ class TokenCache:
 
     @classmethod
     def open(cls, path: Path, *, digests: Digests | None = None) -> TokenCache:
-        """Maps a cache; with `digests` its content is proven, by reading what they do not remember.
+        """Maps a cache; with `digests`, verifies its content and reads only files without a remembered digest.
 
-        Raises: DataError for a damaged one.
+        Raises: DataError for a damaged cache.
         """
         try:
             meta = cache_files.read_meta(path)
@@ -162,7 +162,7 @@ class TokenCache:
 
     @property
     def blank(self) -> Sample:
-        """A sample without tokens: it says which columns the others have, and their types."""
+        """A sample without tokens, with the columns of the others and their types."""
         return Sample(
             np.zeros(0, np.int32),
             np.zeros(0, np.float32),
@@ -175,13 +175,13 @@ class TokenCache:
         return self.place(*map(int, self.origins[index]))
 
     def place(self, source: int, number: int) -> Origin:
-        """The origin behind the columns `source` and `number` of a sample."""
+        """The origin that a sample's columns `source` and `number` refer to."""
         file, is_line = self.meta["sources"][source]
         return Origin(file, number, is_line)
 
     @property
     def max_id(self) -> int:
-        """Largest token id, to be compared with the model's vocabulary."""
+        """Largest token id, to compare with the model's vocabulary."""
         return int(self.meta["max_id"])
 
     @property
@@ -190,7 +190,7 @@ class TokenCache:
         return dict(self.meta["dropped"])
 
     def subset(self, items: np.ndarray) -> TokenCache:
-        """The same cache with these items only."""
+        """The same cache with only these items."""
         chosen = hashlib.blake2b(self.content.encode(), digest_size=8)
         chosen.update(np.ascontiguousarray(items, np.int64).tobytes())
         samples = samples_of(items, self.items)
@@ -207,11 +207,12 @@ class TokenCache:
         )
 
     def numbered(self, column: str, names: Sequence[str]) -> TokenCache:
-        """The same cache with a column of names numbered in this list, which holds all of them."""
+        """The same cache with a name column re-indexed into this list, which must hold all of its names."""
         return replace(self, names={**self.names, column: self.names[column].among(names)})
 
     def split(self, ratio: float, *, seed: int) -> tuple[TokenCache, TokenCache]:
-        """(training, validation): a seeded random `ratio` of the items validates; both keep the dataset's order.
+        """(training, validation): a seeded random `ratio` of the items is for validation; both keep the dataset's
+        order.
 
         Raises: DataError when either part would be empty.
         """
@@ -227,7 +228,7 @@ class TokenCache:
         return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
 
     def log_summary(self) -> None:
-        """Logs how many samples and tokens there are, and how many rows were dropped and why: many of them loudly."""
+        """Logs the number of samples and tokens, and how many rows were dropped and why; warns if they are many."""
         learned = int(np.count_nonzero(self.weights))
         log.info("%d samples, %d tokens, %d trained on", len(self), len(self.ids), learned)
         rows = len(self) + sum(self.dropped.values())

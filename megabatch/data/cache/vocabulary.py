@@ -11,16 +11,16 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.tokens import tokenizer
 from megabatch.errors import DataError
 
-_BLOCK = 1 << 22  # tokens that are looked at together
+_BLOCK = 1 << 22  # tokens compared at a time
 
 
 def require_known_ids(cache: TokenCache, *, rows: int, folder: Path) -> None:
-    """Compares the ids of all samples with the model's; those that no sample uses may lie above.
+    """Checks that the model's embedding has a row for every id in the samples; unused tokenizer ids may lie above.
 
-    Costs nothing but for the error: the cache knows its largest id.
+    It costs nothing unless it fails, since the cache knows its largest id.
 
-    Args: `rows` of the model's embedding, without those that only pad it; `folder` of the tokenizer.
-    Raises: DataError naming the first such token, its place, and how many samples hold one.
+    Args: `rows`: those of the model's embedding without padding; `folder`: the tokenizer's.
+    Raises: DataError naming the first such token, its place, and how many samples contain one.
     """
     if cache.max_id < rows:
         return
