@@ -1,8 +1,8 @@
 """Texts → tokens, with the loss weights of their characters as weights of tokens.
 
-A tokenizer can say which characters each token stands for, and takes a third longer for it. Byte-level tokenizers
-(those of GPT-2, Llama 3, Qwen, DeepSeek, …) lose nothing: their tokens are the text's bytes in order, so that the
-lengths of the tokens say the same.
+A tokenizer can return the characters of each token, but then takes a third longer. Byte-level tokenizers (GPT-2,
+Llama 3, Qwen, DeepSeek, …) lose nothing: their tokens are the text's bytes in order, so the lengths of the tokens are
+enough.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Text(NamedTuple):
     """(start, stop, weight)"""
 
     def sizes(self) -> Iterator[tuple[int, int, float]]:
-        """The parts counted in bytes."""
+        """The parts with offsets in bytes."""
         if self.text.isascii():
             return iter(self.parts)
         return ((_bytes(self.text[:a]), _bytes(self.text[:a]) + _bytes(self.text[a:b]), w) for a, b, w in self.parts)
 
 
 class Aligner:
-    """Encodes by one tokenizer."""
+    """Encodes texts with one tokenizer."""
 
     def __init__(self, backend: Any) -> None:
         """`backend`: a `tokenizers.Tokenizer`."""
@@ -42,8 +42,9 @@ class Aligner:
         self._lengths, self._is_nfc = _byte_lengths(backend), backend.normalizer is not None
 
     def encode(self, texts: Sequence[Text], *, whole: bool) -> list[Encoded]:
-        """Ids without the tokenizer's own additions, and weights: a part's for every token that shares a character
-        with it (the later of two parts'), else `whole`. Nothing predicts the first token, so its weight is 0."""
+        """Ids without the special tokens that the tokenizer adds, and weights. A token that shares a character with a
+        part gets the part's weight (with two parts, the later one's), others get `whole`. Nothing predicts the first
+        token, so its weight is 0."""
         if self._lengths is None:
             return self._by_offsets(texts, whole=whole)
         made = self._by_bytes(texts, self._lengths, whole=whole)
@@ -54,8 +55,8 @@ class Aligner:
 
     @cached_property
     def _untrimmed(self) -> Any:
-        """A byte-level tokenizer with the offsets of all characters: those of Llama 3 leave blanks out, so that what
-        stands before or behind a part could not be told from it."""
+        """The byte-level tokenizer with offsets that cover all characters. Llama 3's offsets leave blanks out, so a
+        part could not be told from the blanks around it."""
         from tokenizers import Tokenizer, processors
 
         backend = Tokenizer.from_str(self._backend.to_str())
@@ -64,12 +65,12 @@ class Aligner:
         return backend
 
     def _by_bytes(self, texts: Sequence[Text], lengths: np.ndarray, *, whole: bool) -> list[Encoded | None]:
-        """None for a text that is not the bytes of its tokens: one that was normalised."""
+        """None for a text whose tokens are not its bytes, because the tokenizer normalised it."""
         encodings = self._backend.encode_batch_fast([text.text for text in texts], add_special_tokens=False)
         listed = [encoding.ids for encoding in encodings]
         ids = np.fromiter(chain.from_iterable(listed), np.int32)
         weights: np.ndarray = np.full(len(ids), whole, np.float32)
-        stops = np.cumsum(lengths[ids])  # byte behind each token, of all texts one after the other
+        stops = np.cumsum(lengths[ids])  # end of each token in bytes, over all texts concatenated
         begins = stops - lengths[ids]
         found: list[Encoded | None] = []
         token = byte = 0
@@ -92,7 +93,7 @@ class Aligner:
         return found
 
     def _stands(self, text: str) -> bool:
-        """Whether the tokenizer's normaliser leaves a text as it is."""
+        """Whether the tokenizer's normaliser leaves a text unchanged."""
         return not self._is_nfc or text.isascii() or unicodedata.is_normalized("NFC", text)
 
     def _by_offsets(self, texts: Sequence[Text], *, whole: bool) -> list[Encoded]:
@@ -118,18 +119,18 @@ def _tokens_of(encoding: Any, start: int, stop: int, length: int) -> tuple[int, 
         return 0, 0
     after = next((t for at in range(stop, length) if (t := encoding.char_to_token(at)) is not None), count)
     while after < count and encoding.token_to_chars(after)[0] < stop:
-        after += 1  # a token that reaches over the border
+        after += 1  # a token that crosses the end of the part
     return first, after
 
 
 def _byte_lengths(backend: Any) -> np.ndarray | None:
-    """Bytes of text that each token stands for, int64 [ids]; None unless the tokens are always the text's bytes."""
+    """Length in bytes of each token, int64 [ids]; None unless tokens are always the text's bytes."""
     added = backend.get_added_tokens_decoder()
     if not _keeps_bytes(backend) or any(token.lstrip or token.rstrip for token in added.values()):
-        return None  # such a token takes the spaces beside it
+        return None  # such a token swallows the spaces beside it
     vocabulary: Mapping[str, int] = backend.get_vocab(with_added_tokens=False)
     lengths: np.ndarray = np.zeros(max(*vocabulary.values(), *added, 0) + 1, np.int64)
-    lengths[list(vocabulary.values())] = list(map(len, vocabulary))  # written with a character for each byte
+    lengths[list(vocabulary.values())] = list(map(len, vocabulary))  # the vocabulary has one character per byte
     for number, token in added.items():
         lengths[number] = _bytes(token.content)
     return lengths

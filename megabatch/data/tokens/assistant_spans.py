@@ -1,8 +1,8 @@
 """Finds assistant turns in a rendered conversation, for templates that do not loop over messages.
 
-The conversation is rendered a second time with a sentinel in place of each assistant content; what lies between the
-sentinels is the template's own text plus the other roles' messages, and that text must be met again, in order, in the
-real rendering. What is left between is what the assistant says.
+We render the conversation a second time with a sentinel in place of each assistant content. The text between sentinels
+is the template's own plus the other roles' messages, and must occur in the same order in the real rendering. What
+remains between is what the assistant says.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
 def assistant_spans(render: Render, messages: Sequence[Mapping[str, Any]], *, text: str, prompt: str) -> list[Span]:
-    """For each assistant message, the span of what the assistant says in the rendered conversation `text`.
+    """For each assistant message, the span of the assistant's text in the rendered conversation `text`.
 
-    A span starts right after the generation prompt where the template writes it literally, so text that the template
-    itself puts into the turn (an empty thinking block) belongs to it; it stops before the end-of-turn token.
+    A span starts right after the generation prompt if the template writes it literally, so it includes text that the
+    template itself puts into the turn (an empty thinking block). It stops before the end-of-turn token.
 
     Raises: DataError when the two renderings cannot be aligned.
     """
@@ -43,13 +43,13 @@ def assistant_spans(render: Render, messages: Sequence[Mapping[str, Any]], *, te
 
 
 def answer(message: Mapping[str, Any]) -> str:
-    """What must survive of a content: templates trim it, and drop, move or re-space its thinking."""
+    """The part of a content that every template keeps: they trim it, and drop, move or re-space its thinking."""
     content = message.get("content")
     return content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
 
 
 def sentinel(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A text that no message holds."""
+    """A text that no message contains."""
     everything, mark = repr(messages), "MEGABATCHTURN"
     while mark in everything:
         mark += "X"
@@ -57,7 +57,7 @@ def sentinel(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _pieces(render: Render, messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rendering with sentinels for the assistant's contents, cut at the sentinels: one more piece than turns."""
+    """Renders with sentinels as the assistant's contents and splits there: one more piece than assistant turns."""
     mark = sentinel(messages)
     sentinels = [f"{mark}{index}END" for index in range(sum(m["role"] == "assistant" for m in messages))]
     names = iter(sentinels)
@@ -75,13 +75,13 @@ def _pieces(render: Render, messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _without_own(piece: str, prompt: str) -> str:
-    """`piece` up to the generation prompt, without what the template itself puts at the start of the turn."""
+    """`piece` up to and including the generation prompt, without what the template adds at the start of the turn."""
     at = piece.rfind(prompt) if prompt else -1
     return piece if at < 0 else piece[: at + len(prompt)]
 
 
 def _stop(text: str, start: int, said: str, *, after: str, last: bool) -> int | None:
-    """Where the turn that starts at `start` stops, so that `after` follows (and, for the last one, ends the text)."""
+    """Where the turn that starts at `start` stops: `after` follows it and, for the last turn, ends the text."""
     for stop in _candidates(text, start, after=after, last=last):
         if text[start:stop].strip().endswith(said):
             return stop

@@ -17,36 +17,36 @@ class Names(NamedTuple):
     """A column of names that many samples share."""
 
     names: Sequence[str]
-    """Each once."""
+    """Each name once."""
     numbers: np.ndarray
-    """Of each sample, in `names`: int32 [samples]."""
+    """Index in `names` of each sample: int32 [samples]."""
 
     def among(self, names: Sequence[str]) -> Names:
-        """The same column, numbered in a list that holds all of its names."""
+        """The same column, re-indexed into a list that contains all of its names."""
         places = {name: number for number, name in enumerate(names)}
         moved: np.ndarray = np.array([places[name] for name in self.names], np.int32)
         return Names(names, moved[self.numbers])
 
 
 def numbered(names: Sequence[str]) -> Names:
-    """Of samples with these names."""
+    """The name column of samples with these names."""
     places = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return Names(list(places), np.array([places[name] for name in names], np.int32))
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Samples of a few rows, and what became of the others."""
+    """The samples of a few rows, and why other rows gave none."""
 
     samples: list[Encoded] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
-    """Of each sample."""
+    """One per sample."""
     items: list[int] = field(default_factory=list)
-    """Samples of each item, which stay together."""
+    """Number of samples in each item; they stay together."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Reason → rows."""
+    """Reason → number of rows."""
     remarks: Counter[str] = field(default_factory=Counter)
-    """What the rows have and nobody reads → rows."""
+    """Remark, such as a column that nothing reads → number of rows."""
 
     def add(self, item: Item, origin: Origin) -> None:
         self.samples.extend(item)
@@ -54,7 +54,7 @@ class Chunk:
         self.items.append(len(item))
 
     def arrays(self) -> ChunkArrays:
-        """The same in a few arrays, which are quick to send and to write."""
+        """The same as a few arrays, which are quick to send and to write."""
         files = {(o.file, o.is_line): 0 for o in self.origins}
         for number, file in enumerate(files):
             files[file] = number
@@ -91,7 +91,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkArrays:
-    """A chunk with its samples one after the other."""
+    """A chunk with its samples concatenated."""
 
     ids: np.ndarray
     """int32 [tokens]"""
@@ -102,9 +102,9 @@ class ChunkArrays:
     sums: np.ndarray
     """Sum of the weights of each sample, float64 [samples]."""
     items: np.ndarray
-    """Samples of each item, int32 [items]."""
+    """Number of samples in each item, int32 [items]."""
     origins: np.ndarray
-    """Number of its file in `files`, and line or row: int32 [samples, 2]."""
+    """Index in `files`, and line or row, of each sample: int32 [samples, 2]."""
     columns: Mapping[str, np.ndarray]
     """float32 [samples]"""
     token_columns: Mapping[str, np.ndarray]

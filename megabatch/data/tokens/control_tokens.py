@@ -1,10 +1,11 @@
 """Control tokens in a dataset's text: tokenised as the plain text that they are, unless told otherwise.
 
-A user's text that holds `<|im_end|>` must not end the turn. Before a template renders a message, a private character
-is put into each control token in it; the control tokens of the rendered text without one are the template's own. The
-text is encoded by a twin of the tokenizer whose control tokens have private names: the template's are written by
-those names, and in all else there is nothing special. As the twin differs in nothing but names, whatever is not a
-control token gets the ids that the tokenizer itself gives, across borders too.
+A user's text that contains `<|im_end|>` must not end the turn. Before a template renders a message, we insert a
+private character into each control token in it; control tokens in the rendered text without that character are the
+template's own. A twin of the tokenizer, whose control tokens have private names, encodes the text: we write the
+template's control tokens under those names, and nothing else in the text is special. Since the twin differs only in
+names, everything that is not a control token gets the same ids as from the tokenizer itself, also next to former
+control tokens.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from typing import Any
 from megabatch.errors import DataError
 
 ESCAPED = "control tokens in the text, tokenised as plain text (see data.sanitize_control_tokens)"
-"""What a dataset's remarks say of such rows."""
+"""The remark counted for such rows."""
 
 _NAME = "\U0010f8f4"
 """Opens and closes the private name of a control token."""
 OF_THE_ASSISTANT = re.compile(r"[<\[]/?(think|tool_call)[>\]]", re.IGNORECASE)
-"""Control tokens of some tokenizers that a dataset's own assistant writes in its text."""
+"""Control tokens of some tokenizers that the assistant's text in a dataset legitimately contains."""
 
 
 class ControlTokens:
     """The control tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Any, extra: Iterable[str] = ()) -> None:
-        """`extra`: added tokens that are not declared special and still divide turns."""
+        """`extra`: added tokens that separate turns although they are not declared special."""
         self._tokenizer = tokenizer
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         listed = getattr(tokenizer, "chat_control_tokens", None) or ()
@@ -47,20 +48,20 @@ class ControlTokens:
         self._not_the_assistants = _either(t for t in self.tokens if not OF_THE_ASSISTANT.fullmatch(t))
 
     def may_be_in(self, text: str) -> bool:
-        """Whether JSON might hold a control token, or the beginning of one at the end of a string.
+        """Whether JSON might contain a control token, or the beginning of one at the end of a string.
 
-        Fast, and True too often rather than too seldom.
+        Fast; may give a false True, never a false False.
         """
         return any(beginning in text for beginning in self._beginnings)
 
     def are_in(self, text: str) -> bool:
-        """Whether a text holds a control token."""
+        """Whether a text contains a control token."""
         return self._any.search(text) is not None
 
     def mark(self, value: Any, mark: str, *, by_assistant: bool = False) -> Any:
-        """The value with `mark` inside every control token of its strings, at any depth.
+        """The value with `mark` inserted into every control token in its strings, at any depth.
 
-        Also in the beginning of one that a string ends with: a template may write two strings side by side.
+        Also marks a string's end if it is the beginning of one: a template may write two strings side by side.
         """
         if isinstance(value, str):
             pattern = self._not_the_assistants if by_assistant else self._any
@@ -76,12 +77,12 @@ class ControlTokens:
         return value
 
     def _half_at_end(self, text: str) -> int:
-        """Characters of the longest beginning of a control token that a text ends with."""
+        """Length of the longest beginning of a control token at the end of a text."""
         longest = min(self._longest_half, len(text))
         return next((size for size in range(longest, 0, -1) if text[-size:] in self._halves), 0)
 
     def spelled(self, text: str, mark: str | None = None) -> Spelling:
-        """A marked text as the twin reads it; without `mark`, a text without control tokens of its own."""
+        """A marked text as the twin reads it; with `mark` None, the text has no control tokens of the template."""
         if _NAME in text:
             raise DataError(
                 f"it holds the private character U+{ord(_NAME):X}, which megabatch uses for control tokens"
@@ -96,7 +97,7 @@ class ControlTokens:
 
     @cached_property
     def twin(self) -> Any:
-        """The twin, a `tokenizers.Tokenizer`. Raises: DataError where the tokenizer cannot be rebuilt."""
+        """The twin, a `tokenizers.Tokenizer`. Raises: DataError if the tokenizer cannot be rebuilt."""
         from tokenizers import Tokenizer
 
         backend = self._tokenizer.backend_tokenizer
@@ -118,14 +119,14 @@ _ALLOW = "set data.sanitize_control_tokens=False if the data may contain them"
 
 
 class Spelling:
-    """A text that was spelled anew, and where its characters went."""
+    """A rewritten text, and where its characters moved."""
 
     def __init__(self, text: str, places: list[int], shifts: list[int]) -> None:
         self.text = text
         self._places, self._shifts = places, shifts
 
     def at(self, position: int) -> int:
-        """The place of what stood at `position`."""
+        """The new position of the character that was at `position`."""
         after = bisect_right(self._places, position)
         return position + (self._shifts[after - 1] if after else 0)
 
@@ -148,7 +149,7 @@ def _either(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def _renamed(made: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A tokenizer.json with other names for some tokens, in its added tokens and in its model."""
+    """A tokenizer.json with some tokens renamed, in its added tokens and in its model."""
     for token in made["added_tokens"]:
         if token["content"] in names:
             token.update(content=names[token["content"]], normalized=False)

@@ -1,7 +1,7 @@
 """Chat templates for tokenizers that bring none: ChatML, and plain text for base models.
 
-Both read `tools`, `tool_calls`, `tool` messages and `reasoning_content`. A call is JSON between `<tool_call>` tags, as
-Hermes and Qwen write it; a result stands between `<tool_response>` tags.
+Both read `tools`, `tool_calls`, `tool` messages and `reasoning_content`. They write a call as JSON between
+`<tool_call>` tags, like Hermes and Qwen, and a result between `<tool_response>` tags.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from megabatch.errors import DataError
 
 
 class Documents:
-    """The text with the tokenizer's own special tokens, then EOS; every token is learned."""
+    """Encodes the text with the tokenizer's own special tokens, then EOS; trains on every token."""
 
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         """Raises: DataError for a tokenizer without EOS."""

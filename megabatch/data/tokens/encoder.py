@@ -20,7 +20,7 @@ from megabatch.errors import DataError
 
 
 class RowEncoder(Protocol):
-    """One kind of rows."""
+    """Encodes one kind of rows."""
 
     def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
         """The samples of each row. Raises: DataError with the row's file and line."""
@@ -32,7 +32,7 @@ class _Kind(Protocol):
 
 
 ROWS: Mapping[Rows, _Kind] = {"documents": Documents, "conversations": Conversations}
-"""What encodes each kind of rows."""
+"""The encoder of each kind of rows."""
 
 
 class Encoder:
@@ -62,11 +62,11 @@ class Encoder:
         return chunk
 
     def _names(self, row: Row) -> dict[str, str]:
-        """Names that all samples of a row have."""
+        """Names shared by all samples of a row."""
         return {CHANNEL: channel_of(row, columns=self.encoding.columns)} if self.encoding.channels else {}
 
     def _limited(self, item: Item, row: Row) -> list[Item]:
-        """The item with every sample within max_length, its pieces, or nothing when it is to be dropped."""
+        """The item with every sample cut to max_length, or its pieces, or nothing if it is dropped."""
         limit, strategy = self.encoding.max_length, self.encoding.truncation_strategy
         longest = max(len(sample.ids) for sample in item)
         if limit is None or longest <= limit:
@@ -86,7 +86,7 @@ class Encoder:
 def pieces(encoded: Encoded, limit: int) -> list[Encoded]:
     """A sample cut into pieces of `limit` tokens; the last may be shorter.
 
-    Nothing predicts the first token of a piece. So each piece begins with the last token of the one before, as context
-    alone: every token but the sample's first is predicted once, whatever the limit.
+    Nothing predicts the first token of a piece. So each piece starts with the last token of the piece before, only as
+    context: every token but the sample's first is predicted once, whatever the limit.
     """
     return [encoded.part(slice(start, start + limit)) for start in range(0, len(encoded.ids) - 1, limit - 1)]

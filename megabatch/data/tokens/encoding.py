@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 Rows = Literal["documents", "conversations"]
-"""What a row is: a text whose end is learned too, or turns that a chat template renders (`tasks.Task.rows`)."""
+"""What a row is: a text, with EOS trained too, or turns that a chat template renders (`tasks.Task.rows`)."""
 
 Truncation = Literal["delete", "left", "right", "split", "raise"]
-"""What happens to a sample longer than max_length: dropped and counted, cut at an end or into pieces, an error."""
+"""What happens to a sample longer than max_length: drop and count it, cut it at an end or into pieces, or an error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,9 +30,9 @@ class Encoding:
     loss_scale: str = "default"
     """See `loss_scales`."""
     channels: bool = False
-    """Samples keep the name in their row's column `channel`."""
+    """Whether samples keep the name in their row's column `channel`."""
     sanitize_control_tokens: bool = True
-    """Control tokens in the data are tokenised as text."""
+    """Whether control tokens in the data are tokenised as plain text."""
 
     def __post_init__(self) -> None:
         # Read-only views of a mapping can be neither pickled nor written as JSON.

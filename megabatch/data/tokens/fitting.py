@@ -1,7 +1,7 @@
 """A conversation as one chat template reads it: which fields and columns it uses, and in which form.
 
-What a row has and the template does not read is not dropped in silence: what would change the text if it were read is
-refused, the rest is counted.
+Nothing that the template does not read is dropped silently: we refuse what should have changed the text and count the
+rest.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _HARMLESS = frozenset(
     | {"session_id", "model", "model_name", "score", "scores", "quality", "length", "num_tokens", "num_turns"}
     | {"channel", "name", "type", "tool_call_id", "refusal", "annotations"}
 )
-"""Columns and fields that describe a row or a turn; a template that reads one gets it."""
+"""Columns and fields that only describe a row or a turn; a template that reads one still gets it."""
 _PROBE = "megabatch"
 
 Fitted = tuple[list[Message], list[dict[str, Any]]]
-"""Turns, and the same as a template reads them."""
+"""Turns, and the same turns in the form that a template reads."""
 
 
 class Fitting:
-    """How conversations are handed to one template."""
+    """Prepares conversations for one template."""
 
     def __init__(self, renderer: Renderer, *, advice: str) -> None:
-        """`advice`: what to do where the template does not read what a row has."""
+        """`advice`: what the user can do if the template does not read what a row has."""
         self._renderer, self._advice = renderer, advice
         self._reads_parts = self._same_with_parts()
         self._reads_objects, self._reads_json = self._argument_forms()
         self._reads_ids = bool({"id", "tool_call_id"} & renderer.names)
 
     def variables(self, conversation: Conversation, remarks: Counter[str]) -> dict[str, Any]:
-        """The row's columns that the template reads. Raises: DataError for others that matter; counts the rest."""
+        """The row's columns that the template reads. Counts other columns. Raises: DataError for those that matter."""
         columns = dict(conversation.columns)
         found = {name: value for name, value in columns.items() if name in self._renderer.variables}
         found |= columns.pop("chat_template_kwargs", {})
@@ -56,9 +56,9 @@ class Fitting:
         return found
 
     def candidates(self, conversation: Conversation, remarks: Counter[str]) -> Iterator[Fitted]:
-        """The turns as the template may read them, the row's own first; then, where it fails, as others write them.
+        """Forms of the turns to try in order: first the row's own, then others that some templates need.
 
-        With null contents where a turn only calls, and with neighbours of one role as one turn.
+        The others have null contents in turns that only call, or join neighbouring turns of one role.
         """
         messages = conversation.messages
         self._count(messages, remarks)
@@ -91,7 +91,7 @@ class Fitting:
         return made
 
     def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """A call whose arguments have the form that the template reads: an object, or JSON text."""
+        """The call, with its arguments in the form that the template reads: an object or JSON text."""
         inner = call.get("function")
         arguments = (inner if isinstance(inner, Mapping) else call).get("arguments")
         if isinstance(arguments, str) and self._reads_objects and not self._reads_json:
@@ -108,7 +108,7 @@ class Fitting:
         return {**call, "arguments": arguments}
 
     def _count(self, messages: Sequence[Message], remarks: Counter[str]) -> None:
-        """Raises DataError for fields that would have changed the text; counts others that nobody reads."""
+        """Counts fields that nothing reads. Raises: DataError for those that should have changed the text."""
         names = self._renderer.names
         for message in messages:
             if not message.fields:
@@ -131,7 +131,7 @@ class Fitting:
             return False
 
     def _argument_forms(self) -> tuple[bool, bool]:
-        """Whether the template writes arguments that are objects as JSON, and whether it writes JSON text as it is."""
+        """Whether the template writes object arguments as JSON, and whether it writes JSON text unchanged."""
         if "tool_calls" not in self._renderer.names:
             return True, True
         texts = [self._probed({_PROBE: 1}), self._probed('{"megabatch": 1}')]
@@ -156,7 +156,7 @@ class Fitting:
 
 
 def check_column(name: str, value: Any, remarks: Counter[str]) -> None:
-    """Raises DataError for media that a text model cannot see; counts a column that nobody reads."""
+    """Counts a column that nothing reads. Raises: DataError for media, which a text model cannot see."""
     if not value or name in _HARMLESS or name.startswith("_"):
         return
     if name in _MEDIA:
@@ -165,7 +165,7 @@ def check_column(name: str, value: Any, remarks: Counter[str]) -> None:
 
 
 def _number(messages: list[dict[str, Any]]) -> None:
-    """Gives calls without an id one, and the results that follow the same, in their order."""
+    """Gives an id to calls that have none, and the same ids to their results, in order."""
     waiting: list[dict[str, Any]] = []
     count = 0
     for message in messages:

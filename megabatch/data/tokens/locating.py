@@ -17,10 +17,10 @@ _THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
 
 
 class Part(NamedTuple):
-    """Something to be learned."""
+    """Characters to train on."""
 
     turn: int
-    """Number among the assistant's messages."""
+    """Index among the assistant's messages."""
     start: int
     stop: int
 
@@ -38,11 +38,11 @@ class Locator:
 
     @property
     def prompt(self) -> str:
-        """What the template writes to make the assistant speak, without a thinking block; "" if nothing."""
+        """The template's generation prompt without a thinking block; "" if it has none."""
         return self._prompts[-1]
 
     def parts(self, messages: Messages, variables: Mapping[str, Any], rendered: Rendered) -> list[Part]:
-        """What is learned if every turn is. Raises: DataError where it is not found."""
+        """The characters to train on if every turn is trained. Raises: DataError if they cannot be found."""
         if self._renderer.marks_turns:
             return self._marked(messages, variables, rendered)
         assistants = [index for index, m in enumerate(messages) if m["role"] == "assistant"]
@@ -56,14 +56,14 @@ class Locator:
         ]
 
     def _is_whole(self, message: Mapping[str, Any], rendered: Rendered, index: int) -> bool:
-        """Whether what the template's loops wrote for a message holds what it says."""
+        """Whether the text that the template's loops wrote for a message contains its content."""
         chunk = rendered.chunks.get(index) if self._has_chunks else None
         return chunk is not None and (
             bool(message.get("tool_calls")) or answer(message) in rendered.text[slice(*chunk)]
         )
 
     def _said(self, messages: Messages, variables: Mapping[str, Any], rendered: Rendered, index: int) -> list[Span]:
-        """What an assistant message gave, from behind its header to the end of its turn."""
+        """The spans of an assistant message, from the end of its header to the end of its turn."""
         text, chunk = rendered.text, rendered.chunks[index]
         start = self._start(text, chunk)
         if start is None:
@@ -81,7 +81,7 @@ class Locator:
     def _without_results(
         self, messages: Messages, variables: Mapping[str, Any], rendered: Rendered, index: int, *, header: int
     ) -> list[Span]:
-        """The turn without the results of its calls, where the template writes them into it (as Gemma 4 does)."""
+        """The turn without the results of its calls, for templates that write them into it (like Gemma 4's)."""
         alone = self._renderer.render(messages[: index + 1], variables)
         said = alone.text[slice(*alone.chunks.get(index, (0, 0)))][header:]
         text, span = rendered.text, (rendered.chunks[index][0] + header, rendered.chunks[index][1])
@@ -96,7 +96,7 @@ class Locator:
         return [self._ends.trim(text, found) for found in spans if text[slice(*found)].strip()]
 
     def _start(self, text: str, chunk: Span) -> int | None:
-        """Where the header of a turn stops that the template writes as it always does."""
+        """Where a turn's header ends, if it is one of the template's usual headers; else None."""
         for header in self._headers:
             if text.startswith(header, chunk[0]):
                 return chunk[0] + len(header)
@@ -105,7 +105,7 @@ class Locator:
         return None
 
     def _header_by_sentinel(self, messages: Messages, variables: Mapping[str, Any], index: int, chunk: str) -> int:
-        """Length of a turn's header that is unlike the others: it names the speaker, or follows a tool's result."""
+        """Length of an unusual header, for example one that names the speaker or follows a tool's result."""
         mark = sentinel(messages)
         other = self._renderer.render([*messages[:index], {"role": "assistant", "content": mark}], variables)
         span = other.chunks.get(index)
@@ -119,7 +119,7 @@ class Locator:
         return stop - len(tail) if tail and text.endswith(tail, start, stop) else stop
 
     def _marked(self, messages: Messages, variables: Mapping[str, Any], rendered: Rendered) -> list[Part]:
-        """What a template marks with `{% generation %}` itself."""
+        """The parts that the template itself marks with `{% generation %}`."""
         text = rendered.text
         spans = [self._ends.trim(text, span) for span in rendered.generated if span[0] < span[1]]
         if not spans:
@@ -127,7 +127,7 @@ class Locator:
         assistants = [index for index, m in enumerate(messages) if m["role"] == "assistant"]
         if len(spans) == len(assistants):
             return [Part(turn, *self._ends.complete(text, span)) for turn, span in enumerate(spans)]
-        # Several marks for a turn (its header, its text, its end) belong to the first turn that stops behind them.
+        # A turn may have several marks (header, text, end): each belongs to the first turn that ends after it.
         stops = [rendered.chunks[index][1] for index in assistants if index in rendered.chunks]
         if len(stops) < len(assistants):
             stops = [stop for _, stop in self._aligned(messages, variables, text)]
@@ -135,7 +135,7 @@ class Locator:
         return [Part(min(bisect_left(stops, start + 1), last), start, stop) for start, stop in spans]
 
     def _aligned(self, messages: Messages, variables: Mapping[str, Any], text: str) -> list[Span]:
-        """Spans by a second rendering, with the first generation prompt that fits."""
+        """Spans from a second rendering, with the first generation prompt that fits."""
 
         def render(changed: Messages) -> str:
             return self._renderer.render(changed, variables).text
@@ -150,17 +150,17 @@ class Locator:
         raise error
 
     def _generation_prompts(self) -> list[str]:
-        """What may stand before the assistant's own text, to be tried in this order.
+        """Texts that may precede the assistant's own text, to try in this order.
 
-        The template's generation prompt; the same without a thinking block that it opens or fills, for turns that
-        bring their own thoughts.
+        First the template's generation prompt; then the same without a thinking block that it opens or fills, for
+        turns that have their own thoughts.
         """
         question = [{"role": "user", "content": "x"}]
         try:
             without = self._renderer.render(question, {}).text
             asking = self._renderer.render(question, {"add_generation_prompt": True}).text
         except DataError:
-            return [""]  # a template that refuses the probe; spans then start where the template's own text ends
+            return [""]  # the template refuses the probe; spans then start where the template's own text ends
         prompt = asking[len(without) :] if asking.startswith(without) else ""
         return list(dict.fromkeys([prompt, _THINKING.sub("", prompt)]))
 
@@ -180,5 +180,5 @@ class Locator:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Length of the common prefix of two texts."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

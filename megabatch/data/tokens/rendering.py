@@ -1,9 +1,9 @@
 """Renders a chat template once and records which message produced each character.
 
-Templates trim contents, add system messages and rewrite turns, so a turn is not found by searching for its content.
-Instead the template is compiled with marks: one where an iteration of a loop over the messages begins, one where such
-a loop ends, and two around what `{% generation %}` marks. The marks are private characters that no message holds; they
-are taken out of the text again, and what stood between them is where each message was written.
+Templates trim contents, add system messages and rewrite turns, so searching for a turn's content would not find it.
+Instead we compile the template with marks: one where an iteration of a loop over the messages begins, one where such a
+loop ends, and two around what `{% generation %}` marks. The marks are private characters that no message contains. We
+remove them from the text again; the text between them shows where each message was written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Span = tuple[int, int]
 """Characters [start, stop)."""
 
 MARKS = ("\U0010f8f0", "\U0010f8f1", "\U0010f8f2", "\U0010f8f3")
-"""Private characters to mark with; one that the messages hold is passed over."""
+"""Private characters to use as marks; we skip any that the messages contain."""
 
 
 class Rendered(NamedTuple):
@@ -26,7 +26,7 @@ class Rendered(NamedTuple):
 
     text: str
     chunks: dict[int, Span]
-    """Index of a message → what its iterations of the template's loops wrote; none if they wrote white space only."""
+    """Index of a message → span that the template's loops wrote for it; absent if they wrote only white space."""
     generated: list[Span]
     """What the template marks with `{% generation %}`, in order."""
 
@@ -35,7 +35,7 @@ class Renderer:
     """One chat template, compiled as transformers compiles it."""
 
     def __init__(self, source: str, constants: Mapping[str, str]) -> None:
-        """`constants`: bos_token and the like. Raises: DataError for a template that is no Jinja."""
+        """`constants`: bos_token and the like. Raises: DataError for a template that is not valid Jinja."""
         from jinja2 import TemplateSyntaxError, meta, nodes
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -49,7 +49,7 @@ class Renderer:
         self.variables = frozenset(meta.find_undeclared_variables(tree) - known)
         """What the template reads besides the messages: `tools`, `documents`, `enable_thinking`, …"""
         self.names = frozenset(_names(tree))
-        """Every name that it looks up or compares with: fields of messages, roles, fields of tool calls."""
+        """Every name that the template looks up or compares with: fields of messages, roles, fields of tool calls."""
         self.marks_turns = any(_is_generation(node) for node in tree.find_all(nodes.CallBlock))
         self._template = environment.from_string(_Marking(environment).marked(tree))
         self._only_parts = False
@@ -58,7 +58,7 @@ class Renderer:
     def render(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, mark: str = MARKS[0]
     ) -> Rendered:
-        """Text and marks of a conversation; no string in it may hold `mark`. Raises: DataError when it fails."""
+        """Renders a conversation; no string in it may contain `mark`. Raises: DataError when the template fails."""
         if self._only_parts:
             messages = [_in_parts(message) for message in messages]
         index = {id(message): place for place, message in enumerate(messages)}
@@ -75,7 +75,7 @@ class Renderer:
         return _read(text, mark)
 
     def _reads_only_parts(self) -> bool:
-        """Whether contents must be lists of parts, as in some templates of models that see images."""
+        """Whether contents must be lists of parts, as in some templates of vision models."""
         texts = []
         for content in ("probe", [{"type": "text", "text": "probe"}]):
             try:
@@ -91,12 +91,12 @@ def _in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _read(marked: str, mark: str) -> Rendered:
-    """Takes the marks out again."""
+    """Removes the marks and returns what they delimit."""
     pieces: list[str] = []
     found: dict[int, list[int]] = {}
     generated: list[Span] = []
     opened: list[int] = []
-    inside: list[int] = []  # of loops over the messages that stand in each other, the messages at hand
+    inside: list[int] = []  # the message of the loop iteration that is being written
     position = 0
     for number, part in enumerate(marked.split(mark)):
         piece = part
@@ -121,7 +121,7 @@ def _read(marked: str, mark: str) -> Rendered:
 _TURN, _MARK = "megabatch_turn", "megabatch_mark"
 _END, _OPEN, _CLOSE = "e", "g", "h"
 _NESTED = ("Macro", "CallBlock", "AssignBlock", "FilterBlock")
-"""What these write is a value first, and may be tested or trimmed: no marks inside."""
+"""The output of these is first a value, which the template may test or trim: put no marks inside."""
 
 
 class _Marking:

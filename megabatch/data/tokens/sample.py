@@ -13,7 +13,7 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 CHANNEL = "channel"
-"""The column of names by which `training.enable_channel_loss` divides the loss."""
+"""The name column by which `training.enable_channel_loss` splits the loss."""
 
 
 class Encoded(NamedTuple):
@@ -24,14 +24,14 @@ class Encoded(NamedTuple):
     weights: np.ndarray
     """float32 [n]"""
     columns: Mapping[str, float] = _NONE
-    """Numbers of the sample, such as a label or a margin; all samples of a dataset have the same ones."""
+    """Values of the sample, such as a label or a margin; all samples of a dataset have the same columns."""
     token_columns: Mapping[str, np.ndarray] = _NONE
-    """What else each token has: float32 or int32 [n, …], aligned with `ids` and `weights`."""
+    """Further values per token: float32 or int32 [n, …], aligned with `ids` and `weights`."""
     names: Mapping[str, str] = _NONE
-    """Names that the sample has in common with many others, such as its channel; all samples have the same ones."""
+    """Names that many samples share, such as the channel; all samples of a dataset have the same columns."""
 
     def part(self, which: slice) -> Encoded:
-        """Some of its tokens in a row; nothing predicts the first of them."""
+        """A slice of its tokens; nothing predicts the first of them, so its weight is 0."""
         weights = self.weights[which].copy()
         weights[:1] = 0
         cut = {name: values[which] for name, values in self.token_columns.items()}
@@ -51,6 +51,6 @@ class Sample:
     weights: np.ndarray
     """Loss weight of predicting each token, float32 [n]; the first is 0."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Values that belong to the sample, for objectives and for error messages."""
+    """Values of the sample, for objectives and for error messages."""
     token_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """float32 or int32 [n, …]: values that belong to the prediction of each token, as `weights` do."""
+    """float32 or int32 [n, …]: values of the prediction of each token, like `weights`."""

@@ -1,6 +1,6 @@
 """Conversations → token ids and loss weights, through the tokenizer's own chat template.
 
-The ids are those of transformers' `apply_chat_template`, but for control tokens in the data (see `control_tokens`).
+The ids are those of transformers' `apply_chat_template`, except for control tokens in the data (see `control_tokens`).
 `weights[i]` is the loss weight of predicting `ids[i]`; nothing predicts the first token, so `weights[0]` is 0.
 The loss covers what the assistant says and its end-of-turn token, not the newline that some templates put after it.
 """
@@ -39,14 +39,14 @@ _LEFT_OUT = "the template omits the text beside a call"
 
 
 class _Said(NamedTuple):
-    """What is encoded of a conversation, and by which of the tokenizers."""
+    """The text of a conversation to encode, and whether the twin tokenizer encodes it."""
 
     text: Text
     by_twin: bool
 
 
 class _Form(NamedTuple):
-    """One chat template and what is known of it."""
+    """One chat template and what renders, fills and reads it."""
 
     renderer: Renderer
     fitting: Fitting
@@ -70,11 +70,11 @@ class Template:
 
     @property
     def is_own(self) -> bool:
-        """Whether the template is the tokenizer's own, so that a copy of its files renders it."""
+        """Whether the template is the tokenizer's own, so that a copy of the tokenizer's files includes it."""
         return self.name == "of the tokenizer"
 
     def turn_end(self) -> str | None:
-        """The special token that ends the assistant's turn; None where the template writes none."""
+        """The special token that ends the assistant's turn; None if the template writes none."""
         form = self._forms["default"]
         try:
             text = form.renderer.render(
@@ -92,11 +92,12 @@ class Template:
         loss_scale: str,
         remarks: Counter[str] | None = None,
     ) -> list[Encoded]:
-        """Tokenises conversations; `places` name them in errors, `remarks` counts what the rows have and nobody reads.
+        """Tokenises conversations.
 
-        Args: `loss_scale` as `loss_scales` says.
+        Args: `places` name them in errors; `loss_scale`: see `loss_scales`; `remarks` counts, for example, columns
+        that nothing reads.
 
-        Raises: DataError for one that cannot be rendered, aligned, or told from the template.
+        Raises: DataError for a conversation that cannot be rendered, aligned, or told apart from the template.
         """
         counted: Counter[str] = Counter() if remarks is None else remarks
         scale = parse(loss_scale)
@@ -129,7 +130,7 @@ class Template:
             ) from e
 
     def _located(self, conversation: Conversation, *, loss_scale: LossScale, remarks: Counter[str]) -> _Said:
-        """The conversation's text and what is learned of it."""
+        """The conversation's text and the loss weights of its characters."""
         has_tools = conversation.columns.get("tools") is not None
         form = self._forms["tool_use" if has_tools and "tool_use" in self._forms else "default"]
         variables = form.fitting.variables(conversation, remarks)
@@ -177,7 +178,7 @@ class Template:
     def _weighed(
         self, text: str, parts: Sequence[Part], turns: Sequence[float], loss_scale: LossScale
     ) -> list[tuple[int, int, float]]:
-        """Characters with their weights: a turn's, times what the scales say; the token that ends it keeps it."""
+        """Character ranges with weights: the turn's weight times the scales'; for the end-of-turn token unscaled."""
         weighed: list[tuple[int, int, float]] = []
         for part in parts:
             weight = turns[part.turn]
@@ -198,7 +199,7 @@ class Template:
 
 
 def learned_turns(messages: Sequence[Message], base: str) -> list[float]:
-    """For each assistant message the weight of its tokens in the loss; a message's own `loss` wins."""
+    """For each assistant message, the loss weight of its tokens; a message's own `loss` takes precedence."""
     last_user = max((index for index, m in enumerate(messages) if m.role == "user"), default=-1)
     return [
         m.scale * (m.loss if m.loss is not None else float(base != "last_round" or index > last_user))
@@ -208,7 +209,7 @@ def learned_turns(messages: Sequence[Message], base: str) -> list[float]:
 
 
 def _json(value: Any) -> str:
-    """All that a conversation says in one string, to search in. Raises: DataError for what is no JSON or no text."""
+    """The conversation as one string to search in. Raises: DataError for a value that is not JSON or not text."""
     try:
         made = _ENCODER.encode(value)
     except (TypeError, ValueError, RecursionError) as e:
@@ -219,7 +220,7 @@ def _json(value: Any) -> str:
 
 
 def _marks(said: str) -> tuple[str, str]:
-    """Two private characters that a conversation does not hold."""
+    """Two private characters that a conversation does not contain."""
     free = [mark for mark in MARKS if mark not in said]
     if len(free) < 2:
         raise DataError(f"it holds the private characters U+{ord(MARKS[0]):X} and following; delete them")
@@ -232,7 +233,7 @@ def _form(tokenizer: Any, source: str, ends: TurnEnds, advice: str) -> _Form:
 
 
 def _turn_tokens(tokenizer: Any, form: _Form) -> set[str]:
-    """Added tokens that stand between turns though the tokenizer does not call them special."""
+    """Added tokens between turns that the tokenizer does not declare special."""
     try:
         between = form.renderer.render([{"role": "user", "content": "x"}], {}).text + form.locator.prompt
     except DataError:
@@ -246,7 +247,7 @@ def _special(tokenizer: Any) -> set[str]:
 
 
 def _sources(tokenizer: Any, name: str | None) -> tuple[str, dict[str, str]]:
-    """Name and Jinja text of the template asked for, or of the default one; `tool_use` is for rows with tools."""
+    """Name and Jinja sources of the requested or default template; the source `tool_use` is for rows with tools."""
     if name is None:
         return _default(tokenizer)
     if name not in _OWN:

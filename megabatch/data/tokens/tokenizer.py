@@ -51,7 +51,7 @@ def check(folder: Path | str) -> None:
 
 
 def check_readable(folder: Path | str) -> None:
-    """Raises DataError when a file of the tokenizer is cut short or only a pointer to it, as Git LFS leaves."""
+    """Raises DataError when a file of the tokenizer is truncated or only a Git LFS pointer."""
     for path in (Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")):
         try:
             if path.is_file():
@@ -62,7 +62,7 @@ def check_readable(folder: Path | str) -> None:
 
 def backend(tokenizer: Any) -> Any:
     """The Rust tokenizer, without the truncation and padding that its file may ask for."""
-    tokenizer("", add_special_tokens=False)  # resets them, and how special tokens are read
+    tokenizer("", add_special_tokens=False)  # resets both, and how special tokens are read
     return tokenizer.backend_tokenizer
 
 

@@ -13,7 +13,7 @@ class TurnEnds:
     """Finds the special tokens that end turns; most templates write one, some write two."""
 
     def __init__(self, special: Iterable[str], *, eos: str | None) -> None:
-        """`special`: the tokenizer's special tokens; `eos`: that of them which may follow white space."""
+        """`special`: the tokenizer's special tokens; `eos`: the one of them that may follow white space."""
         self._all = tuple(sorted(special, key=len, reverse=True))
         tokens = "|".join(map(re.escape, self._all)) or r"\b\B"  # else nothing matches
         spaced = r"\s*" + re.escape(eos) if eos else r"\b\B"
@@ -22,28 +22,28 @@ class TurnEnds:
         self._run = re.compile(f" *(?:{tokens})+|{spaced}")
 
     def in_chunk(self, chunk: str) -> int | None:
-        """Where the special tokens stop that a message's own text ends with, white space aside; None without any."""
+        """Where a message's text ends, trailing white space aside, if it ends with a special token; else None."""
         said = chunk.rstrip()
         return len(said) if self.at_end(said) else None
 
     def extend(self, text: str, spans: Sequence[Span]) -> list[Span]:
-        """The spans of one conversation, each with its end of turn if it has one.
+        """The spans of one conversation, each extended by its end of turn if it has one.
 
-        All special tokens after the last turn end it. Earlier turns end with the same ones, or with the first one
-        there is: a header of the next message may follow without a gap.
+        All special tokens after the last turn belong to it. Earlier turns end with the same tokens, or with only the
+        first special token, since the next message's header may follow directly.
         """
         closing = self._run.match(text, spans[-1][1]) if spans else None
         end = closing.group() if closing else ""
         return [self._extended(text, span, end=end) for span in spans]
 
     def trim(self, text: str, span: Span) -> Span:
-        """The span without white space behind a special token that it ends with."""
+        """The span without white space after the special token at its end, if there is one."""
         start, stop = span
         said = text[start:stop].rstrip()
         return (start, start + len(said)) if self.at_end(said) else span
 
     def complete(self, text: str, span: Span, *, eos_only: bool = False) -> Span:
-        """A trimmed span, with the end of turn unless it holds it already; `eos_only`: no other token ends it."""
+        """A trimmed span, extended by the end of turn unless it has one; `eos_only`: only EOS may end it."""
         if self.at_end(text[slice(*span)]) or (eos_only and not (self._eos and self._eos.match(text, span[1]))):
             return span
         return self._with_one(text, span)
@@ -53,8 +53,8 @@ class TurnEnds:
         return said.endswith(self._all)
 
     def without(self, said: str) -> int:
-        """Characters of a turn before the special tokens that it ends with; those that enclose thoughts and calls are
-        its own."""
+        """Length of a turn before the special tokens at its end; tokens that enclose thoughts and calls count as
+        text."""
         length = len(said)
         while token := self.last(said[:length]):
             if OF_THE_ASSISTANT.fullmatch(token):

@@ -1,7 +1,7 @@
 """Tokenising processes: rows in, chunks of samples out, in order and with bounded memory.
 
-One process is spawned, since the caller may hold threads, CUDA or process groups. It imports transformers and loads
-the tokenizer once, without torch, and forks the others. Each talks to the caller by a pipe of its own.
+We spawn one process, since the caller may hold threads, CUDA or process groups. It imports transformers and loads the
+tokenizer once, without torch, and forks the others. Each of these has its own pipe to the caller.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
 
 CHUNK_ROWS = 128
-"""Few enough that what is made of them stays near the processor: 512 took a tenth longer."""
+"""Few enough that their objects stay in the processor's caches: 512 took a tenth longer."""
 _GC_OBJECTS = 20_000
-"""Made between two garbage collections: a chunk's. Python's 700 are five rows', and take a twentieth of the time."""
+"""Objects between two garbage collections: about a chunk's. With Python's 700, about five rows', collecting takes a
+twentieth of the time."""
 _TUNABLES = "GLIBC_TUNABLES"
 
 Rows = list[Row | Line]
@@ -38,7 +39,7 @@ Rows = list[Row | Line]
 def encoded_chunks(rows: Iterable[Row | Line], encoding: Encoding, *, num_proc: int = 1) -> Iterator[ChunkArrays]:
     """Chunks of samples in the order of the rows, which is the same for every `num_proc`.
 
-    A dataset of one chunk is encoded here. Raises: DataError of the first faulty row, or when a process dies.
+    Encodes a dataset of one chunk in this process. Raises: DataError for the first faulty row, or if a process dies.
     """
     pieces = _chunks(rows)
     first = list(islice(pieces, 2))
@@ -71,10 +72,10 @@ def _chunks(rows: Iterable[Row | Line]) -> Iterator[Rows]:
 
 
 class _Workers:
-    """The tokenising processes, as the caller sees them: a thread and a pipe for each."""
+    """The caller's side of the tokenising processes: a thread and a pipe for each."""
 
     def __init__(self, encoding: Encoding, count: int) -> None:
-        """Raises: DataError for the tokenizer or the template; EOFError when the process dies that loads it."""
+        """Starts the processes; their errors, also for tokenizer or template, come from `encoded`."""
         context = multiprocessing.get_context("spawn")
         pairs = [context.Pipe() for _ in range(count)]
         self._news, news = context.Pipe(duplex=False)
@@ -91,7 +92,7 @@ class _Workers:
             self._free.put(end)
 
     def encoded(self, piece: Rows) -> Future[ChunkArrays]:
-        """The samples of these rows, once a process is free. Its error: what encoding raised, EOFError for a death."""
+        """The samples of these rows, once a process is free. Raises what encoding raised; EOFError if it died."""
         return self._threads.submit(self._exchanged, piece)
 
     def _exchanged(self, piece: Rows) -> ChunkArrays:
@@ -109,16 +110,16 @@ class _Workers:
         return answer
 
     def death(self) -> str:
-        """How a process died, as far as it is known, in words."""
+        """How a process died, in words; "" if unknown."""
         try:
             code = self._news.recv() if self._news.poll(5) else None
-        except (EOFError, OSError):  # the process is gone that would tell
+        except (EOFError, OSError):  # the process that reports deaths is gone itself
             self._server.join(5)
             code = self._server.exitcode
         return "" if not code else f" (signal {-code})" if code < 0 else f" (exit status {code})"
 
     def close(self) -> None:
-        """Ends the processes; those at work finish their chunk."""
+        """Ends the processes; busy ones finish their chunk first."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         for end in (*self._ends, self._news):
             end.close()
@@ -127,10 +128,10 @@ class _Workers:
 
 @contextmanager
 def _keeping_small_blocks() -> Iterator[None]:
-    """What is started within it keeps freed blocks of memory by their size, where libc is glibc.
+    """Processes started inside this context keep more freed memory blocks by size, if libc is glibc.
 
-    The tokenizer allocates some blocks for each token and frees those of a whole chunk; glibc keeps 7 of a size and
-    joins the others. With 200 a row takes a seventh less in the tokenizer, and a process 3 MiB more.
+    The tokenizer allocates some blocks per token and frees those of a whole chunk at once; glibc keeps 7 of each size
+    and merges the others. With 200, the tokenizer takes a seventh less time per row and a process 3 MiB more memory.
     """
     if _TUNABLES in os.environ:  # the user's own
         yield
@@ -143,10 +144,10 @@ def _keeping_small_blocks() -> Iterator[None]:
 
 
 def _serve(encoding: Encoding, ends: list[Connection], news: Connection) -> None:
-    """Loads the tokenizer, starts a process for each end, and tells how one died."""
+    """Loads the tokenizer, starts a process for each pipe end, and reports how any of them died."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that there is no torch
-    # transformers imports torch where it is found; that takes longer than all else here, and no tokenizer needs it.
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # no warning that torch is missing
+    # transformers imports torch if it is installed; that takes longer than all else here, and no tokenizer needs it.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     encoder: Encoder | Exception
     try:
@@ -154,7 +155,7 @@ def _serve(encoding: Encoding, ends: list[Connection], news: Connection) -> None
     except Exception as e:
         encoder = _portable(e)
     gc.collect()
-    gc.freeze()  # what was loaded stays; looking through it again and again takes time
+    gc.freeze()  # what was loaded stays, so the garbage collector need not scan it again
     gc.set_threshold(_GC_OBJECTS)
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_work, args=(encoder, end, [*ends, news])) for end in ends]
@@ -175,7 +176,7 @@ def _work(encoder: Encoder | Exception, end: Connection, inherited: list[Connect
     """Answers each list of rows with its chunk, or with the error, until the caller closes the pipe."""
     for other in inherited:
         if other is not end:
-            other.close()  # else nobody would see that the process dies to which it belongs
+            other.close()  # otherwise nobody would notice when the process that owns it dies
     try:
         while True:
             end.send(_answer(encoder, end.recv()))
@@ -193,7 +194,7 @@ def _answer(encoder: Encoder | Exception, rows: Rows) -> ChunkArrays | Exception
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that can be sent to the caller; one of ours explains itself, others bring their traceback."""
+    """The error in a form that can be sent to the caller; errors that are not ours carry their traceback as a note."""
     if not isinstance(error, DataError):
         error.add_note(traceback.format_exc())
     return error
