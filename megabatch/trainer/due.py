@@ -12,7 +12,7 @@ from megabatch.trainer.sums import Ratio
 
 
 def is_due(interval: int | None, progress: Progress, group: Checkpoint) -> bool:
-    """Whether a step is one of every `interval`th, or the end of every `interval`th epoch; None: of every one."""
+    """Whether a step is every `interval`th, or ends every `interval`th epoch; None means every one."""
     reached = progress.ended_epoch if group.save_strategy == "epoch" else progress.step
     return reached > 0 and reached % (interval or 1) == 0
 

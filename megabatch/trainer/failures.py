@@ -25,11 +25,11 @@ LOST_PEER = (
 """What gloo, NCCL and torch's store say when the other end of a connection is gone."""
 
 _FIRST_S = 1.0
-"""Time for the rank that failed to be named as the first: those that lost it notice within milliseconds."""
+"""Lead for the rank that failed to be reported first: ranks that lose it notice within milliseconds."""
 
 
 def report(error: Exception) -> ExitCode:
-    """Says in this rank's log why it ends, and returns its exit code."""
+    """Logs why this rank ends, and returns its exit code."""
     with contextlib.suppress(OSError):  # a full disk takes the words, not the exit code
         _say(error)
     if lost_peer(error):
@@ -52,14 +52,14 @@ def _say(error: Exception) -> None:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether it failed because another rank is gone, however that was wrapped on the way."""
+    """Whether the error's root cause is that another rank is gone."""
     # torch's are RuntimeErrors; a hub or a disk that says the same raises an OSError
     said = [str(e) for e in _chain(error) if isinstance(e, RuntimeError)]
     return any(sign in text for sign in LOST_PEER for text in said)
 
 
 def root(error: BaseException) -> BaseException:
-    """The exception that started it."""
+    """The exception at the root of the chain."""
     *_, first = _chain(error)
     return first
 

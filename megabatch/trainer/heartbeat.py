@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 class Heartbeat:
-    """Written by the main rank when something got done, never by a clock: while it stays the same, the run hangs."""
+    """The main rank writes it after progress, never on a timer: if it does not change, the run hangs."""
 
     def __init__(self, run: RunDirectory, place: Place) -> None:
         self.path, self.attempt, self.is_main = run.heartbeat, place.attempt, place.rank == 0

@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class LossScale:
-    """One scaler for all of megatron-core's optimizers of a model, in the place of the scaler that each makes.
+    """One scaler for all of a model's megatron-core optimizers; replaces the one that each creates.
 
-    With experts there are two optimizers. Were each to keep its own scaler (0.16.1), an overflow in one of them alone
-    would leave the two at different scales, while the loss is multiplied with the first one's: the gradients of the
-    other would be off by that ratio from then on.
+    With experts there are two optimizers. If each kept its own scaler (0.16.1), an overflow in only one of them would
+    leave them at different scales. The loss is multiplied by the first one's scale, so the gradients of the other
+    would be off by that ratio from then on.
     """
 
     def __init__(self, scaler: DynamicGradScaler) -> None:
@@ -24,7 +24,7 @@ class LossScale:
 
     @staticmethod
     def shared_by(optimizers: Sequence[Any]) -> LossScale:
-        """Takes the place of the scalers of these optimizers of megatron-core's."""
+        """Replaces the scalers of these megatron-core optimizers."""
         shared = LossScale(optimizers[0].grad_scaler)
         for optimizer in optimizers:
             optimizer.grad_scaler = shared
@@ -39,7 +39,7 @@ class LossScale:
         return self._scaler.inv_scale
 
     def update(self, found_inf: bool) -> None:
-        """What one optimizer found in its gradients; the scale stays as it is until all have looked."""
+        """Records what one optimizer found in its gradients; the scale does not change before `end_step`."""
         self._overflowed |= found_inf
 
     def end_step(self) -> bool:

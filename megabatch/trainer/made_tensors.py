@@ -13,8 +13,8 @@ from megabatch.plan.shape import ModelShape
 
 
 class MadeTensors:
-    """A `Source` of fp32 tensors. Each is drawn whole, on the CPU, from a seed and its name, before a rank takes its
-    part, so that it is the same whatever the layout."""
+    """A `Source` of fp32 tensors. Draws each as a whole, on the CPU, from a seed and its name, before a rank takes its
+    part, so it is the same in every layout."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, seed: int) -> None:
         self.shapes, self.seed = shapes, seed

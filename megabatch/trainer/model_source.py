@@ -41,7 +41,7 @@ class ModelSource:
 
 
 def model_source(run: RunConfig, ranks: Ranks) -> ModelSource:
-    """Finds, downloads or makes what the run starts from; collective.
+    """Finds, downloads or creates the model that the run starts from; collective.
 
     Raises: ConfigError, DataError, ConversionError on every rank.
     """
@@ -56,7 +56,7 @@ def model_source(run: RunConfig, ranks: Ranks) -> ModelSource:
 
 
 def _prove(folder: Path, run: RunConfig) -> None:
-    """One rank checks what all will rely on: the tensors, and that the shape is still what was planned for."""
+    """One rank checks for all: the tensors, and that the shape is still the planned one."""
     opened = open_hf_model(folder)
     if opened.shape != run.shape:
         old, new = run.shape, opened.shape

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def start(run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: ModelSource) -> Progress:
-    """Loads what the run starts from; collective. Returns: where it goes on."""
+    """Loads the state that the run starts from; collective. Returns: its progress."""
     prove_complete(engine.model, checkpoints.table, engine.ranks)
     tuning = engine.model.tuning
     if tuning.frozen:
@@ -72,7 +72,7 @@ def _from_checkpoint(found: Path, run: RunConfig, engine: Engine, checkpoints: C
 
 
 def _load_adapters(run: RunConfig, engine: Engine, source: ModelSource, lora: Lora, folder: Path | None) -> None:
-    """Reads adapters from a folder of PEFT's or megatron-core's; without one they are new."""
+    """Reads adapters from a PEFT or megatron-core folder; without one, initialises new ones."""
     made: MadeTensors
     tuning = engine.model.tuning
     if folder is None:

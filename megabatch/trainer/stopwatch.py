@@ -29,7 +29,7 @@ class Stopwatch:
         self._measured.append((part, begin, self._last))
 
     def read(self) -> dict[str, float]:
-        """Seconds by part, of all that the device has passed by now; the rest is told by a later reading."""
+        """Seconds by part, for the parts that the device has finished; a later reading returns the rest."""
         found: dict[str, float] = {}
         left = []
         for part, begin, end in self._measured:

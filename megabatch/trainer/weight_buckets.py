@@ -1,7 +1,7 @@
 """Streams live weights to a rollout engine in bounded buckets.
 
-A bucket is one block of bytes with a manifest of what lies where in it and a CRC-32 of it all. Tensors are whole in a
-bucket, one behind the other; only a tensor that is larger than a bucket is cut, into buckets of its own but the last.
+A bucket is one block of bytes with a manifest of its contents and offsets, and a CRC-32 of the whole. Tensors are
+stored whole, in sequence; only a tensor larger than a bucket is split, and all its buckets but the last hold it alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megabatch.trainer.weights import SAFETENSORS_DTYPES, export
 
 BUCKET_BYTES = 512 << 20
 _ALIGN = 64
-"""Every tensor begins at a multiple of so many bytes, so that it can be used where it lies."""
+"""Tensors start at multiples of this many bytes, so that they can be used in place."""
 
 
 @dataclass(frozen=True, slots=True)

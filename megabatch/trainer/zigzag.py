@@ -1,9 +1,9 @@
 """Which positions of a row each context-parallel rank has.
 
-A row is cut segment by segment: each into 2·cp equal chunks, of which rank r has the r-th from the front and the r-th
-from the back. So every rank has as many tokens as the others, and as many pairs of query and key.
+Each segment of a row is split into 2·cp equal chunks; rank r gets the r-th from the front and the r-th from the back.
+So all ranks have the same number of tokens, and of query-key pairs.
 
-T positions of a row, t = T / cp of them on each rank; S segments; K keys that a rank's queries see.
+T: positions of a row, t = T / cp of them on each rank. S: segments. K: keys that a rank's queries see.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One rank's part of a row, and the way from the parts of all ranks back to the row."""
+    """One rank's part of a row, and how to rebuild the row from the parts of all ranks."""
 
     group: dist.ProcessGroup
-    """Ranks that have the parts of the row."""
+    """Ranks that split the row."""
     lengths: tuple[int, ...]
     """Tokens of each chunk of this rank, [2·S]: front and back of the first segment, of the second, …"""
     prefixes: tuple[int, ...]
@@ -29,9 +29,9 @@ class Cut:
     mine_t: Tensor
     """int64 [t]: the position in the row of each token that this rank has."""
     places_T: Tensor
-    """int64 [T]: where each position of the row lies in the parts of all ranks, one behind the other."""
+    """int64 [T]: index of each position of the row in the concatenated parts of all ranks."""
     keys_K: Tensor
-    """int64 [K]: the same of the positions of all prefixes, one prefix behind the other."""
+    """int64 [K]: the same for the positions of all prefixes, concatenated."""
 
     @property
     def is_first(self) -> bool:
@@ -73,7 +73,7 @@ def _positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of host memory, through page-locked memory: from other memory the host would wait for the copy."""
+    """Copies a host tensor through page-locked memory; otherwise the host would wait for the copy."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -32,7 +32,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether reading failed for what the compressed file holds, not for the disk or its permissions."""
+    """Whether reading failed because the compressed data is damaged, not because of the disk or permissions."""
     return isinstance(error, EOFError | zlib.error) or (isinstance(error, OSError) and error.errno is None)
 
 

@@ -17,11 +17,11 @@ from megabatch.data.rows import files
 
 NAME = ".digests.json"
 _SETTLED_S = 2
-"""A file that changed less than so long ago may change again within the same tick of its file system's clock."""
+"""A file that changed more recently may change again within the same tick of its file system's clock."""
 
 
 class Digests:
-    """What one attempt of a run asks for; `save` keeps it for the next."""
+    """The digests that one attempt of a run computes; `save` keeps them for the next."""
 
     def __init__(self, folder: Path) -> None:
         self._path = Path(folder) / NAME
@@ -47,7 +47,7 @@ class Digests:
             self._new[str(Path(path).resolve())] = [*state, digest.hex()]
 
     def save(self) -> None:
-        """Adds what is new to the file, if there is a place that can be written; without it files are read again."""
+        """Adds new digests to the file if the folder is writable; otherwise later attempts read the files again."""
         if not self._new:
             return
         with contextlib.suppress(OSError):
@@ -59,7 +59,7 @@ class Digests:
 
 
 def _read(path: Path) -> dict[str, list[Any]]:
-    """What is remembered; nothing where the file is missing or damaged."""
+    """The saved digests; none if the file is missing or damaged."""
     try:
         found = json.loads(path.read_bytes())
         return {name: known for name, known in found.items() if _is_entry(known)}

@@ -21,7 +21,7 @@ from megabatch.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row stands, for error messages."""
+    """Where a row comes from, for error messages."""
 
     file: str
     number: int
@@ -41,7 +41,7 @@ class Row:
 
 
 class Line(NamedTuple):
-    """A row of a JSONL file that is still to be parsed: parsing costs most of reading, and can be done elsewhere."""
+    """An unparsed row of a JSONL file: parsing is most of the cost of reading, and another process can do it."""
 
     file: str
     number: int
@@ -55,7 +55,7 @@ def rows(path: Path) -> Iterator[Row]:
 
 
 def unparsed(path: Path) -> Iterator[Row | Line]:
-    """The same, with the lines of JSONL as they stand; each is one for `parsed`."""
+    """The same rows, but lines of JSONL unparsed; pass each to `parsed`."""
     try:
         yield from _READERS[inner_suffix(path)](path)
     except OSError as e:
@@ -63,14 +63,14 @@ def unparsed(path: Path) -> Iterator[Row | Line]:
 
 
 def parsed(row: Row | Line) -> Row:
-    """The row. Raises: DataError with file and line for what is not UTF-8, no JSON or no object."""
+    """Parses a row. Raises: DataError with file and line for text that is not UTF-8, not JSON or not an object."""
     if isinstance(row, Row):
         return row
     return _json_row(row.file, row.number, _decoded(row.file, row.number, row.raw))
 
 
 def is_readable(path: Path) -> bool:
-    """Whether the name says that it is a dataset file of a kind that is read; Parquet compresses itself."""
+    """Whether the file name is that of a supported dataset file; Parquet has its own compression."""
     suffix = inner_suffix(path)
     return suffix in _READERS and (suffix != ".parquet" or path.suffix.lower() == suffix)
 
@@ -78,7 +78,7 @@ def is_readable(path: Path) -> bool:
 def without_nulls(value: Any) -> Any:
     """Objects without their null keys, at any depth.
 
-    In a column of structs every row has the keys of all rows, null where it had none itself.
+    In a column of structs, every row has the keys of all rows, with null for those it did not have.
     """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
@@ -143,7 +143,7 @@ def _decoded(file: str, number: int, raw: bytes) -> str:
 
 
 def _other_encoding(raw: bytes) -> str | None:
-    """The encoding of a text that begins so, if it is not UTF-8: its byte order mark, or every second byte 0."""
+    """The encoding of a text that starts with these bytes, if not UTF-8: by byte order mark or zero bytes."""
     marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
     marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
     for mark, name in marks.items():  # UTF-32's begins with UTF-16's
@@ -171,7 +171,7 @@ def _json_row(file: str, number: int, line: str) -> Row:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A list of objects, read as a whole; or one object a line, as some tools name JSONL."""
+    """A list of objects, read as a whole; or one object per line, since some tools name JSONL so."""
     lines = _lines(path)
     first = next(lines, None)
     if first is None or not _is_object(first[1]):

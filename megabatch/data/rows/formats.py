@@ -29,7 +29,7 @@ __all__ = ["Conversation", "Message", "channel_of", "conversation_of", "is_text"
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What one row says."""
+    """The conversation in one row."""
 
     messages: list[Message]
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +76,7 @@ def renamed(row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def channel_of(row: Row, *, columns: Mapping[str, str] | None = None) -> str:
-    """What a row's column `channel` holds; "None" where it has none. Raises: DataError for what names nothing."""
+    """The value of a row's column `channel`; "None" if it has none. Raises: DataError for a value that is no name."""
     channel = renamed(row, columns).get("channel")
     if channel is not None and (not isinstance(channel, str | int) or not is_text(channel)):
         raise DataError(f"{row.origin}: channel must be a text or a whole number, not {short(channel)}")
@@ -104,7 +104,7 @@ def _exchange(question: str, answer: str) -> Callable[[Mapping[str, Any], Row], 
 
 
 def _prompt(fields: Mapping[str, Any], row: Row) -> Turns:
-    """Texts, or TRL's conversational form: of the prompt nothing is learned unless a message asks for it."""
+    """Texts, or TRL's conversational form: the prompt is not trained on unless one of its messages asks for it."""
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return _exchange("prompt", "completion")(fields, row)

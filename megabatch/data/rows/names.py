@@ -15,7 +15,7 @@ from megabatch.data.rows import files
 from megabatch.errors import DataError
 
 EXAMPLES = ("arithmetic",)
-"""Datasets that megabatch makes itself, see `synthetic`."""
+"""Datasets that megabatch generates, see `synthetic`."""
 
 _COUNT = re.compile(r"#(\d+)$")
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(?::[\w./-]+){0,2}$")
@@ -24,7 +24,7 @@ _EXAMPLE = "example:"
 
 @dataclass(frozen=True, slots=True)
 class DatasetName:
-    """One dataset string, taken apart; a path need not exist."""
+    """A parsed dataset string; a path need not exist."""
 
     text: str
     """As the user wrote it."""
@@ -42,7 +42,7 @@ class DatasetName:
 
 
 def parse(text: str, *, use_hf: bool = True) -> DatasetName:
-    """Takes a dataset string apart; a name that could be a hub's is a path if there is one here.
+    """Parses a dataset string; a name that could also be a hub's is a path if that path exists.
 
     Args: `use_hf`: which hub a name without `hf::` or `ms::` means (Hugging Face, else ModelScope).
     Raises: DataError for `#0` and for an example that does not exist.

@@ -2,8 +2,8 @@
 
 `names` says what a dataset string may be. A path is a JSONL, JSON, CSV, TSV, Parquet or plain-text file, or a folder
 of such files; the text ones may be compressed. `#count` takes that many rows of this dataset: a seeded random subset
-(the first rows when the dataset is not shuffled); above the dataset's size, whole repetitions and a subset. Of an
-example dataset it makes that many.
+(the first rows when the dataset is not shuffled); above the dataset's size, whole repetitions and a subset. For an
+example dataset, it generates that many rows.
 
 Local files are streamed, so memory does not grow with the dataset; only a JSON list is read as a whole.
 """
@@ -28,7 +28,7 @@ Hub = Literal["hf", "ms"]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One dataset string, resolved: where its rows are and how many of them are wanted."""
+    """A resolved dataset string: where its rows are and how many to take."""
 
     text: str
     """As the user wrote it."""
@@ -38,7 +38,7 @@ class Source:
     name: str = ""
     """Hub name, `org/name[:subset[:split]]`."""
     example: str | None = None
-    """Name of a dataset that is made, see `synthetic`."""
+    """Name of a generated dataset, see `synthetic`."""
     count: int | None = None
 
     def rows(self, *, seed: int, shuffle: bool) -> Iterator[Row]:
@@ -46,7 +46,7 @@ class Source:
         return map(files.parsed, self.unparsed(seed=seed, shuffle=shuffle))
 
     def unparsed(self, *, seed: int, shuffle: bool) -> Iterator[Row | Line]:
-        """The same, each for `files.parsed`."""
+        """The same rows, unparsed; pass each to `files.parsed`."""
         total = 0
         if self.count is None or self.example:
             for row in self._all():
@@ -62,7 +62,7 @@ class Source:
             raise DataError(f"dataset {self.text!r} is empty: it has no rows; give a file with at least one example")
 
     def fingerprint(self, digests: Digests) -> str:
-        """Digest of the content that the rows come from; of the file names only order and suffixes count."""
+        """Digest of the content that the rows come from; file names matter only by their order and suffixes."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
             digest.update("".join(path.suffixes[-2:]).encode())
@@ -93,7 +93,7 @@ def resolve(datasets: Sequence[str], *, use_hf: bool = True) -> list[Source]:
 
 
 def repetitions(total: int, count: int, *, seed: int, shuffle: bool) -> np.ndarray:
-    """How often each of `total` rows is taken so that `count` are in all: int64 [total]."""
+    """How often to take each of `total` rows to get `count` rows: int64 [total]."""
     if not total:
         return np.zeros(0, np.int64)
     whole, rest = divmod(count, total)

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from megabatch.data.rows.files import Origin, Row
 
 DEFAULT_COUNT = 400
-"""Problems of an example dataset that is named without `#count`."""
+"""Number of problems in an example dataset named without `#count`."""
 VERSION = 1
-"""Raised when the same name and count would give other rows."""
+"""Increase it when the same name and count give other rows."""
 
 _NAMES = ("Ada", "Bela", "Chen", "Dina", "Emeka", "Farah", "Goran", "Hana", "Ivo", "Jun")
 _THINGS = ("pears", "stamps", "marbles", "tickets", "candles", "postcards", "seeds", "buttons")
 
 
 def rows(name: str, count: int | None) -> Iterator[Row]:
-    """Problems with `question` and `answer`; the first n of them do not depend on how many are asked for."""
+    """Problems with `question` and `answer`; the first n do not depend on `count`."""
     draw = random.Random(f"{name}-{VERSION}")
     for number in range(count or DEFAULT_COUNT):
         question, answer = draw.choice(_PROBLEMS)(draw)

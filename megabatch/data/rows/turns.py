@@ -29,14 +29,14 @@ class Message:
     role: str
     """`system`, `developer`, `user`, `assistant`, `tool` or `ipython`."""
     content: str
-    """"" where the turn has none."""
+    """"" if the turn has none."""
     loss: float | None = None
     """Weight in the loss of an assistant turn; None leaves it to the run's `loss_scale`."""
     scale: float = 1.0
     """Multiplies that weight, or the run's."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What else a chat template may read: `tool_calls`, `reasoning_content`, `name`, …; no value is None. `content` is
-    there where a template is to see it in another form: as parts, or as None for a turn that only calls."""
+    """Other fields that a chat template may read: `tool_calls`, `reasoning_content`, `name`, …; none is None except
+    `content`, which is here if a template should see another form of it: parts, or None for a turn that only calls."""
 
 
 _ROLES = {
@@ -59,7 +59,7 @@ _ROLES = {
 _CALLS = ("tool_call", "function_call")
 _PAIRS = (("human", "assistant"), ("user", "assistant"))
 SAYING = ("tool_calls", "reasoning_content", "reasoning", "thinking")
-"""Fields that say something without any content."""
+"""Fields with which a turn says something even without content."""
 _SPEAKING = ("role", "from", "content", "value")
 _LOSS = ("loss", "weight", "train")
 _PARSED = {*_SPEAKING, *_LOSS, "loss_scale"}
@@ -72,7 +72,7 @@ class Turns:
 
     messages: list[Message]
     is_agent: bool = False
-    """Calls are turns of their own, as in ms-swift and ShareGPT; neighbouring turns of the assistant are then one."""
+    """Whether calls are separate turns, as in ms-swift and ShareGPT; we then join the assistant's adjacent turns."""
 
 
 def turns_of(value: Any, *, place: str) -> Turns:
@@ -115,9 +115,9 @@ def short(value: Any) -> str:
 
 
 def joined(first: Message, second: Message) -> Message:
-    """Two neighbouring turns of one role as one: texts and calls one after the other.
+    """Joins two adjacent turns of one role: concatenates their texts and calls.
 
-    Raises: DataError where one is to be learned otherwise than the other; of calls the first one counts.
+    Raises: DataError if their loss weights differ, unless the first has calls: then its weight counts.
     """
     weights = (first.loss, first.scale), (second.loss, second.scale)
     if weights[0] != weights[1] and not first.fields.get("tool_calls"):
@@ -135,7 +135,7 @@ def joined(first: Message, second: Message) -> Message:
 
 
 def neighbours_joined(messages: Sequence[Message], *, roles: Collection[str]) -> list[Message]:
-    """The turns, with neighbours of one of these roles as one."""
+    """The turns, with adjacent turns of the same role joined, for these roles."""
     made: list[Message] = []
     for message in messages:
         if made and made[-1].role == message.role and message.role in roles:
@@ -185,7 +185,7 @@ def _message(item: Mapping[str, Any], *, place: str) -> Message:
 
 
 def _text(content: Any, *, place: str) -> str:
-    """A content as text: itself, or its text parts one after the other."""
+    """A content as text: the content itself, or its text parts concatenated."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -205,7 +205,7 @@ def _text(content: Any, *, place: str) -> str:
 
 
 def _calls(value: Any, *, place: str) -> list[dict[str, Any]]:
-    """Tool calls of OpenAI's form, as they are."""
+    """Tool calls in OpenAI's form, without null keys."""
     value = from_json(value, place=place) if isinstance(value, str) else value
     calls = [value] if isinstance(value, dict) else value
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
@@ -214,7 +214,7 @@ def _calls(value: Any, *, place: str) -> list[dict[str, Any]]:
 
 
 def _without_nulls(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call without its null keys; null arguments are the caller's own affair."""
+    """A call without its null keys; nulls inside the arguments stay."""
     kept = {name: value for name, value in call.items() if value is not None}
     if isinstance(kept.get("function"), dict):
         kept["function"] = {name: value for name, value in kept["function"].items() if value is not None}
@@ -245,7 +245,7 @@ def _add_call(made: list[Message], item: Mapping[str, Any], *, place: str) -> No
 
 
 def _loss(item: Mapping[str, Any], *, place: str) -> tuple[float | None, float]:
-    """The weight that a message asks for, and the factor to it."""
+    """(the message's own loss weight or None, its scale)."""
     given = [value for name in _LOSS if (value := _weight(item, name, place=place)) is not None]
     scale = _weight(item, "loss_scale", place=place)
     return math.prod(given) if given else None, 1.0 if scale is None else scale

@@ -17,7 +17,7 @@ from megabatch.trainer.data.global_batch import GlobalBatch, Share
 from megabatch.trainer.steps import Step
 
 Maker = Callable[[], Step]
-"""What makes one step; where the step lies in the data is settled already."""
+"""Makes one step, whose place in the data is already decided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class Ahead:
     """Threads; 0 makes each step when it is asked for. numpy and torch release Python's lock for most of the work, and
     threads need neither copies of a batch nor an import of torch each, as processes would."""
     each: int = 1
-    """Steps that each of them prepares ahead."""
+    """Steps that each thread prepares ahead."""
     pinned: bool = False
     """Whether tensors lie in page-locked memory, from where copies to a GPU go on beside everything else."""
 
@@ -40,7 +40,7 @@ class Batches:
         self._data, self._schedule, self._share, self._ahead = data, schedule, share, ahead
 
     def train(self, cursor: Cursor) -> Iterator[Step]:
-        """Steps without end from a cursor on. Raises: DataError when the cursor does not fit this data."""
+        """Endless steps, starting at a cursor. Raises: DataError when the cursor does not fit this data."""
         return made_ahead(self._train(cursor), self._ahead)
 
     def evaluate(self, *, eval_iters: int = -1) -> Iterator[Step]:

@@ -86,7 +86,7 @@ class Tokens:
 
     @property
     def channels(self) -> Sequence[str]:
-        """Names behind the samples' column `channel`, of both parts; none without that column."""
+        """Names that the samples' column `channel` indexes, in both parts; empty without that column."""
         return self.train.names[CHANNEL].names if CHANNEL in self.train.names else ()
 
 
@@ -131,7 +131,7 @@ def steps_of(run: RunConfig, ranks: Ranks, tokens: Tokens, objective: Objective)
 def validation_of(
     run: RunConfig, ranks: Ranks, validation: TokenCache | None, objective: Objective
 ) -> Validation | None:
-    """The evaluation of a run that has validation data and wants to see it."""
+    """The evaluation, if the run has validation data and evaluates."""
     eval_iters = run.recipe.evaluation.eval_iters
     if validation is None or eval_iters == 0:
         return None
@@ -151,7 +151,7 @@ def ahead_of(run: RunConfig, ranks: Ranks) -> Ahead:
 
 
 def _padded_share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Schedule) -> Share:
-    """The share of this data, whose rows are as long as its longest where that is asked for."""
+    """This rank's share; pads all rows to the longest if the recipe asks for that."""
     share = share_of(run, ranks)
     if not run.recipe.data.pad_to_max_length:
         return share

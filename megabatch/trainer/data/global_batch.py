@@ -23,7 +23,7 @@ class Share:
     dp_size: int = 1
     micro_batch_size: int = 1
     interleaving: Interleaving = PLAIN
-    """What the pipeline asks of the number of micro-batches of a step."""
+    """What the pipeline requires of the number of micro-batches in a step."""
     row_multiple: int = 1
     """Rows are padded to a multiple of it, see `pack.collate`."""
     sequence_multiple: int = 1
@@ -49,7 +49,7 @@ class GlobalBatch:
     """The item of each of them, numbered from 0 in its pack, int64."""
 
     def step(self, share: Share, *, cursor: State, epoch: float) -> Step:
-        """One rank's share of it. Only its own samples are read."""
+        """One rank's share of the batch; reads only that rank's samples."""
         costs = [cost(self.data.lengths[some], hidden_size=share.hidden_size) for some in self.samples]
         dealt = deal(
             np.array(costs),

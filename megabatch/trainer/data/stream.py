@@ -109,7 +109,7 @@ def open_stream(
 
 
 def prepared(batches: Iterator[Drawn], depth: int) -> Iterator[Drawn]:
-    """The same batches, of which a thread makes `depth` beforehand; 0 makes each when it is asked for."""
+    """The same batches; a thread prepares `depth` of them ahead. 0 makes each on demand."""
     if not depth:
         yield from batches
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the ranks of a group, on each of them; its gradient is summed over them likewise."""
+    """Sums over the ranks of a group, on every rank; sums the gradient over them too."""
     return _Summed.apply(part, group)
 
 

@@ -21,7 +21,7 @@ CPU_CHUNK_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
-    """Which ids of the vocabulary this rank's logits are for."""
+    """The ids of the vocabulary that this rank's logits cover."""
 
     start: int
     """First id of this rank."""

@@ -71,7 +71,7 @@ def seen_in(found: Measured) -> Seen:
 
 
 def judge(settings: Watching, step: Seen, before: Sequence[Seen]) -> Finding | None:
-    """What is wrong with a step after those before it; None for nothing."""
+    """What is wrong with a step, compared with earlier ones; None if nothing is."""
     if not _finite(step):
         return Finding("not finite", settings.check_for_nan_in_loss_and_grad)
     if settings.check_for_spiky_loss is None or 2 * len(before) < settings.spiky_loss_window:
@@ -83,14 +83,14 @@ def judge(settings: Watching, step: Seen, before: Sequence[Seen]) -> Finding | N
 
 
 def remembered(settings: Watching, step: Seen, before: Sequence[Seen]) -> tuple[Seen, ...]:
-    """What the next step is compared with; skipped steps count, so that a lasting change is no spike for ever."""
+    """The steps to compare the next one with, skipped ones included, so that a lasting change stops being a spike."""
     if settings.check_for_spiky_loss is None or step.grad_norm is None or not _finite(step):
         return tuple(before)
     return (*before, step)[-settings.spiky_loss_window :]
 
 
 class Guard:
-    """Judges the steps of a run, and says what it found; every method is collective."""
+    """Judges the steps of a run and reports what it finds; every method is collective."""
 
     def __init__(self, settings: Watching, ranks: Ranks, steps: Steps, *, incidents: Path) -> None:
         """Args: `incidents`: the file that gets a line for each finding."""
@@ -142,7 +142,7 @@ class Guard:
 
 
 def ranked(suspects: Sequence[Suspect]) -> list[Suspect]:
-    """Those whose own loss is not finite if there are any, else all of them, the highest loss first."""
+    """The suspects whose own loss is not finite, if there are any; else all of them, highest loss first."""
     broken = [one for one in suspects if not math.isfinite(one.loss)]
     return broken or sorted(suspects, key=lambda one: (-one.loss, one.rank))
 

@@ -49,9 +49,9 @@ class StepRecord:
     seconds: float
     """Wall-clock time of the step, data included."""
     trained_s: float
-    """Such time of all steps that led here, each counted once."""
+    """Wall-clock time of all steps so far, each counted once."""
     skipped: int
-    """Steps so far whose update was left out."""
+    """Steps so far whose update was skipped."""
     times: Mapping[str, float]
     """Seconds by part."""
     extra: Mapping[str, float]
@@ -203,7 +203,7 @@ class Metrics:
 
 
 def _written(metrics: Mapping[str, Ratio]) -> dict[str, float | None]:
-    """Each metric with its numerator and its count; one that nothing counted in has no value."""
+    """Each metric with its numerator and count; a metric with count 0 has no value."""
     values: dict[str, float | None] = {}
     for name, ratio in metrics.items():
         values |= {

@@ -15,7 +15,7 @@ from megabatch.trainer.watching.sinks import Line, Sink
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
-"""After which one that takes nothing is said to hang."""
+"""How long a tracker may accept nothing before we report that it hangs."""
 _LAST_S = 30.0
 """Time for a tracker to finish after the last step."""
 
