@@ -1,7 +1,7 @@
 """Logs what a rank is doing when it receives SIGUSR1: every thread's stack, phase and step.
 
-The stacks are written by the signal handler itself, in C: also while the main thread hangs in a collective, and while
-nothing else can run because a call holds Python's lock. The line with the phase then stays out, which says so.
+A signal handler in C writes the stacks, so it works while the main thread hangs in a collective, and while a call
+holds Python's lock and nothing else can run. Then the line with the phase is missing, which tells you so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ASK = signal.SIGUSR1
 
 
 class Activity:
-    """Kept up to date by the loop, which costs two assignments a phase; read only when asked for."""
+    """The loop keeps it up to date, at two assignments per phase; we read it only on request."""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.phase, self.step = rank, "starting", 0
@@ -32,7 +32,7 @@ class Activity:
         return f"rank {self.rank} is at step {self.step}, {self.phase}, for {seconds:.0f} s"
 
     def listen(self) -> None:
-        """Answers from now on; in the main thread, once for each process."""
+        """Starts answering the signal; call it in the main thread, once per process."""
         # Python's own handler does nothing but wake the thread below, which needs no help of the main thread
         signal.signal(ASK, lambda number, frame: None)
         faulthandler.register(ASK, all_threads=True, chain=True)

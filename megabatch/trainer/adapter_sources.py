@@ -25,8 +25,8 @@ Start = Literal["kaiming", "gaussian"]
 
 
 class FreshAdapters(MadeTensors):
-    """As PEFT begins: A uniform within 1 / sqrt(columns) (`kaiming`) or normal with standard deviation 1 / rank
-    (`gaussian`), B zero; of an embedding A zero and B normal."""
+    """Initial values as in PEFT: A uniform within 1 / sqrt(columns) (`kaiming`) or normal with standard deviation
+    1 / rank (`gaussian`), B zero; for an embedding, A zero and B normal."""
 
     def __init__(self, targets: Sequence[Target], *, seed: int, start: Start) -> None:
         super().__init__({n: dims for target in targets for n, dims in target.peft_shapes().items()}, seed=seed)
@@ -47,9 +47,9 @@ class FreshAdapters(MadeTensors):
 
 
 class ReadAdapter(MadeTensors):
-    """An adapter's matrices by their names in PEFT's folder, and the whole tensors that it brings.
+    """An adapter's matrices by their names in PEFT's folder, and the tensors that were trained in full.
 
-    Raises: ConversionError for an adapter of another model, or of other layers, ranks or scales than the run's.
+    Raises: ConversionError for an adapter of another model, or with other layers, ranks or scales than the run's.
     """
 
     def __init__(self, folder: Path, family: Family, shape: ModelShape, tuning: Tuning) -> None:

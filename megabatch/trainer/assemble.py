@@ -41,14 +41,14 @@ def join_ranks(run: RunConfig) -> Ranks:
 
 
 def virtual_size(run: RunConfig) -> int | None:
-    """Chunks of each pipeline stage as megatron-core wants it: None without interleaving."""
+    """Number of chunks per pipeline stage, in megatron-core's form: None without interleaving."""
     return run.layout.vp if run.layout.vp > 1 else None
 
 
 def build_engine(
     run: RunConfig, ranks: Ranks, *, train_iters: int, frozen: Mapping[str, Model] | None = None
 ) -> Engine:
-    """The model with uninitialised weights, its optimizer, and the models that stay as they are."""
+    """The model with uninitialised weights, its optimizer, and the frozen models."""
     recipe, parallel = run.recipe, run.recipe.parallel
     config = transformer_config(recipe, run.shape, virtual_size=virtual_size(run))
     ddp = ddp_config(
@@ -93,7 +93,7 @@ def make_checkpoints(
 
 
 def _adapter_config(run: RunConfig, tuning: Tuning) -> str:
-    """Raises: ConversionError, before the first step, where PEFT would load what is saved for it as another model."""
+    """Raises: ConversionError, before the first step, if PEFT would load the saved adapter as another model."""
     recipe, tables = run.recipe, Tables(family_named(run.shape.model_type), run.shape)
     for_peft = recipe.bridge.merge_lora is False
     return config_text(recipe.tuner, tuning, tables, base=recipe.model.model, for_peft=for_peft).decode()

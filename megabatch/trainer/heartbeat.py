@@ -20,7 +20,7 @@ INTERVAL_S = 5.0
 
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine")
-"""Those that decide what a step computes; the launcher's machine may have others."""
+"""Packages that affect what a step computes; the launcher's machine may have other versions."""
 
 
 class Heartbeat:
@@ -35,7 +35,7 @@ class Heartbeat:
     def beat(self, state: str, *, force: bool = False, **shown: Any) -> None:
         """`starting` (until the first step is done), `running`, `saving`, `stopped`, `failed` or `done`.
 
-        Args: `force`: also within `INTERVAL_S` of the last one; `shown`: what else the file says.
+        Args: `force`: write even within `INTERVAL_S` of the last one; `shown`: further content of the file.
         """
         now = time.time()
         if not self.is_main or (not force and now - self._beat_at < INTERVAL_S):
@@ -48,7 +48,7 @@ class Heartbeat:
 
 
 def versions() -> dict[str, str]:
-    """What is installed here, by its name."""
+    """Installed versions by package name."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

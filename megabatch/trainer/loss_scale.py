@@ -53,7 +53,7 @@ class LossScale:
         return bool(self.scale <= self._scaler.min_scale)
 
     def state(self) -> dict[str, float]:
-        """All that decides the next scales, as JSON."""
+        """Everything that determines the next scales, as JSON."""
         found = self._scaler.state_dict()
         return {name: float(value) if name == "scale" else value for name, value in found.items()}
 

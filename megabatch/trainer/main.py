@@ -1,7 +1,7 @@
 """The process of one rank: `python -m megabatch.trainer.main RUN_DIR`, started by a job script or by `--local`.
 
-torch and megatron-core are imported inside `main`: helper processes that Python starts by spawn import this file too,
-and a stop request must be understood before the seconds that those imports take are over.
+Only `main` imports torch and megatron-core, not the module: processes that Python spawns import this file too, and a
+stop request must already work during the seconds that those imports take.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _rank() -> int:
 
 
 def _prepare_device(run: RunConfig) -> None:
-    """What must be settled before the first use of torch or CUDA in this process."""
+    """Sets what must be set before the first use of torch or CUDA in this process."""
     if not run.recipe.resources.gpus_per_node:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run on CPUs is one, whatever the machine has
         from megabatch.trainer.megatron_cpu import adapt

@@ -209,7 +209,7 @@ def _without_compiler() -> Iterator[None]:
 
 
 def _adapt_rng() -> None:
-    """The tensor-parallel generators are kept in CUDA's; here they are states of the CPU's (0.16-0.19)."""
+    """Keeps the states of tensor-parallel generators in the CPU's generator instead of CUDA's (0.16-0.19)."""
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
@@ -264,7 +264,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def adapt_router() -> None:
-    """Without Transformer Engine, with CUDA or not, 0.16's router reads a name that was never imported."""
+    """Defines a name that 0.16's router reads without importing it if there is no Transformer Engine, CUDA or not."""
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

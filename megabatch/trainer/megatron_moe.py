@@ -1,8 +1,8 @@
 """megatron-core's mixture of experts on rows with padding: every change in one place, with its reason and versions.
 
-Padding takes part in nothing: it goes to no expert, uses up no capacity and counts in no loss. megatron-core takes a
-mask of the padding from 0.16 on and uses it in the losses alone. Checked with megatron-core 0.16.0 and 0.16.1, which
-are alike here.
+We exclude padding everywhere: it goes to no expert, uses no capacity and counts in no loss. megatron-core accepts a
+padding mask from 0.16 on, but uses it only in the losses. Checked with megatron-core 0.16.0 and 0.16.1, which are
+alike here.
 
 Shapes: T tokens of this rank's part of a row, E experts. A token's place is its position in the whole row.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 class Experts(MoELayer):
-    """Takes the places of tokens in a row that is cut over context-parallel ranks (`places`) in place of the mask."""
+    """Accepts the tokens' places in a row that is split over context-parallel ranks (`places`) instead of the mask."""
 
     def forward(self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Any = None) -> Any:
         if padding_mask is not None and padding_mask.dtype != torch.bool:
@@ -32,12 +32,12 @@ class Experts(MoELayer):
 
 
 def places(mine_T: Tensor, padding_T: Tensor | None) -> Tensor:
-    """int64 [T]: the place of each token in its whole row; of padding its complement, which is negative."""
+    """int64 [T]: the place of each token in its whole row; for padding its bitwise complement, which is negative."""
     return mine_T if padding_T is None else torch.where(padding_T, ~mine_T, mine_T)
 
 
 def _as_bits(places_1T: Tensor) -> Tensor:
-    """bool [..., 32]: padding, and the bits of the place; a mask is all that megatron-core recomputes a layer with."""
+    """bool [..., 32]: padding, and the bits of the place; to recompute a layer megatron-core passes only a mask."""
     padding = places_1T < 0
     place = torch.where(padding, ~places_1T, places_1T)[..., None]
     bits = place.bitwise_right_shift(torch.arange(31, device=place.device)).bitwise_and(1).bool()
@@ -51,10 +51,10 @@ def _from_bits(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Router(TopKRouter):
-    """Sends no padding anywhere, and sees a row as a whole where tensor or context parallelism cuts it (0.16-0.19).
+    """Routes no padding, and treats a row as a whole even if tensor or context parallelism splits it (0.16-0.19).
 
-    megatron-core routes padding like tokens, gives each of these ranks a capacity of its own, and averages means of
-    the z-loss over ranks that may have unequal numbers of tokens.
+    megatron-core routes padding like tokens, gives each of these ranks its own capacity, and averages z-loss means
+    over ranks that may have different numbers of tokens.
     """
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **more: Any) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class Router(TopKRouter):
     def _within_capacity(
         self, probs_TE: Tensor, chosen_TE: Tensor, count: Tensor, places_T: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Drops what is above an expert's capacity of ceil(tokens * topk / E * factor) in the whole row."""
+        """Drops tokens above an expert's capacity of ceil(tokens * topk / E * factor) in the whole row."""
         assert self.capacity_factor is not None
         capacity = torch.ceil(count.double() * self.topk / self.num_experts * self.capacity_factor)
         kept_TE = chosen_TE & (self._earlier(probs_TE.detach(), chosen_TE, places_T) < capacity)
@@ -131,17 +131,17 @@ class Router(TopKRouter):
 
 
 def _ranked(scores_TE: Tensor) -> Tensor:
-    """int64 [T, E]: place of each token in an expert's descending order, the earlier one first where two are equal."""
+    """int64 [T, E]: rank of each token in an expert's descending order; of equal scores, the earlier token first."""
     order_TE = scores_TE.argsort(dim=0, descending=True, stable=True)
     counted_TE = torch.arange(len(scores_TE), device=scores_TE.device)[:, None].expand_as(order_TE)
     return torch.empty_like(order_TE).scatter_(0, order_TE, counted_TE)
 
 
 def prepare(model: nn.Module) -> None:
-    """Makes the routers and layers of experts of a model ours, and patches the functions around them in this process.
+    """Gives a model's routers and expert layers our classes, and patches the functions around them in this process.
 
-    Specs name the router in some versions and the layer itself does in others: changing the class of what was built
-    serves all. Capacity is ours, so that the routers' own configuration has none; the dispatchers keep theirs.
+    Some versions name the router in specs, others in the layer itself; changing the class of the built objects works
+    for all. We apply the capacity, so the routers' own configuration has none; the dispatchers keep theirs.
     """
     for module in model.modules():
         if type(module) is MoELayer:
@@ -160,7 +160,7 @@ _preprocess_all = MoEAlltoAllTokenDispatcher.preprocess
 
 
 def tokens_per_expert(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-    """The balancing loss of a row that is padding alone is 0; 0.16 divides by its number of tokens."""
+    """Makes the balancing loss of a row of only padding 0; 0.16 divides by its number of tokens."""
     per_expert_E, local, total = _count_tokens(*args, **kwargs)
     return per_expert_E, local, total.clamp(min=1) if isinstance(total, Tensor) else total
 

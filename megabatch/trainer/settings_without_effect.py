@@ -45,7 +45,7 @@ NEVER = {
 
 
 def note_settings_without_effect(recipe: Recipe, *, is_main: bool) -> None:
-    """Logs one line for each speed-only setting away from its default that does nothing in this run."""
+    """Logs one line for each speed-only setting that differs from its default and has no effect in this run."""
     if not is_main:
         return
     for parameter in parameters(Recipe):
@@ -57,7 +57,7 @@ def note_settings_without_effect(recipe: Recipe, *, is_main: bool) -> None:
 
 
 def reason_without_effect(parameter: Parameter, *, is_lora: bool) -> str | None:
-    """Why a setting does nothing here, or None where it does something."""
+    """Why a setting has no effect here; None if it has one."""
     if parameter.name in NEVER:
         return NEVER[parameter.name]
     cuda = torch.cuda.is_available()

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopSignal:
-    """Remembers SIGUSR2, SIGTERM and SIGINT; the loop asks after each step, and all ranks stop after the same one."""
+    """Remembers SIGUSR2, SIGTERM and SIGINT; the loop checks it every step, and all ranks stop after the same step."""
 
     SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 

@@ -46,7 +46,7 @@ def _start_model(run: RunConfig, engine: Engine, checkpoints: Checkpoints, sourc
 def _start_adapters(
     run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: ModelSource, lora: Lora
 ) -> Progress:
-    """The base first, which no checkpoint of the run holds, then the adapters beside it."""
+    """Loads first the base model, which the run's checkpoints do not hold, then the adapters."""
     if (base := _found(run.recipe.checkpoint.load, run, engine)) is not None:
         checkpoints.restore_base(engine, base.folder)
     else:

@@ -12,7 +12,7 @@ Instant = Any
 
 
 class Stopwatch:
-    """Marks where one part ends and the next begins: when the host gets there, or on CUDA when the device does."""
+    """Records when one part ends and the next begins: in host time, or on CUDA when the device gets there."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_device = device.type == "cuda"

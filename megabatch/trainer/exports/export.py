@@ -23,9 +23,9 @@ class Export(Protocol):
         ...
 
     def copied(self, model: Model, ranks: Ranks) -> Callable[[Path], dict[str, File]]:
-        """The same later: copies what this rank writes into host memory; collective.
+        """The same for a later write: copies what this rank writes into host memory; collective.
 
-        Returns: what writes it as `save` does, in any thread and with no collective. It raises MegabatchError on this
-        rank alone.
+        Returns: a function that writes like `save`, in any thread and without collectives. It raises MegabatchError
+        only on this rank.
         """
         ...

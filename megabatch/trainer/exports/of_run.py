@@ -10,7 +10,7 @@ from megabatch.trainer.model_source import ModelSource
 
 
 def export_of(run: RunConfig, source: ModelSource) -> Export:
-    """LoRA's adapter is merged into the model unless `merge_lora` is False."""
+    """The run's export; merges a LoRA adapter into the model unless `merge_lora` is False."""
     recipe = run.recipe
     if recipe.tuner.tuner_type == "lora" and recipe.bridge.merge_lora is False:
         return peft_export(run, source)

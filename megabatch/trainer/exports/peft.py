@@ -43,7 +43,7 @@ from megabatch.trainer.weights import SAFETENSORS_DTYPES, export
 Made = tuple[TensorInfo, bytearray]
 """A tensor of an adapter's folder."""
 ROUND_BYTES = 256 << 20
-"""What a rank hands to the main rank at once."""
+"""How much a rank sends to the main rank at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def _transposed(info: TensorInfo, data: bytearray, dtype: torch.dtype) -> Made:
 
 
 def _rounds(mine: Mapping[str, Made], ranks: Ranks) -> Iterator[dict[str, Made]]:
-    """This rank's tensors, some at a time; as many times as the rank with the most needs."""
+    """This rank's tensors in rounds; every rank has as many rounds as the rank with the most data."""
     rounds: list[dict[str, Made]] = [{}]
     size = 0
     for name, made in mine.items():

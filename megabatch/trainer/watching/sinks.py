@@ -26,7 +26,7 @@ class Sink(Protocol):
     """Used on the main rank alone."""
 
     def write(self, line: Line) -> None:
-        """Takes a line. Raises: MegabatchError where that is a reason to end the run."""
+        """Writes a line. Raises: MegabatchError if a failure should end the run."""
         ...
 
     def close(self, *, failed: bool) -> None:

@@ -1,9 +1,8 @@
 """The process that hands a run's metrics to a tracker: `megabatch.trainer.watching.tracking RUN_DIR PATIENCE_S`.
 
-It reads metrics.jsonl, which the trainer writes in any case. So nothing that a tracker does, fails at or waits for
-reaches the training, and what one attempt could not deliver the next one does. It ends when its input is closed, which
-is when the trainer ends. What it says goes to the rank's log, each thing once; what the package prints to a log of its
-own.
+It reads metrics.jsonl, which the trainer writes anyway. So a tracker that fails or waits cannot affect training, and
+the next attempt delivers what this one could not. It ends when its input closes, which happens when the trainer ends.
+Its own messages go to the rank's log, each once; the package's output goes to a separate log.
 """
 
 from __future__ import annotations
