@@ -51,7 +51,7 @@ class Bucket:
     """CRC-32 of the data."""
 
     def manifest(self) -> dict[str, Any]:
-        """What an engine needs beside the data, as JSON has it."""
+        """What an engine needs besides the data, as JSON values."""
         return {"size": self.data.nbytes, "crc32": self.checksum, "parts": [asdict(part) for part in self.parts]}
 
 
@@ -98,7 +98,7 @@ def _in_order(mapped: Mapped, rows: Iterator[HfRows]) -> Iterable[HfRows]:
 
 
 class _Filling:
-    """The bucket that is being filled."""
+    """The bucket being filled."""
 
     def __init__(self, size: int) -> None:
         self._data = memoryview(bytearray(max(size, _ALIGN)))

@@ -29,7 +29,7 @@ _TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
 
 @dataclass(frozen=True, slots=True)
 class ChatExport:
-    """What a run trained its tokens with."""
+    """The tokenizer and the chat template of a run."""
 
     tokenizer: Path
     template: str | None
@@ -52,7 +52,7 @@ class ChatExport:
 
 class _Chat(NamedTuple):
     source: str | None
-    """The template's text where the tokenizer's own files do not hold it."""
+    """The template's text, if the tokenizer's own files do not include it."""
     end: int | None
     """Token that ends an assistant's turn."""
 
@@ -71,7 +71,7 @@ def _named(folder: Path, patterns: tuple[str, ...]) -> list[str]:
 
 
 def _write_template(directory: Path, source: str) -> None:
-    """In both places where a template may stand: a file of its own, which wins, and for older readers the config."""
+    """Writes the template to both possible places: its own file, which wins, and the config for older readers."""
     with replacing(directory / "chat_template.jinja") as file:
         file.write(source.encode())
     config = _read(directory / "tokenizer_config.json")

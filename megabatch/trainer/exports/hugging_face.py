@@ -35,10 +35,10 @@ class HfExport(Export):
     family: Family
     table: Sequence[Mapped]
     config_folder: Path
-    """Where config.json, tokenizer and the other auxiliary files are taken from."""
+    """Source of config.json, tokenizer and the other auxiliary files."""
     max_shard_size: str
     chat: ChatExport | None = None
-    """The tokenizer that was trained with; None takes that of `config_folder` as it is."""
+    """The tokenizer used in training; None copies that of `config_folder` unchanged."""
 
     def save(self, model: Model, ranks: Ranks, directory: Path) -> dict[str, File]:
         entries = self._own_entries(model, ranks)
@@ -78,7 +78,7 @@ class HfExport(Export):
         }
 
     def _files(self, entries: Mapping[str, TensorInfo]) -> tuple[list[ShardFile], list[ShardFile]]:
-        """This rank's files and everybody's, named so that together they count from 1 to n."""
+        """(this rank's files, all ranks' files), named so that together they count from 1 to n."""
         mine = split_shards(entries, max_shard_size=self.max_shard_size) if entries else []
         gathered: list[list[ShardFile]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, mine)
@@ -127,7 +127,7 @@ def _copy(row: HfRows) -> HfRows:
 def _write(
     tensors: Iterable[tuple[Mapped, Iterator[HfRows]]], directory: Path, files: Sequence[ShardFile]
 ) -> tuple[dict[str, File], MegabatchError | None]:
-    """Writes this rank's tensors; after an error it goes on gathering with the others and writes no more."""
+    """Writes this rank's tensors; after an error it stops writing but still takes part in the gathers."""
     file_of = {name: file for file in files for name in file.entries}
     writers: dict[str, Writer] = {}
     error: MegabatchError | None = None

@@ -53,7 +53,7 @@ class PeftExport(Export):
     family: Family
     tuner: Tuner
     base: str | None
-    """The model that it was trained beside, as the recipe names it."""
+    """The base model of the adapter, as the recipe names it."""
     config_folder: Path
     chat: ChatExport
 
@@ -104,7 +104,7 @@ def peft_export(run: RunConfig, source: ModelSource) -> PeftExport:
 
 
 def config_text(tuner: Tuner, tuning: Tuning, tables: Tables, *, base: str | None, for_peft: bool = True) -> bytes:
-    """adapter_config.json. Raises: ConversionError where PEFT would load another model than was trained."""
+    """adapter_config.json. Raises: ConversionError if PEFT would load another model than was trained."""
     lora = _lora(tuning)
     leaves = expert_leaves(tables) if tables.stacks else set()
     adapted = [_adapted(target, part, lora.scale, leaves) for target in lora.targets for part in target.parts]
@@ -144,7 +144,7 @@ def _adapted(target: Target, part: str, scale: float, expert_leaves: Collection[
 
 
 def _own_tensors(model: Model, family: Family, ranks: Ranks) -> dict[str, Made]:
-    """The tensors that this rank owns of what is trained, as PEFT has them; collective."""
+    """The trained tensors that this rank owns, in PEFT's form; collective."""
     tuning, dtype = model.tuning, model.config.params_dtype
     lora = _lora(tuning)
     shapes = {name: dims for target in lora.targets for name, dims in target.peft_shapes().items()}

@@ -32,7 +32,7 @@ Report = Mapping[str, Any]
 def bad_nodes(
     reports: Mapping[int, Report], links: Sequence[Mapping[str, Any]], *, count: int, bounds: Bounds
 ) -> dict[int, list[Bad]]:
-    """What is wrong with each node that is not like the others, by its index."""
+    """What is wrong with each node that differs from the others, by node index."""
     found: defaultdict[int, list[Bad]] = defaultdict(list)
     for index in range(count):
         report = reports.get(index)

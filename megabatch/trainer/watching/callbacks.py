@@ -13,10 +13,10 @@ from megabatch.user_error import describe_error
 
 
 class Callbacks:
-    """Those of a run, called in their order with plain values."""
+    """A run's callbacks, called in order with plain values."""
 
     def __init__(self, named: Sequence[str], ranks: Ranks, activity: Activity) -> None:
-        """Collective. Raises: ConfigError on every rank for one that cannot be used."""
+        """Collective. Raises: ConfigError on every rank for a callback that cannot be used."""
         self._activity = activity
         self._all: list[tuple[str, Any]] = []
         error: MegabatchError | None = None

@@ -50,7 +50,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with a step, and what is done about it."""
+    """What is wrong with a step, and what the guard does about it."""
 
     what: str
     action: Action

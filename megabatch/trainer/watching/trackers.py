@@ -17,7 +17,7 @@ Mode = Literal["online", "offline"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:
-    """What a tracker is told of a run."""
+    """What a tracker knows about a run."""
 
     project: str
     name: str
@@ -55,7 +55,7 @@ def open_tracker(package: str, run: TrackedRun, say: Callable[[str], None]) -> T
 
 
 class Wandb(Tracker):
-    """Points lie over the metric `step`, so that a run that goes back to a checkpoint may log a step again."""
+    """Plots points over the metric `step`, so a run that goes back to a checkpoint can log a step again."""
 
     def __init__(self, run: TrackedRun, mode: Mode) -> None:
         import wandb
