@@ -58,10 +58,10 @@ class Bucket:
 def export_buckets(
     model: Model, table: Sequence[Mapped], ranks: Ranks, *, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[Bucket]:
-    """The tensors that this rank owns; all ranks' buckets together have every tensor once.
+    """The tensors that this rank owns; all ranks' buckets together contain every tensor once.
 
-    Collective: every rank must run the iterator to its end, also those that own nothing. In memory are one bucket and
-    the one tensor that is being gathered.
+    Collective: every rank must exhaust the iterator, even if it owns nothing. Memory holds one bucket and the tensor
+    being gathered.
     """
     dtype = SAFETENSORS_DTYPES[model.config.params_dtype]
     return fill_buckets(export(model, table, ranks), invert(table), dtype=dtype, bucket_bytes=bucket_bytes)
