@@ -1,6 +1,6 @@
 """Callbacks: classes of a user's own file that the trainer tells of steps, evaluations and checkpoints.
 
-Launcher and trainer load them alike: the one to refuse what cannot work before it is queued, the other to call them.
+The launcher loads them to refuse a broken one before the job is queued; the trainer loads them to call them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HOOKS: Mapping[str, Mapping[str, Any]] = {
     "on_save": {"step": 1, "path": ""},
     "on_end": {"step": 1, "outcome": ""},
 }
-"""Methods that a class may have, and what they are given."""
+"""The methods that a callback class may define, and their arguments."""
 
 
 def split(text: str) -> tuple[Path, str]:
@@ -36,7 +36,7 @@ def split(text: str) -> tuple[Path, str]:
 
 
 def archived(file: Path) -> str:
-    """Where a job's snapshot holds a callback's file, which is named by its absolute path."""
+    """Path of a callback's file inside the job's snapshot; recipes name the file by its absolute path."""
     return f"recipe/callbacks/{hashlib.sha256(str(file).encode()).hexdigest()[:16]}/{file.name}"
 
 
@@ -47,7 +47,7 @@ def files_to_archive(callbacks: Sequence[str]) -> dict[str, Path]:
 
 
 def load(text: str) -> Any:
-    """A new instance of a callback's class, of the snapshot's copy of its file where this runs from a snapshot.
+    """A new instance of a callback's class; code that runs from a snapshot loads the snapshot's copy of the file.
 
     Raises: ConfigError with the line for a file that cannot be run, and for a class that cannot be used.
     """

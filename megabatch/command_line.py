@@ -14,14 +14,14 @@ _NAMES = {
     errno.ENAMETOOLONG: "is too long: a name has at most 255 bytes, a path 4,095; choose a shorter one",
     errno.ELOOP: "is a link that leads back to itself; choose another",
 }
-"""What is wrong with the name of a file, whoever asks for it."""
+"""OS errors that mean that the file's name is wrong."""
 _SHOWN = 80
 
 
 def run_command(work: Callable[[], int], arguments: Sequence[str]) -> int:
-    """Does the work and returns its exit code, or that of what it raises, which is told in one line.
+    """Does the work and returns its exit code; an error is printed in one line and gives the code that fits it.
 
-    The reader of standard output may leave (`| head`): then nothing is left to say, not even at exit.
+    When the reader of standard output goes away (`| head`), we print nothing more, not even at exit.
     """
     try:
         _require_text(arguments)
@@ -49,12 +49,12 @@ def run_command(work: Callable[[], int], arguments: Sequence[str]) -> int:
 
 
 def exit_code(error: MegabatchError) -> ExitCode:
-    """What the same command would meet again is the configuration's fault."""
+    """Errors that the same command would hit again count as faults of the configuration."""
     return ExitCode.CONFIG if isinstance(error, ConfigError | DataError | ConversionError) else ExitCode.FAILED
 
 
 def _require_text(arguments: Sequence[str]) -> None:
-    """Raises: ConfigError for bytes that are no text: neither run.json nor a log could name the path."""
+    """Raises: ConfigError for bytes that are not valid text: neither run.json nor a log could name such a path."""
     for name, text in (*(("argument", word) for word in arguments), ("current folder", os.getcwd())):
         try:
             text.encode()

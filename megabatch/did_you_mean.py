@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def did_you_mean(path: Path) -> str:
-    """The end of a message about a folder that is not there: what is nearly called so, or nothing."""
+    """The end of a message about a missing folder: a suggestion with a similar name, or nothing."""
     missing = path
     while not missing.parent.exists():
         missing = missing.parent

@@ -11,19 +11,19 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model or tokenizer that is no folder here can be a hub's `organisation/name`."""
+    """Whether the name of a model or tokenizer looks like a hub's `organisation/name` and is not a local folder."""
     return bool(_HUB_NAME.fullmatch(name))
 
 
 def download_command(name: str, *, use_hf: bool) -> str:
-    """What downloads a hub's model into its client's cache."""
+    """The command that downloads a hub's model into its client's cache."""
     return f"hf download {name}" if use_hf else f"modelscope download --model {name}"
 
 
 def cached_folder(name: str, *, use_hf: bool, environment: Mapping[str, str] | None = None) -> Path | None:
-    """The downloaded folder of a hub's model, or None; the hub that is used is asked first.
+    """The downloaded folder of a hub's model, or None; we look in the cache of the configured hub first.
 
-    Args: environment: variables that say where the clients' caches are, by default this process's.
+    Args: environment: variables that locate the clients' caches; by default this process's.
     """
     finders = (_hugging_face, _modelscope) if use_hf else (_modelscope, _hugging_face)
     for find in finders:
@@ -46,7 +46,7 @@ def _hugging_face(name: str, environment: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _modelscope(name: str, environment: Mapping[str, str]) -> Iterator[Path]:
-    """`[hub/][models/]org/name`, by the client's version; dots in a name are written `___`."""
+    """`[hub/][models/]org/name`, depending on the client's version; dots in a name become `___`."""
     cache = Path(environment.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope")
     for base in (cache / "hub" / "models", cache / "models", cache / "hub", cache):
         yield base / name.replace(".", "___")

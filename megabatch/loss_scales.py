@@ -18,20 +18,20 @@ BASES = ("default", "last_round", "all")
 """All assistant turns, those after the last user message, or every token."""
 
 Segment = tuple[int, int, float]
-"""Characters [start, stop), and what their weight is multiplied with."""
+"""Characters [start, stop), and the factor on their weight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """Weights of parts of one assistant turn; what no entry speaks of keeps its weight."""
+    """Weights of parts of one assistant turn; text that no entry matches keeps its weight."""
 
     keywords: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Keyword → its own weight, and that of what follows it up to the next keyword."""
+    """Keyword → its own weight, and the weight of the text from there to the next keyword."""
     patterns: Mapping[str, float] = field(default_factory=dict)
-    """Regular expression without groups → weight of what it matches; `^` begins the turn, `.` is any character."""
+    """Regular expression without groups → weight of its matches; `^` is the turn's start, `.` is any character."""
 
     def segments(self, text: str) -> Iterator[Segment]:
-        """The parts of a turn with a weight of their own, in order."""
+        """The parts of a turn that get their own weight, in order."""
         entries = [*map(re.escape, self.keywords), *self.patterns]
         weights = [*self.keywords.values(), *((weight, 1.0) for weight in self.patterns.values())]
         found = list(re.finditer("|".join(f"({entry})" for entry in entries), text, re.DOTALL))
@@ -76,7 +76,7 @@ class LossScale:
     scales: tuple[Scale, ...] = ()
 
     def segments(self, text: str) -> list[Segment]:
-        """All of an assistant turn in parts, with the product of what the scales say of each."""
+        """Splits a whole assistant turn into parts, each with the product of all scales' weights."""
         found = [list(scale.segments(text)) for scale in self.scales]
         edges = {edge for segments in found for start, stop, _ in segments for edge in (start, stop)}
         cuts = sorted({0, len(text), *edges})

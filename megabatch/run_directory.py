@@ -14,35 +14,35 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     """Trained to the end."""
     FAILED = 1
-    """A fault that the same command would meet again from the same checkpoint; the log has one clear message."""
+    """A fault that the same command would hit again from the same checkpoint; the log has one clear message."""
     CONFIG = 2
-    """A fault of the configuration, data or environment that the same command would meet again."""
+    """A fault of the configuration, data or environment that the same command would hit again."""
     CRASHED = 70
-    """An exception that nobody foresaw, or a lost peer, with its words in the log; another try may go well
+    """An unexpected exception or a lost peer, with its message in the log; a retry may succeed
     (EX_SOFTWARE of sysexits.h)."""
     REQUEUE = 75
-    """Stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)."""
+    """Stopped on request with everything saved: run again to continue (EX_TEMPFAIL of sysexits.h)."""
     HUNG = 124
-    """Nothing got done for `resources.hang_timeout_min`, so the launcher ended it (the code of timeout(1))."""
+    """No progress for `resources.hang_timeout_min`, so the launcher ended it (the code of timeout(1))."""
 
     @staticmethod
     def of_signal(code: int) -> bool:
-        """Whether a process died by a signal, 1 to 64; ssh and containers give 255 for failures of their own."""
+        """Whether a signal (1 to 64) killed the process; ssh and containers return 255 for failures of their own."""
         return 128 < code <= 192
 
     @staticmethod
     def may_pass(code: int) -> bool:
-        """Whether the same command may go well next time: crashes, hangs, and death by a signal (128 + its number)."""
+        """Whether a retry may succeed: after crashes, hangs, and death by a signal (128 + its number)."""
         return code in (ExitCode.CRASHED, ExitCode.HUNG) or ExitCode.of_signal(code)
 
 
 FIRST_NODE_SILENT = 111
-"""Exit status of a node's preflight that the first node never answered."""
+"""Exit status of a node's preflight when the first node never answered."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Names inside one run's directory; nothing here touches the disk."""
+    """Paths inside one run's directory; nothing here touches the disk."""
 
     path: Path
 
@@ -64,7 +64,7 @@ class RunDirectory:
 
     @property
     def launcher_lock(self) -> Path:
-        """There while a launcher is at work in this folder, which holds a lock on it."""
+        """Exists while a launcher works in this folder; the launcher holds a lock on it."""
         return self.path / ".launcher.lock"
 
     @property
@@ -84,8 +84,8 @@ class RunDirectory:
 
     @property
     def incidents(self) -> Path:
-        """JSON lines of steps that looked wrong (`watching.check_for_…`): step, loss, gradient norm, what was done,
-        and where its samples come from."""
+        """JSON lines, one per suspicious step (`watching.check_for_…`): step, loss, gradient norm, the action taken,
+        and the sources of its samples."""
         return self.path / "incidents.jsonl"
 
     @property
@@ -95,8 +95,8 @@ class RunDirectory:
 
     @property
     def tracker(self) -> Path:
-        """JSON of the process that hands metrics to a tracker: the tracker's id of this run, and the bytes of
-        metrics.jsonl that it has."""
+        """JSON of the process that sends metrics to a tracker: the tracker's id of this run, and how many bytes of
+        metrics.jsonl it has sent."""
         return self.path / "tracker.json"
 
     @property
@@ -106,13 +106,13 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """`step_%08d/` folders, complete ones only; `damaged.step_…` and `later.step_…` were set aside."""
+        """`step_%08d/` folders, complete ones only; `damaged.step_…` and `later.step_…` are folders set aside."""
         return self.path / "checkpoints"
 
     @property
     def latest(self) -> Path:
-        """Text file with the name of the checkpoint folder that the run goes on from: the last that was saved, unless
-        a person or a damaged one made it go back."""
+        """Text file with the name of the checkpoint folder that the run resumes from: the last saved one, unless
+        a user or a damaged checkpoint made the run go back."""
         return self.checkpoints / "latest"
 
     @property
@@ -122,7 +122,7 @@ class RunDirectory:
 
     @property
     def set_aside(self) -> Path:
-        """JSON lines, one for each checkpoint that was renamed: damaged, or of a history that the run has left."""
+        """JSON lines, one per renamed checkpoint: damaged, or from a history that the run abandoned."""
         return self.checkpoints / "set_aside.jsonl"
 
     def step(self, step: int) -> Path:
@@ -134,7 +134,7 @@ class RunDirectory:
         return self.logs / f"rank_{rank}.{attempt}.log"
 
     def batch_log(self, job_id: str) -> Path:
-        """What the batch script of a job, or the local launcher (`local`), says of all its attempts."""
+        """Output of a job's batch script, or of the local launcher (`local`), over all its attempts."""
         return self.logs / f"batch.{job_id}.log"
 
     def marker(self, name: str, job_id: str, attempt: int) -> Path:
@@ -150,7 +150,7 @@ def write_atomic(path: Path, text: str) -> None:
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Replaces `path`: written under a temporary name in the same folder, synced, renamed.
 
-    Nobody but its owner may write the file, whatever the umask: jobs run what such files say.
+    Only the owner may write the file, whatever the umask: jobs execute what such files contain.
     """
     temporary = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.tmp")
     try:

@@ -12,36 +12,36 @@ def _words(text: str) -> frozenset[str]:
 
 
 _STRONG = _words("token secret password passwd passphrase credential credentials apikey secrets passwords")
-"""Words that make a name a secret's wherever they stand in it."""
+"""Words that mark a name as a secret's, wherever they appear in it."""
 _PAIRS = frozenset({("api", "key"), ("access", "key"), ("private", "key")})
 _WEAK = _words("key pass pwd auth")
-"""Words that do so at the end of a name only, and after the right word."""
+"""Words that do so only at the end of a name, and only after certain words."""
 _SERVICES = _words(
     "account admin anthropic azure basic client cloud cohere comet database db deepseek docker elastic encryption es "
     "ftp gcp gemini gitlab groq hf http https huggingface login mail master minio mistral mongo mysql neptune ngc "
     "nvidia openai pg postgres postgresql proxy redis registry root s3 service shared signing smtp sql storage "
     "subscription user wandb"
 )
-"""What has secrets: `--openai-key`, `--db_pass`; the key of `--text_key` is the name of a column."""
+"""Things that have secrets: `--openai-key`, `--db_pass`; the key of `--text_key` is a column's name."""
 _NO_SERVICES = _words(
     "backward cache column dict disable enable field first foreign forward group image label layer lookup map multi "
     "no num one partition primary prompt public query require second single skip sort ssh text two use value with "
     "without"
 )
-"""What makes no secret of a variable in capitals, `SORT_KEY` or `USE_AUTH`; every other word does."""
+"""First words that make an upper-case variable no secret (`SORT_KEY`, `USE_AUTH`); any other word leaves it one."""
 _BEFORE_TOKEN = _words(
     "audio begin bos cls end eos extra first image last mask max min moe new next num pad per prompt sep special "
     "start stop think unk video vision"
 )
-"""With `token`, numbers of tokens and tokens of a vocabulary."""
+"""Words that turn `token` into a count of tokens or a vocabulary's token."""
 _AFTER_TOKEN = _words("budget count dim dispatcher drop id ids index len length limit limits loss num size type types")
 _PLACES = _words("dir file path sock socket")
-"""At the end of a name: where the secret lies, which is none."""
+"""Name endings that give a secret's location, which is no secret itself."""
 _SWITCHES = frozenset(["", "0", "1", "true", "false", "yes", "no", "on", "off", "none", "null", "auto"])
 
 _IN_URLS = (
     ("a URL with a password in it", re.compile(r"(?<=://)[^/\s@?#'\"]+(?=@)")),
-    # what a path makes of one
+    # how a path changes one
     ("a URL with a password in it", re.compile(r"(?<=:/)[^/\s@?#'\":]+:[^/\s@?#'\"]+(?=@)")),
     (
         "a secret in a URL's query",
@@ -71,7 +71,7 @@ _HEADERS = (
 )
 _KINDS = (*_IN_URLS, *_TOKENS, *_HEADERS)
 _FIXED = ("an AWS access key", "a private key")
-"""Forms that nothing else has; the others are random letters and digits after a prefix."""
+"""Formats unique to secrets; the others are random letters and digits after a prefix."""
 
 # a call is no value: `token=os.environ.get(…)`
 _VALUE = r"['\"]?([^\s'\"$`;,&|()\[\]{}<>]++)(?![(\[])"
@@ -102,12 +102,12 @@ def is_secret_name(name: str) -> bool:
 
 
 def secret_in(text: str) -> str | None:
-    """What kind of secret a value holds; None for an ordinary one."""
+    """The kind of secret that a value holds; None for an ordinary value."""
     return next((kind for kind, pattern in _KINDS if pattern.search(text)), None)
 
 
 def secret_given(name: str, value: str) -> str | None:
-    """What kind of secret a variable or option has for its value; None for an ordinary one, for a switch, and for the
+    """The kind of secret that a variable or option is set to; None for an ordinary value, for a switch, and for the
     name of a variable that holds the secret."""
     if is_secret_name(name) and value.lower() not in _SWITCHES and not _is_name(value):
         return f"a value for {name}"
@@ -139,7 +139,7 @@ def secrets_in_words(words: Sequence[str]) -> Iterator[str]:
 
 
 def tokens_in(text: str) -> Iterator[tuple[int, str]]:
-    """Number (1 first) and kind of each line that holds a token by its form; words of ordinary code are none."""
+    """Line number (from 1) and kind of each token recognised by its format; ordinary code does not match."""
     for number, line in enumerate(text.splitlines(), 1):
         for kind, pattern in _TOKENS:
             if any(kind in _FIXED or _is_random(match[0]) for match in pattern.finditer(line)):

@@ -7,18 +7,18 @@ import unicodedata
 from collections.abc import Sequence
 
 NARROWEST = 12
-"""Columns that are cut keep at least so many characters."""
+"""A cut column keeps at least this many characters."""
 
 
 def terminal_width() -> int:
-    """Of the terminal; 120 where there is none."""
+    """Width of the terminal; 120 without one."""
     return shutil.get_terminal_size((120, 24)).columns
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
     """Columns as wide as their widest cell; the last one is not padded.
 
-    Args: `width` is what a line may have; the first column is cut at its front and the last one at its end for it.
+    Args: `width` limits a line: to fit, the first column is cut at its front and the last one at its end.
     """
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(text_width(line[column]) for line in lines) for column in range(len(header))]
@@ -31,7 +31,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | 
 
 
 def _cut(lines: list[list[str]], widths: list[int], *, width: int) -> None:
-    """The last column gives way first, then the first one, each down to twice NARROWEST, and then down to it."""
+    """Cuts the last column, then the first, each to at least twice NARROWEST; then both again, down to NARROWEST."""
     last = len(widths) - 1
     for column, least in ((last, 2 * NARROWEST), (0, 2 * NARROWEST), (last, NARROWEST), (0, NARROWEST)):
         excess = sum(widths) + 2 * last - width
@@ -50,7 +50,7 @@ def _shortened(text: str, size: int, *, at_front: bool) -> str:
 
 
 def text_width(text: str) -> int:
-    """Columns of a terminal: two for wide characters (Chinese, Japanese, Korean, emoji), none for marks on others."""
+    """Terminal columns: two per wide character (Chinese, Japanese, Korean, emoji), none per combining mark."""
     if text.isascii():
         return len(text)
     return sum(_columns(character) for character in text)
@@ -79,7 +79,7 @@ def duration(seconds: float) -> str:
 
 
 def amount(value: float) -> str:
-    """Three digits or so: `950`, `12.3k`, `4.56M`."""
+    """About three digits: `950`, `12.3k`, `4.56M`."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.3g}{letter}"

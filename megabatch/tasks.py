@@ -1,6 +1,6 @@
 """Every task of the trainer: how a recipe names it, and what it fixes for config, data and help. One table.
 
-Nothing else asks which task a recipe has: what differs between tasks is a field here, or a module of the trainer.
+No other code asks which task a recipe has: tasks differ by fields here and by modules of the trainer.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ class Task:
     """One task."""
 
     name: str
-    """What it is called everywhere; for `task="rlhf"` also the recipe's group with its parameters."""
+    """Its name everywhere; for `task="rlhf"` also the name of the recipe's group with its parameters."""
     task: Literal["pt", "sft", "rlhf"]
-    """`task`, `rlhf_type` and `task_type` are how a recipe says it; None: any."""
+    """The `task`, `rlhf_type` and `task_type` by which a recipe selects it; None matches any value."""
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
     rows: Literal["documents", "conversations"] = "conversations"
-    """What a row of the data is: a plain text whose end is learned too, or turns that a chat template renders."""
+    """What a row of the data is: plain text (its end is learned too), or turns that a chat template renders."""
     loss_scale: Literal["default", "last_round", "all"] = "default"
     """Default of `data.loss_scale`."""
     truncation_strategy: Literal["delete", "left"] = "delete"
@@ -30,7 +30,7 @@ class Task:
     streams: bool = False
     """Whether it can draw from a stream of rows (`data.streaming`)."""
     built: bool = False
-    """Whether the trainer has it."""
+    """Whether the trainer implements it."""
 
 
 def _rlhf(name: str, *, truncation_strategy: Literal["delete", "left"] = "delete") -> Task:
@@ -64,7 +64,7 @@ TASKS = (
 
 
 def find_task(task: str, *, rlhf_type: str, task_type: str = "causal_lm") -> Task | None:
-    """The task that a recipe with these values has; None for a combination that is none."""
+    """The task that these recipe values select; None if no task has this combination."""
     for one in TASKS:
         if one.task == task and one.rlhf_type in (None, rlhf_type) and one.task_type == task_type:
             return one

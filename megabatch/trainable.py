@@ -25,7 +25,7 @@ UNBUILT = {
     "qwen3_vl": _VISION,
     "qwen3_vl_moe": _VISION,
 }
-"""What the trainer lacks for the other families that are converted."""
+"""What the trainer lacks for the other families that the converters support."""
 _ROPES = ("default", "linear", "llama3")
 
 

@@ -7,7 +7,7 @@ from traceback import extract_tb
 
 
 def describe_error(error: Exception, file: Path) -> str:
-    """The line of the file's own code that the error came through, and where it was raised if that is elsewhere."""
+    """The last line of the file's own code in the traceback, and where the error was raised if that is elsewhere."""
     place, last = place_in(error, file), extract_tb(error.__traceback__)[-1]
     deepest = f"{Path(last.filename).name}:{last.lineno}"
     beneath = "" if deepest == place or last.filename.startswith("<") else f" (at {deepest})"
@@ -15,6 +15,6 @@ def describe_error(error: Exception, file: Path) -> str:
 
 
 def place_in(error: Exception, file: Path) -> str:
-    """`file:line` of the recipe's own code that the error came through last."""
+    """`file:line` of the last frame in the recipe's own code."""
     own = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).absolute() == file.absolute()]
     return f"{file.name}:{own[-1].lineno}" if own else file.name

@@ -38,7 +38,7 @@ def verify(path: Path, *, workers: int) -> int:
 
 
 def _check(folder: Path, *, workers: int) -> bool:
-    """Whether a folder is damaged; says what was found."""
+    """Whether a folder is damaged; prints the result."""
     try:
         manifest = read_manifest(folder)
     except DamagedError as error:

@@ -15,7 +15,7 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of the command line: 0 done, 1 failed, 2 a fault of what was asked for."""
+    """Exit code of the command line: 0 done, 1 failed, 2 a fault in the request."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     return run_command(lambda: _run(words), words)
 

@@ -13,7 +13,7 @@ from megabatch.table import table, terminal_width
 
 
 def show_diff(a: Path, b: Path, *, code: bool, as_json: bool) -> int:
-    """Prints what differs; secrets are masked. Raises: LaunchError for a path that holds no run."""
+    """Prints what differs; secrets are masked. Raises: LaunchError for a path without a run."""
     runs = one_run(a), one_run(b)
     found, mask = compare(*runs), Masker()
     lines = list(code_diff(*runs)) if code else []
@@ -41,7 +41,7 @@ def _values(found: Differences) -> str:
 
 
 def _shown(value: Any) -> str:
-    """As JSON, so that 1 and "1" are told apart; nothing for what is not there."""
+    """The value as JSON, so that 1 and "1" look different; empty for a missing value."""
     return "-" if value is None else json.dumps(value) if not isinstance(value, str) else value
 
 

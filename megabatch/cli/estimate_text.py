@@ -15,7 +15,7 @@ _KINDS = tuple(field.name for field in fields(MemoryEstimate))
 
 
 def estimate_text(estimate: Estimate, gpu: Gpu) -> str:
-    """Memory of each pipeline stage's heaviest rank by kind, and what a step's seconds are spent on."""
+    """Memory by kind of each pipeline stage's heaviest rank, and where a step's time goes."""
     step = estimate.step
     communication = " + ".join(f"{kind} {seconds:.2f}" for kind, seconds in step.communication_s.items() if seconds)
     parts = [f"compute {step.compute_s:.2f}", f"bubble {step.bubble_s:.2f}", f"optimizer {step.optimizer_s:.2f}"]

@@ -20,7 +20,7 @@ _AT_END = (State.COMPLETED, State.NOT_SUBMITTED)
 
 
 def show_logs(path: Path, *, rank: str, attempt: int | None, follow: bool) -> int:
-    """Prints a log. Raises: LaunchError when there is none, naming those there are."""
+    """Prints a log. Raises: LaunchError when there is none; it lists the existing logs."""
     if rank != "batch" and not rank.isdigit():
         raise LaunchError(f"--rank={rank!r} must be a number or `batch`")
     for line in logs(one_run(path), rank=None if rank == "batch" else int(rank), attempt=attempt, follow=follow):
@@ -41,12 +41,12 @@ def cancel_runs(paths: Sequence[Path]) -> int:
 
 
 def resume_runs(paths: Sequence[Path], *, links: int | None = None, back_to: str | None = None) -> int:
-    """Submits the stored scripts of the runs at or beneath the paths again; of several, those that can go on.
+    """Resubmits the stored scripts of the runs at or beneath the paths; of several runs, those that can continue.
 
-    A run that was started here without Slurm goes on here.
-    Args: `links`: in how many jobs, of which none requeues; None is one, as it was submitted; `back_to`: the
-    checkpoint to go on from, of one run.
-    Raises: LaunchError when one run alone cannot go on, or none of several can; ConfigError for options that do not
+    A run that was started here without Slurm continues here.
+    Args: `links`: number of chained jobs, none of which requeues; None is one job, as submitted; `back_to`: the
+    checkpoint to resume from, for a single run.
+    Raises: LaunchError when no run can continue; ConfigError for options that do not
     fit; CheckpointError when there is no such checkpoint.
     """
     runs = all_runs(paths)

@@ -13,12 +13,12 @@ from megabatch.plan.gpus import Gpu
 from megabatch.table import table
 
 SHOWN = 20
-"""Layouts that can run which are listed without being asked for all."""
+"""How many runnable layouts are listed unless the user asks for all."""
 _SIZES = ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch_size")
 
 
 def layouts_text(judged: Sequence[JudgedLayout], *, gpus: int, gpu: Gpu, limit_gib: float, everything: bool) -> str:
-    """Fastest first. Args: everything: all that can run, and each that cannot with its own reason."""
+    """Fastest first. Args: everything: list all runnable layouts, and each of the others with its own reason."""
     kept = [one for one in judged if one.verdict.keep]
     pruned = [one for one in judged if not one.verdict.keep]
     listed = list(judged) if everything else kept[:SHOWN]
@@ -51,7 +51,7 @@ def _row(one: JudgedLayout) -> list[str]:
 
 
 def _reasons(pruned: Sequence[JudgedLayout]) -> list[str]:
-    """How many are left out for each reason, with the first one's words."""
+    """How many layouts are left out for each reason, in the first one's words."""
     groups: dict[str, list[JudgedLayout]] = {}
     for one in pruned:
         groups.setdefault(_group(one.verdict.reason), []).append(one)

@@ -29,22 +29,22 @@ from megabatch.sweep.declare import Sweep
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """What `megabatch plan` was asked for besides the recipe's own flags."""
+    """The options of `megabatch plan` besides the recipe's own flags."""
 
     gpu: str | None = None
     """Name of the GPU that estimates are for; None takes the cluster profile's, or an H100."""
     gpus: int | None = None
-    """Judges every layout on that many; None plans the recipe as it is."""
+    """Judges every layout on this many GPUs; None plans the recipe as it is."""
     gpu_memory_gib: float | None = None
-    """Memory that a layout may take on each; None takes the GPU's without the margin."""
+    """Memory that a layout may take on each GPU; None takes the GPU's memory less the margin."""
     everything: bool = False
     as_json: bool = False
 
 
 def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = None) -> int:
-    """Prints the plan; exit code 0, or what the recipe's own command line would say of a fault.
+    """Prints the plan; exit code 0, or the code that the recipe's own command line would return for a fault.
 
-    Sweeps, chains, help and dry runs are that command line's.
+    Sweeps, chains, help and dry runs go to that command line.
     Raises: ConfigError for flags that start something.
     """
     if started := [flag for flag in flags if flag.split("=")[0] in ("--submit", "--local")]:
@@ -115,7 +115,7 @@ def _no_estimate(launch: Launch) -> str:
 
 
 def _faults_but_unbuilt(launch: Launch) -> list[Fault]:
-    """What is not built yet can be planned all the same. Raises: ConfigError for every other fault."""
+    """Features that are not built yet can still be planned. Raises: ConfigError for every other fault."""
     unbuilt = list(unbuilt_fields(launch.recipe))
     known = {str(fault) for fault in unbuilt}
     faults = [fault for fault in launch.faults() if str(fault) not in known]

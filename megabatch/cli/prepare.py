@@ -76,7 +76,7 @@ def _as_job(recipe: Recipe, chosen: Recipe, actions: Actions, flags: Sequence[st
 
 
 def _hidden(launch: Launch, cache: str) -> list[Fault]:
-    """Whether a container would write the tokens where nobody finds them."""
+    """Whether a container would write the tokens to a folder that is not mounted from the host."""
     from megabatch.slurm.container import mounted
 
     folder = Path(os.path.realpath(cache))
@@ -95,7 +95,7 @@ def _tokenise(launch: Launch, *, cache: str) -> int:
 
 
 def _cache_folder(launch: Launch) -> str:
-    """Where the run will look. Raises: ConfigError where that would be its own folder, which has no name yet."""
+    """Where the run will look. Raises: ConfigError if that is the run's own folder, which has no name yet."""
     found = cache_folder(launch)
     if found is None:
         raise ConfigError(

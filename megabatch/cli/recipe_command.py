@@ -26,7 +26,7 @@ def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) 
     sweep = recipe if isinstance(recipe, Sweep) else Sweep(recipe)  # type: ignore[arg-type]
     file = file_of(sweep.recipe).absolute()
     declared = as_declared(sweep.recipe, file)
-    # each of the three imports much that the others do not need
+    # each of the three has heavy imports that the others do not need
     if isinstance(declared, Chain):
         from megabatch.chain.command import run as run_chain
 

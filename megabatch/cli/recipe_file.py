@@ -18,7 +18,7 @@ from megabatch.user_error import describe_error, place_in
 
 
 def loaded(path: Path) -> ModuleType:
-    """The module of a recipe file. Raises: ConfigError when it is no Python file, or cannot be imported."""
+    """The module of a recipe file. Raises: ConfigError when it is not a Python file, or cannot be imported."""
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; give the path of a recipe file in it")
     if not path.is_file():
@@ -40,7 +40,7 @@ def loaded(path: Path) -> ModuleType:
 
 
 def file_of(recipe: Callable[[], Recipe | Chain]) -> Path:
-    """Where a recipe's function is written. Raises: ConfigError for what is no such function."""
+    """The file that defines a recipe's function. Raises: ConfigError for anything but such a function."""
     code = getattr(recipe, "__code__", None)
     if code is None:
         what = f"a {type(recipe).__name__}" if isinstance(recipe, Recipe | Chain) else repr(recipe)
@@ -51,7 +51,7 @@ def file_of(recipe: Callable[[], Recipe | Chain]) -> Path:
 def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Chain:
     """The recipe or chain as its file builds it.
 
-    Raises: ConfigError with the file's line for a field that does not exist, and for all else that it raises.
+    Raises: ConfigError with the file's line for an unknown field and for any other exception of the file.
     """
     try:
         built = recipe()
@@ -68,9 +68,9 @@ def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Ch
 
 
 def load_declared(path: Path) -> Callable[[], Recipe] | Sweep:
-    """The sweep that a recipe file declares, else its function `recipe`.
+    """The sweep that a recipe file declares, or else its function `recipe`.
 
-    Raises: ConfigError when there is no such file, neither of both, or more than one sweep.
+    Raises: ConfigError when the file is missing, has neither, or has more than one sweep.
     """
     names = vars(module := loaded(path))
     sweeps = [name for name, value in names.items() if isinstance(value, Sweep)]

@@ -12,7 +12,7 @@ from megabatch.run_directory import write_atomic
 
 
 def write_report(paths: Sequence[Path], *, output: Path) -> int:
-    """Writes the page. Raises: LaunchError for a path that holds no run, or an output that cannot be written."""
+    """Writes the page. Raises: LaunchError for a path without a run, or an output that cannot be written."""
     runs = all_runs(paths)
     if not runs:
         raise LaunchError("no runs found; `megabatch status` lists runs")

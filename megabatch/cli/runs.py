@@ -16,11 +16,11 @@ _DEPTH = 3
 
 
 _NO_RUNS = {"arrays", "cache", "code", "sweep.json", "chain.json"}
-"""What else lies beside runs, in the folders of sweeps and chains and where runs are saved."""
+"""Other names that lie beside runs in the folders of sweeps and chains and in `save`."""
 
 
 def is_run(path: Path) -> bool:
-    """Whether it is a run directory, or the folder of a chain's step that is no training run."""
+    """Whether it is a run directory, or the folder of a chain's step that does not train."""
     directory = RunDirectory(path)
     return directory.run_json.is_file() or (
         directory.jobs.is_file() and (path.absolute().parent / "chain.json").is_file()
@@ -28,7 +28,7 @@ def is_run(path: Path) -> bool:
 
 
 def one_run(path: Path) -> Path:
-    """The run directory that a path names: itself, or the only one beneath it.
+    """The run directory at a path: the path itself, or the only run beneath it.
 
     Raises: LaunchError when there is none, with the nearest names, or more than one.
     """
@@ -49,7 +49,7 @@ def one_run(path: Path) -> Path:
 def all_runs(paths: Sequence[Path]) -> list[Path]:
     """Every run at or beneath the paths, or beneath `megatron_output` when none is given.
 
-    Of several paths, as `SWEEP/*` gives them, what lies beside runs and is none does not count.
+    With several paths, as from `SWEEP/*`, files and folders beside the runs are skipped.
     Raises: LaunchError for a path that holds none.
     """
     if not paths:
@@ -71,7 +71,7 @@ def runs_in(path: Path) -> list[Path]:
 
 
 def _made(run: Path) -> float:
-    """When its directory was made; a step that is no training run is first known by its submission."""
+    """When its directory was made; for a step that does not train, the time of its submission."""
     directory = RunDirectory(run)
     if directory.run_json.is_file():
         return directory.run_json.stat().st_mtime

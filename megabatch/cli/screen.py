@@ -18,7 +18,7 @@ _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 class Screen:
-    """Use as a context manager; keys come one by one where standard input is a terminal, else Ctrl-C alone ends it."""
+    """A context manager. Reads single keys if standard input is a terminal; otherwise only Ctrl-C ends it."""
 
     def __init__(self) -> None:
         self._before: list[Any] | None = None
@@ -38,7 +38,7 @@ class Screen:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
 
     def draw(self, text: str) -> None:
-        """Over what was drawn before, without a flicker; lines that do not fit are left out."""
+        """Redraws in place, without flicker; drops lines that do not fit."""
         size = shutil.get_terminal_size()
         lines = [line[: size.columns] for line in text.splitlines()]
         if len(lines) > size.lines:
@@ -46,7 +46,7 @@ class Screen:
         self._write(_HOME + f"{_REST_OF_LINE}\r\n".join(lines) + _REST_OF_LINE + _REST_OF_SCREEN)
 
     def key_within(self, seconds: float) -> str:
-        """The key that was pressed; empty when none was."""
+        """The key that was pressed, or an empty text."""
         if self._before is None:
             time.sleep(seconds)
             return ""

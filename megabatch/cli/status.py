@@ -24,7 +24,7 @@ REDRAW_S = 2.0
 
 
 def show_status(paths: Sequence[Path], *, as_json: bool, watch: bool = False) -> int:
-    """Prints the state of the runs at or beneath the paths. Raises: LaunchError for a path that holds no run."""
+    """Prints the state of the runs at or beneath the paths. Raises: LaunchError for a path without a run."""
     if watch:
         return _watch(paths)
     found = overview(all_runs(paths))
@@ -33,7 +33,7 @@ def show_status(paths: Sequence[Path], *, as_json: bool, watch: bool = False) ->
 
 
 def status_table(found: Sequence[Overview]) -> str:
-    """As wide as the terminal at most."""
+    """At most as wide as the terminal."""
     if not found:
         return "no runs in megatron_output; name their folder: megabatch status DIR"
     return table(_HEADER, [_row(one) for one in found], width=terminal_width())
@@ -76,7 +76,7 @@ def _row(one: Overview) -> tuple[str, ...]:
 
 
 def _goes_on(now: RunStatus) -> str:
-    """Of a run that was stopped with everything saved, and has no further job."""
+    """How to continue a run that stopped with everything saved and has no further job."""
     if now.state is not State.STOPPED or not now.jobs or now.jobs[-1].job_id == LOCAL:
         return ""
     try:
@@ -87,7 +87,7 @@ def _goes_on(now: RunStatus) -> str:
 
 
 def _short(run: Path) -> str:
-    """Relative where it lies beneath the current folder."""
+    """Relative to the current folder if it lies beneath it."""
     try:
         return str(run.absolute().relative_to(Path.cwd()))
     except (ValueError, OSError):

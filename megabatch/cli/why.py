@@ -13,11 +13,11 @@ from megabatch.slurm.state import status
 
 _WELL = (State.COMPLETED, State.NOT_SUBMITTED)
 LONGEST = 300
-"""Characters of a shown line of a log."""
+"""Longest shown line of a log, in characters."""
 
 
 def show_why(path: Path, *, attempt: int | None, as_json: bool) -> int:
-    """Prints a diagnosis, or those of the failed runs of a sweep or a chain; secrets in log lines are masked.
+    """Prints the diagnosis of a run, or of each failed run of a sweep or chain; masks secrets in log lines.
 
     Raises: LaunchError when there is no such run or attempt.
     """
@@ -65,12 +65,12 @@ def text(found: Diagnosis) -> str:
 
 
 def _beside(found: Diagnosis) -> list[str]:
-    """What is known besides the cause, one line each."""
+    """Further facts besides the cause, one line each."""
     return [*_bad_nodes(found), *(f"checkpoint: {note.describe()}" for note in found.damaged)]
 
 
 def _bad_nodes(found: Diagnosis) -> list[str]:
-    """What the preflight saw, one line for each fault."""
+    """The preflight's findings, one line per fault."""
     return [
         f"bad node: {bad.node}: {bad.check}: {bad.value[:LONGEST]} ({bad.rule})"
         + ("; excluded from the job" if bad.excluded else "")

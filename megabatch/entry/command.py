@@ -40,7 +40,7 @@ def run_recipe(recipe: Recipe, actions: Actions, arguments: Sequence[str], *, re
 def start(
     how: Callable[[Launch, Sequence[str]], int], prepared: Callable[[], Launch], arguments: Sequence[str]
 ) -> int:
-    """In a folder with the next number where another launcher was quicker to take this one."""
+    """Starts the run; retries in the next numbered folder if another launcher took this one."""
     while True:
         launch = prepared()
         try:
@@ -60,7 +60,7 @@ def _in_links(launch: Launch, actions: Actions) -> Launch:
 
 
 def _show(launch: Launch, *, dry_run: bool, file: str) -> int:
-    """The plan; for a dry run on standard error, so that standard output is the job script and nothing else."""
+    """Prints the plan; a dry run prints it to standard error, so that standard output is only the job script."""
     from megabatch.slurm.render import render
 
     refusals = _checked(launch)
@@ -76,7 +76,7 @@ def _show(launch: Launch, *, dry_run: bool, file: str) -> int:
 
 
 def _checked(launch: Launch) -> list[Fault]:
-    """Raises ConfigError for broken rules; what is missing on this machine alone is returned."""
+    """Raises ConfigError for broken rules; returns faults that only concern what this machine lacks."""
     faults = launch.faults()
     if launch.model.fault is not None:
         faults.append(launch.model.fault)
@@ -86,9 +86,9 @@ def _checked(launch: Launch) -> list[Fault]:
 
 
 def _require_launchable(launch: Launch, *, local: bool = False) -> None:
-    """Raises ConfigError with every fault that can be seen before the run starts."""
+    """Raises ConfigError with every fault that is visible before the run starts."""
     faults = launch.faults() + folder_faults(launch.directory.path, recipe_file=launch.recipe_file, local=local)
-    # data and weights are read only for a run that could start otherwise
+    # data and weights are read only when nothing else stops the run
     faults += missing_here(launch, local=local) if faults else faults_here(launch, local=local)
     if faults:
         raise ConfigError(faults)
@@ -100,7 +100,7 @@ def _submit(launch: Launch, arguments: Sequence[str]) -> int:
 
 
 def queue(launch: Launch, arguments: Sequence[str]) -> int:
-    """Submits what may start, and says how it is watched. Raises: LaunchError, ConfigError."""
+    """Submits a run that may start, and prints how to watch it. Raises: LaunchError, ConfigError."""
     from megabatch.slurm.chain import forbids_requeue
     from megabatch.slurm.render import render
 

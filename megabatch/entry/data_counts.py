@@ -14,14 +14,14 @@ CACHE = "MEGABATCH_CACHE"
 
 
 def cache_folder(launch: Launch) -> Path | None:
-    """None where that is a folder of the run itself."""
+    """None if that is a folder of the run itself."""
     variables = {variable.name: variable.value for variable in job_variables(launch.job, launch.profile)}
     found = variables.get(CACHE) or os.environ.get(CACHE)
     return Path(found).expanduser().absolute() if found else None
 
 
 def counts_of(launch: Launch) -> DataCounts | None:
-    """What `megabatch prepare` or an earlier run counted of the very same data; None where nobody has."""
+    """What `megabatch prepare` or an earlier run counted for exactly this data; None if nothing has."""
     folder = cache_folder(launch)
     if folder is None or launch.model.shape is None or not (folder / NAME).is_file():
         return None

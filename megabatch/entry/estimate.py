@@ -32,13 +32,13 @@ class Verdict:
 
     keep: bool
     reason: str
-    """Why not, in words: the first broken rule, or the memory that it takes; empty where it is kept."""
+    """Why not, in words: the first broken rule, or the memory that it takes; empty for a kept layout."""
     estimate: Estimate | None
-    """None where the rules say that it cannot run."""
+    """None if a rule forbids the layout."""
 
 
 def gpu_of(name: str | None) -> Gpu:
-    """The GPU of that name, by default an H100. Raises: ConfigError for a name that is not known."""
+    """The GPU of that name, by default an H100. Raises: ConfigError for an unknown name."""
     gpu = gpu_named(name or DEFAULT_GPU)
     if gpu is None:
         raise ConfigError([Fault("gpu", name, f"is not known; there are {', '.join(GPUS)}")])
@@ -46,7 +46,7 @@ def gpu_of(name: str | None) -> Gpu:
 
 
 def estimate_of(recipe: Recipe, shape: ModelShape, gpu: Gpu) -> Estimate:
-    """What a step of a recipe without faults takes on these GPUs."""
+    """Time and memory of a step on these GPUs, for a recipe without faults."""
     return estimate(shape, settings_of(recipe, shape), gpu)
 
 
@@ -60,7 +60,7 @@ def verdict_of(
 ) -> Verdict:
     """Checks the rules, that tp and ep stay inside a node, and the memory.
 
-    Args: gpu_memory_gib: what a rank may take; None is the GPU's without the margin (`plan.memory.MARGIN`).
+    Args: gpu_memory_gib: a rank's limit; None is the GPU's memory less the margin (`plan.memory.MARGIN`).
 
     variant_of: see `config.rules.check.check`.
     """
@@ -91,9 +91,9 @@ def _largest(memory: MemoryEstimate) -> str:
 
 
 def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
-    """What the plan's estimates need of a recipe without faults.
+    """The settings that the plan's estimates need, from a recipe without faults.
 
-    Rows are taken to be full, and a full row to be one sequence: the data is not looked at.
+    We assume that each row is full and is one sequence; we do not look at the data.
     """
     parallel, recompute = recipe.parallel, recipe.recompute
     layout, chunks = layout_of(recipe, shape), chunks_of(parallel, shape.num_layers)
@@ -131,10 +131,10 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
 
 
 def optimizer_bytes(optimizer: Optimizer, *, weight_bytes: int) -> int:
-    """Of a parameter's main copy and moments.
+    """Bytes of a parameter's main copy and moments.
 
-    fp32 weights are their own main copy. The precision-aware optimizer keeps of an fp32 copy only the half that the
-    bf16 weights lack.
+    fp32 weights are their own main copy. The precision-aware optimizer keeps only the half of the fp32 copy that
+    the bf16 weights lack.
     """
     moments = 4 if optimizer.sgd_momentum else 0
     if optimizer.optimizer == "adam":
@@ -145,7 +145,7 @@ def optimizer_bytes(optimizer: Optimizer, *, weight_bytes: int) -> int:
 
 
 def _with_mtp(chunks: tuple[Chunk, ...], mtp_layers: int) -> tuple[Chunk, ...]:
-    """Layers of multi-token prediction are beside the loss unless a layout string puts them elsewhere."""
+    """MTP layers sit on the loss's stage unless a layout string puts them elsewhere."""
     if not mtp_layers or any(chunk.mtp_layers for chunk in chunks):
         return chunks
     return tuple(replace(chunk, mtp_layers=mtp_layers) if chunk.loss else chunk for chunk in chunks)

@@ -19,17 +19,17 @@ from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.saved.find import find_to_load
 
 SCANNED_BYTES = 64 << 20
-"""JSONL, JSON, CSV and TSV files up to this size are read through before submission; it takes about a second."""
+"""We read JSONL, JSON, CSV and TSV files up to this size before submission; that takes about a second."""
 _RUN_FILES = {"run.json", "sweep.json", "chain.json"}
 _BEFORE = {"code", "logs", "slurm", "job.sbatch"}
-"""What a submission that was refused leaves in a folder that was there before."""
+"""Files that a refused submission leaves in a folder that existed before."""
 _SCANNED_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 _GZIP_RATIO = 8
-"""Text is about so many times as large as its .gz."""
+"""Text is about this many times larger than its .gz."""
 
 
 def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
-    """Faults of the run's inputs as far as names and sizes tell; reads no data."""
+    """Faults of the run's inputs that names and sizes show; reads no data."""
     found = _tokenizer(recipe, model, tokenizer.check)
     tuning = _tuning(recipe, model)
     return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *_load(recipe), *tuning]
@@ -44,7 +44,7 @@ def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
 
 
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
-    """Faults inside the inputs: malformed rows, too few rows, and weights that are not those of their config.json."""
+    """Faults inside the inputs: malformed rows, too few rows, and weights that do not fit their config.json."""
     counts: dict[str, int | None] = {}
 
     def count(name: names.DatasetName) -> None:
@@ -55,7 +55,7 @@ def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
 
 
 def unwritable(run_directory: Path) -> list[Fault]:
-    """Whether the run directory can be made."""
+    """The fault, if the run directory cannot be made."""
     existing = next(path for path in (run_directory, *run_directory.parents) if path.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return []
@@ -72,7 +72,7 @@ def occupied(run_directory: Path, *, own: Collection[str] = ()) -> list[Fault]:
     try:
         names = set(os.listdir(run_directory))
     except OSError:
-        return []  # not there, or `unwritable` says what is wrong
+        return []  # missing, or `unwritable` reports the fault
     if names & _RUN_FILES:
         return []  # whether it is this very one is looked at when it is written
     others = sorted(n for n in names - _BEFORE - {*own} if not n.startswith(".") and not NUMBERED.fullmatch(n))
@@ -84,7 +84,7 @@ def occupied(run_directory: Path, *, own: Collection[str] = ()) -> list[Fault]:
 
 
 def missing_gpus(recipe: Recipe) -> list[Fault]:
-    """Whether this machine has a GPU for each rank of a run on it; told by device files, without torch."""
+    """Compares this machine's GPUs with the ranks of a local run; counts device files, without torch."""
     wanted, found = recipe.resources.world_size, len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not recipe.resources.gpus_per_node or wanted <= found or Path("/dev/dxg").exists():  # WSL does not list them
         return []
@@ -116,13 +116,13 @@ def _check_presence(name: names.DatasetName) -> None:
 
 
 def _rows(data: Data, name: names.DatasetName) -> int | None:
-    """How many rows it has; None where that is not looked at. Raises: DataError for a row that cannot be used."""
+    """Number of rows; None if we do not count them. Raises: DataError for an unusable row."""
     if name.kind != "path":
         return None
     try:
         found = names.local_files(name)
     except DataError:
-        return None  # `missing_inputs` says so
+        return None  # `missing_inputs` reports it
     counts = [_rows_of_file(data, path, alone=len(found) == 1) for path in found]
     known = [count for count in counts if count is not None]
     return (name.count or sum(known)) if len(known) == len(counts) else name.count
@@ -133,7 +133,7 @@ def _rows_of_file(data: Data, path: Path, *, alone: bool) -> int | None:
 
     ratio = _GZIP_RATIO if path.suffix.lower() == ".gz" else 1
     if path.suffix.lower() == ".zst" or inner_suffix(path) not in _SCANNED_SUFFIXES:
-        return None  # what reads them may not be installed where runs are only submitted
+        return None  # machines that only submit runs may lack the packages that read them
     if path.stat().st_size * ratio > SCANNED_BYTES:
         return None
     rows = 0
@@ -145,7 +145,7 @@ def _rows_of_file(data: Data, path: Path, *, alone: bool) -> int | None:
 
 
 def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
-    """A row is one sample at most, and a pack one row at least; documents may be cut into several."""
+    """A row gives at most one sample, and a pack takes at least one row; documents may be cut into several samples."""
     if recipe.data.truncation_strategy == "split":
         return []
     batch, rows = recipe.batch.global_batch_size, [count for count in counts if count is not None]

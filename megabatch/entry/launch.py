@@ -37,26 +37,26 @@ from megabatch.slurm.snapshot import Snapshot, snapshot_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """A recipe, and all that is decided about its run; nothing is on disk yet."""
+    """A recipe and every decision about its run; nothing is on disk yet."""
 
     recipe: Recipe
     """As declared, with flags; paths are as the user wrote them."""
     recipe_file: Path
     model: FoundModel
     layout: Layout | None
-    """None where the recipe's sizes do not divide."""
+    """None if the recipe's sizes do not divide."""
     directory: RunDirectory
     code: Snapshot | None
-    """What it runs on a cluster; None for a run on this machine."""
+    """The code that it runs on a cluster; None for a run on this machine."""
     job: JobSpec
     cluster: str | None
     profile: ClusterProfile
     numbered: bool = False
-    """The run directory's name was made up for this launch: a run that is there all the same is somebody else's."""
+    """We chose the run directory's name for this launch: an existing run of that name is another launcher's."""
 
     def faults(self) -> list[Fault]:
         """Every broken rule of the recipe."""
-        return check(self.recipe, self.model.shape, values_are_valid=True)  # `prepare` refuses others
+        return check(self.recipe, self.model.shape, values_are_valid=True)  # `prepare` refuses all others
 
     def config(self, *, provenance: Mapping[str, Any]) -> RunConfig:
         """What run.json will hold. Raises: ConfigError for a recipe with faults or a model of unknown shape."""
@@ -69,7 +69,7 @@ class Launch:
         return run_json(recipe, shape=shape, run_dir=self.directory.path, provenance=provenance)
 
     def _to_resolve(self) -> tuple[Recipe, ModelShape]:
-        """The recipe with every path as the ranks need it, and the model's shape."""
+        """The recipe with paths as the ranks need them, and the model's shape."""
         if self.model.shape is None:
             raise ConfigError(
                 f"the shape of model.model={self.recipe.model.model!r} is not known: {self.model.origin}"
@@ -83,7 +83,7 @@ class Launch:
 def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path, code: Snapshot | None = None) -> Launch:
     """Decides everything about a run without writing anything.
 
-    Args: `code` where it has been read already.
+    Args: `code`, if it has already been read.
     Raises: ConfigError for values of a wrong type, with all other faults, and for a faulty cluster profile.
     """
     if _has_invalid_values(recipe):
@@ -111,7 +111,7 @@ def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path, code: Snapsh
 
 
 def _has_invalid_values(recipe: Recipe) -> bool:
-    """Whether a group or field is not of its declared type, so that nothing can be computed from it."""
+    """Whether a group or field has the wrong type, so that nothing can be computed from it."""
     wrong_group = any(not isinstance(getattr(recipe, name), group) for name, group in group_types(Recipe).items())
     return wrong_group or any(True for _ in invalid_fields(recipe))
 
@@ -208,7 +208,7 @@ def _writable(directory: RunDirectory, made: list[Path]) -> Iterator[None]:
 
 
 def _take_away(directory: RunDirectory, made: list[Path]) -> None:
-    """Removes what this launch made; folders that others have filled since stay."""
+    """Removes what this launch made, but keeps folders that others have since filled."""
     if directory.path in made:
         import shutil
 
@@ -232,7 +232,7 @@ def _require_same(existing: RunConfig, config: RunConfig) -> None:
 
 
 def differences(existing: RunConfig, config: RunConfig) -> list[str]:
-    """Names of the fields by which two runs differ; where they come from does not count."""
+    """Names of the fields in which two runs differ; their provenance does not count."""
     changed = [
         f"{group}.{name}" if name else group
         for group in existing.recipe.__slots__
@@ -242,7 +242,7 @@ def differences(existing: RunConfig, config: RunConfig) -> list[str]:
 
 
 def _differing(old: Any, new: Any) -> list[str]:
-    """Names of the fields that differ between two groups; an empty name for a plain value that does."""
+    """Names of the fields that differ between two groups; an empty name if a plain value differs."""
     if old == new:
         return []
     names = getattr(old, "__slots__", ())
@@ -250,7 +250,7 @@ def _differing(old: Any, new: Any) -> list[str]:
 
 
 def provenance(launch: Launch, arguments: Sequence[str]) -> dict[str, Any]:
-    """Where a run comes from; its flags are part of it, and rules keep secrets out of them."""
+    """Where a run comes from, including its flags; rules keep secrets out of them."""
     import platform
     import socket
     from importlib.metadata import PackageNotFoundError, version

@@ -1,6 +1,6 @@
 """Checks of the machine and the cluster before anything is queued.
 
-Runs, chains and sweeps share it; the checks themselves are in `input_checks` and `mounts`.
+Runs, chains and sweeps share this module; the checks themselves are in `input_checks` and `mounts`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
 
 
 def _callbacks(named: Sequence[str], *, same_python: bool) -> list[Fault]:
-    """Args: same_python: the ranks run the Python that runs here; what another one has installed is not known."""
+    """Args: same_python: the ranks run this Python; we cannot know what another one has installed."""
     faults = []
     for text in named:
         try:
@@ -59,7 +59,7 @@ def _secrets_of(files: Collection[Path]) -> list[Fault]:
 
 
 def absent_packages() -> list[str]:
-    """What this Python lacks of what trains."""
+    """The packages that training needs and this Python lacks."""
     return [name for name in ("torch", "megatron", "transformers") if find_spec(name) is None]
 
 
@@ -73,7 +73,7 @@ def require_torch() -> None:
 
 
 def _untrainable(profile: ClusterProfile) -> list[Fault]:
-    """Whether the ranks would run this very Python without what trains; modules and setup may bring it."""
+    """Whether the ranks would run this same Python without the training packages; modules and setup may add them."""
     absent = [] if _brings_python(profile) else absent_packages()
     if not absent:
         return []
@@ -85,13 +85,13 @@ def _untrainable(profile: ClusterProfile) -> list[Fault]:
 
 
 def _brings_python(profile: ClusterProfile) -> bool:
-    """Whether the ranks may run another Python than this one, or find other packages."""
+    """Whether the ranks may run another Python, or find other packages."""
     brought = profile.python or profile.container or profile.modules or profile.setup
     return bool(brought) or "PYTHONPATH" in profile.environment
 
 
 def faults_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
-    """What is missing; where nothing is, what is damaged, which takes reading."""
+    """Missing inputs; only if none is missing, damaged ones, since finding those means reading files."""
     return missing_here(launch, local=local, own=own) or damaged_inputs(own or launch.recipe, launch.model)
 
 

@@ -16,12 +16,12 @@ from megabatch.plan.layouts import Choice, choices
 from megabatch.plan.shape import ModelShape
 
 GPUS_PER_NODE = 8
-"""Of a recipe that asks for none."""
+"""For a recipe that asks for none."""
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedLayout:
-    """A layout, and what is to be said of it."""
+    """A layout with its verdict."""
 
     choice: Choice
     verdict: Verdict
@@ -53,7 +53,7 @@ _LAID_OUT = ("parallel.", "resources.", "batch.", "moe.", "recompute.")
 
 
 def faults_of_all(recipe: Recipe, shape: ModelShape, *, gpus: int) -> list[Fault]:
-    """Broken rules that no layout mends; what is not built yet can be planned all the same."""
+    """Broken rules that no layout can fix; features that are not built yet can still be planned."""
     base = on_gpus(recipe, gpus)
     unbuilt = {str(fault) for fault in unbuilt_fields(base)}
     found = check(base, shape)
@@ -66,14 +66,14 @@ def _rank(judged: JudgedLayout) -> tuple[bool, float]:
 
 
 def on_gpus(recipe: Recipe, gpus: int) -> Recipe:
-    """The recipe on that many GPUs, on as many nodes as they fill."""
+    """The recipe on that many GPUs, and on as many nodes as they fill."""
     a_node = min(gpus, recipe.resources.gpus_per_node or GPUS_PER_NODE)
     resources = replace(recipe.resources, nodes=gpus // a_node, gpus_per_node=a_node, tasks_per_node=None)
     return replace(recipe, resources=resources)
 
 
 def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
-    """The recipe with this layout; its own split of layers stays where it has as many stages."""
+    """The recipe with this layout; keeps the recipe's own split of layers if the number of stages is the same."""
     parallel = recipe.parallel
     own_split = choice.vp == 1 and choice.pp == parallel.pipeline_model_parallel_size
     changed = replace(
@@ -99,7 +99,7 @@ def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
 
 
 class _Screen:
-    """Rules that look at one size of a layout alone, asked once for each of its values: most layouts end here."""
+    """Rules about a single size of a layout, checked once per value: they reject most layouts."""
 
     def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
         self.recipe, self.shape = recipe, shape

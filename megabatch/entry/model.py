@@ -18,14 +18,14 @@ from megabatch.trainable import untrainable
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
-    """What is known of the model before a run."""
+    """What we know about the model before a run."""
 
     shape: ModelShape | None
-    """None where nothing on this machine tells; rules about the model cannot be checked then."""
+    """None if nothing on this machine tells us; rules about the model are not checked then."""
     origin: str
     """Where the shape comes from, in words."""
     folder: Path | None = None
-    """The weights, where they are on this machine."""
+    """The weights, if they are on this machine."""
     fault: Fault | None = None
     """Why the shape could not be read."""
 
@@ -51,12 +51,12 @@ def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel
 
 
 def fault_of(field: str, error: MegabatchError) -> Fault:
-    """An error that already names place and fix, as a fault of a field."""
+    """Turns an error that already names place and fix into a fault of a field."""
     return Fault(f"{field}:", None, str(error).removeprefix(f"{field}: "), bare=True)
 
 
 def _made(recipe: Recipe) -> FoundModel:
-    """A family fixes some of what a recipe declares (biases, norms on query and key): its config.json says so."""
+    """A family's config.json fixes some of what a recipe declares (biases, norms on query and key)."""
     declared = declared_shape(recipe)
     if declared is None:
         return FoundModel(None, "not described")
@@ -70,7 +70,7 @@ def _made(recipe: Recipe) -> FoundModel:
         dtype = recipe.model.torch_dtype or "bfloat16"
         return FoundModel(family.shape(family.hf_config(declared, dtype=dtype)), "new")
     except (ConversionError, ArithmeticError, TypeError):
-        return FoundModel(declared, "new")  # the rules name what does not fit together
+        return FoundModel(declared, "new")  # the rules report values that do not fit together
 
 
 def _in_folder(folder: Path) -> FoundModel:
@@ -85,7 +85,7 @@ def _in_folder(folder: Path) -> FoundModel:
 
 
 def _untrainable(field: str, shape: ModelShape) -> Fault | None:
-    """Families that are converted only, and settings of others that the trainer has not built."""
+    """Families that we only convert, and settings of other families that the trainer does not implement."""
     reason = untrainable(shape)
     if reason is None:
         return None

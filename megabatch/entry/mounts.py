@@ -43,5 +43,5 @@ def _inputs(launch: Launch) -> Iterator[tuple[str, Path]]:
                 name = names.parse(text, use_hf=recipe.bridge.use_hf)
                 files = names.local_files(name) if name.kind == "path" else []
             except DataError:
-                continue  # `missing_inputs` says so
+                continue  # `missing_inputs` reports it
             yield from ((f"data.{field}", Path(path).absolute()) for path in files)

@@ -30,14 +30,14 @@ def run_directory(recipe: Recipe, *, given: str | None) -> Path:
 
 
 def code_store(recipe: Recipe, *, given: str | None) -> Path:
-    """Where code snapshots are kept: shared by the runs below one `save`."""
+    """Folder of code snapshots, which all runs below one `save` share."""
     return (
         run_directory(recipe, given=given) / "code" if given else save_folder(recipe).expanduser().absolute() / "code"
     )
 
 
 def _version(save: Path) -> str:
-    """The next number after the highest there is, and the time to the second."""
+    """The next number after the highest existing one, and the time to the second."""
     taken = [int(match[1]) for path in save.glob("v*") if (match := NUMBERED.fullmatch(path.name))]
     return f"v{max(taken, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -77,11 +77,11 @@ def _dataset(text: str, *, use_hf: bool) -> str:
     try:
         return parse(text, use_hf=use_hf).absolute()
     except DataError:
-        return text  # preflight says what is wrong with it
+        return text  # preflight reports the fault
 
 
 def absolute_model(name: _Path | None) -> str | None:
-    """A model or tokenizer that is a folder here, or spelled like a path; names of hubs stay."""
+    """Makes a model or tokenizer absolute if it is a local folder or spelled like a path; hub names stay."""
     if name is None:
         return None
     path = Path(name).expanduser()
@@ -93,5 +93,5 @@ def absolute(path: _Path) -> str: ...
 @overload
 def absolute(path: None) -> None: ...
 def absolute(path: _Path | None) -> str | None:
-    """From the folder that the launcher stands in."""
+    """Relative to the launcher's current folder."""
     return None if path is None else str(Path(path).expanduser().absolute())

@@ -21,7 +21,7 @@ _LINKS = "{} in a row, each continuing where the previous one stopped; none requ
 
 
 def plan_text(launch: Launch, *, refusals: list[Fault], local: bool = False) -> str:
-    """One line for each concern, then notes; `refusals` are what a real start would be refused for here."""
+    """One line per concern, then notes; `refusals` are the faults for which a real start would be refused here."""
     lines = [
         ("run", f"{launch.recipe.name} ({launch.recipe.task}) in {launch.directory.path}"),
         ("model", _model(launch)),
@@ -132,7 +132,7 @@ def _where(launch: Launch, *, local: bool) -> str:
 
 
 def _estimate(launch: Launch) -> Iterator[str]:
-    """Memory and time, where the cluster profile says which GPU its nodes have; `megabatch plan` says more."""
+    """Memory and time, if the cluster profile names its nodes' GPU; `megabatch plan` prints more."""
     gpus, shape = launch.job.gpus_per_node, launch.model.shape
     if not gpus or launch.profile.gpu is None or shape is None or launch.layout is None:
         return

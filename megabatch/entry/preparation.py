@@ -16,14 +16,14 @@ from megabatch.errors import ConfigError, Fault
 
 _TIME = "4:00:00"
 _ASKED_FOR = ("cpus_per_task", "mem_gib", "time", "job_name", "requeue", "omp_num_threads", "signal_delay_s")
-"""Of a job that tokenises; the rest of `resources` says something of the run that comes after it."""
+"""Fields that apply to a job that tokenises; the rest of `resources` is about the later run."""
 
 
 def preparation(declared: Recipe, chosen: Recipe, actions: Actions, *, recipe_file: Path, cache: str) -> Launch:
     """The job; nothing is on disk yet.
 
     Args: `declared` is the recipe without the flags of `chosen`; `cache` is where the run will look for tokens.
-    Raises: ConfigError as `prepare` does, and for flags that say nothing of such a job.
+    Raises: ConfigError as `prepare` does, and for flags that do not apply to such a job.
     """
     changed = [f.name for f in fields(Resources) if _value(declared, f.name) != _value(chosen, f.name)]
     if faults := list(_of_the_run(changed)):

@@ -16,18 +16,18 @@ _NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-"""The plan's names where they are not the tables'."""
+"""The plan's names that differ from the tables'."""
 
 
 @lru_cache(maxsize=16)
 def trained_of(tuner: Tuner, shape: ModelShape) -> Mapping[str, Any]:
-    """The fields of the plan's settings that say what is trained; all of it, where names are not the model's."""
+    """The fields of the plan's settings that say what is trained; everything, if a name is not in the model."""
     if not tuner.trains_part:
         return {}
     try:
         return _lora(tuner, shape) if tuner.tuner_type == "lora" else {"frozen": _frozen(tuner, shape)}
     except ConversionError:
-        return {}  # `tuning` says so
+        return {}  # `tuning` reports it
 
 
 def _lora(tuner: Tuner, shape: ModelShape) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from megabatch.saved.find import find_to_load
 
 
 def tuning_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
-    """Faults of names, told by the model's table; nothing where its shape is not known."""
+    """Faults of names, by the model's table; none if its shape is unknown."""
     if shape is None:
         return
     table = family_named(shape.model_type).tensors(shape)
