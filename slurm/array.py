@@ -1,7 +1,7 @@
 """Job arrays: many runs that ask for the same resources, submitted by one call of sbatch.
 
-The array's script finds its element's run directory by its index, sends what it says there, and hands over to the job
-script that lies in it: a run of an array is stopped, requeued, watched and resumed like any other.
+The array's script finds its element's run directory by index, redirects its output there, and runs the job script
+stored in it: a run of an array is stopped, requeued, watched and resumed like any other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megabatch.slurm.quoting import shell
 from megabatch.slurm.script.directives import directives
 
 DEFAULT_MAX_SIZE = 1001
-"""Slurm's own MaxArraySize where a site sets none."""
+"""Slurm's default MaxArraySize."""
 _TIMEOUT_S = 20
 
 
@@ -32,12 +32,12 @@ class JobArray:
     """Jobs of one shape; the element with index i runs `jobs[i]`."""
 
     name: str
-    """As people see it in squeue; any text."""
+    """Name shown in squeue; any text."""
     folder: Path
-    """Absolute folder of its own: its script, and what an element says before it has found its run directory."""
+    """Its own absolute folder: holds its script, and an element's output until it has found its run directory."""
     jobs: tuple[JobSpec, ...]
     max_parallel: int | None = None
-    """How many elements may run at a time; None is no limit."""
+    """How many elements may run at once; None is no limit."""
 
     @property
     def files(self) -> RunDirectory:
@@ -45,14 +45,14 @@ class JobArray:
 
     @property
     def indices(self) -> str:
-        """As sbatch wants them: `0-255%4`."""
+        """The indices as sbatch takes them: `0-255%4`."""
         return f"0-{len(self.jobs) - 1}" + ("" if self.max_parallel is None else f"%{self.max_parallel}")
 
 
 def grouped(jobs: Sequence[JobSpec], profile: ClusterProfile, *, max_size: int) -> list[list[int]]:
-    """Positions of the jobs of each array: what asks sbatch for the same, in at most `max_size` elements.
+    """Positions of the jobs of each array: jobs with the same sbatch options, at most `max_size` per array.
 
-    Raises: LaunchError for what Slurm cannot carry.
+    Raises: LaunchError for text that Slurm cannot carry.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
     for position, job in enumerate(jobs):
@@ -62,9 +62,9 @@ def grouped(jobs: Sequence[JobSpec], profile: ClusterProfile, *, max_size: int) 
 
 
 def limits(max_parallel: int | None, sizes: Sequence[int]) -> list[int | None]:
-    """How many elements of each array may run at a time, so that all together keep to `max_parallel`.
+    """How many elements of each array may run at once, so that all together stay within `max_parallel`.
 
-    Each gets a part by its size, and one at the least: more arrays than that run one element each.
+    Each array gets a share by its size, at least one: with more arrays than `max_parallel`, each runs one element.
     """
     if max_parallel is None:
         return [None] * len(sizes)
@@ -80,8 +80,8 @@ def limits(max_parallel: int | None, sizes: Sequence[int]) -> list[int | None]:
 def render_array(array: JobArray, profile: ClusterProfile, *, scripts: Sequence[str]) -> str:
     """The exact text that sbatch gets.
 
-    Args: `scripts` are the elements' own, `megabatch.slurm.render.render` of each job, which lie in their folders: an
-    element runs its own only if it is what it was.
+    Args: `scripts` are the elements' own (`megabatch.slurm.render.render` of each job), stored in their folders: an
+    element runs its script only if it is unchanged.
     Raises: LaunchError for text that Slurm or bash cannot carry.
     """
     named = zip(array.jobs, scripts, strict=True)
@@ -112,7 +112,7 @@ def render_array(array: JobArray, profile: ClusterProfile, *, scripts: Sequence[
 
 
 def array_directives(array: JobArray, profile: ClusterProfile) -> list[str]:
-    """What the array asks sbatch for."""
+    """The array's sbatch directives."""
     shape = replace(array.jobs[0], name=array.name, run_directory=array.folder)
     return directives(shape, profile, array=array.indices)
 
@@ -122,14 +122,14 @@ def _sha256(script: str) -> str:
 
 
 def element_id(array_id: str, index: int) -> str:
-    """As squeue shows it: `123_4`."""
+    """The id that squeue shows: `123_4`."""
     return f"{array_id}_{index}"
 
 
 def max_array_size() -> int:
-    """How many elements this cluster's arrays may have; Slurm's default where it does not say.
+    """This cluster's limit on an array's elements; Slurm's default if the cluster does not report one.
 
-    Raises: LaunchError where arrays are turned off.
+    Raises: LaunchError if arrays are turned off.
     """
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _output("scontrol", "show", "config"), re.MULTILINE)
     size = int(found[1]) if found else DEFAULT_MAX_SIZE
@@ -139,7 +139,7 @@ def max_array_size() -> int:
 
 
 def expected_start(script: str) -> str | None:
-    """When Slurm would start a job of this script, `2026-11-21T10:50:00`; None where it does not say."""
+    """When Slurm would start a job of this script, `2026-11-21T10:50:00`; None if it does not say."""
     try:
         done = subprocess.run(
             ["sbatch", "--test-only"],

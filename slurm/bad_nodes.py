@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from megabatch.run_directory import RunDirectory
 
 AVOIDED_S = 24 * 3600
-"""How long a node is left out of later jobs: a site repairs or drains a bad one within a day or so."""
+"""How long later jobs exclude a bad node: sites repair or drain one within a day or so."""
 _EXCLUDE = re.compile(r"^#SBATCH --exclude=(.*)$", re.MULTILINE)
 
 
@@ -30,18 +30,18 @@ class BadNode:
     check: str
     """As in docs/slurm.md: `ecc`, `link`, …"""
     value: str
-    """What was seen."""
+    """The measured value."""
     rule: str
     """What it should be."""
     excluded: bool
-    """Whether the job was to go on without the node; False where too many were bad to blame them."""
+    """Whether the job excludes the node; False if so many nodes were bad that the nodes are not to blame."""
 
     def plain(self) -> dict[str, object]:
         return asdict(self)
 
 
 def read_bad_nodes(run: RunDirectory) -> list[BadNode]:
-    """Oldest first; a line that a full disk cut short is left out."""
+    """Oldest first; skips a line that a full disk cut short."""
     try:
         lines = run.bad_nodes.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -54,13 +54,13 @@ def read_bad_nodes(run: RunDirectory) -> list[BadNode]:
 
 
 def avoided(runs: Iterable[RunDirectory]) -> list[str]:
-    """Nodes that a job of one of these runs left out within the last `AVOIDED_S`."""
+    """Nodes that a job of one of these runs excluded within the last `AVOIDED_S`."""
     since = time.time() - AVOIDED_S
     return sorted({bad.node for run in runs for bad in read_bad_nodes(run) if bad.excluded and bad.time >= since})
 
 
 def exclude_option(script: str, nodes: Sequence[str]) -> tuple[str, ...]:
-    """sbatch's option for leaving them out; what the script itself excludes stays, which the option would replace."""
+    """sbatch's option to exclude them; it includes the script's own exclusions, which the option would replace."""
     if not nodes:
         return ()
     own = [word for text in _EXCLUDE.findall(script) for word in shlex.split(text)]

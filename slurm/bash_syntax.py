@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from megabatch.errors import Fault
 
 _REST = "fi"
-"""Stands for the rest of the script: bash refuses it as a command of its own, and takes it as a part of any other."""
+"""Stands for the rest of the script: bash rejects it as a command of its own, and accepts it inside any other."""
 _PLACE = re.compile(r"^(?:\S*bash: )?line \d+: ")
 
 
 def setup_faults(lines: Sequence[str], *, file: object) -> Iterator[Fault]:
-    """The first line of a profile's `setup` at which bash reads otherwise than written; `file` is named.
+    """The first line of a profile's `setup` with a syntax error in bash; the fault names `file`.
 
-    Lines may belong together, as `if` and `fi` of several do. Where this machine has no bash nothing is said.
+    A command may span lines, like `if` … `fi`. Without bash on this machine there are no faults.
     """
     bash = shutil.which("bash")
     if bash is None or not lines or _fault(bash, lines) is None:
@@ -29,7 +29,7 @@ def setup_faults(lines: Sequence[str], *, file: object) -> Iterator[Fault]:
 
 
 def _fault(bash: str, lines: Sequence[str]) -> str | None:
-    """What is wrong with the lines together, in bash's words where it has some."""
+    """The fault of the lines together, in bash's words if it prints any."""
     if any("\0" in line for line in lines):
         return "bash drops the NUL character in it"
     text = "".join(f"{line}\n" for line in lines)
@@ -41,8 +41,8 @@ def _fault(bash: str, lines: Sequence[str]) -> str | None:
 
 
 def _complaint(bash: str, text: str) -> str | None:
-    """The first line that `bash -n` says of a text, without its place; warnings too, as of a here-document's end."""
-    # what `shopt` would turn on is not run here
+    """The first line that `bash -n` prints, without its place; also a warning, as for an unended here-document."""
+    # `shopt` is not run here, so what it would turn on stays off
     options = ["-O", "extglob"] if "extglob" in text else []
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     done = subprocess.run(

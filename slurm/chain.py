@@ -1,8 +1,8 @@
 """Jobs that wait for each other: Slurm's dependencies, and a submission that queues all of them or none.
 
-A run that may not requeue goes on in links: N jobs of the same script, each starting when those before it have not
-finished the run. What Slurm 22.05 does, seen on a real one: a job that requeues itself keeps its dependents waiting; a
-job that can never start is cancelled, which counts as not ok for those that wait for it.
+A run that may not requeue continues in links: N jobs of the same script, each starting if those before it have not
+finished the run. Observed on a real Slurm 22.05: a job that requeues itself keeps its dependents waiting; a job that
+can never start is cancelled, which counts as not ok for its dependents.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class ChainedJob:
     run: RunDirectory
     script: str
     after: tuple[tuple[Kind, str], ...] = ()
-    """Names of other runs, each with how it must have ended: well, not well, or either."""
+    """Names of other runs, each with the required ending: success, failure, or either."""
     singleton: bool = False
-    """Starts when no other job of this user with this job name runs."""
+    """Start only when no other job of this user with this job name runs."""
     links: int = 1
-    """Jobs of this same run, each going on where the one before was stopped."""
+    """Jobs of this same run, each continuing where the one before stopped."""
 
 
 def submit_all(
     jobs: Sequence[ChainedJob], *, queued: Mapping[str, tuple[str, ...]] | None = None, cluster: str | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """Queues the jobs, which come after all that they wait for, and returns the ids of each one's links.
+    """Queues the jobs, listed after their dependencies, and returns the ids of each one's links.
 
-    Nothing starts before everything is queued. Args: `queued`: ids of runs that wait or run already, by name.
-    Raises: LaunchError when Slurm refuses one of them; those submitted before it are cancelled then.
+    Nothing starts before everything is queued. Args: `queued`: ids of runs already waiting or running, by name.
+    Raises: LaunchError when Slurm refuses one of them; the ones submitted before it are then cancelled.
     """
-    # submitit's import costs more than all the rest of this room
+    # importing submitit costs more than all the rest of this package
     from megabatch.slurm.submit import submit
 
     several = len(jobs) > 1 or any(job.links > 1 for job in jobs)
@@ -74,10 +74,10 @@ def submit_all(
 
 
 def dependency(job: ChainedJob, *, ids: Mapping[str, tuple[str, ...]], links: Sequence[str] = ()) -> str | None:
-    """Slurm's text for what a job waits for; `links` are the earlier jobs of its own run.
+    """Slurm's text for a job's dependencies; `links` are the earlier jobs of its own run.
 
-    Of a run in several links the one that finishes it ends well, those before it do not, and later ones never start.
-    Raises: LaunchError for what Slurm cannot say: one of several jobs, and something else besides.
+    Of a run's links, the one that finishes the run succeeds, the ones before it fail, and later ones never start.
+    Raises: LaunchError for what Slurm cannot express: "any of several jobs" together with another condition.
     """
     either = [name for kind, name in job.after if kind == "ok" and len(ids[name]) > 1]
     if either and (len(job.after) > 1 or job.singleton or job.links > 1):
@@ -99,7 +99,7 @@ def _release(job_ids: list[str]) -> None:
 
 
 def _cancelled(job_ids: list[str]) -> str:
-    """Cancels them, and says so."""
+    """Cancels them, and reports it."""
     if not job_ids:
         return "nothing was queued"
     done = subprocess.run(["scancel", *job_ids], capture_output=True, text=True, check=False)
@@ -110,10 +110,10 @@ def _cancelled(job_ids: list[str]) -> str:
 
 
 def forbids_requeue(job_id: str) -> bool:
-    """Whether Slurm will not take this job back into the queue, although it was asked to.
+    """Whether Slurm refuses to requeue this job although we asked for it.
 
-    `JobRequeue=0` in slurm.conf is only a default, which `--requeue` overrides; sites that mean it change jobs as they
-    are submitted, and Slurm's own record of the job shows it.
+    `JobRequeue=0` in slurm.conf is only a default, which `--requeue` overrides; sites that enforce it change jobs at
+    submission, and Slurm's own record of the job shows it.
     """
     try:
         done = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False)

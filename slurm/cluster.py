@@ -72,7 +72,7 @@ class PrivateCluster:
 
     layout: ClusterLayout
     daemons: list[Daemon] = field(default_factory=list, repr=False)
-    """Those that this process started; empty for a cluster that `up` left."""
+    """Daemons that this process started; empty for a cluster that `up` left running."""
 
     @classmethod
     def start(
@@ -135,11 +135,11 @@ class PrivateCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs in its environment to talk to this cluster."""
+        """The environment variables that a process needs to talk to this cluster."""
         return {"SLURM_CONF": str(self.layout.configuration)}
 
     def stop(self) -> None:
-        """Ends every job and daemon of this cluster; safe to call again, and on a cluster that is half up."""
+        """Ends every job and daemon of this cluster; safe to call twice, and on a cluster that is half up."""
         tag = _tag(self.layout.directory)
         job = f"SLURM_CONF={self.layout.configuration}"
         end_processes(lambda: tagged_processes(tag) | tagged_processes(job, also="SLURM_JOB_ID="))
@@ -175,7 +175,7 @@ class PrivateCluster:
             self._spawn(["slurmd", "-D", "-N", name], log=f"slurmd.{name}.out", tied=tied)
 
     def _start_guard(self) -> None:
-        """The kernel ends the daemons with this process, but not the jobs: another one waits for its end and does."""
+        """The kernel ends the daemons with this process, but not the jobs: a guard process ends those."""
         tag, layout = _tag(self.layout.directory), self.layout
         words = [tag, f"SLURM_CONF={layout.configuration}", str(layout.socket_directory)]
         with open(layout.directory / "guard.out", "ab") as log:
@@ -218,7 +218,7 @@ def _check_can_start(directory: Path, *, accounting: bool) -> None:
 
 
 def _tag(directory: Path) -> str:
-    """A variable that every daemon carries, naming its cluster's folder: so `down` finds what is left of it."""
+    """A variable in every daemon's environment that names its cluster's folder: `down` finds leftovers by it."""
     return f"MEGABATCH_PRIVATE_CLUSTER={directory}"
 
 

@@ -19,7 +19,7 @@ PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacctmgr")
 def start_accounting(
     layout: ClusterLayout, *, spawn: Callable[[list[str], str], None], ask: Callable[..., str]
 ) -> None:
-    """Starts database and slurmdbd, and returns once they know the cluster: jobs would be lost until then.
+    """Starts database and slurmdbd, and returns once they know the cluster: jobs before that would be lost.
 
     Args: `spawn` starts a daemon of the cluster with its output in the log of that name in the cluster's folder; `ask`
     gives what a program of Slurm's prints. Raises: LaunchError.
@@ -54,7 +54,7 @@ def _slurmdbd_conf(layout: ClusterLayout) -> str:
         "LogFile": layout.directory / "slurmdbd.log",
         "PidFile": layout.directory / "slurmdbd.pid",
         "StorageType": "accounting_storage/mysql",
-        # slurmdbd reaches it by the socket that the environment names
+        # slurmdbd connects through the socket that the environment names
         "StorageHost": "localhost",
         "StorageUser": _user(),
     }
@@ -73,21 +73,21 @@ def _make_database_command(layout: ClusterLayout) -> list[str]:
 
 
 def _database_command(layout: ClusterLayout) -> list[str]:
-    """A database server without a password, on a socket that this user alone can reach and on no network."""
+    """A database server without a password, on a socket that only this user can reach, and on no network."""
     return ["mariadbd", "--no-defaults", "--skip-networking", "--skip-grant-tables", f"--user={_user()}",
             f"--datadir={_folder(layout)}", f"--socket={_socket(layout)}", f"--pid-file={_folder(layout)}/pid",
             "--innodb-flush-log-at-trx-commit=0"]  # fmt: skip
 
 
 def _make_folders(layout: ClusterLayout) -> None:
-    """Closed to others: whoever reaches the socket owns the database. An earlier cluster's is not used."""
+    """Closed to others: whoever reaches the socket owns the database. Never reuses an earlier cluster's database."""
     for folder in (_folder(layout), _socket(layout).parent):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
 
 
 def _write_slurmdbd_conf(layout: ClusterLayout) -> None:
-    """slurmdbd refuses a file that others may read."""
+    """slurmdbd refuses a file that others can read."""
     path = layout.directory / "slurmdbd.conf"
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

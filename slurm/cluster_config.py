@@ -38,7 +38,7 @@ class ClusterLayout:
 
     @property
     def state_file(self) -> Path:
-        """There while the cluster is up."""
+        """Exists while the cluster is up."""
         return self.state_file_in(self.directory)
 
     @property
@@ -83,7 +83,7 @@ def write_configuration(layout: ClusterLayout) -> None:
     for gpu in range(layout.gpus_per_node):
         device = layout.directory / f"gpu{gpu}"
         device.unlink(missing_ok=True)
-        # Slurm wants a device behind each GPU's name
+        # Slurm needs a device file for each GPU
         device.symlink_to("/dev/null")
     write_atomic(layout.configuration, slurm_conf(layout))
     write_atomic(layout.directory / "gres.conf", _gres_conf(layout))
@@ -100,11 +100,11 @@ _SETTINGS: dict[str, str | int] = {
     "CommunicationParameters": "NoAddrCache,NoCtldInAddrAny,NoInAddrAny",
     "AuthType": "auth/munge",
     "CredType": "cred/munge",
-    # the nodes are as large as we say, whatever the machine has
+    # nodes have the size that we declare, whatever the machine has
     "SlurmdParameters": "config_overrides",
     "SelectType": "select/cons_tres",
     "SelectTypeParameters": "CR_CPU",
-    # what can never run is refused, not queued
+    # refuse a job that can never run instead of queueing it
     "EnforcePartLimits": "ALL",
     "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0",
     "ProctrackType": "proctrack/linuxproc",
@@ -122,11 +122,11 @@ _SETTINGS: dict[str, str | int] = {
     "JobCompType": "jobcomp/filetxt",
     "MailProg": "/bin/true",
 }
-"""What all private clusters have in common."""
+"""Settings that all private clusters share."""
 
 
 def slurm_conf(layout: ClusterLayout) -> str:
-    """slurm.conf. Raises: LaunchError for a folder whose name Slurm's configuration cannot hold."""
+    """Text of slurm.conf. Raises: LaunchError for a folder name that slurm.conf cannot hold."""
     directory = str(layout.directory)
     if not directory.isprintable() or set(directory) & set(" \"'#%\\,=[]"):
         raise LaunchError(f"{directory}: Slurm's configuration cannot hold this folder's name; choose a plain one")

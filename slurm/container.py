@@ -10,13 +10,13 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile, Container
 
 _SCRIPTS = ("PYTHONPATH", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Exported by the batch script itself; an image's own PYTHONPATH would hide the code snapshot."""
+"""The batch script exports it itself, since an image's own PYTHONPATH would hide the code snapshot."""
 _TASKS = ("RANK", "LOCAL_RANK", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURMD_NODENAME")
-"""Known to each task alone, and to Apptainer's `--cleanenv` unknown."""
+"""Set only in each task, and dropped by Apptainer's `--cleanenv`."""
 
 
 def srun_flags(job: JobSpec, profile: ClusterProfile) -> list[str]:
-    """Pyxis's flags. An image's variables win over the host's, but for those that `--container-env` names."""
+    """Pyxis's flags. An image's variables win over the host's, except those that `--container-env` names."""
     container = profile.container
     if container is None or container.runtime != "pyxis":
         return []
@@ -63,7 +63,7 @@ def inside(job: JobSpec, profile: ClusterProfile) -> list[str]:
 def _apptainer_environment(job: JobSpec, profile: ClusterProfile) -> str:
     """Bash that gives every variable of ours its `APPTAINERENV_` twin and goes on with its arguments.
 
-    Those win over what the image sets and survive `--cleanenv`; `--env` would split values at their commas.
+    The twins win over the image's variables and survive `--cleanenv`; `--env` would split values at commas.
     """
     names = [v.name for v in job_variables(job, profile)]
     words = " ".join(dict.fromkeys([*names, *profile.inherit, *job.inherit, *_SCRIPTS, *_TASKS]))
@@ -74,7 +74,7 @@ def _apptainer_environment(job: JobSpec, profile: ClusterProfile) -> str:
 
 
 def mounted(job: JobSpec, profile: ClusterProfile) -> list[Path]:
-    """Host folders that ranks find under their own names: ours, the profile's, and what Apptainer mounts by itself."""
+    """Host folders that ranks see under the same path: ours, the profile's, and Apptainer's own mounts."""
     container = profile.container
     if container is None:
         return [Path("/")]
@@ -89,7 +89,7 @@ def mounted(job: JobSpec, profile: ClusterProfile) -> list[Path]:
 
 
 def _mounts(job: JobSpec, profile: ClusterProfile, container: Container) -> list[str]:
-    """Our own folders under the same name inside, then the profile's; enroot's own /tmp is memory.
+    """Our own folders under the same path inside, then the profile's; enroot's own /tmp is in memory.
 
     Raises: LaunchError for a folder that the runtimes' `host:inside,…` syntax cannot name.
     """
@@ -104,6 +104,6 @@ def _mounts(job: JobSpec, profile: ClusterProfile, container: Container) -> list
             raise LaunchError(
                 f"{path} cannot be mounted into a container: a mount must not contain a comma or colon; rename it"
             )
-    # older versions of Pyxis want both sides
+    # older versions of Pyxis require both sides
     theirs = (mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts)
     return [*dict.fromkeys([*(f"{path}:{path}" for path in ours), *theirs])]

@@ -20,11 +20,11 @@ from megabatch.slurm.script.links import linked
 from megabatch.slurm.state import RunStatus, active_jobs_of, local_launcher, status
 
 _AT_ONCE = 1000
-"""Jobs that one scancel gets."""
+"""Maximum number of jobs per scancel call."""
 
 
 def cancel(run: Path) -> str:
-    """Cancels the run's jobs and returns their ids; ranks get the time to save that the cluster's KillWait gives.
+    """Cancels the run's jobs and returns their ids; the cluster's KillWait is the ranks' time to save.
 
     Raises: LaunchError when there is nothing to cancel or scancel refuses.
     """
@@ -37,14 +37,14 @@ def cancel(run: Path) -> str:
 
 
 def cancel_all(runs: Sequence[Path]) -> dict[Path, list[str]]:
-    """Cancels what waits or runs of these runs: ids by run, in the order of their turn. A local run is asked to stop.
+    """Cancels all waiting and running jobs of these runs: returns ids by run, in order. A local run is asked to stop.
 
     Raises: LaunchError when scancel is missing or refuses.
     """
     jobs = {run: ids for run, ids in active_jobs_of(runs).items() if ids}
     if jobs and shutil.which("scancel") is None:
         raise LaunchError("scancel not found: this machine has no Slurm; cancel from a login node")
-    # of a run in links the later jobs go first: a link that ends lets the next one start
+    # cancel a run's later links first: a link that ends lets the next one start
     for turn in range(max(map(len, jobs.values()), default=0), 0, -1):
         _scancel([ids[turn - 1] for ids in jobs.values() if len(ids) >= turn])
     for run, ids in jobs.items():
@@ -71,10 +71,10 @@ def _stop_local(run: Path) -> bool:
 
 
 def resume(run: Path, *, back_to: str | None = None) -> str:
-    """Submits the run's stored script again and returns the new job's id; it goes on from the last checkpoint.
+    """Submits the run's stored script again and returns the new job's id; it resumes from the last checkpoint.
 
-    A job that was requeued, and that Slurm holds until its old credential has expired, may start now instead.
-    Args: back_to: the checkpoint to go on from instead; later ones are set aside.
+    If Slurm holds a requeued job until its old credential expires, we let that job start now instead.
+    Args: back_to: the checkpoint to resume from instead; later ones are set aside.
     Raises: LaunchError when a job of the run is still in the queue otherwise, or there is no stored script;
     CheckpointError when there is no such checkpoint.
     """
@@ -84,9 +84,9 @@ def resume(run: Path, *, back_to: str | None = None) -> str:
 
 
 def resume_in_links(run: Path, links: int, *, back_to: str | None = None) -> tuple[str, ...]:
-    """Submits the run in that many jobs, none of which requeues, and returns their ids; `resume` in all else.
+    """Submits the run in that many jobs, none of which requeues, and returns their ids; otherwise like `resume`.
 
-    Raises: as `resume` does; nothing is queued then.
+    Raises: as `resume` does; then nothing is queued.
     """
     from megabatch.slurm.chain import ChainedJob, submit_all
 
@@ -105,7 +105,7 @@ def resume_in_links(run: Path, links: int, *, back_to: str | None = None) -> tup
 
 @contextmanager
 def held_to_resume(run: Path, *, back_to: str | None = None) -> Iterator[RunDirectory]:
-    """Holds a run that is over, at the checkpoint that it is to go on from, for a caller that starts it here.
+    """Holds the lock of a finished run, set to the checkpoint to resume from, for a caller that starts it here.
 
     Raises: as `resume` does.
     """
@@ -137,7 +137,7 @@ def _held(directory: RunDirectory) -> Iterator[None]:
 
 
 def _resume(directory: RunDirectory, back_to: str | None) -> str:
-    # submitit's import costs more than all the rest of this room
+    # importing submitit costs more than all the rest of this package
     from megabatch.slurm.submit import submit
 
     run = directory.path
@@ -153,7 +153,7 @@ def _resume(directory: RunDirectory, back_to: str | None) -> str:
 
 
 def _go_back(directory: RunDirectory, back_to: str | None) -> None:
-    """Puts a run that is over at the checkpoint that it is to go on from."""
+    """Sets a run that is over back to the checkpoint to resume from."""
     from megabatch.saved.history import go_back
 
     if back_to is not None:
@@ -161,7 +161,7 @@ def _go_back(directory: RunDirectory, back_to: str | None) -> None:
 
 
 def _require_over(now: RunStatus, *, may_be_done: bool = False) -> None:
-    """Raises: LaunchError for a run whose job has not ended, or that has trained to its end."""
+    """Raises: LaunchError for a run whose job has not ended, or whose training is complete."""
     if now.state is State.RUNNING and now.reason:
         raise LaunchError(f"{now.run}: job {now.job_id} is {now.reason}; resume it once it has ended")
     if now.state.active:
@@ -173,9 +173,9 @@ def _require_over(now: RunStatus, *, may_be_done: bool = False) -> None:
 
 
 def stored_script(directory: RunDirectory) -> str:
-    """What was submitted last.
+    """The script that was submitted last.
 
-    Raises: LaunchError when there is nothing, and for a script or a run that somebody else could have written.
+    Raises: LaunchError when there is none, and for a script or a run that another user could have written.
     """
     require_own(directory.path, directory.run_json)
     try:
@@ -190,7 +190,7 @@ def _cluster(directory: RunDirectory) -> str | None:
 
 
 def _start_now(job_id: str) -> None:
-    # a node refuses a credential of the very second in which it revoked the last one: the job would fail at once
+    # a node refuses a credential issued in the same second in which it revoked the last one: the job would fail
     done = subprocess.run(
         ["scontrol", "update", f"JobId={job_id}", "StartTime=now+1"], capture_output=True, text=True, check=False
     )

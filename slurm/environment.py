@@ -23,7 +23,7 @@ class Variable:
     """Literal value; for a node-local variable the folder's name inside the node's cache folder."""
     reason: str
     node_local: bool = False
-    """Set on each node, beneath a folder on the node's own disk that only this user may write."""
+    """Set on each node, beneath a folder on the node's own disk that only this user can write."""
 
 
 PROCESS = (
@@ -128,7 +128,7 @@ NODE_CACHES = (
 
 
 def job_variables(job: JobSpec, profile: ClusterProfile) -> list[Variable]:
-    """All variables of a job's ranks, each name once: the recipe's win over the profile's, those over the presets."""
+    """All variables of a job's ranks, each name once: the recipe wins over the profile, and that over the presets."""
     presets: list[Variable] = [*PROCESS, _threads(job)]
     if job.gpus_per_node:
         presets += [*GPU, *NETWORKS["single_node" if job.total_nodes == 1 else profile.network], *NODE_CACHES]
@@ -158,7 +158,7 @@ def _last_wins(variables: Iterable[Variable]) -> list[Variable]:
 
 
 def for_sbatch(environment: Mapping[str, str], script: str) -> dict[str, str]:
-    """What sbatch may see: not the Slurm job that we may be in, nor variables that win over the script's words."""
+    """sbatch's environment, without the Slurm job that we may be in and without variables that override the script."""
     ours = ("SLURM_CONF", "SLURM_JWT")
     inside = "SLURM_JOB_ID" in environment
     hidden = {k for k in environment if inside and k.startswith(("SLURM_", "SRUN_")) and k not in ours}
@@ -167,7 +167,7 @@ def for_sbatch(environment: Mapping[str, str], script: str) -> dict[str, str]:
 
 
 def reference_table() -> str:
-    """The presets as Markdown tables, one for each."""
+    """The presets as Markdown tables, one per preset."""
     presets: dict[str, tuple[Variable, ...]] = {"Every job": PROCESS, "Every GPU job": GPU}
     presets |= {f"Network `{name}`": variables for name, variables in NETWORKS.items() if variables}
     presets |= {"Beneath `shared_cache`": SHARED_CACHES, "On each node, beneath `local_cache` (GPU jobs)": NODE_CACHES}

@@ -1,8 +1,8 @@
 """Detects that a run hangs, and names the suspect rank: shared by the batch script and the local launcher.
 
-While `heartbeat.json` does not change, nothing gets done. Whoever watches it is outside the ranks: a rank that is
-stopped, or whose Python lock is held, cannot watch itself. Asked with SIGUSR1, each rank writes its stacks and its
-activity (megabatch/trainer/activity.py) to its log.
+While `heartbeat.json` does not change, the run makes no progress. We watch from outside the ranks: a rank that is
+stopped, or whose Python lock is held, cannot watch itself. On SIGUSR1, each rank writes its stacks and its activity
+(megabatch/trainer/activity.py) to its log.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 START_FACTOR = 4
-"""The first step may take so many times longer: data is tokenised, kernels are compiled."""
+"""The first step may take this many times longer: it tokenises data and compiles kernels."""
 ANSWER_S = 5
-"""For the ranks to write their stacks."""
+"""Time for the ranks to write their stacks."""
 
 SUSPECT = """\
 function say(rank, why) { print rank, why; exit }
@@ -34,7 +34,7 @@ END {
 
 @dataclass(slots=True)
 class Watch:
-    """A heartbeat seen from outside: counts the time in which it stayed as it was."""
+    """Watches a heartbeat from outside: counts the time since it last changed."""
 
     heartbeat: Path
     timeout_s: float
@@ -47,7 +47,7 @@ class Watch:
         self._first = self._last = self._read()
 
     def hangs(self, passed_s: float) -> bool:
-        """Whether it has been too long, `passed_s` after the last call: a machine that slept does not count."""
+        """Whether the run hangs, `passed_s` after the last call; time in which the machine slept does not count."""
         beat = self._read()
         self._idle_s = 0.0 if beat != self._last else self._idle_s + passed_s
         self._last = beat
@@ -62,8 +62,8 @@ class Watch:
 
 
 def suspect(logs: Sequence[Path]) -> tuple[int, str]:
-    """The rank to look at first, from the logs of all ranks after they were asked, and what it does."""
-    import subprocess  # scripts, which need the constants alone, are rendered in less time than its import
+    """The rank to look at first and what it does, from all ranks' logs after SIGUSR1."""
+    import subprocess  # rendering a script needs only the constants, and takes less time than this import
 
     command = ["awk", "-v", f"world={len(logs)}", SUSPECT, *map(str, logs)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout

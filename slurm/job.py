@@ -15,12 +15,12 @@ Preflight = Literal["none", "light", "full"]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Something that an earlier job makes and this one reads."""
+    """An output of an earlier job that this one reads."""
 
     path: Path
-    """What must be there when the job starts."""
+    """Path that must exist when the job starts."""
     run: Path | None = None
-    """Run directory whose newest checkpoint `link` is to name."""
+    """Run directory whose newest checkpoint `link` will point to."""
     link: Path | None = None
     """Symbolic link to that checkpoint, made at the job's first attempt."""
 
@@ -30,56 +30,56 @@ class JobSpec:
     """One multi-node job; its ranks are `nodes * tasks_per_node` processes of one command."""
 
     name: str
-    """Job name as people see it in squeue; any text."""
+    """Job name shown in squeue; any text."""
     run_directory: Path
     """Absolute folder on storage that every node sees."""
     nodes: int = 1
     tasks_per_node: int = 1
     """Ranks per node: one per GPU, or one per CPU process."""
     gpus_per_node: int = 0
-    """GPUs asked for on each node; 0 for a CPU run."""
+    """GPUs requested per node; 0 for a CPU run."""
     cpus_per_task: int | None = None
     """CPU cores per rank; None leaves it to the cluster."""
     omp_num_threads: int | None = None
     """OMP_NUM_THREADS of each rank; None means `cpus_per_task`, or 1."""
     mem_gib: int | None = None
-    """Memory per node in GiB; 0 asks for all of it, None for the partition's default."""
+    """Memory per node in GiB; 0 requests all of it, None the partition's default."""
     preflight: Preflight = "none"
-    """What a short step asks of each node before the ranks start."""
+    """Checks that a short step runs on each node before the ranks start."""
     preflight_answer_s: float = 60
-    """How long a node may take for its report: torch's import and the devices' first use."""
+    """Time limit for a node's report, which includes importing torch and first using the devices."""
     max_bad_nodes: int = 2
-    """How many nodes the job may leave out, over all its attempts, because that step found them bad."""
+    """How many nodes the job may exclude, over all its attempts, because that step found them bad."""
     time: str | None = None
     """Time limit in Slurm's spelling (`12:00:00`, `2-00:00:00`, minutes); None is the partition's."""
     signal_delay_s: int = 90
-    """Seconds before the time limit at which the ranks are asked to save and stop."""
+    """How many seconds before the time limit the ranks are asked to save and stop."""
     requeue: bool = True
-    """Back into the queue after saving on that request, when Slurm takes the nodes away, and after what may pass."""
+    """Requeue after saving on that request, when Slurm takes the nodes away, and after failures that may pass."""
     max_requeues_without_progress: int = 2
     """How often in a row the job requeues itself without a newer checkpoint."""
     hang_timeout_s: float = 1800
-    """Seconds without a new heartbeat after which the run counts as hung; 0 waits for ever."""
+    """Seconds without a new heartbeat after which the run counts as hung; 0 waits forever."""
     python: str = "python3"
     """Interpreter of the ranks."""
     snapshot: Path | None = None
-    """The code as it was at submission: `<SHA-256>.tar`, which each node checks and puts on PYTHONPATH."""
+    """The code at submission: `<SHA-256>.tar`, which each node checks and puts on PYTHONPATH."""
     working_directory: Path | None = None
-    """Folder that relative paths of the recipe are relative to; None is where sbatch is called."""
+    """Base folder of the recipe's relative paths; None is the folder where sbatch is called."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of this run; they win over the profile's and the presets."""
     inherit: tuple[str, ...] = ()
-    """Names of variables (secrets) that come from the submitting shell; their values are never written anywhere."""
+    """Names of variables (secrets) to take from the submitting shell; we never write their values anywhere."""
     arguments: tuple[str, ...] | None = None
-    """What each rank runs after `python`; None is the trainer on this run directory."""
+    """Arguments of each rank's `python`; None runs the trainer on this run directory."""
     program: tuple[str, ...] | None = None
-    """What each rank runs in place of python and its arguments."""
+    """Command of each rank instead of python and its arguments."""
     links: int = 1
-    """Jobs that share the run, each after the one before; such jobs do not requeue."""
+    """Number of jobs that share the run, one after another; such jobs do not requeue."""
     inputs: tuple[Input, ...] = ()
-    """What it reads of earlier jobs."""
+    """Outputs of earlier jobs that it reads."""
     roles: tuple[Role, ...] = ()
-    """Servers that run beside the ranks, on further nodes."""
+    """Servers that run next to the ranks, on further nodes."""
 
     @property
     def files(self) -> RunDirectory:

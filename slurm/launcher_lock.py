@@ -12,19 +12,19 @@ from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 
 _BUSY = (BlockingIOError, PermissionError)
-"""What flock and lockf raise for a lock that somebody else holds."""
+"""What flock and lockf raise for a lock that another process holds."""
 
 
 class LockedError(LaunchError):
-    """Another launcher is at work in the run directory."""
+    """Another launcher is working in the run directory."""
 
 
 @contextmanager
 def launcher_lock(run: RunDirectory) -> Iterator[None]:
-    """Holds the run directory, which exists, for this process; the system lets go of it when the process ends.
+    """Locks an existing run directory for this process; the system releases the lock when the process ends.
 
-    A file system without locks is taken at its word: nothing is held there.
-    Raises: LockedError, at once, when another launcher holds it or has just taken it away; OSError when nothing can be
+    On a file system without locks, nothing is locked.
+    Raises: LockedError, at once, when another launcher holds it or has just removed it; OSError when nothing can be
     written there.
     """
     with open(run.launcher_lock, "a") as file:
@@ -44,7 +44,7 @@ def launcher_lock(run: RunDirectory) -> Iterator[None]:
 
 
 def _is_there(path: Path, descriptor: int) -> bool:
-    """Whether the name still means the open file: who held it before may have removed it."""
+    """Whether the path still names the open file: the previous holder may have removed it."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except OSError:
@@ -52,5 +52,5 @@ def _is_there(path: Path, descriptor: int) -> bool:
 
 
 def already_locked(run: RunDirectory) -> LockedError:
-    """What to raise where another launcher was quicker."""
+    """The error for a launcher that came second."""
     return LockedError(f"{run.path}: another launcher is using it; see megabatch status, or use --run_dir")

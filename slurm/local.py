@@ -33,7 +33,7 @@ from megabatch.slurm.script.variables import check_names
 _ENDED_WELL = (ExitCode.DONE, ExitCode.REQUEUE)
 _POLL_S = 0.05
 _LAST_WORDS_S = 1.0
-"""After one rank died, the others may still write why before they are killed."""
+"""After one rank dies, the others get this time to log why before they are killed."""
 
 
 def run_local(
@@ -47,9 +47,9 @@ def run_local(
     """Runs all `nodes * tasks_per_node` ranks here and returns the worst rank's exit code.
 
     Rank 0's log is shown on `terminal` (standard output unless given) as it grows. SIGINT and SIGTERM ask the ranks to
-    save and stop, the second one kills them. One dead rank ends the others. No process is left behind, also when this
-    one is killed.
-    Args: `requests` are those of a caller that runs several jobs, each in a thread; `variables` win over all others.
+    save and stop; a second signal kills them. One dead rank ends the others. No process is left behind, even when
+    this one is killed.
+    Args: `requests`: stop requests of a caller that runs several jobs in threads; `variables` win over all others.
     Raises: LaunchError when the run directory cannot be written or the command cannot be started.
     """
     tag = f"MEGABATCH_LOCAL_RUN={secrets.token_hex(8)}"
@@ -79,10 +79,10 @@ def run_local(
 
 
 def local_environment(job: JobSpec, profile: ClusterProfile) -> dict[str, str]:
-    """What all ranks share, besides this process's own environment. Raises: LaunchError as `render` does."""
+    """Variables that all ranks share, besides this process's own environment. Raises: LaunchError as `render` does."""
     world, variables = str(job.world_size), job_variables(job, profile)
     check_names(variables, (*profile.inherit, *job.inherit))
-    # an uninstalled checkout must be found by the ranks as it was by us
+    # the ranks must find an uninstalled checkout as we did
     code = str(PACKAGE.parent)
     inherited = os.environ.get("PYTHONPATH")
     return {
@@ -109,15 +109,15 @@ class _Rank:
         return 128 - code if code is not None and code < 0 else code
 
     def ask_to_stop(self) -> None:
-        """Reaches the rank alone: its data workers have nothing to save."""
+        """Signals only the rank: its data workers have nothing to save."""
         self.process.send_signal(signal.SIGUSR2)
 
     def ask_where(self) -> None:
-        """Has it write its stacks to its log."""
+        """Makes it write its stacks to its log."""
         self.process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
-        """Reaches the rank's whole process group."""
+        """Kills the rank's whole process group."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -125,7 +125,7 @@ class _Rank:
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """Rank 0's log on the terminal, as it grows, and what the launcher says, in its own log too."""
+    """Shows rank 0's log on the terminal as it grows, and the launcher's messages, which also go to its own log."""
 
     log: BinaryIO
     terminal: BinaryIO
@@ -142,13 +142,13 @@ class _Output:
         self.terminal.flush()
 
     def note(self, text: str) -> None:
-        """What a batch script's log holds, for those who ask later."""
+        """Logs a message that a batch script would log, for later reading."""
         with open(self.own, "a", encoding="utf-8") as file:
             file.write(f"megabatch: {text}\n")
 
 
 class StopRequests:
-    """Counts requests to stop while it is entered: SIGINT, SIGTERM and SIGUSR2."""
+    """Counts stop requests (SIGINT, SIGTERM and SIGUSR2) inside its `with` block."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -177,7 +177,7 @@ def _removed_at_end(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kill_at_end(tag: str) -> Iterator[None]:
-    """Ends every process of the run, whatever session it moved to."""
+    """Ends every process of the run, even in another session."""
     try:
         yield
     finally:
@@ -187,12 +187,12 @@ def _kill_at_end(tag: str) -> Iterator[None]:
 def _start(job: JobSpec, shared: Mapping[str, str], *, attempt: int, request: Path, tag: str) -> list[_Rank]:
     shared = os.environ | dict(shared) | dict([tag.split("=", 1)])
     shared |= {"MEGABATCH_ATTEMPT": str(attempt), "MEGABATCH_STOP_REQUEST": str(request)}
-    shared.pop("MEGABATCH_JOB_ID", None)  # of a job that we may be running in
+    shared.pop("MEGABATCH_JOB_ID", None)  # variables of a job that we may be running in
     parent = os.getpid()
 
     def before_exec() -> None:
         die_with_parent(parent)
-        # signals that come before the rank listens must not end it: a request to stop is found as a file then
+        # signals before the rank installs its handlers must not end it: it then finds the stop request as a file
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
 
@@ -217,9 +217,9 @@ def _start(job: JobSpec, shared: Mapping[str, str], *, attempt: int, request: Pa
 def _watch(
     ranks: list[_Rank], requests: Requests, output: _Output, beat: hang.Watch, *, request: Path, failed: Path
 ) -> int:
-    """Waits for all ranks, showing rank 0's log and passing a request on: as a file first, then as a signal.
+    """Waits for all ranks, shows rank 0's log and passes a stop request on: first as a file, then as a signal.
 
-    Whoever fails first is written to `failed` as the batch script does it: rank, exit code, node.
+    Writes the first rank that fails to `failed`, like the batch script: rank, exit code, node.
     """
     died_at, looked_at = None, time.monotonic()
     first: _Failure | None = None
@@ -232,7 +232,7 @@ def _watch(
             for rank in ranks:
                 rank.ask_to_stop()
         first = first or _first_failure(ranks)
-        if first is None and beat.hangs(min(passed, 1.0)):  # a machine that slept has not hung
+        if first is None and beat.hangs(min(passed, 1.0)):  # a machine that slept did not hang
             first = _Failure(_name_hung(ranks, output), ExitCode.HUNG)
         if first is not None and died_at is None:
             died_at = looked_at
@@ -257,13 +257,13 @@ class _Failure:
 
 
 def _first_failure(ranks: list[_Rank]) -> _Failure | None:
-    """The rank that failed; of several that ended since the last look not one that may only have lost the others."""
+    """The rank that failed; if several ended since the last poll, one that did not merely lose its peers."""
     failed = [_Failure(rank.number, rank.code) for rank in ranks if rank.code not in (None, *_ENDED_WELL)]
     return min(failed, key=lambda one: one.code == ExitCode.CRASHED, default=None)
 
 
 def _name_hung(ranks: list[_Rank], output: _Output) -> int:
-    """Has all ranks write their stacks, and says which one to look at first."""
+    """Makes all ranks write their stacks, and reports which one to look at first."""
     output.say("no heartbeat; every rank writes its stacks to its log")
     for rank in ranks:
         rank.ask_where()
@@ -274,7 +274,7 @@ def _name_hung(ranks: list[_Rank], output: _Output) -> int:
 
 
 def _wait_for_an_end(ranks: list[_Rank]) -> None:
-    """Until a rank ends, at most for a while: the peers of a dead rank follow within milliseconds."""
+    """Waits until a rank ends, with a time limit: the peers of a dead rank follow within milliseconds."""
     poll, descriptors = select.poll(), []
     for rank in ranks:
         if rank.code is None:

@@ -25,10 +25,10 @@ def run_local_array(
 ) -> list[int]:
     """Runs each job as `run_local` does, at most `max_parallel` at a time, and returns their exit codes in order.
 
-    A request to stop (SIGINT, SIGTERM) has all that run save and stop, and starts no more of them: these give
-    `ExitCode.REQUEUE` too. A second one kills. GPUs are dealt out: as many jobs run as have GPUs of their own.
+    On a stop request (SIGINT, SIGTERM) running jobs save and stop, and no more start: jobs not started also return
+    `ExitCode.REQUEUE`. A second request kills. Each running job has its own GPUs, which limits how many run at once.
 
-    Args: `report` is called with how each job starts and ends, from several threads, one at a time.
+    Args: `report` is called when each job starts and ends, from several threads, one at a time.
     """
     places = _Places(jobs, max_parallel)
     lock = threading.Lock()
@@ -61,7 +61,7 @@ def _ended(code: int) -> str:
 
 
 class _Places:
-    """Room for jobs that run at the same time: a port each, and GPUs of their own."""
+    """Slots for jobs that run at the same time, each with a port and GPUs of its own."""
 
     def __init__(self, jobs: Sequence[JobSpec], max_parallel: int) -> None:
         ranks = max((job.world_size for job in jobs), default=1)
@@ -75,7 +75,7 @@ class _Places:
 
     @contextmanager
     def taken(self) -> Iterator[dict[str, str]]:
-        """The variables by which a job's ranks know their place."""
+        """The variables that tell a job's ranks their slot."""
         place, port = self._free.get(), self._new_port()
         try:
             devices = {"CUDA_VISIBLE_DEVICES": self._devices[place]} if self._devices else {}
@@ -85,7 +85,7 @@ class _Places:
             self._free.put(place)
 
     def _new_port(self) -> int:
-        """One that no job of ours is about to listen on."""
+        """A port that no other job of ours is about to use."""
         with self._lock:
             port = next(port for port in iter(free_port_block, None) if port not in self._ports)
             self._ports.add(port)
@@ -93,7 +93,7 @@ class _Places:
 
 
 def device_shares(ranks: int, *, visible: Sequence[str] | None = None) -> list[str]:
-    """Lists of `ranks` GPUs each, as CUDA_VISIBLE_DEVICES has them, of those that this process sees."""
+    """The GPUs that this process sees, in lists of `ranks` each, in the form of CUDA_VISIBLE_DEVICES."""
     if visible is None:
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         found = sorted(int(path.name[6:]) for path in Path("/dev").glob("nvidia[0-9]*"))

@@ -29,7 +29,7 @@ _POLL_S = 0.1
 
 
 class Requests(Protocol):
-    """How often a run was asked to stop: the first time it saves, the second time it is killed."""
+    """How often a run was asked to stop: the first request makes it save, the second kills it."""
 
     @property
     def count(self) -> int: ...
@@ -53,7 +53,7 @@ class _Server:
 
 
 class Servers:
-    """All servers of a job. While it is watched by the ranks' loop, a server that ends asks the ranks to save."""
+    """All servers of a job. While the ranks' loop watches them, a server that ends makes the ranks save and stop."""
 
     def __init__(self, job: JobSpec, requests: Requests, say: Callable[[str], None]) -> None:
         self._job, self._requests, self._say = job, requests, say
@@ -61,17 +61,17 @@ class Servers:
         self._own_requests = 0
         self._ranks_ended = threading.Event()
         self.failed: int | None = None
-        """Exit code of the server that ended although nobody asked, or did not get ready."""
+        """Exit code of a server that ended without being asked, or never became ready."""
 
     @property
     def count(self) -> int:
-        """Requests to stop: the user's, and those of servers that ended."""
+        """Stop requests: the user's, and one for servers that ended."""
         return self._requests.count + self._own_requests
 
     def start(self, environment: Mapping[str, str], *, attempt: int) -> dict[str, str]:
-        """Starts the servers and returns the variables that tell the ranks of them, once all answer.
+        """Starts the servers, waits until all answer, and returns the variables that tell the ranks about them.
 
-        When one does not, `failed` says so and no rank may start. Raises: LaunchError for a faulty role.
+        If one does not answer, `failed` records it and no rank may start. Raises: LaunchError for a faulty role.
         """
         check_roles(self._job.roles)
         if not self._job.roles:
@@ -95,7 +95,7 @@ class Servers:
     def stop(self, code: int) -> int:
         """Stops the servers after the ranks ended with `code`; returns the job's exit code."""
         if code not in (ExitCode.DONE, ExitCode.REQUEUE) and self.failed is None:
-            self._look()  # ranks that fail because their server did may end before it is noticed
+            self._look()  # ranks that fail because of their server may end before we notice the server's end
         self._ranks_ended.set()
         for server in self._servers:
             server.process.terminate()
@@ -132,7 +132,7 @@ class Servers:
     def _wait_for(self, server: _Server, token: str) -> None:
         end = time.monotonic() + server.role.ready_s
         request = urllib.request.Request(server.url + server.role.health, headers={"Authorization": f"Bearer {token}"})
-        # a proxy of the environment is not asked for servers of this machine
+        # bypass a proxy from the environment: the servers are on this machine
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while self._requests.count == 0:
             with contextlib.suppress(OSError, urllib.error.URLError), opener.open(request, timeout=5) as answer:
@@ -150,11 +150,11 @@ class Servers:
             if self._look():
                 self._own_requests = 1
                 if not self._ranks_ended.wait(self._job.signal_delay_s):
-                    self._own_requests = 2  # they had the time to save that a limit would have given them
+                    self._own_requests = 2  # the ranks had as much time to save as before a time limit
                 return
 
     def _look(self) -> bool:
-        """Whether a server has ended."""
+        """Checks whether a server has ended."""
         for server in self._servers:
             if server.process.poll() is not None and not self._ranks_ended.is_set():
                 if self.failed is None and self._requests.count == 0:

@@ -19,7 +19,7 @@ _STATE_EVERY_S = 3.0
 
 @dataclass(frozen=True, slots=True, order=True)
 class RankLog:
-    """One rank's log of one attempt; they sort by attempt, then rank."""
+    """One rank's log of one attempt; logs sort by attempt, then rank."""
 
     attempt: int
     rank: int
@@ -27,7 +27,7 @@ class RankLog:
 
 
 def rank_logs(run: Path) -> list[RankLog]:
-    """Every rank log there is, oldest attempt first."""
+    """Every rank log, oldest attempt first."""
     found = []
     for path in RunDirectory(run).logs.glob("rank_*.log"):
         match = _NAME.fullmatch(path.name)
@@ -44,9 +44,9 @@ def batch_logs(run: Path) -> list[Path]:
 def logs(run: Path, *, rank: int | None = 0, attempt: int | None = None, follow: bool = False) -> Iterator[str]:
     """Lines of a log, without their newlines.
 
-    Args: `rank` None is the batch script; `attempt` None is the newest; `follow` waits for more, goes on to the next
-    attempt, and ends with the run.
-    Raises: LaunchError when there is no such log (naming those there are), at the first line.
+    Args: `rank` None is the batch script; `attempt` None is the newest; `follow` waits for more lines, continues with
+    the next attempt, and ends with the run.
+    Raises: LaunchError at the first line when there is no such log; it lists the existing logs.
     """
     path = _find(run, rank=rank, attempt=attempt)
     if path is None and not follow:

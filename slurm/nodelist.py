@@ -8,7 +8,7 @@ _PART = re.compile(r"([^,\[]+)(?:\[([^\]]*)\]([^,\[]*))?")
 
 
 def node_names(nodes: str) -> list[str]:
-    """`n[1-2,08-10],login` as names, in order: n1, n2, n08, n09, n10, login."""
+    """Expands `n[1-2,08-10],login` to names, in order: n1, n2, n08, n09, n10, login."""
     found: list[str] = []
     for match in _PART.finditer(nodes):
         front, ranges, back = match[1], match[2], match[3] or ""

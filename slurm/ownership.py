@@ -11,9 +11,9 @@ from megabatch.errors import LaunchError
 
 
 def read_own(path: Path) -> bytes:
-    """The content of a plain file of this user that nobody else can write; checked on the very file that is read.
+    """The content of a plain file that this user owns and nobody else can write; we check the open file that we read.
 
-    Raises: LaunchError for any other, by name; FileNotFoundError and other OSError where there is none to read.
+    Raises: LaunchError, naming the file, for any other; FileNotFoundError or another OSError if it cannot be read.
     """
     if path.is_symlink():
         raise LaunchError(f"{path} is a link; what a job runs must be a regular file: {_FIX}")
@@ -29,7 +29,7 @@ def read_own(path: Path) -> bytes:
 
 
 def require_own(*paths: Path) -> None:
-    """Raises: LaunchError for what is there and belongs to somebody else, itself or what it is a link to."""
+    """Raises: LaunchError for an existing path if it, or its link's target, belongs to another user."""
     for path in paths:
         for look in (os.lstat, os.stat):
             try:
@@ -43,7 +43,7 @@ def require_own(*paths: Path) -> None:
 
 
 def is_others_to_write(found: os.stat_result) -> bool:
-    """Whether anyone but the owner can write it; a group that is the owner's alone, as on many systems, is nobody."""
+    """Whether anyone but the owner can write it; the owner's private group, as on many systems, does not count."""
     if found.st_mode & stat.S_IWOTH:
         return True
     return bool(found.st_mode & stat.S_IWGRP) and not _is_private(found.st_gid, found.st_uid)

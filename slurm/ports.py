@@ -11,7 +11,7 @@ _PORTS = range(16000, 32000)
 
 
 def free_port_block(count: int = 1) -> int:
-    """First of `count` consecutive ports that nobody listens on. Raises: LaunchError when none is found."""
+    """The first of `count` consecutive free ports. Raises: LaunchError when there is no such block."""
     for start in random.sample(range(_PORTS.start, _PORTS.stop - count), k=200):
         if all(_is_free(start + offset) for offset in range(count)):
             return start

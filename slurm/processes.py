@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(parent: int) -> None:
     """Asks the kernel to kill this process when its parent ends; for `preexec_fn`.
 
-    The parent may have ended between fork and this call: then this process ends at once.
+    If the parent ended between fork and this call, this process ends at once.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -32,7 +32,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def program_path(name: str) -> str | None:
-    """Where a program is; Debian keeps daemons in /usr/sbin."""
+    """Path of a program; Debian keeps daemons in /usr/sbin."""
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
@@ -69,7 +69,7 @@ def descendants(pids: set[int]) -> set[int]:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                # the command's name may hold spaces and parentheses: fields count from the last one
+                # the command's name may contain spaces and parentheses: count fields from the last parenthesis
                 parent = int(Path(entry.path, "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
                 children.setdefault(parent, set()).add(int(entry.name))
     found, todo = set(pids), list(pids)
@@ -81,7 +81,7 @@ def descendants(pids: set[int]) -> set[int]:
 
 
 def identity(pid: int) -> str:
-    """Place, number and start of a process: numbers are used again. Empty when there is none here."""
+    """Host, number and start time of a process, since numbers are reused. Empty when there is no such process here."""
     with contextlib.suppress(OSError, IndexError):
         words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return "" if words[0] in "ZX" else f"{_place()}:{pid}:{words[19]}"
@@ -89,14 +89,14 @@ def identity(pid: int) -> str:
 
 
 def has_ended(process: str) -> bool:
-    """Whether a process, by its `identity`, is known to have ended: of another place nothing is known."""
+    """Whether we know that a process, given its `identity`, has ended: we know nothing of processes elsewhere."""
     place, number, _ = process.rsplit(":", 2) if process.count(":") == 2 else ("", "", "")
     return number.isdigit() and place == _place() and identity(int(number)) != process
 
 
 @functools.cache
 def _place() -> str:
-    """Where process numbers mean what they mean here: this host since it started, and this container of it."""
+    """Scope of process numbers: this host since its boot, and this container on it."""
     boot = namespace = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -105,7 +105,7 @@ def _place() -> str:
 
 
 def end_processes(find: Callable[[], set[int]], *, timeout_s: float = 10) -> None:
-    """Kills what `find` returns and all that descends from it, until `find` returns nothing."""
+    """Kills the processes that `find` returns and all their descendants, until `find` returns nothing."""
     deadline = time.monotonic() + timeout_s
     while (pids := _alive(find())) and time.monotonic() < deadline:
         for pid in descendants(pids) - {os.getpid()}:
@@ -125,7 +125,7 @@ def _state(pid: int) -> str:
 
 
 def wait_for(condition: Callable[[], bool], *, what: str, log: Path, timeout_s: float = 10) -> None:
-    """Returns once the condition holds. Raises: LaunchError with the end of `log` when it does not in time."""
+    """Waits until the condition holds. Raises: LaunchError with the end of `log` on a timeout."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -134,7 +134,7 @@ def wait_for(condition: Callable[[], bool], *, what: str, log: Path, timeout_s: 
 
 
 def last_lines(path: Path, lines: int = 8) -> str:
-    """The end of a log under its name, for an error."""
+    """The log's name and its last lines, for an error message."""
     with contextlib.suppress(OSError):
         text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
         return "\n".join([f"{path}:", *(f"  {line}" for line in text)])

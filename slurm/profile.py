@@ -45,16 +45,16 @@ class PreparePartition:
     account: str | None = None
     """`--account`; None is the profile's."""
     qos: str | None = None
-    """`--qos`; like all below, the profile's own one belongs to its other partition and does not count."""
+    """`--qos`; here and below, the profile's own value is not used, since it belongs to its other partition."""
     constraint: str | None = None
     """`--constraint`."""
     time: str | None = None
-    """The longest limit that this partition gives."""
+    """The longest time limit of this partition."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterProfile:
-    """A cluster as this user sees it; every field may be left out."""
+    """A cluster as this user sees it; every field is optional."""
 
     partition: str | None = None
     """`--partition`; several, comma-separated, let Slurm take the first that is free."""
@@ -69,27 +69,27 @@ class ClusterProfile:
     exclude: str | None = None
     """`--exclude`: nodes never to use."""
     time: str | None = None
-    """The longest limit that this partition gives: a run that asks for more gets this, saves, requeues and goes on."""
+    """The longest time limit of this partition: a run that asks for more gets this, saves, requeues and continues."""
     modules: tuple[str, ...] = ()
     """Loaded by `module load` in the batch script, in this order."""
     setup: tuple[str, ...] = ()
-    """Bash lines run as they are before the ranks start, for what modules cannot do; whole commands, which may take
-    several of them."""
+    """Bash lines to run before the ranks start, for what modules cannot do; complete commands, which may span
+    several lines."""
     gpu: str | None = None
-    """GPU of its nodes (`H100`), for estimates of memory and time; it asks Slurm for nothing."""
+    """GPU of its nodes (`H100`), for estimates of memory and time; it does not change the Slurm request."""
     gpu_request: GpuRequest = "gpus-per-node"
-    """The form in which this site wants to be asked for GPUs: `--gpus-per-node=8`, `--gres=gpu:8`,
+    """The option by which this site expects requests for GPUs: `--gpus-per-node=8`, `--gres=gpu:8`,
     `--gpus-per-task=1`."""
     gpu_type: str | None = None
-    """Their type as Slurm knows it (`a100` of `gpu:a100:8` in `sinfo -o %G`); None takes any."""
+    """The GPUs' type in Slurm (`a100` of `gpu:a100:8` in `sinfo -o %G`); None takes any."""
     network: Network = "ethernet"
-    """How nodes reach each other; picks the NCCL preset of multi-node GPU jobs."""
+    """The network between nodes; selects the NCCL preset of multi-node GPU jobs."""
     shared_cache: str | None = None
-    """Folder on shared storage for downloaded models and datasets (HF_HOME and others); None leaves them alone."""
+    """Folder on shared storage for downloaded models and datasets (HF_HOME and others); None leaves these unset."""
     local_cache: str = "/tmp"
     """Folder on each node's own disk for compiled kernels; a private folder is made inside."""
     python: str | None = None
-    """Interpreter of the ranks outside a container; None is the one that submits."""
+    """Interpreter of the ranks outside a container; None is the submitting one."""
     container: Container | None = None
     """None runs on the host."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -97,15 +97,15 @@ class ClusterProfile:
     inherit: tuple[str, ...] = ()
     """Names of variables (secrets) that jobs take from the submitting shell."""
     sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
-    """Further sbatch options by name, for example `{mail-type = "END", exclusive = true}`; none that the job script
-    depends on."""
+    """Further sbatch options by name, for example `{mail-type = "END", exclusive = true}`; options that the job
+    script sets itself are refused."""
     srun: tuple[str, ...] = ()
     """Further arguments of srun."""
     prepare: PreparePartition | None = None
     """Where `megabatch prepare --submit` tokenises; None is this partition, without GPUs."""
 
     def of_preparation(self) -> ClusterProfile:
-        """The profile of a job that tokenises, with what belongs to the partition of the GPUs left out."""
+        """The profile for a job that tokenises, without the settings of the GPU partition."""
         other = self.prepare
         if other is None:
             options = {name: value for name, value in self.sbatch.items() if "gpu" not in name}
@@ -117,7 +117,7 @@ class ClusterProfile:
 
 
 def profile_path(cluster: str) -> Path:
-    """Where `--cluster NAME` is read from: a path when it looks like one, else the user's folder of clusters."""
+    """File of `--cluster NAME`: NAME itself if it looks like a path, else in the user's folder of clusters."""
     if cluster.endswith(".toml") or os.sep in cluster:
         return Path(cluster).expanduser()
     base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
@@ -125,13 +125,13 @@ def profile_path(cluster: str) -> Path:
 
 
 def load_profile(cluster: str) -> ClusterProfile:
-    """Reads the profile that `--cluster` names.
+    """Reads the profile given by `--cluster`.
 
     Raises: ConfigError for a missing file, one that others can write, bad TOML, unknown keys (all of them, each with
     the nearest name), wrong types, secrets, options of sbatch that are not a profile's to set, and `setup` that is not
     bash.
     """
-    import tomllib  # these imports take as long as the profile's reading, and most dry runs name none
+    import tomllib  # these imports take as long as reading the profile, and most dry runs have no profile
 
     from megabatch.slurm.bash_syntax import setup_faults
 
@@ -155,7 +155,7 @@ def load_profile(cluster: str) -> ClusterProfile:
 
 
 def _text(path: Path) -> str:
-    """Raises: ConfigError for a file that others can write, since its `setup` runs as it is; OSError."""
+    """Raises: ConfigError for a file that others can write, since we run its `setup` unchanged; OSError."""
     with open(path, encoding="utf-8") as file:
         if is_others_to_write(os.fstat(file.fileno())):
             raise ConfigError(
@@ -165,7 +165,7 @@ def _text(path: Path) -> str:
 
 
 def _build(cls: Any, table: Mapping[str, Any], *, place: str, faults: list[Fault]) -> Any:
-    """An instance of the dataclass `cls` from a TOML table; every fault is collected, and then the result is None."""
+    """An instance of the dataclass `cls` from a TOML table; collects every fault, and returns None if there is one."""
     hints = get_type_hints(cls)
     before = len(faults)
     values: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def _build(cls: Any, table: Mapping[str, Any], *, place: str, faults: list[Fault
 
 
 def _convert(hint: Any, value: Any, *, place: str, faults: list[Fault]) -> Any:
-    """`value` as the annotation `hint` wants it: lists become tuples, tables become dataclasses."""
+    """Converts `value` to the annotation `hint`: lists become tuples, tables become dataclasses."""
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(option for option in options if option is not type(None))
     origin = get_origin(kind)
@@ -217,7 +217,7 @@ def _expect(ok: bool, value: Any, place: str, rule: str, faults: list[Fault], *,
 
 
 def _secrets(value: Any, place: str) -> Iterator[Fault]:
-    """Texts of a profile that hold a secret; all of them end in scripts that others may read."""
+    """Texts of a profile that hold a secret; all of them end up in scripts that others can read."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _secrets(item, f"{place}.{key}")

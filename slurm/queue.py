@@ -1,7 +1,7 @@
 """Asking Slurm about jobs: squeue, then sacct, then scontrol, each once for all jobs that are still unknown.
 
-squeue says why a job waits and how often it was requeued, and is never late; accounting may be missing, but remembers
-what the controller has forgotten. `--json` is never used: its form changes with Slurm's version.
+squeue reports why a job waits and how often it was requeued, and is always current; accounting may be missing, but
+remembers jobs that the controller has forgotten. We never use `--json`: its schema changes between Slurm versions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PATIENCE_S = 20
 
 
 class State(enum.StrEnum):
-    """Slurm's words where it has one, and ours."""
+    """Slurm's state names where it has one, and ours."""
 
     NOT_SUBMITTED = enum.auto()
     PENDING = enum.auto()
@@ -35,11 +35,11 @@ class State(enum.StrEnum):
     NODE_FAIL = enum.auto()
     OUT_OF_MEMORY = enum.auto()
     LOST = enum.auto()
-    """Slurm does not know the job any more, and it left no word."""
+    """Slurm no longer knows the job, and the job left no record of its end."""
 
     @property
     def active(self) -> bool:
-        """Whether Slurm will still run it without anyone's help."""
+        """Whether Slurm runs it, or will run it without anyone's help."""
         return self in (State.PENDING, State.RUNNING)
 
 
@@ -63,12 +63,12 @@ _SPELLINGS = {
 
 
 ENDING = "ending"
-"""The reason given of a job that Slurm counts as over, but that has processes left."""
+"""Our reason for a job that is over for Slurm but still has processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """What one of Slurm's commands says of a job."""
+    """What one of Slurm's commands reports about a job."""
 
     state: State
     reason: str = ""
@@ -78,17 +78,17 @@ class JobState:
 
 
 class Daemon:
-    """The controller or the accounting: how long it is waited for, over all questions to it."""
+    """The controller or the accounting, with a limit on the total time that we wait for it."""
 
     def __init__(self) -> None:
         self._left_s: float = _PATIENCE_S
 
     def answer(self, *command: str) -> str:
-        """Standard output; empty when the command is missing, fails or hangs: the next source is asked then."""
+        """Standard output; empty when the command is missing, fails or hangs: we then ask the next source."""
         configuration = os.environ.get("SLURM_CONF")
         if self._left_s <= 0 or (
             configuration and not os.path.exists(configuration)
-        ):  # Slurm looks for it for a minute
+        ):  # Slurm looks for a missing file for a minute
             return ""
         begin = time.monotonic()
         try:
@@ -109,7 +109,7 @@ class Daemon:
 
 
 def ask_slurm(job_ids: Iterable[str]) -> dict[str, tuple[str, JobState]]:
-    """Who answered, and what, for each job that Slurm still knows; a daemon that hangs is waited for once."""
+    """Source and state of each job that Slurm still knows; we wait only once for a daemon that hangs."""
     missing = set(job_ids)
     answers: dict[str, tuple[str, JobState]] = {}
     controller, accounting = Daemon(), Daemon()
@@ -124,11 +124,11 @@ def ask_slurm(job_ids: Iterable[str]) -> dict[str, tuple[str, JobState]]:
 
 
 def _sacct(job_ids: set[str], accounting: Daemon) -> dict[str, JobState]:
-    # asked by its own name, an element that waits is not found among the others of its array
+    # Slurm does not find a waiting array element by its own id
     jobs = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
     command = ("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={jobs}")
     columns = "JobID,State,ExitCode"
-    # older versions have no column of restarts
+    # older versions have no column for restarts
     text = accounting.answer(*command, f"--format={columns},Restarts") or accounting.answer(
         *command, f"--format={columns}"
     )
@@ -183,7 +183,7 @@ def _scontrol(job_ids: set[str], controller: Daemon) -> dict[str, JobState]:
 
 
 def elements(job_id: str) -> list[str]:
-    """The jobs that a name stands for: elements of an array that wait are one line, `123_[0,4-8:2%3]`."""
+    """The jobs behind an id: waiting elements of an array share one line, `123_[0,4-8:2%3]`."""
     array, bracket, tasks = job_id.partition("_[")
     if not bracket:
         return [job_id]
@@ -201,7 +201,7 @@ def _known(found: dict[str, JobState | None]) -> dict[str, JobState]:
 
 
 def _parse(state: str, *, reason: str = "", exit_code: str = "", restarts: str = "") -> JobState | None:
-    """One answer; None when its state is not one of Slurm's (`CANCELLED by 1000` and `CANCELLED+` are cancelled)."""
+    """Parses one answer; None for an unknown state (`CANCELLED by 1000` and `CANCELLED+` count as cancelled)."""
     word = re.split(r"[ +]", state.strip(), maxsplit=1)[0].upper()
     known = _SPELLINGS.get(word)
     if known is None:

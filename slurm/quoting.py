@@ -14,7 +14,7 @@ _OPTION = re.compile(r"[a-z][a-z-]*")
 def shell(text: str) -> str:
     """One bash word that expands to exactly `text`, always on one line.
 
-    Raises: LaunchError for a NUL, which no argument and no variable can hold.
+    Raises: LaunchError for a NUL, which neither an argument nor a variable can hold.
     """
     if "\0" in text:
         raise LaunchError(f"{text!r} contains a NUL character, which a process argument cannot hold; remove it")
@@ -27,7 +27,7 @@ def shell(text: str) -> str:
 def directive(option: str, value: str | int | bool) -> str:
     """A `#SBATCH --option=value` line; sbatch's own parser knows quotes and backslashes, and no escape for a newline.
 
-    Raises: LaunchError for a control character in `value`, and for an option that is not a name of one.
+    Raises: LaunchError for a control character in `value`, and for an invalid option name.
     """
     if not _OPTION.fullmatch(option):
         raise LaunchError(f"{option!r} is not the name of an sbatch option; use lower-case letters and dashes")

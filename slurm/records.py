@@ -16,49 +16,49 @@ LOCAL = "local"
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How an attempt started: the first thing that its batch script, or the local launcher, did."""
+    """An attempt's start, the first thing that its batch script, or the local launcher, records."""
 
     attempt: int
-    """Its number among the run's attempts, 0 first; log names carry it."""
+    """Its number among the run's attempts, from 0; log names contain it."""
     time: float
     """Seconds since the epoch."""
     nodes: str = ""
-    """As Slurm writes lists of nodes (`n[1-2]`), or this machine's name."""
+    """Slurm's node list (`n[1-2]`), or this machine's name."""
     process: str = ""
     """The local launcher's process, as `megabatch.slurm.processes.identity` gives it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an attempt ended: the last thing that its batch script did; missing when it was killed."""
+    """An attempt's end, the last thing that its batch script records; missing when it was killed."""
 
     attempt: int
     exit_code: int
     time: float
     """Seconds since the epoch."""
     cancelled: bool = False
-    """Whether someone cancelled the job; it may have saved all the same."""
+    """Whether someone cancelled the job; it may still have saved."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """One submission; all local attempts of a run together."""
+    """One submission; all local attempts of a run form one record."""
 
     job_id: str
-    """Slurm's (an element of an array is `123_4`), or `LOCAL`."""
+    """Slurm's id (`123_4` for an array element), or `LOCAL`."""
     time: float
-    """When it was submitted, in seconds since the epoch."""
+    """Time of submission, in seconds since the epoch."""
     cluster: str | None = None
     """Name of the cluster profile."""
     starts: tuple[Start, ...] = ()
     """Oldest first."""
     endings: tuple[Ending, ...] = ()
-    """One for each attempt that ended by itself, oldest first."""
+    """One per attempt that ended by itself, oldest first."""
     cancelled: float | None = None
-    """When `megabatch cancel` ended it: Slurm forgets at once an element of an array that never started."""
+    """When `megabatch cancel` ended it; needed because Slurm at once forgets an array element that never started."""
 
     def ending_of(self, start: Start) -> Ending | None:
-        """None while it runs, and when it was killed."""
+        """None while it runs, and if it was killed."""
         return next((ending for ending in self.endings if ending.attempt == start.attempt), None)
 
 
@@ -85,11 +85,11 @@ def record_ending(run: RunDirectory, ending: Ending) -> None:
 
 
 def read_records(run: RunDirectory) -> list[JobRecord]:
-    """The run's jobs, the one that began last at the end; a line that a full disk cut short is left out."""
+    """The run's jobs, the one that began last at the end; skips a line that a full disk cut short."""
     records: dict[str, JobRecord] = {}
     for line in _lines(run):
         job_id = str(line["job_id"])
-        # a job may start before its submission is written down
+        # a job may start before we record its submission
         old = records.get(job_id) or JobRecord(job_id, _number(line, "start", _number(line, "time")))
         if "exit_code" in line:
             ending = Ending(

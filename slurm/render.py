@@ -1,9 +1,9 @@
 """The sbatch script of a job: a pure function of what is asked for, the same on a laptop as on a cluster.
 
-How a run stops: Slurm sends USR2 to the batch shell before the time limit, which forwards it to every rank through
-srun. All ranks save after the same step and exit with `ExitCode.REQUEUE`; the shell then puts the job back into the
-queue. After TERM (scancel, preemption, an operator's requeue) the ranks save too, but whether the job comes back is
-Slurm's decision. Failures that may pass put it back too, as long as the attempts before them made progress.
+How a run stops: before the time limit Slurm sends USR2 to the batch shell, which forwards it to every rank through
+srun. All ranks save after the same step and exit with `ExitCode.REQUEUE`; the shell then requeues the job. After
+TERM (scancel, preemption, an operator's requeue) the ranks save too, but Slurm decides whether the job comes back.
+The shell also requeues after failures that may pass, as long as the attempts before them made progress.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megabatch.slurm.script.watchdog import watchdog
 def render(job: JobSpec, profile: ClusterProfile) -> str:
     """The exact text that sbatch gets.
 
-    Raises: LaunchError for a secret among variables and commands, for a variable that the script itself sets, and for
+    Raises: LaunchError for a secret in a variable or command, for a variable that the script itself sets, and for
     text that Slurm or bash cannot carry.
     """
     variables = job_variables(job, profile)

@@ -12,7 +12,7 @@ from megabatch.slurm.job import JobSpec
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """What is asked of Slurm for all roles together: it gives every node of a job the same."""
+    """The Slurm request for all roles together: every node of a job gets the same resources."""
 
     nodes: int
     tasks_per_node: int
@@ -41,7 +41,7 @@ def check_roles(roles: tuple[Role, ...]) -> None:
 
 
 def role_job(job: JobSpec, role: Role) -> JobSpec:
-    """The job as the tasks of a role see it: their command, their GPUs."""
+    """The job from the view of a role's tasks: their command, their GPUs."""
     words = tuple(map(str, role.command))
     own_python = words[0] == "python"
     return replace(

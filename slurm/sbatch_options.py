@@ -53,17 +53,17 @@ _INSTEAD = {
     "wait": _CALL,
     "wrap": "`setup` for lines of bash",
 }
-"""What the script depends on, each with what sets it."""
+"""Options that the script depends on, each with the setting that controls it."""
 _FIELDS = ("partition", "account", "qos", "constraint", "reservation", "exclude")
-"""Options that are fields of a profile, too."""
+"""Options that are also fields of a profile."""
 _NAME = re.compile(r"[a-z][a-z-]*")
 _DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)", re.MULTILINE)
 _SPELLED_OTHERWISE = {"timelimit": "time", "array-inx": "array", "mem-per-node": "mem"}
-"""Options that sbatch's variables call by another name."""
+"""Options whose SBATCH_ variable has another name."""
 
 
 def sbatch_faults(profile: Mapping[str, Any], *, file: object) -> Iterator[Fault]:
-    """Of the table `sbatch` of a profile as TOML gives it; `file` is named."""
+    """Faults of a profile's TOML table `sbatch`; they name `file`."""
     options = profile.get("sbatch")
     for name, value in options.items() if isinstance(options, dict) else ():
         place = f"cluster.sbatch.{name}"
@@ -78,7 +78,7 @@ def sbatch_faults(profile: Mapping[str, Any], *, file: object) -> Iterator[Fault
 
 
 def _set_by(name: str, value: object) -> str | None:
-    """What sets this option instead, for the script's own ones, which sbatch takes abbreviated as well."""
+    """For one of the script's own options, the setting that controls it; sbatch also accepts abbreviations."""
     parts = str(value).lower().split(",")
     if "gres".startswith(name) and any(re.match(r"(gres[:/])?gpu\b", part.strip()) for part in parts):
         return _GPUS
@@ -88,7 +88,7 @@ def _set_by(name: str, value: object) -> str | None:
 
 
 def overriding(names: Iterable[str], script: str) -> set[str]:
-    """Those of sbatch's own variables (`SBATCH_TIMELIMIT`) that would silently win over the script's directives."""
+    """The sbatch variables (`SBATCH_TIMELIMIT`) that would silently override the script's directives."""
     said = set(_DIRECTIVE.findall(script))
     return {name for name in names if name.startswith("SBATCH_") and _option(name) in said | _INSTEAD.keys()}
 

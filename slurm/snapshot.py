@@ -1,8 +1,8 @@
 """A copy of the code that a job runs, named by its content: editing files while a job waits changes nothing for it.
 
-It is one archive, `<SHA-256>.tar`, so that whoever is to run it can check all of it at once: each node unpacks it into
-a folder of this user alone (`megabatch.slurm.script.code`). It holds sources and nothing compiled: what Python
-compiles is not the same each time, and a dry run would have to make it to know the name.
+It is one archive, `<SHA-256>.tar`, so that a node can check all of it at once before running it: each node unpacks
+it into a folder that only this user can access (`megabatch.slurm.script.code`). It holds only sources: bytecode
+differs between compilations, and a dry run would have to compile to know the archive's name.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from megabatch.run_directory import write_bytes_atomic
 _LEFT_OUT = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 _BLOCK = 512
 _NAME_BYTES = 100
-"""What a header of the ustar format holds of a name."""
+"""Limit on names in a ustar header."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Code as it was when it was read."""
+    """The code at the time it was read."""
 
     path: Path
-    """Where it is stored: `<SHA-256 of its bytes>.tar`."""
+    """Path of the archive: `<SHA-256 of its bytes>.tar`."""
     content: bytes = field(repr=False)
-    """A tar archive of `megabatch/` and, with a recipe, `recipe/<its file>`; plain files alone."""
+    """A tar archive of `megabatch/` and, with a recipe, `recipe/<its file>`; only plain files."""
 
     def store(self) -> None:
-        """Writes the archive unless the very same, of this user, is there; anything else by its name is replaced.
+        """Writes the archive unless this user's identical one exists; replaces anything else of that name.
 
         Raises: LaunchError when it cannot be written.
         """
@@ -61,7 +61,7 @@ class Snapshot:
 def snapshot_of(
     store: Path, *, recipe: Path | None = None, further: Mapping[str, Path] | None = None, package: Path | None = None
 ) -> Snapshot:
-    """The code as it is now; nothing is written.
+    """Reads the current code; writes nothing.
 
     Args: `store` is a folder on shared storage; `further`: files by their names in the archive; `package` is the
     installed one unless given. Links are resolved.
@@ -94,7 +94,7 @@ def _files(recipe: Path | None, package: Path | None) -> dict[str, Path]:
 
 
 def _package_files(package: Path) -> Iterator[tuple[str, Path]]:
-    """Relative name and path of each file, in sorted order; folders that are links are walked like others."""
+    """Relative name and path of each file, in sorted order; follows links to folders."""
     for folder, subfolders, names in os.walk(package, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if name not in _LEFT_OUT)
         for name in sorted(names):
@@ -104,7 +104,7 @@ def _package_files(package: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _archive(contents: dict[str, bytes]) -> bytes:
-    """The same bytes for the same files, whoever reads them and when."""
+    """A deterministic archive: the same files give the same bytes, for any user at any time."""
     parts: list[bytes] = []
     for name, content in sorted(contents.items()):
         parts += [_header(os.fsencode(name), len(content)), content, bytes(-len(content) % _BLOCK)]
@@ -112,9 +112,9 @@ def _archive(contents: dict[str, bytes]) -> bytes:
 
 
 def _header(name: bytes, size: int) -> bytes:
-    """Of a plain file that all may read, without owner and time."""
+    """The header of a plain file, readable for all, without owner and time."""
     if len(name) > _NAME_BYTES:
-        import tarfile  # which takes as long to import as all the rest takes to run
+        import tarfile  # importing it takes as long as running all the rest
 
         long = tarfile.TarInfo(os.fsdecode(name))
         long.size = size

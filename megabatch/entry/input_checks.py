@@ -65,16 +65,16 @@ def unwritable(run_directory: Path) -> list[Fault]:
 
 
 def occupied(run_directory: Path, *, own: Collection[str] = ()) -> list[Fault]:
-    """Whether something else lies where a run, a sweep or a chain is to be made; hidden files do not count.
+    """The fault, if other files occupy the folder of a new run, sweep or chain; hidden files do not count.
 
-    Args: `own` are names that it makes there besides.
+    Args: `own` are further names that it makes there itself.
     """
     try:
         names = set(os.listdir(run_directory))
     except OSError:
         return []  # missing, or `unwritable` reports the fault
     if names & _RUN_FILES:
-        return []  # whether it is this very one is looked at when it is written
+        return []  # `written` checks whether it is this same run
     others = sorted(n for n in names - _BEFORE - {*own} if not n.startswith(".") and not NUMBERED.fullmatch(n))
     if not others:
         return []

@@ -150,11 +150,11 @@ def _secrets_named(recipe: Recipe) -> tuple[str, ...]:
 
 @contextmanager
 def written(launch: Launch, arguments: Sequence[str]) -> Iterator[RunDirectory]:
-    """The run directory with its run.json, held; taken away again when the body fails before the run has started.
+    """Writes run.json and holds the run directory's lock; removes it if the body fails before the run starts.
 
-    A directory that holds this very run is used as it is: the run goes on from its last checkpoint.
+    A directory that already holds this same run is used as it is: the run resumes from its last checkpoint.
     Raises: ConfigError when it holds another run, LockedError when another launcher has it, LaunchError when it cannot
-    be written, or belongs to somebody else.
+    be written, or belongs to another user.
     """
     directory = launch.directory
     made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]

@@ -22,9 +22,9 @@ from megabatch.slurm.profile import ClusterProfile
 
 
 def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
-    """What is not there, as far as names and sizes tell: GPUs for `--local`, else what the container must show.
+    """Missing inputs that names and sizes show; also missing GPUs for `--local`, else inputs outside the container.
 
-    Args: `own` is the recipe without what other runs have yet to make.
+    Args: `own` is the recipe without the inputs that other runs have yet to make.
     """
     recipe = own or launch.recipe
     same_python = local or not _brings_python(launch.profile)
@@ -96,9 +96,9 @@ def faults_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> li
 
 
 def folder_faults(folder: Path, *, recipe_file: Path, local: bool, own: Collection[str] = ()) -> list[Fault]:
-    """Whether `folder` can be made and is nobody else's, and the recipe's file be copied into the code that runs.
+    """Faults if `folder` cannot be made or is occupied, or the recipe's file cannot be copied into the snapshot.
 
-    Args: `own` are names that a sweep or a chain makes in its folder.
+    Args: `own` are the names that a sweep or a chain makes in its folder.
     """
     return [*unwritable(folder), *occupied(folder, own=own), *([] if local else _secrets(recipe_file))]
 

@@ -30,9 +30,9 @@ class JudgedLayout:
 def judged_layouts(
     recipe: Recipe, shape: ModelShape, *, gpus: int, gpu: Gpu, gpu_memory_gib: float | None = None
 ) -> list[JudgedLayout]:
-    """Those that can run first, fastest first; then those that cannot, each with its reason.
+    """Runnable layouts first, fastest first; then the others, each with its reason.
 
-    What the recipe says besides layout, micro-batch and nodes is taken as it is.
+    Everything in the recipe but layout, micro-batch and nodes stays as it is.
     """
     base = on_gpus(recipe, gpus)
     screen = _Screen(base, shape)

@@ -14,10 +14,10 @@ from megabatch.slurm.profile import ClusterProfile, load_profile
 
 
 def resume_here(run: Path, *, back_to: str | None = None) -> int:
-    """Runs the ranks of a run that was started with `--local` again, from its checkpoint, and returns the exit code.
+    """Resumes a run that was started with `--local` from its checkpoint, and returns the exit code.
 
-    Args: back_to: the checkpoint to go on from instead of the last; later ones are set aside.
-    Raises: LaunchError when it is running, done, or somebody else's; CheckpointError when there is no such checkpoint.
+    Args: back_to: the checkpoint to resume from instead of the last; later ones are set aside.
+    Raises: LaunchError when it is running, done, or another user's; CheckpointError when there is no such checkpoint.
     """
     with held_to_resume(run, back_to=back_to) as directory:
         config = RunConfig.load(directory.run_json)

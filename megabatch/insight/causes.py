@@ -1,6 +1,6 @@
 """Why runs fail: classes of failure with their fixes, and the ordered table that maps evidence to a class.
 
-The first row of `TABLE` that matches any evidence of an attempt names the class: precedence is the order of the rows.
+The first row of `TABLE` that matches any evidence of an attempt gives the class: the row order is the precedence.
 A row matches one line: of a log, or one that megabatch.insight.evidence derives from a first failure, an exit code or
 Slurm's state. tests/insight/excerpts.txt holds what torch, NCCL, gloo, Slurm and others print for each row, and the
 source of each text.
@@ -24,7 +24,7 @@ class Source(enum.StrEnum):
     FIRST_FAILURE = enum.auto()
     """`exit code N` of the rank that failed first."""
     SLURM = enum.auto()
-    """`STATE reason` of a job that did not start, or whose newest attempt left no ending."""
+    """`STATE reason` of a job that did not start, or whose newest attempt recorded no ending."""
     ENDING = enum.auto()
     """`exit code N` of the job, or `no ending`."""
 
@@ -215,7 +215,7 @@ _CAUSES = (
 CAUSES = {cause.name: cause for cause in _CAUSES}
 """Every class, by name."""
 CONSEQUENCES = ("timeout", "communication")
-"""Classes of ranks that failed because another rank had."""
+"""Classes of ranks that failed because another rank failed."""
 
 
 _SCRIPT, _FIRST_FAILURE, _SLURM, _ENDING = (Source.SCRIPT,), (Source.FIRST_FAILURE,), (Source.SLURM,), (Source.ENDING,)

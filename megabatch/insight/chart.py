@@ -12,7 +12,7 @@ from megabatch.insight.curves import Point, thinned
 WIDTH, HEIGHT = 640, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 10, 30
 COLOURS = 8
-"""Classes s0 to s7; later series go through them again, with other dashes."""
+"""Classes s0 to s7; later series cycle through them with other dashes."""
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
@@ -22,14 +22,14 @@ class Series:
 
     label: str
     index: int
-    """Of its run: decides colour and dashes."""
+    """Number of its run: decides colour and dashes."""
     points: Sequence[Point]
     dotted: bool = False
-    """With a dot at each point: few points, far apart."""
+    """Draws a dot at each point, for few points far apart."""
 
 
 def line_chart(series: Sequence[Series], *, title: str) -> str:
-    """One SVG element with its own description for those who cannot see it; empty when there is nothing to draw."""
+    """One SVG element with a text description for screen readers; empty when there is nothing to draw."""
     drawn = [one for one in series if one.points]
     if not drawn:
         return ""
@@ -100,7 +100,7 @@ def number(value: float) -> str:
 
 
 class _Scale:
-    """From values to places, so that the first and last tick lie at the ends."""
+    """Maps values to positions, with the first and last tick at the ends."""
 
     def __init__(self, marks: Sequence[float], start: float, end: float) -> None:
         self.low, self.high, self.start, self.end = marks[0], marks[-1], start, end

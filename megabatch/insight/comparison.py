@@ -17,25 +17,25 @@ from megabatch.slurm.snapshot import read_snapshot
 from megabatch.slurm.state import read_heartbeat
 
 Differences = dict[str, tuple[Any, Any]]
-"""Both values by dotted name; None where there is none."""
+"""Both values by dotted name; None for a missing one."""
 _EXPORT = re.compile(r"^\s*export ([A-Za-z_]\w*)=(.*)$")
 _SNAPSHOT = "MEGABATCH_CODE"
 _OF_THE_RUN = {"MEGABATCH_RUN", _SNAPSHOT}
-"""Exports that differ between any two runs, or are shown as code."""
+"""Exports that differ between any two runs, or that the code section shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What differs between two runs; a run's own folder is left out of all of it."""
+    """Differences between two runs; ignores a run's own folder everywhere."""
 
     config: Differences
     """Fields of the recipe."""
     derived: Differences
-    """The model's shape and the layout, which follow from the recipe and the model's files."""
+    """The model's shape and the layout, derived from the recipe and the model's files."""
     environment: Differences
-    """What the script exports, the versions and places that run.json keeps, and the versions of the newest ranks."""
+    """The script's exports, the versions and paths in run.json, and the versions of the newest ranks."""
     code: tuple[str, ...]
-    """Files whose content differs, or that only one snapshot has (`+` in the second, `-` in the first)."""
+    """Files whose content differs, or that only one snapshot has (`+` the second, `-` the first)."""
     code_note: str
     """Why code was not compared; empty when it was."""
     script: tuple[str, ...]
@@ -57,7 +57,7 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """Of two run directories."""
+    """Compares two run directories."""
     configs = [_placeless(run_json(run), run) for run in (a, b)]
     scripts = [_script(run) for run in (a, b)]
     exports = [_exports(script) for script in scripts]
@@ -83,7 +83,7 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 def code_diff(a: Path, b: Path) -> Iterator[str]:
-    """Unified diff of all files that differ between the two runs' snapshots; nothing where one has none."""
+    """Unified diff of all files that differ between the two runs' snapshots; empty if a run has no snapshot."""
     before, after = (_snapshot(_exports(_script(run)).get(_SNAPSHOT)) for run in (a, b))
     if before is None or after is None:
         return
@@ -108,7 +108,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _placeless(value: Any, run: Path) -> Any:
-    """The same with the run's own folder called RUN."""
+    """Replaces the run's own folder by RUN."""
     if isinstance(value, str):
         return value.replace(str(run.absolute()), "RUN")
     if isinstance(value, list):
@@ -125,7 +125,7 @@ def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _versions(a: Path, b: Path) -> list[dict[str, Any]]:
-    """What rank 0 of each run's newest attempt had; nothing where one of the two has not started."""
+    """Versions on rank 0 of each run's newest attempt; empty if one of the two has not started."""
     said = [read_heartbeat(RunDirectory(run)).get("versions") for run in (a, b)]
     both = [{f"versions.{k}": v for k, v in one.items()} for one in said if isinstance(one, dict)]
     return both if len(both) == 2 else [{}, {}]
@@ -153,7 +153,7 @@ def _exports(script: list[str]) -> dict[str, str]:
 
 
 def _snapshot(path: str | None) -> Mapping[str, bytes] | None:
-    """Its files by name, when it is still there."""
+    """The snapshot's files by name, if it still exists."""
     try:
         return read_snapshot(Path(path)) if path else None
     except OSError:
@@ -188,7 +188,7 @@ def _text(content: bytes) -> list[str]:
 
 
 def _script_diff(before: list[str], after: list[str], *, a: Path, b: Path) -> Iterator[str]:
-    """Without exports, which are compared by name, and the comments above them."""
+    """Leaves out exports, which are compared by name, and the comments above them."""
     if before and after:
         old, new = (
             [_placeless(line, run) for line in script if not _EXPORT.match(line) and not line.startswith("# ")]

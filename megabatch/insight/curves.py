@@ -11,13 +11,13 @@ from typing import Any
 Point = tuple[float, float]
 
 MOST_POINTS = 400
-"""Of a drawn curve: more than a screen can tell apart at its width."""
+"""Most points of a drawn curve: more than a screen of that width can resolve."""
 
 
 def final_history(metrics: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Lines of training steps and of evaluations, by step; what was lost and taken again is there once, as last taken.
+    """Lines of training steps and of evaluations, by step; a lost step that was repeated appears once, as last done.
 
-    A line takes the place of all earlier ones of its step and of later steps: those were lost when it was taken.
+    A line replaces all earlier lines of its step and of later steps, which were lost when it was written.
     """
     train: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []
@@ -30,7 +30,7 @@ def final_history(metrics: Path) -> tuple[list[dict[str, Any]], list[dict[str, A
 
 
 def curve(lines: Sequence[dict[str, Any]], name: str) -> list[Point]:
-    """(step, value) of each line that has a finite number of that name."""
+    """(step, value) of each line with a finite number of that name."""
     return [
         (float(line["step"]), float(value))
         for line in lines
@@ -39,7 +39,7 @@ def curve(lines: Sequence[dict[str, Any]], name: str) -> list[Point]:
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most `most` points: the lowest and the highest of each stretch, so that no spike is lost, and both ends."""
+    """At most `most` points: the lowest and highest of each interval, so that no spike is lost, and both ends."""
     if len(points) <= most:
         return list(points)
     stretches = most // 2 - 1

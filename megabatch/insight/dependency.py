@@ -12,7 +12,7 @@ from megabatch.slurm.state import status
 
 
 def unmet_dependency(run: Path) -> str:
-    """`Dependency that cannot be met: …` of a step whose newest job never started; empty for all else."""
+    """`Dependency that cannot be met: …` for a step whose newest job never started; otherwise empty."""
     jobs = read_records(RunDirectory(run))
     if not jobs or jobs[-1].starts:
         return ""
@@ -24,7 +24,7 @@ def unmet_dependency(run: Path) -> str:
 
 
 def _waits_for(run: Path) -> list[str]:
-    """Steps that must end well before this one, by `chain.json`."""
+    """Steps that must succeed before this one, according to `chain.json`."""
     try:
         chain = json.loads((run.parent / "chain.json").read_text(encoding="utf-8"))
         [after] = [step["after"] for step in chain["steps"] if step["name"] == run.name]

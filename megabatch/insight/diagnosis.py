@@ -1,8 +1,8 @@
 """Why a run failed: the rank that failed first and its node, the class of the failure, what to do, and the evidence.
 
-All evidence of one attempt is gathered (its ranks' logs, its part of the batch log, the rank that failed first, its
-ending, Slurm's state where it is of this attempt) and put to megabatch.insight.causes.TABLE: the first row
-that any of it matches names the class.
+We gather all evidence of one attempt (its ranks' logs, its part of the batch log, the rank that failed first, its
+ending, and Slurm's state if it belongs to this attempt) and match it against megabatch.insight.causes.TABLE: the
+first row that matches any of it gives the class.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _CODE = re.compile(r"exit code (\d+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """What is known of a failure."""
+    """What we know about a failure."""
 
     run: Path
     state: State
@@ -63,7 +63,7 @@ class Diagnosis:
     cause: Cause | None = None
     """None when nothing failed."""
     rank: int | None = None
-    """The rank to look at; None when it is not one rank's failure."""
+    """The rank to look at; None when the failure is not a single rank's."""
     node: str | None = None
     role: str | None = None
     """The server that failed: `NAME, task N`."""
@@ -72,9 +72,9 @@ class Diagnosis:
     """The line that names the cause, or the reason for the verdict."""
     log: Path | None = None
     line: int | None = None
-    """Of the evidence in `log`, 1 first; None where it is not from a log, or lies in a very long one."""
+    """Line number of the evidence in `log`, from 1; None if it is not from a log, or lies in a very long one."""
     followers: tuple[int, ...] = ()
-    """Ranks that were taken along: their logs say only that a peer was gone."""
+    """Ranks that failed as a consequence: their logs report only a lost peer."""
     last_lines: tuple[str, ...] = ()
     """Of `log`."""
     damaged: tuple[SetAside, ...] = ()
@@ -108,7 +108,7 @@ class Diagnosis:
 
 
 def diagnose(run: Path, *, attempt: int | None = None) -> Diagnosis:
-    """Why the run failed: its newest attempt that did, or the one with that number.
+    """Why the run failed: in its newest failed attempt, or in the attempt with that number.
 
     Raises: LaunchError when there is no such attempt.
     """
@@ -144,14 +144,14 @@ def _failed_attempt(found: RunStatus, attempts: Sequence[Attempt], *, number: in
 
 
 def _ends_its_job_alone(found: RunStatus, newest: Attempt) -> bool:
-    """Whether the job's state is news, not of its newest attempt: that ended well, or belongs to an earlier job."""
+    """Whether the job's state is not about its newest attempt: that one succeeded, or belongs to an earlier job."""
     ended = found.state in (State.CANCELLED, State.FAILED, State.NODE_FAIL, State.TIMEOUT, State.LOST)
     never = found.state is State.PENDING and found.reason.startswith("Dependency")
     return never or (ended and (newest.exit_code in _ENDED_WELL or newest.job_id != found.job_id))
 
 
 def _without_attempt(base: Diagnosis, found: RunStatus) -> Diagnosis:
-    """A run, or its newest job, of which no attempt is known to have failed."""
+    """Diagnoses a run, or its newest job, without a known failed attempt."""
     unmet = unmet_dependency(base.run) if found.state is State.LOST else ""
     evidence = [of_slurm(found.state, unmet or found.reason, shown=unmet or _word_of(found))]
     if found.state is State.FAILED and found.exit_code not in _ENDED_WELL:
@@ -173,7 +173,7 @@ def _of_attempt(base: Diagnosis, found: RunStatus, attempt: Attempt, *, newest: 
     of_logs = list(of_ranks(logs, first))
     others = [of_script(log, attempt.number) for log in _script_logs(base)]
     others.append(of_ending(attempt.exit_code))
-    # an attempt that left an ending says itself how it ended; Slurm's word may be of what was done afterwards
+    # an attempt's own record of its ending counts; Slurm's state may be about something later
     if newest and attempt.job_id == found.job_id and (attempt.exit_code is None or found.state is State.OUT_OF_MEMORY):
         others.append(of_slurm(found.state, found.reason, shown=_word_of(found)))
     finding = strongest(itertools.chain(of_logs, *others), first)
@@ -202,7 +202,7 @@ def _followers(found: Iterable[Finding], blamed: Finding) -> tuple[int, ...]:
 
 
 def _of_role(result: Diagnosis, role: re.Match[str], finding: Finding) -> Diagnosis:
-    """A server's failure: its name, node and log, and what that log names."""
+    """A server's failure: its name, node and log, and the cause found in that log."""
     log = RunDirectory(result.run).logs / f"{role['name']}_{role['task']}.{result.attempt}.log"
     named = search(tail(log, SEARCHED_BYTES).decode(errors="replace"), (Source.RANK,))
     code = _CODE.search(role["what"])
@@ -219,7 +219,7 @@ def _of_role(result: Diagnosis, role: re.Match[str], finding: Finding) -> Diagno
 def _of_rank(
     result: Diagnosis, finding: Finding, first: FirstFailure | None, logs: Mapping[int, Path], *, nodes: str
 ) -> Diagnosis:
-    """With the rank to look at, its node, its exit code where it is known, and the end of its log."""
+    """Adds the rank to look at, its node, its exit code if known, and the end of its log."""
     rank = _rank_of(finding, first)
     own = first is not None and rank == first.rank
     failed = None if finding.rank is not None else _NODE.search(finding.text)
@@ -233,7 +233,7 @@ def _of_rank(
 
 
 def _rank_of(finding: Finding, first: FirstFailure | None) -> int | None:
-    """Whose failure it is: what happened to nodes and jobs is nobody's."""
+    """The rank that failed; events of nodes and jobs belong to no rank."""
     hanging = _HANGING.search(finding.text)
     if hanging:
         return int(hanging[1])
@@ -244,7 +244,7 @@ def _rank_of(finding: Finding, first: FirstFailure | None) -> int | None:
 
 
 def _node_of(rank: int | None, run: RunDirectory, nodes: str) -> str | None:
-    """Ranks fill one node after the other."""
+    """The rank's node: ranks fill one node after the other."""
     names, per_node = node_names(nodes), _ranks_per_node(run)
     if rank is None or not names:
         return None

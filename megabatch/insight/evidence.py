@@ -13,11 +13,11 @@ from megabatch.insight.tail import tail
 from megabatch.run_directory import RunDirectory
 
 SEARCHED_BYTES = 2**19
-"""Of the end of each rank's log."""
+"""Bytes read at the end of each rank's log."""
 SCRIPT_BYTES = 2**24
-"""Of the end of a batch log, which holds all attempts of its job."""
+"""Bytes read at the end of a batch log, which holds all attempts of its job."""
 BEGINNING = "megabatch: attempt {attempt} of job "
-"""Begins what an attempt wrote to the batch log."""
+"""Starts an attempt's part of the batch log."""
 _ANY_BEGINNING = re.compile(rb"^megabatch: attempt (\d+) of job ", re.MULTILINE)
 _ENDED = re.compile(r"^megabatch: (rank \d+ on \S+ failed first|no rank had a word)", re.MULTILINE)
 _ORDINARY = re.compile(r"[\d-]+ [\d:,]+ rank \d+ (INFO|DEBUG) ")
@@ -31,7 +31,7 @@ _FIRST_CONSEQUENCE = next(number for number, row in enumerate(TABLE) if row.caus
 
 @dataclass(frozen=True, slots=True)
 class FirstFailure:
-    """What was written down of the first rank that failed."""
+    """The record of the first rank that failed."""
 
     rank: int
     exit_code: int
@@ -40,17 +40,17 @@ class FirstFailure:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one piece of evidence says of a cause."""
+    """A cause named by one piece of evidence."""
 
     row: int
     """Of the table."""
     text: str
-    """The line, or what stands for it."""
+    """The line, or a text in its place."""
     rank: int | None = None
-    """Whose evidence it is; None when it is not one rank's."""
+    """The rank that it comes from; None when it is not a single rank's."""
     log: Path | None = None
     line: int | None = None
-    """Its number, 1 first; None where it is not from a log, or in one that was not read from its beginning."""
+    """Line number, from 1; None if it is not from a log, or the log was not read from its beginning."""
 
     @property
     def cause(self) -> Cause:
@@ -72,7 +72,7 @@ def read_first_failure(run: RunDirectory, job_id: str, attempt: int) -> FirstFai
 
 
 def of_ranks(logs: Mapping[int, Path], first: FirstFailure | None) -> Iterator[Finding]:
-    """What the log of each rank names, and the exit code of the one that failed first."""
+    """Findings from each rank's log, and the exit code of the rank that failed first."""
     for rank, path in logs.items():
         sources = (Source.FIRST, Source.RANK) if first is not None and first.rank == rank else (Source.RANK,)
         text = tail(path, SEARCHED_BYTES)
@@ -87,7 +87,7 @@ def of_ranks(logs: Mapping[int, Path], first: FirstFailure | None) -> Iterator[F
 
 
 def of_script(log: Path, attempt: int | None) -> Iterator[Finding]:
-    """What the batch log says of that attempt; of all that it holds where it begins none."""
+    """Findings from the batch log about that attempt; from the whole log if it contains no start of an attempt."""
     lines_before, text = _section(tail(log, SCRIPT_BYTES), attempt)
     found = search(_without_own_requeue(text.decode(errors="replace")), (Source.SCRIPT,))
     if found is not None:
@@ -96,12 +96,12 @@ def of_script(log: Path, attempt: int | None) -> Iterator[Finding]:
 
 
 def of_slurm(state: str, reason: str, *, shown: str) -> Iterator[Finding]:
-    """Slurm's word, or what the run's records say instead."""
+    """Slurm's state, or the run's own records instead."""
     yield from _stated(Source.SLURM, f"{state} {reason}", shown=shown)
 
 
 def of_ending(exit_code: int | None) -> Iterator[Finding]:
-    """The code that an attempt ended with; None when it left none."""
+    """The exit code of an attempt; None when it recorded none."""
     if exit_code is None:
         lost = "it left no exit code: it was killed from outside, or its node died"
         yield from _stated(Source.ENDING, "no ending", shown=lost)
@@ -110,7 +110,7 @@ def of_ending(exit_code: int | None) -> Iterator[Finding]:
 
 
 def strongest(found: Iterable[Finding], first: FirstFailure | None) -> Finding | None:
-    """The finding whose row comes first in the table; of several ranks the one that failed first, else the lowest."""
+    """The finding whose row comes first in the table; among ranks the one that failed first, else the lowest."""
 
     def order(one: Finding) -> tuple[int, bool, int]:
         return one.row, first is None or one.rank != first.rank, -1 if one.rank is None else one.rank
@@ -131,8 +131,8 @@ def search(text: str, sources: Sequence[Source]) -> tuple[int, str, int] | None:
 
 @lru_cache(maxsize=1 << 16)
 def _row(line: str, sources: tuple[Source, ...]) -> int | None:
-    """The first row that a line matches; ranks die with much the same words."""
-    # what another rank is said to have failed of is not this one's failure
+    """The first row that a line matches; cached, since ranks print much the same lines."""
+    # a message about another rank's failure is not this rank's failure
     first = _FIRST_CONSEQUENCE if _ELSEWHERE.search(line) else 0
     rows = (number for number in range(first, len(TABLE)) if any(s in TABLE[number].sources for s in sources))
     return next((number for number in rows if _PATTERNS[number].search(line)), None)
@@ -145,13 +145,13 @@ def _stated(source: Source, text: str, *, shown: str, rank: int | None = None) -
 
 
 def _without_own_requeue(text: str) -> str:
-    """After the script has said how the ranks ended, Slurm's line of a requeue is of the script's own."""
+    """Drops Slurm's requeue line after the script has reported how the ranks ended: the script itself requeued."""
     ended = _ENDED.search(text)
     return text if ended is None else text[: ended.end()] + text[ended.end() :].replace("DUE TO JOB REQUEUE", "")
 
 
 def _section(text: bytes, attempt: int | None) -> tuple[int, bytes]:
-    """What one attempt wrote to a batch log, and the number of lines before it."""
+    """One attempt's part of a batch log, and the number of lines before it."""
     beginnings = list(_ANY_BEGINNING.finditer(text))
     if not beginnings or attempt is None:
         return 0, text

@@ -4,7 +4,7 @@ Goodput is the time spent in steps of the final history, over the time for which
 
     goodput = GPU-seconds in steps of the final history / allocated GPU-seconds
 
-A step that was lost and taken again counts once, as it was taken last. What is left are starting, compiling, saving,
+A step that was lost and repeated counts once, with its last time. The rest is starting, compiling, saving,
 evaluating, lost steps, and waiting for dead peers. All GPUs of a run take part in every step and are allocated
 together, so the number of GPUs cancels out.
 """
@@ -25,14 +25,14 @@ class Attempt:
 
     job_id: str
     number: int
-    """Among the run's attempts, 0 first."""
+    """Number among the run's attempts, from 0."""
     nodes: str
     start: float
     """Seconds since the epoch."""
     end: float
-    """The same; now for one that runs, the last sign of life for one that was killed."""
+    """The same; the current time for a running attempt, the last sign of life for a killed one."""
     exit_code: int | None
-    """None for one that runs or was killed."""
+    """None for an attempt that runs or was killed."""
 
 
 def attempts_of(
@@ -40,8 +40,8 @@ def attempts_of(
 ) -> list[Attempt]:
     """Every attempt of a run, oldest first.
 
-    Args: `last_sign`: when the attempt with that number was last heard of, asked where it left no word; `running`:
-    whether the newest attempt still holds its nodes.
+    Args: `last_sign`: gives the last sign of life of the attempt with that number, for one without an ending;
+    `running`: whether the newest attempt still holds its nodes.
     """
     now = time.time() if now is None else now
     starts = sorted(((start, job) for job in jobs for start in job.starts), key=lambda pair: pair[0].time)
@@ -53,7 +53,7 @@ def attempts_of(
         elif newest:
             end = now if running else last_sign(start.attempt)
         else:
-            # killed, and started again: it held its nodes until then at the latest
+            # killed and restarted: it held its nodes until the restart at the latest
             end = min(starts[index + 1][0].time, last_sign(start.attempt))
         code = None if ending is None else ending.exit_code
         found.append(Attempt(job.job_id, start.attempt, start.nodes, start.time, max(end, start.time), code))
@@ -76,8 +76,8 @@ def goodput(step: Mapping[str, Any], attempts: Sequence[Attempt]) -> float | Non
 def remaining_s(step: Mapping[str, Any], *, train_iters: int, attempts: Sequence[Attempt]) -> float | None:
     """Seconds until the last step, across requeues: None before the first step.
 
-    The steps that are left at the recent pace; for a run of several attempts, times what an hour of steps has cost it
-    so far: waiting, starting and lost steps between its first attempt and now.
+    The remaining steps at the recent pace; for a run of several attempts, scaled by its overhead so far (waiting,
+    starting and lost steps between its first attempt and now) per hour of steps.
     """
     left, done, pace = step.get("eta_s"), step.get("step"), step.get("trained_s")
     if not isinstance(left, int | float) or not isinstance(done, int) or not isinstance(pace, int | float):

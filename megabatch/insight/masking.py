@@ -11,17 +11,17 @@ from megabatch.secret_text import is_secret_name, masked
 
 _ASSIGNMENT = re.compile(r"\b([A-Za-z][\w-]*)(['\"]?\s*[=:]\s*(?:Bearer )?['\"]?)([^\s'\",;)}\]]{6,})")
 _SHORTEST = 6
-"""Shorter values would be found in innocent words."""
+"""Shorter values would match ordinary words."""
 _MASK = "…"
 
 
 class Masker:
-    """Call it with a text, or with what JSON can hold."""
+    """Call it with a text or any JSON value."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         variables = os.environ if environment is None else environment
         values = {value for name, value in variables.items() if is_secret_name(name) and len(value) >= _SHORTEST}
-        # a value that holds another one goes first
+        # mask a value that contains another one first
         self._values = sorted(values, key=len, reverse=True)
 
     def __call__(self, value: Any) -> Any:

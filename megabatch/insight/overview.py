@@ -20,11 +20,11 @@ from megabatch.slurm.state import RunStatus, status
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overview:
-    """A run's state and progress; what is not known is None."""
+    """A run's state and progress; unknown values are None."""
 
     status: RunStatus
     name: str | None
-    """As the recipe calls it."""
+    """The recipe's name for it."""
     step: int | None
     train_iters: int | None
     loss: float | None
@@ -33,14 +33,14 @@ class Overview:
     """Seconds until the last step, across requeues; of runs that wait or run."""
     goodput: float | None
     gpus: int | None
-    """GPUs that the run is given; its ranks where it has none."""
+    """The run's GPUs; its ranks if it has no GPUs."""
     allocated_gpu_h: float | None
     """GPU-hours held so far."""
     attempts: int
     bad_nodes: tuple[BadNode, ...]
-    """What the preflight of its newest job found."""
+    """Findings of the preflight of its newest job."""
     damaged: tuple[SetAside, ...] = ()
-    """Checkpoints that an attempt found damaged and set aside, as long as their folders are there."""
+    """Checkpoints that an attempt found damaged and set aside, while their folders exist."""
 
     def plain(self) -> dict[str, object]:
         """For JSON: the keys that docs/inspecting.md lists."""
@@ -70,12 +70,12 @@ class Overview:
 
 
 def overview(runs: Sequence[Path]) -> list[Overview]:
-    """Of each run, in order; Slurm's commands are called once for all of them."""
+    """The overview of each run, in order; each of Slurm's commands is called once for all runs."""
     return [_overview(found) for found in status(runs)]
 
 
 def run_json(run: Path) -> dict[str, Any]:
-    """What `run.json` says, of whatever version; empty when it cannot be read."""
+    """Content of `run.json`, of any version; empty when it cannot be read."""
     try:
         value = json.loads(RunDirectory(run).run_json.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -84,7 +84,7 @@ def run_json(run: Path) -> dict[str, Any]:
 
 
 def history(found: RunStatus) -> list[Attempt]:
-    """The run's attempts and how long they held their nodes: a killed one, until rank 0 last wrote to its log."""
+    """The run's attempts and how long they held their nodes; for a killed one, until rank 0's last log write."""
     run = RunDirectory(found.run)
     running = found.state is State.RUNNING
     return attempts_of(found.jobs, last_sign=lambda attempt: _changed(run.rank_log(0, attempt)), running=running)
@@ -119,17 +119,17 @@ def _overview(found: RunStatus) -> Overview:
 
 
 def damaged_of(run: RunDirectory) -> tuple[SetAside, ...]:
-    """The checkpoints that were found damaged and are still there."""
+    """The checkpoints that were found damaged and still exist."""
     return tuple(note for note in notes(run) if note.kind == "damaged")
 
 
 def bad_nodes_of(run: RunDirectory, job_id: str | None) -> tuple[BadNode, ...]:
-    """What the preflight found in that job."""
+    """Findings of the preflight in that job."""
     return tuple(bad for bad in read_bad_nodes(run) if bad.job_id == job_id)
 
 
 def gpus_of(config: Mapping[str, Any]) -> int | None:
-    """GPUs of a run by its `run.json`; its ranks where it has none."""
+    """GPUs of a run according to its `run.json`; its ranks if it has no GPUs."""
     resources = _group(config.get("recipe"), "resources")
     nodes, per_node = _integer(resources.get("nodes")), _integer(resources.get("gpus_per_node"))
     return (nodes or 0) * (per_node or 0) or _integer(_group(config, "layout").get("world_size"))

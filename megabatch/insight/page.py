@@ -7,7 +7,7 @@ from html import escape
 
 _LIGHT = ("#0072b2", "#b95000", "#007a5e", "#a8518a", "#8a6d00", "#2b6f8f", "#7a4b1f", "#4a4a4a")
 _DARK = ("#56b4e9", "#ff9e4a", "#3ddbab", "#f0a0d0", "#f0e442", "#8fd0ff", "#d9a877", "#c8c8c8")
-"""At least 4.5 : 1 against the page, as WCAG 2.2 asks of text; numbers name the runs beside their colours."""
+"""Contrast of at least 4.5 : 1 with the page, as WCAG 2.2 requires for text; runs have numbers besides colours."""
 
 
 def _colours(values: Sequence[str]) -> str:
@@ -35,7 +35,7 @@ STYLE = (
 
 
 def page(title: str, body: str) -> str:
-    """A whole document that may load nothing and run nothing, whatever `body` holds."""
+    """A complete document that cannot load or run anything, whatever `body` contains."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
@@ -45,7 +45,7 @@ def page(title: str, body: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -> str:
-    """Cells are text, and escaped."""
+    """A table; cells are text and get escaped."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return (

@@ -35,7 +35,7 @@ _CHARTS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
-    """All that the page needs of one run."""
+    """Everything that the page needs from one run."""
 
     overview: Overview
     config: Mapping[str, Any]
@@ -46,7 +46,7 @@ class _Run:
 
 
 def report(runs: Sequence[Path], *, mask: Masker | None = None) -> str:
-    """One HTML document; secrets are masked, everything that runs wrote is escaped."""
+    """One HTML document; masks secrets and escapes everything that runs wrote."""
     mask = mask or Masker()
     found = [_read(one) for one in overview(runs)]
     labels = [mask.text(_label(run)) for run in found]
@@ -170,7 +170,7 @@ def _layouts(found: Sequence[_Run]) -> str:
 
 
 def _differences(found: Sequence[_Run], mask: Masker) -> str:
-    """Fields of the recipes that are not the same in all runs."""
+    """Fields of the recipes that differ between runs."""
     if len(found) < 2:
         return ""
     recipes = [dict(flat(run.config.get("recipe"))) for run in found]

@@ -13,7 +13,7 @@ MOST_BYTES = 2**18
 
 
 def tail(path: Path, most_bytes: int) -> bytes:
-    """The last bytes of a file; empty where there is none."""
+    """The last bytes of a file; empty for a missing file."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -42,5 +42,5 @@ def last_step(metrics: Path) -> dict[str, Any]:
 
 
 def last_lines(path: Path, count: int, *, most_bytes: int = 2**16) -> list[str]:
-    """The last `count` lines of a log, as text whatever it holds."""
+    """The last `count` lines of a log, decoded as text whatever it contains."""
     return tail(path, most_bytes).decode(errors="replace").splitlines()[-count:]

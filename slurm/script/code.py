@@ -8,15 +8,15 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
 
 USE = "use_code"
-"""Function of `own_code` that puts the code on PYTHONPATH, where there is a snapshot; it fails with an exit code."""
+"""Function of `own_code` that puts the snapshot, if there is one, on PYTHONPATH; it fails with an exit code."""
 
 
 def own_code(job: JobSpec, profile: ClusterProfile) -> list[str]:
-    """Bash functions that tasks begin with, held in a variable: folders of this user, and the code in one of them.
+    """Bash functions at the start of each task, held in a variable: they make private folders, one with the code.
 
-    Others may write where the archive lies, also between this check and a rank's last import. So a node's first task
-    copies it, checks the copy, and unpacks it where this user alone can write; all others, and later jobs, use that.
-    What is missing of it later is put back in place, beneath tasks that run.
+    Others may be able to write the archive, even between this check and a rank's last import. So a node's first task
+    copies it, checks the copy, and unpacks it where only this user can write; all other tasks and later jobs use that.
+    Files that go missing later are restored in place, while tasks run.
     """
     return [
         "own_code=$(cat <<'CODE'",
@@ -36,7 +36,7 @@ def archive(job: JobSpec) -> list[str]:
 
 
 def _use(job: JobSpec, profile: ClusterProfile) -> list[str]:
-    """An image's or the host's own PYTHONPATH is for the host alone; one that was asked for is for a container too."""
+    """Drops the PYTHONPATH of an image or the host; keeps one that the user asked for, also in a container."""
     if job.snapshot is None:
         return [f"{USE}() {{ :; }}"]
     own = "PYTHONPATH" in {**profile.environment, **job.environment}

@@ -14,7 +14,7 @@ from megabatch.slurm.script.gpus import gpu_options
 
 
 def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = None) -> list[str]:
-    """Args: `array` are the indices of a job array (`0-255%4`), whose own folder is the job's run directory."""
+    """Args: `array`: indices of a job array (`0-255%4`); the job's run directory is then the array's folder."""
     logs = _pattern(job.run_directory if array else job.files.logs)
     size = allocation(job)
     options: dict[str, str | int | bool | None] = {
@@ -52,7 +52,7 @@ def directives(job: JobSpec, profile: ClusterProfile, *, array: str | None = Non
 
 
 def _time_limit(job: JobSpec, profile: ClusterProfile) -> str | None:
-    """The run's limit, cut to the longest that the cluster gives: a run that is cut saves, requeues and goes on."""
+    """The run's limit, capped at the cluster's longest: a run with a capped limit saves, requeues and continues."""
     limits = [limit for limit in (job.time, profile.time) if limit is not None]
     shortest = min(limits, key=seconds, default=None)
     if shortest is not None and job.signal_delay_s >= seconds(shortest):
@@ -64,7 +64,7 @@ def _time_limit(job: JobSpec, profile: ClusterProfile) -> str | None:
 
 
 def _pattern(folder: Path) -> str:
-    """As a pattern of sbatch's, where % begins a symbol and one backslash anywhere turns all symbols off."""
+    """Escapes text for sbatch's file patterns: % begins a symbol, and a single backslash disables all symbols."""
     if "\\" in str(folder):
         raise LaunchError(f"{folder}: Slurm cannot write to a folder with a backslash; choose another name")
     return str(folder).replace("%", "%%")

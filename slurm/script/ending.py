@@ -49,7 +49,7 @@ def finish(job: JobSpec) -> list[str]:
 
 
 def _requeue(job: JobSpec) -> list[str]:
-    """Where it may help, unless one attempt follows the other without getting anywhere."""
+    """Requeues if that may help, unless attempts follow each other without progress."""
     resume = f"megabatch resume {shell(str(job.run_directory))}"
     allowed = job.max_requeues_without_progress
     return [

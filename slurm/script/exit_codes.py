@@ -16,4 +16,4 @@ write_once() {
     { echo "$1" >"$2.$3" && { ln -- "$2.$3" "$2" || mv -n -- "$2.$3" "$2"; }; } 2>/dev/null || true
     rm -f -- "$2.$3"
 }"""
-"""For the markers of who failed first, which others read while they are written."""
+"""For the markers of the first failure, which other tasks may read during the write."""

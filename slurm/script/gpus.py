@@ -7,14 +7,14 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.roles import Allocation
 
 _OF_A_JOB = "SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK"
-"""What a step would take over from its job in place of its own number. By the latter each task would also see its own
-GPU alone, while LOCAL_RANK and NCCL count on all of the node's."""
+"""Variables from which a step would inherit its job's number of GPUs. With the latter each task would also see only
+its own GPU, while LOCAL_RANK and NCCL need to see all of the node's."""
 
 
 def gpu_options(size: Allocation, profile: ClusterProfile) -> dict[str, str | None]:
-    """sbatch's options for the GPUs of a job; other `gres` of the profile stand beside them.
+    """sbatch's options for the GPUs of a job, together with the profile's other `gres`.
 
-    Raises: LaunchError where tasks cannot have equal parts.
+    Raises: LaunchError if the GPUs cannot be divided equally among tasks.
     """
     others = profile.sbatch.get("gres")
     options: dict[str, str | None] = {} if others is None else {"gres": str(others)}
@@ -36,10 +36,10 @@ def gpu_options(size: Allocation, profile: ClusterProfile) -> dict[str, str | No
 
 
 def of_step(number: int) -> list[str]:
-    """srun's options for a step that takes so many GPUs of each of its nodes, whatever its job asked for."""
+    """srun's options for a step that takes this many GPUs on each of its nodes, whatever its job requested."""
     return [f"--gres=gpu:{number}" if number else "--gres=none"]
 
 
 def without_the_jobs() -> str:
-    """Bash that has a step take its own number."""
+    """Bash that makes a step use its own number of GPUs."""
     return f"unset {_OF_A_JOB}"

@@ -8,9 +8,9 @@ from megabatch.slurm.quoting import shell
 
 
 def inputs(job: JobSpec) -> list[str]:
-    """Fixes the checkpoints that this run begins from, and ends it with a clear message where something is missing.
+    """Fixes the checkpoints that this run starts from, and ends the run with a clear message if an input is missing.
 
-    A run that comes back, or is submitted again, reads what it read at first, also when its input's maker goes on.
+    A requeued or resubmitted run reads its first inputs again, even if the run that made them has continued.
     """
     if not job.inputs:
         return []

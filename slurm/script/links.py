@@ -19,16 +19,16 @@ _WITHOUT = re.compile(
 )
 _END = re.compile(r"^(?=exit \"\$status\"\n\Z)", re.MULTILINE)
 _ENDING = re.compile(r"^# after TERM, and once Slurm .*^fi\n(?=exit \"\$status\"\n\Z)", re.MULTILINE | re.DOTALL)
-"""Where a script says whether its job comes back."""
+"""The line of a script that says whether its job requeues."""
 
 
 def earlier_links(job: JobSpec) -> list[str]:
-    """Ends the job with the run's own exit code if an earlier link has finished it, or failed in a way that stays."""
+    """Ends the job with the run's own exit code if an earlier link finished the run or failed for good."""
     return [] if job.links == 1 else _look(job.files)
 
 
 def last_link(job: JobSpec) -> list[str]:
-    """The last job of a run that is not done says how it goes on."""
+    """If the run is not done, its last job prints how to continue."""
     return [] if job.links == 1 else _last(job.files)
 
 
@@ -53,9 +53,9 @@ def is_linked(script: str) -> bool:
 
 
 def linked(script: str, run: RunDirectory) -> str:
-    """A run's stored script as `render` makes it for several links, whatever their number.
+    """Turns a run's stored script into the one that `render` makes for links; their number does not matter.
 
-    Raises: LaunchError for one that was written otherwise.
+    Raises: LaunchError for a script that was not written by `render`.
     """
     if is_linked(script):
         return script

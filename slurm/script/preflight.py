@@ -1,8 +1,8 @@
 """A short step before the ranks: each node is compared with its peers, and bad ones are left out from then on.
 
-It is a step of its own and not the ranks' first act: memory that another process left on a GPU is seen before ours is
-on it, a node whose driver hangs can be named and ended from outside, and what it imports is in the nodes' page cache
-when the ranks import it.
+It is a separate step and not part of the ranks: it sees memory that another process left on a GPU before ours is
+there, a node whose driver hangs can be named and ended from outside, and its imports fill the nodes' page cache for
+the ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megabatch.slurm.script.code import USE
 from megabatch.slurm.script.gpus import of_step, without_the_jobs
 
 _LIMIT_S = 320
-"""Nodes end themselves before: only one that the kernel holds is still there then."""
+"""Nodes end themselves earlier: only one stuck in the kernel is still running then."""
 
 
 def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
-    """The step and what follows from its verdict; nothing for a job that asks for none."""
+    """The step and the actions on its verdict; empty for a job without a preflight."""
     if job.preflight == "none":
         return []
     words = " ".join(_step(job, profile))
@@ -59,7 +59,7 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
 
 
 def _without_bad_nodes(job: JobSpec) -> str:
-    """How the run goes on where its nodes are bad: in the same job, in its next link, or not at all."""
+    """How the run continues after bad nodes: in the same job, in its next link, or not at all."""
     if job.links > 1:
         return "leave_to_next_link"
     return "leave_out" if job.requeue else "verdict=fail"

@@ -16,7 +16,7 @@ from megabatch.slurm.script.variables import comment
 
 
 def rank_script(variables: list[Variable]) -> list[str]:
-    """What each task runs before the rank's own command, held in a variable of the batch script."""
+    """Code that each task runs before the rank's own command, held in a variable of the batch script."""
     caches = [v for v in variables if v.node_local]
     cache = [
         "private_cache",

@@ -12,9 +12,9 @@ from megabatch.slurm.script.exit_codes import OF_SIGNAL, WRITE_ONCE
 from megabatch.slurm.script.gpus import of_step, without_the_jobs
 
 LAST_LINES = 20
-"""Of a server's log, shown in the batch log when it fails."""
+"""Lines of a server's log that the batch log shows when it fails."""
 GRACE_S = 10
-"""For a server to end by itself once the ranks have ended."""
+"""Time for a server to end by itself after the ranks."""
 
 
 def start_roles(job: JobSpec, profile: ClusterProfile) -> list[str]:
@@ -32,14 +32,14 @@ def start_roles(job: JobSpec, profile: ClusterProfile) -> list[str]:
 
 
 def end_roles(job: JobSpec) -> list[str]:
-    """After the ranks: stops the servers; one that failed on its own is what the job failed of."""
+    """After the ranks: stops the servers; if one failed on its own, that is the cause of the job's failure."""
     return [f"end_roles {GRACE_S}"] if job.roles else []
 
 
 def step_size(
     job: JobSpec, *, nodes: int, tasks_per_node: int, gpus_per_node: int, cpus_per_task: int | None
 ) -> list[str]:
-    """srun's options for a step on some of the job's nodes: all that it would else take from the whole job."""
+    """srun's options for a step on some of the job's nodes; without them it would inherit those of the whole job."""
     flags = [f"--nodes={nodes}", f"--ntasks={nodes * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}"]
     if cpus_per_task is not None:
         flags.append(f"--cpus-per-task={cpus_per_task}")

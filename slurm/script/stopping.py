@@ -8,7 +8,7 @@ from megabatch.slurm.quoting import shell
 from megabatch.slurm.script.exit_codes import WRITE_ONCE
 
 _PATIENCE_S = 45
-"""Longer than a controller's restart, shorter than what `signal_delay_s` usually leaves."""
+"""Longer than a restart of the controller, shorter than the time that `signal_delay_s` usually leaves."""
 
 STOP_HANDLING = (
     """\
@@ -64,7 +64,7 @@ last_word() {{
     record_ending "$code"
     exit "$code"
 }}""".splitlines()
-"""`record_ending`, and what an exit that nobody asked for says."""
+"""`record_ending`, and the message of an unexpected exit."""
 
 
 def run_directory(job: JobSpec) -> list[str]:

@@ -16,22 +16,22 @@ from megabatch.slurm.quoting import shell
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OWN = re.compile(r"(MEGABATCH_(?!CACHE$)|APPTAINERENV_|BASH).*|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)")
-"""What the script and the ranks tell each other."""
+"""Variables by which the script and the ranks communicate."""
 _SHELLS = (
     "IFS SHELLOPTS UID EUID PPID GROUPS PWD OLDPWD REPLY MAPFILE PIPESTATUS SECONDS EPOCHSECONDS EPOCHREALTIME RANDOM "
     "SRANDOM LINENO FUNCNAME DIRSTACK OPTIND OPTARG OPTERR TMOUT CDPATH GLOBIGNORE EXECIGNORE POSIXLY_CORRECT"
 )
-"""What bash itself sets, or what changes how it reads a script."""
+"""Variables that bash itself sets, or that change how it reads a script."""
 
 
 def check_words(job: JobSpec) -> None:
-    """Raises: LaunchError for a secret among the words of the job's command; roles look at theirs themselves."""
+    """Raises: LaunchError for a secret in the job's command; roles check their own commands."""
     if faults := list(no_secrets_in_words("the command", job.program or job.arguments or ())):
         raise LaunchError("; ".join(map(str, faults)))
 
 
 def check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
-    """Raises: LaunchError for names that are none or not the user's to set, and for secrets; with all of them."""
+    """Raises: LaunchError listing every invalid name, every name that the user may not set, and every secret."""
     for name in (*(v.name for v in variables), *inherit):
         if not _NAME.fullmatch(name):
             raise LaunchError(f"environment variable {name!r} is not a name that a shell can export; rename it")
@@ -42,7 +42,7 @@ def check_names(variables: list[Variable], inherit: tuple[str, ...]) -> None:
 
 @functools.lru_cache(maxsize=1024)  # most are the same for all runs of a sweep
 def _refusal(variable: Variable) -> str | None:
-    """Why nobody may set it so; None where anybody may. The script's own variables are in lower case."""
+    """Why the user may not set this variable; None if allowed. The script's own variables are in lower case."""
     name = variable.name
     if name.startswith(("SLURM", "SRUN_", "SBATCH_")):
         return "is Slurm's own variable; its options go under `srun` and `sbatch` of the cluster profile"
@@ -78,7 +78,7 @@ def environment(job: JobSpec, variables: list[Variable], inherit: tuple[str, ...
     lines: list[str] = []
     for variable in variables:
         if not variable.node_local:
-            # what the script itself calls is found without the node's own PATH no more
+            # without the node's own PATH the script could not find the programs that it calls
             rest = '"${PATH:+:$PATH}"' if variable.name == "PATH" else ""
             lines += [*comment(variable.reason), f"export {variable.name}={shell(variable.value)}{rest}"]
     for name in inherit:

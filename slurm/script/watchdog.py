@@ -55,5 +55,5 @@ def watchdog(job: JobSpec) -> list[str]:
 
 
 def _save_s(job: JobSpec) -> int:
-    """How long the ranks may take to save after the warning: what comes then must be done before Slurm kills it."""
+    """How long the ranks may take to save after the warning, so that the script can finish before Slurm kills it."""
     return max(1, job.signal_delay_s - min(10, max(1, job.signal_delay_s // 4)))
