@@ -78,14 +78,14 @@ def _show(ready: ReadyChain, *, scripts: bool) -> int:
 
 
 def show_chain(folder: Path) -> int:
-    """Prints what has become of each step. Raises: LaunchError when the folder holds no chain."""
+    """Prints the state of each step. Raises: LaunchError when the folder holds no chain."""
     header, *rows = state_table(states(recorded_chain(folder), folder))
     print(table(header, rows))
     return ExitCode.DONE
 
 
 def cancel_chain(folder: Path) -> int:
-    """Cancels every step that waits or runs, the last first: none starts because of another one's end.
+    """Cancels every waiting or running step, the last first, so that none starts because another one ends.
 
     Raises: LaunchError when the folder holds no chain, or a step cannot be cancelled.
     """

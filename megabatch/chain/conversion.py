@@ -14,7 +14,7 @@ from megabatch.errors import ConversionError, Fault
 
 
 def conversion_arguments(work: Convert, output: Path) -> tuple[str, ...]:
-    """What `python` runs."""
+    """The arguments of `python`."""
     return ("-P", "-m", "megabatch.converters.command", *command_line(_flags(work, output)))
 
 
@@ -29,7 +29,7 @@ def flag_faults(work: Convert) -> Iterator[Fault]:
 
 
 def source_faults(work: Convert) -> Iterator[Fault]:
-    """What is wrong with a source that is there already: the whole plan is made, and nothing is written."""
+    """Faults of an existing source: makes the whole plan and writes nothing."""
     from megabatch.converters import conversion
 
     try:
@@ -39,7 +39,7 @@ def source_faults(work: Convert) -> Iterator[Fault]:
 
 
 def with_absolute_paths(request: ConversionRequest) -> ConversionRequest:
-    """The job starts in another folder; names of downloaded models stay."""
+    """Makes paths absolute, since the job starts in another folder; names of downloaded models stay."""
     return replace(
         request,
         model=absolute_model(request.model),
@@ -49,7 +49,7 @@ def with_absolute_paths(request: ConversionRequest) -> ConversionRequest:
 
 
 def _flags(work: Convert, output: Path) -> Flags:
-    """A conversion that comes back goes on where it was."""
+    """A requeued conversion resumes where it stopped."""
     return Flags(
         request=work.request, output_dir=str(output), resume=True, workers=work.workers or 0, verify=work.verify
     )

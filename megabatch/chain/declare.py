@@ -11,7 +11,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.resources import Resources
 from megabatch.config.roles import Role
 
-if TYPE_CHECKING:  # a recipe that converts nothing needs none of the tables
+if TYPE_CHECKING:  # a recipe without conversions does not need the tables
     from megabatch.converters.request import ConversionRequest
 
 _ON_CPUS = Resources(gpus_per_node=0, time="4:00:00")
@@ -27,7 +27,7 @@ class Edge:
 
 
 def ok(*steps: str) -> tuple[Edge, ...]:
-    """Starts once these steps have ended well (`afterok`)."""
+    """Starts once these steps have succeeded (`afterok`)."""
     return tuple(Edge("ok", step) for step in steps)
 
 
@@ -37,7 +37,7 @@ def notok(*steps: str) -> tuple[Edge, ...]:
 
 
 def ended(*steps: str) -> tuple[Edge, ...]:
-    """Starts once these steps have ended, however they did (`afterany`)."""
+    """Starts once these steps have ended in any way (`afterany`)."""
     return tuple(Edge("any", step) for step in steps)
 
 
@@ -48,7 +48,7 @@ def singleton() -> tuple[Edge, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a step makes, for another step to read: each property stands for a path that is known once it is made."""
+    """A step's output for another step to read: each property stands for a path that is known after the step."""
 
     step: str
 
@@ -64,7 +64,7 @@ class Output:
 
     @property
     def checkpoint(self) -> str:
-        """A training step's last checkpoint, whole: what another training step can `load` to go on from."""
+        """A training step's last checkpoint, whole: another training step can `load` it and continue from there."""
         return reference(self.step, "checkpoint")
 
     @property
@@ -78,7 +78,7 @@ class Output:
 
 
 def output(step: str) -> Output:
-    """What the step of that name makes."""
+    """The output of the step of that name."""
     return Output(step)
 
 
@@ -87,10 +87,10 @@ class Convert:
     """A conversion by `megabatch-convert`; all tasks of the job share the work."""
 
     request: ConversionRequest
-    """What is converted into what."""
+    """Source, target and form of the conversion."""
     _: KW_ONLY
     workers: int | None = None
-    """Threads of each task; None means as many as processors, at most 8."""
+    """Threads of each task; None means one per processor, at most 8."""
     verify: bool = False
     """Compares every byte with its source before the result gets its name."""
     resources: Resources = _ON_CPUS
@@ -99,10 +99,10 @@ class Convert:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Any program, run by each task of the job; `python` as its first word is the interpreter that ranks have."""
+    """Any program, run by each task of the job; `python` as its first word means the ranks' interpreter."""
 
     argv: Sequence[str]
-    """The program and its arguments; no shell reads them."""
+    """The program and its arguments, passed without a shell."""
     outputs: Sequence[str] = ()
     """Files that it makes, relative to its step's folder (`MEGABATCH_RUN`), for `output(step).file(name)`."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Command:
     inherit: Sequence[str] = ()
     """Names of variables (secrets) that come from the submitting shell."""
     roles: Sequence[Role] = ()
-    """Servers on nodes of their own, which run as long as it does."""
+    """Servers on nodes of their own that run as long as the program."""
     resources: Resources = _ON_CPUS
     """Nodes, tasks, GPUs, memory and time."""
 
@@ -123,13 +123,13 @@ class Step:
     """One job of a chain."""
 
     name: str
-    """Letters, digits, dot, dash and underscore: also the name of its folder."""
+    """Letters, digits, dot, dash and underscore; also the name of its folder."""
     work: Work
     """A training run, a conversion or a command."""
     after: Sequence[Edge] = ()
-    """All that must hold before it starts: `ok("train")`, `ok("a", "b")`, `(*ended("a"), *singleton())`, …"""
+    """All conditions for its start: `ok("train")`, `ok("a", "b")`, `(*ended("a"), *singleton())`, …"""
     links: int = 1
-    """A training run in that many jobs, each going on where the one before stopped, for clusters without requeue."""
+    """Jobs of a training run, each continuing where the one before stopped, for clusters without requeue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,7 +51,7 @@ def parsed(chain: Chain, arguments: Sequence[str]) -> tuple[Actions, Chain]:
 
 
 def _flags(arguments: Sequence[str]) -> Flags:
-    """What comes before the first flag is under an empty name."""
+    """Words before the first flag go under an empty name."""
     found: Flags = []
     for word in arguments:
         if word.startswith("--"):
@@ -63,7 +63,7 @@ def _flags(arguments: Sequence[str]) -> Flags:
 
 
 def _of_no_step(name: str, training: Sequence[str]) -> Fault:
-    """A parameter, or something like one, without a step that it could belong to."""
+    """The fault of a flag that names no step."""
     first, dot, rest = name.partition(".")
     if dot and first not in group_types(Recipe):
         near = [f"--{step}.{rest}" for step in get_close_matches(first, training, n=2)]
@@ -77,7 +77,7 @@ def _of_no_step(name: str, training: Sequence[str]) -> Fault:
 
 
 def _spelled(near: str, training: Sequence[str]) -> list[str]:
-    """A name that a recipe's flags have, as a chain's flags have it."""
+    """Spells the name of a recipe's flag as a chain's flag."""
     name = near.removeprefix("--")
     if name in _OF_RECIPES:
         return [near] if name in _ACTIONS else []

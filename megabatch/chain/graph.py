@@ -13,13 +13,13 @@ from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
 
 Fate = Literal["done", "failed", "never"]
-"""How a step ended: well, not well, or not at all because what it waited for can no longer happen."""
+"""How a step ended: success, failure, or never started because its conditions can no longer be met."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def graph_faults(chain: Chain) -> list[Fault]:
-    """Everything wrong with names, edges and references; the steps' own faults are not looked for."""
+    """All faults of names, edges and references, but not the steps' own."""
     if not isinstance(chain.name, str) or not _NAME.fullmatch(chain.name):
         rule = "must be letters, digits, '.', '-' and '_', and begin with a letter or digit"
         return [Fault("chain.name", chain.name, rule)]
@@ -34,7 +34,7 @@ def graph_faults(chain: Chain) -> list[Fault]:
 
 
 def in_order(chain: Chain) -> list[Step]:
-    """The steps, each after all that it waits for, else as declared; of a chain without cycles."""
+    """The steps of a chain without cycles, each after its dependencies, otherwise in the order of declaration."""
     done: dict[str, Step] = {}
     left = list(chain.steps)
     while left:
@@ -54,9 +54,9 @@ def descendants(chain: Chain, names: set[str]) -> set[str]:
 
 
 def may_start(step: Step, fates: Mapping[str, Fate]) -> bool | None:
-    """Whether what it waits for has happened; None while that is open, by Slurm's own rules.
+    """Whether its conditions are met, by Slurm's own rules; None while that is undecided.
 
-    A step that never runs counts, for those that wait for it, as one that did not end well.
+    For its dependents, a step that never runs counts as failed.
     """
     answers = [_holds(edge, fates.get(edge.step)) for edge in _waits(step)]
     if False in answers:
@@ -106,7 +106,7 @@ def _cycles(chain: Chain) -> Iterator[Fault]:
         free |= new
     stuck = [name for name in waits if name not in free]
     if stuck:
-        # every step that is stuck waits for another one, so going back must meet a step again
+        # every stuck step waits for another stuck one, so walking back must reach a step twice
         path = [stuck[0]]
         while path.count(path[-1]) == 1:
             path.append(next(name for name in waits[path[-1]] if name not in free))
@@ -132,7 +132,7 @@ def _references(chain: Chain, step: Step) -> Iterator[Fault]:
 
 
 def not_made(step: Step, ref: Reference) -> str | None:
-    """Why a step does not make what is referred to; None if it does."""
+    """Why a step does not make the referenced output; None if it does."""
     work, what = step.work, ref.what
     if what == "folder":
         return None
@@ -153,7 +153,7 @@ def not_made(step: Step, ref: Reference) -> str | None:
 
 
 def _certain(chain: Chain, step: Step) -> set[str]:
-    """The steps that have ended well whenever this one starts."""
+    """The steps that have certainly succeeded when this one starts."""
     steps = {other.name: other for other in chain.steps}
     found: set[str] = set()
     todo = [step]

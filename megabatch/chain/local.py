@@ -25,9 +25,9 @@ from megabatch.slurm.script.stopping import LAST_WORD
 
 
 def run_chain(ready: ReadyChain, arguments: Sequence[str]) -> int:
-    """Runs what is missing or failed, in order, each step if what it waits for has happened.
+    """Runs missing and failed steps in order, each if its conditions are met.
 
-    Returns 0 when every step that could start ended well, `REQUEUE` when a step was asked to stop, else the exit code
+    Returns 0 when every step that could start succeeded, `REQUEUE` when a step was asked to stop, else the exit code
     of the first step that failed. Raises: ConfigError, LaunchError.
     """
     again = {one.step.name for one in to_run(ready)}
@@ -63,12 +63,12 @@ def _run(one: ReadyStep, ready: ReadyChain, arguments: Sequence[str]) -> int:
 
 
 def local_job(one: ReadyStep) -> JobSpec:
-    """The step's job here: a conversion shares its work among threads, not among tasks."""
+    """The step's job on this machine: a conversion shares its work among threads, not tasks."""
     return replace(one.job, nodes=1, tasks_per_node=1) if isinstance(one.work, Convert) else one.job
 
 
 def fix_inputs(job: JobSpec) -> str:
-    """Does what the batch script does first; returns what is missing."""
+    """Fixes the inputs as the start of the batch script does; returns the missing ones."""
     if not job.inputs:
         return ""
     attempt = next_attempt(job.files)

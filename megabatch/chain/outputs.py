@@ -13,7 +13,7 @@ _REFERENCE = re.compile(r"<output of ([^<>:]*): (hf|mcore|checkpoint|folder|file
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What of which step."""
+    """An output of a step."""
 
     step: str
     what: str
@@ -24,12 +24,12 @@ class Reference:
 
 
 def reference(step: str, what: str) -> str:
-    """The text that stands for it; it may be a part of a longer text (`f"--model={output('train').hf}"`)."""
+    """A placeholder text for it, which may be part of a longer text (`f"--model={output('train').hf}"`)."""
     return f"<output of {step}: {what}>"
 
 
 def references(value: Any) -> list[Reference]:
-    """Every reference in the texts of a value: dataclasses, mappings and sequences are looked through."""
+    """Every reference in a value's texts, including those inside dataclasses, mappings and sequences."""
     return list(dict.fromkeys(Reference(m[1], m[2]) for text in _texts(value) for m in _REFERENCE.finditer(text)))
 
 

@@ -26,13 +26,13 @@ class ReadyChain:
     file: Path
     folder: Path
     steps: tuple[ReadyStep, ...]
-    """Each after all that it waits for."""
+    """Each after its dependencies."""
     refusals: tuple[Fault, ...]
-    """What a real start would be refused for on this machine."""
+    """Faults for which a real start would be refused on this machine."""
     cluster: str | None
     profile: ClusterProfile
     code: Snapshot | None
-    """What all steps run on a cluster; None for a chain on this machine."""
+    """The code that all steps run on a cluster; None for a chain on this machine."""
 
     def script(self, ready: ReadyStep) -> str:
         """Raises: LaunchError."""
@@ -42,8 +42,8 @@ class ReadyChain:
 def make_ready(chain: Chain, actions: Actions, *, file: Path) -> ReadyChain:
     """Decides everything about a chain.
 
-    Raises: ConfigError with all faults, of the graph and of every step; what is missing on this machine alone is one
-    only for `--submit` and `--local`.
+    Raises: ConfigError with all faults of the graph and of every step; things that only this machine lacks are faults
+    only with `--submit` and `--local`.
     """
     if faults := graph_faults(chain):
         raise ConfigError(faults)

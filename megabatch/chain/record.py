@@ -25,7 +25,7 @@ FILE = "chain.json"
 
 @dataclass(frozen=True, slots=True)
 class StepState:
-    """What is known of a step."""
+    """What we know about a step."""
 
     step: Step
     status: RunStatus
@@ -64,7 +64,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def recorded_chain(folder: Path) -> Chain:
-    """The chain of a folder as far as its graph goes: steps do nothing here. Raises: LaunchError."""
+    """The graph of a folder's chain; its steps have no content. Raises: LaunchError."""
     found = read_record(folder)
     steps = [
         Step(one["name"], Command(()), tuple(Edge(kind, name) for kind, name in one["after"]), one["links"])
@@ -74,7 +74,7 @@ def recorded_chain(folder: Path) -> Chain:
 
 
 def definition(ready: ReadyStep) -> Any:
-    """What a step that is no training run does, as JSON; run.json says it of a training run."""
+    """The work of a step that does not train, as JSON; a training run has run.json."""
     if isinstance(ready.work, Recipe):
         return None
     plain = dataclasses.asdict(ready.work)
@@ -83,7 +83,7 @@ def definition(ready: ReadyStep) -> Any:
 
 
 def states(chain: Chain, folder: Path) -> list[StepState]:
-    """What has become of each step, in order; Slurm is asked once for all of them."""
+    """The state of each step, in order; asks Slurm once for all of them."""
     steps = in_order(chain)
     found = status([folder / step.name for step in steps], fresh_s=0)
     fates: dict[str, Fate] = {}
@@ -110,10 +110,10 @@ def _fate(step: Step, now: RunStatus, fates: Mapping[str, Fate]) -> Fate | None:
 
 
 def to_run(ready: ReadyChain) -> list[ReadyStep]:
-    """The steps that are missing or failed, with those that wait for them, in order; none that can never start.
+    """Missing and failed steps and their dependents, in order, without steps that can never start.
 
-    Raises: ConfigError for a step that is done and is now declared otherwise, LaunchError for one that is in the queue
-    and would have to run again, or whose job is about to end: what waits for it could never start.
+    Raises: ConfigError for a finished step whose declaration changed, LaunchError for a queued step that would have
+    to run again, or whose job is about to end: its dependents could never start.
     """
     now = {state.step.name: state for state in states(ready.chain, ready.folder)}
     _require_unchanged(ready, now)
@@ -150,7 +150,7 @@ def _require_unchanged(ready: ReadyChain, now: Mapping[str, StepState]) -> None:
         made = state.fate == "done" or state.status.state.active
         if made and one.launch is not None and one.job.files.run_json.exists():
             with written(one.launch, []):
-                pass  # says what differs
+                pass  # reports what differs
         if made and old is not None and old["definition"] != definition(one):
             changed = [k for k, v in (definition(one) or {}).items() if (old["definition"] or {}).get(k) != v]
             rule = f"is {state.status.state} already, but is now declared differently; choose another --run_dir"

@@ -40,11 +40,11 @@ class ReadyStep:
     step: Step
     job: JobSpec
     work: Recipe | Convert | Command
-    """The step's own, with paths in place of references."""
+    """The step's own work, with paths in place of references."""
     launch: Launch | None = None
     """Of a training run."""
     shape: ModelShape | None = None
-    """Of the model that it makes or passes on."""
+    """Shape of the model that it makes or passes on."""
 
     @property
     def kind(self) -> str:
@@ -82,7 +82,7 @@ class StepBuilder:
         raise ConfigError([Fault("work", None, rule, bare=True)])
 
     def decided(self, profile: ClusterProfile) -> tuple[ReadyStep, list[Fault]]:
-        """The step and its broken rules; with some of them only what other steps need to know of it."""
+        """The step and its broken rules; a broken step has only the parts that other steps need."""
         try:
             ready = self.ready()
             job = replace(ready.job, snapshot=None if self.code is None else self.code.path)
@@ -98,7 +98,7 @@ class StepBuilder:
         return ReadyStep(step=self.step, job=self.spec(Resources()), work=self.step.work), faults
 
     def faults(self, ready: ReadyStep) -> Iterator[Fault]:
-        """The rules that the step would break alone, too."""
+        """The rules that the step breaks even on its own."""
         work = self.step.work
         if ready.launch is not None and isinstance(work, Recipe):
             yield from ready.launch.faults()
@@ -117,7 +117,7 @@ class StepBuilder:
             yield from role_faults(ready.work.roles)
 
     def refusals(self, ready: ReadyStep) -> Iterator[Fault]:
-        """What is missing or damaged on this machine, but for what earlier steps make."""
+        """Missing or damaged inputs on this machine, except those that earlier steps make."""
         work = self.step.work
         if ready.launch is not None and isinstance(work, Recipe):
             own = _without_references(work)
@@ -126,7 +126,7 @@ class StepBuilder:
             yield from source_faults(ready.work)
 
     def spec(self, resources: Resources) -> JobSpec:
-        """A job of these resources that is no training run."""
+        """A job with these resources that does not train."""
         return JobSpec(
             name=resources.job_name or f"{self.chain.name}-{self.step.name}",
             run_directory=self.directory,
@@ -188,7 +188,7 @@ class StepBuilder:
         return tuple(self._input(ref) for ref in references(self.step.work) if ref.what != "folder")
 
     def _input(self, ref: Reference) -> Input:
-        """Where what is referred to will be."""
+        """The future path of a referenced output."""
         maker = self.folder / ref.step
         if ref.what == "folder":
             return Input(maker)
@@ -200,7 +200,7 @@ class StepBuilder:
         return Input(link if ref.what == "checkpoint" else link / ref.what, run=maker, link=link)
 
     def _shape_of_conversion(self, request: ConversionRequest) -> ModelShape | None:
-        """Of the model that it converts, as far as it is known: a folder here, or what an earlier step makes."""
+        """Shape of the model that it converts, if known: from a local folder or from an earlier step."""
         declared = self.step.work
         assert isinstance(declared, Convert)
         source = declared.request.mcore_model if request.to_hf else declared.request.model
@@ -212,16 +212,16 @@ class StepBuilder:
 
 
 def _resource_faults(resources: Resources) -> list[Fault]:
-    """Of the fields themselves, and of their rules."""
+    """Faults of the fields themselves, and of their rules."""
     if not isinstance(resources, Resources):
         return [Fault("resources", None, "must be a Resources", bare=True)]
     found = check(Recipe(name="x", task="pt", resources=resources))
-    alone = ("resources.nodes",)  # how nodes divide into a layout is no concern of these jobs
+    alone = ("resources.nodes",)  # these jobs have no parallel layout for the nodes to divide into
     return [fault for fault in found if fault.field.startswith("resources.") and fault.field not in alone]
 
 
 def _without_references(recipe: Recipe) -> Recipe:
-    """Only what is to be found on this machine already."""
+    """Keeps only inputs that can already exist on this machine."""
     data = recipe.data
     return replace(
         recipe,

@@ -19,9 +19,9 @@ from megabatch.slurm.state import active_jobs
 
 
 def submit_chain(ready: ReadyChain, arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Queues what is missing or failed and all that waits for it; returns the new jobs' ids by step.
+    """Queues missing and failed steps and their dependents; returns the new jobs' ids by step.
 
-    Raises: ConfigError, LaunchError; nothing is queued then, and folders that were made are gone.
+    Raises: ConfigError, LaunchError; then nothing is queued, and the folders that we made are removed.
     """
     with _held(ready):
         return _submit(ready, to_run(ready), arguments)
@@ -46,7 +46,7 @@ def _submit(ready: ReadyChain, again: Sequence[ReadyStep], arguments: Sequence[s
 
 @contextmanager
 def _held(ready: ReadyChain) -> Iterator[None]:
-    """The chain's folder, where this launcher is alone; one that is left without any step is taken away again."""
+    """Locks the chain's folder for this launcher; removes it at the end if it has no steps."""
     made = not ready.folder.exists()
     try:
         ready.folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def _held(ready: ReadyChain) -> Iterator[None]:
 
 
 def _job(ready: ReadyChain, one: ReadyStep, *, waits_for: set[str]) -> ChainedJob:
-    """Conditions on steps that have ended hold already, else the step would not be here."""
+    """Leaves out conditions on ended steps: they hold, or the step would not be queued."""
     return ChainedJob(
         name=one.step.name,
         run=one.job.files,
@@ -76,7 +76,7 @@ def _job(ready: ReadyChain, one: ReadyStep, *, waits_for: set[str]) -> ChainedJo
 
 @contextmanager
 def written_step(one: ReadyStep, arguments: Sequence[str]) -> Iterator[RunDirectory]:
-    """The step's folder, with a training run's run.json; taken away when the body fails before the step started."""
+    """Writes the step's folder, with a training run's run.json; removes it if the body fails before the start."""
     directory = one.job.files
     new = not directory.jobs.exists()
     made = not directory.path.exists()
@@ -89,7 +89,7 @@ def written_step(one: ReadyStep, arguments: Sequence[str]) -> Iterator[RunDirect
         try:
             yield directory
         except BaseException:
-            # jobs that were cancelled while they were held have left nothing but their line
+            # a job that was cancelled while held has left only its line
             if new and not any(directory.logs.glob("*")):
                 directory.jobs.unlink(missing_ok=True)
                 if one.launch is None and made:

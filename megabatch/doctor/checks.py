@@ -18,7 +18,7 @@ _SLURM_TIMEOUT_S = 10
 
 
 def examine() -> list[Finding]:
-    """Every finding, in the order in which things depend on each other."""
+    """Every finding, in dependency order."""
     installed = {requirement.name: _installed(requirement) for requirement in REQUIREMENTS}
     trains = any(installed[requirement.name] for requirement in REQUIREMENTS if requirement.level == "train")
     found = [_python(), *(_package(one, installed[one.name], trains=trains) for one in REQUIREMENTS)]
@@ -49,7 +49,7 @@ def _installed(requirement: Requirement) -> Installed | None:
 
 
 def _package(requirement: Requirement, have: Installed | None, *, trains: bool) -> Finding:
-    """On a machine with none of the training packages, which only plans and submits, they are not needed."""
+    """A machine with none of the training packages only plans and submits, and does not need them."""
     if have is None:
         state: State = "missing"
     else:
@@ -73,7 +73,7 @@ def _slurm() -> list[Finding]:
         fix = "log in to a node of the cluster, or for a private one: apt install slurm-wlm munge; make cluster"
         return [Finding(name="Slurm", state="missing", without=without, fix=fix)]
     have = re.match(r"slurm\S* (\S+)", _said("sbatch", "--version"))
-    # without a configuration sbatch does not even tell its version; the controller's line says so
+    # without a configuration sbatch does not even print its version; the controller's finding reports that
     found = [fine("Slurm", have[1] if have else "installed")]
     said = _said("scontrol", "ping")
     if "UP" in said:

@@ -19,7 +19,7 @@ _SAVE_S = 30
 
 
 def examine_cluster(profile: ClusterProfile) -> list[Finding]:
-    """One finding for each thing that the profile names or a run relies on; the rest is left out where Slurm is."""
+    """One finding per thing that the profile names or a run needs; stops early if Slurm does not answer."""
     said = run_command("scontrol", "ping")
     if not said.ok or "UP" not in said.text:
         fix = "log in to a node of the cluster, or check SLURM_CONF; for a private cluster: make cluster"
@@ -87,7 +87,7 @@ def _resolves(name: str) -> bool:
 
 
 def _settings(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
-    """What Slurm is set to, and what that means for a run."""
+    """Slurm's settings, and what they mean for a run."""
     known: dict[str, Callable[[str], str]] = {
         "MaxArraySize": lambda value: f"{value}: larger sweeps are split over several arrays",
         "JobRequeue": lambda value: "jobs may requeue" if value == "1" else "off by default; our jobs request it",
@@ -109,10 +109,10 @@ def _settings(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
 
 
 def _prepare(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
-    """The partition that `megabatch prepare --submit` goes to, looked at like that of the runs."""
+    """Checks the partition of `megabatch prepare --submit` in the same way as that of the runs."""
     if profile.prepare is None:
         return
-    # an account of the profile itself has been looked at
+    # the profile's own account was already checked
     other = replace(profile.of_preparation(), account=profile.prepare.account)
     for check in (_partition, _time, constraint, account_and_qos):
         for finding in check(other, live):

@@ -10,7 +10,7 @@ _TIMEOUT_S = 20
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a command said on both streams."""
+    """A command's output on both streams."""
 
     ok: bool
     text: str
@@ -25,7 +25,7 @@ class Answer:
 
 
 def run_command(*command: str, timeout_s: float = _TIMEOUT_S) -> Answer:
-    """Runs a command to its end; one that is missing or hangs gives an answer too."""
+    """Runs a command to its end; a missing or hanging command gives an answer too."""
     try:
         done = subprocess.run(
             command,

@@ -13,9 +13,9 @@ from megabatch.doctor.finding import Finding, fault
 
 _TIMEOUT_S = 90
 _BESIDE_TORCH = ("torchvision", "torchaudio")
-"""What pip brings with vLLM from PyPI, built for CUDA, whatever torch is; transformers imports those it finds."""
+"""Packages that pip installs with vLLM from PyPI, built for CUDA whatever torch is; transformers imports them."""
 _NEEDED = ("megatron.core", "transformers.modeling_utils")
-"""What a run imports."""
+"""Packages that a run imports."""
 
 PROBE = (
     f"names = {_BESIDE_TORCH + _NEEDED!r}"
@@ -46,7 +46,7 @@ print(json.dumps(found))
 
 
 def probe(code: str, *, timeout_s: float = _TIMEOUT_S) -> dict[str, Any] | str:
-    """What a Python process of its own prints as JSON, or what went wrong: a driver may crash or hang it."""
+    """The JSON that a separate Python process prints, or its failure: a driver may crash or hang it."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s, check=False
@@ -102,7 +102,7 @@ def _nccl(answer: dict[str, Any]) -> Finding:
 
 
 def _imports(answer: dict[str, Any]) -> Iterator[Finding]:
-    """Packages that are there and do not import."""
+    """Installed packages that fail to import."""
     if broken := [name for name in _BESIDE_TORCH if _failed(answer, name)]:
         names = " ".join(broken)
         build = f"cu{answer['built for CUDA'].replace('.', '')}" if answer["built for CUDA"] else "cpu"
@@ -112,7 +112,7 @@ def _imports(answer: dict[str, Any]) -> Iterator[Finding]:
         )
         without = "megabatch needs neither, but where they are installed transformers' models import them"
         yield fault(f"import {', '.join(broken)}", str(answer[broken[0]]), without=without, fix=fix)
-    # transformers fails with those above, and says so less well
+    # transformers fails because of those above, with a less clear message
     for name in [name for name in _NEEDED if _failed(answer, name) and not (broken and "transformers" in name)]:
         fix = f'run it to see the whole message: python -c "import {name}"'
         yield fault(f"import {name}", str(answer[name]), fix=fix)

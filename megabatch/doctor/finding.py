@@ -10,7 +10,7 @@ State = Literal["ok", "missing", "unsupported", "broken"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What was found of one thing."""
+    """The result of one check."""
 
     name: str
     state: State
@@ -18,21 +18,21 @@ class Finding:
     """Version, or what went wrong."""
     supported: str = ""
     needed: bool = False
-    """Whether this machine cannot do its part as it is."""
+    """Whether this stops the machine from doing its part."""
     without: str = ""
     fix: str = ""
 
 
 def fine(name: str, found: str) -> Finding:
-    """There, and as it should be."""
+    """Present and correct."""
     return Finding(name=name, state="ok", found=found)
 
 
 def note(name: str, found: str, *, without: str, fix: str = "") -> Finding:
-    """Not there, which some can do without."""
+    """Missing, but not needed by everyone."""
     return Finding(name=name, state="missing", found=found, without=without, fix=fix)
 
 
 def fault(name: str, found: str, *, fix: str, supported: str = "", without: str = "") -> Finding:
-    """What must be fixed."""
+    """Must be fixed."""
     return Finding(name=name, state="broken", found=found, supported=supported, needed=True, without=without, fix=fix)

@@ -13,7 +13,7 @@ from megabatch.slurm.profile import ClusterProfile
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What Slurm says of itself, asked once."""
+    """Slurm's own report, fetched once."""
 
     config: dict[str, str]
     """`scontrol show config`."""
@@ -49,7 +49,7 @@ def _nodes() -> dict[str, str]:
 
 
 def chosen(profile: ClusterProfile, live: Live) -> list[str]:
-    """Partitions that jobs would go to and that exist."""
+    """The existing partitions among those that jobs would use."""
     names = profile.partition.split(",") if profile.partition else []
     names = names or [name for name, words in live.partitions.items() if words.get("Default") == "YES"]
     return [name for name in names if name in live.partitions]

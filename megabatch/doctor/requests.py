@@ -31,7 +31,7 @@ def gpus(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
 
 
 def _gpu_request(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
-    """Whether one GPU may be asked for in the profile's way."""
+    """Whether sbatch accepts a request for one GPU in the profile's form."""
     one = Allocation(nodes=1, tasks_per_node=1, cpus_per_task=None, gpus_per_node=1)
     asked = [f"--{name}={value}" for name, value in gpu_options(one, profile).items()]
     said = _test_only(*in_partitions(profile, live), *asked)
@@ -54,7 +54,7 @@ def reservation(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
 
 
 def _tried(name: str, value: str, profile: ClusterProfile, live: Live, *, fix: str) -> Finding:
-    """Whether sbatch would take one option; nothing is queued."""
+    """Whether sbatch accepts one option; queues nothing."""
     said = _test_only(*in_partitions(profile, live), f"--{name}={value}")
     return fine(name, value) if said.ok else fault(name, f"{value}: {_reason(said)}", fix=fix)
 
@@ -83,7 +83,7 @@ def _is_accounted(live: Live) -> bool:
 
 
 def account_and_qos(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
-    """Whether this user may use them; without accounting nobody can say."""
+    """Whether this user may use them; unknown without accounting."""
     named = {name: value for name in ("account", "qos") if (value := getattr(profile, name)) is not None}
     known = _associations() if named and _is_accounted(live) else None
     for name, value in named.items():
@@ -110,7 +110,7 @@ def _associations() -> dict[str, list[str]]:
 
 
 def options(profile: ClusterProfile, live: Live) -> Iterator[Finding]:
-    """Each further sbatch option alone, so that the one at fault is named."""
+    """Tries each further sbatch option alone, so that we can name the faulty one."""
     for name, value in profile.sbatch.items():
         if value is False:
             continue

@@ -22,7 +22,7 @@ class Requirement:
     level: Level
     """`core`: nothing works without it. `train`: every machine that trains needs it. `optional`: see `without`."""
     without: str
-    """What is different without it."""
+    """What does not work without it."""
     fix: str
     """How to install a supported version."""
 

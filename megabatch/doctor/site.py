@@ -79,7 +79,7 @@ def _secrets(profile: ClusterProfile) -> Iterator[Finding]:
 
 
 def _node(profile: ClusterProfile) -> Iterator[Finding]:
-    """A job on one node: that steps launch there, and what it sees of the profile's folders and programs."""
+    """Runs a job on one node: checks that steps launch there and that it sees the profile's folders and programs."""
     token = secrets.token_hex(8)
     folder = Path(profile.shared_cache or Path.cwd())
     probe = folder / f".megabatch-doctor.{token}"

@@ -27,20 +27,20 @@ _DROPPED: Mapping[str, tuple[str, ...]] = {
 """What each of `recompute_modules` leaves out."""
 
 LSE_BYTES, FP32_BYTES, STATE_CHUNK = 4, 4, 64
-"""Of flash attention's log-sum-exp for each head and token; of a router's scores; tokens for which a linear attention
-keeps one state."""
+"""Bytes of flash attention's log-sum-exp per head and token; bytes of a router's scores; number of tokens per state
+that a linear attention keeps."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerActivations:
-    """Of one micro-batch in one layer."""
+    """Bytes for one micro-batch in one layer."""
 
     whole: float
     """Without recomputation."""
     kept: float
     """With the run's selective recomputation."""
     working: float
-    """Largest gradients and gathered or exchanged rows beside them while the layer is computed."""
+    """The largest gradients and gathered or exchanged rows that exist on top of these while the layer runs."""
 
 
 def stream(shape: ModelShape, settings: Settings) -> float:
@@ -79,10 +79,10 @@ def _saved(shape: ModelShape, settings: Settings, kind: Kind) -> dict[str, float
 def _beside_adapters(
     saved: Mapping[str, float], shape: ModelShape, settings: Settings, *, moe: bool
 ) -> dict[str, float]:
-    """What a layer of frozen matrices keeps: their inputs only where an adapter needs them, in a dropped-out copy with
-    its mask where there is dropout, and each adapter's narrow product.
+    """What a layer of frozen matrices keeps: inputs only where an adapter needs them (with dropout, a dropped-out copy
+    and its mask), and each adapter's narrow product.
 
-    Attention keeps its output for itself.
+    Attention itself keeps its output.
     """
     lora, size = settings.lora, settings.weight_bytes
     assert lora is not None
@@ -107,9 +107,9 @@ def _beside_adapters(
 
 
 def _attention(shape: ModelShape, settings: Settings) -> dict[str, float]:
-    """The projection's output, of which values are a part, queries and keys behind their rotation, the output.
+    """The projection's output (which contains the values), queries and keys after rotation, and the output.
 
-    Ranks that share a group gather the projections of all: a rank's values are then a part of everybody's.
+    Ranks that share a query group gather all their projections: a rank's values are then a part of the gathered ones.
     """
     tp = settings.layout.tp
     a_channel = settings.micro_batch_tokens * settings.weight_bytes * shape.kv_channels / tp
@@ -130,7 +130,7 @@ def _scores(shape: ModelShape, settings: Settings) -> float:
 
 
 def _latent_attention(shape: ModelShape, settings: Settings) -> dict[str, float]:
-    """Latents before and behind their norms are not cut by tensor parallelism; what they are projected up to is."""
+    """Tensor parallelism does not cut the latents before and after their norms; it cuts their up-projections."""
     tokens, tp = settings.micro_batch_tokens * settings.weight_bytes, settings.layout.tp
     key, value = head_channels(shape)
     queries, latent = shape.q_lora_rank or 0, shape.kv_lora_rank or 0
@@ -177,7 +177,7 @@ def _experts(shape: ModelShape, settings: Settings) -> dict[str, float]:
 
 
 def _working(shape: ModelShape, settings: Settings, kind: Kind, saved: Mapping[str, float]) -> float:
-    """What a module saved has gradients of its size while its backward pass runs; the larger of the two counts."""
+    """In a module's backward pass, what it saved has gradients of the same size; the larger of the two counts."""
     moe, _ = kind
     gathered = settings.micro_batch_tokens * shape.hidden_size * settings.weight_bytes if settings.sp > 1 else 0.0
     mixer = saved.get("qkv", 0.0) + saved.get("up_projected", 0.0) + saved["attention_output"]
@@ -192,8 +192,8 @@ def _working(shape: ModelShape, settings: Settings, kind: Kind, saved: Mapping[s
 def _others_keys(shape: ModelShape, settings: Settings, kind: Kind) -> float:
     """Keys and values of other context parallel ranks while a layer attends to them.
 
-    Transformer Engine's ring has those of two ranks and their gradients. Ours has the whole row's twice, as gathered
-    and in the order of the chunks that see them, and in the backward pass the gradients of the latter.
+    Transformer Engine's ring holds those of two ranks and their gradients. Ours holds the whole row's twice, once as
+    gathered and once in the order of the chunks that see them, and in the backward pass the gradients of the latter.
     """
     cp = settings.layout.cp
     if cp == 1 or kind[1]:

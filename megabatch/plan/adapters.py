@@ -8,18 +8,18 @@ from megabatch.plan.settings import Lora
 from megabatch.plan.weights import Weight
 
 _NOT_LINEAR = ("word_embeddings", "output_layer", "router", "gate_weight", "conv1d", "eh_proj")
-"""Matrices that `all-linear` does not mean."""
+"""Matrices that `all-linear` excludes."""
 
 
 _KINDS = {"all-router": "router", "all-embedding": "word_embeddings"}
 _PARTS = {"linear_qkv": 3, "linear_fc1": 2}
-"""Layers that are several of Hugging Face's, each of which has an A of its own."""
+"""Layers that fuse several of Hugging Face's, each with an A of its own."""
 
 
 def beside(weight: Weight, lora: Lora) -> Iterator[Weight]:
-    """What is trained beside a frozen weight: an adapter's two matrices; often nothing.
+    """What is trained next to a frozen weight: an adapter's two matrices; often nothing.
 
-    The adapter of a matrix that is cut by rows or columns is cut there; the other of its two is on every rank.
+    If the weight is cut by rows or columns, one of the adapter's matrices is cut so, too; the other is replicated.
     """
     module = weight.name.removesuffix(".weight").removesuffix(".bias")
     if weight.cols is not None and not is_saved(weight.name, lora) and is_target(module, lora):
@@ -31,7 +31,7 @@ def beside(weight: Weight, lora: Lora) -> Iterator[Weight]:
 
 
 def parts(module: str) -> int:
-    """How many of Hugging Face's layers a layer is."""
+    """How many of Hugging Face's layers a layer fuses."""
     return _PARTS.get(module.rpartition(".")[2], 1)
 
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 
 def nearest_multiples(value: int, *, of: int) -> tuple[int, ...]:
-    """The positive multiples of `of` next to `value`, nearest first: one where `value` is one, else up to two."""
+    """The positive multiples of `of` closest to `value`, nearest first: one if `value` is one, else up to two."""
     below = value // of * of
     if below == value and value > 0:
         return (value,)
@@ -16,7 +16,7 @@ def nearest_multiples(value: int, *, of: int) -> tuple[int, ...]:
 
 
 def nearest_divisors(value: int, *, of: int, count: int = 2) -> tuple[int, ...]:
-    """The divisors of `of` next to `value`, nearest first, `value` itself left out."""
+    """The divisors of `of` closest to `value`, nearest first, without `value` itself."""
     divisors = [divisor for divisor in range(1, of + 1) if of % divisor == 0 and divisor != value]
     return tuple(sorted(divisors, key=lambda divisor: abs(divisor - value))[:count])
 
@@ -24,7 +24,7 @@ def nearest_divisors(value: int, *, of: int, count: int = 2) -> tuple[int, ...]:
 def train_iters(samples: int, *, epochs: int, global_batch_size: int) -> int:
     """Optimizer steps of `epochs` passes over `samples` items (samples, or packs when packing).
 
-    A batch may span two epochs; of the last epoch, what does not fill a batch is left: `samples · epochs mod
+    A batch may span two epochs; the remainder after the last full batch is dropped: `samples · epochs mod
     global_batch_size` items. Source: Megatron-SWIFT counts `train_iters` in the same way.
     """
     return samples * epochs // global_batch_size
@@ -32,7 +32,7 @@ def train_iters(samples: int, *, epochs: int, global_batch_size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrpoBatch:
-    """The numbers of one GRPO round; sizes count completions. Fractions show what does not divide."""
+    """The numbers of one GRPO round; sizes count completions. Fractions show sizes that do not divide."""
 
     global_batch_size: int
     micro_batch_size: int

@@ -1,7 +1,7 @@
 """How long ranks take to communicate: which groups stay inside a node, and bandwidth between the others.
 
-Ranks are numbered as megatron-core does, tensor parallel ranks next to each other, then context, data and pipeline
-parallel ones; for experts: expert tensor, expert, expert data and pipeline parallel ones.
+We number ranks as megatron-core does: tensor parallel ranks vary fastest, then context, data and pipeline parallel
+ones; for experts: expert tensor, expert, expert data and pipeline parallel ones.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from megabatch.plan.gpus import Gpu
 from megabatch.plan.settings import Settings
 
 LINK_EFFICIENCY = 0.75
-"""Part of a link's bandwidth that NCCL reaches with large messages."""
+"""Fraction of a link's bandwidth that NCCL reaches with large messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks that communicate: how many, and how far apart neighbours among them are numbered."""
+    """Ranks that communicate: how many, and the stride between neighbours' rank numbers."""
 
     size: int
     stride: int
@@ -44,7 +44,7 @@ def leaves_node(group: Group, *, gpus_per_node: int) -> bool:
 def ring_s(gpu: Gpu, group: Group, size: float, *, gpus_per_node: int) -> float:
     """Seconds of an all-gather or a reduce-scatter of `size` bytes, the whole tensor's.
 
-    Each rank sends (n - 1) / n of it; where a ring leaves a node it has the adapters of all its ranks there.
+    Each rank sends (n - 1) / n of it; where a ring leaves a node, it uses the network adapters of all its ranks there.
     """
     if group.size == 1:
         return 0.0

@@ -16,11 +16,11 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
-    """What the backward pass needs of all micro-batches in flight, without the loss."""
+    """Activations saved for the backward pass, over all micro-batches in flight, without the loss."""
     logits: int
     """Output and loss, on the last pipeline stage."""
     temporary: int
-    """Buffers that come and go beside these: gathered rows, exchanged tokens, gradients of activations."""
+    """Temporary buffers on top of these: gathered rows, exchanged tokens, gradients of activations."""
     framework: int
     """CUDA context, NCCL, workspaces, and what the allocator cannot use."""
 
@@ -51,13 +51,13 @@ class StepEstimate:
     """Waiting for other pipeline stages."""
     optimizer_s: float
     communication_s: Mapping[str, float]
-    """By kind, only what is not hidden behind computation: tp, cp, ep, pp, dp."""
+    """Exposed communication (not overlapped with computation) by kind: tp, cp, ep, pp, dp."""
     tokens: int
     """Tokens of a step, over all ranks."""
     model_flops: float
     """Of a step, over all ranks; recomputation not counted."""
     peak_flops: float
-    """What all ranks could do in a second."""
+    """Peak FLOP/s of all ranks together."""
 
     @property
     def total_s(self) -> float:
@@ -69,7 +69,7 @@ class StepEstimate:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation (arXiv:2204.02311): the part of the peak that the model's own FLOPs take."""
+        """Model FLOPs utilisation (arXiv:2204.02311): the model's own FLOPs as a fraction of the peak."""
         return self.model_flops / self.total_s / self.peak_flops
 
 

@@ -18,7 +18,7 @@ def peak_tflops(device_name: str) -> float | None:
 
 @functools.lru_cache(maxsize=64)
 def matmul_parameters(shape: ModelShape) -> int:
-    """Weights that each token is multiplied with: attention, MLP or chosen experts, and the output layer.
+    """Number of weights that multiply each token: attention, MLP or chosen experts, and the output layer.
 
     Without layers of multi-token prediction, which are not trained unless a recipe asks for them.
     """

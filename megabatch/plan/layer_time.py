@@ -1,7 +1,7 @@
 """Seconds that a micro-batch takes in one layer on one rank, and on the links around it.
 
-Matrix products and attention at a part of the tensor cores' peak, all else at a part of the memory's bandwidth
-(arXiv:2104.04473 for the operations). The parts are the same for every model and layout.
+Matrix products and attention run at a fraction of the tensor cores' peak, all else at a fraction of the memory
+bandwidth (arXiv:2104.04473 for the operations). The fractions are the same for every model and layout.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from megabatch.plan.shape import ModelShape
 from megabatch.plan.weights import Kind, Weight
 
 MATMUL_EFFICIENCY = 0.7
-"""Part of the peak that large matrix products reach. Calibrated (docs/planning.md)."""
+"""Fraction of the peak that large matrix products reach. Calibrated (docs/planning.md)."""
 GROUPED_EFFICIENCY = 0.5
 """The same for grouped products of a rank's experts."""
 ATTENTION_EFFICIENCY = 0.5
 """The same for flash attention (arXiv:2307.08691, figure 5)."""
 MEMORY_EFFICIENCY = 0.8
-"""Part of the memory's bandwidth that norms, rotations, activations and sums reach."""
+"""Fraction of the memory bandwidth that norms, rotations, activations and sums reach."""
 UNFUSED_PERMUTATION = 8.0
-"""How much longer tokens take to be sorted by expert, and back, without `moe_permute_fusion`. Calibrated."""
+"""Slowdown of sorting tokens by expert and back without `moe_permute_fusion`. Calibrated."""
 EXPERTS_HOST_S = 2e-3
-"""Of each pass through a layer of experts: the host waits for the numbers of tokens, and launches. Calibrated."""
+"""Seconds per pass through a layer of experts in which the host waits for token counts and launches. Calibrated."""
 ATTENTION_BACKWARD = 2.5
-"""Of flash attention's backward pass, over its forward pass: five matrix products for two."""
+"""FLOPs of flash attention's backward pass over its forward pass: five matrix products against two."""
 OVERLAP = 0.8
-"""Part of a communication that is hidden where it overlaps."""
+"""Fraction of a communication that overlap hides."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Of one micro-batch: computing, and the communication that computing waits for."""
+    """Seconds for one micro-batch: computation, and the communication that it waits for."""
 
     compute: float = 0.0
     tp: float = 0.0
@@ -62,7 +62,7 @@ class LayerSeconds:
     backward: Seconds
     """Without recomputation."""
     selective: Seconds
-    """What the run's selective recomputation adds to it."""
+    """Time added by the run's selective recomputation."""
 
 
 def layer_seconds(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -> LayerSeconds:
@@ -142,7 +142,7 @@ def _attention_s(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) ->
 
 
 def _memory_s(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -> tuple[float, float]:
-    """Forward seconds of what is limited by memory: element by element, and sorting tokens by expert."""
+    """Forward seconds of memory-bound work: element-wise operations, and sorting tokens by expert."""
     tokens, size, tp = settings.micro_batch_tokens, settings.weight_bytes, settings.layout.tp
     bandwidth = _memory_bytes_per_s(gpu)
     # two norms read and write the stream, two sums read two and write one
@@ -177,9 +177,9 @@ def _links(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -> Secon
 
 
 def _around_s(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -> float:
-    """Keys and values of a layer once around the context parallel ranks.
+    """Sends a layer's keys and values once around the context parallel ranks.
 
-    Transformer Engine sends them on while it attends to those that it has; ours gathers them first.
+    Transformer Engine overlaps this with attention to the ones it already has; our attention gathers them first.
     """
     if kind[1]:
         return 0.0
@@ -191,7 +191,7 @@ def _around_s(shape: ModelShape, settings: Settings, kind: Kind, gpu: Gpu) -> fl
 
 
 def _experts_s(shape: ModelShape, settings: Settings, gpu: Gpu) -> float:
-    """Tokens to their experts and back; with expert tensor parallelism gathered and scattered there too."""
+    """Sends tokens to their experts and back; expert tensor parallelism adds a gather and a scatter."""
     found, node = groups(settings), settings.gpus_per_node
     copy = shape.hidden_size * settings.weight_bytes
     sent = settings.micro_batch_tokens / settings.sp * (shape.moe_router_topk or 0) * copy * EXPERT_IMBALANCE

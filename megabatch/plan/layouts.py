@@ -9,7 +9,7 @@ from megabatch.plan.shape import ModelShape
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 CHUNKS = (1, 2, 4)
-"""Chunks of each pipeline stage that are tried."""
+"""Numbers of chunks per pipeline stage to try."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +26,9 @@ class Choice:
 
 
 def choices(shape: ModelShape, *, world_size: int, global_batch_size: int) -> Iterator[Choice]:
-    """Sizes that divide the ranks; whether they divide the model too is for the rules to say.
+    """Sizes that divide the ranks; the rules check whether they divide the model too.
 
-    Experts are cut by tensor parallelism like all else or not at all, and a micro-batch has up to 8 rows.
+    Expert tensor parallelism equals tensor parallelism or is 1, and a micro-batch has up to 8 rows.
     """
     sizes = divisors(world_size)
     for pp in sizes:
@@ -49,7 +49,7 @@ def divisors(number: int) -> list[int]:
 
 
 def _rows(global_batch_size: int, *, dp: int) -> list[int]:
-    """Micro-batch sizes that divide; 1 where none does, so that the rule is named."""
+    """Micro-batch sizes that divide; 1 if none does, so that the rule reports it."""
     return [micro for micro in MICRO_BATCH_SIZES if global_batch_size % (micro * dp) == 0] or [1]
 
 

@@ -14,7 +14,7 @@ from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
 
 LOSS_CHUNK = 1 << 24
-"""Logits that the loss turns into fp32 at a time (`CHUNK_ELEMENTS` of the trainer's `ops/vocab.py`)."""
+"""Number of logits that the loss converts to fp32 at a time (`CHUNK_ELEMENTS` of the trainer's `ops/vocab.py`)."""
 
 CONTEXT_BYTES = int(0.75 * GIB)
 """CUDA's context with the kernels of all libraries (about 0.5 GiB), cuBLAS's workspace (32 MiB on Hopper for each
@@ -24,16 +24,16 @@ NCCL_BYTES_OF_A_GROUP = int(0.25 * GIB)
 """NCCL's buffers for each group of ranks that a rank is in: 4 MiB (NCCL_BUFFSIZE) for each of up to 32 channels, to
 and from a neighbour."""
 FRAGMENTATION = 0.05
-"""Part of what comes and goes that the allocator cannot use; with `expandable_segments`. Calibrated."""
+"""Fraction of temporary memory that the allocator cannot use; with `expandable_segments`. Calibrated."""
 
 MARGIN = 0.1
-"""Part of a GPU's memory that layouts leave free: what the estimates miss. Of the published runs the one that took
-most beside its estimate took 1.07 times as much, read as decimal gigabytes, and 1.15 times read as GiB. What is known
-by its size (CUDA's context, NCCL, workspaces, usual fragmentation) is in the estimates, as `framework`."""
+"""Fraction of a GPU's memory that layouts leave free for errors of the estimates. The worst of the published runs used
+1.07 times its estimate if its figure means decimal gigabytes, and 1.15 times if it means GiB. Overheads of known size
+(CUDA's context, NCCL, workspaces, usual fragmentation) are in the estimates, as `framework`."""
 
 
 def usable_gib(gpu: Gpu) -> float:
-    """What a layout may take of a GPU unless somebody says otherwise."""
+    """Memory that a layout may use on a GPU by default."""
     return (1 - MARGIN) * gpu.memory_gib
 
 
@@ -58,7 +58,7 @@ def _stage(
     stored = sum(count * _stored(shape, settings, layers, chunk) for chunk, count in zip(chunks, flying, strict=True))
     logits = _logits(shape, settings) if any(chunk.loss for chunk in chunks) else 0.0
     passing = max((_passing(settings, layers, chunk) for chunk in chunks), default=0.0)
-    # the loss has given its memory back before the layers' backward pass begins
+    # the loss frees its memory before the layers' backward pass begins
     temporary = max(0.0, passing - logits)
     groups = sum(ways > 1 for ways in _group_sizes(settings))
     dynamic = stored + logits + temporary
@@ -74,9 +74,9 @@ def _stage(
 
 
 def in_flight(settings: Settings, pp_rank: int) -> list[int]:
-    """Micro-batches of each chunk whose activations a stage holds at most.
+    """For each chunk, the most micro-batches whose activations a stage holds at once.
 
-    1F1B (arXiv:2104.04473, section 2.2): a stage runs as far ahead as there are stages behind it. Interleaved: twice
+    1F1B (arXiv:2104.04473, section 2.2): a stage runs ahead by the number of stages after it. Interleaved: twice
     as far, and a group of micro-batches for each chunk but the last (megatron-core's `schedules.py`).
     """
     layout = settings.layout
@@ -90,7 +90,7 @@ def in_flight(settings: Settings, pp_rank: int) -> list[int]:
 
 
 def _stored(shape: ModelShape, settings: Settings, layers: Sequence[LayerActivations], chunk: Chunk) -> float:
-    """What one micro-batch leaves in a chunk."""
+    """Bytes that one micro-batch stores in a chunk."""
     rows = stream(shape, settings)
     found = [layers[number] for number in chunk.layers] + [layers[-1]] * chunk.mtp_layers
     unit = settings.recompute_num_layers or 1
@@ -108,7 +108,7 @@ def _stored(shape: ModelShape, settings: Settings, layers: Sequence[LayerActivat
 
 
 def _passing(settings: Settings, layers: Sequence[LayerActivations], chunk: Chunk) -> float:
-    """Most that a chunk's forward or backward pass has beside what is stored."""
+    """Peak of a chunk's forward or backward pass on top of what is stored."""
     found = {id(layers[number]): layers[number] for number in chunk.layers}.values()
     full, unit = settings.recompute_granularity == "full", 1
     if full and settings.recompute_method == "uniform":
@@ -120,7 +120,7 @@ def _passing(settings: Settings, layers: Sequence[LayerActivations], chunk: Chun
 
 
 def _logits(shape: ModelShape, settings: Settings) -> float:
-    """Logits and their gradient in the run's precision, with the loss's fp32 chunk where that is another one."""
+    """Logits and their gradient in the run's precision, plus the loss's fp32 chunk unless that is fp32."""
     columns = shape.num_labels or settings.vocab_size / settings.layout.tp
     count = settings.micro_batch_tokens * columns
     chunk = 4 * min(count, LOSS_CHUNK) if settings.weight_bytes < 4 else 0

@@ -15,6 +15,6 @@ def num_parameters(shape: ModelShape) -> int:
 
 
 def num_active_parameters(shape: ModelShape) -> int:
-    """Those that one token meets: of each layer's experts only the chosen ones."""
+    """Parameters used for one token: of each layer's experts only the chosen ones."""
     chosen = shape.moe_router_topk or 0
     return sum(weight.elements * (chosen if weight.experts else 1) * count for weight, count in weights.model(shape))

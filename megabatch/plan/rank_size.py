@@ -25,8 +25,8 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 PARAMETER_UNIT = 64
 BUCKET_UNIT = 128
 BUCKET_ELEMENTS, BUCKET_ELEMENTS_OF_A_RANK = 40_000_000, 1_000_000
-"""A bucket is closed at the larger of the two, times the data parallel size for the second, where gradients are
-reduced while the backward pass runs; otherwise a buffer is one bucket."""
+"""If gradients are reduced during the backward pass, a bucket is closed at the larger of the two (the second times the
+data parallel size); otherwise a buffer is one bucket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class RankSize:
     """What one rank holds, in elements."""
 
     parameters: int = 0
-    """Of its part of the model, shared copies included."""
+    """Parameters of its part of the model, including shared copies."""
     frozen: int = 0
     """Those of them that are not trained."""
     dense: int = 0
@@ -64,7 +64,7 @@ class RankSize:
 
 
 def rank_sizes(shape: ModelShape, settings: Settings) -> list[RankSize]:
-    """One for each pipeline rank; all its data parallel ranks have the same but for padding inside their shards."""
+    """One per pipeline rank; its data parallel ranks have the same sizes except for padding inside their shards."""
     sizer = _Sizer(shape, settings)
     sizes = [RankSize()] * settings.layout.pp
     for chunk in settings.chunks:
@@ -93,7 +93,7 @@ class _Sum:
 
 
 class _Sizer:
-    """Sizes the chunks of one model in one layout; a layer of each kind is looked at once."""
+    """Sizes the chunks of one model in one layout; examines one layer of each kind."""
 
     def __init__(self, shape: ModelShape, settings: Settings) -> None:
         self.shape, self.settings = shape, settings
@@ -192,7 +192,7 @@ def _kinds(shape: ModelShape, frozen: frozenset[str]) -> list[tuple[Kind, frozen
 
 
 def ends(shape: ModelShape, settings: Settings, chunk: Chunk) -> tuple[list[Weight], list[Weight], list[Weight]]:
-    """What a chunk holds before and behind its layers, and those of its tensors that have a bucket of their own.
+    """What a chunk holds before and after its layers, and which of these tensors have a bucket of their own.
 
     Copies of the embedding on the first stage and on the one that has the tied output layer, or layers of multi-token
     prediction, are kept equal; each is a bucket, so that all of them are cut alike.

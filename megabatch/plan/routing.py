@@ -6,7 +6,7 @@ from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 
 EXPERT_IMBALANCE = 1.5
-"""Tokens of the rank that gets most, over the mean: what all ranks wait for. Calibrated (docs/planning.md)."""
+"""Tokens of the busiest rank over the mean; all ranks wait for that rank. Calibrated (docs/planning.md)."""
 
 
 def routed_tokens(shape: ModelShape, settings: Settings) -> float:

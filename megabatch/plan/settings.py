@@ -41,7 +41,7 @@ class Settings:
     vocab_size: int
     """Rows of the embedding with padding."""
     microbatch_group_size: int = 0
-    """Micro-batches that go through one chunk before the next has its turn; 0 means pp."""
+    """Micro-batches that go through one chunk before the next chunk runs; 0 means pp."""
 
     sequence_parallel: bool = False
     recompute_granularity: str = "selective"
@@ -54,11 +54,11 @@ class Settings:
     transformer_engine: bool = True
     """Whether layers are Transformer Engine's, which keep less; else megatron-core's local ones."""
     weight_bytes: int = 2
-    """Of a parameter, a gradient of an activation, and an activation."""
+    """Bytes of a parameter, an activation's gradient, and an activation."""
     gradient_bytes: int = 4
-    """Of an accumulated gradient."""
+    """Bytes of an accumulated gradient."""
     optimizer_bytes: int = 12
-    """Of a parameter's main copy and its moments."""
+    """Bytes of a parameter's main copy and its moments."""
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -75,5 +75,5 @@ class Settings:
 
     @property
     def sp(self) -> int:
-        """Into how many parts sequence parallelism cuts what lies between the matrices."""
+        """Into how many parts sequence parallelism cuts the activations between the matrices."""
         return self.layout.tp if self.sequence_parallel else 1

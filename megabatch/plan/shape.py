@@ -87,7 +87,7 @@ class ModelShape:
     """The config.json this shape was read from."""
 
     def __hash__(self) -> int:
-        """Over some of the fields, as mappings have no hash: what is counted of a shape can then be kept."""
+        """Hashes some of the fields, since mappings have no hash; lets us cache counts per shape."""
         return hash((self.model_type, self.num_layers, self.hidden_size, self.vocab_size))
 
     def is_moe_layer(self, layer: int) -> bool:

@@ -22,7 +22,7 @@ class Chunk:
 def even_counts(num_layers: int, *, pp: int, vp: int, embedding: bool = False, loss: bool = False) -> list[int]:
     """Layers of each chunk in the order in which a token meets them, where `embedding` and `loss` count as layers.
 
-    The caller made sure that `num_layers + embedding + loss` divides by pp * vp.
+    The caller has checked that pp * vp divides `num_layers + embedding + loss`.
     """
     counts = [(num_layers + embedding + loss) // (pp * vp)] * (pp * vp)
     counts[0] -= embedding
@@ -31,9 +31,9 @@ def even_counts(num_layers: int, *, pp: int, vp: int, embedding: bool = False, l
 
 
 def uneven_counts(num_layers: int, *, pp: int, vp: int, first: int | None, last: int | None) -> list[int]:
-    """Layers of each chunk where the first and the last stage have their own number and the others share the rest.
+    """Layers of each chunk if the first and the last stage have their own numbers and the others share the rest.
 
-    The caller made sure that the rest divides by the stages left, and that each stage's layers divide by vp.
+    The caller has checked that the other stages' number divides the rest, and that vp divides each stage's layers.
     """
     left = pp - (first is not None) - (last is not None)
     middle = (num_layers - (first or 0) - (last or 0)) // left if left else 0

@@ -33,7 +33,7 @@ def step_time(shape: ModelShape, settings: Settings, sizes: list[RankSize], gpu:
     tokens = settings.row_tokens * settings.micro_batch_size * layout.dp * layout.num_microbatches
     return StepEstimate(
         compute_s=running.compute,
-        # (pp - 1) / vp micro-batches' time where all stages take the same (arXiv:2104.04473, section 2.2)
+        # (pp - 1) / vp times a micro-batch's time if all stages take equally long (arXiv:2104.04473, section 2.2)
         bubble_s=(sum(totals) - totals[slowest]) / layout.vp,
         optimizer_s=_optimizer_s(settings, heaviest, gpu),
         communication_s={
@@ -84,7 +84,7 @@ def _chunk(
 
 
 def _between_stages_s(shape: ModelShape, settings: Settings, gpu: Gpu) -> float:
-    """Activations and their gradients from stage to stage; an interleaved pipeline sends more, and overlaps it."""
+    """Sends activations and gradients from stage to stage; an interleaved pipeline sends more, but overlaps it."""
     group, layout = groups(settings)["pp"], settings.layout
     once = send_s(gpu, group, stream(shape, settings), gpus_per_node=settings.gpus_per_node)
     hidden = 1 - OVERLAP if layout.vp > 1 else 1.0
@@ -92,7 +92,7 @@ def _between_stages_s(shape: ModelShape, settings: Settings, gpu: Gpu) -> float:
 
 
 def _between_replicas_s(settings: Settings, size: RankSize, gpu: Gpu, *, forward: float, backward: float) -> float:
-    """Gradients are scattered and new weights gathered; without the distributed optimizer gradients are gathered."""
+    """Scatters gradients and gathers new weights; without the distributed optimizer, gathers gradients instead."""
     found, node = groups(settings), settings.gpus_per_node
     gathered = settings.weight_bytes if settings.use_distributed_optimizer else settings.gradient_bytes
 

@@ -19,19 +19,19 @@ Split = Literal["column", "row", "vocab", "replicated"]
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One parameter tensor, whole; an expert's stands for that of each expert of its layer."""
+    """One whole parameter tensor; an expert's stands for each expert of its layer."""
 
     name: str
     """Within its layer, or within the model: `self_attention.linear_qkv.weight`."""
     rows: int
     cols: int | None = None
-    """None for a vector, which no token is multiplied with."""
+    """None for a vector, which is not part of a matrix product."""
     split: Split = "replicated"
     """How tensor parallelism cuts it; an expert's is cut by expert tensor parallelism."""
     experts: int = 0
-    """How many experts have one each; 0 outside experts."""
+    """Number of experts that have one each; 0 outside experts."""
     trained: bool = True
-    """False for what is a buffer in megatron-core: it has no gradient."""
+    """False for a buffer of megatron-core, which has no gradient."""
 
     @property
     def elements(self) -> int:
@@ -43,12 +43,12 @@ class Weight:
         if self.split == "replicated":
             return self.elements
         ways = etp if self.experts else tp
-        # a vocabulary is filled up, the rest divides
+        # a vocabulary is padded, everything else divides
         return -(-self.rows // ways) * (self.cols or 1) if self.split == "vocab" else self.elements // ways
 
 
 Kind = tuple[bool, bool]
-"""What tells layers of a model apart: mixture of experts, linear attention."""
+"""The kind of a layer: mixture of experts or not, linear attention or not."""
 
 
 def kinds(shape: ModelShape) -> list[Kind]:
@@ -82,7 +82,7 @@ def layer(shape: ModelShape, kind: Kind) -> tuple[Weight, ...]:
 
 
 def mtp_layer(shape: ModelShape) -> tuple[Weight, ...]:
-    """A layer of multi-token prediction: what joins two streams, a decoder layer of the last kind, a norm."""
+    """An MTP layer: the part that joins two streams, a decoder layer of the last kind, a norm."""
     hidden = shape.hidden_size
     return (
         Weight("enorm.weight", hidden),
@@ -94,7 +94,7 @@ def mtp_layer(shape: ModelShape) -> tuple[Weight, ...]:
 
 
 def model(shape: ModelShape) -> Iterator[tuple[Weight, int]]:
-    """All tensors of the model as it is published, tied embeddings once; each with how many layers have it."""
+    """All tensors of the published model, tied embeddings once, each with the number of layers that have it."""
     yield embedding(shape), 1
     for kind, count in Counter(kinds(shape)).items():
         yield from ((weight, count) for weight in layer(shape, kind))
@@ -167,7 +167,7 @@ def _dense_mlp(shape: ModelShape) -> Iterator[Weight]:
 
 
 def _experts(shape: ModelShape) -> Iterator[Weight]:
-    """Router, experts, and the experts that every token meets."""
+    """Router, experts, and shared experts."""
     hidden, count = shape.hidden_size, shape.num_experts or 0
     yield Weight("pre_mlp_layernorm.weight", hidden)
     yield Weight("mlp.router.weight", count, hidden)

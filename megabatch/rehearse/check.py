@@ -24,11 +24,11 @@ class Settings:
 
     steps: int = 4
     folder: Path | None = None
-    """Where both runs stay for a look; None takes a temporary folder, kept only where they differ."""
+    """Folder that keeps both runs for inspection; None uses a temporary folder, kept only if they differ."""
 
 
 def check(recipe: Recipe, recipe_file: Path, flags: Sequence[str], settings: Settings) -> int:
-    """Prints a table of what was compared; 0 when all of it is equal to rounding. Raises: MegabatchError."""
+    """Prints a table of the comparisons; 0 when all agree up to rounding. Raises: MegabatchError."""
     if settings.steps < 2:
         raise ConfigError("--steps must be at least 2: gradients are read from the step after the first")
     chosen, whole = opened(recipe, recipe_file, flags)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 NUMBERS, TENSORS = 1e-5, 1e-4
 """Largest relative differences of losses and norms, and of one tensor's gradient: fp32 sums in another order."""
 _SMALL = 1e-3
-"""A tensor with less than this share of the gradients' mean size is judged by that share: a key's bias, for instance,
-has no gradient but rounding."""
+"""We judge a tensor below this fraction of the gradients' mean size relative to that fraction: the gradient of a key's
+bias, for instance, is only rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,12 @@ class Closeness:
 
     @property
     def passes(self) -> bool:
-        """NaN never does."""
+        """NaN never passes."""
         return self.largest <= self.allowed
 
 
 def closeness(found: RunDirectory, expected: RunDirectory, *, steps: int) -> list[Closeness]:
-    """Raises: CheckpointError where the runs did not save the same tensors."""
+    """Raises: CheckpointError if the runs did not save the same tensors."""
     train = list(_lines(found, expected, "train", ("loss", "grad_norm")))
     made = [_worst(f"{name} of {steps} steps", train, name, NUMBERS) for name in ("loss", "grad_norm")]
     evaluated = list(_lines(found, expected, "eval", ("eval_loss",)))
@@ -73,7 +73,7 @@ def _relative(found: Mapping[str, Any], expected: Mapping[str, Any], name: str) 
 
 
 def _tensors(found: RunDirectory, expected: RunDirectory, step: int) -> Iterator[_Found]:
-    """The relative error of what the last step changed in each tensor, in L2 norms."""
+    """The relative error of the last step's change of each tensor, in L2 norms."""
     import numpy as np
 
     ours, theirs = _changes(found, step), _changes(expected, step)

@@ -26,7 +26,7 @@ class Settings:
     seed: int = 0
     """Decides when the run is stopped and killed, and which rank dies."""
     folder: Path | None = None
-    """Where both runs stay for a look; None takes a temporary folder, kept only where they differ."""
+    """Folder that keeps both runs for inspection; None uses a temporary folder, kept only if they differ."""
 
 
 def rehearse(recipe: Recipe, recipe_file: Path, flags: Sequence[str], settings: Settings) -> int:

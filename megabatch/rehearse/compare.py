@@ -22,7 +22,7 @@ class Verdict:
 
     what: str
     difference: str | None
-    """The first one; None where all is equal."""
+    """The first difference; None if all is equal."""
 
 
 def compare(whole: RunDirectory, resumed: RunDirectory, *, steps: int) -> list[Verdict]:
@@ -35,7 +35,7 @@ def compare(whole: RunDirectory, resumed: RunDirectory, *, steps: int) -> list[V
 
 
 def records(run: RunDirectory, kind: str) -> dict[int, Mapping[str, Any]]:
-    """The lines of metrics.jsonl by step; of a step that was done again the last one counts."""
+    """The lines of metrics.jsonl by step; the last line of a repeated step counts."""
     try:
         text = run.metrics.read_text(encoding="utf-8")
     except OSError:
@@ -57,7 +57,7 @@ def _lines(whole: RunDirectory, resumed: RunDirectory, kind: str, names: tuple[s
 
 
 def _bits(value: float) -> bytes:
-    """Equal exactly for equal numbers, not-a-number included."""
+    """Equal exactly for equal numbers, NaN included."""
     return struct.pack("<d", math.nan if math.isnan(value) else value)
 
 

@@ -49,7 +49,7 @@ def _environment(pid: int) -> dict[str, str]:
 
 
 def _with(job: JobSpec, step: int, disturb: Callable[[], None]) -> int:
-    """Runs on, and disturbs the run once metrics.jsonl has that step."""
+    """Continues the run, and interrupts it once metrics.jsonl has that step."""
     over = threading.Event()
 
     def watch() -> None:
@@ -71,7 +71,7 @@ def _with(job: JobSpec, step: int, disturb: Callable[[], None]) -> int:
 def moments(steps: int, *, ranks: int, seed: int) -> tuple[int, int, int]:
     """Random: the step to stop after, a later one to kill at, and the rank to kill.
 
-    Both lie in the first half: small steps are so short that some pass until a signal arrives.
+    Both lie in the first half: small steps are so short that several finish before a signal arrives.
     """
     rng = random.Random(seed)
     stop = rng.randint(1, steps // 4)

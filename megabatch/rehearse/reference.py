@@ -20,7 +20,7 @@ _GRADIENT_STEPS: dict[str, dict[str, Any]] = {
         "lr_warmup_iters": 0, "lr_decay_iters": None,
     },
 }  # fmt: skip
-"""Beside so large an epsilon a step is about the gradient, times a constant: weights tell every tensor's gradient."""
+"""With such a large epsilon a step is about the gradient times a constant: weights show every tensor's gradient."""
 _NUMBERS: dict[str, dict[str, Any]] = {
     "model": {"torch_dtype": "float32", "attention_dropout": 0.0, "hidden_dropout": 0.0},
     "precision": {"fp16": None, "bf16": None},
@@ -37,11 +37,11 @@ _REASONS = {
     "model.hidden_dropout": "random numbers differ with the layout",
     "tuner.lora_dropout": "random numbers differ with the layout",
 }
-"""Changes that are worth a word."""
+"""Changes that we report."""
 
 
 def comparable(small: Small) -> Small:
-    """In fp32, without random numbers, with steps that are about the gradient."""
+    """The recipe in fp32, without random numbers, with steps that are nearly proportional to the gradient."""
     recipe, notes = small.recipe, list(small.left_out)
     for groups in (_GRADIENT_STEPS, _NUMBERS, _SAVES, _ADAPTERS if recipe.tuner.tuner_type == "lora" else {}):
         for group, fields in groups.items():
@@ -58,7 +58,7 @@ def _notes(recipe: Recipe, group: str, fields: dict[str, Any]) -> Iterator[str]:
 
 
 def in_one_process(recipe: Recipe) -> Recipe:
-    """The reference: no parallelism, no recomputation, and one pack a micro-batch where that changes no loss."""
+    """The reference: no parallelism, no recomputation, and one pack per micro-batch if that changes no loss."""
     alone = replace(
         recipe,
         parallel=Parallel(distributed_backend="gloo", use_distributed_optimizer=False),

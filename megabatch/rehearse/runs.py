@@ -18,26 +18,26 @@ from megabatch.slurm.job import JobSpec
 
 
 def opened(recipe: Recipe, recipe_file: Path, flags: Sequence[str]) -> tuple[Recipe, Launch]:
-    """The recipe with its flags, and the launch that it would be. Raises: ConfigError with all faults of flags."""
+    """The recipe with its flags, and its launch. Raises: ConfigError with all faults of flags."""
     actions, chosen = parse(flags, recipe)
     _refuse(actions)
     return chosen, prepare(chosen, actions, recipe_file=recipe_file.absolute())
 
 
 def shape_of(launch: Launch) -> ModelShape:
-    """Raises: ConfigError where it is not known."""
+    """Raises: ConfigError if it is unknown."""
     if launch.model.shape is None:
         raise ConfigError(f"the model's shape is not known ({launch.model.origin}); download it, or give its folder")
     return launch.model.shape
 
 
 def most_ranks() -> int:
-    """Processes that this machine can take."""
+    """How many processes this machine can run."""
     return max(4, 2 * (os.cpu_count() or 1))
 
 
 def _refuse(actions: Actions) -> None:
-    """Raises: ConfigError with every flag that asks for something else than a run here."""
+    """Raises: ConfigError with every flag that asks for anything but a local run."""
     none = Actions(cluster=actions.cluster)
     asked = [field.name for field in fields(Actions) if getattr(actions, field.name) != getattr(none, field.name)]
     rule = "has no effect on a rehearsal or a check, which runs here; --dir keeps its runs"
@@ -54,7 +54,7 @@ def prepared(recipe: Recipe, recipe_file: Path, folder: Path) -> JobSpec:
 
 
 def say_what(doing: str, small: Small, whole: Launch) -> None:
-    """Prints what is run, and what of the recipe is not."""
+    """Prints what runs, and which parts of the recipe do not."""
     parallel = small.recipe.parallel
     sizes = {
         "tp": parallel.tensor_model_parallel_size,
@@ -72,7 +72,7 @@ def say_what(doing: str, small: Small, whole: Launch) -> None:
 
 
 def require(code: int, wanted: int, job: JobSpec, what: str) -> None:
-    """Prints how a run ended. Raises: LaunchError where that is not as wanted."""
+    """Prints how a run ended. Raises: LaunchError if it is not the expected end."""
     if code != wanted:
         raise LaunchError(f"{what}: ended with exit code {code}, not {wanted}; its logs are in {job.files.logs}")
     print(f"  {what:56} {ENDINGS[wanted]}", flush=True)

@@ -24,12 +24,12 @@ from megabatch.plan.shape import ModelShape
 LENGTH, ROWS, VALIDATION_ROWS, VOCABULARY, SAVE_EVERY = 256, 200, 24, 512, 3
 HEAD_DIM, MLP, EXPERT_MLP = 8, 64, 32
 LOSS_SCALE = 2.0**12
-"""First loss scale of fp16: a few steps are too few to come down from 2**32."""
+"""Initial loss scale of fp16: a few steps are not enough to come down from 2**32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Small:
-    """What is run, and what is left out."""
+    """The small recipe, and what it leaves out."""
 
     recipe: Recipe
     left_out: tuple[str, ...]
@@ -39,7 +39,7 @@ class Small:
 def shrink(recipe: Recipe, shape: ModelShape, *, steps: int, max_ranks: int) -> Small:
     """The same recipe with a new model, little data and `steps` steps on at most `max_ranks` CPU processes.
 
-    Raises: ConfigError where what is left of the recipe has faults that no default mends.
+    Raises: ConfigError if the small recipe has faults that no default fixes.
     """
     notes: list[str] = []
     parallel, world = _fewer_ranks(recipe, shape, max_ranks=max_ranks, notes=notes)
@@ -56,7 +56,7 @@ def shrink(recipe: Recipe, shape: ModelShape, *, steps: int, max_ranks: int) -> 
 def _fewer_ranks(
     recipe: Recipe, shape: ModelShape, *, max_ranks: int, notes: list[str]
 ) -> tuple[Mapping[str, Mapping[str, Any]], int]:
-    """The layout's sizes, halved from the largest until their ranks fit; two replicas where the recipe has more."""
+    """The layout's sizes, halved from the largest until the ranks fit; two replicas if the recipe has more."""
     p = recipe.parallel
     names = {
         "tensor_model_parallel_size": p.tensor_model_parallel_size,
@@ -106,7 +106,7 @@ def _least_ranks(tp: int, pp: int, cp: int, ep: int, etp: int) -> int:
 
 
 def _on_cpus(recipe: Recipe, notes: list[str]) -> Recipe:
-    """Without what only changes speed on GPUs."""
+    """Drops settings that only change speed on GPUs."""
     for parameter in parameters(Recipe):
         group = getattr(recipe, parameter.group)
         value = getattr(group, parameter.name)
@@ -173,7 +173,7 @@ def _little_data(recipe: Recipe, notes: list[str]) -> Recipe:
     length = min(data.max_length or LENGTH, LENGTH)
     length -= length % (2 * recipe.parallel.context_parallel_size * recipe.parallel.tensor_model_parallel_size)
     if data.truncation_strategy in (None, "delete", "raise"):
-        changed["truncation_strategy"] = "right"  # with so few rows none may be left out
+        changed["truncation_strategy"] = "right"  # with so few rows, all of them must count
     return replace(
         recipe,
         data=replace(
@@ -191,7 +191,7 @@ def _little_data(recipe: Recipe, notes: list[str]) -> Recipe:
 
 
 def _new_adapters(recipe: Recipe, notes: list[str]) -> Recipe:
-    """Adapters fit the model that they were trained beside; here they are new, and merged in what is compared."""
+    """Adapters fit only the model that they were trained with, so we make new ones, and compare with them merged."""
     bridge, tuner = recipe.bridge, recipe.tuner
     if bridge.adapters or tuner.adapter_load is not None:
         notes.append("bridge.adapters and tuner.adapter_load: new adapters instead")
@@ -203,7 +203,7 @@ def _new_adapters(recipe: Recipe, notes: list[str]) -> Recipe:
 
 
 def _few_rows(text: str, most: int) -> str | None:
-    """The first rows' worth of a dataset that is here; None for one that is not."""
+    """The first rows of a local dataset; None for one that is not here."""
     where, _, count = text.partition("#")
     rows = min(int(count), most) if count.isdigit() else most
     if where.startswith("example:"):
@@ -253,7 +253,7 @@ def _few_steps(recipe: Recipe, whole: Recipe, shape: ModelShape, *, steps: int, 
 
 
 def _without_faults(recipe: Recipe, notes: list[str]) -> Small:
-    """Parameters that break a rule of the small recipe go back to their defaults, by name."""
+    """Resets parameters that break a rule of the small recipe to their defaults, and names them."""
     for _ in range(2):
         faults = check(recipe, declared_shape(recipe))
         for fault in faults:

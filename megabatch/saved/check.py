@@ -11,11 +11,11 @@ from megabatch.saved.manifest import File, Manifest, left_over, missing_or_resiz
 
 _BUFFER_BYTES = 4 << 20
 _AT_ONCE = 64 << 20
-"""Bytes of ranges that a worker takes together, so that one large file keeps all of them busy."""
+"""Bytes of ranges that a worker takes at once, so that one large file keeps all workers busy."""
 
 
 def faults(manifest: Manifest, *, workers: int) -> list[str]:
-    """Everything that is not as it was saved, one line each, beginning with the file; memory is 4 MiB a worker."""
+    """Every difference from what was saved, one line each, starting with the file; uses 4 MiB of memory per worker."""
     names = [name for name in manifest.files if (manifest.folder / name).is_file()]
     absent = list(missing_or_resized(manifest, manifest.files))
     resized = {line.split(": ")[0] for line in absent}
@@ -26,7 +26,7 @@ def faults(manifest: Manifest, *, workers: int) -> list[str]:
 
 
 def damaged_parts(manifest: Manifest, parts: Mapping[str, Sequence[int]], *, workers: int) -> list[str]:
-    """The same of some ranges alone, given by their numbers in each file."""
+    """The same for only some ranges, given by their numbers in each file."""
     absent = list(missing_or_resized(manifest, parts))
     if absent:
         return absent
@@ -36,7 +36,7 @@ def damaged_parts(manifest: Manifest, parts: Mapping[str, Sequence[int]], *, wor
 
 
 def _jobs(name: str, file: File) -> Iterator[tuple[str, list[int]]]:
-    """Numbers of the ranges that are read together."""
+    """Numbers of the ranges to read together."""
     numbers: list[int] = []
     size = 0
     for number, part in enumerate(file.ranges):
@@ -74,5 +74,5 @@ def _digest(manifest: Manifest, file: int, offset: int, size: int, buffer: memor
 
 
 def undigested(manifest: Manifest) -> bool:
-    """Whether parts of it have no digest: a conversion without `--verify`."""
+    """Whether some ranges have no digest, as after a conversion without `--verify`."""
     return any(part.digest is None for file in manifest.files.values() for part in file.ranges)

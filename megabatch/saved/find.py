@@ -7,7 +7,7 @@
     a folder with step_*                      the one that `latest` names, the newest where it names none that is there
     a folder with checkpoints/                what the last two rules find in there
 
-The first row that fits counts. A row that fits and leads to nothing is an error, never a reason to try the next.
+The first matching row decides. If a row matches but leads to nothing, that is an error; we never try the next row.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from megabatch.saved.history import HF, MCORE, TRAINER
 from megabatch.saved.manifest import read_manifest
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
-"""Megatron-LM's file beside `iter_0000100/` or `release/` that names the newest, and the name of a checkpoint that no
-training made."""
+"""Megatron-LM's file beside `iter_0000100/` or `release/` that names the newest, and the name of a checkpoint that did
+not come from training."""
 _METADATA = ".metadata"
 _TRACKER_BYTES = 1000
 _SHOWN = 8
 
 
 class NoCheckpointError(CheckpointError):
-    """There is no checkpoint at a path, whole or damaged."""
+    """A path has no checkpoint at all, not even a damaged one."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundCheckpoint:
-    """A checkpoint that is there."""
+    """An existing checkpoint."""
 
     folder: Path
     """A run's checkpoint, or the torch_dist folder of another program."""
@@ -45,14 +45,14 @@ class FoundCheckpoint:
 
     @property
     def of_a_run(self) -> bool:
-        """Whether it says where its run was, besides the weights."""
+        """Whether it holds the run's progress besides the weights."""
         return (self.folder / TRAINER).is_file()
 
 
 def find_checkpoint(path: Path) -> FoundCheckpoint:
-    """The checkpoint that a path means.
+    """The checkpoint at a path, by the table above.
 
-    Raises: NoCheckpointError for a path that means none, with what is there; CheckpointError for one that leads to
+    Raises: NoCheckpointError for a path without one, listing what is there; CheckpointError for a path that leads to
     nothing, or to a damaged checkpoint.
     """
     try:
@@ -75,7 +75,7 @@ def _meant_by(path: Path) -> FoundCheckpoint:
 
 
 def find_to_load(load: str, *, may_be_missing: bool) -> FoundCheckpoint | None:
-    """What `checkpoint.load` means; None where it means no checkpoint and need not (`exit_on_missing_checkpoint`).
+    """The checkpoint of `checkpoint.load`; None if there is none and none is required (`exit_on_missing_checkpoint`).
 
     Raises: CheckpointError.
     """

@@ -1,9 +1,9 @@
 """Which checkpoint a run resumes from, and what happens to the others.
 
-`checkpoints/latest` decides: a run goes on from the checkpoint that it names, which a person may change. Where it
-names none that is there, the newest counts. What cannot be used is renamed, never deleted: `damaged.step_<n>` for a
-checkpoint that is not what was saved, `later.step_<n>` for one of a history that the run has left. No reader takes
-such a name for a checkpoint. Each renaming is a line of `checkpoints/set_aside.jsonl`.
+`checkpoints/latest` decides: a run resumes from the checkpoint that it names, and a user may edit it. If it names no
+existing checkpoint, the newest counts. We rename unusable checkpoints and never delete them: `damaged.step_<n>` for
+one that is not what was saved, `later.step_<n>` for one from a history that the run has abandoned. No reader takes
+such a name for a checkpoint. Each renaming adds a line to `checkpoints/set_aside.jsonl`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.saved.manifest import read_manifest
 
 TRAINER, MCORE, HF = "trainer.json", "mcore", "hf"
-"""What lies in a checkpoint: progress, what a resume needs, and the Hugging Face folder."""
+"""Parts of a checkpoint: progress, the state for a resume, and the Hugging Face folder."""
 _NAME = re.compile(r"step_\d{8,}")
 
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A checkpoint that got another name."""
+    """A checkpoint that was renamed."""
 
     kind: Literal["damaged", "later"]
     step: int
     name: str
     """Of its folder now."""
     why: str
-    """What is wrong, beginning with the file; or where the run went back to."""
+    """The fault, starting with the file; or the checkpoint that the run went back to."""
     went_on: str
-    """The checkpoint that the run went on from instead."""
+    """The checkpoint that the run resumed from instead."""
     time: float
     """Seconds since the epoch."""
 
@@ -55,17 +55,17 @@ def step_of(path: Path) -> int:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder has the name of a checkpoint."""
+    """Whether a folder is named like a checkpoint."""
     return bool(_NAME.fullmatch(path.name)) and path.is_dir()
 
 
 def checkpoints(run: RunDirectory) -> list[Path]:
-    """Every folder with the name of a checkpoint, newest first."""
+    """Every folder named like a checkpoint, newest first."""
     return _checkpoints_in(run.checkpoints)
 
 
 def newest_in(folder: Path) -> Path | None:
-    """Of a run's `checkpoints/`, wherever it lies: what `latest` names, or the newest where that is not there."""
+    """The current checkpoint in a `checkpoints/` folder: what `latest` names, or the newest if that is missing."""
     return _named_by(folder / "latest") or next(iter(_checkpoints_in(folder)), None)
 
 
@@ -74,17 +74,17 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 
 def named_by_latest(run: RunDirectory) -> Path | None:
-    """What `latest` names, None when that is not there."""
+    """The checkpoint that `latest` names, or None if it is missing."""
     return _named_by(run.latest)
 
 
 def named_by_best(run: RunDirectory) -> Path | None:
-    """What `best` names, None when that is not there."""
+    """The checkpoint that `best` names, or None if it is missing."""
     return _named_by(run.best)
 
 
 def point_to_best(run: RunDirectory, step: int | None) -> None:
-    """Makes `best` name the checkpoint of a step, or nothing where that is not there."""
+    """Points `best` to the checkpoint of a step, or to nothing if that is missing."""
     target = None if step is None else run.step(step)
     if target is not None and is_checkpoint(target):
         if named_by_best(run) != target:
@@ -95,33 +95,33 @@ def point_to_best(run: RunDirectory, step: int | None) -> None:
 
 def _named_by(latest: Path) -> Path | None:
     try:
-        if not latest.is_file():  # a pipe would be waited for
+        if not latest.is_file():  # opening a pipe would block
             return None
         path = latest.with_name(latest.read_text(encoding="utf-8").strip())
-    except (OSError, ValueError):  # also of a text that is no name
+    except (OSError, ValueError):  # also for a text that is not a valid name
         return None
     return path if is_checkpoint(path) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Where a run may go on."""
+    """The checkpoints that a run may resume from."""
 
     usable: tuple[Path, ...]
-    """In the order in which they are tried."""
+    """In the order in which we try them."""
     later: tuple[Path, ...]
-    """Newer than what `latest` names."""
+    """Newer than the one that `latest` names."""
 
 
 def candidates(run: RunDirectory) -> Candidates:
-    """What an attempt of this run may go on from."""
+    """The checkpoints that an attempt of this run may resume from."""
     found, latest = checkpoints(run), named_by_latest(run)
     later = tuple(path for path in found if latest is not None and step_of(path) > step_of(latest))
     return Candidates(tuple(path for path in found if path not in later and _may_be_resumed(path)), later)
 
 
 def _may_be_resumed(path: Path) -> bool:
-    """Whether it was saved with what a resume needs; damage does not count here."""
+    """Whether it was saved with the state for a resume; we do not look for damage here."""
     try:
         manifest = read_manifest(path)
     except CheckpointError:
@@ -134,7 +134,7 @@ def _may_be_resumed(path: Path) -> bool:
 def settle(
     run: RunDirectory, chosen: Path, damaged: Sequence[tuple[Path, str]], later: Sequence[Path]
 ) -> list[SetAside]:
-    """Makes `chosen` the newest: renames what is damaged or later and replaces `latest`."""
+    """Makes `chosen` the newest: renames damaged and later checkpoints and replaces `latest`."""
     why = f"the run went back to {chosen.name}"
     renamed = [set_aside(run, path, "damaged", why=fault, went_on=chosen.name) for path, fault in damaged]
     renamed += [set_aside(run, path, "later", why=why, went_on=chosen.name) for path in later]
@@ -144,7 +144,7 @@ def settle(
 
 
 def set_aside(run: RunDirectory, path: Path, kind: Literal["damaged", "later"], *, why: str, went_on: str) -> SetAside:
-    """Gives a checkpoint a name that no reader takes for one."""
+    """Renames a checkpoint so that no reader takes it for one."""
     target = path.with_name(f"{kind}.{path.name}")
     number = 1
     while target.exists():
@@ -158,7 +158,7 @@ def set_aside(run: RunDirectory, path: Path, kind: Literal["damaged", "later"], 
 
 
 def notes(run: RunDirectory) -> list[SetAside]:
-    """The checkpoints that were set aside and are still there, oldest first."""
+    """The checkpoints that were set aside and still exist, oldest first."""
     try:
         text = run.set_aside.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -175,7 +175,7 @@ def notes(run: RunDirectory) -> list[SetAside]:
 
 
 def find(run: RunDirectory, name: str) -> Path:
-    """The checkpoint that a person means: `step_00000100` or `100`. Raises: CheckpointError listing what is there."""
+    """The checkpoint that a user names: `step_00000100` or `100`. Raises: CheckpointError listing those that exist."""
     there = checkpoints(run)
     for path in there:
         if name.strip("/") == path.name or (name.isdigit() and int(name) == step_of(path)):
@@ -188,12 +188,12 @@ def find(run: RunDirectory, name: str) -> Path:
 
 
 def go_back(run: RunDirectory, name: str) -> list[SetAside]:
-    """Makes an older checkpoint the one that the run goes on from; the later ones are set aside.
+    """Makes the run resume from an older checkpoint, and sets the later ones aside.
 
-    Raises: CheckpointError listing what is there.
+    Raises: CheckpointError listing the existing ones.
     """
     chosen = find(run, name)
     later = [path for path in checkpoints(run) if step_of(path) > step_of(chosen)]
-    # first of all: a run that is killed here goes on from there all the same
+    # first of all, so that a run killed here still resumes from there
     write_atomic(run.latest, chosen.name + "\n")
     return settle(run, chosen, [], later)

@@ -4,9 +4,9 @@
      "files": {"mcore/__0_0.distcp": {"size": …, "ranges": [[name, offset, bytes, digest], …]}, …},
      "own": the same digest of all that is before this key}
 
-The form is that of the converters' manifests, whose digests are BLAKE2b. The ranges of a file cover it without gaps. A
-`.distcp` has one range for each item that `.metadata` names, so that a rank checks the very bytes that it loads; a
-safetensors file has one for its header and at least one for each tensor; any other file is one range.
+The converters' manifests have the same form, with BLAKE2b digests. The ranges of a file cover it without gaps. A
+`.distcp` has one range per item that `.metadata` names, so that a rank checks exactly the bytes that it loads; a
+safetensors file has one for its header and at least one per tensor; any other file is one range.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megabatch.errors import CheckpointError
 
 MANIFEST = "megabatch-manifest.json"
 WHOLE = "all of it"
-"""Name of the range of a file that has one."""
+"""Name of the range of a single-range file."""
 _VERSION = 1
 _OURS = "xxh3-64"
 _OWN = ',"own":"{}"}}\n'
@@ -30,11 +30,11 @@ _OWN_BYTES = len(_OWN.format("0" * 16))
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not what was saved; the message begins with the file."""
+    """A checkpoint differs from what was saved; the message begins with the file."""
 
 
 class Digest(Protocol):
-    """Takes bytes one part after the other."""
+    """Hashes bytes part by part."""
 
     def update(self, data: memoryview | bytes, /) -> None: ...
 
@@ -42,7 +42,7 @@ class Digest(Protocol):
 
 
 def _xxh3() -> Digest:
-    from xxhash import xxh3_64  # a plan takes no digest, and needs the standard library alone
+    from xxhash import xxh3_64  # a plan computes no digest, and needs only the standard library
 
     digest: Digest = xxh3_64()
     return digest
@@ -65,11 +65,11 @@ class Range:
     """Consecutive bytes of a file."""
 
     name: str
-    """What they are, for people: a tensor's name."""
+    """Name for messages, such as a tensor's name."""
     offset: int
     size: int
     digest: str | None
-    """Hexadecimal; None where none was taken."""
+    """Hexadecimal; None if not computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +81,13 @@ class File:
 
     @staticmethod
     def of(data: bytes) -> File:
-        """A file that is written at once."""
+        """A file that is written in one go."""
         return File(len(data), (Range(WHOLE, 0, len(data), _hexdigest(data)),))
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a folder was when it was saved."""
+    """The contents of a folder when it was saved."""
 
     folder: Path
     """Names of files are relative to it."""
@@ -102,7 +102,7 @@ class Manifest:
         return {name: file for name, file in self.files.items() if name.startswith(f"{part}/")}
 
     def require(self, name: str, data: bytes) -> None:
-        """Checks a file of one range that was read. Raises: DamagedError."""
+        """Checks the content of a single-range file. Raises: DamagedError."""
         file = self.files.get(name)
         if file is None:
             raise DamagedError(f"{name}: is not in {MANIFEST}")
@@ -113,7 +113,7 @@ class Manifest:
         self.require_digest(name, file.ranges[0], digest)
 
     def require_digest(self, name: str, part: Range, digest: Digest) -> None:
-        """Checks a range by the digest of its bytes; one that has none is taken as it is. Raises: DamagedError."""
+        """Checks a range by the digest of its bytes; accepts a range without one. Raises: DamagedError."""
         if part.digest is not None and digest.hexdigest() != part.digest:
             what = "it" if part.name == WHOLE else part.name
             raise DamagedError(f"{name}: {what} differs from its digest")
@@ -163,7 +163,7 @@ def _file(name: str, made: Mapping[str, Any]) -> File:
 
 
 def missing_or_resized(manifest: Manifest, names: Iterable[str]) -> Iterator[str]:
-    """What is wrong with these files as far as names and sizes tell, one line each."""
+    """Faults of these files that names and sizes show, one line each."""
     for name in names:
         try:
             size = (manifest.folder / name).stat().st_size
@@ -175,7 +175,7 @@ def missing_or_resized(manifest: Manifest, names: Iterable[str]) -> Iterator[str
 
 
 def left_over(manifest: Manifest) -> Iterator[str]:
-    """Files that were not there when it was saved, one line each."""
+    """Files that did not exist when it was saved, one line each."""
     for path in sorted(manifest.folder.rglob("*")):
         name = path.relative_to(manifest.folder).as_posix()
         if name not in manifest.files and name != MANIFEST and not path.is_dir():

@@ -30,21 +30,21 @@ _SHAPES = ("model", "moe", "mla", "mtp", "bridge", "data", "tuner")
 """Groups of the recipe that a model's shape depends on."""
 _CACHE = "MEGABATCH_CACHE"
 _INPUTS = ("model", "data", "checkpoint", "bridge", "tuner", "rlhf", "gkd", "training", "resources")
-"""Groups that name files which a run reads, or say how, or which GPUs it wants."""
+"""Groups that name a run's input files, how to read them, or its GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One point, and what is decided about it."""
+    """One point, and the decisions about it."""
 
     point: Point
     launch: Launch
     pruned: str = ""
-    """Why it is left out; empty where it is kept."""
+    """Why it is left out; empty if kept."""
     unbuilt: tuple[Fault, ...] = ()
-    """What it asks for that is not built yet: shown, and refused where it would run."""
+    """Features that it asks for and we have not built: the table shows them, a real start refuses them."""
     estimate: Estimate | None = None
-    """None without GPUs, and where nothing can be said."""
+    """None without GPUs, or without an estimate."""
 
     @property
     def kept(self) -> bool:
@@ -57,7 +57,7 @@ class Candidates:
 
     name: str
     folder: Path
-    """Of the run directories, the arrays and `sweep.json`."""
+    """Folder of the run directories, the arrays and `sweep.json`."""
     base: Launch
     """The recipe itself."""
     all: tuple[Candidate, ...]
@@ -66,14 +66,14 @@ class Candidates:
     """Dotted names of what is swept."""
 
     gpu: Gpu | None
-    """What estimates are made for; None for a recipe without GPUs."""
+    """GPU for the estimates; None for a recipe without GPUs."""
 
     @property
     def kept(self) -> list[Candidate]:
         return [candidate for candidate in self.all if candidate.kept]
 
     def distinct_inputs(self) -> list[Candidate]:
-        """One candidate for each set of files that the kept ones read, and of GPUs that they want."""
+        """One candidate per distinct set of input files and GPUs among the kept ones."""
         groups = {
             repr([c.point.values[name] for name in c.point.values if name.partition(".")[0] in _INPUTS]): c
             for c in self.kept
@@ -88,7 +88,7 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
         raise ConfigError([Fault("sweep.name", name, "names a folder: it must not contain / or be . or ..")])
     points = points_of(sweep, recipe, given=actions.sweep)
     base = prepare(recipe, actions, recipe_file=recipe_file)
-    # what points share with a recipe without faults need not be looked at for each; `prepare` has seen its values
+    # values shared with the faultless recipe need no check per point; `prepare` has checked them
     variant_of = None if any(unbuilt_fields(recipe)) or any(no_secrets(recipe)) else recipe
     given = Path(actions.run_dir).expanduser() if actions.run_dir else save_folder(recipe).expanduser() / name
     models: dict[str, FoundModel] = {}
@@ -115,7 +115,7 @@ def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: P
 
 
 def _launch(point: Point, base: Launch, folder: Path, models: dict[str, FoundModel]) -> Launch:
-    """What `prepare` would decide; what points have in common is found once."""
+    """The decisions of `prepare`; parts that points share are computed once."""
     recipe, directory = point.recipe, RunDirectory(folder)
     job = job_of(recipe, directory, snapshot=base.job.snapshot)
     key = repr([point.values.get(name) for name in point.values if name.partition(".")[0] in _SHAPES])
@@ -132,13 +132,13 @@ def _launch(point: Point, base: Launch, folder: Path, models: dict[str, FoundMod
 
 
 def _shared_tokens(folder: Path, profile: ClusterProfile) -> dict[str, str]:
-    """Has runs of one sweep tokenise a dataset once, where nothing else says where tokens are kept."""
+    """Makes the runs of a sweep tokenise a dataset only once, unless the profile or the environment sets a cache."""
     said = profile.shared_cache or _CACHE in profile.environment or _CACHE in os.environ
     return {} if said else {_CACHE: str(folder / "cache")}
 
 
 def _wanted(point: Point, sweep: Sweep, *, file: Path) -> bool:
-    """What the sweep's own filter says. Raises: ConfigError with the point's values where it fails."""
+    """The result of the sweep's own filter. Raises: ConfigError with the point's values if the filter fails."""
     try:
         return sweep.filter is None or bool(sweep.filter(point.recipe))
     except MegabatchError:

@@ -59,7 +59,7 @@ def run_sweep(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequenc
 
 
 def _refuse_swept_flags(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequence[str]) -> None:
-    """A flag for a parameter that is swept would change nothing. Raises: ConfigError."""
+    """A flag for a swept parameter would change nothing. Raises: ConfigError."""
     swept = {*sweep.grid, *sweep.zip, *(name for row in sweep.list for name in row)}
     swept |= {text.partition("=")[0] for text in actions.sweep}
     dotted = {one.parameter.dotted for name in swept if isinstance(one := named(name, recipe), Named)}
@@ -114,7 +114,7 @@ def _local(found: Candidates, left: Mapping[str, str], arguments: Sequence[str])
 
 
 def _require_launchable(found: Candidates, *, local: bool = False) -> None:
-    """Raises ConfigError with every fault that can be seen before the runs start."""
+    """Raises ConfigError with every fault that is visible before the runs start."""
     _require_one(found)
     if others := other_runs(found):
         fix = "nothing was submitted; give the sweep another name or --run_dir, or remove those folders"
@@ -146,7 +146,7 @@ def _once(faults: Iterable[Fault]) -> list[Fault]:
 
 
 def _starts(found: Candidates, arrays: Sequence[JobArray]) -> dict[str, str]:
-    """When Slurm would start each point's run: asked once for each array, and only where there is Slurm."""
+    """When Slurm would start each point's run; asks once per array, and only if Slurm is installed."""
     if shutil.which("sbatch") is None:
         return {}
     starts: dict[str, str] = {}
@@ -158,7 +158,7 @@ def _starts(found: Candidates, arrays: Sequence[JobArray]) -> dict[str, str]:
 
 
 def _scripts(found: Candidates, arrays: Sequence[JobArray]) -> list[str]:
-    """What sbatch would get, each followed by what its first element hands over to."""
+    """The scripts for sbatch, each followed by the job script of its first element."""
     texts = []
     for array in arrays:
         scripts = [render(job, found.base.profile) for job in array.jobs]

@@ -13,7 +13,7 @@ from megabatch.config.recipe import Recipe
 class Sweep:
     """A recipe and the values that some of its parameters take; `grid`, `zip` and `list` multiply.
 
-    Parameters go by the names that flags have, flat (`lr`) or dotted (`learning_rate.lr`). Seeds are one of them.
+    Parameters have the names of flags, flat (`lr`) or dotted (`learning_rate.lr`). A seed is a parameter, too.
     """
 
     recipe: Callable[[], Recipe]
@@ -22,13 +22,13 @@ class Sweep:
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Every combination of these values."""
     zip: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Values that go together, the first with the first and so on; all of one length."""
+    """Values combined pairwise, the first with the first and so on; all lists have the same length."""
     list: Sequence[Mapping[str, Any]] = ()
-    """Points written out one by one; a parameter that one of them leaves out keeps the recipe's value."""
+    """Explicit points; a parameter that a point leaves out keeps the recipe's value."""
     filter: Callable[[Recipe], bool] | None = None
-    """Says of a point's recipe whether to run it; a point that is left out is shown in the table."""
+    """Returns whether to run a point's recipe; the table still shows points that it rejects."""
     max_parallel: int | None = None
-    """How many runs may run at a time; None sets no limit on Slurm, and one at a time with `--local`."""
+    """How many runs may run at once; None sets no limit on Slurm, and one at a time with `--local`."""
     name: str | None = None
     """Folder of its runs beneath `save`, and the arrays' name in the queue; None means the recipe file's name."""
 

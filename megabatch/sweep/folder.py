@@ -1,6 +1,6 @@
 """What a sweep's folder holds: one run directory for each point, its arrays, and `sweep.json`.
 
-Hundreds of runs are written together: under temporary names, synced once, then renamed.
+We write hundreds of runs together: under temporary names, synced once, then renamed.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def other_runs(found: Candidates) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one submission made, to be taken away again if it fails."""
+    """Files and folders that one submission made, to remove if it fails."""
 
     runs: tuple[RunDirectory, ...]
     folders: tuple[Path, ...]
-    """That hold them, innermost first."""
+    """Folders that hold them, innermost first."""
 
     def take_away(self, also: Sequence[Path] = ()) -> None:
-        """Removes the runs of which no job knows, and folders that are empty then.
+        """Removes runs without a job, and folders that are then empty.
 
-        Args: `also` are folders that go too where the folder that they lie in was made with the runs.
+        Args: `also` are folders to remove too if their parent folder was made with the runs.
         """
         if also:
             for folder in self.folders:
@@ -67,10 +67,10 @@ class Written:
 
 
 def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: Mapping[str, Any]) -> Written:
-    """Makes the run directories that are not there yet, complete or not at all, and gives the others their script.
+    """Makes the missing run directories, completely or not at all, and writes the script of the others.
 
-    Args: `launches` are without faults; an empty script is none, for a run on this machine.
-    Raises: LaunchError when they cannot be written, or one that is there belongs to somebody else.
+    Args: `launches` are without faults; an empty script means none, for a run on this machine.
+    Raises: LaunchError when they cannot be written, or an existing one belongs to another user.
     """
     folder = launches[0].directory.path.parent
     missing = tuple(path for path in (folder, *folder.parents) if not path.exists())
@@ -114,7 +114,7 @@ def _write_own(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Everything written to the folder's file system so far reaches its disk: one call for any number of files."""
+    """Flushes the folder's whole file system to disk: one call for any number of files."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
@@ -125,7 +125,7 @@ def _sync(folder: Path) -> None:
 
 
 def array_folders(folder: Path) -> Iterator[Path]:
-    """`arrays/<number>`, of numbers that are free: an array that waits still has its own."""
+    """`arrays/<number>` with unused numbers: a waiting array still uses its own folder."""
     taken = [int(path.name) for path in (folder / "arrays").glob("*") if path.name.isdecimal()]
     for number in itertools.count(max(taken, default=-1) + 1):
         yield folder / "arrays" / str(number)
@@ -151,7 +151,7 @@ def describe(found: Candidates) -> None:
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
-    """`sweep.json`. Raises: LaunchError when it is not there or cannot be read."""
+    """`sweep.json`. Raises: LaunchError when it is missing or cannot be read."""
     path = folder / SWEEP_JSON
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

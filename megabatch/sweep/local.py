@@ -15,7 +15,7 @@ from megabatch.sweep.submission import sweep_provenance
 
 
 def run_here(found: Candidates, wanted: Sequence[Candidate], arguments: Sequence[str]) -> int:
-    """Runs what is missing or failed, says how each ends, and then ranks all; exit code 0 when all are done.
+    """Runs missing and failed points, prints how each ends, and then ranks all; exit code 0 when all are done.
 
     Raises: LaunchError when nothing can be trained here or a folder cannot be written.
     """
@@ -37,7 +37,7 @@ def run_here(found: Candidates, wanted: Sequence[Candidate], arguments: Sequence
 
 
 def worst(codes: Sequence[int]) -> ExitCode:
-    """A failure goes over runs that were stopped, and these over success."""
+    """The worst exit code: failure before stopped, stopped before success."""
     if any(code not in (ExitCode.DONE, ExitCode.REQUEUE) for code in codes):
         return ExitCode.FAILED
     return ExitCode.REQUEUE if ExitCode.REQUEUE in codes else ExitCode.DONE

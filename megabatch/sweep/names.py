@@ -35,14 +35,14 @@ _LABELS = {
     "rollout.temperature": "temp",
     "grpo.num_generations": "gen",
 }
-"""Short names of what is swept most, in the order in which they stand in a run's name."""
+"""Short names of commonly swept parameters, in their order in a run's name."""
 _LAST = "training.seed"
 _LONGEST_VALUE, _LONGEST_NAME = 32, 120
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*")
 
 
 def in_order(parameters: Iterable[str]) -> list[str]:
-    """Dotted names as a run's name and the table have them, whatever order they were declared in."""
+    """Sorts dotted names into the order of run names and the table, whatever the order of declaration."""
     ranks = {name: rank for rank, name in enumerate(_LABELS)}
     return sorted(parameters, key=lambda name: (name == _LAST, ranks.get(name, len(ranks)), name))
 
@@ -72,7 +72,7 @@ def _name(point: Mapping[str, Any], label: Mapping[str, str]) -> str:
 
 
 def _part(label: str, value: Any) -> str:
-    """`tp4`, `loss_dapo`, `sp`, `no_sp`: text is set off from its label, and so is a number from a digit."""
+    """`tp4`, `loss_dapo`, `sp`, `no_sp`: an underscore separates text from its label, and a number from a digit."""
     if isinstance(value, bool):
         return label if value else f"no_{label}"
     text = value_text(value)
@@ -80,7 +80,7 @@ def _part(label: str, value: Any) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value in characters that are safe in a file's name; one that they cannot hold carries a hash of itself."""
+    """A value in characters that are safe in file names; adds a hash to a value that they cannot express."""
     if value is None:
         return "unset"
     if isinstance(value, bool):
@@ -90,7 +90,7 @@ def value_text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     if _PLAIN.fullmatch(text) and len(text) <= _LONGEST_VALUE:
         return text
-    # of a path or a hub's name the last part says most
+    # the last part of a path or hub name is the most telling
     plain = re.sub(r"[^A-Za-z0-9]+", "_", text.rstrip("/").rpartition("/")[2]).strip("_")[:_LONGEST_VALUE]
     return ".".join(filter(None, (plain, _digest(value))))
 

@@ -23,7 +23,7 @@ _HIGHEST_FIRST = ("tokens_per_s", "mfu")
 _TAIL = 1 << 17
 """Bytes at the end of metrics.jsonl that are read."""
 _AVERAGED = 10
-"""Steps at the end over which the training loss is taken."""
+"""Number of last steps over which the training loss is averaged."""
 PRUNED = "pruned"
 
 
@@ -36,22 +36,22 @@ class Result:
     values: Mapping[str, Any]
     """Dotted name → value, of what is swept."""
     state: str
-    """As `megabatch status` says it, or `pruned`."""
+    """The state as in `megabatch status`, or `pruned`."""
     why: str = ""
     """Why it was pruned, or how it failed."""
     step: int | None = None
     tokens_per_s: float | None = None
     mfu: float | None = None
-    """Model FLOPs utilisation; None without a GPU that is known."""
+    """Model FLOPs utilisation; None for an unknown GPU."""
     memory_gib: float | None = None
-    """Peak on the first rank."""
+    """Peak memory on the first rank."""
     loss: float | None = None
     """Of the last ten training steps, over their tokens."""
     eval_loss: float | None = None
 
 
 def results_in(folder: Path) -> list[Result]:
-    """Every point that `sweep.json` names, in its order. Raises: LaunchError for a folder that is no sweep's."""
+    """Every point in `sweep.json`, in its order. Raises: LaunchError for a folder that is not a sweep's."""
     points: dict[str, Any] = read_sweep(folder)["points"]
     runs = [folder / name for name in points]
     return [
@@ -103,7 +103,7 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def ranked(results: Sequence[Result], *, by: Rank) -> list[Result]:
-    """The finished ones with the best first, then those that go on, those that failed, and those that were pruned."""
+    """Finished points with the best first, then unfinished, failed, and pruned ones."""
 
     def key(result: Result) -> tuple[int, bool, float]:
         value = getattr(result, by) if result.state == State.COMPLETED else None
@@ -118,7 +118,7 @@ def _sign(by: Rank) -> int:
 
 
 def results_table(results: Sequence[Result], *, by: Rank) -> str:
-    """One line for each point, the column that ranks them first."""
+    """One line per point, with the ranking column first."""
     swept = in_order({name for result in results for name in result.values})
     label = labels(swept)
     shown = [by, *(name for name in RANKS if name != by)]
@@ -145,7 +145,7 @@ def results_table(results: Sequence[Result], *, by: Rank) -> str:
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    """The first cell to the left, the others to the right, the last one as it is."""
+    """Aligns the first cell left and the others right; leaves the last one as it is."""
     spaces = [" " * (width - text_width(cell)) for cell, width in zip(row, widths, strict=False)]
     middle = [space + cell for space, cell in zip(spaces[1:], row[1:], strict=False)]
     return "  ".join([row[0] + spaces[0], *middle, row[-1]])
@@ -176,7 +176,7 @@ def _plain(value: Any) -> Any:
 
 
 def sweeps_folder(path: Path) -> Path:
-    """The sweep that a path names: itself, or the only one a few levels beneath it. Raises: LaunchError."""
+    """The sweep at a path: the path itself, or the only sweep a few levels beneath it. Raises: LaunchError."""
     patterns = ("", "*/", "*/*/")
     found = [place.parent for pattern in patterns for place in sorted(path.glob(f"{pattern}{SWEEP_JSON}"))]
     if len(found) == 1 or (found and found[0] == path):

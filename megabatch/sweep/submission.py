@@ -34,11 +34,11 @@ def _describe(now: RunStatus) -> str:
 
 
 def arrays_of(found: Candidates, wanted: Sequence[Candidate]) -> list[JobArray]:
-    """The arrays that these points make; a folder is chosen for each and not yet made."""
+    """The arrays of these points; chooses a folder for each, but does not make it yet."""
     jobs = [candidate.launch.job for candidate in wanted]
     if not jobs:
         return []
-    # a cluster is asked only where its answer could matter
+    # ask the cluster only if its answer could matter
     size = max_array_size() if len(jobs) > 1 else DEFAULT_MAX_SIZE
     groups = grouped(jobs, found.base.profile, max_size=size)
     parts = limits(found.max_parallel, [len(group) for group in groups])
@@ -51,10 +51,10 @@ def arrays_of(found: Candidates, wanted: Sequence[Candidate]) -> list[JobArray]:
 def submit_arrays(found: Candidates, arrays: Sequence[JobArray], arguments: Sequence[str]) -> list[str]:
     """Writes the runs, then calls sbatch once for each array; returns the arrays' ids.
 
-    Raises: ConfigError where a run's folder holds another run; LaunchError where sbatch refuses: runs that are not
-    queued are taken away again, and arrays that are queued are named.
+    Raises: ConfigError if a run's folder holds another run; LaunchError if sbatch refuses: we then remove the runs
+    that are not queued, and the error names the queued arrays.
     """
-    # submitit's import costs more than all the rest of a dry run
+    # importing submitit costs more than all the rest of a dry run
     from megabatch.slurm.submit import submit_array
 
     launches = launches_of(found, arrays)
@@ -81,7 +81,7 @@ def submit_arrays(found: Candidates, arrays: Sequence[JobArray], arguments: Sequ
 
 @contextmanager
 def _folder_of(array: JobArray) -> Iterator[None]:
-    """The array's own folder; taken away when the body fails."""
+    """Makes the array's own folder; removes it if the body fails."""
     try:
         array.folder.mkdir(parents=True)
     except OSError as error:
@@ -98,11 +98,11 @@ def _folder_of(array: JobArray) -> Iterator[None]:
 
 
 def launches_of(found: Candidates, arrays: Sequence[JobArray]) -> list[Launch]:
-    """Of the arrays' runs, in their order."""
+    """The launches of the arrays' runs, in their order."""
     by_folder = {candidate.launch.directory.path: candidate.launch for candidate in found.kept}
     return [by_folder[job.run_directory] for array in arrays for job in array.jobs]
 
 
 def sweep_provenance(found: Candidates, arguments: Sequence[str]) -> dict[str, Any]:
-    """As of any run; which point it is, its values say."""
+    """Provenance as of any run; the values identify the point."""
     return {**provenance(found.base, arguments), "sweep": found.name}

@@ -19,7 +19,7 @@ _REASON_WIDTH = 150
 def table_text(
     found: Candidates, *, arrays: Sequence[JobArray], starts: Mapping[str, str], left: Mapping[str, str]
 ) -> str:
-    """The table and its sum.
+    """The table and its totals.
 
     Args: `arrays` are those that would be submitted, none for `--local`; `starts` tells for a
     point's name when Slurm would start it; `left` why a point's run is not started: it runs or is done.
@@ -75,7 +75,7 @@ def _estimate(candidate: Candidate) -> list[str]:
 
 
 def gpu_hours(candidate: Candidate) -> float | None:
-    """Of all its steps by the estimate; None where either is not known."""
+    """GPU-hours of all steps by the estimate; None if the steps or the estimate are unknown."""
     recipe, estimate = candidate.point.recipe, candidate.estimate
     if estimate is None or recipe.training.train_iters is None:
         return None
@@ -124,7 +124,7 @@ def _hours(hours: float) -> str:
 
 
 def _resources(recipes: Sequence[Recipe]) -> list[str]:
-    """`16 GPUs each`, or the ranks where there are none."""
+    """`16 GPUs each`, or the number of ranks without GPUs."""
     sizes = sorted({(_gpus(recipe) or recipe.resources.world_size, bool(_gpus(recipe))) for recipe in recipes})
     if len(sizes) != 1:
         return []
