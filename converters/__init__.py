@@ -19,7 +19,7 @@ if __name__ != "megabatch.converters":
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the engine when it is asked for: the trainer needs the tables alone."""
+    """Imports the engine lazily: the trainer needs only the tables."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

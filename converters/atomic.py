@@ -18,7 +18,7 @@ _NOTED: ContextVar[dict[Path, File] | None] = ContextVar("noted", default=None)
 
 @contextmanager
 def noting() -> Iterator[dict[Path, File]]:
-    """Within it, what `replacing` writes in this thread is noted by path, with digests taken while it is written."""
+    """Records by path the files that `replacing` writes in this thread inside the block, with their digests."""
     noted: dict[Path, File] = {}
     token = _NOTED.set(noted)
     try:
@@ -45,7 +45,7 @@ class _Digested:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that replaces `path`, synced, when the block ends, and is removed when it fails."""
+    """Opens a file that replaces `path`, synced, when the block ends; removes it when the block fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         noted = _NOTED.get()
@@ -63,7 +63,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes new names in a folder durable."""
+    """Syncs a folder, so that new names in it survive a crash."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(file)

@@ -43,7 +43,7 @@ def auxiliary_files(folder: Path) -> list[Path]:
 def carry_over(source: str | os.PathLike[str], target: str | os.PathLike[str], *, skip: Collection[str] = ()) -> None:
     """Copies the auxiliary files from one folder to another, each written under a temporary name and renamed.
 
-    Links (a hub cache is made of them) are followed. `skip` names files that the caller writes itself.
+    Follows links (a hub cache consists of links). `skip` names files that the caller writes itself.
     Raises: ConversionError naming the file that could not be copied.
     """
     from_folder, to_folder = Path(source), Path(target)
@@ -67,7 +67,7 @@ def replaced_config(
     """config.json for weights of another `dtype` (safetensors' name), with other values for the keys in `changes`; a
     key is left out where its value is None.
 
-    Empty when the folder's own is right.
+    Empty if the folder's own file is already right.
     """
     if dtype is None and not changes:
         return {}

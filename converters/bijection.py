@@ -10,12 +10,12 @@ from megabatch.converters.mapping import Mapped, Piece
 from megabatch.errors import ConversionError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""dtypes (safetensors' names) that weights are moved in; others need a conversion that no table has yet."""
+"""dtypes (safetensors' names) in which we move weights; others need a conversion that no table has yet."""
 _SHOWN = 8
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as a file's header describes it."""
+    """A tensor's description in a file's header."""
 
     dtype: str
     """safetensors' name, for example BF16."""
@@ -90,7 +90,7 @@ def _consecutive(name: str, spans: list[Span]) -> int:
 
 
 def _woven(name: str, spans: list[Span]) -> int:
-    """`step` pieces that begin one row apart and are equally long use every row once."""
+    """Whether `step` pieces of equal length, starting one row apart, use every row once."""
     step, count = spans[0][0].step, spans[0][0].count
     starts = sorted(piece.rows[0] for piece, _ in spans)
     if starts != list(range(step)) or any(piece.count != count for piece, _ in spans):
@@ -108,7 +108,7 @@ def compare(
     *,
     family: str,
 ) -> None:
-    """Compares what the table needs with what a folder has.
+    """Compares the tensors that the table needs with those in a folder.
 
     Raises: ConversionError with every fault (at most eight spelled out): missing, left over, shape, dtype.
     """

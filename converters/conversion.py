@@ -37,9 +37,9 @@ def convert(
 ) -> Outcome:
     """Converts a checkpoint, as `megabatch-convert` does.
 
-    Args: rank, world: this process among those that share the work. `say(what, bytes)` is told of each tensor that is
-    `written` or `verified`, from any thread.
-    Raises: ConversionError. What was done until then stays beside the output, for `resume`.
+    Args: rank, world: this process among those that share the work. `say(what, bytes)` is called for each tensor that
+    is `written` or `verified`, from any thread.
+    Raises: ConversionError. The work done until then stays next to the output, for `resume`.
     """
     return run(
         make_plan(request),
@@ -56,7 +56,7 @@ def convert(
 def make_plan(request: ConversionRequest) -> Plan:
     """The plan of a conversion; nothing is written.
 
-    Raises: ConversionError for whatever does not fit, and for arguments that would have no effect.
+    Raises: ConversionError for anything that does not fit, and for arguments that would have no effect.
     """
     mode = mode_of(request)
     model = find_folder(request.model) if request.model else None
@@ -95,7 +95,7 @@ def _plan_to_hf(request: ConversionRequest, model: Path | None) -> Plan:
 
 
 def _plan_of_hf(request: ConversionRequest, mode: Mode, model: Path | None) -> Plan:
-    """Of weights in a Hugging Face folder; without `model` it is the one that the adapters name."""
+    """Plans from the weights in a Hugging Face folder; without `model`, the folder that the adapters name."""
     if model is None:
         from megabatch.converters.adapters.open import base_weights_of
 
@@ -119,7 +119,7 @@ def _form(request: ConversionRequest) -> HfForm:
 
 
 def is_there(output: Path_) -> bool:
-    """Whether there is something at the output's name."""
+    """Whether the output exists."""
     try:
         check_output(Path(output), exist_ok=False)
     except ConversionError:
@@ -128,7 +128,7 @@ def is_there(output: Path_) -> bool:
 
 
 def compare_output(plan: Plan, output: Path_, *, workers: int = 2, rank: int = 0, world: int = 1) -> None:
-    """Compares an output that exists with its source, byte by byte. Raises: ConversionError naming what differs."""
+    """Compares an existing output with its source, byte by byte. Raises: ConversionError naming the differences."""
     compare(plan, share(plan, rank=rank, world=world), Path(output), workers=workers)
     for small in plan.small if rank == 0 else []:
         path = Path(output) / small.name
@@ -145,10 +145,10 @@ def verify_output(output: Path_, *, workers: int = 2) -> int:
 
 
 def place(environment: Mapping[str, str]) -> Place:
-    """This task's among those of its Slurm step; alone outside of one.
+    """This task's place in its Slurm step; a single process outside of one.
 
     A batch script has SLURM_PROCID and SLURM_NTASKS too, but is alone: only srun counts its step's tasks.
-    Raises: ConversionError when the step's variables are no place.
+    Raises: ConversionError when the step's variables are invalid.
     """
     counted = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if counted == "1":

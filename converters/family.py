@@ -26,11 +26,11 @@ class Ignorable:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A table that was proven to fit a Hugging Face folder, and the tensors it leaves aside."""
+    """A table that was checked against a Hugging Face folder, and the tensors that it skips."""
 
     tensors: list[Mapped]
     ignored: dict[str, str]
-    """Tensors in the folder that are not read, each with the reason."""
+    """Tensors in the folder that we do not read, each with the reason."""
     duplicates: dict[str, str]
     """Tensors in the folder that must repeat another one (tied embeddings, embeddings that layers of multi-token
     prediction bring along), with that one's name. The shapes were compared; `safetensors_io.HfFolder.same` compares
@@ -113,7 +113,7 @@ class Family:
         return shape if found else replace(shape, mtp_num_layers=None)
 
     def check(self, shape: ModelShape, found: Mapping[str, TensorInfo]) -> Checked:
-        """Proves that the table is a bijection between its tensors and those found in a Hugging Face folder.
+        """Checks that the table is a bijection between its tensors and those in a Hugging Face folder.
 
         Raises: ConversionError naming missing, left-over, mis-shaped and mis-typed tensors with their table entries.
         """
@@ -132,7 +132,7 @@ class Family:
         return Checked(tensors, ignored, duplicates, carried)
 
     def _repeated(self, shape: ModelShape, found: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
-        """Tensors that repeat another one: embeddings are tied, or layers of multi-token prediction bring them."""
+        """Tensors that repeat another one: because embeddings are tied, or in MTP layers."""
         tied = {} if shape.untie_embeddings_and_output_weights else self.tied
         for name, of in (*tied.items(), *self.copies(shape).items()):
             if name in found and found[name] == found.get(of):
@@ -140,7 +140,7 @@ class Family:
 
 
 _MOST_PARTS = 4_000_000
-"""Of a table; the largest models have some hundred thousand."""
+"""Most rows of a table; the largest models have some hundred thousand."""
 
 
 def _check_size(shape: ModelShape) -> None:

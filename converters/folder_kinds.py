@@ -12,7 +12,7 @@ from megabatch.errors import ConversionError
 
 
 class Kind(Enum):
-    """What there is in a folder, and the flags that take it."""
+    """The kind of a folder's content, and the flags that take it."""
 
     MODEL = ("the folder of a Hugging Face model", "--model")
     CHECKPOINT = ("a checkpoint of megatron-core", "--mcore_model, with --to_hf")
@@ -20,7 +20,7 @@ class Kind(Enum):
 
 
 def kinds_of(folder: Path) -> list[Kind]:
-    """All that a folder can be taken for; none where it is nothing that is known, or not there."""
+    """All kinds that a folder matches; none for an unknown or missing folder."""
     if not folder.is_dir():
         return []
     tests = ((Kind.ADAPTER, _is_adapter), (Kind.MODEL, _is_model), (Kind.CHECKPOINT, _is_checkpoint))
@@ -46,7 +46,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def check_kinds(*, model: Path | None, mcore_model: Path | None, adapters: Sequence[Path]) -> None:
     """Args: model: None where its config.json alone is needed, which lies beside checkpoints too.
-    Raises: ConversionError for a folder that is of another kind than its flag takes, naming the right one.
+    Raises: ConversionError for a folder of another kind than its flag takes; it names the right flag.
     """
     given = [("--model", Kind.MODEL, model), ("--mcore_model", Kind.CHECKPOINT, mcore_model)]
     given += [("--adapters", Kind.ADAPTER, adapter) for adapter in adapters]

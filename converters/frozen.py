@@ -1,7 +1,7 @@
 """Which tensors of a model are frozen, by the names that people give: prefixes, patterns, a share from the input on.
 
-Names are megatron-core's (`decoder.layers.0.`) or Hugging Face's (`model.layers.0.`). A tensor of megatron-core's is
-frozen as a whole, so that names of Hugging Face's must mean all that is fused in it.
+Names are megatron-core's (`decoder.layers.0.`) or Hugging Face's (`model.layers.0.`). A megatron-core tensor is frozen
+as a whole, so Hugging Face names must cover all the tensors that it fuses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megabatch.errors import ConversionError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Freezing:
-    """What a recipe freezes; each field is the parameter of that name."""
+    """The recipe's settings for freezing; each field is the parameter of that name."""
 
     freeze_parameters: Sequence[str] = ()
     freeze_parameters_regex: str | None = None
@@ -32,10 +32,10 @@ class Freezing:
 
 
 def frozen_names(table: Sequence[Mapped], freezing: Freezing) -> frozenset[str]:
-    """Canonical names of the tensors that are frozen.
+    """Canonical names of the frozen tensors.
 
-    Raises: ConversionError naming the parameter for what no tensor's name begins with or matches, for a part of a
-    fused tensor, and where nothing is left to train.
+    Raises: ConversionError naming the parameter, for a prefix or pattern that matches no tensor's name, for a part of
+    a fused tensor, and when nothing is left to train.
     """
     names = _names(table)
     frozen = _share(table, freezing.freeze_parameters_ratio)
@@ -57,7 +57,7 @@ def _names(table: Sequence[Mapped]) -> dict[str, list[str]]:
 
 
 def _share(table: Sequence[Mapped], ratio: float) -> set[str]:
-    """The first tensors, in the order of layers, that together are no more than this share of all numbers."""
+    """The first tensors, in layer order, that together hold at most this fraction of all elements."""
     sizes: dict[str, int] = {}
     for mapped in table:
         sizes[mapped.name] = sizes.get(mapped.name, 0) + elements(mapped.shape)

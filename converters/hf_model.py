@@ -36,13 +36,13 @@ class HfModel:
     carried: list[str]
     """Tensors of another part of the model (a vision tower), which no megatron-core tensor has."""
     quantised: Quantised | Mxfp4 | None = None
-    """How its weights must be read, for those that asked for them as they are."""
+    """How to dequantise its weights, for callers that accept quantised ones."""
 
 
 def find_folder(model: str | os.PathLike[str]) -> Path:
-    """A folder, or the one that a hub's client downloaded a model `organisation/name` to.
+    """A folder, or the download folder of a hub's model `organisation/name`.
 
-    Raises: ConversionError naming what was looked for, what is nearly called so, and what downloads a model.
+    Raises: ConversionError with the places searched, similar names, and the command that downloads the model.
     """
     path, name = Path(model).expanduser(), os.fspath(model)
     if path.is_dir():
@@ -77,7 +77,7 @@ def open_hf_model(
     accept_quantised: bool = False,
     accept_bin: bool = False,
 ) -> HfModel:
-    """Opens a folder and proves that its tensors are exactly those of its config.json.
+    """Opens a folder and checks that its tensors are exactly those of its config.json.
 
     `compare_duplicates` reads a tied output layer that the folder holds although it need not, and refuses it when it
     differs from the embedding: transformers would then not tie them. One rank of many is enough to do that.

@@ -22,13 +22,13 @@ Split = Literal["column", "row", "replicated", "vocab"]
 """How tensor parallelism cuts a tensor: each section's rows, the columns, not at all, the padded vocabulary's rows."""
 
 ExpertLayout = Literal["per_expert", "fused"]
-"""How a Hugging Face folder holds experts: one tensor for each, or one 3-D tensor for all experts of a layer."""
+"""How a Hugging Face folder holds experts: one tensor per expert, or one 3-D tensor for all experts of a layer."""
 
 Layers = Literal["all", "dense", "moe", "attention", "linear_attention"]
 """The layers a row applies to, by the kind of their MLP or of their attention."""
 
 Block = Literal["model", "layers", "mtp"]
-"""Where a row stands: once, in each decoder layer, in each layer of multi-token prediction."""
+"""Where a row applies: once, in each decoder layer, or in each MTP layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Piece:
 
     @property
     def strided(self) -> bool:
-        """Whether its rows are not runs of bytes in the file."""
+        """Whether its rows are not contiguous bytes in the file."""
         return self.step != 1 or self.transposed
 
 
@@ -75,7 +75,7 @@ class Mapped:
     """All pieces of all sections, concatenated along dimension 0, give the tensor. A column split cuts each section
     into equal parts."""
     dtype: str | None = None
-    """safetensors' name of the dtype that megatron-core insists on, or None for the model's own."""
+    """safetensors' name of the dtype that megatron-core requires, or None for the model's own."""
     entry: Row | None = field(default=None, compare=False, repr=False)
     """The table's row, for error messages."""
     offset: float = 0.0
@@ -83,8 +83,8 @@ class Mapped:
 
     @property
     def strided(self) -> bool:
-        """Whether its bytes are not runs of bytes of the Hugging Face file. All its pieces then come from one tensor,
-        or one leading index of it, and use it up: `strided_copy` moves it whole."""
+        """Whether its bytes are not contiguous in the Hugging Face file. All its pieces then come from one tensor, or
+        one leading index of it, and cover it fully: `strided_copy` moves it whole."""
         return any(piece.strided for piece in self.pieces)
 
     @property

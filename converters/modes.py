@@ -13,10 +13,10 @@ _REWRITES = ("torch_dtype", "expert_layout", "fp8_quantise", "accept_bin", "merg
 
 
 def mode_of(request: ConversionRequest, *, prefix: str = "") -> Mode:
-    """The mode that a request asks for.
+    """The mode of a request.
 
     Args: prefix: stands before the names of arguments in messages, where they are flags.
-    Raises: ConversionError for what is missing, and naming every argument that would have no effect.
+    Raises: ConversionError for missing arguments, and naming every argument that would have no effect.
     """
     given = request.given()
     mode = _mode(given, prefix)

@@ -30,7 +30,7 @@ class Mxfp4:
     """A folder whose experts are in MXFP4."""
 
     def plain(self, found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """The folder's tensors as they are once every block is made plain.
+        """The folder's tensors after dequantising every block.
 
         Raises: ConversionError naming blocks without scales, scales without blocks, and what has a wrong shape.
         """

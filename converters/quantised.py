@@ -1,7 +1,7 @@
 """Block-scaled FP8 in a Hugging Face folder: `X` in F8_E4M3 beside `X_scale_inv`, one scale for each block of it.
 
-Written, it is laid out as DeepSeek-V3's: weights of linear layers are quantised, and embeddings, output layer, norms,
-routers and the projection of multi-token prediction are not.
+We write DeepSeek-V3's layout: weights of linear layers are quantised; embeddings, output layer, norms, routers and the
+MTP projection are not.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LINEAR = (
 )  # fmt: skip
 """Modules whose weights are quantised."""
 _NEVER_CONVERTED = ("embed_tokens", "lm_head", "score", "gate", "router")
-"""Modules that loaders leave alone without being told."""
+"""Modules that loaders never quantise, even if config.json does not list them."""
 PLAIN = "BF16"
-"""dtype of the weights once they are made plain."""
+"""dtype of the dequantised weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _begins(module: str, pattern: str) -> bool:
 
 
 def quantised(config: Mapping[str, Any]) -> Quantised | Mxfp4 | None:
-    """What config.json's `quantization_config` says, or None for plain weights.
+    """The quantisation in config.json's `quantization_config`, or None for plain weights.
 
     Raises: ConversionError for any kind but block-scaled FP8, and MXFP4.
     """
@@ -103,7 +103,7 @@ def _is_block(block: object) -> bool:
 
 
 def plain(found: Mapping[str, TensorInfo], how: Quantised | Mxfp4) -> dict[str, TensorInfo]:
-    """The folder's tensors as they are once every scale is applied.
+    """The folder's tensors after applying every scale.
 
     Raises: ConversionError naming weights without scales, scales without weights, and scales of a wrong shape.
     """

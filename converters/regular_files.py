@@ -1,6 +1,6 @@
 """Opens input files: only regular files, and for files that are read whole only up to a maximum size.
 
-A pipe would be waited for, and a device has no end.
+Reading a pipe would block, and a device has no end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def open_regular(path: str | os.PathLike[str], *, why: str = "") -> int:
     """A descriptor to read from. Raises: ConversionError, with `why` behind it, for what cannot be opened or is no
     regular file."""
     try:
-        # without O_NONBLOCK a pipe without a writer is waited for here already
+        # without O_NONBLOCK, opening a pipe without a writer would already block
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read: {error.strerror}{why}") from error

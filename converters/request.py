@@ -15,7 +15,7 @@ Path_ = str | os.PathLike[str]
 
 
 class Mode(Enum):
-    """What is made of what."""
+    """The kind of conversion."""
 
     TO_MCORE = auto()
     TO_HF = auto()
@@ -45,7 +45,7 @@ def _use(help_: str, *, modes: Collection[Mode] = tuple(Mode), elsewhere: str = 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionRequest:
-    """All that the plan of a conversion depends on; what is None, False or empty is not asked for."""
+    """Everything that the plan of a conversion depends on; None, False or empty means not requested."""
 
     to_mcore: bool = field(default=False, metadata=_use("Hugging Face's format to megatron-core's"))
     to_hf: bool = field(default=False, metadata=_use("megatron-core's format to Hugging Face's"))
@@ -122,7 +122,7 @@ class ConversionRequest:
     )
 
     def given(self) -> dict[str, Any]:
-        """The arguments that are asked for, by name."""
+        """The requested arguments, by name."""
         values = {argument.name: getattr(self, argument.name) for argument in fields(self)}
         return {name: value for name, value in values.items() if _is_given(value)}
 

@@ -13,7 +13,7 @@ from megabatch.converters.safetensors_io import HfFolder
 
 @uncollected()
 def plan_reshard(hf_folder: str | os.PathLike[str], *, max_shard_size: str | int | None) -> Plan:
-    """Plans the folder; no family is asked, so that FP8, fused experts and models without a table stay what they are.
+    """Plans the folder without using a family, so that FP8, fused experts and models without a table stay unchanged.
 
     Raises: ConversionError for a folder that cannot be read, before anything is written.
     """

@@ -1,8 +1,8 @@
 """Regular expressions from untrusted files, under a time limit.
 
-A short pattern can take longer than the universe has on a name of forty letters, and `re` cannot be stopped from
-another thread. Patterns whose time is bounded by their form are matched here; any other in a process of its own, which
-is killed when it takes too long.
+A short pattern can take practically forever on a name of forty letters, and `re` cannot be stopped from another
+thread. We match patterns whose form bounds their time in this process, and any other in a separate process, which we
+kill when it takes too long.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def shard_reads(mapped: Mapped, *, tp_rank: int, tp_size: int, padded_vocab: int
 
 
 def hf_writes(mapped: Mapped, *, tp_size: int, padded_vocab: int | None = None) -> list[Write]:
-    """Where each row of the ranks' shards belongs in the Hugging Face tensors: `shard_reads` turned round.
+    """Where each row of the ranks' shards belongs in the Hugging Face tensors: the inverse of `shard_reads`.
 
     Replicated tensors are taken from rank 0; padding is written nowhere.
     """
@@ -245,7 +245,7 @@ def assemble(
 
 
 def join(mapped: Mapped, shards: Sequence[memoryview]) -> memoryview:
-    """The whole megatron-core tensor of all ranks' shards (not of a vocabulary): `cut` turned round."""
+    """The whole megatron-core tensor of all ranks' shards (not of a vocabulary): the inverse of `cut`."""
     if len(shards) == 1 or mapped.split == "replicated":
         return shards[0]
     if mapped.split == "row":

@@ -38,7 +38,7 @@ def to_mcore(mapped: Mapped, hf: Buffer, *, itemsize: int) -> bytearray:
 
 
 def to_hf(mapped: Mapped, mcore: Buffer, *, itemsize: int) -> memoryview:
-    """`to_mcore` turned round."""
+    """The inverse of `to_mcore`."""
     data = bytearray(memoryview(mcore).nbytes)
     _move(mapped, _numbers(mcore, itemsize), _numbers(data, itemsize), towards_hf=True)
     return memoryview(data)

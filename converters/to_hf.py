@@ -57,14 +57,14 @@ def plan_to_hf(
     adapters: Sequence[str | os.PathLike[str]] = (),
     accept_bin: bool = False,
 ) -> Plan:
-    """Plans a Hugging Face folder from a checkpoint; optimizer state in it is left aside.
+    """Plans a Hugging Face folder from a checkpoint; skips optimizer state in it.
 
-    `mcore`: whatever `saved.find` understands. `hf_reference`: the folder that config, tokenizer and the like
+    `mcore`: any path that `saved.find` accepts. `hf_reference`: the folder that config, tokenizer and the like
     come from, whose weights are not read; None looks for a config.json beside the checkpoint.
     `form`: its dtype is that of every weight but those whose dtype megatron-core prescribes, and those that become
     block-scaled FP8, of the numbers that the checkpoint has. `adapters` are merged into the weights; `accept_bin` is
     about theirs.
-    Raises: ConversionError for whatever does not fit, before anything is written.
+    Raises: ConversionError for anything that does not fit, before anything is written.
     """
     folder = find_torch_dist(mcore)
     reference = Path(hf_reference) if hf_reference is not None else find_reference(Path(mcore), folder)

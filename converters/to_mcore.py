@@ -63,7 +63,7 @@ def plan_to_mcore(
     `accept_bin`: weights of `pytorch_model.bin` are read too, as data.
     `adapters` are merged into the weights. `layer_keys`: one key for all layers, or one for each; by default as
     megatron-core has them unless `moe_layer_freq` is a list.
-    Raises: ConversionError for whatever does not fit, before anything is written.
+    Raises: ConversionError for anything that does not fit, before anything is written.
     """
     model = open_hf_model(hf_folder, accept_quantised=True, accept_bin=accept_bin)
     try:
@@ -141,7 +141,7 @@ def _dtypes(model: HfModel, mapped: Mapped, dtype: str | None) -> tuple[str, str
 
 
 def _tensor(model: HfModel, mapped: Mapped, place: Cell, numbered: Numbered, *, dtype: str | None) -> Tensor:
-    """A tensor that lies nowhere yet."""
+    """A tensor without a place in a file yet."""
     read, written = _dtypes(model, mapped, dtype)
     columns = elements(mapped.shape[1:])
     shape = (1,) * len(place.lead) + mapped.shape

@@ -128,7 +128,7 @@ def _extent(value: Any, archive: ZipDirectory, root: str, place: str) -> Extent:
 
 
 def _what(value: object) -> str:
-    """What a pickle gave, without showing it all."""
+    """A short description of an unpickled value."""
     if isinstance(value, type) and issubclass(value, Recorded):
         return f"{value.module}.{value.__name__}"
     if isinstance(value, Recorded):

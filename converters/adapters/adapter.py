@@ -24,7 +24,7 @@ Part = tuple[str, int | None]
 
 
 class Span(NamedTuple):
-    """Consecutive rows of a megatron-core tensor that belong to one Hugging Face tensor."""
+    """Consecutive rows of a megatron-core tensor that come from one Hugging Face tensor."""
 
     row: int
     rows: int
@@ -71,7 +71,7 @@ class Block:
 
 
 class Whole(NamedTuple):
-    """A tensor of the base model that the adapter brings itself (`modules_to_save`, biases)."""
+    """A tensor of the base model that the adapter replaces (`modules_to_save`, biases)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -80,23 +80,23 @@ class Whole(NamedTuple):
 
 @dataclass(slots=True)
 class Adapter:
-    """What was read, and proven to fit the base model."""
+    """An adapter that was read and checked against the base model."""
 
     path: Path
     config: AdapterConfig
     tables: Tables
     sources: list[SourceFile]
-    """What the strips' numbers of files mean."""
+    """The files that the strips refer to by number."""
     blocks: dict[Target, list[Block]] = field(default_factory=dict)
-    """Of each tensor, in the order of their first rows."""
+    """The blocks of each tensor, ordered by their first rows."""
     whole: dict[str, Whole] = field(default_factory=dict)
     """By Hugging Face name; rows of all experts one below the other."""
     aside: dict[str, str] = field(default_factory=dict)
-    """Tensors of its files that say nothing new, each with the reason."""
+    """Redundant tensors in its files, each with the reason."""
 
     @property
     def touches(self) -> set[str]:
-        """Hugging Face tensors that it changes."""
+        """The Hugging Face tensors that it changes."""
         return {*self.whole, *(block.part[0] for blocks in self.blocks.values() for block in blocks)}
 
 
@@ -111,9 +111,9 @@ class Place(NamedTuple):
 class Tables:
     """A family's table over both layouts of experts, for a model whose embeddings are not tied.
 
-    An adapter may change the embedding and not the output layer, so that the two must be looked at on their own. A
-    layer whose parts are tensors of their own (linear attention's `in_proj.weight.query`, …) is one weight here, as
-    it is one layer in megatron-core.
+    An adapter may change the embedding but not the output layer, so we treat the two separately. A layer whose parts
+    are separate tensors (linear attention's `in_proj.weight.query`, …) is one weight here, as it is one layer in
+    megatron-core.
     Raises: ConversionError for families whose two layouts have the same names.
     """
 

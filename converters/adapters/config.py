@@ -28,20 +28,20 @@ _NO_NUMBERS = {
     "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "lora_dropout", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config", "runtime_config",
 }  # fmt: skip
-"""Keys that say nothing of what trained adapters add to the weights."""
+"""Keys that do not affect what trained adapters add to the weights."""
 _INITIAL = (True, False, "gaussian", "eva", "orthogonal")
-"""Ways to begin that leave the base model as it is; others change its weights whenever an adapter is loaded."""
+"""Initialisations that leave the base model unchanged; others change its weights whenever an adapter is loaded."""
 _BIASES = ("none", "all", "lora_only")
 
 
 def scale_of(alpha: float, rank: int, *, use_rslora: bool) -> float:
-    """What B @ A is multiplied by: alpha / rank, or alpha / sqrt(rank) when rank-stabilised (arXiv:2312.03732)."""
+    """The factor on B @ A: alpha / rank, or alpha / sqrt(rank) when rank-stabilised (arXiv:2312.03732)."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A config that was checked."""
+    """A checked config."""
 
     path: Path
     values: dict[str, Any]
@@ -75,7 +75,7 @@ class AdapterConfig:
         return scale_of(self.alpha(key), rank, use_rslora=bool(self.values.get("use_rslora")))
 
     def alpha_for(self, scale: float, rank: int) -> float:
-        """`scale` turned round."""
+        """The inverse of `scale`."""
         alpha = scale * (math.sqrt(rank) if self.values.get("use_rslora") else rank)
         return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
@@ -139,7 +139,7 @@ def _ends_with(name: str, ends: frozenset[str]) -> bool:
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """Raises: ConversionError for what is missing, has another type, or changes numbers in a way that is not built."""
+    """Raises: ConversionError for keys that are missing, mistyped, or change numbers in unsupported ways."""
     return checked(path, parse_object(read_regular(path), path, what="adapter config"))
 
 

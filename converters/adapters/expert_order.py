@@ -1,7 +1,7 @@
 """The order in which PEFT stores the adapters of all experts: bytes are moved, never computed with.
 
-In its B of all experts, [rows, rank x experts], an expert's columns lie `experts` apart, so that the numbers of one
-expert are every so many-th of the whole tensor.
+In its B of all experts, [rows, rank x experts], an expert's columns lie `experts` apart, so one expert's numbers are
+strided over the whole tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ExpertsApart:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsTogether:
-    """`ExpertsApart` turned round."""
+    """The inverse of `ExpertsApart`."""
 
     experts: int
 

@@ -14,7 +14,7 @@ from megabatch.errors import ConversionError
 
 
 def check_finite(adapter: Adapter) -> None:
-    """Reads all of an adapter. Raises: ConversionError naming its first tensor that has other than finite numbers."""
+    """Reads a whole adapter. Raises: ConversionError naming its first tensor with a number that is not finite."""
     computer = Computer()
     checked: set[Strip] = set()
     with Sources(adapter.sources) as sources:

@@ -70,9 +70,9 @@ def find_config(given: Path, checkpoint: Path) -> Path:
 
 
 def open_mcore(given: Path, tables: Tables, numbered: Numbered) -> Adapter:
-    """Opens an adapter and proves that each of its tensors belongs to the base model.
+    """Opens an adapter and checks that each of its tensors belongs to the base model.
 
-    Raises: ConversionError naming what does not.
+    Raises: ConversionError naming those that do not.
     """
     checkpoint = find_torch_dist(given)
     config = read_config(find_config(given, checkpoint))
@@ -85,7 +85,7 @@ def open_mcore(given: Path, tables: Tables, numbered: Numbered) -> Adapter:
 
 @dataclass(slots=True)
 class _Found:
-    """What was found of a whole Hugging Face tensor."""
+    """The rows found so far of a whole Hugging Face tensor."""
 
     dtype: str
     mapped: Mapped
@@ -95,7 +95,7 @@ class _Found:
 
 
 class _Reader:
-    """One checkpoint on its way into an `Adapter`."""
+    """Reads one checkpoint into an `Adapter`."""
 
     def __init__(self, source: TorchDistFolder, config: AdapterConfig, tables: Tables, numbered: Numbered) -> None:
         source.rename(unwrapped([key for key in source.entries if not is_optimizer(key)]))
@@ -223,7 +223,7 @@ class _Reader:
         return b._replace(rows=rows, strips=tuple(sorted(strips, key=lambda strip: strip.row)))
 
     def _check_zero(self, mapped: Mapped, b: Matrix, ranges: list[tuple[int, int, int]]) -> None:
-        """Proves that rows of B are zero between two columns: they are of others without this adapter."""
+        """Checks that rows of B are zero between two columns: these rows belong to layers without this adapter."""
         if not any(begin < end for _, begin, end in ranges):
             return
         with Sources(self._numbered.files) as sources:

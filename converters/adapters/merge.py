@@ -19,7 +19,7 @@ from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 UNTIED = {"tie_word_embeddings": False}
-"""What config.json says of a model whose embeddings are tied no longer."""
+"""The config.json change for a model whose embeddings are no longer tied."""
 
 
 def merged_adapters(
@@ -30,9 +30,9 @@ def merged_adapters(
     *,
     accept_bin: bool = False,
 ) -> Merged | None:
-    """Opens adapters of either format for merging; None where there are none.
+    """Opens adapters of either format for merging; None if there are none.
 
-    Raises: ConversionError for what does not fit the model.
+    Raises: ConversionError for adapters that do not fit the model.
     """
     if not adapters:
         return None
@@ -44,9 +44,9 @@ def merged_adapters(
 
 
 class Merged:
-    """Adapters of one base model; what they add is summed in their order.
+    """Adapters of one base model, summed in their order.
 
-    Where embeddings are tied and an adapter changes one of the two, they are tied no longer: `untied`.
+    If embeddings are tied and an adapter changes only one of the two, the result unties them: `untied`.
     Raises: ConversionError for adapters that exclude each other.
     """
 
@@ -66,14 +66,14 @@ class Merged:
             self._tied = self._untie(sources)
 
     def _untie(self, sources: list[SourceFile]) -> dict[str, str]:
-        """The output layer and its embedding, when they are two tensors from now on."""
+        """The output layer and its embedding, if the merge makes them two tensors."""
         touched = {name for adapter in self._adapters for name in adapter.touches}
         blocks = {block.part[0] for adapter in self._adapters for found in adapter.blocks.values() for block in found}
         for output, embedding in self._tables.family.tied.items():
             if not touched & {output, embedding}:
                 continue
             if embedding in blocks and embedding in self._whole:
-                self._whole.setdefault(output, self._whole[embedding])  # the base model's own, as PEFT saves it beside
+                self._whole.setdefault(output, self._whole[embedding])  # the base model's own, saved by PEFT
             if not blocks & {output, embedding} and self._same(output, embedding, sources):
                 del self._whole[output]
                 continue
@@ -87,7 +87,7 @@ class Merged:
 
     @property
     def aside(self) -> dict[str, str]:
-        """Tensors of the adapters that are not read, each with the reason."""
+        """Adapter tensors that we do not read, each with the reason."""
         return {name: why for adapter in self._adapters for name, why in adapter.aside.items()}
 
     @property
@@ -104,7 +104,7 @@ class Merged:
         ]
 
     def copies(self, copies: Mapping[str, str]) -> Mapping[str, str]:
-        """Tensors that repeat another one, with its name; an output layer that is tied no longer is one of these."""
+        """Tensors that repeat another one, with its name; an output layer that was untied is one of these."""
         own = self._tables.family.copies(self._tables.shape) if self._tied else {}
         return {name: own.get(name, of) for name, of in copies.items()}
 

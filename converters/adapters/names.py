@@ -23,7 +23,7 @@ BASE = ".base_layer"
 
 
 class Name(NamedTuple):
-    """What a tensor of an adapter is."""
+    """The parsed name of an adapter's tensor."""
 
     module: str
     """Of the base model, `base_layer` of wrappers of parameters included."""
@@ -33,7 +33,7 @@ class Name(NamedTuple):
 
 
 def parse(name: str) -> Name:
-    """Raises: ConversionError for names that PEFT's LoRA does not make, or that are refused."""
+    """Raises: ConversionError for names that PEFT's LoRA does not produce, or that we refuse."""
     if not name.startswith(PREFIX):
         raise ConversionError(f"{name} is not a tensor of a LoRA adapter: PEFT's begin with {PREFIX}")
     rest = name.removeprefix(PREFIX)

@@ -20,7 +20,7 @@ from megabatch.errors import ConversionError
 def open_adapters(
     paths: Sequence[Path_], tables: Tables, numbered: Numbered, *, accept_bin: bool = False
 ) -> list[Adapter]:
-    """One after the other. Raises: ConversionError for whatever does not fit the base model."""
+    """Opens them one by one. Raises: ConversionError for anything that does not fit the base model."""
     return [
         open_peft(path, tables, numbered, accept_bin=accept_bin)
         if is_peft(path)
@@ -39,7 +39,7 @@ def _existing(given: Path_) -> Path:
 
 
 def base_model_of(path: Path_) -> Path:
-    """The folder of the base model's config.json: beside a checkpoint of ours, or where adapter_config.json says.
+    """The folder of the base model's config.json: next to a checkpoint of ours, or named by adapter_config.json.
 
     Raises: ConversionError when there is none.
     """
@@ -61,7 +61,7 @@ def base_model_of(path: Path_) -> Path:
 def base_weights_of(adapters: Sequence[Path_]) -> Path:
     """The folder of the base model that adapters name, which they are merged into.
 
-    Raises: ConversionError when one names none, or none that is here, or they name different ones.
+    Raises: ConversionError when an adapter names no base model or a missing one, or they name different ones.
     """
     folders: dict[Path, str] = {}
     for path in adapters:
@@ -81,7 +81,7 @@ def base_weights_of(adapters: Sequence[Path_]) -> Path:
 
 
 def _named(config: AdapterConfig) -> Path | None:
-    """The base model by the name that it had in training, a folder or one in a hub's cache."""
+    """The base model by its name in training: a folder, or a model in a hub's cache."""
     name = config.values.get("base_model_name_or_path")
     try:
         return find_folder(name) if isinstance(name, str) and name else None

@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A and B that are to be written, lying nowhere yet."""
+    """The A and B to write, without a place in a file yet."""
 
     rank: int
     a: Tensor
@@ -34,11 +34,11 @@ class Pair(NamedTuple):
 
 
 def joined(rows: Sequence[Rows], height: int, *, sources: Sources, what: str) -> Pair:
-    """One pair that adds to each row what its block adds, up to the scale; rows that none has get nothing.
+    """One pair that adds to each row what its block adds, up to the scale; rows without a block get zero.
 
-    Blocks with equal A share it. Others have their A one below the other, and zeros in B for the rest: exact, of the
-    sum of their ranks.
-    Raises: ConversionError for what cannot be put together, naming `what`.
+    Blocks with equal A share it. For others we stack their A and fill the rest of B with zeros: exact, with the sum of
+    their ranks as rank.
+    Raises: ConversionError for blocks that cannot be joined, naming `what`.
     """
     blocks = list(dict.fromkeys(row.block for row in rows))
     dtypes = {matrix.dtype for block in blocks for matrix in (block.left, block.right)}

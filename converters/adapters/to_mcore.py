@@ -54,7 +54,7 @@ def plan_adapter_to_mcore(
 
     `layer_keys`: as its model's checkpoint has them; layers that are not adapted alike have keys of their own always.
 
-    Raises: ConversionError for whatever does not fit, before anything is written.
+    Raises: ConversionError for anything that does not fit, before anything is written.
     """
     model = base_model_of(adapter) if base is None else Path(base)
     tables, numbered = tables_of(model), Numbered()
@@ -187,7 +187,7 @@ def _cell(mapped: Mapped, tables: Tables, *, stacked: bool) -> Cell:
 
 
 def _alike(made: Sequence[Made], tables: Tables) -> bool:
-    """Whether what one layer has all layers have, in the same shapes and dtypes."""
+    """Whether all layers have the same tensors, in the same shapes and dtypes."""
     layers: dict[int, set[object]] = defaultdict(set)
     for mapped, tensor in made:
         if mapped.layer is not None:

@@ -43,7 +43,7 @@ def plan_adapter_to_peft(
     """Plans a PEFT folder. `base`: the Hugging Face folder of its model, whose weights are not read.
 
     `peft_format`: how experts are written, `per_expert` or `fused`; by default as adapter_config.json has them.
-    Raises: ConversionError for whatever does not fit, before anything is written.
+    Raises: ConversionError for anything that does not fit, before anything is written.
     """
     model = base_model_of(adapter) if base is None else Path(base)
     tables, numbered = tables_of(model), Numbered()
@@ -77,7 +77,7 @@ def _layout(adapter: Adapter, wanted: ExpertLayout | None) -> ExpertLayout:
 
 
 class _Writer:
-    """One adapter on its way into PEFT's names."""
+    """Translates one adapter into PEFT's names."""
 
     def __init__(self, adapter: Adapter, sources: Sources, layout: ExpertLayout, *, asked: bool) -> None:
         """`asked`: whether the layout was asked for, or is the source's."""
@@ -89,7 +89,7 @@ class _Writer:
         """Every module and parameter with an adapter."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What adapter_model.safetensors has, lying nowhere yet."""
+        """The tensors of adapter_model.safetensors, without a place in a file yet."""
         made: dict[str, Tensor] = {}
         stacks: dict[str, dict[int, _Of]] = {}
         for target, mapped in self._table.items():

@@ -21,7 +21,7 @@ def _flag(default: Any, help_: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flags:
-    """The command line's values: what to convert, and how to go about it."""
+    """The command line's values: what to convert, and how."""
 
     request: ConversionRequest = field(default_factory=ConversionRequest)
     output_dir: str = _flag("", "folder to make")
@@ -114,7 +114,7 @@ def _value(flag: Field[Any], texts: list[str], faults: list[str]) -> Any:
 
 
 def help_text() -> str:
-    """What `--help` prints."""
+    """The text that `--help` prints."""
     lines = [
         "usage: megabatch-convert --to_mcore --model HF_FOLDER --output_dir OUT",
         "       megabatch-convert --to_hf --mcore_model CHECKPOINT [--model HF_FOLDER] --output_dir OUT",

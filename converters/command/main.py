@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of the command line: 0 done, 1 failed, 2 a fault of what was asked for."""
+    """Exit code of the command line: 0 done, 1 failed, 2 a fault in the request."""
     try:
         code = _main(arguments)
-        sys.stdout.flush()  # what is left of the output, which may have lost its reader
+        sys.stdout.flush()  # flush the rest of the output, whose reader may be gone
         return code
-    except OSError as error:  # a reader that is gone, or a full disk behind the output
+    except OSError as error:  # the reader is gone, or the disk behind the output is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
@@ -125,9 +125,9 @@ def _run(flags: Flags) -> int:
 
 
 def _convert_or_compare(plan: Plan, flags: Flags) -> bool:
-    """An output that exists is compared, where that is asked for and not that it be replaced or finished.
+    """Compares an existing output if the user asked for that and not for replacing or resuming it; else converts.
 
-    Returns: whether this rank goes on to compare the models: the one that gave the output its name, or the first.
+    Returns: whether this rank then compares the models: the rank that renamed the output, or the first.
     """
     from megabatch.converters import conversion
     from megabatch.converters.engine.journal import Place
@@ -143,7 +143,7 @@ def _convert_or_compare(plan: Plan, flags: Flags) -> bool:
 
 
 def _convert(plan: Plan, flags: Flags, place: Place) -> bool:
-    """Whether the output has its name now."""
+    """Converts; returns whether the output now has its final name."""
     from megabatch.converters.command.report import left_aside
     from megabatch.converters.engine.execute import share
     from megabatch.converters.engine.run import run

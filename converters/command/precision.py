@@ -1,6 +1,6 @@
 """`--test_convert_precision`: the trainer's program compares the models of both formats.
 
-It is started and not imported, because it needs torch and megatron-core.
+We start it as a process instead of importing it, because it needs torch and megatron-core.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megabatch.trainable import untrainable
 
 
 def check_comparable(request: ConversionRequest) -> None:
-    """Raises: ConversionError when the trainer has not built the model of --model."""
+    """Raises: ConversionError when the trainer does not implement the model of --model."""
     if not request.model:
         return
     config = read_config(find_folder(request.model))
@@ -47,7 +47,7 @@ def compare_models(flags: Flags) -> None:
 
 @contextmanager
 def _both(flags: Flags) -> Iterator[tuple[str, str]]:
-    """The Hugging Face folder and the checkpoint; of a merged model there is only one, and the other is made of it."""
+    """The Hugging Face folder and the checkpoint; a merged model has only one, and we convert it to get the other."""
     request = flags.request
     if not request.merge_lora:
         source, output = request.model if request.to_mcore else request.mcore_model, flags.output_dir

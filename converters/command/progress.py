@@ -14,7 +14,7 @@ _WIDTH = 24
 
 
 class Progress:
-    """Told of bytes that are `written` or `verified`, from any thread."""
+    """Called with the bytes that are `written` or `verified`, from any thread."""
 
     def __init__(
         self, whole: int, out: TextIO, *, clock: Callable[[], float] = time.monotonic, every: float | None = None
@@ -54,7 +54,7 @@ class Progress:
         self._shown = len(line)
 
     def close(self) -> None:
-        """Takes the bar off the terminal."""
+        """Removes the bar from the terminal."""
         with self._lock:
             if self._shown:
                 print(f"\r{'':{self._shown}}\r", end="", file=self._out, flush=True)

@@ -12,7 +12,7 @@ from megabatch.converters.engine.plan import Plan, Tensor
 
 
 def show_plan(plan: Plan, output: str) -> None:
-    """Totals and the disk needed, what is left aside, then every file and tensor of a plan with its bytes."""
+    """Prints totals and the disk needed, the skipped tensors, then every file and tensor of a plan with its bytes."""
     for line in _lines(plan, output):
         print(line)
 
@@ -35,7 +35,7 @@ def _lines(plan: Plan, output: str) -> Iterator[str]:
 
 
 def left_aside(ignored: Mapping[str, str]) -> Iterator[str]:
-    """A line for the tensors of one reason whose names differ in numbers alone."""
+    """One line for skipped tensors with the same reason whose names differ only in numbers."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, reason in ignored.items():
         groups.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)

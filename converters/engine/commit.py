@@ -22,7 +22,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def commit(plan: Plan, staged: Staged, hashes: Mapping[int, str], *, world: int) -> None:
-    """Gives the output its name; of `world` ranks that come here at the same time one does.
+    """Renames the output to its final name; if several of `world` ranks get here at once, one of them does it.
 
     `hashes`: digests of the tensors that were verified.
     Raises: ConversionError when ranks cannot wait for each other.
@@ -48,7 +48,7 @@ def commit(plan: Plan, staged: Staged, hashes: Mapping[int, str], *, world: int)
 
 
 def _clear(plan: Plan, staged: Staged) -> None:
-    """Removes what a commit that was killed left: all of it is written again, and halves of files never used."""
+    """Removes the leftovers of a killed commit: all of it gets written again, and partial files are never used."""
     kept = {staged.files / file.name for file in plan.files}
     for path in staged.files.rglob("*"):
         if path not in kept and not path.is_dir():
@@ -62,7 +62,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _name(staged: Staged) -> None:
-    """Renames the files to the output; one that exists is exchanged in the same instant where the system can."""
+    """Renames the files to the output; swaps an existing output atomically where the system can."""
     if not staged.output.exists():
         os.rename(staged.files, staged.output)
     elif staged.output.is_dir() and not any(staged.output.iterdir()):
@@ -89,7 +89,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 @contextmanager
 def _alone(staged: Staged, world: int) -> Iterator[None]:
-    """Waits for the other ranks' commits; a rank that was killed holds nothing."""
+    """Waits for the other ranks' commits; a killed rank holds no lock."""
     try:
         file = os.open(staged.journals / "commit", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:  # another rank has just committed

@@ -18,15 +18,15 @@ from megabatch.converters.engine.windows import Windows
 from megabatch.errors import ConversionError
 
 SYNC_BYTES = 64 << 20
-"""How much a killed rank does again, at most, besides the tensors in its hands."""
+"""Most work that a killed rank repeats, besides the tensors in progress."""
 _LARGE = 64 << 20
 
 Progress = Callable[[int], None]
-"""Told the bytes of each tensor that is written."""
+"""Called with the bytes of each tensor that is written."""
 
 
 def share(plan: Plan, *, rank: int, world: int) -> list[int]:
-    """Numbers of the tensors that one rank writes: neighbours, so that it reads and writes in few places."""
+    """Numbers of the tensors that one rank writes: neighbours, so that its reads and writes stay close together."""
     total = sum(tensor.data_bytes for tensor in plan.tensors) or 1
     mine, position = [], 0
     for number, tensor in enumerate(plan.tensors):
@@ -38,7 +38,7 @@ def share(plan: Plan, *, rank: int, world: int) -> list[int]:
 
 
 class Targets:
-    """The files that a plan writes, each made at its full size with what stands around its tensors."""
+    """The files that a plan writes, each created at full size with the bytes around its tensors."""
 
     def __init__(self, folder: Path, files: Sequence[TargetFile]) -> None:
         self._folder = folder
@@ -81,7 +81,7 @@ def execute(
 ) -> None:
     """Writes these tensors below `folder` and journals them.
 
-    Raises: ConversionError naming what could not be read or written; tensors journalled until then stay done.
+    Raises: ConversionError naming the file that failed; tensors journalled until then stay done.
     """
     allow_files(len(plan.sources) + len(plan.files))
     targets = Targets(folder, plan.files)
@@ -115,7 +115,7 @@ class _Run:
     ) -> None:
         self._plan, self._targets, self._sources = plan, targets, sources
         self._journal, self._progress = journal, progress
-        # large ones first, so that no worker is left alone with one at the end
+        # large ones first, so that no single worker is still busy with one at the end
         large = [number for number in numbers if plan.tensors[number].data_bytes > _LARGE]
         large.sort(key=lambda number: -plan.tensors[number].data_bytes)
         known = set(large)

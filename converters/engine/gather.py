@@ -32,7 +32,7 @@ def fill(sources: Sources, strip: Strip, first: int, last: int, raw: memoryview,
 
 
 def sliced(strips: Sequence[Strip], first: int, count: int, *, row: int) -> list[Strip]:
-    """What strips give of `count` rows from `first` on, as rows from `row` on."""
+    """The parts of strips in the `count` rows from `first` on, renumbered to start at `row`."""
     cut = []
     for strip in overlapping(strips, first, first + count):
         start, stop = max(first, strip.row), min(first + count, strip.row + strip.rows)
@@ -43,7 +43,7 @@ def sliced(strips: Sequence[Strip], first: int, count: int, *, row: int) -> list
 
 
 def matrix_bytes(sources: Sources, matrix: Matrix) -> bytearray:
-    """A matrix as it lies in its files, row by row."""
+    """A matrix as stored in its files, row by row."""
     stride = matrix.columns * ITEMSIZE[matrix.dtype]
     made = bytearray(matrix.rows * stride)
     for strip in matrix.strips:

@@ -1,8 +1,8 @@
 """Which tensors of a plan are on disk: lines that are written after the bytes they speak of were synced.
 
 A staged conversion is a folder beside the output, `.NAME.partial/`: `files/` becomes the output, `journal/` has one
-file for each rank, whose first line names the plan, and the step of Slurm that started the rank. A tensor's number in
-any of them means that its bytes will be there whatever happens to processes or machines.
+file per rank, whose first line names the plan and the Slurm step that started the rank. A tensor's number in any of
+them means that its bytes are safe on disk, whatever happens to processes or machines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Place(NamedTuple):
     rank: int = 0
     world: int = 1
     start: str = ""
-    """Names the step of Slurm that started all of them; empty where they were started by hand."""
+    """The Slurm step that started all of them; empty if they were started by hand."""
 
 
 ALONE = Place()
@@ -69,8 +69,8 @@ class Staged:
                 yield _Noted(int(path.name.removeprefix("rank_")), digest, " ".join(start), lines[1:])
 
     def open(self, plan: Plan, place: Place, *, resume: bool) -> None:
-        """Makes the folders, or takes up those of the same plan: `resume` whoever made them, else those of ranks that
-        were started with this one, which itself has none yet.
+        """Makes the folders, or continues those of the same plan: anyone's with `resume`, else only those of ranks
+        that were started with this one, and only if this rank has no file yet.
 
         Raises: ConversionError for leftovers that must not be touched.
         """
@@ -101,19 +101,19 @@ class Staged:
         return f"{sum(plan.tensors[number].total for number in done)} of {plan.tensor_file_bytes} bytes are done"
 
     def remove(self) -> None:
-        """Removes it all; whatever is left of a conversion that has its final name."""
+        """Removes all of it, after the output has its final name."""
         shutil.rmtree(self.files, ignore_errors=True)  # before what `named` goes by
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def note(self) -> None:
-        """Says which folder is about to become the output."""
+        """Records which folder is about to become the output."""
         with replacing(self._number) as file:
             file.write(str(self.files.stat().st_ino).encode())
 
     def named(self) -> bool:
-        """Whether a rank gave the output its name: what was noted is the output, or nothing is staged any more.
+        """Whether a rank has renamed the output: the recorded folder is the output, or nothing is staged any more.
 
-        A manifest does not tell: an output that is replaced may be of the same plan.
+        A manifest cannot tell: a replaced output may have the same plan.
         """
         try:
             return int(self._number.read_text(encoding="ascii")) == self.output.stat().st_ino

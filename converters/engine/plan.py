@@ -1,7 +1,7 @@
 """A conversion as data: every byte of every output file, and where it comes from.
 
-A plan is made before anything is written and is the same on every machine that makes it from the same files: its
-digest names it, so that ranks can share it without talking and a later run can take up an interrupted one.
+We make a plan before writing anything, and it is the same on every machine that makes it from the same files: its
+digest names it, so ranks can share it without communicating, and a later run can resume an interrupted one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 from megabatch.errors import ConversionError
 
 FORMAT = 1
-"""Raised when the same plan would be executed into other bytes: leftovers of before are then refused."""
+"""Increased when the same plan would produce different bytes, so that older leftovers are refused."""
 
 
 class Frame(Protocol):
@@ -78,7 +78,7 @@ class Strip(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A small matrix of an adapter, held in memory while a tensor is written."""
+    """A small matrix of an adapter, held in memory during the write of a tensor."""
 
     rows: int
     columns: int
@@ -175,7 +175,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file that is read; size and time tell a changed one."""
+    """A source file; a changed size or time shows that it changed."""
 
     path: Path
     size: int
@@ -202,7 +202,7 @@ class SmallFile:
 
 @dataclass(frozen=True, slots=True)
 class AuxiliaryFiles:
-    """Files carried over from a Hugging Face folder, some of them with other contents."""
+    """Files copied from a Hugging Face folder, some with changed contents."""
 
     folder: Path
     replaced: Mapping[str, bytes] = field(default_factory=dict)
@@ -210,7 +210,7 @@ class AuxiliaryFiles:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that will be read and written."""
+    """Everything that a conversion reads and writes."""
 
     direction: str
     """`to_mcore` or `to_hf`."""
@@ -219,12 +219,12 @@ class Plan:
     files: list[TargetFile]
     tensors: list[Tensor]
     small: list[SmallFile]
-    """In the order in which they are written: last the one without which no loader accepts the folder."""
+    """In write order: last comes the file without which no loader accepts the folder."""
     auxiliary: AuxiliaryFiles | None
     ignored: Mapping[str, str] = field(default_factory=dict)
-    """Tensors of the source that are left aside, each with the reason."""
+    """Tensors of the source that we skip, each with the reason."""
     notes: Sequence[str] = ()
-    """What else is to be said of the output."""
+    """Further notes about the output."""
     lacks: Sequence[str] = ()
     """Tensors that the source leaves out because they repeat another one, as not every folder does."""
 
@@ -262,14 +262,14 @@ def _auxiliary_bytes(auxiliary: AuxiliaryFiles | None) -> int:
 
 
 class Numbered:
-    """Gives source files their numbers."""
+    """Numbers the source files."""
 
     def __init__(self) -> None:
         self.files: list[SourceFile] = []
         self._numbers: dict[str, int] = {}
 
     def number(self, path: Path) -> int:
-        name = str(path)  # paths compare slowly
+        name = str(path)  # comparing paths is slow
         if name not in self._numbers:
             self._numbers[name] = len(self.files)
             self.files.append(_source_file(path))
@@ -286,8 +286,8 @@ def _source_file(path: Path) -> SourceFile:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the collector of cycles: a plan is a million small objects and no cycle, and looking at them again and
-    again takes 40 % of the time that a model of 10^12 parameters needs."""
+    """Turns off the garbage collector: a plan is a million small objects without cycles, and scanning them again and
+    again takes 40 % of the planning time for a model of 10^12 parameters."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -19,19 +19,19 @@ from megabatch.converters.engine.verify import compare
 from megabatch.errors import ConversionError
 
 Say = Callable[[str, int], None]
-"""Told what is done (`written`, `verified`) and the bytes of each tensor."""
+"""Called with what was done (`written`, `verified`) and the bytes of each tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one rank did."""
+    """The work of one rank."""
 
     written: int
     """Bytes of tensors that it wrote."""
     resumed: int
-    """Bytes of its share that had been written before."""
+    """Bytes of its share that an earlier run had written."""
     committed: bool
-    """Whether the output has its name now; else other ranks are at work."""
+    """Whether the output has its final name; if not, other ranks are still working."""
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     verify: bool = False,
     say: Say = lambda what, size: None,
 ) -> Outcome:
-    """Executes this rank's share of a plan; the last rank to finish gives the output its name.
+    """Executes this rank's share of a plan; the last rank to finish renames the output.
 
     Args: exist_ok: an output that exists is replaced, in one instant, when the new one is complete. resume: takes up
     what an interrupted run left in `.NAME.partial` beside the output, and leaves an output of this plan as it is,
@@ -110,7 +110,7 @@ def _finish(
 
 
 def check_output(target: Path, *, exist_ok: bool) -> None:
-    """Raises: ConversionError when there is something at `target` that may not be replaced."""
+    """Raises: ConversionError when `target` exists and may not be replaced."""
     if target.is_symlink() and not target.exists():
         raise ConversionError(f"{target}: is a link to {os.readlink(target)}, which is not there; remove the link")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -124,7 +124,7 @@ def check_output(target: Path, *, exist_ok: bool) -> None:
 
 
 def _check_apart(plan: Plan, target: Path) -> None:
-    """Raises: ConversionError when the output would replace what it is made from."""
+    """Raises: ConversionError when the output would replace its own source."""
     place = target.resolve()
     read = [source.path for source in plan.sources] + (
         [plan.auxiliary.folder / "config.json"] if plan.auxiliary else []
@@ -135,7 +135,7 @@ def _check_apart(plan: Plan, target: Path) -> None:
 
 
 def _check_disk(plan: Plan, staged: Staged) -> None:
-    """Raises: ConversionError when the disk cannot hold what is left to write."""
+    """Raises: ConversionError when the disk cannot hold the bytes still to write."""
     parent = staged.output.parent
     while not parent.exists():
         parent = parent.parent

@@ -15,10 +15,10 @@ _SHOWN = 8
 
 
 def check_sources(plan: Plan, numbers: Sequence[int], *, workers: int) -> None:
-    """Checks the tensors that these tensors of a plan are made of, where the source's manifest has digests.
+    """Checks the source tensors of these tensors of a plan, if the source's manifest has digests.
 
     A checkpoint's manifest lies in its folder or the one above (`step_<n>` of `mcore/` and `hf/`).
-    Raises: ConversionError naming what is damaged.
+    Raises: ConversionError naming the damaged parts.
     """
     offsets: dict[int, set[int]] = {}
     for number in numbers:

@@ -32,7 +32,7 @@ class _Digest(Protocol):
 def compare(
     plan: Plan, numbers: Sequence[int], folder: Path, *, workers: int, progress: Progress = lambda _: None
 ) -> dict[int, str]:
-    """Makes these tensors' bytes again from the source and compares them with what lies in `folder`.
+    """Recomputes these tensors' bytes from the source and compares them with the files in `folder`.
 
     Returns the digest of each tensor's bytes, its frame with it.
     Raises: ConversionError naming the tensors that differ and the first byte that does.
@@ -74,7 +74,7 @@ def _check_surroundings(plan: Plan, folder: Path) -> None:
 
 
 def _compared(tensor: Tensor, windows: Windows, path: Path) -> tuple[str, str | None]:
-    """Digest of what the file holds, and what is wrong with it."""
+    """Digest of the file's bytes, and the fault if there is one."""
     digest: _Digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     frame, crc, fault = tensor.frame, 0, None
     with open(path, "rb", buffering=0) as file:

@@ -55,7 +55,7 @@ def family_named(model_type: str) -> Family:
 
 
 def _unknown(field: str, value: str, known: list[str], hf_config: Mapping[str, Any]) -> ConversionError:
-    """Names the family whose model is built most alike, or, where config.json does not say, the nearest name."""
+    """Names the family with the most similar model, or, if config.json does not tell, the nearest name."""
     alike = _built_alike(hf_config)
     near = get_close_matches(
         value, [name for family in alike for name in family.architectures] or known, n=1, cutoff=0
@@ -71,7 +71,7 @@ def _unknown(field: str, value: str, known: list[str], hf_config: Mapping[str, A
 
 
 class _Heard(dict[str, Any]):
-    """A config.json that notes which of its keys were asked for."""
+    """A config.json that records which of its keys were read."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -91,7 +91,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 def _built_alike(hf_config: Mapping[str, Any]) -> list[Family]:
-    """The families that can read a config.json of another, and understand most of it."""
+    """The families that can read another family's config.json, and use most of its keys."""
     experts = any(hf_config.get(name) for name in _EXPERTS)
     found: dict[int, list[Family]] = {}
     for family in FAMILIES.values():

@@ -18,7 +18,7 @@ _MOST = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 100_000),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 100_000),
 }
-"""What counts parts of a model: a table has a row for each of them."""
+"""Upper limit for counts of a model's parts: a table has a row for each part."""
 
 
 def architecture(config: Config, *, default: str) -> str:
@@ -33,7 +33,7 @@ def architecture(config: Config, *, default: str) -> str:
 
 
 def short(value: object) -> str:
-    """A value for an error."""
+    """A value in short form, for an error."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -100,7 +100,7 @@ def rope(config: Config, *, default_theta: float = 10000.0) -> tuple[float, dict
 
 
 def experts_of(config: Config, *names: str) -> tuple[int, int]:
-    """Number of experts, under the first of its spellings that is set, and how many of them a token meets."""
+    """Number of experts, under the first of its spellings that is set, and how many of them a token uses."""
     experts, topk = size(config, *names), size(config, "num_experts_per_tok")
     if topk > experts:
         raise ConversionError(f"config.json: num_experts_per_tok={topk} must be at most {names[0]}={experts}")
@@ -114,7 +114,7 @@ def count(config: Config, *names: str) -> int:
 
 
 def leading_dense_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
-    """Which layers have experts: those from `first_k_dense_replace` on, of them every `moe_layer_freq`th."""
+    """Which layers have experts: from `first_k_dense_replace` on, every `moe_layer_freq`th."""
     dense, step = count(config, "first_k_dense_replace"), size(config, "moe_layer_freq", default=1)
     return tuple(layer >= dense and layer % step == 0 for layer in range(layers))
 
@@ -129,7 +129,7 @@ def sparse_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
 
 
 def layer_types(config: Config) -> list[str] | None:
-    """The kind of each layer's attention, where config.json says."""
+    """The kind of each layer's attention, if config.json gives it."""
     kinds = config.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise ConversionError(f"config.json: layer_types={short(kinds)} must be a list of names")
@@ -147,7 +147,7 @@ def _num_labels(config: Config) -> int | None:
 
 
 def refuse_quantised(config: Config) -> None:
-    """Refuses a config.json of quantised weights; who dequantises takes `quantization_config` out before."""
+    """Refuses a config.json of quantised weights; callers that dequantise remove `quantization_config` first."""
     given = config.get("quantization_config")
     if given:
         method = given.get("quant_method") if isinstance(given, Mapping) else given
@@ -158,7 +158,7 @@ def refuse_quantised(config: Config) -> None:
 
 
 def switched_window(config: Config) -> int | None:
-    """`sliding_window` where `use_sliding_window` is on, as Qwen's families have it."""
+    """`sliding_window` if `use_sliding_window` is on, as in Qwen's families."""
     on = switch(config, "use_sliding_window") and config.get("sliding_window") is not None
     return size(config, "sliding_window") if on else None
 
@@ -198,7 +198,7 @@ def window_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def refuse_unsupported(config: Config) -> None:
-    """Refuses, by name, what changes the model's numbers and a `ModelShape` cannot say."""
+    """Refuses, by name, settings that change the model's numbers and that `ModelShape` cannot express."""
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConversionError(
@@ -227,7 +227,7 @@ def decoder(
     tied: bool = False,
     tensors_only: bool = False,
 ) -> dict[str, Any]:
-    """The fields of `ModelShape` that every family here reads in the same way.
+    """The fields of `ModelShape` that all families here read in the same way.
 
     Args:
         head_dim: what transformers uses for this family when config.json has none; None: hidden size / heads.

@@ -60,8 +60,8 @@ def moe_mlp(
     gate_up: str = "mlp.experts.{e}.{gate_proj,up_proj}.weight",
     down: str = "mlp.experts.{e}.down_proj.weight",
 ) -> tuple[Row | Experts, ...]:
-    """Norm, router and experts of a layer, by the names that a folder has behind the layer's; fused experts, and the
-    router beside them, have the same names in every family."""
+    """Norm, router and experts of a layer, by their names after the layer's prefix in a folder; fused experts and the
+    router next to them have the same names in every family."""
     return (
         Rename(_L + "pre_mlp_layernorm.weight", _HF + "post_attention_layernorm.weight", ("hidden",), layers="moe"),
         Rename(_L + "mlp.router.weight", _HF + router, ("experts", "hidden"), layers="moe", hf_fused=_HF + _ROUTER),
@@ -77,7 +77,7 @@ def moe_mlp(
 
 
 def transposed_experts() -> tuple[Row | Experts, ...]:
-    """`moe_mlp` of folders that have all experts of a layer in one tensor, each of them transposed."""
+    """`moe_mlp` for folders that hold all experts of a layer in one tensor, each expert transposed."""
     norm_and_router = moe_mlp()[:2]
     return (
         *norm_and_router,
@@ -94,7 +94,7 @@ def transposed_experts() -> tuple[Row | Experts, ...]:
 
 
 def shared_experts(name: str = "mlp.shared_experts") -> tuple[Row, ...]:
-    """The experts that every token meets, in one MLP; a gate on their output where the model has one."""
+    """The shared experts as one MLP, with a gate on their output if the model has one."""
     ours, theirs = _L + "mlp.shared_experts.", f"{_HF}{name}."
     when = "moe_shared_expert_intermediate_size"
     return (
@@ -114,7 +114,7 @@ EXPERT_BIAS = Rename(
 
 
 def mtp(layer: tuple[Row | Experts, ...]) -> tuple[Row | Experts, ...]:
-    """Layers of multi-token prediction, which a folder numbers on behind the decoder's, around a decoder layer's rows.
+    """MTP layers, which Hugging Face numbers after the decoder's, around a decoder layer's rows.
 
     A layer also brings a copy of the embedding and one of the output layer: `MTP_COPIES`.
     """
@@ -129,7 +129,7 @@ def mtp(layer: tuple[Row | Experts, ...]) -> tuple[Row | Experts, ...]:
 
 
 def moved(row: Row | Experts, ours: str, theirs: str) -> Row | Experts:
-    """A decoder layer's row in another layer, given what stands before the names of both sides there."""
+    """Moves a decoder layer's row to another layer, given the prefixes of both sides' names there."""
     return renamed(row, ours=lambda name: name.replace(_L, ours), theirs=lambda name: name.replace(_HF, theirs))
 
 
@@ -137,7 +137,7 @@ Renaming = Callable[[str], str]
 
 
 def renamed(row: Row | Experts, *, ours: Renaming, theirs: Renaming) -> Row | Experts:
-    """The same row between other names."""
+    """The same row with other names on both sides."""
     if isinstance(row, Experts):
         return replace(row, row=_renamed(row.row, ours, theirs), fused=row.fused and theirs(row.fused))
     return _renamed(row, ours, theirs)
@@ -162,5 +162,5 @@ ROTARY_BUFFERS = Ignorable(
 
 
 def not_made(shape: ModelShape, **_: Any) -> dict[str, Any]:
-    """`Family.hf_config` of a family whose config.json is only read. Raises: ConversionError."""
+    """`Family.hf_config` of a family whose config.json we only read. Raises: ConversionError."""
     raise ConversionError(f"{shape.model_type}: megabatch cannot create a new model of this family, only convert one")

@@ -1,8 +1,8 @@
 """DeepSeek-V2, V3 and R1, and models of that architecture (Moonlight, Kimi-K2): multi-latent attention.
 
 Names and layouts are those that megatron-core writes with Transformer Engine: norms of the latents inside the
-projections behind them, no permutation of the rotated dimensions. Layers of multi-token prediction, which V3 numbers
-on behind its decoder layers, are converted; transformers does not load them.
+projections after them, no permutation of the rotated dimensions. We convert MTP layers, which V3 numbers after its
+decoder layers; transformers does not load them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GPT-OSS: `GptOssForCausalLM`; attention sinks, biases everywhere, experts in one tensor for each layer.
 
-Hugging Face's fused experts are the transposes of megatron-core's, and rows of gate and up projection alternate in
-them: they are strided (`converters.strided_copy`), bit by bit. The published checkpoints in MXFP4 are made plain
-(`converters.mxfp4`); those in BF16 are read too.
+Hugging Face's fused experts are the transposes of megatron-core's, and their gate and up rows alternate: we copy them
+with strides (`converters.strided_copy`), bit for bit. We dequantise the published checkpoints in MXFP4
+(`converters.mxfp4`); we read those in BF16 too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Vision-language models: converts the language part and carries everything else of the folder along unchanged.
 
-megatron-core's tensors have the names of the language model alone.
+megatron-core's tensors have the names of a pure language model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _with_vision(
     carried: str,
     defaults: Config | None = None,
 ) -> Family:
-    """A family around another one's table.
+    """A family that wraps another family's table.
 
     Args:
         model, head: what its folders have in place of the text model's `model.` and `lm_head.`.

@@ -21,7 +21,7 @@ from megabatch.errors import ConversionError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BUFFER_BYTES = 1 << 20
 _GAP_BYTES = 16 << 10
-"""Where two pieces of a column range lie further apart than this, the bytes between them are not read."""
+"""If two pieces of a column range lie further apart than this, we do not read the bytes between them."""
 
 Range = tuple[int, int]
 

@@ -1,7 +1,7 @@
 """Pickles of torch's checkpoint format without torch: written from plain records, read without calling anything.
 
-A pickle names functions and classes and asks the reader to call them. `load` never does: it returns what was named,
-with the arguments and the state that it would have been given.
+A pickle names functions and classes and asks the reader to call them. `load` never calls them: it returns their names,
+with the arguments and the state that they would have received.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _integer(value: int) -> bytes:
 
 
 class Recorded:
-    """What a pickle would have made: the class's name is that of the global, nothing was called."""
+    """An object that a pickle describes: its class is named like the global, and nothing was called."""
 
     module = ""
     args: tuple[Any, ...] = ()
@@ -186,5 +186,5 @@ def load(raw: bytes, *, place: str) -> Any:
     """
     try:
         return _Reader(io.BytesIO(raw)).load()
-    except Exception as error:  # a corrupt pickle can fail in any way
+    except Exception as error:  # a corrupt pickle can raise any exception
         raise ConversionError(f"{place}: not a valid pickle: {type(error).__name__} {error}") from error

@@ -23,14 +23,14 @@ _NEXT = (b"PK\x03\x04", b"PK\x01\x02")
 
 
 class Member(NamedTuple):
-    """A member that is stored as it is."""
+    """An uncompressed member."""
 
     size: int
     crc: int
     header: int
     """Offset of its local header."""
     described: bool
-    """Whether sizes and checksum are said again behind its bytes."""
+    """Whether sizes and checksum are repeated after its bytes."""
 
 
 class ZipDirectory:
