@@ -26,7 +26,7 @@ from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 SHARD_SIZE = "5GB"
-"""Largest safetensors file where nothing else is said."""
+"""Default size limit of a safetensors file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class HfForm:
     """How a Hugging Face folder is written."""
 
     dtype: str | None = None
-    """safetensors' name of what weights are cast to, None for their own."""
+    """safetensors' name of the dtype to cast weights to, None for their own."""
     max_shard_size: str | int | None = None
     """Largest safetensors file, None for 5 GB."""
     expert_layout: ExpertLayout | None = None
@@ -148,7 +148,7 @@ def _way_of_quantising(reference: Path) -> Quantised:
 def _written(
     name: str, shape: tuple[int, ...], parts: Parts, how: Quantised | None
 ) -> Iterator[tuple[str, TensorInfo, Parts]]:
-    """What a tensor is in the folder: itself, or FP8 and scales."""
+    """A tensor as written to the folder: itself, or FP8 and scales."""
     if how is not None and how.takes(name, shape):
         yield from requantised(name, shape, parts, how)
     else:
@@ -179,7 +179,7 @@ def _is_of_fp8(name: str, entries: Mapping[str, TensorInfo]) -> bool:
 
 
 def _usual(entries: Mapping[str, TensorInfo]) -> str:
-    """The dtype that most tensors have, apart from those that are quantised."""
+    """The most common dtype among tensors that are not quantised."""
     dtypes = [info.dtype for name, info in entries.items() if not _is_of_fp8(name, entries)]
     return max(sorted(set(dtypes)), key=dtypes.count)
 

@@ -16,7 +16,7 @@ from megabatch.errors import ConversionError
 
 
 def plain_dtype(dtype: str) -> str:
-    """What a tensor of this dtype is written as when nothing else is asked for."""
+    """The dtype in which we write a tensor of this dtype by default."""
     return dtype if dtype in FLOATS else PLAIN
 
 
@@ -29,7 +29,7 @@ def strip_of(model: HfModel, piece: Piece, row: int, row_bytes: int, numbered: N
 
 
 def read_dtype(model: HfModel, name: str) -> str:
-    """dtype of a tensor as it is read: in MXFP4 as it comes out of its blocks."""
+    """dtype of a tensor after reading: for MXFP4 that of the dequantised blocks."""
     return PLAIN if _is_packed(model, name) else model.folder.info(name).dtype
 
 

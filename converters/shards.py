@@ -66,7 +66,7 @@ def shard_shape(mapped: Mapped, *, tp_size: int, padded_vocab: int | None = None
 
 
 def shard_reads(mapped: Mapped, *, tp_rank: int, tp_size: int, padded_vocab: int | None = None) -> list[Read]:
-    """The least that one rank reads to have its shard; rows of the shard that no read fills are zero (padding).
+    """The smallest reads that give one rank its shard; rows of the shard that no read fills are zero (padding).
 
     Raises: ConversionError when the tensor cannot be cut into equal parts, or is strided: it has no runs of bytes.
     """
@@ -140,7 +140,7 @@ def _padded(mapped: Mapped, padded_vocab: int | None) -> int:
 
 
 class Source(Protocol):
-    """What `read_shard` needs of a folder; `safetensors_io.HfFolder` has it."""
+    """The interface that `read_shard` needs; `safetensors_io.HfFolder` provides it."""
 
     def itemsize(self, name: str) -> int: ...
 

@@ -111,13 +111,13 @@ def _targeted(config: AdapterConfig, one: Adapted) -> bool:
 
 
 def _others(tables: Tables, modules: Iterable[str]) -> set[str]:
-    """Modules of the model that have no adapter."""
+    """Modules of the model without an adapter."""
     weights = (name.removesuffix(".weight") for name, shape in tables.shapes.items() if len(shape) == 2)
     return set(weights) - set(modules)
 
 
 def _names(modules: Sequence[str], others: set[str]) -> list[str]:
-    """Last parts of names where they mean these modules alone, else whole names."""
+    """Last parts of names if these match only these modules, else whole names."""
     ambiguous = {name.rpartition(".")[2] for name in others}
     leaves = ((name, name.rpartition(".")[2]) for name in modules)
     return sorted({name if leaf in ambiguous else leaf for name, leaf in leaves})

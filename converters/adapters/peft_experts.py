@@ -10,8 +10,8 @@ the number of its parts, whatever `rank_pattern` and `alpha_pattern` say of the 
 - with adapters of other layers of the same name (`mlp.gate_proj` of a dense layer or of shared experts), which are
   lost with it, unless they are named in `target_parameters` themselves.
 
-A pattern that names the joined layer before PEFT's own does is heeded; earlier versions have no such layer and leave
-it aside.
+PEFT uses a pattern that names the joined layer before its own pattern does; earlier versions have no such layer and
+ignore it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _joined(stack: str, experts: list[list[Adapted | None]]) -> Iterator[Joined]
 
 
 def differently_loaded(config: AdapterConfig, adapted: Sequence[Adapted], tables: Tables) -> Iterator[str]:
-    """What PEFT would compute otherwise than the adapter was trained, layer by layer."""
+    """The layers that PEFT would compute differently from how the adapter was trained."""
     for joined in joined_experts(adapted, tables):
         seen = joined.as_loaded(config)
         rank = seen.rank(joined.stack)

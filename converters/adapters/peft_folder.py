@@ -33,10 +33,10 @@ def is_peft(folder: Path) -> bool:
 
 
 def open_peft(folder: Path, tables: Tables, numbered: Numbered, *, accept_bin: bool = False) -> Adapter:
-    """Opens an adapter and proves that each of its tensors belongs to the base model.
+    """Opens an adapter and checks that each of its tensors belongs to the base model.
 
     `accept_bin` reads adapter_model.bin where there is nothing else, as data.
-    Raises: ConversionError naming what does not.
+    Raises: ConversionError naming those that do not.
     """
     weights = folder / WEIGHTS
     if weights.exists():
@@ -53,7 +53,7 @@ def open_peft(folder: Path, tables: Tables, numbered: Numbered, *, accept_bin: b
 
 
 class _Reader:
-    """One folder on its way into an `Adapter`."""
+    """Reads one folder into an `Adapter`."""
 
     def __init__(
         self, path: Path, extents: dict[str, Extent], config: AdapterConfig, tables: Tables, numbered: Numbered
@@ -164,7 +164,7 @@ class _Reader:
         self._add((weight, None), left, right, self._config.scale(key, rank))
 
     def _parameters(self, module: str) -> str | None:
-        """The stacked tensor that these adapters are of, or None for a module of one weight."""
+        """The stacked tensor that these adapters belong to, or None for a module with a single weight."""
         owner = module
         while owner.endswith(BASE):
             owner = owner.removesuffix(BASE)
@@ -212,7 +212,7 @@ class _Reader:
             raise self._fault(name, f"{NAME} does not give {key} an adapter: target_modules does not name it")
 
     def _check_vocabulary(self, name: str, found: tuple[int, ...], weight: str) -> None:
-        """Raises: ConversionError for what was trained after the vocabulary had grown to the rows that were found."""
+        """Raises: ConversionError for an adapter trained after its vocabulary had grown to the rows found here."""
         shape, rows = self._tables.shapes[weight], max(found, default=0)
         of_vocabulary = any(mapped.split == "vocab" for mapped in self._tables.users((weight, None)))
         if of_vocabulary and rows > shape[0]:

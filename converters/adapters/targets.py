@@ -21,7 +21,7 @@ from megabatch.errors import ConversionError
 
 ALL_LINEAR, ALL_ROUTER, ALL_EMBEDDING = "all-linear", "all-router", "all-embedding"
 _NOT_LINEAR = ("word_embeddings", "output_layer", "router", "gate", "conv1d", "eh_proj")
-"""Matrices that `all-linear` does not mean, by the last part of their layer's name."""
+"""Matrices that `all-linear` excludes, by the last part of their layer's name."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Target:
 
     weight: Mapped
     parts: tuple[str, ...]
-    """Hugging Face's layers in it that are adapted, in the order of their first rows."""
+    """The adapted Hugging Face layers in it, ordered by their first rows."""
     rank: int
 
     @property
@@ -86,7 +86,7 @@ class Target:
 
 
 def layer_of(piece: Piece) -> str:
-    """Hugging Face's name of the layer that a piece is rows of."""
+    """Hugging Face's name of the layer that a piece belongs to."""
     return piece.hf.removesuffix(".weight")
 
 
@@ -98,7 +98,7 @@ def table_of(targets: Sequence[Target]) -> list[Mapped]:
 def find_targets(
     table: Sequence[Mapped], names: Sequence[str], *, regex: str | None = None, rank: int
 ) -> list[Target]:
-    """The layers that names or a pattern mean, in the table's order.
+    """The layers that names or a pattern select, in the table's order.
 
     A name is the end of a layer's name, megatron-core's (`linear_qkv`) or Hugging Face's (`q_proj`, which adapts these
     rows of `linear_qkv` alone), or one of `all-linear`, `all-router`, `all-embedding`. `regex`, in place of names,
@@ -170,7 +170,7 @@ def _layers(mapped: Mapped) -> tuple[str, ...]:
 
 
 def _parts(mapped: Mapped, name: str) -> tuple[str, ...]:
-    """Those of a layer's parts that a name means."""
+    """The parts of a layer that a name selects."""
     module, leaf = module_of(mapped), module_of(mapped).rpartition(".")[2]
     if name == ALL_LINEAR:
         means_all = leaf not in _NOT_LINEAR

@@ -1,12 +1,12 @@
 """Dequantises block-scaled FP8, in few numpy passes in the common case.
 
-A pass over a tile costs as much as its bytes, and each hands Python's lock to and fro. So a number's bits are shifted
-to float32's places, which makes it 2^120 too small, and multiplied by a scale that is as much too large; what only
-rare numbers need (NaN, scales that large or small) is looked for beforehand, in a whole window at once, and left to
+A pass over a tile costs as much as moving its bytes, and each pass releases and takes Python's lock. So we shift a
+number's bits to float32's places, which makes it 2^120 too small, and multiply it by a scale that is 2^120 too large.
+Rare cases (NaN, very large or small scales) are detected beforehand, in a whole window at once, and left to
 `Computer`.
 
-E4M3 has eight significands, so a block's products have eight too, and whether one of them lies half-way between two
-numbers of bfloat16 is known from the scale. Where none does, rounding to nearest needs no look at what is even.
+E4M3 has eight significands, so a block's products have eight too, and the scale alone tells whether one of them lies
+half-way between two numbers of bfloat16. If none does, rounding to nearest needs no check for the even neighbour.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Adapters added to weights: `W + scale * B @ A` in float32, a tile at a time.
 
-How a product is rounded depends on the shapes that the linear algebra library is asked for, and on how many threads
-it divides one among. So the shapes depend on the tensor alone, and each product is small enough that the library keeps
-it in one thread: the same bytes come out of any number of workers, ranks and resumptions on processors of one kind.
+The rounding of a product depends on the shapes passed to the linear algebra library, and on how many threads it uses.
+So our shapes depend only on the tensor, and each product is small enough that the library keeps it in one thread: any
+number of workers, ranks and resumptions gives the same bytes on processors of one kind.
 """
 
 from __future__ import annotations

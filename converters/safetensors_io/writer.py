@@ -89,7 +89,7 @@ class Writer:
         self._digest(name, view, self._extents[name].start + start)
 
     def _digest(self, name: str, view: memoryview, offset: int) -> None:
-        """Notes the digest of what was written; bytes that follow those written before go on with their part."""
+        """Adds the written bytes to their digest; bytes that directly follow earlier ones extend the same part."""
         if not view.nbytes:
             return
         with self._lock:
@@ -101,7 +101,7 @@ class Writer:
             self._parts[offset + view.nbytes] = part
 
     def digests(self) -> File:
-        """Of a file that is closed."""
+        """The digests of a closed file."""
         return File(
             self._size,
             tuple(

@@ -53,7 +53,7 @@ def _all_alike(shape: ModelShape) -> bool:
 
 
 def cell(mapped: Mapped, shape: ModelShape, *, stacked: bool) -> Cell:
-    """The place of a canonical tensor."""
+    """The cell of a canonical tensor."""
     key = mapped.name
     lead: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()

@@ -32,7 +32,7 @@ class Item(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """What a plan writes."""
+    """The checkpoint that a plan writes."""
 
     files: list[TargetFile]
     tensors: list[Tensor]
@@ -42,7 +42,7 @@ class Checkpoint(NamedTuple):
 def lay_out(
     items: Sequence[Item], *, prefix: str, files: int | None = None, states: Callable[[], Iterable[str]] = tuple
 ) -> Checkpoint:
-    """Tensors one behind the other, in `files` files of about equal size or one for each 8 GiB and at least two.
+    """Tensors one after the other, in `files` files of about equal size or one for each 8 GiB and at least two.
 
     Args: prefix: of the files' names. states: keys of empty `_extra_state` objects.
     Raises: ConversionError when the parts of one tensor differ in dtype.

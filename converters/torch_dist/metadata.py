@@ -77,7 +77,7 @@ Objects = Sequence[tuple[str, Stored]]
 
 
 def _described(tensors: Mapping[str, Entry], objects: Objects) -> Iterator[tuple[str, Instance]]:
-    """What each key is; made one by one, because a large model has a hundred thousand chunks."""
+    """The description of each key, generated one by one, because a large model has a hundred thousand chunks."""
     for key, entry in tensors.items():
         chunks = Stream(
             _meta("ChunkStorageMetadata", offsets=_size(chunk.offsets), sizes=_size(chunk.sizes))
@@ -90,7 +90,7 @@ def _described(tensors: Mapping[str, Entry], objects: Objects) -> Iterator[tuple
 
 
 def _located(tensors: Mapping[str, Entry], objects: Objects) -> Iterator[tuple[Instance, Instance]]:
-    """Where each chunk and each object lies."""
+    """The location of each chunk and each object."""
     for key, entry in tensors.items():
         for index, chunk in enumerate(entry.chunks):
             yield _index(key, _size(chunk.offsets), index), _info(chunk.stored)
@@ -110,7 +110,7 @@ def _info(stored: Stored) -> Instance:
 def load_metadata(raw: bytes, *, place: str) -> dict[str, Entry]:
     """The tensors of a `.metadata`; byte objects are left out.
 
-    Raises: ConversionError naming `place` when it is none, or says of a chunk nothing, or something twice.
+    Raises: ConversionError naming `place` for any other file, or if it describes a chunk twice or not at all.
     """
     root = load(raw, place=place)
     try:
