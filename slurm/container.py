@@ -10,7 +10,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile, Container
 
 _SCRIPTS = ("PYTHONPATH", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""The batch script exports it itself, since an image's own PYTHONPATH would hide the code snapshot."""
+"""The batch script exports these itself; an image's own PYTHONPATH would hide the code snapshot."""
 _TASKS = ("RANK", "LOCAL_RANK", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURMD_NODENAME")
 """Set only in each task, and dropped by Apptainer's `--cleanenv`."""
 

@@ -36,7 +36,7 @@ def archive(job: JobSpec) -> list[str]:
 
 
 def _use(job: JobSpec, profile: ClusterProfile) -> list[str]:
-    """Drops the PYTHONPATH of an image or the host; keeps one that the user asked for, also in a container."""
+    """On the host, ranks keep an existing PYTHONPATH; in a container, only one that the user asked for."""
     if job.snapshot is None:
         return [f"{USE}() {{ :; }}"]
     own = "PYTHONPATH" in {**profile.environment, **job.environment}
