@@ -52,7 +52,7 @@ def note_settings_without_effect(recipe: Recipe, *, is_main: bool) -> None:
         value = getattr(getattr(recipe, parameter.group), parameter.name)
         reason = reason_without_effect(parameter, is_lora=recipe.tuner.tuner_type == "lora")
         default = False if parameter.default is None else parameter.default  # None was derived: nobody asked for False
-        if reason is not None and value != default:
+        if reason is not None and value is not None and value != default:
             logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
 
 

@@ -25,9 +25,10 @@ class Gate:
 def keep(metrics):
     log_step = metrics.log_step
     def held(self, record):
-        log_step(self, record)
+        values = log_step(self, record)
         while closed(record.step):
             time.sleep(0.02)
+        return values
     metrics.log_step = held
 
 def closed(step):

@@ -66,7 +66,7 @@ def sizes(recipe: Recipe, shape: ModelShape, rank: int) -> dict[str, int]:
         with assemble.join_ranks(run) as place:
             place.device = torch.device("meta")
             engine = _engine(run, place)
-            engine.optimizer.allocate_state(step=1)
+            engine.optimizer.allocate_state(updates=1)
             return _measured(engine) | {"passes": _passes(run.layout)}
     finally:
         dist.destroy_process_group()

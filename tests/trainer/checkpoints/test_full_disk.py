@@ -87,7 +87,7 @@ def fill_up_and_train(run_dir: str, disk: str) -> str:
 
     log_step = Metrics.log_step
 
-    def logged(self: Metrics, record: object) -> None:
+    def logged(self: Metrics, record: object) -> object:
         with open(Path(disk, "filler"), "ab", buffering=0) as file:
             try:
                 while file.write(b"\0" * 4096):
@@ -95,7 +95,8 @@ def fill_up_and_train(run_dir: str, disk: str) -> str:
             except OSError:
                 pass
         for _ in range(40):  # what is left of the file's last page
-            log_step(self, record)  # type: ignore[arg-type]
+            values = log_step(self, record)  # type: ignore[arg-type]
+        return values
 
     Metrics.log_step = logged  # type: ignore[method-assign, assignment]
     return train_or_say(run_dir)
