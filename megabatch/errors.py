@@ -33,6 +33,10 @@ class CheckpointError(MegabatchError):
     """A checkpoint that cannot be saved or restored."""
 
 
+class RolloutError(MegabatchError):
+    """A rollout engine that cannot be reached, generate, or take weights."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One broken rule of a configuration."""

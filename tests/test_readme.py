@@ -34,6 +34,7 @@ ROOMS = {
     "megabatch/insight": "what the files of runs tell: goodput, causes of failure, differences, reports",
     "megabatch/plan": "pure arithmetic: layouts, batches, stages, sizes",
     "megabatch/rehearse": "proofs on this machine: runs resume bit for bit, layouts compute what one process does",
+    "megabatch/rollout": "what a rollout engine is, and the engines",
     "megabatch/saved": "checkpoints at rest: digests, checking, which one a run goes on from; no torch",
     "megabatch/sweep": "one recipe at many points: table, arrays, results",
     "megabatch/trainer": "the only room with torch and megatron-core",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from megabatch.converters.bijection import invert
 from megabatch.converters.mapping import Mapped, elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.shards import HfRows
+from megabatch.rollout.bucket import Bucket, Part
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import SAFETENSORS_DTYPES, export
@@ -22,37 +22,6 @@ from megabatch.trainer.weights import SAFETENSORS_DTYPES, export
 BUCKET_BYTES = 512 << 20
 _ALIGN = 64
 """Tensors start at multiples of this many bytes, so that they can be used in place."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor in a bucket, or the part of one that a bucket has room for."""
-
-    name: str
-    dtype: str
-    """safetensors' name."""
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    start: int
-    """Byte of the whole tensor that the part begins with."""
-    offset: int
-    """Byte of the bucket."""
-    size: int
-    """Bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Some tensors; the data is valid until the next bucket is asked for."""
-
-    parts: tuple[Part, ...]
-    data: memoryview
-    checksum: int
-    """CRC-32 of the data."""
-
-    def manifest(self) -> dict[str, Any]:
-        """What an engine needs besides the data, as JSON values."""
-        return {"size": self.data.nbytes, "crc32": self.checksum, "parts": [asdict(part) for part in self.parts]}
 
 
 def export_buckets(
