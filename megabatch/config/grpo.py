@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megabatch.config.declare import freeze_lists, param
 
@@ -15,8 +15,14 @@ class Grpo:
 
     beta: float = param(0.04, built=False, at_least=0)
     """Weight of the KL term; 0 needs no reference model."""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = param("grpo", built=False)
-    """How the loss is averaged, or which surrogate it uses."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "real", "fipo"] = param("grpo", built=False)
+    """How the loss is averaged (grpo, bnpo, dr_grpo, dapo), or which surrogate it uses (cispo, sapo, real, fipo)."""
+    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = param("grpo", built=False)
+    """What a reward is compared with: its group's mean (grpo), the mean of the group's others (rloo), or the group's
+    mean before scaling over the batch (reinforce_plus_plus)."""
+    kl_in_reward: bool | None = param(None, built=False)
+    """Subtracts the KL term from the reward instead of adding it to the loss; None means yes for rloo and
+    reinforce_plus_plus, no for grpo and for `scale_rewards` gdpo."""
     num_generations: int = param(8, built=False, at_least=2)
     """Completions per prompt (G)."""
     num_generations_eval: int | None = param(None, built=False, at_least=1)
@@ -31,14 +37,51 @@ class Grpo:
     """Rewards: accuracy, format, cosine, repetition, soft_overlong, or your own as `file.py:function`."""
     reward_weights: Sequence[float] | None = param(None, built=False)
     """Weight of each reward, reward models last; None weighs them equally."""
+    reward_model: Sequence[str] = param((), built=False)
+    """Folders or hub names of reward models, whose scores are rewards after those of `reward_funcs`."""
+    reward_model_plugin: Sequence[str] = param((), built=False)
+    """For each reward model what turns its output into a reward: `default`, or your own as `file.py:function`."""
+    cosine_min_len_value_wrong: float = param(-0.5, built=False)
+    """Reward `cosine`: of a wrong answer of length 0."""
+    cosine_max_len_value_wrong: float = param(0.0, built=False)
+    """Reward `cosine`: of a wrong answer of the maximum length."""
+    cosine_min_len_value_correct: float = param(1.0, built=False)
+    """Reward `cosine`: of a right answer of length 0."""
+    cosine_max_len_value_correct: float = param(0.5, built=False)
+    """Reward `cosine`: of a right answer of the maximum length."""
+    cosine_max_len: int | None = param(None, built=False, at_least=1)
+    """Reward `cosine`: tokens of the maximum length; None means `max_completion_length`."""
+    repetition_n_grams: int = param(3, built=False, at_least=1)
+    """Reward `repetition`: words of a phrase whose repetition counts."""
+    repetition_max_penalty: float = param(-1.0, built=False, at_most=0)
+    """Reward `repetition`: of a completion that only repeats itself."""
+    soft_max_length: int | None = param(None, built=False, at_least=1)
+    """Reward `soft_overlong`: tokens from which the penalty is 1; None means `max_completion_length`."""
+    soft_cache_length: int | None = param(None, built=False, at_least=1)
+    """Reward `soft_overlong`: tokens below `soft_max_length` over which the penalty grows from 0."""
     scale_rewards: Literal["group", "batch", "none", "gdpo"] | None = param(None, built=False)
-    """Standard deviation that advantages are divided by; gdpo normalises each reward first. None means group."""
+    """Standard deviation that advantages are divided by; gdpo normalises each reward first. None means group for
+    grpo, none for rloo, batch for reinforce_plus_plus."""
     epsilon: float = param(0.2, built=False, at_least=0)
     """Clipping: the ratio stays above 1 - epsilon, and below 1 + `epsilon_high`."""
     epsilon_high: float | None = param(None, built=False, at_least=0)
     """Upper clipping range; None means `epsilon`."""
     delta: float | None = param(None, built=False, above=0)
     """Upper bound of the ratio for negative advantages, above 1 + epsilon; None sets none."""
+    tau_pos: float = param(1.0, built=False, above=0)
+    """Temperature of sapo's gate for positive advantages."""
+    tau_neg: float = param(1.05, built=False, above=0)
+    """Temperature of sapo's gate for negative advantages."""
+    real_tau: float = param(0.5, built=False, above=0)
+    """Temperature of real, whose micro-batches must hold whole groups."""
+    fipo_decay_rate: float = param(32.0, built=False, above=0)
+    """Tokens after which a token's influence on the past halves, in fipo."""
+    fipo_clip_range: float = param(0.2, built=False, at_least=0)
+    """Clipping range of fipo's influence weight around 1; 0 does not clip."""
+    fipo_clip_high_only: bool = param(True, built=False)
+    """Clips only values of the influence weight above 1, to between 1 and 1 + `fipo_clip_range`."""
+    fipo_safety_threshold: float = param(4.0, built=False, above=0)
+    """Ratio above which a token with a negative advantage gets no influence weight above 1, in fipo."""
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] = param("token", built=False)
     """Ratio for each token, for each sequence (GSPO), or the sequence's with the token's gradient."""
     dynamic_sample: bool = param(False, built=False)
@@ -56,6 +99,21 @@ class Grpo:
     correction."""
     rollout_importance_sampling_threshold: float = param(2.0, built=False, above=0)
     """Ratio above which that correction truncates or masks."""
+    top_entropy_quantile: float = param(1.0, built=False, above=0, at_most=1)
+    """Fraction of the step's tokens that the loss keeps, those of the highest entropy."""
+    log_entropy: bool = param(False, built=False)
+    """Logs the entropy of the policy's distribution at the completions' tokens."""
+    router_replay_mode: Literal["disabled", "R2", "R3"] = param("disabled", built=False)
+    """Routes tokens as before: as the policy did when log-probabilities were computed (R2), or as the rollout engine
+    did (R3)."""
+    teacher_kl_coef: float = param(1.0, built=False, at_least=0)
+    """Weight of a teacher's KL as an advantage of each token."""
+    sync_ref_model: bool = param(False, built=False)
+    """Blends the policy into the reference model from time to time."""
+    ref_model_sync_steps: int = param(512, built=False, at_least=1)
+    """Optimizer steps between these blends."""
+    ref_model_mixup_alpha: float = param(0.6, built=False, above=0, at_most=1)
+    """The policy's part in a blend; 1 copies it."""
     log_rollout_offpolicy_metrics: bool = param(False, built=False)
     """Logs that difference even without a correction."""
     log_completions: bool = param(False, built=False)
@@ -71,8 +129,26 @@ class Rollout:
 
     temperature: float = param(0.9, built=False, above=0)
     """Temperature of sampling and of the probabilities in the loss."""
+    top_p: float = param(1.0, built=False, above=0, at_most=1)
+    """Samples from the likeliest tokens that together have this probability."""
+    top_k: int = param(-1, built=False, at_least=-1)
+    """Samples from this many likeliest tokens; -1 and 0 mean all."""
+    repetition_penalty: float = param(1.0, built=False, above=0)
+    """Divides the odds of tokens that have occurred; 1 changes nothing."""
     max_completion_length: int = param(512, built=False, at_least=1)
     """Longest completion in tokens."""
+    completion_length_limit_scope: Literal["per_round", "total"] = param("per_round", built=False)
+    """Whether `max_completion_length` limits each turn of a conversation with several turns, or all together."""
+    multi_turn_scheduler: str | None = param(None, built=False)
+    """What answers a completion with a further turn, as `file.py:function`."""
+    max_turns: int | None = param(None, built=False, at_least=1)
+    """Most turns of a conversation; None sets no limit."""
+    use_gym_env: bool = param(False, built=False)
+    """Adds the total reward of each sample's environment to the rewards."""
+    gym_env: str | None = param(None, built=False)
+    """Environment that answers completions, as `file.py:class`."""
+    use_vllm: bool | None = param(None, built=False)
+    """Whether vLLM generates, or transformers inside the trainer; None means vLLM where `vllm_mode` is given."""
     async_generate: bool = param(False, built=False)
     """Generates the next round with the previous policy while training on the last one."""
     vllm_mode: Literal["server", "colocate"] | None = param(None, built=False)
@@ -99,6 +175,16 @@ class Rollout:
     """Number of images and other media that a prompt may have, by kind; on the command line as a JSON object."""
     vllm_enable_prefix_caching: bool = param(True, built=False)
     """Reuses the computation of common prompt beginnings."""
+    vllm_max_num_seqs: int | None = param(None, built=False, at_least=1)
+    """Completions that the engine computes at a time; None leaves it to vLLM."""
+    vllm_disable_cascade_attn: bool = param(False, built=False)
+    """Switches off the engine's cascade attention."""
+    vllm_mm_processor_cache_gb: float | None = param(None, built=False, at_least=0)
+    """Size of the engine's cache of processed media, in GB; None leaves it to vLLM."""
+    vllm_engine_kwargs: Mapping[str, Any] | None = param(None, built=False)
+    """More arguments of the engine, by vLLM's names; on the command line as a JSON object."""
+    vllm_server_group_port: int | None = param(None, built=False, at_least=1, at_most=65535)
+    """Port at which trainer and servers form the group that weights travel in; None takes a free one."""
     vllm_enable_lora: bool = param(False, built=False)
     """Sends adapters to the engine instead of merged weights."""
     sleep_level: Literal[0, 1, 2] = param(0, built=False)
@@ -107,3 +193,12 @@ class Rollout:
     """Moves optimizer state to host memory during generation."""
     offload_model: bool = param(False, built=False)
     """Moves the trained model to host memory during generation."""
+    move_model_batches: int | None = param(
+        None,
+        built=False,
+        refused="is ZeRO-3's: weights always reach the engine in buckets of bounded size",
+        at_least=1,
+    )
+    """Parts in which weights are gathered for the engine."""
+    use_ray: bool = param(False, built=False, refused="needs no Ray: Slurm starts ranks and engines")
+    """Places trainer and engines with Ray."""

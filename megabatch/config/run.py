@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.config.field_types import options
+from megabatch.config.grpo_defaults import filled
 from megabatch.config.layout import layout_of
 from megabatch.config.lengths import row_tokens, sample_tokens
 from megabatch.config.recipe import Recipe
@@ -134,6 +135,7 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
         learning_rate=replace(recipe.learning_rate, lr=peak_lr(recipe)),
         parallel=_derived_parallel(recipe),
         moe=_derived_moe(recipe, shape),
+        grpo=_derived_grpo(recipe),
         checkpoint=replace(recipe.checkpoint, save=str(save_folder(recipe)), save_interval=save_interval(recipe)),
         logging=replace(recipe.logging, tensorboard_dir=recipe.logging.tensorboard_dir or str(run_dir / "runs")),
         evaluation=replace(
@@ -181,6 +183,12 @@ def _derived_moe(recipe: Recipe, shape: ModelShape) -> Any:
         moe_router_score_function=recipe.moe.moe_router_score_function or "softmax",
         moe_router_load_balancing_type=recipe.moe.moe_router_load_balancing_type or "aux_loss",
     )
+
+
+def _derived_grpo(recipe: Recipe) -> Any:
+    if resolved(recipe.kind).name != "grpo":
+        return recipe.grpo
+    return filled(recipe.grpo, global_batch_size=recipe.batch.global_batch_size)
 
 
 def _json(config: RunConfig) -> str:

@@ -13,6 +13,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.rules import (
     batches,
     extra_kwargs,
+    grpo,
     models,
     parallelism,
     pipeline,
@@ -38,6 +39,7 @@ RULES: tuple[Rule, ...] = (
     *parallelism.RULES,
     *pipeline.RULES,
     *batches.RULES,
+    *grpo.RULES,
     *roles.RULES,
     *tuning.RULES,
     *watching.RULES,

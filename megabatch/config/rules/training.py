@@ -274,9 +274,10 @@ def task_and_algorithm_agree(recipe: Recipe, shape: ModelShape | None, layout: L
         yield Fault("training.task_type", task_type, f"needs task={' or '.join(fitting)}, which is {recipe.task!r}")
     if task is not None and task.name == "gkd" and recipe.gkd.teacher_model is None:
         yield Fault("gkd.teacher_model", None, "is missing: distillation needs a teacher", bare=True)
-    weights, funcs = recipe.grpo.reward_weights, recipe.grpo.reward_funcs
-    if weights is not None and len(weights) != len(funcs):
-        yield Fault("grpo.reward_weights", weights, f"must have one weight for each of the {len(funcs)} reward_funcs")
+    weights, rewards = recipe.grpo.reward_weights, [*recipe.grpo.reward_funcs, *recipe.grpo.reward_model]
+    if weights is not None and len(weights) != len(rewards):
+        rule = f"must have one weight for each of the {len(rewards)} reward_funcs and reward models"
+        yield Fault("grpo.reward_weights", weights, rule)
     labels = recipe.training.num_labels
     if task_type == "seq_cls" and labels is None:
         yield Fault("training.num_labels", None, "is missing: task_type seq_cls needs it", bare=True)

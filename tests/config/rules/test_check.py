@@ -95,7 +95,7 @@ def test_a_group_of_the_wrong_class_is_named(dense):
 
 def test_every_unbuilt_parameter_is_refused_by_name(dense, changed):
     """Each parameter with an unbuilt value yields its fault, whatever else that value breaks."""
-    candidates = (True, False, 3, 5, 0.25, "x", ("x",), {"x": 1})
+    candidates = (True, False, 3, 5, 0.25, -0.25, "x", ("x",), {"x": 1})
     for parameter in parameters(Recipe):
         if parameter.facts.built is True:
             continue

@@ -1,0 +1,38 @@
+"""GRPO's defaults that depend on other fields."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from megabatch.config.grpo import Grpo
+
+Scale = Literal["group", "batch", "none", "gdpo"]
+
+_SCALES: dict[str, Scale] = {"grpo": "group", "rloo": "none", "reinforce_plus_plus": "batch"}
+
+
+def scale_of(grpo: Grpo) -> Scale:
+    """`scale_rewards`, or its default for the estimator."""
+    return grpo.scale_rewards or _SCALES[grpo.advantage_estimator]
+
+
+def subtracts_kl(grpo: Grpo) -> bool:
+    """Whether the KL term is part of the reward: `kl_in_reward`, or its default for the estimator."""
+    if grpo.kl_in_reward is not None:
+        return grpo.kl_in_reward
+    return grpo.beta > 0 and grpo.advantage_estimator != "grpo" and scale_of(grpo) != "gdpo"
+
+
+def filled(grpo: Grpo, *, global_batch_size: int) -> Grpo:
+    """The group with every derived default in place."""
+    size = grpo.generation_batch_size or global_batch_size * grpo.steps_per_generation
+    return replace(
+        grpo,
+        scale_rewards=scale_of(grpo),
+        kl_in_reward=subtracts_kl(grpo),
+        epsilon_high=grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high,
+        generation_batch_size=size,
+        steps_per_generation=size // global_batch_size,
+        num_generations_eval=grpo.num_generations_eval or grpo.num_generations,
+    )

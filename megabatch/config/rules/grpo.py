@@ -1,0 +1,111 @@
+"""Rules for GRPO's algorithm: settings that contradict each other, or that its other settings leave without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megabatch.config.grpo import Grpo
+from megabatch.config.grpo_defaults import scale_of
+from megabatch.config.recipe import Recipe
+from megabatch.errors import Fault
+from megabatch.plan.batch import nearest_multiples
+from megabatch.plan.layout import Layout
+from megabatch.plan.shape import ModelShape
+
+_ONLY_FOR = {
+    "tau_pos": "sapo",
+    "tau_neg": "sapo",
+    "real_tau": "real",
+    "fipo_decay_rate": "fipo",
+    "fipo_clip_range": "fipo",
+    "fipo_clip_high_only": "fipo",
+    "fipo_safety_threshold": "fipo",
+}
+"""The loss that reads a parameter."""
+_CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "fipo")
+"""Losses that clip the ratio by epsilon, and that delta bounds."""
+
+
+def _is_grpo(recipe: Recipe) -> bool:
+    return recipe.kind is not None and recipe.kind.name == "grpo"
+
+
+def losses_have_what_they_read(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """Parameters of one loss need that loss; cispo's bound and real's groups must be there."""
+    if not _is_grpo(recipe):
+        return
+    grpo, defaults = recipe.grpo, Grpo()
+    for name, loss in _ONLY_FOR.items():
+        if getattr(grpo, name) != getattr(defaults, name) and grpo.loss_type != loss:
+            rule = f"has no effect with loss_type={grpo.loss_type!r}; it is for {loss!r}"
+            yield Fault(f"grpo.{name}", getattr(grpo, name), rule)
+    if grpo.delta is not None and grpo.loss_type not in _CLIPPED:
+        rule = f"has no effect with loss_type={grpo.loss_type!r}, which does not clip the ratio on both sides"
+        yield Fault("grpo.delta", grpo.delta, rule, try_=(None,))
+    if grpo.loss_type == "cispo" and (grpo.epsilon_high is None or grpo.epsilon_high < 1):
+        rule = "is cispo's upper bound of the ratio itself, and must be at least 1"
+        yield Fault("grpo.epsilon_high", grpo.epsilon_high, rule, try_=(5.0,))
+    if grpo.loss_type == "real":
+        yield from _groups_are_whole(recipe)
+
+
+def _groups_are_whole(recipe: Recipe) -> Iterator[Fault]:
+    micro, group = recipe.batch.micro_batch_size, recipe.grpo.num_generations
+    if micro % group:
+        rule = f"must be a multiple of num_generations={group}: loss_type='real' compares the completions of a group"
+        yield Fault("batch.micro_batch_size", micro, rule, try_=nearest_multiples(micro, of=group))
+    if recipe.grpo.top_entropy_quantile < 1:
+        rule = "has no effect with loss_type='real', whose loss is one of whole completions"
+        yield Fault("grpo.top_entropy_quantile", recipe.grpo.top_entropy_quantile, rule, try_=(1.0,))
+
+
+def the_ratio_is_bounded_above_its_clip(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    grpo = recipe.grpo
+    high = 1 + (grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high)
+    if _is_grpo(recipe) and grpo.loss_type in _CLIPPED and grpo.delta is not None and grpo.delta <= high:
+        rule = f"must be above 1 + epsilon_high={high:g}: it bounds ratios that clipping leaves as they are"
+        yield Fault("grpo.delta", grpo.delta, rule, try_=(2 * high,))
+
+
+def the_reference_is_needed(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """Settings of the KL term need one; a synchronised reference must be a model of its own."""
+    if not _is_grpo(recipe):
+        return
+    grpo = recipe.grpo
+    if grpo.kl_in_reward and scale_of(grpo) == "gdpo":
+        rule = "has no place with scale_rewards='gdpo', which normalises each reward by itself"
+        yield Fault("grpo.kl_in_reward", True, rule, try_=(False,))
+    if grpo.kl_in_reward and grpo.loss_type == "real":
+        rule = "changes no label: loss_type='real' reads of an advantage only whether it is positive"
+        yield Fault("grpo.kl_in_reward", True, rule, try_=(False,))
+    if grpo.beta == 0:
+        for name in ("kl_in_reward", "sync_ref_model"):
+            if getattr(grpo, name):
+                yield Fault(f"grpo.{name}", True, "has no effect with beta=0, which needs no reference", try_=(False,))
+    elif grpo.sync_ref_model and recipe.tuner.tuner_type == "lora":
+        rule = "needs tuner_type='full': with LoRA the reference is the model without its adapter"
+        yield Fault("grpo.sync_ref_model", True, rule, try_=(False,))
+    for name in ("ref_model_sync_steps", "ref_model_mixup_alpha"):
+        if not grpo.sync_ref_model and getattr(grpo, name) != getattr(Grpo(), name):
+            yield Fault(f"grpo.{name}", getattr(grpo, name), "has no effect with sync_ref_model=False")
+
+
+def completions_decide_the_rows(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """Packing and streaming plan with the samples' lengths, and completions are not written yet."""
+    if not _is_grpo(recipe):
+        return
+    if recipe.data.packing:
+        rule = "plans rows before completions exist; micro_batch_size completions lie in a row without padding already"
+        yield Fault("data.packing", True, rule, try_=(False,))
+    if not (recipe.grpo.reward_funcs or recipe.grpo.reward_model):
+        yield Fault("grpo.reward_funcs", None, "is missing: name at least one reward", bare=True)
+
+
+RULES = (
+    losses_have_what_they_read,
+    the_ratio_is_bounded_above_its_clip,
+    the_reference_is_needed,
+    completions_decide_the_rows,
+)

@@ -1,0 +1,86 @@
+"""GRPO's rules: each meets a recipe that breaks it and one that keeps it."""
+
+from __future__ import annotations
+
+import pytest
+
+from megabatch.config.grpo import Grpo
+from megabatch.config.grpo_defaults import filled, scale_of, subtracts_kl
+from megabatch.config.rules import grpo as rules
+
+
+def grpo(**fields):
+    return {"task": "rlhf", "rlhf": {"rlhf_type": "grpo"}, "grpo": {"reward_funcs": ("accuracy",), **fields}}
+
+
+CASES = [
+    # rule, base, changes that break it, changes that keep it, field, words of the fault
+    (rules.losses_have_what_they_read, "dense", grpo(tau_pos=2.0), grpo(tau_pos=2.0, loss_type="sapo"),
+     "grpo.tau_pos", ["no effect with loss_type='grpo'", "'sapo'"]),
+    (rules.losses_have_what_they_read, "dense", grpo(loss_type="dapo", fipo_clip_range=0.1),
+     grpo(loss_type="fipo", fipo_clip_range=0.1), "grpo.fipo_clip_range", ["'dapo'", "'fipo'"]),
+    (rules.losses_have_what_they_read, "dense", grpo(loss_type="sapo", delta=4.0), grpo(delta=4.0),
+     "grpo.delta", ["does not clip the ratio on both sides"]),
+    (rules.losses_have_what_they_read, "dense", grpo(loss_type="cispo"), grpo(loss_type="cispo", epsilon_high=5.0),
+     "grpo.epsilon_high", ["at least 1", "try 5.0"]),
+    (rules.losses_have_what_they_read, "dense",
+     {**grpo(loss_type="real"), "batch": {"micro_batch_size": 12, "global_batch_size": 192}},
+     {**grpo(loss_type="real"), "batch": {"micro_batch_size": 16, "global_batch_size": 1024}},
+     "batch.micro_batch_size", ["multiple of num_generations=8", "try 8 or 16"]),
+    (rules.losses_have_what_they_read, "dense",
+     {**grpo(loss_type="real", top_entropy_quantile=0.2), "batch": {"micro_batch_size": 8}},
+     {**grpo(top_entropy_quantile=0.2), "batch": {"micro_batch_size": 8}},
+     "grpo.top_entropy_quantile", ["whole completions", "try 1.0"]),
+    (rules.the_ratio_is_bounded_above_its_clip, "dense", grpo(epsilon_high=0.28, delta=1.25),
+     grpo(epsilon_high=0.28, delta=2.0), "grpo.delta", ["above 1 + epsilon_high=1.28", "try 2.56"]),
+    (rules.the_reference_is_needed, "dense", grpo(kl_in_reward=True, scale_rewards="gdpo"),
+     grpo(kl_in_reward=False, scale_rewards="gdpo"), "grpo.kl_in_reward", ["gdpo", "try False"]),
+    (rules.the_reference_is_needed, "dense", grpo(kl_in_reward=True, loss_type="real"),
+     grpo(kl_in_reward=True, loss_type="dapo"), "grpo.kl_in_reward", ["no label", "try False"]),
+    (rules.the_reference_is_needed, "dense", grpo(beta=0.0, sync_ref_model=True), grpo(sync_ref_model=True),
+     "grpo.sync_ref_model", ["beta=0", "try False"]),
+    (rules.the_reference_is_needed, "dense",
+     {**grpo(sync_ref_model=True), "tuner": {"tuner_type": "lora"}}, {**grpo(), "tuner": {"tuner_type": "lora"}},
+     "grpo.sync_ref_model", ["tuner_type='full'", "try False"]),
+    (rules.the_reference_is_needed, "dense", grpo(ref_model_sync_steps=8),
+     grpo(ref_model_sync_steps=8, sync_ref_model=True), "grpo.ref_model_sync_steps", ["sync_ref_model=False"]),
+    (rules.completions_decide_the_rows, "dense", {**grpo(), "data": {"packing": True}}, grpo(),
+     "data.packing", ["before completions exist", "try False"]),
+    (rules.completions_decide_the_rows, "dense", grpo(reward_funcs=()), grpo(reward_model=("judge",), reward_funcs=()),
+     "grpo.reward_funcs", ["is missing"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[4]}")
+def test_rule(prove, case):
+    prove(*case)
+
+
+def test_every_rule_has_a_case():
+    assert {case[0] for case in CASES} == set(rules.RULES)
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_other_runs_are_left_alone(judge, rule):
+    unused = {"tau_pos": 2.0, "delta": 0.5, "loss_type": "cispo", "beta": 0.0, "sync_ref_model": True}
+    assert judge(rule, "dense", {"grpo": unused, "data": {"packing": True}}) == []
+
+
+@pytest.mark.parametrize(
+    ("estimator", "scale", "in_reward"),
+    [("grpo", "group", False), ("rloo", "none", True), ("reinforce_plus_plus", "batch", True)],
+)
+def test_defaults_follow_the_estimator(estimator, scale, in_reward):
+    found = Grpo(advantage_estimator=estimator)
+    assert (scale_of(found), subtracts_kl(found)) == (scale, in_reward)
+    assert not subtracts_kl(Grpo(advantage_estimator=estimator, beta=0.0))
+    assert not subtracts_kl(Grpo(advantage_estimator=estimator, scale_rewards="gdpo"))
+    assert scale_of(Grpo(advantage_estimator=estimator, scale_rewards="gdpo")) == "gdpo"
+
+
+def test_a_round_is_said_by_its_size_or_by_its_steps():
+    by_steps, by_size = Grpo(steps_per_generation=3), Grpo(generation_batch_size=48)
+    for given in (by_steps, by_size):
+        found = filled(given, global_batch_size=16)
+        assert (found.generation_batch_size, found.steps_per_generation) == (48, 3)
+        assert (found.epsilon_high, found.num_generations_eval) == (0.2, 8)
