@@ -19,8 +19,9 @@ class Task:
     """The `task`, `rlhf_type` and `task_type` by which a recipe selects it; None matches any value."""
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
-    rows: Literal["documents", "conversations"] = "conversations"
-    """What a row of the data is: plain text (its end is learned too), or turns that a chat template renders."""
+    rows: Literal["documents", "conversations", "pairs"] = "conversations"
+    """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, or two
+    conversations with a preferred and a rejected answer."""
     loss_scale: Literal["default", "last_round", "all"] = "default"
     """Default of `data.loss_scale`."""
     truncation_strategy: Literal["delete", "left"] = "delete"
@@ -33,11 +34,17 @@ class Task:
     """Whether the trainer implements it."""
 
 
-def _rlhf(name: str, *, truncation_strategy: Literal["delete", "left"] = "delete") -> Task:
+def _rlhf(
+    name: str,
+    *,
+    rows: Literal["conversations", "pairs"] = "conversations",
+    truncation_strategy: Literal["delete", "left"] = "delete",
+) -> Task:
     return Task(
         name=name,
         task="rlhf",
         rlhf_type=name,
+        rows=rows,
         loss_scale="last_round",
         truncation_strategy=truncation_strategy,
         calculate_per_token_loss=False,
@@ -51,9 +58,9 @@ def _head(task_type: str) -> Task:
 TASKS = (
     Task(name="pt", task="pt", rows="documents", loss_scale="all", streams=True, built=True),
     Task(name="sft", task="sft", streams=True, built=True),
-    _rlhf("dpo"),
+    _rlhf("dpo", rows="pairs"),
     _rlhf("kto"),
-    _rlhf("rm"),
+    _rlhf("rm", rows="pairs"),
     _rlhf("gkd"),
     _rlhf("grpo", truncation_strategy="left"),
     _head("seq_cls"),

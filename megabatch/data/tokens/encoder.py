@@ -15,6 +15,7 @@ from megabatch.data.tokens.chunk import Chunk
 from megabatch.data.tokens.conversations import Conversations
 from megabatch.data.tokens.documents import Documents
 from megabatch.data.tokens.encoding import Encoding, Rows
+from megabatch.data.tokens.pairs import Pairs
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
 from megabatch.errors import DataError
 
@@ -23,7 +24,7 @@ class RowEncoder(Protocol):
     """Encodes one kind of rows."""
 
     def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
-        """The samples of each row. Raises: DataError with the row's file and line."""
+        """The samples of each row; none where a remark says why. Raises: DataError with the row's file and line."""
         ...
 
 
@@ -31,7 +32,7 @@ class _Kind(Protocol):
     def __call__(self, tokenizer: Any, encoding: Encoding) -> RowEncoder: ...
 
 
-ROWS: Mapping[Rows, _Kind] = {"documents": Documents, "conversations": Conversations}
+ROWS: Mapping[Rows, _Kind] = {"documents": Documents, "conversations": Conversations, "pairs": Pairs}
 """The encoder of each kind of rows."""
 
 
@@ -49,10 +50,12 @@ class Encoder:
         rows = list(map(parsed, unparsed))
         chunk = Chunk()
         for row, item in zip(rows, self.rows.encode(rows, chunk.remarks), strict=True):
-            kept = self._limited(item, row)
+            kept = self._limited(item, row) if item else []
+            if not item:
+                continue
             if not kept:
                 chunk.dropped["longer than max_length"] += 1
-            elif not any(np.count_nonzero(sample.weights) for item in kept for sample in item):
+            elif not _learns(kept):
                 chunk.dropped["nothing to learn"] += 1
             else:
                 chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1
@@ -81,6 +84,12 @@ class Encoder:
         if strategy == "split":
             return [[piece] for sample in item for piece in pieces(sample, limit)]
         return [[sample.part(slice(-limit, None) if strategy == "left" else slice(limit)) for sample in item]]
+
+
+def _learns(items: Sequence[Item]) -> bool:
+    """Whether there is something to learn in any piece of a sample, and in every sample of an item of several."""
+    learned = [[np.count_nonzero(sample.weights) > 0 for sample in item] for item in items]
+    return any(map(any, learned)) if len(items) > 1 else all(learned[0])
 
 
 def pieces(encoded: Encoded, limit: int) -> list[Encoded]:

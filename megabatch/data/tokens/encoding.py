@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Rows = Literal["documents", "conversations"]
-"""What a row is: a text, with EOS trained too, or turns that a chat template renders (`tasks.Task.rows`)."""
+Rows = Literal["documents", "conversations", "pairs"]
+"""What a row is: a text, with EOS trained too, turns that a chat template renders, or two conversations, of which the
+first is preferred (`tasks.Task.rows`)."""
 
 Truncation = Literal["delete", "left", "right", "split", "raise"]
 """What happens to a sample longer than max_length: drop and count it, cut it at an end or into pieces, or an error."""

@@ -117,7 +117,7 @@ def hugging_face_export(run: RunConfig, source: ModelSource) -> HfExport:
 
 def chat_of(run: RunConfig, source: ModelSource) -> ChatExport:
     """The tokenizer and the chat template that a run is trained with."""
-    return ChatExport(source.tokenizer, run.recipe.data.template, has_turns=run.task.rows == "conversations")
+    return ChatExport(source.tokenizer, run.recipe.data.template, has_turns=run.task.rows != "documents")
 
 
 def _copy(row: HfRows) -> HfRows:

@@ -1,0 +1,158 @@
+"""Rows with a good and a bad answer → two conversations.
+
+| shape | fields |
+| --- | --- |
+| rejected answer | any shape of `formats`, and `rejected_response`: the text in the place of its last answer |
+| rejected messages | any list of messages, and `rejected_messages`: the whole conversation with the bad answer |
+| prompt, chosen, rejected | texts, or lists of messages (TRL) |
+| chosen, rejected | whole conversations; the messages with which both begin are the prompt (TRL's implicit prompt) |
+
+Every shape may carry `margin` (by how much the first answer is better) and what a conversation may carry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megabatch.data.rows.files import Row
+from megabatch.data.rows.formats import Conversation, conversation_of, is_text, renamed
+from megabatch.data.rows.turns import Message, from_json, short, turns_of
+from megabatch.errors import DataError
+
+_REJECTED = ("rejected", "rejected_response", "rejected_messages")
+_LISTS = ("messages", "conversations", "conversation")
+_OWN = (*_REJECTED, "chosen", "margin")
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two conversations that answer the same prompt."""
+
+    chosen: Conversation
+    rejected: Conversation
+    margin: float = 0.0
+    """By how much the chosen answer is better; 0 if the row does not say."""
+
+
+def is_preference(row: Row, *, columns: Mapping[str, str] | None = None) -> bool:
+    """Whether a row has a bad answer."""
+    fields = renamed(row, columns)
+    return any(fields.get(name) is not None for name in _REJECTED)
+
+
+def preference_of(row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None) -> Preference:
+    """The two conversations of one row.
+
+    Args: `columns`: field name in the dataset → accepted name, applied first; `system`: system message for rows that
+    have none.
+    Raises: DataError with the row's place for a missing or empty answer, answers to different prompts, a margin that
+    is no finite number, or what `conversation_of` refuses.
+    """
+    fields = {name: value for name, value in renamed(row, columns).items() if value is not None}
+    given = [name for name in _REJECTED if name in fields]
+    if len(given) != 1:
+        what = f"has {' and '.join(given)}, of which one is enough" if given else "has no rejected answer"
+        raise DataError(
+            f"{row.origin}: {what}; give rejected_response (the text of the bad answer), rejected_messages (the "
+            "conversation that ends with it), or chosen and rejected"
+        )
+    chosen, rejected = _PAIRS[given[0]](fields, row, system)
+    if chosen.messages[0].content != rejected.messages[0].content or len(chosen.messages) < 2:
+        raise DataError(f"{row.origin}: the chosen and the rejected answer must follow the same prompt")
+    return Preference(chosen, rejected, _margin(fields.get("margin"), row))
+
+
+def _with_response(fields: Mapping[str, Any], row: Row, system: str | None) -> tuple[Conversation, Conversation]:
+    rejected = fields["rejected_response"]
+    if not isinstance(rejected, str) or not rejected.strip() or not is_text(rejected):
+        raise DataError(f"{row.origin}: rejected_response must be a text that is not empty, not {short(rejected)}")
+    chosen = _conversation(_without_own(fields), row, system)
+    asked = list(chosen.messages)
+    while asked and asked[-1].role == "assistant":
+        asked.pop()
+    return chosen, replace(chosen, messages=[*asked, Message("assistant", rejected)])
+
+
+def _with_messages(fields: Mapping[str, Any], row: Row, system: str | None) -> tuple[Conversation, Conversation]:
+    name = next((name for name in _LISTS if name in fields), None)
+    if name is None:
+        raise DataError(f"{row.origin}: rejected_messages needs messages beside it: the conversation to prefer")
+    shared = _without_own(fields)
+    chosen, rejected = shared, shared | {name: fields["rejected_messages"]}
+    return _conversation(chosen, row, system), _named("rejected_messages", rejected, row, system)
+
+
+def _chosen_and_rejected(fields: Mapping[str, Any], row: Row, system: str | None) -> tuple[Conversation, Conversation]:
+    if "chosen" not in fields:
+        raise DataError(f"{row.origin}: rejected needs chosen beside it: the answer to prefer")
+    chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
+    if _is_whole(chosen, row):
+        prompt, chosen, rejected = _split(chosen, rejected, row)
+    elif prompt is None:
+        raise DataError(
+            f"{row.origin}: chosen and rejected are answers without a prompt; add prompt, or make them lists of "
+            "messages that begin with it"
+        )
+    shared = _without_own(fields) | {"prompt": prompt}
+    first = _named("chosen", shared | {"completion": chosen}, row, system)
+    return first, _named("rejected", shared | {"completion": rejected}, row, system)
+
+
+_PAIRS = {
+    "rejected": _chosen_and_rejected,
+    "rejected_response": _with_response,
+    "rejected_messages": _with_messages,
+}
+"""What reads a row, by the field with its bad answer."""
+
+
+def _is_whole(chosen: Any, row: Row) -> bool:
+    """Whether it is a conversation with its prompt, which the assistant does not begin."""
+    listed = isinstance(chosen, list) or (isinstance(chosen, str) and chosen.lstrip()[:2] == "[{")
+    return listed and turns_of(chosen, place=f"{row.origin}: chosen").messages[0].role != "assistant"
+
+
+def _split(chosen: Any, rejected: Any, row: Row) -> tuple[list[Any], list[Any], list[Any]]:
+    """The messages with which both begin, and what follows them in each."""
+    lists = []
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        parsed = from_json(value, place=f"{row.origin}: {name}") if isinstance(value, str) else value
+        if not isinstance(parsed, list):
+            raise DataError(f"{row.origin}: {name} must be a list of messages, as the other is, not {short(parsed)}")
+        lists.append(parsed)
+    first, second = lists
+    same = 0
+    while same < min(len(first), len(second)) and first[same] == second[same]:
+        same += 1
+    if same == len(first) == len(second):
+        same -= 1  # equal answers, which the encoder counts
+    if not 0 < same < min(len(first), len(second)):
+        raise DataError(f"{row.origin}: chosen and rejected must begin with one prompt and end with an answer each")
+    return first[:same], first[same:], second[same:]
+
+
+def _without_own(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in _OWN}
+
+
+def _conversation(fields: dict[str, Any], row: Row, system: str | None) -> Conversation:
+    return conversation_of(replace(row, fields=fields), system=system)
+
+
+def _named(which: str, fields: dict[str, Any], row: Row, system: str | None) -> Conversation:
+    """The conversation of one answer, which errors name."""
+    try:
+        return _conversation(fields, row, system)
+    except DataError as e:
+        raise DataError(f"{e} (the conversation of {which})") from e
+
+
+def _margin(value: Any, row: Row) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{row.origin}: margin must be a finite number, not {short(value)}")
+    return float(value)
