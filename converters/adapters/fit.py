@@ -1,4 +1,5 @@
-"""Whether an adapter that was read is one that a run can go on training: its layers, ranks and scale are the run's."""
+"""An adapter that was read, in a run's terms: one to go on training has the run's layers, ranks and scale; a frozen
+one beside it has its own."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from typing import NamedTuple
 
 from megabatch.converters.adapters.adapter import Adapter, Block, Tables
 from megabatch.converters.adapters.open import open_adapters
-from megabatch.converters.adapters.targets import Target
+from megabatch.converters.adapters.peft_folder import is_peft
+from megabatch.converters.adapters.targets import Target, layer_of
 from megabatch.converters.engine.plan import Matrix, Numbered
+from megabatch.converters.mapping import Mapped
 from megabatch.errors import ConversionError
+from megabatch.saved.find import find_checkpoint
 
 
 class Fitting(NamedTuple):
@@ -20,6 +24,15 @@ class Fitting(NamedTuple):
     adapter: Adapter
     matrices: dict[str, Matrix]
     """A and B of every adapted layer, by their names in PEFT's folder; of an embedding A as its transpose."""
+
+
+class Opened(NamedTuple):
+    """An adapter with layers, ranks and scales of its own."""
+
+    fitting: Fitting
+    targets: tuple[Target, ...]
+    scales: tuple[float, ...]
+    """What B A is multiplied by, for each target."""
 
 
 def open_fitting(
@@ -34,6 +47,38 @@ def open_fitting(
     return Fitting(adapter, _matrices(adapter, targets, scale, whole))
 
 
+def open_own(folder: Path, tables: Tables, table: Sequence[Mapped]) -> Opened:
+    """Opens an adapter of either format, whichever layers of a model with this table it adapts.
+
+    Args: folder: of PEFT's or in megatron-core's format, or a run or checkpoint of ours.
+    Raises: ConversionError for an adapter of another model, one that also replaces tensors of the model, or one whose
+    ranks or scales differ inside a layer of megatron-core's; CheckpointError.
+    """
+    saved = None if is_peft(folder) else find_checkpoint(folder)
+    (adapter,) = open_adapters([folder if saved is None or not saved.of_a_run else saved.weights], tables, Numbered())
+    if adapter.whole:
+        rule = f"replaces {_some(sorted(adapter.whole))} of the model, which another adapter cannot share; merge it"
+        raise _fault(adapter, rule)
+    rows = {(mapped.name, mapped.expert): mapped for mapped in table}
+    found = [_own(adapter, key, blocks, rows.get(key)) for key, blocks in adapter.blocks.items()]
+    targets, scales = tuple(target for target, _ in found), tuple(scale for _, scale in found)
+    return Opened(Fitting(adapter, _named(adapter, targets)), targets, scales)
+
+
+def _own(
+    adapter: Adapter, key: tuple[str, int | None], blocks: Sequence[Block], weight: Mapped | None
+) -> tuple[Target, float]:
+    """A layer's target and scale, as the adapter has them."""
+    names = {layer_of(piece) for piece in weight.pieces} if weight is not None else set()
+    parts = tuple(name.removesuffix(".weight") for (name, index) in (block.part for block in blocks) if index is None)
+    if weight is None or len(parts) < len(blocks) or not names.issuperset(parts):
+        raise _fault(adapter, f"adapts {key[0]}, which the model that is trained has not as a layer of its own")
+    if len({(block.rank, block.scale) for block in blocks}) > 1:
+        described = ", ".join(f"{block.part[0]}: rank {block.rank}, scale {block.scale:g}" for block in blocks)
+        raise _fault(adapter, f"differs inside one layer of megatron-core's ({described}); merge it into a model")
+    return Target(weight, parts, blocks[0].rank), blocks[0].scale
+
+
 def _matrices(adapter: Adapter, targets: Sequence[Target], scale: float, whole: Collection[str]) -> dict[str, Matrix]:
     blocks = {block.part: block for found in adapter.blocks.values() for block in found}
     wanted = {(f"{part}.weight", None): (target, part) for target in targets for part in target.parts}
@@ -44,10 +89,17 @@ def _matrices(adapter: Adapter, targets: Sequence[Target], scale: float, whole: 
     if set(adapter.whole) != set(whole):
         other = sorted(set(adapter.whole) ^ set(whole))
         raise _fault(adapter, f"and the run differ in what is trained in full: {_some(other)}; see modules_to_save")
-    found: dict[str, Matrix] = {}
     for part, (target, layer) in wanted.items():
-        block = blocks[part]
-        _check(adapter, layer, block, target, scale)
+        _check(adapter, layer, blocks[part], target, scale)
+    return _named(adapter, targets)
+
+
+def _named(adapter: Adapter, targets: Sequence[Target]) -> dict[str, Matrix]:
+    """A and B of every layer of these targets, by their names in PEFT's folder."""
+    blocks = {block.part: block for found in adapter.blocks.values() for block in found}
+    found: dict[str, Matrix] = {}
+    for target, layer in ((one, part) for one in targets for part in one.parts):
+        block = blocks[f"{layer}.weight", None]
         a, b = (block.left, block.right) if target.is_embedding else (block.right, block.left)
         found[target.peft_name(layer, "A")] = a
         found[target.peft_name(layer, "B")] = b._replace(transposed=not b.transposed) if target.is_embedding else b

@@ -35,6 +35,7 @@ def _inputs(launch: Launch) -> Iterator[tuple[str, Path]]:
         ("checkpoint.load", recipe.checkpoint.load),
         ("tuner.adapter_load", recipe.tuner.adapter_load),
         *(("bridge.adapters", folder) for folder in recipe.bridge.adapters),
+        *(("bridge.ref_adapters", folder) for folder in recipe.bridge.ref_adapters),
     ]
     yield from ((field, Path(path)) for field, path in named if path is not None and Path(path).is_absolute())
     for field in ("dataset", "val_dataset"):

@@ -63,7 +63,11 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             tensorboard_dir=absolute(logging.tensorboard_dir),
             wandb_save_dir=absolute(logging.wandb_save_dir),
         ),
-        bridge=replace(recipe.bridge, adapters=tuple(absolute(folder) for folder in recipe.bridge.adapters)),
+        bridge=replace(
+            recipe.bridge,
+            adapters=tuple(absolute(folder) for folder in recipe.bridge.adapters),
+            ref_adapters=tuple(absolute(folder) for folder in recipe.bridge.ref_adapters),
+        ),
         tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
         watching=replace(recipe.watching, callbacks=tuple(absolute(text) for text in recipe.watching.callbacks)),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from megabatch.config.recipe import Recipe
 from megabatch.converters.adapters.adapter import Tables
 from megabatch.converters.adapters.config import scale_of
-from megabatch.converters.adapters.fit import open_fitting
+from megabatch.converters.adapters.fit import open_fitting, open_own
 from megabatch.converters.adapters.peft_folder import is_peft
 from megabatch.converters.adapters.targets import Target, find_targets, find_whole, hf_names
 from megabatch.converters.families import family_named
@@ -25,6 +25,7 @@ def tuning_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
     if shape is None:
         return
     table = family_named(shape.model_type).tensors(shape)
+    yield from _references(recipe, shape, table)
     if recipe.tuner.tuner_type == "lora":
         yield from _adapters(recipe, shape, table)
     else:
@@ -57,6 +58,17 @@ def _adapters(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Ite
     for field, folder in given:
         try:
             _require_fit(Path(folder).expanduser(), recipe, shape, targets, hf_names(table, whole))
+        except (ConversionError, CheckpointError) as error:
+            yield fault_of(field, error)
+
+
+def _references(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Iterator[Fault]:
+    given = [("bridge.ref_adapters", folder) for folder in recipe.bridge.ref_adapters]
+    if recipe.rlhf.ref_adapter_load is not None:
+        given.append(("rlhf.ref_adapter_load", recipe.rlhf.ref_adapter_load))
+    for field, folder in given:
+        try:
+            open_own(Path(folder).expanduser(), Tables(family_named(shape.model_type), shape), table)
         except (ConversionError, CheckpointError) as error:
             yield fault_of(field, error)
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megabatch.converters.adapters.adapter import Tables, Whole
-from megabatch.converters.adapters.fit import open_fitting
-from megabatch.converters.adapters.targets import Target, hf_names
+from megabatch.converters.adapters.adapter import Whole
+from megabatch.converters.adapters.fit import Fitting
+from megabatch.converters.adapters.targets import Target
 from megabatch.converters.engine.gather import matrix_bytes
 from megabatch.converters.engine.plan import Matrix
 from megabatch.converters.engine.sources import Sources
-from megabatch.converters.family import Family
-from megabatch.plan.shape import ModelShape
 from megabatch.trainer.made_tensors import MadeTensors
-from megabatch.trainer.model.tuning import Tuning
 from megabatch.trainer.weights import TORCH_DTYPES
 
 Start = Literal["kaiming", "gaussian"]
@@ -47,15 +43,9 @@ class FreshAdapters(MadeTensors):
 
 
 class ReadAdapter(MadeTensors):
-    """An adapter's matrices by their names in PEFT's folder, and the tensors that were trained in full.
+    """An adapter's matrices by their names in PEFT's folder, and the tensors that were trained in full."""
 
-    Raises: ConversionError for an adapter of another model, or with other layers, ranks or scales than the run's.
-    """
-
-    def __init__(self, folder: Path, family: Family, shape: ModelShape, tuning: Tuning) -> None:
-        lora, whole = tuning.lora, hf_names(tuning.table, tuning.trained)
-        assert lora is not None, "a run that reads an adapter has one"
-        fitting = open_fitting(folder, Tables(family, shape), lora.targets, scale=lora.scale, whole=whole)
+    def __init__(self, fitting: Fitting) -> None:
         self._sources = Sources(fitting.adapter.sources)
         self._found: dict[str, Matrix | Whole] = {**fitting.matrices, **fitting.adapter.whole}
         shapes = {name: found.shape for name, found in self._found.items()}

@@ -16,11 +16,13 @@ from megabatch.trainer.engine import Engine
 from megabatch.trainer.exports.export import Export
 from megabatch.trainer.exports.peft import config_text
 from megabatch.trainer.model.build import Model, build, ddp_config
+from megabatch.trainer.model.lora.layers import TRAINED
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model.tuning import ALL, Tuning, tuning_of
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.references import PolicyWith, add_adapter, with_policy
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,12 @@ def virtual_size(run: RunConfig) -> int | None:
 
 
 def build_engine(
-    run: RunConfig, ranks: Ranks, *, train_iters: int, frozen: Mapping[str, Model] | None = None
+    run: RunConfig, ranks: Ranks, *, train_iters: int, frozen: Mapping[str, Model | PolicyWith] | None = None
 ) -> Engine:
-    """The model with uninitialised weights, its optimizer, and the frozen models."""
+    """The model with uninitialised weights, its optimizer, and the frozen models.
+
+    Raises: ConfigError, ConversionError, CheckpointError for a frozen adapter that does not fit the model.
+    """
     recipe, parallel = run.recipe, run.recipe.parallel
     config = transformer_config(recipe, run.shape, virtual_size=virtual_size(run))
     ddp = ddp_config(
@@ -56,7 +61,8 @@ def build_engine(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    tuning = tuning_of(recipe.tuner, family_named(run.shape.model_type).tensors(run.shape))
+    family = family_named(run.shape.model_type)
+    tuning = tuning_of(recipe.tuner, family.tensors(run.shape))
     model = build(run.shape, config, ranks, ddp, vocab_size=recipe.model.padded_vocab_size, tuning=tuning)
     optimizer = Optimizer(
         model,
@@ -67,7 +73,21 @@ def build_engine(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return Engine(model, ranks, optimizer=optimizer, frozen=frozen)
+    models, adapters = with_policy(frozen or {}, model, ranks, family)
+    return Engine(model, ranks, optimizer=optimizer, frozen=models, adapters=adapters)
+
+
+def frozen_model(run: RunConfig, ranks: Ranks, source: ModelSource, *, adapter: Path | None = None) -> Model:
+    """A model beside the policy, with its weights, at the run's layout and without gradients.
+
+    Args: adapter: one that it always has, as in `PolicyWith`. Raises: as `build_engine`.
+    """
+    config = transformer_config(run.recipe, run.shape, virtual_size=virtual_size(run))
+    model = build(run.shape, config, ranks, None, vocab_size=run.recipe.model.padded_vocab_size)
+    source.load(model, ranks)
+    if adapter is not None:
+        add_adapter(model, ranks, source.family, adapter, name=TRAINED)
+    return model
 
 
 def make_checkpoints(

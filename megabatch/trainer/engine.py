@@ -10,6 +10,7 @@ corrects for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -75,12 +76,15 @@ class Engine:
         *,
         optimizer: Optimizer | None = None,
         frozen: Mapping[str, Model] | None = None,
+        adapters: Mapping[str, str | None] | None = None,
     ) -> None:
-        """Args: `frozen`: more models by name, such as a reference; same layout, no gradients."""
+        """Args: `frozen`: more models by name, such as a reference; same layout, no gradients; adapters: which of its
+        adapters each of these uses, if not the one that it always has."""
         self.model = model
         self.ranks = ranks
         self.optimizer = optimizer
         self.models = {POLICY: model, **(frozen or {})}
+        self._adapters = adapters or {}
         self._splits = {name: _split(one, ranks) for name, one in self.models.items()}
         self._schedule = get_forward_backward_func()
         self._stopwatch = Stopwatch(ranks.device)
@@ -177,8 +181,14 @@ class Engine:
     def _without_gradients(self, model: str, packs: Sequence[Pack], last: Last) -> list[Mapping[str, Any]]:
         for chunk in self.models[model].wrapped:
             chunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._adapter(model):
             return self._run(model, packs, last, forward_only=True)
+
+    def _adapter(self, model: str) -> AbstractContextManager[None]:
+        """Puts the adapter of a model in use."""
+        if model not in self._adapters:
+            return nullcontext()
+        return self.models[model].with_adapter(self._adapters[model])
 
     def _loss(self, objective: Objective, factor: float) -> Last:
         """Args: `factor`: multiplies the numerators."""

@@ -6,6 +6,9 @@ import logging
 from pathlib import Path
 
 from megabatch.config.run import RunConfig
+from megabatch.converters.adapters.adapter import Tables
+from megabatch.converters.adapters.fit import open_fitting
+from megabatch.converters.adapters.targets import hf_names
 from megabatch.saved.find import FoundCheckpoint, find_to_load
 from megabatch.trainer.adapter_sources import FreshAdapters, ReadAdapter
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
@@ -79,7 +82,9 @@ def _load_adapters(run: RunConfig, engine: Engine, source: ModelSource, lora: Lo
         made = FreshAdapters(lora.targets, seed=run.recipe.training.seed, start=run.recipe.tuner.init_lora_weights)
     else:
         logger.info("loading the adapter in %s", folder)
-        made = ReadAdapter(folder, source.family, run.shape, tuning)
+        whole = hf_names(tuning.table, tuning.trained)
+        tables = Tables(source.family, run.shape)
+        made = ReadAdapter(open_fitting(folder, tables, lora.targets, scale=lora.scale, whole=whole))
     load(engine.model, made, lora.table, engine.ranks, dtype_of=made.dtypes, adapter=TRAINED)
     if folder is not None:
         load(engine.model, made, tuning.table, engine.ranks, dtype_of=made.dtypes, only=tuning.trained)

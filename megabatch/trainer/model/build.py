@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -16,7 +16,8 @@ from megabatch.errors import ConfigError
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer import megatron_moe
 from megabatch.trainer.model.layers import decoder_layers
-from megabatch.trainer.model.lora.layers import using
+from megabatch.trainer.model.lora.layers import TRAINED, using
+from megabatch.trainer.model.lora.lora import Lora
 from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.rope import Rotary, inverse_frequencies
 from megabatch.trainer.model.tuning import ALL, Tuning
@@ -37,6 +38,8 @@ class Model:
     """For the rows of our own attention (`row.row`); None with Transformer Engine, whose layers rotate themselves."""
     tuning: Tuning = ALL
     """Which parts of the model are trained."""
+    others: dict[str, Lora] = field(default_factory=dict)
+    """Frozen adapters beside the trained one, by name (`references.add_adapter`)."""
 
     @property
     def chunks(self) -> list[Any]:
@@ -53,9 +56,13 @@ class Model:
     def with_adapter(self, name: str | None) -> Iterator[None]:
         """Inside this context the model uses this adapter; None gives the model before LoRA, for example a reference.
 
-        Raises: ConfigError for None if the run also trains the model's own parameters: their old values are gone.
+        Raises: ConfigError for a name that no adapter has, and for any but the trained one if the run also trains the
+        model's own parameters: their old values are gone.
         """
-        if name is None and self.tuning.trained:
+        if name is not None and name != TRAINED and name not in self.others:
+            known = ", ".join([*([TRAINED] if self.tuning.lora else ()), *self.others]) or "none"
+            raise ConfigError(f"the model has no adapter {name!r}; it has {known}")
+        if name != TRAINED and self.tuning.trained:
             raise ConfigError(
                 "tuner.modules_to_save and lora_bias='all' train the model's own parameters, so that the model "
                 "without the adapter is gone; leave them out, or name a reference of its own"

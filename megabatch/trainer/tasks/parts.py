@@ -12,6 +12,7 @@ from megabatch.trainer.model.build import Model
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.objective import Objective
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.references import PolicyWith
 from megabatch.trainer.steps import Evaluator, Steps
 
 
@@ -24,8 +25,9 @@ class Parts:
     evaluator: Evaluator | None
     """None if there is no validation data."""
     export: Export
-    frozen: Mapping[str, Model] = field(default_factory=dict)
-    """More models by name, such as a reference or a teacher, for `Engine.infer`."""
+    frozen: Mapping[str, Model | PolicyWith] = field(default_factory=dict)
+    """More models by name, such as a reference or a teacher, for `Engine.infer`: models of their own, or the policy
+    with another adapter or none."""
 
 
 class Opener(Protocol):

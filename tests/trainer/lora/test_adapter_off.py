@@ -42,6 +42,7 @@ def evaluated(run_dir: str) -> dict[str, float]:
         for layer in adapted_layers(model.chunks):
             for parameter in layer.lora["other"].parameters():
                 parameter.data.zero_()
+        model.others["other"] = model.tuning.lora
         with model.with_adapter("other"):
             found["other"] = loss()
         with model.with_adapter("default"):

@@ -19,17 +19,18 @@ from megabatch.errors import ConfigError
 from megabatch.trainer.model.lora.adapter import Adapter, Column, Embedding, Router, Row
 
 TRAINED = "default"
-"""Name of the trained adapter; any others are frozen."""
+"""Name of the trained adapter, which is in use; any others are frozen."""
 
 
 class Adapters(nn.ModuleDict):
     """The adapters of one layer, by name."""
 
-    used: str | None = None
+    used: str | None = TRAINED
 
     @property
     def current(self) -> Adapter | None:
-        found = None if self.used is None else self[self.used]
+        """The adapter in use; None if none is, or this layer has none of that name."""
+        found = self[self.used] if self.used is not None and self.used in self else None
         assert found is None or isinstance(found, Adapter)
         return found
 
@@ -73,13 +74,12 @@ def adapter_type(layer: nn.Module) -> type[Adapter]:
 
 
 def add_adapter(layer: Any, name: str, adapter: Adapter) -> None:
-    """Attaches an adapter to a layer and puts it in use."""
+    """Attaches an adapter to a layer."""
     if not isinstance(getattr(layer, "lora", None), Adapters):
         plain: Any = type(layer)
         layer.__class__ = _adapted(plain, _kind(layer).method)
         layer.lora = Adapters()
     layer.lora[name] = adapter
-    layer.lora.used = name
 
 
 def _kind(layer: nn.Module) -> _Kind:

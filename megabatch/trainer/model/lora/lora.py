@@ -29,6 +29,8 @@ class Lora:
     scale: float
     """What B A x is multiplied by."""
     dropout: float = 0.0
+    scales: tuple[float, ...] = ()
+    """In place of `scale`, one for each target, for an adapter that was trained elsewhere."""
 
     @cached_property
     def table(self) -> list[Mapped]:
@@ -39,16 +41,18 @@ class Lora:
         self, chunk: nn.Module, config: TransformerConfig, ranks: Ranks, *, padded_vocab: int, name: str = TRAINED
     ) -> None:
         """Attaches an adapter of this name to each target of a bare chunk; does not initialise its weights."""
-        by_weight = {(target.weight.name, target.weight.expert): target for target in self.targets}
+        scales = self.scales or [self.scale] * len(self.targets)
+        keys = [(target.weight.name, target.weight.expert) for target in self.targets]
+        by_weight = dict(zip(keys, zip(self.targets, scales, strict=True), strict=True))
         experts = (config.num_moe_experts or 0) // ranks.ep_size
         for weight, expert, layer in named_layers(chunk, first_expert=ranks.ep_rank * experts):
-            target = by_weight.get((weight, expert))
-            if target is None:
+            if (weight, expert) not in by_weight:
                 continue
+            target, scale = by_weight[weight, expert]
             kind = adapter_type(layer)
             place = _place(layer, config, ranks, is_expert=expert is not None, padded_vocab=padded_vocab)
             dropout = 0.0 if kind is Embedding else self.dropout
-            adapter = kind(target, layer.weight, place, scale=self.scale, dropout=dropout)
+            adapter = kind(target, layer.weight, place, scale=scale, dropout=dropout)
             add_adapter(layer, name, adapter)
 
 
