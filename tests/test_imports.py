@@ -17,6 +17,8 @@ COMPUTING = (
     "cache", "tokens", "rows.sources", "schedule", "stream", "packing", "run_caches", "run_tokenizer", "prepare"
 )  # fmt: skip
 """Of megabatch.data; they import numpy."""
+WITH_TORCH = ("megabatch.trainer", "megabatch.rollout.local")
+"""Folders that no launcher imports."""
 
 
 def test_rooms_import_only_what_they_may() -> None:
@@ -96,11 +98,11 @@ def _described(circles: list[tuple[str, ...]]) -> str:
 
 
 def _light_modules() -> list[str]:
-    """Every module that a launcher may import: none of the trainer, and of data those that need no numpy."""
+    """Every module that a launcher may import: none with torch, and of data those that need no numpy."""
     package = ROOT / "megabatch"
     found = [*package.rglob("*.py"), *(package / "slurm").rglob("*.py"), *(package / "converters").rglob("*.py")]
     names = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for path in found}
-    computing = ("megabatch.trainer", *(f"megabatch.data.{one}" for one in COMPUTING))
+    computing = (*WITH_TORCH, *(f"megabatch.data.{one}" for one in COMPUTING))
     light = {name for name in names if not name.startswith(computing)}
     return sorted(light | {f"megabatch.data.{one}" for one in ("tokens.tokenizer", "tokens.default_templates")})
 

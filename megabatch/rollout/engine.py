@@ -72,6 +72,9 @@ class RolloutEngine(Protocol):
     RolloutError.
     """
 
+    experts: Literal["per_expert", "fused"]
+    """Which of a family's names the engine takes for experts' tensors (`converters.family.Family.tensors`)."""
+
     @property
     def version(self) -> int | None:
         """Version of the weights; None before the first update and after one that failed."""
@@ -103,6 +106,10 @@ class RolloutEngine(Protocol):
 
     def abort_update(self) -> None:
         """Gives up an update that cannot be completed."""
+        ...
+
+    def differing(self, bucket: Bucket) -> list[str] | None:
+        """Names of the tensors of which the bucket has other bytes than the engine; None if it cannot tell."""
         ...
 
     def pause(self) -> None:
