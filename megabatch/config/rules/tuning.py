@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
-from megabatch.config.declare import parameters
+from megabatch.config.declare import Parameter, parameters
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
@@ -29,12 +30,18 @@ def each_kind_has_its_own_parameters(
 ) -> Iterator[Fault]:
     is_lora = recipe.tuner.tuner_type == "lora"
     idle, needed = (FREEZING, "full") if is_lora else (LORA, "lora")
-    for parameter in parameters(Recipe):
+    for parameter in _declared(idle):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
-        if parameter.dotted in idle and value != parameter.default:
+        if value != parameter.default:
             yield Fault(parameter.dotted, value, f"needs tuner_type={needed!r}, which is {recipe.tuner.tuner_type!r}")
     if not is_lora and recipe.bridge.merge_lora:
         yield Fault("bridge.merge_lora", True, "needs tuner_type='lora', which is 'full'", try_=(None,))
+
+
+@cache
+def _declared(names: tuple[str, ...]) -> tuple[Parameter, ...]:
+    """Kept, because a search for a layout asks thousands of times."""
+    return tuple(parameter for parameter in parameters(Recipe) if parameter.dotted in names)
 
 
 def one_adapter_to_start_from(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
