@@ -63,10 +63,15 @@ def write_dataset(path: Path, *, samples: int = 64, seed: int = 0) -> Path:
 
 def recipe(folder: Path, model: str = "qwen3_moe", /, **groups: dict[str, Any]) -> Recipe:
     """A recipe of four steps on a made dataset; keyword arguments replace fields of groups."""
+    if not (folder / "train.jsonl").exists():
+        write_dataset(folder / "train.jsonl")
+        write_dataset(folder / "validation.jsonl", samples=7, seed=1)
+    return recipe_on(folder, model, **groups)
+
+
+def recipe_on(folder: Path, model: str, /, **groups: dict[str, Any]) -> Recipe:
+    """The same without making the dataset."""
     train, validation = folder / "train.jsonl", folder / "validation.jsonl"
-    if not train.exists():
-        write_dataset(train)
-        write_dataset(validation, samples=7, seed=1)
     made = Recipe(
         name="test",
         task="sft",

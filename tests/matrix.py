@@ -1,0 +1,111 @@
+"""Compares every composition of parallel sizes, rows and tuning on up to eight ranks with one process.
+
+python tests/matrix.py RESULTS.jsonl              hours on a few cores; goes on where it was interrupted
+python tests/matrix.py RESULTS.jsonl --table      what is there, as a table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "trainer"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, installed or not
+
+from composed import TOLERANCE, Composed, worlds
+from compositions import Composition, compositions, covering
+from rank_server import RankServer
+
+AT_ONCE = 12
+"""Compositions in one world; where one fails, each of them is tried again alone."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path, help="JSON Lines, a line for each composition")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    options = parser.parse_args(arguments)
+    if not options.table:
+        _run(options.results)
+    found = _read(options.results)
+    print(_table(found))
+    return int(any(not _passes(one) for one in found.values()) or len(found) < len(compositions()))
+
+
+def _run(results: Path) -> None:
+    """What covers every pair first, then every layout once, then the others."""
+    done, parts = _read(results), [covering(compositions()), _one_of_each_layout(), compositions()]
+    ordered = []
+    for part in parts:
+        left = [one for one in part if one.name not in done]
+        ordered += worlds(left, at_once=AT_ONCE)
+        done |= {one.name: {} for one in left}
+    ranks = RankServer()
+    with tempfile.TemporaryDirectory(prefix="matrix-") as folder, open(results, "a", encoding="utf-8") as file:
+        composed = Composed(ranks, Path(folder))
+        for world in ordered:
+            for line in _lines(composed, world):
+                print(json.dumps(line), file=file, flush=True)
+    ranks.close()
+
+
+def _one_of_each_layout() -> list[Composition]:
+    """Kinds of rows and tuning in turn."""
+    layouts = defaultdict(list)
+    for one in compositions():
+        layouts[replace(one, packed=False, lora=False)].append(one)
+    return [kinds[number % len(kinds)] for number, kinds in enumerate(layouts.values())]
+
+
+def _lines(composed: Composed, world: list[Composition]) -> Iterable[dict[str, Any]]:
+    try:
+        [found] = composed.deviations(world)
+    except RuntimeError as error:
+        if len(world) == 1:
+            return [{"name": world[0].name, "ranks": world[0].world_size, "error": str(error)[-4000:]}]
+        return [line for one in world for line in _lines(composed, [one])]
+    return [{"name": one.name, "ranks": one.world_size, **asdict(found[one.name])} for one in world]
+
+
+def _read(results: Path) -> dict[str, dict[str, Any]]:
+    """By name; the last line of each."""
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    return {line["name"]: line for line in map(json.loads, lines)}
+
+
+def _passes(line: dict[str, Any]) -> bool:
+    return "error" not in line and max(line["loss"], line["grad_norm"]) <= TOLERANCE
+
+
+def _table(found: dict[str, dict[str, Any]]) -> str:
+    """How many of each kind, and the largest deviations."""
+    kinds, expected = defaultdict(list), defaultdict(int)
+    for one in compositions():
+        kind = "-".join(one.name.split("-")[:3])
+        expected[kind] += 1
+        if one.name in found:
+            kinds[kind].append(found[one.name])
+    rows = [
+        "| kind | compositions | done | largest loss | largest norm | where | failed |",
+        "| - | - | - | - | - | - | - |",
+    ]
+    for kind, count in expected.items():
+        numbers = [line for line in kinds[kind] if "error" not in line]
+        worst = max(numbers, key=lambda line: max(line["loss"], line["grad_norm"]), default=None)
+        largest = [f"{max((line[name] for line in numbers), default=0):.1e}" for name in ("loss", "grad_norm")]
+        failed = [line["name"] for line in kinds[kind] if not _passes(line)]
+        where = worst["name"].removeprefix(f"{kind}-") if worst else ""
+        cells = [kind, str(count), str(len(kinds[kind])), *largest, where, ", ".join(failed) or "none"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
