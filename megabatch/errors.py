@@ -37,6 +37,10 @@ class RolloutError(MegabatchError):
     """A rollout engine that cannot be reached, generate, or take weights."""
 
 
+class RewardError(MegabatchError):
+    """A reward that cannot be computed; the text names the reward and the sample."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One broken rule of a configuration."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megabatch.callbacks import archived, files_to_archive, load
+from megabatch.callbacks import load
 from megabatch.errors import ConfigError
+from megabatch.user_code import archived, files_to_archive
 
 GOOD = """
 class Report:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megabatch.callbacks import files_to_archive
 from megabatch.chain.declare import Chain, Step
 from megabatch.chain.graph import graph_faults, in_order
 from megabatch.chain.step import ReadyStep, StepBuilder
 from megabatch.config.flags import Actions
 from megabatch.config.recipe import Recipe
+from megabatch.config.user_code import user_code
 from megabatch.entry.launch_checks import folder_faults
 from megabatch.errors import ConfigError, Fault
 from megabatch.slurm.profile import ClusterProfile, load_profile
 from megabatch.slurm.render import render
 from megabatch.slurm.snapshot import Snapshot, snapshot_of
+from megabatch.user_code import files_to_archive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +51,8 @@ def make_ready(chain: Chain, actions: Actions, *, file: Path) -> ReadyChain:
     profile = load_profile(actions.cluster) if actions.cluster else ClusterProfile()
     folder = Path(actions.run_dir or chain.save or Path("megatron_output") / chain.name).expanduser().absolute()
     recipes = [step.work for step in chain.steps if isinstance(step.work, Recipe)]
-    callbacks = files_to_archive([text for recipe in recipes for text in recipe.watching.callbacks])
-    code = None if actions.local else snapshot_of(folder / "code", recipe=file, further=callbacks)
+    own = files_to_archive([text for recipe in recipes for text in user_code(recipe)])
+    code = None if actions.local else snapshot_of(folder / "code", recipe=file, further=own)
     made: dict[str, ReadyStep] = {}
     refusals = folder_faults(folder, recipe_file=file, local=actions.local, own=[s.name for s in chain.steps])
     for step in in_order(chain):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megabatch.callbacks import files_to_archive
 from megabatch.config.declare import group_types
 from megabatch.config.flags import Actions
 from megabatch.config.layout import layout_of
@@ -22,6 +21,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.run import RunConfig, resolve, run_json
+from megabatch.config.user_code import user_code
 from megabatch.entry.model import FoundModel, find_model
 from megabatch.entry.paths import absolute_paths, code_store, run_directory
 from megabatch.errors import ConfigError, Fault, LaunchError
@@ -33,6 +33,7 @@ from megabatch.slurm.launcher_lock import already_locked, launcher_lock
 from megabatch.slurm.ownership import require_own
 from megabatch.slurm.profile import ClusterProfile, load_profile
 from megabatch.slurm.snapshot import Snapshot, snapshot_of
+from megabatch.user_code import files_to_archive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,8 +95,8 @@ def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path, code: Snapsh
     if actions.local:
         code = None
     elif code is None:
-        callbacks = files_to_archive(recipe.watching.callbacks)
-        code = snapshot_of(code_store(recipe, given=actions.run_dir), recipe=recipe_file, further=callbacks)
+        own = files_to_archive(user_code(recipe))
+        code = snapshot_of(code_store(recipe, given=actions.run_dir), recipe=recipe_file, further=own)
     return Launch(
         recipe=recipe,
         recipe_file=recipe_file,

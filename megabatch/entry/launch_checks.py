@@ -6,19 +6,22 @@ Runs, chains and sweeps share this module; the checks themselves are in `input_c
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from megabatch.callbacks import files_to_archive, load
+from megabatch.callbacks import load as load_callback
 from megabatch.config.monitoring import missing_tracker
 from megabatch.config.recipe import Recipe
+from megabatch.config.user_code import user_code
 from megabatch.entry.input_checks import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.entry.launch import Launch
 from megabatch.entry.mounts import unmounted
 from megabatch.errors import ConfigError, Fault, LaunchError
+from megabatch.rewards.named import check_reward
 from megabatch.secret_text import tokens_in
 from megabatch.slurm.profile import ClusterProfile
+from megabatch.user_code import files_to_archive
 
 
 def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
@@ -30,14 +33,15 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
     same_python = local or not _brings_python(launch.profile)
     found = [
         *missing_inputs(recipe, launch.model),
-        *_callbacks(recipe.watching.callbacks, same_python=same_python),
+        *_user_code("watching.callbacks", recipe.watching.callbacks, load_callback, same_python=same_python),
+        *_user_code("grpo.reward_funcs", recipe.grpo.reward_funcs, check_reward, same_python=same_python),
         *(_tracker(recipe.logging.report_to) if same_python else []),
-        *([] if local else _secrets_of(files_to_archive(recipe.watching.callbacks).values())),
+        *([] if local else _secrets_of(files_to_archive(user_code(recipe)).values())),
     ]
     return found + (missing_gpus(recipe) if local else [*unmounted(launch), *_untrainable(launch.profile)])
 
 
-def _callbacks(named: Sequence[str], *, same_python: bool) -> list[Fault]:
+def _user_code(field: str, named: Sequence[str], load: Callable[[str], object], *, same_python: bool) -> list[Fault]:
     """Args: same_python: the ranks run this Python; we cannot know what another one has installed."""
     faults = []
     for text in named:
@@ -45,7 +49,7 @@ def _callbacks(named: Sequence[str], *, same_python: bool) -> list[Fault]:
             load(text)
         except ConfigError as error:
             if same_python or not isinstance(error.__cause__, ImportError):
-                faults.append(Fault("watching.callbacks", text, f"cannot be used: {error}"))
+                faults.append(Fault(field, text, f"cannot be used: {error}"))
     return faults
 
 

@@ -12,6 +12,7 @@ from typing import overload
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import save_folder
+from megabatch.config.user_code import with_user_code
 from megabatch.data.rows.names import parse
 from megabatch.errors import DataError
 
@@ -45,8 +46,9 @@ def _version(save: Path) -> str:
 def absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with each local path made absolute; hub names stay."""
     model, checkpoint, logging = recipe.model, recipe.checkpoint, recipe.logging
+    own = with_user_code(recipe, absolute)
     return replace(
-        recipe,
+        own,
         model=replace(model, model=absolute_model(model.model), tokenizer=absolute_model(model.tokenizer)),
         data=replace(
             recipe.data,
@@ -69,7 +71,6 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             ref_adapters=tuple(absolute(folder) for folder in recipe.bridge.ref_adapters),
         ),
         tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
-        watching=replace(recipe.watching, callbacks=tuple(absolute(text) for text in recipe.watching.callbacks)),
     )
 
 

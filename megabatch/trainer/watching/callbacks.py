@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megabatch.callbacks import load, split
+from megabatch.callbacks import load
 from megabatch.errors import MegabatchError
 from megabatch.trainer.activity import Activity
 from megabatch.trainer.ranks import Ranks
+from megabatch.user_code import split
 from megabatch.user_error import describe_error
 
 

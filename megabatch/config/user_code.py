@@ -1,0 +1,33 @@
+"""Which fields of a recipe name a user's own files, as `file.py:name`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from megabatch.config.recipe import Recipe
+from megabatch.user_code import names_own_code
+
+
+def user_code(recipe: Recipe) -> tuple[str, ...]:
+    """Every `file.py:name` of a recipe; the files are copied with the code that its job runs."""
+    found: list[str] = []
+    _each(recipe, lambda text: found.append(text) or text)
+    return tuple(found)
+
+
+def with_user_code(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    """The recipe with each `file.py:name` changed."""
+    return _each(recipe, change)
+
+
+def _each(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    def changed(text: str) -> str:
+        return change(text) if names_own_code(text) else text
+
+    callbacks = tuple(change(text) for text in recipe.watching.callbacks)
+    return replace(
+        recipe,
+        watching=replace(recipe.watching, callbacks=callbacks),
+        grpo=replace(recipe.grpo, reward_funcs=tuple(changed(text) for text in recipe.grpo.reward_funcs)),
+    )

@@ -1,0 +1,138 @@
+"""Rewards that are a user's own functions: called with the arguments of ms-swift's and TRL's reward functions.
+
+A function, or a class with `__call__`, gets one list for each of its arguments, of one value for each completion:
+
+    def brevity(completions, **columns): ...                        # ms-swift: completions are texts
+    def brevity(prompts, completions, completion_ids, **columns):   # TRL: prompts and completions are messages
+
+It gets messages if it takes `prompts`, or if its annotation of `completions` mentions `dict`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megabatch.errors import ConfigError, RewardError
+from megabatch.rewards.sample import Place, RewardSample, Score
+from megabatch.user_code import load_named, split
+from megabatch.user_error import describe_error
+
+EXAMPLE = "rewards.py:brevity"
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """A function `file.py:name`, sync or async."""
+
+    text: str
+    place: ClassVar[Place] = "shared"
+
+    @property
+    def name(self) -> str:
+        return split(self.text, kind="function", example=EXAMPLE)[1]
+
+    def open(self) -> Score:
+        """Raises: ConfigError with the line, if the function cannot be loaded or called with such arguments."""
+        function, parameters = _loaded(self.text)
+        return lambda samples: _checked(self.name, samples, _called(self.name, function, parameters, samples))
+
+
+def check_own(text: str) -> None:
+    """Raises: ConfigError where `file.py:name` cannot be a reward."""
+    _loaded(text)
+
+
+_Parameters = Mapping[str, inspect.Parameter]
+
+
+def _loaded(text: str) -> tuple[Callable[..., Any], _Parameters]:
+    function, file = load_named(text, kind="function", example=EXAMPLE)
+    name = split(text)[1]
+    if isinstance(function, type):
+        try:
+            function = function()
+        except Exception as error:
+            raise ConfigError(f"{name}() cannot be made: {describe_error(error, file)}") from error
+        if not callable(function):
+            raise ConfigError(f"{name} has no method __call__(completions, **columns)")
+    parameters = inspect.signature(function).parameters
+    if "completions" not in parameters and not _takes_all(parameters):
+        raise ConfigError(f"{name} must take the argument completions, such as {name}(completions, **columns)")
+    by_position = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    if by_position:
+        raise ConfigError(f"{name} must take {', '.join(by_position)} by keyword")
+    return function, parameters
+
+
+def _takes_all(parameters: _Parameters) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _called(name: str, function: Callable[..., Any], parameters: _Parameters, samples: Sequence[RewardSample]) -> Any:
+    given = _arguments(samples, as_messages=_wants_messages(parameters))
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in variadic]
+    if missing := [parameter for parameter in needed if parameter not in given]:
+        raise RewardError(
+            f"{name} takes {missing[0]}, and the rows have no such column; sample {samples[0].key} has "
+            f"{', '.join(sorted(samples[0].columns)) or 'no other columns'}"
+        )
+    taken = given if _takes_all(parameters) else {key: value for key, value in given.items() if key in parameters}
+    result = function(**taken)
+    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _wants_messages(parameters: _Parameters) -> bool:
+    completions = parameters.get("completions")
+    annotation = "" if completions is None or completions.annotation is completions.empty else completions.annotation
+    return "prompts" in parameters or "dict" in str(annotation).lower()
+
+
+def _arguments(samples: Sequence[RewardSample], *, as_messages: bool) -> dict[str, list[Any]]:
+    """Everything that a function may take; our own names are stronger than columns of the same name."""
+    names = dict.fromkeys(name for sample in samples for name in sample.columns)
+    answers = [[{"role": "assistant", "content": sample.completion}] for sample in samples]
+    prompts = [[dict(message) for message in sample.prompt] for sample in samples]
+    return {name: [sample.columns.get(name) for sample in samples] for name in names} | {
+        "prompts": prompts,
+        "completions": answers if as_messages else [sample.completion for sample in samples],
+        "completion_ids": [list(sample.ids) for sample in samples],
+        "response_token_ids": [list(sample.ids) for sample in samples],
+        "messages": [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+        "truncated": [sample.truncated for sample in samples],
+    }
+
+
+def _checked(name: str, samples: Sequence[RewardSample], values: Any) -> list[float | None]:
+    """Raises: RewardError for anything but one number or None for each sample."""
+    try:
+        found = list(values)
+    except TypeError:
+        raise RewardError(f"{name} returned {values!r:.80}; must be a list, one number for each completion") from None
+    if len(found) != len(samples):
+        raise RewardError(
+            f"{name} returned {len(found)} values for the {len(samples)} completions from sample {samples[0].key} on; "
+            "must be one for each, None where there is no reward"
+        )
+    return [_number(name, sample, value) for sample, value in zip(samples, found, strict=True)]
+
+
+def _number(name: str, sample: RewardSample, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value) if not isinstance(value, str) else math.inf
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isinf(number):
+        raise RewardError(f"{name} returned {value!r:.80} for sample {sample.key}; must be a finite number or None")
+    return number

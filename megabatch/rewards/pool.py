@@ -1,0 +1,139 @@
+"""Processes that compute rewards, each limited in time; one that crashes or hangs is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from megabatch.errors import RewardError
+from megabatch.own_code import PACKAGE
+from megabatch.rewards.sample import Reward, RewardSample
+from megabatch.rewards.worker import LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Why a call gave no values."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Samples that a reward is given together."""
+
+    reward: Reward
+    samples: Sequence[RewardSample]
+
+
+class Pool:
+    """Up to `size` processes, started when first needed. Every call gets `timeout_s`; loading its reward counts."""
+
+    def __init__(self, size: int, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._threads = ThreadPoolExecutor(max_workers=size, thread_name_prefix="rewards")
+        self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        for _ in range(size):
+            self._idle.put(None)
+
+    def map(self, calls: Iterable[Call]) -> list[list[Any] | Failed]:
+        """The values of each call, in order. Raises: RewardError with the message of a reward that was refused."""
+        return list(self._threads.map(self._run, calls))
+
+    def close(self) -> None:
+        """Ends the processes; waits for none."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        while not self._idle.empty():
+            if (process := self._idle.get()) is not None:
+                process.kill()
+
+    def _run(self, call: Call) -> list[Any] | Failed:
+        process = self._idle.get()
+        try:
+            process = process or _Process()
+            kind, value = process.call(call, timeout_s=self._timeout_s)
+        except _EndedError as ended:
+            assert process is not None
+            process.kill()
+            process = None
+            return Failed(str(ended))
+        finally:
+            self._idle.put(process)
+        if kind == "refused":
+            raise RewardError(value)
+        return value if kind == "values" else Failed(value)
+
+
+class _EndedError(Exception):
+    """The process ended or had to be ended."""
+
+
+class _Process:
+    """One worker and the pipes to it."""
+
+    def __init__(self) -> None:
+        theirs_in, self._requests = os.pipe()
+        self._replies, theirs_out = os.pipe()
+        path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megabatch.rewards.worker", str(theirs_in), str(theirs_out)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs_in, theirs_out),
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+
+    def call(self, call: Call, *, timeout_s: float) -> tuple[str, Any]:
+        """Raises: _EndedError."""
+        deadline = time.monotonic() + timeout_s
+        self._send(pickle.dumps((call.reward, list(call.samples))))
+        (size,) = LENGTH.unpack(self._receive(LENGTH.size, deadline, timeout_s))
+        kind, value = pickle.loads(self._receive(size, deadline, timeout_s))  # our own worker's
+        return kind, value
+
+    def _receive(self, size: int, deadline: float, timeout_s: float) -> bytes:
+        received = bytearray()
+        poll = select.poll()
+        poll.register(self._replies, select.POLLIN)
+        while len(received) < size:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise _EndedError(f"took more than {timeout_s:g} s")
+            if not (part := os.read(self._replies, size - len(received))):
+                raise _EndedError(self._how_it_ended())
+            received += part
+        return bytes(received)
+
+    def kill(self) -> None:
+        """Ends the process with all that it started in its session."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._requests)
+        os.close(self._replies)
+
+    def _send(self, request: bytes) -> None:
+        left = memoryview(request)
+        try:
+            while left:
+                left = left[os.write(self._requests, left) :]
+        except BrokenPipeError:
+            raise _EndedError(self._how_it_ended()) from None
+
+    def _how_it_ended(self) -> str:
+        code = self._process.wait()
+        if code < 0:
+            return f"its process was ended by {signal.Signals(-code).name}"
+        return f"its process ended with exit code {code}"

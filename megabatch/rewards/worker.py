@@ -1,0 +1,69 @@
+"""A process that computes rewards: `python -m megabatch.rewards.worker REQUESTS REPLIES`, two descriptors of pipes.
+
+A request is a pickled (reward, samples), a reply a length and a pickled (kind, value): `values` with one for each
+sample, `failed` with the exception's line, or `refused` with a message that ends the run. What rewards print goes to
+stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import struct
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+from megabatch.errors import MegabatchError
+from megabatch.rewards.sample import Reward, RewardSample, Score
+
+LENGTH = struct.Struct("<Q")
+"""Number of bytes of the reply that follows."""
+
+
+def main() -> None:
+    requests, replies = (int(text) for text in sys.argv[1:3])
+    os.dup2(2, 1)
+    waiting: queue.SimpleQueue[tuple[Reward, Sequence[RewardSample]]] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(os.fdopen(requests, "rb"), waiting), daemon=True).start()
+    opened: dict[Reward, Score] = {}
+    with os.fdopen(replies, "wb") as out:
+        while True:
+            reward, samples = waiting.get()
+            reply = pickle.dumps(_reply(reward, samples, opened))
+            out.write(LENGTH.pack(len(reply)) + reply)
+            out.flush()
+
+
+def _receive(requests: BinaryIO, waiting: queue.SimpleQueue[Any]) -> None:
+    """Ends this process as soon as its caller is gone, even amid a reward that hangs."""
+    try:
+        while True:
+            waiting.put(pickle.load(requests))
+    except EOFError:
+        os._exit(0)
+
+
+def _reply(reward: Reward, samples: Sequence[RewardSample], opened: dict[Reward, Score]) -> tuple[str, Any]:
+    try:
+        if reward not in opened:
+            opened[reward] = reward.open()
+        return "values", list(opened[reward](samples))
+    except MegabatchError as error:
+        return "refused", str(error)
+    except Exception as error:
+        return "failed", _where(error)
+
+
+def _where(error: Exception) -> str:
+    """The last place in the traceback that is not megabatch's own, and the error."""
+    from traceback import extract_tb
+
+    last = extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}:{last.lineno})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Files of a user's own that a recipe names as `file.py:name`: callbacks, rewards, schedulers of turns.
+
+The launcher loads them to refuse a broken one before the job is queued, and copies them with the code that the job
+runs; the ranks, and the processes that they start, load the copies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megabatch.errors import ConfigError
+from megabatch.own_code import PACKAGE
+from megabatch.user_error import describe_error
+
+
+def split(text: str, *, kind: str = "class", example: str = "callbacks.py:Report") -> tuple[Path, str]:
+    """File and name of `file.py:name`. Raises: ConfigError for other texts, calling the name a `kind`."""
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise ConfigError(f"must be a Python file and a {kind} in it, such as {example}")
+    return Path(file), name
+
+
+def names_own_code(text: str) -> bool:
+    """Whether a text is meant as `file.py:name` rather than as the name of something that megabatch ships."""
+    return ".py:" in text or text.endswith(".py") or "/" in text
+
+
+def archived(file: Path) -> str:
+    """Path of such a file inside the job's snapshot; recipes name the file by its absolute path."""
+    return f"recipe/own/{hashlib.sha256(str(file).encode()).hexdigest()[:16]}/{file.name}"
+
+
+def files_to_archive(named: Sequence[str]) -> dict[str, Path]:
+    """The files of these texts by their names in a snapshot; `load` refuses those that are missing."""
+    files = (Path(text.rpartition(":")[0]).expanduser().absolute() for text in named)
+    return {archived(file): file for file in files if file.is_file()}
+
+
+def load_named(text: str, *, kind: str = "class", example: str = "callbacks.py:Report") -> tuple[Any, Path]:
+    """What `file.py:name` names, and the file that it is from; from a snapshot, the snapshot's copy of the file.
+
+    Raises: ConfigError with the line for a file that cannot be run, or one without that name.
+    """
+    file, name = split(text, kind=kind, example=example)
+    file = file.expanduser().absolute()
+    copy = PACKAGE.parent / archived(file)
+    file = copy if copy.is_file() else file
+    module = _module(file)
+    found = getattr(module, name, None)
+    if not callable(found) or (kind == "class" and not isinstance(found, type)):
+        alike = (key for key, value in vars(module).items() if _is_a(kind, value, module))
+        raise ConfigError(f"{file} has no {kind} {name}{near(name, alike)}")
+    return found, file
+
+
+def _is_a(kind: str, value: object, module: ModuleType) -> bool:
+    own = getattr(value, "__module__", None) == module.__name__
+    return isinstance(value, type) if kind == "class" else callable(value) and own
+
+
+def _module(file: Path) -> ModuleType:
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; check the path")
+    spec = importlib.util.spec_from_file_location(f"megabatch_user_{file.stem}", file)
+    assert spec is not None and spec.loader is not None, "its name ends with .py"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        raise ConfigError(describe_error(error, file)) from error
+    return module
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?`, or nothing."""
+    found = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
