@@ -34,6 +34,7 @@ ROOMS = {
     "megabatch/insight": "what the files of runs tell: goodput, causes of failure, differences, reports",
     "megabatch/plan": "pure arithmetic: layouts, batches, stages, sizes",
     "megabatch/rehearse": "proofs on this machine: runs resume bit for bit, layouts compute what one process does",
+    "megabatch/rewards": "what completions are worth: shipped rewards, users' functions, in processes of their own",
     "megabatch/rollout": "what a rollout engine is, and the engines",
     "megabatch/rollout/local": "engines inside the process that uses them, on torch",
     "megabatch/saved": "checkpoints at rest: digests, checking, which one a run goes on from; no torch",

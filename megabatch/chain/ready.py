@@ -51,8 +51,8 @@ def make_ready(chain: Chain, actions: Actions, *, file: Path) -> ReadyChain:
     profile = load_profile(actions.cluster) if actions.cluster else ClusterProfile()
     folder = Path(actions.run_dir or chain.save or Path("megatron_output") / chain.name).expanduser().absolute()
     recipes = [step.work for step in chain.steps if isinstance(step.work, Recipe)]
-    own = files_to_archive([text for recipe in recipes for text in user_code(recipe)])
-    code = None if actions.local else snapshot_of(folder / "code", recipe=file, further=own)
+    further = files_to_archive([text for recipe in recipes for text in user_code(recipe)])
+    code = None if actions.local else snapshot_of(folder / "code", recipe=file, further=further)
     made: dict[str, ReadyStep] = {}
     refusals = folder_faults(folder, recipe_file=file, local=actions.local, own=[s.name for s in chain.steps])
     for step in in_order(chain):

@@ -33,31 +33,31 @@ class Grpo:
     """Completions per round of generation; None means `global_batch_size * steps_per_generation`."""
     num_iterations: int = param(1, built=False, at_least=1)
     """How often each completion is used for an update (mu)."""
-    reward_funcs: Sequence[str] = param((), built=False)
+    reward_funcs: Sequence[str] = param(())
     """Rewards: accuracy, format, cosine, repetition, soft_overlong, or your own as `file.py:function`."""
-    reward_weights: Sequence[float] | None = param(None, built=False)
+    reward_weights: Sequence[float] | None = param(None)
     """Weight of each reward, reward models last; None weighs them equally."""
     reward_model: Sequence[str] = param((), built=False)
     """Folders or hub names of reward models, whose scores are rewards after those of `reward_funcs`."""
     reward_model_plugin: Sequence[str] = param((), built=False)
     """For each reward model what turns its output into a reward: `default`, or your own as `file.py:function`."""
-    cosine_min_len_value_wrong: float = param(-0.5, built=False)
+    cosine_min_len_value_wrong: float = param(-0.5)
     """Reward `cosine`: of a wrong answer of length 0."""
-    cosine_max_len_value_wrong: float = param(0.0, built=False)
+    cosine_max_len_value_wrong: float = param(0.0)
     """Reward `cosine`: of a wrong answer of the maximum length."""
-    cosine_min_len_value_correct: float = param(1.0, built=False)
+    cosine_min_len_value_correct: float = param(1.0)
     """Reward `cosine`: of a right answer of length 0."""
-    cosine_max_len_value_correct: float = param(0.5, built=False)
+    cosine_max_len_value_correct: float = param(0.5)
     """Reward `cosine`: of a right answer of the maximum length."""
-    cosine_max_len: int | None = param(None, built=False, at_least=1)
+    cosine_max_len: int | None = param(None, at_least=1)
     """Reward `cosine`: tokens of the maximum length; None means `max_completion_length`."""
-    repetition_n_grams: int = param(3, built=False, at_least=1)
+    repetition_n_grams: int = param(3, at_least=1)
     """Reward `repetition`: words of a phrase whose repetition counts."""
-    repetition_max_penalty: float = param(-1.0, built=False, at_most=0)
+    repetition_max_penalty: float = param(-1.0, at_most=0)
     """Reward `repetition`: of a completion that only repeats itself."""
-    soft_max_length: int | None = param(None, built=False, at_least=1)
+    soft_max_length: int | None = param(None, at_least=1)
     """Reward `soft_overlong`: tokens from which the penalty is 1; None means `max_completion_length`."""
-    soft_cache_length: int | None = param(None, built=False, at_least=1)
+    soft_cache_length: int | None = param(None, at_least=1)
     """Reward `soft_overlong`: tokens below `soft_max_length` over which the penalty grows from 0."""
     scale_rewards: Literal["group", "batch", "none", "gdpo"] | None = param(None, built=False)
     """Standard deviation that advantages are divided by; gdpo normalises each reward first. None means group for

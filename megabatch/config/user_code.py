@@ -12,7 +12,12 @@ from megabatch.user_code import names_own_code
 def user_code(recipe: Recipe) -> tuple[str, ...]:
     """Every `file.py:name` of a recipe; the files are copied with the code that its job runs."""
     found: list[str] = []
-    _each(recipe, lambda text: found.append(text) or text)
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    _each(recipe, note)
     return tuple(found)
 
 

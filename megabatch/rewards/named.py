@@ -7,28 +7,31 @@ from types import MappingProxyType
 
 from megabatch.config.grpo import Grpo
 from megabatch.config.recipe import Recipe
-from megabatch.errors import ConfigError
 from megabatch.rewards.accuracy import Accuracy
 from megabatch.rewards.lengths import Cosine, Format, Repetition, SoftOverlong
 from megabatch.rewards.own import Own, check_own
 from megabatch.rewards.rewards import Rewards
 from megabatch.rewards.sample import Reward
-from megabatch.user_code import names_own_code, near
+from megabatch.user_code import names_own_code
 
 
 def rewards_of(recipe: Recipe) -> Rewards:
     """The recipe's rewards in the order of their weights: `reward_funcs`, then reward models."""
     grpo = recipe.grpo
     made = [_made(text, grpo, recipe.rollout.max_completion_length) for text in grpo.reward_funcs]
-    return Rewards(made, weights=grpo.reward_weights, workers=grpo.reward_workers, timeout_s=grpo.reward_timeout_s)
+    processes = recipe.rewards
+    return Rewards(
+        made,
+        weights=grpo.reward_weights,
+        workers=processes.reward_workers,
+        timeout_s=processes.reward_timeout_s,
+    )
 
 
 def check_reward(text: str) -> None:
-    """Raises: ConfigError where an entry of `reward_funcs` cannot be used on this machine."""
+    """Raises: ConfigError where a known entry of `reward_funcs` cannot be used on this machine."""
     if names_own_code(text):
         check_own(text)
-    elif text not in NAMED:
-        raise ConfigError(f"must be one of {', '.join(NAMED)}, or file.py:function{near(text, NAMED)}")
     elif text in ("accuracy", "cosine"):
         Accuracy().open()
 

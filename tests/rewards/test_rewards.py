@@ -156,7 +156,6 @@ def test_what_is_no_reward_ends_the_run(file: Path, name: str, said: str) -> Non
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("acuracy", "must be one of accuracy, format, "),
         ("{file}:lenght", "has no function lenght; did you mean length?"),
         ("{file}:no_completions", "no_completions must take the argument completions"),
         ("{file}", "must be a Python file and a function in it, such as rewards.py:brevity"),

@@ -1,0 +1,74 @@
+"""Rules for rewards: what each needs, and settings that no reward reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from megabatch.config.grpo import Grpo
+from megabatch.config.recipe import Recipe
+from megabatch.config.rewards import SHIPPED
+from megabatch.errors import Fault
+from megabatch.plan.layout import Layout
+from megabatch.plan.shape import ModelShape
+from megabatch.user_code import names_own_code
+
+_SETTINGS = {"cosine": "cosine", "repetition": "repetition", "soft": "soft_overlong"}
+"""First word of a setting's name, and the reward that reads it."""
+
+
+def _is_grpo(recipe: Recipe) -> bool:
+    return recipe.kind is not None and recipe.kind.name == "grpo"
+
+
+def every_reward_has_a_weight(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    grpo = recipe.grpo
+    count = len(grpo.reward_funcs) + len(grpo.reward_model)
+    if _is_grpo(recipe) and grpo.reward_weights is not None and len(grpo.reward_weights) != count:
+        rule = f"must have one weight for each of the {count} rewards, reward models last"
+        yield Fault("grpo.reward_weights", grpo.reward_weights, rule, try_=((1.0,) * count,))
+
+
+def rewards_are_known(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    for text in recipe.grpo.reward_funcs if _is_grpo(recipe) else ():
+        if not names_own_code(text) and text not in SHIPPED:
+            rule = f"must be one of {', '.join(SHIPPED)}, or file.py:function"
+            yield Fault("grpo.reward_funcs", text, rule, try_=get_close_matches(text, SHIPPED, n=1))
+
+
+def rewards_have_different_names(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """Metrics carry a reward's name: that of the function, for a function."""
+    seen: set[str] = set()
+    for text in recipe.grpo.reward_funcs if _is_grpo(recipe) else ():
+        name = text.rpartition(":")[2]
+        if name in seen:
+            yield Fault("grpo.reward_funcs", text, f"is a second reward of the name {name}; rename the function")
+        seen.add(name)
+
+
+def rewards_have_what_they_need(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if not _is_grpo(recipe):
+        return
+    grpo, default = recipe.grpo, Grpo()
+    for name in Grpo.__slots__:
+        reward = _SETTINGS.get(name.partition("_")[0])
+        if reward and reward not in grpo.reward_funcs and getattr(grpo, name) != getattr(default, name):
+            rule = f"has no effect without the reward {reward}"
+            yield Fault(f"grpo.{name}", getattr(grpo, name), rule, try_=(f"reward_funcs={reward}",))
+    if "soft_overlong" in grpo.reward_funcs:
+        yield from _ramp(recipe)
+
+
+def _ramp(recipe: Recipe) -> Iterator[Fault]:
+    longest, ramp = recipe.grpo.soft_max_length, recipe.grpo.soft_cache_length
+    name = "soft_max_length" if longest is not None else "max_completion_length"
+    longest = longest or recipe.rollout.max_completion_length
+    if ramp is None:
+        rule = f"is missing: soft_overlong needs the tokens below {name}={longest} over which its penalty grows"
+        yield Fault("grpo.soft_cache_length", None, rule, try_=(max(1, longest // 4),), bare=True)
+    elif ramp > longest:
+        rule = f"must be at most {name}={longest}"
+        yield Fault("grpo.soft_cache_length", ramp, rule, try_=(max(1, longest // 4),))
+
+
+RULES = (rewards_are_known, every_reward_has_a_weight, rewards_have_different_names, rewards_have_what_they_need)
