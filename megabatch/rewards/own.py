@@ -22,7 +22,7 @@ from megabatch.rewards.sample import Place, RewardSample, Score
 from megabatch.user_code import load_named, split
 from megabatch.user_error import describe_error
 
-EXAMPLE = "rewards.py:brevity"
+EXAMPLE = "my_rewards.py:brevity"
 
 
 @dataclass(frozen=True, slots=True)

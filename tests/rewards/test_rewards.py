@@ -158,7 +158,7 @@ def test_what_is_no_reward_ends_the_run(file: Path, name: str, said: str) -> Non
     [
         ("{file}:lenght", "has no function lenght; did you mean length?"),
         ("{file}:no_completions", "no_completions must take the argument completions"),
-        ("{file}", "must be a Python file and a function in it, such as rewards.py:brevity"),
+        ("{file}", "must be a Python file and a function in it, such as my_rewards.py:brevity"),
     ],
 )
 def test_what_cannot_be_a_reward_is_refused_before_the_queue(file: Path, text: str, said: str) -> None:
