@@ -21,6 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("megabatch")
     group.addoption("--faults", type=int, help="faults in a row in tests/end_to_end/test_faults.py (default: a few)")
     group.addoption("--faults_seed", type=int, default=0, help="seed of their kinds, times and victims")
+    group.addoption("--kills", type=int, help="kills in tests/trainer/checkpoints/test_kills.py (default: a few)")
+    group.addoption("--kills_seed", type=int, default=0, help="seed of their moments and victims")
 
 
 def _require_slurm() -> None:
