@@ -17,8 +17,10 @@ COMPUTING = (
     "cache", "tokens", "rows.sources", "schedule", "stream", "packing", "run_caches", "run_tokenizer", "prepare"
 )  # fmt: skip
 """Of megabatch.data; they import numpy."""
-WITH_TORCH = ("megabatch.trainer", "megabatch.rollout.local")
-"""Folders that no launcher imports."""
+TENSORS = ("advantages", "corrections", "entropy", "sequences", "surrogates")
+"""Of megabatch.rl; they import torch."""
+WITH_TORCH = ("megabatch.trainer", "megabatch.rollout.local", *(f"megabatch.rl.{one}" for one in TENSORS))
+"""Folders and files that no launcher imports."""
 
 
 def test_rooms_import_only_what_they_may() -> None:

@@ -1,0 +1,106 @@
+"""Rewards → advantages: what each completion's reward is compared with, and what the difference is divided by.
+
+N: completions, those of a prompt side by side; G: completions of a prompt; R: rewards. A NaN reward is a missing one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Estimator = Literal["grpo", "rloo", "reinforce_plus_plus"]
+Scale = Literal["group", "batch", "none", "gdpo"]
+
+TINY = 1e-4
+"""Added to every standard deviation, as TRL and Megatron-SWIFT do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advantages:
+    """What a round's rewards amount to."""
+
+    advantages_N: Tensor
+    """Fp32; 0 for a completion without any reward."""
+    rewards_N: Tensor
+    """Fp32: the weighted sum of the rewards that a completion has, without the KL term; NaN where it has none."""
+    spreads_P: Tensor
+    """Fp32: each prompt's standard deviation of `rewards_N`; 0 where fewer than two are known."""
+
+
+def advantages(
+    rewards_NR: Tensor,
+    weights_R: Tensor,
+    *,
+    num_generations: int,
+    estimator: Estimator = "grpo",
+    scale: Scale = "group",
+    kl_N: Tensor | None = None,
+) -> Advantages:
+    """The advantage of each completion.
+
+        r = sum of w_k r_k over the rewards that are there, - kl
+        grpo, reinforce_plus_plus   a = r - mean of its group
+        rloo                        a = r - mean of the group's others = (r - mean of its group) * n / (n - 1)
+        group, batch                a / (std + 1e-4), the std of r in its group or in the batch; reinforce_plus_plus
+                                    takes that of a
+        gdpo                        a = z / (std of z in the batch + 1e-4), z = sum of w_k (r_k - mean) / (std + 1e-4)
+                                    with mean and std of its group, less the batch's mean of z
+
+    Standard deviations are those of samples (n - 1). Completions without a reward take no part in means.
+
+    Args: rewards_NR [N, R] float; weights_R [R]; kl_N [N]: the KL term in units of the reward (`kl_in_reward`).
+    Source: GRPO arXiv:2402.03300 section 4.1.2; RLOO arXiv:2402.14740 equation 8; REINFORCE++ arXiv:2501.03262;
+    GDPO arXiv:2601.05242.
+    """
+    known_NR = ~rewards_NR.isnan()
+    rewards_N = (rewards_NR.nan_to_num(0.0) * weights_R).sum(1)
+    rewards_N = rewards_N.masked_fill(~known_NR.any(1), float("nan"))
+    spreads_P = _std(rewards_N.view(-1, num_generations))[:, 0]
+    if scale == "gdpo":
+        found_N = _of_each_reward(rewards_NR, weights_R, num_generations)
+    else:
+        regularised_N = rewards_N if kl_N is None else rewards_N - kl_N
+        found_N = _compared(regularised_N.view(-1, num_generations), estimator=estimator, scale=scale).flatten()
+    return Advantages(found_N.nan_to_num(0.0), rewards_N, spreads_P)
+
+
+def _compared(rewards_PG: Tensor, *, estimator: Estimator, scale: Scale) -> Tensor:
+    centred_PG = rewards_PG - rewards_PG.nanmean(1, keepdim=True)
+    if estimator == "rloo":
+        known_P1 = (~rewards_PG.isnan()).sum(1, keepdim=True)
+        centred_PG = centred_PG * known_P1 / (known_P1 - 1).clamp(min=1)
+    measured_PG = centred_PG if estimator == "reinforce_plus_plus" else rewards_PG
+    if scale == "group":
+        return centred_PG / (_std(measured_PG) + TINY)
+    if scale == "batch":
+        return centred_PG / (_std(measured_PG.reshape(1, -1)) + TINY)
+    return centred_PG
+
+
+def _of_each_reward(rewards_NR: Tensor, weights_R: Tensor, num_generations: int) -> Tensor:
+    """GDPO: each reward is normalised in its group, so that none drowns in another's scale."""
+    total_N = rewards_NR.new_zeros(len(rewards_NR))
+    for rewards_N, weight in zip(rewards_NR.unbind(1), weights_R, strict=True):
+        rewards_PG = rewards_N.view(-1, num_generations)
+        normal_PG = (rewards_PG - rewards_PG.nanmean(1, keepdim=True)) / (_std(rewards_PG) + TINY)
+        total_N = total_N + weight * normal_PG.flatten().nan_to_num(0.0)
+    total_N = total_N.masked_fill(rewards_NR.isnan().all(1), float("nan"))
+    return (total_N - total_N.nanmean()) / (_std(total_N[None])[0] + TINY)
+
+
+def _std(values_PG: Tensor) -> Tensor:
+    """[P, 1]: each row's standard deviation over the values that are there; 0 where fewer than two are."""
+    known_P1 = (~values_PG.isnan()).sum(1, keepdim=True)
+    squares_PG = (values_PG - values_PG.nanmean(1, keepdim=True)).square().nan_to_num(0.0)
+    return (squares_PG.sum(1, keepdim=True) / (known_P1 - 1).clamp(min=1)).sqrt()
+
+
+def kl_in_reward(old_T: Tensor, reference_T: Tensor) -> Tensor:
+    """log p_old - log p_ref of each token; its sum over a completion estimates KL(old || reference) (k1).
+
+    Source: PPO for language models, arXiv:2009.01325 section 3.4; Schulman, http://joschu.net/blog/kl-approx.html.
+    """
+    return torch.sub(old_T, reference_T)
