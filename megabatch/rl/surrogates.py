@@ -55,7 +55,7 @@ def gated(ratio_T: Tensor, advantages_T: Tensor, *, tau_pos: float, tau_neg: flo
 
     Source: SAPO, arXiv:2511.20347 equations 5 and 6.
     """
-    tau_T = torch.where(advantages_T > 0, tau_pos, tau_neg)
+    tau_T = torch.full_like(advantages_T, tau_neg).masked_fill(advantages_T > 0, tau_pos)
     return -torch.sigmoid(tau_T * (ratio_T - 1)) * 4 / tau_T * advantages_T
 
 

@@ -70,6 +70,17 @@ class Pack:
         sums = sums.index_add(0, self.segments_T.long(), values_T)[: self.sequences]
         return sums if self.cut is None else summed(sums, self.cut.group)
 
+    def over_whole_row(self, change: Callable[[Tensor, Tensor], Tensor], values_T: Tensor) -> Tensor:
+        """`change(values, segments)` of the whole row, [T] → [T], without gradient; on a part its own tokens of it."""
+        values_T = values_T.detach()
+        if self.cut is None:
+            return change(values_T, self.segments_T)
+        row_T = values_T.new_zeros(len(self.cut.places_T))
+        row_T[self.cut.mine_t] = values_T
+        lengths = self.cu_seqlens_padded.diff()
+        segments_T = torch.arange(len(lengths), device=row_T.device).repeat_interleave(lengths.to(row_T.device))
+        return change(summed(row_T, self.cut.group), segments_T)[self.cut.mine_t]
+
     def to(self, device: torch.device | str) -> Pack:
         """The same pack on a device, `cu_seqlens` included."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -20,9 +20,9 @@ def trained(run_dir: str, fp32: bool) -> list[str]:
 
     real, seen = tokens.token_logps, []
 
-    def noted(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def noted(logits: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
         seen.append(str(logits.dtype))
-        return real(logits, *arguments)
+        return real(logits, *arguments, **keywords)
 
     tokens.token_logps = noted
     if fp32:

@@ -42,17 +42,45 @@ class VocabShard:
         return self.group is not None and dist.get_world_size(self.group) > 1
 
 
-def token_logps(logits_TV: Tensor, targets_T: Tensor, shard: VocabShard) -> Tensor:
+def token_logps(logits_TV: Tensor, targets_T: Tensor, shard: VocabShard, *, temperature: float = 1.0) -> Tensor:
     """Log-probability of each target under the softmax over the whole vocabulary.
 
-    log p_t = z_{t,y_t} - logsumexp_v z_{t,v}; max, sum and target logit are reduced over the tensor-parallel group in
-    fp32 and the backward is (one-hot - softmax) on the local columns.
+    log p_t = z_{t,y_t} - logsumexp_v z_{t,v} with z = logits / temperature; max, sum and target logit are reduced over
+    the tensor-parallel group in fp32 and the backward is (one-hot - softmax) / temperature on the local columns.
 
     Args: logits_TV [T, V] any float dtype; targets_T [T] int64 global ids below `shard.vocab_size`.
     Returns: [T] fp32.
     Source: Megatron-LM (arXiv:1909.08053) section 3.
     """
-    return _TokenLogps.apply(logits_TV, targets_T, shard)
+    return _TokenLogps.apply(logits_TV, targets_T, shard, 1.0 / temperature)
+
+
+@torch.no_grad()
+def token_entropies(logits_TV: Tensor, shard: VocabShard, *, temperature: float = 1.0) -> Tensor:
+    """Entropy of the softmax over the whole vocabulary at each position, in nats; without gradient.
+
+    H_t = log sum_v e^{z_v} - sum_v z_v e^{z_v} / sum_v e^{z_v} with z = logits / temperature, less its largest value.
+
+    Args: logits_TV [T, V] any float dtype. Returns: [T] fp32.
+    """
+    max_T, sums_2T = _maxima(logits_TV, shard), _empty_fp32(logits_TV, (2,))
+    for rows in _row_chunks(logits_TV):
+        part = torch.sub(logits_TV[rows, : shard.real], max_T[rows, None]).mul_(1.0 / temperature)
+        powers = part.exp()
+        sums_2T[0, rows], sums_2T[1, rows] = powers.sum(dim=1), part.mul_(powers).sum(dim=1)
+    if shard.is_split:
+        dist.all_reduce(sums_2T, group=shard.group)
+    return sums_2T[0].log() - sums_2T[1] / sums_2T[0]
+
+
+def _maxima(logits_TV: Tensor, shard: VocabShard) -> Tensor:
+    """[T] fp32: the largest logit of each position, over the whole vocabulary."""
+    max_T = _empty_fp32(logits_TV, ())
+    for rows in _row_chunks(logits_TV):
+        max_T[rows] = logits_TV[rows, : shard.real].amax(dim=1) if shard.real else float("-inf")
+    if shard.is_split:
+        dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=shard.group)
+    return max_T
 
 
 def _row_chunks(logits_TV: Tensor) -> list[slice]:
@@ -77,29 +105,26 @@ def _picked(part_TV: Tensor, local_T: Tensor) -> Tensor:
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, logits_TV: Tensor, targets_T: Tensor, shard: VocabShard
+        ctx: torch.autograd.function.FunctionCtx, logits_TV: Tensor, targets_T: Tensor, shard: VocabShard, scale: float
     ) -> Tensor:
-        max_T, sums_2T = _empty_fp32(logits_TV, ()), _empty_fp32(logits_TV, (2,))
-        for rows in _row_chunks(logits_TV):
-            max_T[rows] = logits_TV[rows, : shard.real].amax(dim=1) if shard.real else float("-inf")
-        if shard.is_split:
-            dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=shard.group)
+        max_T, sums_2T = _maxima(logits_TV, shard), _empty_fp32(logits_TV, (2,))
         local_T = targets_T - shard.start
         mine_T = (local_T >= 0) & (local_T < shard.real)
         for rows in _row_chunks(logits_TV):
             part = torch.sub(logits_TV[rows, : shard.real], max_T[rows, None])  # fp32, with no copy of the rows before
+            part = part if scale == 1.0 else part.mul_(scale)
             sums_2T[1, rows] = _picked(part, local_T[rows]).where(mine_T[rows], 0.0) if shard.real else 0.0
             sums_2T[0, rows] = part.exp_().sum(dim=1)
         if shard.is_split:
             dist.all_reduce(sums_2T, group=shard.group)
         log_sum_T = sums_2T[0].log()
-        ctx.save_for_backward(logits_TV, local_T, mine_T, max_T + log_sum_T)
-        ctx.real = shard.real
+        ctx.save_for_backward(logits_TV, local_T, mine_T, max_T * scale + log_sum_T)
+        ctx.real, ctx.scale = shard.real, scale
         return sums_2T[1] - log_sum_T
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad_T,) = grads
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_T = grads[0] * ctx.scale
         logits_TV, local_T, mine_T, logsumexp_T = ctx.saved_tensors
         real: int = ctx.real
         out_TV = torch.empty_like(logits_TV)
@@ -107,9 +132,10 @@ class _TokenLogps(torch.autograd.Function):
         for rows in _row_chunks(logits_TV) if real else ():
             part, into = logits_TV[rows, :real], out_TV[rows, :real]
             # fp32 gradients are computed where they go, others in a temporary of their chunk
-            grad = torch.sub(part, logsumexp_T[rows, None], out=into if into.dtype == torch.float32 else None)
+            out = into if into.dtype == torch.float32 else None
+            grad = torch.add(-logsumexp_T[rows, None], part, alpha=ctx.scale, out=out)
             grad.exp_().mul_(-grad_T[rows, None])
             grad.scatter_add_(1, _index(local_T[rows], real), (grad_T[rows] * mine_T[rows])[:, None])
             if grad is not into:
                 into.copy_(grad)
-        return out_TV, None, None
+        return out_TV, None, None, None

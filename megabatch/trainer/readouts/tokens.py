@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megabatch.trainer.ops.vocab import token_logps
+from megabatch.trainer.ops.vocab import token_entropies, token_logps
 from megabatch.trainer.readouts.readout import Field, Readout, Split
 
 if TYPE_CHECKING:
@@ -17,9 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tokens(Readout):
-    """`logps` [T] fp32: log p(targets_T[t]) at each position; last positions and padding have that of token 0."""
+    """`logps` [T] fp32: log p(targets_T[t]) at each position; last positions and padding have that of token 0.
 
-    fields: Mapping[str, Field] = field(default_factory=lambda: {"logps": Field("token")})
+    `entropies` [T] fp32 where asked for: of the distribution that a position's target is drawn from, in nats and
+    without gradient.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits."""
+    entropies: bool = False
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return {name: Field("token") for name in (("logps", "entropies") if self.entropies else ("logps",))}
 
     def __call__(self, output: Tensor, pack: Pack, split: Split) -> Mapping[str, Tensor]:
-        return {"logps": token_logps(output, pack.targets_T, split.vocab)}
+        found = {"logps": token_logps(output, pack.targets_T, split.vocab, temperature=self.temperature)}
+        if self.entropies:
+            found["entropies"] = token_entropies(output, split.vocab, temperature=self.temperature)
+        return found

@@ -8,7 +8,7 @@ from rank_server import RankServer
 
 from megabatch.plan.memory import LOSS_CHUNK
 from megabatch.trainer.ops import vocab
-from megabatch.trainer.ops.vocab import VocabShard, token_logps
+from megabatch.trainer.ops.vocab import VocabShard, token_entropies, token_logps
 
 
 def _case(vocab_size: int, padded: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -18,18 +18,24 @@ def _case(vocab_size: int, padded: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return logits, targets, torch.randn(11, generator=generator)
 
 
-def _reference(vocab_size: int, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(vocab_size: int, padded: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and gradient in fp64, with padding columns cut off."""
     logits, targets, weights = _case(vocab_size, padded)
     exact = logits.double().requires_grad_()
-    logps = exact[:, :vocab_size].log_softmax(1).gather(1, targets[:, None])[:, 0]
+    logps = (exact[:, :vocab_size] / temperature).log_softmax(1).gather(1, targets[:, None])[:, 0]
     (logps * weights.double()).sum().backward()
     assert exact.grad is not None
     return logps.detach(), exact.grad
 
 
-def split_logps(vocab_size: int, padded: int) -> tuple[Any, Any]:
-    """On each rank: its columns' log-probabilities and gradient."""
+def _entropies(vocab_size: int, padded: int, temperature: float) -> torch.Tensor:
+    """In fp64, with padding columns cut off."""
+    logits, _, _ = _case(vocab_size, padded)
+    return torch.distributions.Categorical(logits=logits.double()[:, :vocab_size] / temperature).entropy()
+
+
+def split_logps(vocab_size: int, padded: int) -> tuple[Any, Any, Any]:
+    """On each rank: log-probabilities, its columns' gradient, entropies; the last at temperature 0.7."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -40,7 +46,8 @@ def split_logps(vocab_size: int, padded: int) -> tuple[Any, Any]:
     logps = token_logps(local, targets, VocabShard(start, width, vocab_size, dist.group.WORLD))
     (logps * weights).sum().backward()
     assert local.grad is not None
-    return logps.detach().numpy(), local.grad.numpy()
+    entropies = token_entropies(local, VocabShard(start, width, vocab_size, dist.group.WORLD), temperature=0.7)
+    return logps.detach().numpy(), local.grad.numpy(), entropies.numpy()
 
 
 @pytest.mark.parametrize(("vocab_size", "padded"), [(13, 13), (13, 16)])
@@ -59,6 +66,22 @@ def test_equals_log_softmax_on_one_rank(
     torch.testing.assert_close(logits.grad.double(), gradient, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 0.9, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_temperature_divides_the_logits(temperature: float, dtype: torch.dtype) -> None:
+    logits, targets, weights = _case(13, 16)
+    logits, shard = logits.to(dtype).requires_grad_(), VocabShard(0, 16, 13, None)
+    logps = token_logps(logits, targets, shard, temperature=temperature)
+    (logps * weights).sum().backward()
+    near = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.15}
+    expected, gradient = _reference(13, 16, temperature)
+    torch.testing.assert_close(logps.double(), expected, **near)
+    torch.testing.assert_close(logits.grad.double(), gradient, **near)
+    entropies = token_entropies(logits, shard, temperature=temperature)
+    assert not entropies.requires_grad
+    torch.testing.assert_close(entropies.double(), _entropies(13, 16, temperature), **near)
+
+
 # 5 ids over 4 ranks of 2 columns: the last rank has nothing but padding
 @pytest.mark.parametrize(("world_size", "vocab_size", "padded"), [(2, 16, 16), (2, 13, 16), (4, 5, 8)])
 def test_split_vocabulary_gives_the_same_loss_and_gradient(
@@ -66,9 +89,11 @@ def test_split_vocabulary_gives_the_same_loss_and_gradient(
 ) -> None:
     results = ranks.run(split_logps, world_size=world_size, vocab_size=vocab_size, padded=padded)
     expected, gradient = _reference(vocab_size, padded)
-    for logps, _ in results:
+    for logps, _, entropies in results:
         torch.testing.assert_close(torch.from_numpy(logps).double(), expected, rtol=1e-5, atol=1e-5)
-    found = torch.cat([torch.from_numpy(grad) for _, grad in results], dim=1)
+        of_all = _entropies(vocab_size, padded, 0.7)
+        torch.testing.assert_close(torch.from_numpy(entropies).double(), of_all, rtol=1e-5, atol=1e-5)
+    found = torch.cat([torch.from_numpy(grad) for _, grad, _ in results], dim=1)
     torch.testing.assert_close(found.double(), gradient, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,123 @@
+"""Every loss of GRPO equals its formula on padded matrices, in value and gradient."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from completions import Given, as_pack, computed, kept_tokens, made, objective_of, on_row, reference_loss, settings
+
+from megabatch.trainer.objectives.grpo import NORMS
+from megabatch.trainer.objectives.objective import Norm
+
+LOSSES = tuple(NORMS)
+LEVELS = ("token", "sequence", "sequence_token")
+MASKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bounded": {"delta": 1.9},
+    "no_kl": {"beta": 0.0},
+    "too_far": {"off_policy_sequence_mask_delta": 0.05},
+    "entropy": {"top_entropy_quantile": 0.3},
+    "overlong": {},
+    "corrected": {},
+}
+
+
+CASES = [
+    case
+    for case in itertools.product(LOSSES, LEVELS, MASKS)
+    if not (case[0] == "real" and case[2] in ("entropy", "bounded"))  # refused by the rules
+]
+
+
+@pytest.mark.parametrize(("loss", "level", "mask"), CASES)
+def test_loss_and_gradient(loss: str, level: str, mask: str) -> None:
+    grpo = settings(loss, importance_sampling_level=level, **MASKS[mask])
+    found = made(overlong=mask == "overlong")
+    logps = found.logps.clone().requires_grad_()
+    numerator, count = reference_loss(replace(found, logps=logps), grpo, corrected=mask == "corrected")
+    expected = numerator / count
+    gradient = torch.autograd.grad(expected, logps)[0] * (found.mask > 0)
+    got, got_gradient, terms = computed(found, grpo, corrected=mask == "corrected")
+    assert got.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(got_gradient, gradient, rtol=1e-9, atol=1e-12)
+    assert terms.weight.item() == pytest.approx(count)
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_split_batch_has_the_same_sums(loss: str) -> None:
+    """Numerators and counts of two micro-batches add up to those of one; bnpo divides by each one's own."""
+    found, grpo = made(), settings(loss, off_policy_sequence_mask_delta=0.05)
+    whole, (first, second) = computed(found, grpo)[2], [computed(found.part(part), grpo)[2]
+                                                        for part in (slice(0, 4), slice(4, 8))]  # fmt: skip
+    assert (first.numerator + second.numerator).item() == pytest.approx(whole.numerator.item(), rel=1e-9)
+    assert first.weight + second.weight == whole.weight
+    for name, mean in whole.metrics.items():
+        both = first.metrics[name], second.metrics[name]
+        assert sum(one.total for one in both).item() == pytest.approx(mean.total.item(), rel=1e-9)
+        assert sum(one.count for one in both) == mean.count
+
+
+def test_a_policy_on_its_own_completions_has_ratio_one() -> None:
+    """Without the column `old`: the gradient is that of old = the policy as it is."""
+    found, grpo = made(), settings("dapo", beta=0.0)
+    pack, places = as_pack(found)
+    logps = found.logps.clone().requires_grad_()
+    terms = objective_of(grpo).terms({"logps": on_row(logps, pack, places)}, replace(pack, token_columns={}))
+    terms.numerator.backward()
+    expected = -(found.advantages[:, None] * found.mask)
+    torch.testing.assert_close(logps.grad, expected)
+    assert (terms.metrics["ratio"].total / terms.metrics["ratio"].count).item() == 1
+    assert terms.metrics["clip_low"].total == terms.metrics["clip_high"].total == 0
+
+
+def test_metrics_are_means_over_tokens() -> None:
+    found, grpo = made(), settings("grpo", log_entropy=True, off_policy_sequence_mask_delta=0.05)
+    _, _, terms = computed(found, grpo)
+    mask, ratio = found.mask, (found.logps - found.old).exp()
+    advantages = found.advantages[:, None]
+    d = found.reference - found.logps
+    far = ((found.old - found.logps) * mask).sum(1) / mask.sum(1) > 0.05
+    expected = {
+        "ratio": ratio,
+        "clip_low": (ratio < 0.8) & (advantages < 0),
+        "clip_high": (ratio > 1.28) & (advantages > 0),
+        "kl": d.exp() - d - 1,
+        "entropy": found.entropies,
+        "too_far": (far & (found.advantages < 0))[:, None].expand_as(ratio),
+    }
+    for name, values in expected.items():
+        mean = terms.metrics[name]
+        assert (mean.total / mean.count).item() == pytest.approx(((values * mask).sum() / mask.sum()).item()), name
+        assert mean.total > 0, name
+
+
+def test_the_entropy_threshold_is_that_of_all_micro_batches() -> None:
+    found, objective = made(16), objective_of(settings("dapo", top_entropy_quantile=0.2))
+    parts = [found.part(slice(0, 4)), found.part(slice(4, 16))]
+    packs = [as_pack(part) for part in parts]
+    entropies = [on_row(part.entropies, *pack) for part, pack in zip(parts, packs, strict=True)]
+    prepared = objective.prepare([pack for pack, _ in packs], Given(entropies))
+    expected = kept_tokens(found, 0.2)
+    for pack, part, (_, places) in zip(prepared, (slice(0, 4), slice(4, 16)), packs, strict=True):
+        mask = found.mask[part].flatten() > 0
+        assert torch.equal(pack.token_columns["kept"][places][mask], expected[part].flatten()[mask].float())
+
+
+def test_a_row_without_completions_adds_nothing() -> None:
+    for loss in LOSSES:
+        pack, _ = as_pack(made().part(slice(0, 0)))
+        out = {"logps": torch.zeros(len(pack.ids_T), requires_grad=True)}
+        columns = {name: torch.zeros(len(pack.ids_T)) for name in ("old", "reference")}
+        terms = objective_of(settings(loss)).terms(out, replace(pack, token_columns=columns))
+        assert terms.numerator == 0 and terms.weight == 0
+        terms.numerator.backward()
+
+
+def test_each_loss_names_its_denominator() -> None:
+    assert {loss for loss, norm in NORMS.items() if norm is Norm.SEQUENCES} == {"grpo", "sapo", "dr_grpo"}
+    assert {loss for loss, norm in NORMS.items() if norm is Norm.TOKENS} == {"dapo", "cispo", "fipo"}
