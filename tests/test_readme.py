@@ -35,6 +35,7 @@ ROOMS = {
     "megabatch/plan": "pure arithmetic: layouts, batches, stages, sizes",
     "megabatch/rehearse": "proofs on this machine: runs resume bit for bit, layouts compute what one process does",
     "megabatch/rewards": "what completions are worth: shipped rewards, users' functions, in processes of their own",
+    "megabatch/rl": "GRPO's formulas: advantages, corrections, losses of tokens",
     "megabatch/rollout": "what a rollout engine is, and the engines",
     "megabatch/rollout/local": "engines inside the process that uses them, on torch",
     "megabatch/saved": "checkpoints at rest: digests, checking, which one a run goes on from; no torch",
