@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megabatch.config.recipe import Recipe
     from megabatch.config.recompute import Recompute
     from megabatch.config.resources import Resources
+    from megabatch.config.rewards import Rewards
     from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
     from megabatch.config.roles import Role
     from megabatch.config.training import Batch, Training
@@ -61,6 +62,7 @@ __all__ = [
     "Recipe",
     "Recompute",
     "Resources",
+    "Rewards",
     "Rlhf",
     "Rm",
     "Role",
@@ -94,6 +96,7 @@ _NAMES_OF = {
     "config.recipe": "Recipe",
     "config.recompute": "Recompute",
     "config.resources": "Resources",
+    "config.rewards": "Rewards",
     "config.rlhf": "Dpo Gkd Kto Rlhf Rm",
     "config.roles": "Role",
     "config.training": "Batch Training",

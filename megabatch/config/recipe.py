@@ -19,7 +19,7 @@ from megabatch.config.optimization import FP8, LearningRate, Optimizer, Precisio
 from megabatch.config.parallel import Parallel
 from megabatch.config.recompute import Recompute
 from megabatch.config.resources import Resources
-from megabatch.config.rewards import RewardProcesses
+from megabatch.config.rewards import Rewards
 from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
 from megabatch.config.roles import Role
 from megabatch.config.training import Batch, Training
@@ -61,7 +61,7 @@ class Recipe:
     kto: Kto = field(default_factory=Kto)
     rm: Rm = field(default_factory=Rm)
     grpo: Grpo = field(default_factory=Grpo)
-    rewards: RewardProcesses = field(default_factory=RewardProcesses)
+    rewards: Rewards = field(default_factory=Rewards)
     gkd: Gkd = field(default_factory=Gkd)
     rollout: Rollout = field(default_factory=Rollout)
     export: Export = field(default_factory=Export)

@@ -11,7 +11,7 @@ SHIPPED = ("accuracy", "format", "cosine", "repetition", "soft_overlong")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RewardProcesses:
+class Rewards:
     """Processes that compute rewards."""
 
     reward_workers: int = param(4, at_least=1)

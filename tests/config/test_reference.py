@@ -116,7 +116,16 @@ def test_config_and_plan_stay_free_of_third_parties():
                 modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 for module in modules:
-                    own = ("config", "plan", "errors", "loss_scales", "run_directory", "secret_text", "tasks")
+                    own = (
+                        "config",
+                        "plan",
+                        "errors",
+                        "loss_scales",
+                        "run_directory",
+                        "secret_text",
+                        "tasks",
+                        "user_code",
+                    )
                     allowed = tuple(f"megabatch.{name}" for name in own)
                     third_party = module.split(".")[0] not in sys.stdlib_module_names
                     assert not third_party or module.startswith(allowed), f"{path} imports {module}"
