@@ -17,11 +17,13 @@ from megabatch.converters.regular_files import read_regular
 from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.errors import ConversionError
 
-CARRIED = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "configuration.json",
+_OF_THE_TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
     "sentencepiece*", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+CARRIED = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "configuration.json", *_OF_THE_TOKENIZER,
     "*.py", "LICENSE*", "NOTICE*", "README.md",
 )  # fmt: skip
 """Names of the files that make a folder of weights usable, as shell patterns."""
@@ -38,6 +40,18 @@ def auxiliary_files(folder: Path) -> list[Path]:
         for name in names
         if not name.name.endswith(_WEIGHTS) and any(fnmatch(name.as_posix(), pattern) for pattern in CARRIED)
     ]
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of those that belong to the folder's tokenizer."""
+    names = [path.as_posix() for path in auxiliary_files(folder)]
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in _OF_THE_TOKENIZER)]
+
+
+def carry_tokenizer(source: Path, target: Path, *, skip: Collection[str] = ()) -> None:
+    """Copies the files of a folder's tokenizer, as `carry_over` does."""
+    others = {path.as_posix() for path in auxiliary_files(source)} - {*tokenizer_files(source)}
+    carry_over(source, target, skip=(*others, *skip))
 
 
 def carry_over(source: str | os.PathLike[str], target: str | os.PathLike[str], *, skip: Collection[str] = ()) -> None:

@@ -266,6 +266,15 @@ def decoder(
     }
 
 
+def with_vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A config.json, also one of a multimodal model, for an embedding of so many rows."""
+    nested = config.get("text_config")
+    if not isinstance(nested, Mapping):
+        return {**config, "vocab_size": rows}
+    outer = {"vocab_size": rows} if "vocab_size" in config else {}
+    return {**config, **outer, "text_config": {**nested, "vocab_size": rows}}
+
+
 def decoder_config(shape: ModelShape, *, dtype: str, **token_ids: int | None) -> dict[str, Any]:
     """The keys of config.json that every family here writes in the same way.
 

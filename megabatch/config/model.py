@@ -27,13 +27,9 @@ class Model:
     """Folder or hub name of a tokenizer; None uses the model's own, or trains one for a new model."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = param(None)
     """Type of the weights in forward and backward; None uses config.json's, or bfloat16 if it has none."""
-    new_special_tokens: Sequence[str] = param(
-        (),
-        built=False,
-        refused="is not built: the embedding does not grow; add the tokens to tokenizer and model with transformers "
-        "(add_special_tokens, resize_token_embeddings), save both, and train from there",
-    )
-    """Special tokens added to the tokenizer, or paths of `.txt` files with one token per line."""
+    new_special_tokens: Sequence[str] = param(())
+    """Special tokens added to the tokenizer, or paths of `.txt` files with one token per line. The embedding and the
+    output layer grow where they have no rows for them; a new row is the mean of the model's own."""
 
     num_layers: int | None = param(None, at_least=1)
     """Transformer layers."""

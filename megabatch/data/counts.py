@@ -69,7 +69,8 @@ def _request(run: RunConfig) -> str:
     recipe = run.recipe
     decides = [one.name for one in parameters(Recipe) if one.group == "data" and not one.facts.speed_only]
     settings = {name: getattr(recipe.data, name) for name in decides}
-    model = [recipe.model.model, recipe.model.tokenizer, run.shape.model_type, run.shape.vocab_size]
+    given = recipe.model
+    model = [given.model, given.tokenizer, run.shape.model_type, run.shape.vocab_size, *given.new_special_tokens]
     decisive = [recipe.task, settings, model, recipe.training.seed, recipe.bridge.use_hf, list(_states(run))]
     text = json.dumps(decisive, sort_keys=True, default=dict)  # read-only mappings
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

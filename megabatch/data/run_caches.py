@@ -55,6 +55,7 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
         loss_scale=resolved(data.loss_scale),
         channels=recipe.training.enable_channel_loss,
         sanitize_control_tokens=data.sanitize_control_tokens,
+        new_special_tokens=tuple(recipe.model.new_special_tokens),
     )
 
 

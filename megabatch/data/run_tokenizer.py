@@ -10,23 +10,58 @@ from typing import Any
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.converters.atomic import replacing
+from megabatch.converters.auxiliary_files import carry_over, carry_tokenizer, tokenizer_files
 from megabatch.converters.families import family_named
+from megabatch.converters.families.config_json import with_vocabulary
+from megabatch.converters.hf_model import read_config
 from megabatch.data.rows import sources
 from megabatch.data.rows.formats import conversation_of
+from megabatch.data.tokens import new_tokens
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError, DataError, MegabatchError
 
 NEW_MODEL = "model"
-"""Folder in the run directory with config.json and tokenizer of a new model."""
+"""Folder in the run directory with config.json and tokenizer of a new model, or of one that gets new tokens."""
 
 
 def tokenizer_of(run: RunConfig) -> Path:
-    """Folder of the run's tokenizer; downloads or trains it if necessary. Raises: ConfigError, DataError."""
-    if run.recipe.model.model is None:
+    """Folder of the run's tokenizer; downloads, trains or extends it if necessary. Raises: ConfigError, DataError."""
+    model = run.recipe.model
+    if model.model is None:
         return new_model(run)[1]
-    tokenizer = folder_of(resolved(run.recipe.model.tokenizer), run)
+    tokenizer = folder_of(resolved(model.tokenizer), run)
     tokenizers.check(tokenizer)
+    if model.new_special_tokens:
+        return extended(tokenizer, run, config_folder=folder_of(model.model, run))
     return tokenizer
+
+
+def extended(tokenizer: Path, run: RunConfig, *, config_folder: Path | None = None) -> Path:
+    """A copy of a tokenizer in the run directory with the run's new tokens; with `config_folder` also its config.json,
+    for the run's vocabulary, and its other auxiliary files.
+
+    Raises: DataError where a token is there already, or gets another id than the run was planned with.
+    """
+    tokens, target = run.recipe.model.new_special_tokens, Path(run.run_dir) / NEW_MODEL
+    rows = new_tokens.rows_with(tokenizer, tokens)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if config_folder is not None:
+            carry_over(config_folder, target, skip=("config.json", *tokenizer_files(config_folder)))
+            config = with_vocabulary(read_config(config_folder), run.shape.vocab_size)
+            with replacing(target / "config.json") as file:
+                file.write((json.dumps(config, indent=2) + "\n").encode())
+        carry_tokenizer(tokenizer, target)
+        new_tokens.write_with(tokenizer, tokens, target)
+    except OSError as e:
+        raise MegabatchError(f"{target} cannot be written: {e.strerror or e}") from e
+    ids = tokenizers.load(target).convert_tokens_to_ids(list(tokens))
+    if ids != list(range(rows - len(tokens), rows)):
+        raise DataError(
+            f"model.new_special_tokens: transformers gives {tokens[0]!r} in {target} the id {ids[0]}, and the run was "
+            f"planned with {rows - len(tokens)}; add the tokens with transformers, and train from that folder"
+        )
+    return target
 
 
 def new_model(run: RunConfig) -> tuple[Path, Path]:
@@ -34,6 +69,8 @@ def new_model(run: RunConfig) -> tuple[Path, Path]:
     folder = Path(run.run_dir) / NEW_MODEL
     given = run.recipe.model.tokenizer
     tokenizer = folder_of(given, run) if given else _trained_tokenizer(run, folder)
+    if given and run.recipe.model.new_special_tokens:
+        tokenizer = extended(tokenizer, run)
     _write_config(run, folder, tokenizer)
     return folder, tokenizer
 
@@ -75,7 +112,8 @@ def _trained_tokenizer(run: RunConfig, folder: Path) -> Path:
         for row in source.rows(seed=run.recipe.training.seed, shuffle=data.dataset_shuffle)
         for message in conversation_of(row, columns=data.columns, system=data.system).messages
     ]
-    return tokenizers.train_bpe(texts, vocab_size=run.shape.vocab_size, out_dir=folder)
+    further = run.recipe.model.new_special_tokens
+    return tokenizers.train_bpe(texts, vocab_size=run.shape.vocab_size, out_dir=folder, further=further)
 
 
 def _write_config(run: RunConfig, folder: Path, tokenizer: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.converters.families import family_named, family_of
-from megabatch.errors import ConversionError, Fault, MegabatchError
-from megabatch.hub_cache import cached_folder, is_hub_name
+from megabatch.converters.families.config_json import with_vocabulary
+from megabatch.data.tokens.new_tokens import FIELD, listed, rows_with
+from megabatch.data.tokens.tokenizer import SPECIAL_TOKENS
+from megabatch.errors import ConversionError, DataError, Fault, MegabatchError
+from megabatch.hub_cache import cached_folder, download_command, is_hub_name
 from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.environment import SHARED_CACHES
@@ -32,6 +35,11 @@ class FoundModel:
 
 def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel:
     """The model's shape from its folder, a hub's cache or published facts; or as declared for a new model."""
+    found = _without_new_tokens(recipe, shared_cache=shared_cache)
+    return _with_new_tokens(found, recipe, shared_cache=shared_cache) if recipe.model.new_special_tokens else found
+
+
+def _without_new_tokens(recipe: Recipe, *, shared_cache: str | None) -> FoundModel:
     name = recipe.model.model
     if name is None:
         return _made(recipe)
@@ -39,8 +47,7 @@ def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel
     if path.is_dir():
         return _in_folder(path.absolute())
     if is_hub_name(name):
-        own = {cache.name: f"{shared_cache}/{cache.value}" for cache in SHARED_CACHES} if shared_cache else None
-        folder = cached_folder(name, use_hf=recipe.bridge.use_hf, environment=own)
+        folder = _downloaded(name, recipe, shared_cache=shared_cache)
         if folder is not None:
             return _in_folder(folder)
         if name in KNOWN_MODELS:
@@ -48,6 +55,50 @@ def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel
             shape = family_of(config).shape(config)
             return FoundModel(shape, "published config.json, not downloaded yet", fault=_untrainable("model", shape))
     return FoundModel(None, "not on this machine")
+
+
+def _downloaded(name: str, recipe: Recipe, *, shared_cache: str | None) -> Path | None:
+    own = {cache.name: f"{shared_cache}/{cache.value}" for cache in SHARED_CACHES} if shared_cache else None
+    return cached_folder(name, use_hf=recipe.bridge.use_hf, environment=own) if is_hub_name(name) else None
+
+
+def _with_new_tokens(found: FoundModel, recipe: Recipe, *, shared_cache: str | None) -> FoundModel:
+    """The model with a vocabulary that has `model.new_special_tokens` too."""
+    if found.shape is None or found.fault is not None:
+        return found
+    try:
+        rows = _rows_needed(found, recipe, shared_cache=shared_cache)
+    except DataError as error:
+        return replace(found, fault=fault_of(FIELD, error))
+    shape = found.shape
+    if rows <= shape.vocab_size:
+        return found
+    if recipe.model.model is None:
+        rule = f"is too few for the {rows} tokens with model.new_special_tokens"
+        return replace(found, fault=Fault("model.padded_vocab_size", shape.vocab_size, rule, try_=(rows,)))
+    grown = replace(shape, vocab_size=rows, hf_config=with_vocabulary(shape.hf_config, rows))
+    return replace(found, shape=grown)
+
+
+def _rows_needed(found: FoundModel, recipe: Recipe, *, shared_cache: str | None) -> int:
+    """Rows that the embedding needs for the tokenizer with the new tokens. Raises: DataError."""
+    model = recipe.model
+    tokens = listed(model.new_special_tokens)
+    name = model.tokenizer or model.model
+    if name is None:  # it is trained, with the new tokens
+        if there := {*tokens} & {*SPECIAL_TOKENS}:
+            raise DataError(f"{FIELD}: {min(there)!r} is a token of every new tokenizer; leave it out")
+        return 256 + len(SPECIAL_TOKENS) + len(tokens)
+    folder: Path | None = Path(name).expanduser().absolute()
+    if folder is not None and not folder.is_dir():
+        own = found.folder if model.tokenizer is None else None
+        folder = own or _downloaded(name, recipe, shared_cache=shared_cache)
+    if folder is None:
+        raise DataError(
+            f"{FIELD}: needs the tokenizer of {name} on this machine, to know how many rows the embedding gets; run "
+            f"first: {download_command(name, use_hf=recipe.bridge.use_hf)}"
+        )
+    return rows_with(folder, tokens)
 
 
 def fault_of(field: str, error: MegabatchError) -> Fault:

@@ -14,6 +14,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.run import save_folder
 from megabatch.config.user_code import with_user_code
 from megabatch.data.rows.names import parse
+from megabatch.data.tokens.new_tokens import listed
 from megabatch.errors import DataError
 
 _Path = str | os.PathLike[str]
@@ -49,7 +50,12 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     own = with_user_code(recipe, absolute)
     return replace(
         own,
-        model=replace(model, model=absolute_model(model.model), tokenizer=absolute_model(model.tokenizer)),
+        model=replace(
+            model,
+            model=absolute_model(model.model),
+            tokenizer=absolute_model(model.tokenizer),
+            new_special_tokens=_tokens(model.new_special_tokens),
+        ),
         data=replace(
             recipe.data,
             dataset=_datasets(recipe, recipe.data.dataset),
@@ -72,6 +78,14 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         ),
         tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
     )
+
+
+def _tokens(given: Sequence[str]) -> tuple[str, ...]:
+    """The tokens in place of the files that list them: a run keeps its tokens though a file changes."""
+    try:
+        return listed(given)
+    except DataError:
+        return tuple(given)  # `find_model` reports the fault
 
 
 def _datasets(recipe: Recipe, datasets: Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from megabatch.converters.adapters.adapter import Tables
 from megabatch.converters.adapters.config import scale_of
 from megabatch.converters.adapters.fit import open_fitting, open_own
 from megabatch.converters.adapters.peft_folder import is_peft
-from megabatch.converters.adapters.targets import Target, find_targets, find_whole, hf_names
+from megabatch.converters.adapters.targets import Target, find_targets, find_whole, hf_names, module_of
 from megabatch.converters.families import family_named
 from megabatch.converters.frozen import Freezing, frozen_names
 from megabatch.converters.mapping import Mapped
@@ -34,10 +34,31 @@ def tuning_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
 
 def _frozen(recipe: Recipe, table: Sequence[Mapped]) -> Iterator[Fault]:
     try:
-        frozen_names(table, Freezing.of(recipe.tuner))
+        frozen = frozen_names(table, Freezing.of(recipe.tuner))
     except ConversionError as error:
         field, _, what = str(error).partition(": ")
         yield Fault(f"tuner.{field}:", None, what, bare=True)
+        return
+    yield from _new_tokens_learn(recipe, table, {mapped.name for mapped in table} - frozen)
+
+
+def _new_tokens_learn(recipe: Recipe, table: Sequence[Mapped], trained: Collection[str]) -> Iterator[Fault]:
+    """Rows of new tokens that nothing trains would stay the mean of the others."""
+    still = [mapped for mapped in table if mapped.split == "vocab" and mapped.name not in trained]
+    if not recipe.model.new_special_tokens or not still:
+        return
+    module = module_of(still[0])
+    name = module.rpartition(".")[2]
+    if recipe.tuner.tuner_type != "lora":
+        fix = f"add {module!r} to tuner.trainable_parameters"
+    elif not any(mapped.name == "output_layer.weight" for mapped in table):
+        fix = "adapters of an embedding that is the output layer too are not built, so set tuner.tuner_type='full'"
+    elif recipe.bridge.merge_lora is False:
+        fix = f"add {name!r} to tuner.modules_to_save, the rows that a PEFT folder holds"
+    else:
+        fix = f"add {name!r} to tuner.modules_to_save or tuner.target_modules"
+    rule = f"{name} is frozen, so its new rows learn nothing; {fix}"
+    yield Fault("model.new_special_tokens:", None, rule, bare=True)
 
 
 def _adapters(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Iterator[Fault]:
@@ -52,6 +73,8 @@ def _adapters(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Ite
     except ConversionError as error:
         yield fault_of("tuner.modules_to_save", error)
         return
+    adapted = {target.weight.name for target in targets} if recipe.bridge.merge_lora is not False else set()
+    yield from _new_tokens_learn(recipe, table, whole | adapted)
     given = [*(("bridge.adapters", folder) for folder in recipe.bridge.adapters)]
     if tuner.adapter_load is not None:
         given.append(("tuner.adapter_load", tuner.adapter_load))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.converters.families import family_named
 from megabatch.converters.family import Family
 from megabatch.converters.hf_model import HfModel, open_hf_model
-from megabatch.data.run_tokenizer import folder_of, new_model
-from megabatch.data.tokens import tokenizer as tokenizers
+from megabatch.data.run_tokenizer import folder_of, new_model, tokenizer_of
 from megabatch.errors import ConfigError
+from megabatch.trainer.grown_vocabulary import GrownVocabulary
 from megabatch.trainer.made_tensors import RandomWeights
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.ranks import Ranks
@@ -28,16 +27,22 @@ class ModelSource:
     """config.json and the other auxiliary files, which exported folders get too."""
     tokenizer: Path
     weights: HfModel | RandomWeights
+    vocabulary: int | None = None
+    """Rows of the embedding, where new tokens need more than the weights have."""
 
     def load(self, model: Model, ranks: Ranks) -> None:
         """Fills this rank's parameters."""
         if isinstance(self.weights, RandomWeights):
             table = self.family.tensors(model.shape)
             load(model, self.weights, table, ranks, dtype_of=self.weights.dtypes)
+            return
+        folder, table = self.weights.folder, self.weights.tensors
+        dtypes = {name: info.dtype for name, info in folder.tensors.items()}
+        if self.vocabulary is None:
+            load(model, folder, table, ranks, dtype_of=dtypes)
         else:
-            folder = self.weights.folder
-            dtypes = {name: info.dtype for name, info in folder.tensors.items()}
-            load(model, folder, self.weights.tensors, ranks, dtype_of=dtypes)
+            grown = GrownVocabulary(folder, table, rows=self.vocabulary)
+            load(model, grown, grown.table, ranks, dtype_of=dtypes)
 
 
 def model_source(run: RunConfig, ranks: Ranks) -> ModelSource:
@@ -48,18 +53,20 @@ def model_source(run: RunConfig, ranks: Ranks) -> ModelSource:
     if (model := run.recipe.model.model) is None:
         return _made(run, ranks)
     folder = ranks.on_main(lambda: folder_of(model, run))
-    tokenizer = ranks.on_main(lambda: folder_of(resolved(run.recipe.model.tokenizer), run))
-    ranks.on_main(lambda: tokenizers.check(tokenizer))
+    tokenizer = ranks.on_main(lambda: tokenizer_of(run))
     ranks.on_main(lambda: _prove(folder, run))
     opened = open_hf_model(folder, compare_duplicates=False)
-    return ModelSource(opened.family, folder, tokenizer, opened)
+    config_folder = tokenizer if run.recipe.model.new_special_tokens else folder
+    grown = run.shape.vocab_size if run.shape.vocab_size > opened.shape.vocab_size else None
+    return ModelSource(opened.family, config_folder, tokenizer, opened, grown)
 
 
 def _prove(folder: Path, run: RunConfig) -> None:
     """One rank checks for all: the tensors, and that the shape is still the planned one."""
-    opened = open_hf_model(folder)
-    if opened.shape != run.shape:
-        old, new = run.shape, opened.shape
+    new, old = open_hf_model(folder).shape, run.shape
+    if run.recipe.model.new_special_tokens and new.vocab_size < old.vocab_size:
+        new = replace(new, vocab_size=old.vocab_size)
+    if new != old:
         names = [n for n in old.__slots__ if n != "hf_config" and getattr(old, n) != getattr(new, n)]
         if names:
             changes = ", ".join(f"{n} {getattr(old, n)} → {getattr(new, n)}" for n in names)

@@ -23,10 +23,8 @@ from megabatch import (
     Resources,
     Training,
 )
-from megabatch.config.new_model import declared_shape
 from megabatch.config.run import RunConfig, resolve
-from megabatch.converters.families import family_named, family_of
-from megabatch.converters.hf_model import read_config
+from megabatch.entry.model import find_model
 from megabatch.saved.manifest import MANIFEST
 
 SHAPE: dict[str, Any] = {
@@ -96,16 +94,10 @@ def with_fields(made: Recipe, **groups: dict[str, Any]) -> Recipe:
 
 def write_run(made: Recipe, run_dir: Path) -> Path:
     """Resolves a recipe into a run directory as the launcher does."""
-    if made.model.model is not None:
-        config = read_config(made.model.model)
-        shape = family_of(config).shape(config)
-    else:
-        declared = declared_shape(made)
-        assert declared is not None and made.model.model_type is not None
-        family = family_named(made.model.model_type)
-        shape = family.shape(family.hf_config(declared))
+    found = find_model(made)
+    assert found.shape is not None and found.fault is None, found.fault
     run_dir.mkdir(parents=True, exist_ok=True)
-    resolve(made, shape=shape, run_dir=run_dir, provenance={}).save(run_dir / "run.json")
+    resolve(made, shape=found.shape, run_dir=run_dir, provenance={}).save(run_dir / "run.json")
     return run_dir
 
 

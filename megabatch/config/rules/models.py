@@ -75,6 +75,16 @@ def given_model_decides_its_shape(recipe: Recipe, shape: ModelShape | None, layo
         yield Fault("moe.moe_layer_freq", frequency, rule)
 
 
+def new_tokens_begin_at_the_model(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    load = recipe.checkpoint.load
+    if recipe.model.new_special_tokens and load is not None:
+        rule = (
+            "has an embedding of its own, which model.new_special_tokens does not extend; convert it with "
+            "megabatch-convert --to_hf, and train from that folder as model.model"
+        )
+        yield Fault("checkpoint.load", load, rule)
+
+
 def heads_divide(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     if shape is None or recipe.model.model is not None:
         return
@@ -172,6 +182,7 @@ def _padding_to_capacity_fits(recipe: Recipe, shape: ModelShape | None) -> Itera
 RULES = (
     new_model_is_described,
     given_model_decides_its_shape,
+    new_tokens_begin_at_the_model,
     heads_divide,
     positions_suffice,
     dense_models_take_no_moe,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -31,14 +31,16 @@ OF_THE_ASSISTANT = re.compile(r"[<\[]/?(think|tool_call)[>\]]", re.IGNORECASE)
 class ControlTokens:
     """The control tokens of one tokenizer."""
 
-    def __init__(self, tokenizer: Any, extra: Iterable[str] = ()) -> None:
-        """`extra`: added tokens that separate turns although they are not declared special."""
+    def __init__(self, tokenizer: Any, extra: Iterable[str] = (), *, of_the_data: Collection[str] = ()) -> None:
+        """`extra`: added tokens that separate turns although they are not declared special; `of_the_data`: special
+        tokens that control nothing."""
         self._tokenizer = tokenizer
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         listed = getattr(tokenizer, "chat_control_tokens", None) or ()
         known = set(tokenizer.get_added_vocab())
         self.tokens = sorted(
             {t for t in (*added, *map(str, tokenizer.all_special_tokens), *listed, *extra) if t in known and t.strip()}
+            - {*of_the_data}
         )
         written = [json.dumps(token, ensure_ascii=False)[1:-1] for token in self.tokens]
         self._beginnings = tuple({text[:2] for text in written} | {f'{text[0]}"' for text in written})

@@ -20,7 +20,10 @@ class Conversations:
         """Raises: DataError for the template."""
         self._encoding = encoding
         self._template = Template(
-            tokenizer, name=encoding.template, sanitize_control_tokens=encoding.sanitize_control_tokens
+            tokenizer,
+            name=encoding.template,
+            sanitize_control_tokens=encoding.sanitize_control_tokens,
+            new_special_tokens=encoding.new_special_tokens,
         )
 
     def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:

@@ -30,7 +30,8 @@ class Documents:
             )
         self._eos = tokenizer.eos_token_id
         self._backend = backend(tokenizer)
-        self._control = ControlTokens(tokenizer) if encoding.sanitize_control_tokens else None
+        written = encoding.new_special_tokens
+        self._control = ControlTokens(tokenizer, of_the_data=written) if encoding.sanitize_control_tokens else None
         self._columns: Mapping[str, str] | None = encoding.columns
         self._system = encoding.system
 

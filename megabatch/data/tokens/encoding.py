@@ -34,6 +34,8 @@ class Encoding:
     """Whether samples keep the name in their row's column `channel`."""
     sanitize_control_tokens: bool = True
     """Whether control tokens in the data are tokenised as plain text."""
+    new_special_tokens: tuple[str, ...] = ()
+    """Tokens that the run has added to its tokenizer, for the data to write."""
 
     def __post_init__(self) -> None:
         # Read-only views of a mapping can be neither pickled nor written as JSON.

@@ -11,7 +11,7 @@ import difflib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from megabatch.data.tokens.control_tokens import ESCAPED, ControlTokens, Spellin
 from megabatch.data.tokens.default_templates import CHATML, PLAIN, with_bos
 from megabatch.data.tokens.fitting import Fitting
 from megabatch.data.tokens.locating import Locator, Part
+from megabatch.data.tokens.new_tokens import of_the_data
 from megabatch.data.tokens.rendering import MARKS, Rendered, Renderer
 from megabatch.data.tokens.sample import Encoded
 from megabatch.data.tokens.tokenizer import backend
@@ -56,15 +57,24 @@ class _Form(NamedTuple):
 class Template:
     """A chat template together with its tokenizer."""
 
-    def __init__(self, tokenizer: Any, *, name: str | None = None, sanitize_control_tokens: bool = True) -> None:
-        """`name`: None for the tokenizer's own (see `_sources`), `chatml` or `plain`. Raises: DataError."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        name: str | None = None,
+        sanitize_control_tokens: bool = True,
+        new_special_tokens: Collection[str] = (),
+    ) -> None:
+        """`name`: None for the tokenizer's own (see `_sources`), `chatml` or `plain`; `new_special_tokens`: tokens of
+        the run's own, which are text to the template unless it writes them itself. Raises: DataError."""
         self.tokenizer = tokenizer
         self.name, self.sources = _sources(tokenizer, name)
-        self._ends = TurnEnds(_special(tokenizer), eos=tokenizer.eos_token)
+        text = of_the_data(new_special_tokens, self.sources.values())
+        self._ends = TurnEnds(_special(tokenizer) - text, eos=tokenizer.eos_token)
         advice = _advice(tokenizer, self.name)
         self._forms = {kind: _form(tokenizer, source, self._ends, advice) for kind, source in self.sources.items()}
         extra = {token for form in self._forms.values() for token in _turn_tokens(tokenizer, form)}
-        self._control = ControlTokens(tokenizer, extra) if sanitize_control_tokens else None
+        self._control = ControlTokens(tokenizer, extra, of_the_data=text) if sanitize_control_tokens else None
         self._aligner = Aligner(backend(tokenizer))
         self._warned = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,19 @@ def backend(tokenizer: Any) -> Any:
     return tokenizer.backend_tokenizer
 
 
-def train_bpe(texts: Iterable[str], *, vocab_size: int, out_dir: Path | str) -> Path:
+def train_bpe(texts: Iterable[str], *, vocab_size: int, out_dir: Path | str, further: Sequence[str] = ()) -> Path:
     """Trains a byte-level BPE with ChatML tokens and saves it so that transformers' AutoTokenizer loads it.
 
     The same texts give the same files. The vocabulary may come out smaller than `vocab_size` when the texts hold
     fewer merges.
 
-    Args: `vocab_size` includes 256 bytes and three special tokens.
+    Args: `vocab_size` includes 256 bytes and three special tokens; `further`: special tokens besides those.
     Returns: `out_dir`.   Raises: DataError for a vocabulary too small or no text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    smallest = 256 + len(SPECIAL_TOKENS)
+    special = [*SPECIAL_TOKENS, *further]
+    smallest = 256 + len(special)
     if vocab_size < smallest:
         raise DataError(f"vocab_size={vocab_size} is below the 256 bytes and special tokens; try {smallest} or more")
     texts = list(texts)
@@ -88,7 +89,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, out_dir: Path | str) -> 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -101,7 +102,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, out_dir: Path | str) -> 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_of_turn,
         "pad_token": end_of_text,
-        "additional_special_tokens": ["<|im_start|>"],
+        "additional_special_tokens": ["<|im_start|>", *further],
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 20,
         "chat_template": CHATML,

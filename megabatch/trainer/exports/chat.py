@@ -14,16 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megabatch.converters.atomic import replacing
-from megabatch.converters.auxiliary_files import auxiliary_files, carry_over
+from megabatch.converters.auxiliary_files import carry_over, carry_tokenizer, tokenizer_files
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.data.tokens.templates import Template
 from megabatch.errors import DataError
 
-_TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-    "sentencepiece*", "*.tiktoken", "chat_template.*", "additional_chat_templates/*",
-)  # fmt: skip
-"""Auxiliary files that belong to the tokenizer, as shell patterns."""
 _TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
 
 
@@ -40,10 +35,9 @@ class ChatExport:
     def write(self, config_folder: Path, directory: Path) -> None:
         """Writes the auxiliary files of both folders, without config.json. Raises: MegabatchError, OSError."""
         chat = _chat(self.tokenizer, self.template) if self.has_turns else _Chat(None, None)
-        dropped = _TEMPLATES if chat.source is not None else ()
-        carry_over(config_folder, directory, skip=("config.json", *_named(config_folder, _TOKENIZER)))
-        others = {name.as_posix() for name in auxiliary_files(self.tokenizer)} - {*_named(self.tokenizer, _TOKENIZER)}
-        carry_over(self.tokenizer, directory, skip=(*others, *_named(self.tokenizer, dropped)))
+        dropped = _templates(self.tokenizer) if chat.source is not None else []
+        carry_over(config_folder, directory, skip=("config.json", *tokenizer_files(config_folder)))
+        carry_tokenizer(self.tokenizer, directory, skip=dropped)
         if chat.source is not None:
             _write_template(directory, chat.source)
         if chat.end is not None:
@@ -65,9 +59,8 @@ def _chat(tokenizer: Path, name: str | None) -> _Chat:
     return _Chat(None if template.is_own else template.sources["default"], number)
 
 
-def _named(folder: Path, patterns: tuple[str, ...]) -> list[str]:
-    names = [path.as_posix() for path in auxiliary_files(folder)]
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+def _templates(folder: Path) -> list[str]:
+    return [name for name in tokenizer_files(folder) if any(fnmatch(name, pattern) for pattern in _TEMPLATES)]
 
 
 def _write_template(directory: Path, source: str) -> None:
