@@ -46,7 +46,7 @@ def shrink(recipe: Recipe, shape: ModelShape, *, steps: int, max_ranks: int) -> 
     small = replace(recipe, **{group: replace(getattr(recipe, group), **fields) for group, fields in parallel.items()})
     small = _on_cpus(small, notes)
     vp = virtual_stages(recipe.parallel, shape.num_layers)
-    small = _small_model(small, shape, vp=vp)
+    small = _small_model(small, shape, notes, vp=vp)
     small = _little_data(small, notes)
     small = _new_adapters(small, notes)
     small = _few_steps(small, recipe, shape, steps=steps, world=world, vp=vp)
@@ -116,12 +116,14 @@ def _on_cpus(recipe: Recipe, notes: list[str]) -> Recipe:
     return recipe
 
 
-def _small_model(recipe: Recipe, shape: ModelShape, *, vp: int) -> Recipe:
+def _small_model(recipe: Recipe, shape: ModelShape, notes: list[str], *, vp: int) -> Recipe:
     parallel = recipe.parallel
     tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     groups = max(2, tp)
     heads = groups * (2 if shape.num_query_groups < shape.num_attention_heads else 1)
     layers = max(2, parallel.pipeline_model_parallel_size * vp)
+    if recipe.model.new_special_tokens:
+        notes.append("model.new_special_tokens: left out, since the small model is a new one")
     model = Model(
         model_type=shape.model_type,
         tokenizer=recipe.model.tokenizer if Path(recipe.model.tokenizer or "/nowhere").is_dir() else None,
