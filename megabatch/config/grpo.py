@@ -187,6 +187,9 @@ class Rollout:
     """Port at which trainer and servers form the group that weights travel in; None takes a free one."""
     vllm_enable_lora: bool = param(False, built=False)
     """Sends adapters to the engine instead of merged weights."""
+    sync_tolerance: float | None = param(None, built=False, above=0)
+    """Largest difference of a token's log-probability between trainer and engine after weights were sent, above which
+    the run stops; None means 1e-3 in float32 and 0.5 otherwise."""
     sleep_level: Literal[0, 1, 2] = param(0, built=False)
     """What the engine frees during training: nothing, its cache, or its weights too."""
     offload_optimizer: bool = param(False, built=False)

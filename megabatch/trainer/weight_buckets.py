@@ -20,7 +20,7 @@ from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import SAFETENSORS_DTYPES, export
 
 BUCKET_BYTES = 512 << 20
-_ALIGN = 64
+ALIGN = 64
 """Tensors start at multiples of this many bytes, so that they can be used in place."""
 
 
@@ -70,13 +70,13 @@ class _Filling:
     """The bucket being filled."""
 
     def __init__(self, size: int) -> None:
-        self._data = memoryview(bytearray(max(size, _ALIGN)))
+        self._data = memoryview(bytearray(max(size, ALIGN)))
         self._parts: list[Part] = []
         self._used = 0
 
     def make_room(self, size: int) -> Iterator[Bucket]:
         """For a tensor of this size, which begins now."""
-        self._used += -self._used % _ALIGN
+        self._used += -self._used % ALIGN
         if self._parts and self._used + size > self._data.nbytes:
             yield from self.flush()
 

@@ -130,11 +130,15 @@ def export(
     exhaust the iterator: ranks that own nothing still take part in the gathers.
     Args: only: canonical names, None for all.
     """
+    items = placed(model, table, ranks, adapter=adapter)
+    return export_placed(model, [item for item in items if only is None or item.mapped.name in only], ranks)
+
+
+def export_placed(model: Model, items: Sequence[Placed], ranks: Ranks) -> Iterator[tuple[Mapped, Iterator[HfRows]]]:
+    """`export` for some of this rank's parameters. Every rank of a tensor-parallel group passes the same ones."""
     adapters = merged_weights(model.chunks)
-    for item in placed(model, table, ranks, adapter=adapter):
+    for item in items:
         if item.is_copy or not in_first_replica(item.mapped, ranks):
-            continue
-        if only is not None and item.mapped.name not in only:
             continue
         rank, size = tensor_split(item.mapped, ranks)
         padded = model.padded_vocab_size if item.mapped.split == "vocab" else None

@@ -1,0 +1,99 @@
+"""Every rank's buckets of live weights on every rank that has an engine, one bucket at a time.
+
+Tensors are gathered over their tensor-parallel groups, and buckets travel over the world. So that no rank waits in one
+while another waits in the other, ranks export in rounds: the tensors of a round fill at most one bucket, ranks of a
+group have the same rounds, and buckets travel between rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megabatch.converters.bijection import invert
+from megabatch.converters.mapping import Mapped, elements
+from megabatch.rollout.bucket import Bucket
+from megabatch.trainer.model.build import Model
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.weight_buckets import ALIGN, BUCKET_BYTES, fill_buckets
+from megabatch.trainer.weights import SAFETENSORS_DTYPES, Placed, export_placed, placed
+
+Receivers = Literal["all", "main"]
+"""The ranks that have engines."""
+
+
+def shared_buckets(
+    model: Model,
+    table: Sequence[Mapped],
+    ranks: Ranks,
+    *,
+    receivers: Receivers = "all",
+    bucket_bytes: int = BUCKET_BYTES,
+) -> Iterator[Bucket]:
+    """All tensors of the model, each once, with the adapter in use merged in. Only receivers get buckets.
+
+    Collective: every rank must exhaust the iterator. Memory holds the tensor being gathered, a bucket to send and one
+    that came. Raises: RolloutError for a bucket that arrives damaged.
+    """
+    rounds = _rounds(placed(model, table, ranks), bucket_bytes=bucket_bytes)
+    most = torch.tensor(len(rounds))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    shapes, dtype = invert(table), SAFETENSORS_DTYPES[model.config.params_dtype]
+    for number in range(int(most)):
+        items = rounds[number] if number < len(rounds) else []
+        own = fill_buckets(export_placed(model, items, ranks), shapes, dtype=dtype, bucket_bytes=bucket_bytes)
+        yield from _sent_around(own, ranks, receivers)
+
+
+def _rounds(items: Sequence[Placed], *, bucket_bytes: int) -> list[list[Placed]]:
+    """The tensors that fit into a bucket together, or one that is larger. Whole tensors count, whatever part of them
+    this rank has, so that ranks which split them come to the same rounds."""
+    rounds: list[list[Placed]] = []
+    used = 0
+    for item in items:
+        size = elements(item.mapped.shape) * item.parameter.element_size()
+        size += ALIGN * len({piece.hf for piece in item.mapped.pieces})
+        if not rounds or used + size > bucket_bytes:
+            rounds.append([])
+            used = 0
+        rounds[-1].append(item)
+        used += size
+    return rounds
+
+
+def _sent_around(own: Iterator[Bucket], ranks: Ranks, receivers: Receivers) -> Iterator[Bucket]:
+    """The buckets of a round: each rank's first, then each rank's second, and so on."""
+    is_receiver = receivers == "all" or ranks.is_main
+    while True:
+        bucket = next(own, None)
+        manifests: list[Mapping[str, Any] | None] = [None] * ranks.place.world_size
+        dist.all_gather_object(manifests, None if bucket is None else bucket.manifest())
+        if not any(manifests):
+            return
+        for rank, manifest in enumerate(manifests):
+            if manifest is not None:
+                found = _sent(bucket, rank, manifest, ranks, receivers)
+                if is_receiver:
+                    assert found is not None
+                    yield found
+
+
+def _sent(
+    own: Bucket | None, sender: int, manifest: Mapping[str, Any], ranks: Ranks, receivers: Receivers
+) -> Bucket | None:
+    """A sender's bucket, on the receivers and the sender."""
+    is_sender = sender == ranks.rank
+    data = own.data if is_sender and own is not None else memoryview(bytearray(manifest["size"]))
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    if receivers == "all":
+        dist.broadcast(flat, src=sender)
+    elif sender != 0 and is_sender:
+        dist.send(flat, dst=0)
+    elif sender != 0 and ranks.is_main:
+        dist.recv(flat, src=sender)
+    if is_sender:
+        return own
+    return Bucket.of(manifest, data) if receivers == "all" or ranks.is_main else None

@@ -1,0 +1,171 @@
+"""The rollout engines of a run, seen from all of its ranks: their weights, and what they generate.
+
+Every rank calls everything here together, and gets the same completions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch.distributed as dist
+
+from megabatch.converters.family import Family
+from megabatch.errors import MegabatchError, RolloutError
+from megabatch.rollout.bucket import Bucket
+from megabatch.rollout.engine import Completion, Request, RolloutEngine
+from megabatch.trainer.data.global_batch import Share
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.sums import Ratio
+from megabatch.trainer.sync.dealing import dealt
+from megabatch.trainer.sync.exchange import Receivers, shared_buckets
+from megabatch.trainer.sync.proof import Agreement, agreement, fixed_sequences, trainers_scores
+from megabatch.trainer.weight_buckets import BUCKET_BYTES
+
+T = TypeVar("T")
+
+
+class Rollouts:
+    """One engine on every rank, or one on the main rank that stands for servers."""
+
+    def __init__(
+        self,
+        mine: RolloutEngine | None,
+        ranks: Ranks,
+        family: Family,
+        *,
+        receivers: Receivers = "all",
+        experts: Literal["per_expert", "fused"],
+        share: Share,
+        tolerance: float,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """Args: mine: this rank's engine, None where it has none; experts: `RolloutEngine.experts`; share: how this
+        run makes rows; tolerance: most that log-probabilities of trainer and engines may differ by after an update."""
+        self._mine, self._ranks, self._family = mine, ranks, family
+        self._receivers, self._experts, self._share = receivers, experts, share
+        self._tolerance, self._bucket_bytes = tolerance, bucket_bytes
+
+    def update(self, engine: Engine, version: int) -> Mapping[str, Ratio]:
+        """Gives the policy to the engines, and proves that they compute what it computes.
+
+        Returns: metrics. Raises: RolloutError on every rank, naming the tensors that differ where engines can tell.
+        """
+        start = time.monotonic()
+        self._together(self._wake)
+        self._send(engine, version)
+        sent_s = time.monotonic() - start
+        found = self._proof(engine)
+        if not found.largest <= self._tolerance:
+            raise RolloutError(self._disagreement(engine, version, found))
+        return {
+            "sync_max_logp_difference": Ratio(found.largest, 1.0),
+            "sync_mean_logp_difference": Ratio(found.mean, 1.0),
+            "sync_s": Ratio(sent_s, 1.0),
+        }
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request, in their order, on every rank. Each rank passes the same requests.
+
+        Raises: RolloutError on every rank.
+        """
+        mine = requests
+        if self._receivers == "all":
+            shares = dealt([request.prompt for request in requests], self._ranks.place.world_size)
+            mine = [requests[index] for index in shares[self._ranks.rank]]
+        made = self._together(lambda: [] if self._mine is None or not mine else self._mine.generate(mine))
+        by_key = {one.key: one for some in self._everyones(made) for one in some}
+        return [by_key[request.key] for request in requests]
+
+    def rest(self, level: int) -> None:
+        """Frees memory until the next update (`RolloutEngine.sleep`)."""
+        self._together(lambda: self._mine.sleep(level) if self._mine is not None else None)
+
+    def close(self) -> None:
+        if self._mine is not None:
+            self._mine.close()
+
+    def _wake(self) -> None:
+        if self._mine is not None:
+            self._mine.wake()
+
+    def _send(self, engine: Engine, version: int) -> None:
+        buckets = self._buckets(engine)
+        if self._mine is not None:
+            self._ranks.raise_together(_taken(self._mine, buckets, version))
+        else:
+            for _ in buckets:
+                """This rank only takes part in the exchange."""
+            self._ranks.raise_together(None)
+
+    def _buckets(self, engine: Engine) -> Iterator[Bucket]:
+        table = self._family.tensors(engine.model.shape, experts=self._experts)
+        return shared_buckets(
+            engine.model, table, self._ranks, receivers=self._receivers, bucket_bytes=self._bucket_bytes
+        )
+
+    def _proof(self, engine: Engine) -> Agreement:
+        """The worst agreement of any engine, and the mean over engines."""
+        shape = engine.model.shape
+        sequences = fixed_sequences(shape.vocab_size, positions=shape.max_position_embeddings)
+        expected = trainers_scores(engine, sequences, self._share)
+        mine = self._together(lambda: None if self._mine is None else agreement(expected, self._mine.score(sequences)))
+        found = [one for one in self._everyones(mine) if one is not None]
+        return Agreement(max(one.largest for one in found), sum(one.mean for one in found) / len(found))
+
+    def _disagreement(self, engine: Engine, version: int, found: Agreement) -> str:
+        names: dict[str, None] = {}
+        can_tell = True
+        for bucket in self._buckets(engine):
+            differing = self._mine.differing(bucket) if self._mine is not None else []
+            can_tell = can_tell and differing is not None
+            names |= dict.fromkeys(differing or ())
+        everyones = self._everyones((list(names), can_tell))
+        tensors = list(dict.fromkeys(name for some, _ in everyones for name in some))
+        if tensors:
+            blame = f"{len(tensors)} tensors differ: {', '.join(tensors[:5])}{', …' if len(tensors) > 5 else ''}"
+        elif all(told for _, told in everyones):
+            blame = "all tensors are equal, so that engine and trainer compute differently"
+        else:
+            blame = "this engine cannot tell which tensors differ"
+        return (
+            f"after update {version} the engine's log-probabilities differ from the trainer's by up to "
+            f"{found.largest:.3g} (mean {found.mean:.3g}), above rollout.sync_tolerance={self._tolerance:g}; {blame}"
+        )
+
+    def _together(self, action: Callable[[], T]) -> T:
+        """What an action of this rank's engine returns. Raises on every rank if it fails on any."""
+        value, error = None, None
+        try:
+            value = action()
+        except MegabatchError as e:
+            error = e
+        self._ranks.raise_together(error)
+        return value  # type: ignore[return-value]
+
+    def _everyones(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self._ranks.place.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _taken(engine: RolloutEngine, buckets: Iterable[Bucket], version: int) -> MegabatchError | None:
+    """Gives an engine an update. Returns: the error if it failed; all buckets are drawn all the same, because other
+    ranks wait in the exchange."""
+    error = _error_of(engine.begin_update, version)
+    for bucket in buckets:
+        error = error or _error_of(engine.put, bucket)
+    error = error or _error_of(engine.end_update)
+    if error is not None:
+        engine.abort_update()
+    return error
+
+
+def _error_of(action: Callable[..., None], *arguments: Any) -> MegabatchError | None:
+    try:
+        action(*arguments)
+    except MegabatchError as e:
+        return e
+    return None
