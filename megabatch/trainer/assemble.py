@@ -19,7 +19,7 @@ from megabatch.trainer.model.build import Model, build, ddp_config
 from megabatch.trainer.model.lora.layers import TRAINED
 from megabatch.trainer.model.transformer_config import transformer_config
 from megabatch.trainer.model.tuning import ALL, Tuning, tuning_of
-from megabatch.trainer.model_source import ModelSource
+from megabatch.trainer.model_source import ModelSource, base_of_adapter
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.references import PolicyWith, add_adapter, with_policy
@@ -116,4 +116,4 @@ def _adapter_config(run: RunConfig, tuning: Tuning) -> str:
     """Raises: ConversionError, before the first step, if PEFT would load the saved adapter as another model."""
     recipe, tables = run.recipe, Tables(family_named(run.shape.model_type), run.shape)
     for_peft = recipe.bridge.merge_lora is False
-    return config_text(recipe.tuner, tuning, tables, base=recipe.model.model, for_peft=for_peft).decode()
+    return config_text(recipe.tuner, tuning, tables, base=base_of_adapter(run), for_peft=for_peft).decode()

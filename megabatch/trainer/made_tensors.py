@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.family import Family
+from megabatch.converters.safetensors_io import Writer
 from megabatch.plan.shape import ModelShape
+from megabatch.trainer.weights import SAFETENSORS_DTYPES, bytes_of
 
 
 class MadeTensors:
@@ -48,6 +52,13 @@ class MadeTensors:
         if cols is not None:
             tensor = tensor[:, slice(*cols)]
         into[:] = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+    def save(self, file: Path, *, dtype: torch.dtype) -> None:
+        """Writes all of them as safetensors. Raises: ConversionError if the file cannot be written."""
+        kind = SAFETENSORS_DTYPES[dtype]
+        with Writer(file, {name: TensorInfo(kind, shape) for name, shape in self.shapes.items()}) as writer:
+            for name in self.shapes:
+                writer.write(name, bytes_of(self._tensor(name).to(dtype)))
 
     def _tensor(self, name: str) -> Tensor:
         if self._last is None or self._last[0] != name:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.converters.families import family_named
 from megabatch.converters.family import Family
 from megabatch.converters.hf_model import HfModel, open_hf_model
-from megabatch.data.run_tokenizer import folder_of, new_model, tokenizer_of
+from megabatch.data.run_tokenizer import NEW_MODEL, folder_of, new_model, tokenizer_of
 from megabatch.errors import ConfigError
 from megabatch.trainer.grown_vocabulary import GrownVocabulary
 from megabatch.trainer.made_tensors import RandomWeights
 from megabatch.trainer.model.build import Model
+from megabatch.trainer.model.transformer_config import DTYPES
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import load
 
@@ -76,4 +78,22 @@ def _prove(folder: Path, run: RunConfig) -> None:
 def _made(run: RunConfig, ranks: Ranks) -> ModelSource:
     family = family_named(run.shape.model_type)
     folder, tokenizer = ranks.on_main(lambda: new_model(run))
-    return ModelSource(family, folder, tokenizer, RandomWeights(family, run.shape, seed=run.recipe.training.seed))
+    weights = RandomWeights(family, run.shape, seed=run.recipe.training.seed)
+    if base_of_adapter(run) == str(folder):
+        ranks.on_main(lambda: _save_base(weights, folder, run))
+    return ModelSource(family, folder, tokenizer, weights)
+
+
+def base_of_adapter(run: RunConfig) -> str | None:
+    """Name or folder of the model that the run's adapter belongs to: the recipe's, or the new one, whose weights the
+    run keeps. None where a new model is not adapted, or begins with a checkpoint."""
+    recipe = run.recipe
+    if recipe.tuner.tuner_type != "lora" or recipe.model.model is not None or recipe.checkpoint.load is not None:
+        return recipe.model.model
+    return str(Path(run.run_dir) / NEW_MODEL)
+
+
+def _save_base(weights: RandomWeights, folder: Path, run: RunConfig) -> None:
+    """Once: nothing else says what an adapter of a new model was trained beside."""
+    if not (file := folder / "model.safetensors").exists():
+        weights.save(file, dtype=DTYPES[resolved(run.recipe.model.torch_dtype)])

@@ -36,7 +36,7 @@ from megabatch.trainer.model.build import Model
 from megabatch.trainer.model.lora.layers import TRAINED
 from megabatch.trainer.model.lora.lora import Lora
 from megabatch.trainer.model.tuning import Tuning
-from megabatch.trainer.model_source import ModelSource
+from megabatch.trainer.model_source import ModelSource, base_of_adapter
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import SAFETENSORS_DTYPES, export
 
@@ -53,7 +53,7 @@ class PeftExport(Export):
     family: Family
     tuner: Tuner
     base: str | None
-    """The base model of the adapter, as the recipe names it."""
+    """The base model of the adapter, as the recipe names it, or its folder."""
     config_folder: Path
     chat: ChatExport
 
@@ -99,8 +99,7 @@ class PeftExport(Export):
 def peft_export(run: RunConfig, source: ModelSource) -> PeftExport:
     """The export of a run's adapter."""
     family = family_named(run.shape.model_type)
-    recipe = run.recipe
-    return PeftExport(family, recipe.tuner, recipe.model.model, source.config_folder, chat_of(run, source))
+    return PeftExport(family, run.recipe.tuner, base_of_adapter(run), source.config_folder, chat_of(run, source))
 
 
 def config_text(tuner: Tuner, tuning: Tuning, tables: Tables, *, base: str | None, for_peft: bool = True) -> bytes:
