@@ -28,6 +28,8 @@ class Task:
     """Default of `data.truncation_strategy`."""
     calculate_per_token_loss: bool = True
     """Default of `training.calculate_per_token_loss`."""
+    example: Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels"] = "arithmetic"
+    """Dataset that megabatch generates with rows of this task (`data.rows.synthetic`)."""
     streams: bool = False
     """Whether it can draw from a stream of rows (`data.streaming`)."""
     built: bool = False
@@ -39,15 +41,20 @@ def _rlhf(
     *,
     rows: Literal["conversations", "pairs"] = "conversations",
     truncation_strategy: Literal["delete", "left"] = "delete",
+    streams: bool = False,
+    built: bool = False,
 ) -> Task:
     return Task(
         name=name,
         task="rlhf",
         rlhf_type=name,
         rows=rows,
+        example="arithmetic_pairs" if rows == "pairs" else "arithmetic",
         loss_scale="last_round",
         truncation_strategy=truncation_strategy,
         calculate_per_token_loss=False,
+        streams=streams,
+        built=built,
     )
 
 
@@ -58,7 +65,7 @@ def _head(task_type: str) -> Task:
 TASKS = (
     Task(name="pt", task="pt", rows="documents", loss_scale="all", streams=True, built=True),
     Task(name="sft", task="sft", streams=True, built=True),
-    _rlhf("dpo", rows="pairs"),
+    _rlhf("dpo", rows="pairs", streams=True, built=True),
     _rlhf("kto"),
     _rlhf("rm", rows="pairs"),
     _rlhf("gkd"),

@@ -89,8 +89,8 @@ class Bridge:
     """Name of the environment variable that holds the hub's token, such as HF_TOKEN; never the token itself."""
     adapters: Sequence[str] = param(())
     """Folder of a LoRA adapter to start from, PEFT's or megatron-core's; at most one."""
-    ref_model: str | None = param(None, built=False)
-    """Reference model's safetensors weights; None means `model`."""
+    ref_model: str | None = param(None)
+    """Reference model's safetensors weights, of the policy's shape; None means `model`."""
     ref_adapters: Sequence[str] = param(())
     """Reference model's LoRA adapters; at most one."""
     merge_lora: bool | None = param(None)

@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megabatch.config.declare import param
+from megabatch.config.declare import freeze_lists, param
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rlhf:
     """Algorithm and reference model of `task="rlhf"`."""
 
-    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo", built=False)
+    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo", built=("dpo",))
     """Algorithm: preferences (dpo, kto), a reward model (rm), rewards (grpo) or distillation (gkd)."""
-    ref_load: str | None = param(None, built=False)
+    ref_load: str | None = param(None, aliases=("mcore_ref_model",))
     """Folder of the reference model's megatron-core checkpoint; None means `load`."""
-    ref_adapter_load: str | None = param(None, built=False)
+    ref_adapter_load: str | None = param(None, aliases=("mcore_ref_adapter",))
     """Folder of the reference model's adapter in megatron-core format."""
+
+
+DpoLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_pair",
+    "aot_unpaired",
+    "discopop",
+    "apo_zero",
+    "apo_down",
+    "sft",
+    "sigmoid_norm",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dpo:
     """Direct preference optimisation."""
 
-    beta: float = param(0.1, built=False, at_least=0)
+    beta: float = param(0.1, at_least=0)
     """How strongly the policy is kept close to the reference; for `ipo` the regularisation."""
-    loss_type: Literal[
-        "sigmoid",
-        "hinge",
-        "ipo",
-        "exo_pair",
-        "nca_pair",
-        "robust",
-        "bco_pair",
-        "sppo_hard",
-        "aot",
-        "aot_pair",
-        "discopop",
-        "apo_zero",
-        "apo_down",
-        "sft",
-    ] = param("sigmoid", built=False)
-    """Variant of the loss, in TRL's spelling."""
-    rpo_alpha: float | None = param(None, built=False, at_least=0)
+    loss_type: DpoLoss | Sequence[DpoLoss] = param("sigmoid")  # noqa: RUF009 - it is immutable
+    """Variant of the loss, in TRL's spelling, or several that are added up; `aot_pair` is TRL's older name of
+    `aot_unpaired`."""
+    loss_weights: Sequence[float] | None = param(None)
+    """Weight of each `loss_type`; None weighs each with 1."""
+    rpo_alpha: float | None = param(None, at_least=0)
     """Weight of the chosen answer's SFT loss added to the loss; None adds none."""
-    reference_free: bool = param(False, built=False)
+    reference_free: bool = param(False)
     """Uses no reference model, as if the reference found every answer equally likely."""
-    label_smoothing: float = param(0.0, built=False, at_least=0, below=0.5)
-    """Assumed fraction of preferences with swapped answers."""
-    f_divergence_type: Literal["reverse_kl", "js_divergence", "alpha_divergence"] = param("reverse_kl", built=False)
+    label_smoothing: float = param(0.0, at_least=0, below=0.5)
+    """Assumed fraction of preferences with swapped answers: of `sigmoid`, `exo_pair`, `robust` and `aot`."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = param("reverse_kl")
     """Divergence that keeps the policy close to the reference."""
+    f_alpha_divergence_coef: float = param(0.5)
+    """Alpha of `alpha_divergence`; 1 is `reverse_kl`."""
+    ld_alpha: float | None = param(None, at_least=0, at_most=1)
+    """Weight of an answer's tokens beyond the length of the pair's shorter one (LD-DPO); None means 1."""
+    discopop_tau: float = param(0.05, above=0)
+    """Temperature with which `discopop` blends its two losses."""
+
+    def __post_init__(self) -> None:
+        freeze_lists(self)
+
+    @property
+    def loss_types(self) -> tuple[DpoLoss, ...]:
+        return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

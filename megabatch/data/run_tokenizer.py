@@ -15,7 +15,7 @@ from megabatch.converters.families import family_named
 from megabatch.converters.families.config_json import with_vocabulary
 from megabatch.converters.hf_model import read_config
 from megabatch.data.rows import sources
-from megabatch.data.rows.formats import conversation_of
+from megabatch.data.rows.kinds import READERS
 from megabatch.data.tokens import new_tokens
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError, DataError, MegabatchError
@@ -110,7 +110,8 @@ def _trained_tokenizer(run: RunConfig, folder: Path) -> Path:
         message.content
         for source in sources.resolve(data.dataset, use_hf=run.recipe.bridge.use_hf)
         for row in source.rows(seed=run.recipe.training.seed, shuffle=data.dataset_shuffle)
-        for message in conversation_of(row, columns=data.columns, system=data.system).messages
+        for conversation in READERS[run.task.rows](row, columns=data.columns, system=data.system)
+        for message in conversation.messages
     ]
     further = run.recipe.model.new_special_tokens
     return tokenizers.train_bpe(texts, vocab_size=run.shape.vocab_size, out_dir=folder, further=further)

@@ -126,8 +126,21 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         overlap_param_gather=parallel.overlap_param_gather,
         tp_comm_overlap=parallel.tp_comm_overlap,
         moe_permute_fusion=recipe.moe.moe_permute_fusion,
+        frozen_copies=_frozen_copies(recipe),
         **trained_of(recipe.tuner, shape),
     )
+
+
+def _frozen_copies(recipe: Recipe) -> int:
+    """1 where the reference is a model of its own: always in full training, with LoRA if the recipe names one."""
+    if (
+        recipe.kind is None
+        or recipe.kind.name not in ("dpo", "kto")
+        or (recipe.kind.name == "dpo" and recipe.dpo.reference_free)
+    ):
+        return 0
+    own = recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None
+    return int(own or recipe.tuner.tuner_type == "full")
 
 
 def optimizer_bytes(optimizer: Optimizer, *, weight_bytes: int) -> int:

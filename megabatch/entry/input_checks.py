@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from megabatch.config.data import Data
 from megabatch.config.recipe import Recipe
 from megabatch.data.rows import files, names
 from megabatch.data.rows.compressed import inner_suffix
@@ -48,7 +47,7 @@ def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     counts: dict[str, int | None] = {}
 
     def count(name: names.DatasetName) -> None:
-        counts[name.text] = _rows(recipe.data, name)
+        counts[name.text] = _rows(recipe, name)
 
     rows = list(_datasets(recipe, count)) or _too_few(recipe, [counts.get(text) for text in recipe.data.dataset])
     return [*rows, *_tokenizer(recipe, model, tokenizer.check_readable), *_weights(recipe, model)]
@@ -115,7 +114,7 @@ def _check_presence(name: names.DatasetName) -> None:
             raise DataError(f"{path} is empty; give a file with at least one example")
 
 
-def _rows(data: Data, name: names.DatasetName) -> int | None:
+def _rows(recipe: Recipe, name: names.DatasetName) -> int | None:
     """Number of rows; None if we do not count them. Raises: DataError for an unusable row."""
     if name.kind != "path":
         return None
@@ -123,22 +122,23 @@ def _rows(data: Data, name: names.DatasetName) -> int | None:
         found = names.local_files(name)
     except DataError:
         return None  # `missing_inputs` reports it
-    counts = [_rows_of_file(data, path, alone=len(found) == 1) for path in found]
+    counts = [_rows_of_file(recipe, path, alone=len(found) == 1) for path in found]
     known = [count for count in counts if count is not None]
     return (name.count or sum(known)) if len(known) == len(counts) else name.count
 
 
-def _rows_of_file(data: Data, path: Path, *, alone: bool) -> int | None:
-    from megabatch.data.rows.formats import conversation_of  # a dry run reads no data
+def _rows_of_file(recipe: Recipe, path: Path, *, alone: bool) -> int | None:
+    from megabatch.data.rows.kinds import READERS  # a dry run reads no data
 
     ratio = _GZIP_RATIO if path.suffix.lower() == ".gz" else 1
     if path.suffix.lower() == ".zst" or inner_suffix(path) not in _SCANNED_SUFFIXES:
         return None  # machines that only submit runs may lack the packages that read them
     if path.stat().st_size * ratio > SCANNED_BYTES:
         return None
+    read = READERS["conversations" if recipe.kind is None else recipe.kind.rows]
     rows = 0
     for rows, row in enumerate(files.rows(path), start=1):  # noqa: B007 - counted
-        conversation_of(row, columns=data.columns, system=data.system)
+        read(row, columns=recipe.data.columns, system=recipe.data.system)
     if not rows and path.stat().st_size and alone:
         raise DataError(f"{path} holds no rows; give a file with at least one example")
     return rows

@@ -34,6 +34,9 @@ def _inputs(launch: Launch) -> Iterator[tuple[str, Path]]:
         ("model.tokenizer", recipe.model.tokenizer),
         ("checkpoint.load", recipe.checkpoint.load),
         ("tuner.adapter_load", recipe.tuner.adapter_load),
+        ("bridge.ref_model", recipe.bridge.ref_model),
+        ("rlhf.ref_load", recipe.rlhf.ref_load),
+        ("rlhf.ref_adapter_load", recipe.rlhf.ref_adapter_load),
         *(("bridge.adapters", folder) for folder in recipe.bridge.adapters),
         *(("bridge.ref_adapters", folder) for folder in recipe.bridge.ref_adapters),
     ]

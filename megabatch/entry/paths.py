@@ -73,8 +73,14 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         ),
         bridge=replace(
             recipe.bridge,
+            ref_model=absolute_model(recipe.bridge.ref_model),
             adapters=tuple(absolute(folder) for folder in recipe.bridge.adapters),
             ref_adapters=tuple(absolute(folder) for folder in recipe.bridge.ref_adapters),
+        ),
+        rlhf=replace(
+            recipe.rlhf,
+            ref_load=absolute(recipe.rlhf.ref_load),
+            ref_adapter_load=absolute(recipe.rlhf.ref_adapter_load),
         ),
         tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
     )

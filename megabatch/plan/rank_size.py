@@ -54,7 +54,8 @@ class RankSize:
         )
 
     def weight_bytes(self, settings: Settings) -> int:
-        return (self.frozen + self.dense + self.experts) * settings.weight_bytes
+        beside = settings.frozen_copies * self.parameters
+        return (self.frozen + self.dense + self.experts + beside) * settings.weight_bytes
 
     def gradient_bytes(self, settings: Settings) -> int:
         return (self.dense + self.experts) * settings.gradient_bytes

@@ -64,6 +64,8 @@ class Settings:
     overlap_param_gather: bool = False
     tp_comm_overlap: bool = False
     moe_permute_fusion: bool = False
+    frozen_copies: int = 0
+    """Further models of the same shape on the same ranks, without gradients: a reference of its own."""
     lora: Lora | None = None
     frozen: frozenset[str] = frozenset()
     """Parameters that are not trained, by their names in the model with the layer inside."""

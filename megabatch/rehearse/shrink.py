@@ -17,6 +17,7 @@ from megabatch.config.layout import layout_of, virtual_stages
 from megabatch.config.model import Model
 from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
+from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.errors import ConfigError, Fault
 from megabatch.plan.shape import ModelShape
@@ -169,8 +170,9 @@ def _little_data(recipe: Recipe, notes: list[str]) -> Recipe:
     changed: dict[str, Any] = {}
     if len(train) < len(data.dataset) or len(validation) < len(data.val_dataset):
         notes.append(f"data.dataset={list(data.dataset)!r}: not on this machine; made-up sums instead")
-        train = [f"example:arithmetic#{ROWS}"]
-        validation = [f"example:arithmetic#{VALIDATION_ROWS}"] if data.val_dataset else []
+        example = f"example:{resolved(recipe.kind).example}"
+        train = [f"{example}#{ROWS}"]
+        validation = [f"{example}#{VALIDATION_ROWS}"] if data.val_dataset else []
         changed["columns"] = None
     length = min(data.max_length or LENGTH, LENGTH)
     length -= length % (2 * recipe.parallel.context_parallel_size * recipe.parallel.tensor_model_parallel_size)

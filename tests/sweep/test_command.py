@@ -97,9 +97,9 @@ def test_what_is_not_built_is_shown_and_refused(run: Run, tmp_path: Path) -> Non
     file = RECIPES / "grpo_ablations.py"
     done = run(file, "--dry_run")
     assert "18 runs in 1 array of 18" in done.stderr and "#SBATCH --array=0-17%4\n" in done.stdout
-    assert "refused here: task='rlhf' is not built yet" in done.stderr
+    assert "refused here: rlhf.rlhf_type='grpo' is not built yet" in done.stderr
     refused = run(file, "--submit", code=2)
-    assert "task='rlhf' is not built yet" in refused.stderr and "nothing was submitted" in refused.stderr
+    assert "rlhf.rlhf_type='grpo' is not built yet" in refused.stderr and "nothing was submitted" in refused.stderr
     assert list((tmp_path / "work").iterdir()) == []
 
 

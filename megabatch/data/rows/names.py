@@ -14,7 +14,7 @@ from typing import Literal
 from megabatch.data.rows import files
 from megabatch.errors import DataError
 
-EXAMPLES = ("arithmetic",)
+EXAMPLES = ("arithmetic", "arithmetic_pairs", "arithmetic_labels")
 """Datasets that megabatch generates, see `synthetic`."""
 
 _COUNT = re.compile(r"#(\d+)$")

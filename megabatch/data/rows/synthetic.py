@@ -1,9 +1,17 @@
-"""Synthetic datasets: `example:arithmetic`, small word problems for a first run without a download."""
+"""Synthetic datasets: small word problems for a first run without a download.
+
+| name | a row |
+| --- | --- |
+| `example:arithmetic` | a problem with its solution |
+| `example:arithmetic_pairs` | the same, and a wrong solution: another operation, or a slip in the last line |
+| `example:arithmetic_labels` | a problem with a right or a wrong solution, and which it is |
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from megabatch.data.rows.files import Origin, Row
 
@@ -16,44 +24,78 @@ _NAMES = ("Ada", "Bela", "Chen", "Dina", "Emeka", "Farah", "Goran", "Hana", "Ivo
 _THINGS = ("pears", "stamps", "marbles", "tickets", "candles", "postcards", "seeds", "buttons")
 
 
+class _Problem(NamedTuple):
+    question: str
+    answer: str
+    wrong: tuple[str, str]
+    """The same with another operation, and with a slip."""
+
+
 def rows(name: str, count: int | None) -> Iterator[Row]:
     """Problems with `question` and `answer`; the first n do not depend on `count`."""
     draw = random.Random(f"{name}-{VERSION}")
     for number in range(count or DEFAULT_COUNT):
-        question, answer = draw.choice(_PROBLEMS)(draw)
-        yield Row(Origin(f"example:{name}", number, is_line=False), {"question": question, "answer": answer})
+        problem = draw.choice(_PROBLEMS)(draw)
+        yield Row(Origin(f"example:{name}", number, is_line=False), _fields(name, problem, draw))
 
 
-def _gift(draw: random.Random) -> tuple[str, str]:
+def _fields(name: str, problem: _Problem, draw: random.Random) -> dict[str, Any]:
+    fields: dict[str, Any] = {"question": problem.question, "answer": problem.answer}
+    if name == "arithmetic_pairs":
+        fields["rejected_response"] = draw.choice(problem.wrong)
+    elif name == "arithmetic_labels":
+        fields["label"] = draw.random() < 0.5
+        fields["answer"] = problem.answer if fields["label"] else draw.choice(problem.wrong)
+    return fields
+
+
+def _gift(draw: random.Random) -> _Problem:
     giver, taker = draw.sample(_NAMES, 2)
     thing, start, given = draw.choice(_THINGS), draw.randint(20, 90), draw.randint(2, 19)
-    return (
+
+    def solved(sign: str, left: int) -> str:
+        return f"{giver} keeps {start} {sign} {given} = {left} {thing}.\n#### {left}"
+
+    return _Problem(
         f"{giver} has {start} {thing} and gives {given} of them to {taker}. How many {thing} does {giver} keep?",
-        f"{giver} keeps {start} - {given} = {start - given} {thing}.\n#### {start - given}",
+        solved("-", start - given),
+        (solved("+", start + given), solved("-", start - given + 1)),
     )
 
 
-def _boxes(draw: random.Random) -> tuple[str, str]:
+def _boxes(draw: random.Random) -> _Problem:
     name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
     boxes, each, loose = draw.randint(2, 9), draw.randint(3, 12), draw.randint(1, 9)
-    packed = boxes * each
-    return (
+
+    def solved(sign: str, packed: int, slip: int = 0) -> str:
+        return (
+            f"The boxes hold {boxes} {sign} {each} = {packed} {thing}. "
+            f"With the rest there are {packed} + {loose} = {packed + loose + slip}.\n#### {packed + loose + slip}"
+        )
+
+    return _Problem(
         f"{name} packs {thing} into {boxes} boxes of {each} and has {loose} left over. How many {thing} are there?",
-        f"The boxes hold {boxes} * {each} = {packed} {thing}. "
-        f"With the rest there are {packed} + {loose} = {packed + loose}.\n#### {packed + loose}",
+        solved("*", boxes * each),
+        (solved("+", boxes + each), solved("*", boxes * each, slip=1)),
     )
 
 
-def _sharing(draw: random.Random) -> tuple[str, str]:
+def _sharing(draw: random.Random) -> _Problem:
     first, second = draw.sample(_NAMES, 2)
     thing, each = draw.choice(_THINGS), draw.randint(3, 30)
     more = draw.randint(1, 9)
     total = 2 * each + more
-    return (
+
+    def solved(sign: str, left: int, half: int) -> str:
+        without = f"Without the {more} there are {total} {sign} {more} = {left} {thing}"
+        return f"{without}, half of which is {half}.\n#### {half}"
+
+    return _Problem(
         f"{first} and {second} have {total} {thing} together, and {first} has {more} more than {second}. "
         f"How many {thing} does {second} have?",
-        f"Without the {more} there are {total} - {more} = {2 * each} {thing}, half of which is {each}.\n#### {each}",
+        solved("-", 2 * each, each),
+        (solved("+", 2 * (each + more), each + more), solved("-", 2 * each, each + 1)),
     )
 
 
-_PROBLEMS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (_gift, _boxes, _sharing)
+_PROBLEMS: tuple[Callable[[random.Random], _Problem], ...] = (_gift, _boxes, _sharing)

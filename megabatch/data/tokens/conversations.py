@@ -19,12 +19,7 @@ class Conversations:
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         """Raises: DataError for the template."""
         self._encoding = encoding
-        self._template = Template(
-            tokenizer,
-            name=encoding.template,
-            sanitize_control_tokens=encoding.sanitize_control_tokens,
-            new_special_tokens=encoding.new_special_tokens,
-        )
+        self._template = template_of(tokenizer, encoding)
 
     def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
         settings = self._encoding
@@ -32,3 +27,13 @@ class Conversations:
         places = [str(row.origin) for row in rows]
         encoded = self._template.encode(conversations, places=places, loss_scale=settings.loss_scale, remarks=remarks)
         return [[one] for one in encoded]
+
+
+def template_of(tokenizer: Any, encoding: Encoding) -> Template:
+    """The template that renders conversations. Raises: DataError."""
+    return Template(
+        tokenizer,
+        name=encoding.template,
+        sanitize_control_tokens=encoding.sanitize_control_tokens,
+        new_special_tokens=encoding.new_special_tokens,
+    )

@@ -10,9 +10,9 @@ import numpy as np
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.preference import preference_of
+from megabatch.data.tokens.conversations import template_of
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.sample import Item
-from megabatch.data.tokens.templates import Template
 
 EQUAL = "dropped: the chosen and the rejected answer are the same tokens"
 
@@ -23,9 +23,7 @@ class Pairs:
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         """Raises: DataError for the template."""
         self._encoding = encoding
-        self._template = Template(
-            tokenizer, name=encoding.template, sanitize_control_tokens=encoding.sanitize_control_tokens
-        )
+        self._template = template_of(tokenizer, encoding)
 
     def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
         """An item of two samples for each row, or an empty one (and a remark) where both answers are the same."""

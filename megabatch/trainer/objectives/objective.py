@@ -66,6 +66,9 @@ class Inference(Protocol):
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that hold other samples of the global batch."""
 
+    def everyone(self, values: Tensor) -> tuple[Tensor, int]:
+        """The rows [n, …] of all of these ranks, one after the other, and the place of this rank's first row."""
+
 
 class Objective(Protocol):
     """A loss. Implementations derive from this class."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megabatch.config.run import RunConfig
-from megabatch.trainer.tasks import sft
+from megabatch.trainer.tasks import dpo, sft
 from megabatch.trainer.tasks.parts import Opener
 
-OPENERS: Mapping[str, Opener] = {"pt": sft.parts, "sft": sft.parts}
+OPENERS: Mapping[str, Opener] = {"pt": sft.parts, "sft": sft.parts, "dpo": dpo.parts}
 """By `Task.name`, one for each implemented task."""
 
 

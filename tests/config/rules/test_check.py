@@ -8,7 +8,9 @@ import pytest
 
 from megabatch.config.declare import parameters
 from megabatch.config.recipe import Recipe
+from megabatch.config.rlhf import Rlhf
 from megabatch.config.rules.check import RULES, check
+from megabatch.tasks import TASKS
 
 INVALID = [
     ({"batch": {"global_batch_size": "ten"}}, "batch.global_batch_size='ten' must be a whole number, not str"),
@@ -124,8 +126,10 @@ def test_built_values_of_a_partly_built_parameter_pass(experts, changed):
     )
 
 
-def test_rlhf_is_refused_as_a_task(dense):
-    assert "task='rlhf' is not built yet; try pt or sft" in map(str, check(replace(dense, task="rlhf")))
+@pytest.mark.parametrize("name", [task.rlhf_type for task in TASKS if task.rlhf_type and not task.built])
+def test_algorithms_that_are_not_built_are_refused(dense, name):
+    made = replace(dense, task="rlhf", rlhf=Rlhf(rlhf_type=name))
+    assert any(str(fault).startswith(f"rlhf.rlhf_type='{name}' is not built yet") for fault in check(made))
 
 
 def test_rules_are_all_registered_once():

@@ -1,0 +1,31 @@
+"""The conversations in a row of each kind, for whoever reads rows before they are tokenised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from megabatch.data.rows.files import Row
+from megabatch.data.rows.formats import Conversation, conversation_of
+from megabatch.data.rows.preference import preference_of
+
+
+class Reader(Protocol):
+    """Raises: DataError with the row's place."""
+
+    def __call__(
+        self, row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None
+    ) -> Sequence[Conversation]: ...
+
+
+def _one(row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None) -> Sequence[Conversation]:
+    return (conversation_of(row, columns=columns, system=system),)
+
+
+def _pair(row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None) -> Sequence[Conversation]:
+    pair = preference_of(row, columns=columns, system=system)
+    return pair.chosen, pair.rejected
+
+
+READERS: Mapping[str, Reader] = {"documents": _one, "conversations": _one, "pairs": _pair}
+"""By the kind of rows of a task (`tasks.Task.rows`)."""

@@ -1,0 +1,79 @@
+"""The model that a policy is compared with: its own base, another adapter of it, or a model of its own."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from megabatch.config.run import RunConfig
+from megabatch.errors import ConfigError
+from megabatch.run_directory import RunDirectory
+from megabatch.saved.find import find_to_load
+from megabatch.trainer.assemble import frozen_model
+from megabatch.trainer.checkpoints.checkpoints import Checkpoints
+from megabatch.trainer.checkpoints.commit import Retention
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.model.build import Model
+from megabatch.trainer.model_source import ModelSource, model_source
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.references import PolicyWith
+
+logger = logging.getLogger(__name__)
+
+
+def reference_of(run: RunConfig, source: ModelSource, ranks: Ranks) -> Model | PolicyWith:
+    """The reference of a run; collective.
+
+    | tuner_type | ref_model, ref_load | ref_adapters, ref_adapter_load | reference |
+    | --- | --- | --- | --- |
+    | lora | | | the policy without its adapter |
+    | lora | | given | the policy with that adapter in place of its own |
+    | full | | | a second model: what the policy begins with (`load`, else `model`) |
+    | any | given | | a second model |
+    | any | any | given | a second model, unless it is the policy, with that adapter |
+
+    Raises: ConfigError, ConversionError, CheckpointError on every rank.
+    """
+    recipe = run.recipe
+    adapters = [*recipe.bridge.ref_adapters, *filter(None, [recipe.rlhf.ref_adapter_load])]
+    adapter = Path(adapters[0]).expanduser() if adapters else None
+    own, saved = recipe.bridge.ref_model, recipe.rlhf.ref_load
+    if recipe.tuner.tuner_type == "lora" and own is None and saved is None:
+        logger.info("the reference is the policy %s", f"with {adapter}" if adapter else "without its adapter")
+        return PolicyWith(adapter)
+    if own is None and saved is None:
+        saved = recipe.checkpoint.load
+    if own is not None:
+        source = _other(own, run, ranks)
+    logger.info("the reference is a second model: %s", own or saved or recipe.model.model or "the new model")
+    model = frozen_model(run, ranks, source, adapter=adapter)
+    if saved is not None:
+        _restore(model, run, ranks, source, saved)
+    return model
+
+
+def _other(name: str, run: RunConfig, ranks: Ranks) -> ModelSource:
+    """The weights of a model with the policy's shape. Raises: ConfigError for another shape."""
+    recipe = run.recipe
+    other = replace(recipe, model=replace(recipe.model, model=name, tokenizer=recipe.model.tokenizer))
+    try:
+        return model_source(replace(run, recipe=other), ranks)
+    except ConfigError as e:
+        raise ConfigError(f"bridge.ref_model={name!r} must be a model of the policy's shape: {e}") from e
+
+
+def _restore(model: Model, run: RunConfig, ranks: Ranks, source: ModelSource, path: str) -> None:
+    """Loads the weights of a checkpoint in megatron-core's format."""
+    found = ranks.on_main(lambda: find_to_load(path, may_be_missing=False))
+    assert found is not None, "a checkpoint that must be there is there, or an error"
+    checkpoints = Checkpoints(
+        RunDirectory(Path(run.run_dir)),
+        ranks,
+        run.layout,
+        retention=Retention(),
+        table=source.family.tensors(run.shape),
+        export=None,
+        each_once=run.recipe.checkpoint.ckpt_fully_parallel_load,
+    )
+    checkpoints.restore_base(Engine(model, ranks), found.folder)

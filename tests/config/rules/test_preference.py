@@ -1,0 +1,95 @@
+"""Preference learning: what contradicts itself, or would be ignored, is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megabatch import Bridge, Checkpoint, Dpo, Rlhf, Training, Tuner
+from megabatch.config.rules.check import check
+from megabatch.config.run import RunConfig, resolve
+
+LORA = Tuner(tuner_type="lora", lora_rank=4)
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no loss": ({"dpo": Dpo(loss_type=[])}, "dpo.loss_type=() names no loss; try sigmoid"),
+    "weights": (
+        {"dpo": Dpo(loss_type=["sigmoid", "sft"], loss_weights=[1.0])},
+        "dpo.loss_weights=(1.0,) must have one weight for each of the 2 loss_type",
+    ),
+    "beta": ({"dpo": Dpo(loss_type="ipo", beta=0)}, "dpo.beta=0 must be above 0: loss_type='ipo' divides by it"),
+    "smoothing": (
+        {"dpo": Dpo(loss_type="hinge", label_smoothing=0.1)},
+        "dpo.label_smoothing=0.1 has no effect with loss_type='hinge'",
+    ),
+    "exo": ({"dpo": Dpo(loss_type="exo_pair")}, "dpo.label_smoothing=0.0 must be above 0 with loss_type='exo_pair'"),
+    "divergence": (
+        {"dpo": Dpo(loss_type=["sigmoid", "nca_pair"], f_divergence_type="forward_kl")},
+        "dpo.f_divergence_type='forward_kl' has no effect on loss_type='nca_pair'",
+    ),
+    "alpha": (
+        {"dpo": Dpo(f_alpha_divergence_coef=0.7)},
+        "dpo.f_alpha_divergence_coef=0.7 is for 'alpha_divergence' alone, and the recipe has 'reverse_kl'",
+    ),
+    "tau": ({"dpo": Dpo(discopop_tau=1.0)}, "dpo.discopop_tau=1.0 is for 'discopop' alone, and the"),
+    "free": (
+        {"dpo": Dpo(reference_free=True), "bridge": Bridge(ref_model="m")},
+        "bridge.ref_model='m' has no effect: reference_free=True has no reference",
+    ),
+    "two models": (
+        {"bridge": Bridge(ref_model="m"), "rlhf": Rlhf(ref_load="l")},
+        "bridge.ref_model='m' and ref_load='l' both name it",
+    ),
+    "two adapters": ({"bridge": Bridge(ref_adapters=["a", "b"])}, "must be one adapter"),
+    "adapters of both kinds": (
+        {"bridge": Bridge(ref_adapters=["a"]), "rlhf": Rlhf(ref_adapter_load="l")},
+        "both name the reference's adapter",
+    ),
+    "trained base": (
+        {"tuner": replace(LORA, modules_to_save=["output_layer"])},
+        "tuner.modules_to_save=('output_layer',) trains the model's own parameters",
+    ),
+    "another run's reference": ({"checkpoint": Checkpoint(load="run")}, "checkpoint.load='run' goes on with a run"),
+    "tokens": (
+        {"training": Training(train_iters=1, calculate_per_token_loss=True)},
+        "training.calculate_per_token_loss=True has no effect with rlhf_type='dpo'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults(dense, name: str) -> None:
+    changed, message = FAULTS[name]
+    assert any(message in str(fault) for fault in check(replace(dense, task="rlhf", **changed))), message
+
+
+def test_a_reference_needs_a_task_that_compares(dense) -> None:
+    faults = map(str, check(replace(dense, bridge=Bridge(ref_model="m"))))
+    assert any("bridge.ref_model='m' has no effect: task 'sft' has no reference" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"dpo": Dpo(loss_type=["sigmoid", "aot_pair"], loss_weights=[1, 0.5], label_smoothing=0.1, rpo_alpha=1)},
+        {"dpo": Dpo(loss_type="discopop", discopop_tau=0.1, f_divergence_type="alpha_divergence")},
+        {"tuner": LORA, "bridge": Bridge(ref_adapters=["a"])},
+        {"checkpoint": Checkpoint(load="run", finetune=True)},
+        {"checkpoint": Checkpoint(load="run"), "rlhf": Rlhf(ref_load="sft")},
+    ],
+)
+def test_what_is_allowed(dense, changed: dict[str, Any]) -> None:
+    assert check(replace(dense, task="rlhf", **changed)) == []
+
+
+def test_losses_survive_run_json(dense, tmp_path) -> None:
+    for losses in ("ipo", ("sigmoid", "sft")):
+        made = replace(dense, task="rlhf", dpo=Dpo(loss_type=losses))  # type: ignore[arg-type]
+        from megabatch.config.new_model import declared_shape
+
+        run = resolve(made, shape=declared_shape(made), run_dir=tmp_path, provenance={})  # type: ignore[arg-type]
+        run.save(tmp_path / "run.json")
+        assert RunConfig.load(tmp_path / "run.json").recipe.dpo.loss_type == losses
+        assert run.recipe.dpo.loss_types == ((losses,) if isinstance(losses, str) else losses)

@@ -1,0 +1,131 @@
+"""DPO on the trainer: TRL's numbers on the same model, the same numbers at every layout, exact resumption."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_server import RankServer
+from runs import curve, metrics, recipe, train, write_run
+
+from megabatch import Recipe, Rlhf
+
+NAMES = ("loss", "grad_norm", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
+         "rewards/margins", "logps/chosen", "logps/rejected")  # fmt: skip
+GROUPS: dict[str, dict[str, Any]] = {
+    "dpo": {"beta": 0.5, "loss_type": ("sigmoid", "aot"), "rpo_alpha": 0.3},
+    "learning_rate": {"lr": 0.02, "min_lr": 0.02},
+    "optimizer": {"adam_eps": 1e-3, "weight_decay": 0.0},
+    "training": {"train_iters": 3},
+    "batch": {"global_batch_size": 4},
+    "checkpoint": {"no_save_optim": True},
+    "evaluation": {"eval_interval": 3},
+}
+TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+VPP = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
+LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
+    "tp2_sp": ("qwen2", 2, {"parallel": TP}),
+    "pp2_vpp2": ("qwen2", 2, {"parallel": VPP}),
+    "cp2": ("qwen2", 2, {"parallel": {"context_parallel_size": 2}}),
+    "dp2": ("qwen2", 2, {}),  # and 3 pairs to evaluate on: a micro-batch is without samples
+    "micro2": ("qwen2", 1, {"batch": {"global_batch_size": 4, "micro_batch_size": 2}}),
+    "ep2": ("qwen3_moe", 2, {"parallel": {"expert_model_parallel_size": 2}}),
+    "packed_cp2": ("packed", 2, {"parallel": {"context_parallel_size": 2}}),
+    "lora_tp2": ("lora", 2, {"parallel": TP}),
+    "lora_pp2": ("lora", 2, {"parallel": {"pipeline_model_parallel_size": 2}}),
+}  # fmt: skip
+KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "packed": ("qwen2", {"data": {"packing": True, "packing_length": 160}, "batch": {"global_batch_size": 2}}),
+    "lora": ("qwen2", {"tuner": LORA}),
+}
+"""Runs of one process with which layouts must agree: model, groups."""
+
+
+def write_pairs(path: Path, *, pairs: int, seed: int) -> Path:
+    draw = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(pairs):
+            a, b = draw.randint(0, 99), draw.randint(0, 99)
+            wrong = f"It is {a - b}" + " I think" * draw.randint(0, 3)
+            row = {"query": f"{a} + {b}?", "response": str(a + b), "rejected_response": wrong}
+            file.write(
+                json.dumps(row if number % 2 else {"prompt": f"{a}", "chosen": f"{b}", "rejected": "no"}) + "\n"
+            )
+    return path
+
+
+def made(folder: Path, kind: str, world_size: int, groups: dict[str, dict[str, Any]]) -> Recipe:
+    model, own = KINDS[kind]
+    data = {"dataset": [str(folder / "train.jsonl")], "val_dataset": [str(folder / "validation.jsonl")]}
+    every = {name: {**GROUPS.get(name, {}), **own.get(name, {}), **groups.get(name, {})}
+             for name in {*GROUPS, *own, *groups}}  # fmt: skip
+    resources = {"tasks_per_node": world_size}
+    found = recipe(folder, model, **{**every, "data": {**data, **every.get("data", {})}, "resources": resources})
+    return replace(found, task="rlhf", rlhf=Rlhf(rlhf_type="dpo"))
+
+
+def trained(ranks: RankServer, folder: Path, name: str, kind: str, world: int, groups: dict[str, Any]) -> Path:
+    run = write_run(made(folder, kind, world, groups), folder / name)
+    assert set(ranks.run(train, world_size=world, run_dir=str(run))) == {0}
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dpo")
+    write_pairs(folder / "train.jsonl", pairs=18, seed=1)
+    write_pairs(folder / "validation.jsonl", pairs=3, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def references(ranks: RankServer, folder: Path) -> dict[str, Path]:
+    return {kind: trained(ranks, folder, kind, kind, 1, {}) for kind in KINDS}
+
+
+def test_the_first_step_compares_equal_models(references: dict[str, Path]) -> None:
+    for run in references.values():
+        first, *_, last = metrics(run)
+        assert first["loss"] == pytest.approx(2 * math.log(2) + 0.3 * first["nll_loss"], rel=1e-6)
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+        assert abs(last["rewards/margins"]) > 1e-3
+        evaluated = metrics(run, "eval")
+        assert [line["eval_rewards/margins_count"] for line in evaluated] == [3, 3]
+        assert (
+            evaluated[0]["eval_rewards/margins"] == pytest.approx(0, abs=1e-6) != evaluated[1]["eval_rewards/margins"]
+        )
+        assert evaluated[1]["eval_rewards/accuracies"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_changes_no_number(layout: str, ranks: RankServer, folder: Path, references: dict[str, Path]) -> None:
+    kind, world_size, groups = LAYOUTS[layout]
+    run = trained(ranks, folder, layout, kind, world_size, groups)
+    for line in ("train", "eval"):
+        for found, expected in zip(metrics(run, line), metrics(references[kind], line), strict=True):
+            names = [name for name in expected if name.removeprefix("eval_") in NAMES]
+            assert len(names) >= len(NAMES) - 1
+            for name in names:
+                assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=1e-5), (line, found["step"], name)
+            for name in expected.keys() & {"loss_count", "eval_loss_count", "samples", "tokens"}:
+                assert found[name] == expected[name], (line, found["step"], name)
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(ranks: RankServer, folder: Path, references: dict[str, Path]) -> None:
+    groups = {"checkpoint": {"no_save_optim": False}}
+    run = write_run(made(folder, "lora", 1, groups), folder / "cut")
+    assert ranks.run(train, world_size=1, run_dir=str(run), stop_after=2) == [75]
+    assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
+    assert curve(run) == curve(references["lora"])
+    names = [name for name in NAMES if name != "grad_norm"]
+    assert [[m[n] for n in names] for m in metrics(run)] == [
+        [m[n] for n in names] for m in metrics(references["lora"])
+    ]
