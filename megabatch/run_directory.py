@@ -89,6 +89,11 @@ class RunDirectory:
         return self.path / "incidents.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """Completions that the run trained on, `<number>.ledger` (megabatch/ledger)."""
+        return self.path / "ledger"
+
+    @property
     def profile(self) -> Path:
         """Traces of torch's profiler, `steps_<first>-<last>.rank_<rank>.<attempt>.json.gz`."""
         return self.path / "profile"

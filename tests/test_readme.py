@@ -32,6 +32,7 @@ ROOMS = {
     "megabatch/doctor": "checks of a machine",
     "megabatch/entry": "one launch: planned, judged, written, and submitted or run here",
     "megabatch/insight": "what the files of runs tell: goodput, causes of failure, differences, reports",
+    "megabatch/ledger": "every completion that a run trained on, on disk, within a limit",
     "megabatch/plan": "pure arithmetic: layouts, batches, stages, sizes",
     "megabatch/rehearse": "proofs on this machine: runs resume bit for bit, layouts compute what one process does",
     "megabatch/rewards": "what completions are worth: shipped rewards, users' functions, in processes of their own",

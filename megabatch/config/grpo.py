@@ -137,6 +137,8 @@ class Rollout:
     """Divides the odds of tokens that have occurred; 1 changes nothing."""
     max_completion_length: int = param(512, built=False, at_least=1)
     """Longest completion in tokens."""
+    ledger_gib: float = param(16.0, above=0)
+    """Disk space for completions in the run directory's `ledger/`, in GiB; the oldest steps make room for new ones."""
     completion_length_limit_scope: Literal["per_round", "total"] = param("per_round", built=False)
     """Whether `max_completion_length` limits each turn of a conversation with several turns, or all together."""
     multi_turn_scheduler: str | None = param(None, built=False)

@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabatch.rewards.lengths import (
@@ -36,6 +36,7 @@ _PIECES = st.lists(
 ).map("".join)
 
 
+@settings(deadline=None)
 @given(_PIECES)
 def test_format_is_ms_swifts_expression(text: str) -> None:
     expression = r"^<think>.*?</think>\s*<answer>.*?</answer>(?![\s\S])"
@@ -64,6 +65,7 @@ def test_cosine_goes_from_one_end_to_the_other_and_stays() -> None:
     assert [cosine_reward(n, **ends) for n in (0, 50, 100, 150)] == pytest.approx([1.0, 0.75, 0.5, 0.5])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 100), st.floats(-2, 2), st.floats(-2, 2))
 def test_cosine_is_the_published_formula(length: int, at_zero: float, at_longest: float) -> None:
     low, high = at_longest, at_zero  # ms-swift's cosfn(t, T, min_value, max_value)

@@ -1,0 +1,90 @@
+"""A completion of the ledger, and how the completions of one optimizer step become bytes and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One completion, as an optimizer step used it."""
+
+    key: str
+    """The rollout's: unique in a run, and the same in each step that uses the completion."""
+    prompt: str
+    """The rendered prompt, decoded."""
+    completion: str
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+    """Tokens of the completion; with several turns also those between the model's."""
+    logps: Sequence[float]
+    """The engine's log-probability of each token; kept as fp32. 0 for tokens that are not the model's."""
+    versions: Sequence[int]
+    """Version of the policy that drew each token."""
+    mask: Sequence[int]
+    """1 where a token is part of the loss."""
+    finish: str
+    rewards: Mapping[str, float | None]
+    """By name, not weighted; None where there is none."""
+    reward: float | None
+    """The weighted sum."""
+    advantage: float
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further plain values of the step's choosing, such as the place of the row in the data."""
+
+
+_PLAIN = ("key", "prompt", "completion", "finish", "rewards", "reward", "advantage", "extra")
+_ARRAYS = {"prompt_ids": "I", "ids": "I", "logps": "f"}
+_RUNS = ("versions", "mask")
+"""Fields of long runs of equal numbers, kept as [value, length]."""
+_LENGTH = struct.Struct("<Q")
+
+
+def encode(records: Sequence[Record]) -> bytes:
+    """Plain values as JSON, then the arrays, little-endian."""
+    lines = []
+    arrays = bytearray()
+    for record in records:
+        line = {name: getattr(record, name) for name in _PLAIN}
+        line["reward"] = _or_none(record.reward)
+        line["rewards"] = {name: _or_none(value) for name, value in record.rewards.items()}
+        line |= {name: _runs(getattr(record, name)) for name in _RUNS}
+        line["lengths"] = [len(getattr(record, name)) for name in _ARRAYS]
+        lines.append(line)
+        for name, kind in _ARRAYS.items():
+            values = getattr(record, name)
+            arrays += struct.pack(f"<{len(values)}{kind}", *values)
+    text = json.dumps(lines, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    return _LENGTH.pack(len(text)) + text + arrays
+
+
+def decode(content: bytes) -> Iterator[Record]:
+    """The records of `encode`; those with NaN rewards have None there."""
+    (size,) = _LENGTH.unpack_from(content)
+    place = _LENGTH.size + size
+    for line in json.loads(content[_LENGTH.size : place].decode("utf-8", "surrogatepass")):
+        values: dict[str, Any] = {name: line[name] for name in _PLAIN}
+        values |= {name: _whole(line[name]) for name in _RUNS}
+        for (name, kind), length in zip(_ARRAYS.items(), line["lengths"], strict=True):
+            form = struct.Struct(f"<{length}{kind}")
+            values[name] = form.unpack_from(content, place)
+            place += form.size
+        yield Record(**values)
+
+
+def _or_none(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
+    return [(int(value), sum(1 for _ in run)) for value, run in groupby(values)]
+
+
+def _whole(runs: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(value for value, length in runs for _ in range(length))
