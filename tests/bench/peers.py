@@ -13,24 +13,39 @@ import random
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from made_runs import SMALL, recipe, write_run
 from measure import ROOT, Figure, environment, median, sized
 
+
+@dataclass(frozen=True)
+class Case:
+    """Fields of `data`, `batch` and `tuner`, and how many times as fast as the peer we want to be."""
+
+    data: dict[str, Any]
+    batch: dict[str, Any]
+    wanted: float
+    tuner: dict[str, Any] = field(default_factory=dict)
+
+
 TIMES = sized(3, 1)
 STEPS, WARM_UP = sized((24, 4), (3, 1))
 ROWS = sized(512, 64)
 PACKING_LENGTH = 1024
-CASES = {
-    "unpacked": ({}, {"micro_batch_size": 8, "global_batch_size": 16}, 2.2),
-    "packed, padding-free": (
-        {"packing": True, "packing_length": PACKING_LENGTH}, {"micro_batch_size": 1, "global_batch_size": 2}, 2.4
-    ),
-}  # fmt: skip
-"""Fields of `data` and `batch`, and how much faster than the peer we want to be."""
+ROWS_OF_8: dict[str, Any] = {"micro_batch_size": 8, "global_batch_size": 16}
+PACKS: dict[str, Any] = {"micro_batch_size": 1, "global_batch_size": 2}
+PACKED: dict[str, Any] = {"packing": True, "packing_length": PACKING_LENGTH}
+LORA = {"lora_rank": 8, "lora_alpha": 32}
+"""Of all linear layers, without dropout."""
+CASES: dict[str, Case] = {
+    "unpacked": Case({}, ROWS_OF_8, 2.2),
+    "packed, padding-free": Case(PACKED, PACKS, 2.4),
+    "LoRA, unpacked": Case({}, ROWS_OF_8, 1.3, LORA),
+    "LoRA, packed, padding-free": Case(PACKED, PACKS, 1.3, LORA),
+}
 PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
@@ -62,21 +77,21 @@ def peers() -> list[Figure]:
 
 def _figures(peer: str | None) -> list[Figure]:
     found = []
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        folder = Path(directory)
         hf = _model(folder)
-        for case, (data, batch, wanted) in list(CASES.items())[sized(0, 1) :]:
+        for name, case in list(CASES.items())[sized(0, -1) :]:
             ours, theirs = [], []
             for _ in range(TIMES):
-                ours.append(_ours(folder, hf, data, batch))
+                ours.append(_ours(folder, hf, case))
                 if peer:
-                    theirs.append(_theirs(peer, folder, hf, data, batch))
-            found.append(Figure(name=f"SFT, {case}", value=median(ours), unit="t/s", note="tokens a processor second"))
+                    theirs.append(_theirs(peer, folder, hf, case))
+            found.append(Figure(name=f"SFT, {name}", value=median(ours), unit="t/s", note="tokens a processor second"))
             if peer:
                 ratio = median([t / o for o, t in zip(ours, theirs, strict=True)])
                 note = f"ours is {1 / ratio:.2f} x as fast; {median(theirs):.0f} tokens a processor second there"
-                title = f"SFT, {case}, TRL / ours"
-                found.append(Figure(name=title, value=ratio, unit="x", target=1 / wanted, note=note))
+                title = f"SFT, {name}, TRL / ours"
+                found.append(Figure(name=title, value=ratio, unit="x", target=1 / case.wanted, note=note))
     return found
 
 
@@ -89,21 +104,21 @@ def _model(folder: Path) -> Path:
     return folder / "made" / "checkpoints" / "step_00000001" / "hf"
 
 
-def _ours(folder: Path, hf: Path, data: dict[str, Any], batch: dict[str, Any]) -> float:
+def _ours(folder: Path, hf: Path, case: Case) -> float:
+    tuner = {"tuner_type": "lora", "lora_dropout": 0.0, **case.tuner} if case.tuner else {}
     arguments = {
         "folder": str(folder),
         "hf": str(hf),
         "steps": STEPS,
         "warm_up": WARM_UP,
-        "data": data,
-        "batch": batch,
+        "groups": {"data": case.data, "batch": case.batch, "tuner": tuner},
     }
     return float(_trainer([str(Path(__file__).with_name("sft_loop.py")), json.dumps(arguments)]).splitlines()[-1])
 
 
-def _theirs(peer: str, folder: Path, hf: Path, data: dict[str, Any], batch: dict[str, Any]) -> float:
-    arguments = {"rows": str(folder / "rows.jsonl"), "hf": str(hf), "steps": STEPS, "warm_up": WARM_UP, **batch}
-    arguments["packing_length"] = data.get("packing_length")
+def _theirs(peer: str, folder: Path, hf: Path, case: Case) -> float:
+    arguments = {"rows": str(folder / "rows.jsonl"), "hf": str(hf), "steps": STEPS, "warm_up": WARM_UP, **case.batch}
+    arguments |= {"packing_length": case.data.get("packing_length"), "lora": case.tuner or None}
     command = [peer, "-W", "ignore", str(Path(__file__).with_name("trl_loop.py")), json.dumps(arguments)]
     done = subprocess.run(command, env=environment(), cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.splitlines()[-1])

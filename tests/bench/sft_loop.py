@@ -20,10 +20,11 @@ from megabatch.trainer.loop import open_loop
 from megabatch.trainer.signals import StopSignal
 
 
-def main(folder: str, hf: str, data: dict[str, Any], batch: dict[str, Any], steps: int, warm_up: int) -> None:
+def main(folder: str, hf: str, groups: dict[str, dict[str, Any]], steps: int, warm_up: int) -> None:
     torch.set_num_threads(1)
     place = Path(folder)
-    made = recipe(place, SMALL, data={"max_length": 1024, **data}, batch=batch,
+    groups["data"] = {"max_length": 1024, **groups["data"]}
+    made = recipe(place, SMALL, **groups,
                   recompute={"recompute_granularity": "none"}, kernels={"transformer_impl": "local"},
                   optimizer={"weight_decay": 0.0})  # fmt: skip
     made = replace(made, task="sft", model=Model(model=hf, torch_dtype="float32"))

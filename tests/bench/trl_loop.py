@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -29,6 +30,7 @@ def main(
     micro_batch_size: int,
     global_batch_size: int,
     packing_length: int | None,
+    lora: dict[str, Any] | None,
     steps: int,
     warm_up: int,
 ) -> None:
@@ -61,6 +63,7 @@ def main(
         train_dataset=load_dataset("json", data_files=rows, split="train"),
         processing_class=AutoTokenizer.from_pretrained(hf),
         callbacks=[clock],
+        peft_config=None if lora is None else _adapters(**lora),
     )
     step = trainer.training_step
 
@@ -72,6 +75,10 @@ def main(
     trainer.training_step = counted
     trainer.train()
     print(clock.tokens / clock.seconds, flush=True)
+
+
+def _adapters(lora_rank: int, lora_alpha: int) -> LoraConfig:
+    return LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 if __name__ == "__main__":
