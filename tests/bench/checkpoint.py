@@ -33,6 +33,8 @@ from megabatch.trainer.model_source import ModelSource, model_source
 from megabatch.trainer.signals import StopSignal
 
 TIMES = sized(3, 1)
+BETWEEN = 50
+"""Steps between two checkpoints of a run, the shortest that anybody saves at."""
 
 
 def figures(folder: Path) -> list[Figure]:
@@ -44,11 +46,13 @@ def figures(folder: Path) -> list[Figure]:
         loop, progress = open_loop(run, ranks, StopSignal(), Activity(0))
         engine, checkpoints = loop.engine, loop.checkpoints
         with loop.metrics:
-            next(loop.steps(progress))  # gives Adam its state
+            taken = loop.steps(progress)
+            next(taken)  # gives Adam its state
+            step_s = median([seconds(lambda: next(taken)) for _ in range(TIMES)])
         saved = _save(engine, checkpoints, folder)
         newest = checkpoints.latest()
         assert newest is not None
-        beside = _beside(engine, checkpoints)
+        beside = _beside(engine, checkpoints, step_s)
         restored = _restore(engine, checkpoints, newest)
         digests = _digests(engine, checkpoints, newest)
         return [*saved, *beside, *restored, *digests, *_load(engine, model_source(run, ranks), newest / "hf")]
@@ -71,7 +75,7 @@ def _save(engine: Engine, checkpoints: Checkpoints, folder: Path) -> list[Figure
     ]
 
 
-def _beside(engine: Engine, checkpoints: Checkpoints) -> list[Figure]:
+def _beside(engine: Engine, checkpoints: Checkpoints, step_s: float) -> list[Figure]:
     """How long training waits for a checkpoint that is written beside it, and for one that is not, in turns."""
     waited, saved = [], []
     for step in range(TIMES + 1, 2 * TIMES + 1):
@@ -83,7 +87,17 @@ def _beside(engine: Engine, checkpoints: Checkpoints) -> list[Figure]:
         shutil.rmtree(checkpoints.run.step(step))
         saved.append(seconds(lambda progress=progress: checkpoints.save(engine, progress)))  # type: ignore[misc]
         shutil.rmtree(checkpoints.run.step(step))
-    return [_ratio("checkpoint beside training, wait / save", waited, saved, "the copy, and the commit")]
+    between = BETWEEN * step_s
+    return [
+        _ratio("checkpoint beside training, wait / save", waited, saved, "the copy, and the commit"),
+        Figure(
+            name="checkpoint beside training, wait / interval",
+            value=median(waited) / (between + median(waited)),
+            unit="x",
+            target=0.05,
+            note=f"{median(waited):.2f} s every {BETWEEN} steps of {step_s:.2f} s",
+        ),
+    ]
 
 
 def _restore(engine: Engine, checkpoints: Checkpoints, saved: Path) -> list[Figure]:
