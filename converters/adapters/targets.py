@@ -18,6 +18,7 @@ from megabatch.converters.adapters.names import low_rank_name
 from megabatch.converters.mapping import Mapped, Piece, Split
 from megabatch.converters.safe_regex import matches
 from megabatch.errors import ConversionError
+from megabatch.plan.shape import ModelShape
 
 ALL_LINEAR, ALL_ROUTER, ALL_EMBEDDING = "all-linear", "all-router", "all-embedding"
 _NOT_LINEAR = ("word_embeddings", "output_layer", "router", "gate", "conv1d", "eh_proj")
@@ -153,6 +154,17 @@ def find_whole(table: Sequence[Mapped], modules: Sequence[str], *, biases: bool)
             raise ConversionError(_unknown(module, [mapped for mapped in table if _is_layer(mapped)]))
         found |= named
     return frozenset(found)
+
+
+MERGES_ONE_OF_TWO = (
+    "would merge the embedding's adapter into the output layer too, which is the same tensor and has no adapter; save "
+    "the adapter alone, and merge it afterwards with megabatch-convert --merge_lora, which unties the two"
+)
+
+
+def changes_one_of_two(shape: ModelShape, targets: Sequence[Target]) -> bool:
+    """Whether the embedding has an adapter and is the output layer too, which stays as it is, as in PEFT."""
+    return not shape.untie_embeddings_and_output_weights and any(target.is_embedding for target in targets)
 
 
 def hf_names(table: Sequence[Mapped], names: Collection[str]) -> frozenset[str]:

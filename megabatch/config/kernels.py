@@ -16,7 +16,11 @@ class Kernels:
     """Implementation of linear layers and norms; without Transformer Engine the local one is used."""
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = param("flash", speed_only=True)
     """Attention kernel; without Transformer Engine it is PyTorch's fused attention."""
-    attn_impl: str = param("flash_attn", built=False)
+    attn_impl: str = param(
+        "flash_attn",
+        built=False,
+        refused="belongs to the vision tower of multimodal models, which are not built yet; see attention_backend",
+    )
     """Attention kernel of a multimodal model's vision tower."""
     cross_entropy_loss_fusion: bool = param(False, speed_only=True)
     """Computes the cross-entropy over a split vocabulary in one fused kernel."""

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from megabatch.config.declare import freeze_lists, param
 
+_FAMILY = "belongs to families that are not built yet (docs/families.md)"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
@@ -43,7 +45,7 @@ class Model:
     """Whether query heads share keys and values; None means yes if `num_query_groups` is above 1."""
     num_query_groups: int = param(1, at_least=1)
     """Key and value heads per layer; only used with `group_query_attention`, otherwise each query head has its own."""
-    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = param("vanilla", built=("vanilla",))
+    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = param("vanilla", built=("vanilla",), refused=_FAMILY)
     """Attention softmax: plain, with a constant 1 added to the denominator, or with a learned sink per head."""
     window_size: str | None = param(None)
     """Sliding attention window of a new model as `left,right` tokens: with `127,0` each token sees 127 earlier ones
@@ -54,28 +56,28 @@ class Model:
     max_position_embeddings: int | None = param(None, at_least=1)
     """Largest position that the model supports, in tokens."""
     position_embedding_type: Literal["learned_absolute", "rope", "mrope", "relative", "none"] = param(
-        "rope", built=("rope",)
+        "rope", built=("rope",), refused=_FAMILY
     )
     """How positions enter the model."""
     rotary_base: float = param(10000, above=0)
     """Base (theta) of the rotary frequencies."""
-    rotary_percent: float = param(1.0, built=False, above=0, at_most=1)
+    rotary_percent: float = param(1.0, built=False, refused=_FAMILY, above=0, at_most=1)
     """Fraction of each head's dimensions that is rotated."""
-    normalization: Literal["LayerNorm", "RMSNorm"] = param("RMSNorm", built=("RMSNorm",))
+    normalization: Literal["LayerNorm", "RMSNorm"] = param("RMSNorm", built=("RMSNorm",), refused=_FAMILY)
     """Normalisation before attention and MLP and after the last layer."""
     norm_epsilon: float = param(1e-5, above=0)
     """Added to the variance before its square root."""
-    swiglu: bool = param(True, built=False)
+    swiglu: bool = param(True, built=False, refused=_FAMILY)
     """Gated SiLU in the MLP; False is a plain GELU."""
-    quick_geglu: bool = param(False, built=False)
+    quick_geglu: bool = param(False, built=False, refused=_FAMILY)
     """Gated sigmoid approximation of GELU in the MLP."""
-    activation_func_clamp_value: float | None = param(None, built=False, above=0)
+    activation_func_clamp_value: float | None = param(None, built=False, refused=_FAMILY, above=0)
     """Clamps the MLP's first projection to ± this value before the activation (quick GEGLU only)."""
-    glu_linear_offset: float = param(0.0, built=False)
+    glu_linear_offset: float = param(0.0, built=False, refused=_FAMILY)
     """Added to the linear half of a gated MLP before it multiplies the activated half."""
     untie_embeddings_and_output_weights: bool = param(True)
     """Separate matrices for input embedding and output layer; False shares one."""
-    disable_bias_linear: bool = param(True, built=False)
+    disable_bias_linear: bool = param(True, built=False, refused=_FAMILY)
     """No bias in linear layers."""
     add_qkv_bias: bool = param(True)
     """Bias on the query, key and value projections; in a new model the family decides if it allows only one value."""
@@ -88,11 +90,11 @@ class Model:
     """Dimensions per head; None means `hidden_size // num_attention_heads`."""
     qk_layernorm: bool = param(False)
     """Normalises each query and key head; in a new model the family decides if it allows only one value."""
-    qk_l2_norm: bool = param(False, built=False)
+    qk_l2_norm: bool = param(False, built=False, refused=_FAMILY)
     """Scales queries and keys to unit length, as Llama 4 does."""
-    no_rope_freq: int | Sequence[int] | None = param(None, built=False)
+    no_rope_freq: int | Sequence[int] | None = param(None, built=False, refused=_FAMILY)
     """Layers without rotary embedding: every n-th; or a list with a 0 or 1 per layer (1 has none)."""
-    moe_apply_probs_on_input: bool = param(False, built=False)
+    moe_apply_probs_on_input: bool = param(False, built=False, refused=_FAMILY)
     """Scales an expert's input by its routing probability, instead of its output."""
     padded_vocab_size: int | None = param(None, at_least=1)
     """Rows of the embedding, including padding; for a new model also the size of the tokenizer that it trains."""

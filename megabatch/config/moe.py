@@ -8,6 +8,13 @@ from typing import Literal
 
 from megabatch.config.declare import freeze_lists, param
 
+_BALANCING = (
+    "gives each layout another loss or another model: megatron-core (0.16) takes a packed row for one sequence "
+    "(seq_aux_loss), sums over the micro-batches before it alone (global_aux_loss), or routes by other scores than "
+    "inference (sinkhorn)"
+)
+_FAMILY = "belongs to families that are not built yet (docs/families.md)"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoE:
@@ -19,29 +26,29 @@ class MoE:
     """Every n-th layer, starting with the first, is a MoE layer; or a list with a 0 or 1 per layer (1 is MoE)."""
     moe_ffn_hidden_size: int | None = param(None, at_least=1)
     """Width of each expert; None means the dense MLP's for a new model."""
-    moe_shared_expert_intermediate_size: int | None = param(None, built=False, at_least=1)
+    moe_shared_expert_intermediate_size: int | None = param(None, built=False, refused=_FAMILY, at_least=1)
     """Total width of the shared experts, which process every token."""
     moe_router_topk: int | None = param(None, at_least=1)
     """Experts per token."""
-    moe_router_num_groups: int | None = param(None, built=False, at_least=1)
+    moe_router_num_groups: int | None = param(None, built=False, refused=_FAMILY, at_least=1)
     """Groups of experts for group-limited routing."""
-    moe_router_group_topk: int | None = param(None, built=False, at_least=1)
+    moe_router_group_topk: int | None = param(None, built=False, refused=_FAMILY, at_least=1)
     """Groups from which a token may choose its experts."""
     moe_router_pre_softmax: bool | None = param(None)
     """Applies softmax over all experts before choosing, so that the chosen weights do not sum to 1."""
     moe_router_dtype: Literal["none", "fp32", "fp64"] = param("fp32")
     """Type of the routing scores and of the weighted sum of expert outputs; none uses the model's."""
-    moe_router_score_function: Literal["softmax", "sigmoid"] | None = param(None, built=("softmax",))
+    moe_router_score_function: Literal["softmax", "sigmoid"] | None = param(None, built=("softmax",), refused=_FAMILY)
     """Function from router logits to scores."""
-    moe_router_bias_update_rate: float | None = param(None, built=False, at_least=0)
+    moe_router_bias_update_rate: float | None = param(None, built=False, refused=_FAMILY, at_least=0)
     """Change of an expert's balancing bias after each global batch."""
-    moe_router_enable_expert_bias: bool | None = param(None, built=(False,))
+    moe_router_enable_expert_bias: bool | None = param(None, built=(False,), refused=_FAMILY)
     """Balances experts with a bias on each expert's score instead of a loss (arXiv:2408.15664)."""
-    moe_router_topk_scaling_factor: float | None = param(None, built=False, above=0)
+    moe_router_topk_scaling_factor: float | None = param(None, built=False, refused=_FAMILY, above=0)
     """Multiplies the chosen experts' weights."""
     moe_router_load_balancing_type: (
         Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] | None
-    ) = param(None, built=("aux_loss", "none"))
+    ) = param(None, built=("aux_loss", "none"), refused=_BALANCING)
     """Load balancing: a loss over each micro-batch, each sequence or the global batch, optimal transport, or none."""
     moe_aux_loss_coeff: float = param(0.0, at_least=0)
     """Weight of the load-balancing loss; a higher value spreads tokens more evenly but costs quality."""

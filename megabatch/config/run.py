@@ -21,6 +21,7 @@ from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.rules.training import peak_lr
+from megabatch.config.torch_dtype import torch_dtype
 from megabatch.errors import ConfigError
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -155,16 +156,6 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
 def save_interval(recipe: Recipe) -> int:
     """In steps, or 1 epoch."""
     return 1 if recipe.checkpoint.save_strategy == "epoch" else recipe.checkpoint.save_interval
-
-
-def torch_dtype(recipe: Recipe, shape: ModelShape) -> Any:
-    """From the recipe, its precision flags, or config.json (`torch_dtype`; `dtype` since transformers 5)."""
-    if recipe.model.torch_dtype:
-        return recipe.model.torch_dtype
-    if recipe.precision.fp16 or recipe.precision.bf16:
-        return "float16" if recipe.precision.fp16 else "bfloat16"
-    declared = str(shape.hf_config.get("torch_dtype") or shape.hf_config.get("dtype") or "bfloat16")
-    return declared.removeprefix("torch.")
 
 
 def _derived_parallel(recipe: Recipe) -> Any:

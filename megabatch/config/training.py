@@ -58,10 +58,11 @@ class Training:
     enable_channel_loss: bool = param(False)
     """Logs the loss separately for each value of the data's `channel` column, as `loss_<channel>`; rows without one
     are in the channel `None`."""
-    check_model: bool = param(True, built=False)
-    """Checks local model files for damage before loading them."""
-    use_cpu_initialization: bool = param(False, built=False)
-    """Initialises weights on the CPU before they move to the GPU."""
+    check_model: bool = param(True, speed_only=True)
+    """Has no effect: a model's files are always checked against each other and its config.json before the queue and
+    before they are loaded, without asking a hub."""
+    use_cpu_initialization: bool = param(False, speed_only=True)
+    """Has no effect: weights are always read, or drawn, on the CPU, tensor by tensor, and copied to the device."""
     manual_gc: bool = param(False, speed_only=True)
     """Turns Python's garbage collector off during steps, and collects on all ranks at the same steps."""
     manual_gc_interval: int = param(0, speed_only=True, at_least=0)

@@ -48,6 +48,9 @@ class Tuner:
     """An adapter's output is multiplied by this divided by its rank."""
     lora_dropout: float = param(0.05, at_least=0, below=1)
     """Probability of dropping an element of an adapter's input; not of routers' and embeddings'."""
+    lora_dtype: Literal["float32", "bfloat16", "float16"] | None = param(None)
+    """Number type of adapters, the model's; None means the same. The optimizer keeps an fp32 copy of adapters either
+    way, unless the model is in fp32."""
     lora_bias: Literal["none", "all"] = param("none")
     """Whether biases are trained."""
     use_rslora: bool = param(False)

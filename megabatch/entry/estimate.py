@@ -10,7 +10,7 @@ from megabatch.config.optimization import Optimizer
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
-from megabatch.config.run import torch_dtype
+from megabatch.config.torch_dtype import torch_dtype
 from megabatch.entry.trained import trained_of
 from megabatch.errors import ConfigError, Fault
 from megabatch.plan.communication import groups, leaves_node
@@ -117,7 +117,9 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         recompute_num_layers=recompute.recompute_num_layers,
         recompute_modules=recompute.recompute_modules,
         attention_scores=recipe.kernels.attention_backend in ("unfused", "local"),
-        transformer_engine=recipe.kernels.transformer_impl == "transformer_engine",
+        # LoRA is built for megatron-core's local layers (`trainer.model.transformer_config.transformer_impl`)
+        transformer_engine=recipe.kernels.transformer_impl == "transformer_engine"
+        and recipe.tuner.tuner_type == "full",
         weight_bytes=weight_bytes,
         gradient_bytes=_BYTES[recipe.optimizer.main_grads_dtype],
         optimizer_bytes=optimizer_bytes(recipe.optimizer, weight_bytes=weight_bytes),

@@ -10,7 +10,15 @@ from megabatch.converters.adapters.adapter import Tables
 from megabatch.converters.adapters.config import scale_of
 from megabatch.converters.adapters.fit import open_fitting, open_own
 from megabatch.converters.adapters.peft_folder import is_peft
-from megabatch.converters.adapters.targets import Target, find_targets, find_whole, hf_names, module_of
+from megabatch.converters.adapters.targets import (
+    MERGES_ONE_OF_TWO,
+    Target,
+    changes_one_of_two,
+    find_targets,
+    find_whole,
+    hf_names,
+    module_of,
+)
 from megabatch.converters.families import family_named
 from megabatch.converters.frozen import Freezing, frozen_names
 from megabatch.converters.mapping import Mapped
@@ -68,6 +76,8 @@ def _adapters(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Ite
     except ConversionError as error:
         yield fault_of("tuner.target_modules" if tuner.target_regex is None else "tuner.target_regex", error)
         return
+    if recipe.bridge.merge_lora is not False and changes_one_of_two(shape, targets):
+        yield Fault("bridge.merge_lora", recipe.bridge.merge_lora, MERGES_ONE_OF_TWO, try_=(False,))
     try:
         whole = find_whole(table, tuner.modules_to_save, biases=tuner.lora_bias == "all")
     except ConversionError as error:

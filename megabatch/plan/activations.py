@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megabatch.plan.adapters import is_target, parts
 from megabatch.plan.flops import head_channels
@@ -80,30 +81,51 @@ def _beside_adapters(
     saved: Mapping[str, float], shape: ModelShape, settings: Settings, *, moe: bool
 ) -> dict[str, float]:
     """What a layer of frozen matrices keeps: inputs only where an adapter needs them (with dropout, a dropped-out copy
-    and its mask), and each adapter's narrow product.
+    and its mask), each adapter's narrow product, and B as wide as a fused layer.
 
-    Attention itself keeps its output.
+    Attention itself keeps its output, and a router its input, frozen or not.
     """
     lora, size = settings.lora, settings.weight_bytes
     assert lora is not None
-    layout, tokens = settings.layout, settings.micro_batch_tokens
+    kept = dict(saved)
+    for one in _frozen_matrices(shape, settings, moe=moe):
+        own = 0.0 if one.kept_as == "attention_output" else one.bytes
+        kept[one.kept_as] -= own
+        if is_target(one.module, lora):
+            rank = lora.rank * parts(one.module) * size
+            kept[one.kept_as] += (one.bytes * (1 + 1 / size) if lora.dropout else own) + one.tokens * rank
+            kept[one.kept_as] += one.rows * rank if parts(one.module) > 1 else 0.0
+    return kept
+
+
+class _Frozen(NamedTuple):
+    """A frozen matrix, or one of each of a rank's experts."""
+
+    module: str
+    kept_as: str
+    """Where `_saved` counts its input."""
+    bytes: float
+    """Of its input."""
+    tokens: float
+    rows: float
+    """On this rank."""
+
+
+def _frozen_matrices(shape: ModelShape, settings: Settings, *, moe: bool) -> tuple[_Frozen, ...]:
+    layout, tokens, size = settings.layout, settings.micro_batch_tokens, settings.weight_bytes
     rows, routed = stream(shape, settings), routed_tokens(shape, settings) if moe else tokens
     width = (shape.moe_ffn_hidden_size or 0) / layout.etp if moe else shape.ffn_hidden_size / layout.tp
-    heads = tokens * size * shape.num_attention_heads * shape.kv_channels / layout.tp
-    hidden = routed * size * shape.hidden_size
-    inputs = {
-        "linear_qkv": ("attention_norm", rows, tokens),
-        "linear_proj": ("attention_output", heads, tokens),
-        "linear_fc1": ("experts", hidden, routed) if moe else ("mlp_norm", rows, tokens),
-        "linear_fc2": ("experts_act" if moe else "mlp", routed * size * width, routed),
-    }
-    kept = dict(saved) | ({"mlp_norm": 0.0} if moe else {})
-    for module, (name, given, count) in inputs.items():
-        own = 0.0 if name == "attention_output" else given
-        kept[name] -= own
-        if is_target(module, lora):
-            kept[name] += (given * (1 + 1 / size) if lora.dropout else own) + count * lora.rank * parts(module) * size
-    return kept
+    heads = shape.num_attention_heads * shape.kv_channels / layout.tp
+    projected = heads + 2 * shape.num_query_groups * shape.kv_channels / layout.tp
+    experts = (shape.num_experts or 0) / layout.ep if moe else 1
+    hidden = routed * size * shape.hidden_size if moe else rows
+    mlp, norm, act = ("mlp.experts", "experts", "experts_act") if moe else ("mlp", "mlp_norm", "mlp")
+    return (
+        _Frozen("self_attention.linear_qkv", "attention_norm", rows, tokens, projected),
+        _Frozen("self_attention.linear_proj", "attention_output", heads * tokens * size, tokens, shape.hidden_size),
+        _Frozen(f"{mlp}.linear_fc1", norm, hidden, routed, 2 * width * experts),
+        _Frozen(f"{mlp}.linear_fc2", act, routed * size * width, routed, shape.hidden_size * experts),
+    )
 
 
 def _attention(shape: ModelShape, settings: Settings) -> dict[str, float]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from megabatch.config.run import RunConfig
 from megabatch.converters.adapters.adapter import Tables
+from megabatch.converters.adapters.targets import MERGES_ONE_OF_TWO, changes_one_of_two
 from megabatch.converters.families import family_named
+from megabatch.errors import ConfigError
 from megabatch.run_directory import RunDirectory
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.commit import Retention
@@ -113,7 +115,9 @@ def make_checkpoints(
 
 
 def _adapter_config(run: RunConfig, tuning: Tuning) -> str:
-    """Raises: ConversionError, before the first step, if PEFT would load the saved adapter as another model."""
+    """Raises: ConversionError, ConfigError, before the first step, if what is saved would be another model."""
     recipe, tables = run.recipe, Tables(family_named(run.shape.model_type), run.shape)
     for_peft = recipe.bridge.merge_lora is False
+    if not for_peft and tuning.lora is not None and changes_one_of_two(run.shape, tuning.lora.targets):
+        raise ConfigError(f"bridge.merge_lora={recipe.bridge.merge_lora} {MERGES_ONE_OF_TWO}")
     return config_text(recipe.tuner, tuning, tables, base=base_of_adapter(run), for_peft=for_peft).decode()

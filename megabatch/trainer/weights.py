@@ -17,7 +17,7 @@ from megabatch.converters.mapping import Mapped
 from megabatch.converters.shards import HfRows, Source, assemble, read_shard, shard_shape
 from megabatch.errors import ConversionError
 from megabatch.trainer.model.build import Model
-from megabatch.trainer.model.lora.layers import merged_weights
+from megabatch.trainer.model.lora.layers import TRAINED, merged_weights
 from megabatch.trainer.model.naming import named_parameters
 from megabatch.trainer.ranks import Ranks
 
@@ -159,9 +159,11 @@ def in_first_replica(mapped: Mapped, ranks: Ranks) -> bool:
 
 
 def parameters_norm(model: Model, table: Sequence[Mapped], ranks: Ranks) -> float:
-    """L2 norm of all parameters of the model, each counted once; collective."""
+    """L2 norm of all parameters of the model and of its trained adapter, each counted once; collective."""
     total = torch.zeros((), dtype=torch.float64)
-    for item in placed(model, table, ranks):
+    lora = model.tuning.lora
+    adapter = [] if lora is None else placed(model, lora.table, ranks, adapter=TRAINED)
+    for item in [*placed(model, table, ranks), *adapter]:
         is_owned = tensor_split(item.mapped, ranks)[0] == 0 or item.mapped.split != "replicated"
         if is_owned and not item.is_copy and in_first_replica(item.mapped, ranks):
             total += item.parameter.detach().double().square().sum().cpu()

@@ -63,7 +63,8 @@ def _saved(engine: Engine, *, length: int) -> dict[str, int]:
         size = tensor.untyped_storage().nbytes()
         total["full" if tensor.dtype == torch.float32 else "half"] += size
         if tensor.dtype == torch.float32 and tensor.shape[-1] == hidden:
-            total["half"] += size // 4  # the CPU's rms_norm keeps two fp32 copies of its input, a kernel the input
+            # the CPU's rms_norm keeps two fp32 copies of its input, or one if its weight is frozen; a kernel the input
+            total["half"] += size // (4 if engine.model.tuning.lora is None else 2)
     return total
 
 

@@ -92,14 +92,16 @@ class _Linear(torch.nn.Module):  # type: ignore[misc]
         if lora is not None and ("all-linear" in lora.targets or name in lora.targets):
             rank = RANK * parts(name)
             self.down, self.up = torch.nn.Linear(cols, rank, bias=False), torch.nn.Linear(rank, rows, bias=False)
-            self.dropout = lora.dropout
+            self.dropout, self.is_fused = lora.dropout, parts(name) > 1
 
     def forward(self, x: Any) -> Any:
         out = self.base(x)
         if self.down is None:
             return out
         # CUDA's kernel, which keeps a mask of bytes where the CPU's usual one keeps numbers
-        return out + self.up(self.down(torch.native_dropout(x, self.dropout, True)[0] if self.dropout else x))
+        narrow = self.down(torch.native_dropout(x, self.dropout, True)[0] if self.dropout else x)
+        # several layers in one have a B of which each row counts one layer's columns, made for every pass
+        return out + torch.nn.functional.linear(narrow, self.up.weight * 1.0 if self.is_fused else self.up.weight)
 
 
 def _saved(lora: Lora | None) -> int:

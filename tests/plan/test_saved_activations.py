@@ -8,17 +8,23 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from megabatch import Batch, Data, Kernels, Model, Parallel, Recipe, Recompute, Resources, Training
+from megabatch import Batch, Data, Kernels, Model, Parallel, Recipe, Recompute, Resources, Training, Tuner
 from megabatch.converters.families import family_of
 from megabatch.entry.estimate import settings_of
 from megabatch.plan.activations import layer_activations
 from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 
+TUNERS = {
+    "full": Tuner(),
+    "LoRA": Tuner(tuner_type="lora", lora_rank=16, lora_dropout=0.0),
+    "LoRA on attention": Tuner(tuner_type="lora", target_modules=["linear_qkv", "linear_proj"], lora_dropout=0.0),
+}
 ROOT = Path(__file__).parents[2]
 LENGTH = 512
 MODELS = {
@@ -37,7 +43,7 @@ def _shape(name: str, layers: int) -> ModelShape:
     )
 
 
-def _recipe(name: str) -> Recipe:
+def _recipe(name: str, tuner: str) -> Recipe:
     return Recipe(
         name="saved",
         task="pt",
@@ -49,14 +55,16 @@ def _recipe(name: str) -> Recipe:
         parallel=Parallel(distributed_backend="gloo"),
         recompute=Recompute(recompute_granularity="none"),
         resources=Resources(nodes=1, gpus_per_node=0, tasks_per_node=1),
+        tuner=TUNERS[tuner],
     )
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[str, int]:
+def kept() -> dict[tuple[str, str], int]:
     """bf16 bytes that one layer of each model keeps."""
     pytest.importorskip("megatron.core")
-    work = [(_recipe(name), _shape(name, layers)) for name in MODELS for layers in (1, 2)]
+    cases = list(product(MODELS, TUNERS))
+    work = [(_recipe(name, tuner), _shape(name, layers)) for name, tuner in cases for layers in (1, 2)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("mcore_saved.py"))],
@@ -67,11 +75,13 @@ def kept() -> dict[str, int]:
         timeout=300,
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    return {name: found[2 * i + 1]["half"] - found[2 * i]["half"] for i, name in enumerate(MODELS)}
+    return {case: found[2 * i + 1]["half"] - found[2 * i]["half"] for i, case in enumerate(cases)}
 
 
+@pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_layer_keeps_what_is_counted(name: str, kept: dict[str, int]) -> None:
+def test_a_layer_keeps_what_is_counted(name: str, tuner: str, kept: dict[tuple[str, str], int]) -> None:
     shape = _shape(name, 1)
-    counted = layer_activations(shape, settings_of(_recipe(name), shape), (bool(shape.num_experts), False)).whole
-    assert counted == pytest.approx(kept[name], rel=0.05)
+    settings = settings_of(_recipe(name, tuner), shape)
+    counted = layer_activations(shape, settings, (bool(shape.num_experts), False)).whole
+    assert counted == pytest.approx(kept[name, tuner], rel=0.05)

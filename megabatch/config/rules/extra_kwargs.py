@@ -44,6 +44,22 @@ _OF_THE_TRAINER = frozenset({
 })  # fmt: skip
 """What the trainer needs as it is, for rows of various lengths, its losses or its overlaps."""
 
+_GRAPHS = "captures steps of one shape in a CUDA graph, and the trainer's rows differ in length"
+_PARTS = "needs forward passes in parts (megatron-core's schedule plans), and the trainer runs them whole"
+_FLEX = "belongs to moe_token_dispatcher_type=flex, which is refused"
+_REFUSED = {
+    "cuda_graph_impl": _GRAPHS,
+    "cuda_graph_scope": _GRAPHS,
+    "enable_cuda_graph": _GRAPHS,
+    "external_cuda_graph": _GRAPHS,
+    "delay_wgrad_compute": _PARTS,
+    "overlap_moe_expert_parallel_comm": _PARTS,
+    "moe_deepep_num_sms": _FLEX,
+    "moe_flex_dispatcher_backend": _FLEX,
+    "moe_hybridep_num_sms": _FLEX,
+}
+"""Fields that the trainer cannot honour, and why not."""
+
 
 def extra_fields_are_not_set_elsewhere(
     recipe: Recipe, shape: ModelShape | None, layout: Layout | None
@@ -54,14 +70,15 @@ def extra_fields_are_not_set_elsewhere(
 
 
 def owner_of(name: str) -> str | None:
-    """Who sets a field of TransformerConfig, as the end of a sentence; None for what megabatch leaves alone."""
+    """Who sets a field of TransformerConfig, or why nobody may, as the end of a sentence; None for what megabatch
+    leaves alone."""
     if parameter := _parameters().get(name) or _UNDER_OTHER_NAMES.get(name):
         return f"{parameter} sets; give it there"
     if name in _OF_THE_MODEL:
         return "the model's family determines; leave it out"
     if name in _OF_THE_TRAINER:
         return "the trainer sets; leave it out"
-    return None
+    return f"{_REFUSED[name]}; leave it out" if name in _REFUSED else None
 
 
 @functools.cache

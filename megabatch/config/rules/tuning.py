@@ -7,14 +7,15 @@ from functools import cache
 
 from megabatch.config.declare import Parameter, parameters
 from megabatch.config.recipe import Recipe
+from megabatch.config.torch_dtype import torch_dtype
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 
 LORA = (
     "tuner.target_modules", "tuner.target_regex", "tuner.modules_to_save", "tuner.lora_rank", "tuner.lora_alpha",
-    "tuner.lora_dropout", "tuner.lora_bias", "tuner.use_rslora", "tuner.init_lora_weights", "tuner.adapter_load",
-    "bridge.adapters",
+    "tuner.lora_dropout", "tuner.lora_dtype", "tuner.lora_bias", "tuner.use_rslora", "tuner.init_lora_weights",
+    "tuner.adapter_load", "bridge.adapters",
 )  # fmt: skip
 """Parameters of adapters."""
 FREEZING = (
@@ -22,7 +23,7 @@ FREEZING = (
     "tuner.trainable_parameters", "tuner.trainable_parameters_regex",
 )  # fmt: skip
 """Parameters of full training with frozen parts."""
-_VOCABULARY = ("all-embedding", "word_embeddings", "embed_tokens", "output_layer", "lm_head")
+_EMBEDDING, _OUTPUT = ("word_embeddings", "embed_tokens"), ("output_layer", "lm_head")
 
 
 def each_kind_has_its_own_parameters(
@@ -52,17 +53,37 @@ def one_adapter_to_start_from(recipe: Recipe, shape: ModelShape | None, layout: 
         yield Fault("bridge.adapters", adapters, f"and tuner.adapter_load={load!r} both begin the run; give one")
 
 
-def tied_embeddings_have_no_adapter(
-    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
-) -> Iterator[Fault]:
+def tied_embeddings_are_one_tensor(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     tuner = recipe.tuner
     if tuner.tuner_type != "lora" or shape is None or shape.untie_embeddings_and_output_weights:
         return
-    named = [name for name in (*tuner.target_modules, *tuner.modules_to_save) if name in _VOCABULARY]
-    if named:
-        rule = f"has {named[0]!r}, and {shape.model_type}'s embedding is its output layer too: not built"
-        field = "target_modules" if named[0] in tuner.target_modules else "modules_to_save"
-        yield Fault(f"tuner.{field}", getattr(tuner, field), rule)
+    tied = f"and {shape.model_type}'s output layer is its embedding"
+    if named := [name for name in tuner.target_modules if name in _OUTPUT]:
+        rule = f"has {named[0]!r}, {tied}, without a weight of its own to adapt; adapt the embedding (all-embedding)"
+        yield Fault("tuner.target_modules", tuner.target_modules, rule)
+    if saved := [name for name in tuner.modules_to_save if name in (*_EMBEDDING, *_OUTPUT)]:
+        rule = (
+            f"has {saved[0]!r}, {tied}: PEFT would train a copy beside it, and megatron-core both at once; "
+            "adapt the embedding (all-embedding), or leave it out"
+        )
+        yield Fault("tuner.modules_to_save", tuner.modules_to_save, rule)
 
 
-RULES = (each_kind_has_its_own_parameters, one_adapter_to_start_from, tied_embeddings_have_no_adapter)
+def adapters_have_the_dtype_of_the_model(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    wanted = recipe.tuner.lora_dtype
+    if wanted is not None and shape is not None and wanted != (dtype := torch_dtype(recipe, shape)):
+        rule = (
+            f"must be the model's torch_dtype, {dtype!r}: an adapter computes with the inputs of its layer, and the "
+            "optimizer keeps its numbers in fp32 anyway"
+        )
+        yield Fault("tuner.lora_dtype", wanted, rule, try_=(None,))
+
+
+RULES = (
+    each_kind_has_its_own_parameters,
+    one_adapter_to_start_from,
+    tied_embeddings_are_one_tensor,
+    adapters_have_the_dtype_of_the_model,
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from megabatch.config.declare import parameters
@@ -17,6 +19,9 @@ CASES = [
     ("params_dtype", "bfloat16", "model.torch_dtype sets"),
     ("calculate_per_token_loss", True, "training.calculate_per_token_loss sets"),
     ("variable_seq_lengths", False, "the trainer sets; leave it out"),
+    ("cuda_graph_impl", "local", "captures steps of one shape in a CUDA graph"),
+    ("overlap_moe_expert_parallel_comm", True, "needs forward passes in parts"),
+    ("moe_flex_dispatcher_backend", "hybridep", "belongs to moe_token_dispatcher_type=flex, which is refused"),
     ("softmax_scale", 1.0, "the model's family determines; leave it out"),
 ]
 
@@ -37,3 +42,9 @@ def test_every_owner_is_a_parameter():
     named = {parameter.dotted for parameter in parameters(Recipe)}
     assert set(extra_kwargs._UNDER_OTHER_NAMES.values()) <= named
     assert all(extra_kwargs.owner_of(parameter.name) for parameter in parameters(Recipe))
+
+
+def test_every_field_named_here_is_one_of_megatron_core():
+    config = pytest.importorskip("megatron.core.transformer.transformer_config").TransformerConfig
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert set(extra_kwargs._REFUSED) | extra_kwargs._OF_THE_TRAINER <= fields

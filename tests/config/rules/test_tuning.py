@@ -51,26 +51,34 @@ CASES = [
         ["and tuner.adapter_load='b' both begin the run"],
     ),
     (
-        tuning.tied_embeddings_have_no_adapter,
+        tuning.tied_embeddings_are_one_tensor,
         "dense",
         {
-            "tuner": {**TUNED, "target_modules": ["word_embeddings"]},
+            "tuner": {**TUNED, "target_modules": ["output_layer"]},
             "model": {"untie_embeddings_and_output_weights": False},
         },
         {
-            "tuner": {**TUNED, "target_modules": ["word_embeddings"]},
-            "model": {"untie_embeddings_and_output_weights": True},
+            "tuner": {**TUNED, "target_modules": ["all-embedding"]},
+            "model": {"untie_embeddings_and_output_weights": False},
         },
         "tuner.target_modules",
-        ["has 'word_embeddings'", "embedding is its output layer too"],
+        ["has 'output_layer'", "output layer is its embedding", "all-embedding"],
     ),
     (
-        tuning.tied_embeddings_have_no_adapter,
+        tuning.tied_embeddings_are_one_tensor,
         "dense",
         {"tuner": {**TUNED, "modules_to_save": ["lm_head"]}, "model": {"untie_embeddings_and_output_weights": False}},
         {"tuner": TUNED, "model": {"untie_embeddings_and_output_weights": False}},
         "tuner.modules_to_save",
-        ["has 'lm_head'"],
+        ["has 'lm_head'", "PEFT would train a copy"],
+    ),
+    (
+        tuning.adapters_have_the_dtype_of_the_model,
+        "dense",
+        {"tuner": {**TUNED, "lora_dtype": "float32"}, "model": {"torch_dtype": "bfloat16"}},
+        {"tuner": {**TUNED, "lora_dtype": "bfloat16"}, "model": {"torch_dtype": "bfloat16"}},
+        "tuner.lora_dtype",
+        ["must be the model's torch_dtype, 'bfloat16'"],
     ),
 ]
 

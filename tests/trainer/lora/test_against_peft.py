@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "by names of both": ("dense", {"target_modules": ["q_proj", "v_proj", "linear_fc2"]}),
     "by a pattern": ("dense", {"target_regex": r".*layers\.1\..*(linear_proj|up_proj)"}),
     "embedding and output": ("dense", {"target_modules": ["all-linear", "all-embedding", "output_layer"]}),
+    "tied embedding": ("biased", {"target_modules": ["all-linear", "all-embedding"]}),
     "experts": ("experts", {}),
     "experts and router": ("experts", {"target_modules": ["all-linear", "all-router"]}),
     "whole modules and biases": ("biased", {"lora_bias": "all", "modules_to_save": ["final_layernorm"]}),
@@ -29,16 +30,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def stepped(run_dir: str, folder: str) -> tuple[float, float, dict[str, Any], list[Any]]:
-    """Saves the adapter, then takes a step; loss, gradient norm, gradients, and the step's rows."""
+def stepped(run_dir: str, folder: str) -> tuple[float, float, float, dict[str, Any], list[Any]]:
+    """Saves the adapter, then takes a step; the parameters' norm before it, loss, gradient norm, gradients, rows."""
     with opened(run_dir) as (_, loop, progress):
         Path(folder).mkdir()
         loop.parts.export.save(loop.engine.model, loop.engine.ranks, Path(folder))
         step = next(loop.parts.steps.after(progress.cursor, loop.engine))
+        size = loop.checkpoints.parameters_norm(loop.engine)
         result = loop.engine.step(step.packs, loop.parts.objective, totals=step.totals, filled=step.filled)
         found = {name: grad.numpy() for name, grad in gradients(loop.engine).items()}
         rows = [(p.ids_T, p.targets_T, p.weights_T, p.cu_seqlens_padded[: p.sequences + 1]) for p in step.packs]
-        return result.metrics["loss"].value, result.grad_norm, found, [[x.numpy() for x in row] for row in rows]
+        return size, result.metrics["loss"].value, result.grad_norm, found, [[x.numpy() for x in row] for row in rows]
 
 
 def reference(base: Path, adapter: Path, rows: list[Any]) -> tuple[float, Any]:
@@ -65,7 +67,7 @@ def test_loss_and_gradients_are_those_of_peft(case: str, ranks: RankServer, tmp_
     )
     run = write_run(beside(made, base), tmp_path / "run")
     adapter = tmp_path / "adapter"
-    ((loss, norm, found, rows),) = ranks.run(stepped, world_size=1, run_dir=str(run), folder=str(adapter))
+    ((size, loss, norm, found, rows),) = ranks.run(stepped, world_size=1, run_dir=str(run), folder=str(adapter))
     expected, adapted = reference(base, adapter, rows)
     assert loss == pytest.approx(expected, rel=1e-5)
     theirs = _by_saved_name(adapted, found)
@@ -77,6 +79,9 @@ def test_loss_and_gradients_are_those_of_peft(case: str, ranks: RankServer, tmp_
     assert bool(whole) == ("whole" in case)
     total = torch.stack([gradient.norm() for gradient in [*theirs.values(), *whole]]).norm()
     assert norm == pytest.approx(float(total), rel=1e-5)
+    # peft keeps what modules_to_save trains beside what was there before
+    parameters = [p for n, p in adapted.named_parameters() if ".original_module." not in n]
+    assert size == pytest.approx(float(torch.stack([p.detach().norm() for p in parameters]).norm()), rel=1e-6)
 
 
 def _by_saved_name(adapted: Any, names: Any) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rank_server import RankServer
-from runs import curve, evaluations, recipe, train, write_run
+from runs import curve, evaluations, metrics, recipe, train, write_run
 from safetensors.torch import load_file
 
 LORA: dict[str, Any] = {"tuner_type": "lora", "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 0.0}
@@ -41,7 +41,8 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def run_of(folder: Path, name: str, model: str, world_size: int, groups: dict[str, Any]) -> Path:
-    groups = {"bridge": {"merge_lora": False}, **groups, "resources": {"tasks_per_node": world_size}}
+    logged = {"logging": {"log_params_norm": True}}
+    groups = {"bridge": {"merge_lora": False}, **logged, **groups, "resources": {"tasks_per_node": world_size}}
     tuner = {
         **LORA,
         "target_modules": ALL if model == "qwen3_moe" else ["all-linear", "all-embedding", "output_layer"],
@@ -71,6 +72,8 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, references: 
     assert len(found) == len(expected) == 4
     for (step, loss, norm), (_, its_loss, its_norm) in zip(found, expected, strict=True):
         assert (loss, norm) == (pytest.approx(its_loss, rel=1e-5), pytest.approx(its_norm, rel=1e-5)), f"step {step}"
+    norms, its_norms = ([line["params_norm"] for line in metrics(one)] for one in (run, references[model]))
+    assert norms == pytest.approx(its_norms, rel=1e-6)
     for (_, loss), (_, its_loss) in zip(evaluations(run), evaluations(references[model]), strict=True):
         assert loss == pytest.approx(its_loss, rel=1e-5)
     adapter, its_adapter = adapter_of(run), adapter_of(references[model])
