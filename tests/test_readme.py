@@ -39,6 +39,7 @@ ROOMS = {
     "megabatch/rl": "GRPO's formulas: advantages, corrections, losses of tokens",
     "megabatch/rollout": "what a rollout engine is, and the engines",
     "megabatch/rollout/local": "engines inside the process that uses them, on torch",
+    "megabatch/rollout/turns": "conversations of several turns: environments and tools answer the model",
     "megabatch/saved": "checkpoints at rest: digests, checking, which one a run goes on from; no torch",
     "megabatch/sweep": "one recipe at many points: table, arrays, results",
     "megabatch/trainer": "the only room with torch and megatron-core",

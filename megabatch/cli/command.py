@@ -72,6 +72,18 @@ def _of_runs(commands: _Commands) -> None:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
     report.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
 
+    completions = commands.add_parser("completions", help="show what a run generated, and its rewards")
+    completions.add_argument("run", type=Path, metavar="RUN")
+    completions.add_argument("--step", type=int, help="which step (default: the newest; with --grep, all)")
+    order = completions.add_mutually_exclusive_group()
+    order.add_argument("--worst", dest="order", action="store_const", const="worst", help="lowest rewards first")
+    order.add_argument("--best", dest="order", action="store_const", const="best", help="highest rewards first")
+    completions.add_argument("--grep", metavar="PATTERN", help="only where prompt or completion matches")
+    completions.add_argument("-n", "--number", type=_count, default=5, help="how many (default: %(default)s)")
+    completions.add_argument("--full", action="store_true", help="do not cut long texts")
+    completions.add_argument("--json", action="store_true", help="one JSON object a line, with tokens, for programs")
+    completions.add_argument("--check", action="store_true", help="read all of it; exit code 1 if anything is missing")
+
     logs = commands.add_parser("logs", help="print a rank's log")
     logs.add_argument("run", type=Path, metavar="RUN")
     logs.add_argument("-f", "--follow", action="store_true", help="follow the log until the run ends")
@@ -193,6 +205,21 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     return write_report(options.runs, output=options.output)
 
 
+def _completions(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.completions import Asked, show_completions
+
+    asked = Asked(
+        step=options.step,
+        order=options.order,
+        grep=options.grep,
+        number=options.number,
+        full=options.full,
+        as_json=options.json,
+        check=options.check,
+    )
+    return show_completions(options.run, asked)
+
+
 def _logs(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.jobs import show_logs
 
@@ -273,6 +300,7 @@ _COMMANDS = {
     "why": _why,
     "diff": _diff,
     "report": _report,
+    "completions": _completions,
     "logs": _logs,
     "cancel": _cancel,
     "resume": _resume,

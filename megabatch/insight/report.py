@@ -13,6 +13,7 @@ from typing import Any
 from megabatch.insight import page
 from megabatch.insight.chart import Bar, Series, line_chart, timeline
 from megabatch.insight.comparison import flat
+from megabatch.insight.completions import completions
 from megabatch.insight.curves import Point, curve, final_history
 from megabatch.insight.diagnosis import Diagnosis, diagnose
 from megabatch.insight.goodput import Attempt
@@ -29,8 +30,21 @@ _CHARTS = (
     ("step_s", "Step time (s)"),
     ("memory_gib", "Peak memory of rank 0 (GiB)"),
     ("mfu", "Model FLOPs utilisation"),
+    ("reward", "Reward"),
+    ("reward_std", "Reward's standard deviation within a group"),
+    ("completion_length", "Completion length (tokens)"),
+    ("cut_off", "Share of completions cut off"),
+    ("kl", "KL to the reference"),
+    ("entropy", "Entropy"),
+    ("clip_low", "Share of tokens clipped below"),
+    ("clip_high", "Share of tokens clipped above"),
+    ("rollout_kl", "KL between trainer and rollout engine"),
+    ("staleness", "Staleness (policy versions)"),
 )
-"""Name in `metrics.jsonl`, and title."""
+"""Name in `metrics.jsonl`, and title; a chart that no run has points for is left out."""
+_REWARD = "reward_"
+_NO_REWARDS = ("reward_std", "reward_equal", "reward_s")
+"""Metrics whose names begin like those of single rewards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +74,7 @@ def report(runs: Sequence[Path], *, mask: Masker | None = None) -> str:
         page.section("Time on nodes", _timeline(found, labels)),
         page.section("Model and layout", _layouts(found)),
         page.section("How they differ", _differences(found, mask)),
+        *(completions(run.overview.status.run, label, mask) for run, label in zip(found, labels, strict=True)),
         *(_failure(run, label, mask) for run, label in zip(found, labels, strict=True)),
     ]
     return page.page(title, "".join(body))
@@ -73,7 +88,7 @@ def _read(one: Overview) -> _Run:
         overview=one,
         config=run_json(run.path),
         attempts=history(one.status),
-        curves={name: curve(train, name) for name, _ in _CHARTS},
+        curves={name: curve(train, name) for name in [*dict(_CHARTS), *_rewards_in(train)]},
         evaluation=curve(evaluations, "eval_loss"),
         diagnosis=diagnose(run.path) if failed else None,
     )
@@ -106,8 +121,9 @@ def _progress(found: Sequence[_Run]) -> str:
 
 def _charts(found: Sequence[_Run], labels: Sequence[str]) -> str:
     parts = []
-    for name, title in _CHARTS:
-        series = [Series(label, index, run.curves[name]) for index, (run, label) in _numbered(found, labels)]
+    rewards = sorted({name for run in found for name in run.curves} - dict(_CHARTS).keys())
+    for name, title in (*_CHARTS, *((name, f"Reward {name.removeprefix(_REWARD)}") for name in rewards)):
+        series = [Series(label, index, run.curves.get(name, [])) for index, (run, label) in _numbered(found, labels)]
         parts.append(page.figure(title, line_chart(series, title=title)))
         if name == "loss":
             series = [
@@ -182,6 +198,13 @@ def _differences(found: Sequence[_Run], mask: Masker) -> str:
             rows.append((name, *(mask.text(value) for value in values)))
     header = ("Parameter", *(str(number) for number in range(1, len(found) + 1)))
     return page.table(header, rows, caption="Parameters that differ") if rows else page.paragraph("They do not.")
+
+
+def _rewards_in(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the metrics of single rewards."""
+    last = lines[-1] if lines else {}
+    parts = tuple(f"{name}{end}" for name in last for end in ("_sum", "_count"))
+    return [n for n in last if n.startswith(_REWARD) and n not in (*_NO_REWARDS, *parts)]
 
 
 def _failure(run: _Run, label: str, mask: Masker) -> str:

@@ -1,0 +1,142 @@
+"""Conversations of several turns over an engine: tokens are carried from turn to turn, never tokenised again.
+
+After a turn of the model come the tokens with which the chat template closes it, the environment's messages, and the
+opening of the next turn; they are context for the model and no part of the loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from megabatch.rollout.engine import Completion, Finish, Request
+
+Scope = Literal["per_round", "total"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What follows a turn of the model: plain values, as one rank finds them for all."""
+
+    ids: tuple[int, ...]
+    """Tokens up to where the model goes on; none where the conversation is over."""
+    reward: float | None
+    done: bool
+    failed: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One turn of the model."""
+
+    start: int
+    """Its tokens are `ids[start:stop]`."""
+    stop: int
+    reward: float | None
+
+
+@dataclass(kw_only=True)
+class Conversation:
+    """What was said after one prompt. `ids`, `logps`, `versions` and `mask` are of equal length."""
+
+    request: Request
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    """0 for tokens that are not the model's."""
+    versions: list[int] = field(default_factory=list)
+    """Of tokens that are not the model's: the version of the turn before."""
+    mask: list[int] = field(default_factory=list)
+    """1 for the model's tokens."""
+    turns: list[Turn] = field(default_factory=list)
+    finish: Finish | None = None
+    """`stop`: the environment or the model ended it; `length`: a turn was cut off, or no room or turn was left;
+    `aborted`: the engine or the environment failed. None: it goes on."""
+    failed: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.request.key
+
+    @property
+    def reward(self) -> float | None:
+        """Sum of the turns' rewards; None if no turn has one."""
+        found = [turn.reward for turn in self.turns if turn.reward is not None]
+        return sum(found) if found else None
+
+
+def converse(
+    requests: Sequence[Request],
+    *,
+    generate: Callable[[Sequence[Request]], list[Completion]],
+    answer: Callable[[Sequence[Conversation]], Sequence[Answer]],
+    max_turns: int | None,
+    scope: Scope,
+    positions: int,
+) -> list[Conversation]:
+    """Alternates the engine and the environments until every conversation is over.
+
+    Args: `generate`: the engine's. `answer`: to the last turn of each of these conversations; where several ranks run
+    this together, one of them asks the environments and all get its answers. `scope`: whether a request's `max_tokens`
+    limits each turn, or all tokens after the prompt. `positions`: tokens that the model can take.
+    """
+    conversations = [Conversation(request=request) for request in requests]
+    while going := [one for one in conversations if one.finish is None]:
+        asked = [_next(one, scope=scope, positions=positions) for one in going]
+        completions = generate(asked)
+        for one, completion in zip(going, completions, strict=True):
+            _take_turn(one, completion)
+        open_ = [one for one in going if one.finish is None]
+        for one, found in zip(open_, answer(open_) if open_ else (), strict=True):
+            _take_answer(one, found, max_turns=max_turns, scope=scope, positions=positions)
+    return conversations
+
+
+def _next(one: Conversation, *, scope: Scope, positions: int) -> Request:
+    """The request of the next turn; the first is the conversation's own, so that one turn is what a single one is."""
+    number = len(one.turns)
+    if not number:
+        return one.request
+    digest = hashlib.blake2b(f"{one.request.seed}/{number}".encode(), digest_size=7).digest()
+    return replace(
+        one.request,
+        key=f"{one.key}@{number}",
+        prompt=(*one.request.prompt, *one.ids),
+        sampling=replace(one.request.sampling, max_tokens=_room(one, scope=scope, positions=positions)),
+        seed=int.from_bytes(digest, "little"),
+    )
+
+
+def _room(one: Conversation, *, scope: Scope, positions: int, further: int = 0) -> int:
+    """Most tokens of the next turn, after `further` tokens of an answer."""
+    used = len(one.ids) + further
+    limit = one.request.sampling.max_tokens - (used if scope == "total" else 0)
+    return min(limit, positions - len(one.request.prompt) - used)
+
+
+def _take_turn(one: Conversation, completion: Completion) -> None:
+    start = len(one.ids)
+    one.ids += completion.ids
+    one.logps += completion.logps
+    one.versions += completion.versions
+    one.mask += [1] * len(completion.ids)
+    one.turns.append(Turn(start=start, stop=len(one.ids), reward=None))
+    if completion.finish != "stop":
+        one.finish = completion.finish
+
+
+def _take_answer(one: Conversation, found: Answer, *, max_turns: int | None, scope: Scope, positions: int) -> None:
+    """Where the answer leaves no room for a further turn, it is left out: nothing would learn from it."""
+    one.turns[-1] = replace(one.turns[-1], reward=found.reward)
+    if found.failed is not None:
+        one.finish, one.failed = "aborted", found.failed
+    elif found.done:
+        one.finish = "stop"
+    elif len(one.turns) == max_turns or _room(one, scope=scope, positions=positions, further=len(found.ids)) < 1:
+        one.finish = "length"
+    else:
+        one.versions += [one.versions[-1] if one.versions else 0] * len(found.ids)
+        one.ids += found.ids
+        one.logps += [0.0] * len(found.ids)
+        one.mask += [0] * len(found.ids)
