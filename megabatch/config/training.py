@@ -9,6 +9,8 @@ from typing import Any, Literal
 from megabatch.config.declare import param
 from megabatch.tasks import TASKS
 
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
@@ -45,13 +47,12 @@ class Training:
         "causal_lm", built=tuple(dict.fromkeys(task.task_type for task in TASKS if task.built))
     )
     """What the model is trained to do."""
-    num_labels: int | None = param(None, built=False, at_least=1)
+    num_labels: int | None = param(None, at_least=1)
     """Labels of a sequence classifier (`task_type` seq_cls)."""
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = param(
-        None, built=False
+        None
     )
-    """Kind of sequence classification; None means regression for one label or a reward model, otherwise
-    single-label."""
+    """Kind of sequence classification; None means regression for one label, otherwise single-label."""
     enable_dft_loss: bool = param(False)
     """Dynamic fine-tuning (arXiv:2508.05629): weights each token's loss by its own probability, through which no
     gradient flows. `nll` is then logged beside `loss`."""

@@ -53,6 +53,8 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
         max_length=data.max_length,
         truncation_strategy=resolved(data.truncation_strategy),
         loss_scale=resolved(data.loss_scale),
+        problem_type=recipe.training.problem_type,
+        num_labels=recipe.training.num_labels,
         channels=recipe.training.enable_channel_loss,
         sanitize_control_tokens=data.sanitize_control_tokens,
         new_special_tokens=tuple(recipe.model.new_special_tokens),

@@ -13,6 +13,7 @@ from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.tokens import tokenizer
 from megabatch.entry.model import FoundModel, fault_of
 from megabatch.entry.paths import NUMBERED
+from megabatch.entry.row_checks import Check, row_check
 from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.saved.find import find_to_load
@@ -45,9 +46,10 @@ def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     """Faults inside the inputs: malformed rows, too few rows, and weights that do not fit their config.json."""
     counts: dict[str, int | None] = {}
+    check = row_check(recipe)
 
     def count(name: names.DatasetName) -> None:
-        counts[name.text] = _rows(recipe, name)
+        counts[name.text] = _rows(check, name)
 
     rows = list(_datasets(recipe, count)) or _too_few(recipe, [counts.get(text) for text in recipe.data.dataset])
     return [*rows, *_tokenizer(recipe, model, tokenizer.check_readable), *_weights(recipe, model)]
@@ -114,7 +116,7 @@ def _check_presence(name: names.DatasetName) -> None:
             raise DataError(f"{path} is empty; give a file with at least one example")
 
 
-def _rows(recipe: Recipe, name: names.DatasetName) -> int | None:
+def _rows(check: Check, name: names.DatasetName) -> int | None:
     """Number of rows; None if we do not count them. Raises: DataError for an unusable row."""
     if name.kind != "path":
         return None
@@ -122,23 +124,20 @@ def _rows(recipe: Recipe, name: names.DatasetName) -> int | None:
         found = names.local_files(name)
     except DataError:
         return None  # `missing_inputs` reports it
-    counts = [_rows_of_file(recipe, path, alone=len(found) == 1) for path in found]
+    counts = [_rows_of_file(check, path, alone=len(found) == 1) for path in found]
     known = [count for count in counts if count is not None]
     return (name.count or sum(known)) if len(known) == len(counts) else name.count
 
 
-def _rows_of_file(recipe: Recipe, path: Path, *, alone: bool) -> int | None:
-    from megabatch.data.rows.kinds import READERS  # a dry run reads no data
-
+def _rows_of_file(check: Check, path: Path, *, alone: bool) -> int | None:
     ratio = _GZIP_RATIO if path.suffix.lower() == ".gz" else 1
     if path.suffix.lower() == ".zst" or inner_suffix(path) not in _SCANNED_SUFFIXES:
         return None  # machines that only submit runs may lack the packages that read them
     if path.stat().st_size * ratio > SCANNED_BYTES:
         return None
-    read = READERS["conversations" if recipe.kind is None else recipe.kind.rows]
     rows = 0
     for rows, row in enumerate(files.rows(path), start=1):  # noqa: B007 - counted
-        read(row, columns=recipe.data.columns, system=recipe.data.system)
+        check(row)
     if not rows and path.stat().st_size and alone:
         raise DataError(f"{path} holds no rows; give a file with at least one example")
     return rows

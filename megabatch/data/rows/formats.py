@@ -16,7 +16,7 @@ may hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,17 +38,25 @@ class Conversation:
     """See `Turns`."""
 
 
-def conversation_of(row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None) -> Conversation:
+def conversation_of(
+    row: Row,
+    *,
+    columns: Mapping[str, str] | None = None,
+    system: str | None = None,
+    answered: bool = True,
+    also: Collection[str] = (),
+) -> Conversation:
     """The conversation of one row.
 
     Args: `columns`: field name in the dataset → accepted name, applied first; `system`: system message for rows
-    that have none.
+    that have none; `answered`: the assistant must have said something; False also takes a question alone; `also`:
+    further fields that the caller reads.
     Raises: DataError with the row's place for an unknown shape, a value of the wrong type, an empty assistant
     message, or no message of the assistant.
     """
     fields = renamed(row, columns)
     for required, optional, convert in _SHAPES:  # noqa: B007 - used below
-        if all(fields.get(name) is not None for name in required):
+        if all(fields.get(name) is not None for name in (required if answered else required[:1])):
             turns = convert(fields, row)
             break
     else:
@@ -60,8 +68,8 @@ def conversation_of(row: Row, *, columns: Mapping[str, str] | None = None, syste
     system = _text(fields, "system", row) if fields.get("system") else system
     if system and messages[0].role not in ("system", "developer") and "text" not in required:
         messages.insert(0, Message("system", system))
-    _check(messages, row)
-    used = {*required, *optional, "system"}
+    _check(messages, row, answered=answered)
+    used = {*required, *optional, "system", *also}
     rest = {name: value for name, value in fields.items() if value is not None and name not in used}
     return Conversation(messages, _columns(rest, row, is_agent=turns.is_agent), turns.is_agent)
 
@@ -91,24 +99,30 @@ def _alpaca(fields: Mapping[str, Any], row: Row) -> Turns:
     extra = _text(fields, "input", row) if fields.get("input") else ""
     instruction = _text(fields, "instruction", row)
     question = f"{instruction}\n{extra}" if instruction and extra else instruction or extra
-    answer = Message("assistant", _text(fields, "output", row))
-    return Turns([*_history(fields, row), Message("user", question), answer])
+    return Turns([*_history(fields, row), Message("user", question), *_answer(fields, "output", row)])
 
 
 def _exchange(question: str, answer: str) -> Callable[[Mapping[str, Any], Row], Turns]:
     def convert(fields: Mapping[str, Any], row: Row) -> Turns:
-        pair = [Message("user", _text(fields, question, row)), Message("assistant", _text(fields, answer, row))]
-        return Turns([*_history(fields, row), *pair])
+        asked = Message("user", _text(fields, question, row))
+        return Turns([*_history(fields, row), asked, *_answer(fields, answer, row)])
 
     return convert
 
 
+def _answer(fields: Mapping[str, Any], name: str, row: Row) -> list[Message]:
+    """The assistant's turn; none where the caller takes a question alone and the row has no more."""
+    return [] if fields.get(name) is None else [Message("assistant", _text(fields, name, row))]
+
+
 def _prompt(fields: Mapping[str, Any], row: Row) -> Turns:
     """Texts, or TRL's conversational form: the prompt is not trained on unless one of its messages asks for it."""
-    prompt, completion = fields["prompt"], fields["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
+    prompt, completion = fields["prompt"], fields.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str | None):
         return _exchange("prompt", "completion")(fields, row)
     before = _spoken(prompt, "user", place=f"{row.origin}: prompt")
+    if completion is None:
+        return before
     after = _spoken(completion, "assistant", place=f"{row.origin}: completion")
     given = [replace(m, loss=0.0) if m.role == "assistant" and m.loss is None else m for m in before.messages]
     return Turns([*given, *after.messages], before.is_agent or after.is_agent)
@@ -202,7 +216,7 @@ def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
     return tool if "function" in tool or "type" in tool else {"type": "function", "function": tool}
 
 
-def _check(messages: list[Message], row: Row) -> None:
+def _check(messages: list[Message], row: Row, *, answered: bool) -> None:
     for index, message in enumerate(messages):
         says = message.content.strip() or any(message.fields.get(name) for name in SAYING)
         if message.role == "assistant" and not says and message.loss != 0:
@@ -211,7 +225,7 @@ def _check(messages: list[Message], row: Row) -> None:
             raise DataError(
                 f"{row.origin}: message {index} holds half a surrogate pair, which is not valid text; delete it"
             )
-    if not any(message.role == "assistant" for message in messages):
+    if answered and not any(message.role == "assistant" for message in messages):
         raise DataError(
             f"{row.origin}: the last message is from the {messages[-1].role}; there must be an assistant message "
             f"to train on"

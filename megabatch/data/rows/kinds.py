@@ -7,7 +7,9 @@ from typing import Protocol
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, conversation_of
+from megabatch.data.rows.labelled import said_in
 from megabatch.data.rows.preference import preference_of
+from megabatch.data.rows.turns import Message
 
 
 class Reader(Protocol):
@@ -27,5 +29,12 @@ def _pair(row: Row, *, columns: Mapping[str, str] | None = None, system: str | N
     return pair.chosen, pair.rejected
 
 
-READERS: Mapping[str, Reader] = {"documents": _one, "conversations": _one, "pairs": _pair}
+def _labelled(
+    row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None
+) -> Sequence[Conversation]:
+    said = said_in(row, columns=columns, system=system)
+    return (Conversation([Message("user", said)]) if isinstance(said, str) else said,)
+
+
+READERS: Mapping[str, Reader] = {"documents": _one, "conversations": _one, "pairs": _pair, "labelled": _labelled}
 """By the kind of rows of a task (`tasks.Task.rows`)."""

@@ -6,15 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, conversation_of
-from megabatch.data.tokens.control_tokens import ESCAPED, ControlTokens
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.fitting import check_column
+from megabatch.data.tokens.plain import PlainTexts, weighed
 from megabatch.data.tokens.sample import Encoded, Item
-from megabatch.data.tokens.tokenizer import backend
 from megabatch.errors import DataError
 
 
@@ -29,9 +26,7 @@ class Documents:
                 f"run; set it in tokenizer_config.json"
             )
         self._eos = tokenizer.eos_token_id
-        self._backend = backend(tokenizer)
-        written = encoding.new_special_tokens
-        self._control = ControlTokens(tokenizer, of_the_data=written) if encoding.sanitize_control_tokens else None
+        self._plain = PlainTexts(tokenizer, encoding)
         self._columns: Mapping[str, str] | None = encoding.columns
         self._system = encoding.system
 
@@ -40,18 +35,11 @@ class Documents:
         for row, conversation in zip(rows, conversations, strict=True):
             _check_columns(row, conversation, remarks)
         texts = ["\n".join(m.content for m in conversation.messages) for conversation in conversations]
-        plain = self._backend.encode_batch(texts, add_special_tokens=True)
-        return [[self._encoded(text, found.ids, remarks)] for text, found in zip(texts, plain, strict=True)]
+        return [[self._ended(encoded)] for encoded in self._plain.encode(texts, remarks)]
 
-    def _encoded(self, text: str, tokens: list[int], remarks: Counter[str]) -> Encoded:
-        control = self._control
-        if control is not None and control.may_be_in(text) and control.are_in(text):
-            tokens = control.twin.encode(control.spelled(text).text, add_special_tokens=True).ids
-            remarks[ESCAPED] += 1
-        ids = np.asarray(tokens if tokens[-1:] == [self._eos] else [*tokens, self._eos], np.int32)
-        weights: np.ndarray = np.ones(len(ids), np.float32)
-        weights[:1] = 0
-        return Encoded(ids, weights)
+    def _ended(self, encoded: Encoded) -> Encoded:
+        ids = encoded.ids.tolist()
+        return weighed(ids if ids[-1:] == [self._eos] else [*ids, self._eos])
 
 
 def _check_columns(row: Row, conversation: Conversation, remarks: Counter[str]) -> None:

@@ -15,6 +15,7 @@ from megabatch.data.tokens.chunk import Chunk
 from megabatch.data.tokens.conversations import Conversations
 from megabatch.data.tokens.documents import Documents
 from megabatch.data.tokens.encoding import Encoding, Rows
+from megabatch.data.tokens.labelled import Labelled
 from megabatch.data.tokens.pairs import Pairs
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
 from megabatch.errors import DataError
@@ -32,8 +33,16 @@ class _Kind(Protocol):
     def __call__(self, tokenizer: Any, encoding: Encoding) -> RowEncoder: ...
 
 
-ROWS: Mapping[Rows, _Kind] = {"documents": Documents, "conversations": Conversations, "pairs": Pairs}
+ROWS: Mapping[Rows, _Kind] = {
+    "documents": Documents,
+    "conversations": Conversations,
+    "pairs": Pairs,
+    "labelled": Labelled,
+}
 """The encoder of each kind of rows."""
+
+LEARNED_WHOLE: frozenset[Rows] = frozenset({"labelled"})
+"""Rows whose samples have something to learn as a whole, and not in their tokens."""
 
 
 class Encoder:
@@ -44,6 +53,7 @@ class Encoder:
         self.encoding = encoding
         self.tokenizer = tokenizer.load(encoding.tokenizer)
         self.rows = ROWS[encoding.rows](self.tokenizer, encoding)
+        self._learns_tokens = encoding.rows not in LEARNED_WHOLE
 
     def encode(self, unparsed: Sequence[Row | Line]) -> Chunk:
         """Samples of these rows, in order. Raises: DataError with the row's file and line."""
@@ -55,7 +65,7 @@ class Encoder:
                 continue
             if not kept:
                 chunk.dropped["longer than max_length"] += 1
-            elif not _learns(kept):
+            elif self._learns_tokens and not _learns(kept):
                 chunk.dropped["nothing to learn"] += 1
             else:
                 chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1

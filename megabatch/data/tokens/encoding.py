@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Rows = Literal["documents", "conversations", "pairs"]
-"""What a row is: a text, with EOS trained too, turns that a chat template renders, or two conversations, of which the
-first is preferred (`tasks.Task.rows`)."""
+from megabatch.config.training import ProblemType
+
+Rows = Literal["documents", "conversations", "pairs", "labelled"]
+"""What a row is: a text, with EOS trained too, turns that a chat template renders, two conversations, of which the
+first is preferred, or a text or turns with a label (`tasks.Task.rows`)."""
 
 Truncation = Literal["delete", "left", "right", "split", "raise"]
 """What happens to a sample longer than max_length: drop and count it, cut it at an end or into pieces, or an error."""
@@ -32,6 +34,9 @@ class Encoding:
     """See `loss_scales`."""
     channels: bool = False
     """Whether samples keep the name in their row's column `channel`."""
+    problem_type: ProblemType | None = None
+    """Form of the labels, for rows that have one."""
+    num_labels: int | None = None
     sanitize_control_tokens: bool = True
     """Whether control tokens in the data are tokenised as plain text."""
     new_special_tokens: tuple[str, ...] = ()

@@ -115,12 +115,26 @@ class Template:
             self._text(conversation, place=place, loss_scale=scale, remarks=counted)
             for conversation, place in zip(conversations, places, strict=True)
         ]
+        return self._encoded(texts, whole=scale.base == "all")
+
+    def whole(
+        self, conversations: Sequence[Conversation], *, places: Sequence[str], remarks: Counter[str]
+    ) -> list[Encoded]:
+        """Tokenises conversations that need no answer, all of whose tokens count alike. Args and errors as above."""
+        everything = parse("all")
+        texts = [
+            self._text(conversation, place=place, loss_scale=everything, remarks=remarks, learned=False)
+            for conversation, place in zip(conversations, places, strict=True)
+        ]
+        return self._encoded(texts, whole=True)
+
+    def _encoded(self, texts: Sequence[_Said], *, whole: bool) -> list[Encoded]:
         encoded: dict[int, Encoded] = {}
         for by_twin in (False, True):
             chosen = [index for index, text in enumerate(texts) if text.by_twin == by_twin]
             if chosen:
                 aligner = self._twins_aligner if by_twin else self._aligner
-                made = aligner.encode([texts[index].text for index in chosen], whole=scale.base == "all")
+                made = aligner.encode([texts[index].text for index in chosen], whole=whole)
                 encoded |= zip(chosen, made, strict=True)
         return [encoded[index] for index in range(len(texts))]
 
@@ -129,9 +143,17 @@ class Template:
         assert self._control is not None
         return Aligner(self._control.twin)
 
-    def _text(self, conversation: Conversation, *, place: str, loss_scale: LossScale, remarks: Counter[str]) -> _Said:
+    def _text(
+        self,
+        conversation: Conversation,
+        *,
+        place: str,
+        loss_scale: LossScale,
+        remarks: Counter[str],
+        learned: bool = True,
+    ) -> _Said:
         try:
-            return self._located(conversation, loss_scale=loss_scale, remarks=remarks)
+            return self._located(conversation, loss_scale=loss_scale, remarks=remarks, learned=learned)
         except DataError as e:
             others = " or ".join(name for name in _OWN if name != self.name and _lack(self.tokenizer, name) is None)
             raise DataError(
@@ -139,7 +161,9 @@ class Template:
                 + (f"; check the row, or set data.template to {others}" if others and "data." not in str(e) else "")
             ) from e
 
-    def _located(self, conversation: Conversation, *, loss_scale: LossScale, remarks: Counter[str]) -> _Said:
+    def _located(
+        self, conversation: Conversation, *, loss_scale: LossScale, remarks: Counter[str], learned: bool
+    ) -> _Said:
         """The conversation's text and the loss weights of its characters."""
         has_tools = conversation.columns.get("tools") is not None
         form = self._forms["tool_use" if has_tools and "tool_use" in self._forms else "default"]
@@ -147,7 +171,9 @@ class Template:
         failed: DataError | None = None
         for messages, fitted in form.fitting.candidates(conversation, remarks):
             try:
-                text = self._rendered(form, messages, fitted, variables, loss_scale=loss_scale, remarks=remarks)
+                text = self._rendered(
+                    form, messages, fitted, variables, loss_scale=loss_scale, remarks=remarks, learned=learned
+                )
             except DataError as e:
                 failed = failed or e
                 continue
@@ -164,7 +190,9 @@ class Template:
         *,
         loss_scale: LossScale,
         remarks: Counter[str],
+        learned: bool,
     ) -> _Said:
+        """Args: learned: some of the turns have weights; False gives every token the same."""
         said = _json([fitted, variables])
         mark, inner = _marks(said)
         control = self._control if self._control is not None and self._control.may_be_in(said) else None
@@ -174,10 +202,12 @@ class Template:
             variables = control.mark(variables, inner)
             control = control if (fitted, variables) != plain else None
         rendered = form.renderer.render(fitted, variables, mark=mark)
-        parts = form.locator.parts(fitted, variables, rendered)
-        self._warn_of_missing_end(rendered, parts)
         remarks[_LEFT_OUT] += any(m.get("tool_calls") and answer(m) not in rendered.text for m in fitted)
-        weighed = self._weighed(rendered.text, parts, learned_turns(messages, loss_scale.base), loss_scale)
+        weighed: list[tuple[int, int, float]] = []
+        if learned:
+            parts = form.locator.parts(fitted, variables, rendered)
+            self._warn_of_missing_end(rendered, parts)
+            weighed = self._weighed(rendered.text, parts, learned_turns(messages, loss_scale.base), loss_scale)
         if control is None:
             return _Said(Text(rendered.text, weighed), by_twin=False)
         remarks[ESCAPED] += control.are_in(said)
