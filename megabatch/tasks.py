@@ -19,9 +19,12 @@ class Task:
     """The `task`, `rlhf_type` and `task_type` by which a recipe selects it; None matches any value."""
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
-    rows: Literal["documents", "conversations", "pairs"] = "conversations"
-    """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, or two
-    conversations with a preferred and a rejected answer."""
+    rows: Literal["documents", "conversations", "pairs", "labelled"] = "conversations"
+    """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, two
+    conversations with a preferred and a rejected answer, or a text or turns with a label."""
+    head: int | Literal["num_labels"] | None = None
+    """Outputs of the head in place of the output layer: this many (0: the hidden states), or `training.num_labels`;
+    None: the output layer."""
     loss_scale: Literal["default", "last_round", "all"] = "default"
     """Default of `data.loss_scale`."""
     truncation_strategy: Literal["delete", "left"] = "delete"
@@ -43,6 +46,7 @@ def _rlhf(
     truncation_strategy: Literal["delete", "left"] = "delete",
     streams: bool = False,
     built: bool = False,
+    head: int | None = None,
 ) -> Task:
     return Task(
         name=name,
@@ -55,11 +59,26 @@ def _rlhf(
         calculate_per_token_loss=False,
         streams=streams,
         built=built,
+        head=head,
     )
 
 
-def _head(task_type: str) -> Task:
-    return Task(name=task_type, task="sft", task_type=task_type, calculate_per_token_loss=False)
+def _head(
+    task_type: str,
+    head: int | Literal["num_labels"] | None,
+    *,
+    rows: Literal["conversations", "labelled"] = "conversations",
+    built: bool = False,
+) -> Task:
+    return Task(
+        name=task_type,
+        task="sft",
+        task_type=task_type,
+        calculate_per_token_loss=False,
+        head=head,
+        rows=rows,
+        built=built,
+    )
 
 
 TASKS = (
@@ -67,13 +86,13 @@ TASKS = (
     Task(name="sft", task="sft", streams=True, built=True),
     _rlhf("dpo", rows="pairs", streams=True, built=True),
     _rlhf("kto"),
-    _rlhf("rm", rows="pairs"),
+    _rlhf("rm", rows="pairs", head=1),
     _rlhf("gkd"),
     _rlhf("grpo", truncation_strategy="left"),
-    _head("seq_cls"),
-    _head("embedding"),
-    _head("reranker"),
-    _head("generative_reranker"),
+    _head("seq_cls", "num_labels", rows="labelled", built=True),
+    _head("embedding", 0),
+    _head("reranker", 1),
+    _head("generative_reranker", None),
 )
 
 

@@ -37,15 +37,9 @@ def untrainable(shape: ModelShape) -> str | None:
     return "; ".join(reason for rule in _RULES if (reason := rule(shape))) or None
 
 
-def _score_head(shape: ModelShape) -> str | None:
-    if shape.num_labels is None:
-        return None
-    return "score heads (sequence classification, reward models) are not built; megabatch only converts them"
-
-
 def _rotary_embedding(shape: ModelShape) -> str | None:
     kind = (shape.rope_scaling or {}).get("rope_type", "default")
     return None if kind in _ROPES else f"rope_type={kind!r} is not built; {', '.join(_ROPES)} are"
 
 
-_RULES: tuple[Callable[[ModelShape], str | None], ...] = (_score_head, _rotary_embedding)
+_RULES: tuple[Callable[[ModelShape], str | None], ...] = (_rotary_embedding,)

@@ -143,17 +143,22 @@ def _alike(targets: list[Target], layers: Sequence[Mapped]) -> list[Target]:
 
 
 def find_whole(table: Sequence[Mapped], modules: Sequence[str], *, biases: bool) -> frozenset[str]:
-    """Canonical names of the tensors that are trained in full beside adapters: of modules, and all biases.
+    """Canonical names of the tensors that are trained in full beside adapters: of modules, all biases, a score head.
 
+    PEFT trains a score head without being asked, since a new one begins with random numbers.
     Raises: ConversionError for a name of no module.
     """
-    found = {mapped.name for mapped in table if biases and mapped.name.endswith("bias")}
+    found = {mapped.name for mapped in table if (biases and mapped.name.endswith("bias")) or _is_score_head(mapped)}
     for module in modules:
         named = {mapped.name for mapped in table if _is_in(mapped, module)}
         if not named:
             raise ConversionError(_unknown(module, [mapped for mapped in table if _is_layer(mapped)]))
         found |= named
     return frozenset(found)
+
+
+def _is_score_head(mapped: Mapped) -> bool:
+    return mapped.name == "output_layer.weight" and mapped.split == "replicated"
 
 
 MERGES_ONE_OF_TWO = (
@@ -164,7 +169,7 @@ MERGES_ONE_OF_TWO = (
 
 def changes_one_of_two(shape: ModelShape, targets: Sequence[Target]) -> bool:
     """Whether the embedding has an adapter and is the output layer too, which stays as it is, as in PEFT."""
-    return not shape.untie_embeddings_and_output_weights and any(target.is_embedding for target in targets)
+    return shape.ties_output_layer and any(target.is_embedding for target in targets)
 
 
 def hf_names(table: Sequence[Mapped], names: Collection[str]) -> frozenset[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from megabatch.config.field_types import options
 from megabatch.config.grpo_defaults import filled
+from megabatch.config.heads import problem_type, with_head
 from megabatch.config.layout import layout_of
 from megabatch.config.lengths import row_tokens, sample_tokens
 from megabatch.config.recipe import Recipe
@@ -91,6 +92,7 @@ def resolve(recipe: Recipe, *, shape: ModelShape, run_dir: Path, provenance: Map
 
 def run_json(recipe: Recipe, *, shape: ModelShape, run_dir: Path, provenance: Mapping[str, Any]) -> str:
     """What `resolve(…).save` writes of a recipe without faults; for a sweep's hundreds of runs."""
+    shape = with_head(recipe, shape)
     layout = layout_of(recipe, shape)
     assert layout is not None, "a recipe without faults has a layout"
     filled = derived(recipe, shape=shape, run_dir=run_dir)
@@ -132,6 +134,7 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
         training=replace(
             training,
             calculate_per_token_loss=task.calculate_per_token_loss if per_token is None else per_token,
+            problem_type=problem_type(recipe),
         ),
         learning_rate=replace(recipe.learning_rate, lr=peak_lr(recipe)),
         parallel=_derived_parallel(recipe),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megabatch.config.heads import head_fault, with_head
 from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.converters.families import family_named, family_of
@@ -34,12 +35,25 @@ class FoundModel:
 
 
 def find_model(recipe: Recipe, *, shared_cache: str | None = None) -> FoundModel:
-    """The model's shape from its folder, a hub's cache or published facts; or as declared for a new model."""
-    found = _without_new_tokens(recipe, shared_cache=shared_cache)
-    return _with_new_tokens(found, recipe, shared_cache=shared_cache) if recipe.model.new_special_tokens else found
+    """The trained model's shape from its folder, a hub's cache or published facts; or as declared for a new model."""
+    found = _own(recipe, shared_cache=shared_cache)
+    if recipe.model.new_special_tokens:
+        found = _with_new_tokens(found, recipe, shared_cache=shared_cache)
+    return _with_head(found, recipe)
 
 
-def _without_new_tokens(recipe: Recipe, *, shared_cache: str | None) -> FoundModel:
+def _with_head(found: FoundModel, recipe: Recipe) -> FoundModel:
+    """The model with the head of the recipe's task."""
+    if found.shape is None:
+        return found
+    fault = found.fault
+    if fault is None and (reason := head_fault(recipe, found.shape)) is not None:
+        fault = Fault("model.model", recipe.model.model, f"cannot be trained on this task: {reason}")
+    return replace(found, shape=with_head(recipe, found.shape), fault=fault)
+
+
+def _own(recipe: Recipe, *, shared_cache: str | None) -> FoundModel:
+    """The model as it is named, with its own head and vocabulary."""
     name = recipe.model.model
     if name is None:
         return _made(recipe)

@@ -121,7 +121,8 @@ def _passing(settings: Settings, layers: Sequence[LayerActivations], chunk: Chun
 
 def _logits(shape: ModelShape, settings: Settings) -> float:
     """Logits and their gradient in the run's precision, plus the loss's fp32 chunk unless that is fp32."""
-    columns = shape.num_labels or settings.vocab_size / settings.layout.tp
+    labels = shape.num_labels
+    columns = settings.vocab_size / settings.layout.tp if labels is None else labels or shape.hidden_size
     count = settings.micro_batch_tokens * columns
     chunk = 4 * min(count, LOSS_CHUNK) if settings.weight_bytes < 4 else 0
     return 2 * settings.weight_bytes * count + chunk

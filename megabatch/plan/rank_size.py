@@ -198,7 +198,7 @@ def ends(shape: ModelShape, settings: Settings, chunk: Chunk) -> tuple[list[Weig
     Copies of the embedding on the first stage and on the one that has the tied output layer, or layers of multi-token
     prediction, are kept equal; each is a bucket, so that all of them are cut alike.
     """
-    tied = not shape.untie_embeddings_and_output_weights and shape.num_labels is None
+    tied = shape.ties_output_layer
     pipelined = settings.layout.pp > 1
     vocabulary = weights.embedding(shape, vocab_size=settings.vocab_size)
     before: list[Weight] = []

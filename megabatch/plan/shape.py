@@ -82,7 +82,8 @@ class ModelShape:
     linear_conv_kernel_dim: int | None = None
     """Tokens that the convolution before a linear attention sees."""
     num_labels: int | None = None
-    """Outputs of a sequence classifier or reward model, which has a score head in place of the output layer."""
+    """Outputs of a sequence classifier or reward model, which has a score head in place of the output layer; 0 for an
+    embedding model, which has neither; None for a language model."""
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json this shape was read from."""
 
@@ -97,6 +98,11 @@ class ModelShape:
     def has_output_layer(self) -> bool:
         """Whether there are weights from hidden states to the vocabulary besides the embedding's."""
         return self.untie_embeddings_and_output_weights and self.num_labels is None
+
+    @property
+    def ties_output_layer(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return not self.untie_embeddings_and_output_weights and self.num_labels is None
 
     def is_linear_attention_layer(self, layer: int) -> bool:
         return bool(self.linear_attention_layers) and self.linear_attention_layers[layer]

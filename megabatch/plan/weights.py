@@ -101,7 +101,7 @@ def model(shape: ModelShape) -> Iterator[tuple[Weight, int]]:
     if shape.mtp_num_layers:
         yield from ((weight, shape.mtp_num_layers) for weight in mtp_layer(shape))
     yield final_norm(shape), 1
-    if shape.has_output_layer or shape.num_labels is not None:
+    if shape.has_output_layer or shape.num_labels:
         yield output_layer(shape), 1
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megabatch.config.heads import head_fault, with_head
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.converters.families import family_named
 from megabatch.converters.family import Family
 from megabatch.converters.hf_model import HfModel, open_hf_model
+from megabatch.converters.shards import Source
 from megabatch.data.run_tokenizer import NEW_MODEL, folder_of, new_model, tokenizer_of
 from megabatch.errors import ConfigError
 from megabatch.trainer.grown_vocabulary import GrownVocabulary
@@ -18,6 +20,9 @@ from megabatch.trainer.model.build import Model
 from megabatch.trainer.model.transformer_config import DTYPES
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import load
+
+HEAD = "output_layer.weight"
+"""Canonical name of a head's weights, and of the output layer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +36,30 @@ class ModelSource:
     weights: HfModel | RandomWeights
     vocabulary: int | None = None
     """Rows of the embedding, where new tokens need more than the weights have."""
+    seed: int = 0
+    """Of a head that the model does not have yet."""
 
     def load(self, model: Model, ranks: Ranks) -> None:
-        """Fills this rank's parameters."""
+        """Fills this rank's parameters; a head that the model has not is drawn from the seed."""
         if isinstance(self.weights, RandomWeights):
             table = self.family.tensors(model.shape)
             load(model, self.weights, table, ranks, dtype_of=self.weights.dtypes)
             return
-        folder, table = self.weights.folder, self.weights.tensors
-        dtypes = {name: info.dtype for name, info in folder.tensors.items()}
-        if self.vocabulary is None:
-            load(model, folder, table, ranks, dtype_of=dtypes)
-        else:
-            grown = GrownVocabulary(folder, table, rows=self.vocabulary)
-            load(model, grown, grown.table, ranks, dtype_of=dtypes)
+        opened, table = self.weights, self.weights.tensors
+        dtypes = {name: info.dtype for name, info in opened.folder.tensors.items()}
+        source: Source = opened.folder
+        if self.vocabulary is not None:
+            source = grown = GrownVocabulary(opened.folder, table, rows=self.vocabulary)
+            table = grown.table
+        if opened.shape.num_labels == model.shape.num_labels:
+            load(model, source, table, ranks, dtype_of=dtypes)
+            return
+        head = [mapped for mapped in self.family.tensors(model.shape) if mapped.name == HEAD]
+        table = [*(mapped for mapped in table if mapped.name != HEAD), *head]
+        load(model, source, table, ranks, dtype_of=dtypes, only={mapped.name for mapped in table} - {HEAD})
+        std = float(opened.config.get("initializer_range") or 0.02)
+        made = RandomWeights(self.family, model.shape, seed=self.seed, std=std)
+        load(model, made, table, ranks, dtype_of=made.dtypes, only={HEAD})
 
 
 def model_source(run: RunConfig, ranks: Ranks) -> ModelSource:
@@ -60,12 +75,15 @@ def model_source(run: RunConfig, ranks: Ranks) -> ModelSource:
     opened = open_hf_model(folder, compare_duplicates=False)
     config_folder = tokenizer if run.recipe.model.new_special_tokens else folder
     grown = run.shape.vocab_size if run.shape.vocab_size > opened.shape.vocab_size else None
-    return ModelSource(opened.family, config_folder, tokenizer, opened, grown)
+    return ModelSource(opened.family, config_folder, tokenizer, opened, grown, run.recipe.training.seed)
 
 
 def _prove(folder: Path, run: RunConfig) -> None:
     """One rank checks for all: the tensors, and that the shape is still the planned one."""
-    new, old = open_hf_model(folder).shape, run.shape
+    own, old = open_hf_model(folder).shape, run.shape
+    if reason := head_fault(run.recipe, own):
+        raise ConfigError(f"model.model={folder} cannot be trained on this task: {reason}")
+    new = with_head(run.recipe, own)
     if run.recipe.model.new_special_tokens and new.vocab_size < old.vocab_size:
         new = replace(new, vocab_size=old.vocab_size)
     if new != old:

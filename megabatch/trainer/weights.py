@@ -46,7 +46,7 @@ def placed(model: Model, table: Sequence[Mapped], ranks: Ranks, *, adapter: str 
     found = []
     first = ranks.ep_rank * experts
     for name, expert, parameter in named_parameters(model.chunks, first_expert=first, adapter=adapter):
-        copy = name == "output_layer.weight" and not model.shape.untie_embeddings_and_output_weights
+        copy = name == "output_layer.weight" and model.shape.ties_output_layer
         key = "embedding.word_embeddings.weight" if copy else name
         if (key, expert) not in rows:
             raise ConversionError(

@@ -283,6 +283,33 @@ def task_and_algorithm_agree(recipe: Recipe, shape: ModelShape | None, layout: L
         yield Fault("training.num_labels", None, "is missing: task_type seq_cls needs it", bare=True)
     if task_type != "seq_cls" and labels is not None:
         yield Fault("training.num_labels", labels, f"needs task_type='seq_cls', which is {task_type!r}")
+    yield from _kind_of_labels(recipe)
+
+
+def _kind_of_labels(recipe: Recipe) -> Iterator[Fault]:
+    training = recipe.training
+    kind, labels = training.problem_type, training.num_labels
+    if kind is not None and training.task_type != "seq_cls":
+        yield Fault("training.problem_type", kind, f"needs task_type='seq_cls', which is {training.task_type!r}")
+    if kind == "single_label_classification" and labels == 1:
+        yield Fault("training.num_labels", 1, f"must be at least 2 for problem_type={kind!r}", try_=(2,))
+
+
+def tasks_with_a_head_count_samples(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    """Their loss is a mean over samples; what concerns tokens has no meaning for them."""
+    training, kind = recipe.training, recipe.kind
+    if kind is None or kind.rows != "labelled":
+        return
+    why = f"concerns the loss of tokens, and {kind.name} has one loss for each sample"
+    if training.calculate_per_token_loss:
+        yield Fault("training.calculate_per_token_loss", True, why, try_=(False,))
+    if recipe.data.loss_scale is not None:
+        yield Fault("data.loss_scale", recipe.data.loss_scale, why)
+    for name in ("enable_dft_loss", "enable_channel_loss"):
+        if getattr(training, name):
+            yield Fault(f"training.{name}", True, why, try_=(False,))
 
 
 def backend_fits_the_device(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -341,6 +368,7 @@ RULES = (
     precision_is_said_once,
     loss_scale_has_a_range,
     task_and_algorithm_agree,
+    tasks_with_a_head_count_samples,
     backend_fits_the_device,
     seq_length_says_nothing_else,
     each_rank_has_its_gpu,

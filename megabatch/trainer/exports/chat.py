@@ -30,7 +30,7 @@ class ChatExport:
     template: str | None
     """`data.template`."""
     has_turns: bool
-    """False for pretraining, which renders no template."""
+    """False where no template is rendered: in pretraining, and for texts whose tokenizer has none."""
 
     def write(self, config_folder: Path, directory: Path) -> None:
         """Writes the auxiliary files of both folders, without config.json. Raises: MegabatchError, OSError."""
@@ -57,6 +57,15 @@ def _chat(tokenizer: Path, name: str | None) -> _Chat:
     end = template.turn_end()
     number = None if end is None else template.tokenizer.convert_tokens_to_ids(end)
     return _Chat(None if template.is_own else template.sources["default"], number)
+
+
+def has_template(tokenizer: Path, name: str | None) -> bool:
+    """Whether conversations can be rendered; rows that may be plain texts need no template."""
+    try:
+        _chat(tokenizer, name)
+    except DataError:
+        return False
+    return True
 
 
 def _templates(folder: Path) -> list[str]:

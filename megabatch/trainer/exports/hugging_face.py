@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,8 @@ from megabatch.converters.safetensors_io import ShardFile, Writer, split_shards,
 from megabatch.converters.shards import HfRows
 from megabatch.errors import MegabatchError
 from megabatch.saved.manifest import File
-from megabatch.trainer.exports.chat import ChatExport
+from megabatch.trainer.exports.chat import ChatExport, has_template
+from megabatch.trainer.exports.classifier import classifier_config
 from megabatch.trainer.exports.export import Export
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model_source import ModelSource
@@ -39,6 +42,8 @@ class HfExport(Export):
     max_shard_size: str
     chat: ChatExport | None = None
     """The tokenizer used in training; None copies that of `config_folder` unchanged."""
+    config_of: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """What becomes of the folder's config.json."""
 
     def save(self, model: Model, ranks: Ranks, directory: Path) -> dict[str, File]:
         entries = self._own_entries(model, ranks)
@@ -99,7 +104,7 @@ class HfExport(Export):
                     carry_over(self.config_folder, directory, skip=("config.json",))
                 else:
                     self.chat.write(self.config_folder, directory)
-                config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
+                config = self.config_of(json.loads((self.config_folder / "config.json").read_text(encoding="utf-8")))
                 config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
                 with replacing(directory / "config.json") as file:
                     file.write((json.dumps(config, indent=2) + "\n").encode())
@@ -112,12 +117,15 @@ def hugging_face_export(run: RunConfig, source: ModelSource) -> HfExport:
     """The export of a run's whole model, with the tokenizer and the chat template that it is trained with."""
     table = source.family.tensors(run.shape)
     size = run.recipe.checkpoint.max_shard_size
-    return HfExport(source.family, table, source.config_folder, size, chat_of(run, source))
+    config_of = partial(classifier_config, run, source) if run.shape.num_labels else dict
+    return HfExport(source.family, table, source.config_folder, size, chat_of(run, source), config_of)
 
 
 def chat_of(run: RunConfig, source: ModelSource) -> ChatExport:
     """The tokenizer and the chat template that a run is trained with."""
-    return ChatExport(source.tokenizer, run.recipe.data.template, has_turns=run.task.rows != "documents")
+    rows, template = run.task.rows, run.recipe.data.template
+    has_turns = rows != "documents" and (rows != "labelled" or has_template(source.tokenizer, template))
+    return ChatExport(source.tokenizer, template, has_turns=has_turns)
 
 
 def _copy(row: HfRows) -> HfRows:

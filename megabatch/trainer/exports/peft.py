@@ -113,7 +113,7 @@ def config_text(tuner: Tuner, tuning: Tuning, tables: Tables, *, base: str | Non
     whole = sorted(name for name in hf_names(tuning.table, tuning.trained) if not name.endswith(".bias"))
     values: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if tables.shape.num_labels else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": tuner.lora_rank,
         "lora_alpha": tuner.lora_alpha,

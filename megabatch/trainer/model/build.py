@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megabatch.errors import ConfigError
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer import megatron_moe
+from megabatch.trainer.model.heads import HeadedModel
 from megabatch.trainer.model.layers import decoder_layers
 from megabatch.trainer.model.lora.layers import TRAINED, using
 from megabatch.trainer.model.lora.lora import Lora
@@ -136,7 +137,7 @@ def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None
     from megatron.core import parallel_state
 
     ignore_virtual, te = vp_stage is None, config.transformer_impl == "transformer_engine"
-    model = GPTModel(
+    model = (GPTModel if shape.num_labels is None else HeadedModel)(
         config=config,
         transformer_layer_spec=decoder_layers(config, shape, vp_stage=vp_stage),
         vocab_size=vocab,
@@ -144,12 +145,14 @@ def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
         parallel_output=True,
-        share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=shape.ties_output_layer,
         # megatron-core's own is recomputed in every layer, and reads the sequences' lengths back from the device
         position_embedding_type="rope" if te else "none",
         rotary_base=int(shape.rotary_base),
         vp_stage=vp_stage,
     )
+    if isinstance(model, HeadedModel):
+        model.set_head(shape.num_labels or 0)
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             # megatron-core sets this mark only with ep > 1. With ep = 1 and tp > 1 it would not sum the gradients of

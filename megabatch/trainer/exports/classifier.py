@@ -1,0 +1,38 @@
+"""What transformers' `…ForSequenceClassification` reads in config.json besides what the language model's has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megabatch.config.run import RunConfig
+from megabatch.data.tokens import tokenizer as tokenizers
+from megabatch.trainer.model_source import ModelSource
+
+_KEPT = ("id2label", "label2id")
+
+
+def classifier_config(run: RunConfig, source: ModelSource, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the trained classifier, from that of the model that it started from.
+
+    `id2label` gives the number of labels; names that the model had for them are kept. transformers finds the last
+    token of a batch's texts by `pad_token_id`.
+    """
+    labels = run.shape.num_labels or 0
+    names = config.get("id2label")
+    if not isinstance(names, dict) or len(names) != labels:
+        names = {str(index): f"LABEL_{index}" for index in range(labels)}
+    changed = {
+        "architectures": [run.shape.architecture],
+        "id2label": names,
+        "label2id": {name: int(index) for index, name in names.items()},
+        "problem_type": run.recipe.training.problem_type or "regression",
+        "pad_token_id": _padding(source, config),
+    }
+    return {key: value for key, value in config.items() if key not in ("num_labels", *_KEPT)} | changed
+
+
+def _padding(source: ModelSource, config: dict[str, Any]) -> int | None:
+    """The tokenizer's padding, or the model's own, or the end of a text."""
+    tokenizer = tokenizers.load(source.tokenizer)
+    found = (tokenizer.pad_token_id, config.get("pad_token_id"), tokenizer.eos_token_id)
+    return next((number for number in found if number is not None), None)

@@ -1,0 +1,38 @@
+"""The scores of a head at the last token of each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from megabatch.trainer.readouts.readout import Field, Readout, Split
+
+if TYPE_CHECKING:
+    from megabatch.trainer.pack import Pack
+
+
+@dataclass(frozen=True, slots=True)
+class Scores(Readout):
+    """`scores` [N, L] fp32: what the head says at the last token of each sequence, as transformers'
+    `…ForSequenceClassification` reads it."""
+
+    labels: int
+    """L."""
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return {"scores": Field("sequence", (self.labels,))}
+
+    def __call__(self, output: Tensor, pack: Pack, split: Split) -> Mapping[str, Tensor]:
+        """Args: `output` [T, L]."""
+        return {"scores": pack.sequence_sums(output.float() * ends(pack)[:, None])}
+
+
+def ends(pack: Pack) -> Tensor:
+    """bool [T]: whether a position is the last token of a sequence, without its padding."""
+    lengths_S = pack.cu_seqlens.diff()
+    segments_T = pack.segments_T.long()
+    return (pack.positions_T == lengths_S[segments_T] - 1) & (segments_T < pack.sequences)

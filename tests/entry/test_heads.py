@@ -1,0 +1,70 @@
+"""Heads before the queue: which models may start a task, and rows that do not fit it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch import Data, Model, Recipe, Training
+from megabatch.entry.input_checks import damaged_inputs
+from megabatch.entry.model import FoundModel, find_model
+
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 8,
+    "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 10,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}  # fmt: skip
+CLASSIFIER = {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
+
+
+def model_for(folder: Path, training: Training, config: dict[str, Any]) -> FoundModel:
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    return find_model(Recipe(name="x", task="sft", model=Model(model=str(folder)), training=training))
+
+
+def test_a_task_gives_the_model_its_head(tmp_path: Path) -> None:
+    found = model_for(tmp_path, Training(task_type="seq_cls", num_labels=3), {})
+    assert found.fault is None and found.shape is not None
+    assert (found.shape.num_labels, found.shape.architecture) == (3, "Qwen2ForSequenceClassification")
+    plain = model_for(tmp_path, Training(), {})
+    assert plain.shape is not None and (plain.shape.num_labels, plain.fault) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (Training(), "its score head has 2 outputs and it has no output layer"),
+        (Training(task_type="seq_cls", num_labels=3), "its score head has 2 outputs, and this run's has 3"),
+        (Training(task_type="seq_cls", num_labels=2), None),
+    ],
+)
+def test_a_classifier_starts_only_a_classifier_of_its_labels(
+    tmp_path: Path, training: Training, said: str | None
+) -> None:
+    fault = model_for(tmp_path, training, CLASSIFIER).fault
+    assert (fault is None) == (said is None)
+    assert said is None or said in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "good", "label": 4}, ":2: label must be a class from 0 to 2"),
+        ({"text": " ", "label": 1}, ":2: text must be a string that is not empty"),
+        ({"words": "good", "label": 1}, ":2: no accepted format has the fields"),
+        ({"query": "good", "label": 1}, None),
+    ],
+)
+def test_rows_are_checked_as_the_task_reads_them(tmp_path: Path, row: dict[str, Any], said: str | None) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(one) for one in ({"text": "bad", "label": 0}, row)))
+    recipe = Recipe(
+        name="x", task="sft", data=Data(dataset=[str(file)]), training=Training(task_type="seq_cls", num_labels=3)
+    )
+    recipe = replace(recipe, batch=replace(recipe.batch, global_batch_size=2))
+    faults = "; ".join(map(str, damaged_inputs(recipe, FoundModel(None, "none"))))
+    assert (said or "") in faults and bool(faults) == bool(said)
