@@ -21,9 +21,9 @@ def labels_of(recipe: Recipe) -> int | None:
 
 
 def problem_type(recipe: Recipe) -> ProblemType | None:
-    """Kind of sequence classification, the recipe's or that of its number of labels; None for another task."""
-    given, labels = recipe.training.problem_type, recipe.training.num_labels
-    if given is not None or labels is None:
+    """Kind of sequence classification, the recipe's or that of its number of scores; None for a task without scores."""
+    given, labels = recipe.training.problem_type, labels_of(recipe)
+    if given is not None or not labels:
         return given
     return "regression" if labels == 1 else "single_label_classification"
 

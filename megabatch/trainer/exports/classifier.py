@@ -25,7 +25,7 @@ def classifier_config(run: RunConfig, source: ModelSource, config: dict[str, Any
         "architectures": [run.shape.architecture],
         "id2label": names,
         "label2id": {name: int(index) for index, name in names.items()},
-        "problem_type": run.recipe.training.problem_type or "regression",
+        "problem_type": run.recipe.training.problem_type,
         "pad_token_id": _padding(source, config),
     }
     return {key: value for key, value in config.items() if key not in ("num_labels", *_KEPT)} | changed
