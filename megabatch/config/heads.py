@@ -21,7 +21,7 @@ def labels_of(recipe: Recipe) -> int | None:
 
 
 def problem_type(recipe: Recipe) -> ProblemType | None:
-    """Kind of sequence classification, the recipe's or that of its number of scores; None for a task without scores."""
+    """Kind of sequence classification, the recipe's or that of its number of scores; None without scores."""
     given, labels = recipe.training.problem_type, labels_of(recipe)
     if given is not None or not labels:
         return given
