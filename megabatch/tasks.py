@@ -5,6 +5,7 @@ No other code asks which task a recipe has: tasks differ by fields here and by m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +20,10 @@ class Task:
     """The `task`, `rlhf_type` and `task_type` by which a recipe selects it; None matches any value."""
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
-    rows: Literal["documents", "conversations", "pairs", "labelled"] = "conversations"
+    rows: Literal["documents", "conversations", "pairs", "judged", "labelled"] = "conversations"
     """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, two
-    conversations with a preferred and a rejected answer, or a text or turns with a label."""
+    conversations with a preferred and a rejected answer, one whose answer is good or bad, or a text or turns with a
+    label."""
     head: int | Literal["num_labels"] | None = None
     """Outputs of the head in place of the output layer: this many (0: the hidden states), or `training.num_labels`;
     None: the output layer."""
@@ -39,10 +41,17 @@ class Task:
     """Whether the trainer implements it."""
 
 
+_EXAMPLES: Mapping[str, Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels"]] = {
+    "conversations": "arithmetic",
+    "pairs": "arithmetic_pairs",
+    "judged": "arithmetic_labels",
+}
+
+
 def _rlhf(
     name: str,
     *,
-    rows: Literal["conversations", "pairs"] = "conversations",
+    rows: Literal["conversations", "pairs", "judged"] = "conversations",
     truncation_strategy: Literal["delete", "left"] = "delete",
     streams: bool = False,
     built: bool = False,
@@ -53,7 +62,7 @@ def _rlhf(
         task="rlhf",
         rlhf_type=name,
         rows=rows,
-        example="arithmetic_pairs" if rows == "pairs" else "arithmetic",
+        example=_EXAMPLES[rows],
         loss_scale="last_round",
         truncation_strategy=truncation_strategy,
         calculate_per_token_loss=False,
@@ -85,7 +94,7 @@ TASKS = (
     Task(name="pt", task="pt", rows="documents", loss_scale="all", streams=True, built=True),
     Task(name="sft", task="sft", streams=True, built=True),
     _rlhf("dpo", rows="pairs", streams=True, built=True),
-    _rlhf("kto"),
+    _rlhf("kto", rows="judged", streams=True, built=True),
     _rlhf("rm", rows="pairs", head=1),
     _rlhf("gkd"),
     _rlhf("grpo", truncation_strategy="left"),

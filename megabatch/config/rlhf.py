@@ -13,7 +13,7 @@ from megabatch.config.declare import freeze_lists, param
 class Rlhf:
     """Algorithm and reference model of `task="rlhf"`."""
 
-    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo", built=("dpo",))
+    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo", built=("dpo", "kto"))
     """Algorithm: preferences (dpo, kto), a reward model (rm), rewards (grpo) or distillation (gkd)."""
     ref_load: str | None = param(None, aliases=("mcore_ref_model",))
     """Folder of the reference model's megatron-core checkpoint; None means `load`."""
@@ -79,14 +79,21 @@ class Dpo:
 class Kto:
     """Kahneman-Tversky optimisation, from unpaired good and bad answers."""
 
-    beta: float = param(0.1, built=False, at_least=0)
+    beta: float = param(0.1, at_least=0)
     """How strongly the policy is kept close to the reference."""
-    loss_type: Literal["kto", "apo_zero_unpaired"] = param("kto", built=False)
+    loss_type: Literal["kto", "apo_zero_unpaired"] = param("kto")
     """Variant of the loss, in TRL's spelling."""
-    desirable_weight: float = param(1.0, built=False, at_least=0)
+    desirable_weight: float = param(1.0, at_least=0)
     """Weight of good answers, to correct an imbalance."""
-    undesirable_weight: float = param(1.0, built=False, at_least=0)
+    undesirable_weight: float = param(1.0, at_least=0)
     """Weight of bad answers."""
+    calculate_KL: bool | None = param(None)
+    """Whether the loss measures from the policy's distance to the reference; None means yes for `kto` and no for
+    `apo_zero_unpaired`, which has no other value."""
+
+    @property
+    def uses_kl(self) -> bool:
+        return self.loss_type == "kto" if self.calculate_KL is None else self.calculate_KL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

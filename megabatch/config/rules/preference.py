@@ -57,6 +57,12 @@ def losses_read_their_settings(recipe: Recipe, shape: ModelShape | None, layout:
             yield Fault(f"dpo.{name}", getattr(group, name), f"is for {needed!r} alone, and the recipe has {value!r}")
 
 
+def the_kl_has_a_use(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if _is(recipe, "kto") and recipe.kto.loss_type == "apo_zero_unpaired" and recipe.kto.calculate_KL:
+        rule = "has no effect with loss_type='apo_zero_unpaired', whose loss does not contain it"
+        yield Fault("kto.calculate_KL", True, rule, try_=(None,))
+
+
 def reference_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     bridge, rlhf, name = recipe.bridge, recipe.rlhf, None if recipe.kind is None else recipe.kind.name
     given = {
@@ -122,6 +128,7 @@ def losses_of_pairs_have_no_tokens_of_their_own(
 RULES = (
     losses_and_weights_agree,
     losses_read_their_settings,
+    the_kl_has_a_use,
     reference_is_said_once,
     reference_is_still_there,
     losses_of_pairs_have_no_tokens_of_their_own,

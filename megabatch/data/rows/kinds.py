@@ -7,6 +7,7 @@ from typing import Protocol
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, conversation_of
+from megabatch.data.rows.judged import judged_of
 from megabatch.data.rows.labelled import said_in
 from megabatch.data.rows.preference import preference_of
 from megabatch.data.rows.turns import Message
@@ -36,5 +37,17 @@ def _labelled(
     return (Conversation([Message("user", said)]) if isinstance(said, str) else said,)
 
 
-READERS: Mapping[str, Reader] = {"documents": _one, "conversations": _one, "pairs": _pair, "labelled": _labelled}
+def _judged(
+    row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None
+) -> Sequence[Conversation]:
+    return [one.conversation for one in judged_of(row, columns=columns, system=system)]
+
+
+READERS: Mapping[str, Reader] = {
+    "documents": _one,
+    "conversations": _one,
+    "pairs": _pair,
+    "judged": _judged,
+    "labelled": _labelled,
+}
 """By the kind of rows of a task (`tasks.Task.rows`)."""

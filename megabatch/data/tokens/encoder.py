@@ -15,6 +15,7 @@ from megabatch.data.tokens.chunk import Chunk
 from megabatch.data.tokens.conversations import Conversations
 from megabatch.data.tokens.documents import Documents
 from megabatch.data.tokens.encoding import Encoding, Rows
+from megabatch.data.tokens.judged import JudgedAnswers
 from megabatch.data.tokens.labelled import Labelled
 from megabatch.data.tokens.pairs import Pairs
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
@@ -37,6 +38,7 @@ ROWS: Mapping[Rows, _Kind] = {
     "documents": Documents,
     "conversations": Conversations,
     "pairs": Pairs,
+    "judged": JudgedAnswers,
     "labelled": Labelled,
 }
 """The encoder of each kind of rows."""

@@ -9,9 +9,9 @@ from typing import Literal
 
 from megabatch.config.training import ProblemType
 
-Rows = Literal["documents", "conversations", "pairs", "labelled"]
+Rows = Literal["documents", "conversations", "pairs", "judged", "labelled"]
 """What a row is: a text, with EOS trained too, turns that a chat template renders, two conversations, of which the
-first is preferred, or a text or turns with a label (`tasks.Task.rows`)."""
+first is preferred, one with an answer that is good or bad, or a text or turns with a label (`tasks.Task.rows`)."""
 
 Truncation = Literal["delete", "left", "right", "split", "raise"]
 """What happens to a sample longer than max_length: drop and count it, cut it at an end or into pieces, or an error."""
@@ -37,6 +37,8 @@ class Encoding:
     problem_type: ProblemType | None = None
     """Form of the labels, for rows that have one."""
     num_labels: int | None = None
+    mismatches: bool = False
+    """Whether each labelled answer is followed by a mismatched one."""
     sanitize_control_tokens: bool = True
     """Whether control tokens in the data are tokenised as plain text."""
     new_special_tokens: tuple[str, ...] = ()

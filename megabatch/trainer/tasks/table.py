@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megabatch.config.run import RunConfig
-from megabatch.trainer.tasks import dpo, seq_cls, sft
+from megabatch.trainer.tasks import dpo, kto, seq_cls, sft
 from megabatch.trainer.tasks.parts import Opener
 
 OPENERS: Mapping[str, Opener] = {
     "pt": sft.parts,
     "sft": sft.parts,
     "dpo": dpo.parts,
+    "kto": kto.parts,
     "seq_cls": seq_cls.parts,
 }
 """By `Task.name`, one for each implemented task."""

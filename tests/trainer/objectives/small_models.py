@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -81,7 +82,7 @@ def computed(
         name: (sum(float(t.metrics[name].total) for t in terms), sum(float(t.metrics[name].count) for t in terms))
         for name in objective.metrics
     }
-    return loss.item(), {name: a / b for name, (a, b) in sums.items()}, gradient(policy)
+    return loss.item(), {name: a / b if b else math.nan for name, (a, b) in sums.items()}, gradient(policy)
 
 
 def gradient(model: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""DPO on the trainer: TRL's numbers on the same model, the same numbers at every layout, exact resumption."""
+"""DPO and KTO on the trainer: the same numbers at every layout, exact resumption; TRL's are in `objectives`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from rank_server import RankServer
 from runs import curve, metrics, recipe, train, write_run
 
-from megabatch import Recipe, Rlhf
+from megabatch import Recipe
 
-NAMES = ("loss", "grad_norm", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
+NAMES = ("loss", "kl", "grad_norm", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
          "rewards/margins", "logps/chosen", "logps/rejected")  # fmt: skip
 GROUPS: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.5, "loss_type": ("sigmoid", "aot"), "rpo_alpha": 0.3},
@@ -38,6 +38,9 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "ep2": ("qwen3_moe", 2, {"parallel": {"expert_model_parallel_size": 2}}),
     "packed_cp2": ("packed", 2, {"parallel": {"context_parallel_size": 2}}),
     "lora_tp2": ("lora", 2, {"parallel": TP}),
+    "kto_dp2": ("kto", 2, {}),
+    "kto_cp2": ("kto", 2, {"parallel": {"context_parallel_size": 2}}),
+    "kto_pp2_vpp2": ("kto", 2, {"parallel": VPP, "batch": {"global_batch_size": 4, "micro_batch_size": 2}}),
     "lora_pp2": ("lora", 2, {"parallel": {"pipeline_model_parallel_size": 2}}),
 }  # fmt: skip
 KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
@@ -45,6 +48,7 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "qwen3_moe": ("qwen3_moe", {}),
     "packed": ("qwen2", {"data": {"packing": True, "packing_length": 160}, "batch": {"global_batch_size": 2}}),
     "lora": ("qwen2", {"tuner": LORA}),
+    "kto": ("qwen2", {"rlhf": {"rlhf_type": "kto"}, "kto": {"beta": 0.5, "undesirable_weight": 0.7}}),
 }
 """Runs of one process with which layouts must agree: model, groups."""
 
@@ -69,7 +73,7 @@ def made(folder: Path, kind: str, world_size: int, groups: dict[str, dict[str, A
              for name in {*GROUPS, *own, *groups}}  # fmt: skip
     resources = {"tasks_per_node": world_size}
     found = recipe(folder, model, **{**every, "data": {**data, **every.get("data", {})}, "resources": resources})
-    return replace(found, task="rlhf", rlhf=Rlhf(rlhf_type="dpo"))
+    return replace(found, task="rlhf")
 
 
 def trained(ranks: RankServer, folder: Path, name: str, kind: str, world: int, groups: dict[str, Any]) -> Path:
@@ -92,8 +96,12 @@ def references(ranks: RankServer, folder: Path) -> dict[str, Path]:
 
 
 def test_the_first_step_compares_equal_models(references: dict[str, Path]) -> None:
-    for run in references.values():
+    for kind, run in references.items():
         first, *_, last = metrics(run)
+        if kind == "kto":
+            assert first["loss"] == pytest.approx((0.5 + 0.7 * 0.5) / 2, rel=1e-5)
+            assert (first["kl"], first["loss_count"]) == (pytest.approx(0, abs=1e-5), 8)
+            continue
         assert first["loss"] == pytest.approx(2 * math.log(2) + 0.3 * first["nll_loss"], rel=1e-6)
         assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
         assert abs(last["rewards/margins"]) > 1e-3
@@ -112,7 +120,7 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, folder: Path
     for line in ("train", "eval"):
         for found, expected in zip(metrics(run, line), metrics(references[kind], line), strict=True):
             names = [name for name in expected if name.removeprefix("eval_") in NAMES]
-            assert len(names) >= len(NAMES) - 1
+            assert len(names) >= len(NAMES) - 2
             for name in names:
                 assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=1e-5), (line, found["step"], name)
             for name in expected.keys() & {"loss_count", "eval_loss_count", "samples", "tokens"}:
@@ -125,7 +133,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(ranks: RankServer, folder: Path,
     assert ranks.run(train, world_size=1, run_dir=str(run), stop_after=2) == [75]
     assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
     assert curve(run) == curve(references["lora"])
-    names = [name for name in NAMES if name != "grad_norm"]
+    names = [name for name in NAMES if name not in ("grad_norm", "kl")]
     assert [[m[n] for n in names] for m in metrics(run)] == [
         [m[n] for n in names] for m in metrics(references["lora"])
     ]

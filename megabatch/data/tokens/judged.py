@@ -1,0 +1,69 @@
+"""Rows with answers that are labelled good or bad, and for each a mismatched answer: that of another row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megabatch.data.rows.files import Row
+from megabatch.data.rows.judged import judged_of
+from megabatch.data.tokens.conversations import template_of
+from megabatch.data.tokens.encoding import Encoding
+from megabatch.data.tokens.sample import Encoded, Item
+
+ALONE = "the only answer of its block of rows: its mismatched answer is its own"
+
+
+class JudgedAnswers:
+    """The answers of a row, each followed by its prompt with the answer before it in the block of rows.
+
+    Columns: `label` is 1 for a desirable answer; `matched` is 0 for a mismatched one, which estimates how far the
+    policy is from the reference (arXiv:2402.01306, section 4.1). Without `Encoding.mismatches` there are none.
+    """
+
+    def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
+        """Raises: DataError for the template."""
+        self._encoding = encoding
+        self._template = template_of(tokenizer, encoding)
+
+    def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
+        settings = self._encoding
+        found = [judged_of(row, columns=settings.columns, system=settings.system) for row in rows]
+        encoded = self._template.encode(
+            [one.conversation for some in found for one in some],
+            places=[str(row.origin) for row, some in zip(rows, found, strict=True) for _ in some],
+            loss_scale=settings.loss_scale,
+            remarks=remarks,
+        )
+        labels = [float(one.label) for some in found for one in some]
+        answers = [
+            [one._replace(columns={"label": label, "matched": 1.0})]
+            for one, label in zip(encoded, labels, strict=True)
+        ]
+        if settings.mismatches:
+            if len(encoded) == 1:
+                remarks[ALONE] += 1
+            for number, (own, label) in enumerate(zip(encoded, labels, strict=True)):
+                mixed = _mismatched(own, encoded[number - 1], limit=settings.max_length)
+                answers[number].append(mixed._replace(columns={"label": label, "matched": 0.0}))
+        parts = iter(answers)
+        return [[sample for _ in some for sample in next(parts)] for some in found]
+
+
+def _mismatched(asked: Encoded, said: Encoded, *, limit: int | None) -> Encoded:
+    """The prompt of one sample with the answer of another, cut at its end to the limit."""
+    prompt, start = slice(_answer_of(asked)), _answer_of(said)
+    mixed = Encoded(
+        np.concatenate([asked.ids[prompt], said.ids[start:]]),
+        np.concatenate([asked.weights[prompt], said.weights[start:]]),
+    )
+    return mixed if limit is None or len(mixed.ids) <= limit else mixed.part(slice(limit))
+
+
+def _answer_of(sample: Encoded) -> int:
+    """Where the first learned token is; the end if there is none."""
+    learned = np.flatnonzero(sample.weights)
+    return int(learned[0]) if len(learned) else len(sample.ids)

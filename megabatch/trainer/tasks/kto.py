@@ -1,0 +1,70 @@
+"""Preference optimisation on answers that are labelled good or bad."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from megabatch.config.rlhf import Kto as Group
+from megabatch.config.run import RunConfig
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.trainer.data.dataset import open_tokens, steps_of
+from megabatch.trainer.data.stream import open_stream
+from megabatch.trainer.exports.of_run import export_of
+from megabatch.trainer.model_source import ModelSource
+from megabatch.trainer.objectives.kto import REFERENCE, Kto, KtoSettings
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.tasks.parts import Parts
+from megabatch.trainer.tasks.reference import reference_of
+
+logger = logging.getLogger(__name__)
+
+_LEAST, _MOST = 1.0, 4 / 3
+"""The ratio of the weights of all good and all bad answers that the authors recommend (arXiv:2402.01306)."""
+
+
+def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
+    """Labelled answers of a dataset or a stream, and a reference. Raises: MegabatchError."""
+    group = run.recipe.kto
+    objective = Kto(
+        KtoSettings(
+            beta=group.beta,
+            desirable_weight=group.desirable_weight,
+            undesirable_weight=group.undesirable_weight,
+            uses_kl=group.uses_kl,
+        )
+    )
+    if run.recipe.data.streaming:
+        streamed, evaluator = open_stream(run, source, ranks, objective, busy=busy)
+        return Parts(
+            steps=streamed,
+            objective=objective,
+            evaluator=evaluator,
+            export=export_of(run, source),
+            frozen={REFERENCE: reference_of(run, source, ranks)},
+        )
+    tokens = open_tokens(run, source, ranks, busy=busy)
+    _note_balance(tokens.train, group)
+    steps, evaluator = steps_of(run, ranks, tokens, objective)
+    return Parts(
+        steps=steps,
+        objective=objective,
+        evaluator=evaluator,
+        export=export_of(run, source),
+        frozen={REFERENCE: reference_of(run, source, ranks)},
+    )
+
+
+def _note_balance(data: TokenCache, group: Group) -> None:
+    """Logs the numbers of good and bad answers; warns if their weights are far from balanced."""
+    matched = data.columns["matched"] > 0
+    good = int((data.columns["label"][matched] > 0).sum())
+    bad = int(matched.sum()) - good
+    ratio = group.desirable_weight * good / max(group.undesirable_weight * bad, 1e-20)
+    logger.info("%s good and %s bad answers", f"{good:,}", f"{bad:,}")
+    if not _LEAST <= ratio <= _MOST:
+        logger.warning(
+            "desirable_weight * good / (undesirable_weight * bad) is %.3g; KTO's authors recommend 1 to 1.33: set "
+            "kto.desirable_weight or kto.undesirable_weight",
+            ratio,
+        )
