@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import peft
 import pytest
 import torch
 import transformers
-from adapted import beside, gradients, make_base, opened
+from adapted import COMMON, beside, gradients, make_base, opened
 from rank_server import RankServer
 from runs import recipe, write_run
+
+from megabatch.trainer.readouts.readout import Field, Readout
 
 LORA: dict[str, Any] = {"tuner_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,40 +30,65 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts and router": ("experts", {"target_modules": ["all-linear", "all-router"]}),
     "whole modules and biases": ("biased", {"lora_bias": "all", "modules_to_save": ["final_layernorm"]}),
     "whole output layer": ("dense", {"modules_to_save": ["lm_head", "word_embeddings"]}),
+    "everything of experts, rank-stabilised": (
+        "experts",
+        {"use_rslora": True, "target_modules": ["all-linear", "all-router", "all-embedding", "lm_head"]},
+    ),
     "dense layers among experts": ("mixed", {"target_modules": ["all-linear", "all-router"]}),
 }
 
 
+@dataclass(frozen=True)
+class Logits(Readout):
+    """`logits` [T, V] as the model puts them out."""
+
+    width: int
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return {"logits": Field("token", (self.width,))}
+
+    def __call__(self, output: torch.Tensor, pack: Any, split: Any) -> Mapping[str, torch.Tensor]:
+        return {"logits": output[:, : self.width].float()}
+
+
 def stepped(run_dir: str, folder: str) -> tuple[float, float, float, dict[str, Any], list[Any]]:
-    """Saves the adapter, then takes a step; the parameters' norm before it, loss, gradient norm, gradients, rows."""
+    """Saves the adapter, then takes a step; the parameters' norm before it, loss, gradient norm, gradients, and the
+    step's rows with their logits."""
     with opened(run_dir) as (_, loop, progress):
         Path(folder).mkdir()
         loop.parts.export.save(loop.engine.model, loop.engine.ranks, Path(folder))
         step = next(loop.parts.steps.after(progress.cursor, loop.engine))
         size = loop.checkpoints.parameters_norm(loop.engine)
+        logits = loop.engine.infer(step.packs, Logits(COMMON["vocab_size"]))
         result = loop.engine.step(step.packs, loop.parts.objective, totals=step.totals, filled=step.filled)
         found = {name: grad.numpy() for name, grad in gradients(loop.engine).items()}
-        rows = [(p.ids_T, p.targets_T, p.weights_T, p.cu_seqlens_padded[: p.sequences + 1]) for p in step.packs]
+        rows = [
+            (p.ids_T, p.targets_T, p.weights_T, p.cu_seqlens_padded[: p.sequences + 1], one["logits"])
+            for p, one in zip(step.packs, logits, strict=True)
+        ]
         return size, result.metrics["loss"].value, result.grad_norm, found, [[x.numpy() for x in row] for row in rows]
 
 
-def reference(base: Path, adapter: Path, rows: list[Any]) -> tuple[float, Any]:
-    """The loss in peft, and the model with its gradients."""
+def reference(base: Path, adapter: Path, rows: list[Any]) -> tuple[float, float, Any]:
+    """The loss in peft, the largest difference of a logit relative to the largest, and the model with its gradients."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    total, weight = torch.zeros(()), 0.0
-    for ids, targets, weights, starts in rows:
+    total, weight, far, largest = torch.zeros(()), 0.0, 0.0, 0.0
+    for ids, targets, weights, starts, found in rows:
         for start, stop in pairwise(starts):
             logits = adapted(torch.from_numpy(ids[start:stop])[None]).logits[0]
+            far = max(far, float((logits.detach() - torch.from_numpy(found[start:stop])).abs().max()))
+            largest = max(largest, float(logits.detach().abs().max()))
             logps = logits.log_softmax(-1).gather(1, torch.from_numpy(targets[start:stop, None]))[:, 0]
             total = total - (logps * torch.from_numpy(weights[start:stop])).sum()
             weight += float(weights[start:stop].sum())
     (total / weight).backward()
-    return float(total.detach() / weight), adapted
+    return float(total.detach() / weight), far / largest, adapted
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_are_those_of_peft(case: str, ranks: RankServer, tmp_path: Path) -> None:
+def test_loss_logits_and_gradients_are_those_of_peft(case: str, ranks: RankServer, tmp_path: Path) -> None:
     model, tuner = CASES[case]
     base = make_base(tmp_path, model)
     made = recipe(
@@ -68,8 +97,9 @@ def test_loss_and_gradients_are_those_of_peft(case: str, ranks: RankServer, tmp_
     run = write_run(beside(made, base), tmp_path / "run")
     adapter = tmp_path / "adapter"
     ((size, loss, norm, found, rows),) = ranks.run(stepped, world_size=1, run_dir=str(run), folder=str(adapter))
-    expected, adapted = reference(base, adapter, rows)
+    expected, far, adapted = reference(base, adapter, rows)
     assert loss == pytest.approx(expected, rel=1e-5)
+    assert far <= 1e-5
     theirs = _by_saved_name(adapted, found)
     assert theirs.keys() == found.keys()
     for name, gradient in theirs.items():
