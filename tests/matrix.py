@@ -23,6 +23,7 @@ from composed import TOLERANCE, Composed, worlds
 from compositions import Composition, compositions, covering
 from rank_server import RankServer
 
+FEW = 4
 AT_ONCE = 12
 """Compositions in one world; where one fails, each of them is tried again alone."""
 
@@ -40,8 +41,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(results: Path) -> None:
-    """What covers every pair first, then every layout once, then the others."""
-    done, parts = _read(results), [covering(compositions()), _one_of_each_layout(), compositions()]
+    """What covers every pair first, then all on few ranks, then every layout once, then the others."""
+    few = [one for one in compositions() if one.world_size <= FEW]
+    done, parts = _read(results), [covering(compositions()), few, _one_of_each_layout(), compositions()]
     ordered = []
     for part in parts:
         left = [one for one in part if one.name not in done]

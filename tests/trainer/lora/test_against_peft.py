@@ -71,7 +71,7 @@ def stepped(run_dir: str, folder: str) -> tuple[float, float, float, dict[str, A
 
 
 def reference(base: Path, adapter: Path, rows: list[Any]) -> tuple[float, float, Any]:
-    """The loss in peft, the largest difference of a logit relative to the largest, and the model with its gradients."""
+    """The loss in peft, the largest difference of a logit relative to the largest, the model with its gradients."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
     total, weight, far, largest = torch.zeros(()), 0.0, 0.0, 0.0
