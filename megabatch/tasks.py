@@ -20,10 +20,10 @@ class Task:
     """The `task`, `rlhf_type` and `task_type` by which a recipe selects it; None matches any value."""
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
-    rows: Literal["documents", "conversations", "pairs", "judged", "labelled"] = "conversations"
+    rows: Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts"] = "conversations"
     """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, two
-    conversations with a preferred and a rejected answer, one whose answer is good or bad, or a text or turns with a
-    label."""
+    conversations with a preferred and a rejected answer, one whose answer is good or bad, a text or turns with a
+    label, or a conversation to answer."""
     head: int | Literal["num_labels"] | None = None
     """Outputs of the head in place of the output layer: this many (0: the hidden states), or `training.num_labels`;
     None: the output layer."""
@@ -51,7 +51,7 @@ _EXAMPLES: Mapping[str, Literal["arithmetic", "arithmetic_pairs", "arithmetic_la
 def _rlhf(
     name: str,
     *,
-    rows: Literal["conversations", "pairs", "judged"] = "conversations",
+    rows: Literal["conversations", "pairs", "judged", "prompts"] = "conversations",
     truncation_strategy: Literal["delete", "left"] = "delete",
     streams: bool = False,
     built: bool = False,
@@ -97,7 +97,7 @@ TASKS = (
     _rlhf("kto", rows="judged", streams=True, built=True),
     _rlhf("rm", rows="pairs", head=1),
     _rlhf("gkd"),
-    _rlhf("grpo", truncation_strategy="left"),
+    _rlhf("grpo", rows="prompts", truncation_strategy="left", built=True),
     _head("seq_cls", "num_labels", rows="labelled", built=True),
     _head("embedding", 0),
     _head("reranker", 1),

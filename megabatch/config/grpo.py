@@ -13,25 +13,25 @@ from megabatch.config.declare import freeze_lists, param
 class Grpo:
     """Group relative policy optimisation. Batch sizes count completions."""
 
-    beta: float = param(0.04, built=False, at_least=0)
+    beta: float = param(0.04, at_least=0)
     """Weight of the KL term; 0 needs no reference model."""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "real", "fipo"] = param("grpo", built=False)
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "real", "fipo"] = param("grpo")
     """How the loss is averaged (grpo, bnpo, dr_grpo, dapo), or which surrogate it uses (cispo, sapo, real, fipo)."""
-    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = param("grpo", built=False)
+    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = param("grpo")
     """What a reward is compared with: its group's mean (grpo), the mean of the group's others (rloo), or the group's
     mean before scaling over the batch (reinforce_plus_plus)."""
-    kl_in_reward: bool | None = param(None, built=False)
+    kl_in_reward: bool | None = param(None)
     """Subtracts the KL term from the reward instead of adding it to the loss; None means yes for rloo and
     reinforce_plus_plus, no for grpo and for `scale_rewards` gdpo."""
-    num_generations: int = param(8, built=False, at_least=2)
+    num_generations: int = param(8, at_least=2)
     """Completions per prompt (G)."""
-    num_generations_eval: int | None = param(None, built=False, at_least=1)
+    num_generations_eval: int | None = param(None, at_least=1)
     """Completions per prompt in an evaluation; None means `num_generations`."""
-    steps_per_generation: int = param(1, built=False, at_least=1)
+    steps_per_generation: int = param(1, at_least=1)
     """Optimizer steps per round of generation."""
-    generation_batch_size: int | None = param(None, built=False, at_least=1)
+    generation_batch_size: int | None = param(None, at_least=1)
     """Completions per round of generation; None means `global_batch_size * steps_per_generation`."""
-    num_iterations: int = param(1, built=False, at_least=1)
+    num_iterations: int = param(1, at_least=1)
     """How often each completion is used for an update (mu)."""
     reward_funcs: Sequence[str] = param(())
     """Rewards: accuracy, format, cosine, repetition, soft_overlong, or your own as `file.py:function`."""
@@ -59,49 +59,49 @@ class Grpo:
     """Reward `soft_overlong`: tokens from which the penalty is 1; None means `max_completion_length`."""
     soft_cache_length: int | None = param(None, at_least=1)
     """Reward `soft_overlong`: tokens below `soft_max_length` over which the penalty grows from 0."""
-    scale_rewards: Literal["group", "batch", "none", "gdpo"] | None = param(None, built=False)
+    scale_rewards: Literal["group", "batch", "none", "gdpo"] | None = param(None)
     """Standard deviation that advantages are divided by; gdpo normalises each reward first. None means group for
     grpo, none for rloo, batch for reinforce_plus_plus."""
-    epsilon: float = param(0.2, built=False, at_least=0)
+    epsilon: float = param(0.2, at_least=0)
     """Clipping: the ratio stays above 1 - epsilon, and below 1 + `epsilon_high`."""
-    epsilon_high: float | None = param(None, built=False, at_least=0)
+    epsilon_high: float | None = param(None, at_least=0)
     """Upper clipping range; None means `epsilon`."""
-    delta: float | None = param(None, built=False, above=0)
+    delta: float | None = param(None, above=0)
     """Upper bound of the ratio for negative advantages, above 1 + epsilon; None sets none."""
-    tau_pos: float = param(1.0, built=False, above=0)
+    tau_pos: float = param(1.0, above=0)
     """Temperature of sapo's gate for positive advantages."""
-    tau_neg: float = param(1.05, built=False, above=0)
+    tau_neg: float = param(1.05, above=0)
     """Temperature of sapo's gate for negative advantages."""
-    real_tau: float = param(0.5, built=False, above=0)
+    real_tau: float = param(0.5, above=0)
     """Temperature of real, whose micro-batches must hold whole groups."""
-    fipo_decay_rate: float = param(32.0, built=False, above=0)
+    fipo_decay_rate: float = param(32.0, above=0)
     """Tokens after which a token's influence on the past halves, in fipo."""
-    fipo_clip_range: float = param(0.2, built=False, at_least=0)
+    fipo_clip_range: float = param(0.2, at_least=0)
     """Clipping range of fipo's influence weight around 1; 0 does not clip."""
-    fipo_clip_high_only: bool = param(True, built=False)
+    fipo_clip_high_only: bool = param(True)
     """Clips only values of the influence weight above 1, to between 1 and 1 + `fipo_clip_range`."""
-    fipo_safety_threshold: float = param(4.0, built=False, above=0)
+    fipo_safety_threshold: float = param(4.0, above=0)
     """Ratio above which a token with a negative advantage gets no influence weight above 1, in fipo."""
-    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = param("token", built=False)
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = param("token")
     """Ratio for each token, for each sequence (GSPO), or the sequence's with the token's gradient."""
-    dynamic_sample: bool = param(False, built=False)
+    dynamic_sample: bool = param(False)
     """Generates again for prompts whose completions all have the same reward."""
-    max_resample_times: int = param(3, built=False, at_least=1)
+    max_resample_times: int = param(3, at_least=1)
     """Number of tries of `dynamic_sample`."""
-    overlong_filter: bool = param(False, built=False)
+    overlong_filter: bool = param(False)
     """Excludes truncated completions from the loss."""
-    off_policy_sequence_mask_delta: float | None = param(None, built=False)
+    off_policy_sequence_mask_delta: float | None = param(None)
     """Excludes sequences with a negative advantage whose mean log-ratio old - current exceeds this."""
     rollout_importance_sampling_mode: (
         Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
-    ) = param(None, built=False)
+    ) = param(None)
     """Correction for the difference between the trainer's and the engine's probabilities; None applies no
     correction."""
-    rollout_importance_sampling_threshold: float = param(2.0, built=False, above=0)
+    rollout_importance_sampling_threshold: float = param(2.0, above=0)
     """Ratio above which that correction truncates or masks."""
-    top_entropy_quantile: float = param(1.0, built=False, above=0, at_most=1)
+    top_entropy_quantile: float = param(1.0, above=0, at_most=1)
     """Fraction of the step's tokens that the loss keeps, those of the highest entropy."""
-    log_entropy: bool = param(False, built=False)
+    log_entropy: bool = param(False)
     """Logs the entropy of the policy's distribution at the completions' tokens."""
     router_replay_mode: Literal["disabled", "R2", "R3"] = param("disabled", built=False)
     """Routes tokens as before: as the policy did when log-probabilities were computed (R2), or as the rollout engine
@@ -114,7 +114,7 @@ class Grpo:
     """Optimizer steps between these blends."""
     ref_model_mixup_alpha: float = param(0.6, built=False, above=0, at_most=1)
     """The policy's part in a blend; 1 copies it."""
-    log_rollout_offpolicy_metrics: bool = param(False, built=False)
+    log_rollout_offpolicy_metrics: bool = param(False)
     """Logs that difference even without a correction."""
     log_completions: bool = param(False, built=False)
     """Logs prompts, completions and rewards."""

@@ -18,6 +18,7 @@ from megabatch.data.tokens.encoding import Encoding, Rows
 from megabatch.data.tokens.judged import JudgedAnswers
 from megabatch.data.tokens.labelled import Labelled
 from megabatch.data.tokens.pairs import Pairs
+from megabatch.data.tokens.prompts import Prompts
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
 from megabatch.errors import DataError
 
@@ -40,6 +41,7 @@ ROWS: Mapping[Rows, _Kind] = {
     "pairs": Pairs,
     "judged": JudgedAnswers,
     "labelled": Labelled,
+    "prompts": Prompts,
 }
 """The encoder of each kind of rows."""
 

@@ -138,6 +138,39 @@ class Template:
                 encoded |= zip(chosen, made, strict=True)
         return [encoded[index] for index in range(len(texts))]
 
+    def encode_prompts(self, conversations: Sequence[Conversation], *, places: Sequence[str]) -> list[Encoded]:
+        """Tokenises conversations up to where the assistant's next turn begins. Args and errors: as of `encode`."""
+        texts = [
+            self._said_of(conversation, place, self._asked)
+            for conversation, place in zip(conversations, places, strict=True)
+        ]
+        found = []
+        for said in texts:
+            aligner = self._twins_aligner if said.by_twin else self._aligner
+            found += aligner.encode([said.text], whole=True)
+        return found
+
+    def _asked(self, conversation: Conversation) -> _Said:
+        """The conversation's text with the template's generation prompt."""
+        form = self._form_for(conversation)
+        remarks: Counter[str] = Counter()
+        variables = {**form.fitting.variables(conversation, remarks), "add_generation_prompt": True}
+        failed: DataError | None = None
+        for _, fitted in form.fitting.candidates(conversation, remarks):
+            said = _json([fitted, variables])
+            mark, inner = _marks(said)
+            messages, marked, control = self._sanitised(fitted, variables, said, inner)
+            try:
+                text = form.renderer.render(messages, marked, mark=mark).text
+            except DataError as e:
+                failed = failed or e
+                continue
+            if control is None:
+                return _Said(Text(text, []), by_twin=False)
+            return _Said(Text(control.spelled(text, inner).text, []), by_twin=True)
+        assert failed is not None
+        raise failed
+
     @cached_property
     def _twins_aligner(self) -> Aligner:
         assert self._control is not None
@@ -152,8 +185,16 @@ class Template:
         remarks: Counter[str],
         learned: bool = True,
     ) -> _Said:
+        return self._said_of(
+            conversation,
+            place,
+            lambda one: self._located(one, loss_scale=loss_scale, remarks=remarks, learned=learned),
+        )
+
+    def _said_of(self, conversation: Conversation, place: str, text_of: Callable[[Conversation], _Said]) -> _Said:
+        """Raises: DataError with the place and what may help."""
         try:
-            return self._located(conversation, loss_scale=loss_scale, remarks=remarks, learned=learned)
+            return text_of(conversation)
         except DataError as e:
             others = " or ".join(name for name in _OWN if name != self.name and _lack(self.tokenizer, name) is None)
             raise DataError(
@@ -165,8 +206,7 @@ class Template:
         self, conversation: Conversation, *, loss_scale: LossScale, remarks: Counter[str], learned: bool
     ) -> _Said:
         """The conversation's text and the loss weights of its characters."""
-        has_tools = conversation.columns.get("tools") is not None
-        form = self._forms["tool_use" if has_tools and "tool_use" in self._forms else "default"]
+        form = self._form_for(conversation)
         variables = form.fitting.variables(conversation, remarks)
         failed: DataError | None = None
         for messages, fitted in form.fitting.candidates(conversation, remarks):
@@ -180,6 +220,22 @@ class Template:
             return text
         assert failed is not None
         raise failed
+
+    def _form_for(self, conversation: Conversation) -> _Form:
+        has_tools = conversation.columns.get("tools") is not None
+        return self._forms["tool_use" if has_tools and "tool_use" in self._forms else "default"]
+
+    def _sanitised(
+        self, fitted: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], said: str, inner: str
+    ) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, Any], ControlTokens | None]:
+        """Turns and variables with control tokens marked, and what spells them; None where there are none."""
+        control = self._control if self._control is not None and self._control.may_be_in(said) else None
+        if control is None:
+            return fitted, variables, None
+        plain = fitted, variables
+        fitted = [control.mark(m, inner, by_assistant=m["role"] == "assistant") for m in fitted]
+        variables = control.mark(variables, inner)
+        return fitted, variables, control if (fitted, variables) != plain else None
 
     def _rendered(
         self,
@@ -195,12 +251,7 @@ class Template:
         """Args: learned: some of the turns have weights; False gives every token the same."""
         said = _json([fitted, variables])
         mark, inner = _marks(said)
-        control = self._control if self._control is not None and self._control.may_be_in(said) else None
-        if control is not None:
-            plain = fitted, variables
-            fitted = [control.mark(m, inner, by_assistant=m["role"] == "assistant") for m in fitted]
-            variables = control.mark(variables, inner)
-            control = control if (fitted, variables) != plain else None
+        fitted, variables, control = self._sanitised(fitted, variables, said, inner)
         rendered = form.renderer.render(fitted, variables, mark=mark)
         remarks[_LEFT_OUT] += any(m.get("tool_calls") and answer(m) not in rendered.text for m in fitted)
         weighed: list[tuple[int, int, float]] = []

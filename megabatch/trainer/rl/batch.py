@@ -1,0 +1,84 @@
+"""Completions as batches: dealt to ranks for a training step, or for log-probabilities of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch.distributed as dist
+
+from megabatch.data.cache.in_memory import in_memory
+from megabatch.data.rows.files import Origin
+from megabatch.data.tokens.chunk import Chunk
+from megabatch.data.tokens.sample import Encoded
+from megabatch.rl.rounds import Rolled
+from megabatch.trainer.data.global_batch import GlobalBatch, Share
+from megabatch.trainer.engine import POLICY, Engine
+from megabatch.trainer.objectives.grpo import ADVANTAGE, CORRECTION, OLD, REFERENCE
+from megabatch.trainer.pack import Pack
+from megabatch.trainer.readouts.tokens import Tokens
+from megabatch.trainer.steps import State, Step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batching:
+    """How a run's completions become rows."""
+
+    share: Share
+    group: int
+    """Completions that must lie in one row: 1, or those of a prompt."""
+    filters_cut_off: bool
+    """Whether completions that were cut off are left out of the loss."""
+
+    def step(self, completions: Sequence[Rolled], *, cursor: State, epoch: float) -> Step:
+        """One optimizer step's share of this rank."""
+        return self._batch(completions, group=self.group).step(self._share(self.group), cursor=cursor, epoch=epoch)
+
+    def logps(
+        self, engine: Engine, completions: Sequence[Rolled], readout: Tokens, *, model: str = POLICY
+    ) -> list[np.ndarray]:
+        """Log-probabilities of each completion's tokens, float32, on every rank; collective, one pass for all."""
+        step = self._batch(completions, group=1).step(self._share(1), cursor={}, epoch=0.0)
+        found = engine.infer(step.packs, readout, model=model)
+        mine = {}
+        for pack, fields in zip(step.packs, found, strict=True):
+            logps = fields["logps"].cpu().numpy()
+            mine |= {number: logps[part] for number, part in _parts(pack, completions)}
+        everyone: list[dict[int, np.ndarray] | None] = [mine]
+        if engine.ranks.dp_size > 1:
+            everyone = [None] * engine.ranks.dp_size
+            dist.all_gather_object(everyone, mine, group=engine.ranks.dp)
+        joined = {number: values for some in everyone if some is not None for number, values in some.items()}
+        return [joined[number] for number in range(len(completions))]
+
+    def _share(self, group: int) -> Share:
+        return replace(self.share, micro_batch_size=max(1, self.share.micro_batch_size // group))
+
+    def _batch(self, completions: Sequence[Rolled], *, group: int) -> GlobalBatch:
+        chunk = Chunk()
+        for number, one in enumerate(completions):
+            chunk.add([self._encoded(one)], Origin("completions", number, is_line=False))
+        packs = [np.arange(first, first + group) for first in range(0, len(completions), group)]
+        return GlobalBatch(in_memory([chunk.arrays()]), packs, [np.zeros(group, np.int64)] * len(packs))
+
+    def _encoded(self, one: Rolled) -> Encoded:
+        before = np.zeros(len(one.prompt), np.float32)
+        learned = np.full(len(one.ids), float(not (self.filters_cut_off and one.is_cut_off)), np.float32)
+        names = [name for name in (OLD, REFERENCE, CORRECTION) if name in one.tokens]
+        return Encoded(
+            np.concatenate([one.prompt, one.ids]).astype(np.int32),
+            np.concatenate([before, learned]),
+            {ADVANTAGE: one.advantage},
+            {name: np.concatenate([before, one.tokens[name]]).astype(np.float32) for name in names},
+        )
+
+
+def _parts(pack: Pack, completions: Sequence[Rolled]) -> list[tuple[int, slice]]:
+    """For each sequence of a whole row: which completion it is, and where its tokens are predicted."""
+    starts, numbers = pack.cu_seqlens_padded.tolist(), pack.columns["number"].tolist()
+    found = []
+    for start, number in zip(starts, numbers, strict=False):
+        first = start + len(completions[number].prompt) - 1
+        found.append((number, slice(first, first + len(completions[number].ids))))
+    return found

@@ -1,0 +1,181 @@
+"""Prompts → completions with rewards: what a round and an evaluation share. Every rank calls everything together."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from megabatch.config.grpo import Rollout
+from megabatch.errors import DataError
+from megabatch.rewards.rewards import Rewards, Scores
+from megabatch.rewards.sample import RewardSample
+from megabatch.rl.rounds import Rolled, Sum
+from megabatch.rollout.engine import Completion, Request, Sampling
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.rl.prompts import Language, Prompt, Prompts
+from megabatch.trainer.sums import Ratio
+
+
+class Rollouts(Protocol):
+    """The engines of a run (`trainer.sync.rollouts`), as far as GRPO uses them."""
+
+    def update(self, engine: Engine, version: int) -> Mapping[str, Ratio]: ...
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
+
+    def rest(self, level: int) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Policy:
+    """Which version of the policy the trainer has, and which the engines have."""
+
+    trained: int = 0
+    """Optimizer steps of the run so far."""
+    given: int | None = None
+
+
+def sampling_of(rollout: Rollout, language: Language) -> Sampling:
+    return Sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k or -1,
+        repetition_penalty=rollout.repetition_penalty,
+        max_tokens=rollout.max_completion_length,
+        stop_ids=language.stop_ids,
+    )
+
+
+@dataclass(kw_only=True)
+class Generator:
+    """Generates and rewards."""
+
+    ranks: Ranks
+    rollouts: Rollouts
+    rewards: Rewards | None
+    """None on ranks other than the main one."""
+    reward_names: tuple[str, ...]
+    language: Language
+    sampling: Sampling
+    policy: Policy
+    seed: int
+    positions: int
+    """Tokens that the model can take."""
+    sleep_level: int
+    busy: Callable[[], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time spent since `take_metrics`."""
+    synced: dict[str, Ratio] = field(default_factory=dict)
+
+    def give_policy(self, engine: Engine) -> None:
+        """Gives the engines the trainer's weights, unless they have them. Raises: RolloutError on every rank."""
+        if self.policy.given != self.policy.trained:
+            self.synced = dict(self.rollouts.update(engine, self.policy.trained))
+            self.policy.given = self.policy.trained
+            self.busy()
+
+    def rest(self) -> None:
+        """Frees what `sleep_level` says, until the next update."""
+        if self.sleep_level:
+            self.rollouts.rest(self.sleep_level)
+            self.policy.given = None
+
+    def rewarded(
+        self, prompts: Prompts, drawn: Sequence[Prompt], *, each: int, name: str, greedy: bool = False
+    ) -> list[Rolled]:
+        """`each` completions of every prompt, side by side. Args: `name`: begins their keys, unique in the run."""
+        requests = [
+            self._request(prompt, f"{name}/{place}/{number}", greedy=greedy)
+            for place, prompt in enumerate(drawn)
+            for number in range(each)
+        ]
+        with self._timed("generate_s"):
+            completions = self.rollouts.generate(requests)
+        self.busy()
+        indices = [prompt.index for prompt in drawn for _ in range(each)]
+        with self._timed("reward_s"):
+            scores = self.ranks.on_main(lambda: self._scores(prompts, indices, completions))
+        self.busy()
+        places = [prompt.place for prompt in drawn for _ in range(each)]
+        return [
+            _rolled(request, completion, place, values)
+            for request, completion, place, values in zip(requests, completions, places, scores.values, strict=True)
+        ]
+
+    def take_metrics(self) -> dict[str, Sum]:
+        """Seconds and differences since the last call."""
+        found: dict[str, Sum] = {name: (seconds, 1.0) for name, seconds in self.seconds.items()}
+        found |= {name: (ratio.total, ratio.count) for name, ratio in self.synced.items()}
+        self.seconds, self.synced = {}, {}
+        return found
+
+    def _request(self, prompt: Prompt, key: str, *, greedy: bool) -> Request:
+        room = self.positions - len(prompt.ids)
+        if room < 1:
+            raise DataError(
+                f"{prompt.place}: the prompt has {len(prompt.ids)} tokens, and the model takes {self.positions}, "
+                "the completion included; lower data.max_length"
+            )
+        sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
+        return Request(
+            key=key,
+            prompt=prompt.ids,
+            sampling=replace(sampling, top_k=1) if greedy else sampling,
+            seed=int.from_bytes(hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=7).digest(), "little"),
+        )
+
+    def _scores(self, prompts: Prompts, indices: Sequence[int], completions: Sequence[Completion]) -> Scores:
+        assert self.rewards is not None
+        asked = {index: prompts.asked(index) for index in set(indices)}
+        return self.rewards.of(
+            [
+                RewardSample(
+                    key=completion.key,
+                    prompt=[
+                        {"role": message.role, "content": message.content}
+                        for message in asked[index].conversation.messages
+                    ],
+                    completion=self.language.text(completion.ids),
+                    ids=completion.ids,
+                    truncated=completion.finish != "stop",
+                    columns=asked[index].columns,
+                )
+                for index, completion in zip(indices, completions, strict=True)
+            ]
+        )
+
+    def _timed(self, name: str) -> _Timed:
+        return _Timed(self.seconds, name)
+
+
+class _Timed:
+    """Adds the time of what is done inside."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._began
+
+
+def _rolled(request: Request, completion: Completion, place: str, rewards: tuple[float, ...]) -> Rolled:
+    assert completion.key == request.key, (completion.key, request.key)
+    return Rolled(
+        key=completion.key,
+        place=place,
+        prompt=np.array(request.prompt, np.int32),
+        ids=np.array(completion.ids, np.int32),
+        versions=np.array(completion.versions, np.int32),
+        finish=completion.finish,
+        rewards=rewards,
+        tokens={"rollout": np.array(completion.logps, np.float32)},
+    )

@@ -1,0 +1,121 @@
+"""The prompts of a run: their tokens on every rank, their rows on the main one, and the order they are drawn in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megabatch.config.run import RunConfig
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.rows import sources
+from megabatch.data.rows.files import Origin, Row
+from megabatch.data.rows.prompts import Asked, prompt_of
+from megabatch.data.schedule import Cursor, Schedule
+from megabatch.data.tokens import tokenizer as tokenizers
+from megabatch.data.tokens.templates import Template
+from megabatch.trainer.data.dataset import open_tokens
+from megabatch.trainer.model_source import ModelSource
+from megabatch.trainer.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt that was drawn."""
+
+    index: int
+    """In the data."""
+    ids: tuple[int, ...]
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """One dataset's prompts."""
+
+    data: TokenCache
+    rows: dict[Origin, Row]
+    """Empty on ranks other than the main one."""
+    run: RunConfig
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def at(self, index: int) -> Prompt:
+        return Prompt(index, tuple(self.data[index].ids.tolist()), str(self.data.origin(index)))
+
+    def asked(self, index: int) -> Asked:
+        """The prompt's turns and columns; on the main rank."""
+        data = self.run.recipe.data
+        return prompt_of(self.rows[self.data.origin(index)], columns=data.columns, system=data.system)
+
+    def schedule(self, each: int) -> Schedule:
+        """The order in which the run draws its prompts, `each` at a time."""
+        recipe = self.run.recipe
+        return Schedule(
+            self.data.lengths,
+            global_batch_size=each,
+            seed=recipe.training.seed,
+            dataset_shuffle=recipe.data.dataset_shuffle,
+            train_dataloader_shuffle=recipe.data.train_dataloader_shuffle and recipe.data.dataloader_type == "cyclic",
+            content=self.data.content,
+        )
+
+    def draw(self, schedule: Schedule, cursor: Cursor) -> tuple[list[Prompt], Cursor]:
+        packs, after = schedule.next(cursor)
+        return [self.at(int(schedule.samples(int(pack))[0])) for pack in packs], after
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """What ends a completion, and what turns its tokens into text."""
+
+    stop_ids: tuple[int, ...]
+    tokenizer: Any
+    """None on ranks other than the main one."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Without special tokens; on the main rank."""
+        found: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return found
+
+
+def open_prompts(
+    run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]
+) -> tuple[Prompts, Prompts | None]:
+    """(training, validation); collective. Raises: DataError on every rank."""
+    tokens = open_tokens(run, source, ranks, busy=busy)
+    data = run.recipe.data
+    rows: dict[Origin, Row] = {}
+    ranks.on_main(lambda: rows.update(_rows(run, [*data.dataset, *data.val_dataset])))
+    validation = None if tokens.validation is None else Prompts(tokens.validation, rows, run)
+    return Prompts(tokens.train, rows, run), validation
+
+
+def _rows(run: RunConfig, datasets: Sequence[str]) -> dict[Origin, Row]:
+    recipe = run.recipe
+    return {
+        row.origin: row
+        for source in sources.resolve(datasets, use_hf=recipe.bridge.use_hf)
+        for row in source.rows(seed=recipe.training.seed, shuffle=recipe.data.dataset_shuffle)
+    }
+
+
+def open_language(run: RunConfig, source: ModelSource, ranks: Ranks) -> Language:
+    """Collective. Raises: DataError on every rank."""
+    loaded: list[Any] = []
+
+    def stops() -> tuple[int, ...]:
+        loaded.append(tokenizers.load(source.tokenizer))
+        return _stop_ids(loaded[0], Template(loaded[0], name=run.recipe.data.template).turn_end())
+
+    stop_ids = ranks.on_main(stops)
+    return Language(stop_ids, loaded[0] if loaded else None)
+
+
+def _stop_ids(tokenizer: Any, turn_end: str | None) -> tuple[int, ...]:
+    """The end of a text, and of the assistant's turn in the chat template."""
+    found = [tokenizer.eos_token_id]
+    if turn_end is not None:
+        found.append(tokenizer.convert_tokens_to_ids(turn_end))
+    return tuple(sorted({token for token in found if token is not None}))

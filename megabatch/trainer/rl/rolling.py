@@ -1,0 +1,223 @@
+"""A round of GRPO: generate, reward, compare, and keep what the steps need of the policy as it is now."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megabatch.config.grpo import Grpo
+from megabatch.config.resolved import resolved
+from megabatch.data.schedule import Cursor, Schedule
+from megabatch.rl.advantages import Advantages, advantages, kl_in_reward
+from megabatch.rl.corrections import (
+    difference,
+    effective_sample_size,
+    is_corrected,
+    log_ratios,
+    rollout_weights,
+)
+from megabatch.rl.rounds import Rolled, Round, Sum
+from megabatch.rl.sequences import Sequences
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.objectives.grpo import CORRECTION, OLD, REFERENCE
+from megabatch.trainer.readouts.tokens import Tokens
+from megabatch.trainer.rl.batch import Batching
+from megabatch.trainer.rl.generating import Generator
+from megabatch.trainer.rl.prompts import Prompts
+
+logger = logging.getLogger(__name__)
+
+MODEL = "reference"
+"""Name of the reference in `Engine.infer`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rolling:
+    """Makes rounds. Every rank calls it together and gets the same round."""
+
+    grpo: Grpo
+    prompts: Prompts
+    schedule: Schedule
+    """Draws the prompts of a round."""
+    generator: Generator
+    batching: Batching
+    temperature: float
+
+    def round(self, number: int, cursor: Cursor, engine: Engine) -> Round:
+        """The next round. Raises: RolloutError, RewardError, DataError on every rank."""
+        self.generator.give_policy(engine)
+        completions, cursor, sampled = self._generated(number, cursor)
+        self.generator.rest()
+        completions = self._with_logps(completions, engine)
+        completions, differing = self._corrected(completions)
+        compared, kl = self._compared(completions)
+        completions = [
+            replace(one, advantage=float(advantage))
+            for one, advantage in zip(completions, compared.advantages_N, strict=True)
+        ]
+        epoch = cursor.epoch + cursor.offset / len(self.schedule)
+        metrics = {**sampled, **differing, **kl, **self.generator.take_metrics()}
+        return Round(number=number, completions=completions, after=cursor.to_json(), epoch=epoch, metrics=metrics)
+
+    def _generated(self, number: int, cursor: Cursor) -> tuple[list[Rolled], Cursor, dict[str, Sum]]:
+        """The round's completions; with `dynamic_sample`, of prompts whose completions differ in reward as far as
+        `max_resample_times` more draws find some, filled up with others."""
+        each, wanted = self.grpo.num_generations, self.schedule.global_batch_size
+        kept: list[list[Rolled]] = []
+        equal: list[list[Rolled]] = []
+        tries = self.grpo.max_resample_times if self.grpo.dynamic_sample else 0
+        for attempt in range(tries + 1):
+            drawn, cursor = self.prompts.draw(self.schedule, cursor)
+            name = f"{number}.{attempt}" if attempt else f"{number}"
+            made = self.generator.rewarded(self.prompts, drawn, each=each, name=name)
+            groups = [made[first : first + each] for first in range(0, len(made), each)]
+            differs = (self._advantages(made).spreads_P > 0).tolist()
+            kept += [group for group, is_kept in zip(groups, differs, strict=True) if is_kept or not tries]
+            equal += [group for group, is_kept in zip(groups, differs, strict=True) if not is_kept and tries]
+            if len(kept) >= wanted:
+                break
+        if len(kept) < wanted:
+            logger.warning(
+                "round %d: only %d of %d prompts have completions of different rewards after %d draws; lower "
+                "generation_batch_size or raise max_resample_times", number, len(kept), wanted, tries + 1,
+            )  # fmt: skip
+        chosen = [*kept, *equal][:wanted]
+        metrics = {"prompts_equal": (float(len(equal)), float(len(kept) + len(equal)))} if tries else {}
+        return [one for group in chosen for one in group], cursor, metrics
+
+    def _with_logps(self, completions: Sequence[Rolled], engine: Engine) -> list[Rolled]:
+        """Adds log-probabilities of the policy and the reference, where something needs them."""
+        found: dict[str, list[np.ndarray]] = {}
+        if self._needs_old:
+            found[OLD] = self.batching.logps(engine, completions, Tokens(self.temperature))
+            self.generator.busy()
+        if self.grpo.beta > 0:
+            found[REFERENCE] = self.batching.logps(engine, completions, Tokens(self.temperature), model=MODEL)
+            self.generator.busy()
+        return [
+            replace(one, tokens={**one.tokens, **{name: values[number] for name, values in found.items()}})
+            for number, one in enumerate(completions)
+        ]
+
+    @property
+    def _needs_old(self) -> bool:
+        """Otherwise a step's own log-probabilities are the old ones: each round is one step on its own policy."""
+        grpo = self.grpo
+        return (
+            resolved(grpo.steps_per_generation) * grpo.num_iterations > 1
+            or bool(grpo.kl_in_reward)
+            or self._measures_difference
+        )
+
+    @property
+    def _measures_difference(self) -> bool:
+        return self.grpo.rollout_importance_sampling_mode is not None or self.grpo.log_rollout_offpolicy_metrics
+
+    def _corrected(self, completions: list[Rolled]) -> tuple[list[Rolled], dict[str, Sum]]:
+        """Adds the rollout correction; and how far trainer and engine are apart."""
+        if not self._measures_difference:
+            return completions, {}
+        flat = _Flat.of(completions)
+        log_ratio_T = log_ratios(flat.values("old"), flat.values("rollout"), flat.mask_T)
+        found = difference(log_ratio_T, flat.mask_T, flat.sequences)
+        metrics: dict[str, Sum] = {
+            "rollout_kl": (found.kl, 1.0),
+            "rollout_k3": (found.k3, 1.0),
+            "rollout_chi2_token": (found.chi2_token, 1.0),
+            "rollout_chi2_sequence": (found.chi2_sequence, 1.0),
+            "rollout_max_difference": (found.largest, 1.0),
+        }
+        mode, threshold = self.grpo.rollout_importance_sampling_mode, self.grpo.rollout_importance_sampling_threshold
+        if mode is None:
+            return completions, metrics
+        weights_T = rollout_weights(log_ratio_T, flat.mask_T, flat.sequences, mode=mode, threshold=threshold)
+        above_T = is_corrected(log_ratio_T, flat.mask_T, flat.sequences, mode=mode, threshold=threshold)
+        metrics["rollout_weight"] = (float((weights_T * flat.mask_T).sum()), float(flat.mask_T.sum()))
+        metrics["rollout_ess"] = (effective_sample_size(weights_T, flat.mask_T), 1.0)
+        metrics["rollout_corrected"] = (float((above_T * flat.mask_T).sum()), float(flat.mask_T.sum()))
+        split = flat.split(weights_T)
+        return [
+            replace(one, tokens={**one.tokens, CORRECTION: weights})
+            for one, weights in zip(completions, split, strict=True)
+        ], metrics
+
+    def _compared(self, completions: Sequence[Rolled]) -> tuple[Advantages, dict[str, Sum]]:
+        if not (self.grpo.kl_in_reward and self.grpo.beta > 0):
+            return self._advantages(completions), {}
+        flat = _Flat.of(completions)
+        kl_N = flat.sequences.sums(kl_in_reward(flat.values(OLD), flat.values(REFERENCE)) * flat.mask_T)
+        metrics = {"kl_in_reward": (float(kl_N.sum()), float(len(kl_N)))}
+        return self._advantages(completions, kl_N=self.grpo.beta * kl_N), metrics
+
+    def _advantages(self, completions: Sequence[Rolled], *, kl_N: Tensor | None = None) -> Advantages:
+        rewards_NR = torch.tensor([one.rewards for one in completions], dtype=torch.float32)
+        weights = self.grpo.reward_weights or [1.0] * rewards_NR.shape[1]
+        return advantages(
+            rewards_NR,
+            torch.tensor(weights, dtype=torch.float32),
+            num_generations=self.grpo.num_generations,
+            estimator=self.grpo.advantage_estimator,
+            scale=resolved(self.grpo.scale_rewards),
+            kl_N=kl_N,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """All completions' tokens in one row; a completion without any counts as a sequence of none."""
+
+    completions: Sequence[Rolled]
+    sequences: Sequences
+    mask_T: Tensor
+
+    @classmethod
+    def of(cls, completions: Sequence[Rolled]) -> _Flat:
+        lengths = torch.tensor([len(one.ids) for one in completions])
+        segments_T = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return cls(completions, Sequences.on_one_rank(segments_T, len(lengths)), torch.ones(len(segments_T)))
+
+    def values(self, name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([one.tokens[name] for one in self.completions]))
+
+    def split(self, values_T: Tensor) -> list[np.ndarray]:
+        ends = np.cumsum([len(one.ids) for one in self.completions])[:-1]
+        return np.split(values_T.numpy(), ends)
+
+
+def measured(
+    completions: Sequence[Rolled], names: Sequence[str], weights: Sequence[float], *, each: int, trained: int
+) -> Mapping[str, Sum]:
+    """Metrics of the completions of one step or evaluation. Args: `trained`: version of the policy now."""
+    rewards_NR = np.array([one.rewards for one in completions], np.float64).reshape(len(completions), len(names))
+    known_N = ~np.isnan(rewards_NR).all(1)
+    totals_N = np.where(known_N, np.nan_to_num(rewards_NR) @ np.array(weights, np.float64), np.nan)
+    spreads = [_spread(totals_N[first : first + each]) for first in range(0, len(totals_N), each)]
+    lengths = [float(len(one.ids)) for one in completions]
+    count = float(len(completions))
+    found: dict[str, Sum] = {
+        "reward": _sum(totals_N),
+        "reward_std": (sum(spreads), float(len(spreads))),
+        "reward_equal": (float(sum(spread == 0 for spread in spreads)), float(len(spreads))),
+        **{f"reward_{name}": _sum(rewards_NR[:, k]) for k, name in enumerate(names)},
+        "advantage": (sum(abs(one.advantage) for one in completions), count),
+        "completion_length": (sum(lengths), count),
+        "completion_length_max": (max(lengths), 1.0),
+        "cut_off": (float(sum(one.is_cut_off for one in completions)), count),
+        "staleness": (sum(trained - float(one.versions.min(initial=trained)) for one in completions), count),
+    }
+    return found
+
+
+def _sum(values: np.ndarray) -> Sum:
+    return float(np.nansum(values)), float((~np.isnan(values)).sum())
+
+
+def _spread(values: np.ndarray) -> float:
+    """The standard deviation of a prompt's rewards; 0 where fewer than two are known."""
+    known = values[~np.isnan(values)]
+    return float(known.std(ddof=1)) if len(known) > 1 else 0.0

@@ -1,0 +1,137 @@
+"""GRPO's optimizer steps: rounds, made when the steps before them are done, cut into steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megabatch.data.schedule import Cursor
+from megabatch.errors import DataError
+from megabatch.rl.rounds import Round
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.pack import Pack
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.rl.rolling import Rolling, measured
+from megabatch.trainer.steps import State, Step, Steps
+from megabatch.trainer.sums import Ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run resumes; saved in checkpoints."""
+
+    prompts: Cursor
+    """Where the next round draws its prompts."""
+    round: int = 0
+    """Number of the round to make, or to go on with."""
+    taken: int = 0
+    """Steps taken of it."""
+    trained: int = 0
+    """Steps of the run: the version of the policy."""
+    form: str = ""
+    """What the numbers above refer to; "" at the start of a run."""
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in ("round", "taken", "trained", "form")}
+        return {"prompts": self.prompts.to_json(), **fields}
+
+    @classmethod
+    def from_json(cls, saved: State) -> Place:
+        """`{}` is the start of a run. Raises: DataError when `saved` is no such place."""
+        if not saved:
+            return cls(Cursor())
+        try:
+            numbers = (int(saved[name]) for name in ("round", "taken", "trained"))
+            return cls(Cursor.from_json(saved["prompts"]), *numbers, str(saved["form"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise DataError(
+                f"the checkpoint's cursor {dict(saved)!r} is no place in GRPO's rounds ({e}); start over with "
+                "checkpoint.finetune=True"
+            ) from e
+
+
+class GrpoSteps(Steps):
+    """Each round is `num_iterations` passes over its completions, of `steps` steps each."""
+
+    def __init__(
+        self, rolling: Rolling, ranks: Ranks, *, folder: Path, train_iters: int, global_batch_size: int
+    ) -> None:
+        """Args: `folder`: of the files of rounds that several steps are taken on."""
+        self._rolling, self._ranks, self._folder = rolling, ranks, folder
+        self._size = global_batch_size
+        self._round: Round | None = None
+        self.train_iters = train_iters
+        grpo = rolling.grpo
+        self._each_pass = rolling.schedule.global_batch_size * grpo.num_generations // global_batch_size
+        self._each_round = self._each_pass * grpo.num_iterations
+        self._form = f"{rolling.schedule.global_batch_size}x{grpo.num_generations}/{self._each_round}"
+        self.course = (
+            f"each round draws {rolling.schedule.global_batch_size} of {len(rolling.prompts):,} prompts, "
+            f"{grpo.num_generations} completions each, for {self._each_round} steps"
+        )
+
+    def require(self, cursor: State) -> None:
+        place = Place.from_json(cursor)
+        self._rolling.schedule.require_own(place.prompts)
+        if place.form and place.taken and place.form != self._form:
+            raise DataError(
+                f"the checkpoint was saved within a round of {place.form} (prompts x completions / steps), and this "
+                f"run's are {self._form}; resume with the settings of the run that wrote it, or start over with "
+                "checkpoint.finetune=True"
+            )
+
+    def after(self, cursor: State, engine: Engine) -> Iterator[Step]:
+        place = Place.from_json(cursor)
+        while True:
+            self._rolling.generator.policy.trained = place.trained
+            current = self._round_at(place, engine)
+            for number in range(place.taken, self._each_round):
+                step = self._step(current, number, place)
+                yield step
+                place = Place.from_json(step.cursor)
+                self._rolling.generator.policy.trained = place.trained
+
+    def places(self, pack: Pack) -> Sequence[str]:
+        if self._round is None:
+            return ()
+        some = self._round.completions
+        return [f"{some[number].place} ({some[number].key})" for number in pack.columns["number"].tolist()]
+
+    def _round_at(self, place: Place, engine: Engine) -> Round:
+        if place.taken:
+            self._round = self._ranks.on_main(lambda: Round.load(self._file(place.round)))
+            return self._round
+        self._round = made = self._rolling.round(place.round, place.prompts, engine)
+        if self._each_round > 1:
+            self._ranks.on_main(lambda: made.save(self._file(made.number)))
+        return made
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"round_{number:08d}.npz"
+
+    def _step(self, current: Round, number: int, place: Place) -> Step:
+        ends = number + 1 == self._each_round
+        after = Place(
+            Cursor.from_json(current.after),
+            current.number + ends,
+            0 if ends else number + 1,
+            place.trained + 1,
+            self._form,
+        )
+        first = number % self._each_pass * self._size
+        some = current.completions[first : first + self._size]
+        step = self._rolling.batching.step(some, cursor=after.to_json(), epoch=current.epoch)
+        return replace(step, metrics=self._metrics(current, first, number, trained=place.trained))
+
+    def _metrics(self, current: Round, first: int, number: int, *, trained: int) -> Mapping[str, Ratio]:
+        """Of the step's completions; with the first step of a round, of the round."""
+        generator, grpo = self._rolling.generator, self._rolling.grpo
+        names = generator.reward_names
+        weights = grpo.reward_weights or [1.0] * len(names)
+        some = current.completions[first : first + self._size]
+        found = dict(measured(some, names, weights, each=grpo.num_generations, trained=trained))
+        if number == 0:
+            found |= current.metrics
+        return {name: Ratio(*sums) for name, sums in found.items()}

@@ -1,0 +1,124 @@
+"""Group relative policy optimisation: prompts, completions of the policy, their rewards, and steps on them."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from megabatch.config.resolved import resolved
+from megabatch.config.run import RunConfig
+from megabatch.data.run_caches import note_data
+from megabatch.data.schedule import Schedule
+from megabatch.rewards.named import rewards_of
+from megabatch.rewards.rewards import Rewards
+from megabatch.trainer.data.dataset import share_of
+from megabatch.trainer.exports.of_run import export_of
+from megabatch.trainer.model_source import ModelSource
+from megabatch.trainer.objectives.grpo import GrpoObjective
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.rl.batch import Batching
+from megabatch.trainer.rl.evaluation import GrpoEvaluation
+from megabatch.trainer.rl.generating import Generator, Policy, sampling_of
+from megabatch.trainer.rl.prompts import Prompts, open_language, open_prompts
+from megabatch.trainer.rl.rolling import MODEL, Rolling
+from megabatch.trainer.rl.steps import GrpoSteps
+from megabatch.trainer.sync.open import open_rollouts
+from megabatch.trainer.tasks.parts import Parts
+from megabatch.trainer.tasks.reference import reference_of
+
+ROUNDS = "rounds"
+"""Folder in the run directory with rounds that are not done yet."""
+
+
+def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
+    """Rounds of generation and the steps on them, exported for Hugging Face or PEFT. Raises: MegabatchError."""
+    grpo, rollout = run.recipe.grpo, run.recipe.rollout
+    train, validation = open_prompts(run, source, ranks, busy=busy)
+    generator = _generator(run, source, ranks, busy=busy)
+    schedule = train.schedule(resolved(grpo.generation_batch_size) // grpo.num_generations)
+    ranks.on_main(schedule.require_a_batch)
+    if ranks.is_main:
+        note_data(run, train.data, schedule)
+    rolling = Rolling(
+        grpo=grpo,
+        prompts=train,
+        schedule=schedule,
+        generator=generator,
+        batching=_batching(run, ranks),
+        temperature=rollout.temperature,
+    )
+    steps = GrpoSteps(
+        rolling,
+        ranks,
+        folder=Path(run.run_dir) / ROUNDS,
+        train_iters=_train_iters(run, schedule),
+        global_batch_size=run.recipe.batch.global_batch_size,
+    )
+    return Parts(
+        steps=steps,
+        objective=GrpoObjective(
+            grpo, temperature=rollout.temperature, max_completion_length=rollout.max_completion_length
+        ),
+        evaluator=_evaluation(run, validation, generator),
+        export=export_of(run, source),
+        frozen={MODEL: reference_of(run, source, ranks)} if grpo.beta > 0 else {},
+    )
+
+
+def _generator(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Generator:
+    language = open_language(run, source, ranks)
+    opened: list[Rewards] = []
+
+    def open_rewards() -> tuple[str, ...]:
+        opened.append(rewards_of(run.recipe))
+        atexit.register(opened[0].close)
+        return opened[0].names
+
+    names = ranks.on_main(open_rewards)
+    return Generator(
+        ranks=ranks,
+        rollouts=open_rollouts(run, source, ranks),
+        rewards=opened[0] if opened else None,
+        reward_names=names,
+        language=language,
+        sampling=sampling_of(run.recipe.rollout, language),
+        policy=Policy(),
+        seed=run.recipe.training.seed,
+        positions=run.shape.max_position_embeddings,
+        sleep_level=run.recipe.rollout.sleep_level,
+        busy=busy,
+    )
+
+
+def _batching(run: RunConfig, ranks: Ranks) -> Batching:
+    grpo = run.recipe.grpo
+    return Batching(
+        share=share_of(run, ranks),
+        group=grpo.num_generations if grpo.loss_type == "real" else 1,
+        filters_cut_off=grpo.overlong_filter,
+    )
+
+
+def _train_iters(run: RunConfig, schedule: Schedule) -> int:
+    """Steps of the run: as said, or of the whole rounds in `max_epochs` passes over the prompts."""
+    training, grpo = run.recipe.training, run.recipe.grpo
+    if training.train_iters is not None:
+        return training.train_iters
+    rounds = schedule.train_iters(resolved(training.max_epochs))
+    return rounds * grpo.steps_per_generation * grpo.num_iterations
+
+
+def _evaluation(run: RunConfig, validation: Prompts | None, generator: Generator) -> GrpoEvaluation | None:
+    iters, grpo = run.recipe.evaluation.eval_iters, run.recipe.grpo
+    if validation is None or iters == 0:
+        return None
+    each = resolved(grpo.num_generations_eval)
+    return GrpoEvaluation(
+        grpo=grpo,
+        prompts=validation,
+        generator=replace(generator, seconds={}, synced={}),
+        at_a_time=max(1, resolved(grpo.generation_batch_size) // each),
+        eval_iters=iters,
+    )
