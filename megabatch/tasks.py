@@ -45,6 +45,7 @@ _EXAMPLES: Mapping[str, Literal["arithmetic", "arithmetic_pairs", "arithmetic_la
     "conversations": "arithmetic",
     "pairs": "arithmetic_pairs",
     "judged": "arithmetic_labels",
+    "prompts": "arithmetic",
 }
 
 

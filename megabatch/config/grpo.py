@@ -127,15 +127,15 @@ class Grpo:
 class Rollout:
     """Generation: sampling, the engine, and the memory that the trainer frees for it."""
 
-    temperature: float = param(0.9, built=False, above=0)
+    temperature: float = param(0.9, above=0)
     """Temperature of sampling and of the probabilities in the loss."""
-    top_p: float = param(1.0, built=False, above=0, at_most=1)
+    top_p: float = param(1.0, above=0, at_most=1)
     """Samples from the likeliest tokens that together have this probability."""
-    top_k: int = param(-1, built=False, at_least=-1)
+    top_k: int = param(-1, at_least=-1)
     """Samples from this many likeliest tokens; -1 and 0 mean all."""
-    repetition_penalty: float = param(1.0, built=False, above=0)
+    repetition_penalty: float = param(1.0, above=0)
     """Divides the odds of tokens that have occurred; 1 changes nothing."""
-    max_completion_length: int = param(512, built=False, at_least=1)
+    max_completion_length: int = param(512, at_least=1)
     """Longest completion in tokens."""
     ledger_gib: float = param(16.0, above=0)
     """Disk space for completions in the run directory's `ledger/`, in GiB; the oldest steps make room for new ones."""
@@ -192,7 +192,7 @@ class Rollout:
     sync_tolerance: float | None = param(None, built=False, above=0)
     """Largest difference of a token's log-probability between trainer and engine after weights were sent, above which
     the run stops; None means 1e-3 in float32 and 0.5 otherwise."""
-    sleep_level: Literal[0, 1, 2] = param(0, built=False)
+    sleep_level: Literal[0, 1, 2] = param(0)
     """What the engine frees during training: nothing, its cache, or its weights too."""
     offload_optimizer: bool = param(False, built=False)
     """Moves optimizer state to host memory during generation."""

@@ -68,7 +68,8 @@ class Round:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             with open(partial, "wb") as file:
-                np.savez_compressed(file, **self._arrays())
+                arrays: Any = self._arrays()
+                np.savez_compressed(file, **arrays)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

@@ -10,6 +10,7 @@ from megabatch.data.rows.formats import Conversation, conversation_of
 from megabatch.data.rows.judged import judged_of
 from megabatch.data.rows.labelled import said_in
 from megabatch.data.rows.preference import preference_of
+from megabatch.data.rows.prompts import prompt_of
 from megabatch.data.rows.turns import Message
 
 
@@ -43,11 +44,16 @@ def _judged(
     return [one.conversation for one in judged_of(row, columns=columns, system=system)]
 
 
+def _asked(row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None) -> Sequence[Conversation]:
+    return (prompt_of(row, columns=columns, system=system).conversation,)
+
+
 READERS: Mapping[str, Reader] = {
     "documents": _one,
     "conversations": _one,
     "pairs": _pair,
     "judged": _judged,
     "labelled": _labelled,
+    "prompts": _asked,
 }
 """By the kind of rows of a task (`tasks.Task.rows`)."""

@@ -5,6 +5,7 @@
 | `example:arithmetic` | a problem with its solution |
 | `example:arithmetic_pairs` | the same, and a wrong solution: another operation, or a slip in the last line |
 | `example:arithmetic_labels` | a problem with a right or a wrong solution, and which it is |
+| `example:hasty_sums` | the sum of three digits: `solution` is right, most `answer`s leave the last digit out |
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ class _Problem(NamedTuple):
 def rows(name: str, count: int | None) -> Iterator[Row]:
     """Problems with `question` and `answer`; the first n do not depend on `count`."""
     draw = random.Random(f"{name}-{VERSION}")
+    if name == "hasty_sums":
+        yield from _hasty_sums(draw, count or DEFAULT_COUNT)
+        return
     for number in range(count or DEFAULT_COUNT):
         problem = draw.choice(_PROBLEMS)(draw)
         yield Row(Origin(f"example:{name}", number, is_line=False), _fields(name, problem, draw))
@@ -47,6 +51,19 @@ def _fields(name: str, problem: _Problem, draw: random.Random) -> dict[str, Any]
         fields["label"] = draw.random() < 0.5
         fields["answer"] = problem.answer if fields["label"] else draw.choice(problem.wrong)
     return fields
+
+
+def _hasty_sums(draw: random.Random, count: int) -> Iterator[Row]:
+    """Each of the 1,000 sums once, in an order of its own, then again."""
+    order = draw.sample(range(1000), 1000)
+    for number in range(count):
+        digits = [order[number % 1000] // place % 10 for place in (100, 10, 1)]
+        said = digits[:2] if draw.random() < _HASTE else digits
+        fields = {"question": "Add {}, {} and {}.".format(*digits), "answer": str(sum(said))}
+        yield Row(Origin("example:hasty_sums", number, is_line=False), {**fields, "solution": str(sum(digits))})
+
+
+_HASTE = 0.6
 
 
 def _gift(draw: random.Random) -> _Problem:

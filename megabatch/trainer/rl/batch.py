@@ -41,7 +41,7 @@ class Batching:
         """Log-probabilities of each completion's tokens, float32, on every rank; collective, one pass for all."""
         step = self._batch(completions, group=1).step(self._share(1), cursor={}, epoch=0.0)
         found = engine.infer(step.packs, readout, model=model)
-        mine = {}
+        mine: dict[int, np.ndarray] = {}
         for pack, fields in zip(step.packs, found, strict=True):
             logps = fields["logps"].cpu().numpy()
             mine |= {number: logps[part] for number, part in _parts(pack, completions)}
@@ -63,8 +63,8 @@ class Batching:
         return GlobalBatch(in_memory([chunk.arrays()]), packs, [np.zeros(group, np.int64)] * len(packs))
 
     def _encoded(self, one: Rolled) -> Encoded:
-        before = np.zeros(len(one.prompt), np.float32)
-        learned = np.full(len(one.ids), float(not (self.filters_cut_off and one.is_cut_off)), np.float32)
+        before: np.ndarray = np.zeros(len(one.prompt), np.float32)
+        learned: np.ndarray = np.full(len(one.ids), float(not (self.filters_cut_off and one.is_cut_off)), np.float32)
         names = [name for name in (OLD, REFERENCE, CORRECTION) if name in one.tokens]
         return Encoded(
             np.concatenate([one.prompt, one.ids]).astype(np.int32),

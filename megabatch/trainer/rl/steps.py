@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ class Place:
         if not saved:
             return cls(Cursor())
         try:
-            numbers = (int(saved[name]) for name in ("round", "taken", "trained"))
-            return cls(Cursor.from_json(saved["prompts"]), *numbers, str(saved["form"]))
+            number, taken, trained = (int(saved[name]) for name in ("round", "taken", "trained"))
+            return cls(Cursor.from_json(saved["prompts"]), number, taken, trained, str(saved["form"]))
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(
                 f"the checkpoint's cursor {dict(saved)!r} is no place in GRPO's rounds ({e}); start over with "
@@ -56,10 +56,19 @@ class GrpoSteps(Steps):
     """Each round is `num_iterations` passes over its completions, of `steps` steps each."""
 
     def __init__(
-        self, rolling: Rolling, ranks: Ranks, *, folder: Path, train_iters: int, global_batch_size: int
+        self,
+        rolling: Rolling,
+        ranks: Ranks,
+        *,
+        folder: Path,
+        rounds_of_checkpoints: Callable[[], Collection[int]],
+        train_iters: int,
+        global_batch_size: int,
     ) -> None:
-        """Args: `folder`: of the files of rounds that several steps are taken on."""
+        """Args: `folder`: of the files of rounds that several steps are taken on; `rounds_of_checkpoints`: the rounds
+        that the run's checkpoints may go on with."""
         self._rolling, self._ranks, self._folder = rolling, ranks, folder
+        self._rounds_of_checkpoints = rounds_of_checkpoints
         self._size = global_batch_size
         self._round: Round | None = None
         self.train_iters = train_iters
@@ -105,8 +114,15 @@ class GrpoSteps(Steps):
             return self._round
         self._round = made = self._rolling.round(place.round, place.prompts, engine)
         if self._each_round > 1:
-            self._ranks.on_main(lambda: made.save(self._file(made.number)))
+            self._ranks.on_main(lambda: self._keep(made))
         return made
+
+    def _keep(self, made: Round) -> None:
+        """Writes a round, and removes those before the last that no checkpoint goes on with."""
+        made.save(self._file(made.number))
+        wanted = {self._file(number) for number in (made.number, made.number - 1, *self._rounds_of_checkpoints())}
+        for file in set(self._folder.glob("round_*.npz")) - wanted:
+            file.unlink(missing_ok=True)
 
     def _file(self, number: int) -> Path:
         return self._folder / f"round_{number:08d}.npz"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,12 @@ from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.data.run_caches import note_data
 from megabatch.data.schedule import Schedule
+from megabatch.errors import MegabatchError
 from megabatch.rewards.named import rewards_of
 from megabatch.rewards.rewards import Rewards
+from megabatch.run_directory import RunDirectory
+from megabatch.saved.history import checkpoints
+from megabatch.trainer.checkpoints.progress import open_saved
 from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
@@ -23,7 +28,7 @@ from megabatch.trainer.rl.evaluation import GrpoEvaluation
 from megabatch.trainer.rl.generating import Generator, Policy, sampling_of
 from megabatch.trainer.rl.prompts import Prompts, open_language, open_prompts
 from megabatch.trainer.rl.rolling import MODEL, Rolling
-from megabatch.trainer.rl.steps import GrpoSteps
+from megabatch.trainer.rl.steps import GrpoSteps, Place
 from megabatch.trainer.sync.open import open_rollouts
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.reference import reference_of
@@ -53,6 +58,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         rolling,
         ranks,
         folder=Path(run.run_dir) / ROUNDS,
+        rounds_of_checkpoints=lambda: _rounds_of_checkpoints(RunDirectory(Path(run.run_dir))),
         train_iters=_train_iters(run, schedule),
         global_batch_size=run.recipe.batch.global_batch_size,
     )
@@ -108,6 +114,16 @@ def _train_iters(run: RunConfig, schedule: Schedule) -> int:
         return training.train_iters
     rounds = schedule.train_iters(resolved(training.max_epochs))
     return rounds * grpo.steps_per_generation * grpo.num_iterations
+
+
+def _rounds_of_checkpoints(run: RunDirectory) -> set[int]:
+    """Rounds that a checkpoint of the run was saved within. One that cannot be read resumes nothing."""
+    found = set()
+    for checkpoint in checkpoints(run):
+        with contextlib.suppress(MegabatchError):
+            place = Place.from_json(open_saved(checkpoint).progress.cursor)
+            found |= {place.round} if place.taken else set()
+    return found
 
 
 def _evaluation(run: RunConfig, validation: Prompts | None, generator: Generator) -> GrpoEvaluation | None:

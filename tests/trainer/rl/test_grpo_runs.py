@@ -1,0 +1,119 @@
+"""Whole GRPO runs of a tiny model that generates with transformers: metrics, rounds, resuming, layouts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_server import RankServer
+from runs import curve, metrics, recipe, train, write_run
+
+from megabatch import Grpo, Rlhf, Rollout
+
+REWARDS = """
+def letters(completions, **columns):
+    return [len(set(text)) / 10 for text in completions]
+
+def known(completions, solution, **columns):
+    assert all(answer.startswith("It is") for answer in solution)
+    return [None if len(text) % 3 == 0 else float(len(text) > 12) for text in completions]
+"""
+SETTINGS: dict[str, Any] = {"num_generations": 4, "steps_per_generation": 2, "beta": 0.1, "num_generations_eval": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "dp2": (2, {}),
+    "tp2_sp": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
+}
+
+
+def grpo_recipe(folder: Path, *, world_size: int = 1, grpo: dict[str, Any] | None = None, **groups: Any) -> Any:
+    file = folder / "reward.py"
+    file.write_text(REWARDS)
+    given = {"batch": {"micro_batch_size": 1, "global_batch_size": 8}, "resources": {"tasks_per_node": world_size}}
+    made = recipe(
+        folder, "qwen2", **{**given, "data": {"max_length": 64}, "evaluation": {"eval_interval": 4}, **groups}
+    )
+    names = (f"{file}:letters", f"{file}:known")
+    return replace(
+        made,
+        task="rlhf",
+        rlhf=Rlhf(rlhf_type="grpo"),
+        grpo=Grpo(reward_funcs=names, reward_weights=(1.0, 0.5), **{**SETTINGS, **(grpo or {})}),
+        rollout=Rollout(temperature=1.0, max_completion_length=8),
+    )
+
+
+def run_of(ranks: RankServer, folder: Path, name: str, *, world_size: int = 1, **how: Any) -> Path:
+    run = write_run(grpo_recipe(folder, world_size=world_size, **how), folder / name)
+    assert set(ranks.run(train, world_size=world_size, run_dir=str(run))) == {0}
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_of(ranks, tmp_path_factory.mktemp("grpo-runs"), "alone", checkpoint={"no_save_optim": True})
+
+
+def test_every_step_says_what_its_completions_are_worth(alone: Path) -> None:
+    lines = metrics(alone)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        known, letters = line["reward_known"], line["reward_letters"]
+        assert line["reward_letters_count"] == 8 and line["reward_known_count"] < 8, "some have no such reward"
+        assert 0 < letters < 1.5 and 0 <= known <= 1 and line["completion_length"] <= 8
+        assert line["grad_norm"] > 0 and math.isfinite(line["loss"]) and line["kl"] >= 0
+        assert line["samples"] == 8
+    assert [line["staleness"] for line in lines] == [0, 1, 0, 1]
+    assert [line["ratio"] == pytest.approx(1, abs=1e-5) for line in lines] == [True, False, True, False]
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[3]["kl"] > 0
+    for line in lines[::2]:
+        assert line["sync_max_logp_difference"] < 1e-4 and line["generate_s"] > 0
+    assert "generate_s" not in lines[1]
+
+
+def test_an_evaluation_generates_for_held_out_prompts(alone: Path) -> None:
+    start, end = metrics(alone, "eval")
+    assert start["step"] == 0 and end["step"] == 4
+    for line in (start, end):
+        assert line["eval_reward_count"] == 14, "two completions of seven prompts"
+        assert line["eval_reward_letters_best"] >= line["eval_reward_letters"]
+    assert start["eval_reward"] != end["eval_reward"]
+
+
+def test_rounds_are_kept_while_steps_are_left(alone: Path) -> None:
+    assert sorted(file.name for file in (alone / "rounds").iterdir()) == ["round_00000000.npz", "round_00000001.npz"]
+
+
+def test_a_run_stopped_within_a_round_goes_on_with_its_completions(ranks: RankServer, alone: Path) -> None:
+    run = write_run(grpo_recipe(alone.parent), alone.parent / "cut")
+    assert ranks.run(train, world_size=1, run_dir=str(run), stop_after=3) == [75]
+    assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
+    assert curve(run) == curve(alone)
+    for name in ("reward", "staleness", "kl", "completion_length"):
+        assert [line[name] for line in metrics(run)] == [line[name] for line in metrics(alone)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_changes_no_number(layout: str, ranks: RankServer, alone: Path) -> None:
+    world_size, groups = LAYOUTS[layout]
+    run = run_of(ranks, alone.parent, layout, world_size=world_size, checkpoint={"no_save_optim": True}, **groups)
+    for found, expected in zip(metrics(run), metrics(alone), strict=True):
+        for name in ("loss", "grad_norm", "kl", "reward", "reward_std", "advantage"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (found["step"], name)
+        assert (found["tokens"], found["samples"]) == (expected["tokens"], expected["samples"])
+
+
+def test_estimators_corrections_and_resampling_run_together(ranks: RankServer, alone: Path) -> None:
+    settings = {
+        "advantage_estimator": "rloo", "loss_type": "dapo", "rollout_importance_sampling_mode": "sequence_mask",
+        "dynamic_sample": True, "num_iterations": 2, "steps_per_generation": 1, "top_entropy_quantile": 0.5,
+        "off_policy_sequence_mask_delta": 1.0,
+    }  # fmt: skip
+    run = run_of(ranks, alone.parent, "together", grpo=settings, checkpoint={"no_save_optim": True})
+    first, second, *_ = metrics(run)
+    assert first["rollout_ess"] == pytest.approx(1, abs=1e-3) and first["rollout_corrected"] == 0
+    assert abs(first["rollout_kl"]) < 1e-4 and first["kl_in_reward_count"] == 8
+    assert first["reward"] == second["reward"], "both steps are on the same completions"
+    assert first["prompts_equal"] >= 0 and 0 < first["entropy"] < math.log(304) + 1e-3
