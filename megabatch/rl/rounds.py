@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -105,7 +106,7 @@ class Round:
             with np.load(path, allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files}
             return _of_arrays(arrays)
-        except (OSError, ValueError, KeyError, EOFError) as e:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as e:
             raise DataError(
                 f"{path}: the run stopped between the steps of a round, and its completions cannot be read ({e}); "
                 "resume from a checkpoint at the end of a round, or start over with checkpoint.finetune=True"
