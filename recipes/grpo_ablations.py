@@ -1,6 +1,6 @@
 """GRPO ablations on Qwen2.5-7B as one job array: how the loss is averaged x weight of the KL term x seed.
 
-python recipes/grpo_ablations.py --dry_run      # the table and the array's script; GRPO's trainer is not built yet
+python recipes/grpo_ablations.py --dry_run      # the table and the array's script; vllm_mode is not built yet
 """
 
 from megabatch import (

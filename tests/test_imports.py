@@ -17,8 +17,8 @@ COMPUTING = (
     "cache", "tokens", "rows.sources", "schedule", "stream", "packing", "run_caches", "run_tokenizer", "prepare"
 )  # fmt: skip
 """Of megabatch.data; they import numpy."""
-TENSORS = ("advantages", "corrections", "entropy", "sequences", "surrogates")
-"""Of megabatch.rl; they import torch."""
+TENSORS = ("advantages", "corrections", "entropy", "rounds", "sequences", "surrogates")
+"""Of megabatch.rl; they import torch or numpy."""
 WITH_TORCH = ("megabatch.trainer", "megabatch.rollout.local", *(f"megabatch.rl.{one}" for one in TENSORS))
 """Folders and files that no launcher imports."""
 

@@ -51,6 +51,7 @@ ROOMS = {
     "megabatch/trainer/objectives": "losses, as numerators with a named denominator",
     "megabatch/trainer/ops": "collectives inside autograd",
     "megabatch/trainer/readouts": "what is read from a model's output, for a loss or on its own",
+    "megabatch/trainer/rl": "GRPO's rounds: prompts, generation, rewards, steps, evaluation",
     "megabatch/trainer/sync": "live weights to rollout engines, and the proof that they arrived",
     "megabatch/trainer/tasks": "one module for each task: its steps, loss, evaluation and export",
     "megabatch/trainer/watching": "metrics and where they go, and what is done about steps that look wrong",

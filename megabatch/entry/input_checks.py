@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
+from megabatch.config.grpo_defaults import filled
 from megabatch.config.recipe import Recipe
+from megabatch.config.resolved import resolved
 from megabatch.data.rows import files, names
 from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.tokens import tokenizer
@@ -148,10 +150,24 @@ def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
     if recipe.data.truncation_strategy == "split":
         return []
     batch, rows = recipe.batch.global_batch_size, [count for count in counts if count is not None]
-    if len(rows) < len(counts) or not isinstance(batch, int) or not 0 < sum(rows) < batch:
+    if len(rows) < len(counts) or not isinstance(batch, int):
+        return []
+    if recipe.kind is not None and recipe.kind.rows == "prompts":
+        return _too_few_prompts(recipe, sum(rows))
+    if not 0 < sum(rows) < batch:
         return []
     rule = f"is more than the {sum(rows)} rows of data.dataset; lower it to {sum(rows)} or less, or add data"
     return [Fault("batch.global_batch_size", batch, rule)]
+
+
+def _too_few_prompts(recipe: Recipe, rows: int) -> list[Fault]:
+    """A round draws each prompt once."""
+    grpo = filled(recipe.grpo, global_batch_size=recipe.batch.global_batch_size)
+    wanted = resolved(grpo.generation_batch_size) // grpo.num_generations
+    if not 0 < rows < wanted:
+        return []
+    rule = f"gives rounds of {wanted} prompts, more than the {rows} rows of data.dataset; lower it, or add data"
+    return [Fault("grpo.generation_batch_size", grpo.generation_batch_size, rule)]
 
 
 def _model(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megabatch.chain.declare import Chain
 from megabatch.cli.recipe_command import run
 from megabatch.cli.recipe_file import load_declared, load_recipe
 from megabatch.config.flags import parse
@@ -20,7 +21,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 GOLDENS = Path(__file__).with_name("goldens")
 FILES = sorted(RECIPES.glob("*.py")) + sorted((RECIPES / "sweeps").glob("*.py"))
 SWEEPS = {path.stem: path for path in FILES if isinstance(load_declared(path), Sweep)}
-NAMES = [path.stem for path in FILES if path.stem not in SWEEPS]
+CHAINS = {path.stem for path in FILES if path.stem not in SWEEPS and isinstance(load_declared(path)(), Chain)}
+NAMES = [path.stem for path in FILES if path.stem not in {*SWEEPS, *CHAINS}]
 
 
 @pytest.fixture

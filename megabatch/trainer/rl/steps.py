@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from megabatch.data.schedule import Cursor
 from megabatch.errors import DataError
-from megabatch.rl.rounds import Round
+from megabatch.ledger.record import Record
+from megabatch.ledger.writer import Ledger
+from megabatch.rl.rounds import Rolled, Round
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
@@ -62,13 +65,15 @@ class GrpoSteps(Steps):
         *,
         folder: Path,
         rounds_of_checkpoints: Callable[[], Collection[int]],
+        ledger: Ledger | None,
         train_iters: int,
         global_batch_size: int,
     ) -> None:
         """Args: `folder`: of the files of rounds that several steps are taken on; `rounds_of_checkpoints`: the rounds
-        that the run's checkpoints may go on with."""
+        that the run's checkpoints may go on with; `ledger`: of all completions, None on ranks other than the main one.
+        """
         self._rolling, self._ranks, self._folder = rolling, ranks, folder
-        self._rounds_of_checkpoints = rounds_of_checkpoints
+        self._rounds_of_checkpoints, self._ledger = rounds_of_checkpoints, ledger
         self._size = global_batch_size
         self._round: Round | None = None
         self.train_iters = train_iters
@@ -138,8 +143,31 @@ class GrpoSteps(Steps):
         )
         first = number % self._each_pass * self._size
         some = current.completions[first : first + self._size]
+        if self._ledger is not None:
+            self._ledger.write(place.trained + 1, [self._record(one) for one in some])
         step = self._rolling.batching.step(some, cursor=after.to_json(), epoch=current.epoch)
         return replace(step, metrics=self._metrics(current, first, number, trained=place.trained))
+
+    def _record(self, one: Rolled) -> Record:
+        generator, rolling = self._rolling.generator, self._rolling
+        weights = rolling.grpo.reward_weights or [1.0] * len(one.rewards)
+        known = [weight * value for weight, value in zip(weights, one.rewards, strict=True) if not math.isnan(value)]
+        learned = not (rolling.batching.filters_cut_off and one.is_cut_off)
+        return Record(
+            key=one.key,
+            prompt=generator.language.tokenizer.decode(one.prompt.tolist()),
+            completion=generator.language.text(one.ids.tolist()),
+            prompt_ids=one.prompt.tolist(),
+            ids=one.ids.tolist(),
+            logps=one.tokens["rollout"].tolist(),
+            versions=one.versions.tolist(),
+            mask=[int(learned)] * len(one.ids),
+            finish=one.finish,
+            rewards=dict(zip(generator.reward_names, one.rewards, strict=True)),
+            reward=sum(known) if known else None,
+            advantage=one.advantage,
+            extra={"place": one.place},
+        )
 
     def _metrics(self, current: Round, first: int, number: int, *, trained: int) -> Mapping[str, Ratio]:
         """Of the step's completions; with the first step of a round, of the round."""

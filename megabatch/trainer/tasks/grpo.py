@@ -13,6 +13,7 @@ from megabatch.config.run import RunConfig
 from megabatch.data.run_caches import note_data
 from megabatch.data.schedule import Schedule
 from megabatch.errors import MegabatchError
+from megabatch.ledger.writer import Ledger
 from megabatch.rewards.named import rewards_of
 from megabatch.rewards.rewards import Rewards
 from megabatch.run_directory import RunDirectory
@@ -59,6 +60,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         ranks,
         folder=Path(run.run_dir) / ROUNDS,
         rounds_of_checkpoints=lambda: _rounds_of_checkpoints(RunDirectory(Path(run.run_dir))),
+        ledger=_ledger(run) if ranks.is_main else None,
         train_iters=_train_iters(run, schedule),
         global_batch_size=run.recipe.batch.global_batch_size,
     )
@@ -114,6 +116,10 @@ def _train_iters(run: RunConfig, schedule: Schedule) -> int:
         return training.train_iters
     rounds = schedule.train_iters(resolved(training.max_epochs))
     return rounds * grpo.steps_per_generation * grpo.num_iterations
+
+
+def _ledger(run: RunConfig) -> Ledger:
+    return Ledger(RunDirectory(Path(run.run_dir)).ledger, max_bytes=int(run.recipe.rollout.ledger_gib * 2**30))
 
 
 def _rounds_of_checkpoints(run: RunDirectory) -> set[int]:

@@ -12,6 +12,7 @@ from rank_server import RankServer
 from runs import curve, metrics, recipe, train, write_run
 
 from megabatch import Grpo, Rlhf, Rollout
+from megabatch.ledger.reader import Reader
 
 REWARDS = """
 def letters(completions, **columns):
@@ -68,9 +69,20 @@ def test_every_step_says_what_its_completions_are_worth(alone: Path) -> None:
     assert [line["staleness"] for line in lines] == [0, 1, 0, 1]
     assert [line["ratio"] == pytest.approx(1, abs=1e-5) for line in lines] == [True, False, True, False]
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[3]["kl"] > 0
-    for line in lines[::2]:
-        assert line["sync_max_logp_difference"] < 1e-4 and line["generate_s"] > 0
-    assert "generate_s" not in lines[1]
+    assert lines[0]["generate_s"] > 0 and "generate_s" not in lines[1]
+    assert lines[2]["sync_max_logp_difference"] < 1e-4, "the first round has the weights of the first evaluation"
+
+
+def test_the_ledger_has_what_each_step_was_trained_on(alone: Path) -> None:
+    reader = Reader(alone / "ledger")
+    assert list(reader.steps) == [1, 2, 3, 4]
+    for line in metrics(alone):
+        records = list(reader.records(line["step"]))
+        assert len(records) == 8 and len({record.key for record in records}) == 8
+        assert sum(len(record.ids) for record in records) == line["completion_length_sum"]
+        known = [record.rewards["letters"] for record in records]
+        assert sum(known) == pytest.approx(line["reward_letters_sum"])
+        assert all(record.extra["place"].startswith(str(alone.parent)) for record in records)
 
 
 def test_an_evaluation_generates_for_held_out_prompts(alone: Path) -> None:
