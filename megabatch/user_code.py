@@ -44,15 +44,20 @@ def files_to_archive(named: Sequence[str]) -> dict[str, Path]:
     return {archived(file): file for file in files if file.is_file()}
 
 
+def location(text: str) -> Path:
+    """The file of `file.py:name` that this process runs: in a snapshot, the snapshot's copy."""
+    file = split(text)[0].expanduser().absolute()
+    copy = PACKAGE.parent / archived(file)
+    return copy if copy.is_file() else file
+
+
 def load_named(text: str, *, kind: str = "class", example: str = "callbacks.py:Report") -> tuple[Any, Path]:
     """What `file.py:name` names, and the file that it is from; from a snapshot, the snapshot's copy of the file.
 
     Raises: ConfigError with the line for a file that cannot be run, or one without that name.
     """
-    file, name = split(text, kind=kind, example=example)
-    file = file.expanduser().absolute()
-    copy = PACKAGE.parent / archived(file)
-    file = copy if copy.is_file() else file
+    name = split(text, kind=kind, example=example)[1]
+    file = location(text)
     module = _module(file)
     found = getattr(module, name, None)
     if not callable(found) or (kind == "class" and not isinstance(found, type)):

@@ -22,6 +22,11 @@ class Data:
     """Fraction of the training data used for validation if `val_dataset` is empty."""
     columns: Mapping[str, str] | None = param(None)
     """Renames columns: name in the file → name that megabatch reads, for example `{"question": "query"}`."""
+    preprocess: str | None = param(None)
+    """Your own function that turns each row of a file into a row, a list of rows or None (dropped), as
+    `file.py:function`; it sees the file's columns, before `columns` renames them."""
+    preprocess_timeout_s: float = param(60.0, speed_only=True, above=0)
+    """Seconds that `preprocess` may take for one row."""
     template: str | None = param(None)
     """Chat template; None uses the tokenizer's own."""
     system: str | None = param(None)

@@ -30,9 +30,11 @@ def _each(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     def changed(text: str) -> str:
         return change(text) if names_own_code(text) else text
 
+    preprocess = recipe.data.preprocess
     callbacks = tuple(change(text) for text in recipe.watching.callbacks)
     return replace(
         recipe,
+        data=replace(recipe.data, preprocess=preprocess and change(preprocess)),
         watching=replace(recipe.watching, callbacks=callbacks),
         grpo=replace(recipe.grpo, reward_funcs=tuple(changed(text) for text in recipe.grpo.reward_funcs)),
     )

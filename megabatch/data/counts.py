@@ -19,7 +19,8 @@ from megabatch.config.declare import parameters
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
 from megabatch.data.rows import names
-from megabatch.errors import DataError
+from megabatch.data.rows.preprocess import source_of
+from megabatch.errors import ConfigError, DataError
 from megabatch.run_directory import write_atomic
 
 NAME = ".counts.json"
@@ -52,7 +53,7 @@ def recall_counts(run: RunConfig, cache_folder: Path) -> DataCounts | None:
         found = DataCounts(**_entries(cache_folder)[_request(run)])
         meta = json.loads((Path(found.cache) / "meta.json").read_bytes())
         return found if meta["samples"] >= found.samples > 0 else None
-    except (OSError, ValueError, TypeError, KeyError, DataError):
+    except (OSError, ValueError, TypeError, KeyError, ConfigError, DataError):
         return None
 
 
@@ -69,6 +70,8 @@ def _request(run: RunConfig) -> str:
     recipe = run.recipe
     decides = [one.name for one in parameters(Recipe) if one.group == "data" and not one.facts.speed_only]
     settings = {name: getattr(recipe.data, name) for name in decides}
+    if recipe.data.preprocess is not None:
+        settings["preprocess"] = source_of(recipe.data.preprocess)
     given = recipe.model
     model = [given.model, given.tokenizer, run.shape.model_type, run.shape.vocab_size, *given.new_special_tokens]
     decisive = [recipe.task, settings, model, recipe.training.seed, recipe.bridge.use_hf, list(_states(run))]

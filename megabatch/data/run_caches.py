@@ -50,6 +50,8 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
         template=data.template,
         system=data.system,
         columns=data.columns,
+        preprocess=data.preprocess,
+        preprocess_timeout_s=data.preprocess_timeout_s,
         max_length=data.max_length,
         truncation_strategy=resolved(data.truncation_strategy),
         loss_scale=resolved(data.loss_scale),

@@ -16,6 +16,7 @@ from megabatch.converters.families.config_json import with_vocabulary
 from megabatch.converters.hf_model import read_config
 from megabatch.data.rows import sources
 from megabatch.data.rows.kinds import READERS
+from megabatch.data.rows.preprocess import preprocess_of
 from megabatch.data.tokens import new_tokens
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError, DataError, MegabatchError
@@ -106,10 +107,12 @@ def _trained_tokenizer(run: RunConfig, folder: Path) -> Path:
     if (folder / "tokenizer_config.json").is_file():
         return folder
     data = run.recipe.data
+    preprocess = preprocess_of(data) or (lambda row: [row])
     texts = [
         message.content
         for source in sources.resolve(data.dataset, use_hf=run.recipe.bridge.use_hf)
-        for row in source.rows(seed=run.recipe.training.seed, shuffle=data.dataset_shuffle)
+        for read in source.rows(seed=run.recipe.training.seed, shuffle=data.dataset_shuffle)
+        for row in preprocess(read)
         for conversation in READERS[run.task.rows](row, columns=data.columns, system=data.system)
         for message in conversation.messages
     ]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megabatch.data.cache.cache_key import tokenizer_digest
+from megabatch.data.cache.cache_key import settings_of
 from megabatch.data.cache.in_memory import gathered, in_memory
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.cache.vocabulary import require_known_ids
@@ -102,7 +102,7 @@ class Stream:
         """Digest of what a place refers to. Uses only names and sizes of the data's files; does not read them."""
         digests = Digests(cache_folder)
         files = [[source.text, [[path.name, path.stat().st_size] for path in source.paths]] for source in self.sources]
-        settings = {**asdict(self.encoding), "tokenizer": tokenizer_digest(self.encoding.tokenizer, digests)}
+        settings = settings_of(self.encoding, digests)
         order = [self.seed, self.shuffle, self.shuffle_epochs, self.rows, self.packing_length]
         text = json.dumps([files, settings, order], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

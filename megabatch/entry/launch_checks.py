@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megabatch.callbacks import load as load_callback
+from megabatch.config.data import Data
 from megabatch.config.monitoring import missing_tracker
 from megabatch.config.recipe import Recipe
 from megabatch.config.user_code import user_code
+from megabatch.data.rows.preprocess import preprocess_of
 from megabatch.entry.input_checks import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.entry.launch import Launch
 from megabatch.entry.mounts import unmounted
@@ -33,6 +35,7 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
     same_python = local or not _brings_python(launch.profile)
     found = [
         *missing_inputs(recipe, launch.model),
+        *_preprocess(recipe.data, same_python=same_python),
         *_user_code("watching.callbacks", recipe.watching.callbacks, load_callback, same_python=same_python),
         *_user_code("grpo.reward_funcs", recipe.grpo.reward_funcs, check_reward, same_python=same_python),
         *(_tracker(recipe.logging.report_to) if same_python else []),
@@ -51,6 +54,12 @@ def _user_code(field: str, named: Sequence[str], load: Callable[[str], object], 
             if same_python or not isinstance(error.__cause__, ImportError):
                 faults.append(Fault(field, text, f"cannot be used: {error}"))
     return faults
+
+
+def _preprocess(data: Data, *, same_python: bool) -> list[Fault]:
+    if data.preprocess is None:
+        return []
+    return _user_code("data.preprocess", [data.preprocess], lambda _: preprocess_of(data), same_python=same_python)
 
 
 def _tracker(package: str | None) -> list[Fault]:

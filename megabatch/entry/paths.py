@@ -57,7 +57,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             new_special_tokens=_tokens(model.new_special_tokens),
         ),
         data=replace(
-            recipe.data,
+            own.data,
             dataset=_datasets(recipe, recipe.data.dataset),
             val_dataset=_datasets(recipe, recipe.data.val_dataset),
         ),

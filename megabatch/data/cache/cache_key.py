@@ -4,6 +4,7 @@
 | --- | --- |
 | the datasets | their bytes, or the hub's fingerprint |
 | the settings | `Encoding`, and the seed if it selects rows |
+| `data.preprocess` | its file |
 | the tokenizer | its files, and the keys of `config.json` that select its class |
 | the libraries that render and tokenise | their versions |
 | our own code from row to sample | the source of its modules |
@@ -22,6 +23,7 @@ from typing import Any
 
 from megabatch.data.rows import files
 from megabatch.data.rows.digests import Digests
+from megabatch.data.rows.preprocess import source_of
 from megabatch.data.rows.sources import Source
 from megabatch.data.tokens import tokenizer
 from megabatch.data.tokens.encoding import Encoding
@@ -46,11 +48,19 @@ _CLASS_KEYS = ("model_type", "model_name", "tokenizer_class", "auto_map")
 
 def cache_key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuffle: bool, digests: Digests) -> str:
     """32 hexadecimal digits; `seed` and `shuffle` matter only if a `#count` selects rows. Raises: DataError."""
-    settings = {**asdict(encoding), "tokenizer": tokenizer_digest(encoding.tokenizer, digests)}
+    settings = settings_of(encoding, digests)
     sampling = [seed, shuffle] if any(source.count is not None for source in sources) else None
     code = [FORMAT, _code_digest(), {name: _version(name) for name in _LIBRARIES}]
     content = [code, [source.fingerprint(digests) for source in sources], settings, sampling]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def settings_of(encoding: Encoding, digests: Digests) -> dict[str, Any]:
+    """The settings as JSON, with digests in place of files. Raises: DataError."""
+    settings = asdict(encoding)
+    del settings["preprocess_timeout_s"]
+    preprocess = None if encoding.preprocess is None else source_of(encoding.preprocess)
+    return {**settings, "tokenizer": tokenizer_digest(encoding.tokenizer, digests), "preprocess": preprocess}
 
 
 def tokenizer_digest(folder: Path, digests: Digests) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from megabatch.data.rows.files import Line, Row, parsed
 from megabatch.data.rows.formats import channel_of
+from megabatch.data.rows.preprocess import DROPPED, preprocess_of
 from megabatch.data.tokens import tokenizer
 from megabatch.data.tokens.chunk import Chunk
 from megabatch.data.tokens.conversations import Conversations
@@ -58,12 +59,13 @@ class Encoder:
         self.tokenizer = tokenizer.load(encoding.tokenizer)
         self.rows = ROWS[encoding.rows](self.tokenizer, encoding)
         self._learns_tokens = encoding.rows not in LEARNED_WHOLE
+        self._preprocess = preprocess_of(encoding)
 
     def encode(self, unparsed: Sequence[Row | Line]) -> Chunk:
         """Samples of these rows, in order. Raises: DataError with the row's file and line."""
-        rows = list(map(parsed, unparsed))
         chunk = Chunk()
-        for row, item in zip(rows, self.rows.encode(rows, chunk.remarks), strict=True):
+        rows = self._preprocessed(list(map(parsed, unparsed)), chunk)
+        for row, item in zip(rows, self.rows.encode(rows, chunk.remarks) if rows else (), strict=True):
             kept = self._limited(item, row) if item else []
             if not item:
                 continue
@@ -77,6 +79,14 @@ class Encoder:
                 for each in kept:
                     chunk.add([sample._replace(names=names) for sample in each] if names else each, row.origin)
         return chunk
+
+    def _preprocessed(self, rows: list[Row], chunk: Chunk) -> list[Row]:
+        if self._preprocess is None:
+            return rows
+        made = [self._preprocess(row) for row in rows]
+        if none := sum(not some for some in made):
+            chunk.dropped[DROPPED] += none
+        return [row for some in made for row in some]
 
     def _names(self, row: Row) -> dict[str, str]:
         """Names shared by all samples of a row."""

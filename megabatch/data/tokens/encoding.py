@@ -28,6 +28,10 @@ class Encoding:
     template: str | None = None
     system: str | None = None
     columns: Mapping[str, str] | None = None
+    preprocess: str | None = None
+    """The user's own function from row to rows, `file.py:function`."""
+    preprocess_timeout_s: float = 60.0
+    """Seconds that it may take for a row."""
     max_length: int | None = None
     """In tokens; None for no limit."""
     truncation_strategy: Truncation = "delete"

@@ -39,11 +39,12 @@ Rows = list[Row | Line]
 def encoded_chunks(rows: Iterable[Row | Line], encoding: Encoding, *, num_proc: int = 1) -> Iterator[ChunkArrays]:
     """Chunks of samples in the order of the rows, which is the same for every `num_proc`.
 
-    Encodes a dataset of one chunk in this process. Raises: DataError for the first faulty row, or if a process dies.
+    Encodes a dataset of one chunk in this process, unless a user's own code makes its rows: that runs in processes of
+    its own, which it may hang or end. Raises: DataError for the first faulty row, or if a process dies.
     """
     pieces = _chunks(rows)
     first = list(islice(pieces, 2))
-    if num_proc <= 1 or len(first) < 2:
+    if encoding.preprocess is None and (num_proc <= 1 or len(first) < 2):
         encoder = Encoder(encoding)
         yield from (encoder.encode(piece).arrays() for piece in chain(first, pieces))
         return
@@ -57,8 +58,9 @@ def encoded_chunks(rows: Iterable[Row | Line], encoding: Encoding, *, num_proc: 
         while waiting:
             yield waiting.popleft().result()
     except EOFError:
+        own = f", or data.preprocess={encoding.preprocess} ended it" if encoding.preprocess else ""
         raise DataError(
-            f"a tokenising process died{workers.death()}, probably because memory ran out; lower "
+            f"a tokenising process died{workers.death()}, probably because memory ran out{own}; lower "
             f"data.dataset_num_proc={num_proc} or ask for more memory"
         ) from None
     finally:
@@ -147,8 +149,7 @@ def _serve(encoding: Encoding, ends: list[Connection], news: Connection) -> None
     """Loads the tokenizer, starts a process for each pipe end, and reports how any of them died."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # no warning that torch is missing
-    # transformers imports torch if it is installed; that takes longer than all else here, and no tokenizer needs it.
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    _import_without_torch()
     encoder: Encoder | Exception
     try:
         encoder = Encoder(encoding)
@@ -170,6 +171,16 @@ def _serve(encoding: Encoding, ends: list[Connection], news: Connection) -> None
             worker.join()
             if worker.exitcode:
                 news.send(worker.exitcode)
+
+
+def _import_without_torch() -> None:
+    """transformers imports torch if it is installed; that takes longer than all else here, and no tokenizer needs it.
+    A user's own code may import it afterwards."""
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    from transformers import AutoTokenizer  # noqa: F401
+
+    if sys.modules["torch"] is None:
+        del sys.modules["torch"]
 
 
 def _work(encoder: Encoder | Exception, end: Connection, inherited: list[Connection]) -> None:
