@@ -29,9 +29,15 @@ class Scale:
     """Keyword → its own weight, and the weight of the text from there to the next keyword."""
     patterns: Mapping[str, float] = field(default_factory=dict)
     """Regular expression without groups → weight of its matches; `^` is the turn's start, `.` is any character."""
+    questions: Mapping[str, float] = field(default_factory=dict)
+    """Text in the message before the turn → weight of the whole turn, without regard to the other entries."""
 
-    def segments(self, text: str) -> Iterator[Segment]:
+    def segments(self, text: str, question: str) -> Iterator[Segment]:
         """The parts of a turn that get their own weight, in order."""
+        for asked, weight in self.questions.items():
+            if asked in question:
+                yield 0, len(text), weight
+                return
         entries = [*map(re.escape, self.keywords), *self.patterns]
         weights = [*self.keywords.values(), *((weight, 1.0) for weight in self.patterns.values())]
         found = list(re.finditer("|".join(f"({entry})" for entry in entries), text, re.DOTALL))
@@ -61,6 +67,17 @@ SCALES: Mapping[str, Scale] = {
             "✿RESULT✿:": (2.0, 0.0),
         }
     ),
+    "agentflan": Scale(
+        keywords={
+            **dict.fromkeys(("Name:", "Action:", "ACTION:", "Tool:", "Command", "Arguments:"), (1.0, 3.0)),
+            **dict.fromkeys(("action input", "ACTION_INPUT:", "Action Input:"), (1.0, 3.0)),
+            **dict.fromkeys(("Thought:", "Final Answer:"), (1.0, 1.0)),
+            "Observation:": (2.0, 0.0),
+        },
+        questions=dict.fromkeys(
+            ("What is the tool you want to use", "What are the required parameter names", "What is the value of"), 3.0
+        ),
+    ),
     "hermes": Scale(patterns={r"<tool_call>.+?</tool_call>": 2.0}),
     # the template may have written the opening tag, and white space behind it, before the turn begins
     "ignore_empty_think": Scale(patterns={r"^<think>\s*</think>\s*": 0.0, r"^\s*</think>\s*": 0.0}),
@@ -75,9 +92,12 @@ class LossScale:
     base: str
     scales: tuple[Scale, ...] = ()
 
-    def segments(self, text: str) -> list[Segment]:
-        """Splits a whole assistant turn into parts, each with the product of all scales' weights."""
-        found = [list(scale.segments(text)) for scale in self.scales]
+    def segments(self, text: str, question: str = "") -> list[Segment]:
+        """Splits a whole assistant turn into parts, each with the product of all scales' weights.
+
+        Args: `question`: the message that the turn answers.
+        """
+        found = [list(scale.segments(text, question)) for scale in self.scales]
         edges = {edge for segments in found for start, stop, _ in segments for edge in (start, stop)}
         cuts = sorted({0, len(text), *edges})
         return [(start, stop, math.prod(_at(start, segments) for segments in found)) for start, stop in pairwise(cuts)]
@@ -89,8 +109,6 @@ def parse(text: str) -> LossScale:
     first, *rest = text.split("+")
     base, names = (first, rest) if first in BASES else ("default", [first, *rest])
     for name in names:
-        if name == "agentflan":
-            raise ValueError("has agentflan, which weighs turns by their questions and is not built yet")
         if name in BASES:
             raise ValueError(f"names {name} behind its beginning, where scales stand; begin with {name}")
         if name not in SCALES:

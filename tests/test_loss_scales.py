@@ -23,6 +23,9 @@ def weighed(loss_scale: str, text: str) -> list[tuple[str, float]]:
         ("qwen", "✿FUNCTION✿: f\n✿ARGS✿: 1\n✿RESULT✿: 2\n✿RETURN✿: 3",
          [("✿FUNCTION✿:", 2), (" f\n", 2), ("✿ARGS✿:", 2), (" 1\n", 2), ("✿RESULT✿:", 2), (" 2\n", 0),
           ("✿RETURN✿:", 1), (" 3", 1)]),
+        ("agentflan", "Thought: so\nAction: f\naction input 1\nObservation: 2",
+         [("Thought:", 1), (" so\n", 1), ("Action:", 1), (" f\n", 3), ("action input", 1), (" 1\n", 3),
+          ("Observation:", 2), (" 2", 0)]),
         ("hermes", "a<tool_call>\n1\n</tool_call>b<tool_call>2</tool_call>",
          [("a", 1), ("<tool_call>\n1\n</tool_call>", 2), ("b", 1), ("<tool_call>2</tool_call>", 2)]),
         ("ignore_empty_think", "<think>\n\n</think>\n\nfour", [("<think>\n\n</think>\n\n", 0), ("four", 1)]),
@@ -41,6 +44,13 @@ def test_segments(loss_scale: str, text: str, expected: list[tuple[str, float]])
     assert weighed(loss_scale, text) == expected
 
 
+def test_a_question_weighs_the_whole_answer() -> None:
+    scale = parse("agentflan+hermes")
+    text = "Action: f<tool_call>1</tool_call>"
+    assert scale.segments(text, "What is the value of x?") == [(0, 9, 3.0), (9, len(text), 6.0)]
+    assert scale.segments(text, "Now?") == [(0, 7, 1.0), (7, 9, 3.0), (9, len(text), 6.0)]
+
+
 def test_the_base_comes_first_and_is_default_where_none_is_named() -> None:
     assert [parse(base).base for base in BASES] == list(BASES)
     assert parse("hermes").base == "default"
@@ -56,7 +66,6 @@ def test_the_base_comes_first_and_is_default_where_none_is_named() -> None:
         ("", "must be one of default"),
         ("hermes+all", "names all behind its beginning"),
         ("default+", "not ''"),
-        ("agentflan", "is not built yet"),
     ],
 )
 def test_anything_else_is_refused(loss_scale: str, message: str) -> None:

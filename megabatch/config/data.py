@@ -18,6 +18,12 @@ class Data:
     500 samples."""
     val_dataset: Sequence[str] = param(())
     """Validation data, in the form of `dataset`; if given, nothing is split off the training data."""
+    interleave_prob: Sequence[float] | None = param(None)
+    """Draws rows from the datasets at random, with these probabilities, one for each dataset, instead of taking all of
+    them; validation data is not mixed."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = param("first_exhausted")
+    """When drawing with `interleave_prob` ends: with the first dataset that has no further row, or with the last one,
+    while the others begin again."""
     split_dataset_ratio: float = param(0.0, at_least=0, below=1)
     """Fraction of the training data used for validation if `val_dataset` is empty."""
     columns: Mapping[str, str] | None = param(None)

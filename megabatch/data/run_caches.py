@@ -14,6 +14,7 @@ from megabatch.data.cache.datasets import CachePaths
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.counts import DataCounts, remember_counts
 from megabatch.data.rows import sources
+from megabatch.data.rows.mixing import Mixing
 from megabatch.data.schedule import Schedule
 from megabatch.data.stream import Stream
 from megabatch.data.tokens.encoding import Encoding
@@ -37,6 +38,7 @@ def build_caches(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None
         dataset_shuffle=data.dataset_shuffle,
         dataset_num_proc=data.dataset_num_proc,
         use_hf=recipe.bridge.use_hf,
+        mixing=_mixing(run),
         on_chunk=on_chunk,
     )
 
@@ -68,7 +70,7 @@ def build_validation(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], 
     """Builds only the token cache of the validation data, for a run that streams its training data."""
     if not (validation := run.recipe.data.val_dataset):
         return None
-    alone = replace(run.recipe.data, dataset=validation, val_dataset=())
+    alone = replace(run.recipe.data, dataset=validation, val_dataset=(), interleave_prob=None)
     recipe = replace(run.recipe, data=alone)
     return build_caches(replace(run, recipe=recipe), tokenizer, on_chunk=on_chunk).train
 
@@ -85,9 +87,15 @@ def stream_of(run: RunConfig, tokenizer: Path) -> Stream:
         shuffle=data.dataset_shuffle,
         shuffle_epochs=data.train_dataloader_shuffle,
         block_rows=data.shuffle_buffer_size,
+        mixing=_mixing(run),
         packing_length=data.packing_length,
         num_proc=data.dataset_num_proc,
     )
+
+
+def _mixing(run: RunConfig) -> Mixing | None:
+    data = run.recipe.data
+    return None if data.interleave_prob is None else Mixing(tuple(data.interleave_prob), data.stopping_strategy)
 
 
 def cache_folder(run: RunConfig) -> Path:

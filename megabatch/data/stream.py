@@ -26,6 +26,7 @@ from megabatch.data.cache.vocabulary import require_known_ids
 from megabatch.data.packing import Packs, pack, singletons
 from megabatch.data.rows.digests import Digests
 from megabatch.data.rows.files import Line, Row
+from megabatch.data.rows.mixing import Mixing, rows_of
 from megabatch.data.rows.sources import Source
 from megabatch.data.schedule import rng_of
 from megabatch.data.tokens.chunk import ChunkArrays
@@ -90,6 +91,8 @@ class Stream:
     shuffle_epochs: bool
     """Whether each epoch shuffles differently."""
     block_rows: int
+    mixing: Mixing | None = None
+    """How rows are drawn from the sources; None takes all of them, one source after the other."""
     packing_length: int | None = None
     num_proc: int = 1
 
@@ -103,7 +106,9 @@ class Stream:
         digests = Digests(cache_folder)
         files = [[source.text, [[path.name, path.stat().st_size] for path in source.paths]] for source in self.sources]
         settings = settings_of(self.encoding, digests)
-        order = [self.seed, self.shuffle, self.shuffle_epochs, self.rows, self.packing_length]
+        order: list[Any] = [self.seed, self.shuffle, self.shuffle_epochs, self.rows, self.packing_length]
+        if self.mixing is not None:
+            order.append(asdict(self.mixing))
         text = json.dumps([files, settings, order], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -147,8 +152,7 @@ class Stream:
         told.end()
 
     def _rows(self) -> Iterator[Row | Line]:
-        for source in self.sources:
-            yield from source.unparsed(seed=self.seed, shuffle=self.shuffle)
+        return rows_of(self.sources, seed=self.seed, shuffle=self.shuffle, mixing=self.mixing)
 
     def _packed(self, block: TokenCache, *, epoch: int, number: int) -> Packs:
         """Raises: DataError for an item longer than a pack."""

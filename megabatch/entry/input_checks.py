@@ -147,8 +147,9 @@ def _rows_of_file(check: Check, path: Path, *, alone: bool) -> int | None:
 
 def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
     """A row gives at most one sample, and a pack takes at least one row. But documents may be cut into several, and
-    `preprocess` may make several rows of one."""
-    if recipe.data.truncation_strategy == "split" or recipe.data.preprocess is not None:
+    `preprocess` may make several rows of one, and `interleave_prob` may draw one several times."""
+    data = recipe.data
+    if data.truncation_strategy == "split" or data.preprocess is not None or data.interleave_prob is not None:
         return []
     batch, rows = recipe.batch.global_batch_size, [count for count in counts if count is not None]
     if len(rows) < len(counts) or not isinstance(batch, int):

@@ -173,7 +173,8 @@ def _little_data(recipe: Recipe, notes: list[str]) -> Recipe:
         example = f"example:{resolved(recipe.kind).example}"
         train = [f"{example}#{ROWS}"]
         validation = [f"{example}#{VALIDATION_ROWS}"] if data.val_dataset else []
-        changed |= {"columns": None, "preprocess": None}
+        changed |= {"columns": None, "preprocess": None, "interleave_prob": None}
+        changed["stopping_strategy"] = "first_exhausted"
     length = min(data.max_length or LENGTH, LENGTH)
     length -= length % (2 * recipe.parallel.context_parallel_size * recipe.parallel.tensor_model_parallel_size)
     if data.truncation_strategy in (None, "delete", "raise"):

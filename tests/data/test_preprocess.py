@@ -78,7 +78,7 @@ def test_it_makes_and_drops_rows_in_their_place(
     assert [cache.origin(i).number for i in range(len(cache))] == [n + 1 for n in expected]
     assert cache.meta["dropped"] == {DROPPED: 60}
     stream = Stream(
-        sources=resolve([str(data)]), encoding=encoding, vocab_size=300, global_batch_size=60, seed=1, shuffle=False,
+        sources=resolve([str(data)]), encoding=encoding, vocab_size=1000, global_batch_size=60, seed=1, shuffle=False,
         shuffle_epochs=False, block_rows=128,
     )  # fmt: skip
     drawn = [next(batches) for batches in [stream.batches(Place())] for _ in range(5)]

@@ -170,6 +170,13 @@ def test_loss_scale_chooses_turns(tokens: Any) -> None:
     assert ["<|im_start|>" + runs[0] + "no<|im_end|>" + runs[1]] == [text]
 
 
+def test_agentflan_weighs_answers_by_their_questions(tokens: Any) -> None:
+    asked = Message("user", "What is the value of x?")
+    messages = [asked, Message("assistant", "Five"), Message("user", "So?"), Message("assistant", "Tool: f")]
+    runs = [(text, weight) for text, weight in weighed(tokens, QWEN2_5, messages, "agentflan") if weight]
+    assert runs == [("Five", 3.0), ("<|im_end|>", 1.0), ("Tool:", 1.0), (" f", 3.0), ("<|im_end|>", 1.0)]
+
+
 def weighed(tokenizer: Any, source: str, messages: list[Message], scale: str) -> list[tuple[str, float]]:
     """Runs of text of one weight, without the prompt and what stands between turns."""
     tokenizer = copy.copy(tokenizer)

@@ -23,6 +23,7 @@ from typing import Any
 
 from megabatch.data.rows import files
 from megabatch.data.rows.digests import Digests
+from megabatch.data.rows.mixing import Mixing
 from megabatch.data.rows.preprocess import source_of
 from megabatch.data.rows.sources import Source
 from megabatch.data.tokens import tokenizer
@@ -46,10 +47,20 @@ _CLASS_KEYS = ("model_type", "model_name", "tokenizer_class", "auto_map")
 """Keys of config.json that transformers' AutoTokenizer reads; models that share a tokenizer differ in the others."""
 
 
-def cache_key(sources: Sequence[Source], encoding: Encoding, *, seed: int, shuffle: bool, digests: Digests) -> str:
-    """32 hexadecimal digits; `seed` and `shuffle` matter only if a `#count` selects rows. Raises: DataError."""
+def cache_key(
+    sources: Sequence[Source],
+    encoding: Encoding,
+    *,
+    seed: int,
+    shuffle: bool,
+    digests: Digests,
+    mixing: Mixing | None = None,
+) -> str:
+    """32 hexadecimal digits; `seed` and `shuffle` matter only if they select rows. Raises: DataError."""
     settings = settings_of(encoding, digests)
-    sampling = [seed, shuffle] if any(source.count is not None for source in sources) else None
+    sampling: list[Any] | None = None
+    if mixing or any(source.count is not None for source in sources):
+        sampling = [seed, shuffle, *([asdict(mixing)] if mixing else [])]
     code = [FORMAT, _code_digest(), {name: _version(name) for name in _LIBRARIES}]
     content = [code, [source.fingerprint(digests) for source in sources], settings, sampling]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

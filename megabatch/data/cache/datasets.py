@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.cache.vocabulary import require_known_ids
+from megabatch.data.rows.mixing import Mixing
 from megabatch.data.rows.sources import resolve
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
@@ -33,30 +34,33 @@ def build(
     dataset_shuffle: bool = True,
     dataset_num_proc: int = 1,
     use_hf: bool = True,
+    mixing: Mixing | None = None,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> CachePaths:
     """Builds the token caches of all datasets unless they exist; one process per shared file system calls it.
 
-    Args: `vocab_size`: rows of the model's embedding; `on_chunk`: called after every hundred or so tokenised rows.
+    Args: `vocab_size`: rows of the model's embedding; `mixing`: of the training data alone; `on_chunk`: called after
+    every hundred or so tokenised rows.
     Raises: DataError naming file and line, also for a token that the model does not have.
     """
     if not dataset:
         raise DataError("data.dataset is not set; give at least one file, folder or hub name")
 
-    def cache(datasets: Sequence[str]) -> Path:
+    def cache(datasets: Sequence[str], mixing: Mixing | None = None) -> Path:
         path = TokenCache.build(
             resolve(datasets, use_hf=use_hf),
             encoding,
             cache_dir=cache_dir,
             seed=seed,
             shuffle=dataset_shuffle,
+            mixing=mixing,
             num_proc=dataset_num_proc,
             on_chunk=on_chunk,
         )
         require_known_ids(TokenCache.open(path), rows=vocab_size, folder=encoding.tokenizer)
         return path
 
-    return CachePaths(cache(dataset), cache(val_dataset) if val_dataset else None)
+    return CachePaths(cache(dataset, mixing), cache(val_dataset) if val_dataset else None)
 
 
 def open_caches(

@@ -20,6 +20,7 @@ from megabatch.data.cache.cache_key import cache_key
 from megabatch.data.packing import samples_of
 from megabatch.data.rows.digests import Digests
 from megabatch.data.rows.files import Origin
+from megabatch.data.rows.mixing import Mixing, rows_of
 from megabatch.data.rows.sources import Source
 from megabatch.data.tokens.chunk import ChunkArrays, Names
 from megabatch.data.tokens.encoding import Encoding
@@ -70,18 +71,20 @@ class TokenCache:
         cache_dir: Path,
         seed: int = 42,
         shuffle: bool = True,
+        mixing: Mixing | None = None,
         num_proc: int = 1,
         on_chunk: Callable[[], None] = lambda: None,
     ) -> Path:
         """Builds the cache of these sources unless an intact one exists; returns its path. Call it in one process.
 
-        Args: `seed` and `shuffle` select the rows of a `#count`; `num_proc`: number of tokenising processes;
-        `on_chunk`: called after every hundred or so rows.
+        Args: `seed` and `shuffle` select the rows of a `#count`; `mixing`: how rows are drawn from the sources, None
+        takes all; `num_proc`: number of tokenising processes; `on_chunk`: called after every hundred or so rows.
         Raises: DataError for a faulty row, no usable sample, or a disk that cannot hold the cache.
         """
         digests = Digests(cache_dir)
-        path = Path(cache_dir) / cache_key(sources, encoding, seed=seed, shuffle=shuffle, digests=digests)
-        rows = (row for source in sources for row in source.unparsed(seed=seed, shuffle=shuffle))
+        key = cache_key(sources, encoding, seed=seed, shuffle=shuffle, digests=digests, mixing=mixing)
+        path = Path(cache_dir) / key
+        rows = rows_of(sources, seed=seed, shuffle=shuffle, mixing=mixing)
         try:
             digests.save()
             if path.exists():

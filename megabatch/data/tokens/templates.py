@@ -258,7 +258,8 @@ class Template:
         if learned:
             parts = form.locator.parts(fitted, variables, rendered)
             self._warn_of_missing_end(rendered, parts)
-            weighed = self._weighed(rendered.text, parts, learned_turns(messages, loss_scale.base), loss_scale)
+            turns = list(zip(learned_turns(messages, loss_scale.base), questions(messages), strict=True))
+            weighed = self._weighed(rendered.text, parts, turns, loss_scale)
         if control is None:
             return _Said(Text(rendered.text, weighed), by_twin=False)
         remarks[ESCAPED] += control.are_in(said)
@@ -267,14 +268,17 @@ class Template:
         return _Said(Text(spelling.text, placed), by_twin=True)
 
     def _weighed(
-        self, text: str, parts: Sequence[Part], turns: Sequence[float], loss_scale: LossScale
+        self, text: str, parts: Sequence[Part], turns: Sequence[tuple[float, str]], loss_scale: LossScale
     ) -> list[tuple[int, int, float]]:
-        """Character ranges with weights: the turn's weight times the scales'; for the end-of-turn token unscaled."""
+        """Character ranges with weights: the turn's weight times the scales'; for the end-of-turn token unscaled.
+
+        Args: `turns`: for each turn its weight and the message that it answers.
+        """
         weighed: list[tuple[int, int, float]] = []
         for part in parts:
-            weight = turns[part.turn]
+            weight, question = turns[part.turn]
             said = part.start + self._ends.without(text[part.start : part.stop]) if loss_scale.scales else part.start
-            segments = loss_scale.segments(text[part.start : said])
+            segments = loss_scale.segments(text[part.start : said], question)
             weighed += [(part.start + start, part.start + stop, weight * factor) for start, stop, factor in segments]
             weighed.append((said, part.stop, weight))
         return weighed
@@ -297,6 +301,17 @@ def learned_turns(messages: Sequence[Message], base: str) -> list[float]:
         for index, m in enumerate(messages)
         if m.role == "assistant"
     ]
+
+
+def questions(messages: Sequence[Message]) -> list[str]:
+    """For each assistant message, the text of the user's or tool's message before it."""
+    found, last = [], ""
+    for message in messages:
+        if message.role == "assistant":
+            found.append(last)
+        elif message.role != "system":
+            last = message.content
+    return found
 
 
 def _json(value: Any) -> str:
