@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from megabatch import Checkpoint, Model, Recipe
+from megabatch.config.flags import Actions
 from megabatch.converters.adapters.targets import find_targets
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.families import family_named
 from megabatch.converters.safetensors_io import Writer
 from megabatch.entry.input_checks import damaged_inputs, missing_inputs, occupied, unwritable
+from megabatch.entry.launch import prepare
+from megabatch.entry.launch_checks import missing_here
 from megabatch.entry.model import find_model
 
 
@@ -206,3 +209,33 @@ def test_a_folder_with_other_files_is_nobodys_run_directory(tmp_path: Path) -> N
         (folder / name).touch()
         assert occupied(folder) == []
         (folder / name).unlink()
+
+
+ROWS = """
+def tidy(row):
+    return {"query": row["question"], "response": row["answer"]}
+
+def blank(row):
+    return {"response": "no question"}
+
+def late(row):
+    return row["answers"]
+"""
+
+
+def test_a_function_for_rows_is_tried_before_the_queue(recipe: Recipe, dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.py").write_text(ROWS)
+    dataset.write_text('{"question": "1 + 1?", "answer": "2", "messages": 5}\n' * 3)  # fewer than a batch, and odd
+
+    def found(name: str) -> str:
+        made = replace(recipe, data=replace(recipe.data, preprocess=f"{tmp_path / 'rows.py'}:{name}"))
+        return "\n".join(map(str, damaged_inputs(made, find_model(made))))
+
+    assert found("tidy") == ""
+    assert "train.jsonl:1: data.preprocess late failed at rows.py:9: KeyError: 'answers'" in found("late")
+    assert "train.jsonl:1" in found("blank")
+    assert found("missing") == "", "the checks of own code tell it"
+    misspelt = replace(recipe, data=replace(recipe.data, preprocess=str(tmp_path / "rows.py:tdy")))
+    launch = prepare(misspelt, Actions(local=True), recipe_file=tmp_path / "recipe.py")
+    [fault] = [str(fault) for fault in missing_here(launch, local=True) if fault.field == "data.preprocess"]
+    assert "cannot be used" in fault and "has no function tdy; did you mean tidy?" in fault

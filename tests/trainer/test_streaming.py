@@ -55,6 +55,7 @@ def reference(ranks: RankServer, folder: Path) -> Path:
         ("tp2_sp_micro4", 2, {"batch": {"micro_batch_size": 4},
                               "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
         ("cp2", 2, {"parallel": {"context_parallel_size": 2}}),
+        ("pp2", 2, {"parallel": {"pipeline_model_parallel_size": 2}}),
     ],
 )  # fmt: skip
 def test_a_layout_changes_no_number(
@@ -81,6 +82,38 @@ def test_a_run_goes_on_in_the_middle_of_a_block(packing: bool, ranks: RankServer
     assert curve(cut) == curve(whole)
     assert len(list((whole / "cache").glob("*/ids.bin"))) == 1, "the validation data alone is in a cache"
     assert metrics(whole)[-1]["epoch"] >= 1
+
+
+OWN = """
+def tidy(row):
+    numbers = row["query"].count("+")
+    row["response"] += f" {numbers}"
+    return None if numbers == 1 else [row, row] if numbers == 2 else row
+"""
+
+
+def test_a_mixture_of_own_rows_goes_on_at_another_layout(ranks: RankServer, folder: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "few.jsonl", samples=40, seed=2)
+    (tmp_path / "own.py").write_text(OWN)
+    data = {
+        "dataset": [str(tmp_path / "few.jsonl"), str(folder / "train.jsonl")],
+        "interleave_prob": [0.3, 0.7],
+        "stopping_strategy": "all_exhausted",
+        "preprocess": f"{tmp_path / 'own.py'}:tidy",
+        "num_workers": 1,
+    }
+    tp2, pp2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+    made = streamed(folder, data=data, training={"train_iters": 6}, batch={"global_batch_size": 64})
+    whole = write_run(made, tmp_path / "whole")
+    assert ranks.run(train, world_size=1, run_dir=str(whole)) == [ExitCode.DONE]
+    cut = tmp_path / "cut"
+    write_run(with_fields(made, parallel=pp2, resources={"tasks_per_node": 2}), cut)
+    assert set(ranks.run(train, world_size=2, run_dir=str(cut), stop_after=3)) == {ExitCode.REQUEUE}
+    write_run(with_fields(made, parallel=tp2, resources={"tasks_per_node": 2}), cut)
+    assert set(ranks.run(train, world_size=2, run_dir=str(cut))) == {ExitCode.DONE}
+    assert [line["tokens"] for line in metrics(cut)] == [line["tokens"] for line in metrics(whole)]
+    for one, other in zip(curve(cut), curve(whole), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_a_place_in_another_stream_is_not_resumed(ranks: RankServer, folder: Path) -> None:
