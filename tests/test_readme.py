@@ -40,6 +40,7 @@ ROOMS = {
     "megabatch/rollout": "what a rollout engine is, and the engines",
     "megabatch/rollout/local": "engines inside the process that uses them, on torch",
     "megabatch/rollout/turns": "conversations of several turns: environments and tools answer the model",
+    "megabatch/rollout/vllm": "vLLM's own server: started, given weights, asked for completions",
     "megabatch/saved": "checkpoints at rest: digests, checking, which one a run goes on from; no torch",
     "megabatch/sweep": "one recipe at many points: table, arrays, results",
     "megabatch/trainer": "the only room with torch and megatron-core",

@@ -26,7 +26,7 @@ def _run(arguments: Sequence[str]) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
-    if rest and options.command not in ("plan", "prepare", "check", "rehearse"):
+    if rest and options.command not in ("plan", "prepare", "check", "rehearse", "rollout"):
         raise ConfigError(f"{rest[0]} is not an option of `megabatch {options.command}`; see --help")
     return _COMMANDS[options.command](options, rest)
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _of_runs(commands)
     _of_several(commands)
     _of_recipes(commands)
+    _of_servers(commands)
     return parser
 
 
@@ -175,6 +176,20 @@ def _of_recipes(commands: _Commands) -> None:
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
 
+def _of_servers(commands: _Commands) -> None:
+    rollout = commands.add_parser(
+        "rollout",
+        help="start a vLLM server that GRPO generates with; further flags go to vLLM as they are",
+        allow_abbrev=False,
+    )
+    rollout.add_argument("model", metavar="MODEL", help="the model's folder, or its name on a hub")
+    rollout.add_argument("--host", default="0.0.0.0", help="address to serve on (default: %(default)s)")
+    rollout.add_argument("--port", type=_count, help="port (default: MEGABATCH_ROLE_PORT, or 8000)")
+    rollout.add_argument("--tensor_parallel_size", type=_count, default=1, help="GPUs that share the model's matrices")
+    rollout.add_argument("--dtype", help="of weights and computation, the trainer's torch_dtype")
+    rollout.add_argument("--max_model_len", type=_count, help="longest prompt plus completion in tokens")
+
+
 def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
@@ -287,6 +302,14 @@ def _sweep(options: argparse.Namespace, _: list[str]) -> int:
     return show_sweep(options.folder, by=options.by, as_json=options.json)
 
 
+def _rollout(options: argparse.Namespace, rest: list[str]) -> int:
+    from megabatch.cli.rollout import serve
+    from megabatch.rollout.vllm.command import ServerOptions
+
+    given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
+    return serve(ServerOptions(**given), rest)
+
+
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
     if options.run and not options.cluster:
         raise ConfigError("--run checks a node of a cluster; add --cluster NAME")
@@ -312,4 +335,5 @@ _COMMANDS = {
     "chain": _chain,
     "sweep": _sweep,
     "doctor": _doctor,
+    "rollout": _rollout,
 }

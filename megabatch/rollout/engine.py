@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
 
 Finish = Literal["stop", "length", "aborted"]
@@ -64,6 +65,15 @@ Scored = tuple[tuple[int, ...], tuple[int, ...]]
 """(prompt, completion) for `RolloutEngine.score`."""
 
 
+class UnservedError(RolloutError):
+    """Servers were lost before all requests were served; those that are left need the weights again."""
+
+    def __init__(self, message: str, completions: Sequence[Completion]) -> None:
+        super().__init__(message)
+        self.completions = tuple(completions)
+        """What was generated with the right weights."""
+
+
 class RolloutEngine(Protocol):
     """Samples with the weights that it was last given.
 
@@ -82,7 +92,11 @@ class RolloutEngine(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion for each request, in the order of the requests. The tokens of a request follow from its
-        prompt, sampling, seed and the weights alone."""
+        prompt, sampling, seed and the weights alone. Raises: UnservedError where servers may be lost."""
+        ...
+
+    def members(self) -> Sequence[RolloutEngine]:
+        """The engines that this one stands for, each with weights of its own; itself if it is one."""
         ...
 
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, ...]]:

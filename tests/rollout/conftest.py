@@ -1,8 +1,8 @@
-"""Lets the tests of this folder import what they share."""
+"""Lets the tests of this folder import what they share, and the trainer's worlds."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "trainer")]

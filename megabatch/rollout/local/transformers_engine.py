@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
-from megabatch.rollout.engine import Completion, Request, Scored
+from megabatch.rollout.engine import Completion, Request, RolloutEngine, Scored
 from megabatch.rollout.local.filling import Filling, differing
 from megabatch.rollout.local.rows import Rows
 
@@ -66,6 +66,9 @@ class TransformersEngine:
                 made |= dict(zip(chosen, rows.completed(), strict=True))
         self._aborted -= {request.key for request in requests}
         return [made[index] for index in range(len(requests))]
+
+    def members(self) -> list[RolloutEngine]:
+        return [self]
 
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, ...]]:
         for number, (prompt, completion) in enumerate(sequences):

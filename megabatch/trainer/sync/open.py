@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import uuid
+
 import torch
 
+from megabatch.config.grpo import Rollout
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.rollout.local.transformers_engine import TransformersEngine
+from megabatch.rollout.vllm.guard import TOKEN
 from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.model.transformer_config import DTYPES
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.sync.rollouts import Rollouts
+from megabatch.trainer.sync.servers import Wanted, open_pool
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
 """Of log-probabilities, where a recipe sets none. Engines round at other places than the trainer: in float32 they
@@ -20,14 +26,40 @@ differ by 1e-5, in bfloat16 by up to 0.24."""
 
 def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts:
     """The engines of a run, without weights; collective. Raises: RolloutError on every rank."""
-    dtype = DTYPES[resolved(run.recipe.model.torch_dtype)]
-    tolerance = run.recipe.rollout.sync_tolerance
-    engine = TransformersEngine(source.config_folder, dtype=dtype, device=ranks.device)
+    rollout, dtype = run.recipe.rollout, DTYPES[resolved(run.recipe.model.torch_dtype)]
+    tolerance = _TOLERANCE[dtype] if rollout.sync_tolerance is None else rollout.sync_tolerance
+    share = share_of(run, ranks)
+    if rollout.vllm_mode != "server":
+        engine = TransformersEngine(source.config_folder, dtype=dtype, device=ranks.device)
+        return Rollouts(engine, ranks, source.family, experts=engine.experts, share=share, tolerance=tolerance)
+    found = []
+    ranks.on_main(lambda: found.append(open_pool(addresses(rollout), _wanted(run, ranks.device))))
+    pool = found[0] if found else None
     return Rollouts(
-        engine,
-        ranks,
-        source.family,
-        experts=engine.experts,
-        share=share_of(run, ranks),
-        tolerance=_TOLERANCE[dtype] if tolerance is None else tolerance,
+        pool, ranks, source.family, receivers="main", experts="per_expert", share=share, tolerance=tolerance
+    )
+
+
+def addresses(rollout: Rollout) -> list[str]:
+    """Of the servers: from the recipe, or from the role `rollout` of the job."""
+    if rollout.vllm_server_base_url is not None:
+        return [url.strip() for url in rollout.vllm_server_base_url.split(",")]
+    if rollout.vllm_server_host is not None:
+        hosts = rollout.vllm_server_host.split(",")
+        return [f"http://{host.strip()}:{rollout.vllm_server_port}" for host in hosts]
+    return os.environ["MEGABATCH_ROLE_ROLLOUT"].split(",")
+
+
+def _wanted(run: RunConfig, device: torch.device) -> Wanted:
+    rollout = run.recipe.rollout
+    longest = resolved(run.recipe.data.max_length) + rollout.max_completion_length
+    return Wanted(
+        shape=run.shape,
+        dtype=resolved(run.recipe.model.torch_dtype),
+        longest=min(longest, run.shape.max_position_embeddings),
+        owner=uuid.uuid4().hex[:12],
+        device=device,
+        token=os.environ.get(TOKEN),
+        timeout_s=rollout.vllm_server_timeout,
+        group_port=rollout.vllm_server_group_port or 0,
     )

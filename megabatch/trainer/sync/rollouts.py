@@ -5,6 +5,7 @@ Every rank calls everything here together, and gets the same completions.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from megabatch.converters.family import Family
 from megabatch.errors import MegabatchError, RolloutError
 from megabatch.rollout.bucket import Bucket
-from megabatch.rollout.engine import Completion, Request, RolloutEngine
+from megabatch.rollout.engine import Completion, Request, RolloutEngine, UnservedError
 from megabatch.trainer.data.global_batch import Share
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.ranks import Ranks
@@ -24,7 +25,11 @@ from megabatch.trainer.sync.exchange import Receivers, shared_buckets
 from megabatch.trainer.sync.proof import Agreement, agreement, fixed_sequences, trainers_scores
 from megabatch.trainer.weight_buckets import BUCKET_BYTES
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_RESENDS = 3
+"""How often weights are sent again before the run gives up on its servers."""
 
 
 class Rollouts:
@@ -47,13 +52,15 @@ class Rollouts:
         self._mine, self._ranks, self._family = mine, ranks, family
         self._receivers, self._experts, self._share = receivers, experts, share
         self._tolerance, self._bucket_bytes = tolerance, bucket_bytes
+        self._last: tuple[Engine, int] | None = None
+        """The newest update, for servers that lose it."""
 
     def update(self, engine: Engine, version: int) -> Mapping[str, Ratio]:
         """Gives the policy to the engines, and proves that they compute what it computes.
 
         Returns: metrics. Raises: RolloutError on every rank, naming the tensors that differ where engines can tell.
         """
-        start = time.monotonic()
+        start, self._last = time.monotonic(), (engine, version)
         self._together(self._wake)
         self._send(engine, version)
         sent_s = time.monotonic() - start
@@ -71,13 +78,35 @@ class Rollouts:
 
         Raises: RolloutError on every rank.
         """
-        mine = requests
+        found: dict[str, Completion] = {}
+        for resent in range(_RESENDS + 1):
+            left = [request for request in requests if request.key not in found]
+            made, lost = self._generated(left)
+            found |= made
+            if lost is None:
+                return [found[request.key] for request in requests]
+            if resent < _RESENDS and self._last is not None:
+                logger.warning("%s; sending the weights again", lost)
+                self.update(*self._last)
+        raise RolloutError(f"{lost}; the weights were sent again {_RESENDS} times")
+
+    def _generated(self, requests: Sequence[Request]) -> tuple[dict[str, Completion], str | None]:
+        """Completions by key, and why some are missing; the same on every rank."""
         if self._receivers == "all":
             shares = dealt([request.prompt for request in requests], self._ranks.place.world_size)
-            mine = [requests[index] for index in shares[self._ranks.rank]]
-        made = self._together(lambda: [] if self._mine is None or not mine else self._mine.generate(mine))
-        by_key = {one.key: one for some in self._everyones(made) for one in some}
-        return [by_key[request.key] for request in requests]
+            requests = [requests[index] for index in shares[self._ranks.rank]]
+
+        def made() -> tuple[Sequence[Completion], str | None]:
+            if self._mine is None or not requests:
+                return (), None
+            try:
+                return self._mine.generate(requests), None
+            except UnservedError as e:
+                return e.completions, str(e)
+
+        everyones = self._everyones(self._together(made))
+        lost = next((text for _, text in everyones if text is not None), None)
+        return {one.key: one for some, _ in everyones for one in some}, lost
 
     def rest(self, level: int) -> None:
         """Frees memory until the next update (`RolloutEngine.sleep`)."""
@@ -111,8 +140,9 @@ class Rollouts:
         shape = engine.model.shape
         sequences = fixed_sequences(shape.vocab_size, positions=shape.max_position_embeddings)
         expected = trainers_scores(engine, sequences, self._share)
-        mine = self._together(lambda: None if self._mine is None else agreement(expected, self._mine.score(sequences)))
-        found = [one for one in self._everyones(mine) if one is not None]
+        members = [] if self._mine is None else self._mine.members()
+        mine = self._together(lambda: [agreement(expected, one.score(sequences)) for one in members])
+        found = [one for some in self._everyones(mine) for one in some]
         return Agreement(max(one.largest for one in found), sum(one.mean for one in found) / len(found))
 
     def _disagreement(self, engine: Engine, version: int, found: Agreement) -> str:

@@ -1,0 +1,269 @@
+"""One vLLM server as a rollout engine: requests and control over HTTP, weights by a process group."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+
+from megabatch.errors import RolloutError
+from megabatch.rollout.bucket import Bucket
+from megabatch.rollout.engine import Completion, Finish, Request, RolloutEngine, Scored
+from megabatch.rollout.vllm.client import Client, UnreachableError
+from megabatch.rollout.vllm.command import MODEL
+from megabatch.rollout.vllm.group import Group, meet, open_store
+
+_FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
+
+
+class StaleError(RolloutError):
+    """The server has other weights than the trainer gave it: it was started again, or another trainer uses it."""
+
+
+class Server:
+    """Raises everywhere: UnreachableError when the server is gone, RolloutError when it refuses."""
+
+    experts: Literal["per_expert", "fused"] = "per_expert"
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        owner: str,
+        device: torch.device,
+        group_port: int = 0,
+        timeout_s: float = 240.0,
+        concurrency: int = 64,
+    ) -> None:
+        """Args: owner: names this trainer in the server's version of the weights; device: that weights are sent from;
+        group_port: where trainer and workers meet, 0 for a free port; concurrency: requests sent at a time."""
+        self.client, self._owner, self._device = client, owner, device
+        self._group_port, self._timeout_s = group_port, timeout_s
+        self.concurrency = concurrency
+        self._threads = ThreadPoolExecutor(concurrency + 1, thread_name_prefix="megabatch-rollout")
+        self._group: Group | None = None
+        self._version: int | None = None
+        self._coming: int | None = None
+        self._paused = False
+
+    @property
+    def version(self) -> int | None:
+        return self._version
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    def wait(self) -> None:
+        """Until the server answers. Raises: UnreachableError after `timeout_s`."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                self.client.get("/health", timeout_s=10)
+                return
+            except UnreachableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def facts(self) -> dict[str, Any]:
+        """vLLM's version, `max_model_len`, and facts of the model, see `worker.Extension`. Raises: RolloutError for a
+        server that cannot take weights."""
+        models = self.client.get("/v1/models")["data"]
+        limit = next((one.get("max_model_len") for one in models if one["id"] == MODEL), None)
+        if limit is None:
+            raise RolloutError(
+                f"{self.url} serves {', '.join(one['id'] for one in models)} and not {MODEL!r}; start it with "
+                "`megabatch rollout`"
+            )
+        answer = self.client.post("/collective_rpc", {"method": "megabatch_facts"})
+        version = self.client.get("/version")["version"]
+        return {"vllm": version, "max_model_len": limit, **answer["results"][0]}
+
+    def check_fresh(self) -> None:
+        """Raises: StaleError if the server does not have the weights of `version`."""
+        if self._version is None:
+            raise StaleError(f"{self.url} has no weights of this run yet")
+        found = self.client.get("/weight_info")["weight_version"]
+        given = self._tag(self._version)
+        if found != given:
+            self._version, self._group = None, None
+            raise StaleError(
+                f"{self.url} has the weights {found!r}, and was given {given!r}: it was started again, or another run "
+                "uses it"
+            )
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self.check_fresh()
+        found = list(self._threads.map(self.complete, requests))
+        self.check_fresh()
+        return found
+
+    def complete(self, request: Request) -> Completion:
+        """One completion; whether the weights were this run's is for the caller to check, before and after."""
+        if self._version is None:
+            raise StaleError(f"{self.url} has no weights of this run yet")
+        sampling, version = request.sampling, self._version
+        answer = self.client.post(
+            "/v1/completions",
+            {
+                "model": MODEL,
+                "prompt": list(request.prompt),
+                "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": max(sampling.top_k, 0),
+                "repetition_penalty": sampling.repetition_penalty,
+                "stop_token_ids": list(sampling.stop_ids),
+                "ignore_eos": True,
+                "seed": request.seed % 2**63,
+                "logprobs": 0,
+                "return_token_ids": True,
+                "request_id": request.key,
+            },
+        )
+        choice = answer["choices"][0]
+        ids = tuple(choice["token_ids"])
+        logps = tuple(choice["logprobs"]["token_logprobs"]) if ids else ()
+        finish = _FINISH.get(choice["finish_reason"])
+        if finish is None or len(ids) != len(logps):
+            raise RolloutError(
+                f"{self.url} answered {request.key} with {len(ids)} tokens, {len(logps)} log-probabilities and "
+                f"finish_reason={choice['finish_reason']!r}"
+            )
+        if finish == "length" and len(ids) < sampling.max_tokens:  # vLLM lowers max_tokens without a word
+            raise RolloutError(
+                f"{self.url} cut {request.key} after {len(ids)} of {sampling.max_tokens} tokens: with a prompt of "
+                f"{len(request.prompt)} that is more than its max_model_len"
+            )
+        return Completion(key=request.key, ids=ids, logps=logps, versions=(version,) * len(ids), finish=finish)
+
+    def score(self, sequences: Sequence[Scored]) -> list[tuple[float, ...]]:
+        self.check_fresh()
+        return list(self._threads.map(self._score, sequences))
+
+    def _score(self, sequence: Scored) -> tuple[float, ...]:
+        prompt, completion = sequence
+        body = {"model": MODEL, "prompt": [*prompt, *completion], "max_tokens": 1, "temperature": 1.0,
+                "prompt_logprobs": 0, "seed": 0}  # fmt: skip
+        found = self.client.post("/v1/completions", body)["choices"][0]["prompt_logprobs"][len(prompt) :]
+        return tuple(float(at[str(token)]["logprob"]) for token, at in zip(completion, found, strict=True))
+
+    def begin_update(self, version: int) -> None:
+        self.wait()
+        self._version, self._coming = None, version
+        if self._group is None or not self._is_same():
+            self._group = self._meet()
+        self.client.post("/pause?mode=wait")
+        self._paused = True
+        self.client.post("/start_weight_update")
+
+    def put(self, bucket: Bucket) -> None:
+        assert self._group is not None, "begin_update comes before"
+        taken = self._threads.submit(
+            self.client.post, "/update_weights", {"update_info": {"manifest": bucket.manifest()}}
+        )
+        try:
+            self._group.broadcast(torch.frombuffer(bucket.data, dtype=torch.uint8))
+        except RuntimeError as e:
+            self._group = None
+            _raised(taken)
+            raise UnreachableError(f"{self.url} left while weights were sent: {e}") from e
+        taken.result()
+
+    def end_update(self) -> None:
+        assert self._coming is not None, "begin_update comes before"
+        self.client.post("/finish_weight_update", {"weight_version": self._tag(self._coming)})
+        self.client.post("/reset_prefix_cache")
+        self.resume()
+        self._version = self._coming
+
+    def abort_update(self) -> None:
+        """Leaves a server that still answers in a state in which the next update can begin."""
+        self._version, self._group = None, None
+        for path, body in (("/finish_weight_update", {"weight_version": "void"}), ("/resume", {})):
+            try:
+                self.client.post(path, body, timeout_s=10)
+            except RolloutError:
+                """It is gone, or had not begun; `begin_update` will see."""
+        self._paused = False
+
+    def differing(self, bucket: Bucket) -> list[str] | None:
+        """vLLM keeps tensors in the form that its kernels want."""
+        return None
+
+    def members(self) -> list[RolloutEngine]:
+        return [self]
+
+    def pause(self) -> None:
+        self.client.post("/pause?mode=wait")
+        self._paused = True
+
+    def resume(self) -> None:
+        if self._paused:
+            self.client.post("/resume")
+        self._paused = False
+
+    def sleep(self, level: int) -> None:
+        if level:
+            self.client.post(f"/sleep?level={level}")
+            if level >= 2:
+                self._version = None
+
+    def wake(self) -> None:
+        self.wait()
+        if self.client.get("/is_sleeping")["is_sleeping"]:
+            self.client.post("/wake_up")
+
+    def abort(self, keys: Collection[str]) -> None:
+        self.client.post("/abort_requests", {"request_ids": [f"cmpl-{key}-0" for key in keys]})
+
+    def health(self) -> None:
+        self.client.get("/health", timeout_s=10)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._group = None
+
+    def _tag(self, version: int) -> str:
+        return f"{self._owner}:{version}"
+
+    def _is_same(self) -> bool:
+        """Whether the server is still the process that the group was made with."""
+        return str(self.client.get("/weight_info")["weight_version"]).startswith(f"{self._owner}:")
+
+    def _meet(self) -> Group:
+        size = 1 + int(self.client.get("/get_world_size")["world_size"])
+        store = open_store(port=self._group_port, timeout_s=self._timeout_s)
+        info = {"address": _own_address(self.url), "port": store.port, "size": size, "timeout_s": self._timeout_s}
+        asked = self._threads.submit(self.client.post, "/init_weight_transfer_engine", {"init_info": info})
+        group = meet(
+            store, size=size, device=self._device, timeout_s=self._timeout_s, failed=lambda: _raise_if_failed(asked)
+        )
+        asked.result()
+        return group
+
+
+def _raise_if_failed(asked: Future[Any]) -> None:
+    if asked.done():
+        asked.result()
+
+
+def _raised(taken: Future[Any]) -> None:
+    """Raises the server's own error, which says more than a broken connection."""
+    error = taken.exception()
+    if isinstance(error, RolloutError) and not isinstance(error, UnreachableError):
+        raise error
+
+
+def _own_address(url: str) -> str:
+    """This machine's address as the server's machine sees it."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
+        return str(probe.getsockname()[0])

@@ -1,0 +1,98 @@
+"""What runs inside the workers of a vLLM server: they take weights that a trainer broadcasts.
+
+vLLM imports this module by `--worker-extension-cls`; its import registers the backend `megabatch` of vLLM's weight
+transfer. For vLLM 0.32, which checks nothing here: the trainer compares log-probabilities after each update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from megabatch.rollout.bucket import Bucket
+from megabatch.rollout.vllm.group import Group, join
+from megabatch.rollout.vllm.loading import Loading
+
+BACKEND = "megabatch"
+
+
+@dataclass
+class Meeting(WeightTransferInitInfo):
+    """Where the group meets; sent as JSON."""
+
+    address: str
+    port: int
+    size: int
+    timeout_s: float
+
+
+@dataclass
+class Sent(WeightTransferUpdateInfo):
+    """A bucket whose bytes come by the group."""
+
+    manifest: dict[str, Any]
+
+
+class Transfer(WeightTransferEngine):
+    """vLLM's calls during an update, in each worker."""
+
+    init_info_cls = Meeting
+    update_info_cls = Sent
+    _group: Group | None = None
+    _loading: Loading | None = None
+
+    def init_transfer_engine(self, init_info: Meeting) -> None:
+        own = self.parallel_config
+        rank = 1 + own.data_parallel_index * own.world_size + own.rank
+        self._group = join(
+            init_info.address,
+            init_info.port,
+            rank=rank,
+            size=init_info.size,
+            device=torch.device(self.device),
+            timeout_s=init_info.timeout_s,
+        )
+
+    def start_weight_update(self) -> None:
+        self._loading = Loading(self.model, self.model_config, self.vllm_config)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: Sent) -> None:
+        assert self._group is not None and self._loading is not None, "init and start come before"
+        flat = self._group.broadcast(torch.empty(update_info.manifest["size"], dtype=torch.uint8))
+        data = flat.cpu()
+        bucket = Bucket.of(update_info.manifest, memoryview(data.numpy()))
+        self._loading.put(bucket)
+
+    def finish_weight_update(self) -> None:
+        loading, self._loading = self._loading, None
+        if loading is not None:
+            loading.end()
+
+    def shutdown(self) -> None:
+        self._group = None
+
+
+class Extension:
+    """More methods of vLLM's worker, for `/collective_rpc`."""
+
+    def megabatch_facts(self) -> dict[str, Any]:
+        """What a trainer compares with its own model before it sends weights."""
+        model = self.model_runner.model_config  # type: ignore[attr-defined]
+        text = model.hf_text_config
+        names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+        return {name: getattr(text, name, None) for name in names} | {"dtype": str(model.dtype).removeprefix("torch.")}
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, Transfer)

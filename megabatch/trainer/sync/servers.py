@@ -1,0 +1,77 @@
+"""vLLM's servers of a run: reached, and compared with the run's model before any weight is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megabatch.errors import RolloutError
+from megabatch.plan.shape import ModelShape
+from megabatch.rollout.vllm.client import Client
+from megabatch.rollout.vllm.command import WANTED
+from megabatch.rollout.vllm.pool import Pool
+from megabatch.rollout.vllm.server import Server
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What a run needs of its servers."""
+
+    shape: ModelShape
+    dtype: str
+    longest: int
+    """Most tokens of a prompt and its completion."""
+    owner: str
+    """Names this attempt of the run to the servers."""
+    device: torch.device
+    token: str | None
+    timeout_s: float
+    group_port: int
+
+
+def open_pool(urls: Sequence[str], wanted: Wanted) -> Pool:
+    """Raises: RolloutError naming everything that does not fit, for a server that does not answer or has another
+    model."""
+    servers = [_opened(url, wanted) for url in urls]
+    for server in servers:
+        server.wait()
+        if faults := unfit(server.facts(), wanted):
+            raise RolloutError(f"{server.url} does not fit this run: {'; '.join(faults)}")
+    return Pool(servers)
+
+
+def _opened(url: str, wanted: Wanted) -> Server:
+    client = Client(url, token=wanted.token, timeout_s=wanted.timeout_s)
+    return Server(
+        client,
+        owner=wanted.owner,
+        device=wanted.device,
+        group_port=wanted.group_port,
+        timeout_s=wanted.timeout_s,
+    )
+
+
+def unfit(facts: Mapping[str, Any], wanted: Wanted) -> list[str]:
+    """Each difference between a server (`Server.facts`) and what a run needs."""
+    shape = wanted.shape
+    expected = {
+        "model_type": shape.model_type,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "dtype": wanted.dtype,
+    }
+    faults = [
+        f"it has {name}={facts[name]!r}, the run {value!r}" for name, value in expected.items() if facts[name] != value
+    ]
+    if not str(facts["vllm"]).startswith(f"{WANTED}."):
+        faults.append(f"it runs vLLM {facts['vllm']}, megabatch needs {WANTED}")
+    if facts["max_model_len"] < wanted.longest:
+        faults.append(
+            f"it takes max_model_len={facts['max_model_len']} tokens, the run needs data.max_length + "
+            f"rollout.max_completion_length = {wanted.longest}"
+        )
+    return faults
