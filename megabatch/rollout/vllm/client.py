@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from typing import Any
 
 from megabatch.errors import RolloutError
@@ -41,7 +42,7 @@ class Client:
         except urllib.error.HTTPError as e:
             kind = UnreachableError if e.code >= 500 else RolloutError
             raise kind(f"{request.full_url} answered {e.code}: {_message(e)}") from e
-        except (OSError, ValueError) as e:  # also timeouts, and connections that break in the middle of an answer
+        except (OSError, HTTPException) as e:  # also timeouts, and connections that break in the middle of an answer
             raise UnreachableError(f"{request.full_url} did not answer: {e}") from e
         return json.loads(text) if text else None
 

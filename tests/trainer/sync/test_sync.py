@@ -59,6 +59,7 @@ def synced(run_dir: str) -> dict[str, Any]:
         completions = rollouts.generate(requests)
         mine = rollouts._mine
         assert mine is not None
+        lost = generated_after_a_loss(rollouts, mine, requests, is_lost=ranks.rank == ranks.place.world_size - 1)
         whole = mine.end_update
 
         def broken() -> None:
@@ -73,7 +74,31 @@ def synced(run_dir: str) -> dict[str, Any]:
         except MegabatchError as e:
             error = str(e)
         rollouts.close()
-    return {"metrics": {k: v.value for k, v in metrics.items()}, "completions": completions, "error": error}
+    return {
+        "metrics": {k: v.value for k, v in metrics.items()},
+        "completions": completions,
+        "lost": lost,
+        "error": error,
+    }
+
+
+def generated_after_a_loss(rollouts: Any, mine: Any, requests: Any, *, is_lost: bool) -> tuple[list[Any], int, int]:
+    """Completions where an engine is lost after its first; how often it was asked, and got weights."""
+    from megabatch.rollout.engine import UnservedError
+
+    generate, begin, asked, begun = mine.generate, mine.begin_update, [], []
+
+    def losing(some: Any) -> Any:
+        asked.append(some)
+        if is_lost and len(asked) == 1:
+            raise UnservedError("gone", generate(some[:1]))
+        return generate(some)
+
+    mine.generate, mine.begin_update = losing, lambda version: (begun.append(version), begin(version))
+    try:
+        return rollouts.generate(requests), len(asked), len(begun)
+    finally:
+        mine.generate, mine.begin_update = generate, begin
 
 
 def draw_adapters(model: Any) -> None:
@@ -96,6 +121,9 @@ def test_engines_compute_what_the_trainer_computes(layout: str, ranks: RankServe
         assert 0 < one["metrics"]["sync_max_logp_difference"] < 1e-5
         assert one["metrics"]["sync_mean_logp_difference"] <= one["metrics"]["sync_max_logp_difference"]
         assert one["completions"] == found[0]["completions"]
+        made, _, begun = one["lost"]
+        assert made == one["completions"]
+        assert begun == 1, "every engine gets the weights again, once"
         assert "after update 2 the engine's log-probabilities differ" in one["error"]
         assert "1 tensors differ: model.layers.1.self_attn.o_proj.weight" in one["error"]
     assert [one.key for one in found[0]["completions"]] == [f"1/{p}/{n}" for p in range(3) for n in range(2)]

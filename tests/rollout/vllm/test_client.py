@@ -1,0 +1,83 @@
+"""HTTP to a server: what counts as a refusal, and what as a server that may answer the next time."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from megabatch.errors import RolloutError
+from megabatch.rollout.vllm.client import Client, UnreachableError
+
+ANSWERS: dict[str, tuple[int, bytes]] = {
+    "/good": (200, b'{"n": 1}'),
+    "/empty": (200, b""),
+    "/openai": (400, b'{"error": {"message": "too\\nlong", "type": "x"}}'),
+    "/fastapi": (404, b'{"detail": "Not Found"}'),
+    "/plain": (409, b"already\n begun"),
+    "/broken": (500, b'{"error": "boom"}'),
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        status, text = ANSWERS[self.path]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = json.dumps({"body": body, "token": self.headers["Authorization"]}).encode()
+        self.send_response(200)
+        # one byte more than is sent: the connection breaks in the middle of the answer
+        self.send_header("Content-Length", str(len(text) + (self.path == "/cut")))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_answers(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    client = Client(url + "/", token="t")
+    assert client.get("/good") == {"n": 1}
+    assert client.get("/empty") is None
+    assert client.post("/any", {"a": [1]}) == {"body": {"a": [1]}, "token": "Bearer t"}
+    assert Client(url).post("/any") == {"body": {}, "token": None}
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("/openai", "answered 400: too long"), ("/fastapi", "answered 404: Not Found"),
+     ("/plain", "answered 409: already begun")],
+)  # fmt: skip
+def test_refusals_say_what_the_server_said(path: str, words: str, url: str) -> None:
+    with pytest.raises(RolloutError, match=words) as refused:
+        Client(url).get(path)
+    assert not isinstance(refused.value, UnreachableError)
+
+
+def test_a_failing_server_may_be_asked_again(url: str) -> None:
+    with pytest.raises(UnreachableError, match="answered 500: boom"):
+        Client(url).get("/broken")
+    with pytest.raises(UnreachableError, match="did not answer"):
+        Client(url).post("/cut")
+    with pytest.raises(UnreachableError, match=r"did not answer: .*refused"):
+        Client("http://127.0.0.1:1").get("/health")

@@ -1,0 +1,58 @@
+"""The command line of a server, and the middleware that guards its endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from megabatch.rollout.vllm.command import ServerOptions, server_arguments, server_environment
+from megabatch.rollout.vllm.guard import TOKEN, Guard
+
+
+def test_arguments() -> None:
+    options = ServerOptions(
+        model="m", port=9, tensor_parallel_size=2, max_model_len=64, enable_prefix_caching=False,
+        more={"max_loras": 2, "compilation_config": {"level": 0}, "seed": None},
+    )  # fmt: skip
+    words = " ".join(server_arguments(options))
+    for part in (
+        "--model m --served-model-name policy --host 0.0.0.0 --port 9 --tensor-parallel-size 2 --max-model-len 64",
+        "--no-enable-prefix-caching", "--logprobs-mode processed_logprobs", "--generation-config vllm",
+        '--weight-transfer-config {"backend": "megabatch"}', '--max-loras 2 --compilation-config {"level": 0}',
+    ):  # fmt: skip
+        assert part in words, words
+    assert "--dtype" not in words and "--enforce-eager" not in words and "--seed" not in words
+
+
+def test_threads_of_cpus_are_left_to_the_cluster() -> None:
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in server_environment(on_cpus=False)
+    assert server_environment(on_cpus=True)["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "status"),
+    [("/update_weights", None, 401), ("/update_weights", "wrong", 401), ("/v1/completions", "right", 200),
+     ("/health", None, 200)],
+)  # fmt: skip
+def test_only_health_is_open(path: str, given: str | None, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, "right")
+    assert asked(path, given) == status
+    monkeypatch.delenv(TOKEN)
+    assert asked(path, given) == 200
+
+
+def asked(path: str, token: str | None) -> int:
+    """Status of the guarded application's answer."""
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]
+    asyncio.run(Guard(app)({"type": "http", "path": path, "headers": headers}, None, send))
+    return int(sent[0]["status"])
