@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "megatron", "transformers", "numpy", "datasets", "submitit", "safetensors", "tokenizers")
 COMPUTING = (
-    "cache", "tokens", "rows.sources", "schedule", "stream", "packing", "run_caches", "run_tokenizer", "prepare"
+    "cache", "tokens", "rows.sources", "rows.mixing", "schedule", "stream", "packing", "run_caches", "run_tokenizer",
+    "prepare",
 )  # fmt: skip
 """Of megabatch.data; they import numpy."""
 TENSORS = ("advantages", "corrections", "entropy", "rounds", "sequences", "surrogates")
@@ -113,7 +114,8 @@ def _light_modules() -> list[str]:
     names = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for path in found}
     computing = (*WITH_TORCH, *(f"megabatch.data.{one}" for one in COMPUTING))
     light = {name for name in names if not name.startswith(computing)}
-    return sorted(light | {f"megabatch.data.{one}" for one in ("tokens.tokenizer", "tokens.default_templates")})
+    always = ("tokens.tokenizer", "tokens.default_templates", "tokens.new_tokens")
+    return sorted(light | {f"megabatch.data.{one}" for one in always})
 
 
 def _imported(statement: str) -> set[str]:
