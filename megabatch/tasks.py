@@ -96,7 +96,7 @@ TASKS = (
     Task(name="sft", task="sft", streams=True, built=True),
     _rlhf("dpo", rows="pairs", streams=True, built=True),
     _rlhf("kto", rows="judged", streams=True, built=True),
-    _rlhf("rm", rows="pairs", head=1),
+    _rlhf("rm", rows="pairs", head=1, streams=True, built=True),
     _rlhf("gkd"),
     _rlhf("grpo", rows="prompts", truncation_strategy="left", built=True),
     _head("seq_cls", "num_labels", rows="labelled", built=True),

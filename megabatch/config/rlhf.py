@@ -13,7 +13,7 @@ from megabatch.config.declare import freeze_lists, param
 class Rlhf:
     """Algorithm and reference model of `task="rlhf"`."""
 
-    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo", built=("dpo", "kto", "grpo"))
+    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo", built=("dpo", "kto", "rm", "grpo"))
     """Algorithm: preferences (dpo, kto), a reward model (rm), rewards (grpo) or distillation (gkd)."""
     ref_load: str | None = param(None, aliases=("mcore_ref_model",))
     """Folder of the reference model's megatron-core checkpoint; None means `load`."""
@@ -100,7 +100,7 @@ class Kto:
 class Rm:
     """Reward model training."""
 
-    center_rewards_coefficient: float | None = param(None, built=False, at_least=0)
+    center_rewards_coefficient: float | None = param(None, at_least=0)
     """Weight of the term that pulls the mean reward towards zero (usually 0.01); None disables it."""
 
 

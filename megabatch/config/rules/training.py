@@ -295,12 +295,10 @@ def _kind_of_labels(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("training.num_labels", 1, f"must be at least 2 for problem_type={kind!r}", try_=(2,))
 
 
-def tasks_with_a_head_count_samples(
-    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
-) -> Iterator[Fault]:
+def scores_are_of_samples(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """Their loss is a mean over samples; what concerns tokens has no meaning for them."""
     training, kind = recipe.training, recipe.kind
-    if kind is None or kind.rows != "labelled":
+    if kind is None or (kind.rows != "labelled" and kind.head is None):
         return
     why = f"concerns the loss of tokens, and {kind.name} has one loss for each sample"
     if training.calculate_per_token_loss:
@@ -368,7 +366,7 @@ RULES = (
     precision_is_said_once,
     loss_scale_has_a_range,
     task_and_algorithm_agree,
-    tasks_with_a_head_count_samples,
+    scores_are_of_samples,
     backend_fits_the_device,
     seq_length_says_nothing_else,
     each_rank_has_its_gpu,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megabatch.config.run import RunConfig
-from megabatch.trainer.tasks import dpo, grpo, kto, seq_cls, sft
+from megabatch.trainer.tasks import dpo, grpo, kto, rm, seq_cls, sft
 from megabatch.trainer.tasks.parts import Opener
 
 OPENERS: Mapping[str, Opener] = {
@@ -14,6 +14,7 @@ OPENERS: Mapping[str, Opener] = {
     "dpo": dpo.parts,
     "kto": kto.parts,
     "grpo": grpo.parts,
+    "rm": rm.parts,
     "seq_cls": seq_cls.parts,
 }
 """By `Task.name`, one for each implemented task."""

@@ -140,7 +140,7 @@ CASES = [
         ["at least 2"],
     ),
     (
-        training.tasks_with_a_head_count_samples,
+        training.scores_are_of_samples,
         "dense",
         {"training": {"task_type": "seq_cls", "num_labels": 2, "calculate_per_token_loss": True}},
         {"training": {"task_type": "seq_cls", "num_labels": 2, "calculate_per_token_loss": False}},
@@ -148,7 +148,7 @@ CASES = [
         ["seq_cls has one loss for each sample"],
     ),
     (
-        training.tasks_with_a_head_count_samples,
+        training.scores_are_of_samples,
         "dense",
         {"training": {"task_type": "seq_cls", "num_labels": 2}, "data": {"loss_scale": "all"}},
         {"training": {"task_type": "seq_cls", "num_labels": 2}},

@@ -1,0 +1,76 @@
+"""A reward model on the trainer: the same numbers in another layout, and an export that transformers scores with."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from headed import GROUPS, merged
+from rank_server import RankServer
+from runs import metrics, recipe, train, write_run
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from megabatch import Recipe, Rlhf
+
+RM: dict[str, dict[str, Any]] = {
+    "rm": {"center_rewards_coefficient": 0.05},
+    "training": {"train_iters": 3},
+    "batch": {"global_batch_size": 2},
+    "data": {"packing": True, "packing_length": 160},
+    "evaluation": {"eval_interval": 3},
+}
+
+
+def write_pairs(path: Path, *, count: int, seed: int) -> Path:
+    draw = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            a, b = draw.randint(0, 99), draw.randint(0, 99)
+            row = {
+                "query": f"{a} + {b}?",
+                "response": f"It is {a + b}.",
+                "rejected_response": "no " * draw.randint(1, 4),
+            }
+            file.write(json.dumps({**row, "margin": draw.random()}) + "\n")
+    return path
+
+
+def made(folder: Path, ranks: int, **groups: dict[str, Any]) -> Recipe:
+    files = {"dataset": [str(folder / "train.jsonl")], "val_dataset": [str(folder / "validation.jsonl")]}
+    every = merged(merged(merged(GROUPS, RM), groups), {"resources": {"tasks_per_node": ranks}, "data": files})
+    return replace(recipe(folder, "qwen2", **every), task="rlhf", rlhf=Rlhf(rlhf_type="rm"))
+
+
+def test_layouts_and_transformers_agree_on_rewards(ranks: RankServer, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "train.jsonl", count=24, seed=0)
+    pairs = write_pairs(tmp_path / "validation.jsonl", count=5, seed=1)
+    one = write_run(made(tmp_path, 1), tmp_path / "one")
+    assert ranks.run(train, world_size=1, run_dir=str(one)) == [0]
+    two = write_run(made(tmp_path, 2, parallel={"context_parallel_size": 2}), tmp_path / "two")
+    assert ranks.run(train, world_size=2, run_dir=str(two)) == [0, 0]
+    for kind in ("train", "eval"):
+        for found, expected in zip(metrics(two, kind), metrics(one, kind), strict=True):
+            for name in expected.keys() & {"loss", "grad_norm", "eval_loss", "eval_margin", "mean_reward"}:
+                assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-6), (kind, name)
+    (folder,) = (one / "checkpoints").glob("step_*/hf")
+    rewards = [_rewards(folder, json.loads(line)) for line in pairs.read_text().splitlines()]
+    last = metrics(one, "eval")[-1]
+    assert last["eval_margin"] == pytest.approx(sum(a - b for a, b in rewards) / len(rewards), rel=1e-4, abs=1e-6)
+    assert last["eval_accuracy"] == sum(a > b for a, b in rewards) / len(rewards)
+
+
+def _rewards(folder: Path, row: dict[str, Any]) -> tuple[float, float]:
+    """Of the chosen and the rejected answer, by transformers alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for answer in (row["response"], row["rejected_response"]):
+        turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        found.append(float(model(**tokenizer(text, return_tensors="pt")).logits[0, 0].detach()))
+    return found[0], found[1]
