@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megabatch.chain.declare import Chain, Command, Convert, Step, ended, notok, ok, output, singleton
     from megabatch.config.checkpoint import Bridge, Checkpoint
     from megabatch.config.data import Data
+    from megabatch.config.embedding import Embedding
     from megabatch.config.export import Export
     from megabatch.config.grpo import Grpo, Rollout
     from megabatch.config.kernels import Kernels
@@ -46,6 +47,7 @@ __all__ = [
     "Convert",
     "Data",
     "Dpo",
+    "Embedding",
     "Evaluation",
     "Export",
     "Gkd",
@@ -85,6 +87,7 @@ _NAMES_OF = {
     "chain.declare": "Chain Command Convert Step ended notok ok output singleton",
     "config.checkpoint": "Bridge Checkpoint",
     "config.data": "Data",
+    "config.embedding": "Embedding",
     "config.export": "Export",
     "config.grpo": "Grpo Rollout",
     "config.kernels": "Kernels",

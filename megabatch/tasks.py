@@ -20,10 +20,10 @@ class Task:
     """The `task`, `rlhf_type` and `task_type` by which a recipe selects it; None matches any value."""
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
-    rows: Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts"] = "conversations"
+    rows: Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked"] = "conversations"
     """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, two
     conversations with a preferred and a rejected answer, one whose answer is good or bad, a text or turns with a
-    label, or a conversation to answer."""
+    label, a conversation to answer, or a text with others that are like it or not."""
     head: int | Literal["num_labels"] | None = None
     """Outputs of the head in place of the output layer: this many (0: the hidden states), or `training.num_labels`;
     None: the output layer."""
@@ -77,7 +77,7 @@ def _head(
     task_type: str,
     head: int | Literal["num_labels"] | None,
     *,
-    rows: Literal["conversations", "labelled"] = "conversations",
+    rows: Literal["conversations", "labelled", "ranked"] = "conversations",
     built: bool = False,
 ) -> Task:
     return Task(
@@ -100,7 +100,7 @@ TASKS = (
     _rlhf("gkd"),
     _rlhf("grpo", rows="prompts", truncation_strategy="left", built=True),
     _head("seq_cls", "num_labels", rows="labelled", built=True),
-    _head("embedding", 0),
+    _head("embedding", 0, rows="ranked", built=True),
     _head("reranker", 1),
     _head("generative_reranker", None),
 )

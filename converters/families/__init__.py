@@ -31,6 +31,12 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 """Families by Hugging Face's model type."""
 
 _BY_ARCHITECTURE = {name: family for family in FAMILIES.values() for name in family.architectures}
+# the same models without an output layer, which embed texts
+_BY_ARCHITECTURE |= {
+    f"{name.removesuffix('ForCausalLM')}Model": family
+    for name, family in _BY_ARCHITECTURE.items()
+    if name.endswith("ForCausalLM")
+}
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

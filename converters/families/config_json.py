@@ -137,7 +137,10 @@ def layer_types(config: Config) -> list[str] | None:
 
 
 def _num_labels(config: Config) -> int | None:
-    """Outputs of the score head of a class that has one; transformers leaves the default, 2, out of config.json."""
+    """Outputs of the score head of a class that has one, 0 for one that ends with hidden states; transformers leaves
+    the default, 2, out of config.json."""
+    if architecture(config, default="").endswith("Model"):
+        return 0
     if not architecture(config, default="").endswith("ForSequenceClassification"):
         return None
     labels = config.get("id2label")

@@ -158,14 +158,16 @@ def _flags(arguments: Sequence[str], faults: list[Fault]) -> Iterator[tuple[str,
 
 def _algorithm(flags: Sequence[tuple[str, list[str]]], recipe: Recipe) -> str | None:
     """The group whose `beta` and `loss_type` are meant; None for a task that has none."""
-    task, algorithm = recipe.task, recipe.rlhf.rlhf_type
+    task, algorithm, task_type = recipe.task, recipe.rlhf.rlhf_type, recipe.training.task_type
     for name, texts in flags:
         if name == "task" and texts:
             task = texts[0]  # type: ignore[assignment]
         if name in ("rlhf_type", "rlhf.rlhf_type") and texts:
             algorithm = texts[0]  # type: ignore[assignment]
-    found = find_task(task, rlhf_type=algorithm)
-    return found.rlhf_type if found is not None else None
+        if name in ("task_type", "training.task_type") and texts:
+            task_type = texts[0]  # type: ignore[assignment]
+    found = find_task(task, rlhf_type=algorithm, task_type=task_type)
+    return found.name if found is not None and found.name in group_types(Recipe) else None
 
 
 def _take_action(name: str, texts: list[str], actions: dict[str, Any], faults: list[Fault]) -> None:

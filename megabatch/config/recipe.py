@@ -9,6 +9,7 @@ from typing import Literal
 from megabatch.config.checkpoint import Bridge, Checkpoint
 from megabatch.config.data import Data
 from megabatch.config.declare import freeze_lists
+from megabatch.config.embedding import Embedding
 from megabatch.config.export import Export
 from megabatch.config.grpo import Grpo, Rollout
 from megabatch.config.kernels import Kernels
@@ -60,6 +61,7 @@ class Recipe:
     dpo: Dpo = field(default_factory=Dpo)
     kto: Kto = field(default_factory=Kto)
     rm: Rm = field(default_factory=Rm)
+    embedding: Embedding = field(default_factory=Embedding)
     grpo: Grpo = field(default_factory=Grpo)
     rewards: Rewards = field(default_factory=Rewards)
     gkd: Gkd = field(default_factory=Gkd)

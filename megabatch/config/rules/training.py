@@ -310,6 +310,22 @@ def scores_are_of_samples(recipe: Recipe, shape: ModelShape | None, layout: Layo
             yield Fault(f"training.{name}", True, why, try_=(False,))
 
 
+def embeddings_are_consistent(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    group, kind = recipe.embedding, recipe.kind
+    if kind is None or kind.name != "embedding":
+        return
+    dims, weights = group.mrl_dims, group.mrl_weights
+    if weights and len(weights) != len(dims):
+        yield Fault("embedding.mrl_weights", weights, f"must have one weight for each of the {len(dims)} mrl_dims")
+    if shape is not None and any(not 0 < one < shape.hidden_size for one in dims):
+        yield Fault("embedding.mrl_dims", dims, f"must be between 0 and the model's hidden_size={shape.hidden_size}")
+    if len({*dims}) < len(dims):
+        yield Fault("embedding.mrl_dims", dims, "names a number of dimensions twice")
+    if recipe.tuner.tuner_type == "lora" and recipe.bridge.merge_lora is False:
+        rule = "saves an adapter of a causal model, which is none of an embedding model's; let it be merged"
+        yield Fault("bridge.merge_lora", False, rule, try_=(True,))
+
+
 def backend_fits_the_device(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     gpus, backend = recipe.resources.gpus_per_node, recipe.parallel.distributed_backend
     if gpus == 0 and backend == "nccl":
@@ -367,6 +383,7 @@ RULES = (
     loss_scale_has_a_range,
     task_and_algorithm_agree,
     scores_are_of_samples,
+    embeddings_are_consistent,
     backend_fits_the_device,
     seq_length_says_nothing_else,
     each_rank_has_its_gpu,

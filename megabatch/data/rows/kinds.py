@@ -11,6 +11,7 @@ from megabatch.data.rows.judged import judged_of
 from megabatch.data.rows.labelled import said_in
 from megabatch.data.rows.preference import preference_of
 from megabatch.data.rows.prompts import prompt_of
+from megabatch.data.rows.ranked import ranked_of
 from megabatch.data.rows.turns import Message
 
 
@@ -48,6 +49,14 @@ def _asked(row: Row, *, columns: Mapping[str, str] | None = None, system: str | 
     return (prompt_of(row, columns=columns, system=system).conversation,)
 
 
+def _ranked(
+    row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None
+) -> Sequence[Conversation]:
+    ranked = ranked_of(row, columns=columns)
+    said = (ranked.anchor, *ranked.positives, *ranked.negatives)
+    return tuple(Conversation([Message("user", one)]) if isinstance(one, str) else one for one in said)
+
+
 READERS: Mapping[str, Reader] = {
     "documents": _one,
     "conversations": _one,
@@ -55,5 +64,6 @@ READERS: Mapping[str, Reader] = {
     "judged": _judged,
     "labelled": _labelled,
     "prompts": _asked,
+    "ranked": _ranked,
 }
 """By the kind of rows of a task (`tasks.Task.rows`)."""

@@ -20,6 +20,7 @@ from megabatch.data.tokens.judged import JudgedAnswers
 from megabatch.data.tokens.labelled import Labelled
 from megabatch.data.tokens.pairs import Pairs
 from megabatch.data.tokens.prompts import Prompts
+from megabatch.data.tokens.ranked import Ranked
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
 from megabatch.errors import DataError
 
@@ -43,10 +44,11 @@ ROWS: Mapping[Rows, _Kind] = {
     "judged": JudgedAnswers,
     "labelled": Labelled,
     "prompts": Prompts,
+    "ranked": Ranked,
 }
 """The encoder of each kind of rows."""
 
-LEARNED_WHOLE: frozenset[Rows] = frozenset({"labelled"})
+LEARNED_WHOLE: frozenset[Rows] = frozenset({"labelled", "ranked"})
 """Rows whose samples have something to learn as a whole, and not in their tokens."""
 
 

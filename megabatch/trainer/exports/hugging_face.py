@@ -117,14 +117,27 @@ def hugging_face_export(run: RunConfig, source: ModelSource) -> HfExport:
     """The export of a run's whole model, with the tokenizer and the chat template that it is trained with."""
     table = source.family.tensors(run.shape)
     size = run.recipe.checkpoint.max_shard_size
-    config_of = partial(classifier_config, run, source) if run.shape.num_labels else dict
+    config_of = _config_of(run, source)
     return HfExport(source.family, table, source.config_folder, size, chat_of(run, source), config_of)
+
+
+def _config_of(run: RunConfig, source: ModelSource) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    if run.shape.num_labels is None:
+        return dict
+    return partial(classifier_config, run, source) if run.shape.num_labels else partial(_base_config, run)
+
+
+def _base_config(run: RunConfig, config: dict[str, Any]) -> dict[str, Any]:
+    """Of a model without an output layer, which transformers' AutoModel loads."""
+    return {**config, "architectures": [run.shape.architecture]}
 
 
 def chat_of(run: RunConfig, source: ModelSource) -> ChatExport:
     """The tokenizer and the chat template that a run is trained with."""
     rows, template = run.task.rows, run.recipe.data.template
-    has_turns = rows != "documents" and (rows != "labelled" or has_template(source.tokenizer, template))
+    has_turns = rows != "documents" and (
+        rows not in ("labelled", "ranked") or has_template(source.tokenizer, template)
+    )
     return ChatExport(source.tokenizer, template, has_turns=has_turns)
 
 

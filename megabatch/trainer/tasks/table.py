@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megabatch.config.run import RunConfig
-from megabatch.trainer.tasks import dpo, grpo, kto, rm, seq_cls, sft
+from megabatch.trainer.tasks import dpo, embedding, grpo, kto, rm, seq_cls, sft
 from megabatch.trainer.tasks.parts import Opener
 
 OPENERS: Mapping[str, Opener] = {
@@ -16,6 +16,7 @@ OPENERS: Mapping[str, Opener] = {
     "grpo": grpo.parts,
     "rm": rm.parts,
     "seq_cls": seq_cls.parts,
+    "embedding": embedding.parts,
 }
 """By `Task.name`, one for each implemented task."""
 

@@ -56,7 +56,7 @@ def test_layouts_and_transformers_agree_on_rewards(ranks: RankServer, tmp_path: 
     for kind in ("train", "eval"):
         for found, expected in zip(metrics(two, kind), metrics(one, kind), strict=True):
             for name in expected.keys() & {"loss", "grad_norm", "eval_loss", "eval_margin", "mean_reward"}:
-                assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-6), (kind, name)
+                assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=1e-5), (kind, name)
     (folder,) = (one / "checkpoints").glob("step_*/hf")
     rewards = [_rewards(folder, json.loads(line)) for line in pairs.read_text().splitlines()]
     last = metrics(one, "eval")[-1]

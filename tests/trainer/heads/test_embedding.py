@@ -1,0 +1,119 @@
+"""Embeddings: losses of sentence-transformers, one gradient for every split of the batch, and the exported folder."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from headed import GROUPS, merged, stepped
+from rank_server import RankServer
+from runs import metrics, recipe, train, write_run
+from transformers import AutoModel, AutoTokenizer
+
+from megabatch import Recipe
+
+EMBEDDING: dict[str, dict[str, Any]] = {
+    "embedding": {"infonce_temperature": 0.5, "mrl_dims": [8], "mrl_weights": [0.5]},
+    "training": {"task_type": "embedding", "train_iters": 3},
+    "batch": {"global_batch_size": 4},
+    "evaluation": {"eval_interval": 3},
+    "checkpoint": {"no_save_optim": True},
+}
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "tp2_sp": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "dp2_micro2": {"batch": {"micro_batch_size": 2}},
+    "pp2_cp1": {"parallel": {"pipeline_model_parallel_size": 2}},
+    "cp2": {"parallel": {"context_parallel_size": 2}},
+}
+
+
+def write_rows(path: Path, *, count: int, seed: int) -> Path:
+    draw = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            a, b = draw.randint(0, 99), draw.randint(0, 99)
+            negatives = [str(draw.randint(0, 99)) for _ in range(number % 3)]
+            file.write(json.dumps({"query": f"{a} + {b}", "positive": str(a + b), "negatives": negatives}) + "\n")
+    return path
+
+
+def made(folder: Path, ranks: int, groups: dict[str, dict[str, Any]]) -> Recipe:
+    files = {"dataset": [str(folder / "train.jsonl")], "val_dataset": [str(folder / "validation.jsonl")]}
+    every = merged(merged(merged(GROUPS, EMBEDDING), groups), {"resources": {"tasks_per_node": ranks}, "data": files})
+    return replace(recipe(folder, "qwen2", **every), name="embedding")
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("embedding")
+    write_rows(folder / "train.jsonl", count=24, seed=0)
+    write_rows(folder / "validation.jsonl", count=5, seed=1)
+    run = write_run(made(folder, 1, {}), folder / "one")
+    assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
+    return run
+
+
+def loss_by_hand(folder: Path, rows: list[list[Any]]) -> tuple[torch.Tensor, Any]:
+    """InfoNCE over texts of rows (anchor, positive, negatives), and of their first 8 dimensions by half, in fp32."""
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    vectors = [[model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in row] for row in rows]
+    total = torch.zeros(())
+    for dims, weight in ((None, 1.0), (8, 0.5)):
+        unit = [[v[:dims] / v[:dims].norm() for v in row] for row in vectors]
+        for one, row in enumerate(unit):
+            others = [v for number, other in enumerate(unit) if number != one for v in other[1:]]
+            scores = torch.stack([row[0] @ v / 0.5 for v in (*row[1:], *others)])
+            total = total + weight * -scores.log_softmax(0)[0]
+    return total / len(rows), model
+
+
+def test_loss_and_gradients_are_those_of_the_whole_batch_by_hand(ranks: RankServer, reference: Path) -> None:
+    folder = reference.parent
+    run = write_run(made(folder, 1, {}), folder / "step")
+    (found,) = ranks.run(stepped, world_size=1, run_dir=str(run), folder=str(folder / "hf"))
+    rows: list[list[Any]] = []
+    for ids, columns in found["rows"]:
+        rows = [*rows, []] if columns["role"] == 0 else rows
+        rows[-1].append(ids.tolist())
+    loss, model = loss_by_hand(folder / "hf", rows)
+    loss.backward()
+    assert found["metrics"]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    theirs = {f"model.{name}": parameter.grad for name, parameter in model.named_parameters()}
+    assert theirs.keys() == found["gradients"].keys()
+    for name, gradient in theirs.items():
+        own = torch.from_numpy(found["gradients"][name])
+        assert float((own - gradient).norm()) <= 1e-5 * max(float(gradient.norm()), 1e-3 * found["norm"]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_changes_no_number(layout: str, ranks: RankServer, reference: Path) -> None:
+    run = write_run(made(reference.parent, 2, LAYOUTS[layout]), reference.parent / layout)
+    assert ranks.run(train, world_size=2, run_dir=str(run)) == [0, 0]
+    for kind in ("train", "eval"):
+        for found, expected in zip(metrics(run, kind), metrics(reference, kind), strict=True):
+            for name in expected.keys() & {"loss", "grad_norm", "cosine", "eval_loss", "eval_cosine"}:
+                assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-6), (kind, found["step"], name)
+
+
+def test_the_folder_says_how_its_vectors_are_made(reference: Path) -> None:
+    (folder,) = (reference / "checkpoints").glob("step_*/hf")
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    assert type(model).__name__ == "Qwen2Model"
+    paths = {one["path"]: one["type"].rpartition(".")[2] for one in json.loads((folder / "modules.json").read_text())}
+    assert paths == {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    assert [name for name, value in pooling.items() if value is True and name != "include_prompt"] == [
+        "pooling_mode_lasttoken"
+    ]
+    assert pooling["word_embedding_dimension"] == model.config.hidden_size
+    rows = [json.loads(line) for line in (reference.parent / "validation.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [[tokenizer(text)["input_ids"] for text in (row["query"], row["positive"])] for row in rows]
+    vectors = [[model(torch.tensor([one])).last_hidden_state[0, -1] for one in pair] for pair in ids]
+    cosines = [float(torch.cosine_similarity(*pair, dim=0).detach()) for pair in vectors]
+    assert metrics(reference, "eval")[-1]["eval_cosine"] == pytest.approx(sum(cosines) / len(cosines), rel=1e-5)
