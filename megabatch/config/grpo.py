@@ -37,9 +37,9 @@ class Grpo:
     """Rewards: accuracy, format, cosine, repetition, soft_overlong, or your own as `file.py:function`."""
     reward_weights: Sequence[float] | None = param(None)
     """Weight of each reward, reward models last; None weighs them equally."""
-    reward_model: Sequence[str] = param((), built=False)
+    reward_model: Sequence[str] = param(())
     """Folders or hub names of reward models, whose scores are rewards after those of `reward_funcs`."""
-    reward_model_plugin: Sequence[str] = param((), built=False)
+    reward_model_plugin: Sequence[str] = param(())
     """For each reward model what turns its output into a reward: `default`, or your own as `file.py:function`."""
     cosine_min_len_value_wrong: float = param(-0.5)
     """Reward `cosine`: of a wrong answer of length 0."""

@@ -36,5 +36,9 @@ def _each(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
         recipe,
         data=replace(recipe.data, preprocess=preprocess and change(preprocess)),
         watching=replace(recipe.watching, callbacks=callbacks),
-        grpo=replace(recipe.grpo, reward_funcs=tuple(changed(text) for text in recipe.grpo.reward_funcs)),
+        grpo=replace(
+            recipe.grpo,
+            reward_funcs=tuple(changed(text) for text in recipe.grpo.reward_funcs),
+            reward_model_plugin=tuple(changed(text) for text in recipe.grpo.reward_model_plugin),
+        ),
     )

@@ -82,6 +82,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             ref_load=absolute(recipe.rlhf.ref_load),
             ref_adapter_load=absolute(recipe.rlhf.ref_adapter_load),
         ),
+        grpo=replace(own.grpo, reward_model=tuple(absolute_model(name) or "" for name in own.grpo.reward_model)),
         tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
     )
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from types import MappingProxyType
 
-from megabatch.config.grpo import Grpo
 from megabatch.config.recipe import Recipe
 from megabatch.rewards.accuracy import Accuracy
+from megabatch.rewards.code import Code
+from megabatch.rewards.judge import Judge
 from megabatch.rewards.lengths import Cosine, Format, Repetition, SoftOverlong
-from megabatch.rewards.own import Own, check_own
+from megabatch.rewards.model import RewardModel
+from megabatch.rewards.own import Own, load_function
 from megabatch.rewards.rewards import Rewards
 from megabatch.rewards.sample import Reward
 from megabatch.user_code import names_own_code
@@ -17,11 +20,16 @@ from megabatch.user_code import names_own_code
 
 def rewards_of(recipe: Recipe) -> Rewards:
     """The recipe's rewards in the order of their weights: `reward_funcs`, then reward models."""
-    grpo = recipe.grpo
-    made = [_made(text, grpo, recipe.rollout.max_completion_length) for text in grpo.reward_funcs]
-    processes = recipe.rewards
+    grpo, processes = recipe.grpo, recipe.rewards
+    functions = [Own(text) if names_own_code(text) else NAMED[text](recipe) for text in grpo.reward_funcs]
+    models = [
+        RewardModel(
+            path=path, plugin=None if plugin in (None, "default") else plugin, device=processes.reward_model_device
+        )
+        for path, plugin in zip_longest(grpo.reward_model, grpo.reward_model_plugin)
+    ]
     return Rewards(
-        made,
+        [*functions, *models],
         weights=grpo.reward_weights,
         workers=processes.reward_workers,
         timeout_s=processes.reward_timeout_s,
@@ -31,33 +39,57 @@ def rewards_of(recipe: Recipe) -> Rewards:
 def check_reward(text: str) -> None:
     """Raises: ConfigError where a known entry of `reward_funcs` cannot be used on this machine."""
     if names_own_code(text):
-        check_own(text)
+        load_function(text)
     elif text in ("accuracy", "cosine"):
         Accuracy().open()
 
 
-def _made(text: str, grpo: Grpo, max_completion_length: int) -> Reward | Cosine:
-    return Own(text) if names_own_code(text) else NAMED[text](grpo, max_completion_length)
+def check_plugin(text: str) -> None:
+    """Raises: ConfigError where an entry of `reward_model_plugin` cannot be used on this machine."""
+    if text != "default":
+        load_function(text, needed="outputs")
 
 
-def _cosine(grpo: Grpo, max_completion_length: int) -> Cosine:
+def _cosine(recipe: Recipe) -> Cosine:
+    grpo = recipe.grpo
     return Cosine(
-        longest=grpo.cosine_max_len or max_completion_length,
+        longest=grpo.cosine_max_len or recipe.rollout.max_completion_length,
         wrong=(grpo.cosine_min_len_value_wrong, grpo.cosine_max_len_value_wrong),
         right=(grpo.cosine_min_len_value_correct, grpo.cosine_max_len_value_correct),
     )
 
 
-def _soft_overlong(grpo: Grpo, max_completion_length: int) -> SoftOverlong:
-    assert grpo.soft_cache_length is not None, "a rule of the config"
-    return SoftOverlong(grpo.soft_max_length or max_completion_length, grpo.soft_cache_length)
+def _soft_overlong(recipe: Recipe) -> SoftOverlong:
+    ramp = recipe.grpo.soft_cache_length
+    assert ramp is not None, "a rule of the config"
+    return SoftOverlong(recipe.grpo.soft_max_length or recipe.rollout.max_completion_length, ramp)
 
 
-NAMED: Mapping[str, Callable[[Grpo, int], Reward | Cosine]] = MappingProxyType({
-    "accuracy": lambda grpo, longest: Accuracy(),
-    "format": lambda grpo, longest: Format(),
+def _judge(recipe: Recipe) -> Judge:
+    settings = recipe.rewards
+    assert settings.judge_base_url is not None and settings.judge_model is not None, "a rule of the config"
+    return Judge(
+        base_url=settings.judge_base_url,
+        model=settings.judge_model,
+        key_variable=settings.judge_api_key_variable,
+        prompt=settings.judge_prompt,
+        timeout_s=settings.judge_timeout_s,
+        tries=settings.judge_tries,
+        at_a_time=settings.judge_concurrency,
+    )
+
+
+NAMED: Mapping[str, Callable[[Recipe], Reward | Cosine]] = MappingProxyType({
+    "accuracy": lambda recipe: Accuracy(),
+    "format": lambda recipe: Format(),
     "cosine": _cosine,
-    "repetition": lambda grpo, longest: Repetition(grpo.repetition_n_grams, grpo.repetition_max_penalty),
+    "repetition": lambda recipe: Repetition(recipe.grpo.repetition_n_grams, recipe.grpo.repetition_max_penalty),
     "soft_overlong": _soft_overlong,
+    "code": lambda recipe: Code(
+        seconds=recipe.rewards.code_timeout_s,
+        memory_mib=recipe.rewards.code_memory_mib,
+        at_a_time=recipe.rewards.reward_workers,
+    ),
+    "judge": _judge,
 })  # fmt: skip
-"""How each shipped reward is made from a recipe's GRPO group and the length limit."""
+"""How each shipped reward is made from a recipe."""

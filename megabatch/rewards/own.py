@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from megabatch.errors import ConfigError, RewardError
 from megabatch.rewards.sample import Place, RewardSample, Score
@@ -38,19 +38,23 @@ class Own:
 
     def open(self) -> Score:
         """Raises: ConfigError with the line, if the function cannot be loaded or called with such arguments."""
-        function, parameters = _loaded(self.text)
-        return lambda samples: _checked(self.name, samples, _called(self.name, function, parameters, samples))
+        return load_function(self.text)
 
 
-def check_own(text: str) -> None:
-    """Raises: ConfigError where `file.py:name` cannot be a reward."""
-    _loaded(text)
+class Function(Protocol):
+    """A user's function, ready to be called; Raises: RewardError for a result that is no rewards."""
+
+    def __call__(self, samples: Sequence[RewardSample], **more: Sequence[Any]) -> list[float | None]: ...
 
 
 _Parameters = Mapping[str, inspect.Parameter]
 
 
-def _loaded(text: str) -> tuple[Callable[..., Any], _Parameters]:
+def load_function(text: str, *, needed: str = "completions") -> Function:
+    """What `file.py:name` names. Args: `needed`: an argument that it must take.
+
+    Raises: ConfigError where it cannot be a reward.
+    """
     function, file = load_named(text, kind="function", example=EXAMPLE)
     name = split(text)[1]
     if isinstance(function, type):
@@ -61,20 +65,29 @@ def _loaded(text: str) -> tuple[Callable[..., Any], _Parameters]:
         if not callable(function):
             raise ConfigError(f"{name} has no method __call__(completions, **columns)")
     parameters = inspect.signature(function).parameters
-    if "completions" not in parameters and not _takes_all(parameters):
-        raise ConfigError(f"{name} must take the argument completions, such as {name}(completions, **columns)")
-    by_position = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]
-    if by_position:
+    if needed not in parameters and not _takes_all(parameters):
+        raise ConfigError(f"{name} must take the argument {needed}, such as {name}({needed}, **columns)")
+    if by_position := [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]:
         raise ConfigError(f"{name} must take {', '.join(by_position)} by keyword")
-    return function, parameters
+
+    def call(samples: Sequence[RewardSample], **more: Sequence[Any]) -> list[float | None]:
+        return _checked(name, samples, _called(name, function, parameters, samples, more))
+
+    return call
 
 
 def _takes_all(parameters: _Parameters) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _called(name: str, function: Callable[..., Any], parameters: _Parameters, samples: Sequence[RewardSample]) -> Any:
-    given = _arguments(samples, as_messages=_wants_messages(parameters))
+def _called(
+    name: str,
+    function: Callable[..., Any],
+    parameters: _Parameters,
+    samples: Sequence[RewardSample],
+    more: Mapping[str, Sequence[Any]],
+) -> Any:
+    given = _arguments(samples, as_messages=_wants_messages(parameters)) | {k: list(v) for k, v in more.items()}
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in variadic]
     if missing := [parameter for parameter in needed if parameter not in given]:

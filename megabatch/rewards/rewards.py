@@ -14,7 +14,7 @@ from megabatch.errors import RewardError
 from megabatch.rewards.accuracy import Accuracy
 from megabatch.rewards.lengths import Cosine
 from megabatch.rewards.pool import Call, Failed, Pool
-from megabatch.rewards.sample import Reward, RewardSample
+from megabatch.rewards.sample import NoReward, Reward, RewardSample
 
 _log = logging.getLogger(__name__)
 _NAMED = 3
@@ -118,7 +118,10 @@ class Rewards:
         failed: dict[str, str] = {}
         for call, result in zip(calls, pool.map(calls), strict=True):
             known = self._one_by_one(pool, call, failed) if isinstance(result, Failed) else result
-            values += [math.nan if value is None else float(value) for value in known]
+            for sample, value in zip(call.samples, known, strict=True):
+                if isinstance(value, NoReward):
+                    failed[sample.key] = value.reason
+                values.append(math.nan if value is None or isinstance(value, NoReward) else float(value))
         return values, failed
 
     def _one_by_one(self, pool: Pool, call: Call, failed: dict[str, str]) -> list[Any]:

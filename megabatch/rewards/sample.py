@@ -29,8 +29,15 @@ class RewardSample:
         return self.key.rpartition("/")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class NoReward:
+    """Instead of a value: why a sample has no reward, where that is a failure."""
+
+    reason: str
+
+
 Score: TypeAlias = Callable[[Sequence[RewardSample]], Sequence[Any]]
-"""One value for each sample: a number, or None or NaN for no reward."""
+"""One value for each sample: a number, None or NaN for no reward, or NoReward."""
 
 
 Place: TypeAlias = Literal["here", "shared", "alone"]

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from megabatch.config.grpo import Grpo
 from megabatch.config.recipe import Recipe
-from megabatch.config.rewards import SHIPPED
+from megabatch.config.rewards import SHIPPED, Rewards
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -15,6 +15,8 @@ from megabatch.user_code import names_own_code
 
 _SETTINGS = {"cosine": "cosine", "repetition": "repetition", "soft": "soft_overlong"}
 """First word of a setting's name, and the reward that reads it."""
+_OF_REWARD = {"code": "code", "judge": "judge"}
+"""The same, for the group `rewards`."""
 
 
 def _is_grpo(recipe: Recipe) -> bool:
@@ -39,10 +41,12 @@ def rewards_are_known(recipe: Recipe, shape: ModelShape | None, layout: Layout |
 def rewards_have_different_names(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """Metrics carry a reward's name: that of the function, for a function."""
     seen: set[str] = set()
-    for text in recipe.grpo.reward_funcs if _is_grpo(recipe) else ():
-        name = text.rpartition(":")[2]
+    grpo = recipe.grpo
+    named = [("reward_funcs", text, text.rpartition(":")[2]) for text in grpo.reward_funcs]
+    named += [("reward_model", text, text.rstrip("/").rpartition("/")[2]) for text in grpo.reward_model]
+    for field, text, name in named if _is_grpo(recipe) else ():
         if name in seen:
-            yield Fault("grpo.reward_funcs", text, f"is a second reward of the name {name}; rename the function")
+            yield Fault(f"grpo.{field}", text, f"is a second reward of the name {name}; rename it")
         seen.add(name)
 
 
@@ -55,8 +59,30 @@ def rewards_have_what_they_need(recipe: Recipe, shape: ModelShape | None, layout
         if reward and reward not in grpo.reward_funcs and getattr(grpo, name) != getattr(default, name):
             rule = f"has no effect without the reward {reward}"
             yield Fault(f"grpo.{name}", getattr(grpo, name), rule, try_=(f"reward_funcs={reward}",))
+    for name in Rewards.__slots__:
+        reward = _OF_REWARD.get(name.partition("_")[0])
+        value = getattr(recipe.rewards, name)
+        if reward and reward not in grpo.reward_funcs and value != getattr(Rewards(), name):
+            rule = f"has no effect without the reward {reward}"
+            yield Fault(f"rewards.{name}", value, rule, try_=(f"reward_funcs={reward}",))
     if "soft_overlong" in grpo.reward_funcs:
         yield from _ramp(recipe)
+    if "judge" in grpo.reward_funcs:
+        for name in ("judge_base_url", "judge_model"):
+            if getattr(recipe.rewards, name) is None:
+                yield Fault(f"rewards.{name}", None, "is missing: the reward judge needs it", bare=True)
+        yield from _role(recipe)
+    if len(grpo.reward_model_plugin) not in (0, len(grpo.reward_model)):
+        rule = f"must be one for each of the {len(grpo.reward_model)} reward models, `default` for its first output"
+        yield Fault("grpo.reward_model_plugin", grpo.reward_model_plugin, rule)
+
+
+def _role(recipe: Recipe) -> Iterator[Fault]:
+    kind, _, name = (recipe.rewards.judge_base_url or "").partition(":")
+    roles = [role.name for role in recipe.roles]
+    if kind == "role" and name not in roles:
+        rule = f"must name one of the recipe's roles, {', '.join(roles) or 'which has none'}"
+        yield Fault("rewards.judge_base_url", recipe.rewards.judge_base_url, rule, try_=[f"role:{r}" for r in roles])
 
 
 def _ramp(recipe: Recipe) -> Iterator[Fault]:
