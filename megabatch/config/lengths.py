@@ -12,5 +12,10 @@ def sample_tokens(recipe: Recipe, shape: ModelShape | None) -> int | None:
 
 
 def row_tokens(recipe: Recipe, shape: ModelShape | None) -> int | None:
-    """Longest row of one packed or plain sample: `data.packing_length` with packing, else the longest sample."""
-    return recipe.data.packing_length or sample_tokens(recipe, shape)
+    """Longest row of one packed or plain sample: `data.packing_length` with packing, else the longest sample; of a
+    prompt with its completion."""
+    longest = sample_tokens(recipe, shape)
+    if recipe.kind is not None and recipe.kind.rows == "prompts" and longest is not None:
+        whole = longest + recipe.rollout.max_completion_length
+        return whole if shape is None else min(whole, shape.max_position_embeddings)
+    return recipe.data.packing_length or longest

@@ -93,12 +93,19 @@ def the_reference_is_needed(recipe: Recipe, shape: ModelShape | None, layout: La
 
 
 def completions_decide_the_rows(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    """Packing and streaming plan with the samples' lengths, and completions are not written yet."""
+    """Settings of rows that are known before training, and completions are not written yet."""
     if not _is_grpo(recipe):
         return
     if recipe.data.packing:
         rule = "plans rows before completions exist; micro_batch_size completions lie in a row without padding already"
         yield Fault("data.packing", True, rule, try_=(False,))
+    for name in ("pad_to_max_length", "group_by_length"):
+        if getattr(recipe.data, name):
+            rule = "has no effect: how long a sample is, its completion decides"
+            yield Fault(f"data.{name}", True, rule, try_=(False,))
+    if recipe.data.loss_scale is not None:
+        rule = "has no effect: nothing of a prompt is learned"
+        yield Fault("data.loss_scale", recipe.data.loss_scale, rule, try_=(None,))
     if not (recipe.grpo.reward_funcs or recipe.grpo.reward_model):
         yield Fault("grpo.reward_funcs", None, "is missing: name at least one reward", bare=True)
 

@@ -46,6 +46,10 @@ CASES = [
      grpo(ref_model_sync_steps=8, sync_ref_model=True), "grpo.ref_model_sync_steps", ["sync_ref_model=False"]),
     (rules.completions_decide_the_rows, "dense", {**grpo(), "data": {"packing": True}}, grpo(),
      "data.packing", ["before completions exist", "try False"]),
+    (rules.completions_decide_the_rows, "dense", {**grpo(), "data": {"group_by_length": True}}, grpo(),
+     "data.group_by_length", ["its completion decides", "try False"]),
+    (rules.completions_decide_the_rows, "dense", {**grpo(), "data": {"loss_scale": "all"}}, grpo(),
+     "data.loss_scale", ["nothing of a prompt is learned", "try None"]),
     (rules.completions_decide_the_rows, "dense", grpo(reward_funcs=()), grpo(reward_model=("judge",), reward_funcs=()),
      "grpo.reward_funcs", ["is missing"]),
 ]  # fmt: skip

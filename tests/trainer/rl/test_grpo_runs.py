@@ -117,6 +117,18 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, alone: Path)
         assert (found["tokens"], found["samples"]) == (expected["tokens"], expected["samples"])
 
 
+def test_an_adapter_is_generated_with_and_its_base_is_the_reference(ranks: RankServer, alone: Path) -> None:
+    tuner = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
+    run = run_of(
+        ranks, alone.parent, "lora", grpo={"steps_per_generation": 1}, tuner=tuner, training={"train_iters": 2}
+    )
+    first, second = metrics(run)
+    assert first["kl"] == pytest.approx(0, abs=1e-6), "a fresh adapter changes nothing"
+    assert second["kl"] > 1e-6 and second["sync_max_logp_difference"] < 1e-4
+    assert first["ratio"] == second["ratio"] == pytest.approx(1), "each round is one step on its own policy"
+    assert not (run / "rounds").exists(), "no step is left of a round"
+
+
 def test_estimators_corrections_and_resampling_run_together(ranks: RankServer, alone: Path) -> None:
     settings = {
         "advantage_estimator": "rloo", "loss_type": "dapo", "rollout_importance_sampling_mode": "sequence_mask",

@@ -1,0 +1,62 @@
+"""GRPO of Qwen2.5-7B on GSM8K with LoRA, on one node of eight GPUs; its reference is the model without the adapter.
+
+python recipes/qwen2_5_7b_grpo_lora.py --dry_run        # then --submit
+"""
+
+from megabatch import (
+    Batch,
+    Bridge,
+    Checkpoint,
+    Data,
+    Evaluation,
+    Grpo,
+    Kernels,
+    LearningRate,
+    Model,
+    Parallel,
+    Recipe,
+    Recompute,
+    Resources,
+    Rlhf,
+    Rollout,
+    Training,
+    Tuner,
+    main,
+)
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        name="qwen2.5-7b-grpo-lora",
+        task="rlhf",
+        model=Model(model="Qwen/Qwen2.5-7B-Instruct"),
+        bridge=Bridge(use_hf=True),
+        data=Data(dataset=["openai/gsm8k:main:train"], val_dataset=["openai/gsm8k:main:test#256"], max_length=512),
+        rlhf=Rlhf(rlhf_type="grpo"),
+        grpo=Grpo(
+            num_generations=8,
+            num_generations_eval=1,
+            reward_funcs=["accuracy", "repetition"],
+            loss_type="dapo",
+            epsilon_high=0.28,
+            beta=0.001,
+            log_rollout_offpolicy_metrics=True,
+        ),
+        rollout=Rollout(temperature=1.0, max_completion_length=512, sleep_level=1),
+        tuner=Tuner(tuner_type="lora", lora_rank=16, lora_alpha=32, lora_dropout=0.0),
+        batch=Batch(micro_batch_size=2, global_batch_size=128),
+        training=Training(train_iters=200),
+        parallel=Parallel(tensor_model_parallel_size=2, sequence_parallel=True),
+        recompute=Recompute(recompute_granularity="selective"),
+        kernels=Kernels(attention_backend="flash"),
+        learning_rate=LearningRate(lr=2e-5, lr_warmup_iters=10),
+        evaluation=Evaluation(eval_on_start=True, eval_interval=50),
+        checkpoint=Checkpoint(
+            save="megatron_output", save_interval=50, save_total_limit=2, metric_for_best_model="reward"
+        ),
+        resources=Resources(nodes=1, gpus_per_node=8, time="12:00:00"),
+    )
+
+
+if __name__ == "__main__":
+    main(recipe)
