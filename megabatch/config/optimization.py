@@ -7,9 +7,15 @@ from typing import Literal
 
 from megabatch.config.declare import param
 
-_TE = "needs Transformer Engine's Adam on GPUs, whose reduced state checkpoints do not hold yet"
-_LOW = "needs use_precision_aware_optimizer, which is refused"
-_OFFLOAD = "keeps state in the host's memory, where checkpoints do not look for it yet"
+_MUON = (
+    "needs NVIDIA's package emerging_optimizers and, in megatron-core (0.16), no distributed optimizer, and keeps "
+    "other state for matrices than for other parameters, which checkpoints do not hold"
+)
+_SCALED = "keeps numbers with a scale beside them, which checkpoints do not hold"
+_OFFLOAD = (
+    "is refused until a GPU has shown it: megatron-core (0.16) copies parameters to the host before their values are "
+    "loaded, and a wrong copy would train on without an error"
+)
 _FRACTION = "needs optimizer_cpu_offload, which is refused"
 
 
@@ -48,7 +54,7 @@ class Optimizer:
     optimizer: Literal["adam", "sgd", "muon"] = param(
         "adam",
         built=("adam", "sgd"),
-        refused="keeps other state for matrices than for other parameters, which checkpoints do not hold",
+        refused=_MUON,
     )
     """Adam is AdamW: weight decay is decoupled from the gradient."""
     weight_decay: float = param(0.1, at_least=0)
@@ -70,15 +76,16 @@ class Optimizer:
     """Keeps optimizer state in host memory."""
     optimizer_offload_fraction: float = param(1.0, built=False, refused=_FRACTION, at_least=0, at_most=1)
     """Fraction of the optimizer state to offload."""
-    use_precision_aware_optimizer: bool = param(False, built=False, refused=_TE)
-    """Allows optimizer state in the types below (Transformer Engine)."""
-    main_grads_dtype: Literal["fp32", "bf16"] = param("fp32", built=False, refused=_LOW)
-    """Type of the accumulated gradients; needs the precision-aware optimizer."""
-    main_params_dtype: Literal["fp32", "fp16"] = param("fp32", built=False, refused=_LOW)
+    use_precision_aware_optimizer: bool = param(False)
+    """Allows gradients and optimizer state in the types below; needs bfloat16 weights, the distributed optimizer, GPUs
+    and Transformer Engine's Adam."""
+    main_grads_dtype: Literal["fp32", "bf16"] = param("fp32")
+    """Type in which gradients are accumulated and reduced; needs the precision-aware optimizer."""
+    main_params_dtype: Literal["fp32", "fp16"] = param("fp32", built=("fp32",), refused=_SCALED)
     """Type of the optimizer's copy of the weights; needs the precision-aware optimizer."""
-    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = param("fp32", built=False, refused=_LOW)
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = param("fp32", built=("fp32", "bf16"), refused=_SCALED)
     """Type in which Adam's mean of gradients is stored; needs the precision-aware optimizer."""
-    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = param("fp32", built=False, refused=_LOW)
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = param("fp32", built=("fp32", "bf16"), refused=_SCALED)
     """Type in which Adam's mean of squared gradients is stored; needs the precision-aware optimizer."""
 
 

@@ -146,17 +146,11 @@ def _frozen_copies(recipe: Recipe) -> int:
 
 
 def optimizer_bytes(optimizer: Optimizer, *, weight_bytes: int) -> int:
-    """Bytes of a parameter's main copy and moments.
-
-    fp32 weights are their own main copy. The precision-aware optimizer keeps only the half of the fp32 copy that
-    the bf16 weights lack.
-    """
+    """Bytes of a parameter's main copy and moments. fp32 weights are their own main copy."""
     moments = 4 if optimizer.sgd_momentum else 0
     if optimizer.optimizer == "adam":
         moments = _BYTES[optimizer.exp_avg_dtype] + _BYTES[optimizer.exp_avg_sq_dtype]
-    if weight_bytes == 4:
-        return moments
-    return moments + (2 if optimizer.use_precision_aware_optimizer else 4)
+    return moments if weight_bytes == 4 else moments + 4
 
 
 def _with_mtp(chunks: tuple[Chunk, ...], mtp_layers: int) -> tuple[Chunk, ...]:

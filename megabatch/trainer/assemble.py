@@ -62,6 +62,7 @@ def build_engine(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp32_grads=recipe.optimizer.main_grads_dtype == "fp32",
     )
     family = family_named(run.shape.model_type)
     tuning = tuning_of(recipe.tuner, family.tensors(run.shape))

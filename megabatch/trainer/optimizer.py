@@ -16,6 +16,10 @@ from megabatch.errors import ConfigError, MegabatchError
 from megabatch.trainer.loss_scale import LossScale
 from megabatch.trainer.model.build import Model
 
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Types of gradients and optimizer state, by the parameters' names."""
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
 
 class Optimizer:
     """Adam (decoupled weight decay) or SGD over a model's chunks, with warmup, decay and clipping.
@@ -36,7 +40,7 @@ class Optimizer:
         use_distributed_optimizer: bool,
         overlap_param_gather: bool,
     ) -> None:
-        config = OptimizerConfig(
+        config = _config(
             optimizer=group.optimizer,
             lr=learning_rate.lr,
             min_lr=learning_rate.min_lr,
@@ -56,7 +60,13 @@ class Optimizer:
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=use_distributed_optimizer,
             overlap_param_gather=overlap_param_gather,
+            use_precision_aware_optimizer=group.use_precision_aware_optimizer,
+            store_param_remainders=False,  # a checkpoint holds main parameters whole
+            main_grads_dtype=STATE_DTYPES[group.main_grads_dtype],
+            exp_avg_dtype=STATE_DTYPES[group.exp_avg_dtype],
+            exp_avg_sq_dtype=STATE_DTYPES[group.exp_avg_sq_dtype],
         )
+        self.is_precision_aware = group.use_precision_aware_optimizer
         self.clip_grad = group.clip_grad
         self.is_adam = group.optimizer == "adam"
         self.megatron: Any = get_megatron_optimizer(config, model.wrapped)
@@ -93,7 +103,12 @@ class Optimizer:
         if self.clip_grad > 0:
             for inner in self.inner:
                 if parameters := [] if inner.is_stub_optimizer else inner.get_parameters():
-                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
+                    clip_grad_by_total_norm_fp32(
+                        parameters,
+                        max_norm=self.clip_grad,
+                        total_norm=grad_norm,
+                        use_decoupled_grad=self.is_precision_aware,
+                    )
         self.megatron.step_with_ready_grads()
         self.schedule.step(1)
 
@@ -117,7 +132,7 @@ class Optimizer:
             if inner.optimizer is None:
                 continue
             for group in inner.optimizer.param_groups:
-                if "step" in group:
+                if self.is_adam and not isinstance(inner.optimizer, _TORCH_ADAM):
                     # Transformer Engine's and Apex's Adam count steps per group, torch's per parameter
                     group["step"] = updates
                 for parameter in group["params"]:
@@ -132,16 +147,27 @@ class Optimizer:
                         self._allocate(inner.optimizer, parameter, 0)
 
     def _allocate(self, optimizer: Any, parameter: torch.Tensor, step: int) -> None:
+        if self.is_precision_aware:
+            optimizer.initialize_state(parameter, False)
+            return
         state = optimizer.state[parameter]
         for name in self.state_names[1:]:
             state[name] = torch.zeros_like(parameter)
-        if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        if isinstance(optimizer, _TORCH_ADAM):
             state["step"] = torch.tensor(float(step))
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the last step."""
         return self.used_learning_rate
+
+
+def _config(**values: Any) -> OptimizerConfig:
+    """Raises: ConfigError with megatron-core's words, for example if Transformer Engine is not installed."""
+    try:
+        return OptimizerConfig(**values)
+    except (AssertionError, RuntimeError) as e:
+        raise ConfigError(f"megatron-core refuses this optimizer: {e}") from e
 
 
 def schedule_of(

@@ -94,11 +94,11 @@ def test_lora_is_estimated_by_its_settings() -> None:
         (Optimizer(), 4, 4 + 4),
         (Optimizer(optimizer="sgd"), 2, 4 + 4),
         (Optimizer(optimizer="sgd", sgd_momentum=0), 2, 4),
-        (Optimizer(use_precision_aware_optimizer=True), 2, 2 + 4 + 4),
+        (Optimizer(use_precision_aware_optimizer=True), 2, 4 + 4 + 4),
         (
-            Optimizer(use_precision_aware_optimizer=True, exp_avg_dtype="bf16", exp_avg_sq_dtype="fp8"),
+            Optimizer(use_precision_aware_optimizer=True, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16"),
             2,
-            2 + 2 + 1,
+            4 + 2 + 2,
         ),
     ],
 )

@@ -9,6 +9,7 @@ from megabatch.config.checkpoint import Checkpoint
 from megabatch.config.layout import chunks_of
 from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Rlhf
+from megabatch.config.torch_dtype import torch_dtype
 from megabatch.config.walltime import seconds
 from megabatch.errors import ConfigError, Fault
 from megabatch.loss_scales import parse
@@ -258,6 +259,28 @@ def precision_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Lay
         yield Fault("kernels.cross_entropy_loss_fusion", True, rule, try_=(False,))
 
 
+def reduced_state_has_its_optimizer(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    """The precision-aware optimizer is Transformer Engine's Adam, with fp32 copies of bfloat16 weights."""
+    group, name = recipe.optimizer, "optimizer.use_precision_aware_optimizer"
+    if not group.use_precision_aware_optimizer:
+        for field in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            if (value := getattr(group, field)) != "fp32":
+                yield Fault(f"optimizer.{field}", value, "needs use_precision_aware_optimizer=True", try_=("fp32",))
+        return
+    if group.optimizer != "adam":
+        yield Fault(name, True, f"needs optimizer='adam', which is {group.optimizer!r}", try_=(False,))
+    if not recipe.parallel.use_distributed_optimizer:
+        yield Fault(name, True, "needs parallel.use_distributed_optimizer=True", try_=(False,))
+    if not recipe.resources.gpus_per_node:
+        rule = "needs Transformer Engine's Adam, which runs on GPUs, and resources.gpus_per_node is 0"
+        yield Fault(name, True, rule, try_=(False,))
+    if shape is not None and (dtype := torch_dtype(recipe, shape)) != "bfloat16":
+        rule = f"needs the model's torch_dtype to be 'bfloat16', which is {dtype!r}"
+        yield Fault(name, True, rule, try_=(False,))
+
+
 def loss_scale_has_a_range(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     first, least = recipe.precision.initial_loss_scale, recipe.precision.min_loss_scale
     if least > first:
@@ -380,6 +403,7 @@ RULES = (
     recompute_modules_exist,
     recompute_units_divide,
     precision_is_said_once,
+    reduced_state_has_its_optimizer,
     loss_scale_has_a_range,
     task_and_algorithm_agree,
     scores_are_of_samples,

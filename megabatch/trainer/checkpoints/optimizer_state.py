@@ -41,7 +41,7 @@ class _State:
     is_split: bool
     """Whether the ranks of the data-parallel group hold different ranges; the same on all of them."""
     tensors: Mapping[str, Tensor]
-    """Flat views by name: `param` (fp32 main copy) and the optimizer's own."""
+    """Flat views by name: `param` (fp32 main copy) and the optimizer's own, fp32 or bf16."""
 
 
 _Placed = tuple[_State, dist.ProcessGroup]
@@ -154,7 +154,7 @@ class _Exchange:
         if size == 1 or not self.dealt[0].state.is_split:
             for one in self.dealt:
                 if one.writer == mine:
-                    yield one, one.state.tensors[name].view(one.state.parameter.shape).cpu()
+                    yield one, one.state.tensors[name].float().view(one.state.parameter.shape).cpu()
             return
         sent = [self._sent(name, writer) for writer in range(size)]
         own = [i for i, one in enumerate(self.dealt) if one.writer == mine]
@@ -222,8 +222,18 @@ def _distributed(inner: DistributedOptimizer) -> Iterator[_State]:
             if parameter not in ranges:
                 yield _State(parameter, 0, 0, True, {})
                 continue
-            tensors = inner._get_main_param_and_optimizer_states(parameter)
+            tensors = _own_state(inner, parameter)
             yield _State(parameter, ranges[parameter].start, ranges[parameter].end, True, _flat(tensors))
+
+
+def _own_state(inner: DistributedOptimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
+    """The tensors in which an optimizer keeps a parameter's state. Those of the precision-aware one are fp32 or bf16,
+    which fp32 holds exactly; megatron-core would return copies."""
+    if not inner.config.use_precision_aware_optimizer:
+        return inner._get_main_param_and_optimizer_states(parameter)
+    group, order = inner.model_param_group_index_map[parameter]
+    state = inner.optimizer.state[inner.optimizer.param_groups[group]["params"][order]]
+    return {"param": state["master_param"], "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
 
 def _plain(inner: Any) -> Iterator[_State]:

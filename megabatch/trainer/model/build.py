@@ -165,10 +165,10 @@ def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None
 
 
 def ddp_config(
-    *, use_distributed_optimizer: bool, overlap_grad_reduce: bool, overlap_param_gather: bool
+    *, use_distributed_optimizer: bool, overlap_grad_reduce: bool, overlap_param_gather: bool, fp32_grads: bool = True
 ) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=fp32_grads,
         use_distributed_optimizer=use_distributed_optimizer,
         overlap_grad_reduce=overlap_grad_reduce,
         overlap_param_gather=overlap_param_gather,

@@ -11,8 +11,42 @@ BLOCK = {**FULL, "recompute_method": "block"}
 STEPS = {"train_iters": 10, "max_epochs": None}
 PP2 = {"pipeline_model_parallel_size": 2}
 
+AWARE = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16"}
+HALF = {"model": {"torch_dtype": "bfloat16"}}
 CASES = [
     # rule, base, changes that break it, changes that keep it, field, words of the fault
+    (
+        training.reduced_state_has_its_optimizer,
+        "dense",
+        {"optimizer": {"exp_avg_dtype": "bf16"}, **HALF},
+        {"optimizer": AWARE, **HALF},
+        "optimizer.exp_avg_dtype",
+        ["needs use_precision_aware_optimizer=True"],
+    ),
+    (
+        training.reduced_state_has_its_optimizer,
+        "dense",
+        {"optimizer": AWARE, **HALF, "resources": {"gpus_per_node": 0, "tasks_per_node": 8}},
+        {"optimizer": AWARE, **HALF},
+        "optimizer.use_precision_aware_optimizer",
+        ["needs Transformer Engine's Adam, which runs on GPUs", "gpus_per_node is 0"],
+    ),
+    (
+        training.reduced_state_has_its_optimizer,
+        "dense",
+        {"optimizer": AWARE, "model": {"torch_dtype": "float32"}},
+        {"optimizer": AWARE, **HALF},
+        "optimizer.use_precision_aware_optimizer",
+        ["torch_dtype to be 'bfloat16', which is 'float32'"],
+    ),
+    (
+        training.reduced_state_has_its_optimizer,
+        "dense",
+        {"optimizer": AWARE, **HALF, "parallel": {"use_distributed_optimizer": False}},
+        {"optimizer": AWARE, **HALF},
+        "optimizer.use_precision_aware_optimizer",
+        ["needs parallel.use_distributed_optimizer=True"],
+    ),
     (
         training.padding_and_packing_agree,
         "dense",
