@@ -24,8 +24,11 @@ from compositions import Composition, compositions, covering
 from rank_server import RankServer
 
 FEW = 4
-AT_ONCE = 12
+AT_ONCE = 6
 """Compositions in one world; where one fails, each of them is tried again alone."""
+
+TIMEOUT_S = 3600
+"""Of those, on a machine that has other work."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,7 +54,7 @@ def _run(results: Path) -> None:
         done |= {one.name: {} for one in left}
     ranks = RankServer()
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder, open(results, "a", encoding="utf-8") as file:
-        composed = Composed(ranks, Path(folder))
+        composed = Composed(ranks, Path(folder), timeout_s=TIMEOUT_S)
         for world in ordered:
             for line in _lines(composed, world):
                 print(json.dumps(line), file=file, flush=True)

@@ -67,6 +67,8 @@ class Composed:
 
     ranks: RankServer
     folder: Path
+    timeout_s: float = 500
+    """Of one world."""
     references: dict[str, Curve] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,8 +91,13 @@ class Composed:
     def _curves(self, world: list[Composition]) -> dict[str, list[Curve]]:
         """Of each rank."""
         runs = [str(write_run(recipe_of(one, self.folder), self.folder / one.name)) for one in world]
-        cache = str(self.folder / "cache")
-        found = self.ranks.run(curves, world_size=world[0].world_size, run_dirs=runs, cache=cache)
+        found = self.ranks.run(
+            curves,
+            world_size=world[0].world_size,
+            timeout_s=self.timeout_s,
+            run_dirs=runs,
+            cache=str(self.folder / "cache"),
+        )
         return {one.name: list(of_ranks) for one, of_ranks in zip(world, zip(*found, strict=True), strict=True)}
 
 
