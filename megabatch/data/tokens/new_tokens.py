@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megabatch.converters.atomic import replacing
 from megabatch.errors import DataError
 
 FIELD = "model.new_special_tokens"
@@ -143,5 +142,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
+    from megabatch.converters.atomic import replacing  # needs xxhash, which planning does without
+
     with replacing(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
