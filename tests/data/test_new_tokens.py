@@ -123,3 +123,9 @@ def test_faults_are_named(tokenizer_folder: Path, tmp_path: Path) -> None:
         new_tokens.rows_with(tokenizer_folder, ["<x>", "<|im_end|>", "a"])
     with pytest.raises(DataError, match=r"has no tokenizer\.json, to which tokens could be added"):
         new_tokens.rows_with(tmp_path, ["<x>"])
+
+
+def test_a_new_tokenizer_has_them_from_the_start(tmp_path: Path) -> None:
+    own: Any = tokenizer.load(tokenizer.train_bpe(["a b <loc_1>"], vocab_size=300, out_dir=tmp_path, further=TOKENS))
+    assert own.convert_tokens_to_ids(list(TOKENS)) == [3, 4, 5]
+    assert set(TOKENS) <= set(own.all_special_tokens) and own("<loc_10>")["input_ids"] == [4]
