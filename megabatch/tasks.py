@@ -97,7 +97,7 @@ TASKS = (
     _rlhf("dpo", rows="pairs", streams=True, built=True),
     _rlhf("kto", rows="judged", streams=True, built=True),
     _rlhf("rm", rows="pairs", head=1, streams=True, built=True),
-    _rlhf("gkd"),
+    _rlhf("gkd", streams=True, built=True),
     _rlhf("grpo", rows="prompts", truncation_strategy="left", built=True),
     _head("seq_cls", "num_labels", rows="labelled", built=True),
     _head("embedding", 0, rows="ranked", built=True),

@@ -10,6 +10,7 @@ from megabatch.config.optimization import Optimizer
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
+from megabatch.config.rules.preference import without_reference
 from megabatch.config.torch_dtype import torch_dtype
 from megabatch.entry.trained import trained_of
 from megabatch.errors import ConfigError, Fault
@@ -135,11 +136,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
 
 def _frozen_copies(recipe: Recipe) -> int:
     """1 where the reference is a model of its own: always in full training, with LoRA if the recipe names one."""
-    if (
-        recipe.kind is None
-        or recipe.kind.name not in ("dpo", "kto")
-        or (recipe.kind.name == "dpo" and recipe.dpo.reference_free)
-    ):
+    if without_reference(recipe) is not None:
         return 0
     own = recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None
     return int(own or recipe.tuner.tuner_type == "full")

@@ -34,6 +34,7 @@ def _inputs(launch: Launch) -> Iterator[tuple[str, Path]]:
         ("model.tokenizer", recipe.model.tokenizer),
         ("checkpoint.load", recipe.checkpoint.load),
         ("tuner.adapter_load", recipe.tuner.adapter_load),
+        ("gkd.teacher_model", recipe.gkd.teacher_model),
         ("bridge.ref_model", recipe.bridge.ref_model),
         ("rlhf.ref_load", recipe.rlhf.ref_load),
         ("rlhf.ref_adapter_load", recipe.rlhf.ref_adapter_load),

@@ -83,6 +83,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             ref_adapter_load=absolute(recipe.rlhf.ref_adapter_load),
         ),
         grpo=replace(own.grpo, reward_model=tuple(absolute_model(name) or "" for name in own.grpo.reward_model)),
+        gkd=replace(own.gkd, teacher_model=absolute_model(own.gkd.teacher_model)),
         tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
     )
 

@@ -1,9 +1,10 @@
-"""Preference learning: settings that contradict each other or that the chosen loss does not read."""
+"""Preference learning and distillation: settings that contradict each other or that the chosen loss does not read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megabatch.config.grpo import Rollout
 from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Dpo
 from megabatch.errors import Fault
@@ -13,8 +14,16 @@ from megabatch.plan.shape import ModelShape
 _SCORED = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """Losses of the difference of scores, which an f-divergence changes; and one without a reference."""
 _SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_pair", "aot_unpaired")
-_WITH_REFERENCE = ("dpo", "kto", "grpo")
-"""Tasks that may compare the policy with a reference."""
+
+
+def without_reference(recipe: Recipe) -> str | None:
+    """Why a recipe compares its policy with no reference; None if it does."""
+    name = None if recipe.kind is None else recipe.kind.name
+    if name not in ("dpo", "kto", "grpo"):
+        return f"task {name!r}"
+    if name == "dpo" and recipe.dpo.reference_free:
+        return "reference_free=True"
+    return "grpo.beta=0" if name == "grpo" and recipe.grpo.beta == 0 else None
 
 
 def _is(recipe: Recipe, name: str) -> bool:
@@ -63,8 +72,25 @@ def the_kl_has_a_use(recipe: Recipe, shape: ModelShape | None, layout: Layout | 
         yield Fault("kto.calculate_KL", True, rule, try_=(None,))
 
 
+def a_teacher_says_how_much(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if not _is(recipe, "gkd"):
+        return
+    topk, field = recipe.gkd.gkd_logits_topk, "gkd.gkd_logits_topk"
+    if topk is None:
+        rule = "is missing: the divergence over the whole vocabulary is not built"
+        yield Fault(field, None, rule, try_=(64,), bare=True)
+    elif shape is not None and topk > shape.vocab_size:
+        yield Fault(field, topk, f"must be at most the vocabulary of {shape.vocab_size}", try_=(64,))
+
+
+def a_temperature_has_a_use(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    value, default = recipe.rollout.temperature, Rollout().temperature
+    if value != default and recipe.kind is not None and recipe.kind.name not in ("gkd", "grpo"):
+        yield Fault("rollout.temperature", value, f"has no effect on {recipe.kind.name}", try_=(default,))
+
+
 def reference_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    bridge, rlhf, name = recipe.bridge, recipe.rlhf, None if recipe.kind is None else recipe.kind.name
+    bridge, rlhf = recipe.bridge, recipe.rlhf
     given = {
         "bridge.ref_model": bridge.ref_model,
         "rlhf.ref_load": rlhf.ref_load,
@@ -72,11 +98,10 @@ def reference_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Lay
         "rlhf.ref_adapter_load": rlhf.ref_adapter_load,
     }
     given = {field: value for field, value in given.items() if value is not None}
-    free = name == "dpo" and recipe.dpo.reference_free
+    why = without_reference(recipe)
     for field, value in given.items():
-        if name not in _WITH_REFERENCE or free:
-            what = "reference_free=True" if free else f"task {name!r}"
-            yield Fault(field, value, f"has no effect: {what} has no reference", try_=(None,))
+        if why is not None:
+            yield Fault(field, value, f"has no effect: {why} has no reference", try_=(None,))
     if bridge.ref_model is not None and rlhf.ref_load is not None:
         yield Fault("bridge.ref_model", bridge.ref_model, f"and ref_load={rlhf.ref_load!r} both name it; give one")
     if len(bridge.ref_adapters) > 1:
@@ -88,11 +113,7 @@ def reference_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Lay
 
 def reference_is_still_there(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """What the policy begins with is the reference unless a recipe names another one."""
-    if (
-        recipe.kind is None
-        or recipe.kind.name not in ("dpo", "kto")
-        or (_is(recipe, "dpo") and recipe.dpo.reference_free)
-    ):
+    if without_reference(recipe) is not None:
         return
     tuner, named = recipe.tuner, recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None
     if named:
@@ -117,11 +138,12 @@ def losses_of_pairs_have_no_tokens_of_their_own(
     recipe: Recipe, shape: ModelShape | None, layout: Layout | None
 ) -> Iterator[Fault]:
     """Settings of next-token prediction that another loss would ignore."""
-    if recipe.kind is None or recipe.kind.name not in ("dpo", "kto"):
+    if recipe.kind is None or recipe.kind.name not in ("dpo", "kto", "gkd"):
         return
+    own = "is over the tokens already" if recipe.kind.name == "gkd" else "is one of whole answers"
     for name in ("calculate_per_token_loss", "enable_dft_loss", "enable_channel_loss"):
         if getattr(recipe.training, name):
-            rule = f"has no effect with rlhf_type={recipe.kind.name!r}, whose loss is one of whole answers"
+            rule = f"has no effect with rlhf_type={recipe.kind.name!r}, whose loss {own}"
             yield Fault(f"training.{name}", True, rule, try_=(False,))
 
 
@@ -129,6 +151,8 @@ RULES = (
     losses_and_weights_agree,
     losses_read_their_settings,
     the_kl_has_a_use,
+    a_teacher_says_how_much,
+    a_temperature_has_a_use,
     reference_is_said_once,
     reference_is_still_there,
     losses_of_pairs_have_no_tokens_of_their_own,

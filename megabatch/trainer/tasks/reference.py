@@ -45,7 +45,7 @@ def reference_of(run: RunConfig, source: ModelSource, ranks: Ranks) -> Model | P
     if own is None and saved is None:
         saved = recipe.checkpoint.load
     if own is not None:
-        source = _other(own, run, ranks)
+        source = _other(own, run, source, ranks)
     logger.info("the reference is a second model: %s", own or saved or recipe.model.model or "the new model")
     model = frozen_model(run, ranks, source, adapter=adapter)
     if saved is not None:
@@ -53,10 +53,10 @@ def reference_of(run: RunConfig, source: ModelSource, ranks: Ranks) -> Model | P
     return model
 
 
-def _other(name: str, run: RunConfig, ranks: Ranks) -> ModelSource:
+def _other(name: str, run: RunConfig, source: ModelSource, ranks: Ranks) -> ModelSource:
     """The weights of a model with the policy's shape. Raises: ConfigError for another shape."""
     recipe = run.recipe
-    other = replace(recipe, model=replace(recipe.model, model=name, tokenizer=recipe.model.tokenizer))
+    other = replace(recipe, model=replace(recipe.model, model=name, tokenizer=str(source.tokenizer)))
     try:
         return model_source(replace(run, recipe=other), ranks)
     except ConfigError as e:

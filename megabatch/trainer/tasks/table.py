@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megabatch.config.run import RunConfig
-from megabatch.trainer.tasks import dpo, embedding, grpo, kto, rm, seq_cls, sft
+from megabatch.trainer.tasks import dpo, embedding, gkd, grpo, kto, rm, seq_cls, sft
 from megabatch.trainer.tasks.parts import Opener
 
 OPENERS: Mapping[str, Opener] = {
@@ -13,6 +13,7 @@ OPENERS: Mapping[str, Opener] = {
     "sft": sft.parts,
     "dpo": dpo.parts,
     "kto": kto.parts,
+    "gkd": gkd.parts,
     "grpo": grpo.parts,
     "rm": rm.parts,
     "seq_cls": seq_cls.parts,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Bridge, Checkpoint, Dpo, Rlhf, Training, Tuner
+from megabatch import Bridge, Checkpoint, Dpo, Gkd, Kto, Rlhf, Rollout, Training, Tuner
 from megabatch.config.rules.check import check
 from megabatch.config.run import RunConfig, resolve
 
@@ -51,6 +51,19 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "tuner.modules_to_save=('output_layer',) trains the model's own parameters",
     ),
     "another run's reference": ({"checkpoint": Checkpoint(load="run")}, "checkpoint.load='run' goes on with a run"),
+    "teacher's tokens": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model="t")},
+        "gkd.gkd_logits_topk is missing: the divergence over the whole vocabulary is not built",
+    ),
+    "on-policy": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model="t", gkd_logits_topk=4, lmbda=1.0)},
+        "gkd.lmbda=1.0 is not built yet",
+    ),
+    "kl": (
+        {"rlhf": Rlhf(rlhf_type="kto"), "kto": Kto(loss_type="apo_zero_unpaired", calculate_KL=True)},
+        "kto.calculate_KL=True has no effect with loss_type='apo_zero_unpaired'",
+    ),
+    "temperature": ({"rollout": Rollout(temperature=0.5)}, "rollout.temperature=0.5 has no effect on dpo"),
     "tokens": (
         {"training": Training(train_iters=1, calculate_per_token_loss=True)},
         "training.calculate_per_token_loss=True has no effect with rlhf_type='dpo'",
