@@ -142,16 +142,18 @@ class Rollout:
     """Longest completion in tokens."""
     ledger_gib: float = param(16.0, above=0)
     """Disk space for completions in the run directory's `ledger/`, in GiB; the oldest steps make room for new ones."""
-    completion_length_limit_scope: Literal["per_round", "total"] = param("per_round", built=False)
+    completion_length_limit_scope: Literal["per_round", "total"] = param("per_round")
     """Whether `max_completion_length` limits each turn of a conversation with several turns, or all together."""
-    multi_turn_scheduler: str | None = param(None, built=False)
-    """What answers a completion with a further turn, as `file.py:function`."""
-    max_turns: int | None = param(None, built=False, at_least=1)
+    multi_turn_scheduler: str | None = param(None)
+    """What answers the model's turns: `calculator`, or your own as `file.py:Class`."""
+    turn_timeout_s: float = param(60.0, above=0)
+    """Seconds that an answer to a turn may take; a conversation without one ends there."""
+    max_turns: int | None = param(None, at_least=1)
     """Most turns of a conversation; None sets no limit."""
-    use_gym_env: bool = param(False, built=False)
-    """Adds the total reward of each sample's environment to the rewards."""
-    gym_env: str | None = param(None, built=False)
-    """Environment that answers completions, as `file.py:class`."""
+    use_gym_env: bool = param(False)
+    """Adds the sum of the environment's rewards as the reward `environment`, the last of `reward_weights`."""
+    gym_env: str | None = param(None)
+    """The same as `multi_turn_scheduler`, for environments with rewards of their own."""
     use_vllm: bool | None = param(None)
     """Whether vLLM generates, or transformers inside the trainer; None means vLLM where `vllm_mode` is given."""
     async_generate: bool = param(False, built=False)

@@ -31,11 +31,17 @@ def _each(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
         return change(text) if names_own_code(text) else text
 
     preprocess = recipe.data.preprocess
+    rollout = recipe.rollout
     callbacks = tuple(change(text) for text in recipe.watching.callbacks)
     return replace(
         recipe,
         data=replace(recipe.data, preprocess=preprocess and change(preprocess)),
         watching=replace(recipe.watching, callbacks=callbacks),
+        rollout=replace(
+            rollout,
+            multi_turn_scheduler=rollout.multi_turn_scheduler and changed(rollout.multi_turn_scheduler),
+            gym_env=rollout.gym_env and changed(rollout.gym_env),
+        ),
         grpo=replace(
             recipe.grpo,
             reward_funcs=tuple(changed(text) for text in recipe.grpo.reward_funcs),

@@ -21,6 +21,7 @@ from megabatch.entry.launch import Launch
 from megabatch.entry.mounts import unmounted
 from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.rewards.named import check_plugin, check_reward
+from megabatch.rollout.turns.environment import environment_of
 from megabatch.secret_text import tokens_in
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.user_code import files_to_archive
@@ -33,12 +34,14 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
     """
     recipe = own or launch.recipe
     grpo, same_python = recipe.grpo, local or not _brings_python(launch.profile)
+    environments = [text for text in (recipe.rollout.multi_turn_scheduler, recipe.rollout.gym_env) if text]
     found = [
         *missing_inputs(recipe, launch.model),
         *_preprocess(recipe.data, same_python=same_python),
         *_user_code("watching.callbacks", recipe.watching.callbacks, load_callback, same_python=same_python),
         *_user_code("grpo.reward_funcs", grpo.reward_funcs, check_reward, same_python=same_python),
         *_user_code("grpo.reward_model_plugin", grpo.reward_model_plugin, check_plugin, same_python=same_python),
+        *_user_code("rollout.multi_turn_scheduler", environments, environment_of, same_python=same_python),
         *(_tracker(recipe.logging.report_to) if same_python else []),
         *([] if local else _secrets_of(files_to_archive(user_code(recipe)).values())),
     ]

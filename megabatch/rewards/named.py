@@ -9,6 +9,7 @@ from types import MappingProxyType
 from megabatch.config.recipe import Recipe
 from megabatch.rewards.accuracy import Accuracy
 from megabatch.rewards.code import Code
+from megabatch.rewards.environment import Environment
 from megabatch.rewards.judge import Judge
 from megabatch.rewards.lengths import Cosine, Format, Repetition, SoftOverlong
 from megabatch.rewards.model import RewardModel
@@ -19,7 +20,7 @@ from megabatch.user_code import names_own_code
 
 
 def rewards_of(recipe: Recipe) -> Rewards:
-    """The recipe's rewards in the order of their weights: `reward_funcs`, then reward models."""
+    """The recipe's rewards in the order of their weights: `reward_funcs`, reward models, the environment's."""
     grpo, processes = recipe.grpo, recipe.rewards
     functions = [Own(text) if names_own_code(text) else NAMED[text](recipe) for text in grpo.reward_funcs]
     models = [
@@ -29,7 +30,7 @@ def rewards_of(recipe: Recipe) -> Rewards:
         for path, plugin in zip_longest(grpo.reward_model, grpo.reward_model_plugin)
     ]
     return Rewards(
-        [*functions, *models],
+        [*functions, *models, *([Environment()] if recipe.rollout.use_gym_env else [])],
         weights=grpo.reward_weights,
         workers=processes.reward_workers,
         timeout_s=processes.reward_timeout_s,

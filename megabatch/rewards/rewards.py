@@ -111,7 +111,7 @@ class Rewards:
     def _scored(self, reward: Reward, samples: Sequence[RewardSample]) -> tuple[list[float], dict[str, str]]:
         """One value for each sample, and the reason for each sample that failed."""
         if reward.place == "here":
-            return [float(value) for value in reward.open()(samples)], {}
+            return [math.nan if value is None else float(value) for value in reward.open()(samples)], {}
         pool = self._alone.get(reward, self._shared)
         calls = _calls(reward, samples, most=1 if reward.place == "alone" else self._workers)
         values: list[float] = []

@@ -41,7 +41,14 @@ class Rolled:
     """One for each of the run's rewards; NaN where it has none."""
     advantage: float = 0.0
     tokens: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """float32 by name: log-probabilities (`rollout`, `old`, `reference`), `correction`."""
+    """float32 by name: log-probabilities (`rollout`, `old`, `reference`), `correction`, and `mask`, which is 0 where
+    an environment and not the model wrote a token."""
+
+    @property
+    def mask(self) -> np.ndarray:
+        """float32: 1 for the model's tokens."""
+        found = self.tokens.get("mask")
+        return np.ones(len(self.ids), np.float32) if found is None else found
 
     @property
     def is_cut_off(self) -> bool:

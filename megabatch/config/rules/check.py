@@ -24,6 +24,7 @@ from megabatch.config.rules import (
     rollout,
     training,
     tuning,
+    turns,
     watching,
     windows,
 )
@@ -50,6 +51,7 @@ RULES: tuple[Rule, ...] = (
     *preference.RULES,
     *roles.RULES,
     *tuning.RULES,
+    *turns.RULES,
     *watching.RULES,
 )
 """Rules between fields; each yields nothing where it has nothing to say."""

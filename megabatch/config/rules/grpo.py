@@ -106,7 +106,7 @@ def completions_decide_the_rows(recipe: Recipe, shape: ModelShape | None, layout
     if recipe.data.loss_scale is not None:
         rule = "has no effect: nothing of a prompt is learned"
         yield Fault("data.loss_scale", recipe.data.loss_scale, rule, try_=(None,))
-    if not (recipe.grpo.reward_funcs or recipe.grpo.reward_model):
+    if not (recipe.grpo.reward_funcs or recipe.grpo.reward_model or recipe.rollout.use_gym_env):
         yield Fault("grpo.reward_funcs", None, "is missing: name at least one reward", bare=True)
 
 

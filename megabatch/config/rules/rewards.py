@@ -23,14 +23,6 @@ def _is_grpo(recipe: Recipe) -> bool:
     return recipe.kind is not None and recipe.kind.name == "grpo"
 
 
-def every_reward_has_a_weight(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    grpo = recipe.grpo
-    count = len(grpo.reward_funcs) + len(grpo.reward_model)
-    if _is_grpo(recipe) and grpo.reward_weights is not None and len(grpo.reward_weights) != count:
-        rule = f"must have one weight for each of the {count} rewards, reward models last"
-        yield Fault("grpo.reward_weights", grpo.reward_weights, rule, try_=((1.0,) * count,))
-
-
 def rewards_are_known(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     for text in recipe.grpo.reward_funcs if _is_grpo(recipe) else ():
         if not names_own_code(text) and text not in SHIPPED:
@@ -97,4 +89,4 @@ def _ramp(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("grpo.soft_cache_length", ramp, rule, try_=(max(1, longest // 4),))
 
 
-RULES = (rewards_are_known, every_reward_has_a_weight, rewards_have_different_names, rewards_have_what_they_need)
+RULES = (rewards_are_known, rewards_have_different_names, rewards_have_what_they_need)

@@ -298,8 +298,9 @@ def task_and_algorithm_agree(recipe: Recipe, shape: ModelShape | None, layout: L
     if task is not None and task.name == "gkd" and recipe.gkd.teacher_model is None:
         yield Fault("gkd.teacher_model", None, "is missing: distillation needs a teacher", bare=True)
     weights, rewards = recipe.grpo.reward_weights, [*recipe.grpo.reward_funcs, *recipe.grpo.reward_model]
+    rewards += ["environment"] if recipe.rollout.use_gym_env else []
     if weights is not None and len(weights) != len(rewards):
-        rule = f"must have one weight for each of the {len(rewards)} reward_funcs and reward models"
+        rule = f"must have one weight for each of the {len(rewards)} reward_funcs, reward models and environment"
         yield Fault("grpo.reward_weights", weights, rule)
     labels = recipe.training.num_labels
     if task_type == "seq_cls" and labels is None:

@@ -94,6 +94,15 @@ class Template:
             return None
         return self._ends.last(text.rstrip())
 
+    def up_to_the_answer(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation that goes on with the assistant's turn. Raises: DataError."""
+        return self._forms["default"].renderer.render(messages, {"add_generation_prompt": True}).text
+
+    @property
+    def control_tokens(self) -> Sequence[str]:
+        """Tokens that texts of others must not contain; none where they may act."""
+        return () if self._control is None else self._control.tokens
+
     def encode(
         self,
         conversations: Sequence[Conversation],

@@ -55,6 +55,20 @@ class Conversation:
     `aborted`: the engine or the environment failed. None: it goes on."""
     failed: str | None = None
 
+    @classmethod
+    def of(cls, request: Request, completion: Completion) -> Conversation:
+        """Of a single turn."""
+        assert completion.key == request.key, (completion.key, request.key)
+        one = cls(request=request)
+        _take_turn(one, completion)
+        one.finish = completion.finish
+        return one
+
+    @property
+    def last_turn(self) -> list[int]:
+        """Tokens of the model's last turn."""
+        return self.ids[self.turns[-1].start : self.turns[-1].stop]
+
     @property
     def key(self) -> str:
         return self.request.key

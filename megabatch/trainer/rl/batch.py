@@ -64,7 +64,7 @@ class Batching:
 
     def _encoded(self, one: Rolled) -> Encoded:
         before: np.ndarray = np.zeros(len(one.prompt), np.float32)
-        learned: np.ndarray = np.full(len(one.ids), float(not (self.filters_cut_off and one.is_cut_off)), np.float32)
+        learned: np.ndarray = one.mask * np.float32(not (self.filters_cut_off and one.is_cut_off))
         names = [name for name in (OLD, REFERENCE, CORRECTION) if name in one.tokens]
         return Encoded(
             np.concatenate([one.prompt, one.ids]).astype(np.int32),

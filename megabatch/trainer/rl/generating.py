@@ -11,14 +11,17 @@ from typing import Protocol
 import numpy as np
 
 from megabatch.config.grpo import Rollout
+from megabatch.data.rows.prompts import Asked
 from megabatch.errors import DataError
 from megabatch.rewards.rewards import Rewards, Scores
 from megabatch.rewards.sample import RewardSample
 from megabatch.rl.rounds import Rolled, Sum
 from megabatch.rollout.engine import Completion, Request, Sampling
+from megabatch.rollout.turns.conversations import Conversation
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.rl.prompts import Language, Prompt, Prompts
+from megabatch.trainer.rl.turns import Turns
 from megabatch.trainer.sums import Ratio
 
 
@@ -69,6 +72,8 @@ class Generator:
     """Tokens that the model can take."""
     sleep_level: int
     busy: Callable[[], None]
+    turns: Turns | None = None
+    """What answers the model; None for completions of a single turn."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time spent since `take_metrics`."""
     synced: dict[str, Ratio] = field(default_factory=dict)
@@ -95,18 +100,28 @@ class Generator:
             for place, prompt in enumerate(drawn)
             for number in range(each)
         ]
-        with self._timed("generate_s"):
-            completions = self.rollouts.generate(requests)
-        self.busy()
         indices = [prompt.index for prompt in drawn for _ in range(each)]
+        with self._timed("generate_s"):
+            conversations = self._conversations(requests, lambda place: prompts.asked(indices[place]))
+        self.busy()
         with self._timed("reward_s"):
-            scores = self.ranks.on_main(lambda: self._scores(prompts, indices, completions))
+            scores = self.ranks.on_main(lambda: self._scores(prompts, indices, conversations))
         self.busy()
         places = [prompt.place for prompt in drawn for _ in range(each)]
         return [
-            _rolled(request, completion, place, values)
-            for request, completion, place, values in zip(requests, completions, places, scores.values, strict=True)
+            _rolled(conversation, place, values, has_turns=self.turns is not None)
+            for conversation, place, values in zip(conversations, places, scores.values, strict=True)
         ]
+
+    def _conversations(self, requests: Sequence[Request], asked: Callable[[int], Asked]) -> list[Conversation]:
+        if self.turns is None:
+            completions = self.rollouts.generate(requests)
+            return [Conversation.of(request, one) for request, one in zip(requests, completions, strict=True)]
+        return self.turns.converse(requests, asked=asked, generate=self._turn)
+
+    def _turn(self, requests: Sequence[Request]) -> list[Completion]:
+        self.busy()
+        return self.rollouts.generate(requests)
 
     def take_metrics(self) -> dict[str, Sum]:
         """Seconds and differences since the last call."""
@@ -130,23 +145,23 @@ class Generator:
             seed=int.from_bytes(hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=7).digest(), "little"),
         )
 
-    def _scores(self, prompts: Prompts, indices: Sequence[int], completions: Sequence[Completion]) -> Scores:
+    def _scores(self, prompts: Prompts, indices: Sequence[int], conversations: Sequence[Conversation]) -> Scores:
         assert self.rewards is not None
         asked = {index: prompts.asked(index) for index in set(indices)}
         return self.rewards.of(
             [
                 RewardSample(
-                    key=completion.key,
+                    key=one.key,
                     prompt=[
                         {"role": message.role, "content": message.content}
                         for message in asked[index].conversation.messages
                     ],
-                    completion=self.language.text(completion.ids),
-                    ids=completion.ids,
-                    truncated=completion.finish != "stop",
-                    columns=asked[index].columns,
+                    completion=self.language.text(one.last_turn),
+                    ids=one.ids,
+                    truncated=one.finish != "stop",
+                    columns={**asked[index].columns, **(self.turns.columns(one) if self.turns else {})},
                 )
-                for index, completion in zip(indices, completions, strict=True)
+                for index, one in zip(indices, conversations, strict=True)
             ]
         )
 
@@ -167,15 +182,16 @@ class _Timed:
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._began
 
 
-def _rolled(request: Request, completion: Completion, place: str, rewards: tuple[float, ...]) -> Rolled:
-    assert completion.key == request.key, (completion.key, request.key)
+def _rolled(one: Conversation, place: str, rewards: tuple[float, ...], *, has_turns: bool) -> Rolled:
+    tokens = {"rollout": np.array(one.logps, np.float32)}
+    assert one.finish is not None, one.key
     return Rolled(
-        key=completion.key,
+        key=one.key,
         place=place,
-        prompt=np.array(request.prompt, np.int32),
-        ids=np.array(completion.ids, np.int32),
-        versions=np.array(completion.versions, np.int32),
-        finish=completion.finish,
+        prompt=np.array(one.request.prompt, np.int32),
+        ids=np.array(one.ids, np.int32),
+        versions=np.array(one.versions, np.int32),
+        finish=one.finish,
         rewards=rewards,
-        tokens={"rollout": np.array(completion.logps, np.float32)},
+        tokens=tokens | ({"mask": np.array(one.mask, np.float32)} if has_turns else {}),
     )

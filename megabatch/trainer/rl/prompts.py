@@ -72,7 +72,8 @@ class Language:
 
     stop_ids: tuple[int, ...]
     tokenizer: Any
-    """None on ranks other than the main one."""
+    """None on ranks other than the main one, as the template."""
+    template: Template | None
 
     def text(self, ids: Sequence[int]) -> str:
         """Without special tokens; on the main rank."""
@@ -103,14 +104,16 @@ def _rows(run: RunConfig, datasets: Sequence[str]) -> dict[Origin, Row]:
 
 def open_language(run: RunConfig, source: ModelSource, ranks: Ranks) -> Language:
     """Collective. Raises: DataError on every rank."""
-    loaded: list[Any] = []
+    loaded: list[Template] = []
+    data = run.recipe.data
 
     def stops() -> tuple[int, ...]:
-        loaded.append(tokenizers.load(source.tokenizer))
-        return _stop_ids(loaded[0], Template(loaded[0], name=run.recipe.data.template).turn_end())
+        tokenizer = tokenizers.load(source.tokenizer)
+        loaded.append(Template(tokenizer, name=data.template, sanitize_control_tokens=data.sanitize_control_tokens))
+        return _stop_ids(tokenizer, loaded[0].turn_end())
 
     stop_ids = ranks.on_main(stops)
-    return Language(stop_ids, loaded[0] if loaded else None)
+    return Language(stop_ids, loaded[0].tokenizer if loaded else None, loaded[0] if loaded else None)
 
 
 def _stop_ids(tokenizer: Any, turn_end: str | None) -> tuple[int, ...]:

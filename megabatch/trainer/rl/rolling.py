@@ -179,7 +179,11 @@ class _Flat:
     def of(cls, completions: Sequence[Rolled]) -> _Flat:
         lengths = torch.tensor([len(one.ids) for one in completions])
         segments_T = torch.arange(len(lengths)).repeat_interleave(lengths)
-        return cls(completions, Sequences.on_one_rank(segments_T, len(lengths)), torch.ones(len(segments_T)))
+        return cls(
+            completions,
+            Sequences.on_one_rank(segments_T, len(lengths)),
+            torch.from_numpy(np.concatenate([one.mask for one in completions])),
+        )
 
     def values(self, name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([one.tokens[name] for one in self.completions]))

@@ -161,7 +161,7 @@ class GrpoSteps(Steps):
             ids=one.ids.tolist(),
             logps=one.tokens["rollout"].tolist(),
             versions=one.versions.tolist(),
-            mask=[int(learned)] * len(one.ids),
+            mask=[int(learned and part) for part in one.mask.tolist()],
             finish=one.finish,
             rewards=dict(zip(generator.reward_names, one.rewards, strict=True)),
             reward=sum(known) if known else None,

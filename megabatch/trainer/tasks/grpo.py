@@ -27,9 +27,10 @@ from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.rl.batch import Batching
 from megabatch.trainer.rl.evaluation import GrpoEvaluation
 from megabatch.trainer.rl.generating import Generator, Policy, sampling_of
-from megabatch.trainer.rl.prompts import Prompts, open_language, open_prompts
+from megabatch.trainer.rl.prompts import Language, Prompts, open_language, open_prompts
 from megabatch.trainer.rl.rolling import MODEL, Rolling
 from megabatch.trainer.rl.steps import GrpoSteps, Place
+from megabatch.trainer.rl.turns import Turns
 from megabatch.trainer.sync.open import open_rollouts
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.reference import reference_of
@@ -97,6 +98,20 @@ def _generator(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Calla
         positions=run.shape.max_position_embeddings,
         sleep_level=run.recipe.rollout.sleep_level,
         busy=busy,
+        turns=_turns(run, ranks, language),
+    )
+
+
+def _turns(run: RunConfig, ranks: Ranks, language: Language) -> Turns | None:
+    rollout = run.recipe.rollout
+    if not (rollout.multi_turn_scheduler or rollout.gym_env):
+        return None
+    return Turns(
+        ranks=ranks,
+        rollout=rollout,
+        text=language.text,
+        template=language.template,
+        positions=run.shape.max_position_embeddings,
     )
 
 

@@ -29,10 +29,6 @@ def said(one: Recipe) -> list[str]:
     [
         ({"reward_funcs": ("accuracy", "r.py:f"), "reward_weights": (1.0, 0.5)}, None),
         ({"reward_funcs": ("acuracy",)}, "grpo.reward_funcs='acuracy' must be one of accuracy, "),
-        (
-            {"reward_funcs": ("format",), "reward_weights": (1.0, 2.0)},
-            "must have one weight for each of the 1 rew",
-        ),
         ({"reward_funcs": ("a.py:f", "b.py:f")}, "'b.py:f' is a second reward of the name f"),
         (
             {"reward_funcs": ("format",), "cosine_max_len": 9},
