@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megabatch.config.parallel import Parallel
     from megabatch.config.recipe import Recipe
     from megabatch.config.recompute import Recompute
+    from megabatch.config.reranker import Reranker
     from megabatch.config.resources import Resources
     from megabatch.config.rewards import Rewards
     from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
@@ -63,6 +64,7 @@ __all__ = [
     "Precision",
     "Recipe",
     "Recompute",
+    "Reranker",
     "Resources",
     "Rewards",
     "Rlhf",
@@ -98,6 +100,7 @@ _NAMES_OF = {
     "config.parallel": "Parallel",
     "config.recipe": "Recipe",
     "config.recompute": "Recompute",
+    "config.reranker": "Reranker",
     "config.resources": "Resources",
     "config.rewards": "Rewards",
     "config.rlhf": "Dpo Gkd Kto Rlhf Rm",

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+Rows = Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked", "candidates"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
@@ -20,10 +22,13 @@ class Task:
     """The `task`, `rlhf_type` and `task_type` by which a recipe selects it; None matches any value."""
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
-    rows: Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked"] = "conversations"
+    rows: Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked", "candidates"] = (
+        "conversations"
+    )
     """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, two
     conversations with a preferred and a rejected answer, one whose answer is good or bad, a text or turns with a
-    label, a conversation to answer, or a text with others that are like it or not."""
+    label, a conversation to answer, a text with others that are like it or not, or a query with documents that fit it
+    or not."""
     head: int | Literal["num_labels"] | None = None
     """Outputs of the head in place of the output layer: this many (0: the hidden states), or `training.num_labels`;
     None: the output layer."""
@@ -77,7 +82,7 @@ def _head(
     task_type: str,
     head: int | Literal["num_labels"] | None,
     *,
-    rows: Literal["conversations", "labelled", "ranked"] = "conversations",
+    rows: Literal["conversations", "labelled", "ranked", "candidates"] = "conversations",
     built: bool = False,
 ) -> Task:
     return Task(
@@ -101,7 +106,7 @@ TASKS = (
     _rlhf("grpo", rows="prompts", truncation_strategy="left", built=True),
     _head("seq_cls", "num_labels", rows="labelled", built=True),
     _head("embedding", 0, rows="ranked", built=True),
-    _head("reranker", 1),
+    _head("reranker", 1, rows="candidates", built=True),
     _head("generative_reranker", None),
 )
 

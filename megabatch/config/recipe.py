@@ -19,6 +19,7 @@ from megabatch.config.monitoring import Evaluation, Logging
 from megabatch.config.optimization import FP8, LearningRate, Optimizer, Precision
 from megabatch.config.parallel import Parallel
 from megabatch.config.recompute import Recompute
+from megabatch.config.reranker import Reranker
 from megabatch.config.resources import Resources
 from megabatch.config.rewards import Rewards
 from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
@@ -62,6 +63,7 @@ class Recipe:
     kto: Kto = field(default_factory=Kto)
     rm: Rm = field(default_factory=Rm)
     embedding: Embedding = field(default_factory=Embedding)
+    reranker: Reranker = field(default_factory=Reranker)
     grpo: Grpo = field(default_factory=Grpo)
     rewards: Rewards = field(default_factory=Rewards)
     gkd: Gkd = field(default_factory=Gkd)

@@ -65,5 +65,6 @@ READERS: Mapping[str, Reader] = {
     "labelled": _labelled,
     "prompts": _asked,
     "ranked": _ranked,
+    "candidates": _ranked,
 }
 """By the kind of rows of a task (`tasks.Task.rows`)."""

@@ -12,6 +12,7 @@ from megabatch.data.rows.files import Line, Row, parsed
 from megabatch.data.rows.formats import channel_of
 from megabatch.data.rows.preprocess import DROPPED, preprocess_of
 from megabatch.data.tokens import tokenizer
+from megabatch.data.tokens.candidates import Candidates
 from megabatch.data.tokens.chunk import Chunk
 from megabatch.data.tokens.conversations import Conversations
 from megabatch.data.tokens.documents import Documents
@@ -45,10 +46,11 @@ ROWS: Mapping[Rows, _Kind] = {
     "labelled": Labelled,
     "prompts": Prompts,
     "ranked": Ranked,
+    "candidates": Candidates,
 }
 """The encoder of each kind of rows."""
 
-LEARNED_WHOLE: frozenset[Rows] = frozenset({"labelled", "ranked"})
+LEARNED_WHOLE: frozenset[Rows] = frozenset({"labelled", "ranked", "candidates"})
 """Rows whose samples have something to learn as a whole, and not in their tokens."""
 
 

@@ -136,7 +136,7 @@ def chat_of(run: RunConfig, source: ModelSource) -> ChatExport:
     """The tokenizer and the chat template that a run is trained with."""
     rows, template = run.task.rows, run.recipe.data.template
     has_turns = rows != "documents" and (
-        rows not in ("labelled", "ranked") or has_template(source.tokenizer, template)
+        rows not in ("labelled", "ranked", "candidates") or has_template(source.tokenizer, template)
     )
     return ChatExport(source.tokenizer, template, has_turns=has_turns)
 

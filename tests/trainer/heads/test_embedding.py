@@ -32,12 +32,13 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def write_rows(path: Path, *, count: int, seed: int) -> Path:
+def write_rows(path: Path, *, count: int, seed: int, least: int = 0) -> Path:
+    """Args: least: negatives of each row."""
     draw = random.Random(seed)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):
             a, b = draw.randint(0, 99), draw.randint(0, 99)
-            negatives = [str(draw.randint(0, 99)) for _ in range(number % 3)]
+            negatives = [str(draw.randint(0, 99)) for _ in range(least + number % 3)]
             file.write(json.dumps({"query": f"{a} + {b}", "positive": str(a + b), "negatives": negatives}) + "\n")
     return path
 

@@ -1,0 +1,42 @@
+"""Rows with a query and documents: one conversation for each document, which it ends with; they stay together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from megabatch.data.rows.files import Row
+from megabatch.data.rows.formats import Conversation
+from megabatch.data.rows.ranked import Said as Text
+from megabatch.data.rows.ranked import ranked_of
+from megabatch.data.rows.turns import Message
+from megabatch.data.tokens.encoding import Encoding
+from megabatch.data.tokens.labelled import Said
+from megabatch.data.tokens.sample import Item
+
+FITS = "fits"
+"""Column: 1 for a document that fits the query, 0 for another."""
+
+
+class Candidates:
+    """The query as the user's turn and a document as the assistant's, as `apply_chat_template` renders them."""
+
+    def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
+        self._columns, self._said = encoding.columns, Said(tokenizer, encoding)
+
+    def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
+        ranked = [ranked_of(row, columns=self._columns) for row in rows]
+        said = [
+            (row, Conversation([*_turns(of.anchor, "user"), *_turns(document, "assistant")]))
+            for row, of in zip(rows, ranked, strict=True)
+            for document in (*of.positives, *of.negatives)
+        ]
+        places = [str(row.origin) for row, _ in said]
+        encoded = iter(self._said.encode([one for _, one in said], places=places, remarks=remarks))
+        fits = [[1.0] * len(of.positives) + [0.0] * len(of.negatives) for of in ranked]
+        return [[next(encoded)._replace(columns={FITS: one}) for one in item] for item in fits]
+
+
+def _turns(said: Text, role: str) -> list[Message]:
+    return [Message(role, said)] if isinstance(said, str) else said.messages

@@ -1,0 +1,41 @@
+"""Rerankers: a score for how well a document fits a query."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from megabatch.config.run import RunConfig
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.tokens.candidates import FITS
+from megabatch.errors import DataError
+from megabatch.trainer.data.dataset import open_tokens, steps_of
+from megabatch.trainer.exports.of_run import export_of
+from megabatch.trainer.model_source import ModelSource
+from megabatch.trainer.objectives.reranker import Reranker
+from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.tasks.parts import Parts
+
+
+def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
+    """Raises: DataError, also where there is nothing to compare."""
+    group = run.recipe.reranker
+    listwise = group.loss_type == "listwise_reranker"
+    objective = Reranker(temperature=group.listwise_reranker_temperature if listwise else None)
+    tokens = open_tokens(run, source, ranks, busy=busy)
+    require_documents_that_do_not_fit(tokens.train, each=listwise)
+    steps, evaluator = steps_of(run, ranks, tokens, objective)
+    return Parts(steps=steps, objective=objective, evaluator=evaluator, export=export_of(run, source))
+
+
+def require_documents_that_do_not_fit(data: TokenCache, *, each: bool) -> None:
+    """Raises: DataError. Args: each: every query must have one, or else the first without is named."""
+    others = np.add.reduceat((data.columns[FITS] == 0).astype(np.int64), data.items[:-1])
+    lacking = np.flatnonzero(others == 0)
+    if len(lacking) and (each or len(lacking) == len(others)):
+        place = data.place(*data.origins[data.items[lacking[0]]].tolist())
+        raise DataError(
+            f"{place}: the query has no document that does not fit it ({len(lacking):,} of {len(others):,} rows), so "
+            "that there is nothing to compare; add negatives"
+        )
