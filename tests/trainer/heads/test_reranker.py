@@ -22,6 +22,7 @@ RERANKER: dict[str, dict[str, Any]] = {
     "training": {"task_type": "reranker", "train_iters": 3},
     "batch": {"global_batch_size": 4, "micro_batch_size": 2},
     "evaluation": {"eval_interval": 3},
+    "learning_rate": {"lr": 2e-3, "min_lr": 2e-3},
 }
 
 
