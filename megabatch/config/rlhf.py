@@ -13,7 +13,7 @@ from megabatch.config.declare import freeze_lists, param
 class Rlhf:
     """Algorithm and reference model of `task="rlhf"`."""
 
-    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo", built=("dpo", "kto", "rm", "gkd", "grpo"))
+    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo")
     """Algorithm: preferences (dpo, kto), a reward model (rm), rewards (grpo) or distillation (gkd)."""
     ref_load: str | None = param(None, aliases=("mcore_ref_model",))
     """Folder of the reference model's megatron-core checkpoint; None means `load`."""
