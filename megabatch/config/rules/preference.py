@@ -134,13 +134,21 @@ def reference_is_still_there(recipe: Recipe, shape: ModelShape | None, layout: L
         yield Fault("checkpoint.load", recipe.checkpoint.load, rule)
 
 
-def losses_of_pairs_have_no_tokens_of_their_own(
+_OWN_LOSSES = {
+    "dpo": "is one of whole answers",
+    "kto": "is one of whole answers",
+    "gkd": "is over the tokens already",
+    "grpo": "is averaged as loss_type says",
+}
+
+
+def settings_of_next_token_prediction_have_a_use(
     recipe: Recipe, shape: ModelShape | None, layout: Layout | None
 ) -> Iterator[Fault]:
     """Settings of next-token prediction that another loss would ignore."""
-    if recipe.kind is None or recipe.kind.name not in ("dpo", "kto", "gkd"):
+    own = _OWN_LOSSES.get(recipe.kind.name) if recipe.kind is not None else None
+    if recipe.kind is None or own is None:
         return
-    own = "is over the tokens already" if recipe.kind.name == "gkd" else "is one of whole answers"
     for name in ("calculate_per_token_loss", "enable_dft_loss", "enable_channel_loss"):
         if getattr(recipe.training, name):
             rule = f"has no effect with rlhf_type={recipe.kind.name!r}, whose loss {own}"
@@ -155,5 +163,5 @@ RULES = (
     a_temperature_has_a_use,
     reference_is_said_once,
     reference_is_still_there,
-    losses_of_pairs_have_no_tokens_of_their_own,
+    settings_of_next_token_prediction_have_a_use,
 )

@@ -49,6 +49,14 @@ CASES = [
         ["[1, 1, 1, 1]"],
     ),
     (
+        models.new_tokens_begin_at_the_model,
+        "given dense",
+        {"model": {"new_special_tokens": ["<call>"]}, "checkpoint": {"load": "/runs/first"}},
+        {"model": {"new_special_tokens": ["<call>"]}},
+        "checkpoint.load",
+        ["has an embedding of its own", "megabatch-convert --to_hf"],
+    ),
+    (
         models.heads_divide,
         "dense",
         {"model": {"hidden_size": 60}},
