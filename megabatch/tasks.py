@@ -45,6 +45,11 @@ class Task:
     built: bool = False
     """Whether the trainer implements it."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether it trains on completions that it generates itself."""
+        return self.rows == "prompts"
+
 
 _EXAMPLES: Mapping[str, Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels"]] = {
     "conversations": "arithmetic",

@@ -1,6 +1,7 @@
 """GRPO ablations on Qwen2.5-7B as one job array: how the loss is averaged x weight of the KL term x seed.
 
-python recipes/grpo_ablations.py --dry_run      # the table and the array's script; vllm_mode is not built yet
+python recipes/grpo_ablations.py --dry_run      # the table and the array's script; then --submit
+python recipes/grpo_ablations.py --results      # what the runs came to so far, best first
 """
 
 from megabatch import (
@@ -8,6 +9,7 @@ from megabatch import (
     Bridge,
     Checkpoint,
     Data,
+    Evaluation,
     Grpo,
     Kernels,
     LearningRate,
@@ -30,16 +32,17 @@ def recipe() -> Recipe:
         task="rlhf",
         model=Model(model="Qwen/Qwen2.5-7B-Instruct"),
         bridge=Bridge(use_hf=True),
-        data=Data(dataset=["openai/gsm8k"], max_length=2048),
+        data=Data(dataset=["openai/gsm8k:main:train"], val_dataset=["openai/gsm8k:main:test#256"], max_length=512),
         rlhf=Rlhf(rlhf_type="grpo"),
-        grpo=Grpo(num_generations=8, reward_funcs=["accuracy", "format"]),
-        rollout=Rollout(vllm_mode="colocate", vllm_gpu_memory_utilization=0.5, max_completion_length=1024),
+        grpo=Grpo(num_generations=8, num_generations_eval=1, reward_funcs=["accuracy", "repetition"]),
+        rollout=Rollout(temperature=1.0, max_completion_length=512, sleep_level=1),
         batch=Batch(micro_batch_size=4, global_batch_size=128),
         training=Training(train_iters=200),
         parallel=Parallel(tensor_model_parallel_size=2, sequence_parallel=True),
         recompute=Recompute(recompute_granularity="selective"),
         kernels=Kernels(attention_backend="flash"),
         learning_rate=LearningRate(lr=1e-6),
+        evaluation=Evaluation(eval_on_start=True, eval_interval=50),
         checkpoint=Checkpoint(save="megatron_output", save_interval=100, save_total_limit=1),
         resources=Resources(nodes=1, gpus_per_node=8, time="12:00:00"),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megabatch.config.lengths import row_tokens
+from megabatch.config.recipe import Recipe
+from megabatch.config.roles import Role
 from megabatch.data.counts import DataCounts
 from megabatch.data.rows.names import parse
 from megabatch.entry.data_counts import counts_of
@@ -85,17 +87,32 @@ def _layout(launch: Launch) -> str:
 def _batch(launch: Launch) -> str:
     recipe, layout = launch.recipe, launch.layout
     total, micro = recipe.batch.global_batch_size, recipe.batch.micro_batch_size
-    what = "packed rows" if recipe.data.packing else "samples"
     split = f" = micro-batch {micro} x dp {layout.dp} x {layout.num_microbatches} micro-batches" if layout else ""
     length = row_tokens(recipe, launch.model.shape)
     tokens = f"; up to {total * length:,} tokens" if length else ""
-    return f"{total} {what} a step{split}{tokens}"
+    return f"{total} {_items(recipe)} a step{split}{tokens}{_rollout(recipe)}"
+
+
+def _items(recipe: Recipe) -> str:
+    if recipe.kind is not None and recipe.kind.generates:
+        return "completions"
+    return "packed rows" if recipe.data.packing else "samples"
+
+
+def _rollout(recipe: Recipe) -> str:
+    """`; 16 prompts x 8 completions are generated for every step`."""
+    if recipe.kind is None or not recipe.kind.generates:
+        return ""
+    group, steps = recipe.grpo.num_generations, recipe.grpo.steps_per_generation
+    prompts = (recipe.grpo.generation_batch_size or recipe.batch.global_batch_size * steps) // group
+    often = "each step" if steps == 1 else f"every {steps} steps"
+    return f"; {prompts} prompts x {group} completions are generated for {often}"
 
 
 def _length(launch: Launch) -> str:
     recipe, found = launch.recipe, counts_of(launch)
     steps, epochs, batch = recipe.training.train_iters, recipe.training.max_epochs or 1, recipe.batch.global_batch_size
-    items = "packed rows" if recipe.data.packing else "samples"
+    items = _items(recipe)
     if steps is not None:
         drawn = f"{steps:,} steps, which draw {steps * batch:,} {items}"
         return f"{drawn}: {steps * batch / found.items:.2f} epochs of {_amount(found)}" if found else drawn
@@ -128,7 +145,15 @@ def _where(launch: Launch, *, local: bool) -> str:
     cluster = f"cluster {launch.cluster}" if launch.cluster else "the default cluster"
     partition = f", partition {profile.partition}" if profile.partition else ""
     nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
-    return f"{nodes} x {job.tasks_per_node} ranks, {devices} each, {job.time} on {cluster}{partition}"
+    servers = "".join(f"; beside them {_servers(role)}" for role in launch.recipe.roles)
+    return f"{nodes} x {job.tasks_per_node} ranks, {devices} each, {job.time} on {cluster}{partition}{servers}"
+
+
+def _servers(role: Role) -> str:
+    """`1 node x 4 rollout servers, 8 GPUs each`."""
+    nodes = f"{role.nodes} node{'s' if role.nodes > 1 else ''}"
+    servers = f"{role.tasks_per_node} {role.name} server{'s' if role.tasks_per_node > 1 else ''}"
+    return f"{nodes} x {servers}, {f'{role.gpus_per_node} GPUs' if role.gpus_per_node else 'no GPUs'} each"
 
 
 def _estimate(launch: Launch) -> Iterator[str]:
@@ -144,7 +169,9 @@ def _estimate(launch: Launch) -> Iterator[str]:
     taken, has = found.memory.total_gib, f"{gpu.memory_gib:g}"
     room = f"of {has}" if taken <= usable_gib(gpu) else f"of {has}, with less than the usual margin"
     room = room if taken <= gpu.memory_gib else f"and has only {has}"
-    yield f"{gpu.name}: a rank takes {found.memory.total_gib:.1f} GiB {room}; {found.step.total_s:.2f} s a step"
+    kind = launch.recipe.kind
+    step = f"{found.step.total_s:.2f} s a step" + (", and generation" if kind is not None and kind.generates else "")
+    yield f"{gpu.name}: a rank takes {found.memory.total_gib:.1f} GiB {room}; {step}"
 
 
 def _notes(launch: Launch) -> Iterator[str]:

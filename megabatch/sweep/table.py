@@ -106,7 +106,9 @@ def _sum(found: Candidates, arrays: Sequence[JobArray], left: Mapping[str, str])
     parts += _resources([candidate.point.recipe for candidate in kept])
     hours = [gpu_hours(candidate) for candidate in kept]
     if kept and None not in hours:
-        parts.append(f"about {_hours(sum(filter(None, hours)))} GPU-hours")
+        kinds = [candidate.point.recipe.kind for candidate in kept]
+        generation = " and the time to generate" if any(kind and kind.generates for kind in kinds) else ""
+        parts.append(f"about {_hours(sum(filter(None, hours)))} GPU-hours{generation}")
     elif any(_gpus(candidate.point.recipe) for candidate in kept):
         most = sum(_gpus(c.point.recipe) * seconds(c.point.recipe.resources.time) / 3600 for c in kept)
         parts.append(f"at most {_hours(most)} GPU-hours by their time limits")
