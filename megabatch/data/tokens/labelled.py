@@ -11,6 +11,7 @@ from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, renamed
 from megabatch.data.rows.labelled import said_in
 from megabatch.data.rows.labels import label_of
+from megabatch.data.tokens.conversations import template_of
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.fitting import check_column
 from megabatch.data.tokens.plain import PlainTexts
@@ -28,13 +29,7 @@ class Said:
     @cached_property
     def _template(self) -> Template:
         """Made for the first conversation: texts need none. Raises: DataError."""
-        encoding = self._encoding
-        return Template(
-            self._tokenizer,
-            name=encoding.template,
-            sanitize_control_tokens=encoding.sanitize_control_tokens,
-            new_special_tokens=encoding.new_special_tokens,
-        )
+        return template_of(self._tokenizer, self._encoding)
 
     def encode(
         self, said: Sequence[str | Conversation], *, places: Sequence[str], remarks: Counter[str]

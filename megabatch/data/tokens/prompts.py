@@ -8,9 +8,9 @@ from typing import Any
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.prompts import prompt_of
+from megabatch.data.tokens.conversations import template_of
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.sample import Item
-from megabatch.data.tokens.templates import Template
 
 
 class Prompts:
@@ -19,9 +19,7 @@ class Prompts:
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         """Raises: DataError for the template."""
         self._encoding = encoding
-        self._template = Template(
-            tokenizer, name=encoding.template, sanitize_control_tokens=encoding.sanitize_control_tokens
-        )
+        self._template = template_of(tokenizer, encoding)
 
     def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
         settings = self._encoding

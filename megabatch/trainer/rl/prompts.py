@@ -10,10 +10,14 @@ from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.rows import sources
 from megabatch.data.rows.files import Origin, Row
+from megabatch.data.rows.preprocess import preprocess_of
 from megabatch.data.rows.prompts import Asked, prompt_of
+from megabatch.data.run_caches import encoding_of
 from megabatch.data.schedule import Cursor, Schedule
 from megabatch.data.tokens import tokenizer as tokenizers
+from megabatch.data.tokens.conversations import template_of
 from megabatch.data.tokens.templates import Template
+from megabatch.errors import DataError
 from megabatch.trainer.data.dataset import open_tokens
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.ranks import Ranks
@@ -88,28 +92,40 @@ def open_prompts(
     tokens = open_tokens(run, source, ranks, busy=busy)
     data = run.recipe.data
     rows: dict[Origin, Row] = {}
-    ranks.on_main(lambda: rows.update(_rows(run, [*data.dataset, *data.val_dataset])))
+    ranks.on_main(lambda: rows.update(rows_of(run, [*data.dataset, *data.val_dataset])))
     validation = None if tokens.validation is None else Prompts(tokens.validation, rows, run)
     return Prompts(tokens.train, rows, run), validation
 
 
-def _rows(run: RunConfig, datasets: Sequence[str]) -> dict[Origin, Row]:
+def rows_of(run: RunConfig, datasets: Sequence[str]) -> dict[Origin, Row]:
+    """What prompts were made of, by place, as `data.preprocess` left it. Raises: DataError."""
     recipe = run.recipe
+    preprocess = preprocess_of(recipe.data) or (lambda row: [row])
     return {
-        row.origin: row
+        made.origin: made
         for source in sources.resolve(datasets, use_hf=recipe.bridge.use_hf)
         for row in source.rows(seed=recipe.training.seed, shuffle=recipe.data.dataset_shuffle)
+        for made in _at_most_one(preprocess(row), row.origin)
     }
+
+
+def _at_most_one(made: list[Row], origin: Origin) -> list[Row]:
+    """Rewards get the columns of a prompt's row, which is found by its place."""
+    if len(made) > 1:
+        raise DataError(
+            f"{origin}: data.preprocess made {len(made)} rows of it; with rlhf_type='grpo' it may make one, since "
+            "rewards read the columns of a prompt by its place in the file; split the rows beforehand"
+        )
+    return made
 
 
 def open_language(run: RunConfig, source: ModelSource, ranks: Ranks) -> Language:
     """Collective. Raises: DataError on every rank."""
     loaded: list[Template] = []
-    data = run.recipe.data
 
     def stops() -> tuple[int, ...]:
         tokenizer = tokenizers.load(source.tokenizer)
-        loaded.append(Template(tokenizer, name=data.template, sanitize_control_tokens=data.sanitize_control_tokens))
+        loaded.append(template_of(tokenizer, encoding_of(run, source.tokenizer)))
         return _stop_ids(tokenizer, loaded[0].turn_end())
 
     stop_ids = ranks.on_main(stops)

@@ -12,15 +12,24 @@ from rank_server import RankServer
 from runs import curve, metrics, recipe, train, write_run
 
 from megabatch import Grpo, Rlhf, Rollout
+from megabatch.config.run import RunConfig
+from megabatch.errors import DataError
 from megabatch.ledger.reader import Reader
+from megabatch.trainer.rl.prompts import rows_of
 
 REWARDS = """
 def letters(completions, **columns):
     return [len(set(text)) / 10 for text in completions]
 
-def known(completions, solution, **columns):
-    assert all(answer.startswith("It is") for answer in solution)
+def known(completions, solution, tag, **columns):
+    assert all(answer.startswith("It is") for answer in solution) and set(tag) == {"made"}
     return [None if len(text) % 3 == 0 else float(len(text) > 12) for text in completions]
+
+def tagged(row):
+    return {**row, "tag": "made"}
+
+def twice(row):
+    return [row, row]
 """
 SETTINGS: dict[str, Any] = {"num_generations": 4, "steps_per_generation": 2, "beta": 0.1, "num_generations_eval": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
@@ -34,7 +43,14 @@ def grpo_recipe(folder: Path, *, world_size: int = 1, grpo: dict[str, Any] | Non
     file.write_text(REWARDS)
     given = {"batch": {"micro_batch_size": 1, "global_batch_size": 8}, "resources": {"tasks_per_node": world_size}}
     made = recipe(
-        folder, "qwen2", **{**given, "data": {"max_length": 64}, "evaluation": {"eval_interval": 4}, **groups}
+        folder,
+        "qwen2",
+        **{
+            **given,
+            "data": {"max_length": 64, "preprocess": f"{file}:tagged"},
+            "evaluation": {"eval_interval": 4},
+            **groups,
+        },
     )
     names = (f"{file}:letters", f"{file}:known")
     return replace(
@@ -44,6 +60,15 @@ def grpo_recipe(folder: Path, *, world_size: int = 1, grpo: dict[str, Any] | Non
         grpo=Grpo(reward_funcs=names, reward_weights=(1.0, 0.5), **{**SETTINGS, **(grpo or {})}),
         rollout=Rollout(temperature=1.0, max_completion_length=8),
     )
+
+
+def test_a_prompt_has_one_row(tmp_path: Path) -> None:
+    made = grpo_recipe(tmp_path, data={"max_length": 64, "preprocess": f"{tmp_path / 'reward.py'}:twice"})
+    run = RunConfig.load(write_run(made, tmp_path / "run") / "run.json")
+    with pytest.raises(
+        DataError, match=r":1: data.preprocess made 2 rows of it; with rlhf_type='grpo' it may make one"
+    ):
+        rows_of(run, run.recipe.data.dataset)
 
 
 def run_of(ranks: RankServer, folder: Path, name: str, *, world_size: int = 1, **how: Any) -> Path:
