@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Rows = Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked", "candidates"]
+"""What a row of the data is: plain text (its end is learned too), turns that a chat template renders, two
+conversations with a preferred and a rejected answer, one whose answer is good or bad, a text or turns with a label, a
+conversation to answer, a text with others that are like it or not, or a query with documents that fit it or not.
+`data.rows.kinds` reads each kind, and `data.tokens.encoder` encodes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,13 +26,7 @@ class Task:
     """The `task`, `rlhf_type` and `task_type` by which a recipe selects it; None matches any value."""
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
-    rows: Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked", "candidates"] = (
-        "conversations"
-    )
-    """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, two
-    conversations with a preferred and a rejected answer, one whose answer is good or bad, a text or turns with a
-    label, a conversation to answer, a text with others that are like it or not, or a query with documents that fit it
-    or not."""
+    rows: Rows = "conversations"
     head: int | Literal["num_labels"] | None = None
     """Outputs of the head in place of the output layer: this many (0: the hidden states), or `training.num_labels`;
     None: the output layer."""
@@ -51,7 +49,7 @@ class Task:
         return self.rows == "prompts"
 
 
-_EXAMPLES: Mapping[str, Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels"]] = {
+_EXAMPLES: Mapping[Rows, Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels"]] = {
     "conversations": "arithmetic",
     "pairs": "arithmetic_pairs",
     "judged": "arithmetic_labels",
@@ -62,7 +60,7 @@ _EXAMPLES: Mapping[str, Literal["arithmetic", "arithmetic_pairs", "arithmetic_la
 def _rlhf(
     name: str,
     *,
-    rows: Literal["conversations", "pairs", "judged", "prompts"] = "conversations",
+    rows: Rows = "conversations",
     truncation_strategy: Literal["delete", "left"] = "delete",
     streams: bool = False,
     built: bool = False,
@@ -87,7 +85,7 @@ def _head(
     task_type: str,
     head: int | Literal["num_labels"] | None,
     *,
-    rows: Literal["conversations", "labelled", "ranked", "candidates"] = "conversations",
+    rows: Rows = "conversations",
     built: bool = False,
 ) -> Task:
     return Task(

@@ -13,6 +13,7 @@ from megabatch.data.rows.preference import preference_of
 from megabatch.data.rows.prompts import prompt_of
 from megabatch.data.rows.ranked import ranked_of
 from megabatch.data.rows.turns import Message
+from megabatch.tasks import Rows
 
 
 class Reader(Protocol):
@@ -57,7 +58,7 @@ def _ranked(
     return tuple(Conversation([Message("user", one)]) if isinstance(one, str) else one for one in said)
 
 
-READERS: Mapping[str, Reader] = {
+READERS: Mapping[Rows, Reader] = {
     "documents": _one,
     "conversations": _one,
     "pairs": _pair,
@@ -67,4 +68,4 @@ READERS: Mapping[str, Reader] = {
     "ranked": _ranked,
     "candidates": _ranked,
 }
-"""By the kind of rows of a task (`tasks.Task.rows`)."""
+"""The reader of each kind of rows."""

@@ -16,7 +16,7 @@ from megabatch.data.tokens.candidates import Candidates
 from megabatch.data.tokens.chunk import Chunk
 from megabatch.data.tokens.conversations import Conversations
 from megabatch.data.tokens.documents import Documents
-from megabatch.data.tokens.encoding import Encoding, Rows
+from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.judged import JudgedAnswers
 from megabatch.data.tokens.labelled import Labelled
 from megabatch.data.tokens.pairs import Pairs
@@ -24,6 +24,7 @@ from megabatch.data.tokens.prompts import Prompts
 from megabatch.data.tokens.ranked import Ranked
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
 from megabatch.errors import DataError
+from megabatch.tasks import Rows
 
 
 class RowEncoder(Protocol):

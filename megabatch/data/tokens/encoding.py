@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megabatch.config.training import ProblemType
-
-Rows = Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked", "candidates"]
-"""What a row is: a text, with EOS trained too, turns that a chat template renders, two conversations, of which the
-first is preferred, one with an answer that is good or bad, a text or turns with a label, a conversation to answer, a
-text with others that are like it or not, or a query with documents that fit it or not (`tasks.Task.rows`)."""
+from megabatch.tasks import Rows
 
 Truncation = Literal["delete", "left", "right", "split", "raise"]
 """What happens to a sample longer than max_length: drop and count it, cut it at an end or into pieces, or an error."""
