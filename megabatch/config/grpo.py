@@ -116,8 +116,8 @@ class Grpo:
     """The policy's part in a blend; 1 copies it."""
     log_rollout_offpolicy_metrics: bool = param(False)
     """Logs that difference even without a correction."""
-    log_completions: bool = param(False, built=False)
-    """Logs prompts, completions and rewards."""
+    log_completions: bool = param(False)
+    """Sends the four best and worst completions of each step to the tracker of `report_to`; the ledger has all."""
 
     def __post_init__(self) -> None:
         freeze_lists(self)

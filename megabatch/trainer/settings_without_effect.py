@@ -56,6 +56,11 @@ def note_settings_without_effect(recipe: Recipe, *, is_main: bool) -> None:
         default = False if parameter.default is None else parameter.default  # None was derived: nobody asked for False
         if reason is not None and value is not None and value != default:
             logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
+    if recipe.grpo.log_completions and recipe.logging.report_to is None:
+        logger.info(
+            "grpo.log_completions=True has no effect here: without report_to no tracker shows completions; the run "
+            "keeps them all, see `megabatch completions`"
+        )
 
 
 def reason_without_effect(parameter: Parameter, *, is_lora: bool) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -32,6 +32,10 @@ class Tracker(Protocol):
     """An open run of a tracker."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def show(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table; rows have the same columns."""
+        ...
 
     def finish(self) -> None: ...
 
@@ -75,6 +79,12 @@ class Wandb(Tracker):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
 
+    def show(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self._run.log({name: table, "step": step})
+
     def finish(self) -> None:
         self._run.finish()
 
@@ -96,6 +106,11 @@ class Swanlab(Tracker):
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._swanlab.log(dict(values), step=step)
+
+    def show(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """As texts, one for each row: swanlab's tables are charts."""
+        texts = ["\n".join(f"{column}: {value}" for column, value in row.items()) for row in rows]
+        self._swanlab.log({name: [self._swanlab.Text(text) for text in texts]}, step=step)
 
     def finish(self) -> None:
         self._swanlab.finish()

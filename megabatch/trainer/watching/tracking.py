@@ -24,6 +24,7 @@ from typing import Any
 
 from megabatch.config.run import RunConfig
 from megabatch.run_directory import RunDirectory, write_atomic
+from megabatch.trainer.watching.completions import Row, tables
 from megabatch.trainer.watching.sinks import points
 from megabatch.trainer.watching.trackers import TrackedRun, Tracker, open_tracker
 
@@ -34,18 +35,19 @@ INTERVAL_S = 1.0
 
 
 class Delivery:
-    """`tracker.json`: which run of the tracker this is, and how much of metrics.jsonl it has."""
+    """`tracker.json`: which run of the tracker this is, and how much of metrics.jsonl and of the ledger it has."""
 
     def __init__(self, run: RunDirectory) -> None:
-        self._path, self._metrics = run.tracker, run.metrics
+        self._path, self._metrics, self._ledger = run.tracker, run.metrics, run.ledger
         saved: dict[str, Any] = json.loads(run.tracker.read_text()) if run.tracker.exists() else {}
         alphabet = string.ascii_lowercase + string.digits
         self.id: str = saved.get("id") or "".join(secrets.choice(alphabet) for _ in range(21))
         self._read: int = saved.get("read", 0)
+        self._shown: int = saved.get("shown", 0)
         self.note()
 
     def note(self) -> None:
-        write_atomic(self._path, json.dumps({"id": self.id, "read": self._read}) + "\n")
+        write_atomic(self._path, json.dumps({"id": self.id, "read": self._read, "shown": self._shown}) + "\n")
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The whole lines that were not delivered yet; each counts as delivered when the next one is asked for."""
@@ -58,6 +60,13 @@ class Delivery:
                     return
                 yield json.loads(text)
                 self._read += len(text)
+
+    def tables(self, upto: int) -> Iterator[tuple[int, list[Row]]]:
+        """Completions of the steps up to this one that were not delivered yet; counted like `lines`."""
+        for step, rows in tables(self._ledger, after=self._shown, upto=upto):
+            if rows:
+                yield step, rows
+            self._shown = step
 
 
 class Clock:
@@ -82,14 +91,23 @@ class Clock:
         )
 
 
-def follow(delivery: Delivery, tracker: Tracker, clock: Clock) -> None:
-    """Delivers lines as they are written, until the input is closed, and what is left then."""
+def follow(delivery: Delivery, tracker: Tracker, clock: Clock, *, completions: bool = False) -> None:
+    """Delivers lines as they are written, until the input is closed, and what is left then.
+
+    Args: completions: whether to show those of each step too.
+    """
     closed = False
     while not closed:
         closed = bool(select.select([sys.stdin], [], [], INTERVAL_S)[0])
+        newest = 0
         for line in delivery.lines():
             clock.begin()
             tracker.log(line["step"], dict(points(line)))
+            newest = max(newest, line["step"])
+            clock.end()
+        for step, rows in delivery.tables(newest) if completions and newest else ():
+            clock.begin()
+            tracker.show(step, "completions", rows)
             clock.end()
         delivery.note()
     clock.begin()
@@ -115,7 +133,7 @@ def main(arguments: list[str]) -> int:
         clock.begin()
         tracker = open_tracker(package, tracked(run, delivery.id), logger.warning)
         clock.end()
-        follow(delivery, tracker, clock)
+        follow(delivery, tracker, clock, completions=run.recipe.grpo.log_completions)
     except Exception as error:
         logging.getLogger("megabatch.package").exception("%s", package)
         said = str(error).strip().splitlines() or [type(error).__name__]

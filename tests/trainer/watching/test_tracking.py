@@ -7,6 +7,7 @@ import json
 import logging
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import pytest
 from rank_server import RankServer
 from runs import metrics, recipe, train, write_run
 
+from megabatch import Grpo
 from megabatch.config.monitoring import missing_tracker
+from megabatch.ledger.record import Record
+from megabatch.ledger.writer import Ledger
 from megabatch.run_directory import RunDirectory
 from megabatch.trainer.watching.tracker import TrackerProcess
 
@@ -75,6 +79,9 @@ def where_installed(package: str, *values: Any) -> Any:
     return pytest.param(package, *values, marks=pytest.mark.skipif(absent, reason=f"{package} is not installed"))
 
 
+where_wandb_is = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+
+
 def tracked_train(run_dir: str, stop_after: int | None = None) -> int:
     import os
 
@@ -99,6 +106,36 @@ def test_every_metric_arrives_and_a_resumed_run_goes_on(
     assert curves["eval/loss"] == [(m["step"], pytest.approx(m["eval_loss"])) for m in metrics(run, "eval")]
     assert {"train/grad_norm", "train/tokens_per_s", "train/forward_backward_s"} <= curves.keys()
     assert "0.005" in config and "qwen3" in config and str(run) in config
+
+
+def completion(number: int) -> Record:
+    empty: Any = {"prompt_ids": (1,), "ids": (2, 3), "logps": (-1.0, -1.0), "versions": (0, 0), "mask": (1, 1)}
+    reward = None if number == 0 else float(number)
+    return Record(
+        key=f"0/0/{number}", prompt="2+2?", completion=f"it is {number}", finish="stop", rewards={"right": reward},
+        reward=reward, advantage=0.5, **empty,
+    )  # fmt: skip
+
+
+@where_wandb_is
+def test_a_tracker_gets_the_best_and_worst_completions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    made = replace(recipe(tmp_path, "qwen3", logging={"report_to": "wandb"}), grpo=Grpo(log_completions=True))
+    run = RunDirectory(write_run(made, tmp_path / "run"))
+    ledger = Ledger(run.ledger, max_bytes=2**20)
+    for step in (1, 2):
+        ledger.write(step, [completion(number) for number in range(20)])
+        with open(run.metrics, "a") as file:
+            file.write(json.dumps({"kind": "train", "step": step, "loss": 1.0}) + "\n")
+        TrackerProcess("wandb", run, attempt=0).close(failed=False)
+    assert json.loads(run.tracker.read_text())["shown"] == 2
+    files = sorted(run.path.glob("wandb/wandb/offline-run-*/files/media/table/completions_*.table.json"))
+    shown = [json.loads(file.read_text()) for file in files]
+    assert len(shown) == 2, "each step once"
+    for table in shown:
+        assert table["columns"][:5] == ["key", "prompt", "completion", "reward", "reward_right"]
+        assert [row[3] for row in table["data"]] == [19, 18, 17, 16, 4, 3, 2, 1]
+        assert table["data"][0][2] == "it is 19"
 
 
 FAILING = "class Settings:\n    def __init__(self, **k): ...\ndef init(**k): raise RuntimeError('no room\\nat all')\n"
