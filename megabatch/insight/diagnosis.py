@@ -21,6 +21,7 @@ from megabatch.insight.evidence import (
     SEARCHED_BYTES,
     Finding,
     FirstFailure,
+    first_error,
     of_ending,
     of_ranks,
     of_script,
@@ -204,14 +205,16 @@ def _followers(found: Iterable[Finding], blamed: Finding) -> tuple[int, ...]:
 def _of_role(result: Diagnosis, role: re.Match[str], finding: Finding) -> Diagnosis:
     """A server's failure: its name, node and log, and the cause found in that log."""
     log = RunDirectory(result.run).logs / f"{role['name']}_{role['task']}.{result.attempt}.log"
-    named = search(tail(log, SEARCHED_BYTES).decode(errors="replace"), (Source.RANK,))
+    text = tail(log, SEARCHED_BYTES).decode(errors="replace")
+    named = search(text, (Source.RANK,))
+    said = named[1] if named else first_error(text)
     code = _CODE.search(role["what"])
     result = replace(
         result,
         role=f"{role['name']}, task {role['task']}",
         node=role["node"],
         exit_code=int(code[1]) if code else result.exit_code,
-        evidence=f"{finding.text}; its log says: {named[1]}" if named else finding.text,
+        evidence=f"{finding.text}; its log says: {said}" if said else finding.text,
     )
     return _with_end(result, log, None) if log.is_file() else _with_end(result, finding.log, finding.line)
 

@@ -20,8 +20,11 @@ BEGINNING = "megabatch: attempt {attempt} of job "
 """Starts an attempt's part of the batch log."""
 _ANY_BEGINNING = re.compile(rb"^megabatch: attempt (\d+) of job ", re.MULTILINE)
 _ENDED = re.compile(r"^megabatch: (rank \d+ on \S+ failed first|no rank had a word)", re.MULTILINE)
-_ORDINARY = re.compile(r"[\d-]+ [\d:,]+ rank \d+ (INFO|DEBUG) ")
-"""Most lines of a long log, in the trainer's format."""
+_ORDINARY = re.compile(
+    r"[\d-]+ [\d:,]+ rank \d+ (INFO|DEBUG|WARNING) |(\(\S+ pid=\d+\) )?(INFO|DEBUG|WARNING) [\d-]+ [\d:]+ \["
+)
+"""Most lines of a long log, in the trainer's and in vLLM's format: what a program only warns of did not end it."""
+_ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .*\S")
 _ELSEWHERE = re.compile(r"\brank (\d+) failed: ")
 _PREFIX = re.compile(r"^\[rank\d+\]: *")
 """torch's, before tracebacks that it prints itself."""
@@ -127,6 +130,13 @@ def search(text: str, sources: Sequence[Source]) -> tuple[int, str, int] | None:
         if row is not None and (best is None or row < best[0]):
             best = row, line, number
     return best
+
+
+def first_error(text: str) -> str | None:
+    """The first line that names an exception, from that name on; of chained tracebacks it is the root."""
+    lines = (line.strip() for line in text.splitlines())
+    found = (_ERROR.search(line) for line in lines if not _ORDINARY.match(line))
+    return next((match[0] for match in found if match is not None), None)
 
 
 @lru_cache(maxsize=1 << 16)

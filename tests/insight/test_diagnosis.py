@@ -187,6 +187,27 @@ def test_a_dead_server_has_its_name_log_and_own_cause(run: MadeRun, capsys: pyte
     assert "first: role judge, task 1 on n3, exit code 9\n" in out and f"its log says: {OOM}" in out
 
 
+VLLM = """\
+(APIServer pid=57) WARNING 11-26 15:37:43 [system_utils.py:255] Found ulimit of 20000 and failed to automatically \
+increase it. This can cause fd limit errors like `OSError: [Errno 24] Too many open files`
+(VllmWorker-0 pid=98) ERROR 11-26 15:38:06 [multiproc_executor.py:953] Traceback (most recent call last):
+(VllmWorker-0 pid=98) ERROR 11-26 15:38:06 [multiproc_executor.py:953] ValueError: Available memory on node 0 is low.
+(APIServer pid=57) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+def test_a_server_that_never_began_has_the_root_of_its_errors_and_no_warning(run: MadeRun) -> None:
+    run.batch(
+        "megabatch: attempt 0 of job 7 on n[1-2]\n"
+        "megabatch: role rollout, task 0 on n2 ended with exit code 1 before it was ready: logs/rollout_0.0.log\n"
+    )
+    (run.files.logs / "rollout_0.0.log").write_text(VLLM)
+    run.ended(0, 1, 1100)
+    found = diagnose(run.files.path)
+    assert found.cause is not None and found.cause.name == "role" and found.evidence is not None
+    assert found.evidence.endswith("; its log says: ValueError: Available memory on node 0 is low.")
+
+
 def test_a_step_that_could_never_run_once_slurm_forgets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     steps = [{"name": "train", "after": []}, {"name": "export", "after": [["ok", "train"], ["any", "other"]]}]

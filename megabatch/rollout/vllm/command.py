@@ -13,6 +13,8 @@ from megabatch.errors import RolloutError
 
 MODEL = "policy"
 """Name of the served model."""
+CPU_CACHE_BYTES = 1 << 30
+"""Of keys and values on CPUs, where vLLM would take nine tenths of the machine's memory, free or not."""
 WANTED = "0.32"
 """Releases of vLLM whose weight transfer this is written for."""
 
@@ -96,8 +98,13 @@ def _words(name: str, value: Any) -> Sequence[str]:
     return [flag, json.dumps(value) if isinstance(value, dict | list) else str(value)]
 
 
-def server_command(options: ServerOptions) -> list[str]:
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(options)]
+def server_command(options: ServerOptions, more: Sequence[str] = (), *, on_cpus: bool = False) -> list[str]:
+    """Args: more: arguments for vLLM as they are."""
+    words = [*server_arguments(options), *more]
+    names = {word.partition("=")[0].replace("_", "-") for word in words}
+    if on_cpus and not names & {"--gpu-memory-utilization", "--kv-cache-memory-bytes"}:
+        words += _words("kv_cache_memory_bytes", CPU_CACHE_BYTES)
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
 
 
 def server_environment(*, on_cpus: bool) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megabatch.rollout.vllm.command import ServerOptions, server_arguments, server_environment
+from megabatch.rollout.vllm.command import ServerOptions, server_arguments, server_command, server_environment
 from megabatch.rollout.vllm.guard import TOKEN, Guard
 
 
@@ -24,6 +24,18 @@ def test_arguments() -> None:
     ):  # fmt: skip
         assert part in words, words
     assert "--dtype" not in words and "--enforce-eager" not in words and "--seed" not in words
+
+
+def test_a_server_on_cpus_takes_a_bounded_cache_unless_told() -> None:
+    cache = f"--kv-cache-memory-bytes {1 << 30}"
+    assert cache in " ".join(server_command(ServerOptions(model="m"), on_cpus=True))
+    assert cache not in " ".join(server_command(ServerOptions(model="m")))
+    for options, more in (
+        (ServerOptions(model="m", gpu_memory_utilization=0.3), []),
+        (ServerOptions(model="m", more={"kv_cache_memory_bytes": 5}), []),
+        (ServerOptions(model="m"), ["--kv_cache_memory_bytes=5"]),
+    ):
+        assert cache not in " ".join(server_command(options, more, on_cpus=True))
 
 
 def test_threads_of_cpus_are_left_to_the_cluster() -> None:
