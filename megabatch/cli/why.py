@@ -39,6 +39,10 @@ def text(found: Diagnosis) -> str:
     if found.job_id is not None:
         head += f", job {found.job_id}"
     cause = found.cause
+    if cause is None and found.outlived:
+        failed = ", ".join(map(str, found.outlived))
+        head += f"; attempt {failed} failed before that (`--attempt {found.outlived[-1]}` says why)"
+        return "\n".join([head, *_beside(found)])
     if cause is None:
         return "\n".join([f"{head}; none of its attempts is known to have failed", *_beside(found)])
     if found.attempt is not None:

@@ -82,6 +82,8 @@ class Diagnosis:
     """Checkpoints that were found damaged and set aside."""
     bad_nodes: tuple[BadNode, ...] = ()
     """What the job's preflight found."""
+    outlived: tuple[int, ...] = ()
+    """Attempts that failed before one that completed the run."""
 
     def plain(self) -> dict[str, object]:
         """For JSON: the keys that docs/inspecting.md lists."""
@@ -105,6 +107,7 @@ class Diagnosis:
             "last_lines": list(self.last_lines),
             "bad_nodes": [bad.plain() for bad in self.bad_nodes],
             "damaged": [note.describe() for note in self.damaged],
+            "outlived": list(self.outlived),
         }
 
 
@@ -118,6 +121,9 @@ def diagnose(run: Path, *, attempt: int | None = None) -> Diagnosis:
     failed = _failed_attempt(found, attempts, number=attempt)
     base = Diagnosis(run=run, state=found.state, job_id=found.job_id)
     if failed is None:
+        if found.state is State.COMPLETED:
+            codes = {attempt.number: attempt.exit_code for attempt in attempts}
+            base = replace(base, outlived=tuple(n for n, code in codes.items() if code not in (None, *_ENDED_WELL)))
         return _with_notes(_without_attempt(base, found))
     base = replace(base, job_id=failed.job_id, attempt=failed.number, exit_code=failed.exit_code)
     if failed.exit_code in _ENDED_WELL:

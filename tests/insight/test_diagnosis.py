@@ -269,6 +269,18 @@ def test_nothing_failed(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> Non
     assert "none of its attempts is known to have failed" in capsys.readouterr().out
 
 
+def test_a_completed_run_names_the_attempts_that_failed_before(
+    run: MadeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.ended(0, 137, 1100)
+    run.started(1, 1200)
+    run.ended(1, 0, 1300)
+    found = diagnose(run.files.path)
+    assert (found.cause, found.outlived, found.plain()["outlived"]) == (None, (0,), [0])
+    assert main(["why", str(run.files.path)]) == 0
+    assert "completed, job 7; attempt 0 failed before that (`--attempt 0` says why)\n" in capsys.readouterr().out
+
+
 def test_secrets_in_logs_are_masked(
     run: MadeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
