@@ -83,9 +83,9 @@ def test_ordinary_names(name: str) -> None:
     assert not is_secret_name(name)
 
 
-def test_no_parameter_has_a_secrets_name_but_the_one_that_names_a_variable() -> None:
+def test_no_parameter_has_a_secrets_name_but_those_that_name_a_variable() -> None:
     names = {field.name for group in group_types(Recipe).values() for field in fields(group)}
-    assert {name for name in names if is_secret_name(name)} == {"hub_token"}
+    assert {name for name in names if is_secret_name(name)} == {"hub_token", "judge_api_key_variable"}
 
 
 @pytest.mark.parametrize("value", ["", "0", "True", "none", "HF_TOKEN"])

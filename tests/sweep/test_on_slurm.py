@@ -47,14 +47,14 @@ def submit(run: Run, slurm: PrivateCluster, tmp_path: Path) -> Callable[..., Don
 
 
 def _wait(sweep: Path, names: list[str], *states: State) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while any(one.state not in states for one in status([sweep / name for name in names], fresh_s=0)):
         assert time.monotonic() < deadline, status([sweep / name for name in names], fresh_s=0)
         time.sleep(0.1)
 
 
 def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.1)

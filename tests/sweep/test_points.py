@@ -80,7 +80,7 @@ def test_every_fault_is_reported_with_its_fix() -> None:
         "sweep.grid['global_batch_size']=[] is empty; give at least one value",
         "sweep.grid['seed']=3 must be a list of values",
         "sweep.list['0']='x' must be a dictionary of parameters and values",
-        "sweep.list['num_layer'] is not a parameter; try num_layers or mtp_num_layers",
+        "sweep.list['num_layer'] is not a parameter; try num_layers or num_labels",
     ]
 
 

@@ -37,10 +37,15 @@ class Group:
         return flat
 
 
-def open_store(*, port: int = 0, timeout_s: float) -> dist.TCPStore:
+def open_store(*, port: int | None = None, timeout_s: float) -> dist.TCPStore:
     """The trainer's side of the meeting, on a free port unless one is given."""
     return dist.TCPStore(
-        "0.0.0.0", port, None, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+        "0.0.0.0",
+        0 if port is None else port,
+        None,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
     )
 
 

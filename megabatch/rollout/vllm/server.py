@@ -36,12 +36,12 @@ class Server:
         *,
         owner: str,
         device: torch.device,
-        group_port: int = 0,
+        group_port: int | None = None,
         timeout_s: float = 240.0,
         concurrency: int = 64,
     ) -> None:
         """Args: owner: names this trainer in the server's version of the weights; device: that weights are sent from;
-        group_port: where trainer and workers meet, 0 for a free port; concurrency: requests sent at a time."""
+        group_port: where trainer and workers meet, None for a free port; concurrency: requests sent at a time."""
         self.client, self._owner, self._device = client, owner, device
         self._group_port, self._timeout_s = group_port, timeout_s
         self.concurrency = concurrency

@@ -61,5 +61,5 @@ def _wanted(run: RunConfig, device: torch.device) -> Wanted:
         device=device,
         token=os.environ.get(TOKEN),
         timeout_s=rollout.vllm_server_timeout,
-        group_port=rollout.vllm_server_group_port or 0,
+        group_port=rollout.vllm_server_group_port,
     )

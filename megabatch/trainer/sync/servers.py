@@ -29,7 +29,8 @@ class Wanted:
     device: torch.device
     token: str | None
     timeout_s: float
-    group_port: int
+    group_port: int | None
+    """None for a free one."""
 
 
 def open_pool(urls: Sequence[str], wanted: Wanted) -> Pool:

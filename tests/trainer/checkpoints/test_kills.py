@@ -144,12 +144,20 @@ def require_same(run: Path, whole: Path) -> None:
         assert [(step, numbers) for step, numbers in found if numbers != expected[step]] == []
     assert samples(run) == samples(whole)
     assert _files(RunDirectory(run).step(STEPS)) == _files(RunDirectory(whole).step(STEPS))
+    assert _adapters(run) == _adapters(whole)
 
 
 def _files(checkpoint: Path) -> dict[str, Any]:
     manifest = read_manifest(checkpoint)
     assert manifest is not None
-    return {name: file for name, file in manifest.files.items() if name != "trainer.json"}
+    own = ("trainer.json", "adapter_config.json")  # an adapter's names the base, which is a folder of its run
+    return {name: file for name, file in manifest.files.items() if Path(name).name not in own}
+
+
+def _adapters(run: Path) -> list[str]:
+    """What the last checkpoint says of its adapters, with the run's place left out."""
+    files = sorted(RunDirectory(run).step(STEPS).rglob("adapter_config.json"))
+    return [file.read_text().replace(str(run), "RUN") for file in files]
 
 
 @pytest.mark.timeout(7200)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCAB, Models, computed, of_trl, sample, small_model
+from preference_models import VOCAB, Models, computed, of_trl, sample, small_model
 
 from megabatch.data.tokens.sample import Sample
 from megabatch.trainer.objectives.dpo import Dpo, Variant

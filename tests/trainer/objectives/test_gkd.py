@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCAB, Models, computed, of_trl, row_logits, sample, small_model
+from preference_models import VOCAB, Models, computed, of_trl, row_logits, sample, small_model
 
 from megabatch.trainer.objectives.gkd import TEACHER, Gkd, GkdSettings, divergence
 from megabatch.trainer.pack import Pack, collate

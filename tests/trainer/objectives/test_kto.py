@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import VOCAB, Models, computed, of_trl, sample, small_model
+from preference_models import VOCAB, Models, computed, of_trl, sample, small_model
 
 from megabatch.data.tokens.sample import Sample
 from megabatch.trainer.objectives.kto import Kto, KtoSettings
