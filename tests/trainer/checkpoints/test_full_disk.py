@@ -58,8 +58,9 @@ def test_a_checkpoint_that_does_not_fit(small_disk: SmallDisk, ranks: RankServer
     run = write_run(recipe(tmp_path, **groups), small_disk(room / MIB) / "run")
     said = ranks.run(train_or_say, world_size=2, run_dir=str(run))
     assert all(text.startswith("the checkpoint of step 4 was not saved: ") for text in said), said
-    # a writer in C, or in a process of its own, may report the full disk in other words; what is free is said then
-    why = ("No space left on device", " MiB are free there")
+    # megatron-core 0.19 tells the kind of an error in a process of its own, not its words; torch's writer of archives
+    # may notice that fewer bytes arrived before it looks at the error
+    why = ("No space left on device", "OSError'>; 0 MiB are free there", "unexpected pos ")
     assert any(f"{run}/checkpoints/" in text and any(word in text for word in why) for text in said), said
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000002"]
     assert (run / "checkpoints" / "latest").read_text() == "step_00000002\n"
