@@ -8,7 +8,7 @@ from megabatch.errors import RewardError
 from megabatch.insight import page
 from megabatch.insight.masking import Masker
 from megabatch.ledger.reader import Reader
-from megabatch.ledger.record import Record
+from megabatch.ledger.record import Record, best_and_worst
 from megabatch.run_directory import RunDirectory
 
 SHOWN = 2
@@ -25,8 +25,7 @@ def completions(run: Path, label: str, mask: Masker) -> str:
         records = reader.records(step)
     except (RewardError, IndexError):
         return ""
-    known = sorted((one for one in records if one.reward is not None), key=lambda one: -(one.reward or 0.0))
-    shown = known if len(known) <= 2 * SHOWN else [*known[:SHOWN], *known[-SHOWN:]]
+    shown = best_and_worst(records, SHOWN)
     header = ("Reward", "Of which", "Tokens", "Prompt", "Completion")
     table = page.table(header, [_row(one, mask) for one in shown], caption=f"Completions of {label}")
     return page.section(f"Best and worst completions of {label} at step {step}", table if shown else "")

@@ -39,6 +39,12 @@ class Record:
     """Further plain values of the step's choosing, such as the place of the row in the data."""
 
 
+def best_and_worst(records: Sequence[Record], each: int) -> list[Record]:
+    """The `each` completions with the highest and the lowest rewards, best first; those without one are left out."""
+    known = sorted((one for one in records if one.reward is not None), key=lambda one: -(one.reward or 0.0))
+    return known if len(known) <= 2 * each else [*known[:each], *known[-each:]]
+
+
 _PLAIN = ("key", "prompt", "completion", "finish", "rewards", "reward", "advantage", "extra")
 _ARRAYS = {"prompt_ids": "I", "ids": "I", "logps": "f"}
 _RUNS = ("versions", "mask")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megabatch.errors import RewardError
 from megabatch.ledger.reader import Reader
-from megabatch.ledger.record import Record
+from megabatch.ledger.record import Record, best_and_worst
 
 EACH = 4
 """Of the best, and of the worst: the ledger has the rest."""
@@ -25,14 +25,9 @@ def tables(ledger: Path, *, after: int, upto: int) -> Iterator[tuple[int, list[R
     for step in reader.steps:
         if after < step <= upto:
             try:
-                yield step, [_row(one) for one in _shown(reader.records(step))]
+                yield step, [_row(one) for one in best_and_worst(reader.records(step), EACH)]
             except RewardError:
                 continue  # damaged, which `megabatch completions --check` names
-
-
-def _shown(records: Sequence[Record]) -> list[Record]:
-    known = sorted((one for one in records if one.reward is not None), key=lambda one: -(one.reward or 0.0))
-    return known if len(known) <= 2 * EACH else [*known[:EACH], *known[-EACH:]]
 
 
 def _row(one: Record) -> Row:
