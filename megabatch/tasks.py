@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Rows = Literal["documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked", "candidates"]
+Rows = Literal[
+    "documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked", "candidates", "yes_no"
+]
 """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, two
 conversations with a preferred and a rejected answer, one whose answer is good or bad, a text or turns with a label, a
-conversation to answer, a text with others that are like it or not, or a query with documents that fit it or not.
+conversation to answer, a text with others that are like it or not, or a query with documents that fit it or not, as
+conversations that end with the document or that ask about it.
 `data.rows.kinds` reads each kind, and `data.tokens.encoder` encodes it."""
 
 
@@ -110,7 +113,7 @@ TASKS = (
     _head("seq_cls", "num_labels", rows="labelled", built=True),
     _head("embedding", 0, rows="ranked", built=True),
     _head("reranker", 1, rows="candidates", built=True),
-    _head("generative_reranker", None),
+    _head("generative_reranker", None, rows="yes_no", built=True),
 )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megabatch.config.declare import param
-from megabatch.tasks import TASKS
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
@@ -43,9 +42,7 @@ class Training:
 
     None means False for rlhf and for a `task_type` other than causal_lm, otherwise True.
     """
-    task_type: Literal["causal_lm", "seq_cls", "embedding", "reranker", "generative_reranker"] = param(
-        "causal_lm", built=tuple(dict.fromkeys(task.task_type for task in TASKS if task.built))
-    )
+    task_type: Literal["causal_lm", "seq_cls", "embedding", "reranker", "generative_reranker"] = param("causal_lm")
     """What the model is trained to do."""
     num_labels: int | None = param(None, at_least=1)
     """Labels of a sequence classifier (`task_type` seq_cls)."""

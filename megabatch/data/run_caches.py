@@ -60,6 +60,7 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
         problem_type=recipe.training.problem_type,
         num_labels=recipe.training.num_labels,
         channels=recipe.training.enable_channel_loss,
+        instruction=recipe.reranker.generative_reranker_instruction if run.task.rows == "yes_no" else "",
         mismatches=run.task.name == "kto" and recipe.kto.uses_kl,
         sanitize_control_tokens=data.sanitize_control_tokens,
         new_special_tokens=tuple(recipe.model.new_special_tokens),

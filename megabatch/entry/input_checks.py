@@ -54,7 +54,8 @@ def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
         counts[name.text] = _rows(check, name)
 
     rows = list(_datasets(recipe, count)) or _too_few(recipe, [counts.get(text) for text in recipe.data.dataset])
-    return [*rows, *_tokenizer(recipe, model, tokenizer.check_readable), *_weights(recipe, model)]
+    readable = list(_tokenizer(recipe, model, tokenizer.check_readable))
+    return [*rows, *(readable or _answers(recipe, model)), *_weights(recipe, model)]
 
 
 def unwritable(run_directory: Path) -> list[Fault]:
@@ -194,14 +195,37 @@ def _nearest_folder(path: Path) -> str:
 
 
 def _tokenizer(recipe: Recipe, model: FoundModel, check: Callable[[Path], None]) -> Iterator[Fault]:
-    name = recipe.model.tokenizer
-    folder = model.folder if name is None else Path(name).expanduser()
-    if folder is None or (name is not None and not folder.is_dir() and is_hub_name(name)):
+    folder = _tokenizer_folder(recipe, model)
+    if folder is None:
         return
     try:
         check(folder)
     except DataError as error:
         yield fault_of("model.tokenizer", error)
+
+
+def _tokenizer_folder(recipe: Recipe, model: FoundModel) -> Path | None:
+    """None for one that is not here: of a hub, or trained on the data of a new model."""
+    name = recipe.model.tokenizer
+    folder = model.folder if name is None else Path(name).expanduser()
+    return None if name is not None and folder is not None and not folder.is_dir() and is_hub_name(name) else folder
+
+
+def _answers(recipe: Recipe, model: FoundModel) -> list[Fault]:
+    """Of a task whose answers are tokens, the faults of those that the tokenizer does not have."""
+    folder = _tokenizer_folder(recipe, model)
+    if folder is None or recipe.kind is None or recipe.kind.rows != "yes_no":
+        return []
+    entries, group = tokenizer.entries(folder), recipe.reranker
+    answers = {
+        "generative_reranker_positive_token": group.generative_reranker_positive_token,
+        "generative_reranker_negative_token": group.generative_reranker_negative_token,
+    }
+    return [
+        Fault(f"reranker.{name}", token, tokenizer.NO_ENTRY)
+        for name, token in answers.items()
+        if entries is not None and token not in entries
+    ]
 
 
 def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:

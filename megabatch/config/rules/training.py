@@ -322,7 +322,7 @@ def _kind_of_labels(recipe: Recipe) -> Iterator[Fault]:
 def scores_are_of_samples(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """Their loss is a mean over samples; what concerns tokens has no meaning for them."""
     training, kind = recipe.training, recipe.kind
-    if kind is None or (kind.rows != "labelled" and kind.head is None):
+    if kind is None or (kind.rows != "yes_no" and kind.head is None):
         return
     why = f"concerns the loss of tokens, and {kind.name} has one loss for each sample"
     if training.calculate_per_token_loss:
@@ -332,6 +332,20 @@ def scores_are_of_samples(recipe: Recipe, shape: ModelShape | None, layout: Layo
     for name in ("enable_dft_loss", "enable_channel_loss"):
         if getattr(training, name):
             yield Fault(f"training.{name}", True, why, try_=(False,))
+
+
+def answers_differ_and_are_asked_for(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    kind, group = recipe.kind, recipe.reranker
+    if kind is None or kind.rows != "yes_no":
+        return
+    if group.generative_reranker_positive_token == group.generative_reranker_negative_token:
+        rule = "is also generative_reranker_negative_token; the answers must differ"
+        yield Fault("reranker.generative_reranker_positive_token", group.generative_reranker_positive_token, rule)
+    if recipe.data.truncation_strategy == "right":
+        rule = "cuts off the end of a document's conversation, where the answer begins"
+        yield Fault("data.truncation_strategy", "right", rule, try_=("delete", "left"))
 
 
 def embeddings_are_consistent(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -408,6 +422,7 @@ RULES = (
     loss_scale_has_a_range,
     task_and_algorithm_agree,
     scores_are_of_samples,
+    answers_differ_and_are_asked_for,
     embeddings_are_consistent,
     backend_fits_the_device,
     seq_length_says_nothing_else,

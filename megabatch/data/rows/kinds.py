@@ -13,6 +13,7 @@ from megabatch.data.rows.preference import preference_of
 from megabatch.data.rows.prompts import prompt_of
 from megabatch.data.rows.ranked import ranked_of
 from megabatch.data.rows.turns import Message
+from megabatch.data.rows.yes_no import questions_of
 from megabatch.tasks import Rows
 
 
@@ -58,6 +59,12 @@ def _ranked(
     return tuple(Conversation([Message("user", one)]) if isinstance(one, str) else one for one in said)
 
 
+def _questions(
+    row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None
+) -> Sequence[Conversation]:
+    return [one.conversation for one in questions_of(row, columns=columns, system=system)]
+
+
 READERS: Mapping[Rows, Reader] = {
     "documents": _one,
     "conversations": _one,
@@ -67,5 +74,6 @@ READERS: Mapping[Rows, Reader] = {
     "prompts": _asked,
     "ranked": _ranked,
     "candidates": _ranked,
+    "yes_no": _questions,
 }
 """The reader of each kind of rows."""

@@ -23,6 +23,7 @@ from megabatch.data.tokens.pairs import Pairs
 from megabatch.data.tokens.prompts import Prompts
 from megabatch.data.tokens.ranked import Ranked
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
+from megabatch.data.tokens.yes_no import YesNo
 from megabatch.errors import DataError
 from megabatch.tasks import Rows
 
@@ -48,10 +49,11 @@ ROWS: Mapping[Rows, _Kind] = {
     "prompts": Prompts,
     "ranked": Ranked,
     "candidates": Candidates,
+    "yes_no": YesNo,
 }
 """The encoder of each kind of rows."""
 
-LEARNED_WHOLE: frozenset[Rows] = frozenset({"labelled", "ranked", "candidates"})
+LEARNED_WHOLE: frozenset[Rows] = frozenset({"labelled", "ranked", "candidates", "yes_no"})
 """Rows whose samples have something to learn as a whole, and not in their tokens."""
 
 

@@ -38,6 +38,8 @@ class Encoding:
     problem_type: ProblemType | None = None
     """Form of the labels, for rows that have one."""
     num_labels: int | None = None
+    instruction: str = ""
+    """What a generative reranker asks of documents, for rows that are asked about with yes or no."""
     mismatches: bool = False
     """Whether each labelled answer is followed by a mismatched one."""
     sanitize_control_tokens: bool = True

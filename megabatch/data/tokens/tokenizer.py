@@ -60,6 +60,29 @@ def check_readable(folder: Path | str) -> None:
             raise DataError(f"model.tokenizer: {path} is not valid JSON ({e}); download it again") from e
 
 
+NO_ENTRY = "is no entry of the tokenizer's vocabulary; name one as tokenizer.json spells it"
+
+
+def entry(tokenizer: Any, token: str, *, field: str) -> int:
+    """The id of an entry of the vocabulary. Args: field: the parameter that names it. Raises: DataError."""
+    index = tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(index, int) or tokenizer.convert_ids_to_tokens(index) != token:
+        raise DataError(f"{field}={token!r} {NO_ENTRY}")
+    return index
+
+
+def entries(folder: Path | str) -> set[str] | None:
+    """All entries of the vocabulary, read without any package; None where tokenizer.json is missing."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_bytes())
+    vocabulary = found.get("model", {}).get("vocab", [])
+    return {*(one if isinstance(one, str) else one[0] for one in vocabulary)} | {
+        one["content"] for one in found.get("added_tokens", [])
+    }
+
+
 def backend(tokenizer: Any) -> Any:
     """The Rust tokenizer, without the truncation and padding that its file may ask for."""
     tokenizer("", add_special_tokens=False)  # resets both, and how special tokens are read

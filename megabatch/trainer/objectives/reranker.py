@@ -20,6 +20,7 @@ from megabatch.trainer.readouts.scores import Scores
 if TYPE_CHECKING:
     from megabatch.trainer.pack import Pack
 
+SCORE = Scores(1)
 FIRST = 10
 """NDCG counts the first so many documents."""
 
@@ -35,11 +36,10 @@ class Reranker(Objective):
     """
 
     metrics: tuple[str, ...] = ("loss", "mrr", "ndcg")
-    readout: Readout = Scores(1)
 
-    def __init__(self, *, temperature: float | None) -> None:
-        """Args: temperature: of the listwise loss; None for the pointwise one."""
-        self._temperature = temperature
+    def __init__(self, readout: Readout = SCORE, *, temperature: float | None) -> None:
+        """Args: readout: gives `scores` [N, 1]; temperature: of the listwise loss; None for the pointwise one."""
+        self.readout, self._temperature = readout, temperature
         self.norm = Norm.SEQUENCES if temperature is None else Norm.ITEMS
 
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:

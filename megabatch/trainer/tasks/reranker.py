@@ -15,14 +15,23 @@ from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.reranker import Reranker
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.readouts.readout import Readout
+from megabatch.trainer.readouts.scores import Scores
 from megabatch.trainer.tasks.parts import Parts
 
 
 def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
     """Raises: DataError, also where there is nothing to compare."""
+    return parts_with(Scores(1), run, source, ranks, busy=busy)
+
+
+def parts_with(
+    readout: Readout, run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]
+) -> Parts:
+    """Args: readout: where a document's score is read. Raises: as above."""
     group = run.recipe.reranker
     listwise = group.loss_type == "listwise_reranker"
-    objective = Reranker(temperature=group.listwise_reranker_temperature if listwise else None)
+    objective = Reranker(readout, temperature=group.listwise_reranker_temperature if listwise else None)
     tokens = open_tokens(run, source, ranks, busy=busy)
     require_documents_that_do_not_fit(tokens.train, each=listwise)
     steps, evaluator = steps_of(run, ranks, tokens, objective)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megabatch.config.run import RunConfig
-from megabatch.trainer.tasks import dpo, embedding, gkd, grpo, kto, reranker, rm, seq_cls, sft
+from megabatch.trainer.tasks import dpo, embedding, generative_reranker, gkd, grpo, kto, reranker, rm, seq_cls, sft
 from megabatch.trainer.tasks.parts import Opener
 
 OPENERS: Mapping[str, Opener] = {
@@ -19,6 +19,7 @@ OPENERS: Mapping[str, Opener] = {
     "seq_cls": seq_cls.parts,
     "embedding": embedding.parts,
     "reranker": reranker.parts,
+    "generative_reranker": generative_reranker.parts,
 }
 """By `Task.name`, one for each implemented task."""
 

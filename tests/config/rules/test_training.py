@@ -582,6 +582,22 @@ CASES = [
         "resources.time",
         ["hours:minutes:seconds"],
     ),
+    (
+        training.answers_differ_and_are_asked_for,
+        "dense",
+        {"training": {"task_type": "generative_reranker"}, "data": {"truncation_strategy": "right"}},
+        {"training": {"task_type": "generative_reranker"}, "data": {"truncation_strategy": "left"}},
+        "data.truncation_strategy",
+        ["where the answer begins"],
+    ),
+    (
+        training.answers_differ_and_are_asked_for,
+        "dense",
+        {"training": {"task_type": "generative_reranker"}, "reranker": {"generative_reranker_negative_token": "yes"}},
+        {"training": {"task_type": "generative_reranker"}},
+        "reranker.generative_reranker_positive_token",
+        ["the answers must differ"],
+    ),
 ]
 
 
