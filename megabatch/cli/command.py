@@ -85,6 +85,16 @@ def _of_runs(commands: _Commands) -> None:
     completions.add_argument("--json", action="store_true", help="one JSON object a line, with tokens, for programs")
     completions.add_argument("--check", action="store_true", help="read all of it; exit code 1 if anything is missing")
 
+    replay = commands.add_parser(
+        "replay", help="repeat one update of GRPO on one process, and compare it with the run's"
+    )
+    replay.add_argument("run", type=Path, metavar="RUN")
+    replay.add_argument("--step", type=_count, required=True, help="which step; the checkpoint before it is needed")
+    replay.add_argument(
+        "--tolerance", type=float, help="largest relative difference (default: 1e-5 in float32, wider in 16 bits)"
+    )
+    replay.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
     logs = commands.add_parser("logs", help="print a rank's log")
     logs.add_argument("run", type=Path, metavar="RUN")
     logs.add_argument("-f", "--follow", action="store_true", help="follow the log until the run ends")
@@ -235,6 +245,12 @@ def _completions(options: argparse.Namespace, _: list[str]) -> int:
     return show_completions(options.run, asked)
 
 
+def _replay(options: argparse.Namespace, _: list[str]) -> int:
+    from megabatch.cli.replay import replay
+
+    return replay(options.run, step=options.step, tolerance=options.tolerance, as_json=options.json)
+
+
 def _logs(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.jobs import show_logs
 
@@ -324,6 +340,7 @@ _COMMANDS = {
     "diff": _diff,
     "report": _report,
     "completions": _completions,
+    "replay": _replay,
     "logs": _logs,
     "cancel": _cancel,
     "resume": _resume,

@@ -35,6 +35,8 @@ class Record:
     reward: float | None
     """The weighted sum."""
     advantage: float
+    columns: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Further numbers of each token by name, such as the old policy's log-probabilities; kept as fp32."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further plain values of the step's choosing, such as the place of the row in the data."""
 
@@ -62,16 +64,19 @@ def encode(records: Sequence[Record]) -> bytes:
         line["rewards"] = {name: _or_none(value) for name, value in record.rewards.items()}
         line |= {name: _runs(getattr(record, name)) for name in _RUNS}
         line["lengths"] = [len(getattr(record, name)) for name in _ARRAYS]
+        line["columns"] = list(record.columns)
         lines.append(line)
         for name, kind in _ARRAYS.items():
             values = getattr(record, name)
             arrays += struct.pack(f"<{len(values)}{kind}", *values)
+        for values in record.columns.values():
+            arrays += struct.pack(f"<{len(record.ids)}f", *values)
     text = json.dumps(lines, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
     return _LENGTH.pack(len(text)) + text + arrays
 
 
 def decode(content: bytes) -> Iterator[Record]:
-    """The records of `encode`; those with NaN rewards have None there."""
+    """The records of `encode`, by this version or one before; those with NaN rewards have None there."""
     (size,) = _LENGTH.unpack_from(content)
     place = _LENGTH.size + size
     for line in json.loads(content[_LENGTH.size : place].decode("utf-8", "surrogatepass")):
@@ -80,6 +85,10 @@ def decode(content: bytes) -> Iterator[Record]:
         for (name, kind), length in zip(_ARRAYS.items(), line["lengths"], strict=True):
             form = struct.Struct(f"<{length}{kind}")
             values[name] = form.unpack_from(content, place)
+            place += form.size
+        form, values["columns"] = struct.Struct(f"<{len(values['ids'])}f"), {}
+        for name in line.get("columns", ()):
+            values["columns"][name] = form.unpack_from(content, place)
             place += form.size
         yield Record(**values)
 

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     try:
         run = RunConfig.load(RunDirectory(Path(arguments[0])).run_json)
         _configure_logging(run)
-        _prepare_device(run)
+        prepare_device(run)
         from megabatch.trainer.loop import train
 
         return train(run, stop, activity)
@@ -42,7 +42,7 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _prepare_device(run: RunConfig) -> None:
+def prepare_device(run: RunConfig) -> None:
     """Sets what must be set before the first use of torch or CUDA in this process."""
     if not run.recipe.resources.gpus_per_node:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run on CPUs is one, whatever the machine has

@@ -20,6 +20,9 @@ from megabatch.trainer.pack import Pack
 from megabatch.trainer.readouts.tokens import Tokens
 from megabatch.trainer.steps import State, Step
 
+LEARNED_WITH = (OLD, REFERENCE, CORRECTION)
+"""Numbers of a completion's tokens that the loss uses, where a round has them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batching:
@@ -65,7 +68,7 @@ class Batching:
     def _encoded(self, one: Rolled) -> Encoded:
         before: np.ndarray = np.zeros(len(one.prompt), np.float32)
         learned: np.ndarray = one.mask * np.float32(not (self.filters_cut_off and one.is_cut_off))
-        names = [name for name in (OLD, REFERENCE, CORRECTION) if name in one.tokens]
+        names = [name for name in LEARNED_WITH if name in one.tokens]
         return Encoded(
             np.concatenate([one.prompt, one.ids]).astype(np.int32),
             np.concatenate([before, learned]),

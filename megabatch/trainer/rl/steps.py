@@ -16,6 +16,7 @@ from megabatch.rl.rounds import Rolled, Round
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.rl.batch import LEARNED_WITH
 from megabatch.trainer.rl.rolling import Rolling, measured
 from megabatch.trainer.steps import State, Step, Steps
 from megabatch.trainer.sums import Ratio
@@ -166,6 +167,7 @@ class GrpoSteps(Steps):
             rewards=dict(zip(generator.reward_names, one.rewards, strict=True)),
             reward=sum(known) if known else None,
             advantage=one.advantage,
+            columns={name: one.tokens[name].tolist() for name in LEARNED_WITH if name in one.tokens},
             extra={"place": one.place},
         )
 

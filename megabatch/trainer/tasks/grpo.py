@@ -53,7 +53,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         prompts=train,
         schedule=schedule,
         generator=generator,
-        batching=_batching(run, ranks),
+        batching=batching_of(run, ranks),
         temperature=rollout.temperature,
     )
     steps = GrpoSteps(
@@ -67,13 +67,17 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
     )
     return Parts(
         steps=steps,
-        objective=GrpoObjective(
-            grpo, temperature=rollout.temperature, max_completion_length=rollout.max_completion_length
-        ),
+        objective=objective_of(run),
         evaluator=_evaluation(run, validation, generator),
         export=export_of(run, source),
         frozen={MODEL: reference_of(run, source, ranks)} if grpo.beta > 0 else {},
     )
+
+
+def objective_of(run: RunConfig) -> GrpoObjective:
+    """The run's loss."""
+    grpo, rollout = run.recipe.grpo, run.recipe.rollout
+    return GrpoObjective(grpo, temperature=rollout.temperature, max_completion_length=rollout.max_completion_length)
 
 
 def _generator(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Generator:
@@ -115,7 +119,8 @@ def _turns(run: RunConfig, ranks: Ranks, language: Language) -> Turns | None:
     )
 
 
-def _batching(run: RunConfig, ranks: Ranks) -> Batching:
+def batching_of(run: RunConfig, ranks: Ranks) -> Batching:
+    """How the run's completions become rows."""
     grpo = run.recipe.grpo
     return Batching(
         share=share_of(run, ranks),

@@ -1,0 +1,129 @@
+"""`megabatch replay`: an update of a run on several ranks, repeated on one process from the ledger."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_server import RankServer
+from runs import metrics, recipe, train, with_fields, write_run
+from test_grpo_runs import grpo_recipe
+
+from megabatch.cli import replay as command
+from megabatch.cli.command import main
+from megabatch.config.run import RunConfig
+from megabatch.errors import CheckpointError, ConfigError, RewardError
+from megabatch.ledger.reader import Reader
+from megabatch.ledger.segments import segments
+from megabatch.ledger.writer import Ledger
+from megabatch.trainer import replay
+
+EVERY_STEP = {"save_interval": 1, "async_save": False}
+
+
+def moe_recipe(folder: Path, **grpo: Any) -> Any:
+    """tp2, and two packs a micro-batch, for balancing losses that depend on them."""
+    made = grpo_recipe(folder, world_size=2, grpo=grpo)
+    other = recipe(folder, "qwen3_moe")
+    return with_fields(
+        replace(made, model=other.model, moe=replace(other.moe, moe_aux_loss_coeff=0.01)),
+        parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        batch={"micro_batch_size": 2, "global_batch_size": 8},
+        checkpoint=EVERY_STEP,
+        evaluation={"eval_iters": 0},
+        training={"train_iters": 3},
+    )
+
+
+def repeated(run_dir: str, steps: list[int]) -> list[dict[str, float | None]]:
+    """What the program prints, for several steps in one process."""
+    found = []
+    for step in steps:
+        run = RunConfig.load(Path(run_dir) / "run.json")
+        result = replay.replayed(run, replay.in_one_process(run, gpus=0), step)
+        found.append({name: ratio.value for name, ratio in result.metrics.items()} | {"grad_norm": result.grad_norm})
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replay")
+    made = write_run(moe_recipe(folder), folder / "run")
+    assert set(ranks.run(train, world_size=2, run_dir=str(made))) == {0}
+    return made
+
+
+@pytest.fixture
+def here(ranks: RankServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program's work in a process that has imported torch already."""
+
+    def in_server(folder: Path, step: int) -> dict[str, float | None]:
+        found: dict[str, float | None] = ranks.run(repeated, world_size=1, run_dir=str(folder), steps=[step])[0][0]
+        return found
+
+    monkeypatch.setattr(command, "_repeated", in_server)
+
+
+def test_every_update_of_two_ranks_is_repeated_by_one(ranks: RankServer, run: Path) -> None:
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    found = ranks.run(repeated, world_size=1, run_dir=str(run), steps=[1, 2, 3])[0]
+    config = RunConfig.load(run / "run.json")
+    for logged, numbers in zip(metrics(run), found, strict=True):
+        lines = command.compared(logged, numbers, config, tolerance=None)
+        assert [line.name for line in lines[:2]] == ["loss", "grad_norm"] and {"kl", "ratio"} <= set(numbers)
+        assert all(line.passes for line in lines), lines
+        assert all(line.difference < 1e-4 for line in lines if line.name in ("ratio", "kl")), lines
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before, "the run's folder is the run's"
+
+
+def test_the_command_compares_in_a_process_of_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(run), "--step", "2", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["passes"] and [line["name"] for line in said["numbers"][:2]] == ["loss", "grad_norm"]
+    assert all(line["difference"] <= line["allowed"] == 1e-5 for line in said["numbers"][:2])
+
+
+def test_other_completions_are_another_update(
+    here: None, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    text = (copy / "run.json").read_text().replace(json.dumps(str(run)), json.dumps(str(copy)))
+    (copy / "run.json").write_text(text)
+    records = list(Reader(copy / "ledger").records(3))
+    records[0] = replace(records[0], advantage=records[0].advantage + 1e-2)
+    Ledger(copy / "ledger", max_bytes=2**30).write(3, records)
+    assert main(["replay", str(copy), "--step", "3"]) == 1
+    assert "NOT within 1e-05" in capsys.readouterr().out
+    assert main(["replay", str(copy), "--step", "3", "--tolerance", "0.5"]) == 0
+    assert "within 5e-01" in capsys.readouterr().out
+
+
+def test_what_cannot_be_replayed_says_what_can(here: None, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step_00000001")
+    with pytest.raises(CheckpointError, match=r"step_00000001 does not exist; the nearest .*: 1, 3"):
+        command.replay(copy, step=2, tolerance=None, as_json=False)
+    with pytest.raises(RewardError, match="step 9 is not in the ledger, which has steps 1 to 3"):
+        command.replay(copy, step=9, tolerance=None, as_json=False)
+    shutil.rmtree(copy / "checkpoints" / "step_00000002" / "mcore")
+    with pytest.raises(CheckpointError, match=r"step_00000002 has no state to resume from; .*: 1$"):
+        command.replay(copy, step=3, tolerance=None, as_json=False)
+
+
+def test_a_run_that_cannot_be_repeated_is_refused(run: Path) -> None:
+    config = RunConfig.load(run / "run.json")
+    recipe = replace(config.recipe, tuner=replace(config.recipe.tuner, tuner_type="lora", lora_dropout=0.1))
+    with pytest.raises(ConfigError, match=r"tuner.lora_dropout=0.1: each of the run's 2 ranks drew"):
+        replay.in_one_process(replace(config, recipe=recipe), gpus=0)
+
+
+def test_the_ledger_stays_small(run: Path) -> None:
+    records = [record for step in (1, 2, 3) for record in Reader(run / "ledger").records(step)]
+    assert {tuple(record.columns) for record in records} == {("old", "reference")}
+    assert sum(len(file.read_bytes()) for file in segments(run / "ledger")) < 600 * len(records)
