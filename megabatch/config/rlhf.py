@@ -19,6 +19,11 @@ class Rlhf:
     """Folder of the reference model's megatron-core checkpoint; None means `load`."""
     ref_adapter_load: str | None = param(None, aliases=("mcore_ref_adapter",))
     """Folder of the reference model's adapter in megatron-core format."""
+    precompute_ref_log_probs: bool = param(False)
+    """Computes the reference's log-probabilities of all data once, before the first step, and keeps them beside the
+    token cache; the reference is not in memory while the policy trains. For dpo and kto."""
+    precompute_ref_batch_size: int | None = param(None, at_least=1)
+    """Packs in a micro-batch of that pass; None means `micro_batch_size`."""
 
 
 DpoLoss = Literal[

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megabatch.config.run import RunConfig
+from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.reference_log_probs import log_probs_file
 from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
 from megabatch.data.run_tokenizer import tokenizer_of
 from megabatch.errors import ConfigError, DataError, MegabatchError
@@ -33,7 +36,7 @@ def prepare(run: RunConfig) -> str:
     if run.recipe.data.streaming:
         raise ConfigError("data.streaming=True tokenises data while the run trains: there is nothing to prepare")
     paths = build_caches(run, tokenizer_of(run))
-    data, _ = open_caches(run, paths)
+    data, validation = open_caches(run, paths)
     schedule = schedule_of(run, data)
     schedule.require_a_batch()
     note_data(run, data, schedule)
@@ -41,7 +44,18 @@ def prepare(run: RunConfig) -> str:
     lines = [f"training data    {paths.train}"]
     if paths.validation:
         lines.append(f"validation data  {paths.validation}")
+    if run.recipe.rlhf.precompute_ref_log_probs:
+        lines.append(f"reference        {_reference(run, [part for part in (data, validation) if part is not None])}")
     return "\n".join([*lines, f"length           {steps:,} steps; {course(schedule, data, steps)}"])
+
+
+def _reference(run: RunConfig, parts: Sequence[TokenCache]) -> str:
+    """What is known of the reference's log-probabilities, which the ranks of the run compute."""
+    files = [log_probs_file(run, part) for part in parts]
+    missing = sum(len(part) for part, file in zip(parts, files, strict=True) if not file.exists())
+    if not missing:
+        return f"{files[0].parent}: log-probabilities of all samples"
+    return f"the log-probabilities of {missing:,} samples are computed by the ranks before the first step"
 
 
 if __name__ == "__main__":

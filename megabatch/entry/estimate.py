@@ -8,6 +8,7 @@ from megabatch.config.layout import chunks_of, layout_of
 from megabatch.config.lengths import row_tokens
 from megabatch.config.optimization import Optimizer
 from megabatch.config.recipe import Recipe
+from megabatch.config.reference import is_second_model
 from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.config.rules.preference import without_reference
@@ -135,11 +136,9 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
 
 
 def _frozen_copies(recipe: Recipe) -> int:
-    """1 where the reference is a model of its own: always in full training, with LoRA if the recipe names one."""
-    if without_reference(recipe) is not None:
-        return 0
-    own = recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None
-    return int(own or recipe.tuner.tuner_type == "full")
+    """1 where the reference is a model of its own beside the policy."""
+    beside = without_reference(recipe) is None and not recipe.rlhf.precompute_ref_log_probs
+    return int(beside and is_second_model(recipe))
 
 
 def optimizer_bytes(optimizer: Optimizer, *, weight_bytes: int) -> int:

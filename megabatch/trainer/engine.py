@@ -173,7 +173,7 @@ class Engine:
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that hold other samples of the global batch; collective over them."""
-        values = values.clone()
+        values = values.to(self.ranks.device, copy=True)
         if self.ranks.dp_size > 1:
             dist.all_reduce(values, group=self.ranks.dp)
         return values
@@ -181,7 +181,7 @@ class Engine:
     def everyone(self, values: Tensor) -> tuple[Tensor, int]:
         """The rows of a tensor [n, …] of every rank that holds other samples of the global batch, in the order of the
         ranks, each with an n of its own; and the place of this rank's first row. Collective over them."""
-        size, group = self.ranks.dp_size, self.ranks.dp
+        size, group, values = self.ranks.dp_size, self.ranks.dp, values.to(self.ranks.device)
         if size == 1:
             return values, 0
         counts = torch.zeros(size, dtype=torch.int64, device=values.device)

@@ -97,6 +97,15 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "alone": ({"query": "Q", "response": "A", "rejected_messages": said("Q", "B")}, "needs messages beside it"),
     "no answer": ({"messages": said("Q"), "rejected_response": "bad"}, "there must be an assistant message"),
     "nan": (SHAPES["texts"] | {"margin": float("nan")}, "margin must be a finite number, not float nan"),
+    "half a reference": (SHAPES["texts"] | {"ref_chosen_logps": -1.0}, "has ref_chosen_logps alone"),
+    "no log-probability": (
+        SHAPES["texts"] | {"ref_chosen_logps": -1.0, "ref_rejected_logps": 0.5},
+        "are log-probabilities, and not above 0",
+    ),
+    "nan reference": (
+        SHAPES["texts"] | {"ref_chosen_logps": float("nan"), "ref_rejected_logps": -1.0},
+        "ref_chosen_logps must be a finite number, not float nan",
+    ),
     "text margin": (SHAPES["texts"] | {"margin": "2"}, "margin must be a finite number, not str '2'"),
 }
 
@@ -121,6 +130,16 @@ def test_a_pair_is_an_item_with_the_chosen_answer_first(tokenizer_folder: Path, 
     assert [dict(s.columns) for s in chunk.samples] == [{"chosen": 1, "margin": 1.5}, {"chosen": 0, "margin": 1.5}]
     prompts = [sample.ids[sample.weights == 0].tolist() for sample in chunk.samples]
     assert prompts[0][:-1] == prompts[1][:-1], "but for what the template writes behind the answer"
+
+
+def test_a_reference_s_log_probabilities_are_kept_where_they_are_read(tokenizer_folder: Path) -> None:
+    told = row(prompt="Q", chosen="good", rejected="bad", ref_chosen_logps=-2, ref_rejected_logps=-3.5)
+    untold = row(prompt="Q", chosen="good", rejected="bad")
+    chunk = encoder(tokenizer_folder, ref_log_probs=True).encode([told, untold])
+    found = [sample.columns["reference"] for sample in chunk.samples]
+    assert found[:2] == [-2, -3.5] and np.isnan(found[2:]).all()
+    assert "reference" not in encoder(tokenizer_folder).encode([told]).samples[0].columns
+    assert not +chunk.remarks
 
 
 def test_equal_answers_are_counted(tokenizer_folder: Path) -> None:

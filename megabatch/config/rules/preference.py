@@ -134,6 +134,22 @@ def reference_is_still_there(recipe: Recipe, shape: ModelShape | None, layout: L
         yield Fault("checkpoint.load", recipe.checkpoint.load, rule)
 
 
+def log_probs_can_be_precomputed(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    rlhf, field = recipe.rlhf, "rlhf.precompute_ref_log_probs"
+    if rlhf.precompute_ref_batch_size is not None and not rlhf.precompute_ref_log_probs:
+        rule = "has no effect without precompute_ref_log_probs=True"
+        yield Fault("rlhf.precompute_ref_batch_size", rlhf.precompute_ref_batch_size, rule, try_=(None,))
+    if not rlhf.precompute_ref_log_probs:
+        return
+    if (why := without_reference(recipe)) is not None:
+        yield Fault(field, True, f"has no effect: {why} has no reference", try_=(False,))
+    elif _is(recipe, "grpo"):
+        yield Fault(field, True, "has no effect on grpo, whose completions do not exist yet", try_=(False,))
+    elif recipe.data.streaming:
+        rule = "needs all data before the first step, and data.streaming=True reads it while the run trains"
+        yield Fault(field, True, rule, try_=(False,))
+
+
 _OWN_LOSSES = {
     "dpo": "is one of whole answers",
     "kto": "is one of whole answers",
@@ -163,5 +179,6 @@ RULES = (
     a_temperature_has_a_use,
     reference_is_said_once,
     reference_is_still_there,
+    log_probs_can_be_precomputed,
     settings_of_next_token_prediction_have_a_use,
 )

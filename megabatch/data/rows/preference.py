@@ -7,7 +7,8 @@
 | prompt, chosen, rejected | texts, or lists of messages (TRL) |
 | chosen, rejected | whole conversations; the messages with which both begin are the prompt (TRL's implicit prompt) |
 
-Every shape may carry `margin` (by how much the first answer is better) and what a conversation may carry.
+Every shape may carry `margin` (by how much the first answer is better), `ref_chosen_logps` and `ref_rejected_logps`
+(TRL: the log-probabilities of the answers, which a reference gave them), and what a conversation may carry.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from megabatch.errors import DataError
 
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
 _LISTS = ("messages", "conversations", "conversation")
-_OWN = (*_REJECTED, "chosen", "margin")
+_GIVEN = ("ref_chosen_logps", "ref_rejected_logps")
+_OWN = (*_REJECTED, *_GIVEN, "chosen", "margin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Preference:
     rejected: Conversation
     margin: float = 0.0
     """By how much the chosen answer is better; 0 if the row does not say."""
+    ref_logps: tuple[float, float] | None = None
+    """Log-probabilities of both answers that a reference gave them, if the row has them."""
 
 
 def is_preference(row: Row, *, columns: Mapping[str, str] | None = None) -> bool:
@@ -48,8 +52,8 @@ def preference_of(row: Row, *, columns: Mapping[str, str] | None = None, system:
 
     Args: `columns`: field name in the dataset → accepted name, applied first; `system`: system message for rows that
     have none.
-    Raises: DataError with the row's place for a missing or empty answer, answers to different prompts, a margin that
-    is no finite number, or what `conversation_of` refuses.
+    Raises: DataError with the row's place for a missing or empty answer, answers to different prompts, a number that
+    is not finite, or what `conversation_of` refuses.
     """
     fields = {name: value for name, value in renamed(row, columns).items() if value is not None}
     given = [name for name in _REJECTED if name in fields]
@@ -62,7 +66,7 @@ def preference_of(row: Row, *, columns: Mapping[str, str] | None = None, system:
     chosen, rejected = _PAIRS[given[0]](fields, row, system)
     if chosen.messages[0].content != rejected.messages[0].content or len(chosen.messages) < 2:
         raise DataError(f"{row.origin}: the chosen and the rejected answer must follow the same prompt")
-    return Preference(chosen, rejected, _margin(fields.get("margin"), row))
+    return Preference(chosen, rejected, _margin(fields.get("margin"), row), _ref_logps(fields, row))
 
 
 def _with_response(fields: Mapping[str, Any], row: Row, system: str | None) -> tuple[Conversation, Conversation]:
@@ -151,8 +155,22 @@ def _named(which: str, fields: dict[str, Any], row: Row, system: str | None) -> 
 
 
 def _margin(value: Any, row: Row) -> float:
-    if value is None:
-        return 0.0
+    return 0.0 if value is None else _number("margin", value, row)
+
+
+def _ref_logps(fields: Mapping[str, Any], row: Row) -> tuple[float, float] | None:
+    given = [name for name in _GIVEN if name in fields]
+    if not given:
+        return None
+    if len(given) == 1:
+        raise DataError(f"{row.origin}: has {given[0]} alone; give {' and '.join(_GIVEN)}, or neither")
+    chosen, rejected = (_number(name, fields[name], row) for name in _GIVEN)
+    if max(chosen, rejected) > 0:
+        raise DataError(f"{row.origin}: {' and '.join(_GIVEN)} are log-probabilities, and not above 0")
+    return chosen, rejected
+
+
+def _number(name: str, value: Any, row: Row) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{row.origin}: margin must be a finite number, not {short(value)}")
+        raise DataError(f"{row.origin}: {name} must be a finite number, not {short(value)}")
     return float(value)

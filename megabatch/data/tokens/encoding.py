@@ -42,6 +42,8 @@ class Encoding:
     """What a generative reranker asks of documents, for rows that are asked about with yes or no."""
     mismatches: bool = False
     """Whether each labelled answer is followed by a mismatched one."""
+    ref_log_probs: bool = False
+    """Whether pairs keep the log-probabilities that their rows say a reference gave them."""
     sanitize_control_tokens: bool = True
     """Whether control tokens in the data are tokenised as plain text."""
     new_special_tokens: tuple[str, ...] = ()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from megabatch.data.rows.files import Row
-from megabatch.data.rows.preference import preference_of
+from megabatch.data.rows.preference import Preference, preference_of
 from megabatch.data.tokens.conversations import template_of
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.sample import Item
@@ -18,7 +19,8 @@ EQUAL = "dropped: the chosen and the rejected answer are the same tokens"
 
 
 class Pairs:
-    """Two samples for each row. The column `chosen` is 1 and 0, and `margin` is that of the pair in both."""
+    """Two samples for each row. The column `chosen` is 1 and 0, and `margin` is that of the pair in both;
+    with `Encoding.ref_log_probs`, `reference` is what a reference gave it."""
 
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         """Raises: DataError for the template."""
@@ -44,8 +46,14 @@ class Pairs:
                 continue
             items.append(
                 [
-                    chosen._replace(columns={"chosen": 1.0, "margin": pair.margin}),
-                    rejected._replace(columns={"chosen": 0.0, "margin": pair.margin}),
+                    sample._replace(columns={"chosen": is_chosen, "margin": pair.margin, **given})
+                    for sample, is_chosen, given in zip((chosen, rejected), (1.0, 0.0), self._given(pair), strict=True)
                 ]
             )
         return items
+
+    def _given(self, pair: Preference) -> Sequence[Mapping[str, float]]:
+        """What a reference gave both answers: NaN where the row does not say."""
+        if not self._encoding.ref_log_probs:
+            return ({}, {})
+        return [{"reference": value} for value in pair.ref_logps or (math.nan, math.nan)]

@@ -123,7 +123,7 @@ def steps_of(run: RunConfig, ranks: Ranks, tokens: Tokens, objective: Objective)
     schedule.require_a_batch()
     if ranks.is_main:
         note_data(run, train, schedule)
-    batches = Batches(train, schedule, share=_padded_share(run, ranks, train, schedule), ahead=ahead_of(run, ranks))
+    batches = Batches(train, schedule, share=padded_share(run, ranks, train, schedule), ahead=ahead_of(run, ranks))
     steps = Dataset(train, schedule, batches, train_iters(run, schedule))
     return steps, validation_of(run, ranks, validation, objective)
 
@@ -136,7 +136,7 @@ def validation_of(
     if validation is None or eval_iters == 0:
         return None
     once = schedule_of(run, validation, shuffle=False)
-    share = _padded_share(run, ranks, validation, once)
+    share = padded_share(run, ranks, validation, once)
     return Validation(Batches(validation, once, share=share, ahead=ahead_of(run, ranks)), objective, eval_iters)
 
 
@@ -150,7 +150,7 @@ def ahead_of(run: RunConfig, ranks: Ranks) -> Ahead:
     )
 
 
-def _padded_share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Schedule) -> Share:
+def padded_share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Schedule) -> Share:
     """This rank's share; pads all rows to the longest if the recipe asks for that."""
     share = share_of(run, ranks)
     if not run.recipe.data.pad_to_max_length:

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megabatch.trainer.objectives.objective import Inference, Mean, Norm, Objective, Terms
+from megabatch.trainer.objectives.objective import REFERENCE, Inference, Mean, Norm, Objective, Terms
 from megabatch.trainer.objectives.preference_losses import LOSSES, Pairs, Settings, matched, scores
+from megabatch.trainer.readouts.readout import Readout
 from megabatch.trainer.readouts.sequences import Sequences
 
 if TYPE_CHECKING:
     from megabatch.trainer.pack import Pack
 
-REFERENCE = "reference"
-"""Name of the frozen model."""
 _SHARE = "ld_share"
 _OF_THE_BATCH = ("aot", "aot_unpaired", "sft")
 
@@ -54,7 +53,7 @@ class Dpo(Objective):
 
     def __init__(self, variant: Variant) -> None:
         self._variant = variant
-        self.readout = Sequences(discount=None if variant.ld_alpha is None else _SHARE)
+        self.readout: Readout = Sequences(discount=None if variant.ld_alpha is None else _SHARE)
         self._logps = "logps" if variant.ld_alpha is None else "discounted"
         self._alone = {name: weight for name, weight in variant.losses.items() if name not in _OF_THE_BATCH}
         own = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
@@ -63,23 +62,27 @@ class Dpo(Objective):
 
     def prepare(self, packs: Sequence[Pack], inference: Inference) -> Sequence[Pack]:
         """Adds the reference's log-probabilities, the lengths, and what the losses need of the whole global batch."""
+        if self._variant.reference_free:
+            packs = [_with(pack, **{REFERENCE: torch.zeros(pack.sequences)}) for pack in packs]
+        elif REFERENCE not in packs[0].columns:
+            logps = self.log_probs(packs, inference, model=REFERENCE)
+            packs = [_with(pack, **{REFERENCE: one}) for pack, one in zip(packs, logps, strict=True)]
         packs = [self._with_lengths(pack) for pack in packs]
-        found = [] if self._variant.reference_free else inference.infer(packs, self.readout, model=REFERENCE)
-        if found:
-            logps = [one[self._logps] for one in found]
-        else:
-            logps = [torch.zeros_like(pack.columns["tokens"]) for pack in packs]
-        packs = [_with(pack, reference=one) for pack, one in zip(packs, logps, strict=True)]
         if "sft" in self._variant.losses:
             packs = _with_pairs_per_token(packs, inference)
         if self._variant.losses.keys() & {"aot", "aot_unpaired"}:
             packs = self._with_matches(packs, inference)
         return packs
 
+    def log_probs(self, packs: Sequence[Pack], inference: Inference, *, model: str = "policy") -> list[Tensor]:
+        """See `Compared`; with `ld_alpha`, discounted."""
+        found = inference.infer([self._with_lengths(pack) for pack in packs], self.readout, model=model)
+        return [one[self._logps] for one in found]
+
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
         """Uses the columns of `prepare`, each [N] fp32."""
         variant, logps_N = self._variant, out[self._logps]
-        ratios_N, tokens_N = logps_N - pack.columns["reference"], pack.columns["tokens"]
+        ratios_N, tokens_N = logps_N - pack.columns[REFERENCE], pack.columns["tokens"]
         scores_N = scores(ratios_N, variant.divergence, alpha=variant.alpha)
         pairs = Pairs(
             chosen_P=ratios_N[0::2],
@@ -136,9 +139,8 @@ class Dpo(Objective):
 
     def _with_matches(self, packs: Sequence[Pack], inference: Inference) -> list[Pack]:
         """For each value the one of equal rank in the other sample, over the global batch."""
-        found = inference.infer(packs, self.readout)
-        policy_N = torch.cat([one[self._logps] for one in found])
-        reference_N = torch.cat([pack.columns["reference"].to(policy_N.device) for pack in packs])
+        policy_N = torch.cat(self.log_probs(packs, inference))
+        reference_N = torch.cat([pack.columns[REFERENCE].to(policy_N.device) for pack in packs])
         differences_P = policy_N[0::2] - policy_N[1::2], reference_N[0::2] - reference_N[1::2]
         ratios_N = policy_N - reference_N
         paired_P = _of_equal_rank(*differences_P, inference)

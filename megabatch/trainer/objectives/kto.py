@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megabatch.trainer.objectives.objective import Inference, Mean, Norm, Objective, Terms
+from megabatch.trainer.objectives.objective import REFERENCE, Inference, Mean, Norm, Objective, Terms
 from megabatch.trainer.readouts.readout import Readout
 from megabatch.trainer.readouts.sequences import Sequences
 
 if TYPE_CHECKING:
     from megabatch.trainer.pack import Pack
-
-REFERENCE = "reference"
-"""Name of the frozen model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,15 +48,18 @@ class Kto(Objective):
 
     def prepare(self, packs: Sequence[Pack], inference: Inference) -> Sequence[Pack]:
         """Adds the reference's log-probabilities, the KL, and the numbers of good and bad answers in the batch."""
-        reference = [one["logps"] for one in inference.infer(packs, self.readout, model=REFERENCE)]
+        if REFERENCE in packs[0].columns:
+            reference = [pack.columns[REFERENCE] for pack in packs]
+        else:
+            reference = self.log_probs(packs, inference, model=REFERENCE)
         device = reference[0].device
         kinds = [_kinds(pack.to(device)) for pack in packs]
         sums = torch.stack([torch.stack([part.sum() for part in kind]) for kind in kinds]).sum(0)
         gained = sums.new_zeros(1)
         if self._settings.uses_kl:
-            policy = [one["logps"] for one in inference.infer(packs, self.readout)]
+            policy = self.log_probs(packs, inference)
             for own, other, kind in zip(policy, reference, kinds, strict=True):
-                gained = gained + ((own - other) * kind[2]).sum()
+                gained = gained + ((own.to(device) - other) * kind[2]).sum()
         good, bad, mismatched, gain = inference.total(torch.cat([sums, gained])).unbind()
         kl = (gain / mismatched.clamp(min=1.0)).clamp(min=0.0)
         shared = {"kl": kl, "good": good, "bad": bad}
@@ -68,18 +68,22 @@ class Kto(Objective):
                 pack,
                 columns={
                     **pack.columns,
-                    "reference": logps,
+                    REFERENCE: logps,
                     **{k: v.expand(pack.sequences) for k, v in shared.items()},
                 },
             )
             for pack, logps in zip(packs, reference, strict=True)
         ]
 
+    def log_probs(self, packs: Sequence[Pack], inference: Inference, *, model: str = "policy") -> list[Tensor]:
+        """See `Compared`."""
+        return [one["logps"] for one in inference.infer(packs, self.readout, model=model)]
+
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
         """Uses the columns of `prepare`, and `label` and `matched`, each [N] fp32."""
         how, logps_N, kl_N = self._settings, out["logps"], pack.columns["kl"]
         good_N, bad_N, _ = _kinds(pack)
-        ratios_N = logps_N - pack.columns["reference"]
+        ratios_N = logps_N - pack.columns[REFERENCE]
         good_losses_N = 1 - torch.sigmoid(how.beta * (ratios_N - kl_N))
         bad_losses_N = 1 - torch.sigmoid(how.beta * (kl_N - ratios_N))
         loss = (how.desirable_weight * good_losses_N * good_N + how.undesirable_weight * bad_losses_N * bad_N).sum()

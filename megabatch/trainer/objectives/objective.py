@@ -64,10 +64,25 @@ class Inference(Protocol):
         """The readout's fields of each pack, on every rank that shares the model; no gradients."""
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks that hold other samples of the global batch."""
+        """The sum of a tensor over the ranks that hold other samples of the global batch, on the model's device."""
 
     def everyone(self, values: Tensor) -> tuple[Tensor, int]:
         """The rows [n, …] of all of these ranks, one after the other, and the place of this rank's first row."""
+
+
+REFERENCE = "reference"
+"""Name of the frozen model that a policy is compared with, and of the column of its log-probabilities."""
+
+
+class Compared(Protocol):
+    """An objective that compares the policy's log-probabilities of whole sequences with a reference's."""
+
+    def log_probs(self, packs: Sequence[Pack], inference: Inference, *, model: str = "policy") -> list[Tensor]:
+        """What a model gives each sequence as the loss counts it: fp32 [N] of each pack.
+
+        `prepare` asks for the reference's, unless the data has them as the column `REFERENCE`.
+        """
+        ...
 
 
 class Objective(Protocol):

@@ -6,29 +6,26 @@ from collections.abc import Callable
 
 from megabatch.config.rlhf import Dpo as Group
 from megabatch.config.run import RunConfig
-from megabatch.trainer.data.dataset import open_data
-from megabatch.trainer.data.stream import open_stream
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
-from megabatch.trainer.objectives.dpo import REFERENCE, Dpo, Variant
+from megabatch.trainer.objectives.dpo import Dpo, Variant
 from megabatch.trainer.objectives.preference_losses import Settings
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.tasks.parts import Parts
-from megabatch.trainer.tasks.reference import reference_of
+from megabatch.trainer.tasks.precomputed import open_compared
+from megabatch.trainer.tasks.reference import frozen_of
 
 
 def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
     """Pairs of a dataset or a stream, and a reference unless the loss needs none. Raises: MegabatchError."""
     objective = Dpo(variant_of(run.recipe.dpo))
-    opened = open_stream if run.recipe.data.streaming else open_data
-    steps, evaluator = opened(run, source, ranks, objective, busy=busy)
-    free = run.recipe.dpo.reference_free
+    steps, evaluator = open_compared(run, source, ranks, objective, busy=busy)
     return Parts(
         steps=steps,
         objective=objective,
         evaluator=evaluator,
         export=export_of(run, source),
-        frozen={} if free else {REFERENCE: reference_of(run, source, ranks)},
+        frozen={} if run.recipe.dpo.reference_free else frozen_of(run, source, ranks),
     )
 
 

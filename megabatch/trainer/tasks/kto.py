@@ -8,14 +8,13 @@ from collections.abc import Callable
 from megabatch.config.rlhf import Kto as Group
 from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
-from megabatch.trainer.data.dataset import open_tokens, steps_of
-from megabatch.trainer.data.stream import open_stream
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
-from megabatch.trainer.objectives.kto import REFERENCE, Kto, KtoSettings
+from megabatch.trainer.objectives.kto import Kto, KtoSettings
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.tasks.parts import Parts
-from megabatch.trainer.tasks.reference import reference_of
+from megabatch.trainer.tasks.precomputed import open_compared
+from megabatch.trainer.tasks.reference import frozen_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,24 +33,15 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
             uses_kl=group.uses_kl,
         )
     )
-    if run.recipe.data.streaming:
-        streamed, evaluator = open_stream(run, source, ranks, objective, busy=busy)
-        return Parts(
-            steps=streamed,
-            objective=objective,
-            evaluator=evaluator,
-            export=export_of(run, source),
-            frozen={REFERENCE: reference_of(run, source, ranks)},
-        )
-    tokens = open_tokens(run, source, ranks, busy=busy)
-    _note_balance(tokens.train, group)
-    steps, evaluator = steps_of(run, ranks, tokens, objective)
+    steps, evaluator = open_compared(
+        run, source, ranks, objective, busy=busy, note=lambda data: _note_balance(data, group)
+    )
     return Parts(
         steps=steps,
         objective=objective,
         evaluator=evaluator,
         export=export_of(run, source),
-        frozen={REFERENCE: reference_of(run, source, ranks)},
+        frozen=frozen_of(run, source, ranks),
     )
 
 

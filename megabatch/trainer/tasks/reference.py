@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from megabatch.config.reference import is_second_model, reference_weights
 from megabatch.config.run import RunConfig
 from megabatch.errors import ConfigError
 from megabatch.run_directory import RunDirectory
@@ -16,6 +17,7 @@ from megabatch.trainer.checkpoints.commit import Retention
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model_source import ModelSource, model_source
+from megabatch.trainer.objectives.objective import REFERENCE
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.references import PolicyWith
 
@@ -36,18 +38,28 @@ def reference_of(run: RunConfig, source: ModelSource, ranks: Ranks) -> Model | P
     Raises: ConfigError, ConversionError, CheckpointError on every rank.
     """
     recipe = run.recipe
-    adapters = [*recipe.bridge.ref_adapters, *filter(None, [recipe.rlhf.ref_adapter_load])]
-    adapter = Path(adapters[0]).expanduser() if adapters else None
-    own, saved = recipe.bridge.ref_model, recipe.rlhf.ref_load
-    if recipe.tuner.tuner_type == "lora" and own is None and saved is None:
+    if not is_second_model(recipe):
+        adapter = reference_weights(recipe).adapter
         logger.info("the reference is the policy %s", f"with {adapter}" if adapter else "without its adapter")
-        return PolicyWith(adapter)
-    if own is None and saved is None:
-        saved = recipe.checkpoint.load
+        return PolicyWith(None if adapter is None else Path(adapter).expanduser())
+    return reference_model(run, source, ranks)
+
+
+def frozen_of(run: RunConfig, source: ModelSource, ranks: Ranks) -> dict[str, Model | PolicyWith]:
+    """What `Parts.frozen` needs for a task with a reference: nothing where its log-probabilities are stored."""
+    return {} if run.recipe.rlhf.precompute_ref_log_probs else {REFERENCE: reference_of(run, source, ranks)}
+
+
+def reference_model(run: RunConfig, source: ModelSource, ranks: Ranks) -> Model:
+    """The reference as a second model, which is also what the policy is without its adapter; collective.
+
+    Raises: as `reference_of`.
+    """
+    own, saved, adapter = reference_weights(run.recipe)
     if own is not None:
         source = _other(own, run, source, ranks)
-    logger.info("the reference is a second model: %s", own or saved or recipe.model.model or "the new model")
-    model = frozen_model(run, ranks, source, adapter=adapter)
+    logger.info("the reference is a second model: %s", own or saved or run.recipe.model.model or "the new model")
+    model = frozen_model(run, ranks, source, adapter=None if adapter is None else Path(adapter).expanduser())
     if saved is not None:
         _restore(model, run, ranks, source, saved)
     return model

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Bridge, Checkpoint, Dpo, Gkd, Kto, Rlhf, Rollout, Training, Tuner
+from megabatch import Bridge, Checkpoint, Data, Dpo, Gkd, Kto, Rlhf, Rollout, Training, Tuner
 from megabatch.config.rules.check import check
 from megabatch.config.run import RunConfig, resolve
 
@@ -63,6 +63,22 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"rlhf": Rlhf(rlhf_type="kto"), "kto": Kto(loss_type="apo_zero_unpaired", calculate_KL=True)},
         "kto.calculate_KL=True has no effect with loss_type='apo_zero_unpaired'",
     ),
+    "free and precomputed": (
+        {"dpo": Dpo(reference_free=True), "rlhf": Rlhf(precompute_ref_log_probs=True)},
+        "rlhf.precompute_ref_log_probs=True has no effect: reference_free=True has no reference",
+    ),
+    "reward model": (
+        {"rlhf": Rlhf(rlhf_type="rm", precompute_ref_log_probs=True)},
+        "rlhf.precompute_ref_log_probs=True has no effect: task 'rm' has no reference",
+    ),
+    "stream": (
+        {"data": Data(dataset=["d.jsonl"], streaming=True), "rlhf": Rlhf(precompute_ref_log_probs=True)},
+        "rlhf.precompute_ref_log_probs=True needs all data before the first step",
+    ),
+    "size of nothing": (
+        {"rlhf": Rlhf(precompute_ref_batch_size=4)},
+        "rlhf.precompute_ref_batch_size=4 has no effect without precompute_ref_log_probs=True",
+    ),
     "temperature": ({"rollout": Rollout(temperature=0.5)}, "rollout.temperature=0.5 has no effect on dpo"),
     "tokens": (
         {"training": Training(train_iters=1, calculate_per_token_loss=True)},
@@ -89,6 +105,7 @@ def test_a_reference_needs_a_task_that_compares(dense) -> None:
         {"dpo": Dpo(loss_type=["sigmoid", "aot_pair"], loss_weights=[1, 0.5], label_smoothing=0.1, rpo_alpha=1)},
         {"dpo": Dpo(loss_type="discopop", discopop_tau=0.1, f_divergence_type="alpha_divergence")},
         {"tuner": LORA, "bridge": Bridge(ref_adapters=["a"])},
+        {"rlhf": Rlhf(rlhf_type="kto", precompute_ref_log_probs=True, precompute_ref_batch_size=4)},
         {"checkpoint": Checkpoint(load="run", finetune=True)},
         {"checkpoint": Checkpoint(load="run"), "rlhf": Rlhf(ref_load="sft")},
     ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 VPP = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
 LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
+PRECOMPUTED = {"precompute_ref_log_probs": True}
 LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "tp2_sp": ("qwen2", 2, {"parallel": TP}),
     "pp2_vpp2": ("qwen2", 2, {"parallel": VPP}),
@@ -41,6 +44,9 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "kto_dp2": ("kto", 2, {}),
     "kto_cp2": ("kto", 2, {"parallel": {"context_parallel_size": 2}}),
     "kto_pp2_vpp2": ("kto", 2, {"parallel": VPP, "batch": {"global_batch_size": 4, "micro_batch_size": 2}}),
+    "precomputed_dp2": ("qwen2", 2, {"rlhf": PRECOMPUTED}),  # and the log-probabilities of 36 samples are not its own
+    "lora_precomputed_tp2": ("lora", 2, {"parallel": TP, "rlhf": {**PRECOMPUTED, "precompute_ref_batch_size": 3}}),
+    "kto_precomputed_pp2_vpp2": ("kto", 2, {"parallel": VPP, "rlhf": {**PRECOMPUTED, "rlhf_type": "kto"}}),
     "lora_pp2": ("lora", 2, {"parallel": {"pipeline_model_parallel_size": 2}}),
 }  # fmt: skip
 KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
@@ -127,13 +133,56 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, folder: Path
                 assert found[name] == expected[name], (line, found["step"], name)
 
 
-def test_a_run_that_was_stopped_goes_on_exactly(ranks: RankServer, folder: Path, references: dict[str, Path]) -> None:
-    groups = {"checkpoint": {"no_save_optim": False}}
-    run = write_run(made(folder, "lora", 1, groups), folder / "cut")
+@pytest.mark.parametrize("kind", ["lora", "kto"])
+def test_a_run_that_was_stopped_goes_on_exactly(
+    kind: str, ranks: RankServer, folder: Path, references: dict[str, Path]
+) -> None:
+    run = cut(made(folder, kind, 1, SAVED), folder / f"{kind}, cut", ranks)
+    assert curve(run) == curve(references[kind])
+    names = [name for name in NAMES if name in metrics(references[kind])[0] and name != "grad_norm"]
+    assert [[m[n] for n in names] for m in metrics(run)] == [[m[n] for n in names] for m in metrics(references[kind])]
+
+
+def test_stored_log_probabilities_are_computed_once(ranks: RankServer, folder: Path) -> None:
+    """Dropout would show a reference that is built in one attempt alone."""
+    groups = {**SAVED, "rlhf": {**PRECOMPUTED, "rlhf_type": "kto"}, "model": {"hidden_dropout": 0.2}}
+    whole = trained(ranks, folder, "stored, whole", "kto", 1, groups)
+    run = cut(made(folder, "kto", 1, groups), folder / "stored, cut", ranks)
+    assert metrics(run)[-1]["loss"] == metrics(whole)[-1]["loss"] and curve(run) == curve(whole)
+    stored = sorted((run / "cache" / "reference").iterdir())
+    assert len(stored) == 2, "training and validation data"
+    before = [path.stat().st_mtime_ns for path in stored]
+    again = write_run(made(folder, "kto", 1, groups), folder / "stored, again")
+    shutil.copytree(run / "cache", again / "cache", copy_function=os.link)
+    assert ranks.run(train, world_size=1, run_dir=str(again)) == [0]
+    assert curve(again) == curve(whole)
+    assert [path.stat().st_mtime_ns for path in stored] == before
+
+
+def test_log_probabilities_of_the_data(ranks: RankServer, folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    given = [{**row, "ref_chosen_logps": -3.0, "ref_rejected_logps": -5.5} for row in rows]
+    path = folder / "given.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    groups = {
+        "rlhf": PRECOMPUTED,
+        "data": {"dataset": [str(path)], "val_dataset": []},
+        "training": {"train_iters": 1},
+        "evaluation": {"eval_interval": None},
+    }
+    run = trained(ranks, folder, "given", "qwen2", 1, groups)
+    (first,) = metrics(run)
+    assert first["rewards/chosen"] == pytest.approx(0.5 * (first["logps/chosen"] + 3.0), rel=1e-5)
+    assert first["rewards/rejected"] == pytest.approx(0.5 * (first["logps/rejected"] + 5.5), rel=1e-5)
+    assert not (run / "cache" / "reference").exists()
+
+
+SAVED: dict[str, dict[str, Any]] = {"checkpoint": {"no_save_optim": False}}
+
+
+def cut(recipe: Recipe, folder: Path, ranks: RankServer) -> Path:
+    """The run of a recipe, stopped after two of its three steps."""
+    run = write_run(recipe, folder)
     assert ranks.run(train, world_size=1, run_dir=str(run), stop_after=2) == [75]
     assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
-    assert curve(run) == curve(references["lora"])
-    names = [name for name in NAMES if name not in ("grad_norm", "kl")]
-    assert [[m[n] for n in names] for m in metrics(run)] == [
-        [m[n] for n in names] for m in metrics(references["lora"])
-    ]
+    return run
