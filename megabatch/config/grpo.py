@@ -91,12 +91,13 @@ class Grpo:
     overlong_filter: bool = param(False)
     """Excludes truncated completions from the loss."""
     off_policy_sequence_mask_delta: float | None = param(None)
-    """Excludes sequences with a negative advantage whose mean log-ratio old - current exceeds this."""
+    """Excludes sequences with a negative advantage whose mean log-ratio old - current exceeds this; with
+    `async_generate`, drawn - current."""
     rollout_importance_sampling_mode: (
         Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
     ) = param(None)
-    """Correction for the difference between the trainer's and the engine's probabilities; None applies no
-    correction."""
+    """Correction for the difference between the policy's probabilities when a round begins to be trained on and those
+    that its tokens were drawn with; None means token_truncate with `async_generate`, and no correction otherwise."""
     rollout_importance_sampling_threshold: float = param(2.0, above=0)
     """Ratio above which that correction truncates or masks."""
     top_entropy_quantile: float = param(1.0, above=0, at_most=1)
@@ -156,8 +157,12 @@ class Rollout:
     """The same as `multi_turn_scheduler`, for environments with rewards of their own."""
     use_vllm: bool | None = param(None)
     """Whether vLLM generates, or transformers inside the trainer; None means vLLM where `vllm_mode` is given."""
-    async_generate: bool = param(False, built=False)
-    """Generates the next round with the previous policy while training on the last one."""
+    async_generate: bool = param(False)
+    """Has vLLM's servers generate the next rounds while this one is trained on; completions that an update of the
+    weights interrupts go on with the new ones."""
+    max_staleness: int = param(1, at_least=1)
+    """With `async_generate`: rounds that generation is ahead of training, and so most updates of the engines' weights
+    between the policy that begins a completion and the one that trains on it."""
     vllm_mode: Literal["server", "colocate"] | None = param(None, built=("server",))
     """vLLM in its own server process, or inside the trainer's; None generates with transformers inside the trainer."""
     vllm_server_host: str | None = param(None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from megabatch.config.grpo import Grpo
+from megabatch.config.grpo import Grpo, Rollout
 
 Scale = Literal["group", "batch", "none", "gdpo"]
+Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 _SCALES: dict[str, Scale] = {"grpo": "group", "rloo": "none", "reinforce_plus_plus": "batch"}
 
@@ -24,7 +25,12 @@ def subtracts_kl(grpo: Grpo) -> bool:
     return grpo.beta > 0 and grpo.advantage_estimator != "grpo" and scale_of(grpo) != "gdpo"
 
 
-def filled(grpo: Grpo, *, global_batch_size: int) -> Grpo:
+def correction_of(grpo: Grpo, rollout: Rollout) -> Mode | None:
+    """`rollout_importance_sampling_mode`, or its default: stale completions are always corrected."""
+    return grpo.rollout_importance_sampling_mode or ("token_truncate" if rollout.async_generate else None)
+
+
+def filled(grpo: Grpo, rollout: Rollout, *, global_batch_size: int) -> Grpo:
     """The group with every derived default in place."""
     size = grpo.generation_batch_size or global_batch_size * grpo.steps_per_generation
     return replace(
@@ -34,5 +40,6 @@ def filled(grpo: Grpo, *, global_batch_size: int) -> Grpo:
         epsilon_high=grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high,
         generation_batch_size=size,
         steps_per_generation=size // global_batch_size,
+        rollout_importance_sampling_mode=correction_of(grpo, rollout),
         num_generations_eval=grpo.num_generations_eval or grpo.num_generations,
     )

@@ -182,7 +182,7 @@ def _derived_moe(recipe: Recipe, shape: ModelShape) -> Any:
 def _derived_grpo(recipe: Recipe) -> Any:
     if resolved(recipe.kind).name != "grpo":
         return recipe.grpo
-    return filled(recipe.grpo, global_batch_size=recipe.batch.global_batch_size)
+    return filled(recipe.grpo, recipe.rollout, global_batch_size=recipe.batch.global_batch_size)
 
 
 def _json(config: RunConfig) -> str:

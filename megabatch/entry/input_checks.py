@@ -165,7 +165,7 @@ def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
 
 def _too_few_prompts(recipe: Recipe, rows: int) -> list[Fault]:
     """A round draws each prompt once."""
-    grpo = filled(recipe.grpo, global_batch_size=recipe.batch.global_batch_size)
+    grpo = filled(recipe.grpo, recipe.rollout, global_batch_size=recipe.batch.global_batch_size)
     wanted = resolved(grpo.generation_batch_size) // grpo.num_generations
     if not 0 < rows < wanted:
         return []

@@ -51,6 +51,32 @@ def servers_can_be_found(recipe: Recipe, shape: ModelShape | None, layout: Layou
         yield Fault("rollout.vllm_mode", "server", rule)
 
 
+def generating_ahead_is_possible(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """`async_generate` needs an engine that works while the ranks train, and a loss that can be corrected."""
+    rollout = recipe.rollout
+    if not rollout.async_generate:
+        if rollout.max_staleness != Rollout().max_staleness:
+            yield Fault("rollout.max_staleness", rollout.max_staleness, "has no effect without async_generate=True")
+        return
+    if rollout.vllm_mode != "server":
+        where = "colocated vLLM runs" if rollout.vllm_mode == "colocate" else "transformers runs"
+        rule = (
+            f"needs vllm_mode='server': {where} inside the ranks, which cannot generate while they train; give "
+            "servers nodes of their own (docs/rollouts.md)"
+        )
+        yield Fault("rollout.async_generate", True, rule, try_=(False,))
+    if rollout.sleep_level:
+        rule = "puts the engine to sleep while the ranks train, and with async_generate it generates then"
+        yield Fault("rollout.sleep_level", rollout.sleep_level, rule, try_=(0,))
+    for name in ("multi_turn_scheduler", "gym_env"):
+        if (value := getattr(rollout, name)) is not None:
+            rule = "answers the model on rank 0 while all ranks wait, and with async_generate they train then"
+            yield Fault(f"rollout.{name}", value, rule, try_=(None,))
+    if recipe.grpo.loss_type == "real":
+        rule = "has no importance ratio, and so cannot correct the stale completions of async_generate"
+        yield Fault("grpo.loss_type", "real", rule, try_=("'grpo'",))
+
+
 def vllm_computes_these_heads(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     rollout = recipe.rollout
     if shape is None or rollout.vllm_mode is None or rollout.use_vllm is False:
@@ -62,4 +88,4 @@ def vllm_computes_these_heads(recipe: Recipe, shape: ModelShape | None, layout: 
         yield Fault("model.kv_channels", heads, rule, try_=nearest)
 
 
-RULES = (one_engine_is_named, servers_can_be_found, vllm_computes_these_heads)
+RULES = (one_engine_is_named, servers_can_be_found, generating_ahead_is_possible, vllm_computes_these_heads)

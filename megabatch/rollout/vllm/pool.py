@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Literal
 
 from megabatch.errors import RolloutError
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _TRIES = 3
 """Of one request, before it fails the round."""
+_LOOK_S = 0.05
+"""How often `Pool.stream` looks for completions, and whether it has to stop."""
 
 
 class Pool:
@@ -40,26 +43,56 @@ class Pool:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Raises: UnservedError with what was generated, when no server with the right weights is left."""
+        made: dict[str, Completion] = {}
+        try:
+            for some in self.stream(requests):
+                made |= {one.key: one for one in some}
+        except UnservedError as e:
+            raise UnservedError(str(e), list(made.values())) from e
+        return [made[request.key] for request in requests]
+
+    def stream(
+        self, requests: Sequence[Request], *, stop: threading.Event | None = None
+    ) -> Iterator[list[Completion]]:
+        """Completions as they come, each made with the weights of `version`. All must be consumed before the next call
+        or update.
+
+        Args: `stop`: once it is set, what is not done comes back as `aborted`, with the tokens that it has; without it
+        completions come at the end. Raises: UnservedError without completions, when no server is left.
+        """
         waiting: queue.SimpleQueue[tuple[Request, int]] = queue.SimpleQueue()
         for request in requests:
             waiting.put((request, 0))
-        made: dict[str, Completion] = {}
-        while not waiting.empty() and self._used:
-            rounds = [_Round(server, waiting) for server in self._used]
-            for one in self._threads.map(_Round.run, rounds):
-                if one.fresh:
-                    made |= one.made
-                else:
-                    self._drop(one.server, one.reason)
-                    for request in one.taken:
-                        waiting.put((request, 0))
-        if not waiting.empty():
+        left = {request.key for request in requests}
+        while left and self._used and not (stop is not None and stop.is_set()):
+            for some in self._served([_Round(server, waiting, stop) for server in self._used], waiting):
+                left -= {one.key for one in some}
+                yield some
+        if left and stop is not None and stop.is_set():
+            yield [Completion(key=key, ids=(), logps=(), versions=(), finish="aborted") for key in left]
+        elif left:
             raise UnservedError(
-                f"{len(requests) - len(made)} of {len(requests)} requests were not served: no server with the weights "
-                "of this step is left",
-                list(made.values()),
+                f"{len(left)} of {len(requests)} requests were not served: no server with the weights of this step is "
+                "left",
+                (),
             )
-        return [made[request.key] for request in requests]
+
+    def _served(
+        self, rounds: Sequence[_Round], waiting: queue.SimpleQueue[tuple[Request, int]]
+    ) -> Iterator[list[Completion]]:
+        """What servers make until the queue is empty; requests of those that fail go back to it."""
+        running = [self._threads.submit(one.run) for one in rounds]
+        while rounds[0].stop is not None and wait(running, timeout=_LOOK_S).not_done:
+            for one in rounds:
+                one.obey()
+                yield from one.fresh_ones()
+        for done, one in zip(running, rounds, strict=True):
+            done.result()
+            yield from one.fresh_ones()
+            if not one.fresh:
+                self._drop(one.server, one.reason)
+                for request in one.unproven():
+                    waiting.put((request, 0))
 
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, ...]]:
         if not self._used:
@@ -134,38 +167,79 @@ def _gone(action: Callable[[Server], None], server: Server) -> UnreachableError 
 
 
 class _Round:
-    """What one server takes from the queue, until the queue is empty or the server fails."""
+    """What one server takes from the queue, until the queue is empty, the server fails, or the work has to stop."""
 
-    def __init__(self, server: Server, waiting: queue.SimpleQueue[tuple[Request, int]]) -> None:
-        self.server, self._waiting = server, waiting
-        self.made: dict[str, Completion] = {}
-        self.taken: list[Request] = []
+    def __init__(
+        self, server: Server, waiting: queue.SimpleQueue[tuple[Request, int]], stop: threading.Event | None
+    ) -> None:
+        self.server, self.stop, self._waiting = server, stop, waiting
+        self._asked: dict[str, Request] = {}
+        """Requests that the server works on."""
+        self._made: queue.SimpleQueue[tuple[Request, Completion]] = queue.SimpleQueue()
+        self._unproven: list[Request] = []
         self.fresh = True
-        """Whether the server had the right weights from the first request to the last."""
+        """Whether the server had the right weights whenever it was asked."""
         self.reason = ""
 
-    def run(self) -> _Round:
+    def run(self) -> None:
         try:
             self.server.check_fresh()
             with ThreadPoolExecutor(self.server.concurrency) as threads:
                 for done in [threads.submit(self._work) for _ in range(self.server.concurrency)]:
                     done.result()
-            self.server.check_fresh()
         except (UnreachableError, StaleError) as e:
-            self.fresh, self.reason = False, str(e)
-        return self
+            self._fail(e)
+
+    def fresh_ones(self) -> Iterator[list[Completion]]:
+        """Completions since the last call, if the server still has the weights that it was given: it cannot have had
+        others in between, because only an update by this trainer gives it that name."""
+        taken: list[tuple[Request, Completion]] = []
+        while True:
+            try:
+                taken.append(self._made.get_nowait())
+            except queue.Empty:
+                break
+        if not taken:
+            return
+        try:
+            if self.fresh:
+                self.server.check_fresh()
+                yield [one for _, one in taken]
+                return
+        except (UnreachableError, StaleError) as e:
+            self._fail(e)
+        self._unproven += [request for request, _ in taken]
+
+    def unproven(self) -> list[Request]:
+        """Requests whose completions may have been made with other weights."""
+        return self._unproven
+
+    def obey(self) -> None:
+        """Ends what the server works on, if the work has to stop. Called again until all requests have come back: the
+        server may learn of one after it was told to end it."""
+        if self.stop is None or not self.stop.is_set() or not (keys := list(self._asked)):
+            return
+        try:
+            self.server.abort(keys)
+        except UnreachableError as e:
+            logger.warning("%s was not told to stop: %s", self.server.url, e)
+
+    def _fail(self, error: RolloutError) -> None:
+        self.fresh, self.reason = False, str(error)
 
     def _work(self) -> None:
-        while self.fresh:
+        while self.fresh and not (self.stop is not None and self.stop.is_set()):
             try:
                 request, tries = self._waiting.get_nowait()
             except queue.Empty:
                 return
+            self._asked[request.key] = request
             try:
-                self.made[request.key] = self.server.complete(request)
-                self.taken.append(request)
+                self._made.put((request, self.server.complete(request)))
             except UnreachableError as e:
                 if tries + 1 == _TRIES:
                     raise RolloutError(f"{request.key} failed {_TRIES} times, at last: {e}") from e
                 self._waiting.put((request, tries + 1))
                 self.server.health()
+            finally:
+                del self._asked[request.key]

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -18,6 +19,8 @@ from megabatch.rollout.vllm.client import Client, UnreachableError
 from megabatch.rollout.vllm.command import MODEL
 from megabatch.rollout.vllm.group import Group, meet, open_store
 
+_VOID = "void"
+"""Version of weights that are not whole."""
 _FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
@@ -161,7 +164,7 @@ class Server:
             self._group = self._meet()
         self.client.post("/pause?mode=wait")
         self._paused = True
-        self.client.post("/start_weight_update")
+        self._start_update()
 
     def put(self, bucket: Bucket) -> None:
         assert self._group is not None, "begin_update comes before"
@@ -186,7 +189,7 @@ class Server:
     def abort_update(self) -> None:
         """Leaves a server that still answers in a state in which the next update can begin."""
         self._version, self._group = None, None
-        for path, body in (("/finish_weight_update", {"weight_version": "void"}), ("/resume", {})):
+        for path, body in (("/finish_weight_update", {"weight_version": _VOID}), ("/resume", {})):
             try:
                 self.client.post(path, body, timeout_s=10)
             except RolloutError:
@@ -232,6 +235,17 @@ class Server:
 
     def _tag(self, version: int) -> str:
         return f"{self._owner}:{version}"
+
+    def _start_update(self) -> None:
+        """Also where a trainer that died has begun one: it is finished first, which fails once if layers are missing."""
+        for _ in range(2):
+            try:
+                self.client.post("/start_weight_update")
+                return
+            except UnreachableError:
+                with suppress(UnreachableError):
+                    self.client.post("/finish_weight_update", {"weight_version": _VOID}, timeout_s=10)
+        self.client.post("/start_weight_update")
 
     def _is_same(self) -> bool:
         """Whether the server is still the process that the group was made with."""

@@ -42,6 +42,9 @@ ADVANTAGE = "advantage"
 OLD, REFERENCE, CORRECTION = "old", "reference", "correction"
 """Token columns: log-probabilities of the policy that the ratio compares with (without it, those of the policy as it
 is) and of the reference (without it, there is no KL term in the loss), and the rollout correction (without it, 1)."""
+SAMPLED = "sampled"
+"""Token column: log-probabilities that the tokens were drawn with, for `off_policy_sequence_mask_delta` where
+completions are stale; without it, the old ones."""
 _KEPT = "kept"
 
 NORMS: Mapping[str, Norm] = {
@@ -121,7 +124,7 @@ class GrpoObjective(Objective):
         columns_TK = torch.stack([losses_T, *(value.to(losses_T.dtype) for value in found_T.values())], 1)
         sums_NK = row.sequences.sums(columns_TK * row.mask_T[:, None])
         counts_N = row.sequences.sums(row.mask_T)
-        stays_N = self._stays(row)
+        stays_N = self._stays(row, pack.token_columns.get(SAMPLED))
         if self.norm is Norm.ITEMS:
             total, weight = self._of_prompts(row, sums_NK[:, 0] / counts_N.clamp(min=1), stays_N, pack)
         else:
@@ -199,12 +202,12 @@ class GrpoObjective(Objective):
             "clip_high": (ratio_T > top) & (advantages_T > 0),
         }
 
-    def _stays(self, row: _Row) -> Tensor:
+    def _stays(self, row: _Row, sampled_T: Tensor | None) -> Tensor:
         """[N] fp32: 0 for completions that are too far from the policy."""
         delta = self._grpo.off_policy_sequence_mask_delta
         if delta is None:
             return torch.ones_like(row.advantages_N)
-        old_T = row.logps_T.detach() - row.log_ratio_T.detach()
+        old_T = row.logps_T.detach() - row.log_ratio_T.detach() if sampled_T is None else sampled_T
         far_N = is_too_far(row.logps_T.detach(), old_T, row.mask_T, row.advantages_N, row.sequences, delta=delta)
         return (~far_N).to(row.logps_T.dtype)
 

@@ -49,7 +49,7 @@ class GrpoEvaluation(Evaluator):
         names = self.generator.reward_names
         weights = self.grpo.reward_weights or [1.0] * len(names)
         found = dict(measured(made, names, weights, each=each, trained=trained))
-        for name in ("advantage", "staleness"):
+        for name in ("advantage", "staleness", "staleness_max"):
             del found[name]
         if each > 1:
             found |= best_of(made, names, each=each)

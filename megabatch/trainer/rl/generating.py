@@ -23,6 +23,7 @@ from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.rl.prompts import Language, Prompt, Prompts
 from megabatch.trainer.rl.turns import Turns
 from megabatch.trainer.sums import Ratio
+from megabatch.trainer.sync.rollouts import Taken
 
 
 class Rollouts(Protocol):
@@ -31,6 +32,14 @@ class Rollouts(Protocol):
     def update(self, engine: Engine, version: int) -> Mapping[str, Ratio]: ...
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
+
+    def begin(self, requests: Sequence[Request]) -> None: ...
+
+    def take(self, requests: Sequence[Request]) -> Taken: ...
+
+    def go_on(self) -> None: ...
+
+    def hold(self) -> None: ...
 
     def rest(self, level: int) -> None: ...
 
@@ -86,23 +95,35 @@ class Generator:
             self.busy()
 
     def rest(self) -> None:
-        """Frees what `sleep_level` says, until the next update."""
+        """Frees what `sleep_level` says, until the next update; what was begun goes on."""
+        self.rollouts.go_on()
         if self.sleep_level:
             self.rollouts.rest(self.sleep_level)
             self.policy.given = None
 
+    def begin(self, drawn: Sequence[Prompt], *, each: int, name: str) -> None:
+        """Has completions generated while the ranks train, for `rewarded` to take; begun ones stay as they are."""
+        self.rollouts.begin(self._requests(drawn, each=each, name=name))
+
     def rewarded(
-        self, prompts: Prompts, drawn: Sequence[Prompt], *, each: int, name: str, greedy: bool = False
+        self,
+        prompts: Prompts,
+        drawn: Sequence[Prompt],
+        *,
+        each: int,
+        name: str,
+        greedy: bool = False,
+        begun: bool = False,
     ) -> list[Rolled]:
-        """`each` completions of every prompt, side by side. Args: `name`: begins their keys, unique in the run."""
-        requests = [
-            self._request(prompt, f"{name}/{place}/{number}", greedy=greedy)
-            for place, prompt in enumerate(drawn)
-            for number in range(each)
-        ]
+        """`each` completions of every prompt, side by side. Args: `name`: begins their keys, unique in the run;
+        `begun`: whether they were begun by `begin`."""
+        requests = self._requests(drawn, each=each, name=name, greedy=greedy)
         indices = [prompt.index for prompt in drawn for _ in range(each)]
-        with self._timed("generate_s"):
-            conversations = self._conversations(requests, lambda place: prompts.asked(indices[place]))
+        with self._timed("wait_s" if begun else "generate_s"):
+            if begun:
+                conversations = self._taken(requests)
+            else:
+                conversations = self._conversations(requests, lambda place: prompts.asked(indices[place]))
         self.busy()
         with self._timed("reward_s"):
             scores = self.ranks.on_main(lambda: self._scores(prompts, indices, conversations))
@@ -112,6 +133,12 @@ class Generator:
             _rolled(conversation, place, values, has_turns=self.turns is not None)
             for conversation, place, values in zip(conversations, places, scores.values, strict=True)
         ]
+
+    def _taken(self, requests: Sequence[Request]) -> list[Conversation]:
+        taken = self.rollouts.take(requests)
+        counts = {"in_flight": taken.unfinished, "landed": taken.landed}
+        self.synced |= {name: Ratio(float(count), 1.0) for name, count in counts.items()}
+        return [Conversation.of(request, one) for request, one in zip(requests, taken.completions, strict=True)]
 
     def _conversations(self, requests: Sequence[Request], asked: Callable[[int], Asked]) -> list[Conversation]:
         if self.turns is None:
@@ -129,6 +156,13 @@ class Generator:
         found |= {name: (ratio.total, ratio.count) for name, ratio in self.synced.items()}
         self.seconds, self.synced = {}, {}
         return found
+
+    def _requests(self, drawn: Sequence[Prompt], *, each: int, name: str, greedy: bool = False) -> list[Request]:
+        return [
+            self._request(prompt, f"{name}/{place}/{number}", greedy=greedy)
+            for place, prompt in enumerate(drawn)
+            for number in range(each)
+        ]
 
     def _request(self, prompt: Prompt, key: str, *, greedy: bool) -> Request:
         room = self.positions - len(prompt.ids)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megabatch.config.grpo import Grpo
 from megabatch.config.resolved import resolved
-from megabatch.data.schedule import Cursor, Schedule
+from megabatch.data.schedule import Schedule
 from megabatch.rl.advantages import Advantages, advantages, kl_in_reward
 from megabatch.rl.corrections import (
     difference,
@@ -24,8 +24,9 @@ from megabatch.rl.corrections import (
 from megabatch.rl.rounds import Rolled, Round, Sum
 from megabatch.rl.sequences import Sequences
 from megabatch.trainer.engine import Engine
-from megabatch.trainer.objectives.grpo import CORRECTION, OLD, REFERENCE
+from megabatch.trainer.objectives.grpo import CORRECTION, OLD, REFERENCE, SAMPLED
 from megabatch.trainer.readouts.tokens import Tokens
+from megabatch.trainer.rl.ahead import Draws, Lead
 from megabatch.trainer.rl.batch import Batching
 from megabatch.trainer.rl.generating import Generator
 from megabatch.trainer.rl.prompts import Prompts
@@ -47,11 +48,15 @@ class Rolling:
     generator: Generator
     batching: Batching
     temperature: float
+    lead: Lead | None = None
+    """With `async_generate`."""
 
-    def round(self, number: int, cursor: Cursor, engine: Engine) -> Round:
+    def round(self, number: int, draws: Draws, engine: Engine) -> Round:
         """The next round. Raises: RolloutError, RewardError, DataError on every rank."""
         self.generator.give_policy(engine)
-        completions, cursor, sampled = self._generated(number, cursor)
+        if self.lead is not None:
+            draws = self.lead.begin(number, draws)
+        completions, draws, sampled = self._generated(number, draws)
         self.generator.rest()
         completions = self._with_logps(completions, engine)
         completions, differing = self._corrected(completions)
@@ -60,11 +65,21 @@ class Rolling:
             replace(one, advantage=float(advantage))
             for one, advantage in zip(completions, compared.advantages_N, strict=True)
         ]
-        epoch = cursor.epoch + cursor.offset / len(self.schedule)
+        epoch = draws.epoch(self.schedule)
         metrics = {**sampled, **differing, **kl, **self.generator.take_metrics()}
-        return Round(number=number, completions=completions, after=cursor.to_json(), epoch=epoch, metrics=metrics)
+        if self.lead is not None:
+            continued = sum(len(set(one.versions.tolist())) > 1 for one in completions)
+            metrics["continued"] = (float(continued), float(len(completions)))
+        return Round(number=number, completions=completions, after=draws.to_json(), epoch=epoch, metrics=metrics)
 
-    def _generated(self, number: int, cursor: Cursor) -> tuple[list[Rolled], Cursor, dict[str, Sum]]:
+    def go_on(self, number: int, draws: Draws, engine: Engine) -> None:
+        """Has the rounds after a resumed one generated. Args: `number`: of the first of them."""
+        if self.lead is not None:
+            self.generator.give_policy(engine)
+            self.lead.begin_again(number, draws)
+            self.generator.rest()
+
+    def _generated(self, number: int, draws: Draws) -> tuple[list[Rolled], Draws, dict[str, Sum]]:
         """The round's completions; with `dynamic_sample`, of prompts whose completions differ in reward as far as
         `max_resample_times` more draws find some, filled up with others."""
         each, wanted = self.grpo.num_generations, self.schedule.global_batch_size
@@ -72,9 +87,10 @@ class Rolling:
         equal: list[list[Rolled]] = []
         tries = self.grpo.max_resample_times if self.grpo.dynamic_sample else 0
         for attempt in range(tries + 1):
-            drawn, cursor = self.prompts.draw(self.schedule, cursor)
+            begun = self.lead is not None and not attempt
+            drawn, draws = (draws.more if attempt else draws.first)(self.prompts, self.schedule)
             name = f"{number}.{attempt}" if attempt else f"{number}"
-            made = self.generator.rewarded(self.prompts, drawn, each=each, name=name)
+            made = self.generator.rewarded(self.prompts, drawn, each=each, name=name, begun=begun)
             groups = [made[first : first + each] for first in range(0, len(made), each)]
             differs = (self._advantages(made).spreads_P > 0).tolist()
             kept += [group for group, is_kept in zip(groups, differs, strict=True) if is_kept or not tries]
@@ -88,7 +104,7 @@ class Rolling:
             )  # fmt: skip
         chosen = [*kept, *equal][:wanted]
         metrics = {"prompts_equal": (float(len(equal)), float(len(kept) + len(equal)))} if tries else {}
-        return [one for group in chosen for one in group], cursor, metrics
+        return [one for group in chosen for one in group], draws, metrics
 
     def _with_logps(self, completions: Sequence[Rolled], engine: Engine) -> list[Rolled]:
         """Adds log-probabilities of the policy and the reference, where something needs them."""
@@ -99,6 +115,8 @@ class Rolling:
         if self.grpo.beta > 0:
             found[REFERENCE] = self.batching.logps(engine, completions, Tokens(self.temperature), model=MODEL)
             self.generator.busy()
+        if self.lead is not None and self.grpo.off_policy_sequence_mask_delta is not None:
+            found[SAMPLED] = [one.tokens["rollout"] for one in completions]
         return [
             replace(one, tokens={**one.tokens, **{name: values[number] for name, values in found.items()}})
             for number, one in enumerate(completions)
@@ -202,6 +220,7 @@ def measured(
     totals_N = np.where(known_N, np.nan_to_num(rewards_NR) @ np.array(weights, np.float64), np.nan)
     spreads = [_spread(totals_N[first : first + each]) for first in range(0, len(totals_N), each)]
     lengths = [float(len(one.ids)) for one in completions]
+    behind = [trained - float(one.versions.min(initial=trained)) for one in completions]
     count = float(len(completions))
     found: dict[str, Sum] = {
         "reward": _sum(totals_N),
@@ -212,7 +231,8 @@ def measured(
         "completion_length": (sum(lengths), count),
         "completion_length_max": (max(lengths), 1.0),
         "cut_off": (float(sum(one.is_cut_off for one in completions)), count),
-        "staleness": (sum(trained - float(one.versions.min(initial=trained)) for one in completions), count),
+        "staleness": (sum(behind), count),
+        "staleness_max": (max(behind), 1.0),
     }
     return found
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megabatch.data.schedule import Cursor
 from megabatch.errors import DataError
 from megabatch.ledger.record import Record
 from megabatch.ledger.writer import Ledger
@@ -16,6 +15,7 @@ from megabatch.rl.rounds import Rolled, Round
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.rl.ahead import Draws
 from megabatch.trainer.rl.batch import LEARNED_WITH
 from megabatch.trainer.rl.rolling import Rolling, measured
 from megabatch.trainer.steps import State, Step, Steps
@@ -26,8 +26,8 @@ from megabatch.trainer.sums import Ratio
 class Place:
     """Where a run resumes; saved in checkpoints."""
 
-    prompts: Cursor
-    """Where the next round draws its prompts."""
+    prompts: Draws
+    """Where the next rounds draw their prompts."""
     round: int = 0
     """Number of the round to make, or to go on with."""
     taken: int = 0
@@ -45,10 +45,10 @@ class Place:
     def from_json(cls, saved: State) -> Place:
         """`{}` is the start of a run. Raises: DataError when `saved` is no such place."""
         if not saved:
-            return cls(Cursor())
+            return cls(Draws())
         try:
             number, taken, trained = (int(saved[name]) for name in ("round", "taken", "trained"))
-            return cls(Cursor.from_json(saved["prompts"]), number, taken, trained, str(saved["form"]))
+            return cls(Draws.from_json(saved["prompts"]), number, taken, trained, str(saved["form"]))
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(
                 f"the checkpoint's cursor {dict(saved)!r} is no place in GRPO's rounds ({e}); start over with "
@@ -89,8 +89,9 @@ class GrpoSteps(Steps):
 
     def require(self, cursor: State) -> None:
         place = Place.from_json(cursor)
-        self._rolling.schedule.require_own(place.prompts)
-        if place.form and place.taken and place.form != self._form:
+        for one in (place.prompts.next, *place.prompts.begun):
+            self._rolling.schedule.require_own(one)
+        if place.form and (place.taken or place.prompts.begun) and place.form != self._form:
             raise DataError(
                 f"the checkpoint was saved within a round of {place.form} (prompts x completions / steps), and this "
                 f"run's are {self._form}; resume with the settings of the run that wrote it, or start over with "
@@ -99,14 +100,17 @@ class GrpoSteps(Steps):
 
     def after(self, cursor: State, engine: Engine) -> Iterator[Step]:
         place = Place.from_json(cursor)
-        while True:
-            self._rolling.generator.policy.trained = place.trained
-            current = self._round_at(place, engine)
-            for number in range(place.taken, self._each_round):
-                step = self._step(current, number, place)
-                yield step
-                place = Place.from_json(step.cursor)
+        try:
+            while True:
                 self._rolling.generator.policy.trained = place.trained
+                current = self._round_at(place, engine)
+                for number in range(place.taken, self._each_round):
+                    step = self._step(current, number, place)
+                    yield step
+                    place = Place.from_json(step.cursor)
+                    self._rolling.generator.policy.trained = place.trained
+        finally:
+            self._rolling.generator.rollouts.hold()
 
     def places(self, pack: Pack) -> Sequence[str]:
         if self._round is None:
@@ -117,6 +121,7 @@ class GrpoSteps(Steps):
     def _round_at(self, place: Place, engine: Engine) -> Round:
         if place.taken:
             self._round = self._ranks.on_main(lambda: Round.load(self._file(place.round)))
+            self._rolling.go_on(place.round + 1, place.prompts, engine)
             return self._round
         self._round = made = self._rolling.round(place.round, place.prompts, engine)
         if self._each_round > 1:
@@ -136,7 +141,7 @@ class GrpoSteps(Steps):
     def _step(self, current: Round, number: int, place: Place) -> Step:
         ends = number + 1 == self._each_round
         after = Place(
-            Cursor.from_json(current.after),
+            Draws.from_json(current.after),
             current.number + ends,
             0 if ends else number + 1,
             place.trained + 1,

@@ -10,8 +10,10 @@ import torch
 from megabatch.config.grpo import Rollout
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
+from megabatch.rollout.ahead import Ahead
 from megabatch.rollout.local.transformers_engine import TransformersEngine
 from megabatch.rollout.vllm.guard import TOKEN
+from megabatch.rollout.vllm.pool import Pool
 from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.model.transformer_config import DTYPES
 from megabatch.trainer.model_source import ModelSource
@@ -36,8 +38,19 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
     ranks.on_main(lambda: found.append(open_pool(addresses(rollout), _wanted(run, ranks.device))))
     pool = found[0] if found else None
     return Rollouts(
-        pool, ranks, source.family, receivers="main", experts="per_expert", share=share, tolerance=tolerance
+        pool,
+        ranks,
+        source.family,
+        receivers="main",
+        experts="per_expert",
+        share=share,
+        tolerance=tolerance,
+        ahead=_ahead(pool) if pool is not None and rollout.async_generate else None,
     )
+
+
+def _ahead(pool: Pool) -> Ahead:
+    return Ahead(lambda requests, stop: pool.stream(requests, stop=stop))
 
 
 def addresses(rollout: Rollout) -> list[str]:

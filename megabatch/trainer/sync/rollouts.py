@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
 from megabatch.converters.family import Family
 from megabatch.errors import MegabatchError, RolloutError
+from megabatch.rollout.ahead import Ahead
 from megabatch.rollout.bucket import Bucket
 from megabatch.rollout.engine import Completion, Request, RolloutEngine, UnservedError
 from megabatch.trainer.data.global_batch import Share
@@ -32,8 +34,23 @@ _RESENDS = 3
 """How often weights are sent again before the run gives up on its servers."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """Completions that were begun before, and what is left in flight."""
+
+    completions: list[Completion]
+    unfinished: int
+    """Others that were begun and are not done."""
+    landed: int
+    """Others that are done."""
+
+
 class Rollouts:
-    """One engine on every rank, or one on the main rank that stands for servers."""
+    """One engine on every rank, or one on the main rank that stands for servers.
+
+    Completions that were begun (`begin`) are generated beside whatever the ranks do. Updates and `generate` hold them;
+    `take` and `go_on` let them go on.
+    """
 
     def __init__(
         self,
@@ -46,10 +63,12 @@ class Rollouts:
         share: Share,
         tolerance: float,
         bucket_bytes: int = BUCKET_BYTES,
+        ahead: Ahead | None = None,
     ) -> None:
         """Args: mine: this rank's engine, None where it has none; experts: `RolloutEngine.experts`; share: how this
-        run makes rows; tolerance: most that log-probabilities of trainer and engines may differ by after an update."""
-        self._mine, self._ranks, self._family = mine, ranks, family
+        run makes rows; tolerance: most that log-probabilities of trainer and engines may differ by after an update;
+        ahead: of the main rank's engine, for `begin`."""
+        self._mine, self._ranks, self._family, self._ahead = mine, ranks, family, ahead
         self._receivers, self._experts, self._share = receivers, experts, share
         self._tolerance, self._bucket_bytes = tolerance, bucket_bytes
         self._last: tuple[Engine, int] | None = None
@@ -61,6 +80,7 @@ class Rollouts:
         Returns: metrics. Raises: RolloutError on every rank, naming the tensors that differ where engines can tell.
         """
         start, self._last = time.monotonic(), (engine, version)
+        self.hold()
         self._together(self._wake)
         self._send(engine, version)
         sent_s = time.monotonic() - start
@@ -79,12 +99,57 @@ class Rollouts:
         Raises: RolloutError on every rank.
         """
         found: dict[str, Completion] = {}
+
+        def served() -> str | None:
+            self.hold()
+            made, lost = self._generated([request for request in requests if request.key not in found])
+            found.update(made)
+            return lost
+
+        self._until_served(served)
+        return [found[request.key] for request in requests]
+
+    def begin(self, requests: Sequence[Request]) -> None:
+        """Adds to what is generated beside the ranks' work, from `go_on` or `take`; what was begun stays as it is."""
+        if self._ahead is not None:
+            self._ahead.begin(requests)
+
+    def hold(self) -> None:
+        """Interrupts what was begun; what it has is kept."""
+        if self._ahead is not None:
+            self._ahead.hold()
+
+    def go_on(self) -> None:
+        if self._ahead is not None:
+            self._ahead.go_on()
+
+    def take(self, requests: Sequence[Request]) -> Taken:
+        """Waits for requests that were begun; on every rank, in their order. Raises: RolloutError on every rank."""
+        found: list[Taken] = []
+
+        def served() -> str | None:
+            taken, lost = self._everyones(self._together(lambda: self._taken(requests)))[0]
+            found.extend([taken] if taken is not None else ())
+            return lost
+
+        self._until_served(served)
+        return found[0]
+
+    def _taken(self, requests: Sequence[Request]) -> tuple[Taken | None, str | None]:
+        if self._ahead is None:
+            return None, None
+        self._ahead.go_on()
+        try:
+            completions = self._ahead.take([request.key for request in requests])
+        except UnservedError as e:
+            return None, str(e)
+        return Taken(completions=completions, unfinished=self._ahead.unfinished, landed=self._ahead.landed), None
+
+    def _until_served(self, served: Callable[[], str | None]) -> None:
+        """Args: served: what was lost, None for nothing; then weights are sent again, and it is called again."""
         for resent in range(_RESENDS + 1):
-            left = [request for request in requests if request.key not in found]
-            made, lost = self._generated(left)
-            found |= made
-            if lost is None:
-                return [found[request.key] for request in requests]
+            if (lost := served()) is None:
+                return
             if resent < _RESENDS and self._last is not None:
                 logger.warning("%s; sending the weights again", lost)
                 self.update(*self._last)
@@ -113,6 +178,7 @@ class Rollouts:
         self._together(lambda: self._mine.sleep(level) if self._mine is not None else None)
 
     def close(self) -> None:
+        self.hold()
         if self._mine is not None:
             self._mine.close()
 

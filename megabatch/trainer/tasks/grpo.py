@@ -24,6 +24,7 @@ from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.grpo import GrpoObjective
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.rl.ahead import Lead
 from megabatch.trainer.rl.batch import Batching
 from megabatch.trainer.rl.evaluation import GrpoEvaluation
 from megabatch.trainer.rl.generating import Generator, Policy, sampling_of
@@ -55,6 +56,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         generator=generator,
         batching=batching_of(run, ranks),
         temperature=rollout.temperature,
+        lead=_lead(run, train, schedule, generator),
     )
     steps = GrpoSteps(
         rolling,
@@ -126,6 +128,20 @@ def batching_of(run: RunConfig, ranks: Ranks) -> Batching:
         share=share_of(run, ranks),
         group=grpo.num_generations if grpo.loss_type == "real" else 1,
         filters_cut_off=grpo.overlong_filter,
+    )
+
+
+def _lead(run: RunConfig, train: Prompts, schedule: Schedule, generator: Generator) -> Lead | None:
+    grpo, rollout = run.recipe.grpo, run.recipe.rollout
+    if not rollout.async_generate:
+        return None
+    return Lead(
+        rounds=rollout.max_staleness,
+        total=-(-_train_iters(run, schedule) // (grpo.steps_per_generation * grpo.num_iterations)),
+        each=grpo.num_generations,
+        prompts=train,
+        schedule=schedule,
+        generator=generator,
     )
 
 

