@@ -237,7 +237,7 @@ class Server:
         return f"{self._owner}:{version}"
 
     def _start_update(self) -> None:
-        """Also where a trainer that died has begun one: it is finished first, which fails once if layers are missing."""
+        """Also where a trainer that died has begun one: it is finished first; which fails if layers lack."""
         for _ in range(2):
             try:
                 self.client.post("/start_weight_update")

@@ -1,0 +1,160 @@
+"""Whole GRPO runs that generate with a real vLLM server: killed and requeued, and ahead of training."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from rank_server import RankServer
+from vllm_server import MARKS, TOKEN, Running
+
+from megabatch import Grpo, Model, MoE, Recipe, Rlhf, Rollout
+from megabatch.ledger.reader import Reader
+
+pytestmark = MARKS
+REWARD = """
+def letters(completions, **columns):
+    return [len(set(text)) / 10 for text in completions]
+"""
+AHEAD = {"async_generate": True, "max_staleness": 2}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankServer]:
+    found = RankServer()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def folder(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    server = running.server()
+    server.wait()
+    server.close()
+    found = tmp_path_factory.mktemp("server-runs")
+    (found / "reward.py").write_text(REWARD)
+    return found
+
+
+def grpo_recipe(folder: Path, running: Running, *, steps: int, **rollout: Any) -> Recipe:
+    made = runs.recipe(
+        folder,
+        training={"train_iters": steps, "seed": 3},
+        data={"max_length": 64},
+        checkpoint={"save_interval": 1},
+        evaluation={"eval_iters": 0},
+    )
+    return replace(
+        made,
+        task="rlhf",
+        model=Model(model=str(running.folder), torch_dtype="float32"),
+        moe=MoE(),
+        rlhf=Rlhf(rlhf_type="grpo"),
+        grpo=Grpo(reward_funcs=[f"{folder / 'reward.py'}:letters"], num_generations=4, beta=0.0),
+        rollout=Rollout(
+            temperature=1.0,
+            max_completion_length=24,
+            vllm_mode="server",
+            vllm_server_base_url=f"http://127.0.0.1:{running.port}",
+            **rollout,
+        ),
+    )
+
+
+def killed(run_dir: str, in_step: int | None = None, in_update: int | None = None) -> int:
+    """Trains one rank, which dies by SIGKILL with its completions generated and not trained, or halfway through
+    sending weights; None for neither."""
+    from megabatch.rollout.vllm.server import Server
+    from megabatch.trainer.engine import Engine
+
+    os.environ["MEGABATCH_ROLE_TOKEN"] = TOKEN
+    for owner, name, number in ((Engine, "step", in_step), (Server, "put", in_update)):
+        if number is not None:
+            setattr(owner, name, dying(getattr(owner, name), number))
+    return runs.train(run_dir)
+
+
+def dying(method: Any, number: int) -> Any:
+    calls = 0
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*arguments, **keywords)
+
+    return counted
+
+
+def run_of(ranks: RankServer, made: Recipe, run_dir: Path, *, deaths: int = 0) -> Path:
+    run = runs.write_run(made, run_dir)
+    how: list[dict[str, int]] = [{"in_step": 2}, {"in_update": 2}][:deaths]
+    for death in how:
+        with pytest.raises(RuntimeError, match="killed: hung or crashed"):
+            ranks.run(killed, world_size=1, run_dir=str(run), **death)
+    assert ranks.run(killed, world_size=1, run_dir=str(run)) == [0]
+    return run
+
+
+def keys_of(run: Path) -> dict[int, list[str]]:
+    reader = Reader(run / "ledger")
+    return {step: [record.key for record in reader.records(step)] for step in reader.steps}
+
+
+def test_a_trainer_that_is_killed_twice_ends_with_the_undisturbed_curve(
+    ranks: RankServer, running: Running, folder: Path
+) -> None:
+    """In a step, and in the middle of sending weights, while the server lives on."""
+    made = grpo_recipe(folder, running, steps=3)
+    calm = run_of(ranks, made, folder / "calm")
+    disturbed = run_of(ranks, made, folder / "disturbed", deaths=2)
+    final = {line["step"]: (line["loss"], line["grad_norm"], line["reward"]) for line in runs.metrics(disturbed)}
+    assert final == {line["step"]: (line["loss"], line["grad_norm"], line["reward"]) for line in runs.metrics(calm)}
+    for step in (1, 2, 3):
+        a, b = (Reader(run / "ledger").records(step) for run in (calm, disturbed))
+        assert [(one.key, one.ids, one.logps, one.versions) for one in a] == [
+            (one.key, one.ids, one.logps, one.versions) for one in b
+        ]
+
+
+def test_generation_ahead_of_training_is_bounded_and_loses_nothing(
+    ranks: RankServer, running: Running, folder: Path
+) -> None:
+    """Killed twice too: every prompt's completions are trained on once, whichever attempt generated them."""
+    run = run_of(ranks, grpo_recipe(folder, running, steps=5, **AHEAD), folder / "ahead", deaths=2)
+    keys = keys_of(run)
+    assert sorted(keys) == [1, 2, 3, 4, 5]
+    for step, found in keys.items():
+        assert found == [f"{step - 1}/{prompt}/{number}" for prompt in range(2) for number in range(4)]
+    prompts = Counter(tuple(one.prompt_ids) for step in keys for one in Reader(run / "ledger").records(step))
+    assert set(prompts.values()) == {4}, "the prompts of an epoch are all different"
+    for step in keys:
+        for one in Reader(run / "ledger").records(step):
+            versions = list(one.versions)
+            assert versions == sorted(versions) and max(0, step - 3) <= versions[0] <= versions[-1] <= step - 1
+    lines = {line["step"]: line for line in runs.metrics(run)}
+    assert max(line["staleness_max"] for line in lines.values()) in (1, 2)
+    assert all(line["wait_s"] >= 0 and line["rollout_ess"] > 0 for line in lines.values())
+    assert lines[5]["in_flight"] == lines[5]["landed"] == 0, "nothing is begun for after the end"
+    assert lines[1]["staleness_max"] == 0
+
+
+def test_what_a_lead_has_begun_is_trained_on_without_one(ranks: RankServer, running: Running, folder: Path) -> None:
+    """A checkpoint with rounds in flight resumes in the synchronous schedule: the same prompts in the same order."""
+    ahead = runs.write_run(grpo_recipe(folder, running, steps=3, **AHEAD), folder / "changed")
+    with pytest.raises(RuntimeError, match="killed: hung or crashed"):
+        ranks.run(killed, world_size=1, run_dir=str(ahead), in_step=2)
+    runs.write_run(grpo_recipe(folder, running, steps=3), ahead)
+    assert ranks.run(killed, world_size=1, run_dir=str(ahead)) == [0]
+    assert keys_of(ahead) == keys_of(folder / "calm")
+    assert [record.prompt_ids for record in Reader(ahead / "ledger").records(3)] == [
+        record.prompt_ids for record in Reader(folder / "calm" / "ledger").records(3)
+    ]
