@@ -40,6 +40,7 @@ _CHARTS = (
     ("clip_high", "Share of tokens clipped above"),
     ("rollout_kl", "KL between trainer and rollout engine"),
     ("staleness", "Staleness (policy versions)"),
+    ("staleness_max", "Largest staleness of a completion (policy versions)"),
 )
 """Name in `metrics.jsonl`, and title; a chart that no run has points for is left out."""
 _REWARD = "reward_"
