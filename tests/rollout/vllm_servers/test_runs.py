@@ -142,6 +142,8 @@ def test_generation_ahead_of_training_is_bounded_and_loses_nothing(
             assert versions == sorted(versions) and max(0, step - 3) <= versions[0] <= versions[-1] <= step - 1
     lines = {line["step"]: line for line in runs.metrics(run)}
     assert max(line["staleness_max"] for line in lines.values()) in (1, 2)
+    for line in lines.values():  # the correction is of the policies that drew the tokens
+        assert (line["rollout_max_difference"] > 1e-3) == (line["staleness_max"] > 0), line["step"]
     assert all(line["wait_s"] >= 0 and line["rollout_ess"] > 0 for line in lines.values())
     assert lines[5]["in_flight"] == lines[5]["landed"] == 0, "nothing is begun for after the end"
     assert lines[1]["staleness_max"] == 0
