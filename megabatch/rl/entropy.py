@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def lowest_kept(entropies_T: Tensor, mask_T: Tensor, *, keep: float, total: Call
     found = 0
     for place in reversed(range(_DIGITS)):
         counts = torch.bincount((digits_T >> (place * _BITS)) & 0xFF, minlength=256)
-        up_to = total(counts.double()).cumsum(0).tolist()
+        up_to = list(accumulate(total(counts.double()).tolist()))
         digit = next((number for number, some in enumerate(up_to) if some > rank), 0)
         rank -= int(up_to[digit - 1]) if digit else 0
         found |= digit << (place * _BITS)

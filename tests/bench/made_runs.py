@@ -36,10 +36,11 @@ MEDIUM: dict[str, Any] = {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size"
 WEIGHTY: dict[str, Any] = {"num_layers": 10, "hidden_size": 512, "ffn_hidden_size": 2048, "num_attention_heads": 8,
                            "num_query_groups": 4, "kv_channels": 64, "padded_vocab_size": 16384}  # fmt: skip
 """About 220 MiB in fp32."""
-LARGE: dict[str, Any] = {"num_layers": 12, "hidden_size": 2048, "ffn_hidden_size": 6144, "num_attention_heads": 16,
+LARGE: dict[str, Any] = {"num_layers": 16, "hidden_size": 2048, "ffn_hidden_size": 6144, "num_attention_heads": 16,
                          "num_query_groups": 8, "kv_channels": 128, "padded_vocab_size": 32768}  # fmt: skip
 """For one GPU."""
 EXPERTS = MoE(num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=96)
+LARGE_EXPERTS = MoE(num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=2048)
 
 
 def write_text(path: Path, *, rows: int, words: int) -> Path:

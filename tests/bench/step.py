@@ -8,20 +8,25 @@ gradient norm. Run by `run.py`: python tests/bench/step.py FOLDER ANSWER
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from bare_loop import BareLoop, Rows
-from made_runs import EXPERTS, LARGE, MEDIUM, SMALL, recipe, write_run
+from made_runs import EXPERTS, LARGE, LARGE_EXPERTS, MEDIUM, SMALL, recipe, write_run
 from measure import Figure, answer, median, sized
 
+from megabatch import MoE
 from megabatch.config.run import RunConfig
+from megabatch.entry.estimate import estimate_of
+from megabatch.plan.flops import training_flops
+from megabatch.plan.gpus import gpu_named
 from megabatch.trainer import assemble
 from megabatch.trainer.activity import Activity
 from megabatch.trainer.checkpoints.progress import Progress
@@ -38,7 +43,7 @@ TARGET = 1.03
 class Case:
     name: str
     model: dict[str, Any]
-    experts: bool = False
+    experts: MoE | None = None
     max_length: int = 128
     micro_batch_size: int = 4
     pairs: int = 20
@@ -52,18 +57,19 @@ CPU_CASES = (
     Case(name="dense", model=MEDIUM),
     Case(name="dense, one row", model=MEDIUM, micro_batch_size=1),
     Case(name="dense, plain attention", model=MEDIUM, fused_attention=False),
-    Case(name="experts", model=MEDIUM, experts=True),
-    Case(name="small experts", model=SMALL, experts=True, promised=False),
+    Case(name="experts", model=MEDIUM, experts=EXPERTS),
+    Case(name="small experts", model=SMALL, experts=EXPERTS, promised=False),
 )
 TOY_CASES = (
     Case(name="dense", model=SMALL, max_length=32),
-    Case(name="plain attention, experts", model=SMALL, max_length=32, experts=True, fused_attention=False),
+    Case(name="plain attention, experts", model=SMALL, max_length=32, experts=EXPERTS, fused_attention=False),
 )
 GPU_CASES = (
-    Case(name="dense", model=LARGE, max_length=2048, micro_batch_size=2, pairs=30),
-    Case(name="experts", model=LARGE, experts=True, max_length=2048, micro_batch_size=2, pairs=30),
-    Case(name="small experts", model=SMALL, experts=True, promised=False),
-)
+    Case(name="dense", model=LARGE, max_length=4096, micro_batch_size=2, pairs=20),
+    Case(name="experts", model={**LARGE, "num_layers": 8}, experts=LARGE_EXPERTS, max_length=4096, pairs=15,
+         micro_batch_size=2),
+    Case(name="small experts", model=SMALL, experts=EXPERTS, promised=False),
+)  # fmt: skip
 
 
 def compare(case: Case, folder: Path) -> list[Figure]:
@@ -83,6 +89,8 @@ def compare(case: Case, folder: Path) -> list[Figure]:
         )
         with ours.metrics:
             pairs = _pairs(ours, bare, batches, case)
+            del bare, batches
+            alone = _alone(run, ours, case) if ranks.device.type == "cuda" else []
     ours_ms, bare_ms = (1e3 * median([pair[side].wall_s for pair in pairs]) for side in (0, 1))
     return [
         Figure(
@@ -97,6 +105,54 @@ def compare(case: Case, folder: Path) -> list[Figure]:
             value=median([o.cpu_s / b.cpu_s for o, b in pairs]),
             unit="x",
             note="the same pairs by processor time",
+        ),
+        *alone,
+    ]
+
+
+def _alone(run: RunConfig, ours: Loop, case: Case) -> list[Figure]:
+    """Our steps on a GPU without the bare loop's model beside them: FLOPs, peak memory, and the plan."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    # the loop's step ahead of time was consumed; the next generator goes on from the state that is there
+    steps, count = ours.steps(Progress()), sized(8, 2)
+    next(steps)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / count
+    tokens = 2 * case.micro_batch_size * case.max_length
+    flops = training_flops(run.shape, tokens=tokens, mean_length=case.max_length)
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    figures = [
+        Figure(name=f"step, {case.name}", value=1e3 * seconds, unit="ms", note=f"{tokens / seconds:,.0f} tokens/s"),
+        Figure(name=f"TFLOP/s, {case.name}", value=flops / seconds / 1e12, unit="TF/s"),
+    ]
+    name = torch.cuda.get_device_name()
+    if (gpu := gpu_named(name)) is None:
+        return figures
+    plan = estimate_of(run.recipe, run.shape, gpu)
+    planned = replace(plan.memory, framework=0).total_gib
+    mfu = flops / seconds / gpu.peak_tflops / 1e12
+    reserved = torch.cuda.max_memory_reserved() / 2**30
+    return [
+        *figures,
+        Figure(name=f"MFU, {case.name}", value=mfu, unit="", note=f"{name}; planned {plan.step.mfu:.3f}"),
+        Figure(
+            name=f"peak memory / plan, {case.name}",
+            value=peak_gib / planned,
+            unit="x",
+            note=f"{peak_gib:.2f} GiB of tensors, {reserved:.2f} reserved; planned {planned:.2f} and "
+            f"{plan.memory.framework / 2**30:.2f} for the framework: {plan.memory}",
+        ),
+        Figure(
+            name=f"step / plan, {case.name}",
+            value=seconds / plan.step.total_s,
+            unit="x",
+            note=f"planned {1e3 * plan.step.total_s:.1f} ms",
         ),
     ]
 
@@ -152,7 +208,7 @@ def _run(case: Case, folder: Path) -> RunConfig:
         groups |= {"model": {"torch_dtype": "bfloat16"}, "resources": {"gpus_per_node": 1}}
         groups["parallel"] = {"distributed_backend": "nccl"}
     folder.mkdir()
-    return write_run(recipe(folder, case.model, experts=EXPERTS if case.experts else None, **groups), folder / "run")
+    return write_run(recipe(folder, case.model, experts=case.experts, **groups), folder / "run")
 
 
 def _rows(steps: Iterator[Step], case: Case, device: torch.device) -> Iterator[list[Rows]]:

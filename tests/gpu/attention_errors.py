@@ -1,6 +1,6 @@
 """Errors of packed attention on CUDA against fp64, as JSON; a process of its own, which nothing has adapted to CPUs.
 
-python attention_errors.py LENGTHS HEADS GROUPS WIDTH      (LENGTHS: comma-separated)
+python attention_errors.py LENGTHS HEADS GROUPS WIDTH [EARLIER]      (LENGTHS: comma-separated)
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from megabatch.trainer.model.attention import PackedAttention
 from megabatch.trainer.model.row import Row, row
 
 
-def errors(lengths: list[int], *, heads: int, groups: int, width: int) -> dict[str, float | bool]:
+def errors(lengths: list[int], heads: int, groups: int, width: int, earlier: int = -1) -> dict[str, float | bool]:
     """Relative L2 errors of output and gradients, and what else must hold of the bf16 kernel."""
-    attention = _attention(heads, groups, width)
+    attention = _attention(heads, groups, width, earlier)
     generator = torch.Generator("cuda").manual_seed(sum(lengths))
     shapes = [(sum(lengths), n, width) for n in (heads, groups, groups)]
     tensors = [torch.randn(s, generator=generator, device="cuda").bfloat16().requires_grad_() for s in shapes]
@@ -31,7 +31,7 @@ def errors(lengths: list[int], *, heads: int, groups: int, width: int) -> dict[s
     (out * weights).sum().backward()
     exact = [t.detach().double().requires_grad_() for t in tensors]
     parts = zip(*(t.split(lengths) for t in exact), strict=True)
-    reference = torch.cat([_one_sequence(*part) for part in parts])
+    reference = torch.cat([_one_sequence(*part, earlier) for part in parts])
     (reference * weights.double()).sum().backward()
     changed = [t.detach().clone() for t in tensors]
     for tensor in changed:
@@ -64,13 +64,13 @@ def _chunk_error(attention: PackedAttention, tensors: list[Tensor], packed: Row,
     (out * weights[places]).sum().backward()
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     parts = zip(*(tensor.split(list(packed.lengths)) for tensor in exact), strict=True)
-    reference = torch.cat([_one_sequence(*one) for one in parts])[places]
+    reference = torch.cat([_one_sequence(*one, attention.earlier) for one in parts])[places]
     (reference * weights[places].double()).sum().backward()
     pairs = [(out, reference), *((t.grad, e.grad) for t, e in zip((query, key, value), exact, strict=True))]
     return max(_relative(found, truth) for found, truth in pairs)
 
 
-def _attention(heads: int, groups: int, width: int) -> PackedAttention:
+def _attention(heads: int, groups: int, width: int, earlier: int) -> PackedAttention:
     config = TransformerConfig(
         num_layers=1,
         hidden_size=heads * width,
@@ -78,20 +78,23 @@ def _attention(heads: int, groups: int, width: int) -> PackedAttention:
         num_query_groups=groups,
         kv_channels=width,
         attention_dropout=0.0,
+        window_size=None if earlier < 0 else (earlier, 0),
         bf16=True,
         params_dtype=torch.bfloat16,
     )
     return PackedAttention(config, 1, AttnMaskType.causal, "self")
 
 
-def _one_sequence(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V under a causal mask, written out."""
+def _one_sequence(query: Tensor, key: Tensor, value: Tensor, earlier: int) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V under a causal mask, and that of a window, written out."""
     length, heads, width = query.shape
     repeat = heads // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     scores = torch.einsum("qhd,khd->hqk", query, key) / width**0.5
-    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+    positions = torch.arange(length, device=query.device)
+    behind = positions[:, None] - positions
+    hidden = (behind < 0) | (behind > (length if earlier < 0 else earlier))
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value).reshape(length, heads * width)
 
 
@@ -101,7 +104,5 @@ def _relative(found: Tensor | None, truth: Tensor | None) -> float:
 
 
 if __name__ == "__main__":
-    lengths_, heads_, groups_, width_ = sys.argv[1:]
-    print(
-        json.dumps(errors([*map(int, lengths_.split(","))], heads=int(heads_), groups=int(groups_), width=int(width_)))
-    )
+    lengths_, *sizes_ = sys.argv[1:]
+    print(json.dumps(errors([*map(int, lengths_.split(","))], *map(int, sizes_))))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from cuda_runs import cpu_run, cuda_run, train
+from cuda_runs import cpu_run, cuda_run, require_gpus, train_on
+from rank_server import RankServer
 from runs import MODELS, curve, evaluations
 from test_layouts import CASES, DENSE, EXPERTS
 
@@ -16,21 +18,21 @@ HALF: dict[str, dict[str, Any]] = {"model": {"torch_dtype": "bfloat16", "hidden_
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def reference(cpus: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("layouts")
-    runs = {model: cpu_run(folder, model, model) for model in MODELS}
-    for run in runs.values():
-        train(run)
-    return runs
+    return cache(lambda model: train_on(cpus, cpu_run(folder, model, model)))
 
 
 @pytest.mark.parametrize(("model", "layout"), [*((model, "single") for model in MODELS), *CASES])
-def test_fp32_losses_are_those_of_the_cpu(model: str, layout: str, references: dict[str, Path]) -> None:
+def test_fp32_losses_are_those_of_the_cpu(
+    model: str, layout: str, gpus: RankServer, reference: Callable[[str], Path]
+) -> None:
     world_size, groups = LAYOUTS[layout]
-    _require_gpus(world_size)
-    run = cuda_run(references[model].parent, f"{model}-{layout}", model, world_size=world_size, **groups)
-    train(run, world_size=world_size)
-    found, expected = curve(run), curve(references[model])
+    require_gpus(world_size)
+    folder = reference(model).parent
+    run = cuda_run(folder, f"{model}-{layout}", model, world_size=world_size, **groups)
+    train_on(gpus, run, world_size=world_size)
+    found, expected = curve(run), curve(reference(model))
     assert len(found) == len(expected) == 4
     for (step, loss, norm), (_, reference_loss, reference_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(reference_loss, rel=1e-4), f"step {step}"
@@ -38,13 +40,13 @@ def test_fp32_losses_are_those_of_the_cpu(model: str, layout: str, references: d
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_bfloat16_trains_along_the_fp32_curve(model: str, tmp_path: Path) -> None:
+def test_bfloat16_trains_along_the_fp32_curve(model: str, gpus: RankServer, tmp_path: Path) -> None:
     """Short runs with flash attention: the first losses agree to bf16's precision, and training learns."""
     full = {"model": {**HALF["model"], "torch_dtype": "float32"}, "training": {"train_iters": 8}}
     half = {**HALF, "training": {"train_iters": 8}}
     exact, rounded = cuda_run(tmp_path, "fp32", model, **full), cuda_run(tmp_path, "bf16", model, **half)
-    train(exact)
-    train(rounded)
+    train_on(gpus, exact)
+    train_on(gpus, rounded)
     for (step, loss, _), (_, expected, _) in zip(curve(rounded), curve(exact), strict=True):
         assert loss == pytest.approx(expected, rel=3e-2), f"step {step}"
     first, *_, last = [loss for _, loss in evaluations(rounded)]
@@ -52,17 +54,12 @@ def test_bfloat16_trains_along_the_fp32_curve(model: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2_sp", "pp2_vpp2", "tp2_sp_pp2"])
-def test_bfloat16_layouts_agree(layout: str, tmp_path: Path) -> None:
+def test_bfloat16_layouts_agree(layout: str, gpus: RankServer, tmp_path: Path) -> None:
     world_size, groups = LAYOUTS[layout]
-    _require_gpus(world_size)
+    require_gpus(world_size)
     single = cuda_run(tmp_path, "single", "qwen3", **HALF)
     split = cuda_run(tmp_path, "split", "qwen3", world_size=world_size, **HALF, **groups)
-    train(single)
-    train(split, world_size=world_size)
+    train_on(gpus, single)
+    train_on(gpus, split, world_size=world_size)
     for (step, loss, _), (_, expected, _) in zip(curve(split), curve(single), strict=True):
         assert loss == pytest.approx(expected, rel=1e-2), f"step {step}"
-
-
-def _require_gpus(count: int) -> None:
-    if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} GPUs, there is {torch.cuda.device_count()}")

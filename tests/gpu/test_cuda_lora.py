@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from cuda_runs import cpu_run, cuda_run, train
+from cuda_runs import cpu_run, cuda_run, require_gpus, train_on
+from rank_server import RankServer
 from runs import curve, evaluations
 
 LORA: dict[str, Any] = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0, "target_modules": ["all-linear"]}
@@ -20,19 +20,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_the_cpu(layout: str, tmp_path: Path) -> None:
+def test_losses_are_those_of_the_cpu(layout: str, gpus: RankServer, cpus: RankServer, tmp_path: Path) -> None:
     world_size, parallel = LAYOUTS[layout]
-    if torch.cuda.device_count() < world_size:
-        pytest.skip(f"needs {world_size} GPUs, there is {torch.cuda.device_count()}")
+    require_gpus(world_size)
     reference = cpu_run(tmp_path, "cpu", "qwen3_moe", tuner=LORA)
     run = cuda_run(tmp_path, "gpu", "qwen3_moe", world_size=world_size, tuner=LORA, parallel=parallel)
-    train(reference)
-    train(run, world_size=world_size)
+    train_on(cpus, reference)
+    train_on(gpus, run, world_size=world_size)
     for (step, loss, norm), (_, its_loss, its_norm) in zip(curve(run), curve(reference), strict=True):
         assert (loss, norm) == (pytest.approx(its_loss, rel=1e-4), pytest.approx(its_norm, rel=1e-3)), f"step {step}"
 
 
-def test_bfloat16_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_bfloat16_learns_and_resumes_bit_for_bit(gpus: RankServer, tmp_path: Path) -> None:
     groups: dict[str, Any] = {
         "model": {"torch_dtype": "bfloat16", "hidden_size": 128, "kv_channels": 32},
         "tuner": {**LORA, "lora_dropout": 0.1},
@@ -40,10 +39,10 @@ def test_bfloat16_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         "checkpoint": {"save_interval": 4},
     }
     whole = cuda_run(tmp_path, "whole", "qwen3", **groups)
-    train(whole)
+    train_on(gpus, whole)
     first, *_, last = [loss for _, loss in evaluations(whole)]
     assert last < first
     load = {"adapter_load": str(whole / "checkpoints" / "step_00000004"), **groups["tuner"]}
     moved = cuda_run(tmp_path, "moved", "qwen3", **{**groups, "tuner": load})
-    train(moved)
+    train_on(gpus, moved)
     assert curve(moved) == curve(whole)[4:]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_runs import cuda_run, train
+from cuda_runs import cuda_run, require_gpus, train_in_processes, train_on
+from rank_server import RankServer
 from runs import curve, evaluations
 
 from megabatch.data.cache.token_cache import TokenCache
@@ -21,7 +22,7 @@ HALF = {"torch_dtype": "bfloat16", "hidden_size": 128, "kv_channels": 32}
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["qwen2", "qwen3_moe"])
-def test_resume_is_bit_exact_in_deterministic_mode(model: str, dtype: str, tmp_path: Path) -> None:
+def test_resume_is_bit_exact_in_deterministic_mode(model: str, dtype: str, gpus: RankServer, tmp_path: Path) -> None:
     whole = cuda_run(
         tmp_path,
         "whole",
@@ -30,23 +31,43 @@ def test_resume_is_bit_exact_in_deterministic_mode(model: str, dtype: str, tmp_p
         training={"train_iters": 6, "deterministic_mode": True},
         checkpoint={"save_interval": 3},
     )
-    train(whole)
+    train_on(gpus, whole)
     lost = tmp_path / "lost"
     shutil.copytree(whole, lost)
     made = json.loads((lost / "run.json").read_text())
     (lost / "run.json").write_text(json.dumps({**made, "run_dir": str(lost)}))
     shutil.rmtree(lost / "checkpoints" / "step_00000006")
     (lost / "metrics.jsonl").unlink()
-    train(lost)
+    train_on(gpus, lost)
     assert [step for step, *_ in curve(lost)] == [4, 5, 6]
     assert curve(lost) == curve(whole)[3:]
     assert evaluations(lost) == [entry for entry in evaluations(whole) if entry[0] > 3]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
-def test_the_exported_model_has_the_trainers_validation_loss(dtype: str, tolerance: float, tmp_path: Path) -> None:
-    run = cuda_run(tmp_path, "run", "qwen3_moe", model={**HALF, "torch_dtype": dtype})
-    train(run)
+EXPORTS: dict[str, tuple[str, float, int, dict[str, Any]]] = {
+    "float32": ("float32", 1e-4, 1, {}),
+    "bfloat16": ("bfloat16", 1e-2, 1, {}),
+    "float32_tp2_ep2_pp2": (
+        "float32",
+        1e-4,
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "expert_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_the_exported_model_has_the_trainers_validation_loss(name: str, tmp_path: Path) -> None:
+    dtype, tolerance, world_size, parallel = EXPORTS[name]
+    require_gpus(world_size)
+    model = {**HALF, "torch_dtype": dtype}
+    run = cuda_run(tmp_path, "run", "qwen3_moe", world_size=world_size, model=model, parallel=parallel)
+    train_in_processes(run, world_size=world_size)
     validation = min((TokenCache.open(path) for path in (run / "cache").iterdir()), key=len)
     expected = _transformers_loss(run / "checkpoints" / "step_00000004" / "hf", dtype, validation)
     assert evaluations(run)[-1][1] == pytest.approx(expected, rel=tolerance)
@@ -79,7 +100,7 @@ def test_transformer_engine_trains_along_our_own_layers(model: str, tmp_path: Pa
     losses: dict[str, Any] = {}
     for impl in ("local", "transformer_engine"):
         run = cuda_run(tmp_path, impl, model, model=HALF, kernels={"transformer_impl": impl})
-        train(run)
+        train_in_processes(run)
         losses[impl] = [loss for _, loss, _ in curve(run)]
         assert "local layers" not in (run / "log.0").read_text() or impl == "local"
     assert losses["transformer_engine"] == pytest.approx(losses["local"], rel=2e-2)
@@ -91,5 +112,5 @@ def test_transformer_engine_trains_along_our_own_layers(model: str, tmp_path: Pa
         kernels={"transformer_impl": "local"},
         checkpoint={"load": str(tmp_path / "transformer_engine"), "finetune": True},
     )
-    train(crossed)
+    train_in_processes(crossed)
     assert evaluations(crossed)[0][1] == pytest.approx(evaluations(tmp_path / "transformer_engine")[-1][1], rel=1e-2)

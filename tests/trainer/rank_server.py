@@ -36,11 +36,17 @@ _IMPORTED = (
 )
 
 
+ONE_GPU = os.environ.get("MEGABATCH_TEST_SHARE_GPU") == "1"
+"""Whether all ranks of a world use the first GPU. NCCL refuses two ranks of a host on one GPU, so each rank names a
+host of its own, and they exchange through sockets: this shows the calls, not their speed."""
+
+
 class RankServer:
-    def __init__(self) -> None:
+    def __init__(self, *, cuda: bool = False) -> None:
+        """Args: cuda: whether ranks use GPUs; else they are on CPUs, whatever the machine has."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=False)
+        self._process = context.Process(target=_serve, args=(theirs, cuda), daemon=False)
         self._process.start()
 
     def run(
@@ -64,15 +70,33 @@ class RankServer:
             self._process.kill()
 
 
-def _serve(connection: Connection) -> None:
+def place(rank: int, world: int, port: int, *, cuda: bool) -> dict[str, str]:
+    """The environment of a rank that differs from that of others."""
+    shared = cuda and ONE_GPU
+    found = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0 if shared else rank, "MASTER_PORT": port}
+    if shared:
+        found |= {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_NCHANNELS": 2}
+        found |= {f"NCCL_{way}_DISABLE": 1 for way in ("P2P", "SHM", "IB")}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in found.items()}}
+
+
+def _serve(connection: Connection, cuda: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    if cuda:
+        # a process that initialised CUDA, as torch's other check for a device does, cannot fork ranks that use it
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        os.environ.update(CUDA_DEVICE_MAX_CONNECTIONS="1", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else every rank starts a pool of compilers
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     torch.set_num_threads(1)
-    from megabatch.trainer import megatron_cpu
+    if not cuda:
+        from megabatch.trainer import megatron_cpu
 
-    megatron_cpu.adapt()
+        megatron_cpu.adapt()
     # what every run imports, once rather than in each rank of each world
     for name in _IMPORTED:
         importlib.import_module(name)
@@ -81,15 +105,16 @@ def _serve(connection: Connection) -> None:
             source, world_size, timeout_s, arguments = connection.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        connection.send(_world(source, world_size, timeout_s, arguments))
+        connection.send(_world(source, world_size, timeout_s, arguments, cuda))
 
 
 def _world(
-    source: tuple[str, str], world_size: int, timeout_s: float, arguments: dict[str, Any]
+    source: tuple[str, str], world_size: int, timeout_s: float, arguments: dict[str, Any], cuda: bool
 ) -> tuple[str, list[Any]]:
     port = free_port_block()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        pids = [_fork(source, rank, world_size, port, Path(folder), arguments) for rank in range(world_size)]
+        places = [place(rank, world_size, port, cuda=cuda) for rank in range(world_size)]
+        pids = [_fork(source, one, Path(folder), arguments) for one in places]
         _wait(pids, timeout_s)
         failed, results = "", []
         for rank in range(world_size):
@@ -101,15 +126,13 @@ def _world(
         return failed, results
 
 
-def _fork(source: tuple[str, str], rank: int, world: int, port: int, folder: Path, arguments: dict[str, Any]) -> int:
+def _fork(source: tuple[str, str], environment: dict[str, str], folder: Path, arguments: dict[str, Any]) -> int:
     pid = os.fork()
     if pid:
         return pid
-    status = 0
+    status, rank = 0, environment["RANK"]
     try:
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        os.environ.update(environment)
         outcome = ("ok", _load(*source)(**arguments))
     except BaseException:
         outcome, status = ("error", traceback.format_exc()), 1

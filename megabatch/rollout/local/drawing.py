@@ -45,19 +45,27 @@ def _excluded(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     out_BV = rank_V >= k_B1
     p_B1 = _column([one.top_p for one in samplings], logits_BV)
     probabilities_BV = sorted_BV.masked_fill(out_BV, -torch.inf).softmax(-1)
-    before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+    before_BV = _running_sums(probabilities_BV) - probabilities_BV
     out_BV = out_BV | ((before_BV >= p_B1) & (rank_V > 0) & (p_B1 < 1))
     return torch.empty_like(out_BV).scatter_(-1, order_BV, out_BV)
 
 
 def draw(logps_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
     """One token of each row, int64 [B]: the first whose cumulative probability exceeds the row's number in [0, 1)."""
-    cumulative_BV = logps_BV.double().exp().cumsum(-1)
+    cumulative_BV = _running_sums(logps_BV.double().exp())
     at_B1 = torch.tensor(uniforms, dtype=torch.float64, device=logps_BV.device)[:, None] * cumulative_BV[:, -1:]
     found_B1 = torch.searchsorted(cumulative_BV, at_B1, right=True)
     # rounding may put the number at the very end, behind tokens of probability 0
     last_B1 = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:].contiguous())
     return torch.minimum(found_B1, last_B1)[:, 0]
+
+
+def _running_sums(values_BV: Tensor) -> Tensor:
+    """Cumulative sums of each row. Where torch is to be deterministic it refuses those of floats on CUDA; then they
+    are added up on the host."""
+    if values_BV.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values_BV.cpu().cumsum(-1).to(values_BV.device)
+    return values_BV.cumsum(-1)
 
 
 def seen_tokens(rows: Sequence[Sequence[int]], samplings: Sequence[Sampling], vocab: int) -> Tensor | None:

@@ -27,6 +27,9 @@ from megabatch.config.resolved import resolved
 from megabatch.trainer.model.keys import seen
 from megabatch.trainer.model.row import Row, rotated
 
+_WIDEST_FLASH = 256
+"""Channels of a head; the kernel takes multiples of 8 up to this."""
+
 
 def _flash() -> Callable[..., Tensor] | None:
     """torch's variable-length flash attention if it supports a causal window (torch 2.11 or later), else None."""
@@ -117,8 +120,9 @@ class PackedAttention(MegatronModule):
         return self.flash(query_THD, key_KGD, value_KGD, *bounds, **options)
 
     def _fits_flash(self, query_THD: Tensor) -> bool:
-        half = query_THD.dtype in (torch.bfloat16, torch.float16)
-        return query_THD.is_cuda and half and not (self.training and self.dropout)
+        half, width = query_THD.dtype in (torch.bfloat16, torch.float16), query_THD.shape[-1]
+        fits = half and width % 8 == 0 and width <= _WIDEST_FLASH
+        return query_THD.is_cuda and fits and not (self.training and self.dropout)
 
     def _rectangle(self, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, row: Row) -> Tensor:
         """Computes all sequences at once; they must be equally long."""

@@ -166,8 +166,9 @@ def _shares(pack: Pack, alpha: float) -> Tensor:
     shorter_P = torch.minimum(counts_N[0::2], counts_N[1::2])
     shorter_S = torch.cat([shorter_P.repeat_interleave(2), shorter_P.new_zeros(1)])
     segments_T = pack.segments_T.long()
-    before_S = torch.cat([counts_N, counts_N.new_zeros(1)]).cumsum(0) - torch.cat([counts_N, counts_N.new_zeros(1)])
-    place_T = learned_T.float().cumsum(0) - before_S[segments_T]
+    counts_S = torch.cat([counts_N, counts_N.new_zeros(1)]).long()  # of whole numbers, the sums are exact anywhere
+    before_S = counts_S.cumsum(0) - counts_S
+    place_T = learned_T.long().cumsum(0) - before_S[segments_T]
     return torch.where(place_T <= shorter_S[segments_T], 1.0, alpha)
 
 

@@ -5,7 +5,9 @@ N: documents of a micro-batch, those of a query side by side. I: queries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,7 +87,8 @@ def _ranking(scores_N: Tensor, fits_N: Tensor, items_N: Tensor, queries: int) ->
     reciprocal_IN = (fits_N / places_N).expand(queries, -1).masked_fill(~of_IN, 0.0)
     gains_N = fits_N * (places_N <= FIRST) / torch.log2(places_N + 1)
     fitting_I = (of_IN * fits_N).sum(1)
-    ideal = (1.0 / torch.log2(torch.arange(FIRST, device=items_N.device) + 2.0)).cumsum(0)
+    gains = (1.0 / math.log2(place + 2) for place in range(FIRST))
+    ideal = torch.tensor(list(accumulate(gains)), device=items_N.device)
     best_I = ideal[fitting_I.long().clamp(1, FIRST) - 1]
     first = reciprocal_IN.amax(1).sum() if queries else fits_N.sum() * 0
     return first, ((of_IN * gains_N).sum(1) / best_I).sum()
