@@ -42,6 +42,7 @@ def _classifier(folder: Path) -> Recipe:
 
 TASKS = {"dpo": _dpo, "kto": _kto, "reward_model": _reward_model, "classifier": _classifier, "grpo": grpo_recipe}
 
+
 @pytest.mark.parametrize("task", TASKS)
 def test_fp32_metrics_are_those_of_the_cpu(task: str, gpus: RankServer, cpus: RankServer, tmp_path: Path) -> None:
     made = with_fields(TASKS[task](tmp_path), kernels=LOCAL)
