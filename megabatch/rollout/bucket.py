@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from xxhash import xxh3_64_hexdigest
 
 from megabatch.errors import RolloutError
 
@@ -34,21 +35,20 @@ class Bucket:
 
     parts: tuple[Part, ...]
     data: memoryview
-    checksum: int
-    """CRC-32 of the data."""
 
     def manifest(self) -> dict[str, Any]:
-        """What an engine needs besides the data, as JSON values."""
-        return {"size": self.data.nbytes, "crc32": self.checksum, "parts": [asdict(part) for part in self.parts]}
+        """What an engine needs besides the data, as JSON values, with the data's digest (XXH3, 64 bits)."""
+        digest = xxh3_64_hexdigest(self.data)
+        return {"size": self.data.nbytes, "xxh3": digest, "parts": [asdict(part) for part in self.parts]}
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], data: memoryview) -> Bucket:
         """The bucket of a manifest and its bytes. Raises: RolloutError if the bytes are not those of the manifest."""
         parts = tuple(Part(**{**part, "shape": tuple(part["shape"])}) for part in manifest["parts"])
-        found = zlib.crc32(data)
-        if data.nbytes != manifest["size"] or found != manifest["crc32"]:
+        found = xxh3_64_hexdigest(data)
+        if data.nbytes != manifest["size"] or found != manifest["xxh3"]:
             raise RolloutError(
                 f"a bucket of {len(parts)} tensors from {parts[0].name} on arrived with {data.nbytes:,} bytes and "
-                f"CRC-32 {found:08x}, sent were {manifest['size']:,} and {manifest['crc32']:08x}; the update is void"
+                f"XXH3 {found}, sent were {manifest['size']:,} and {manifest['xxh3']}; the update is void"
             )
-        return cls(parts, data, found)
+        return cls(parts, data)

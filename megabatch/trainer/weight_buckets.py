@@ -1,14 +1,15 @@
 """Streams live weights to a rollout engine in bounded buckets.
 
-A bucket is one block of bytes with a manifest of its contents and offsets, and a CRC-32 of the whole. Tensors are
-stored whole, in sequence; only a tensor larger than a bucket is split, and all its buckets but the last hold it alone.
+A bucket is one block of bytes with a manifest of its contents and offsets. Tensors are stored whole, in sequence; only
+a tensor larger than a bucket is split, and all its buckets but the last hold it alone.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from megabatch.converters.bijection import invert
 from megabatch.converters.mapping import Mapped, elements
@@ -33,7 +34,7 @@ def export_buckets(
     being gathered.
     """
     dtype = SAFETENSORS_DTYPES[model.config.params_dtype]
-    return fill_buckets(export(model, table, ranks), invert(table), dtype=dtype, bucket_bytes=bucket_bytes)
+    return fill_buckets(export(model, table, ranks), invert(table), dtype=dtype, room=Room(bucket_bytes))
 
 
 def fill_buckets(
@@ -41,21 +42,38 @@ def fill_buckets(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     dtype: str,
-    bucket_bytes: int,
+    room: Room,
 ) -> Iterator[Bucket]:
     """Packs rows as `weights.export` yields them. Args: shapes: of the Hugging Face tensors."""
-    filling = _Filling(bucket_bytes)
+    filling = _Filling(room)
     for mapped, rows in tensors:
         for row in _in_order(mapped, rows):
-            shape = shapes[row.hf]
-            own = shape if row.index is None else shape[1:]
-            size = elements(own) * ITEMSIZE[dtype]
-            first = row.row_start * elements(own[1:]) * ITEMSIZE[dtype]
-            start = (row.index or 0) * size + first
-            if first == 0:
-                yield from filling.make_room(size)
-            yield from filling.add(Part(row.hf, dtype, shape, start, 0, 0), row.data)
+            part, begins = _part(row, shapes, dtype)
+            if begins is not None:
+                yield from filling.make_room(begins)
+            yield from filling.add(part, row.data)
     yield from filling.flush()
+
+
+def bare_buckets(
+    tensors: Iterable[tuple[Mapped, Iterator[HfRows]]], shapes: Mapping[str, tuple[int, ...]], *, dtype: str
+) -> Iterator[Bucket]:
+    """Rows as `weights.export` yields them, each as a bucket of its own that nothing was copied into: for an engine in
+    the same process."""
+    for _, rows in tensors:
+        for row in rows:
+            part, _ = _part(row, shapes, dtype)
+            yield Bucket((replace(part, size=row.data.nbytes),), row.data)
+
+
+def _part(row: HfRows, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[Part, int | None]:
+    """Where rows belong in their tensor; and the bytes of the tensor, or the expert of a fused one, that begins with
+    them, None within one."""
+    shape = shapes[row.hf]
+    own = shape if row.index is None else shape[1:]
+    size = elements(own) * ITEMSIZE[dtype]
+    first = row.row_start * elements(own[1:]) * ITEMSIZE[dtype]
+    return Part(row.hf, dtype, shape, (row.index or 0) * size + first, 0, 0), None if first else size
 
 
 def _in_order(mapped: Mapped, rows: Iterator[HfRows]) -> Iterable[HfRows]:
@@ -66,11 +84,25 @@ def _in_order(mapped: Mapped, rows: Iterator[HfRows]) -> Iterable[HfRows]:
     return sorted(rows, key=lambda row: (row.hf, row.index or 0, row.row_start))
 
 
+class Room:
+    """Memory for one bucket after the other: pages that no bucket reaches are never touched."""
+
+    def __init__(self, size: int) -> None:
+        self._size = max(size, ALIGN)
+        self._data: memoryview | None = None
+
+    @property
+    def data(self) -> memoryview:
+        if self._data is None:
+            self._data = memoryview(np.empty(self._size, np.uint8))
+        return self._data
+
+
 class _Filling:
     """The bucket being filled."""
 
-    def __init__(self, size: int) -> None:
-        self._data = memoryview(bytearray(max(size, ALIGN)))
+    def __init__(self, room: Room) -> None:
+        self._data = room.data
         self._parts: list[Part] = []
         self._used = 0
 
@@ -103,5 +135,5 @@ class _Filling:
     def flush(self) -> Iterator[Bucket]:
         if self._parts:
             data = self._data[: self._used]
-            yield Bucket(tuple(self._parts), data, zlib.crc32(data))
+            yield Bucket(tuple(self._parts), data)
         self._parts, self._used = [], 0

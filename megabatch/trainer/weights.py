@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -134,11 +135,16 @@ def export(
     return export_placed(model, [item for item in items if only is None or item.mapped.name in only], ranks)
 
 
-def export_placed(model: Model, items: Sequence[Placed], ranks: Ranks) -> Iterator[tuple[Mapped, Iterator[HfRows]]]:
-    """`export` for some of this rank's parameters. Every rank of a tensor-parallel group passes the same ones."""
+def export_placed(
+    model: Model, items: Sequence[Placed], ranks: Ranks, *, replicas: Literal["first", "all"] = "first"
+) -> Iterator[tuple[Mapped, Iterator[HfRows]]]:
+    """`export` for some of this rank's parameters. Every rank of a tensor-parallel group passes the same ones.
+
+    Args: replicas: which data-parallel replicas export; all of them, where each wants its own copy.
+    """
     adapters = merged_weights(model.chunks)
     for item in items:
-        if item.is_copy or not in_first_replica(item.mapped, ranks):
+        if item.is_copy or not (replicas == "all" or in_first_replica(item.mapped, ranks)):
             continue
         rank, size = tensor_split(item.mapped, ranks)
         padded = model.padded_vocab_size if item.mapped.split == "vocab" else None

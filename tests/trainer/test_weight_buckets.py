@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from rank_server import RankServer
 from runs import recipe, write_run
+from xxhash import xxh3_64_hexdigest
 
 from megabatch import Model
 from megabatch.converters.safetensors_io import HfFolder
@@ -88,7 +88,7 @@ def put_together(buckets: list[tuple[dict[str, Any], bytes]]) -> dict[str, tuple
     given: dict[str, int] = {}
     for manifest, data in buckets:
         assert len(data) == manifest["size"] <= LIMIT
-        assert zlib.crc32(data) == manifest["crc32"]
+        assert xxh3_64_hexdigest(data) == manifest["xxh3"]
         end = 0
         for part in manifest["parts"]:
             whole = torch.Size(part["shape"]).numel() * 4

@@ -3,6 +3,8 @@
 Tensors are gathered over their tensor-parallel groups, and buckets travel over the world. So that no rank waits in one
 while another waits in the other, ranks export in rounds: the tensors of a round fill at most one bucket, ranks of a
 group have the same rounds, and buckets travel between rounds.
+
+Where no tensor is split over ranks and each has an engine, nothing is exchanged: engines read their own rank's.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from megabatch.converters.mapping import Mapped, elements
 from megabatch.rollout.bucket import Bucket
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.weight_buckets import ALIGN, BUCKET_BYTES, fill_buckets
+from megabatch.trainer.weight_buckets import ALIGN, BUCKET_BYTES, Room, bare_buckets, fill_buckets
 from megabatch.trainer.weights import SAFETENSORS_DTYPES, Placed, export_placed, placed
 
 Receivers = Literal["all", "main"]
@@ -38,14 +40,24 @@ def shared_buckets(
     Collective: every rank must exhaust the iterator. Memory holds the tensor being gathered, a bucket to send and one
     that came. Raises: RolloutError for a bucket that arrives damaged.
     """
+    shapes, dtype = invert(table), SAFETENSORS_DTYPES[model.config.params_dtype]
+    if receivers == "all" and _has_all(ranks):
+        own = export_placed(model, placed(model, table, ranks), ranks, replicas="all")
+        yield from bare_buckets(own, shapes, dtype=dtype)
+        return
     rounds = _rounds(placed(model, table, ranks), bucket_bytes=bucket_bytes)
     most = torch.tensor(len(rounds))
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    shapes, dtype = invert(table), SAFETENSORS_DTYPES[model.config.params_dtype]
+    mine, others = Room(bucket_bytes), Room(bucket_bytes)
     for number in range(int(most)):
         items = rounds[number] if number < len(rounds) else []
-        own = fill_buckets(export_placed(model, items, ranks), shapes, dtype=dtype, bucket_bytes=bucket_bytes)
-        yield from _sent_around(own, ranks, receivers)
+        own = fill_buckets(export_placed(model, items, ranks), shapes, dtype=dtype, room=mine)
+        yield from _sent_around(own, ranks, receivers, others)
+
+
+def _has_all(ranks: Ranks) -> bool:
+    """Whether every rank holds the whole model."""
+    return ranks.tp_size == ranks.pp_size == ranks.ep_size == ranks.etp_size == 1
 
 
 def _rounds(items: Sequence[Placed], *, bucket_bytes: int) -> list[list[Placed]]:
@@ -64,8 +76,8 @@ def _rounds(items: Sequence[Placed], *, bucket_bytes: int) -> list[list[Placed]]
     return rounds
 
 
-def _sent_around(own: Iterator[Bucket], ranks: Ranks, receivers: Receivers) -> Iterator[Bucket]:
-    """The buckets of a round: each rank's first, then each rank's second, and so on."""
+def _sent_around(own: Iterator[Bucket], ranks: Ranks, receivers: Receivers, room: Room) -> Iterator[Bucket]:
+    """The buckets of a round: each rank's first, then each rank's second, and so on. Args: room: for theirs."""
     is_receiver = receivers == "all" or ranks.is_main
     while True:
         bucket = next(own, None)
@@ -75,18 +87,18 @@ def _sent_around(own: Iterator[Bucket], ranks: Ranks, receivers: Receivers) -> I
             return
         for rank, manifest in enumerate(manifests):
             if manifest is not None:
-                found = _sent(bucket, rank, manifest, ranks, receivers)
+                found = _sent(bucket, rank, manifest, ranks, receivers, room)
                 if is_receiver:
                     assert found is not None
                     yield found
 
 
 def _sent(
-    own: Bucket | None, sender: int, manifest: Mapping[str, Any], ranks: Ranks, receivers: Receivers
+    own: Bucket | None, sender: int, manifest: Mapping[str, Any], ranks: Ranks, receivers: Receivers, room: Room
 ) -> Bucket | None:
     """A sender's bucket, on the receivers and the sender."""
     is_sender = sender == ranks.rank
-    data = own.data if is_sender and own is not None else memoryview(bytearray(manifest["size"]))
+    data = own.data if is_sender and own is not None else room.data[: manifest["size"]]
     flat = torch.frombuffer(data, dtype=torch.uint8)
     if receivers == "all":
         dist.broadcast(flat, src=sender)

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +86,7 @@ def buckets(model: Any, *, limit: int = 40_000) -> Iterator[Bucket]:
         for start in range(0, len(data), limit):
             piece = data[start : start + limit]
             part = Part(name, "F32", tuple(tensor.shape), start, 0, len(piece))
-            yield Bucket((part,), memoryview(piece), zlib.crc32(piece))
+            yield Bucket((part,), memoryview(piece))
 
 
 @dataclass

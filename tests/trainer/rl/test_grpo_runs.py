@@ -1,4 +1,4 @@
-"""Whole GRPO runs of a tiny model that generates with transformers: metrics, rounds, resuming, layouts."""
+"""Whole GRPO runs of a tiny model that generates with transformers: metrics, rounds, resuming."""
 
 from __future__ import annotations
 
@@ -32,10 +32,6 @@ def twice(row):
     return [row, row]
 """
 SETTINGS: dict[str, Any] = {"num_generations": 4, "steps_per_generation": 2, "beta": 0.1, "num_generations_eval": 2}
-LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
-    "dp2": (2, {}),
-    "tp2_sp": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
-}
 
 
 def grpo_recipe(folder: Path, *, world_size: int = 1, grpo: dict[str, Any] | None = None, **groups: Any) -> Any:
@@ -130,16 +126,6 @@ def test_a_run_stopped_within_a_round_goes_on_with_its_completions(ranks: RankSe
     assert curve(run) == curve(alone)
     for name in ("reward", "staleness", "kl", "completion_length"):
         assert [line[name] for line in metrics(run)] == [line[name] for line in metrics(alone)]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_changes_no_number(layout: str, ranks: RankServer, alone: Path) -> None:
-    world_size, groups = LAYOUTS[layout]
-    run = run_of(ranks, alone.parent, layout, world_size=world_size, checkpoint={"no_save_optim": True}, **groups)
-    for found, expected in zip(metrics(run), metrics(alone), strict=True):
-        for name in ("loss", "grad_norm", "kl", "reward", "reward_std", "advantage"):
-            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (found["step"], name)
-        assert (found["tokens"], found["samples"]) == (expected["tokens"], expected["samples"])
 
 
 def test_an_adapter_is_generated_with_and_its_base_is_the_reference(ranks: RankServer, alone: Path) -> None:
