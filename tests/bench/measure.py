@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import importlib
 import json
 import os
+import runpy
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from megabatch.slurm.ports import free_port_block
 
@@ -168,16 +174,97 @@ def bytes_below(path: Path) -> int:
 def in_trainer_processes(script: str, folder: Path, *, world_size: int = 1) -> list[Figure]:
     """Figures of a script beside this one that needs torch; each process is a rank, the first one answers."""
     answer = folder / "figures.json"
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), str(folder), str(answer)]
+    words = [str(Path(__file__).with_name(script)), str(folder), str(answer)]
     place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port_block())}
     ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)))
-        for rank in range(world_size)
+        start_trainer(words, environment(**place, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world_size)
     ]
     for rank in ranks:
-        if rank.wait():
-            raise subprocess.CalledProcessError(rank.returncode, command)
+        if status := rank.wait():
+            raise subprocess.CalledProcessError(status, words)
     return [Figure(**values) for values in json.loads(answer.read_text(encoding="utf-8"))]
+
+
+def start_trainer(
+    words: Sequence[str], place: Mapping[str, str], *, output: int | None = None, errors: int | None = None
+) -> Trainer:
+    """Starts Python with these words in a process that imports torch and megatron-core, which at toy size are imported
+    once for all. Args: place: its environment; output, errors: file descriptors, None for ours."""
+    if not TOY:
+        command = [sys.executable, "-W", "ignore", *words]
+        return subprocess.Popen(command, cwd=ROOT, env=dict(place), stdout=output, stderr=errors)
+    return Forked(words, place, output, errors)
+
+
+class Trainer(Protocol):
+    """What `subprocess.Popen` and `Forked` have in common."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+class Forked:
+    """A child of this process, which has imported already what its words would."""
+
+    def __init__(self, words: Sequence[str], place: Mapping[str, str], output: int | None, errors: int | None) -> None:
+        _import_trainer()
+        sys.stdout.flush()
+        self._status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            for given, own in ((output, 1), (errors, 2)):
+                if given is not None:
+                    os.dup2(given, own)
+            self._become(list(words), place)
+
+    def _become(self, words: list[str], place: Mapping[str, str]) -> None:
+        status = 1
+        try:
+            os.chdir(ROOT)
+            os.environ.clear()
+            os.environ.update(place)
+            if words[0] == "-m":
+                sys.argv = words[1:]
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = words
+                runpy.run_path(words[0], run_name="__main__")
+            status = 0
+        except SystemExit as e:
+            status = int(e.code or 0) if isinstance(e.code, int | None) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if done else None
+        return self._status
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._status
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+@functools.cache
+def _import_trainer() -> None:
+    os.environ.update(environment())
+    warnings.simplefilter("ignore")
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(1)
+    importlib.import_module("megabatch.trainer.loop")
 
 
 def answer(figures: Sequence[Figure], path: str) -> None:

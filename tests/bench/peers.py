@@ -11,14 +11,13 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from made_runs import SMALL, recipe, write_run
-from measure import ROOT, Figure, environment, median, sized
+from measure import Figure, environment, median, sized, start_trainer
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _figures(peer: str | None) -> list[Figure]:
     found = []
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         folder = Path(directory)
-        hf = _model(folder)
+        hf = hf_model(folder)
         for name, case in list(CASES.items())[sized(0, -1) :]:
             ours, theirs = [], []
             for _ in range(TIMES):
@@ -95,12 +94,12 @@ def _figures(peer: str | None) -> list[Figure]:
     return found
 
 
-def _model(folder: Path) -> Path:
+def hf_model(folder: Path) -> Path:
     """Random weights, as a run of one step leaves them."""
     write_problems(folder / "train.jsonl")
     made = recipe(folder, SMALL, training={"train_iters": 1}, data={"max_length": PACKING_LENGTH})
     run = write_run(replace(made, task="sft"), folder / "made")
-    _trainer(["-m", "megabatch.trainer.main", run.run_dir])
+    in_trainer(["-m", "megabatch.trainer.main", run.run_dir])
     return folder / "made" / "checkpoints" / "step_00000001" / "hf"
 
 
@@ -113,7 +112,7 @@ def _ours(folder: Path, hf: Path, case: Case) -> float:
         "warm_up": WARM_UP,
         "groups": {"data": case.data, "batch": case.batch, "tuner": tuner},
     }
-    return float(_trainer([str(Path(__file__).with_name("sft_loop.py")), json.dumps(arguments)]).splitlines()[-1])
+    return float(in_trainer([str(Path(__file__).with_name("sft_loop.py")), json.dumps(arguments)]).splitlines()[-1])
 
 
 def _theirs(peer: str, folder: Path, hf: Path, case: Case) -> float:
@@ -124,13 +123,11 @@ def _theirs(peer: str, folder: Path, hf: Path, case: Case) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def _trainer(command: list[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=ROOT,
-        env=environment(**PLACE),
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return done.stdout
+def in_trainer(words: list[str]) -> str:
+    """What Python says on stdout, as a rank alone."""
+    with tempfile.TemporaryFile("w+") as said:
+        status = start_trainer(words, environment(**PLACE), output=said.fileno()).wait()
+        said.seek(0)
+        if status:
+            raise subprocess.CalledProcessError(status, words)
+        return said.read()

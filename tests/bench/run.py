@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, installed or not
 
+import aligned_peers
 import files
 import giants
 import launch
@@ -52,6 +53,8 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "step": _in_trainer("step.py"),
     "context": _in_trainer("context.py", world_size=2),
     "lora_step": _in_trainer("lora_step.py"),
+    "grpo_round": _in_trainer("grpo_round.py"),
+    "aligned_peers": aligned_peers.aligned_peers,
     "checkpoint": _in_trainer("checkpoint.py"),
     "convert": _in_trainer("convert.py"),
     "files": files.files,
@@ -64,7 +67,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "peers": peers.peers,
     "demo": startup.demo,
 }
-ON_REQUEST = {"demo", "peers"}
+ON_REQUEST = {"demo", "peers", "aligned_peers"}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,7 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from made_runs import EXPERTS, SMALL, recipe, write_run
-from measure import ROOT, TOY, Cost, Figure, alternated, command_cost, environment, median, seconds, sized
+from measure import (
+    ROOT,
+    TOY,
+    Cost,
+    Figure,
+    alternated,
+    command_cost,
+    environment,
+    median,
+    seconds,
+    sized,
+    start_trainer,
+)
 
 from megabatch import Model, MoE, Recipe
 
@@ -54,13 +66,16 @@ def startup() -> list[Figure]:
     ]
 
 
-_BARE = """
+_BARE = sized(
+    """
 import sys
 import torch, bare_loop
 from safetensors.torch import load_file
 for path in sys.argv[1:]:
     load_file(path)
-"""
+""",
+    "import json",
+)
 """What a loop on megatron-core imports, and reading the model's files."""
 
 
@@ -91,8 +106,8 @@ def _first_step(run_dir: Path, *, lines: int) -> Cost:
     place["MEGABATCH_CACHE"] = str(run_dir.with_name("cache"))
     with open(run_dir / "log", "ab") as log:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "megabatch.trainer.main", str(run_dir)]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(**place), stdout=log, stderr=log)
+        words = ["-m", "megabatch.trainer.main", str(run_dir)]
+        process = start_trainer(words, environment(**place), output=log.fileno(), errors=log.fileno())
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
             if process.poll() is not None or time.perf_counter() - started > TIMEOUT_S:
                 process.kill()
