@@ -94,7 +94,7 @@ class Room:
     @property
     def data(self) -> memoryview:
         if self._data is None:
-            self._data = memoryview(np.empty(self._size, np.uint8))
+            self._data = np.empty(self._size, np.uint8).data
         return self._data
 
 

@@ -42,8 +42,8 @@ def shared_buckets(
     """
     shapes, dtype = invert(table), SAFETENSORS_DTYPES[model.config.params_dtype]
     if receivers == "all" and _has_all(ranks):
-        own = export_placed(model, placed(model, table, ranks), ranks, replicas="all")
-        yield from bare_buckets(own, shapes, dtype=dtype)
+        tensors = export_placed(model, placed(model, table, ranks), ranks, replicas="all")
+        yield from bare_buckets(tensors, shapes, dtype=dtype)
         return
     rounds = _rounds(placed(model, table, ranks), bucket_bytes=bucket_bytes)
     most = torch.tensor(len(rounds))
