@@ -105,6 +105,11 @@ class RunDirectory:
         return self.path / "tracker.json"
 
     @property
+    def evaluation(self) -> Path:
+        """JSON: what `megabatch evaluate` measured."""
+        return self.path / "evaluation.json"
+
+    @property
     def heartbeat(self) -> Path:
         """JSON, replaced atomically by rank 0: time, step, state, job id, attempt, versions."""
         return self.path / "heartbeat.json"

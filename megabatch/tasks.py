@@ -18,6 +18,8 @@ conversation to answer, a text with others that are like it or not, or a query w
 conversations that end with the document or that ask about it.
 `data.rows.kinds` reads each kind, and `data.tokens.encoder` encodes it."""
 
+Example = Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels", "arithmetic_ranked"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
@@ -39,7 +41,7 @@ class Task:
     """Default of `data.truncation_strategy`."""
     calculate_per_token_loss: bool = True
     """Default of `training.calculate_per_token_loss`."""
-    example: Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels"] = "arithmetic"
+    example: Example = "arithmetic"
     """Dataset that megabatch generates with rows of this task (`data.rows.synthetic`)."""
     streams: bool = False
     """Whether it can draw from a stream of rows (`data.streaming`)."""
@@ -52,11 +54,15 @@ class Task:
         return self.rows == "prompts"
 
 
-_EXAMPLES: Mapping[Rows, Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels"]] = {
+_EXAMPLES: Mapping[Rows, Example] = {
     "conversations": "arithmetic",
     "pairs": "arithmetic_pairs",
     "judged": "arithmetic_labels",
+    "labelled": "arithmetic_labels",
     "prompts": "arithmetic",
+    "ranked": "arithmetic_ranked",
+    "candidates": "arithmetic_ranked",
+    "yes_no": "arithmetic_ranked",
 }
 
 
@@ -98,6 +104,7 @@ def _head(
         calculate_per_token_loss=False,
         head=head,
         rows=rows,
+        example=_EXAMPLES[rows],
         built=built,
     )
 

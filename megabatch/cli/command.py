@@ -26,7 +26,7 @@ def _run(arguments: Sequence[str]) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
-    if rest and options.command not in ("plan", "prepare", "check", "rehearse", "rollout"):
+    if rest and options.command not in ("plan", "prepare", "evaluate", "check", "rehearse", "rollout"):
         raise ConfigError(f"{rest[0]} is not an option of `megabatch {options.command}`; see --help")
     return _COMMANDS[options.command](options, rest)
 
@@ -155,6 +155,18 @@ def _of_recipes(commands: _Commands) -> None:
         allow_abbrev=False,
     )
     prepare.add_argument("recipe", type=Path, metavar="RECIPE.py")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a run, an exported folder or a recipe's model on held-out data, with any of a recipe's flags",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("target", type=Path, metavar="RUN|FOLDER|RECIPE.py")
+    evaluate.add_argument("--task", help="what a folder is for, such as sft, seq_cls or reranker")
+    evaluate.add_argument(
+        "--checkpoint", metavar="STEP", help="of a run: step_00000100, or `best` (default: the newest)"
+    )
+    evaluate.add_argument("--output", type=Path, help="file to write (default: evaluation.json in the run, else here)")
 
     check = commands.add_parser(
         "check",
@@ -294,6 +306,13 @@ def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
     return prepare_recipe(options.recipe, rest)
 
 
+def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    from megabatch.cli.evaluate import EvaluateOptions, evaluate_target
+
+    asked = EvaluateOptions(task=options.task, checkpoint=options.checkpoint, output=options.output)
+    return evaluate_target(options.target, rest, asked)
+
+
 def _check(options: argparse.Namespace, rest: list[str]) -> int:
     from megabatch.cli.check import check_recipe
 
@@ -347,6 +366,7 @@ _COMMANDS = {
     "checkpoint": _checkpoint,
     "plan": _plan,
     "prepare": _prepare,
+    "evaluate": _evaluate,
     "check": _check,
     "rehearse": _rehearse,
     "chain": _chain,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megabatch.config.data import Data
 from megabatch.config.heads import problem_type
@@ -11,7 +11,8 @@ from megabatch.config.resolved import resolved
 from megabatch.config.training import ProblemType
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.preprocess import preprocess_of
-from megabatch.errors import ConfigError
+from megabatch.errors import ConfigError, DataError
+from megabatch.tasks import Rows
 
 _TRIED_ROWS = 16
 """Rows of each file that `data.preprocess` is tried on."""
@@ -25,14 +26,15 @@ def row_check(recipe: Recipe) -> Check:
 
     data, rows = recipe.data, "conversations" if recipe.kind is None else recipe.kind.rows
     read = READERS[rows]
-    check_label = _label_check(recipe) if rows == "labelled" else None
+    further = _FURTHER.get(rows)
+    check_more = None if further is None else further(recipe)
     made_of = _made_of(data)
 
     def check(row: Row) -> None:
         for made in made_of(row):
             read(made, columns=data.columns, system=data.system)
-            if check_label is not None:
-                check_label(made)
+            if check_more is not None:
+                check_more(made)
 
     return check
 
@@ -54,3 +56,39 @@ def _label_check(recipe: Recipe) -> Check:
     labels, columns = resolved(recipe.training.num_labels), recipe.data.columns
     kind: ProblemType = resolved(problem_type(recipe))
     return lambda row: label_of(row, kind, labels, columns=columns)
+
+
+def _embedding_check(recipe: Recipe) -> Check:
+    from megabatch.data.rows.ranked import embedding_fault, ranked_of
+
+    group, columns = recipe.embedding, recipe.data.columns
+
+    def check(row: Row) -> None:
+        found = ranked_of(row, columns=columns)
+        sizes = {"positives": len(found.positives), "negatives": len(found.negatives)}
+        if (fault := embedding_fault(group, **sizes, label=found.label)) is not None:
+            raise DataError(f"{row.origin}: {fault}")
+
+    return check
+
+
+def _reranker_check(recipe: Recipe) -> Check:
+    """The pointwise loss needs only some query with both kinds of documents, which the whole data shows."""
+    from megabatch.data.rows.ranked import NOTHING_TO_COMPARE, ranked_of
+
+    listwise, columns = recipe.reranker.loss_type == "listwise_reranker", recipe.data.columns
+
+    def check(row: Row) -> None:
+        if listwise and not ranked_of(row, columns=columns).negatives:
+            raise DataError(f"{row.origin}: the query {NOTHING_TO_COMPARE}")
+
+    return check
+
+
+_FURTHER: Mapping[Rows, Callable[[Recipe], Check]] = {
+    "labelled": _label_check,
+    "ranked": _embedding_check,
+    "candidates": _reranker_check,
+    "yes_no": _reranker_check,
+}
+"""What a task asks of its rows besides their form."""

@@ -178,7 +178,8 @@ def _little_data(recipe: Recipe, notes: list[str]) -> Recipe:
     length = min(data.max_length or LENGTH, LENGTH)
     length -= length % (2 * recipe.parallel.context_parallel_size * recipe.parallel.tensor_model_parallel_size)
     if data.truncation_strategy in (None, "delete", "raise"):
-        changed["truncation_strategy"] = "right"  # with so few rows, all of them must count
+        # with so few rows, all of them must count; a question that is answered with yes or no keeps its end
+        changed["truncation_strategy"] = "left" if resolved(recipe.kind).rows == "yes_no" else "right"
     return replace(
         recipe,
         data=replace(

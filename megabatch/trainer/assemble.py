@@ -50,10 +50,16 @@ def virtual_size(run: RunConfig) -> int | None:
 
 
 def build_engine(
-    run: RunConfig, ranks: Ranks, *, train_iters: int, frozen: Mapping[str, Model | PolicyWith] | None = None
+    run: RunConfig,
+    ranks: Ranks,
+    *,
+    train_iters: int,
+    frozen: Mapping[str, Model | PolicyWith] | None = None,
+    trains: bool = True,
 ) -> Engine:
     """The model with uninitialised weights, its optimizer, and the frozen models.
 
+    Args: trains: False for a model without gradients and optimizer, to be evaluated.
     Raises: ConfigError, ConversionError, CheckpointError for a frozen adapter that does not fit the model.
     """
     recipe, parallel = run.recipe, run.recipe.parallel
@@ -66,16 +72,19 @@ def build_engine(
     )
     family = family_named(run.shape.model_type)
     tuning = tuning_of(recipe.tuner, family.tensors(run.shape))
-    model = build(run.shape, config, ranks, ddp, vocab_size=recipe.model.padded_vocab_size, tuning=tuning)
-    optimizer = Optimizer(
-        model,
-        group=recipe.optimizer,
-        learning_rate=recipe.learning_rate,
-        precision=recipe.precision,
-        train_iters=train_iters,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
-    )
+    grads = ddp if trains else None
+    model = build(run.shape, config, ranks, grads, vocab_size=recipe.model.padded_vocab_size, tuning=tuning)
+    optimizer = None
+    if trains:
+        optimizer = Optimizer(
+            model,
+            group=recipe.optimizer,
+            learning_rate=recipe.learning_rate,
+            precision=recipe.precision,
+            train_iters=train_iters,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
     models, adapters = with_policy(frozen or {}, model, ranks, family)
     return Engine(model, ranks, optimizer=optimizer, frozen=models, adapters=adapters)
 

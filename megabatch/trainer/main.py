@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         return ExitCode.CONFIG
     try:
         run = RunConfig.load(RunDirectory(Path(arguments[0])).run_json)
-        _configure_logging(run)
+        configure_logging(run)
         prepare_device(run)
         from megabatch.trainer.loop import train
 
@@ -56,7 +56,7 @@ def prepare_device(run: RunConfig) -> None:
     os.environ["NVTE_APPLY_QK_LAYER_SCALING"] = str(int(bool(run.recipe.precision.apply_query_key_layer_scaling)))
 
 
-def _configure_logging(run: RunConfig) -> None:
+def configure_logging(run: RunConfig) -> None:
     rank = _rank()
     level = (run.recipe.logging.logging_level or ("info" if rank == 0 else "warning")).upper()
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s", force=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Data, Model, Recipe, Training
+from megabatch import Data, Embedding, Model, Recipe, Reranker, Training
 from megabatch.entry.input_checks import damaged_inputs
 from megabatch.entry.model import FoundModel, find_model
 
@@ -65,6 +65,39 @@ def test_rows_are_checked_as_the_task_reads_them(tmp_path: Path, row: dict[str, 
     recipe = Recipe(
         name="x", task="sft", data=Data(dataset=[str(file)]), training=Training(task_type="seq_cls", num_labels=3)
     )
+    recipe = replace(recipe, batch=replace(recipe.batch, global_batch_size=2))
+    faults = "; ".join(map(str, damaged_inputs(recipe, FoundModel(None, "none"))))
+    assert (said or "") in faults and bool(faults) == bool(said)
+
+
+LISTWISE = {"reranker": Reranker(loss_type="listwise_reranker")}
+COSINE, CONTRASTIVE = ({"embedding": Embedding(loss_type=name)} for name in ("cosine_similarity", "contrastive"))
+ALONE = {"query": "a", "positive": "b"}
+LACKING = ":2: the query has no document that does not fit it"
+
+
+@pytest.mark.parametrize(
+    ("task_type", "groups", "row", "said"),
+    [
+        ("embedding", {}, ALONE, None),
+        ("embedding", {}, {"query": "a", "positive": ["b", "c"]}, ":2: must have one positive text"),
+        ("embedding", COSINE, ALONE, ":2: has no label, which embedding.loss_type='cosine_similarity' needs"),
+        ("embedding", COSINE, {**ALONE, "label": 2}, ":2: has a label that is no cosine"),
+        ("embedding", CONTRASTIVE, {**ALONE, "label": 0.5}, ":2: has another label than 0 and 1"),
+        ("embedding", {"embedding": Embedding(infonce_use_batch=False)}, ALONE, ":2: has no negative text"),
+        ("reranker", {}, ALONE, None),
+        ("reranker", LISTWISE, ALONE, LACKING),
+        ("generative_reranker", LISTWISE, ALONE, LACKING),
+    ],
+)
+def test_what_a_loss_needs_of_a_row_is_found_before_the_queue(
+    tmp_path: Path, task_type: Any, groups: dict[str, Any], row: dict[str, Any], said: str | None
+) -> None:
+    fits = {**ALONE, "label": 1} if groups in (COSINE, CONTRASTIVE) else {**ALONE, "negative": "c"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(one) for one in (fits, row)))
+    training = Training(task_type=task_type)
+    recipe = Recipe(name="x", task="sft", data=Data(dataset=[str(file)]), training=training, **groups)
     recipe = replace(recipe, batch=replace(recipe.batch, global_batch_size=2))
     faults = "; ".join(map(str, damaged_inputs(recipe, FoundModel(None, "none"))))
     assert (said or "") in faults and bool(faults) == bool(said)

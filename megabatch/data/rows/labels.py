@@ -25,8 +25,8 @@ def label_of(
     """The row's column `label` as the values of `label_columns`.
 
     Regression takes a number, or a list of `num_labels`. Single-label classification takes the number of the class,
-    from 0. Multi-label classification takes the list of the classes that the row has, or for each label whether the
-    row has it (true and false, or 1.0 and 0.0).
+    from 0, or true or false of two. Multi-label classification takes the list of the classes that the row has, or for
+    each label whether the row has it (true and false, or 1.0 and 0.0).
     Raises: DataError with the row's place.
     """
     value, place = renamed(row, columns).get("label"), f"{row.origin}: label"
@@ -57,6 +57,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _class(value: Any, num_labels: int, *, place: str) -> int:
+    value = int(value) if isinstance(value, bool) and num_labels == 2 else value
     if not _is_number(value) or value != int(value) or not 0 <= value < num_labels:
         raise DataError(
             f"{place} must be a class from 0 to {num_labels - 1}, as training.num_labels={num_labels} says, "

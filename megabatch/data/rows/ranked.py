@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megabatch.config.embedding import Embedding
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, is_text, renamed
 from megabatch.data.rows.turns import from_json, short, turns_of
@@ -78,3 +79,27 @@ def _label(row: Row, fields: Mapping[str, Any]) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(f"{row.origin}: label must be a finite number, not {short(value)}")
     return float(value)
+
+
+def embedding_fault(group: Embedding, *, positives: int, negatives: int, label: float | None) -> str | None:
+    """What a row lacks for the loss of an embedding model, or has that it does not read; None if it fits.
+
+    Args: positives, negatives: how many; label: None or NaN if there is none.
+    """
+    if positives != 1:
+        return "must have one positive text; make a row for each"
+    if group.loss_type == "infonce":
+        lacks = negatives == 0 and not group.infonce_use_batch
+        return "has no negative text, and embedding.infonce_use_batch is False" if lacks else None
+    name = f"embedding.loss_type={group.loss_type!r}"
+    if label is None or math.isnan(label):
+        return f"has no label, which {name} needs"
+    if negatives:
+        return f"has negative texts, which {name} does not read; give them a label"
+    if group.loss_type == "cosine_similarity":
+        return "has a label that is no cosine, from -1 to 1" if abs(label) > 1 else None
+    return None if label in (0, 1) else f"has another label than 0 and 1, which {name} needs"
+
+
+NOTHING_TO_COMPARE = "has no document that does not fit it, so that there is nothing to compare; add negatives"
+"""Of a reranker's query."""

@@ -5,6 +5,7 @@
 | `example:arithmetic` | a problem with its solution |
 | `example:arithmetic_pairs` | the same, and a wrong solution: another operation, or a slip in the last line |
 | `example:arithmetic_labels` | a problem with a right or a wrong solution, and which it is |
+| `example:arithmetic_ranked` | a problem, its solution, and as negatives two wrong ones and six of others |
 | `example:hasty_sums` | the sum of three digits: `solution` is right, most `answer`s leave the last digit out |
 """
 
@@ -38,6 +39,9 @@ def rows(name: str, count: int | None) -> Iterator[Row]:
     if name == "hasty_sums":
         yield from _hasty_sums(draw, count or DEFAULT_COUNT)
         return
+    if name == "arithmetic_ranked":
+        yield from _ranked(draw, count or DEFAULT_COUNT)
+        return
     for number in range(count or DEFAULT_COUNT):
         problem = draw.choice(_PROBLEMS)(draw)
         yield Row(Origin(f"example:{name}", number, is_line=False), _fields(name, problem, draw))
@@ -51,6 +55,18 @@ def _fields(name: str, problem: _Problem, draw: random.Random) -> dict[str, Any]
         fields["label"] = draw.random() < 0.5
         fields["answer"] = problem.answer if fields["label"] else draw.choice(problem.wrong)
     return fields
+
+
+def _ranked(draw: random.Random, count: int) -> Iterator[Row]:
+    """Solutions of other problems are drawn for each row, so that no row depends on how many there are."""
+    for number in range(count):
+        problem = draw.choice(_PROBLEMS)(draw)
+        others = [draw.choice(_PROBLEMS)(draw).answer for _ in range(_OTHERS)]
+        fields = {"query": problem.question, "positive": problem.answer, "negatives": [*problem.wrong, *others]}
+        yield Row(Origin("example:arithmetic_ranked", number, is_line=False), fields)
+
+
+_OTHERS = 6
 
 
 def _hasty_sums(draw: random.Random, count: int) -> Iterator[Row]:

@@ -10,9 +10,12 @@ import numpy as np
 from megabatch.config.embedding import Embedding as Group
 from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.rows.ranked import embedding_fault
 from megabatch.data.tokens.ranked import LABEL, NEGATIVE, POSITIVE, ROLE
 from megabatch.errors import DataError
 from megabatch.trainer.data.dataset import open_tokens, steps_of
+from megabatch.trainer.evaluation.of_task import of_embeddings
+from megabatch.trainer.evaluation.whole_set import with_measures
 from megabatch.trainer.exports.embedding import embedding_export
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
@@ -35,7 +38,8 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
             require_fitting(data, group)
     steps, evaluator = steps_of(run, ranks, tokens, objective)
     export = embedding_export(run, export_of(run, source))
-    return Parts(steps=steps, objective=objective, evaluator=evaluator, export=export)
+    measured = with_measures(evaluator, of_embeddings(group.loss_type))
+    return Parts(steps=steps, objective=objective, evaluator=measured, export=export)
 
 
 def _ranking(group: Group) -> InfoNce | None:
@@ -62,26 +66,12 @@ def _first_dimensions(group: Group) -> dict[int | None, float]:
 
 def require_fitting(data: TokenCache, group: Group) -> None:
     """Raises: DataError naming the first row that lacks what the loss needs, or has what it does not read."""
-    roles, labels = data.columns[ROLE], data.columns[LABEL]
-    count: dict[float, np.ndarray] = {
-        role: np.add.reduceat((roles == role).astype(np.int64), data.items[:-1]) for role in (POSITIVE, NEGATIVE)
-    }
-    first = data.items[:-1]
-    _refuse(data, count[POSITIVE] != 1, "must have one positive text; make a row for each")
-    if group.loss_type == "infonce":
-        if not group.infonce_use_batch:
-            _refuse(data, count[NEGATIVE] == 0, "has no negative text, and embedding.infonce_use_batch is False")
-        return
-    name = f"embedding.loss_type={group.loss_type!r}"
-    _refuse(data, np.isnan(labels[first]), f"has no label, which {name} needs")
-    _refuse(data, count[NEGATIVE] > 0, f"has negative texts, which {name} does not read; give them a label")
-    if group.loss_type == "cosine_similarity":
-        _refuse(data, np.abs(labels[first]) > 1, "has a label that is no cosine, from -1 to 1")
-    else:
-        _refuse(data, ~np.isin(labels[first], (0, 1)), f"has another label than 0 and 1, which {name} needs")
-
-
-def _refuse(data: TokenCache, rows: np.ndarray, rule: str) -> None:
-    if len(found := np.flatnonzero(rows)):
-        place = data.place(*data.origins[data.items[found[0]]].tolist())
-        raise DataError(f"{place}: {rule} ({len(found):,} of {len(rows):,} rows)")
+    roles, labels = data.columns[ROLE], data.columns[LABEL][data.items[:-1]]
+    positives, negatives = (
+        np.add.reduceat((roles == role).astype(np.int64), data.items[:-1]) for role in (POSITIVE, NEGATIVE)
+    )
+    rows = zip(positives.tolist(), negatives.tolist(), labels.tolist(), strict=True)
+    faults = [embedding_fault(group, positives=p, negatives=n, label=label) for p, n, label in rows]
+    if found := [number for number, fault in enumerate(faults) if fault is not None]:
+        place, rule = data.place(*data.origins[data.items[found[0]]].tolist()), faults[found[0]]
+        raise DataError(f"{place}: {rule} ({faults.count(rule):,} of {len(faults):,} rows)")

@@ -8,9 +8,12 @@ import numpy as np
 
 from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.rows.ranked import NOTHING_TO_COMPARE
 from megabatch.data.tokens.candidates import FITS
 from megabatch.errors import DataError
 from megabatch.trainer.data.dataset import open_tokens, steps_of
+from megabatch.trainer.evaluation.of_task import of_reranker
+from megabatch.trainer.evaluation.whole_set import with_measures
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.reranker import Reranker
@@ -35,7 +38,8 @@ def parts_with(
     tokens = open_tokens(run, source, ranks, busy=busy)
     require_documents_that_do_not_fit(tokens.train, each=listwise)
     steps, evaluator = steps_of(run, ranks, tokens, objective)
-    return Parts(steps=steps, objective=objective, evaluator=evaluator, export=export_of(run, source))
+    measured = with_measures(evaluator, of_reranker(probable=not listwise))
+    return Parts(steps=steps, objective=objective, evaluator=measured, export=export_of(run, source))
 
 
 def require_documents_that_do_not_fit(data: TokenCache, *, each: bool) -> None:
@@ -44,7 +48,4 @@ def require_documents_that_do_not_fit(data: TokenCache, *, each: bool) -> None:
     lacking = np.flatnonzero(others == 0)
     if len(lacking) and (each or len(lacking) == len(others)):
         place = data.place(*data.origins[data.items[lacking[0]]].tolist())
-        raise DataError(
-            f"{place}: the query has no document that does not fit it ({len(lacking):,} of {len(others):,} rows), so "
-            "that there is nothing to compare; add negatives"
-        )
+        raise DataError(f"{place}: the query {NOTHING_TO_COMPARE} ({len(lacking):,} of {len(others):,} rows)")

@@ -10,6 +10,7 @@ from megabatch.config.run import RunConfig
 from megabatch.errors import DataError
 from megabatch.trainer.data.dataset import open_tokens, steps_of
 from megabatch.trainer.data.stream import open_stream
+from megabatch.trainer.evaluation.perplexity import with_perplexity
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.sft import Sft
@@ -26,11 +27,11 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
     if run.recipe.data.streaming:
         objective = _objective(run)
         streamed, evaluator = open_stream(run, source, ranks, objective, busy=busy)
-        return Parts(steps=streamed, objective=objective, evaluator=evaluator, export=export)
+        return Parts(steps=streamed, objective=objective, evaluator=with_perplexity(evaluator), export=export)
     tokens = open_tokens(run, source, ranks, busy=busy)
     objective = _objective(run, channels=checked_channels(tokens.channels))
     steps, evaluator = steps_of(run, ranks, tokens, objective)
-    return Parts(steps=steps, objective=objective, evaluator=evaluator, export=export)
+    return Parts(steps=steps, objective=objective, evaluator=with_perplexity(evaluator), export=export)
 
 
 def _objective(run: RunConfig, *, channels: Sequence[str] = ()) -> Sft:

@@ -97,7 +97,7 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, reference: P
     assert ranks.run(train, world_size=2, run_dir=str(run)) == [0, 0]
     for kind in ("train", "eval"):
         for found, expected in zip(metrics(run, kind), metrics(reference, kind), strict=True):
-            for name in expected.keys() & {"loss", "grad_norm", "cosine", "eval_loss", "eval_cosine"}:
+            for name in expected.keys() & {"loss", "grad_norm", "cosine", "eval_loss", "eval_cosine", "eval_mrr"}:
                 assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-6), (kind, found["step"], name)
 
 
@@ -117,4 +117,11 @@ def test_the_folder_says_how_its_vectors_are_made(reference: Path) -> None:
     ids = [[tokenizer(text)["input_ids"] for text in (row["query"], row["positive"])] for row in rows]
     vectors = [[model(torch.tensor([one])).last_hidden_state[0, -1] for one in pair] for pair in ids]
     cosines = [float(torch.cosine_similarity(*pair, dim=0).detach()) for pair in vectors]
-    assert metrics(reference, "eval")[-1]["eval_cosine"] == pytest.approx(sum(cosines) / len(cosines), rel=1e-5)
+    last = metrics(reference, "eval")[-1]
+    assert last["eval_cosine"] == pytest.approx(sum(cosines) / len(cosines), rel=1e-5)
+    negatives = [tokenizer(text)["input_ids"] for row in rows for text in row["negatives"]]
+    corpus = [pair[1] for pair in vectors] + [model(torch.tensor([one])).last_hidden_state[0, -1] for one in negatives]
+    scores = [[float(torch.cosine_similarity(pair[0], one, dim=0)) for one in corpus] for pair in vectors]
+    places = [1 + sum(score > row[number] + 1e-6 for score in row) for number, row in enumerate(scores)]
+    assert last["eval_mrr"] == pytest.approx(sum(1 / place for place in places) / len(places))
+    assert last["eval_recall_at_1"] == pytest.approx(sum(place == 1 for place in places) / len(places))

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from headed import CLASSES, LABELS, merged, write_rows
 from rank_server import RankServer
 from runs import curve, metrics, recipe, train, write_run
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from megabatch.trainer.evaluation import measures
 
 GROUPS: dict[str, dict[str, Any]] = {
     "learning_rate": {"lr": 0.02, "min_lr": 0.02},
@@ -26,6 +29,9 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "cp2_micro4": {"parallel": {"context_parallel_size": 2}, "batch": {"micro_batch_size": 4}},
     "ep2": {"parallel": {"expert_model_parallel_size": 2}},
 }
+
+WHOLE = ("eval_auc", "eval_ece", "eval_brier", "eval_f1_macro")
+"""Measured of all samples at once, which ranks hold in parts."""
 
 
 def made(folder: Path, model: str, ranks: int, groups: dict[str, dict[str, Any]]) -> Any:
@@ -59,7 +65,7 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, references: 
     run = run_of(ranks, references[model].parent, layout, model, 2, LAYOUTS[layout])
     for kind in ("train", "eval"):
         for found, expected in zip(metrics(run, kind), metrics(references[model], kind), strict=True):
-            for name in expected.keys() & {"loss", "grad_norm", "eval_loss", "eval_f1", "accuracy", "f1_1"}:
+            for name in expected.keys() & {"loss", "grad_norm", "eval_loss", "eval_f1", "accuracy", "f1_1", *WHOLE}:
                 assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-6), (kind, found["step"], name)
 
 
@@ -68,18 +74,26 @@ def test_the_export_is_the_model_that_was_evaluated(references: dict[str, Path])
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     assert (model.config.num_labels, model.config.problem_type) == (CLASSES, "single_label_classification")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    said, true, losses = [], [], []
+    said, true, losses, scores = [], [], [], []
     for line in (references["qwen2"].parent / "validation.jsonl").read_text().splitlines():
         row = json.loads(line)
         text = row["text"] if "text" in row else tokenizer.apply_chat_template(row["messages"], tokenize=False)
         found = model(**tokenizer(text, return_tensors="pt"), labels=torch.tensor([row["label"]]))
         losses.append(float(found.loss.detach()))
         said.append(int(found.logits.argmax()))
+        scores.append(found.logits[0].detach().double().numpy())
         true.append(row["label"])
     last = metrics(references["qwen2"], "eval")[-1]
     assert last["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert last["eval_accuracy"] == pytest.approx(sum(map(int.__eq__, said, true)) / len(true))
-    assert last["eval_f1"] == pytest.approx(_macro_f1(said, true))
+    assert last["eval_f1"] == last["eval_f1_macro"] == pytest.approx(_macro_f1(said, true))
+    chances, classes = measures.softmax(np.stack(scores)), np.array(true)
+    of_each = [measures.auc(chances[:, c], classes == c) for c in range(CLASSES)]
+    assert last["eval_auc"] == pytest.approx(measures.mean(of_each))
+    assert last["eval_brier"] == pytest.approx(measures.brier_of_classes(chances, classes), rel=1e-5)
+    assert last["eval_ece"] == pytest.approx(
+        measures.calibration_error(chances.max(1), np.array(said) == classes), rel=1e-5
+    )
 
 
 def _macro_f1(said: list[int], true: list[int]) -> float:

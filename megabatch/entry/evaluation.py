@@ -1,0 +1,203 @@
+"""What `megabatch evaluate` evaluates: a recipe's model, a run's checkpoint, or an exported folder, as a recipe that
+evaluates once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from megabatch.config.checkpoint import Checkpoint
+from megabatch.config.data import Data
+from megabatch.config.flags import Actions, parse
+from megabatch.config.model import Model
+from megabatch.config.optimization import LearningRate, Precision
+from megabatch.config.parallel import Parallel
+from megabatch.config.recipe import Recipe
+from megabatch.config.resources import Resources
+from megabatch.config.rlhf import Rlhf
+from megabatch.config.run import RunConfig
+from megabatch.config.training import Training
+from megabatch.config.tuner import Tuner
+from megabatch.config.watching import Watching
+from megabatch.did_you_mean import did_you_mean
+from megabatch.errors import ConfigError, Fault
+from megabatch.run_directory import RunDirectory
+from megabatch.saved.history import HF, is_checkpoint, named_by_best, newest_in
+from megabatch.tasks import TASKS, Task
+
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_NEW_MODEL = "model"
+"""Folder in a run directory with the tokenizer and config.json of a new model."""
+
+
+def trained_recipe(target: Path, *, checkpoint: str | None) -> Recipe:
+    """The recipe of a run, with the model of its newest checkpoint in place of the one that it began with.
+
+    Args: target: a run directory, or one of its `step_*` folders; checkpoint: the name of another one, or `best`.
+    Raises: ConfigError.
+    """
+    if is_checkpoint(target.absolute()):
+        target, checkpoint = target.absolute().parents[1], target.name
+    run = RunConfig.load(RunDirectory(target).run_json)
+    step = _step(RunDirectory(target), checkpoint)
+    recipe = replace(_as_declared(run), checkpoint=Checkpoint(), learning_rate=LearningRate(), watching=Watching())
+    return _with_weights(_with_reference(recipe, run), run, step)
+
+
+def _as_declared(run: RunConfig) -> Recipe:
+    """A run's recipe without the values that were derived for it, some of which no recipe may declare."""
+    recipe, task = run.recipe, run.task
+    training, data = recipe.training, recipe.data
+    per_token = training.calculate_per_token_loss
+    return replace(
+        recipe,
+        precision=Precision(),
+        training=replace(
+            training,
+            calculate_per_token_loss=None if per_token == task.calculate_per_token_loss else per_token,
+            problem_type=training.problem_type if training.num_labels else None,
+        ),
+        data=replace(
+            data, loss_scale=None if data.loss_scale == task.loss_scale else data.loss_scale, seq_length=None
+        ),
+    )
+
+
+def _step(run: RunDirectory, name: str | None) -> Path:
+    if name is None:
+        found = newest_in(run.checkpoints)
+    elif name == "best":
+        found = named_by_best(run)
+    else:
+        found = run.checkpoints / name if (run.checkpoints / name).is_dir() else None
+    if found is None:
+        asked = "" if name is None else f" {name!r}"
+        raise ConfigError(f"{run.checkpoints} has no checkpoint{asked}; name one of its step_* folders, or `best`")
+    return found
+
+
+def _with_weights(recipe: Recipe, run: RunConfig, step: Path) -> Recipe:
+    """The recipe with the weights of a checkpoint: its Hugging Face folder, else what the run resumes from."""
+    exported = step / HF
+    if (exported / _CONFIG).is_file():
+        model = Model(model=str(exported), torch_dtype=run.recipe.model.torch_dtype)
+        return replace(recipe, model=model, tuner=Tuner())
+    model = recipe.model
+    if model.model is None:
+        model = replace(model, tokenizer=model.tokenizer or str(Path(run.run_dir) / _NEW_MODEL))
+    if recipe.tuner.tuner_type == "lora":
+        tuner, load = replace(recipe.tuner, adapter_load=str(step)), run.recipe.checkpoint.load
+    else:
+        tuner, load = recipe.tuner, str(step)
+    return replace(recipe, model=model, tuner=tuner, checkpoint=Checkpoint(finetune=True, load=load))
+
+
+def _with_reference(recipe: Recipe, run: RunConfig) -> Recipe:
+    """With the reference that the run had, now that its own model is the trained one. GRPO measures rewards alone."""
+    recipe = replace(recipe, grpo=replace(recipe.grpo, beta=0.0))
+    compares = run.task.name == "kto" or (run.task.name == "dpo" and not recipe.dpo.reference_free)
+    if not compares or recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None:
+        return recipe
+    began_with = run.recipe.model.model
+    if run.recipe.checkpoint.load is not None:
+        return replace(recipe, rlhf=replace(recipe.rlhf, ref_load=run.recipe.checkpoint.load))
+    if began_with is None:
+        raise ConfigError(
+            f"{run.run_dir} began with a new model, whose weights are gone, and {run.task.name} compares with them; "
+            "name a reference with --ref_model"
+        )
+    return replace(recipe, bridge=replace(recipe.bridge, ref_model=began_with))
+
+
+def folder_recipe(target: Path, *, task: str | None, gpus: int) -> Recipe:
+    """A recipe with the task's defaults for a Hugging Face folder or name. Args: gpus: of this machine."""
+    known = [one for one in TASKS if one.built]
+    chosen = next((one for one in known if one.name == task), None)
+    if chosen is None:
+        names = ", ".join(one.name for one in known)
+        said = "is missing" if task is None else f"{task} is no task"
+        raise ConfigError(
+            [Fault("--task", None, f"{said}: a folder does not say what it is for; try {names}", bare=True)]
+        )
+    return replace(
+        _of_task(chosen, target.name),
+        model=Model(model=str(target)),
+        parallel=Parallel(distributed_backend="nccl" if gpus else "gloo"),
+        resources=Resources(nodes=1, gpus_per_node=gpus, tasks_per_node=gpus or 1),
+    )
+
+
+def _of_task(task: Task, name: str) -> Recipe:
+    rlhf = Rlhf() if task.rlhf_type is None else Rlhf(rlhf_type=task.rlhf_type)  # type: ignore[arg-type]
+    training = Training(task_type=task.task_type)  # type: ignore[arg-type]
+    return Recipe(name=f"{name}-evaluation", task=task.task, rlhf=rlhf, training=training, data=Data())
+
+
+def evaluation_recipe(recipe: Recipe, flags: Sequence[str], *, task: str | None) -> Recipe:
+    """The recipe with its flags, which takes no step and saves nothing.
+
+    `--dataset` names what is evaluated; else it is the recipe's validation data.
+    Raises: ConfigError for flags of a launch, another task than the recipe's, and no data.
+    """
+    actions, chosen = parse(flags, recipe)
+    none = Actions()
+    asked = [field.name for field in fields(Actions) if getattr(actions, field.name) != getattr(none, field.name)]
+    faults = [Fault(f"--{name}", None, "has no effect on an evaluation, which runs here", bare=True) for name in asked]
+    if task is not None and chosen.kind is not None and chosen.kind.name != task:
+        faults.append(
+            Fault("--task", None, f"{task} is not the recipe's, {chosen.kind.name}; leave it out", bare=True)
+        )
+    if faults:
+        raise ConfigError(faults)
+    return _once(replace(chosen, data=_data(chosen.data, declared=recipe.data)))
+
+
+def _data(data: Data, *, declared: Data) -> Data:
+    """Args: declared: without the flags."""
+    alone = replace(data, streaming=False, interleave_prob=None)
+    if data.dataset != declared.dataset:
+        return replace(alone, val_dataset=data.dataset, split_dataset_ratio=0.0)
+    if data.val_dataset:
+        return replace(alone, dataset=data.val_dataset, split_dataset_ratio=0.0)
+    if not data.split_dataset_ratio:
+        raise ConfigError([Fault("--dataset", None, "is missing: the recipe has no validation data", bare=True)])
+    return alone
+
+
+def _once(recipe: Recipe) -> Recipe:
+    """One batch is what every data-parallel rank takes at a time."""
+    training = replace(recipe.training, train_iters=1, max_epochs=None)
+    one = replace(
+        recipe,
+        training=training,
+        checkpoint=replace(recipe.checkpoint, save=None, save_strategy="steps", metric_for_best_model=None),
+        logging=replace(recipe.logging, report_to=None),
+        resources=replace(recipe.resources, nodes=1, preflight=None),
+    )
+    size = recipe.batch.micro_batch_size * _replicas(one)
+    return replace(one, batch=replace(recipe.batch, global_batch_size=size))
+
+
+def _replicas(recipe: Recipe) -> int:
+    parallel = recipe.parallel
+    of_one = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    return max(1, recipe.resources.world_size // of_one)
+
+
+def is_run(target: Path) -> bool:
+    """A run directory, or one of its checkpoints."""
+    return RunDirectory(target).run_json.is_file() or is_checkpoint(target.absolute())
+
+
+def require_target(target: Path) -> None:
+    """Raises: ConfigError for a path that is nothing."""
+    if not target.exists() and target.suffix == ".py":
+        raise ConfigError(f"{target} does not exist{did_you_mean(target)}")
+    if target.is_dir() and not is_run(target) and not any((target / name).is_file() for name in (_CONFIG, _ADAPTER)):
+        raise ConfigError(
+            f"{target} is no run directory (it has no run.json), no checkpoint and no Hugging Face folder (no "
+            f"{_CONFIG}); name one of these, or a recipe file"
+        )

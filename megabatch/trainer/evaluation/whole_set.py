@@ -1,0 +1,109 @@
+"""Measures that need every sample of an evaluation at once, such as a ranking of all documents.
+
+The evaluation is the run's own, with one forward pass: the objective is asked for its terms as always. What it read of
+each sequence is kept on the last pipeline stage, joined over data-parallel ranks at the end, and measured there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megabatch.trainer.data.dataset import Validation
+from megabatch.trainer.engine import Engine
+from megabatch.trainer.objectives.objective import Inference, Mean, Objective, Terms
+from megabatch.trainer.steps import Evaluator
+from megabatch.trainer.sums import Ratio, Sums
+
+if TYPE_CHECKING:
+    from megabatch.trainer.pack import Pack
+
+ITEM = "item"
+_ROWS_BITS = 40
+"""Rows of an evaluation on one rank are fewer than two to this power."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What is kept of each sequence, and what is measured of all of them."""
+
+    outputs: Sequence[str]
+    """Fields of the objective's readout, one value or row for each sequence."""
+    columns: Sequence[str]
+    """Columns of the samples."""
+    names: tuple[str, ...]
+    of: Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
+    """Arrays [M, …] of all sequences, and `item`, the number of the row that each belongs to → a value for each name;
+    NaN where it is not defined."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeSet(Evaluator):
+    """Adds measures of the whole set to an evaluation; they replace means over batches of the same name."""
+
+    inner: Validation
+    measures: Measures
+
+    def evaluate(self, engine: Engine, *, on_batch: Callable[[], None]) -> Mapping[str, Ratio]:
+        kept = _Kept(self.inner.objective, self.measures)
+        found = replace(self.inner, objective=kept).evaluate(engine, on_batch=on_batch)
+        return {**found, **self._measured(engine, kept)}
+
+    def _measured(self, engine: Engine, kept: _Kept) -> dict[str, Ratio]:
+        """The same on every rank: one of them adds its values to sums that all get."""
+        names, ranks = self.measures.names, engine.ranks
+        sums = Sums(names, ranks)
+        if ranks.is_last_stage:
+            values = self.measures.of(kept.everyone(engine))
+            if sums.adds and dist.get_rank(ranks.replicas) == 0:
+                sums.add([{name: _mean(values[name]) for name in names}])
+        return sums.reduce().read()[0]
+
+
+def with_measures(evaluator: Validation | None, measures: Measures) -> Evaluator | None:
+    """The evaluation with these measures, where there is one."""
+    return None if evaluator is None else WholeSet(evaluator, measures)
+
+
+def _mean(value: float) -> Mean:
+    known = float(not np.isnan(value))
+    return Mean(torch.tensor(value if known else 0.0, dtype=torch.float64), torch.tensor(known, dtype=torch.float64))
+
+
+@dataclass(slots=True)
+class _Kept(Objective):
+    """An objective that keeps what it was given."""
+
+    inner: Objective
+    measures: Measures
+    found: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.norm, self.metrics, self.readout = self.inner.norm, self.inner.metrics, self.inner.readout
+
+    def prepare(self, packs: Sequence[Pack], inference: Inference) -> Sequence[Pack]:
+        return self.inner.prepare(packs, inference)
+
+    def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
+        some = {name: out[name].detach() for name in self.measures.outputs}
+        some |= {name: pack.columns[name] for name in self.measures.columns}
+        self.found.append({ITEM: pack.items_N, **some})
+        return self.inner.terms(out, pack)
+
+    def everyone(self, engine: Engine) -> dict[str, np.ndarray]:
+        """Of every data-parallel rank, on each of them; collective over them. Rows are numbered in their order."""
+        items, rows = [], engine.ranks.dp_rank << _ROWS_BITS
+        for one in self.found:
+            items.append(one[ITEM] + rows)
+            rows += int(one[ITEM][-1]) + 1 if len(one[ITEM]) else 0
+        names = (*self.measures.outputs, *self.measures.columns)
+        parts = {ITEM: torch.cat(items), **{name: torch.cat([one[name] for one in self.found]) for name in names}}
+        joined = {name: engine.everyone(values)[0].cpu().numpy() for name, values in parts.items()}
+        numbers = np.unique(joined.pop(ITEM), return_inverse=True)[1]
+        return {ITEM: numbers, **{name: values.astype(np.float64) for name, values in joined.items()}}
