@@ -46,6 +46,7 @@ ROOMS = {
     "megabatch/trainer": "the only room with torch and megatron-core",
     "megabatch/trainer/checkpoints": "saving and loading a run's state",
     "megabatch/trainer/data": "each rank's batches, as tensors",
+    "megabatch/trainer/evaluation": "measures of a whole evaluation set, by task",
     "megabatch/trainer/exports": "what checkpoints hold for others to load",
     "megabatch/trainer/model": "megatron-core models of our families",
     "megabatch/trainer/model/lora": "LoRA below megatron-core's layers",
