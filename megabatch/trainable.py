@@ -9,6 +9,9 @@ from megabatch.plan.shape import ModelShape
 BUILT = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 """Model types (`ModelShape.model_type`) that the trainer builds; `docs/families.md` lists them."""
 
+VOCABULARY_ROUNDED = 1024
+"""Models of one family round the same vocabulary up to different sizes; tokenizers of others differ by more."""
+
 _VISION = "vision-language models"
 UNBUILT = {
     "deepseek_v2": "multi-latent attention",

@@ -3,6 +3,7 @@
 python recipes/gsm8k_dpo.py --local
 python recipes/gsm8k_dpo.py --model RUN/checkpoints/latest/hf --rpo_alpha none --local
 python recipes/gsm8k_dpo.py --dataset pairs.jsonl --max_length 512 --local
+python recipes/gsm8k_dpo.py --dataset solutions.jsonl --preprocess recipes/rows/model_solutions.py:pairs --local
 
 A new model knows nothing yet, so rpo_alpha also teaches it the right solutions; leave it out after SFT.
 """

@@ -3,6 +3,7 @@
 python recipes/gsm8k_rm.py --local
 python recipes/gsm8k_rm.py --model RUN/checkpoints/latest/hf --local
 python recipes/gsm8k_rm.py --dataset pairs.jsonl --max_length 512 --local
+python recipes/gsm8k_rm.py --dataset solutions.jsonl --preprocess recipes/rows/model_solutions.py:pairs --local
 """
 
 from megabatch import (

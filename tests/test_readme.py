@@ -15,6 +15,7 @@ END = "<!-- end of tree -->"
 ROOMS = {
     "recipes": "runs to start from; loaded by path, not installed",
     "recipes/chains": "graphs of jobs",
+    "recipes/rows": "functions for `preprocess`: rows of published files as rows of a task",
     "recipes/sweeps": "sweeps over parallel layouts",
     "megabatch": "the installed package: config, plan, entry, command line, trainer",
     "slurm": "installed as megabatch.slurm: scripts, submission, state, private clusters; no torch",

@@ -228,7 +228,16 @@ def _without_references(recipe: Recipe) -> Recipe:
         model=replace(recipe.model, tokenizer=_own(recipe.model.tokenizer)),
         data=replace(data, dataset=_owned(data.dataset), val_dataset=_owned(data.val_dataset)),
         checkpoint=replace(recipe.checkpoint, load=_own(recipe.checkpoint.load)),
-        bridge=replace(recipe.bridge, adapters=_owned(recipe.bridge.adapters)),
+        bridge=replace(
+            recipe.bridge,
+            adapters=_owned(recipe.bridge.adapters),
+            ref_adapters=_owned(recipe.bridge.ref_adapters),
+            ref_model=_own(recipe.bridge.ref_model),
+        ),
+        rlhf=replace(
+            recipe.rlhf, ref_load=_own(recipe.rlhf.ref_load), ref_adapter_load=_own(recipe.rlhf.ref_adapter_load)
+        ),
+        gkd=replace(recipe.gkd, teacher_model=_own(recipe.gkd.teacher_model)),
         tuner=replace(recipe.tuner, adapter_load=_own(recipe.tuner.adapter_load)),
     )
 

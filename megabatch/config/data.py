@@ -25,7 +25,8 @@ class Data:
     """When drawing with `interleave_prob` ends: with the first dataset that has no further row, or with the last one,
     while the others begin again."""
     split_dataset_ratio: float = param(0.0, at_least=0, below=1)
-    """Fraction of the training data used for validation if `val_dataset` is empty."""
+    """Fraction of the training data used for validation if `val_dataset` is empty; rows that `preprocess` made of
+    one row stay together."""
     columns: Mapping[str, str] | None = param(None)
     """Renames columns: name in the file → name that megabatch reads, for example `{"question": "query"}`."""
     preprocess: str | None = param(None)

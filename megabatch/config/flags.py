@@ -60,6 +60,24 @@ _QLORA = frozenset(("quant_bits", "quant_method", "load_in_4bit", "load_in_8bit"
 """Flags of other programs that train adapters beside quantised weights."""
 
 
+_OF_TRAINERS: Mapping[str, tuple[str, ...]] = {
+    "per_device_train_batch_size": ("micro_batch_size",),
+    "gradient_accumulation_steps": ("global_batch_size",),
+    "warmup_ratio": ("lr_warmup_fraction",),
+    "warmup_steps": ("lr_warmup_iters",),
+    "max_steps": ("train_iters",),
+    "truncation_mode": ("truncation_strategy left", "truncation_strategy right"),
+    "gradient_checkpointing": ("recompute_granularity full",),
+    "disable_dropout": ("hidden_dropout 0", "attention_dropout 0"),
+    "router_aux_loss_coef": ("moe_aux_loss_coeff",),
+    "pad_to_multiple_of": ("pad_to_max_length",),
+    "activation_offloading": ("recompute_granularity full",),
+    "model_name_or_path": ("model",),
+    "ref_model_name_or_path": ("ref_model",),
+}
+"""Flags of transformers' and TRL's trainers that have another name here, or whose purpose another parameter serves."""
+
+
 def parse(arguments: Sequence[str], recipe: Recipe) -> tuple[Actions, Recipe]:
     """Actions, and the recipe with the flags' values applied; with `--help` nothing else is read.
 
@@ -250,6 +268,8 @@ def _find(name: str, algorithm: str | None) -> Named | Fault:
     if name in _QLORA:
         rule = "asks for QLoRA, which is not supported: the frozen weights stay in bf16 or fp32"
         return Fault(f"--{name}", None, rule, try_=("--tuner_type lora with more ranks",), bare=True)
+    if name in _OF_TRAINERS:
+        return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(_OF_TRAINERS[name]), bare=True)
     near = sorted(get_close_matches(name, known, n=3, cutoff=0.7), key=_is_unbuilt)
     return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near[:2]), bare=True)
 

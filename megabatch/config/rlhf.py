@@ -69,6 +69,9 @@ class Dpo:
     """Alpha of `alpha_divergence`; 1 is `reverse_kl`."""
     ld_alpha: float | None = param(None, at_least=0, at_most=1)
     """Weight of an answer's tokens beyond the length of the pair's shorter one (LD-DPO); None means 1."""
+    use_weighting: bool = param(False)
+    """Weighs each pair by how likely the policy finds its answers (WPO): data of other models counts more where the
+    policy might have written it."""
     discopop_tau: float = param(0.05, above=0)
     """Temperature with which `discopop` blends its two losses."""
 

@@ -114,8 +114,9 @@ def note_data(run: RunConfig, data: TokenCache, schedule: Schedule) -> None:
 
 def open_caches(run: RunConfig, paths: CachePaths) -> tuple[TokenCache, TokenCache | None]:
     """(training, validation) samples. Raises: DataError for a damaged cache or an empty split."""
-    recipe = run.recipe
-    return datasets.open_caches(paths, split_dataset_ratio=recipe.data.split_dataset_ratio, seed=recipe.training.seed)
+    data, seed = run.recipe.data, run.recipe.training.seed
+    made = data.preprocess is not None
+    return datasets.open_caches(paths, split_dataset_ratio=data.split_dataset_ratio, seed=seed, whole_rows=made)
 
 
 def schedule_of(run: RunConfig, data: TokenCache, *, shuffle: bool = True) -> Schedule:

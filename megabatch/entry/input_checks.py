@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megabatch.config.grpo_defaults import filled
@@ -12,8 +11,11 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.data.rows import files, names
 from megabatch.data.rows.compressed import inner_suffix
+from megabatch.data.rows.files import Origin
+from megabatch.data.rows.judged import one_label
 from megabatch.data.tokens import tokenizer
-from megabatch.entry.model import FoundModel, fault_of
+from megabatch.entry.model import FoundModel, fault_of, nearest_folder
+from megabatch.entry.other_models import damaged_other_models, other_model_faults
 from megabatch.entry.paths import NUMBERED
 from megabatch.entry.row_checks import Check, row_check
 from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
@@ -33,12 +35,13 @@ _GZIP_RATIO = 8
 def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     """Faults of the run's inputs that names and sizes show; reads no data."""
     found = _tokenizer(recipe, model, tokenizer.check)
-    tuning = _tuning(recipe, model)
-    return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *_load(recipe), *tuning]
+    others = [*_tuning(recipe, model), *other_model_faults(recipe, model.shape)]
+    return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *_load(recipe), *others]
 
 
 def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
-    if not recipe.tuner.trains_part or model.fault is not None:
+    beside = recipe.bridge.ref_adapters or recipe.rlhf.ref_adapter_load
+    if not (recipe.tuner.trains_part or beside) or model.fault is not None:
         return []
     from megabatch.entry.tuning import tuning_faults  # the converters' tables; most recipes train everything
 
@@ -48,14 +51,18 @@ def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     """Faults inside the inputs: malformed rows, too few rows, and weights that do not fit their config.json."""
     counts: dict[str, int | None] = {}
-    check = row_check(recipe)
+    labels: dict[bool, Origin] = {}
+    check = row_check(recipe, labels=labels)
 
     def count(name: names.DatasetName) -> None:
         counts[name.text] = _rows(check, name)
 
-    rows = list(_datasets(recipe, count)) or _too_few(recipe, [counts.get(text) for text in recipe.data.dataset])
+    rows = list(_datasets(recipe, count, fields=("dataset",)))
+    known = [counts.get(text) for text in recipe.data.dataset]
+    rows = rows or _too_few(recipe, known) + _one_label(recipe, known, labels)
+    rows += _datasets(recipe, count, fields=("val_dataset",))
     readable = list(_tokenizer(recipe, model, tokenizer.check_readable))
-    return [*rows, *(readable or _answers(recipe, model)), *_weights(recipe, model)]
+    return [*rows, *(readable or _answers(recipe, model)), *_weights(recipe, model), *damaged_other_models(recipe)]
 
 
 def unwritable(run_directory: Path) -> list[Fault]:
@@ -97,8 +104,13 @@ def missing_gpus(recipe: Recipe) -> list[Fault]:
     return [Fault("resources.gpus_per_node", recipe.resources.gpus_per_node, rule, try_=fix)]
 
 
-def _datasets(recipe: Recipe, check: Callable[[names.DatasetName], None]) -> Iterator[Fault]:
-    for field in ("dataset", "val_dataset"):
+def _datasets(
+    recipe: Recipe,
+    check: Callable[[names.DatasetName], None],
+    *,
+    fields: Sequence[str] = ("dataset", "val_dataset"),
+) -> Iterator[Fault]:
+    for field in fields:
         for text in getattr(recipe.data, field):
             try:
                 check(names.parse(text, use_hf=recipe.bridge.use_hf))
@@ -163,6 +175,14 @@ def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
     return [Fault("batch.global_batch_size", batch, rule)]
 
 
+def _one_label(recipe: Recipe, counts: list[int | None], labels: Mapping[bool, Origin]) -> list[Fault]:
+    """Of answers that are labelled good or bad, if all rows were read."""
+    if None in counts or recipe.data.preprocess is not None or len(labels) != 1:
+        return []
+    (label, first), *_ = labels.items()
+    return [Fault("data.dataset:", None, f"{first}: {one_label(label)}", bare=True)]
+
+
 def _too_few_prompts(recipe: Recipe, rows: int) -> list[Fault]:
     """A round draws each prompt once."""
     grpo = filled(recipe.grpo, recipe.rollout, global_batch_size=recipe.batch.global_batch_size)
@@ -182,16 +202,8 @@ def _model(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
             fix = download_command(name, use_hf=recipe.bridge.use_hf)
             rule = f"is neither a local folder nor downloaded, so its shape is not known; run first: {fix}"
         else:
-            rule = f"does not exist{_nearest_folder(Path(name).expanduser())}"
+            rule = f"does not exist{nearest_folder(Path(name).expanduser())}"
         yield Fault("model.model", name, rule)
-
-
-def _nearest_folder(path: Path) -> str:
-    path = path.absolute()
-    if not path.parent.is_dir():
-        return f": there is no folder {path.parent}; check the path"
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=2, cutoff=0.5)
-    return f"; nearest in {path.parent}: {', '.join(near)}" if near else "; check the path"
 
 
 def _tokenizer(recipe: Recipe, model: FoundModel, check: Callable[[Path], None]) -> Iterator[Fault]:

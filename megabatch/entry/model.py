@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from megabatch.config.heads import head_fault, with_head
@@ -113,6 +114,15 @@ def _rows_needed(found: FoundModel, recipe: Recipe, *, shared_cache: str | None)
             f"first: {download_command(name, use_hf=recipe.bridge.use_hf)}"
         )
     return rows_with(folder, tokens)
+
+
+def nearest_folder(path: Path) -> str:
+    """The end of a message about a folder that does not exist."""
+    path = path.absolute()
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent}; check the path"
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=2, cutoff=0.5)
+    return f"; nearest in {path.parent}: {', '.join(near)}" if near else "; check the path"
 
 
 def fault_of(field: str, error: MegabatchError) -> Fault:

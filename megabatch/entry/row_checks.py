@@ -9,7 +9,7 @@ from megabatch.config.heads import problem_type
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.training import ProblemType
-from megabatch.data.rows.files import Row
+from megabatch.data.rows.files import Origin, Row
 from megabatch.data.rows.preprocess import preprocess_of
 from megabatch.errors import ConfigError, DataError
 from megabatch.tasks import Rows
@@ -20,9 +20,10 @@ Check = Callable[[Row], object]
 """Raises: DataError with the row's place."""
 
 
-def row_check(recipe: Recipe) -> Check:
-    """The check of the task's rows."""
-    from megabatch.data.rows.kinds import READERS  # a dry run reads no data
+def row_check(recipe: Recipe, *, labels: dict[bool, Origin] | None = None) -> Check:
+    """The check of the task's rows. Args: labels: receives each label of answers and where it is first."""
+    from megabatch.data.rows.judged import judged_of  # a dry run reads no data
+    from megabatch.data.rows.kinds import READERS
 
     data, rows = recipe.data, "conversations" if recipe.kind is None else recipe.kind.rows
     read = READERS[rows]
@@ -35,6 +36,9 @@ def row_check(recipe: Recipe) -> Check:
             read(made, columns=data.columns, system=data.system)
             if check_more is not None:
                 check_more(made)
+            if labels is not None and rows == "judged":
+                for one in judged_of(made, columns=data.columns, system=data.system):
+                    labels.setdefault(one.label, made.origin)
 
     return check
 

@@ -143,3 +143,11 @@ def test_help_names_every_flag_with_default_and_state():
     assert "--submit" in text and "not built yet" in text
     assert "--save_interval  (a whole number; at least 1; default 500; also --save_steps)" in text
     assert "--no_rope_fusion  (true or false; default False; speed only; also --rope_fusion (opposite)" in text
+
+
+def test_flags_of_other_trainers_are_named_with_their_place_here(dense: Recipe) -> None:
+    found = faults("--gradient_accumulation_steps 4 --truncation_mode keep_end", dense)
+    assert found == [
+        "--gradient_accumulation_steps is not a parameter; try --global_batch_size",
+        "--truncation_mode is not a parameter; try --truncation_strategy left or --truncation_strategy right",
+    ]

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
@@ -266,6 +267,18 @@ def test_split_is_seeded_and_disjoint(build: Any, write_jsonl: Write) -> None:
     assert validation[0].ids.tolist() == cache[line - 1].ids.tolist()
     with pytest.raises(DataError, match=r"split_dataset_ratio=0\.01 of 40 samples leaves 0 for validation"):
         cache.split(0.01, seed=1)
+
+
+def test_a_split_can_keep_what_was_made_of_a_row_together(build: Any, write_jsonl: Write) -> None:
+    cache = TokenCache.open(build(write_jsonl("a.jsonl", rows(40))))
+    origins = np.array(cache.origins)
+    origins[:, 1] = (origins[:, 1] + 1) // 2  # two items of each of 20 rows
+    cache = replace(cache, origins=origins)
+    train, validation = cache.split(0.1, seed=1, whole_rows=True)
+    assert (len(train), len(validation)) == (36, 4)
+    assert not set(train.origins[:, 1].tolist()) & set(validation.origins[:, 1].tolist())
+    with pytest.raises(DataError, match=r"split_dataset_ratio=0\.02 of 20 rows leaves 0 for validation"):
+        cache.split(0.02, seed=1, whole_rows=True)
 
 
 def test_a_runs_datasets(tokenizer_folder: Path, write_jsonl: Write, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ _SCORED = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "dis
 """Losses of the difference of scores, which an f-divergence changes; and one without a reference."""
 _SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_pair", "aot_unpaired")
 
+_OF_THE_BATCH = ("aot", "aot_pair", "aot_unpaired", "sft")
+
 
 def without_reference(recipe: Recipe) -> str | None:
     """Why a recipe compares its policy with no reference; None if it does."""
@@ -54,6 +56,10 @@ def losses_read_their_settings(recipe: Recipe, shape: ModelShape | None, layout:
     if not group.label_smoothing and "exo_pair" in names:
         rule = "must be above 0 with loss_type='exo_pair', which takes its logarithm"
         yield Fault("dpo.label_smoothing", group.label_smoothing, rule, try_=(1e-3,))
+    whole = [name for name in names if name in _OF_THE_BATCH]
+    if group.use_weighting and whole:
+        rule = f"weighs pairs, and loss_type={whole[0]!r} is of the whole batch; for sft beside it give rpo_alpha"
+        yield Fault("dpo.use_weighting", True, rule, try_=(False,))
     others = [name for name in names if name not in _SCORED]
     if group.f_divergence_type != defaults.f_divergence_type and others:
         rule = f"has no effect on loss_type={others[0]!r}; it is for {', '.join(_SCORED)}"

@@ -64,13 +64,16 @@ def build(
 
 
 def open_caches(
-    paths: CachePaths, *, split_dataset_ratio: float = 0.0, seed: int = 42
+    paths: CachePaths, *, split_dataset_ratio: float = 0.0, seed: int = 42, whole_rows: bool = False
 ) -> tuple[TokenCache, TokenCache | None]:
     """(training, validation) samples; without a validation dataset, splits off a seeded part of the training data.
 
+    Args: `whole_rows`: whether all that was made of a row stays on one side.
     Raises: DataError for a damaged cache, or a split that leaves either part empty.
     """
     train = TokenCache.open(paths.train)
     if paths.validation:
         return train, TokenCache.open(paths.validation)
-    return train.split(split_dataset_ratio, seed=seed) if split_dataset_ratio else (train, None)
+    if not split_dataset_ratio:
+        return train, None
+    return train.split(split_dataset_ratio, seed=seed, whole_rows=whole_rows)

@@ -213,22 +213,29 @@ class TokenCache:
         """The same cache with a name column re-indexed into this list, which must hold all of its names."""
         return replace(self, names={**self.names, column: self.names[column].among(names)})
 
-    def split(self, ratio: float, *, seed: int) -> tuple[TokenCache, TokenCache]:
+    def split(self, ratio: float, *, seed: int, whole_rows: bool = False) -> tuple[TokenCache, TokenCache]:
         """(training, validation): a seeded random `ratio` of the items is for validation; both keep the dataset's
-        order.
+        order. Args: whole_rows: takes `ratio` of the rows, each with all items that were made of it.
 
         Raises: DataError when either part would be empty.
         """
-        items = len(self.items) - 1
-        count = round(items * ratio)
-        if not 0 < count < items:
+        row_of = self._row_of_item() if whole_rows else np.arange(len(self.items) - 1)
+        units = int(row_of.max(initial=-1)) + 1
+        count = round(units * ratio)
+        if not 0 < count < units:
             raise DataError(
-                f"data.split_dataset_ratio={ratio} of {items} samples leaves {count} for validation; both parts "
-                f"need at least one: change the ratio or give data.val_dataset"
+                f"data.split_dataset_ratio={ratio} of {units} {'rows' if whole_rows else 'samples'} leaves {count} "
+                f"for validation; both parts need at least one: change the ratio or give data.val_dataset"
             )
-        chosen: np.ndarray = np.zeros(items, bool)
-        chosen[np.random.default_rng([seed, items]).permutation(items)[:count]] = True
-        return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
+        chosen: np.ndarray = np.zeros(units, bool)
+        chosen[np.random.default_rng([seed, units]).permutation(units)[:count]] = True
+        held_out = chosen[row_of]
+        return self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
+
+    def _row_of_item(self) -> np.ndarray:
+        """The number of the row that each item was made of, int64 [items]."""
+        firsts = self.origins[self.items[:-1]].astype(np.int64)
+        return np.unique(firsts[:, 0] << 32 | firsts[:, 1], return_inverse=True)[1]
 
     def log_summary(self) -> None:
         """Logs the number of samples and tokens, and how many rows were dropped and why; warns if they are many."""

@@ -37,6 +37,9 @@ class Variant:
     """Of the alpha divergence."""
     ld_alpha: float | None = None
     """Weight of the tokens of an answer beyond the length of the shorter one (arXiv:2409.06411); None for 1."""
+    use_weighting: bool = False
+    """Whether a pair counts with how likely the policy finds both answers (`_likelihoods`); not for the losses of the
+    whole batch."""
     reference_free: bool = False
     """Whether every answer counts as equally likely for the reference."""
 
@@ -53,7 +56,8 @@ class Dpo(Objective):
 
     def __init__(self, variant: Variant) -> None:
         self._variant = variant
-        self.readout: Readout = Sequences(discount=None if variant.ld_alpha is None else _SHARE)
+        self._summed = Sequences(discount=None if variant.ld_alpha is None else _SHARE)
+        self.readout: Readout = replace(self._summed, collisions=variant.use_weighting)
         self._logps = "logps" if variant.ld_alpha is None else "discounted"
         self._alone = {name: weight for name, weight in variant.losses.items() if name not in _OF_THE_BATCH}
         own = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
@@ -76,7 +80,7 @@ class Dpo(Objective):
 
     def log_probs(self, packs: Sequence[Pack], inference: Inference, *, model: str = "policy") -> list[Tensor]:
         """See `Compared`; with `ld_alpha`, discounted."""
-        found = inference.infer([self._with_lengths(pack) for pack in packs], self.readout, model=model)
+        found = inference.infer([self._with_lengths(pack) for pack in packs], self._summed, model=model)
         return [one[self._logps] for one in found]
 
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
@@ -93,8 +97,9 @@ class Dpo(Objective):
             rejected_tokens_P=tokens_N[1::2],
         )
         total = logps_N.sum() * 0
+        weights_P = _likelihoods(out, tokens_N) if variant.use_weighting else 1.0
         for name, weight in self._alone.items():
-            total = total + weight * LOSSES[name](pairs, variant.settings).sum()
+            total = total + weight * (LOSSES[name](pairs, variant.settings) * weights_P).sum()
         for name in variant.losses.keys() & set(_OF_THE_BATCH):
             total = total + variant.losses[name] * self._of_the_batch(name, logps_N, out["logps"], pairs, pack)
         count = logps_N.new_tensor(float(len(pairs.chosen_P)))
@@ -153,6 +158,13 @@ class Dpo(Objective):
         sizes = [pack.sequences for pack in packs]
         split = {name: values.split(sizes) for name, values in columns.items()}
         return [_with(pack, **{name: parts[i] for name, parts in split.items()}) for i, pack in enumerate(packs)]
+
+
+def _likelihoods(out: Mapping[str, Tensor], tokens_N: Tensor) -> Tensor:
+    """exp of the mean over each answer's tokens of log p(token) - log sum_v p_v^2, both answers of a pair multiplied:
+    fp32 [P], without gradient. arXiv:2406.11827 (WPO), equation 2 with its alignment of on-policy weights."""
+    means_N = (out["logps"].detach() - out["collisions"]) / tokens_N.clamp(min=1.0)
+    return (means_N[0::2] + means_N[1::2]).exp()
 
 
 def _with(pack: Pack, **columns: Tensor) -> Pack:

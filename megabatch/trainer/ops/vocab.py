@@ -73,6 +73,24 @@ def token_entropies(logits_TV: Tensor, shard: VocabShard, *, temperature: float 
     return sums_2T[0].log() - sums_2T[1] / sums_2T[0]
 
 
+@torch.no_grad()
+def token_collisions(logits_TV: Tensor, shard: VocabShard) -> Tensor:
+    """log sum_v p_v^2 of the softmax over the whole vocabulary at each position; without gradient.
+
+    It is log sum_v e^{2 z_v} - 2 log sum_v e^{z_v} with z the logits less their largest: the log-probability that two
+    tokens drawn from the softmax are the same.
+
+    Args: logits_TV [T, V] any float dtype. Returns: [T] fp32.
+    """
+    max_T, sums_2T = _maxima(logits_TV, shard), _empty_fp32(logits_TV, (2,))
+    for rows in _row_chunks(logits_TV):
+        powers = torch.sub(logits_TV[rows, : shard.real], max_T[rows, None]).exp_()
+        sums_2T[0, rows], sums_2T[1, rows] = powers.sum(dim=1), powers.square_().sum(dim=1)
+    if shard.is_split:
+        dist.all_reduce(sums_2T, group=shard.group)
+    return sums_2T[1].log() - 2 * sums_2T[0].log()
+
+
 def _maxima(logits_TV: Tensor, shard: VocabShard) -> Tensor:
     """[T] fp32: the largest logit of each position, over the whole vocabulary."""
     max_T = _empty_fp32(logits_TV, ())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megabatch.trainer.ops.vocab import token_logps
+from megabatch.trainer.ops.vocab import token_collisions, token_logps
 from megabatch.trainer.readouts.readout import Field, Readout, Split
 
 if TYPE_CHECKING:
@@ -23,14 +23,20 @@ class Sequences(Readout):
     """
 
     discount: str | None = None
+    collisions: bool = False
+    """Whether `collisions` [N] is among the fields, without gradient: sum over a sequence's tokens of weight · log of
+    the sum of squared probabilities at the token's place."""
 
     @property
     def fields(self) -> Mapping[str, Field]:
-        return {name: Field("sequence") for name in ("logps", "discounted")[: 1 if self.discount is None else 2]}
+        given = {"logps": True, "discounted": self.discount is not None, "collisions": self.collisions}
+        return {name: Field("sequence") for name, wanted in given.items() if wanted}
 
     def __call__(self, output: Tensor, pack: Pack, split: Split) -> Mapping[str, Tensor]:
         logps_T = token_logps(output, pack.targets_T, split.vocab) * pack.weights_T
         found = {"logps": pack.sequence_sums(logps_T)}
         if self.discount is not None:
             found["discounted"] = pack.sequence_sums(logps_T * pack.token_columns[self.discount])
+        if self.collisions:
+            found["collisions"] = pack.sequence_sums(token_collisions(output, split.vocab) * pack.weights_T)
         return found

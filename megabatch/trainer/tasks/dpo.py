@@ -44,5 +44,6 @@ def variant_of(group: Group) -> Variant:
         divergence=group.f_divergence_type,
         alpha=group.f_alpha_divergence_coef,
         ld_alpha=group.ld_alpha,
+        use_weighting=group.use_weighting,
         reference_free=group.reference_free,
     )

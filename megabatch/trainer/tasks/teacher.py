@@ -9,15 +9,13 @@ from megabatch.config.run import RunConfig
 from megabatch.converters.hf_model import open_hf_model
 from megabatch.data.run_tokenizer import folder_of
 from megabatch.errors import ConfigError, MegabatchError
+from megabatch.trainable import VOCABULARY_ROUNDED
 from megabatch.trainer.assemble import frozen_model
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model_source import ModelSource, model_source
 from megabatch.trainer.ranks import Ranks
 
 logger = logging.getLogger(__name__)
-
-_VOCABULARY_ROUNDED = 1024
-"""Models of one family round the same vocabulary up to different sizes; tokenizers of others differ by more."""
 
 
 def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> Model:
@@ -27,7 +25,7 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
     """
     folder = ranks.on_main(lambda: folder_of(name, run))
     shape = open_hf_model(folder, compare_duplicates=False).shape
-    if abs(shape.vocab_size - run.shape.vocab_size) >= _VOCABULARY_ROUNDED:
+    if abs(shape.vocab_size - run.shape.vocab_size) >= VOCABULARY_ROUNDED:
         raise ConfigError(
             f"gkd.teacher_model={name!r} has {shape.vocab_size:,} tokens and the student {run.shape.vocab_size:,}: "
             "distillation compares tokens by their ids, so both must have one tokenizer"

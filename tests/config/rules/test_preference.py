@@ -75,6 +75,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": Data(dataset=["d.jsonl"], streaming=True), "rlhf": Rlhf(precompute_ref_log_probs=True)},
         "rlhf.precompute_ref_log_probs=True needs all data before the first step",
     ),
+    "weighted batch": (
+        {"dpo": Dpo(loss_type=["sigmoid", "sft"], use_weighting=True)},
+        "dpo.use_weighting=True weighs pairs, and loss_type='sft' is of the whole batch",
+    ),
     "size of nothing": (
         {"rlhf": Rlhf(precompute_ref_batch_size=4)},
         "rlhf.precompute_ref_batch_size=4 has no effect without precompute_ref_log_probs=True",

@@ -85,7 +85,12 @@ def trainer(models: Models, tokenizer_folder: Path, tmp_path_factory: pytest.Tem
 def expected(trainer: Any, **settings: Any) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
     made, batch = trainer
     defaults = {"loss_types": ["sigmoid"], "loss_weights": [1.0], "beta": 0.3, "label_smoothing": 0.0}
-    defaults |= {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "ld_alpha": None}
+    defaults |= {
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "ld_alpha": None,
+        "use_weighting": False,
+    }
     for name, value in {**defaults, **settings}.items():
         assert hasattr(made, name), f"TRL renamed {name}"
         setattr(made, name, value)
@@ -141,6 +146,21 @@ def test_divergences(divergence: str, name: str, models: Models, trainer: Any) -
 def test_tokens_beyond_the_shorter_answer_count_less(name: str, models: Models, trainer: Any) -> None:
     found = computed(variant(losses={name: 1.0}, ld_alpha=0.4), packs(), models, total=PAIRS)
     same(found, expected(trainer, loss_types=[name], ld_alpha=0.4))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "apo_down"])
+def test_pairs_that_the_policy_finds_likely_count_more(name: str, models: Models, trainer: Any) -> None:
+    made, batch = trainer
+    found = computed(variant(losses={name: 1.0}, use_weighting=True, ld_alpha=0.4), packs(), models, total=PAIRS)
+    same(found, expected(weighted(made, batch), loss_types=[name], use_weighting=True, ld_alpha=0.4))
+
+
+def weighted(made: Any, batch: Any) -> Any:
+    """TRL's trainer, whose model also returns what it weighs with."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(made.model, outputs=("entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
+    return made, batch
 
 
 def test_without_a_reference_every_answer_is_equally_likely(models: Models, trainer: Any) -> None:

@@ -8,7 +8,7 @@ from rank_server import RankServer
 
 from megabatch.plan.memory import LOSS_CHUNK
 from megabatch.trainer.ops import vocab
-from megabatch.trainer.ops.vocab import VocabShard, token_entropies, token_logps
+from megabatch.trainer.ops.vocab import VocabShard, token_collisions, token_entropies, token_logps
 
 
 def _case(vocab_size: int, padded: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,8 +34,13 @@ def _entropies(vocab_size: int, padded: int, temperature: float) -> torch.Tensor
     return torch.distributions.Categorical(logits=logits.double()[:, :vocab_size] / temperature).entropy()
 
 
-def split_logps(vocab_size: int, padded: int) -> tuple[Any, Any, Any]:
-    """On each rank: log-probabilities, its columns' gradient, entropies; the last at temperature 0.7."""
+def _collisions(vocab_size: int, padded: int) -> torch.Tensor:
+    logits, _, _ = _case(vocab_size, padded)
+    return logits.double()[:, :vocab_size].softmax(1).square().sum(1).log()
+
+
+def split_logps(vocab_size: int, padded: int) -> tuple[Any, Any, Any, Any]:
+    """On each rank: log-probabilities, its columns' gradient, entropies at temperature 0.7, collisions."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -46,8 +51,9 @@ def split_logps(vocab_size: int, padded: int) -> tuple[Any, Any, Any]:
     logps = token_logps(local, targets, VocabShard(start, width, vocab_size, dist.group.WORLD))
     (logps * weights).sum().backward()
     assert local.grad is not None
-    entropies = token_entropies(local, VocabShard(start, width, vocab_size, dist.group.WORLD), temperature=0.7)
-    return logps.detach().numpy(), local.grad.numpy(), entropies.numpy()
+    shard = VocabShard(start, width, vocab_size, dist.group.WORLD)
+    entropies = token_entropies(local, shard, temperature=0.7)
+    return logps.detach().numpy(), local.grad.numpy(), entropies.numpy(), token_collisions(local, shard).numpy()
 
 
 @pytest.mark.parametrize(("vocab_size", "padded"), [(13, 13), (13, 16)])
@@ -89,11 +95,13 @@ def test_split_vocabulary_gives_the_same_loss_and_gradient(
 ) -> None:
     results = ranks.run(split_logps, world_size=world_size, vocab_size=vocab_size, padded=padded)
     expected, gradient = _reference(vocab_size, padded)
-    for logps, _, entropies in results:
+    for logps, _, entropies, collisions in results:
         torch.testing.assert_close(torch.from_numpy(logps).double(), expected, rtol=1e-5, atol=1e-5)
         of_all = _entropies(vocab_size, padded, 0.7)
         torch.testing.assert_close(torch.from_numpy(entropies).double(), of_all, rtol=1e-5, atol=1e-5)
-    found = torch.cat([torch.from_numpy(grad) for _, grad, _ in results], dim=1)
+        same = _collisions(vocab_size, padded)
+        torch.testing.assert_close(torch.from_numpy(collisions).double(), same, rtol=1e-5, atol=1e-5)
+    found = torch.cat([torch.from_numpy(grad) for _, grad, *_ in results], dim=1)
     torch.testing.assert_close(found.double(), gradient, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,105 @@
+"""Models beside the trained one, which a recipe names: whether they are there, whole, and fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from megabatch.config.recipe import Recipe
+from megabatch.config.rules.preference import without_reference
+from megabatch.entry.model import FoundModel, find_model, nearest_folder
+from megabatch.errors import CheckpointError, Fault, MegabatchError
+from megabatch.hub_cache import is_hub_name
+from megabatch.plan.shape import ModelShape
+from megabatch.saved.find import find_to_load
+from megabatch.trainable import VOCABULARY_ROUNDED
+
+
+def other_model_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
+    """Faults of a reference and a teacher that names and config.json show. Args: shape: the trained model's."""
+    if without_reference(recipe) is None:
+        if recipe.bridge.ref_model is not None:
+            yield from _reference(recipe, recipe.bridge.ref_model, shape)
+        if recipe.rlhf.ref_load is not None:
+            yield from _checkpoint("rlhf.ref_load", recipe.rlhf.ref_load)
+    if _has_teacher(recipe) and recipe.gkd.teacher_model is not None:
+        yield from _teacher(recipe, recipe.gkd.teacher_model, shape)
+
+
+def damaged_other_models(recipe: Recipe) -> Iterator[Fault]:
+    """Faults of their weights."""
+    given: list[tuple[str, str | None]] = []
+    if without_reference(recipe) is None:
+        given.append(("bridge.ref_model", recipe.bridge.ref_model))
+    if _has_teacher(recipe):
+        given.append(("gkd.teacher_model", recipe.gkd.teacher_model))
+    for field, name in given:
+        if name is None or (folder := _find(recipe, name).folder) is None:
+            continue
+        from megabatch.converters.hf_model import open_hf_model  # a dry run reads no weights
+
+        try:
+            open_hf_model(folder, compare_duplicates=False)
+        except MegabatchError as error:
+            yield Fault(field, name, f"cannot be read: {error}")
+
+
+def _has_teacher(recipe: Recipe) -> bool:
+    return recipe.kind is not None and recipe.kind.name == "gkd"
+
+
+def _reference(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fault]:
+    """A reference has the policy's tokenizer, and gets its new tokens too."""
+    tokenizer = recipe.model.tokenizer or recipe.model.model
+    field = "bridge.ref_model"
+    found = find_model(replace(recipe, model=replace(recipe.model, model=name, tokenizer=tokenizer)))
+    if fault := _missing(field, name, found):
+        yield fault
+    elif found.shape is not None and shape is not None and (differs := _differences(found.shape, shape)):
+        yield Fault(field, name, f"must be a model of the policy's shape, and has {differs}")
+
+
+def _teacher(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fault]:
+    field, found = "gkd.teacher_model", _find(recipe, name)
+    if fault := _missing(field, name, found):
+        yield fault
+    elif found.shape is not None and shape is not None:
+        own, student = found.shape.vocab_size, shape.vocab_size
+        if abs(own - student) >= VOCABULARY_ROUNDED:
+            rule = (
+                f"has {own:,} tokens and the student {student:,}: distillation compares tokens by their ids, so both "
+                "must have one tokenizer"
+            )
+            yield Fault(field, name, rule)
+
+
+def _find(recipe: Recipe, name: str) -> FoundModel:
+    """What is known of another model, with its own vocabulary."""
+    return find_model(replace(recipe, model=replace(recipe.model, model=name, tokenizer=None, new_special_tokens=())))
+
+
+def _missing(field: str, name: str, found: FoundModel) -> Fault | None:
+    """A model of a hub may be downloaded by the run."""
+    if found.fault is not None:
+        return Fault(field, name, f"cannot be used: {found.fault}")
+    if found.shape is not None or is_hub_name(name):
+        return None
+    return Fault(field, name, f"does not exist{nearest_folder(Path(name).expanduser())}")
+
+
+def _checkpoint(field: str, path: str) -> Iterator[Fault]:
+    try:
+        find_to_load(path, may_be_missing=False)
+    except CheckpointError as error:
+        yield Fault(field, path, f"cannot be loaded: {str(error).partition('; or set exit_on_missing')[0]}")
+
+
+def _differences(found: ModelShape, policy: ModelShape) -> str:
+    """`num_layers=4 and not 2`, for each number that differs."""
+    names = [name for name in policy.__slots__ if name != "hf_config"]
+    return ", ".join(
+        f"{name}={getattr(found, name)!r} and not {getattr(policy, name)!r}"
+        for name in names
+        if getattr(found, name) != getattr(policy, name)
+    )

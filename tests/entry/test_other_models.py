@@ -1,0 +1,110 @@
+"""A reference or a teacher that is missing, damaged or of another shape is seen before a run is queued."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabatch import Bridge, Gkd, Recipe, Rlhf
+from megabatch.entry.input_checks import damaged_inputs, missing_inputs
+from megabatch.entry.model import find_model
+
+
+def faults(recipe: Recipe) -> list[str]:
+    model = find_model(recipe)
+    return [str(fault) for fault in (*missing_inputs(recipe, model), *damaged_inputs(recipe, model))]
+
+
+@pytest.fixture
+def compared(recipe: Recipe, dataset: Path) -> Recipe:
+    row = {"query": "1 + 1?", "response": "2", "rejected_response": "3"}
+    dataset.write_text(f"{json.dumps(row)}\n" * 20)
+    return replace(recipe, task="rlhf", rlhf=Rlhf(rlhf_type="dpo"))
+
+
+@pytest.fixture
+def distilled(recipe: Recipe) -> Recipe:
+    return replace(recipe, task="rlhf", rlhf=Rlhf(rlhf_type="gkd"))
+
+
+def other(folder: Path, name: str, **config: Any) -> Path:
+    """A copy of a model whose config.json says something else."""
+    copied = folder.with_name(name)
+    shutil.copytree(folder, copied)
+    said = json.loads((folder / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**said, **config}))
+    return copied
+
+
+def test_a_reference_of_the_same_shape(compared: Recipe, model_folder: Path) -> None:
+    assert faults(compared) == []
+    beside = other(model_folder, "sft")
+    assert faults(replace(compared, bridge=Bridge(ref_model=str(beside)))) == []
+    assert faults(replace(compared, bridge=Bridge(ref_model="org/on-the-hub"))) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        ({"num_hidden_layers": 2}, "must be a model of the policy's shape, and has num_layers=2 and not 1"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "model_type='llama' and not 'qwen3'"),
+        ({"model_type": "unheard_of", "architectures": ["Unheard"]}, "cannot be used: model.model: "),
+    ],
+)
+def test_another_shape_or_family(compared: Recipe, model_folder: Path, config: dict[str, Any], rule: str) -> None:
+    folder = other(model_folder, "other", **config)
+    found = faults(replace(compared, bridge=Bridge(ref_model=str(folder))))
+    assert found[0].startswith(f"bridge.ref_model={str(folder)!r} ") and rule in found[0]
+
+
+def test_a_missing_or_damaged_reference(compared: Recipe, model_folder: Path) -> None:
+    missing = model_folder.with_name("tiny-qwen4")
+    (found,) = faults(replace(compared, bridge=Bridge(ref_model=str(missing))))
+    assert found == (
+        f"bridge.ref_model={str(missing)!r} does not exist; nearest in {model_folder.parent}: {model_folder.name}"
+    )
+    damaged = other(model_folder, "damaged")
+    (damaged / "model.safetensors").write_bytes(b"none")
+    (found,) = faults(replace(compared, bridge=Bridge(ref_model=str(damaged))))
+    assert found.startswith(f"bridge.ref_model={str(damaged)!r} cannot be read: ")
+    (found,) = faults(replace(compared, rlhf=Rlhf(ref_load=str(model_folder))))
+    assert found.startswith(
+        f"rlhf.ref_load={str(model_folder)!r} cannot be loaded: {model_folder} holds no checkpoint"
+    )
+    for given in ({"bridge": Bridge(ref_adapters=[str(missing)])}, {"rlhf": Rlhf(ref_adapter_load=str(missing))}):
+        (found,) = faults(replace(compared, **given))  # type: ignore[arg-type]
+        assert str(missing) in found
+
+
+def test_a_teacher(distilled: Recipe, model_folder: Path) -> None:
+    def taught(folder: Path) -> list[str]:
+        return faults(replace(distilled, gkd=Gkd(teacher_model=str(folder), gkd_logits_topk=4)))
+
+    assert taught(model_folder) == []
+    (found,) = taught(model_folder.with_name("nobody"))
+    assert "gkd.teacher_model=" in found and "does not exist" in found
+    found, *_ = taught(other(model_folder, "many-words", vocab_size=4096))
+    assert "has 4,096 tokens and the student 32: distillation compares tokens by their ids" in found
+    damaged = other(model_folder, "damaged")
+    (damaged / "model.safetensors").unlink()
+    (found,) = taught(damaged)
+    assert found.startswith(f"gkd.teacher_model={str(damaged)!r} cannot be read: ")
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_answers_of_one_kind(recipe: Recipe, dataset: Path, label: bool) -> None:
+    row = {"prompt": "1 + 1?", "completion": "2", "label": label}
+    dataset.write_text(f"{json.dumps(row)}\n" * 20)
+    judged = replace(recipe, task="rlhf", rlhf=Rlhf(rlhf_type="kto"))
+    (found,) = faults(judged)
+    kind, lacking = ("good", "bad") if label else ("bad", "good")
+    rule = f"is a {kind} answer, as all are; the loss tells good from bad ones, so add {lacking} ones"
+    assert found == f"data.dataset: {dataset}:1: {rule}"
+    with open(dataset, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "label": not label}) + "\n")
+    assert faults(judged) == []
