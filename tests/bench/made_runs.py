@@ -65,9 +65,8 @@ def recipe(folder: Path, model: dict[str, Any], *, experts: MoE | None = None, *
         model=Model(
             model_type="qwen3_moe" if experts else "qwen3",
             qk_layernorm=True,
-            torch_dtype="float32",
             max_position_embeddings=max(length, 256),
-            **model,
+            **{"torch_dtype": "float32", **model},
         ),
         moe=experts or MoE(),
         data=Data(dataset=[str(text)], max_length=128, truncation_strategy="right", num_workers=1),

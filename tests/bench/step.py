@@ -9,6 +9,7 @@ gradient norm. Run by `run.py`: python tests/bench/step.py FOLDER ANSWER
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import sys
 import time
@@ -51,6 +52,8 @@ class Case:
     """Whether the ratio has a target; a model so small that only Python is measured has none."""
     fused_attention: bool = True
     """Whether the bare loop's attention is torch's fused kernel or megatron-core's own."""
+    impl: str = "local"
+    """`kernels.transformer_impl`; the bare loop has megatron-core's local layers, so others are measured alone."""
 
 
 CPU_CASES = (
@@ -70,6 +73,9 @@ GPU_CASES = (
          micro_batch_size=2),
     Case(name="small experts", model=SMALL, experts=EXPERTS, promised=False),
 )  # fmt: skip
+TRANSFORMER_ENGINE_CASES = tuple(
+    replace(case, name=f"{case.name}, Transformer Engine", impl="transformer_engine") for case in GPU_CASES[:2]
+)
 
 
 def compare(case: Case, folder: Path) -> list[Figure]:
@@ -77,6 +83,9 @@ def compare(case: Case, folder: Path) -> list[Figure]:
     run = _run(case, folder)
     with assemble.join_ranks(run) as ranks:
         ours, _ = open_loop(run, ranks, StopSignal(), Activity(0))
+        if case.impl != "local":
+            with ours.metrics:
+                return _alone(run, ours, case)
         batches = _rows(ours.parts.steps.after({}, ours.engine), case, ranks.device)
         bare = BareLoop(
             transformer_config(run.recipe, run.shape, virtual_size=None),
@@ -117,7 +126,8 @@ def _alone(run: RunConfig, ours: Loop, case: Case) -> list[Figure]:
     torch.cuda.reset_peak_memory_stats()
     # the loop's step ahead of time was consumed; the next generator goes on from the state that is there
     steps, count = ours.steps(Progress()), sized(8, 2)
-    next(steps)
+    for _ in range(WARM_UP):
+        next(steps)
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(count):
@@ -202,13 +212,14 @@ def _run(case: Case, folder: Path) -> RunConfig:
     groups: dict[str, dict[str, Any]] = {
         "data": {"max_length": case.max_length},
         "batch": {"micro_batch_size": case.micro_batch_size, "global_batch_size": 2 * case.micro_batch_size},
-        "kernels": {"transformer_impl": "local"},
+        "kernels": {"transformer_impl": case.impl},
     }
+    model = case.model
     if cuda:
-        groups |= {"model": {"torch_dtype": "bfloat16"}, "resources": {"gpus_per_node": 1}}
-        groups["parallel"] = {"distributed_backend": "nccl"}
+        model = {**model, "torch_dtype": "bfloat16"}
+        groups |= {"resources": {"gpus_per_node": 1}, "parallel": {"distributed_backend": "nccl"}}
     folder.mkdir()
-    return write_run(recipe(folder, case.model, experts=case.experts, **groups), folder / "run")
+    return write_run(recipe(folder, model, experts=case.experts, **groups), folder / "run")
 
 
 def _rows(steps: Iterator[Step], case: Case, device: torch.device) -> Iterator[list[Rows]]:
@@ -226,10 +237,13 @@ def _rows(steps: Iterator[Step], case: Case, device: torch.device) -> Iterator[l
 def main(folder: str, path: str) -> None:
     torch.set_num_threads(1)
     figures: list[Figure] = []
-    cases = GPU_CASES if torch.cuda.is_available() else sized(CPU_CASES, TOY_CASES)
+    cases = sized(CPU_CASES, TOY_CASES)
+    if torch.cuda.is_available():
+        with_te = importlib.util.find_spec("transformer_engine") is not None
+        cases = (*GPU_CASES, *(TRANSFORMER_ENGINE_CASES if with_te else ()))
     for number, case in enumerate(cases):
         figures += compare(case, Path(folder) / str(number))
-    answer(figures, path)
+        answer(figures, path)
 
 
 if __name__ == "__main__":
