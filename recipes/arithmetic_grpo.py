@@ -5,6 +5,11 @@ that the most likely answer to a sum that it has not seen is wrong. GRPO then se
 answers among eight samples of each prompt.
 
 python recipes/arithmetic_grpo.py --local
+
+The second step generates with vLLM inside its rank (docs/rollouts.md), where Python has it:
+
+python recipes/arithmetic_grpo.py --local --demonstrations.kv_channels 32 --by_reward.vllm_mode colocate \\
+    --by_reward.vllm_enforce_eager true --by_reward.vllm_max_num_seqs 128
 """
 
 from megabatch import (

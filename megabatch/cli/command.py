@@ -339,10 +339,11 @@ def _sweep(options: argparse.Namespace, _: list[str]) -> int:
 
 def _rollout(options: argparse.Namespace, rest: list[str]) -> int:
     from megabatch.cli.rollout import serve
-    from megabatch.rollout.vllm.command import ServerOptions
+    from megabatch.rollout.vllm.engine_options import EngineOptions
 
-    given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
-    return serve(ServerOptions(**given), rest)
+    names = ("model", "tensor_parallel_size", "dtype", "max_model_len")
+    engine = EngineOptions(**{name: getattr(options, name) for name in names})
+    return serve(engine, rest, host=options.host, port=options.port)
 
 
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:

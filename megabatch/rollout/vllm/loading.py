@@ -15,32 +15,19 @@ from megabatch.converters.dtypes import TORCH
 from megabatch.rollout.bucket import Bucket, Part
 
 
-class Loading:
-    """One update of a model of vLLM 0.32."""
+class Pieces:
+    """Puts the parts of tensors together that are larger than a bucket."""
 
-    def __init__(self, model: Any, model_config: Any, vllm_config: Any) -> None:
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        self._model, self._model_config, self._vllm_config = model, model_config, vllm_config
+    def __init__(self) -> None:
         self._begun: dict[str, tuple[Tensor, int]] = {}
-        """Tensors larger than a bucket, and how many of their bytes came."""
-        if not torch.cuda.is_available():
-            _forget_kernels(model)
-        with set_current_vllm_config(vllm_config):
-            initialize_layerwise_reload(model)
+        """Tensors of which some came, and how many of their bytes."""
 
-    def put(self, bucket: Bucket) -> None:
-        from vllm.config import set_current_vllm_config
-
+    def whole(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
+        """Names and tensors that are complete with this bucket, each a copy of its own."""
         data = torch.frombuffer(bucket.data, dtype=torch.uint8)
-        whole = [found for part in bucket.parts if (found := self._whole(part, data)) is not None]
-        with set_current_vllm_config(self._vllm_config):
-            self._model.load_weights(whole)
+        return [found for part in bucket.parts if (found := self._whole(part, data)) is not None]
 
     def _whole(self, part: Part, data: Tensor) -> tuple[str, Tensor] | None:
-        """Name and tensor of a part once all of it came. The reload keeps tensors until their layer is complete, so
-        that each is a copy of its own."""
         piece = data[part.offset : part.offset + part.size]
         dtype = getattr(torch, TORCH[part.dtype])
         size = torch.Size(part.shape).numel() * dtype.itemsize
@@ -53,12 +40,37 @@ class Loading:
             return None
         return part.name, buffer.view(dtype).view(part.shape)
 
+
+class Loading:
+    """One update of a model of vLLM 0.32."""
+
+    def __init__(self, model: Any, model_config: Any, vllm_config: Any) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._model, self._model_config, self._vllm_config = model, model_config, vllm_config
+        self._pieces = Pieces()
+        if not torch.cuda.is_available():
+            _forget_kernels(model)
+        with set_current_vllm_config(vllm_config):
+            initialize_layerwise_reload(model)
+
+    def put(self, bucket: Bucket) -> None:
+        """The reload keeps tensors until their layer is complete."""
+        from vllm.config import set_current_vllm_config
+
+        if whole := self._pieces.whole(bucket):
+            with set_current_vllm_config(self._vllm_config):
+                self._model.load_weights(whole)
+
     def end(self) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         with set_current_vllm_config(self._vllm_config):
             finalize_layerwise_reload(self._model, self._model_config)
+            if not torch.cuda.is_available():
+                _pack_tied(self._model)
 
 
 def _forget_kernels(model: Any) -> None:
@@ -67,3 +79,13 @@ def _forget_kernels(model: Any) -> None:
         method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
+
+
+def _pack_tied(model: Any) -> None:
+    """On CPUs a tied output layer keeps what vLLM 0.32 packed of the old embedding: nothing is loaded for it by name,
+    and so it is not packed again."""
+    first: dict[int, Any] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and first.setdefault(id(weight), module) is not module:
+            module.quant_method.process_weights_after_loading(module)

@@ -14,14 +14,14 @@ import torch
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
-from megabatch.rollout.engine import Completion, Finish, Request, RolloutEngine, Scored
+from megabatch.rollout.engine import Completion, Request, RolloutEngine, Scored
 from megabatch.rollout.vllm.client import Client, UnreachableError
 from megabatch.rollout.vllm.command import MODEL
 from megabatch.rollout.vllm.group import Group, meet, open_store
+from megabatch.rollout.vllm.sampling import FINISH, sampling_values
 
 _VOID = "void"
 """Version of weights that are not whole."""
-_FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
 class StaleError(RolloutError):
@@ -117,15 +117,7 @@ class Server:
             {
                 "model": MODEL,
                 "prompt": list(request.prompt),
-                "max_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": max(sampling.top_k, 0),
-                "repetition_penalty": sampling.repetition_penalty,
-                "stop_token_ids": list(sampling.stop_ids),
-                "ignore_eos": True,
-                "seed": request.seed % 2**63,
-                "logprobs": 0,
+                **sampling_values(request),
                 "return_token_ids": True,
                 "request_id": request.key,
             },
@@ -133,7 +125,7 @@ class Server:
         choice = answer["choices"][0]
         ids = tuple(choice["token_ids"])
         logps = tuple(choice["logprobs"]["token_logprobs"]) if ids else ()
-        finish = _FINISH.get(choice["finish_reason"])
+        finish = FINISH.get(choice["finish_reason"])
         if finish is None or len(ids) != len(logps):
             raise RolloutError(
                 f"{self.url} answered {request.key} with {len(ids)} tokens, {len(logps)} log-probabilities and "

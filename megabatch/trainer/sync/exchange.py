@@ -34,24 +34,29 @@ def shared_buckets(
     *,
     receivers: Receivers = "all",
     bucket_bytes: int = BUCKET_BYTES,
+    adapter: str | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Iterator[Bucket]:
-    """All tensors of the model, each once, with the adapter in use merged in. Only receivers get buckets.
+    """All tensors of the model, each once, with the adapter in use merged in; or those of one adapter alone. Only
+    receivers get buckets.
 
+    Args: shapes: of the Hugging Face tensors, where they do not follow from the table alone.
     Collective: every rank must exhaust the iterator. Memory holds the tensor being gathered, a bucket to send and one
     that came. Raises: RolloutError for a bucket that arrives damaged.
     """
-    shapes, dtype = invert(table), SAFETENSORS_DTYPES[model.config.params_dtype]
+    shapes, dtype = shapes or invert(table), SAFETENSORS_DTYPES[model.config.params_dtype]
+    items = placed(model, table, ranks, adapter=adapter)
     if receivers == "all" and _has_all(ranks):
-        tensors = export_placed(model, placed(model, table, ranks), ranks, replicas="all")
+        tensors = export_placed(model, items, ranks, replicas="all")
         yield from bare_buckets(tensors, shapes, dtype=dtype)
         return
-    rounds = _rounds(placed(model, table, ranks), bucket_bytes=bucket_bytes)
+    rounds = _rounds(items, bucket_bytes=bucket_bytes)
     most = torch.tensor(len(rounds))
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     mine, others = Room(bucket_bytes), Room(bucket_bytes)
     for number in range(int(most)):
-        items = rounds[number] if number < len(rounds) else []
-        own = fill_buckets(export_placed(model, items, ranks), shapes, dtype=dtype, room=mine)
+        some = rounds[number] if number < len(rounds) else []
+        own = fill_buckets(export_placed(model, some, ranks), shapes, dtype=dtype, room=mine)
         yield from _sent_around(own, ranks, receivers, others)
 
 

@@ -18,6 +18,7 @@ from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.model.transformer_config import DTYPES
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.sync.colocate import open_colocated
 from megabatch.trainer.sync.rollouts import Rollouts
 from megabatch.trainer.sync.servers import Wanted, open_pool
 
@@ -31,11 +32,21 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
     rollout, dtype = run.recipe.rollout, DTYPES[resolved(run.recipe.model.torch_dtype)]
     tolerance = _TOLERANCE[dtype] if rollout.sync_tolerance is None else rollout.sync_tolerance
     share = share_of(run, ranks)
+    if rollout.vllm_mode == "colocate":
+        return open_colocated(run, source, ranks, tolerance=tolerance)
     if rollout.vllm_mode != "server":
         engine = TransformersEngine(source.config_folder, dtype=dtype, device=ranks.device)
-        return Rollouts(engine, ranks, source.family, experts=engine.experts, share=share, tolerance=tolerance)
-    found = []
-    ranks.on_main(lambda: found.append(open_pool(addresses(rollout), _wanted(run, ranks.device))))
+        return Rollouts(
+            engine,
+            ranks,
+            source.family,
+            experts=engine.experts,
+            share=share,
+            tolerance=tolerance,
+            positions=run.shape.max_position_embeddings,
+        )
+    found, wanted = [], _wanted(run, ranks.device)
+    ranks.on_main(lambda: found.append(open_pool(addresses(rollout), wanted)))
     pool = found[0] if found else None
     return Rollouts(
         pool,
@@ -45,6 +56,7 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
         experts="per_expert",
         share=share,
         tolerance=tolerance,
+        positions=wanted.longest - 1,  # vLLM scores what it draws one more token after
         ahead=_ahead(pool) if pool is not None and rollout.async_generate else None,
     )
 

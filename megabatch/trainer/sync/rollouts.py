@@ -17,9 +17,11 @@ from megabatch.converters.family import Family
 from megabatch.errors import MegabatchError, RolloutError
 from megabatch.rollout.ahead import Ahead
 from megabatch.rollout.bucket import Bucket
-from megabatch.rollout.engine import Completion, Request, RolloutEngine, UnservedError
+from megabatch.rollout.engine import Adapter, AdapterEngine, Completion, Request, RolloutEngine, UnservedError
 from megabatch.trainer.data.global_batch import Share
 from megabatch.trainer.engine import Engine
+from megabatch.trainer.model.lora.layers import TRAINED
+from megabatch.trainer.model.lora.lora import Lora
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.sums import Ratio
 from megabatch.trainer.sync.dealing import dealt
@@ -46,7 +48,7 @@ class Taken:
 
 
 class Rollouts:
-    """One engine on every rank, or one on the main rank that stands for servers.
+    """One engine on every rank or shared by neighbouring ranks, or one on the main rank that stands for servers.
 
     Completions that were begun (`begin`) are generated beside whatever the ranks do. Updates and `generate` hold them;
     `take` and `go_on` let them go on.
@@ -62,15 +64,21 @@ class Rollouts:
         experts: Literal["per_expert", "fused"],
         share: Share,
         tolerance: float,
+        positions: int,
         bucket_bytes: int = BUCKET_BYTES,
         ahead: Ahead | None = None,
+        ranks_of_engine: int = 1,
+        adapters: AdapterEngine | None = None,
     ) -> None:
         """Args: mine: this rank's engine, None where it has none; experts: `RolloutEngine.experts`; share: how this
         run makes rows; tolerance: most that log-probabilities of trainer and engines may differ by after an update;
-        ahead: of the main rank's engine, for `begin`."""
+        positions: tokens of a sequence that engines can score; ahead: of the main rank's engine, for `begin`;
+        ranks_of_engine: how many ranks have an engine together and call it together, where every rank has a part of
+        one; adapters: `mine` where it gets the policy's adapter alone, after the weights below it once."""
         self._mine, self._ranks, self._family, self._ahead = mine, ranks, family, ahead
         self._receivers, self._experts, self._share = receivers, experts, share
         self._tolerance, self._bucket_bytes = tolerance, bucket_bytes
+        self._positions, self._ranks_of_engine, self._adapters = positions, ranks_of_engine, adapters
         self._last: tuple[Engine, int] | None = None
         """The newest update, for servers that lose it."""
 
@@ -158,8 +166,9 @@ class Rollouts:
     def _generated(self, requests: Sequence[Request]) -> tuple[dict[str, Completion], str | None]:
         """Completions by key, and why some are missing; the same on every rank."""
         if self._receivers == "all":
-            shares = dealt([request.prompt for request in requests], self._ranks.place.world_size)
-            requests = [requests[index] for index in shares[self._ranks.rank]]
+            engines = self._ranks.place.world_size // self._ranks_of_engine
+            shares = dealt([request.prompt for request in requests], engines)
+            requests = [requests[index] for index in shares[self._ranks.rank // self._ranks_of_engine]]
 
         def made() -> tuple[Sequence[Completion], str | None]:
             if self._mine is None or not requests:
@@ -187,13 +196,38 @@ class Rollouts:
             self._mine.wake()
 
     def _send(self, engine: Engine, version: int) -> None:
-        buckets = self._buckets(engine)
+        adapters = self._adapters
+        if adapters is None:
+            self._give(self._buckets(engine), lambda mine: mine.begin_update(version))
+            return
+        if self._ranks.any(not adapters.has_base):
+            with engine.model.with_adapter(None):
+                self._give(self._buckets(engine), lambda mine: mine.begin_update(version))
+        lora = engine.model.tuning.lora
+        assert lora is not None, "only runs with LoRA send adapters alone"
+        adapter = Adapter(rank=max(target.rank for target in lora.targets), scale=lora.scale)
+        self._give(self._adapter_buckets(engine, lora), lambda _: adapters.begin_adapter(version, adapter))
+
+    def _give(self, buckets: Iterator[Bucket], begin: Callable[[RolloutEngine], None]) -> None:
+        """An update of this rank's engine, if it has one. Raises: RolloutError on every rank."""
         if self._mine is not None:
-            self._ranks.raise_together(_taken(self._mine, buckets, version))
+            self._ranks.raise_together(_taken(self._mine, buckets, begin))
         else:
             for _ in buckets:
                 """This rank only takes part in the exchange."""
             self._ranks.raise_together(None)
+
+    def _adapter_buckets(self, engine: Engine, lora: Lora) -> Iterator[Bucket]:
+        shapes = {name: dims for target in lora.targets for name, dims in target.peft_shapes().items()}
+        return shared_buckets(
+            engine.model,
+            lora.table,
+            self._ranks,
+            receivers=self._receivers,
+            bucket_bytes=self._bucket_bytes,
+            adapter=TRAINED,
+            shapes=shapes,
+        )
 
     def _buckets(self, engine: Engine) -> Iterator[Bucket]:
         table = self._family.tensors(engine.model.shape, experts=self._experts)
@@ -203,8 +237,7 @@ class Rollouts:
 
     def _proof(self, engine: Engine) -> Agreement:
         """The worst agreement of any engine, and the mean over engines."""
-        shape = engine.model.shape
-        sequences = fixed_sequences(shape.vocab_size, positions=shape.max_position_embeddings)
+        sequences = fixed_sequences(engine.model.shape.vocab_size, positions=self._positions)
         expected = trainers_scores(engine, sequences, self._share)
         members = [] if self._mine is None else self._mine.members()
         mine = self._together(lambda: [agreement(expected, one.score(sequences)) for one in members])
@@ -247,10 +280,12 @@ class Rollouts:
         return values
 
 
-def _taken(engine: RolloutEngine, buckets: Iterable[Bucket], version: int) -> MegabatchError | None:
+def _taken(
+    engine: RolloutEngine, buckets: Iterable[Bucket], begin: Callable[[RolloutEngine], None]
+) -> MegabatchError | None:
     """Gives an engine an update. Returns: the error if it failed; all buckets are drawn all the same, because other
     ranks wait in the exchange."""
-    error = _error_of(engine.begin_update, version)
+    error = _error_of(begin, engine)
     for bucket in buckets:
         error = error or _error_of(engine.put, bucket)
     error = error or _error_of(engine.end_update)

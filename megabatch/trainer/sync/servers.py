@@ -11,7 +11,7 @@ import torch
 from megabatch.errors import RolloutError
 from megabatch.plan.shape import ModelShape
 from megabatch.rollout.vllm.client import Client
-from megabatch.rollout.vllm.command import WANTED
+from megabatch.rollout.vllm.engine_options import WANTED
 from megabatch.rollout.vllm.pool import Pool
 from megabatch.rollout.vllm.server import Server
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from megabatch.config.lengths import positions
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.data.run_caches import note_data
@@ -101,7 +102,7 @@ def _generator(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Calla
         sampling=sampling_of(run.recipe.rollout, language),
         policy=Policy(),
         seed=run.recipe.training.seed,
-        positions=run.shape.max_position_embeddings,
+        positions=positions(run.recipe, run.shape),
         sleep_level=run.recipe.rollout.sleep_level,
         busy=busy,
         turns=_turns(run, ranks, language),
@@ -117,7 +118,7 @@ def _turns(run: RunConfig, ranks: Ranks, language: Language) -> Turns | None:
         rollout=rollout,
         text=language.text,
         template=language.template,
-        positions=run.shape.max_position_embeddings,
+        positions=positions(run.recipe, run.shape),
     )
 
 

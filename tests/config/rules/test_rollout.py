@@ -17,6 +17,11 @@ def rollout(**fields):
     return {"rollout": fields}
 
 
+COLOCATE = {"vllm_mode": "colocate"}
+SHORT = {"data": {"max_length": 40}, "model": {"max_position_embeddings": 256}}
+ALONE = {"vllm_mode": "colocate", "vllm_enable_lora": True}
+LORA = {"tuner": {"tuner_type": "lora"}}
+GRPO = {"task": "rlhf", "rlhf": {"rlhf_type": "grpo"}, "grpo": {"reward_funcs": ("accuracy",)}}
 CASES = [
     # rule, base, changes that break it, changes that keep it, field, words of the fault
     (rules.one_engine_is_named, "dense", rollout(**SERVER, use_vllm=False), rollout(**SERVER, use_vllm=True),
@@ -25,6 +30,14 @@ CASES = [
      "rollout.vllm_mode", ["must be given", "'server'"]),
     (rules.one_engine_is_named, "dense", rollout(vllm_server_port=9000), rollout(),
      "rollout.vllm_server_port", ["no effect without vllm_mode='server'"]),
+    (rules.one_engine_is_named, "dense", rollout(vllm_enforce_eager=True),
+     rollout(**COLOCATE, vllm_enforce_eager=True),
+     "rollout.vllm_enforce_eager", ["no effect without vllm_mode='colocate'"]),
+    (rules.one_engine_is_named, "dense", rollout(**SERVER, vllm_max_num_seqs=4),
+     rollout(**COLOCATE, vllm_max_num_seqs=4),
+     "rollout.vllm_max_num_seqs", ["without vllm_mode='colocate'", "a flag of their own, see `megabatch rollout`"]),
+    (rules.one_engine_is_named, "dense", rollout(**COLOCATE, vllm_server_host="n1"), rollout(**COLOCATE),
+     "rollout.vllm_server_host", ["without vllm_mode='server'"]),
     (rules.servers_can_be_found, "dense", rollout(vllm_mode="server"),
      {**rollout(vllm_mode="server"), "roles": ROLES}, "rollout.vllm_mode", ["exactly one of", "given are 0"]),
     (rules.servers_can_be_found, "dense", rollout(**SERVER, vllm_server_host="n1"), rollout(**SERVER),
@@ -48,6 +61,48 @@ CASES = [
     (rules.vllm_computes_these_heads, "dense",
      {**rollout(**SERVER), "model": {"kv_channels": 16}, "resources": CPUS},
      {**rollout(**SERVER), "model": {"kv_channels": 32}, "resources": CPUS}, "model.kv_channels", ["try 32 or 64"]),
+    (rules.vllm_computes_these_heads, "dense", {**rollout(**COLOCATE), "model": {"kv_channels": 12}},
+     {**rollout(**COLOCATE), "model": {"kv_channels": 16}}, "model.kv_channels", ["try 8 or 16"]),
+    (rules.engines_divide_the_ranks, "dense", rollout(**COLOCATE, vllm_tensor_parallel_size=3),
+     rollout(**COLOCATE, vllm_tensor_parallel_size=2), "rollout.vllm_tensor_parallel_size",
+     ["must divide 8, the run's ranks", "try 2 or 4"]),
+    (rules.engines_divide_the_ranks, "dense",
+     {**rollout(**COLOCATE, vllm_tensor_parallel_size=4), "resources": {**CPUS, "tasks_per_node": 2, "nodes": 4}},
+     {**rollout(**COLOCATE, vllm_tensor_parallel_size=2), "resources": {**CPUS, "tasks_per_node": 2, "nodes": 4}},
+     "rollout.vllm_tensor_parallel_size", ["must divide 2, a node's ranks", "without GPUs no engine spans nodes"]),
+    (rules.engines_divide_the_ranks, "dense",
+     {**rollout(**COLOCATE, vllm_tensor_parallel_size=8), "model": {"num_attention_heads": 4, "num_query_groups": 2}},
+     {**rollout(**COLOCATE, vllm_tensor_parallel_size=4), "model": {"num_attention_heads": 4, "num_query_groups": 2}},
+     "rollout.vllm_tensor_parallel_size", ["must divide model.num_attention_heads=4", "try 2 or 4"]),
+    (rules.engines_divide_the_ranks, "dense",
+     {**rollout(**COLOCATE, vllm_tensor_parallel_size=4), "model": {"num_attention_heads": 12, "num_query_groups": 6}},
+     {**rollout(**COLOCATE, vllm_tensor_parallel_size=2), "model": {"num_attention_heads": 12, "num_query_groups": 6}},
+     "rollout.vllm_tensor_parallel_size", ["must divide model.num_query_groups=6, or be a multiple", "try 2 or 3"]),
+    (rules.engines_take_whole_completions, "dense",
+     {**GRPO, **rollout(**COLOCATE, vllm_max_model_len=55, max_completion_length=16), **SHORT},
+     {**GRPO, **rollout(**COLOCATE, vllm_max_model_len=56, max_completion_length=16), **SHORT},
+     "rollout.vllm_max_model_len", ["at least 56", "data.max_length and rollout.max_completion_length", "try 56"]),
+    (rules.engines_take_whole_completions, "dense", rollout(**COLOCATE, vllm_max_model_len=10**7), rollout(**COLOCATE),
+     "rollout.vllm_max_model_len", ["is above model.max_position_embeddings="]),
+    (rules.engine_kwargs_are_vllms_own, "dense", rollout(**COLOCATE, vllm_engine_kwargs={"max_num_seqs": 4}),
+     rollout(**COLOCATE, vllm_engine_kwargs={"max_num_batched_tokens": 4}),
+     "rollout.vllm_engine_kwargs['max_num_seqs']", ["is set by rollout.vllm_max_num_seqs"]),
+    (rules.engine_kwargs_are_vllms_own, "dense", rollout(**COLOCATE, vllm_engine_kwargs={"load_format": "auto"}),
+     rollout(**COLOCATE), "rollout.vllm_engine_kwargs['load_format']", ["follows from the run and cannot be set"]),
+    (rules.adapters_fit_the_engine, "dense", {**LORA, **rollout(**SERVER, vllm_enable_lora=True)},
+     {**LORA, **rollout(**ALONE)}, "rollout.vllm_enable_lora", ["inside the ranks alone", "try False"]),
+    (rules.adapters_fit_the_engine, "dense", rollout(**ALONE), rollout(**COLOCATE),
+     "rollout.vllm_enable_lora", ["needs tuner.tuner_type='lora', not 'full'"]),
+    (rules.adapters_fit_the_engine, "experts", {**LORA, **rollout(**ALONE)}, {**LORA, **rollout(**COLOCATE)},
+     "rollout.vllm_enable_lora", ["not built for mixtures of experts"]),
+    (rules.adapters_fit_the_engine, "dense",
+     {"tuner": {"tuner_type": "lora", "modules_to_save": ("lm_head",)}, **rollout(**ALONE)},
+     {**LORA, **rollout(**ALONE)}, "tuner.modules_to_save", ["does not send"]),
+    (rules.adapters_fit_the_engine, "dense",
+     {"tuner": {"tuner_type": "lora", "target_modules": ("all-linear", "all-embedding")}, **rollout(**ALONE)},
+     {**LORA, **rollout(**ALONE)}, "tuner.target_modules", ["['all-embedding']", "vLLM does not adapt"]),
+    (rules.adapters_fit_the_engine, "dense", {"tuner": {"tuner_type": "lora", "lora_rank": 600}, **rollout(**ALONE)},
+     {**LORA, **rollout(**ALONE)}, "tuner.lora_rank", ["is above 512", "try 512"]),
 ]  # fmt: skip
 
 

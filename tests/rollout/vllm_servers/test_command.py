@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 
-from megabatch.rollout.vllm.command import ServerOptions, server_arguments, server_command, server_environment
+from megabatch.rollout.vllm.command import server_arguments, server_command, server_environment
+from megabatch.rollout.vllm.engine_options import EngineOptions
 from megabatch.rollout.vllm.guard import TOKEN, Guard
 
 
 def test_arguments() -> None:
-    options = ServerOptions(
-        model="m", port=9, tensor_parallel_size=2, max_model_len=64, enable_prefix_caching=False,
+    options = EngineOptions(
+        model="m", tensor_parallel_size=2, max_model_len=64, enable_prefix_caching=False,
         more={"max_loras": 2, "compilation_config": {"level": 0}, "seed": None},
     )  # fmt: skip
-    words = " ".join(server_arguments(options))
+    words = " ".join(server_arguments(options, port=9))
     for part in (
-        "--model m --served-model-name policy --host 0.0.0.0 --port 9 --tensor-parallel-size 2 --max-model-len 64",
+        "--served-model-name policy --host 0.0.0.0 --port 9", "--model m --tensor-parallel-size 2 --max-model-len 64",
         "--no-enable-prefix-caching", "--logprobs-mode processed_logprobs", "--generation-config vllm",
         '--weight-transfer-config {"backend": "megabatch"}', '--max-loras 2 --compilation-config {"level": 0}',
     ):  # fmt: skip
@@ -28,12 +29,12 @@ def test_arguments() -> None:
 
 def test_a_server_on_cpus_takes_a_bounded_cache_unless_told() -> None:
     cache = f"--kv-cache-memory-bytes {1 << 30}"
-    assert cache in " ".join(server_command(ServerOptions(model="m"), on_cpus=True))
-    assert cache not in " ".join(server_command(ServerOptions(model="m")))
+    assert cache in " ".join(server_command(EngineOptions(model="m"), on_cpus=True))
+    assert cache not in " ".join(server_command(EngineOptions(model="m")))
     for options, more in (
-        (ServerOptions(model="m", gpu_memory_utilization=0.3), []),
-        (ServerOptions(model="m", more={"kv_cache_memory_bytes": 5}), []),
-        (ServerOptions(model="m"), ["--kv_cache_memory_bytes=5"]),
+        (EngineOptions(model="m", gpu_memory_utilization=0.3), []),
+        (EngineOptions(model="m", more={"kv_cache_memory_bytes": 5}), []),
+        (EngineOptions(model="m"), ["--kv_cache_memory_bytes=5"]),
     ):
         assert cache not in " ".join(server_command(options, more, on_cpus=True))
 

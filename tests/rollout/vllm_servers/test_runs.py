@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import runs
 from rank_server import RankServer
-from vllm_server import MARKS, TOKEN, Running
+from vllm_python import NEEDS_VLLM
+from vllm_server import TOKEN, Running
 
 from megabatch import Grpo, Model, MoE, Recipe, Rlhf, Rollout
 from megabatch.ledger.reader import Reader
 
-pytestmark = MARKS
+pytestmark = NEEDS_VLLM
 REWARD = """
 def letters(completions, **columns):
     return [len(set(text)) / 10 for text in completions]

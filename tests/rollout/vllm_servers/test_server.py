@@ -10,9 +10,9 @@ import pytest
 import runs
 import torch
 from rank_server import RankServer
+from vllm_python import NEEDS_VLLM
 from vllm_server import (
     CPU,
-    MARKS,
     TOKEN,
     VOCAB,
     Running,
@@ -36,7 +36,7 @@ from megabatch.rollout.vllm.pool import Pool
 from megabatch.rollout.vllm.server import Server
 from megabatch.slurm.ports import free_port_block
 
-pytestmark = MARKS
+pytestmark = NEEDS_VLLM
 
 
 def test_nothing_is_generated_before_weights_came(server: Server) -> None:

