@@ -76,8 +76,8 @@ def new_model(run: RunConfig) -> tuple[Path, Path]:
     return folder, tokenizer
 
 
-def folder_of(name: str, run: RunConfig) -> Path:
-    """The local folder of this name, or a download from a hub."""
+def folder_of(name: str, run: RunConfig, *, revision: str | None = None) -> Path:
+    """The local folder of this name, or a download from a hub. Args: revision: on the hub; None: its newest."""
     if Path(name).is_dir():
         return Path(name)
     bridge = run.recipe.bridge
@@ -86,10 +86,10 @@ def folder_of(name: str, run: RunConfig) -> Path:
         if bridge.use_hf:
             from huggingface_hub import snapshot_download as hf_download
 
-            return Path(hf_download(name, token=token))
+            return Path(hf_download(name, token=token, revision=revision))
         from modelscope import snapshot_download as ms_download
 
-        return Path(ms_download(name, token=token))
+        return Path(ms_download(name, token=token, revision=revision))
     except ImportError as e:
         raise ConfigError(
             f"model.model={name!r} is not a local folder, and bridge.use_hf=False selects ModelScope's hub, whose "

@@ -146,8 +146,8 @@ def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) ->
 def _secrets_named(recipe: Recipe) -> tuple[str, ...]:
     """Variables of the submitting shell that the ranks need."""
     key = TRACKER_KEYS.get(recipe.logging.report_to or "")
-    judges = recipe.rewards.judge_api_key_variable
-    return tuple(name for name in (recipe.bridge.hub_token, key, judges) if name)
+    named = (recipe.bridge.hub_token, key, recipe.rewards.judge_api_key_variable, recipe.gkd.teacher_api_key_variable)
+    return tuple(name for name in named if name)
 
 
 @contextmanager

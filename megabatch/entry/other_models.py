@@ -65,7 +65,10 @@ def _teacher(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fa
     if fault := _missing(field, name, found):
         yield fault
     elif found.shape is not None and shape is not None:
-        own, student = found.shape.vocab_size, shape.vocab_size
+        own, student, family = found.shape.vocab_size, shape.vocab_size, recipe.gkd.teacher_model_type
+        if family not in (None, found.shape.model_type):
+            rule = f"is not the family of teacher_model={name!r}"
+            yield Fault("gkd.teacher_model_type", family, rule, try_=(f"{found.shape.model_type!r}",))
         if abs(own - student) >= VOCABULARY_ROUNDED:
             rule = (
                 f"has {own:,} tokens and the student {student:,}: distillation compares tokens by their ids, so both "

@@ -289,8 +289,13 @@ class Engine:
 
 
 def _split(model: Model, ranks: Ranks) -> Split:
-    width = model.padded_vocab_size // ranks.tp_size
-    return Split(VocabShard(ranks.tp_rank * width, width, model.shape.vocab_size, ranks.tp))
+    return Split(vocab_shard(model.padded_vocab_size, model.shape.vocab_size, ranks))
+
+
+def vocab_shard(padded: int, vocab_size: int, ranks: Ranks) -> VocabShard:
+    """This rank's part of a vocabulary. Args: padded: its size with padding."""
+    width = padded // ranks.tp_size
+    return VocabShard(ranks.tp_rank * width, width, vocab_size, ranks.tp)
 
 
 def share_of(terms: Terms, pack: Pack) -> Terms:

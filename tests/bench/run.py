@@ -55,6 +55,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "lora_step": _in_trainer("lora_step.py"),
     "grpo_round": _in_trainer("grpo_round.py"),
     "aligned_peers": aligned_peers.aligned_peers,
+    "gkd": _in_trainer("gkd.py"),
     "checkpoint": _in_trainer("checkpoint.py"),
     "convert": _in_trainer("convert.py"),
     "files": files.files,

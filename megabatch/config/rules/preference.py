@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megabatch.config.grpo import Rollout
 from megabatch.config.recipe import Recipe
-from megabatch.config.rlhf import Dpo
+from megabatch.config.rlhf import Dpo, Gkd
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -78,15 +78,90 @@ def the_kl_has_a_use(recipe: Recipe, shape: ModelShape | None, layout: Layout | 
         yield Fault("kto.calculate_KL", True, rule, try_=(None,))
 
 
-def a_teacher_says_how_much(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+def a_teacher_is_named(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """A model, or a server."""
     if not _is(recipe, "gkd"):
         return
-    topk, field = recipe.gkd.gkd_logits_topk, "gkd.gkd_logits_topk"
-    if topk is None:
-        rule = "is missing: the divergence over the whole vocabulary is not built"
-        yield Fault(field, None, rule, try_=(64,), bare=True)
-    elif shape is not None and topk > shape.vocab_size:
-        yield Fault(field, topk, f"must be at most the vocabulary of {shape.vocab_size}", try_=(64,))
+    group, defaults = recipe.gkd, Gkd()
+    if group.teacher_model is None and group.teacher_model_server is None:
+        yield Fault("gkd.teacher_model", None, "is missing: distillation needs a teacher", bare=True)
+    if group.teacher_model_server is None:
+        for name in ("teacher_api_key_variable", "teacher_server_timeout"):
+            if (value := getattr(group, name)) != (default := getattr(defaults, name)):
+                yield Fault(f"gkd.{name}", value, "has no effect without teacher_model_server", try_=(default,))
+        return
+    yield from _server(recipe, group.teacher_model_server)
+
+
+def _server(recipe: Recipe, address: str) -> Iterator[Fault]:
+    group, field = recipe.gkd, "gkd.teacher_model_server"
+    for name in ("teacher_model", "teacher_model_type", "teacher_model_revision"):
+        if (value := getattr(group, name)) is not None:
+            yield Fault(f"gkd.{name}", value, f"has no effect with {field[4:]}={address!r}; give one", try_=(None,))
+    kind, _, name = address.partition(":")
+    roles = [role.name for role in recipe.roles]
+    if address.lstrip().startswith("[") or "," in address:
+        rule = "names several teachers, and rows are not routed to teachers by their source; name one"
+        yield Fault(field, address, rule)
+    elif kind == "role" and name not in roles:
+        rule = f"names no role of the recipe, which has {', '.join(roles) or 'none'}"
+        yield Fault(field, address, rule, try_=[f"role:{role}" for role in roles])
+    elif kind not in ("role", "http", "https"):
+        yield Fault(field, address, "must be http://host:port, or role:NAME", try_=("'http://localhost:8000'",))
+    if kind == "role" and group.teacher_api_key_variable is not None:
+        rule = f"has no effect with {field[4:]}={address!r}, which has the job's own token"
+        yield Fault("gkd.teacher_api_key_variable", group.teacher_api_key_variable, rule, try_=(None,))
+    if group.gkd_logits_topk is None:
+        rule = "is missing: a server gives the log-probabilities of few tokens, never of the whole vocabulary"
+        yield Fault("gkd.gkd_logits_topk", None, rule, try_=(20,), bare=True)
+    if group.seq_kd:
+        rule = f"needs the teacher in the ranks, and {field[4:]}={address!r} has it behind a server"
+        yield Fault("gkd.seq_kd", True, rule, try_=(False,))
+
+
+def a_teacher_knows_as_many(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    topk = recipe.gkd.gkd_logits_topk
+    if _is(recipe, "gkd") and topk is not None and shape is not None and topk > shape.vocab_size:
+        yield Fault("gkd.gkd_logits_topk", topk, f"must be at most the vocabulary of {shape.vocab_size}", try_=(64,))
+
+
+_OF_WRITERS = ("max_completion_length", "top_p", "top_k", "repetition_penalty", "sleep_level", "vllm_mode")
+"""Settings of generation that distillation reads where a model writes answers."""
+
+
+def answers_can_be_written(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """Of distillation: answers of the student (lmbda) or the teacher (seq_kd) to the dataset's prompts."""
+    if not _is(recipe, "gkd"):
+        return
+    group, data, rollout, defaults = recipe.gkd, recipe.data, recipe.rollout, Rollout()
+    for name in ("multi_turn_scheduler", "gym_env"):
+        if getattr(rollout, name) is not None:
+            rule = "has no effect on distillation, whose answers have one turn"
+            yield Fault(f"rollout.{name}", getattr(rollout, name), rule, try_=(None,))
+    if rollout.async_generate:
+        rule = "has no effect on distillation, whose answers are written with the weights of their step"
+        yield Fault("rollout.async_generate", True, rule, try_=(False,))
+    if group.seq_kd and group.lmbda == 1:
+        yield Fault("gkd.seq_kd", True, "has no effect with lmbda=1: the student answers in every step", try_=(False,))
+    if not (group.lmbda or group.seq_kd):
+        for name in _OF_WRITERS:
+            if (value := getattr(rollout, name)) != (default := getattr(defaults, name)):
+                rule = "has no effect with gkd.lmbda=0 and seq_kd=False, which train on the dataset's answers"
+                yield Fault(f"rollout.{name}", value, rule, try_=(default,))
+        return
+    if rollout.vllm_mode is not None and not group.lmbda:
+        rule = "has no effect with gkd.lmbda=0: the teacher answers in the ranks"
+        yield Fault("rollout.vllm_mode", rollout.vllm_mode, rule, try_=(None,))
+    field, value = ("gkd.lmbda", group.lmbda) if group.lmbda else ("gkd.seq_kd", group.seq_kd)
+    if data.streaming:
+        rule = "needs the prompts of a dataset, and data.streaming=True draws rows once"
+        yield Fault(field, value, rule, try_=(type(value)(0),))
+    if data.pad_to_max_length:
+        rule = f"has no effect with {field}={value}: how long a row is, its answers decide"
+        yield Fault("data.pad_to_max_length", True, rule, try_=(False,))
+    if data.loss_scale is not None and data.loss_scale.split("+")[0] != "last_round":
+        rule = f"must be 'last_round' with {field}={value}: a model answers where the first learned token stands"
+        yield Fault("data.loss_scale", data.loss_scale, rule, try_=("'last_round'",))
 
 
 def a_temperature_has_a_use(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -181,7 +256,9 @@ RULES = (
     losses_and_weights_agree,
     losses_read_their_settings,
     the_kl_has_a_use,
-    a_teacher_says_how_much,
+    a_teacher_is_named,
+    a_teacher_knows_as_many,
+    answers_can_be_written,
     a_temperature_has_a_use,
     reference_is_said_once,
     reference_is_still_there,

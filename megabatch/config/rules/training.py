@@ -295,8 +295,6 @@ def task_and_algorithm_agree(recipe: Recipe, shape: ModelShape | None, layout: L
     if task is None and find_task(recipe.task, rlhf_type=algorithm):
         fitting = dict.fromkeys(repr(one.task) for one in TASKS if one.task_type == task_type)
         yield Fault("training.task_type", task_type, f"needs task={' or '.join(fitting)}, which is {recipe.task!r}")
-    if task is not None and task.name == "gkd" and recipe.gkd.teacher_model is None:
-        yield Fault("gkd.teacher_model", None, "is missing: distillation needs a teacher", bare=True)
     weights, rewards = recipe.grpo.reward_weights, [*recipe.grpo.reward_funcs, *recipe.grpo.reward_model]
     rewards += ["environment"] if recipe.rollout.use_gym_env else []
     if weights is not None and len(weights) != len(rewards):

@@ -1,6 +1,6 @@
 """Distillation: the student's distribution over each next token follows a teacher's (arXiv:2306.13649).
 
-T: tokens of a micro-batch. K: the teacher's most likely tokens at a position, which alone are compared.
+T: tokens of a micro-batch. K: the teacher's most likely tokens at a position, where these alone are compared.
 """
 
 from __future__ import annotations
@@ -8,19 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from megabatch.trainer.objectives.objective import Inference, Mean, Norm, Objective, Terms
-from megabatch.trainer.readouts.top_tokens import IDS, LOGITS, TeachersTokens, TopTokens
+from megabatch.trainer.readouts.readout import Readout
+from megabatch.trainer.readouts.teachers_distribution import FromTeacher, HiddenStates, OutputLayer
+from megabatch.trainer.readouts.top_tokens import LOGITS, TeachersTokens
 
 if TYPE_CHECKING:
     from megabatch.trainer.pack import Pack
 
 TEACHER = "teacher"
 """Name of the frozen model."""
+BY_STUDENT, BY_TEACHER = "by_student", "by_teacher"
+"""Columns of samples whose answer one of the models wrote; all samples of a step have the same."""
 
 
 def divergence(student_TK: Tensor, teacher_TK: Tensor, beta: float) -> Tensor:
@@ -48,41 +52,84 @@ class GkdSettings:
     beta: float
     temperature: float
     """Divides the logits of both models."""
-    topk: int
-    """K; both distributions are normalised over these tokens."""
     sft_alpha: float
-    vocab_size: int
-    """Of the student."""
+
+
+class Teacher(Protocol):
+    """What a teacher says of each position."""
+
+    def columns(self, packs: Sequence[Pack], inference: Inference) -> list[dict[str, Tensor]]:
+        """Columns of tokens for each pack; collective over all ranks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenTeacher(Teacher):
+    """A model beside the student, of which this is read."""
+
+    readout: Readout
+
+    def columns(self, packs: Sequence[Pack], inference: Inference) -> list[dict[str, Tensor]]:
+        return inference.infer(packs, self.readout, model=TEACHER)
 
 
 class Gkd(Objective):
-    """The mean over the learned tokens of the global batch of divergence - sft_alpha · log p(token)."""
+    """The mean over the learned tokens of the global batch of divergence - sft_alpha · log p(token).
+
+    Answers that the student wrote have no second term.
+    """
 
     norm = Norm.TOKENS
 
-    def __init__(self, settings: GkdSettings) -> None:
-        self._settings = settings
-        self.readout = TeachersTokens(settings.topk, targets=settings.sft_alpha > 0)
-        self._of_teacher = TopTokens(settings.topk, settings.vocab_size)
+    def __init__(self, settings: GkdSettings, teacher: Teacher, readout: Readout) -> None:
+        """Args: readout: of the student, which reads the teacher's columns."""
+        self._settings, self._teacher, self.readout = settings, teacher, readout
         self.metrics: tuple[str, ...] = ("loss", "divergence", *(("nll_loss",) if settings.sft_alpha else ()))
 
     def prepare(self, packs: Sequence[Pack], inference: Inference) -> Sequence[Pack]:
-        """Adds the teacher's most likely tokens and their logits."""
-        found = inference.infer(packs, self._of_teacher, model=TEACHER)
+        """Adds what the teacher says of each position. It waits on the host until its micro-batch is computed."""
+        found = self._teacher.columns(packs, inference)
         return [
-            replace(pack, token_columns={**pack.token_columns, IDS: one[IDS], LOGITS: one[LOGITS]})
+            replace(pack, token_columns={**pack.token_columns, **{name: value.cpu() for name, value in one.items()}})
             for pack, one in zip(packs, found, strict=True)
         ]
 
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
         how = self._settings
-        student_TK = (out["logits"] / how.temperature).log_softmax(dim=1)
-        teacher_TK = (pack.token_columns[LOGITS] / how.temperature).log_softmax(dim=1)
-        apart = (divergence(student_TK, teacher_TK, how.beta) * pack.weights_T).sum()
+        apart = (self._apart(out, pack) * pack.weights_T).sum()
         total, weight = apart, pack.weights_T.sum()
         metrics = {"divergence": Mean(apart.detach(), weight)}
         if how.sft_alpha:
-            nll = -(out["logps"] * pack.weights_T).sum()
+            imitated = 0.0 if BY_STUDENT in pack.columns else 1.0
+            nll = -(out["logps"] * pack.weights_T).sum() * imitated
             total = total + how.sft_alpha * nll
-            metrics["nll_loss"] = Mean(nll.detach(), weight)
+            metrics["nll_loss"] = Mean(nll.detach(), weight * imitated)
         return Terms(numerator=total, weight=weight, metrics={"loss": Mean(total.detach(), weight), **metrics})
+
+    def _apart(self, out: Mapping[str, Tensor], pack: Pack) -> Tensor:
+        """The divergence at each position: [T]."""
+        return out["divergence"]
+
+
+class GkdOfWhole(Gkd):
+    """Over the whole vocabulary."""
+
+    def __init__(self, settings: GkdSettings, layer: OutputLayer) -> None:
+        readout = FromTeacher(
+            layer=layer, beta=settings.beta, temperature=settings.temperature, targets=settings.sft_alpha > 0
+        )
+        super().__init__(settings, FrozenTeacher(HiddenStates(layer)), readout)
+
+
+class GkdOfTop(Gkd):
+    """Over the teacher's most likely tokens, over which both distributions are normalised."""
+
+    def __init__(self, settings: GkdSettings, teacher: Teacher, *, topk: int) -> None:
+        """Args: teacher: of `top_tokens`' columns; topk: K."""
+        super().__init__(settings, teacher, TeachersTokens(topk, targets=settings.sft_alpha > 0))
+
+    def _apart(self, out: Mapping[str, Tensor], pack: Pack) -> Tensor:
+        how = self._settings
+        student_TK = (out["logits"] / how.temperature).log_softmax(dim=1)
+        teacher_TK = (pack.token_columns[LOGITS] / how.temperature).log_softmax(dim=1)
+        return divergence(student_TK, teacher_TK, how.beta)

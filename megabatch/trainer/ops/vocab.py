@@ -64,7 +64,7 @@ def token_entropies(logits_TV: Tensor, shard: VocabShard, *, temperature: float 
     Args: logits_TV [T, V] any float dtype. Returns: [T] fp32.
     """
     max_T, sums_2T = _maxima(logits_TV, shard), _empty_fp32(logits_TV, (2,))
-    for rows in _row_chunks(logits_TV):
+    for rows in row_chunks(logits_TV):
         part = torch.sub(logits_TV[rows, : shard.real], max_T[rows, None]).mul_(1.0 / temperature)
         powers = part.exp()
         sums_2T[0, rows], sums_2T[1, rows] = powers.sum(dim=1), part.mul_(powers).sum(dim=1)
@@ -83,7 +83,7 @@ def token_collisions(logits_TV: Tensor, shard: VocabShard) -> Tensor:
     Args: logits_TV [T, V] any float dtype. Returns: [T] fp32.
     """
     max_T, sums_2T = _maxima(logits_TV, shard), _empty_fp32(logits_TV, (2,))
-    for rows in _row_chunks(logits_TV):
+    for rows in row_chunks(logits_TV):
         powers = torch.sub(logits_TV[rows, : shard.real], max_T[rows, None]).exp_()
         sums_2T[0, rows], sums_2T[1, rows] = powers.sum(dim=1), powers.square_().sum(dim=1)
     if shard.is_split:
@@ -94,15 +94,16 @@ def token_collisions(logits_TV: Tensor, shard: VocabShard) -> Tensor:
 def _maxima(logits_TV: Tensor, shard: VocabShard) -> Tensor:
     """[T] fp32: the largest logit of each position, over the whole vocabulary."""
     max_T = _empty_fp32(logits_TV, ())
-    for rows in _row_chunks(logits_TV):
+    for rows in row_chunks(logits_TV):
         max_T[rows] = logits_TV[rows, : shard.real].amax(dim=1) if shard.real else float("-inf")
     if shard.is_split:
         dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=shard.group)
     return max_T
 
 
-def _row_chunks(logits_TV: Tensor) -> list[slice]:
-    elements = CHUNK_ELEMENTS if logits_TV.is_cuda else min(CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS)
+def row_chunks(logits_TV: Tensor, *, on_cpu: int | None = None) -> list[slice]:
+    """Slices of rows that together are all of them. Args: on_cpu: logits of a chunk on a CPU, if not as above."""
+    elements = CHUNK_ELEMENTS if logits_TV.is_cuda else min(CHUNK_ELEMENTS, on_cpu or CPU_CHUNK_ELEMENTS)
     step = max(1, elements // max(1, logits_TV.shape[1]))
     return [slice(start, start + step) for start in range(0, logits_TV.shape[0], step)]
 
@@ -128,7 +129,7 @@ class _TokenLogps(torch.autograd.Function):
         max_T, sums_2T = _maxima(logits_TV, shard), _empty_fp32(logits_TV, (2,))
         local_T = targets_T - shard.start
         mine_T = (local_T >= 0) & (local_T < shard.real)
-        for rows in _row_chunks(logits_TV):
+        for rows in row_chunks(logits_TV):
             part = torch.sub(logits_TV[rows, : shard.real], max_T[rows, None])  # fp32, with no copy of the rows before
             part = part if scale == 1.0 else part.mul_(scale)
             sums_2T[1, rows] = _picked(part, local_T[rows]).where(mine_T[rows], 0.0) if shard.real else 0.0
@@ -147,7 +148,7 @@ class _TokenLogps(torch.autograd.Function):
         real: int = ctx.real
         out_TV = torch.empty_like(logits_TV)
         out_TV[:, real:] = 0.0
-        for rows in _row_chunks(logits_TV) if real else ():
+        for rows in row_chunks(logits_TV) if real else ():
             part, into = logits_TV[rows, :real], out_TV[rows, :real]
             # fp32 gradients are computed where they go, others in a temporary of their chunk
             out = into if into.dtype == torch.float32 else None

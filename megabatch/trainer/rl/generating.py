@@ -64,6 +64,11 @@ def sampling_of(rollout: Rollout, language: Language) -> Sampling:
     )
 
 
+def seed_of(seed: int, key: str) -> int:
+    """Of a request's draws. Args: seed: of the run; key: of the request."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "little")
+
+
 @dataclass(kw_only=True)
 class Generator:
     """Generates and rewards."""
@@ -176,7 +181,7 @@ class Generator:
             key=key,
             prompt=prompt.ids,
             sampling=replace(sampling, top_k=1) if greedy else sampling,
-            seed=int.from_bytes(hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=7).digest(), "little"),
+            seed=seed_of(self.seed, key),
         )
 
     def _scores(self, prompts: Prompts, indices: Sequence[int], conversations: Sequence[Conversation]) -> Scores:

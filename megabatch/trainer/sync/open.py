@@ -29,22 +29,11 @@ differ by 1e-5, in bfloat16 by up to 0.24."""
 
 def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts:
     """The engines of a run, without weights; collective. Raises: RolloutError on every rank."""
-    rollout, dtype = run.recipe.rollout, DTYPES[resolved(run.recipe.model.torch_dtype)]
-    tolerance = _TOLERANCE[dtype] if rollout.sync_tolerance is None else rollout.sync_tolerance
-    share = share_of(run, ranks)
+    rollout = run.recipe.rollout
     if rollout.vllm_mode == "colocate":
-        return open_colocated(run, source, ranks, tolerance=tolerance)
+        return open_colocated(run, source, ranks, tolerance=_tolerance(run))
     if rollout.vllm_mode != "server":
-        engine = TransformersEngine(source.config_folder, dtype=dtype, device=ranks.device)
-        return Rollouts(
-            engine,
-            ranks,
-            source.family,
-            experts=engine.experts,
-            share=share,
-            tolerance=tolerance,
-            positions=run.shape.max_position_embeddings,
-        )
+        return in_ranks(run, source, ranks, positions=run.shape.max_position_embeddings)
     found, wanted = [], _wanted(run, ranks.device)
     ranks.on_main(lambda: found.append(open_pool(addresses(rollout), wanted)))
     pool = found[0] if found else None
@@ -54,8 +43,8 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
         source.family,
         receivers="main",
         experts="per_expert",
-        share=share,
-        tolerance=tolerance,
+        share=share_of(run, ranks),
+        tolerance=_tolerance(run),
         positions=wanted.longest - 1,  # vLLM scores what it draws one more token after
         ahead=_ahead(pool) if pool is not None and rollout.async_generate else None,
     )
@@ -63,6 +52,30 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
 
 def _ahead(pool: Pool) -> Ahead:
     return Ahead(lambda requests, stop: pool.stream(requests, stop=stop))
+
+
+def in_ranks(run: RunConfig, source: ModelSource, ranks: Ranks, *, positions: int) -> Rollouts:
+    """An engine of transformers on every rank, without weights.
+
+    Args: source: of the policy, or of another model; positions: tokens that it takes.
+    """
+    dtype = DTYPES[resolved(run.recipe.model.torch_dtype)]
+    engine = TransformersEngine(source.config_folder, dtype=dtype, device=ranks.device)
+    return Rollouts(
+        engine,
+        ranks,
+        source.family,
+        experts=engine.experts,
+        share=share_of(run, ranks),
+        tolerance=_tolerance(run),
+        positions=positions,
+    )
+
+
+def _tolerance(run: RunConfig) -> float:
+    """Most that log-probabilities of trainer and engines may differ by after an update."""
+    given = run.recipe.rollout.sync_tolerance
+    return _TOLERANCE[DTYPES[resolved(run.recipe.model.torch_dtype)]] if given is None else given
 
 
 def addresses(rollout: Rollout) -> list[str]:

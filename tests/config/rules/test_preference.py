@@ -51,13 +51,63 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "tuner.modules_to_save=('output_layer',) trains the model's own parameters",
     ),
     "another run's reference": ({"checkpoint": Checkpoint(load="run")}, "checkpoint.load='run' goes on with a run"),
-    "teacher's tokens": (
-        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model="t")},
-        "gkd.gkd_logits_topk is missing: the divergence over the whole vocabulary is not built",
+    "a teacher and a server": (
+        {
+            "rlhf": Rlhf(rlhf_type="gkd"),
+            "gkd": Gkd(teacher_model="t", teacher_model_server="http://h:1", gkd_logits_topk=4),
+        },
+        "gkd.teacher_model='t' has no effect with teacher_model_server='http://h:1'",
     ),
-    "on-policy": (
-        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model="t", gkd_logits_topk=4, lmbda=1.0)},
-        "gkd.lmbda=1.0 is not built yet",
+    "a server without a number": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model_server="http://h:1")},
+        "gkd.gkd_logits_topk is missing: a server gives the log-probabilities of few tokens",
+    ),
+    "several servers": (
+        {
+            "rlhf": Rlhf(rlhf_type="gkd"),
+            "gkd": Gkd(teacher_model_server='[{"url": "http://h:1", "tags": ["a"]}]', gkd_logits_topk=4),
+        },
+        "names several teachers, and rows are not routed to teachers by their source",
+    ),
+    "no such role": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model_server="role:big", gkd_logits_topk=4)},
+        "gkd.teacher_model_server='role:big' names no role of the recipe, which has none",
+    ),
+    "a server that writes": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model_server="http://h:1", gkd_logits_topk=4, seq_kd=True)},
+        "gkd.seq_kd=True needs the teacher in the ranks",
+    ),
+    "a server's key": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model="t", teacher_api_key_variable="KEY")},
+        "gkd.teacher_api_key_variable='KEY' has no effect without teacher_model_server",
+    ),
+    "a teacher that would never answer": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model="t", lmbda=1.0, seq_kd=True)},
+        "gkd.seq_kd=True has no effect with lmbda=1",
+    ),
+    "settings of a writer": (
+        {
+            "rlhf": Rlhf(rlhf_type="gkd"),
+            "gkd": Gkd(teacher_model="t", lmbda=0.0),
+            "rollout": Rollout(max_completion_length=9),
+        },
+        "rollout.max_completion_length=9 has no effect with gkd.lmbda=0 and seq_kd=False",
+    ),
+    "answers to a stream": (
+        {
+            "rlhf": Rlhf(rlhf_type="gkd"),
+            "gkd": Gkd(teacher_model="t"),
+            "data": Data(dataset=["d.jsonl"], streaming=True),
+        },
+        "gkd.lmbda=0.5 needs the prompts of a dataset, and data.streaming=True draws rows once",
+    ),
+    "answers in every turn": (
+        {
+            "rlhf": Rlhf(rlhf_type="gkd"),
+            "gkd": Gkd(teacher_model="t", lmbda=0.0, seq_kd=True),
+            "data": Data(dataset=["d.jsonl"], loss_scale="all"),
+        },
+        "data.loss_scale='all' must be 'last_round' with gkd.seq_kd=True",
     ),
     "kl": (
         {"rlhf": Rlhf(rlhf_type="kto"), "kto": Kto(loss_type="apo_zero_unpaired", calculate_KL=True)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,10 +14,12 @@ from runs import SHAPE, curve, metrics, recipe, train, write_run
 
 from megabatch import Recipe
 from megabatch.data.tokens.tokenizer import train_bpe
+from megabatch.ledger.reader import Reader
+from megabatch.run_directory import RunDirectory
 
 GROUPS: dict[str, dict[str, Any]] = {
     "rlhf": {"rlhf_type": "gkd"},
-    "gkd": {"gkd_logits_topk": 7, "sft_alpha": 0.1, "lmbda": 0.0, "beta": 0.3},
+    "gkd": {"sft_alpha": 0.1, "lmbda": 0.0, "beta": 0.3},
     "learning_rate": {"lr": 0.003, "min_lr": 0.003},
     "optimizer": {"adam_eps": 1e-3, "weight_decay": 0.0},
     "training": {"train_iters": 3},
@@ -26,12 +28,26 @@ GROUPS: dict[str, dict[str, Any]] = {
 }
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 VPP = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
+TOP = {"gkd": {"gkd_logits_topk": 7}}
+PACKED = {"data": {"packing": True, "packing_length": 160, "max_length": 128}}
+WRITTEN = {
+    "gkd": {"lmbda": 0.6, "seq_kd": True},
+    "rollout": {"max_completion_length": 12, "temperature": 0.8},
+    "training": {"train_iters": 4, "seed": 3},
+}
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tp2_sp": {"parallel": TP},
     "pp2_vpp2": {"parallel": VPP},
     "cp2": {"parallel": {"context_parallel_size": 2}},
-    "dp2_lora": {"tuner": {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}},
+    "dp2_lora": {"tuner": LORA},
+    "top_tp2_sp": {"parallel": TP, **TOP},
+    "experts_ep2": {"parallel": {"expert_model_parallel_size": 2}, **PACKED},
+    "written_tp2_sp": {"parallel": TP, **WRITTEN},
 }  # fmt: skip
+
+
+COMPARED = ("loss", "divergence", "nll_loss", "grad_norm", "on_policy", "completion_length")
 
 
 def write_teacher(folder: Path, *, vocab_size: int = SHAPE["padded_vocab_size"]) -> Path:
@@ -55,7 +71,8 @@ def write_teacher(folder: Path, *, vocab_size: int = SHAPE["padded_vocab_size"])
 def made(folder: Path, world_size: int, groups: dict[str, dict[str, Any]]) -> Recipe:
     every = {name: {**GROUPS.get(name, {}), **groups.get(name, {})} for name in {*GROUPS, *groups}}
     every["gkd"] = {"teacher_model": str(folder / "teacher"), **every["gkd"]}
-    return replace(recipe(folder, "qwen2", **every, resources={"tasks_per_node": world_size}), task="rlhf")
+    model = "qwen3_moe" if "data" in groups else "qwen2"
+    return replace(recipe(folder, model, **every, resources={"tasks_per_node": world_size}), task="rlhf")
 
 
 def trained(ranks: RankServer, folder: Path, name: str, world: int, groups: dict[str, Any]) -> Path:
@@ -71,39 +88,88 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def references(ranks: RankServer, folder: Path) -> dict[bool, Path]:
-    """Runs of one process, with and without LoRA."""
-    return {
-        False: trained(ranks, folder, "full", 1, {}),
-        True: trained(ranks, folder, "lora", 1, LAYOUTS["dp2_lora"]),
+class References:
+    """Runs of one process, by what is special of them; each is trained when it is first asked for."""
+
+    SPECIAL: ClassVar[dict[str, dict[str, Any]]] = {
+        "lora": {"tuner": LORA},
+        "top": TOP,
+        "experts": PACKED,
+        "written": WRITTEN,
     }
 
+    def __init__(self, ranks: RankServer, folder: Path) -> None:
+        self._ranks, self._folder = ranks, folder
+        self._made: dict[str, Path] = {}
 
-def test_a_student_comes_nearer_to_its_teacher(references: dict[bool, Path]) -> None:
-    start, end = metrics(references[False], "eval")
+    def __getitem__(self, name: str) -> Path:
+        if name not in self._made:
+            self._made[name] = trained(self._ranks, self._folder, name, 1, self.SPECIAL.get(name, {}))
+        return self._made[name]
+
+    def of(self, layout: str) -> Path:
+        return self[next((name for name in self.SPECIAL if name in layout), "full")]
+
+
+@pytest.fixture(scope="module")
+def references(ranks: RankServer, folder: Path) -> References:
+    return References(ranks, folder)
+
+
+def test_a_student_comes_nearer_to_its_teacher(references: References) -> None:
+    start, end = metrics(references["full"], "eval")
     assert 0 < end["eval_divergence"] < start["eval_divergence"]
     assert start["eval_loss"] == pytest.approx(start["eval_divergence"] + 0.1 * start["eval_nll_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_changes_no_number(
-    layout: str, ranks: RankServer, folder: Path, references: dict[bool, Path]
-) -> None:
-    run, reference = trained(ranks, folder, layout, 2, LAYOUTS[layout]), references["lora" in layout]
+def test_a_layout_changes_no_number(layout: str, ranks: RankServer, folder: Path, references: References) -> None:
+    run = trained(ranks, folder, layout, 2, LAYOUTS[layout])
+    reference = references.of(layout)
     for kind in ("train", "eval"):
         for found, expected in zip(metrics(run, kind), metrics(reference, kind), strict=True):
             for name in expected:
-                if name.removeprefix("eval_") in ("loss", "divergence", "nll_loss", "grad_norm"):
+                if name.removeprefix("eval_") in COMPARED and expected[name] is not None:
                     near = pytest.approx(expected[name], rel=2e-5, abs=2e-6)
                     assert found[name] == near, (kind, found["step"], name)
 
 
-def test_a_run_that_was_stopped_goes_on_exactly(ranks: RankServer, folder: Path, references: dict[bool, Path]) -> None:
-    run = write_run(made(folder, 1, {}), folder / "cut")
+def test_a_run_that_was_stopped_goes_on_exactly(ranks: RankServer, folder: Path, references: References) -> None:
+    """With answers that models write."""
+    run = write_run(made(folder, 1, WRITTEN), folder / "cut")
     assert ranks.run(train, world_size=1, run_dir=str(run), stop_after=2) == [75]
     assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
-    assert curve(run) == curve(references[False])
+    assert curve(run) == curve(references["written"])
+
+
+def test_answers_are_the_models_own(folder: Path, references: References) -> None:
+    """Each step has answers of one model, with the log-probabilities that transformers gives them."""
+    run, models = references["written"], {"teacher": folder / "teacher"}
+    reader = Reader(RunDirectory(run).ledger)
+    wrote = {step: {record.extra["writer"] for record in reader.records(step)} for step in reader.steps}
+    assert list(wrote) == [1, 2, 3, 4] and all(len(some) == 1 for some in wrote.values())
+    assert {name for some in wrote.values() for name in some} == {"student", "teacher"}
+    for step, line in enumerate(metrics(run), start=1):
+        assert line["on_policy"] == float(wrote[step] == {"student"})
+        records = list(reader.records(step))
+        assert line["completion_length"] == sum(len(one.ids) for one in records) / 4 <= 12
+        if wrote[step] != {"teacher"}:
+            continue
+        teacher = transformers.AutoModelForCausalLM.from_pretrained(models["teacher"])
+        for one in records:
+            ids = torch.tensor([[*one.prompt_ids, *one.ids]])
+            with torch.no_grad():
+                logits = teacher(ids).logits[0, len(one.prompt_ids) - 1 : -1]
+            expected = (logits / 0.8).log_softmax(1).gather(1, torch.tensor(one.ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(one.logps), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_students_answers_are_not_imitated(references: References) -> None:
+    for line in metrics(references["written"]):
+        if line["on_policy"]:
+            assert line["nll_loss"] is None and line["loss"] == pytest.approx(line["divergence"], rel=1e-6)
+        else:
+            assert line["loss"] == pytest.approx(line["divergence"] + 0.1 * line["nll_loss"], rel=1e-6)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(ranks: RankServer, folder: Path) -> None:
