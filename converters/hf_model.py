@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ class HfModel:
     """Tensors in the folder that are not read, each with the reason."""
     carried: list[str]
     """Tensors of another part of the model (a vision tower), which no megatron-core tensor has."""
+    is_bare: bool = False
+    """Whether its tensors are named as a base model's (transformers' AutoModel, sentence-transformers): without
+    `model.`, which they have here."""
     quantised: Quantised | Mxfp4 | None = None
     """How to dequantise its weights, for callers that accept quantised ones."""
 
@@ -95,13 +98,25 @@ def open_hf_model(
     from megabatch.converters.torch_bin import open_folder
 
     source = open_folder(folder, accept_bin=accept_bin)
+    if is_bare := _is_bare(source):
+        source.under(_BASE, but=_HEADS)
+        if not source.has(_HEADS[0]) and shape.untie_embeddings_and_output_weights:
+            shape = replace(shape, num_labels=0)  # whatever class config.json names
     shape = family.present(shape, source.names)
     checked = family.check(shape, source.tensors if how is None else plain(source.tensors, how))
     if compare_duplicates:
         for name, of in checked.duplicates.items():
             if not source.same(name, of):
                 raise ConversionError(f"{folder}: {_differs(name, of, tied=name in family.tied)}")
-    return HfModel(config, family, shape, source, checked.tensors, checked.ignored, checked.carried, how)
+    return HfModel(config, family, shape, source, checked.tensors, checked.ignored, checked.carried, is_bare, how)
+
+
+_BASE, _HEADS = "model.", ("lm_head.weight", "score.weight")
+_EMBEDDING = "embed_tokens.weight"
+
+
+def _is_bare(folder: HfFolder) -> bool:
+    return folder.has(_EMBEDDING) and not folder.has(_BASE + _EMBEDDING)
 
 
 def _differs(name: str, of: str, *, tied: bool) -> str:

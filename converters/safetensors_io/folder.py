@@ -52,6 +52,10 @@ class HfFolder:
         """Every tensor's file and place in it."""
         return _locate(self.path)
 
+    def under(self, prefix: str, *, but: Sequence[str] = ()) -> None:
+        """Gives every tensor but these a name with this prefix."""
+        self._where = {name if name in but else prefix + name: place for name, place in self._where.items()}
+
     @property
     def names(self) -> list[str]:
         """Names of all tensors, file by file in the order of their bytes."""

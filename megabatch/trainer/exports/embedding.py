@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,16 @@ from typing import Any
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.converters.atomic import noting, replacing
+from megabatch.converters.regular_files import read_regular
+from megabatch.converters.safetensors_io.header import parse_object
 from megabatch.errors import MegabatchError
 from megabatch.saved.manifest import File
 from megabatch.trainer.exports.export import Export
 from megabatch.trainer.model.build import Model
+from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.ranks import Ranks
+
+_SETTINGS = "config_sentence_transformers.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,8 @@ class EmbeddingExport(Export):
     pooling: str
     hidden_size: int
     max_length: int
+    prompts: Mapping[str, Any]
+    """What sentence-transformers puts before texts, as the model that the run started from has it."""
 
     def save(self, model: Model, ranks: Ranks, directory: Path) -> dict[str, File]:
         written, error = self.model.save(model, ranks, directory), None
@@ -58,8 +65,7 @@ class EmbeddingExport(Export):
         texts: dict[str, Any] = {
             "modules.json": modules,
             "sentence_bert_config.json": {"max_seq_length": self.max_length, "do_lower_case": False},
-            "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None,
-                                                  "similarity_fn_name": "cosine"},
+            _SETTINGS: {**self.prompts, "similarity_fn_name": "cosine"},
             "1_Pooling/config.json": pooling,
         }  # fmt: skip
         try:
@@ -73,6 +79,15 @@ class EmbeddingExport(Export):
         return {path.relative_to(directory).as_posix(): file for path, file in found.items()}
 
 
-def embedding_export(run: RunConfig, model: Export) -> EmbeddingExport:
-    recipe = run.recipe
-    return EmbeddingExport(model, recipe.embedding.pooling, run.shape.hidden_size, resolved(recipe.data.max_length))
+def embedding_export(run: RunConfig, source: ModelSource, model: Export) -> EmbeddingExport:
+    group, length = run.recipe.embedding, resolved(run.recipe.data.max_length)
+    return EmbeddingExport(model, group.pooling, run.shape.hidden_size, length, _prompts(source.config_folder))
+
+
+def _prompts(folder: Path) -> dict[str, Any]:
+    """Raises: ConversionError for a file that is no JSON object."""
+    none: dict[str, Any] = {"prompts": {}, "default_prompt_name": None}
+    if not (path := folder / _SETTINGS).is_file():
+        return none
+    found = parse_object(read_regular(path), path, what="settings")
+    return {name: found.get(name, value) for name, value in none.items()}

@@ -17,6 +17,7 @@ from megabatch.converters.atomic import noting, replacing
 from megabatch.converters.auxiliary_files import carry_over
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.family import Family
+from megabatch.converters.hf_model import HfModel
 from megabatch.converters.mapping import Mapped
 from megabatch.converters.safetensors_io import ShardFile, Writer, split_shards, write_index
 from megabatch.converters.shards import HfRows
@@ -44,11 +45,13 @@ class HfExport(Export):
     """The tokenizer used in training; None copies that of `config_folder` unchanged."""
     config_of: Callable[[dict[str, Any]], dict[str, Any]] = dict
     """What becomes of the folder's config.json."""
+    is_bare: bool = False
+    """Whether tensors are named as a base model's, without `model.`."""
 
     def save(self, model: Model, ranks: Ranks, directory: Path) -> dict[str, File]:
         entries = self._own_entries(model, ranks)
         files, everyone = self._files(entries)
-        written, error = _write(export(model, self.table, ranks), directory, files)
+        written, error = _write(self._exported(model, ranks), directory, files)
         if ranks.is_main and error is None:
             rest, error = self._write_rest(model.config.params_dtype, directory, everyone)
             written |= rest
@@ -57,7 +60,7 @@ class HfExport(Export):
 
     def copied(self, model: Model, ranks: Ranks) -> Callable[[Path], dict[str, File]]:
         files, everyone = self._files(self._own_entries(model, ranks))
-        tensors = [(mapped, [_copy(row) for row in rows]) for mapped, rows in export(model, self.table, ranks)]
+        tensors = [(mapped, [_copy(row) for row in rows]) for mapped, rows in self._exported(model, ranks)]
         dtype, is_main = model.config.params_dtype, ranks.is_main
 
         def write(directory: Path) -> dict[str, File]:
@@ -71,12 +74,19 @@ class HfExport(Export):
 
         return write
 
+    def _exported(self, model: Model, ranks: Ranks) -> Iterator[tuple[Mapped, Iterator[HfRows]]]:
+        for mapped, rows in export(model, self.table, ranks):
+            yield mapped, (replace(row, hf=self._name(row.hf)) for row in rows)
+
+    def _name(self, tensor: str) -> str:
+        return tensor.removeprefix("model.") if self.is_bare else tensor
+
     def _own_entries(self, model: Model, ranks: Ranks) -> dict[str, TensorInfo]:
         """The Hugging Face tensors that this rank writes, in the order in which the export yields them."""
         shapes = self.family.hf_tensors(model.shape)
         dtype = SAFETENSORS_DTYPES[model.config.params_dtype]
         return {
-            piece.hf: TensorInfo(dtype, shapes[piece.hf])
+            self._name(piece.hf): TensorInfo(dtype, shapes[piece.hf])
             for item in placed(model, self.table, ranks)
             if not item.is_copy and in_first_replica(item.mapped, ranks) and tensor_split(item.mapped, ranks)[0] == 0
             for piece in item.mapped.pieces
@@ -118,7 +128,8 @@ def hugging_face_export(run: RunConfig, source: ModelSource) -> HfExport:
     table = source.family.tensors(run.shape)
     size = run.recipe.checkpoint.max_shard_size
     config_of = _config_of(run, source)
-    return HfExport(source.family, table, source.config_folder, size, chat_of(run, source), config_of)
+    is_bare = run.shape.num_labels == 0 and isinstance(source.weights, HfModel) and source.weights.is_bare
+    return HfExport(source.family, table, source.config_folder, size, chat_of(run, source), config_of, is_bare)
 
 
 def _config_of(run: RunConfig, source: ModelSource) -> Callable[[dict[str, Any]], dict[str, Any]]:

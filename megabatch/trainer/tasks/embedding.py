@@ -37,7 +37,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         if data is not None:
             require_fitting(data, group)
     steps, evaluator = steps_of(run, ranks, tokens, objective)
-    export = embedding_export(run, export_of(run, source))
+    export = embedding_export(run, source, export_of(run, source))
     measured = with_measures(evaluator, of_embeddings(group.loss_type))
     return Parts(steps=steps, objective=objective, evaluator=measured, export=export)
 

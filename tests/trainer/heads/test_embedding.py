@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import COMMON
 from headed import GROUPS, merged, stepped
 from rank_server import RankServer
 from runs import metrics, recipe, train, write_run
-from transformers import AutoModel, AutoTokenizer
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from megabatch import Recipe
+from megabatch import Model, Recipe
+from megabatch.data.tokens.tokenizer import train_bpe
 
 EMBEDDING: dict[str, dict[str, Any]] = {
     "embedding": {"infonce_temperature": 0.5, "mrl_dims": [8], "mrl_weights": [0.5]},
@@ -125,3 +128,54 @@ def test_the_folder_says_how_its_vectors_are_made(reference: Path) -> None:
     places = [1 + sum(score > row[number] + 1e-6 for score in row) for number, row in enumerate(scores)]
     assert last["eval_mrr"] == pytest.approx(sum(1 / place for place in places) / len(places))
     assert last["eval_recall_at_1"] == pytest.approx(sum(place == 1 for place in places) / len(places))
+
+
+@pytest.fixture(scope="module")
+def bare(ranks: RankServer, reference: Path) -> Path:
+    """A run from a base model as sentence-transformers saves it: tensors without `model.`, and no output layer."""
+    folder = reference.parent
+    config = AutoConfig.for_model("qwen3", **{**COMMON, "architectures": ["Qwen3ForCausalLM"]})
+    torch.manual_seed(7)
+    AutoModel.from_config(config).save_pretrained(folder / "bare")
+    declared = json.loads((folder / "bare" / "config.json").read_text())
+    (folder / "bare" / "config.json").write_text(json.dumps({**declared, "architectures": ["Qwen3ForCausalLM"]}))
+    train_bpe(["a small text"], vocab_size=300, out_dir=folder / "bare")
+    (folder / "bare" / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "Find: "}}))
+    model = Model(model=str(folder / "bare"), torch_dtype="float32")
+    run = write_run(replace(made(folder, 1, {"embedding": {"pooling": "mean"}}), model=model), folder / "from_bare")
+    assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
+    return run
+
+
+def test_a_base_model_is_read_and_saved_under_its_own_names(bare: Path) -> None:
+    (folder,) = (bare / "checkpoints").glob("step_*/hf")
+    with safe_open(folder / "model.safetensors", "pt") as saved, \
+            safe_open(bare.parent / "bare" / "model.safetensors", "pt") as begun:  # fmt: skip
+        assert set(saved.keys()) == set(begun.keys())
+        assert "embed_tokens.weight" in saved.keys()  # noqa: SIM118 - safetensors' own
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert settings["prompts"] == {"query": "Find: "}
+    model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert metrics(bare, "eval")[-1]["eval_cosine"] == pytest.approx(_mean_cosine(model, folder, bare), rel=1e-5)
+
+
+def _mean_cosine(model: Any, folder: Path, run: Path) -> float:
+    """Of validation rows' anchors and positives, by transformers, with mean pooling."""
+    tokenizer, cosines = AutoTokenizer.from_pretrained(folder), []
+    for line in (run.parent / "validation.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ids = [tokenizer(row[name])["input_ids"] for name in ("query", "positive")]
+        pair = [model(torch.tensor([one])).last_hidden_state[0].mean(0) for one in ids]
+        cosines.append(float(torch.cosine_similarity(*pair, dim=0).detach()))
+    return sum(cosines) / len(cosines)
+
+
+def test_sentence_transformers_makes_the_trainers_vectors(bare: Path, reference: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    for run in (bare, reference):
+        (folder,) = (run / "checkpoints").glob("step_*/hf")
+        model = library.SentenceTransformer(str(folder), device="cpu")
+        rows = [json.loads(line) for line in (run.parent / "validation.jsonl").read_text().splitlines()]
+        a, b = (model.encode([row[name] for row in rows]) for name in ("query", "positive"))
+        assert metrics(run, "eval")[-1]["eval_cosine"] == pytest.approx(float((a * b).sum(1).mean()), rel=1e-5)
