@@ -7,15 +7,23 @@ from megabatch.plan.shape import ModelShape
 
 
 def sample_tokens(recipe: Recipe, shape: ModelShape | None) -> int | None:
-    """Longest sample: `data.max_length`, or what the model takes; None where neither is known."""
-    return recipe.data.max_length or (shape.max_position_embeddings if shape is not None else None)
+    """Longest sample: `data.max_length`, or what the model takes; None where neither is known. A prompt leaves room
+    for a token of its completion."""
+    if recipe.data.max_length is not None or shape is None:
+        return recipe.data.max_length
+    return shape.max_position_embeddings - generates(recipe)
+
+
+def generates(recipe: Recipe) -> bool:
+    """Whether a recipe's rows are prompts, which its model answers."""
+    return recipe.kind is not None and recipe.kind.rows == "prompts"
 
 
 def row_tokens(recipe: Recipe, shape: ModelShape | None) -> int | None:
     """Longest row of one packed or plain sample: `data.packing_length` with packing, else the longest sample; of a
     prompt with its completion."""
     longest = sample_tokens(recipe, shape)
-    if recipe.kind is not None and recipe.kind.rows == "prompts" and longest is not None:
+    if generates(recipe) and longest is not None:
         whole = longest + recipe.rollout.max_completion_length
         return whole if shape is None else min(whole, shape.max_position_embeddings)
     return recipe.data.packing_length or longest

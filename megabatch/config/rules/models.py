@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 
 from megabatch.config.declare import Parameter, parameters
+from megabatch.config.lengths import generates
 from megabatch.config.new_model import REQUIRED, moe_layers
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
@@ -105,9 +106,13 @@ def heads_divide(recipe: Recipe, shape: ModelShape | None, layout: Layout | None
 
 def positions_suffice(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     length = recipe.data.max_length
-    if shape is not None and length is not None and length > shape.max_position_embeddings:
-        rule = f"must be at most the model's max_position_embeddings={shape.max_position_embeddings}"
-        yield Fault("data.max_length", length, rule, try_=(shape.max_position_embeddings,))
+    if shape is None or length is None:
+        return
+    most = shape.max_position_embeddings - generates(recipe)
+    if length > most:
+        wanted = "leave room for a completion within" if generates(recipe) else "be at most"
+        rule = f"must {wanted} the model's max_position_embeddings={shape.max_position_embeddings}"
+        yield Fault("data.max_length", length, rule, try_=(most,))
 
 
 def dense_models_take_no_moe(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:

@@ -97,6 +97,14 @@ CASES = [
         ["max_position_embeddings=128", "try 128"],
     ),
     (
+        models.positions_suffice,
+        "given dense",
+        {"data": {"max_length": 128}, "task": "rlhf", "rlhf": {"rlhf_type": "grpo"}},
+        {"data": {"max_length": 127}, "task": "rlhf", "rlhf": {"rlhf_type": "grpo"}},
+        "data.max_length",
+        ["must leave room for a completion", "max_position_embeddings=128", "try 127"],
+    ),
+    (
         models.dense_models_take_no_moe,
         "dense",
         {"moe": {"moe_aux_loss_coeff": 0.1}},
