@@ -171,10 +171,12 @@ def bytes_below(path: Path) -> int:
     return sum(p.stat().st_size for p in files_below(path))
 
 
-def in_trainer_processes(script: str, folder: Path, *, world_size: int = 1) -> list[Figure]:
-    """Figures of a script beside this one that needs torch; each process is a rank, the first one answers."""
+def in_trainer_processes(script: str, folder: Path, *, world_size: int = 1, words: Sequence[str] = ()) -> list[Figure]:
+    """Figures of a script beside this one that needs torch; each process is a rank, the first one answers.
+
+    Args: words: the script's arguments behind FOLDER and ANSWER."""
     answer = folder / "figures.json"
-    words = [str(Path(__file__).with_name(script)), str(folder), str(answer)]
+    words = [str(Path(__file__).with_name(script)), str(folder), str(answer), *words]
     place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port_block())}
     ranks = [
         start_trainer(words, environment(**place, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world_size)

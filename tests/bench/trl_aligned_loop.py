@@ -73,17 +73,17 @@ def main(
         trainer: Any = GRPOTrainer(model=model, reward_funcs=repetition, args=arguments, **given)
     else:
         trainer = DPOTrainer(model=model, args=DPOConfig(**common, max_length=512, padding_free=padding_free), **given)
-    step = trainer.training_step
+    loss = trainer.compute_loss
 
-    def counted(model: Any, inputs: Any, *others: Any) -> Any:
+    def counted(model: Any, inputs: Any, *others: Any, **more: Any) -> Any:
         if "prompt_mask" in inputs:
             clock.tokens += int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
         else:
             mask = inputs.get("attention_mask")
             clock.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        return step(model, inputs, *others)
+        return loss(model, inputs, *others, **more)
 
-    trainer.training_step = counted
+    trainer.compute_loss = counted
     trainer.train()
     print(json.dumps({"seconds": clock.seconds / steps, "tokens": clock.tokens / steps}), flush=True)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
 import torch
+import torch.distributed as dist
 from rank_server import RankServer
 from vllm_python import NEEDS_VLLM
 from vllm_server import (
@@ -57,25 +60,44 @@ def test_each_update_gives_the_weights_of_its_version(server: Server) -> None:
             torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
 
 
-def through_the_server(run_dir: str, url: str) -> tuple[dict[str, float], list[Completion]]:
-    """Metrics of an update by live shards, and completions, on each rank."""
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LORA = {"tuner": {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0, "target_modules": ["all-linear"]}}
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "tp2_etp2": {"parallel": {**TP2, "expert_tensor_parallel_size": 2}},
+    "pp2": {"parallel": {"pipeline_model_parallel_size": 2}},
+    "tp2_lora": {"parallel": TP2, **LORA},
+    "ep2_lora": {"parallel": {"expert_model_parallel_size": 2}, **LORA},
+}
+
+
+def through_the_server(run_dirs: list[str], url: str) -> list[tuple[dict[str, float], list[Completion]]]:
+    """For each run: metrics of an update by live shards, and completions, on each rank."""
+    os.environ["MEGABATCH_ROLE_TOKEN"], os.environ["MEGABATCH_ROLE_ROLLOUT"] = TOKEN, url
+    dist.init_process_group("gloo")
+    found = [_through_the_server(Path(run_dir), by=1.1 + number / 100) for number, run_dir in enumerate(run_dirs)]
+    dist.destroy_process_group()
+    return found
+
+
+def _through_the_server(run_dir: Path, *, by: float) -> tuple[dict[str, float], list[Completion]]:
+    """Args: by: what weights are multiplied with, so that each run sends others."""
     from megabatch.config.run import RunConfig
     from megabatch.trainer import assemble
     from megabatch.trainer.model_source import model_source
     from megabatch.trainer.sync.open import open_rollouts
 
-    os.environ["MEGABATCH_ROLE_TOKEN"], os.environ["MEGABATCH_ROLE_ROLLOUT"] = TOKEN, url
-    run = RunConfig.load(Path(run_dir) / "run.json")
-    short = replace(run.recipe.rollout, max_completion_length=16)
-    run = replace(run, recipe=replace(run.recipe, rollout=short))
+    run = RunConfig.load(run_dir / "run.json")
     with assemble.join_ranks(run) as ranks:
         source = model_source(run, ranks)
         engine = assemble.build_engine(run, ranks, train_iters=1)
         source.load(engine.model, ranks)
         with torch.no_grad():
             for chunk in engine.model.chunks:
-                for parameter in chunk.parameters():
-                    parameter.mul_(1.1)
+                for name, parameter in chunk.named_parameters():
+                    if ".lora." in name:  # new ones change nothing
+                        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                    parameter.mul_(by)
         rollouts = open_rollouts(run, source, ranks)
         rollouts._bucket_bytes = 20_000
         metrics = rollouts.update(engine, 1)
@@ -85,28 +107,28 @@ def through_the_server(run_dir: str, url: str) -> tuple[dict[str, float], list[C
 
 
 def test_live_shards_reach_the_server(server: Server, running: Running, tmp_path: Path) -> None:
-    """Experts and vocabulary split over two ranks, in buckets smaller than a layer."""
-    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2}
-    recipe = runs.recipe(tmp_path, parallel=layout, resources={"tasks_per_node": 2}, data={"max_length": 80})
-    roles = [Role(name="rollout", command=["python", "-m", "megabatch.cli", "rollout", "m"])]
-    recipe = replace(
-        recipe,
-        model=Model(model=str(running.folder), torch_dtype="float32"),
-        moe=MoE(),
-        rollout=Rollout(vllm_mode="server"),
-        roles=roles,
-    )
-    run = runs.write_run(recipe, tmp_path / "run")
+    """Experts and vocabulary split over two ranks, in buckets smaller than a layer; adapters merged."""
+    made_runs = []
+    for layout, groups in LAYOUTS.items():
+        recipe = replace(
+            runs.recipe(tmp_path, resources={"tasks_per_node": 2}, data={"max_length": 80}, **groups),
+            model=Model(model=str(running.folder), torch_dtype="float32"),
+            moe=MoE(),
+            rollout=Rollout(vllm_mode="server", max_completion_length=16),
+            roles=[Role(name="rollout", command=["python", "-m", "megabatch.cli", "rollout", "m"])],
+        )
+        made_runs.append(str(runs.write_run(recipe, tmp_path / layout)))
     ranks = RankServer()
     try:
-        found = ranks.run(through_the_server, world_size=2, run_dir=str(run), url=server.url)
+        found = ranks.run(through_the_server, world_size=2, run_dirs=made_runs, url=server.url)
     finally:
         ranks.close()
-    for metrics, completions in found:
-        assert 0 < metrics["sync_max_logp_difference"] < 1e-4
-        assert completions == found[0][1]
-        assert [one.key for one in completions] == [request.key for request in requests()]
-    with pytest.raises(RolloutError, match=r"has the weights '.*:1', and was given 'test:2'.* another run uses it"):
+    for layout, mine, others in zip(LAYOUTS, *found, strict=True):
+        for metrics, completions in (mine, others):
+            assert 0 < metrics["sync_max_logp_difference"] < 1e-4, layout
+            assert completions == mine[1]
+            assert [one.key for one in completions] == [request.key for request in requests()]
+    with pytest.raises(RolloutError, match=r"has the weights '.*:1', and was given 'test:\d'.* another run uses it"):
         server.generate(requests())
 
 
