@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -102,9 +103,12 @@ class Rolling:
                 "round %d: only %d of %d prompts have completions of different rewards after %d draws; lower "
                 "generation_batch_size or raise max_resample_times", number, len(kept), wanted, tries + 1,
             )  # fmt: skip
-        chosen = [*kept, *equal][:wanted]
+        chosen = [one for group in [*kept, *equal][:wanted] for one in group]
+        if all(math.isnan(value) for one in chosen for value in one.rewards):
+            names = ", ".join(self.generator.reward_names)
+            logger.warning("round %d: no completion has a reward, so nothing is learned from them: %s", number, names)
         metrics = {"prompts_equal": (float(len(equal)), float(len(kept) + len(equal)))} if tries else {}
-        return [one for group in chosen for one in group], draws, metrics
+        return chosen, draws, metrics
 
     def _with_logps(self, completions: Sequence[Rolled], engine: Engine) -> list[Rolled]:
         """Adds log-probabilities of the policy and the reference, where something needs them."""

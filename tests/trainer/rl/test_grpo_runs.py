@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,9 @@ def letters(completions, **columns):
 def known(completions, solution, tag, **columns):
     assert all(answer.startswith("It is") for answer in solution) and set(tag) == {"made"}
     return [None if len(text) % 3 == 0 else float(len(text) > 12) for text in completions]
+
+def nothing(completions, **columns):
+    return [None] * len(completions)
 
 def tagged(row):
     return {**row, "tag": "made"}
@@ -48,12 +52,12 @@ def grpo_recipe(folder: Path, *, world_size: int = 1, grpo: dict[str, Any] | Non
             **groups,
         },
     )
-    names = (f"{file}:letters", f"{file}:known")
+    rewards = {"reward_funcs": (f"{file}:letters", f"{file}:known"), "reward_weights": (1.0, 0.5)}
     return replace(
         made,
         task="rlhf",
         rlhf=Rlhf(rlhf_type="grpo"),
-        grpo=Grpo(reward_funcs=names, reward_weights=(1.0, 0.5), **{**SETTINGS, **(grpo or {})}),
+        grpo=Grpo(**{**SETTINGS, **rewards, **(grpo or {})}),
         rollout=Rollout(temperature=1.0, max_completion_length=8),
     )
 
@@ -152,3 +156,41 @@ def test_estimators_corrections_and_resampling_run_together(ranks: RankServer, a
     assert abs(first["rollout_kl"]) < 1e-4 and first["kl_in_reward_count"] == 8
     assert first["reward"] == second["reward"], "both steps are on the same completions"
     assert first["prompts_equal"] >= 0 and 0 < first["entropy"] < math.log(304) + 1e-3
+
+
+def trained_on_little(run_dir: str) -> list[str]:
+    """Warnings of rounds where the first completion of each prompt has no token."""
+    from dataclasses import replace
+
+    from megabatch.rollout.local.transformers_engine import TransformersEngine
+
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megabatch.trainer.rl.rolling").addHandler(handler)
+    generate = TransformersEngine.generate
+
+    def cut(engine: TransformersEngine, requests: Any) -> Any:
+        return [
+            replace(one, ids=(), logps=(), versions=(), finish="aborted") if one.key.endswith("/0") else one
+            for one in generate(engine, requests)
+        ]
+
+    TransformersEngine.generate = cut  # type: ignore[method-assign]
+    assert train(run_dir) == 0
+    return said
+
+
+def test_completions_without_tokens_or_rewards_are_no_fault(ranks: RankServer, alone: Path) -> None:
+    settings = {
+        "reward_funcs": [f"{alone.parent / 'reward.py'}:nothing"], "reward_weights": None,
+        "rollout_importance_sampling_mode": "token_truncate", "steps_per_generation": 1,
+    }  # fmt: skip
+    made = grpo_recipe(alone.parent, grpo=settings, training={"train_iters": 2}, evaluation={"eval_iters": 0})
+    run = write_run(made, alone.parent / "little")
+    (said,) = ranks.run(trained_on_little, world_size=1, run_dir=str(run))
+    assert said == [f"round {n}: no completion has a reward, so nothing is learned from them: nothing" for n in (0, 1)]
+    for line in metrics(run):
+        assert line["advantage"] == 0 and math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+        assert line["completion_length"] <= 6, "two of eight have no token"
+    assert {len(record.ids) for record in Reader(run / "ledger").records(1) if record.key.endswith("/0")} == {0}
