@@ -5,6 +5,7 @@ Resident memory above what a rank has once everything is loaded, in processes of
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import tempfile
@@ -23,14 +24,15 @@ def memory() -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         folder = Path(directory)
         write_rows(folder / "rows.jsonl")
-        sft, gkd = (_peak(folder, kind, 1) for kind in ("sft", "gkd"))
-        alone, together = (_peak(folder, "infonce", ranks) for ranks in (1, RANKS))
+        sft, gkd = (_peak(folder, kind, 1) for kind in (sized("sft", "gkd"), "gkd"))
+        alone, together = (_peak(folder, "infonce", ranks) for ranks in (sized(1, RANKS), RANKS))
     return [
         _ratio("GKD / SFT, memory of a step", gkd, sft),
         _ratio(f"InfoNCE over {RANKS} ranks / one, memory", together, alone),
     ]
 
 
+@functools.cache
 def _peak(folder: Path, kind: str, world_size: int) -> Figure:
     (found,) = in_trainer_processes("memory_loop.py", folder, world_size=world_size, words=[kind])
     return found

@@ -48,11 +48,11 @@ class Rows:
 
     def __init__(self, requests: Sequence[Request], model: Any, version: int, aborted: Collection[str]) -> None:
         """Args: model: a causal language model of transformers; aborted: keys of requests to end, may grow."""
-        from transformers import DynamicCache
+        from megabatch.rollout.local.keeping import growing_cache
 
         self._all = [Row(request) for request in requests]
         self._model, self._version, self._aborted = model, version, aborted
-        self._cache = DynamicCache(config=model.config)
+        self._cache = growing_cache(model.config)
         self._batch = list(self._all)
         prompts = [request.prompt for request in requests]
         longest = max(map(len, prompts))

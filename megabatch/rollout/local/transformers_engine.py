@@ -34,9 +34,12 @@ class TransformersEngine:
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from megabatch.rollout.local.keeping import share_keys
+
         config = AutoConfig.from_pretrained(config_folder)
         with torch.device(device):
             self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        share_keys(self._model)
         self._config, self._device, self._max_rows = config, device, max_rows
         self._tensors = _own_tensors(self._model)
         self._filling: Filling | None = None
