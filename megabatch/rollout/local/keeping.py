@@ -23,6 +23,8 @@ _NAME = "megabatch_grouped"
 class Growing(DynamicLayer):
     """One layer's keys and values [B, G, T, D]: the first T of a block with room behind them."""
 
+    keys: Tensor
+    values: Tensor
     _blocks: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
