@@ -51,6 +51,8 @@ class Pack:
     token_columns: Mapping[str, Tensor]
     """float32 or int32 [T, …]: values of the prediction made at each position, like `weights_T`; 0 at last positions
     and in padding."""
+    row_multiple: int = 1
+    """The row's length is a multiple of it; its whole length where that may not change."""
     cut: Cut | None = None
     """How the row is split over context-parallel ranks, when this is one rank's part; None for a whole row."""
 
@@ -60,6 +62,44 @@ class Pack:
         named = {name: value[cut.mine_t] for name, value in self._tensors() if name.endswith("_T")}
         token_columns = {name: values[cut.mine_t] for name, values in self.token_columns.items()}
         return replace(self, **named, token_columns=token_columns, cut=cut)
+
+    def only(self, kept_N: Tensor) -> Pack:
+        """The row without the other sequences: as `collate` makes it of the kept ones.
+
+        Args: kept_N: bool, on the device of the row.
+        """
+        assert self.cut is None, "a part has tokens of every sequence"
+        if bool(kept_N.all()):
+            return self
+        inside_T = torch.cat([kept_N, kept_N.new_zeros(1)])[self.segments_T.long()].nonzero()[:, 0]
+        kept, lengths = kept_N.nonzero()[:, 0], self.cu_seqlens_padded.diff()[: self.sequences][kept_N].tolist()
+        rest = row_length_of(lengths, self.row_multiple, 1) - len(inside_T)
+        real = [*self.cu_seqlens.diff()[: self.sequences][kept_N].tolist(), *([rest] if rest else [])]
+        padded = [*lengths, *([rest] if rest else [])]
+        starts = torch.tensor([0, *np.cumsum(padded)], dtype=torch.int32)
+
+        def row(values_T: Tensor, *, fill: float = 0) -> Tensor:
+            return torch.cat([values_T[inside_T], values_T.new_full((rest, *values_T.shape[1:]), fill)])
+
+        segments = torch.arange(len(padded), dtype=torch.int32).repeat_interleave(torch.tensor(padded))
+        padding_T = self.padding_T if self.padding_T is not None else torch.zeros_like(self.ids_T, dtype=torch.bool)
+        padding_T = row(padding_T, fill=1)
+        return replace(
+            self,
+            ids_T=row(self.ids_T),
+            targets_T=row(self.targets_T),
+            weights_T=row(self.weights_T),
+            positions_T=torch.cat([self.positions_T[inside_T], torch.arange(rest)]),
+            segments_T=segments,
+            padding_T=padding_T if bool(padding_T.any()) else None,
+            cu_seqlens=torch.tensor([0, *np.cumsum(real)], dtype=torch.int32),
+            cu_seqlens_padded=starts,
+            sequences=len(kept),
+            max_seqlen=max(padded),
+            items_N=self.items_N[kept].unique_consecutive(return_inverse=True)[1],
+            columns={name: _chosen(values, kept) for name, values in self.columns.items()},
+            token_columns={name: row(values) for name, values in self.token_columns.items()},
+        )
 
     def sequence_sums(self, values_T: Tensor) -> Tensor:
         """Sums over each sequence, [T, …] → [N, …]; always over all its tokens, even if this is one part of a row.
@@ -114,6 +154,7 @@ def collate(
     sequence_multiple: int = 1,
     sequence_length: int = 0,
     row_length: int = 0,
+    fixed: bool = False,
 ) -> Pack:
     """One row of these samples, in order.
 
@@ -122,7 +163,8 @@ def collate(
     one more segment of weight 0 (tensor parallel size for sequence parallelism, 2·cp·tp with context parallelism);
     `row_length`: minimum length of the row, a multiple of `row_multiple`; `sequence_multiple`: each sequence's length
     is rounded up to a multiple of it (2·cp) with tokens of weight 0 at its end; it must divide `row_multiple`;
-    `sequence_length`: minimum length of each sequence, a multiple of `sequence_multiple`.
+    `sequence_length`: minimum length of each sequence, a multiple of `sequence_multiple`; `fixed`: whether the row
+    must keep its length, because others have the same.
     Without samples the row is padding only.
     """
     assert row_multiple % sequence_multiple == 0, (row_multiple, sequence_multiple)
@@ -159,6 +201,7 @@ def collate(
         cu_seqlens_padded=torch.from_numpy(starts.astype(np.int32)),
         sequences=len(samples),
         max_seqlen=max(padded),
+        row_multiple=int(starts[-1]) if fixed else row_multiple,
         items_N=torch.tensor(range(len(samples)) if items is None else items, dtype=torch.int64),
         columns=_columns(samples) if samples else {name: _stack([value])[:0] for name, value in blank.columns.items()},
         token_columns={name: torch.from_numpy(values) for name, values in token_columns.items()},
@@ -172,6 +215,11 @@ def row_length_of(lengths: Iterable[int], row_multiple: int, sequence_multiple: 
 
 def _up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
+
+
+def _chosen(values: Any, kept: Tensor) -> Any:
+    """The values of some sequences."""
+    return values[kept.to(values.device)] if isinstance(values, Tensor) else [values[index] for index in kept.tolist()]
 
 
 def _columns(samples: Sequence[Sample]) -> dict[str, Any]:

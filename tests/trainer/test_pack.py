@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -132,3 +134,34 @@ def test_an_empty_micro_batch_has_the_columns_of_the_others() -> None:
     assert (pack.columns["label"].shape, pack.columns["name"]) == ((0,), [])
     assert pack.token_columns["top"].tolist() == [[0, 0]] * 4
     assert len(pack.items_N) == 0
+
+
+THIRD = sample([30, 31, 32, 33], [0, 0, 1, 1], number=9, name="c")
+
+
+@pytest.mark.parametrize("settings", [{}, {"row_multiple": 4}, {"row_multiple": 8, "sequence_multiple": 4}])
+@pytest.mark.parametrize(
+    "kept", [[True, False, True], [False, True, False], [True, True, True], [False, False, False]]
+)
+def test_a_row_of_some_of_its_sequences(kept: list[bool], settings: dict[str, int]) -> None:
+    samples = [replace(one, token_columns={"t": one.weights * 3}) for one in (FIRST, SECOND, THIRD)]
+    chosen = [one for one, keeps in zip(samples, kept, strict=True) if keeps]
+    found = collate(samples, items=[0, 1, 1], **settings).only(torch.tensor(kept))
+    blank = replace(FIRST, ids=FIRST.ids[:0], weights=FIRST.weights[:0], token_columns={"t": FIRST.weights[:0]})
+    items = {2: [0, 1], 1: [0], 3: [0, 1, 1], 0: []}[len(chosen)]
+    expected = collate(chosen, items=items, blank=blank, **settings)
+    if chosen or settings:  # a row of nothing at all has the length 1, or that of its multiple
+        assert lists(found) == lists(expected)
+    assert found.items_N.tolist() == expected.items_N.tolist()
+    assert (found.sequences, found.max_seqlen) == (expected.sequences, expected.max_seqlen)
+    assert (found.padding_T is None) == (expected.padding_T is None)
+    if found.padding_T is not None:
+        assert found.padding_T.tolist() == expected.padding_T.tolist()
+    assert found.columns["number"].tolist() == expected.columns["number"].tolist()
+    assert found.token_columns["t"].tolist() == expected.token_columns["t"].tolist()
+
+
+def test_a_row_that_must_keep_its_length() -> None:
+    found = collate([FIRST, SECOND], row_length=8, fixed=True).only(torch.tensor([False, True]))
+    assert lists(found)["ids_T"] == [20, 21, 0, 0, 0, 0, 0, 0]
+    assert found.cu_seqlens.tolist() == [0, 2, 8]

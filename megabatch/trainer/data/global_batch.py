@@ -101,4 +101,5 @@ class GlobalBatch:
             sequence_multiple=share.sequence_multiple,
             sequence_length=max((len(one.ids) for one in samples), default=0) if share.equal_sequences else 0,
             row_length=row_length,
+            fixed=share.equal_rows > 1 or share.row_length > 0,
         )

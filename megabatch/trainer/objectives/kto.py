@@ -52,28 +52,28 @@ class Kto(Objective):
             reference = [pack.columns[REFERENCE] for pack in packs]
         else:
             reference = self.log_probs(packs, inference, model=REFERENCE)
-        device = reference[0].device
-        kinds = [_kinds(pack.to(device)) for pack in packs]
-        sums = torch.stack([torch.stack([part.sum() for part in kind]) for kind in kinds]).sum(0)
-        gained = sums.new_zeros(1)
-        if self._settings.uses_kl:
-            policy = self.log_probs(packs, inference)
-            for own, other, kind in zip(policy, reference, kinds, strict=True):
-                gained = gained + ((own.to(device) - other) * kind[2]).sum()
-        good, bad, mismatched, gain = inference.total(torch.cat([sums, gained])).unbind()
+        packs = [
+            replace(pack, columns={**pack.columns, REFERENCE: r}) for pack, r in zip(packs, reference, strict=True)
+        ]
+        sums = torch.stack([torch.stack([part.sum() for part in _kinds(pack)]) for pack in packs]).sum(0)
+        gained = self._gained(packs, inference) if self._settings.uses_kl else sums.new_zeros(1)
+        good, bad, mismatched, gain = inference.total(torch.cat([sums.to(gained.device), gained])).unbind()
         kl = (gain / mismatched.clamp(min=1.0)).clamp(min=0.0)
         shared = {"kl": kl, "good": good, "bad": bad}
+        packs = [pack.only(pack.columns["matched"] > 0) for pack in packs]
         return [
-            replace(
-                pack,
-                columns={
-                    **pack.columns,
-                    REFERENCE: logps,
-                    **{k: v.expand(pack.sequences) for k, v in shared.items()},
-                },
-            )
-            for pack, logps in zip(packs, reference, strict=True)
+            replace(pack, columns={**pack.columns, **{k: v.expand(pack.sequences) for k, v in shared.items()}})
+            for pack in packs
         ]
+
+    def _gained(self, packs: Sequence[Pack], inference: Inference) -> Tensor:
+        """[1]: the log-ratios of this rank's mismatched answers, added up; they go through the policy just here."""
+        packs = [pack.only(pack.columns["matched"] == 0) for pack in packs]
+        found = [
+            ((own - pack.columns[REFERENCE].to(own.device)) * _kinds(pack)[2].to(own.device)).sum()
+            for own, pack in zip(self.log_probs(packs, inference), packs, strict=True)
+        ]
+        return torch.stack(found).sum()[None]
 
     def log_probs(self, packs: Sequence[Pack], inference: Inference, *, model: str = "policy") -> list[Tensor]:
         """See `Compared`."""

@@ -40,10 +40,10 @@ def write_pairs(path: Path, *, count: int, seed: int) -> Path:
     return path
 
 
-def made(folder: Path, ranks: int, **groups: dict[str, Any]) -> Recipe:
+def made(folder: Path, ranks: int, *, model: str = "qwen2", **groups: dict[str, Any]) -> Recipe:
     files = {"dataset": [str(folder / "train.jsonl")], "val_dataset": [str(folder / "validation.jsonl")]}
     every = merged(merged(merged(GROUPS, RM), groups), {"resources": {"tasks_per_node": ranks}, "data": files})
-    return replace(recipe(folder, "qwen2", **every), task="rlhf", rlhf=Rlhf(rlhf_type="rm"))
+    return replace(recipe(folder, model, **every), task="rlhf", rlhf=Rlhf(rlhf_type="rm"))
 
 
 def test_layouts_and_transformers_agree_on_rewards(ranks: RankServer, tmp_path: Path) -> None:
@@ -62,6 +62,32 @@ def test_layouts_and_transformers_agree_on_rewards(ranks: RankServer, tmp_path: 
     last = metrics(one, "eval")[-1]
     assert last["eval_margin"] == pytest.approx(sum(a - b for a, b in rewards) / len(rewards), rel=1e-4, abs=1e-6)
     assert last["eval_accuracy"] == sum(a > b for a, b in rewards) / len(rewards)
+
+
+LORA: dict[str, Any] = {"tuner": {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}}
+OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "lora, vpp": ("qwen2", LORA, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}),
+    "lora, tp": ("qwen2", LORA, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "experts": ("qwen3_moe", {}, {"expert_model_parallel_size": 2}),
+}
+"""Model, what is trained, and the sizes of two ranks."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_adapters_and_experts_on_two_ranks(name: str, ranks: RankServer, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "train.jsonl", count=16, seed=0)
+    write_pairs(tmp_path / "validation.jsonl", count=3, seed=1)
+    model, groups, sizes = OTHERS[name]
+    small = {**groups, "batch": {"global_batch_size": 4}, "data": {"packing": False, "packing_length": None}}
+    small["checkpoint"] = {"no_save_optim": True}
+    one = write_run(made(tmp_path, 1, model=model, **small), tmp_path / "one")
+    two = write_run(made(tmp_path, 2, model=model, **small, parallel=sizes), tmp_path / "two")
+    assert ranks.run(train, world_size=1, run_dir=str(one)) == [0]
+    assert ranks.run(train, world_size=2, run_dir=str(two)) == [0, 0]
+    for kind in ("train", "eval"):
+        for found, expected in zip(metrics(two, kind), metrics(one, kind), strict=True):
+            for key in expected.keys() & {"loss", "grad_norm", "accuracy", "margin", "eval_loss", "eval_margin"}:
+                assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-5), (kind, key)
 
 
 def _rewards(folder: Path, row: dict[str, Any]) -> tuple[float, float]:
