@@ -13,7 +13,8 @@ import pytest
 import runs
 import torch
 from rank_server import RankServer
-from vllm_server import MARKS, TOKEN, VOCAB, Running, made, update
+from vllm_python import NEEDS_VLLM
+from vllm_server import TOKEN, VOCAB, Running, made, update
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.vllm.client import Client
@@ -21,7 +22,7 @@ from megabatch.rollout.vllm.server import Server
 from megabatch.rollout.vllm.teacher import TeacherServer
 from megabatch.slurm.ports import free_port_block
 
-pytestmark = MARKS
+pytestmark = NEEDS_VLLM
 
 
 @pytest.fixture(scope="module")
