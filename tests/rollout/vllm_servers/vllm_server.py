@@ -87,8 +87,10 @@ class Running:
         return Server(client, owner="test", device=CPU, timeout_s=600, concurrency=4)
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """Also of one that was stopped before."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def start(folder: Path, port: int) -> Running:
