@@ -75,6 +75,19 @@ def test_a_policy_on_its_own_completions_has_ratio_one() -> None:
     assert terms.metrics["clip_low"].total == terms.metrics["clip_high"].total == 0
 
 
+def test_stale_completions_are_too_far_from_what_they_were_drawn_with() -> None:
+    """With the column `sampled` the old policy, which is the policy as it is here, decides nothing of it."""
+    found, grpo = made(), settings("grpo", beta=0.0, off_policy_sequence_mask_delta=0.05)
+    pack, places = as_pack(found)
+    logps, drawn = on_row(found.logps, pack, places), on_row(found.old, pack, places)
+    far = (((found.old - found.logps) * found.mask).sum(1) / found.mask.sum(1) > 0.05) & (found.advantages < 0)
+    expected = (far[:, None] * found.mask).sum().item()
+    assert expected > 0
+    for columns, tokens in (({"old": logps, "sampled": drawn}, expected), ({"old": logps}, 0)):
+        terms = objective_of(grpo).terms({"logps": logps}, replace(pack, token_columns=columns))
+        assert terms.metrics["too_far"].total == tokens
+
+
 def test_metrics_are_means_over_tokens() -> None:
     found, grpo = made(), settings("grpo", log_entropy=True, off_policy_sequence_mask_delta=0.05)
     _, _, terms = computed(found, grpo)
