@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megabatch.errors import RolloutError
-from megabatch.rollout.engine import Completion, Request
+from megabatch.rollout.engine import Completion, Request, UnservedError
 
 Stream = Callable[[Sequence[Request], threading.Event], Iterator[list[Completion]]]
 """Yields completions as they come. Once the event is set, what is not done comes back as `aborted`. Raises:
@@ -120,6 +120,7 @@ class Ahead:
         return len(self._flights) - self.unfinished
 
     def _work(self, requests: Sequence[Request]) -> None:
+        """All that is not done: nothing is added while this goes on."""
         error: RolloutError | None = None
         try:
             for some in self._stream(requests, self._stop):
@@ -133,5 +134,8 @@ class Ahead:
         except Exception as e:  # a thread's exception would only be printed, and `take` would wait for ever
             error = RolloutError(f"generating ahead failed: {type(e).__name__}: {e}")
         with self._changed:
+            left = sum(not flight.is_done for flight in self._flights.values())
+            if error is None and left and not self._stop.is_set():
+                error = UnservedError(f"{left} completions were ended by another user of the servers", ())
             self._error = error
             self._changed.notify_all()

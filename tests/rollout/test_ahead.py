@@ -119,3 +119,16 @@ def test_an_error_reaches_the_one_who_waits() -> None:
         with pytest.raises(RolloutError, match=words):
             ahead.take(["a"])
         ahead.hold()
+
+
+def test_completions_that_someone_else_ends_are_not_waited_for() -> None:
+    engine = Engine()
+
+    def ended(requests: Sequence[Request], stop: threading.Event) -> Iterator[list[Completion]]:
+        yield [engine._made(one, 2, aborted=True) for one in requests]
+
+    ahead = Ahead(ended)
+    ahead.begin([request("a")])
+    ahead.go_on()
+    with pytest.raises(UnservedError, match="1 completions were ended by another user of the servers"):
+        ahead.take(["a"])
