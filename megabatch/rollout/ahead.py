@@ -64,7 +64,7 @@ class Ahead:
         self._stream = stream
         self._flights: dict[str, _Flight] = {}
         self._changed = threading.Condition()
-        """Guards the flights' parts and the error."""
+        """Guards the flights and the error."""
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
         self._error: RolloutError | None = None
@@ -104,8 +104,8 @@ class Ahead:
             if not all(flight.is_done for flight in wanted):
                 assert self._error is not None
                 raise self._error
-        for key in keys:
-            del self._flights[key]
+            for key in keys:
+                del self._flights[key]
         return [flight.whole() for flight in wanted]
 
     @property
