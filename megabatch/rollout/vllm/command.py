@@ -51,6 +51,9 @@ def server_command(
     names = {word.partition("=")[0].replace("_", "-") for word in words}
     if on_cpus and not names & {"--gpu-memory-utilization", "--kv-cache-memory-bytes"}:
         words += _words("kv_cache_memory_bytes", CPU_CACHE_BYTES)
+    if on_cpus and not names & {"--enable-chunked-prefill", "--no-enable-chunked-prefill"}:
+        # after a part of a prompt vLLM 0.32 takes back a draw of the request's generator; on CPUs it cannot, and ends
+        words += _words("enable_chunked_prefill", False)
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
 
 

@@ -39,6 +39,13 @@ def test_a_server_on_cpus_takes_a_bounded_cache_unless_told() -> None:
         assert cache not in " ".join(server_command(options, more, on_cpus=True))
 
 
+def test_a_server_on_cpus_computes_prompts_whole_unless_told() -> None:
+    whole = "--no-enable-chunked-prefill"
+    assert whole in server_command(EngineOptions(model="m"), on_cpus=True)
+    assert whole not in server_command(EngineOptions(model="m"))
+    assert whole not in server_command(EngineOptions(model="m"), ["--enable-chunked-prefill"], on_cpus=True)
+
+
 def test_threads_of_cpus_are_left_to_the_cluster() -> None:
     assert "VLLM_CPU_OMP_THREADS_BIND" not in server_environment(on_cpus=False)
     assert server_environment(on_cpus=True)["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"

@@ -98,7 +98,7 @@ def start(folder: Path, port: int) -> Running:
     options = EngineOptions(
         model=str(folder), dtype="float32", enforce_eager=True, max_model_len=96, max_num_seqs=8, more=more
     )
-    command = server_command(options, host="127.0.0.1", port=port)
+    command = server_command(options, host="127.0.0.1", port=port, on_cpus=True)
     environment = {
         **os.environ,
         **server_environment(on_cpus=True),
