@@ -56,7 +56,7 @@ def demonstrations() -> Recipe:
             ffn_hidden_size=128,
             num_attention_heads=4,
             num_query_groups=2,
-            kv_channels=32,
+            kv_channels=16,
             padded_vocab_size=320,
             max_position_embeddings=128,
             torch_dtype="float32",
