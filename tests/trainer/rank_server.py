@@ -107,9 +107,11 @@ def _serve(connection: Connection, cuda: bool, imported: tuple[str, ...]) -> Non
         from megabatch.trainer import megatron_cpu
 
         megatron_cpu.adapt()
-    # what every run imports, once rather than in each rank of each world
-    for name in (*_IMPORTED, *imported):
-        importlib.import_module(name)
+    # what every run imports, once rather than in each rank of each world; Transformer Engine initialises CUDA when it
+    # is imported, and ranks forked after that could not use it
+    if not (cuda and importlib.util.find_spec("transformer_engine")):
+        for name in (*_IMPORTED, *imported):
+            importlib.import_module(name)
     while True:
         try:
             source, world_size, timeout_s, arguments = connection.recv()

@@ -114,6 +114,8 @@ def transformer_impl(recipe: Recipe, shape: ModelShape) -> str:
         why = "transformer-engine is not installed"
     elif not torch.cuda.is_available():
         why = "there is no CUDA device"
+    elif recipe.model.torch_dtype == "float32":
+        why = "Transformer Engine has no attention of packed rows in fp32"
     elif shape.attention_output_bias or shape.mlp_bias:
         why = "megatron-core's Transformer Engine layers lack some of this model's biases"
     else:
@@ -217,10 +219,26 @@ def _kernels(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
         "bias_activation_fusion": cuda and not kernels.no_bias_swiglu_fusion,
         "apply_rope_fusion": has_te and not kernels.no_rope_fusion,
         "gradient_accumulation_fusion": has_wgrad and not kernels.no_gradient_accumulation_fusion,
-        "attention_backend": AttnBackend[kernels.attention_backend],
+        "attention_backend": _attention_backend(kernels.attention_backend, has_te=has_te),
         "apply_query_key_layer_scaling": has_te and bool(recipe.precision.apply_query_key_layer_scaling),
         "deterministic_mode": recipe.training.deterministic_mode,
     }
+
+
+def _attention_backend(wanted: str, *, has_te: bool) -> AttnBackend:
+    """Transformer Engine's `flash` is the package flash-attn; without it cuDNN's fused attention computes the same."""
+    if has_te and wanted == "flash" and not any(importlib.util.find_spec(name) for name in _FLASH):
+        _say_fused()
+        return AttnBackend.fused
+    return AttnBackend[wanted]
+
+
+_FLASH = ("flash_attn", "flash_attn_interface", "flash_attn_3")
+
+
+@functools.cache
+def _say_fused() -> None:
+    logger.info("kernels.attention_backend: fused, from cuDNN, because flash-attn is not installed")
 
 
 def _extra(values: Mapping[str, Any] | None) -> dict[str, Any]:
