@@ -2,6 +2,7 @@
 
 python tests/matrix.py RESULTS.jsonl              hours on a few cores; goes on where it was interrupted
 python tests/matrix.py RESULTS.jsonl --table      what is there, as a table
+python tests/matrix.py RESULTS.jsonl --scores     classifiers, embeddings and rerankers instead: minutes
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "trainer"))
+sys.path.insert(0, str(Path(__file__).parent / "trainer" / "heads"))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, installed or not
 
+import scored
 from composed import TOLERANCE, Composed, worlds
 from compositions import Composition, compositions, covering
 from rank_server import RankServer
@@ -35,7 +38,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, help="JSON Lines, a line for each composition")
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--scores", action="store_true", help="tasks that score texts, at a few compositions each")
     options = parser.parse_args(arguments)
+    if options.scores:
+        return _scores(options.results)
     if not options.table:
         _run(options.results)
     found = _read(options.results)
@@ -59,6 +65,26 @@ def _run(results: Path) -> None:
             for line in _lines(composed, world):
                 print(json.dumps(line), file=file, flush=True)
     ranks.close()
+
+
+def _scores(results: Path) -> int:
+    """Every task of `scored`, from the start."""
+    ranks, failed = RankServer(), 0
+    with open(results, "w", encoding="utf-8") as file:
+        for task in scored.TASKS:
+            with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
+                scored.write_rows(task, Path(folder))
+                composed = Composed(ranks, Path(folder), timeout_s=TIMEOUT_S, recipe_of=scored.recipe_of(task))
+                found = [
+                    line for world in worlds(scored.COMPOSITIONS, at_once=AT_ONCE) for line in _lines(composed, world)
+                ]
+            for line in found:
+                text = json.dumps({**line, "name": f"{task}-{line['name']}"})
+                print(text, file=file, flush=True)
+                print(text, flush=True)
+                failed += not _passes(line)
+    ranks.close()
+    return int(failed > 0)
 
 
 def _one_of_each_layout() -> list[Composition]:

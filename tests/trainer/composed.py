@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from compositions import Composition, recipe_of
 from rank_server import RankServer
 from runs import recipe, write_run
+
+from megabatch import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent / "lora"))
 
@@ -69,6 +71,7 @@ class Composed:
     folder: Path
     timeout_s: float = 500
     """Of one world."""
+    recipe_of: Callable[[Composition, Path], Recipe] = recipe_of
     references: dict[str, Curve] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,7 +93,7 @@ class Composed:
 
     def _curves(self, world: list[Composition]) -> dict[str, list[Curve]]:
         """Of each rank."""
-        runs = [str(write_run(recipe_of(one, self.folder), self.folder / one.name)) for one in world]
+        runs = [str(write_run(self.recipe_of(one, self.folder), self.folder / one.name)) for one in world]
         found = self.ranks.run(
             curves,
             world_size=world[0].world_size,

@@ -92,8 +92,13 @@ def layout_of(one: Composition) -> Layout | None:
 
 def recipe_of(one: Composition, folder: Path) -> Recipe:
     """A run of it on the data that `runs.recipe` made in `folder`."""
+    return laid_out(_of_its_kind(one.alone, folder), one)
+
+
+def laid_out(made: Recipe, one: Composition) -> Recipe:
+    """A recipe of one process at the sizes of a composition."""
     return with_fields(
-        _of_its_kind(one.alone, folder),
+        made,
         batch={"micro_batch_size": one.micro_batch_size},
         parallel={
             "tensor_model_parallel_size": one.tp,
