@@ -39,9 +39,10 @@ def respelled(expected: Collection[str], keys: Collection[str]) -> dict[str, str
     }
 
 
-_OPTIMIZER = ("optimizer.", "chained_", "rerun_state_machine_state", "rng_state")
+_OPTIMIZER = ("optimizer.", "chained_", "rerun_state_machine_state", "rng_state", "frozen.")
 
 
 def is_optimizer(key: str) -> bool:
-    """Whether a key is of the optimizer's state or of random generators, not of the model."""
+    """Whether a key is of the optimizer's state, of random generators or of another model of the run (`frozen.`), not
+    of the model."""
     return key.startswith(_OPTIMIZER)

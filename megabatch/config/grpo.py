@@ -107,14 +107,8 @@ class Grpo:
     router_replay_mode: Literal["disabled", "R2", "R3"] = param("disabled", built=False)
     """Routes tokens as before: as the policy did when log-probabilities were computed (R2), or as the rollout engine
     did (R3)."""
-    teacher_kl_coef: float = param(1.0, built=False, at_least=0)
-    """Weight of a teacher's KL as an advantage of each token."""
-    sync_ref_model: bool = param(False, built=False)
-    """Blends the policy into the reference model from time to time."""
-    ref_model_sync_steps: int = param(512, built=False, at_least=1)
-    """Optimizer steps between these blends."""
-    ref_model_mixup_alpha: float = param(0.6, built=False, above=0, at_most=1)
-    """The policy's part in a blend; 1 copies it."""
+    teacher_kl_coef: float = param(1.0, at_least=0)
+    """Weight of a teacher's log-probability minus the policy's as an advantage of each token; for `teacher_model`."""
     log_rollout_offpolicy_metrics: bool = param(False)
     """Logs that difference even without a correction."""
     log_completions: bool = param(False)

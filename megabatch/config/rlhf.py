@@ -24,6 +24,12 @@ class Rlhf:
     token cache; the reference is not in memory while the policy trains. For dpo and kto."""
     precompute_ref_batch_size: int | None = param(None, at_least=1)
     """Packs in a micro-batch of that pass; None means `micro_batch_size`."""
+    sync_ref_model: bool = param(False)
+    """Blends the policy into the reference model from time to time (TR-DPO); for dpo, kto and grpo."""
+    ref_model_sync_steps: int = param(512, at_least=1)
+    """Optimizer steps between these blends."""
+    ref_model_mixup_alpha: float = param(0.6, above=0, at_most=1)
+    """The policy's part in a blend; 1 copies it, as LoRA needs."""
 
 
 DpoLoss = Literal[
@@ -117,7 +123,7 @@ class Gkd:
     """Generalised knowledge distillation."""
 
     teacher_model: str | None = param(None)
-    """Folder or hub name of the teacher; GKD needs it, or `teacher_model_server`."""
+    """Folder or hub name of the teacher; GKD needs it, or `teacher_model_server`; GRPO may have one (`teacher_kl_coef`)."""
     teacher_model_type: str | None = param(None)
     """Teacher's family (`model_type` of its config.json), which must be that; None takes what it is."""
     teacher_model_revision: str | None = param(None)

@@ -46,7 +46,7 @@ def damaged_other_models(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _has_teacher(recipe: Recipe) -> bool:
-    return recipe.kind is not None and recipe.kind.name == "gkd"
+    return recipe.kind is not None and recipe.kind.name in ("gkd", "grpo")
 
 
 def _reference(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fault]:

@@ -98,6 +98,14 @@ def _std(values_PG: Tensor) -> Tensor:
     return (squares_PG.sum(1, keepdim=True) / (known_P1 - 1).clamp(min=1)).sqrt()
 
 
+def of_teacher(teacher_T: Tensor, old_T: Tensor) -> Tensor:
+    """log p_teacher - log p_old of each token: what it is worth to a teacher. Its mean estimates -KL(old || teacher).
+
+    Source: MiniLLM, arXiv:2306.08543 section 2.2, the reward of a single token.
+    """
+    return torch.sub(teacher_T, old_T)
+
+
 def kl_in_reward(old_T: Tensor, reference_T: Tensor) -> Tensor:
     """log p_old - log p_ref of each token; its sum over a completion estimates KL(old || reference) (k1).
 

@@ -24,7 +24,7 @@ from megabatch.trainer.model.tuning import ALL, Tuning, tuning_of
 from megabatch.trainer.model_source import ModelSource, base_of_adapter
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.references import PolicyWith, add_adapter, with_policy
+from megabatch.trainer.references import Following, PolicyWith, add_adapter, with_policy
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def build_engine(
     train_iters: int,
     frozen: Mapping[str, Model | PolicyWith] | None = None,
     trains: bool = True,
+    following: Mapping[str, Following] | None = None,
 ) -> Engine:
     """The model with uninitialised weights, its optimizer, and the frozen models.
 
@@ -86,7 +87,7 @@ def build_engine(
             overlap_param_gather=parallel.overlap_param_gather,
         )
     models, adapters = with_policy(frozen or {}, model, ranks, family)
-    return Engine(model, ranks, optimizer=optimizer, frozen=models, adapters=adapters)
+    return Engine(model, ranks, optimizer=optimizer, frozen=models, adapters=adapters, following=following)
 
 
 def frozen_model(run: RunConfig, ranks: Ranks, source: ModelSource, *, adapter: Path | None = None) -> Model:

@@ -9,6 +9,7 @@ corrects for them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,9 +35,12 @@ from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.broadcast import on_all_ranks
 from megabatch.trainer.readouts.readout import Readout, Split
+from megabatch.trainer.references import Following, blend, copy_adapter
 from megabatch.trainer.stopwatch import Stopwatch
 from megabatch.trainer.sums import NONE, Flags, Measured, Ratio, Sums
 from megabatch.trainer.zigzag import Cut, zigzag
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,14 +81,16 @@ class Engine:
         optimizer: Optimizer | None = None,
         frozen: Mapping[str, Model] | None = None,
         adapters: Mapping[str, str | None] | None = None,
+        following: Mapping[str, Following] | None = None,
     ) -> None:
         """Args: `frozen`: more models by name, such as a reference; same layout, no gradients; adapters: which of its
-        adapters each of these uses, if not the one that it always has."""
+        adapters each of these uses, if not the one that it always has; following: which of them follow the policy."""
         self.model = model
         self.ranks = ranks
         self.optimizer = optimizer
         self.models = {POLICY: model, **(frozen or {})}
         self._adapters = adapters or {}
+        self.following = following or {}
         self._splits = {name: _split(one, ranks) for name, one in self.models.items()}
         self._schedule = get_forward_backward_func()
         self._stopwatch = Stopwatch(ranks.device)
@@ -139,6 +145,17 @@ class Engine:
             flags=raised,
             times=self._stopwatch.read(),
         )
+
+    def follow(self, steps: int) -> None:
+        """Blends the policy into the frozen models that follow it and are due after so many steps of the run."""
+        for name, following in self.following.items():
+            if not following.is_due(steps):
+                continue
+            if self.models[name] is self.model:
+                copy_adapter(self.model, name)
+            else:
+                blend(self.models[name], self.model, following.alpha)
+            logger.info("after step %d, %s takes %g of the policy", steps, name, following.alpha)
 
     def optimizer_from_model(self) -> None:
         """Copies the model's weights into the optimizer's main parameters, after loading weights."""

@@ -62,7 +62,7 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity
     source = model_source(run, ranks)
     parts = opener(run)(run, source, ranks, busy=lambda: heart.beat("starting"))
     train_iters = parts.steps.train_iters
-    engine = assemble.build_engine(run, ranks, train_iters=train_iters, frozen=parts.frozen)
+    engine = assemble.build_engine(run, ranks, train_iters=train_iters, frozen=parts.frozen, following=parts.following)
     checkpoints = assemble.make_checkpoints(run, ranks, source, parts.export, tuning=engine.model.tuning)
     progress = start(run, engine, checkpoints, source)
     parts.steps.require(progress.cursor)
@@ -172,6 +172,7 @@ class Loop:
                 skipped=progress.skipped + (not result.updated),
                 recent=remembered(self.recipe.watching, Seen(result.metrics["loss"].value, result.grad_norm), before),
             )
+            self.engine.follow(progress.step)
             self._log(progress, step, result, seconds=seconds)
             self.profiler.end(progress.step)
             if self.checkpoints.under_way and not result.flags.writing:

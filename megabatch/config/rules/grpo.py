@@ -70,7 +70,7 @@ def the_ratio_is_bounded_above_its_clip(
 
 
 def the_reference_is_needed(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    """Settings of the KL term need one; a synchronised reference must be a model of its own."""
+    """Settings of the KL term need one, and a use for it."""
     if not _is_grpo(recipe):
         return
     grpo = recipe.grpo
@@ -80,16 +80,32 @@ def the_reference_is_needed(recipe: Recipe, shape: ModelShape | None, layout: La
     if grpo.kl_in_reward and grpo.loss_type == "real":
         rule = "changes no label: loss_type='real' reads of an advantage only whether it is positive"
         yield Fault("grpo.kl_in_reward", True, rule, try_=(False,))
-    if grpo.beta == 0:
-        for name in ("kl_in_reward", "sync_ref_model"):
-            if getattr(grpo, name):
-                yield Fault(f"grpo.{name}", True, "has no effect with beta=0, which needs no reference", try_=(False,))
-    elif grpo.sync_ref_model and recipe.tuner.tuner_type == "lora":
-        rule = "needs tuner_type='full': with LoRA the reference is the model without its adapter"
-        yield Fault("grpo.sync_ref_model", True, rule, try_=(False,))
-    for name in ("ref_model_sync_steps", "ref_model_mixup_alpha"):
-        if not grpo.sync_ref_model and getattr(grpo, name) != getattr(Grpo(), name):
-            yield Fault(f"grpo.{name}", getattr(grpo, name), "has no effect with sync_ref_model=False")
+    if grpo.beta == 0 and grpo.kl_in_reward:
+        yield Fault("grpo.kl_in_reward", True, "has no effect with beta=0, which needs no reference", try_=(False,))
+
+
+def a_teacher_is_heard(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """A teacher's advantages need a weight and a loss that reads advantages of tokens; the weight needs a teacher."""
+    coefficient, teacher = recipe.grpo.teacher_kl_coef, recipe.gkd.teacher_model
+    if not _is_grpo(recipe):
+        return
+    if (server := recipe.gkd.teacher_model_server) is not None:
+        rule = "is for rlhf_type='gkd'; GRPO has its teacher in the ranks, by teacher_model"
+        yield Fault("gkd.teacher_model_server", server, rule, try_=(None,))
+    if teacher is None and coefficient != Grpo().teacher_kl_coef:
+        yield Fault("grpo.teacher_kl_coef", coefficient, "has no effect without teacher_model", try_=(1.0,))
+    if teacher is not None and coefficient == 0:
+        yield Fault("gkd.teacher_model", teacher, "has no effect with teacher_kl_coef=0", try_=(None,))
+    if teacher is not None and recipe.grpo.loss_type == "real":
+        rule = "changes no label: loss_type='real' has one for each completion"
+        yield Fault("gkd.teacher_model", teacher, rule, try_=(None,))
+    if teacher is not None and recipe.grpo.dynamic_sample and not _has_rewards(recipe):
+        rule = "compares rewards, and only a teacher is given"
+        yield Fault("grpo.dynamic_sample", True, rule, try_=(False,))
+
+
+def _has_rewards(recipe: Recipe) -> bool:
+    return bool(recipe.grpo.reward_funcs or recipe.grpo.reward_model or recipe.rollout.use_gym_env)
 
 
 def completions_decide_the_rows(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -106,7 +122,7 @@ def completions_decide_the_rows(recipe: Recipe, shape: ModelShape | None, layout
     if recipe.data.loss_scale is not None:
         rule = "has no effect: nothing of a prompt is learned"
         yield Fault("data.loss_scale", recipe.data.loss_scale, rule, try_=(None,))
-    if not (recipe.grpo.reward_funcs or recipe.grpo.reward_model or recipe.rollout.use_gym_env):
+    if not _has_rewards(recipe) and recipe.gkd.teacher_model is None:
         yield Fault("grpo.reward_funcs", None, "is missing: name at least one reward", bare=True)
 
 
@@ -114,5 +130,6 @@ RULES = (
     losses_have_what_they_read,
     the_ratio_is_bounded_above_its_clip,
     the_reference_is_needed,
+    a_teacher_is_heard,
     completions_decide_the_rows,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megabatch.config.grpo import Rollout
 from megabatch.config.recipe import Recipe
-from megabatch.config.rlhf import Dpo, Gkd
+from megabatch.config.rlhf import Dpo, Gkd, Rlhf
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -192,6 +192,43 @@ def reference_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Lay
         yield Fault("bridge.ref_adapters", bridge.ref_adapters, rule)
 
 
+def a_reference_follows(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """`sync_ref_model` needs a reference that a blend can be written to."""
+    rlhf, defaults = recipe.rlhf, Rlhf()
+    if not rlhf.sync_ref_model:
+        for name in ("ref_model_sync_steps", "ref_model_mixup_alpha"):
+            if getattr(rlhf, name) != getattr(defaults, name):
+                yield Fault(f"rlhf.{name}", getattr(rlhf, name), "has no effect with sync_ref_model=False")
+        return
+    if (why := without_reference(recipe)) is not None:
+        yield Fault("rlhf.sync_ref_model", True, f"has no effect: {why} has no reference", try_=(False,))
+    elif rlhf.precompute_ref_log_probs:
+        rule = "changes the reference, and precompute_ref_log_probs=True keeps its numbers from before the first step"
+        yield Fault("rlhf.sync_ref_model", True, rule, try_=(False,))
+    elif recipe.tuner.tuner_type == "lora":
+        yield from _an_adapter_follows(recipe)
+
+
+def _an_adapter_follows(recipe: Recipe) -> Iterator[Fault]:
+    """With LoRA the reference is a copy of the policy's adapter, not a blend of two."""
+    if recipe.rlhf.ref_model_mixup_alpha < 1:
+        rule = (
+            "must be 1 with LoRA, which copies the policy's adapter: a blend of two adapters' products has the sum of "
+            "their ranks, and one of their matrices is another model; for others use tuner_type='full'"
+        )
+        yield Fault("rlhf.ref_model_mixup_alpha", recipe.rlhf.ref_model_mixup_alpha, rule, try_=(1.0,))
+    given = {
+        "bridge.ref_model": recipe.bridge.ref_model,
+        "rlhf.ref_load": recipe.rlhf.ref_load,
+        "bridge.ref_adapters": recipe.bridge.ref_adapters or None,
+        "rlhf.ref_adapter_load": recipe.rlhf.ref_adapter_load,
+    }
+    for field, value in given.items():
+        if value is not None:
+            rule = "is another reference than the policy's own model, which sync_ref_model copies adapters onto"
+            yield Fault(field, value, rule, try_=(None,))
+
+
 def reference_is_still_there(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """What the policy begins with is the reference unless a recipe names another one."""
     if without_reference(recipe) is not None:
@@ -261,6 +298,7 @@ RULES = (
     answers_can_be_written,
     a_temperature_has_a_use,
     reference_is_said_once,
+    a_reference_follows,
     reference_is_still_there,
     log_probs_can_be_precomputed,
     settings_of_next_token_prediction_have_a_use,

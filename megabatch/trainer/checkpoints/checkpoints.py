@@ -293,7 +293,9 @@ class Checkpoints:
             logger.info("%s has no random generators for this layout: they start over", checkpoint)
         updates = progress.updates if optimizer else None
         rng, inner = rng and same, checkpoint / MCORE
-        torch_dist.load(engine, inner, saved.manifest, updates=updates, rng=rng, each_once=self.each_once)
+        torch_dist.load(
+            engine, inner, saved.manifest, updates=updates, rng=rng, following=True, each_once=self.each_once
+        )
         if engine.optimizer is not None and optimizer:
             engine.optimizer.advance(progress.updates)
             if engine.optimizer.loss_scale is not None and progress.loss_scale is not None:

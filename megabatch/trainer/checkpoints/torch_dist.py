@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from megabatch.saved.manifest import DamagedError, File, Manifest
 from megabatch.trainer.checkpoints import optimizer_state, writing
 from megabatch.trainer.checkpoints.reading import Reader, through
 from megabatch.trainer.checkpoints.replicas import deal
-from megabatch.trainer.checkpoints.trained_state import trained_state, trained_tensors
+from megabatch.trainer.checkpoints.trained_state import adapter_state, adapter_tensors, trained_state, trained_tensors
 from megabatch.trainer.checkpoints.unpickling import as_data
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.model.naming import is_of_adapter
@@ -31,6 +32,8 @@ from megabatch.trainer.ranks import Ranks
 METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """Options for how megatron-core lays out the model's state."""
 _TRAINED = "trained"
+_FROZEN = "frozen"
+logger = logging.getLogger(__name__)
 
 
 def save(engine: Engine, directory: Path, *, optimizer: bool, rng: bool) -> dict[str, File]:
@@ -52,7 +55,7 @@ def save(engine: Engine, directory: Path, *, optimizer: bool, rng: bool) -> dict
 def plan_save(engine: Engine, *, optimizer: bool, rng: bool) -> writing.Plan:
     """Plans which parts of the state this rank writes; collective."""
     ranks = engine.ranks
-    state: dict[str, Any] = deal(_model_state(engine), ranks)
+    state: dict[str, Any] = deal(_model_state(engine) | _following_state(engine), ranks)
     if optimizer and engine.optimizer is not None:
         state["optimizer"] = optimizer_state.sharded(engine.optimizer, _optimized_state(engine), ranks)
     if rng:
@@ -84,17 +87,21 @@ def load(
     *,
     updates: int | None,
     rng: bool,
+    following: bool = False,
     each_once: bool = False,
 ) -> None:
-    """Loads the model and, if requested, optimizer and generators into the engine; collective.
+    """Loads the model and, if requested, optimizer, generators and what follows the policy; collective.
 
     Args: manifest: digests to check every byte against before using it; None checks nothing.
     updates: number of updates that the checkpoint's optimizer has done, to load it too; None leaves it fresh.
     rng: load the generators, which needs the layout that saved them; everything else loads into any layout.
+    following: load the frozen models that follow the policy, where the checkpoint has them.
     each_once: of the ranks that need the same bytes, one reads them and sends them to the others.
     Raises: CheckpointError on every rank; on a rank that found damage, a DamagedError.
     """
     read = _opened(engine.ranks, directory, manifest, each_once=each_once)
+    if following:
+        _load_following(engine, read, directory)
     if engine.model.tuning.lora is None:
         _load_own(engine, read)
     else:
@@ -129,6 +136,27 @@ def _load_trained(engine: Engine, read: Any) -> None:
     with torch.no_grad():
         for name, parameter in trained_tensors(engine.model, engine.ranks).items():
             parameter.copy_(loaded[name])
+
+
+def _load_following(engine: Engine, read: Any, directory: Path) -> None:
+    saved = read.args[2].read_metadata().state_dict_metadata
+    for name in engine.following:
+        prefix = _prefix(name)
+        if not any(key.startswith(prefix) for key in saved):
+            logger.warning(
+                "%s has no %s that follows the policy: it begins as the run's other settings say", directory, name
+            )
+            continue
+        loaded = read({_FROZEN: _one_following(engine, name)})[_FROZEN]
+        model = engine.models[name]
+        if model is engine.model:
+            with torch.no_grad():
+                for key, parameter in adapter_tensors(model, engine.ranks, name).items():
+                    parameter.copy_(loaded[key])
+            continue
+        for i, chunk in enumerate(chunks := model.chunks):
+            state = loaded[_chunk_key(i, of=len(chunks))]
+            chunk.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()}, strict=False)
 
 
 def _opened(ranks: Ranks, directory: Path, manifest: Manifest | None, *, each_once: bool) -> Any:
@@ -211,6 +239,28 @@ def _own_state(engine: Engine) -> dict[str, Any]:
     return {
         _chunk_key(i, of=len(chunks)): {name: item for name, item in state.items() if not is_of_adapter(name)}
         for i, state in enumerate(states)
+    }
+
+
+def _prefix(name: str) -> str:
+    """What the keys of a frozen model begin with."""
+    return f"{_FROZEN}.{name}."
+
+
+def _following_state(engine: Engine) -> dict[str, Any]:
+    """The frozen models that follow the policy."""
+    found = {name: _one_following(engine, name) for name in engine.following}
+    return {_FROZEN: found} if found else {}
+
+
+def _one_following(engine: Engine, name: str) -> dict[str, Any]:
+    model, prefix = engine.models[name], _prefix(name)
+    if model is engine.model:
+        return dict(adapter_state(model, engine.ranks, name, prefix=prefix))
+    chunks = model.chunks
+    return {
+        _chunk_key(i, of=len(chunks)): chunk.sharded_state_dict(prefix=prefix, metadata=dict(METADATA))
+        for i, chunk in enumerate(chunks)
     }
 
 

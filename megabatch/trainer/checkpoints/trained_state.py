@@ -34,6 +34,22 @@ def trained_state(model: Model, ranks: Ranks) -> dict[str, ShardedTensor | Shard
     return {_name(item.mapped): _sharded(item, model, ranks) for item in _trained(model, ranks)}
 
 
+def adapter_tensors(model: Model, ranks: Ranks, name: str) -> dict[str, nn.Parameter]:
+    """This rank's parameters of a frozen adapter on the trained one's layers, by `adapter_state`'s names."""
+    return {_name(item.mapped): item.parameter for item in _of_adapter(model, ranks, name)}
+
+
+def adapter_state(
+    model: Model, ranks: Ranks, name: str, *, prefix: str
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """The place of each of them in its global tensor, whose key begins with `prefix`."""
+    return {_name(item.mapped): _sharded(item, model, ranks, prefix) for item in _of_adapter(model, ranks, name)}
+
+
+def _of_adapter(model: Model, ranks: Ranks, name: str) -> list[Placed]:
+    return list(placed(model, model.others[name].table, ranks, adapter=name))
+
+
 def _trained(model: Model, ranks: Ranks) -> list[Placed]:
     tuning = model.tuning
     own = [item for item in placed(model, tuning.table, ranks) if item.mapped.name in tuning.trained]
@@ -44,15 +60,16 @@ def _name(mapped: Mapped) -> str:
     return mapped.name if mapped.expert is None else f"{mapped.name}[{mapped.expert}]"
 
 
-def _sharded(item: Placed, model: Model, ranks: Ranks) -> ShardedTensor | ShardedTensorFactory:
+def _sharded(item: Placed, model: Model, ranks: Ranks, prefix: str = "") -> ShardedTensor | ShardedTensorFactory:
     mapped = item.mapped
     rank, size = tensor_split(mapped, ranks)
     whole, stage = mapped.split == "replicated", int(item.is_copy)
     copies = (stage, rank if whole else 0, dist.get_rank(group_of(item.parameter, ranks)))
     cut = _Cut(cell(mapped, model.shape, stacked=False), mapped, rank, size)
+    key = prefix + cut.place.key
     if cut.sections == 1 and not cut.turned:
-        return cut.tensor(cut.place.key, item.parameter, copies)
-    return ShardedTensorFactory(cut.place.key, item.parameter, cut.parts, cut.joined, copies)
+        return cut.tensor(key, item.parameter, copies)
+    return ShardedTensorFactory(key, item.parameter, cut.parts, cut.joined, copies)
 
 
 @dataclass(frozen=True, slots=True)

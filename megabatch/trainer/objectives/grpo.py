@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megabatch.config.grpo import Grpo
 from megabatch.config.resolved import resolved
+from megabatch.rl.advantages import of_teacher
 from megabatch.rl.corrections import is_too_far
 from megabatch.rl.entropy import lowest_kept
 from megabatch.rl.sequences import Sequences
@@ -39,9 +40,10 @@ if TYPE_CHECKING:
 
 ADVANTAGE = "advantage"
 """Column: the advantage of a completion."""
-OLD, REFERENCE, CORRECTION = "old", "reference", "correction"
+OLD, REFERENCE, CORRECTION, TEACHER = "old", "reference", "correction", "teacher"
 """Token columns: log-probabilities of the policy that the ratio compares with (without it, those of the policy as it
-is) and of the reference (without it, there is no KL term in the loss), and the rollout correction (without it, 1)."""
+is), of the reference (without it, there is no KL term in the loss) and of a teacher, and the rollout correction
+(without it, 1)."""
 SAMPLED = "sampled"
 """Token column: log-probabilities that the tokens were drawn with, for `off_policy_sequence_mask_delta` where
 completions are stale; without it, the old ones."""
@@ -71,6 +73,9 @@ class _Row:
     """log p - log p_old; 0 outside of completions, whatever stands there."""
     advantages_N: Tensor
     advantages_T: Tensor
+    """Of each token: its completion's, and the teacher's part."""
+    teacher_T: Tensor | None
+    """log p_teacher - log p_old; 0 outside of completions; None without a teacher."""
     sequences: Sequences
 
 
@@ -81,8 +86,11 @@ class GrpoObjective(Objective):
     arXiv:2503.20783 section 3.1; dapo arXiv:2503.14476 equation 8; the others as their surrogates.
     """
 
-    def __init__(self, grpo: Grpo, *, temperature: float, max_completion_length: int) -> None:
-        """Args: `grpo`: with derived defaults (`config.grpo_defaults`); `temperature`: of the sampled distribution."""
+    def __init__(
+        self, grpo: Grpo, *, temperature: float, max_completion_length: int, has_teacher: bool = False
+    ) -> None:
+        """Args: `grpo`: with derived defaults (`config.grpo_defaults`); `temperature`: of the sampled distribution;
+        `has_teacher`: whether tokens have the column `TEACHER`."""
         self.norm = NORMS[grpo.loss_type]
         self._grpo, self._longest = grpo, max_completion_length
         self._selects = grpo.top_entropy_quantile < 1
@@ -95,6 +103,7 @@ class GrpoObjective(Objective):
             *(("clip_low", "clip_high") if grpo.loss_type != "real" else ()),
             *(("kl",) if self._has_kl else ()),
             *(("entropy",) if self.readout.entropies else ()),
+            *(("teacher_kl",) if has_teacher else ()),
             *(("too_far",) if grpo.off_policy_sequence_mask_delta is not None else ()),
         )
 
@@ -141,12 +150,17 @@ class GrpoObjective(Objective):
         old_T = pack.token_columns.get(OLD, logps_T.detach())
         sequences = Sequences(pack.segments_T, pack.sequences, pack.sequence_sums)
         advantages_N = pack.columns[ADVANTAGE].to(logps_T.dtype)
+        advantages_T, teacher_T = sequences.spread(advantages_N), None
+        if "teacher_kl" in self.metrics:
+            teacher_T = torch.where(mask_T > 0, of_teacher(pack.token_columns[TEACHER], old_T), 0.0)
+            advantages_T = advantages_T + self._grpo.teacher_kl_coef * teacher_T
         return _Row(
             logps_T=logps_T,
             mask_T=mask_T,
             log_ratio_T=torch.where(mask_T > 0, logps_T - old_T, 0.0),
             advantages_N=advantages_N,
-            advantages_T=sequences.spread(advantages_N),
+            advantages_T=advantages_T,
+            teacher_T=teacher_T,
             sequences=sequences,
         )
 
@@ -165,6 +179,8 @@ class GrpoObjective(Objective):
         if self._has_kl:
             found_T["kl"] = k3(row.logps_T, pack.token_columns[REFERENCE], row.mask_T)
             losses_T = losses_T + grpo.beta * found_T["kl"]
+        if row.teacher_T is not None:
+            found_T["teacher_kl"] = -row.teacher_T
         return losses_T, found_T
 
     def _surrogate(self, row: _Row, ratio_T: Tensor, pack: Pack) -> Tensor:

@@ -15,12 +15,12 @@ from megabatch.data.tokens.sample import Encoded
 from megabatch.rl.rounds import Rolled
 from megabatch.trainer.data.global_batch import GlobalBatch, Share
 from megabatch.trainer.engine import POLICY, Engine
-from megabatch.trainer.objectives.grpo import ADVANTAGE, CORRECTION, OLD, REFERENCE, SAMPLED
+from megabatch.trainer.objectives.grpo import ADVANTAGE, CORRECTION, OLD, REFERENCE, SAMPLED, TEACHER
 from megabatch.trainer.pack import Pack
 from megabatch.trainer.readouts.tokens import Tokens
 from megabatch.trainer.steps import State, Step
 
-LEARNED_WITH = (OLD, REFERENCE, CORRECTION, SAMPLED)
+LEARNED_WITH = (OLD, REFERENCE, CORRECTION, SAMPLED, TEACHER)
 """Numbers of a completion's tokens that the loss uses, where a round has them."""
 
 

@@ -25,7 +25,7 @@ from megabatch.rl.corrections import (
 from megabatch.rl.rounds import Rolled, Round, Sum
 from megabatch.rl.sequences import Sequences
 from megabatch.trainer.engine import Engine
-from megabatch.trainer.objectives.grpo import CORRECTION, OLD, REFERENCE, SAMPLED
+from megabatch.trainer.objectives.grpo import CORRECTION, OLD, REFERENCE, SAMPLED, TEACHER
 from megabatch.trainer.readouts.tokens import Tokens
 from megabatch.trainer.rl.ahead import Draws, Lead
 from megabatch.trainer.rl.batch import Batching
@@ -51,6 +51,8 @@ class Rolling:
     temperature: float
     lead: Lead | None = None
     """With `async_generate`."""
+    has_teacher: bool = False
+    """Whether the engine has a model `TEACHER`, whose log-probabilities are part of the advantages."""
 
     def round(self, number: int, draws: Draws, engine: Engine) -> Round:
         """The next round. Raises: RolloutError, RewardError, DataError on every rank."""
@@ -111,7 +113,7 @@ class Rolling:
         return chosen, draws, metrics
 
     def _with_logps(self, completions: Sequence[Rolled], engine: Engine) -> list[Rolled]:
-        """Adds log-probabilities of the policy and the reference, where something needs them."""
+        """Adds log-probabilities of the policy, the reference and a teacher, where something needs them."""
         found: dict[str, list[np.ndarray]] = {}
         if self._needs_old:
             found[OLD] = self.batching.logps(engine, completions, Tokens(self.temperature))
@@ -121,6 +123,9 @@ class Rolling:
             self.generator.busy()
         if self.lead is not None and self.grpo.off_policy_sequence_mask_delta is not None:
             found[SAMPLED] = [one.tokens["rollout"] for one in completions]
+        if self.has_teacher:
+            found[TEACHER] = self.batching.logps(engine, completions, Tokens(self.temperature), model=TEACHER)
+            self.generator.busy()
         return [
             replace(one, tokens={**one.tokens, **{name: values[number] for name, values in found.items()}})
             for number, one in enumerate(completions)

@@ -13,7 +13,7 @@ from megabatch.trainer.objectives.preference_losses import Settings
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.precomputed import open_compared
-from megabatch.trainer.tasks.reference import frozen_of
+from megabatch.trainer.tasks.reference import following, frozen_of
 
 
 def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Parts:
@@ -26,6 +26,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         evaluator=evaluator,
         export=export_of(run, source),
         frozen={} if run.recipe.dpo.reference_free else frozen_of(run, source, ranks),
+        following=following(run),
     )
 
 

@@ -22,9 +22,11 @@ from megabatch.saved.history import checkpoints
 from megabatch.trainer.checkpoints.progress import open_saved
 from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.exports.of_run import export_of
+from megabatch.trainer.model.build import Model
 from megabatch.trainer.model_source import ModelSource
-from megabatch.trainer.objectives.grpo import GrpoObjective
+from megabatch.trainer.objectives.grpo import TEACHER, GrpoObjective
 from megabatch.trainer.ranks import Ranks
+from megabatch.trainer.references import PolicyWith
 from megabatch.trainer.rl.ahead import Lead
 from megabatch.trainer.rl.batch import Batching
 from megabatch.trainer.rl.evaluation import GrpoEvaluation
@@ -35,7 +37,8 @@ from megabatch.trainer.rl.steps import GrpoSteps, Place
 from megabatch.trainer.rl.turns import Turns
 from megabatch.trainer.sync.open import open_rollouts
 from megabatch.trainer.tasks.parts import Parts
-from megabatch.trainer.tasks.reference import reference_of
+from megabatch.trainer.tasks.reference import following, reference_of
+from megabatch.trainer.tasks.teacher import teacher_of
 
 ROUNDS = "rounds"
 """Folder in the run directory with rounds that are not done yet."""
@@ -58,6 +61,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         batching=batching_of(run, ranks),
         temperature=rollout.temperature,
         lead=_lead(run, train, schedule, generator),
+        has_teacher=run.recipe.gkd.teacher_model is not None,
     )
     steps = GrpoSteps(
         rolling,
@@ -73,14 +77,30 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         objective=objective_of(run),
         evaluator=_evaluation(run, validation, generator),
         export=export_of(run, source),
-        frozen={MODEL: reference_of(run, source, ranks)} if grpo.beta > 0 else {},
+        frozen=_frozen(run, source, ranks),
+        following=following(run),
     )
 
 
 def objective_of(run: RunConfig) -> GrpoObjective:
     """The run's loss."""
     grpo, rollout = run.recipe.grpo, run.recipe.rollout
-    return GrpoObjective(grpo, temperature=rollout.temperature, max_completion_length=rollout.max_completion_length)
+    return GrpoObjective(
+        grpo,
+        temperature=rollout.temperature,
+        max_completion_length=rollout.max_completion_length,
+        has_teacher=run.recipe.gkd.teacher_model is not None,
+    )
+
+
+def _frozen(run: RunConfig, source: ModelSource, ranks: Ranks) -> dict[str, Model | PolicyWith]:
+    """The reference where the KL term has a weight, and the teacher if there is one."""
+    found: dict[str, Model | PolicyWith] = {}
+    if run.recipe.grpo.beta > 0:
+        found[MODEL] = reference_of(run, source, ranks)
+    if (teacher := run.recipe.gkd.teacher_model) is not None:
+        found[TEACHER] = teacher_of(run, teacher, source, ranks).model
+    return found
 
 
 def _generator(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Generator:

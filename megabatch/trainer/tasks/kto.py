@@ -16,7 +16,7 @@ from megabatch.trainer.objectives.kto import Kto, KtoSettings
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.precomputed import open_compared
-from megabatch.trainer.tasks.reference import frozen_of
+from megabatch.trainer.tasks.reference import following, frozen_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         evaluator=evaluator,
         export=export_of(run, source),
         frozen=frozen_of(run, source, ranks),
+        following=following(run),
     )
 
 

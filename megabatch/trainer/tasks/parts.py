@@ -12,7 +12,7 @@ from megabatch.trainer.model.build import Model
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.objective import Objective
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.references import PolicyWith
+from megabatch.trainer.references import Following, PolicyWith
 from megabatch.trainer.steps import Evaluator, Steps
 
 
@@ -28,6 +28,8 @@ class Parts:
     frozen: Mapping[str, Model | PolicyWith] = field(default_factory=dict)
     """More models by name, such as a reference or a teacher, for `Engine.infer`: models of their own, or the policy
     with another adapter or none."""
+    following: Mapping[str, Following] = field(default_factory=dict)
+    """Which of them follow the policy; they are part of checkpoints."""
 
 
 class Opener(Protocol):

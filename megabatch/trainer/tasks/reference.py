@@ -19,7 +19,7 @@ from megabatch.trainer.model.build import Model
 from megabatch.trainer.model_source import ModelSource, model_source
 from megabatch.trainer.objectives.objective import REFERENCE
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.references import PolicyWith
+from megabatch.trainer.references import Following, PolicyWith
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,14 @@ def reference_of(run: RunConfig, source: ModelSource, ranks: Ranks) -> Model | P
     | any | given | | a second model |
     | any | any | given | a second model, unless it is the policy, with that adapter |
 
+    With `sync_ref_model` and LoRA: the policy with a frozen copy of its adapter, which changes nothing at first.
+
     Raises: ConfigError, ConversionError, CheckpointError on every rank.
     """
     recipe = run.recipe
+    if recipe.rlhf.sync_ref_model and recipe.tuner.tuner_type == "lora":
+        logger.info("the reference is the policy without its adapter, and then with copies of it")
+        return PolicyWith(is_copy=True)
     if not is_second_model(recipe):
         adapter = reference_weights(recipe).adapter
         logger.info("the reference is the policy %s", f"with {adapter}" if adapter else "without its adapter")
@@ -63,6 +68,14 @@ def reference_model(run: RunConfig, source: ModelSource, ranks: Ranks) -> Model:
     if saved is not None:
         _restore(model, run, ranks, source, saved)
     return model
+
+
+def following(run: RunConfig) -> dict[str, Following]:
+    """How the reference follows the policy (`Parts.following`); empty where it does not."""
+    group = run.recipe.rlhf
+    if not group.sync_ref_model:
+        return {}
+    return {REFERENCE: Following(every=group.ref_model_sync_steps, alpha=group.ref_model_mixup_alpha)}
 
 
 def _other(name: str, run: RunConfig, source: ModelSource, ranks: Ranks) -> ModelSource:

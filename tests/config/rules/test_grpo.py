@@ -37,13 +37,17 @@ CASES = [
      grpo(kl_in_reward=False, scale_rewards="gdpo"), "grpo.kl_in_reward", ["gdpo", "try False"]),
     (rules.the_reference_is_needed, "dense", grpo(kl_in_reward=True, loss_type="real"),
      grpo(kl_in_reward=True, loss_type="dapo"), "grpo.kl_in_reward", ["no label", "try False"]),
-    (rules.the_reference_is_needed, "dense", grpo(beta=0.0, sync_ref_model=True), grpo(sync_ref_model=True),
-     "grpo.sync_ref_model", ["beta=0", "try False"]),
-    (rules.the_reference_is_needed, "dense",
-     {**grpo(sync_ref_model=True), "tuner": {"tuner_type": "lora"}}, {**grpo(), "tuner": {"tuner_type": "lora"}},
-     "grpo.sync_ref_model", ["tuner_type='full'", "try False"]),
-    (rules.the_reference_is_needed, "dense", grpo(ref_model_sync_steps=8),
-     grpo(ref_model_sync_steps=8, sync_ref_model=True), "grpo.ref_model_sync_steps", ["sync_ref_model=False"]),
+    (rules.the_reference_is_needed, "dense", grpo(beta=0.0, kl_in_reward=True), grpo(kl_in_reward=True),
+     "grpo.kl_in_reward", ["beta=0", "try False"]),
+    (rules.a_teacher_is_heard, "dense", grpo(teacher_kl_coef=0.5),
+     {**grpo(teacher_kl_coef=0.5), "gkd": {"teacher_model": "t"}}, "grpo.teacher_kl_coef", ["without teacher_model"]),
+    (rules.a_teacher_is_heard, "dense", {**grpo(teacher_kl_coef=0), "gkd": {"teacher_model": "t"}}, grpo(),
+     "gkd.teacher_model", ["teacher_kl_coef=0", "try None"]),
+    (rules.a_teacher_is_heard, "dense", {**grpo(loss_type="real"), "gkd": {"teacher_model": "t"}},
+     {**grpo(), "gkd": {"teacher_model": "t"}}, "gkd.teacher_model", ["no label"]),
+    (rules.a_teacher_is_heard, "dense",
+     {**grpo(dynamic_sample=True, reward_funcs=()), "gkd": {"teacher_model": "t"}},
+     {**grpo(reward_funcs=()), "gkd": {"teacher_model": "t"}}, "grpo.dynamic_sample", ["only a teacher"]),
     (rules.completions_decide_the_rows, "dense", {**grpo(), "data": {"packing": True}}, grpo(),
      "data.packing", ["before completions exist", "try False"]),
     (rules.completions_decide_the_rows, "dense", {**grpo(), "data": {"group_by_length": True}}, grpo(),
@@ -66,7 +70,7 @@ def test_every_rule_has_a_case():
 
 @pytest.mark.parametrize("rule", rules.RULES)
 def test_other_runs_are_left_alone(judge, rule):
-    unused = {"tau_pos": 2.0, "delta": 0.5, "loss_type": "cispo", "beta": 0.0, "sync_ref_model": True}
+    unused = {"tau_pos": 2.0, "delta": 0.5, "loss_type": "cispo", "beta": 0.0, "kl_in_reward": True}
     assert judge(rule, "dense", {"grpo": unused, "data": {"packing": True}}) == []
 
 

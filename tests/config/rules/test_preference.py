@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Bridge, Checkpoint, Data, Dpo, Gkd, Kto, Rlhf, Rollout, Training, Tuner
+from megabatch import Bridge, Checkpoint, Data, Dpo, Gkd, Grpo, Kto, Rlhf, Rollout, Training, Tuner
 from megabatch.config.rules.check import check
 from megabatch.config.run import RunConfig, resolve
 
@@ -108,6 +108,26 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
             "data": Data(dataset=["d.jsonl"], loss_scale="all"),
         },
         "data.loss_scale='all' must be 'last_round' with gkd.seq_kd=True",
+    ),
+    "no reference to follow": (
+        {"rlhf": Rlhf(rlhf_type="grpo", sync_ref_model=True), "grpo": Grpo(beta=0.0, reward_funcs=["accuracy"])},
+        "rlhf.sync_ref_model=True has no effect: grpo.beta=0 has no reference",
+    ),
+    "a stored reference that follows": (
+        {"rlhf": Rlhf(sync_ref_model=True, precompute_ref_log_probs=True)},
+        "rlhf.sync_ref_model=True changes the reference, and precompute_ref_log_probs=True keeps its numbers",
+    ),
+    "a blend of adapters": (
+        {"rlhf": Rlhf(sync_ref_model=True), "tuner": LORA},
+        "rlhf.ref_model_mixup_alpha=0.6 must be 1 with LoRA, which copies the policy's adapter",
+    ),
+    "an adapter of another model": (
+        {"rlhf": Rlhf(sync_ref_model=True, ref_model_mixup_alpha=1.0), "tuner": LORA, "bridge": Bridge(ref_model="m")},
+        "bridge.ref_model='m' is another reference than the policy's own model",
+    ),
+    "steps between no blends": (
+        {"rlhf": Rlhf(ref_model_sync_steps=8)},
+        "rlhf.ref_model_sync_steps=8 has no effect with sync_ref_model=False",
     ),
     "kl": (
         {"rlhf": Rlhf(rlhf_type="kto"), "kto": Kto(loss_type="apo_zero_unpaired", calculate_KL=True)},

@@ -32,6 +32,7 @@ class Completions:
     reference: Tensor
     entropies: Tensor
     correction: Tensor
+    teacher: Tensor
     mask: Tensor
     """1 on tokens; 0 behind the end, and everywhere in completions that are left out."""
     advantages: Tensor
@@ -59,6 +60,7 @@ def made(completions: int = 8, *, overlong: bool = False, seed: int = 0) -> Comp
         correction=numbers(0.5).exp(),
         mask=mask,
         advantages=torch.randn(completions, generator=generator, dtype=torch.float64),
+        teacher=logps + numbers(0.6),
     )
 
 
@@ -80,7 +82,8 @@ def as_pack(found: Completions, *, prompt: int = 3) -> tuple[Pack, Tensor]:
                 column(found.mask).astype(np.float32),
                 {"advantage": float(found.advantages[number])},
                 {"old": column(found.old), "reference": column(found.reference),
-                 "correction": column(found.correction), "kept": column(found.entropies)},
+                 "correction": column(found.correction), "teacher": column(found.teacher),
+                 "kept": column(found.entropies)},
             )
         )  # fmt: skip
         places += range(start + prompt - 1, start + tokens - 1)
@@ -105,7 +108,9 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def reference_loss(found: Completions, grpo: Grpo, *, corrected: bool = False) -> tuple[Tensor, float]:
+def reference_loss(
+    found: Completions, grpo: Grpo, *, corrected: bool = False, taught: bool = False
+) -> tuple[Tensor, float]:
     """Numerator and denominator of one micro-batch."""
     mask = found.mask
     log_ratio = (found.logps - found.old) * mask
@@ -113,7 +118,10 @@ def reference_loss(found: Completions, grpo: Grpo, *, corrected: bool = False) -
     weights = {"token": log_ratio, "sequence": sequence.expand_as(log_ratio),
                "sequence_token": sequence.detach() + found.logps - found.logps.detach()}  # fmt: skip
     ratio = weights[grpo.importance_sampling_level].exp()
-    losses = _token_losses(ratio, log_ratio, found, grpo)
+    advantages = found.advantages[:, None].expand_as(ratio)
+    if taught:
+        advantages = advantages + grpo.teacher_kl_coef * (found.teacher - found.old)
+    losses = _token_losses(ratio, log_ratio, found.logps, advantages, grpo)
     if grpo.top_entropy_quantile < 1:
         losses = losses * kept_tokens(found, grpo.top_entropy_quantile)
     d = found.reference - found.logps
@@ -135,14 +143,13 @@ def reference_loss(found: Completions, grpo: Grpo, *, corrected: bool = False) -
     return (losses * mask).sum(), float(count.sum())
 
 
-def _token_losses(ratio: Tensor, log_ratio: Tensor, found: Completions, grpo: Grpo) -> Tensor:
-    advantages = found.advantages[:, None].expand_as(ratio)
+def _token_losses(ratio: Tensor, log_ratio: Tensor, logps: Tensor, advantages: Tensor, grpo: Grpo) -> Tensor:
     high = grpo.epsilon_high
     assert high is not None
     if grpo.loss_type == "real":
         return ratio * 0
     if grpo.loss_type == "cispo":
-        return -ratio.detach().clamp(max=high) * advantages * found.logps
+        return -ratio.detach().clamp(max=high) * advantages * logps
     if grpo.loss_type == "sapo":
         tau = (advantages > 0).double() * grpo.tau_pos + (advantages <= 0).double() * grpo.tau_neg
         return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
@@ -179,8 +186,8 @@ def settings(loss_type: str, **fields: Any) -> Grpo:
     return Grpo(loss_type=loss_type, num_generations=GROUP, kl_in_reward=False, **{"epsilon_high": high, **fields})
 
 
-def objective_of(grpo: Grpo) -> GrpoObjective:
-    return GrpoObjective(grpo, temperature=1.0, max_completion_length=LONGEST)
+def objective_of(grpo: Grpo, *, taught: bool = False) -> GrpoObjective:
+    return GrpoObjective(grpo, temperature=1.0, max_completion_length=LONGEST, has_teacher=taught)
 
 
 class Given:
@@ -197,13 +204,15 @@ class Given:
         return values
 
 
-def computed(found: Completions, grpo: Grpo, *, corrected: bool = False) -> tuple[Tensor, Tensor, Terms]:
+def computed(
+    found: Completions, grpo: Grpo, *, corrected: bool = False, taught: bool = False
+) -> tuple[Tensor, Tensor, Terms]:
     """Loss and gradient [B, L] of the objective, its metrics."""
     logps = found.logps.clone().requires_grad_()
     pack, places = as_pack(found)
-    names = {"old", "reference"} | ({"correction"} if corrected else set())
+    names = {"old", "reference"} | ({"correction"} if corrected else set()) | ({"teacher"} if taught else set())
     columns = {name: values for name, values in pack.token_columns.items() if name in names}
-    objective, pack = objective_of(grpo), replace(pack, token_columns=columns)
+    objective, pack = objective_of(grpo, taught=taught), replace(pack, token_columns=columns)
     entropies = on_row(found.entropies, pack, places)
     (pack,) = objective.prepare([pack], Given([entropies]))
     out = {"logps": on_row(logps, pack, places), "entropies": entropies}

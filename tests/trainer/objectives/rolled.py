@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sapo_sequence": {"loss_type": "sapo", "importance_sampling_level": "sequence"},
     "fipo": {"loss_type": "fipo", "delta": 1.9},
     "real": {"loss_type": "real"},
+    "dapo_teacher": {"loss_type": "dapo", "teacher_kl_coef": 0.7},
 }  # fmt: skip
 
 
@@ -36,8 +37,8 @@ def settings(variant: str) -> Grpo:
                    **VARIANTS[variant]})  # fmt: skip
 
 
-def rolled(vocab: int, *, corrected: bool) -> list[Rolled]:
-    """The same on every rank; `old` and `reference` are noise that `near` adds to log-probabilities."""
+def rolled(vocab: int, *, corrected: bool, taught: bool = False) -> list[Rolled]:
+    """The same on every rank; all but corrections are noise that `near` adds to log-probabilities."""
     rng = np.random.default_rng(5)
     made = []
     for number in range(GROUP * PROMPTS):
@@ -46,6 +47,7 @@ def rolled(vocab: int, *, corrected: bool) -> list[Rolled]:
         length = int(rng.integers(1, LONGEST + 1))
         tokens = {name: rng.normal(0, 0.4, length).astype(np.float32) for name in ("old", "reference")}
         correction = rng.lognormal(0, 0.5, length).astype(np.float32)
+        teacher = np.sin(np.arange(length, dtype=np.float32) + number)
         made.append(
             Rolled(
                 key=f"0/{number // GROUP}/{number % GROUP}",
@@ -56,7 +58,11 @@ def rolled(vocab: int, *, corrected: bool) -> list[Rolled]:
                 finish="length" if number % 5 == 0 else "stop",
                 rewards=(float(rng.integers(0, 2)),),
                 advantage=float(rng.normal()),
-                tokens={**tokens, **({"correction": correction} if corrected else {})},
+                tokens={
+                    **tokens,
+                    **({"correction": correction} if corrected else {}),
+                    **({"teacher": teacher} if taught else {}),
+                },
             )
         )
     return made
@@ -101,14 +107,16 @@ def measured(run_dir: str, variants: list[str], logps: Any = None) -> tuple[dict
         )
         for variant in variants:
             grpo = settings(variant)
-            some = near(rolled(vocab, corrected=variant.endswith("corrected")), own if logps is None else logps)
+            taught = variant.endswith("teacher")
+            made = rolled(vocab, corrected=variant.endswith("corrected"), taught=taught)
+            some = near(made, own if logps is None else logps)
             batching = Batching(
                 share=share, group=GROUP if grpo.loss_type == "real" else 1, filters_cut_off=grpo.overlong_filter
             )
             step = batching.step(some, cursor={}, epoch=0.0)
             result = engine.step(
                 step.packs,
-                GrpoObjective(grpo, temperature=TEMPERATURE, max_completion_length=LONGEST),
+                GrpoObjective(grpo, temperature=TEMPERATURE, max_completion_length=LONGEST, has_teacher=taught),
                 totals=step.totals,
                 filled=step.filled,
                 accept=lambda measured: False,

@@ -23,13 +23,14 @@ MASKS: dict[str, dict[str, Any]] = {
     "entropy": {"top_entropy_quantile": 0.3},
     "overlong": {},
     "corrected": {},
+    "taught": {"teacher_kl_coef": 0.7},
 }
 
 
 CASES = [
     case
     for case in itertools.product(LOSSES, LEVELS, MASKS)
-    if not (case[0] == "real" and case[2] in ("entropy", "bounded"))  # refused by the rules
+    if not (case[0] == "real" and case[2] in ("entropy", "bounded", "taught"))  # refused by the rules
 ]
 
 
@@ -38,10 +39,12 @@ def test_loss_and_gradient(loss: str, level: str, mask: str) -> None:
     grpo = settings(loss, importance_sampling_level=level, **MASKS[mask])
     found = made(overlong=mask == "overlong")
     logps = found.logps.clone().requires_grad_()
-    numerator, count = reference_loss(replace(found, logps=logps), grpo, corrected=mask == "corrected")
+    numerator, count = reference_loss(
+        replace(found, logps=logps), grpo, corrected=mask == "corrected", taught=mask == "taught"
+    )
     expected = numerator / count
     gradient = torch.autograd.grad(expected, logps)[0] * (found.mask > 0)
-    got, got_gradient, terms = computed(found, grpo, corrected=mask == "corrected")
+    got, got_gradient, terms = computed(found, grpo, corrected=mask == "corrected", taught=mask == "taught")
     assert got.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(got_gradient, gradient, rtol=1e-9, atol=1e-12)
     assert terms.weight.item() == pytest.approx(count)

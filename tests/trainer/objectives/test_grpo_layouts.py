@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "lora_tp2_sp": ("lora", 2, {**LORA, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
 }  # fmt: skip
 ALONE = {"qwen2": ("qwen2", {}), "qwen3_moe": ("qwen3_moe", {}), "lora": ("qwen2", LORA)}
-FEW = ["grpo", "dapo_corrected", "real"]
+FEW = ["grpo", "dapo_corrected", "real", "dapo_teacher"]
 """Variants of the models that differ only below the loss."""
 
 
@@ -113,8 +113,8 @@ def test_losses_and_gradients_are_those_of_transformers_in_fp64(
     model.tie_weights()
     for variant in VARIANTS:
         grpo = settings(variant)
-        corrected = variant.endswith("corrected")
-        some = near(rolled(run.shape.vocab_size, corrected=corrected), logps)
+        corrected, taught = variant.endswith("corrected"), variant.endswith("teacher")
+        some = near(rolled(run.shape.vocab_size, corrected=corrected, taught=taught), logps)
         own, entropies = _of_transformers(model, some)
         mask = _padded(some, lambda one: np.ones(len(one.ids)))
         if grpo.overlong_filter:
@@ -125,6 +125,7 @@ def test_losses_and_gradients_are_those_of_transformers_in_fp64(
             reference=_padded(some, lambda one: one.tokens["reference"]),
             entropies=entropies,
             correction=_padded(some, lambda one: one.tokens.get("correction", np.ones(len(one.ids)))),
+            teacher=_padded(some, lambda one: one.tokens.get("teacher", np.zeros(len(one.ids)))),
             mask=mask,
             advantages=torch.tensor([one.advantage for one in some], dtype=torch.float64),
         )
@@ -133,7 +134,7 @@ def test_losses_and_gradients_are_those_of_transformers_in_fp64(
             parts = [reference_loss(batch.part(slice(n, n + 1)), grpo) for n in range(len(some))]
             loss = sum(numerator / count for numerator, count in parts) / len(parts)
         else:
-            numerator, count = reference_loss(batch, grpo, corrected=corrected)
+            numerator, count = reference_loss(batch, grpo, corrected=corrected, taught=taught)
             loss = numerator / count
         loss.backward()
         if grpo.loss_type != "bnpo":  # whose metric is the mean over the tokens of all micro-batches
