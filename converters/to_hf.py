@@ -115,7 +115,11 @@ def _planned(
         reference=reference,
         form=form,
         merged=merged,
-        ignored={key: "optimizer and generators are not converted" for key in source.entries if is_optimizer(key)},
+        ignored={
+            key: "optimizer, generators and frozen models are not converted"
+            for key in source.entries
+            if is_optimizer(key)
+        },
     )
 
 

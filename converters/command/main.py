@@ -177,7 +177,7 @@ def _convert(plan: Plan, flags: Flags, place: Place) -> bool:
     return outcome.committed
 
 
-_QUIET = ("optimizer and generators are not converted",)
+_QUIET = ("optimizer, generators and frozen models are not converted",)
 
 
 def _workers(flags: Flags) -> int:

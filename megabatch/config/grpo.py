@@ -104,7 +104,11 @@ class Grpo:
     """Fraction of the step's tokens that the loss keeps, those of the highest entropy."""
     log_entropy: bool = param(False)
     """Logs the entropy of the policy's distribution at the completions' tokens."""
-    router_replay_mode: Literal["disabled", "R2", "R3"] = param("disabled", built=False)
+    router_replay_mode: Literal["disabled", "R2", "R3"] = param(
+        "disabled",
+        built=("disabled", "R2"),
+        refused="needs a rollout engine that returns the experts of each token, and none that is built does",
+    )
     """Routes tokens as before: as the policy did when log-probabilities were computed (R2), or as the rollout engine
     did (R3)."""
     teacher_kl_coef: float = param(1.0, at_least=0)

@@ -123,7 +123,8 @@ class Gkd:
     """Generalised knowledge distillation."""
 
     teacher_model: str | None = param(None)
-    """Folder or hub name of the teacher; GKD needs it, or `teacher_model_server`; GRPO may have one (`teacher_kl_coef`)."""
+    """Folder or hub name of the teacher. GKD needs it, or `teacher_model_server`; GRPO may have one, whose weight is
+    `teacher_kl_coef`."""
     teacher_model_type: str | None = param(None)
     """Teacher's family (`model_type` of its config.json), which must be that; None takes what it is."""
     teacher_model_revision: str | None = param(None)

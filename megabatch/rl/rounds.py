@@ -43,6 +43,8 @@ class Rolled:
     tokens: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float32 by name: log-probabilities (`rollout`, `old`, `reference`), `correction`, and `mask`, which is 0 where
     an environment and not the model wrote a token."""
+    routes: np.ndarray | None = None
+    """[tokens of prompt and completion, layers, K]: the experts that each token went to, where they are replayed."""
 
     @property
     def mask(self) -> np.ndarray:
@@ -103,6 +105,7 @@ class Round:
             "versions": np.concatenate([one.versions for one in some]),
             "rewards": np.array([one.rewards for one in some], np.float64),
             "advantages": np.array([one.advantage for one in some], np.float64),
+            **({} if some[0].routes is None else {"routes": np.concatenate([one.routes for one in some])}),
             **{f"column_{name}": np.concatenate([one.tokens[name] for one in some]) for name in some[0].tokens},
         }
 
@@ -126,6 +129,8 @@ def _of_arrays(arrays: Mapping[str, np.ndarray]) -> Round:
     split = {name: np.split(arrays[name], ends) for name in ("ids", "versions")}
     columns = {name: np.split(arrays[f"column_{name}"], ends) for name in said["columns"]}
     prompts = np.split(arrays["prompts"], np.cumsum(arrays["prompt_lengths"])[:-1])
+    whole = np.cumsum(arrays["prompt_lengths"] + arrays["lengths"])[:-1]
+    routes = np.split(arrays["routes"], whole) if "routes" in arrays else [None] * len(said["texts"])
     completions = [
         Rolled(
             key=key,
@@ -137,6 +142,7 @@ def _of_arrays(arrays: Mapping[str, np.ndarray]) -> Round:
             rewards=tuple(arrays["rewards"][number].tolist()),
             advantage=float(arrays["advantages"][number]),
             tokens={name: parts[number] for name, parts in columns.items()},
+            routes=routes[number],
         )
         for number, (key, place, finish) in enumerate(said["texts"])
     ]

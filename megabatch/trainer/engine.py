@@ -22,7 +22,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megabatch.trainer import megatron_moe
+from megabatch.trainer import megatron_moe, routes
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model.lora.gradients import finalize
 from megabatch.trainer.model.naming import unwrap
@@ -169,8 +169,12 @@ class Engine:
             sums.add(self._without_gradients(POLICY, objective.prepare(packs, self), self._loss(objective, 1.0)))
         return sums.reduce().read()[0]
 
-    def infer(self, packs: Sequence[Pack], readout: Readout, *, model: str = POLICY) -> list[dict[str, Tensor]]:
+    def infer(
+        self, packs: Sequence[Pack], readout: Readout, *, model: str = POLICY, records_routes: bool = False
+    ) -> list[dict[str, Tensor]]:
         """The readout's fields of each pack, on every rank that shares the model; no gradients, no dropout.
+
+        With `records_routes` also the field `routes.ROUTES`: the experts of each token, [T, L, K] int64.
 
         All packs go through the pipeline in one pass, interleaved or not. One collective joins the parts of rows split
         by context parallelism; another sends the fields to the other stages. Collective over the ranks that share a
@@ -184,9 +188,14 @@ class Engine:
         def read(pack: Pack, output: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
             return output.new_zeros(()), readout(output, pack, self._splits[model])
 
-        found = self._without_gradients(model, packs, read)
+        table = routes.empty(packs, self.models[model], self.ranks.device) if records_routes else None
+        found = self._without_gradients(model, packs, read, table)
         cuts = [self._cut(pack) for pack in packs]
-        return on_all_ranks(found, packs, readout.fields, self.ranks, cuts=cuts)
+        fields = on_all_ranks(found, packs, readout.fields, self.ranks, cuts=cuts)
+        if table is None:
+            return fields
+        experts = routes.recorded(table, packs, self.ranks)
+        return [{**one, routes.ROUTES: some} for one, some in zip(fields, experts, strict=True)]
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that hold other samples of the global batch; collective over them."""
@@ -212,11 +221,13 @@ class Engine:
         joined = torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)])
         return joined, sum(lengths[: self.ranks.dp_rank])
 
-    def _without_gradients(self, model: str, packs: Sequence[Pack], last: Last) -> list[Mapping[str, Any]]:
+    def _without_gradients(
+        self, model: str, packs: Sequence[Pack], last: Last, table: routes.Table | None = None
+    ) -> list[Mapping[str, Any]]:
         for chunk in self.models[model].wrapped:
             chunk.eval()
         with torch.no_grad(), self._adapter(model):
-            return self._run(model, packs, last, forward_only=True)
+            return self._run(model, packs, last, forward_only=True, table=table)
 
     def _adapter(self, model: str) -> AbstractContextManager[None]:
         """Puts the adapter of a model in use."""
@@ -237,20 +248,36 @@ class Engine:
 
         return loss
 
-    def _run(self, name: str, packs: Sequence[Pack], last: Last, *, forward_only: bool) -> list[Mapping[str, Any]]:
-        """What `last` returned for each micro-batch; empty on the other stages."""
+    def _run(
+        self,
+        name: str,
+        packs: Sequence[Pack],
+        last: Last,
+        *,
+        forward_only: bool,
+        table: routes.Table | None = None,
+    ) -> list[Mapping[str, Any]]:
+        """What `last` returned for each micro-batch; empty on the other stages.
+
+        Args: `table`: where routes are recorded; without it, the policy takes those that the packs bring.
+        """
         model = self.models[name]
+        if table is None and model is self.model:
+            table = routes.given(packs, self.ranks.device)
+        if table is not None:
+            packs = routes.placed(packs)
         longest = max(len(pack.ids_T) for pack in packs)
         iterators: list[Iterator[Pack]] = [iter(packs) for _ in model.wrapped]
-        return self._schedule(
-            forward_step_func=partial(self._forward, model=model, last=last),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=model.wrapped if len(iterators) > 1 else model.wrapped[0],
-            num_microbatches=len(packs),
-            seq_length=longest,
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with nullcontext() if table is None else routes.routed(model, table):
+            return self._schedule(
+                forward_step_func=partial(self._forward, model=model, last=last),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=model.wrapped if len(iterators) > 1 else model.wrapped[0],
+                num_microbatches=len(packs),
+                seq_length=longest,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
 
     def _forward(
         self, packs: Iterator[Pack], chunk: Any, *, model: Model, last: Last
@@ -278,9 +305,12 @@ class Engine:
         """The mask of positions that experts skip: the row's, or on a stage without the embedding this rank's part.
 
         For sequence parallelism, megatron-core splits the mask where it splits the embedding's output. Experts with a
-        capacity also need the original order of a row that is split over context-parallel ranks.
+        capacity also need the original order of a row that is split over context-parallel ranks; those whose routes
+        are recorded or replayed, each token's place among them.
         """
         mask_T = pack.padding_T
+        if (places_T := pack.token_columns.get(routes.PLACES)) is not None:
+            mask_T = megatron_moe.places(places_T, mask_T)
         if pack.cut is not None and model.config.moe_expert_capacity_factor is not None:
             mask_T = megatron_moe.places(pack.cut.mine_t, mask_T)
         if mask_T is None or model.config.num_moe_experts is None:

@@ -50,6 +50,27 @@ def _from_bits(mask: Tensor) -> tuple[Tensor, Tensor]:
     return bits[:, 0], (bits[:, 1:] * (1 << torch.arange(31, device=mask.device))).sum(-1)
 
 
+class Chosen:
+    """A layer's choices of experts, in the place of megatron-core's own replay (0.16.1-0.19), which keeps one row at a
+    time: it has no place for rows that a pipeline has in flight."""
+
+    def __init__(self, routes: Any, places_T: Tensor, layer: int) -> None:
+        """Args: routes: `routes.Table`; places_T: of the tokens in it; layer: from 0."""
+        self._routes, self._places_T, self._layer = routes, places_T, layer
+
+    def get_replay_topk(
+        self, scores_TE: Tensor, topk: int, num_groups: Any = None, group_topk: Any = None, choose: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """The chosen experts' scores and numbers, both [T, K]."""
+        table_SK = self._routes.experts_SLK[:, self._layer]
+        if self._routes.records:
+            found_TK, chosen_TK = choose(scores_TE, topk, num_groups, group_topk)
+            table_SK[self._places_T] = chosen_TK
+            return found_TK, chosen_TK
+        chosen_TK = table_SK[self._places_T]
+        return scores_TE.gather(1, chosen_TK), chosen_TK
+
+
 class Router(TopKRouter):
     """Routes no padding, and treats a row as a whole even if tensor or context parallelism splits it (0.16-0.19).
 
@@ -57,11 +78,18 @@ class Router(TopKRouter):
     over ranks that may have different numbers of tokens.
     """
 
+    routes: Any = None
+    """`routes.Table` of choices to record or to replay."""
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **more: Any) -> tuple[Tensor, Tensor]:
         """[..., E] → probabilities and choices, both [T, E]; padding_mask: bool [...], true at padding, or bits."""
         places_T = None
         if padding_mask is not None and padding_mask.dim() == 3:
             padding_mask, places_T = _from_bits(padding_mask)
+        self.router_replay = None
+        if self.routes is not None:
+            assert places_T is not None and self.layer_number is not None, "the engine sends places"
+            self.router_replay = Chosen(self.routes, places_T, self.layer_number - 1)
         probs_TE, chosen_TE = super().routing(logits, padding_mask=padding_mask, **more)
         real_T = None
         if padding_mask is not None:

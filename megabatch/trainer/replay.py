@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, required=True)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    warnings.simplefilter("ignore")
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     try:
         run = RunConfig.load(RunDirectory(given.run).run_json)
@@ -86,6 +88,11 @@ def replayed(run: RunConfig, alone: RunConfig, step: int) -> StepResult:
     from megabatch.ledger.reader import Reader
     from megabatch.trainer.main import prepare_device
 
+    if run.recipe.grpo.router_replay_mode != "disabled":
+        raise ConfigError(
+            f"grpo.router_replay_mode={run.recipe.grpo.router_replay_mode!r}: the ledger does not keep the experts of "
+            "every token, which this run's updates replay"
+        )
     prepare_device(alone)
     from megabatch.trainer import assemble
     from megabatch.trainer.rl.recorded import rolled

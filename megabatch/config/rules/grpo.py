@@ -104,6 +104,21 @@ def a_teacher_is_heard(recipe: Recipe, shape: ModelShape | None, layout: Layout 
         yield Fault("grpo.dynamic_sample", True, rule, try_=(False,))
 
 
+def routes_can_be_replayed(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """Replay needs experts, each of whose tokens is really computed."""
+    mode, field = recipe.grpo.router_replay_mode, "grpo.router_replay_mode"
+    if not _is_grpo(recipe) or mode != "R2":
+        return
+    if shape is not None and shape.num_experts is None:
+        yield Fault(field, mode, "has no effect: the model has no experts", try_=("disabled",))
+    if (capacity := recipe.moe.moe_expert_capacity_factor) is not None:
+        rule = (
+            f"cannot be combined with moe_expert_capacity_factor={capacity:g}: which tokens an expert drops follows "
+            "from probabilities as they are, not from the choices that are replayed"
+        )
+        yield Fault(field, mode, rule, try_=("disabled",))
+
+
 def _has_rewards(recipe: Recipe) -> bool:
     return bool(recipe.grpo.reward_funcs or recipe.grpo.reward_model or recipe.rollout.use_gym_env)
 
@@ -131,5 +146,6 @@ RULES = (
     the_ratio_is_bounded_above_its_clip,
     the_reference_is_needed,
     a_teacher_is_heard,
+    routes_can_be_replayed,
     completions_decide_the_rows,
 )

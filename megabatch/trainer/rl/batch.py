@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megabatch.data.cache.in_memory import in_memory
@@ -18,6 +19,7 @@ from megabatch.trainer.engine import POLICY, Engine
 from megabatch.trainer.objectives.grpo import ADVANTAGE, CORRECTION, OLD, REFERENCE, SAMPLED, TEACHER
 from megabatch.trainer.pack import Pack
 from megabatch.trainer.readouts.tokens import Tokens
+from megabatch.trainer.routes import ROUTES
 from megabatch.trainer.steps import State, Step
 
 LEARNED_WITH = (OLD, REFERENCE, CORRECTION, SAMPLED, TEACHER)
@@ -36,19 +38,35 @@ class Batching:
 
     def step(self, completions: Sequence[Rolled], *, cursor: State, epoch: float) -> Step:
         """One optimizer step's share of this rank."""
-        return self._batch(completions, group=self.group).step(self._share(self.group), cursor=cursor, epoch=epoch)
+        step = self._batch(completions, group=self.group).step(self._share(self.group), cursor=cursor, epoch=epoch)
+        return replace(step, packs=[_with_routes(pack, completions) for pack in step.packs])
 
     def logps(
         self, engine: Engine, completions: Sequence[Rolled], readout: Tokens, *, model: str = POLICY
     ) -> list[np.ndarray]:
         """Log-probabilities of each completion's tokens, float32, on every rank; collective, one pass for all."""
+        return [logps for logps, _ in self._inferred(engine, completions, readout, model=model, records=False)]
+
+    def logps_and_routes(
+        self, engine: Engine, completions: Sequence[Rolled], readout: Tokens
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The policy's log-probabilities, and the experts that it sent each token to (`Rolled.routes`)."""
+        found = self._inferred(engine, completions, readout, model=POLICY, records=True)
+        return [(logps, experts) for logps, experts in found if experts is not None]
+
+    def _inferred(
+        self, engine: Engine, completions: Sequence[Rolled], readout: Tokens, *, model: str, records: bool
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
         step = self._batch(completions, group=1).step(self._share(1), cursor={}, epoch=0.0)
-        found = engine.infer(step.packs, readout, model=model)
-        mine: dict[int, np.ndarray] = {}
+        found = engine.infer(step.packs, readout, model=model, records_routes=records)
+        mine: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        narrow = np.uint8 if (engine.model.shape.num_experts or 0) <= 256 else np.int16
         for pack, fields in zip(step.packs, found, strict=True):
             logps = fields["logps"].cpu().numpy()
-            mine |= {number: logps[part] for number, part in _parts(pack, completions)}
-        everyone: list[dict[int, np.ndarray] | None] = [mine]
+            experts = fields[ROUTES].cpu().numpy().astype(narrow) if records else None
+            for number, whole, part in _parts(pack, completions):
+                mine[number] = (logps[part], None if experts is None else experts[whole])
+        everyone: list[dict[int, tuple[np.ndarray, np.ndarray | None]] | None] = [mine]
         if engine.ranks.dp_size > 1:
             everyone = [None] * engine.ranks.dp_size
             dist.all_gather_object(everyone, mine, group=engine.ranks.dp)
@@ -77,11 +95,24 @@ class Batching:
         )
 
 
-def _parts(pack: Pack, completions: Sequence[Rolled]) -> list[tuple[int, slice]]:
-    """For each sequence of a whole row: which completion it is, and where its tokens are predicted."""
+def _with_routes(pack: Pack, completions: Sequence[Rolled]) -> Pack:
+    """The pack with the column `ROUTES` of its tokens, where the completions have routes; padding goes to expert 0."""
+    first = completions[0].routes
+    if first is None:
+        return pack
+    experts = np.zeros((len(pack.ids_T), *first.shape[1:]), first.dtype)
+    for number, whole, _ in _parts(pack, completions):
+        experts[whole] = completions[number].routes
+    return replace(pack, token_columns={**pack.token_columns, ROUTES: torch.from_numpy(experts)})
+
+
+def _parts(pack: Pack, completions: Sequence[Rolled]) -> list[tuple[int, slice, slice]]:
+    """For each sequence of a whole row: which completion it is, where it lies, and where its tokens are predicted."""
     starts, numbers = pack.cu_seqlens_padded.tolist(), pack.columns["number"].tolist()
     found = []
     for start, number in zip(starts, numbers, strict=False):
-        first = start + len(completions[number].prompt) - 1
-        found.append((number, slice(first, first + len(completions[number].ids))))
+        one = completions[number]
+        first = start + len(one.prompt) - 1
+        whole = slice(start, start + len(one.prompt) + len(one.ids))
+        found.append((number, whole, slice(first, first + len(one.ids))))
     return found

@@ -106,7 +106,7 @@ class Rolling:
                 "generation_batch_size or raise max_resample_times", number, len(kept), wanted, tries + 1,
             )  # fmt: skip
         chosen = [one for group in [*kept, *equal][:wanted] for one in group]
-        if all(math.isnan(value) for one in chosen for value in one.rewards):
+        if not self.has_teacher and all(math.isnan(value) for one in chosen for value in one.rewards):
             names = ", ".join(self.generator.reward_names)
             logger.warning("round %d: no completion has a reward, so nothing is learned from them: %s", number, names)
         metrics = {"prompts_equal": (float(len(equal)), float(len(kept) + len(equal)))} if tries else {}
@@ -115,7 +115,12 @@ class Rolling:
     def _with_logps(self, completions: Sequence[Rolled], engine: Engine) -> list[Rolled]:
         """Adds log-probabilities of the policy, the reference and a teacher, where something needs them."""
         found: dict[str, list[np.ndarray]] = {}
-        if self._needs_old:
+        if self._replays_routes:
+            both = self.batching.logps_and_routes(engine, completions, Tokens(self.temperature))
+            found[OLD] = [logps for logps, _ in both]
+            completions = [replace(one, routes=experts) for one, (_, experts) in zip(completions, both, strict=True)]
+            self.generator.busy()
+        elif self._needs_old:
             found[OLD] = self.batching.logps(engine, completions, Tokens(self.temperature))
             self.generator.busy()
         if self.grpo.beta > 0:
@@ -130,6 +135,11 @@ class Rolling:
             replace(one, tokens={**one.tokens, **{name: values[number] for name, values in found.items()}})
             for number, one in enumerate(completions)
         ]
+
+    @property
+    def _replays_routes(self) -> bool:
+        """Whether experts are those of the pass that old log-probabilities come from."""
+        return self.grpo.router_replay_mode == "R2"
 
     @property
     def _needs_old(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megabatch.config.grpo import Grpo
+from megabatch.config.grpo import Grpo, Rollout
 from megabatch.config.grpo_defaults import filled, scale_of, subtracts_kl
 from megabatch.config.rules import grpo as rules
 
@@ -48,6 +48,11 @@ CASES = [
     (rules.a_teacher_is_heard, "dense",
      {**grpo(dynamic_sample=True, reward_funcs=()), "gkd": {"teacher_model": "t"}},
      {**grpo(reward_funcs=()), "gkd": {"teacher_model": "t"}}, "grpo.dynamic_sample", ["only a teacher"]),
+    (rules.routes_can_be_replayed, "dense", grpo(router_replay_mode="R2"), grpo(),
+     "grpo.router_replay_mode", ["no experts", "try disabled"]),
+    (rules.routes_can_be_replayed, "experts",
+     {**grpo(router_replay_mode="R2"), "moe": {"moe_expert_capacity_factor": 1.0}}, grpo(router_replay_mode="R2"),
+     "grpo.router_replay_mode", ["moe_expert_capacity_factor=1", "drops"]),
     (rules.completions_decide_the_rows, "dense", {**grpo(), "data": {"packing": True}}, grpo(),
      "data.packing", ["before completions exist", "try False"]),
     (rules.completions_decide_the_rows, "dense", {**grpo(), "data": {"group_by_length": True}}, grpo(),
@@ -89,6 +94,6 @@ def test_defaults_follow_the_estimator(estimator, scale, in_reward):
 def test_a_round_is_said_by_its_size_or_by_its_steps():
     by_steps, by_size = Grpo(steps_per_generation=3), Grpo(generation_batch_size=48)
     for given in (by_steps, by_size):
-        found = filled(given, global_batch_size=16)
+        found = filled(given, Rollout(), global_batch_size=16)
         assert (found.generation_batch_size, found.steps_per_generation) == (48, 3)
         assert (found.epsilon_high, found.num_generations_eval) == (0.2, 8)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from completions import LONGEST, computed, kept_tokens, made, settings
+from completions import LONGEST, computed, made, settings
 
 trainer = pytest.importorskip("trl.trainer.grpo_trainer")
 
@@ -17,8 +17,9 @@ trainer = pytest.importorskip("trl.trainer.grpo_trainer")
 def trl_loss(found: Any, grpo: Any) -> torch.Tensor:
     """One micro-batch that is the whole step."""
     accelerator = SimpleNamespace(
-        num_processes=1, reduce=lambda values, **_: values, gather=lambda values: values, device="cpu"
-    )
+        num_processes=1, reduce=lambda values, **_: values, gather=lambda values: values, device="cpu",
+        pad_across_processes=lambda values, **_: values,
+    )  # fmt: skip
     arguments = SimpleNamespace(
         use_bias_correction_kl=False, delta=grpo.delta, sapo_temperature_pos=grpo.tau_pos,
         sapo_temperature_neg=grpo.tau_neg, steps_per_generation=1,
@@ -27,7 +28,7 @@ def trl_loss(found: Any, grpo: Any) -> torch.Tensor:
         _get_per_token_logps_and_entropies=lambda *_, **__: (found.logps, found.entropies, None),
         aux_loss_enabled=False,
         top_entropy_quantile=grpo.top_entropy_quantile,
-        get_high_entropy_mask=lambda *_: kept_tokens(found, grpo.top_entropy_quantile),
+        get_high_entropy_mask=lambda *given: trainer.GRPOTrainer.get_high_entropy_mask(this, *given),
         off_policy_mask_threshold=None,
         importance_sampling_level=grpo.importance_sampling_level,
         beta=grpo.beta,

@@ -194,3 +194,22 @@ def test_completions_without_tokens_or_rewards_are_no_fault(ranks: RankServer, a
         assert line["advantage"] == 0 and math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
         assert line["completion_length"] <= 6, "two of eight have no token"
     assert {len(record.ids) for record in Reader(run / "ledger").records(1) if record.key.endswith("/0")} == {0}
+
+
+def test_a_teacher_stands_in_for_rewards(ranks: RankServer, alone: Path) -> None:
+    """On the policy's own tokens the loss is the coefficient times the mean of log p_old - log p_teacher."""
+    settings = {"loss_type": "dapo", "beta": 0.0, "steps_per_generation": 1, "teacher_kl_coef": 0.5,
+                "reward_funcs": (), "reward_weights": None, "num_generations_eval": 1}  # fmt: skip
+    run = run_of(
+        ranks, alone.parent, "taught", world_size=2, grpo=settings, training={"train_iters": 2},
+        gkd={"teacher_model": str(alone / "checkpoints" / "step_00000004" / "hf")},
+        parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    )  # fmt: skip
+    for line in metrics(run):
+        records = Reader(run / "ledger").records(line["step"])
+        assert all(record.rewards == {} and record.reward is None and not record.advantage for record in records)
+        own = sum(sum(record.logps) for record in records)
+        gaps = own - sum(sum(record.columns["teacher"]) for record in records)
+        assert line["teacher_kl"] == pytest.approx(gaps / line["teacher_kl_count"], rel=1e-3, abs=1e-4)
+        assert line["loss"] == pytest.approx(0.5 * line["teacher_kl"], rel=1e-5) and line["ratio"] == 1
+        assert abs(line["teacher_kl"]) > 1e-4 and line["reward"] is None
