@@ -19,7 +19,7 @@ from megabatch.trainer.ops.vocab import VocabShard, row_chunks
 
 Teacher = Callable[[slice], Tensor]
 """Rows → the teacher's logits of this rank's columns: [t, R], any float dtype; the same values at every call."""
-CPU_CHUNK_ELEMENTS = 1 << 22
+CPU_CHUNK_ELEMENTS = 1 << 21
 """Logits of a chunk on a CPU: several rows, since the teacher's whole output layer is read for each chunk."""
 
 
@@ -133,7 +133,8 @@ def _to_logps(student_tR: Tensor, teacher_tR: Tensor, normal_3t: Tensor, how: Co
 
 
 def _mixed(student_tR: Tensor, teacher_tR: Tensor, beta: float) -> Tensor:
-    return torch.logaddexp(student_tR + math.log1p(-beta), teacher_tR + math.log(beta))
+    mixed_tR = teacher_tR + math.log(beta)
+    return torch.logaddexp(student_tR + math.log1p(-beta), mixed_tR, out=mixed_tR)
 
 
 def _kl(first_tR: Tensor, second_tR: Tensor) -> Tensor:
