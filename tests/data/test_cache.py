@@ -251,7 +251,7 @@ def test_dropped_rows_are_reported(build: Any, write_jsonl: Write, caplog: Any) 
     dropped = caplog.records[-1]
     assert (dropped.levelname, dropped.getMessage()) == (
         "WARNING",
-        "1 of 4 rows (25.0 %) dropped: longer than max_length",
+        f"1 of 4 rows (25.0 %) dropped: longer than max_length; the first is {path}:4",
     )
 
 

@@ -147,6 +147,7 @@ def test_equal_answers_are_counted(tokenizer_folder: Path) -> None:
     whole = row(chosen=said("Q", "good"), rejected=said("Q", "good"))
     chunk = encoder(tokenizer_folder).encode([same, row(prompt="Q", chosen="good", rejected="bad"), whole])
     assert (chunk.items, chunk.remarks[EQUAL]) == ([2], 2)
+    assert str(chunk.first[EQUAL]) == "pairs.jsonl:7"
 
 
 @pytest.mark.parametrize("strategy", ["delete", "left", "right", "raise"])

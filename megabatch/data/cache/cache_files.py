@@ -140,12 +140,14 @@ def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any
     sources: dict[tuple[str, bool], int] = {}
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
+    first: dict[str, str] = {}
     names: dict[str, dict[str, int]] = {}
     max_id = samples = 0
     try:
         for chunk in chunks:
             dropped.update(chunk.dropped)
             remarks.update(chunk.remarks)
+            first = {**chunk.first, **first}
             if not len(chunk.lengths):
                 continue
             further = _further(chunk, names)
@@ -174,6 +176,7 @@ def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any
         "content": _digest(columns[name].content for name in (*_CONTENT, *_learned(columns))),
         "dropped": dict(dropped),
         "remarks": dict(+remarks),
+        "first": first,
         "sources": [list(source) for source in sources],
         "names": {column: list(found) for column, found in names.items()},
         "files": written,

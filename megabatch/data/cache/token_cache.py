@@ -242,11 +242,17 @@ class TokenCache:
         learned = int(np.count_nonzero(self.weights))
         log.info("%d samples, %d tokens, %d trained on", len(self), len(self.ids), learned)
         rows = len(self) + sum(self.dropped.values())
+        first = self.meta.get("first", {})
+
+        def beginning(reason: str) -> str:
+            return f"; the first is {first[reason]}" if reason in first else ""
+
         for reason, count in self.dropped.items():
             level = logging.WARNING if count >= _MANY * rows else logging.INFO
-            log.log(level, "%d of %d rows (%.1f %%) dropped: %s", count, rows, 100 * count / rows, reason)
+            share = 100 * count / rows
+            log.log(level, "%d of %d rows (%.1f %%) dropped: %s%s", count, rows, share, reason, beginning(reason))
         for remark, count in self.meta.get("remarks", {}).items():
-            log.warning("%d rows: %s", count, remark)
+            log.warning("%d rows: %s%s", count, remark, beginning(remark))
 
 
 def _each(chunks: Iterable[ChunkArrays], done: Callable[[], None]) -> Iterator[ChunkArrays]:

@@ -47,6 +47,12 @@ class Chunk:
     """Reason → number of rows."""
     remarks: Counter[str] = field(default_factory=Counter)
     """Remark, such as a column that nothing reads → number of rows."""
+    first: dict[str, Origin] = field(default_factory=dict)
+    """Reason or remark → the first of its rows, where that is known."""
+
+    def drop(self, reason: str, origin: Origin) -> None:
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, origin)
 
     def add(self, item: Item, origin: Origin) -> None:
         self.samples.extend(item)
@@ -74,6 +80,7 @@ class Chunk:
             files=list(files),
             dropped=self.dropped,
             remarks=self.remarks,
+            first={reason: str(origin) for reason, origin in self.first.items()},
         )
 
     def _columns(self) -> dict[str, np.ndarray]:
@@ -114,6 +121,8 @@ class ChunkArrays:
     """File and `is_line` of the origins."""
     dropped: Counter[str]
     remarks: Counter[str]
+    first: Mapping[str, str] = field(default_factory=dict)
+    """Reason or remark → the place of its first row."""
 
 
 def _joined(parts: Iterable[np.ndarray], dtype: Any) -> np.ndarray:

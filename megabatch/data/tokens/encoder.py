@@ -19,7 +19,7 @@ from megabatch.data.tokens.documents import Documents
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.judged import JudgedAnswers
 from megabatch.data.tokens.labelled import Labelled
-from megabatch.data.tokens.pairs import Pairs
+from megabatch.data.tokens.pairs import EQUAL, Pairs
 from megabatch.data.tokens.prompts import Prompts
 from megabatch.data.tokens.ranked import Ranked
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
@@ -74,12 +74,13 @@ class Encoder:
         rows = self._preprocessed(list(map(parsed, unparsed)), chunk)
         for row, item in zip(rows, self.rows.encode(rows, chunk.remarks) if rows else (), strict=True):
             kept = self._limited(item, row) if item else []
-            if not item:
+            if not item:  # equal answers, which `Pairs` counts
+                chunk.first.setdefault(EQUAL, row.origin)
                 continue
             if not kept:
-                chunk.dropped["longer than max_length"] += 1
+                chunk.drop("longer than max_length", row.origin)
             elif self._learns_tokens and not _learns(kept):
-                chunk.dropped["nothing to learn"] += 1
+                chunk.drop("nothing to learn", row.origin)
             else:
                 chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1
                 names = self._names(row)
