@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from measure import Figure, environment, median, sized
+from measure import TOY, Figure, environment, median, sized
 from peers import ROWS, hf_model, in_trainer
 
 HERE = Path(__file__).parent
@@ -82,7 +82,7 @@ def _worked(counts: list[int], off: int) -> str:
 
 def aligned_peers() -> list[Figure]:
     """Only our side where there is no TRL, or at toy size."""
-    peer = os.environ.get("BENCH_PEER") or (sys.executable if find_spec("trl") and not sized(False, True) else None)
+    peer = None if TOY else os.environ.get("BENCH_PEER") or (sys.executable if find_spec("trl") else None)
     found = []
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         folder = Path(directory)

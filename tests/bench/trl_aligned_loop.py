@@ -58,6 +58,7 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(hf)
     tokenizer.chat_template = None
     data = load_dataset("json", data_files=rows, split="train")
+    data = data.map(lambda row: {"prompt": f"User: {row['prompt'].strip()}\nAssistant: "})  # our plain template's
     given: dict[str, Any] = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [clock]}
     if kind == "grpo":
         arguments = GRPOConfig(
