@@ -13,7 +13,7 @@ import runs
 import torch
 import torch.distributed as dist
 from rank_server import RankServer
-from vllm_python import NEEDS_VLLM
+from vllm_python import NEEDS_VLLM, VLLM_MODULES, python
 from vllm_server import (
     CPU,
     TOKEN,
@@ -31,6 +31,7 @@ from vllm_server import (
 from megabatch import Model, MoE
 from megabatch.config.grpo import Rollout
 from megabatch.config.roles import Role
+from megabatch.config.run import RunConfig
 from megabatch.errors import RolloutError
 from megabatch.rollout.ahead import Ahead
 from megabatch.rollout.engine import Completion, Request, UnservedError
@@ -107,7 +108,8 @@ def _through_the_server(run_dir: Path, *, by: float) -> tuple[dict[str, float], 
 
 
 def test_live_shards_reach_the_server(server: Server, running: Running, tmp_path: Path) -> None:
-    """Experts and vocabulary split over two ranks, in buckets smaller than a layer; adapters merged."""
+    """Experts and vocabulary split over two ranks, in buckets smaller than a layer; adapters merged. vLLM inside the
+    ranks of the first of these runs, an engine in each, draws the same."""
     made_runs = []
     for layout, groups in LAYOUTS.items():
         recipe = replace(
@@ -118,9 +120,10 @@ def test_live_shards_reach_the_server(server: Server, running: Running, tmp_path
             roles=[Role(name="rollout", command=["python", "-m", "megabatch.cli", "rollout", "m"])],
         )
         made_runs.append(str(runs.write_run(recipe, tmp_path / layout)))
-    ranks = RankServer()
+    ranks = RankServer(python=python(), imported=VLLM_MODULES)
     try:
         found = ranks.run(through_the_server, world_size=2, run_dirs=made_runs, url=server.url)
+        inside = ranks.run(through_the_server, world_size=2, run_dirs=[_inside(made_runs[0])], url=server.url)
     finally:
         ranks.close()
     for layout, mine, others in zip(LAYOUTS, *found, strict=True):
@@ -128,8 +131,27 @@ def test_live_shards_reach_the_server(server: Server, running: Running, tmp_path
             assert 0 < metrics["sync_max_logp_difference"] < 1e-4, layout
             assert completions == mine[1]
             assert [one.key for one in completions] == [request.key for request in requests()]
+    for [(metrics, completions)] in inside:
+        assert 0 < metrics["sync_max_logp_difference"] < 1e-4
+        for one, served in zip(completions, found[0][0][1], strict=True):
+            assert (one.key, one.ids) == (served.key, served.ids)
+            assert one.logps == pytest.approx(served.logps, abs=1e-4)
     with pytest.raises(RolloutError, match=r"has the weights '.*:1', and was given 'test:\d'.* another run uses it"):
         server.generate(requests())
+
+
+def _inside(run_dir: str) -> str:
+    """The same run with vLLM inside its ranks."""
+    run = RunConfig.load(Path(run_dir) / "run.json")
+    rollout = Rollout(
+        vllm_mode="colocate", vllm_enforce_eager=True, vllm_max_model_len=96, vllm_max_num_seqs=8,
+        max_completion_length=16,
+        vllm_engine_kwargs={"kv_cache_memory_bytes": 16 << 20, "max_num_batched_tokens": 256},
+    )  # fmt: skip
+    folder = Path(f"{run_dir}-inside")
+    folder.mkdir()
+    replace(run, run_dir=str(folder), recipe=replace(run.recipe, roles=[], rollout=rollout)).save(folder / "run.json")
+    return str(folder)
 
 
 def test_a_completion_repeats_and_stops_at_its_token(server: Server) -> None:
