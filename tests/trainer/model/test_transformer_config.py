@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from runs import recipe, write_run
 
 from megabatch.config.rules import extra_kwargs
 from megabatch.config.run import RunConfig
+from megabatch.trainer.model import transformer_config as module
 from megabatch.trainer.model.transformer_config import own_values, transformer_config
 
 GROUPS: list[dict[str, dict[str, Any]]] = [
@@ -43,3 +45,15 @@ def test_every_owned_field_is_one_of_megatron_core() -> None:
 def test_what_nobody_sets_reaches_megatron_core(tmp_path: Path) -> None:
     run = _run(tmp_path, training={"megatron_extra_kwargs": {"barrier_with_L1_time": False}})
     assert transformer_config(run.recipe, run.shape, virtual_size=None).barrier_with_L1_time is False
+
+
+@pytest.mark.parametrize(
+    ("installed", "has_te", "used"),
+    [((), True, "fused"), (("flash_attn",), True, "flash"), (("flash_attn_3",), True, "flash"), ((), False, "flash")],
+)
+def test_transformer_engine_has_attention_without_flash_attn(
+    installed: tuple[str, ...], has_te: bool, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    assert module._attention_backend("flash", has_te=has_te) is AttnBackend[used]
+    assert module._attention_backend("unfused", has_te=has_te) is AttnBackend.unfused
