@@ -15,13 +15,13 @@ ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "megatron", "transformers", "numpy", "datasets", "submitit", "safetensors", "tokenizers")
 COMPUTING = (
     "cache", "tokens", "rows.sources", "rows.mixing", "schedule", "stream", "packing", "run_caches", "run_tokenizer",
-    "prepare",
+    "prepare", "reference_log_probs",
 )  # fmt: skip
 """Of megabatch.data; they import numpy."""
 TENSORS = ("advantages", "corrections", "entropy", "rounds", "sequences", "surrogates")
 """Of megabatch.rl; they import torch or numpy."""
-OF_VLLM = ("group", "loading", "pool", "server", "worker")
-"""Of megabatch.rollout.vllm; they import torch, or what does."""
+OF_VLLM = ("adapter", "colocated", "group", "kept_apart", "loading", "pool", "server", "teacher", "worker")
+"""Of megabatch.rollout.vllm; they import torch or numpy, or what does."""
 WITH_TORCH = (
     "megabatch.trainer",
     "megabatch.rollout.local",

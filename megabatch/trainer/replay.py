@@ -114,7 +114,8 @@ def _before(step: int, run: RunConfig, alone: RunConfig, ranks: Ranks) -> Engine
     from megabatch.trainer.starting import start
 
     source = model_source(alone, ranks)
-    engine = assemble.build_engine(alone, ranks, train_iters=max(step, run.recipe.training.train_iters or 0))
+    declared = run.recipe.training.train_iters
+    engine = assemble.build_engine(alone, ranks, train_iters=step if declared is None else max(step, declared))
     folder = RunDirectory(Path(run.run_dir)).step(step - 1)
     with tempfile.TemporaryDirectory(prefix="megabatch-replay-") as scratch:
         # checkpoints of a run directory belong to the run, which may be alive

@@ -51,6 +51,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "tuner.modules_to_save=('output_layer',) trains the model's own parameters",
     ),
     "another run's reference": ({"checkpoint": Checkpoint(load="run")}, "checkpoint.load='run' goes on with a run"),
+    "no teacher": ({"rlhf": Rlhf(rlhf_type="gkd")}, "gkd.teacher_model is missing: distillation needs a teacher"),
     "a teacher and a server": (
         {
             "rlhf": Rlhf(rlhf_type="gkd"),

@@ -497,14 +497,6 @@ CASES = [
     (
         training.task_and_algorithm_agree,
         "dense",
-        {"rlhf": {"rlhf_type": "gkd"}, "task": "rlhf"},
-        {"rlhf": {"rlhf_type": "gkd"}, "task": "rlhf", "gkd": {"teacher_model": "big"}},
-        "gkd.teacher_model",
-        ["teacher"],
-    ),
-    (
-        training.task_and_algorithm_agree,
-        "dense",
         {"grpo": {"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}},
         {"grpo": {"reward_funcs": ["accuracy", "format"], "reward_weights": [1.0, 2.0]}},
         "grpo.reward_weights",
