@@ -1,7 +1,7 @@
 """DPO without a GPU or a download: a small model prefers right to wrong solutions of word problems, on two processes.
 
 python recipes/gsm8k_dpo.py --local
-python recipes/gsm8k_dpo.py --model RUN/checkpoints/latest/hf --rpo_alpha none --local
+python recipes/gsm8k_dpo.py --model RUN/checkpoints/step_N/hf --rpo_alpha none --local
 python recipes/gsm8k_dpo.py --dataset pairs.jsonl --max_length 512 --local
 python recipes/gsm8k_dpo.py --dataset solutions.jsonl --preprocess recipes/rows/model_solutions.py:pairs --local
 

@@ -1,7 +1,7 @@
 """KTO without a GPU or a download: a small model learns from solutions that are labelled right or wrong.
 
 python recipes/gsm8k_kto.py --local
-python recipes/gsm8k_kto.py --model RUN/checkpoints/latest/hf --dataset labels.jsonl --local
+python recipes/gsm8k_kto.py --model RUN/checkpoints/step_N/hf --dataset labels.jsonl --local
 python recipes/gsm8k_kto.py --dataset solutions.jsonl --preprocess recipes/rows/model_solutions.py:labels --local
 
 KTO begins with a model that can answer: train one with gsm8k_sft.py first. A new model shows how the recipe runs, and

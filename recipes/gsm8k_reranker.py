@@ -1,7 +1,7 @@
 """A reranker without a GPU or a download: a small model puts a problem's own right solution first, on two processes.
 
 python recipes/gsm8k_reranker.py --local
-python recipes/gsm8k_reranker.py --model RUN/checkpoints/latest/hf --dataset ranked.jsonl --local
+python recipes/gsm8k_reranker.py --model RUN/checkpoints/step_N/hf --dataset ranked.jsonl --local
 megabatch evaluate RUN --dataset held_out.jsonl
 """
 

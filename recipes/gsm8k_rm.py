@@ -1,7 +1,7 @@
 """A reward model without a GPU or a download: a small model scores right above wrong solutions, on two processes.
 
 python recipes/gsm8k_rm.py --local
-python recipes/gsm8k_rm.py --model RUN/checkpoints/latest/hf --local
+python recipes/gsm8k_rm.py --model RUN/checkpoints/step_N/hf --local
 python recipes/gsm8k_rm.py --dataset pairs.jsonl --max_length 512 --local
 python recipes/gsm8k_rm.py --dataset solutions.jsonl --preprocess recipes/rows/model_solutions.py:pairs --local
 """

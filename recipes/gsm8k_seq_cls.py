@@ -1,7 +1,7 @@
 """A classifier without a GPU or a download: a small model tells right from wrong solutions, on two processes.
 
 python recipes/gsm8k_seq_cls.py --local
-python recipes/gsm8k_seq_cls.py --model RUN/checkpoints/latest/hf --dataset labelled.jsonl --num_labels 3 --local
+python recipes/gsm8k_seq_cls.py --model RUN/checkpoints/step_N/hf --dataset labelled.jsonl --num_labels 3 --local
 megabatch evaluate RUN --dataset held_out.jsonl
 """
 

@@ -50,7 +50,7 @@ class Reader:
         """Raises: RewardError if there is no ledger."""
         self._files = segments(folder)
         if not self._files:
-            raise RewardError(f"{folder} has no completions; a run of GRPO writes them after its first step")
+            raise RewardError(f"{folder} has no completions; a run that generates writes them after its first step")
         self._frames = _final(self._files)
 
     @property

@@ -25,7 +25,7 @@ import files
 import giants
 import launch
 import lora
-import memory
+import negatives
 import peers
 import plan
 import requeue
@@ -55,7 +55,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "context": _in_trainer("context.py", world_size=2),
     "lora_step": _in_trainer("lora_step.py"),
     "grpo_round": _in_trainer("grpo_round.py"),
-    "memory": memory.memory,
+    "negatives": negatives.negatives,
     "aligned_peers": aligned_peers.aligned_peers,
     "gkd": _in_trainer("gkd.py"),
     "checkpoint": _in_trainer("checkpoint.py"),

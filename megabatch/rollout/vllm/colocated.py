@@ -248,6 +248,9 @@ def engine_arguments(options: EngineOptions, *, on_cpus: bool, sleeps: bool) -> 
     }
     if on_cpus and not values.keys() & set(_MEMORY):
         values["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    if on_cpus:
+        # a part of a prompt draws with the request's generator at an offset, which generators on CPUs do not have
+        values.setdefault("enable_chunked_prefill", False)
     return values
 
 
