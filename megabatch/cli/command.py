@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", nargs=0, action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _of_runs(commands)
+    _of_generated(commands)
     _of_several(commands)
     _of_recipes(commands)
     _of_servers(commands)
@@ -73,28 +74,6 @@ def _of_runs(commands: _Commands) -> None:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
     report.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
 
-    completions = commands.add_parser("completions", help="show what a run generated, and its rewards")
-    completions.add_argument("run", type=Path, metavar="RUN")
-    completions.add_argument("--step", type=int, help="which step (default: the newest; with --grep, all)")
-    order = completions.add_mutually_exclusive_group()
-    order.add_argument("--worst", dest="order", action="store_const", const="worst", help="lowest rewards first")
-    order.add_argument("--best", dest="order", action="store_const", const="best", help="highest rewards first")
-    completions.add_argument("--grep", metavar="PATTERN", help="only where prompt or completion matches")
-    completions.add_argument("-n", "--number", type=_count, default=5, help="how many (default: %(default)s)")
-    completions.add_argument("--full", action="store_true", help="do not cut long texts")
-    completions.add_argument("--json", action="store_true", help="one JSON object a line, with tokens, for programs")
-    completions.add_argument("--check", action="store_true", help="read all of it; exit code 1 if anything is missing")
-
-    replay = commands.add_parser(
-        "replay", help="repeat one update of GRPO on one process, and compare it with the run's"
-    )
-    replay.add_argument("run", type=Path, metavar="RUN")
-    replay.add_argument("--step", type=_count, required=True, help="which step; the checkpoint before it is needed")
-    replay.add_argument(
-        "--tolerance", type=float, help="largest relative difference (default: 1e-5 in float32, wider in 16 bits)"
-    )
-    replay.add_argument("--json", action="store_true", help="one JSON object, for programs")
-
     logs = commands.add_parser("logs", help="print a rank's log")
     logs.add_argument("run", type=Path, metavar="RUN")
     logs.add_argument("-f", "--follow", action="store_true", help="follow the log until the run ends")
@@ -120,6 +99,30 @@ def _of_runs(commands: _Commands) -> None:
     checkpoint.add_argument(
         "--workers", type=_count, default=4, metavar="N", help="files to check at a time (default: 4)"
     )
+
+
+def _of_generated(commands: _Commands) -> None:
+    completions = commands.add_parser("completions", help="show what a run generated, and its rewards")
+    completions.add_argument("run", type=Path, metavar="RUN")
+    completions.add_argument("--step", type=int, help="which step (default: the newest; with --grep, all)")
+    order = completions.add_mutually_exclusive_group()
+    order.add_argument("--worst", dest="order", action="store_const", const="worst", help="lowest rewards first")
+    order.add_argument("--best", dest="order", action="store_const", const="best", help="highest rewards first")
+    completions.add_argument("--grep", metavar="PATTERN", help="only where prompt or completion matches")
+    completions.add_argument("-n", "--number", type=_count, default=5, help="how many (default: %(default)s)")
+    completions.add_argument("--full", action="store_true", help="do not cut long texts")
+    completions.add_argument("--json", action="store_true", help="one JSON object a line, with tokens, for programs")
+    completions.add_argument("--check", action="store_true", help="read all of it; exit code 1 if anything is missing")
+
+    replay = commands.add_parser(
+        "replay", help="repeat one update of GRPO on one process, and compare it with the run's"
+    )
+    replay.add_argument("run", type=Path, metavar="RUN")
+    replay.add_argument("--step", type=_count, required=True, help="which step; the checkpoint before it is needed")
+    replay.add_argument(
+        "--tolerance", type=float, help="largest relative difference (default: 1e-5 in float32, wider in 16 bits)"
+    )
+    replay.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
 
 def _of_several(commands: _Commands) -> None:
