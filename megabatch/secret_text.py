@@ -30,8 +30,8 @@ _NO_SERVICES = _words(
 )
 """First words that make an upper-case variable no secret (`SORT_KEY`, `USE_AUTH`); any other word leaves it one."""
 _BEFORE_TOKEN = _words(
-    "audio begin bos cls end eos extra first image last mask max min moe new next num pad per prompt sep special "
-    "start stop think unk video vision"
+    "audio begin bos cls end eos extra first image last mask max min moe negative new next num pad per positive "
+    "prompt sep special start stop think unk video vision"
 )
 """Words that turn `token` into a count of tokens or a vocabulary's token."""
 _AFTER_TOKEN = _words("budget count dim dispatcher drop id ids index len length limit limits loss num size type types")

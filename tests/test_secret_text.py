@@ -85,7 +85,8 @@ def test_ordinary_names(name: str) -> None:
 
 def test_no_parameter_has_a_secrets_name_but_those_that_name_a_variable() -> None:
     names = {field.name for group in group_types(Recipe).values() for field in fields(group)}
-    assert {name for name in names if is_secret_name(name)} == {"hub_token", "judge_api_key_variable"}
+    variables = {"judge_api_key_variable", "teacher_api_key_variable"}
+    assert {name for name in names if is_secret_name(name)} == {"hub_token", *variables}
 
 
 @pytest.mark.parametrize("value", ["", "0", "True", "none", "HF_TOKEN"])
