@@ -270,8 +270,13 @@ def _find(name: str, algorithm: str | None) -> Named | Fault:
         return Fault(f"--{name}", None, rule, try_=("--tuner_type lora with more ranks",), bare=True)
     if name in _OF_TRAINERS:
         return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(_OF_TRAINERS[name]), bare=True)
-    near = sorted(get_close_matches(name, known, n=3, cutoff=0.7), key=_is_unbuilt)
+    near = sorted(get_close_matches(name, known, n=3, cutoff=0.7), key=lambda one: _is_second(one, name))
     return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near[:2]), bare=True)
+
+
+def _is_second(suggested: str, name: str) -> tuple[bool, bool]:
+    """Behind others: what is not built, and settings of an engine where no engine was named."""
+    return _is_unbuilt(suggested), suggested.startswith("vllm_") and not name.startswith("vllm")
 
 
 def _is_unbuilt(name: str) -> bool:

@@ -89,11 +89,7 @@ def test_help_reads_nothing_else(dense):
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        (
-            "--tensor_parallel_size 2",
-            "--tensor_parallel_size is not a parameter; try --vllm_tensor_parallel_size or "
-            "--tensor_model_parallel_size",
-        ),
+        ("--tensor_parallel_size 2", "--tensor_parallel_size is not a parameter; try --tensor_model_parallel_size"),
         ("--learnin_rate 2", "--learnin_rate is not a parameter; try --learning_rate"),
         ("--quant_bits 4", "--quant_bits asks for QLoRA, which is not supported: the frozen weights stay in bf16 or"),
         ("--partition a100", "--partition belongs in the cluster profile that --cluster names, not in a run"),

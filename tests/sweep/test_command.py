@@ -108,7 +108,7 @@ def test_what_is_not_built_is_shown_and_refused(run: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sweep", "tensor_model_parallel=1,2"], "try tensor_model_parallel_size"),
+        (["--sweep", "tensor_parallel=1,2"], "try tensor_model_parallel_size"),
         (["--sweep"], "--sweep needs at least one parameter=value,value; try --sweep seed=1,2,3"),
         (["--sweep", "seed=1,1"], "points 1 and 2 are the same run (training.seed=1)"),
         (["--sweep", "seed=1", "--seed", "2"], "--seed is swept, so a single value has no effect"),
