@@ -195,9 +195,9 @@ def ahead_of(pool: Pool) -> Ahead:
     return Ahead(lambda some, stop: pool.stream(some, stop=stop))
 
 
-def long_and_short() -> tuple[list[Request], list[Request]]:
+def long_and_short(name: str = "mixed") -> tuple[list[Request], list[Request]]:
     """Two requests of 80 tokens and two of 4; two and two are served at a time."""
-    some = [replace(one, key=f"mixed/{n}") for n, one in enumerate(requests(4))]
+    some = [replace(one, key=f"{name}/{n}") for n, one in enumerate(requests(4))]
     tokens = (80, 4, 80, 4)
     some = [
         replace(one, sampling=replace(one.sampling, max_tokens=count)) for one, count in zip(some, tokens, strict=True)
@@ -210,13 +210,20 @@ def test_completions_that_an_update_interrupts_go_on_with_the_new_weights(server
     pool, models = Pool([server]), {7: made(seed=7), 8: made(seed=8)}
     update(pool, models[7], 7)
     ahead = ahead_of(pool)
-    long, short = long_and_short()
-    ahead.begin([*long, *short])
-    ahead.go_on()
-    for request, one in zip(short, ahead.take([request.key for request in short]), strict=True):
+    # the server may be done with the long ones before it is held: then they are asked for once more
+    for attempt in range(20):
+        long, short = long_and_short(f"mixed{attempt}")
+        ahead.begin([*long, *short])
+        ahead.go_on()
+        taken = ahead.take([request.key for request in short])
+        ahead.hold()
+        assert ahead.unfinished + ahead.landed == 2
+        if ahead.unfinished:
+            break
+        ahead.take([request.key for request in long])
+    for request, one in zip(short, taken, strict=True):
         assert set(one.versions) == {7} and difference(request, one, models) < 1e-4
-    ahead.hold()
-    assert ahead.unfinished + ahead.landed == 2 and ahead.unfinished > 0, "the others have 80 tokens"
+    assert ahead.unfinished > 0
     update(pool, models[8], 8)
     ahead.go_on()
     found = ahead.take([request.key for request in long])
