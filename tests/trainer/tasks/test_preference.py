@@ -25,7 +25,7 @@ def train_preference(run_dir: str, stop_after: int | None = None) -> int:
 
 
 GROUPS: dict[str, Any] = {
-    "learning_rate": {"lr": 0.02, "min_lr": 0.02},
+    "learning_rate": {"lr": 0.005, "min_lr": 0.005},
     "optimizer": {"adam_eps": 1e-3, "weight_decay": 0.0},
     "checkpoint": {"no_save_optim": True},
 }
