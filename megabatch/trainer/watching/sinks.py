@@ -77,6 +77,8 @@ class Board(Sink):
             self._left_out |= {"memory_gib"}
         if not settings.log_timers_to_tensorboard:
             self._left_out |= TIMES
+        if not settings.log_validation_ppl_to_tensorboard:
+            self._left_out |= {"eval/perplexity"}
 
     def write(self, line: Line) -> None:
         step, kind = line["step"], line["kind"]
@@ -86,13 +88,6 @@ class Board(Sink):
             for tag, value in points(line):
                 if tag.removeprefix("train/") not in self._left_out:
                     self._board.add_scalar(tag, value, step)
-            if kind == "eval" and self.settings.log_validation_ppl_to_tensorboard:
-                self._perplexity(line)
-
-    def _perplexity(self, line: Line) -> None:
-        loss = line.get("eval_loss")
-        if loss is not None and math.isfinite(loss):
-            self._board.add_scalar("eval/perplexity", math.exp(min(loss, 700.0)), line["step"])
 
     def close(self, *, failed: bool) -> None:
         with contextlib.suppress(OSError):

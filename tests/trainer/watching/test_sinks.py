@@ -49,9 +49,11 @@ def test_a_run_tells_the_times_of_its_parts(ranks: RankServer, tmp_path: Path) -
 
 
 def test_times_stay_out_where_nobody_asks(ranks: RankServer, tmp_path: Path) -> None:
-    made = recipe(tmp_path, "qwen3", logging={"log_timers_to_tensorboard": False, "tensorboard_log_interval": 3})
+    quiet = {"log_timers_to_tensorboard": False, "log_validation_ppl_to_tensorboard": False}
+    made = recipe(tmp_path, "qwen3", logging={**quiet, "tensorboard_log_interval": 3})
     run = write_run(made, tmp_path / "run")
     ranks.run(train, world_size=1, run_dir=str(run))
     assert not any(line.keys() & TIMED for line in metrics(run))
     curves = scalars(run / "runs")
     assert curves["train/loss"] == [3] and "train/step_s" not in curves
+    assert "eval/loss" in curves and "eval/perplexity" not in curves
