@@ -14,7 +14,7 @@ import runs
 import torch
 from rank_server import RankServer
 from vllm_python import NEEDS_VLLM
-from vllm_server import TOKEN, VOCAB, Running, made, start, update
+from vllm_server import TOKEN, VOCAB, Running, made, update
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.vllm.client import Client
@@ -27,10 +27,8 @@ pytestmark = NEEDS_VLLM
 
 @pytest.fixture(scope="module")
 def giver(running: Running) -> Iterator[Server]:
-    """Gives the server weights; its own, so that tests of other files find theirs as they left it. Those that end the
-    server may have come before."""
-    if running.process.poll() is not None:
-        running.process = start(running.folder, running.port).process
+    """Gives the server weights; its own, so that tests of other files find theirs as they left it."""
+    running.revive()
     found = running.server()
     found.wait()
     yield found

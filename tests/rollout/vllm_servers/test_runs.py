@@ -36,6 +36,7 @@ def ranks() -> Iterator[RankServer]:
 
 @pytest.fixture(scope="module")
 def folder(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    running.revive()
     server = running.server()
     server.wait()
     server.close()

@@ -86,6 +86,11 @@ class Running:
         client = Client(f"http://127.0.0.1:{self.port}", token=TOKEN, timeout_s=600)
         return Server(client, owner="test", device=CPU, timeout_s=600, concurrency=4)
 
+    def revive(self) -> None:
+        """Starts it again if it ended, as it does by tests that may have come before, in whatever order files come."""
+        if self.process.poll() is not None:
+            self.process = start(self.folder, self.port).process
+
     def stop(self) -> None:
         """Also of one that was stopped before."""
         if self.process.poll() is None:
