@@ -122,9 +122,9 @@ def test_a_trainer_that_is_killed_twice_ends_with_the_undisturbed_curve(
     assert final == {line["step"]: (line["loss"], line["grad_norm"], line["reward"]) for line in runs.metrics(calm)}
     for step in (1, 2, 3):
         a, b = (Reader(run / "ledger").records(step) for run in (calm, disturbed))
-        assert [(one.key, one.ids, one.logps, one.versions) for one in a] == [
-            (one.key, one.ids, one.logps, one.versions) for one in b
-        ]
+        assert [(one.key, one.ids, one.versions) for one in a] == [(one.key, one.ids, one.versions) for one in b]
+        for one, other in zip(a, b, strict=True):  # a server batches requests as they arrive: last bits may differ
+            assert one.logps == pytest.approx(other.logps, abs=1e-5)
 
 
 def test_generation_ahead_of_training_is_bounded_and_loses_nothing(
