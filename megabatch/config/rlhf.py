@@ -136,8 +136,9 @@ class Gkd:
     writes; the others train on the dataset's answers."""
     seq_kd: bool = param(False)
     """In the steps without the student's answers, trains on the teacher's in place of the dataset's."""
-    offload_teacher_model: bool = param(False, built=False)
-    """Keeps the teacher in host memory while it is not in use."""
+    offload_teacher_model: bool = param(False, speed_only=True)
+    """Keeps the teacher in page-locked host memory between its passes, on GPUs. The part of its output layer that the
+    student's pass reads stays on the device."""
     sft_alpha: float = param(0.0, at_least=0)
     """Weight of an additional SFT loss, in steps whose answers are not the student's."""
     teacher_model_server: str | None = param(None)

@@ -226,7 +226,7 @@ class Engine:
     ) -> list[Mapping[str, Any]]:
         for chunk in self.models[model].wrapped:
             chunk.eval()
-        with torch.no_grad(), self._adapter(model):
+        with torch.no_grad(), self.models[model].on_device(), self._adapter(model):
             return self._run(model, packs, last, forward_only=True, table=table)
 
     def _adapter(self, model: str) -> AbstractContextManager[None]:

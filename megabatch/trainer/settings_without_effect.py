@@ -26,6 +26,7 @@ CUDA = (
     "no_bias_swiglu_fusion",
     "no_rope_fusion",
     "no_gradient_accumulation_fusion",
+    "offload_teacher_model",
 )
 NEVER = {
     "ckpt_assume_constant_structure": "planning a save takes milliseconds for each layer, whatever its size",

@@ -98,6 +98,9 @@ def _server(recipe: Recipe, address: str) -> Iterator[Fault]:
     for name in ("teacher_model", "teacher_model_type", "teacher_model_revision"):
         if (value := getattr(group, name)) is not None:
             yield Fault(f"gkd.{name}", value, f"has no effect with {field[4:]}={address!r}; give one", try_=(None,))
+    if group.offload_teacher_model:
+        rule = f"has no effect with {field[4:]}={address!r}, which has the teacher behind a server"
+        yield Fault("gkd.offload_teacher_model", True, rule, try_=(False,))
     kind, _, name = address.partition(":")
     roles = [role.name for role in recipe.roles]
     if address.lstrip().startswith("[") or "," in address:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from megabatch.trainer.model.lora.lora import Lora
 from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.model.rope import Rotary, inverse_frequencies
 from megabatch.trainer.model.tuning import ALL, Tuning
+from megabatch.trainer.offload import Offload
 from megabatch.trainer.ranks import Ranks
 
 
@@ -41,6 +42,12 @@ class Model:
     """Which parts of the model are trained."""
     others: dict[str, Lora] = field(default_factory=dict)
     """Frozen adapters beside the trained one, by name (`references.add_adapter`)."""
+    offload: Offload | None = None
+    """Of all weights, for a model that is in host memory while it is not in use."""
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """Inside this context the weights are on the device."""
+        return nullcontext() if self.offload is None else self.offload.on_device()
 
     @property
     def chunks(self) -> list[Any]:

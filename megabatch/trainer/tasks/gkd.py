@@ -41,7 +41,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         objective=objective,
         evaluator=evaluator,
         export=export_of(run, source),
-        frozen={} if teacher is None else {TEACHER: teacher.model},
+        frozen={} if teacher is None else {TEACHER: teacher.frozen(run, ranks)},
     )
 
 

@@ -99,7 +99,7 @@ def _frozen(run: RunConfig, source: ModelSource, ranks: Ranks) -> dict[str, Mode
     if run.recipe.grpo.beta > 0:
         found[MODEL] = reference_of(run, source, ranks)
     if (teacher := run.recipe.gkd.teacher_model) is not None:
-        found[TEACHER] = teacher_of(run, teacher, source, ranks).model
+        found[TEACHER] = teacher_of(run, teacher, source, ranks).frozen(run, ranks)
     return found
 
 

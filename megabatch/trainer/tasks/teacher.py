@@ -19,6 +19,7 @@ from megabatch.trainer.engine import Engine, vocab_shard
 from megabatch.trainer.model.build import Model, padded_vocab_size
 from megabatch.trainer.model.heads import Head
 from megabatch.trainer.model_source import ModelSource, model_source
+from megabatch.trainer.offload import Offload, tensors_of
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.teachers_distribution import OutputLayer
 from megabatch.trainer.sync.open import in_ranks
@@ -40,6 +41,16 @@ class Teacher:
         found.update(Engine(self.model, ranks), 0)
         return found
 
+    def frozen(self, run: RunConfig, ranks: Ranks) -> Model:
+        """The model as `Parts.frozen` has it: with `offload_teacher_model` and CUDA it moves to host memory now, and
+        is on the device only inside its own passes."""
+        if not (run.recipe.gkd.offload_teacher_model and ranks.device.type == "cuda"):
+            return self.model
+        offload = Offload(tensors_of(self.model.wrapped), constant=True)
+        offload.to_host()
+        logger.info("the teacher's %.2f GiB are in host memory between its passes", offload.bytes / 2**30)
+        return replace(self.model, offload=offload)
+
     def taken_output_layer(self, run: RunConfig, ranks: Ranks) -> OutputLayer:
         """Takes the output layer out of the model, whose output are then its hidden states; collective.
 
@@ -51,6 +62,8 @@ class Teacher:
             weight_VH = last.shared_embedding_or_output_weight() if model.shape.ties_output_layer else None
             weight_VH = last.output_layer.weight if weight_VH is None else weight_VH
             weight_RH = _as_the_students(weight_VH.detach(), model, run, ranks)
+            if model.shape.ties_output_layer and run.recipe.gkd.offload_teacher_model:
+                weight_RH = weight_RH.clone()  # the embedding leaves the device, and this stays
             last.output_layer = Head(model.config, 0)
         return OutputLayer(
             hidden_size=model.shape.hidden_size,
