@@ -1,7 +1,7 @@
 """GRPO ablations on Qwen2.5-7B as one job array: how the loss is averaged x weight of the KL term x seed.
 
 python recipes/grpo_ablations.py --dry_run      # the table and the array's script; then --submit
-python recipes/grpo_ablations.py --results      # what the runs came to so far, best first
+megabatch sweep show megatron_output/grpo_ablations      # ranked by held-out reward, with means over seeds
 """
 
 from megabatch import (
@@ -43,7 +43,9 @@ def recipe() -> Recipe:
         kernels=Kernels(attention_backend="flash"),
         learning_rate=LearningRate(lr=1e-6),
         evaluation=Evaluation(eval_on_start=True, eval_interval=50),
-        checkpoint=Checkpoint(save="megatron_output", save_interval=100, save_total_limit=1),
+        checkpoint=Checkpoint(
+            save="megatron_output", save_interval=100, save_total_limit=1, metric_for_best_model="reward"
+        ),
         resources=Resources(nodes=1, gpus_per_node=8, time="12:00:00"),
     )
 

@@ -52,7 +52,10 @@ def recipe() -> Recipe:
         learning_rate=LearningRate(lr=2e-5, lr_warmup_iters=10),
         evaluation=Evaluation(eval_on_start=True, eval_interval=50),
         checkpoint=Checkpoint(
-            save="megatron_output", save_interval=50, save_total_limit=2, metric_for_best_model="reward"
+            save="megatron_output/qwen2.5-7b-grpo-lora",
+            save_interval=50,
+            save_total_limit=2,
+            metric_for_best_model="reward",
         ),
         resources=Resources(nodes=1, gpus_per_node=8, time="12:00:00"),
     )

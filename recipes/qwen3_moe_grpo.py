@@ -77,7 +77,7 @@ def recipe() -> Recipe:
         learning_rate=LearningRate(lr=1e-6, lr_warmup_iters=10),
         evaluation=Evaluation(eval_on_start=True, eval_interval=50),
         checkpoint=Checkpoint(
-            save="megatron_output", save_interval=50, save_total_limit=2, metric_for_best_model="reward"
+            save="megatron_output/qwen3-moe-grpo", save_interval=50, save_total_limit=2, metric_for_best_model="reward"
         ),
         resources=Resources(nodes=2, gpus_per_node=8, time="24:00:00"),
         roles=[SERVERS],

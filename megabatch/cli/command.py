@@ -133,8 +133,8 @@ def _of_several(commands: _Commands) -> None:
     sweep = commands.add_parser("sweep", help="rank the runs of a sweep")
     sweep.add_argument("action", choices=("show",))
     sweep.add_argument("folder", type=Path, metavar="FOLDER", help="the sweep's folder")
-    ranks = ("tokens_per_s", "mfu", "memory_gib", "loss", "eval_loss")
-    sweep.add_argument("--by", choices=ranks, default=ranks[0], help="what to rank by (default: %(default)s)")
+    measure = "metric to rank by, such as eval_loss or eval_reward (default: metric_for_best_model, else tokens_per_s)"
+    sweep.add_argument("--by", metavar="METRIC", help=measure)
     sweep.add_argument("--json", action="store_true", help="one JSON array, for programs")
 
 
@@ -337,7 +337,7 @@ def _chain(options: argparse.Namespace, _: list[str]) -> int:
 def _sweep(options: argparse.Namespace, _: list[str]) -> int:
     from megabatch.cli.sweep import show_sweep
 
-    return show_sweep(options.folder, by=options.by, as_json=options.json)
+    return show_sweep(options.folder, by=options.by, json=options.json)
 
 
 def _rollout(options: argparse.Namespace, rest: list[str]) -> int:

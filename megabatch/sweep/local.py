@@ -10,7 +10,8 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local_array import run_local_array
 from megabatch.sweep.candidates import Candidate, Candidates
 from megabatch.sweep.folder import write_runs
-from megabatch.sweep.results import results_in, results_table
+from megabatch.sweep.results import metric_of, results_in
+from megabatch.sweep.results_text import results_text
 from megabatch.sweep.submission import sweep_provenance
 
 
@@ -26,7 +27,7 @@ def run_here(found: Candidates, wanted: Sequence[Candidate], arguments: Sequence
         write_runs(launches, [""] * len(launches), sweep_provenance(found, arguments))
         jobs = [launch.job for launch in launches]
         codes = run_local_array(jobs, found.base.profile, max_parallel=found.max_parallel or 1, report=_say)
-    print(results_table(results_in(found.folder), by="tokens_per_s"))
+    print(results_text(results_in(found.folder), by=metric_of(found.folder)))
     for candidate, code in zip(wanted, codes, strict=True):
         if code not in (ExitCode.DONE, ExitCode.REQUEUE):
             logs = candidate.launch.directory.logs

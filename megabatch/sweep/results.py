@@ -1,29 +1,32 @@
-"""The results of a sweep's runs: the finished ones ranked, then the others with their state."""
+"""The results of a sweep's runs: the finished ones ranked, the others with their state, and means over seeds."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from megabatch.errors import LaunchError
+from megabatch.config.checkpoint import Checkpoint
+from megabatch.config.run import RunConfig
+from megabatch.errors import LaunchError, MegabatchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.queue import State
 from megabatch.slurm.state import status
 from megabatch.sweep.folder import SWEEP_JSON, read_sweep
-from megabatch.sweep.names import in_order, labels, number_text
-from megabatch.table import text_width
 
-Rank = Literal["tokens_per_s", "mfu", "memory_gib", "loss", "eval_loss"]
-RANKS: tuple[Rank, ...] = get_args(Rank)
-_HIGHEST_FIRST = ("tokens_per_s", "mfu")
+THROUGHPUT = "tokens_per_s"
+SHOWN = (THROUGHPUT, "mfu", "memory_gib", "loss", "eval_loss", "reward", "eval_reward")
+"""Metrics that the table shows besides the one that it ranks by, where runs log them."""
+_LOWEST_FIRST = ("loss", "nll", "perplexity", "kl", "ece", "brier", "mse", "mae", "_s", "_gib")
+"""How names of metrics end of which less is better, `tokens_per_s` aside."""
 _TAIL = 1 << 17
 """Bytes at the end of metrics.jsonl that are read."""
 _AVERAGED = 10
-"""Number of last steps over which the training loss is averaged."""
+"""Number of last steps over which metrics of training are averaged."""
 PRUNED = "pruned"
 
 
@@ -40,14 +43,9 @@ class Result:
     why: str = ""
     """Why it was pruned, or how it failed."""
     step: int | None = None
-    tokens_per_s: float | None = None
-    mfu: float | None = None
-    """Model FLOPs utilisation; None for an unknown GPU."""
-    memory_gib: float | None = None
-    """Peak memory on the first rank."""
-    loss: float | None = None
-    """Of the last ten training steps, over their tokens."""
-    eval_loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Name in metrics.jsonl → value: of training, the mean over the last ten steps where a step is a mean itself, else
+    that of the last step; `eval_…` of the last evaluation."""
 
 
 def results_in(folder: Path) -> list[Result]:
@@ -68,25 +66,30 @@ def _result(run: Path, point: Mapping[str, Any], now: Any) -> Result:
     lines = _last_lines(RunDirectory(run).metrics)
     train = [line for line in lines if line.get("kind") == "train"]
     evals = [line for line in lines if line.get("kind") == "eval"]
-    last = train[-1] if train else {}
     return Result(
         name=run.name,
         run=run,
         values=point["values"],
         state=str(now.state),
         why=now.reason or (f"exit code {now.exit_code}" if now.exit_code else ""),
-        step=last.get("step"),
-        tokens_per_s=last.get("tokens_per_s"),
-        mfu=last.get("mfu"),
-        memory_gib=last.get("memory_gib"),
-        loss=_mean_loss(train[-_AVERAGED:]),
-        eval_loss=evals[-1].get("eval_loss") if evals else None,
+        step=train[-1].get("step") if train else None,
+        metrics=_numbers(evals[-1:], "eval_") | _numbers(train[-_AVERAGED:]),
     )
 
 
-def _mean_loss(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    count = sum(line["loss_count"] for line in lines)
-    return sum(line["loss_sum"] for line in lines) / count if count else None
+def _numbers(lines: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, float]:
+    """The numbers of the last line; of what lines hold as a sum and its count, the mean over all of them."""
+    last = lines[-1] if lines else {}
+    found = {
+        name: value for name, value in last.items() if name.startswith(prefix) and isinstance(value, (int, float))
+    }
+    for name in [name.removesuffix("_count") for name in found if name.endswith("_count")]:
+        count = sum(line.get(f"{name}_count", 0) for line in lines)
+        if count:
+            found[name] = sum(line.get(f"{name}_sum", 0) for line in lines) / count
+        del found[f"{name}_count"]
+        found.pop(f"{name}_sum", None)
+    return found
 
 
 def _last_lines(path: Path) -> list[dict[str, Any]]:
@@ -102,77 +105,55 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
-def ranked(results: Sequence[Result], *, by: Rank) -> list[Result]:
-    """Finished points with the best first, then unfinished, failed, and pruned ones."""
+def metric_of(folder: Path) -> str:
+    """What a sweep is ranked by unless told: its runs' `metric_for_best_model`, else throughput."""
+    chosen = _checkpoint_group(folder).metric_for_best_model
+    return THROUGHPUT if chosen is None else f"eval_{chosen.removeprefix('eval_')}"
+
+
+def _checkpoint_group(folder: Path) -> Checkpoint:
+    """The settings of the first run that is there; none where none is, or none can be read."""
+    for path in sorted(folder.glob("*/run.json")):
+        try:
+            return RunConfig.load(path).recipe.checkpoint
+        except MegabatchError:
+            break
+    return Checkpoint()
+
+
+def ranked(results: Sequence[Result], *, by: str) -> list[Result]:
+    """Finished points with the best first, then unfinished, failed, and pruned ones.
+
+    Raises: LaunchError for a metric that no run has.
+    """
+    _require_known(results, by)
+    sign = 1 if lowest_first(results, by) else -1
 
     def key(result: Result) -> tuple[int, bool, float]:
-        value = getattr(result, by) if result.state == State.COMPLETED else None
+        value = result.metrics.get(by) if result.state == State.COMPLETED else None
         groups = {State.COMPLETED.value: 0, State.RUNNING.value: 1, State.PENDING.value: 2, PRUNED: 4}
-        return groups.get(result.state, 3), value is None, 0 if value is None else _sign(by) * value
+        return groups.get(result.state, 3), value is None, 0 if value is None else sign * value
 
     return sorted(results, key=key)
 
 
-def _sign(by: Rank) -> int:
-    return -1 if by in _HIGHEST_FIRST else 1
+def lowest_first(results: Sequence[Result], by: str) -> bool:
+    """Whether less of a metric is better: as the runs say of their `metric_for_best_model`, else by its name."""
+    group = _checkpoint_group(results[0].run.parent) if results else Checkpoint()
+    if (
+        group.greater_is_better is not None
+        and by == f"eval_{(group.metric_for_best_model or '').removeprefix('eval_')}"
+    ):
+        return not group.greater_is_better
+    return by.endswith(_LOWEST_FIRST) and not by.endswith("_per_s")
 
 
-def results_table(results: Sequence[Result], *, by: Rank) -> str:
-    """One line per point, with the ranking column first."""
-    swept = in_order({name for result in results for name in result.values})
-    label = labels(swept)
-    shown = [by, *(name for name in RANKS if name != by)]
-    shown = [name for name in shown if name == by or any(getattr(result, name) is not None for result in results)]
-    header = [
-        "run",
-        *(label[name] for name in swept),
-        *(name.replace("_per_", "/") for name in shown),
-        "step",
-        "state",
-    ]
-    rows = [
-        [
-            result.name,
-            *(_value(result.values.get(name)) for name in swept),
-            *(_figure(getattr(result, name)) for name in shown),
-            "-" if result.step is None else str(result.step),
-            f"{result.state}{f': {result.why}' if result.why else ''}",
-        ]
-        for result in ranked(results, by=by)
-    ]
-    widths = [max(text_width(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
-    return "\n".join(_line(row, widths) for row in [header, *rows])
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Aligns the first cell left and the others right; leaves the last one as it is."""
-    spaces = [" " * (width - text_width(cell)) for cell, width in zip(row, widths, strict=False)]
-    middle = [space + cell for space, cell in zip(spaces[1:], row[1:], strict=False)]
-    return "  ".join([row[0] + spaces[0], *middle, row[-1]])
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return number_text(value)
-    text = "-" if value is None else json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 40 else f"…{text[-39:]}"
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def as_json(results: Sequence[Result], *, by: Rank) -> str:
-    """One array, ranked."""
-    return json.dumps(
-        [{name: _plain(getattr(result, name)) for name in Result.__slots__} for result in ranked(results, by=by)],
-        indent=2,
-    )
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+def _require_known(results: Sequence[Result], by: str) -> None:
+    known = sorted({name for result in results for name in result.metrics})
+    if known and by not in known and by not in SHOWN:
+        near = get_close_matches(by, known, n=3)
+        hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(known)}"
+        raise LaunchError(f"--by {by}: no run of this sweep logs it; {hint}")
 
 
 def sweeps_folder(path: Path) -> Path:

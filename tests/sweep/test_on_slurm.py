@@ -192,7 +192,8 @@ def test_show_ranks_the_finished_ones(run: Run, slurm: PrivateCluster, tmp_path:
         command = [sys.executable, "-m", "megabatch.cli", "sweep", "show", str(sweep), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    header, *lines = [line.split() for line in shown().splitlines()]
+    runs, means = shown().split("\n\n")
+    header, *lines = [line.split() for line in runs.splitlines()]
     assert header == ["run", "lr", "seed", "tokens/s", "memory_gib", "loss", "step", "state"]
     ranked = ["lr0.001-seed2", "lr0.002-seed1", "lr0.001-seed1", "lr0.002-seed2", "lr1e-9-seed1", "lr1e-9-seed2"]
     assert [line[0] for line in lines] == ranked
@@ -200,5 +201,9 @@ def test_show_ranks_the_finished_ones(run: Run, slurm: PrivateCluster, tmp_path:
     assert lines[3][-1] == "running" and lines[4][7:9] == ["pruned:", "learning_rate.min_lr=0.0005"]
     by_loss = json.loads(shown("--json", "--by", "loss"))
     assert [one["name"] for one in by_loss[:3]] == ["lr0.001-seed1", "lr0.002-seed1", "lr0.001-seed2"]
-    assert by_loss[0]["values"] == {"learning_rate.lr": 0.001, "training.seed": 1} and by_loss[0]["loss"] == 1.0
+    assert (
+        by_loss[0]["values"] == {"learning_rate.lr": 0.001, "training.seed": 1}
+        and by_loss[0]["metrics"]["loss"] == 1.0
+    )
+    assert sorted(line.split()[:2] for line in means.splitlines()[2:]) == [["1", "0.002"], ["2", "0.001"]]
     subprocess.run(["scancel", "--name=quickstart"], check=True)

@@ -9,6 +9,7 @@ import pytest
 
 from megabatch.errors import LaunchError
 from megabatch.sweep.results import Result, ranked, results_in, sweeps_folder
+from megabatch.sweep.results_text import results_text
 
 
 def _sweep(folder: Path, **points: object) -> Path:
@@ -39,8 +40,8 @@ def test_losses_are_means_over_the_last_ten_steps_tokens(tmp_path: Path, monkeyp
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st'
     (sweep / "a" / "metrics.jsonl").write_text(text)
     (result,) = results_in(sweep)
-    assert result.loss == pytest.approx(sum(range(20, 30)) / 15)
-    assert (result.step, result.tokens_per_s, result.eval_loss, result.mfu) == (29, 29, 0.5, None)
+    assert result.metrics == {"step": 29, "tokens_per_s": 29, "eval_loss": 0.5, "loss": sum(range(20, 30)) / 15}
+    assert result.step == 29
     assert result.state == "not_submitted"
 
 
@@ -52,12 +53,12 @@ def test_long_metrics_are_read_from_their_end(tmp_path: Path, monkeypatch: pytes
     with open(sweep / "a" / "metrics.jsonl", "w") as file:
         file.writelines(json.dumps(line | {"step": step}) + "\n" for step in range(3000))
     (result,) = results_in(sweep)
-    assert result.step == 2999 and result.loss == 1.0
+    assert result.step == 2999 and result.metrics["loss"] == 1.0
 
 
 def test_the_best_comes_first_and_what_is_not_done_below() -> None:
     def result(name: str, state: str, **figures: float) -> Result:
-        return Result(name=name, run=Path(name), values={}, state=state, **figures)
+        return Result(name=name, run=Path(name), values={}, state=state, metrics=figures)
 
     results = [
         result("pruned", "pruned"),
@@ -71,3 +72,42 @@ def test_the_best_comes_first_and_what_is_not_done_below() -> None:
     rest = ["unknown", "runs", "waits", "failed", "pruned"]
     assert [one.name for one in ranked(results, by="tokens_per_s")] == ["fast", "slow", *rest]
     assert [one.name for one in ranked(results, by="loss")] == ["slow", "fast", *rest]
+
+
+def test_any_metric_ranks_in_its_own_direction_and_an_unknown_one_is_named() -> None:
+    results = [
+        Result(name=name, run=Path(name), values={}, state="completed", metrics={"eval_reward": up, "kl": down})
+        for name, up, down in (("a", 0.25, 0.5), ("b", 0.75, 0.5), ("c", 0.5, 0.125))
+    ]
+    assert [one.name for one in ranked(results, by="eval_reward")] == ["b", "c", "a"]
+    assert [one.name for one in ranked(results, by="kl")] == ["c", "a", "b"]
+    with pytest.raises(LaunchError, match="--by eval_rewards: no run of this sweep logs it; nearest: eval_reward"):
+        ranked(results, by="eval_rewards")
+
+
+def test_means_over_seeds_have_their_confidence_interval() -> None:
+    """By hand: 1, 2, 3 have mean 2 and deviation 1, and Student's t of two degrees of freedom is 4.303."""
+    losses = {("dapo", 1): 3.0, ("dapo", 2): 2.0, ("dapo", 3): 1.0, ("grpo", 1): 0.5}
+    results = [
+        Result(
+            name=f"{loss}{seed}",
+            run=Path("x"),
+            values={"grpo.loss_type": loss, "training.seed": seed},
+            state="completed",
+            metrics={"eval_loss": value},
+        )
+        for (loss, seed), value in losses.items()
+    ]
+    unfinished = Result(
+        name="u",
+        run=Path("x"),
+        values={"grpo.loss_type": "grpo", "training.seed": 2},
+        state="running",
+        metrics={"eval_loss": 9.0},
+    )
+    below = results_text([*results, unfinished], by="eval_loss").split("\n\n")[1].splitlines()
+    assert [line.split() for line in below[1:]] == [
+        ["runs", "loss", "eval_loss"],
+        ["1", "grpo", "0.5", "-"],
+        ["3", "dapo", "2", "±", "2.484"],
+    ]
