@@ -80,6 +80,8 @@ class Mapped:
     """The table's row, for error messages."""
     offset: float = 0.0
     """Added to Hugging Face's values to give megatron-core's (a norm that megatron-core centres on zero)."""
+    copies: tuple[str, ...] = ()
+    """Further Hugging Face tensors that are equal to the one of its pieces: written, and not read."""
 
     @property
     def strided(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megabatch.converters import strided_copy
@@ -223,6 +223,14 @@ def assemble(
     Replicated tensors need rank 0's only. Nothing is copied, except that a row split is joined in blocks of at most
     `BLOCK_BYTES`, and a strided tensor whole.
     """
+    for rows in _assembled(mapped, shards, itemsize=itemsize, padded_vocab=padded_vocab):
+        yield rows
+        yield from (replace(rows, hf=name) for name in mapped.copies)
+
+
+def _assembled(
+    mapped: Mapped, shards: Sequence[memoryview | bytearray | bytes], *, itemsize: int, padded_vocab: int | None
+) -> Iterator[HfRows]:
     _refuse_arithmetic(mapped)
     tp_size = len(shards)
     views = [memoryview(shard).cast("B") for shard in shards]

@@ -4,15 +4,17 @@ one beside it has its own."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megabatch.converters.adapters.adapter import Adapter, Block, Tables
+from megabatch.converters.adapters.adapter import Adapter, Block, Part, Tables
 from megabatch.converters.adapters.open import open_adapters
 from megabatch.converters.adapters.peft_folder import is_peft
 from megabatch.converters.adapters.targets import Target, layer_of
+from megabatch.converters.engine.gather import matrix_bytes
 from megabatch.converters.engine.plan import Matrix, Numbered
+from megabatch.converters.engine.sources import Sources
 from megabatch.converters.mapping import Mapped
 from megabatch.errors import ConversionError
 from megabatch.saved.find import find_checkpoint
@@ -91,6 +93,7 @@ def _matrices(adapter: Adapter, targets: Sequence[Target], scale: float, whole: 
         raise _fault(adapter, f"and the run differ in what is trained in full: {_some(other)}; see modules_to_save")
     for part, (target, layer) in wanted.items():
         _check(adapter, layer, blocks[part], target, scale)
+    _check_shared(adapter, [target for target in targets if target.fused and len(target.parts) > 1], blocks)
     return _named(adapter, targets)
 
 
@@ -113,6 +116,17 @@ def _check(adapter: Adapter, layer: str, block: Block, target: Target, scale: fl
     if not math.isclose(block.scale, scale, rel_tol=1e-9):
         rule = f"is scaled by {block.scale:g} in {layer}, and the run's by {scale:g}; set lora_alpha and use_rslora"
         raise _fault(adapter, rule)
+
+
+def _check_shared(adapter: Adapter, targets: Sequence[Target], blocks: Mapping[Part, Block]) -> None:
+    """Raises: ConversionError for parts of a layer whose A are different, where the run has one for all."""
+    with Sources(adapter.sources) as sources:
+        for target in targets:
+            first, *others = (blocks[f"{part}.weight", None].right for part in target.parts)
+            for part, other in zip(target.parts[1:], others, strict=True):
+                if other != first and matrix_bytes(sources, other) != matrix_bytes(sources, first):
+                    rule = f"has an A of its own in {part}, not the one of {target.parts[0]}; set lora_fused=False"
+                    raise _fault(adapter, rule)
 
 
 def _fault(adapter: Adapter, what: str) -> ConversionError:

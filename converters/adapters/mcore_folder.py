@@ -6,7 +6,8 @@ names and shapes (`lora_embedding_A` [rank, vocabulary]). Whole tensors (`module
 own names.
 adapter_config.json is PEFT's, in Hugging Face's names. Where a layer is several of Hugging Face's (qkv, gate and up),
 they share A when its rank is theirs; when its rank is the sum of theirs, each has its own rows of A, and of B its own
-columns, or, as the trainer saves it, the same columns of its own rows: B is then [rows that are adapted, rank].
+columns, or, as the trainer saves it, the same columns of its own rows. The trainer's B has the rows of adapted parts
+alone.
 """
 
 from __future__ import annotations
@@ -143,10 +144,10 @@ class _Reader:
         parts = self._parts(mapped)
         rows = sum(span.rows for spans in parts.values() for span in spans)
         ranks = {self._config.rank(self._key(part)) for part in parts}
-        is_one = len(parts) == 1 and b.rows == mapped.shape[0]
-        if is_one or (a.rows, b.rows, ranks) != (len(parts) * b.columns, rows, {b.columns}):
+        shares_a = a.rows == b.columns
+        if (shares_a and b.rows == mapped.shape[0]) or a.columns != mapped.shape[1]:
             return False
-        if a.columns != mapped.shape[1]:
+        if (a.rows, b.rows, ranks) != ((1 if shares_a else len(parts)) * b.columns, rows, {b.columns}):
             return False
         order = sorted((span, part) for part, spans in parts.items() for span in spans)
         strips: dict[Part, list[Strip]] = {part: [] for part in parts}
@@ -155,7 +156,7 @@ class _Reader:
             strips[part] += sliced(b.strips, first, span.rows, row=span.first)
             first += span.rows
         for number, part in enumerate(parts):
-            own = sliced(a.strips, number * b.columns, b.columns, row=0)
+            own = sliced(a.strips, 0 if shares_a else number * b.columns, b.columns, row=0)
             right = a._replace(rows=b.columns, strips=tuple(own))
             height = max(span.first + span.rows for span in parts[part])
             below = tuple(sorted(strips[part], key=lambda strip: strip.row))

@@ -3,7 +3,8 @@
 A layer of megatron-core that is several of Hugging Face's (query, key and value; gate and up) has one pair of matrices
 for each of those that are adapted, so that PEFT's folder has them one to one. In megatron-core's tensors A of all of
 them lie one below the other, and B has the rows of the layer's weight that are adapted, in the weight's own order and
-cut as the weight is: the rows of one part are multiplied with that part's A alone.
+cut as the weight is: the rows of one part are multiplied with that part's A alone. In the fused form all parts share
+one A, of which PEFT's folder has a copy for each.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Target:
     parts: tuple[str, ...]
     """The adapted Hugging Face layers in it, ordered by their first rows."""
     rank: int
+    fused: bool = False
+    """Whether the parts share one A."""
 
     @property
     def is_embedding(self) -> bool:
@@ -48,19 +51,23 @@ class Target:
         for mapped in (self.a, self.b):
             for piece in mapped.pieces:
                 rows = max(piece.rows[1], *shapes.get(piece.hf, (0,))[:1])
-                shapes[piece.hf] = (rows, mapped.shape[1])
+                shapes |= dict.fromkeys((piece.hf, *mapped.copies), (rows, mapped.shape[1]))
         return shapes
 
     @cached_property
     def a(self) -> Mapped:
-        """A as a row of a table: [rank of all parts, columns]; of an embedding its transpose, [vocabulary, rank]."""
+        """A as a row of a table: [rank of all parts, or of the fused form, columns]; of an embedding its transpose,
+        [vocabulary, rank]."""
         if self.is_embedding:
             return self._of_embedding("A", self.weight.shape[0], "vocab")
-        pieces = tuple(Piece(self.peft_name(part, "A"), (0, self.rank)) for part in self.parts)
-        shape = (self.rank * len(self.parts), self.weight.shape[1])
+        names = [self.peft_name(part, "A") for part in self.parts]
+        names, copies = (names[:1], tuple(names[1:])) if self.fused else (names, ())
+        pieces = tuple(Piece(name, (0, self.rank)) for name in names)
+        shape = (self.rank * len(names), self.weight.shape[1])
         split: Split = "row" if self.weight.split == "row" else "replicated"
         name = low_rank_names(self.weight)[0]
-        return replace(self.weight, name=name, shape=shape, split=split, sections=(pieces,), entry=None)
+        a = replace(self.weight, name=name, shape=shape, split=split, sections=(pieces,), entry=None)
+        return replace(a, copies=copies)
 
     @cached_property
     def b(self) -> Mapped:
@@ -97,18 +104,18 @@ def table_of(targets: Sequence[Target]) -> list[Mapped]:
 
 
 def find_targets(
-    table: Sequence[Mapped], names: Sequence[str], *, regex: str | None = None, rank: int
+    table: Sequence[Mapped], names: Sequence[str], *, regex: str | None = None, rank: int, fused: bool = False
 ) -> list[Target]:
     """The layers that names or a pattern select, in the table's order.
 
     A name is the end of a layer's name, megatron-core's (`linear_qkv`) or Hugging Face's (`q_proj`, which adapts these
     rows of `linear_qkv` alone), or one of `all-linear`, `all-router`, `all-embedding`. `regex`, in place of names,
-    must match the whole of either name of a layer.
+    must match the whole of either name of a layer. `fused`: the parts of a layer share one A.
     Raises: ConversionError for a name that no layer has, with the nearest.
     """
     layers = [mapped for mapped in table if _is_layer(mapped)]
     if regex is not None:
-        found = [Target(layer, parts, rank) for layer in layers if (parts := _matching(layer, regex))]
+        found = [Target(layer, parts, rank, fused) for layer in layers if (parts := _matching(layer, regex))]
         if not found:
             raise ConversionError(f"{regex!r} matches no layer; layers are called {_examples(layers)}")
         return _alike(found, layers)
@@ -117,7 +124,11 @@ def find_targets(
             raise ConversionError(_unknown(name, layers))
     chosen = ((layer, {part for name in names for part in _parts(layer, name)}) for layer in layers)
     return _alike(
-        [Target(layer, tuple(p for p in _layers(layer) if p in parts), rank) for layer, parts in chosen if parts],
+        [
+            Target(layer, tuple(p for p in _layers(layer) if p in parts), rank, fused)
+            for layer, parts in chosen
+            if parts
+        ],
         layers,
     )
 

@@ -53,6 +53,9 @@ class Tuner:
     way, unless the model is in fp32."""
     lora_bias: Literal["none", "all"] = param("none")
     """Whether biases are trained."""
+    lora_fused: bool = param(False)
+    """Gives the parts of one of megatron-core's layers (query, key and value of `linear_qkv`) one A together, as
+    Megatron-SWIFT and Megatron-Bridge's `LoRA` do; False gives each an A of its own, as PEFT does."""
     use_rslora: bool = param(False)
     """Divides by the square root of the rank instead of the rank."""
     init_lora_weights: Literal["kaiming", "gaussian"] = param("kaiming")

@@ -34,12 +34,21 @@ def _lora(tuner: Tuner, shape: ModelShape) -> dict[str, Any]:
     from megabatch.converters.adapters.targets import find_targets, find_whole, module_of
 
     table = family_named(shape.model_type).tensors(shape)
-    found = find_targets(table, tuner.target_modules, regex=tuner.target_regex, rank=tuner.lora_rank)
+    found = find_targets(
+        table, tuner.target_modules, regex=tuner.target_regex, rank=tuner.lora_rank, fused=tuner.lora_fused
+    )
     saved = find_whole(table, tuner.modules_to_save, biases=tuner.lora_bias == "all")
     targets = dict.fromkeys(_within_layer(module_of(target.weight)) for target in found)
     whole = dict.fromkeys(_within_layer(name.rpartition(".")[0]) for name in saved)
-    lora = Lora(rank=tuner.lora_rank, targets=tuple(targets), dropout=tuner.lora_dropout, saved=tuple(whole))
-    return {"lora": lora}
+    return {
+        "lora": Lora(
+            rank=tuner.lora_rank,
+            targets=tuple(targets),
+            fused=tuner.lora_fused,
+            dropout=tuner.lora_dropout,
+            saved=tuple(whole),
+        )
+    }
 
 
 def _frozen(tuner: Tuner, shape: ModelShape) -> frozenset[str]:

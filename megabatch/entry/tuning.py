@@ -72,7 +72,9 @@ def _new_tokens_learn(recipe: Recipe, table: Sequence[Mapped], trained: Collecti
 def _adapters(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Iterator[Fault]:
     tuner = recipe.tuner
     try:
-        targets = find_targets(table, tuner.target_modules, regex=tuner.target_regex, rank=tuner.lora_rank)
+        targets = find_targets(
+            table, tuner.target_modules, regex=tuner.target_regex, rank=tuner.lora_rank, fused=tuner.lora_fused
+        )
     except ConversionError as error:
         yield fault_of("tuner.target_modules" if tuner.target_regex is None else "tuner.target_regex", error)
         return

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megabatch.plan.adapters import is_target, parts
+from megabatch.plan.adapters import is_target, matrices
 from megabatch.plan.flops import head_channels
 from megabatch.plan.routing import routed_tokens
 from megabatch.plan.settings import Settings
@@ -92,9 +92,9 @@ def _beside_adapters(
         own = 0.0 if one.kept_as == "attention_output" else one.bytes
         kept[one.kept_as] -= own
         if is_target(one.module, lora):
-            rank = lora.rank * parts(one.module) * size
+            rank = lora.rank * matrices(one.module, lora) * size
             kept[one.kept_as] += (one.bytes * (1 + 1 / size) if lora.dropout else own) + one.tokens * rank
-            kept[one.kept_as] += one.rows * rank if parts(one.module) > 1 else 0.0
+            kept[one.kept_as] += one.rows * rank if matrices(one.module, lora) > 1 else 0.0
     return kept
 
 

@@ -13,7 +13,7 @@ _NOT_LINEAR = ("word_embeddings", "output_layer", "router", "gate_weight", "conv
 
 _KINDS = {"all-router": "router", "all-embedding": "word_embeddings"}
 _PARTS = {"linear_qkv": 3, "linear_fc1": 2}
-"""Layers that fuse several of Hugging Face's, each with an A of its own."""
+"""Layers that are several of Hugging Face's, each with an A of its own unless the form is fused."""
 
 
 def beside(weight: Weight, lora: Lora) -> Iterator[Weight]:
@@ -23,16 +23,16 @@ def beside(weight: Weight, lora: Lora) -> Iterator[Weight]:
     """
     module = weight.name.removesuffix(".weight").removesuffix(".bias")
     if weight.cols is not None and not is_saved(weight.name, lora) and is_target(module, lora):
-        by_row, rank = weight.split == "row", lora.rank * parts(module)
+        by_row, rank = weight.split == "row", lora.rank * matrices(module, lora)
         yield Weight(f"{module}.lora_A.weight", rank, weight.cols, "row" if by_row else "replicated", weight.experts)
         yield Weight(
             f"{module}.lora_B.weight", weight.rows, lora.rank, "replicated" if by_row else weight.split, weight.experts
         )
 
 
-def parts(module: str) -> int:
-    """How many of Hugging Face's layers a layer fuses."""
-    return _PARTS.get(module.rpartition(".")[2], 1)
+def matrices(module: str, lora: Lora) -> int:
+    """How many A a layer has."""
+    return 1 if lora.fused else _PARTS.get(module.rpartition(".")[2], 1)
 
 
 def is_saved(name: str, lora: Lora) -> bool:

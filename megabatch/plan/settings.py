@@ -17,6 +17,8 @@ class Lora:
     targets: Sequence[str]
     """Ends of megatron-core's names of layers that get adapters; `all-linear`, `all-router` and `all-embedding` stand
     for all of their kind."""
+    fused: bool = False
+    """Whether the layers of Hugging Face's in one of megatron-core's share an A."""
     dropout: float = 0.0
     """Probability of dropping an element of an adapter's input."""
     saved: Sequence[str] = ()

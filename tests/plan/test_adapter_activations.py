@@ -9,7 +9,7 @@ import pytest
 
 from megabatch.converters.families import family_of
 from megabatch.plan.activations import layer_activations
-from megabatch.plan.adapters import parts
+from megabatch.plan.adapters import matrices
 from megabatch.plan.layout import layout
 from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.settings import Lora, Settings
@@ -90,9 +90,9 @@ class _Linear(torch.nn.Module):  # type: ignore[misc]
         self.base = torch.nn.Linear(cols, rows, bias=False).requires_grad_(lora is None)
         self.down = self.up = None
         if lora is not None and ("all-linear" in lora.targets or name in lora.targets):
-            rank = RANK * parts(name)
+            rank = RANK * matrices(name, lora)
             self.down, self.up = torch.nn.Linear(cols, rank, bias=False), torch.nn.Linear(rank, rows, bias=False)
-            self.dropout, self.is_fused = lora.dropout, parts(name) > 1
+            self.dropout, self.is_fused = lora.dropout, matrices(name, lora) > 1
 
     def forward(self, x: Any) -> Any:
         out = self.base(x)
@@ -123,6 +123,8 @@ def _saved(lora: Lora | None) -> int:
 @pytest.mark.parametrize("targets", [("all-linear",), ("linear_qkv", "linear_proj"), ("linear_fc2",)])
 def test_adapters_keep_what_autograd_keeps(targets: tuple[str, ...], dropout: float) -> None:
     lora = Lora(rank=RANK, targets=targets, dropout=dropout)
+    assert _counted(lora) - _counted(None) == _saved(lora) - _saved(None)
+    lora = replace(lora, fused=True)
     assert _counted(lora) - _counted(None) == _saved(lora) - _saved(None)
 
 

@@ -15,7 +15,7 @@ from megabatch.plan.shape import ModelShape
 LORA = (
     "tuner.target_modules", "tuner.target_regex", "tuner.modules_to_save", "tuner.lora_rank", "tuner.lora_alpha",
     "tuner.lora_dropout", "tuner.lora_dtype", "tuner.lora_bias", "tuner.use_rslora", "tuner.init_lora_weights",
-    "tuner.adapter_load", "bridge.adapters",
+    "tuner.lora_fused", "tuner.adapter_load", "bridge.adapters",
 )  # fmt: skip
 """Parameters of adapters."""
 FREEZING = (

@@ -72,6 +72,7 @@ def _rounds(items: Sequence[Placed], *, bucket_bytes: int) -> list[list[Placed]]
     used = 0
     for item in items:
         size = elements(item.mapped.shape) * item.parameter.element_size()
+        size *= 1 + len(item.mapped.copies)
         size += ALIGN * len({piece.hf for piece in item.mapped.pieces})
         if not rounds or used + size > bucket_bytes:
             rounds.append([])

@@ -15,6 +15,7 @@ import transformers
 from adapted import COMMON, beside, gradients, make_base, opened
 from rank_server import RankServer
 from runs import recipe, write_run
+from safetensors.torch import load_file
 
 from megabatch.trainer.readouts.readout import Field, Readout
 
@@ -34,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "experts",
         {"use_rslora": True, "target_modules": ["all-linear", "all-router", "all-embedding", "lm_head"]},
     ),
+    "fused": ("dense", {"lora_fused": True, "target_modules": ["q_proj", "v_proj", "o_proj", "linear_fc1"]}),
+    "fused of experts": ("experts", {"lora_fused": True}),
     "dense layers among experts": ("mixed", {"target_modules": ["all-linear", "all-router"]}),
 }
 
@@ -102,16 +105,21 @@ def test_loss_logits_and_gradients_are_those_of_peft(case: str, ranks: RankServe
     assert far <= 1e-5
     theirs = _by_saved_name(adapted, found)
     assert theirs.keys() == found.keys()
+    copies = _of_fused(theirs) if "fused" in case else set()
     for name, gradient in theirs.items():
         own = torch.from_numpy(found[name])
         assert float((own - gradient).norm()) <= 1e-5 * max(float(gradient.norm()), 1e-3 * norm), name
     whole = [p.grad for n, p in adapted.named_parameters() if p.grad is not None and ".lora_" not in n]
     assert bool(whole) == ("whole" in case)
-    total = torch.stack([gradient.norm() for gradient in [*theirs.values(), *whole]]).norm()
+    once = [gradient for name, gradient in theirs.items() if name not in copies]
+    total = torch.stack([gradient.norm() for gradient in [*once, *whole]]).norm()
     assert norm == pytest.approx(float(total), rel=1e-5)
     # peft keeps what modules_to_save trains beside what was there before
     parameters = [p for n, p in adapted.named_parameters() if ".original_module." not in n]
-    assert size == pytest.approx(float(torch.stack([p.detach().norm() for p in parameters]).norm()), rel=1e-6)
+    squares = sum(float(p.detach().double().square().sum()) for p in parameters)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    squares -= sum(float(saved[name].double().square().sum()) for name in copies)
+    assert size == pytest.approx(squares**0.5, rel=1e-6)
 
 
 def _by_saved_name(adapted: Any, names: Any) -> dict[str, torch.Tensor]:
@@ -119,6 +127,17 @@ def _by_saved_name(adapted: Any, names: Any) -> dict[str, torch.Tensor]:
     grads = {n.replace(".default", ""): p.grad for n, p in adapted.named_parameters() if p.grad is not None}
     found = {name: grads[name] if name in grads else _of_expert(grads, name) for name in names}
     return {name: grad.t() if name.endswith("lora_embedding_A") else grad for name, grad in found.items()}
+
+
+def _of_fused(grads: dict[str, torch.Tensor]) -> set[str]:
+    """Gives every part of a fused layer the gradient of the one A, the copies' sum. Returns: the other copies."""
+    copies: set[str] = set()
+    for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for name in [name for name in grads if f"{parts[0]}.lora_A" in name]:
+            names = [other for part in parts if (other := name.replace(parts[0], part)) in grads]
+            grads |= dict.fromkeys(names, torch.stack([grads[one] for one in names]).sum(0))
+            copies |= set(names[1:])
+    return copies
 
 
 def _of_expert(grads: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -54,7 +54,7 @@ def made(folder: Path, layout: str, **groups: Any) -> tuple[Recipe, int]:
     world_size, parallel = LAYOUTS[layout]
     values: dict[str, Any] = {
         "tuner": {**LORA, **groups.pop("tuner", {})},
-        "training": {"train_iters": 6},
+        "training": groups.pop("training", {"train_iters": 6}),
         "parallel": parallel,
         "bridge": {"merge_lora": False, **groups.pop("bridge", {})},
         "resources": {"tasks_per_node": world_size},
@@ -191,3 +191,40 @@ def test_an_adapter_of_another_rank_is_refused(ranks: RankServer, folder: Path, 
         before, _ = made(folder, "alone", tuner={**fields, "adapter_load": str(run)})
         (fault,) = tuning_faults(before, family_of(config).shape(config))
         assert fault.field == "tuner.adapter_load:" and re.search(message, str(fault)), "before the queue too"
+
+
+def test_the_fused_form_is_the_same_at_a_layout_and_saved_for_both_formats(
+    ranks: RankServer, folder: Path, tmp_path: Path
+) -> None:
+    """Query and value of a layer share an A, of which PEFT's folder has two copies and ours one."""
+    fused: dict[str, Any] = {
+        "lora_fused": True,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "v_proj", "o_proj", "linear_fc1"],
+    }
+    alone = trained(ranks, folder, "fused", "alone", tuner=fused)
+    both = trained(ranks, folder, "fused-tp2", "tp2_sp_ep2", tuner=fused)
+    for (step, loss, norm), expected in zip(curve(both), curve(alone), strict=True):
+        assert (step, loss, norm) == (expected[0], *(pytest.approx(one, rel=1e-5) for one in expected[1:]))
+    saved = load_file(alone / LAST / "hf" / "adapter_model.safetensors")
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert torch.equal(saved[first], saved[first.replace("q_proj", "v_proj")])
+    convert(
+        ConversionRequest(to_hf=True, adapters=[both / LAST / "mcore"], model=folder / "experts", merge_lora=False),
+        output_dir=tmp_path / "adapter",
+    )
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    expected = load_file(both / LAST / "hf" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys() == saved.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    own = {**fused, "lora_fused": False}
+    for tuner in (fused, own):
+        start = {"bridge": {"adapters": [str(alone / LAST / "hf")]}, "training": {"train_iters": 1}}
+        name = f"again-{tuner['lora_fused']}"
+        began = trained(ranks, folder, name, "dp2", tuner=tuner, **start)
+        assert evaluations(began)[0][1] == pytest.approx(evaluations(alone)[-1][1], rel=1e-6)
+    apart = trained(ranks, folder, "again-False", "dp2") / "checkpoints" / "step_00000001" / "hf"
+    one, _ = made(folder, "alone", tuner=fused, bridge={"adapters": [str(apart)]})
+    config = read_config(folder / "experts")
+    (fault,) = tuning_faults(one, family_of(config).shape(config))
+    assert "has an A of its own in model.layers.0.self_attn.v_proj" in str(fault)

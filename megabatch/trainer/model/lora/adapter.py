@@ -7,7 +7,7 @@ Ranks exchange only z = A x, which is as wide as the adapter's rank, never x:
 - experts: the same over expert tensor parallelism, without collectives. Each rank's part of the sum is right by
   itself; the gradient of the matrix that every rank has is summed once per step (`gradients`).
 
-T: tokens of a row or its part on this rank. R: adapter rank times number of parts. O, I: rows and columns of the
+T: tokens of a row or its part on this rank. R: adapter rank times number of A. O, I: rows and columns of the
 layer's weight on this rank.
 """
 
@@ -188,7 +188,7 @@ def _parameter(mapped: Mapped, weight: Tensor, place: Place) -> nn.Parameter:
 def _parts_of_rows(target: Target, weight: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
     """Which rows of this rank's weight the adapter changes, and to which part each belongs.
 
-    Returns: int64 [adapted rows], None for all; ones and zeros [adapted rows, parts], None for one part.
+    Returns: int64 [adapted rows], None for all; ones and zeros [adapted rows, parts], None where one A is for all.
     """
     if target.weight.split == "vocab":
         return None, None
@@ -199,7 +199,8 @@ def _parts_of_rows(target: Target, weight: Tensor, place: Place) -> tuple[Tensor
             count = read.rows[1] - read.rows[0]
             rows += range(read.dest_row, read.dest_row + count)
             parts += [target.parts.index(layer)] * count
-    device, is_whole, is_one = weight.device, len(rows) == weight.shape[0], len(target.parts) == 1
+    device, is_whole = weight.device, len(rows) == weight.shape[0]
+    is_one = target.fused or len(target.parts) == 1
     belongs = functional.one_hot(torch.tensor(parts), len(target.parts)).to(device, weight.dtype)
     return None if is_whole else torch.tensor(rows, device=device), None if is_one else belongs
 

@@ -61,7 +61,9 @@ def lora_of(tuner: Tuner, table: Sequence[Mapped]) -> Lora | None:
     if tuner.tuner_type != "lora":
         return None
     try:
-        targets = find_targets(table, tuner.target_modules, regex=tuner.target_regex, rank=tuner.lora_rank)
+        targets = find_targets(
+            table, tuner.target_modules, regex=tuner.target_regex, rank=tuner.lora_rank, fused=tuner.lora_fused
+        )
     except ConversionError as e:
         raise ConfigError(f"tuner: {e}") from e
     scale = scale_of(tuner.lora_alpha, tuner.lora_rank, use_rslora=tuner.use_rslora)
