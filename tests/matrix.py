@@ -3,6 +3,7 @@
 python tests/matrix.py RESULTS.jsonl              hours on a few cores; goes on where it was interrupted
 python tests/matrix.py RESULTS.jsonl --table      what is there, as a table
 python tests/matrix.py RESULTS.jsonl --scores     classifiers, embeddings and rerankers instead: minutes
+python tests/matrix.py RESULTS.jsonl --objectives DPO, KTO, reward models and distillation in fp64 instead: an hour
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "trainer"))
+sys.path.insert(0, str(Path(__file__).parent / "trainer" / "aligned"))
 sys.path.insert(0, str(Path(__file__).parent / "trainer" / "heads"))
+sys.path.insert(0, str(Path(__file__).parent / "trainer" / "lora"))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, installed or not
 
+import objective_runs
 import scored
 from composed import TOLERANCE, Composed, worlds
 from compositions import Composition, compositions, covering
+from objectives_compared import Compared
 from rank_server import RankServer
 
 FEW = 4
@@ -39,28 +44,32 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("results", type=Path, help="JSON Lines, a line for each composition")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--scores", action="store_true", help="tasks that score texts, at a few compositions each")
+    parser.add_argument("--objectives", action="store_true", help="preferences, reward models and distillation")
     options = parser.parse_args(arguments)
     if options.scores:
         return _scores(options.results)
-    if not options.table:
-        _run(options.results)
+    every: Sequence[Composition] = objective_runs.every() if options.objectives else compositions()
+    if not options.table and options.objectives:
+        # what covers every pair, then every three
+        _run(options.results, [covering(every), covering(every, together=3), every], Compared)
+    elif not options.table:
+        few = [one for one in every if one.world_size <= FEW]
+        _run(options.results, [covering(every), few, _one_of_each_layout(), every], Composed)
     found = _read(options.results)
-    print(_table(found))
-    return int(any(not _passes(one) for one in found.values()) or len(found) < len(compositions()))
+    print(_table(found, every, objectives=options.objectives))
+    return int(any(not _passes(one) for one in found.values()) or len(found) < len(every))
 
 
-def _run(results: Path) -> None:
-    """What covers every pair first, then all on few ranks, then every layout once, then the others."""
-    few = [one for one in compositions() if one.world_size <= FEW]
-    done, parts = _read(results), [covering(compositions()), few, _one_of_each_layout(), compositions()]
-    ordered = []
+def _run(results: Path, parts: Sequence[Sequence[Composition]], compared: Callable[..., Composed | Compared]) -> None:
+    """The compositions of each part in turn, but those that are done."""
+    done, ordered = _read(results), []
     for part in parts:
         left = [one for one in part if one.name not in done]
         ordered += worlds(left, at_once=AT_ONCE)
         done |= {one.name: {} for one in left}
     ranks = RankServer()
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder, open(results, "a", encoding="utf-8") as file:
-        composed = Composed(ranks, Path(folder), timeout_s=TIMEOUT_S)
+        composed = compared(ranks, Path(folder), timeout_s=TIMEOUT_S)
         for world in ordered:
             for line in _lines(composed, world):
                 print(json.dumps(line), file=file, flush=True)
@@ -95,7 +104,7 @@ def _one_of_each_layout() -> list[Composition]:
     return [kinds[number % len(kinds)] for number, kinds in enumerate(layouts.values())]
 
 
-def _lines(composed: Composed, world: list[Composition]) -> Iterable[dict[str, Any]]:
+def _lines(composed: Composed | Compared, world: list[Composition]) -> Iterable[dict[str, Any]]:
     try:
         [found] = composed.deviations(world)
     except RuntimeError as error:
@@ -112,25 +121,24 @@ def _read(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def _passes(line: dict[str, Any]) -> bool:
-    return "error" not in line and max(line["loss"], line["grad_norm"]) <= TOLERANCE
+    return "error" not in line and max(value for value in line.values() if isinstance(value, float)) <= TOLERANCE
 
 
-def _table(found: dict[str, dict[str, Any]]) -> str:
+def _table(found: dict[str, dict[str, Any]], every: Sequence[Composition], *, objectives: bool) -> str:
     """How many of each kind, and the largest deviations."""
     kinds, expected = defaultdict(list), defaultdict(int)
-    for one in compositions():
-        kind = "-".join(one.name.split("-")[:3])
+    names = ["loss", "grad_norm", *(["gradient", "metric"] if objectives else [])]
+    for one in every:
+        kind = "-".join(one.name.split("-")[: 4 if objectives else 3])
         expected[kind] += 1
         if one.name in found:
             kinds[kind].append(found[one.name])
-    rows = [
-        "| kind | compositions | done | largest loss | largest norm | where | failed |",
-        "| - | - | - | - | - | - | - |",
-    ]
+    titles = ["kind", "compositions", "done", *(f"largest {name}" for name in names), "where", "failed"]
+    rows = [f"| {' | '.join(titles)} |", f"| {' | '.join('-' for _ in titles)} |"]
     for kind, count in expected.items():
         numbers = [line for line in kinds[kind] if "error" not in line]
-        worst = max(numbers, key=lambda line: max(line["loss"], line["grad_norm"]), default=None)
-        largest = [f"{max((line[name] for line in numbers), default=0):.1e}" for name in ("loss", "grad_norm")]
+        worst = max(numbers, key=lambda line: max(line[name] for name in names), default=None)
+        largest = [f"{max((line[name] for line in numbers), default=0):.1e}" for name in names]
         failed = [line["name"] for line in kinds[kind] if not _passes(line)]
         where = worst["name"].removeprefix(f"{kind}-") if worst else ""
         cells = [kind, str(count), str(len(kinds[kind])), *largest, where, ", ".join(failed) or "none"]

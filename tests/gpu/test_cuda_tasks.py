@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_dpo
+import test_dpo_runs
 import test_head_layouts
 import test_reward_model
 from cuda_runs import on_gpus, require_gpus, train_on
@@ -21,9 +21,9 @@ HALF = {"torch_dtype": "bfloat16", "hidden_size": 128, "kv_channels": 32}
 
 
 def _dpo(folder: Path) -> Recipe:
-    test_dpo.write_pairs(folder / "train.jsonl", pairs=18, seed=1)
-    test_dpo.write_pairs(folder / "validation.jsonl", pairs=3, seed=2)
-    return test_dpo.made(folder, "qwen2", 1, {})
+    test_dpo_runs.write_pairs(folder / "train.jsonl", pairs=18, seed=1)
+    test_dpo_runs.write_pairs(folder / "validation.jsonl", pairs=3, seed=2)
+    return test_dpo_runs.made(folder, "qwen2", 1, {})
 
 
 def _kto(folder: Path) -> Recipe:

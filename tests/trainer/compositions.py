@@ -66,7 +66,7 @@ class Composition:
 
     @property
     def name(self) -> str:
-        sizes = [f"{name}{size}" for name, size in asdict(self).items() if not isinstance(size, bool) and size > 1]
+        sizes = [f"{name}{size}" for name, size in asdict(self).items() if type(size) is int and size > 1]
         return "-".join([*self._kind, *sizes, *(["sp"] if self.sp else [])])
 
     @property

@@ -1,4 +1,5 @@
-"""DPO and KTO on the trainer: the same numbers at every layout, exact resumption; TRL's are in `objectives`."""
+"""DPO and KTO on the trainer: evaluations, stored references, exact resumption. TRL's numbers are in `objectives`,
+every layout's in `aligned`."""
 
 from __future__ import annotations
 
@@ -33,25 +34,16 @@ VPP = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank"
 LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
 PRECOMPUTED = {"precompute_ref_log_probs": True}
 LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
-    "tp2_sp": ("qwen2", 2, {"parallel": TP}),
     "pp2_vpp2": ("qwen2", 2, {"parallel": VPP}),
-    "cp2": ("qwen2", 2, {"parallel": {"context_parallel_size": 2}}),
     "dp2": ("qwen2", 2, {}),  # and 3 pairs to evaluate on: a micro-batch is without samples
-    "micro2": ("qwen2", 1, {"batch": {"global_batch_size": 4, "micro_batch_size": 2}}),
-    "ep2": ("qwen3_moe", 2, {"parallel": {"expert_model_parallel_size": 2}}),
     "packed_cp2": ("packed", 2, {"parallel": {"context_parallel_size": 2}}),
-    "lora_tp2": ("lora", 2, {"parallel": TP}),
-    "kto_dp2": ("kto", 2, {}),
-    "kto_cp2": ("kto", 2, {"parallel": {"context_parallel_size": 2}}),
     "kto_pp2_vpp2": ("kto", 2, {"parallel": VPP, "batch": {"global_batch_size": 4, "micro_batch_size": 2}}),
     "precomputed_dp2": ("qwen2", 2, {"rlhf": PRECOMPUTED}),  # and the log-probabilities of 36 samples are not its own
     "lora_precomputed_tp2": ("lora", 2, {"parallel": TP, "rlhf": {**PRECOMPUTED, "precompute_ref_batch_size": 3}}),
     "kto_precomputed_pp2_vpp2": ("kto", 2, {"parallel": VPP, "rlhf": {**PRECOMPUTED, "rlhf_type": "kto"}}),
-    "lora_pp2": ("lora", 2, {"parallel": {"pipeline_model_parallel_size": 2}}),
 }  # fmt: skip
 KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "qwen2": ("qwen2", {}),
-    "qwen3_moe": ("qwen3_moe", {}),
     "packed": ("qwen2", {"data": {"packing": True, "packing_length": 160}, "batch": {"global_batch_size": 2}}),
     "lora": ("qwen2", {"tuner": LORA}),
     "kto": ("qwen2", {"rlhf": {"rlhf_type": "kto"}, "kto": {"beta": 0.5, "undesirable_weight": 0.7}}),

@@ -1,4 +1,5 @@
-"""Distillation on the trainer: a teacher of another shape, and the same numbers at every layout."""
+"""Distillation on the trainer: a teacher of another shape, top tokens, answers that models write. Every layout's
+numbers are in `aligned`."""
 
 from __future__ import annotations
 
@@ -28,7 +29,6 @@ GROUPS: dict[str, dict[str, Any]] = {
 }
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 VPP = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
-LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
 TOP = {"gkd": {"gkd_logits_topk": 7}}
 PACKED = {"data": {"packing": True, "packing_length": 160, "max_length": 128}}
 WRITTEN = {
@@ -37,10 +37,7 @@ WRITTEN = {
     "training": {"train_iters": 4, "seed": 3},
 }
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
-    "tp2_sp": {"parallel": TP},
     "pp2_vpp2": {"parallel": VPP},
-    "cp2": {"parallel": {"context_parallel_size": 2}},
-    "dp2_lora": {"tuner": LORA},
     "top_tp2_sp": {"parallel": TP, **TOP},
     "experts_ep2": {"parallel": {"expert_model_parallel_size": 2}, **PACKED},
     "written_tp2_sp": {"parallel": TP, **WRITTEN},
@@ -92,7 +89,6 @@ class References:
     """Runs of one process, by what is special of them; each is trained when it is first asked for."""
 
     SPECIAL: ClassVar[dict[str, dict[str, Any]]] = {
-        "lora": {"tuner": LORA},
         "top": TOP,
         "experts": PACKED,
         "written": WRITTEN,
