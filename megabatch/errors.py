@@ -41,6 +41,14 @@ class RewardError(MegabatchError):
     """A reward that cannot be computed; the text names the reward and the sample."""
 
 
+class ElsewhereError(MegabatchError):
+    """Another rank of the run failed; its own log has the cause."""
+
+    def __init__(self, error: MegabatchError, rank: int = 0) -> None:
+        self.error = error
+        super().__init__(f"rank {rank} failed: {error}")
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One broken rule of a configuration."""

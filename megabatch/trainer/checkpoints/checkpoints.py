@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from megabatch.converters.adapters.config import NAME as ADAPTER_CONFIG
 from megabatch.converters.mapping import Mapped
-from megabatch.errors import CheckpointError, MegabatchError
+from megabatch.errors import CheckpointError, ElsewhereError, MegabatchError
 from megabatch.plan.layout import Layout
 from megabatch.run_directory import RunDirectory
 from megabatch.saved import history
@@ -31,7 +31,7 @@ from megabatch.trainer.checkpoints.progress import Progress, Saved, open_saved, 
 from megabatch.trainer.checkpoints.reading import SMALL
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.exports.export import Export
-from megabatch.trainer.ranks import ElsewhereError, Ranks
+from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import parameters_norm
 
 logger = logging.getLogger(__name__)

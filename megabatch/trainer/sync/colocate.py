@@ -12,6 +12,7 @@ from megabatch.config.run import RunConfig
 from megabatch.rollout.vllm.adapter import room_for
 from megabatch.rollout.vllm.colocated import Colocated
 from megabatch.rollout.vllm.engine_options import EngineOptions
+from megabatch.rollout.vllm.leftovers import remove_leftovers
 from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.model.lora.lora import lora_of
 from megabatch.trainer.model_source import ModelSource
@@ -35,8 +36,9 @@ def open_colocated(run: RunConfig, source: ModelSource, ranks: Ranks, *, toleran
     if rollout.vllm_enable_lora:
         layers = _adapted(run, source)
         options = replace(options, lora_rank=room_for(run.recipe.tuner.lora_rank), lora_layers=layers)
-    engine = Colocated(options, device=ranks.device, sleeps=rollout.sleep_level > 0)
-    engine.sleep(rollout.sleep_level)
+    if ranks.place.local_rank == 0:
+        remove_leftovers()
+    engine = ranks.each(lambda: _started(options, rollout, ranks))
     return Rollouts(
         engine,
         ranks,
@@ -48,6 +50,12 @@ def open_colocated(run: RunConfig, source: ModelSource, ranks: Ranks, *, toleran
         ranks_of_engine=rollout.vllm_tensor_parallel_size,
         adapters=engine if rollout.vllm_enable_lora else None,
     )
+
+
+def _started(options: EngineOptions, rollout: Rollout, ranks: Ranks) -> Colocated:
+    engine = Colocated(options, device=ranks.device, sleeps=rollout.sleep_level > 0)
+    engine.sleep(rollout.sleep_level)
+    return engine
 
 
 def options_of(rollout: Rollout, *, folder: str, dtype: str, on_cpus: bool) -> EngineOptions:

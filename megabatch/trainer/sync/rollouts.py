@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -89,7 +89,7 @@ class Rollouts:
         """
         start, self._last = time.monotonic(), (engine, version)
         self.hold()
-        self._together(self._wake)
+        self._ranks.each(self._wake)
         self._send(engine, version)
         sent_s = time.monotonic() - start
         found = self._proof(engine)
@@ -136,7 +136,7 @@ class Rollouts:
         found: list[Taken] = []
 
         def served() -> str | None:
-            taken, lost = self._everyones(self._together(lambda: self._taken(requests)))[0]
+            taken, lost = self._everyones(self._ranks.each(lambda: self._taken(requests)))[0]
             found.extend([taken] if taken is not None else ())
             return lost
 
@@ -178,13 +178,13 @@ class Rollouts:
             except UnservedError as e:
                 return e.completions, str(e)
 
-        everyones = self._everyones(self._together(made))
+        everyones = self._everyones(self._ranks.each(made))
         lost = next((text for _, text in everyones if text is not None), None)
         return {one.key: one for some, _ in everyones for one in some}, lost
 
     def rest(self, level: int) -> None:
         """Frees memory until the next update (`RolloutEngine.sleep`)."""
-        self._together(lambda: self._mine.sleep(level) if self._mine is not None else None)
+        self._ranks.each(lambda: self._mine.sleep(level) if self._mine is not None else None)
 
     def close(self) -> None:
         self.hold()
@@ -210,12 +210,17 @@ class Rollouts:
 
     def _give(self, buckets: Iterator[Bucket], begin: Callable[[RolloutEngine], None]) -> None:
         """An update of this rank's engine, if it has one. Raises: RolloutError on every rank."""
-        if self._mine is not None:
-            self._ranks.raise_together(_taken(self._mine, buckets, begin))
-        else:
-            for _ in buckets:
-                """This rank only takes part in the exchange."""
-            self._ranks.raise_together(None)
+        mine, error = self._mine, None
+        try:
+            self._ranks.each(lambda: None if mine is None else begin(mine))
+            for bucket in buckets:  # all of them, whatever fails: other ranks wait in the exchange
+                if mine is not None and error is None:
+                    error = _error_of(mine.put, bucket)
+            self._ranks.each(lambda: _end(mine, error))
+        except MegabatchError:
+            if mine is not None:
+                mine.abort_update()
+            raise
 
     def _adapter_buckets(self, engine: Engine, lora: Lora) -> Iterator[Bucket]:
         shapes = {name: dims for target in lora.targets for name, dims in target.peft_shapes().items()}
@@ -240,7 +245,7 @@ class Rollouts:
         sequences = fixed_sequences(engine.model.shape.vocab_size, positions=self._positions)
         expected = trainers_scores(engine, sequences, self._share)
         members = [] if self._mine is None else self._mine.members()
-        mine = self._together(lambda: [agreement(expected, one.score(sequences)) for one in members])
+        mine = self._ranks.each(lambda: [agreement(expected, one.score(sequences)) for one in members])
         found = [one for some in self._everyones(mine) for one in some]
         return Agreement(max(one.largest for one in found), sum(one.mean for one in found) / len(found))
 
@@ -264,34 +269,18 @@ class Rollouts:
             f"{found.largest:.3g} (mean {found.mean:.3g}), above rollout.sync_tolerance={self._tolerance:g}; {blame}"
         )
 
-    def _together(self, action: Callable[[], T]) -> T:
-        """What an action of this rank's engine returns. Raises on every rank if it fails on any."""
-        value, error = None, None
-        try:
-            value = action()
-        except MegabatchError as e:
-            error = e
-        self._ranks.raise_together(error)
-        return value  # type: ignore[return-value]
-
     def _everyones(self, value: T) -> list[T]:
         values: list[Any] = [None] * self._ranks.place.world_size
         dist.all_gather_object(values, value)
         return values
 
 
-def _taken(
-    engine: RolloutEngine, buckets: Iterable[Bucket], begin: Callable[[RolloutEngine], None]
-) -> MegabatchError | None:
-    """Gives an engine an update. Returns: the error if it failed; all buckets are drawn all the same, because other
-    ranks wait in the exchange."""
-    error = _error_of(begin, engine)
-    for bucket in buckets:
-        error = error or _error_of(engine.put, bucket)
-    error = error or _error_of(engine.end_update)
+def _end(engine: RolloutEngine | None, error: MegabatchError | None) -> None:
+    """Args: error: of what came before."""
     if error is not None:
-        engine.abort_update()
-    return error
+        raise error
+    if engine is not None:
+        engine.end_update()
 
 
 def _error_of(action: Callable[..., None], *arguments: Any) -> MegabatchError | None:

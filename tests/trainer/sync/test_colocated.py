@@ -5,7 +5,9 @@ The reference is an engine on transformers in the same ranks, with the same weig
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -194,3 +196,30 @@ def test_an_engine_in_the_ranks(world: str, ranks_with_vllm: RankServer, tmp_pat
         assert "this engine cannot tell which tensors differ" in found["wrong"]
         assert found["after"] < 1e-4
         assert found["bases"] == (1 if alone else 4)
+
+
+def fails_alone(run_dir: str, fails: int) -> None:
+    """Starts an engine of two ranks, of which one finds no model."""
+    from megabatch.config.run import RunConfig
+    from megabatch.trainer import assemble
+    from megabatch.trainer.model_source import model_source
+    from megabatch.trainer.sync.open import open_rollouts
+
+    words = os.open(f"{run_dir}/words{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(words, 2)
+    run = RunConfig.load(Path(run_dir) / "run.json")
+    with assemble.join_ranks(run) as ranks:
+        source = model_source(run, ranks)
+        if ranks.rank == fails:
+            source = replace(source, config_folder=Path("/nowhere"))
+        open_rollouts(run, source, ranks)
+
+
+def test_an_engine_that_fails_on_one_rank_ends_the_others(ranks_with_vllm: RankServer, tmp_path: Path) -> None:
+    """They wait for it inside vLLM, where no exception reaches them."""
+    run = colocated(tmp_path, "qwen3", 2, {}, alone=False)
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2: Traceback(.|\n)*RolloutError: vLLM does not start: "):
+        ranks_with_vllm.run(fails_alone, world_size=2, run_dir=str(run), fails=1)
+    assert re.match(
+        "error: rank 1 failed: vLLM does not start: .*nowhere", (run / "words0").read_text().splitlines()[-1]
+    )
