@@ -61,9 +61,21 @@ def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = No
     except MegabatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(exit_code(error))
-    if any(flag in ("-h", "--help") for flag in flags):
+    if _asks_for_help(flags):
         print(_USAGE)
     return _own_command_line(found, flags)
+
+
+def show_usage(flags: Sequence[str]) -> int:
+    """Of a command line that names no recipe. Raises: ConfigError unless it asks for help."""
+    if not _asks_for_help(flags):
+        raise ConfigError("megabatch plan needs a recipe: megabatch plan RECIPE.py; see --help")
+    print(_USAGE, end="")
+    return 0
+
+
+def _asks_for_help(flags: Sequence[str]) -> bool:
+    return any(flag in ("-h", "--help") for flag in flags)
 
 
 _USAGE = f"""\

@@ -130,6 +130,13 @@ def test_help_is_the_commands_and_the_recipes(capsys: pytest.CaptureFixture[str]
     assert "tensor_model_parallel_size" in shown
 
 
+def test_help_needs_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("megabatch plan RECIPE.py")
+    assert main(["plan", "--gpus", "8"]) == 2
+    assert capsys.readouterr().err == "error: megabatch plan needs a recipe: megabatch plan RECIPE.py; see --help\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
