@@ -42,8 +42,10 @@ def _text(findings: list[Finding], failed: list[Finding]) -> str:
         for one in findings
     ]
     parts = [table(("", "", "FOUND", "SUPPORTED"), rows)]
-    for one in (one for one in findings if one.state != "ok"):
-        parts.append(f"\n{one.name}: {one.found or 'not found'}")
+    faulty = {(one.found, one.without, one.fix): one for one in findings if one.state != "ok"}
+    for alike, one in faulty.items():
+        names = ", ".join(other.name for other in findings if (other.found, other.without, other.fix) == alike)
+        parts.append(f"\n{names}: {one.found or 'not found'}")
         if one.without:
             parts.append(_indented(f"without it: {one.without}"))
         if one.fix:
