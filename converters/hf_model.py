@@ -111,7 +111,7 @@ def open_hf_model(
     return HfModel(config, family, shape, source, checked.tensors, checked.ignored, checked.carried, is_bare, how)
 
 
-_BASE, _HEADS = "model.", ("lm_head.weight", "score.weight")
+_BASE, _HEADS = "model.", ("lm_head.weight", "score.weight", "score.bias")
 _EMBEDDING = "embed_tokens.weight"
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from megabatch.config.reranker import Reranker
     from megabatch.config.resources import Resources
     from megabatch.config.rewards import Rewards
-    from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
+    from megabatch.config.rlhf import Dpo, Gkd, Kto, Prm, Rlhf, Rm
     from megabatch.config.roles import Role
     from megabatch.config.training import Batch, Training
     from megabatch.config.tuner import Tuner
@@ -62,6 +62,7 @@ __all__ = [
     "Optimizer",
     "Parallel",
     "Precision",
+    "Prm",
     "Recipe",
     "Recompute",
     "Reranker",
@@ -103,7 +104,7 @@ _NAMES_OF = {
     "config.reranker": "Reranker",
     "config.resources": "Resources",
     "config.rewards": "Rewards",
-    "config.rlhf": "Dpo Gkd Kto Rlhf Rm",
+    "config.rlhf": "Dpo Gkd Kto Prm Rlhf Rm",
     "config.roles": "Role",
     "config.training": "Batch Training",
     "config.tuner": "Tuner",

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Rows = Literal[
-    "documents", "conversations", "pairs", "judged", "labelled", "prompts", "ranked", "candidates", "yes_no"
+    "documents", "conversations", "pairs", "judged", "labelled", "steps", "prompts", "ranked", "candidates", "yes_no"
 ]
 """What a row of the data is: plain text (its end is learned too), turns that a chat template renders, two
 conversations with a preferred and a rejected answer, one whose answer is good or bad, a text or turns with a label, a
-conversation to answer, a text with others that are like it or not, or a query with documents that fit it or not, as
-conversations that end with the document or that ask about it.
+prompt with the steps of an answer and a label for each, a conversation to answer, a text with others that are like it
+or not, or a query with documents that fit it or not, as conversations that end with the document or that ask about it.
 `data.rows.kinds` reads each kind, and `data.tokens.encoder` encodes it."""
 
-Example = Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels", "arithmetic_ranked"]
+Example = Literal["arithmetic", "arithmetic_pairs", "arithmetic_labels", "arithmetic_steps", "arithmetic_ranked"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,8 @@ class Task:
     head: int | Literal["num_labels"] | None = None
     """Outputs of the head in place of the output layer: this many (0: the hidden states), or `training.num_labels`;
     None: the output layer."""
+    scores_tokens: bool = False
+    """Whether the head scores single tokens, as transformers' `…ForTokenClassification`, and not whole sequences."""
     loss_scale: Literal["default", "last_round", "all"] = "default"
     """Default of `data.loss_scale`."""
     truncation_strategy: Literal["delete", "left"] = "delete"
@@ -59,6 +61,7 @@ _EXAMPLES: Mapping[Rows, Example] = {
     "pairs": "arithmetic_pairs",
     "judged": "arithmetic_labels",
     "labelled": "arithmetic_labels",
+    "steps": "arithmetic_steps",
     "prompts": "arithmetic",
     "ranked": "arithmetic_ranked",
     "candidates": "arithmetic_ranked",
@@ -74,6 +77,7 @@ def _rlhf(
     streams: bool = False,
     built: bool = False,
     head: int | None = None,
+    scores_tokens: bool = False,
 ) -> Task:
     return Task(
         name=name,
@@ -87,6 +91,7 @@ def _rlhf(
         streams=streams,
         built=built,
         head=head,
+        scores_tokens=scores_tokens,
     )
 
 
@@ -115,6 +120,7 @@ TASKS = (
     _rlhf("dpo", rows="pairs", streams=True, built=True),
     _rlhf("kto", rows="judged", streams=True, built=True),
     _rlhf("rm", rows="pairs", head=1, streams=True, built=True),
+    _rlhf("prm", rows="steps", head=2, scores_tokens=True, streams=True, built=True),
     _rlhf("gkd", streams=True, built=True),
     _rlhf("grpo", rows="prompts", truncation_strategy="left", built=True),
     _head("seq_cls", "num_labels", rows="labelled", built=True),

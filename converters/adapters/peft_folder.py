@@ -20,6 +20,7 @@ from megabatch.errors import ConversionError
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
+_CLASSES = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}
 _SAVED, _ORIGINAL = ".modules_to_save.", ".original_module."
 _WRAPPERS = {
     _SAVED: "it repeats the module's own tensor",
@@ -131,10 +132,11 @@ class _Reader:
         self._adapter.whole[tensor] = Whole(shape, extent.info.dtype, (strip,))
 
     def _hint(self, tensor: str) -> str:
-        if str(self._config.values.get("task_type")) == "SEQ_CLS" and not self._tables.shape.num_labels:
+        kind = _CLASSES.get(str(self._config.values.get("task_type")))
+        if kind is not None and not self._tables.shape.num_labels:
             return (
-                f": the adapter classifies sequences, and config.json gives {self._tables.shape.architecture}; load "
-                "the base with AutoModelForSequenceClassification, save it, and name that folder as --model"
+                f": the adapter classifies {kind}s, and config.json gives {self._tables.shape.architecture}; load the "
+                f"base with AutoModelFor{kind.title()}Classification, save it, and name that folder as --model"
             )
         return _near(tensor, self._tables.shapes)
 

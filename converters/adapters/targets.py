@@ -169,7 +169,7 @@ def find_whole(table: Sequence[Mapped], modules: Sequence[str], *, biases: bool)
 
 
 def _is_score_head(mapped: Mapped) -> bool:
-    return mapped.name == "output_layer.weight" and mapped.split == "replicated"
+    return mapped.name.startswith("output_layer.") and mapped.split == "replicated"
 
 
 MERGES_ONE_OF_TWO = (

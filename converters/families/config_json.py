@@ -136,12 +136,21 @@ def layer_types(config: Config) -> list[str] | None:
     return kinds
 
 
+TOKENS = "ForTokenClassification"
+"""How transformers' classes are named whose head scores each token."""
+
+
+def _head_bias(config: Config) -> bool:
+    scores_tokens = architecture(config, default="").endswith(TOKENS)
+    return scores_tokens and switch(config, "token_classification_bias", default=True)
+
+
 def _num_labels(config: Config) -> int | None:
     """Outputs of the score head of a class that has one, 0 for one that ends with hidden states; transformers leaves
     the default, 2, out of config.json."""
     if architecture(config, default="").endswith("Model"):
         return 0
-    if not architecture(config, default="").endswith("ForSequenceClassification"):
+    if not architecture(config, default="").endswith(("ForSequenceClassification", TOKENS)):
         return None
     labels = config.get("id2label")
     if not isinstance(labels, Mapping | None):
@@ -265,6 +274,7 @@ def decoder(
         "rope_scaling": scaling,
         "sliding_window": None if tensors_only else switched_window(config),
         "num_labels": _num_labels(config),
+        "head_bias": _head_bias(config),
         "hf_config": dict(config),
     }
 

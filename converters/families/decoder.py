@@ -22,6 +22,7 @@ OUTPUT: tuple[Row, ...] = (
     Rename("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), split="vocab",
            when="has_output_layer"),
     Rename("output_layer.weight", "score.weight", ("labels", "hidden"), when="num_labels"),
+    Rename("output_layer.bias", "score.bias", ("labels",), when="head_bias"),
 )  # fmt: skip
 
 ATTENTION: tuple[Row, ...] = (

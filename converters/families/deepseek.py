@@ -100,7 +100,7 @@ DEEPSEEK_V2 = Family(
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
-    architectures=("DeepseekV3ForCausalLM", "DeepseekV3ForSequenceClassification"),
+    architectures=("DeepseekV3ForCausalLM", "DeepseekV3ForSequenceClassification", "DeepseekV3ForTokenClassification"),
     rows=(*EMBEDDING, *_LAYER, *mtp(_LAYER), *OUTPUT),
     shape=_v3,
     hf_config=not_made,

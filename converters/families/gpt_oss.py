@@ -57,7 +57,7 @@ def _shape(config: Config) -> ModelShape:
 
 GPT_OSS = Family(
     name="gpt_oss",
-    architectures=("GptOssForCausalLM", "GptOssForSequenceClassification"),
+    architectures=("GptOssForCausalLM", "GptOssForSequenceClassification", "GptOssForTokenClassification"),
     rows=(*EMBEDDING, *ATTENTION, *_MLP, *OUTPUT),
     shape=_shape,
     hf_config=not_made,

@@ -30,7 +30,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 LLAMA = Family(
     name="llama",
-    architectures=("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    architectures=("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaForTokenClassification"),
     rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *OUTPUT),
     shape=_shape,
     hf_config=_config,

@@ -33,7 +33,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 MISTRAL = Family(
     name="mistral",
-    architectures=("MistralForCausalLM", "MistralForSequenceClassification"),
+    architectures=("MistralForCausalLM", "MistralForSequenceClassification", "MistralForTokenClassification"),
     rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *OUTPUT),
     shape=_shape,
     hf_config=_config,

@@ -49,7 +49,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 MIXTRAL = Family(
     name="mixtral",
-    architectures=("MixtralForCausalLM", "MixtralForSequenceClassification"),
+    architectures=("MixtralForCausalLM", "MixtralForSequenceClassification", "MixtralForTokenClassification"),
     rows=(
         *EMBEDDING,
         *ATTENTION,

@@ -24,7 +24,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 QWEN2 = Family(
     name="qwen2",
-    architectures=("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    architectures=("Qwen2ForCausalLM", "Qwen2ForSequenceClassification", "Qwen2ForTokenClassification"),
     rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *OUTPUT),
     shape=_shape,
     hf_config=_config,

@@ -41,7 +41,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 QWEN3 = Family(
     name="qwen3",
-    architectures=("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+    architectures=("Qwen3ForCausalLM", "Qwen3ForSequenceClassification", "Qwen3ForTokenClassification"),
     rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *OUTPUT),
     shape=_shape,
     hf_config=_config,

@@ -54,7 +54,7 @@ def _config(shape: ModelShape, *, dtype: str = "float32", **token_ids: int | Non
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
-    architectures=("Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification"),
+    architectures=("Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification", "Qwen3MoeForTokenClassification"),
     rows=(*EMBEDDING, *ATTENTION, *DENSE_MLP, *moe_mlp(), *OUTPUT),
     shape=_shape,
     hf_config=_config,

@@ -133,7 +133,7 @@ def _linear_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
 
 QWEN3_NEXT = Family(
     name="qwen3_next",
-    architectures=("Qwen3NextForCausalLM", "Qwen3NextForSequenceClassification"),
+    architectures=("Qwen3NextForCausalLM", "Qwen3NextForSequenceClassification", "Qwen3NextForTokenClassification"),
     rows=(*EMBEDDING, *_LINEAR_ATTENTION, *_ATTENTION, *_MLP, *_MTP, *OUTPUT),
     shape=_shape,
     hf_config=not_made,

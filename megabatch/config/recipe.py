@@ -22,7 +22,7 @@ from megabatch.config.recompute import Recompute
 from megabatch.config.reranker import Reranker
 from megabatch.config.resources import Resources
 from megabatch.config.rewards import Rewards
-from megabatch.config.rlhf import Dpo, Gkd, Kto, Rlhf, Rm
+from megabatch.config.rlhf import Dpo, Gkd, Kto, Prm, Rlhf, Rm
 from megabatch.config.roles import Role
 from megabatch.config.training import Batch, Training
 from megabatch.config.tuner import Tuner
@@ -62,6 +62,7 @@ class Recipe:
     dpo: Dpo = field(default_factory=Dpo)
     kto: Kto = field(default_factory=Kto)
     rm: Rm = field(default_factory=Rm)
+    prm: Prm = field(default_factory=Prm)
     embedding: Embedding = field(default_factory=Embedding)
     reranker: Reranker = field(default_factory=Reranker)
     grpo: Grpo = field(default_factory=Grpo)

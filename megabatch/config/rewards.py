@@ -18,6 +18,8 @@ The assistant's answer:
 
 Say briefly what is right and wrong. End with a line `Score: N`, where N is a number from 0 (useless) to 1."""
 
+StepAggregation = Literal["min", "product", "last", "mean"]
+
 SHIPPED = ("accuracy", "format", "cosine", "repetition", "soft_overlong", "code", "judge")
 """Rewards that `reward_funcs` may name besides functions of users."""
 
@@ -31,6 +33,12 @@ class Rewards:
     reward_model_device: Literal["auto", "cpu", "cuda"] = param("auto")
     """Where reward models compute: on the GPU of rank 0, which must have room for them, on the CPU, or on the former
     where there is one."""
+    reward_step_aggregation: Literal["min", "product", "last", "mean"] = param("min")
+    """How a process reward model (`rlhf_type` prm) rewards a completion by the probabilities that its steps are
+    right."""
+    reward_step_separator: str | None = param(None)
+    """Text at which completions are cut into steps for a process reward model; None: `step_separator` of its
+    config.json."""
     code_timeout_s: int = param(10, at_least=1)
     """Reward `code`: seconds of CPU time that a test may take, and half of its wall-clock time."""
     code_memory_mib: int = param(1024, at_least=64)

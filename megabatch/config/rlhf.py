@@ -13,8 +13,9 @@ from megabatch.config.declare import freeze_lists, param
 class Rlhf:
     """Algorithm and reference model of `task="rlhf"`."""
 
-    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "gkd"] = param("dpo")
-    """Algorithm: preferences (dpo, kto), a reward model (rm), rewards (grpo) or distillation (gkd)."""
+    rlhf_type: Literal["dpo", "grpo", "kto", "rm", "prm", "gkd"] = param("dpo")
+    """Algorithm: preferences (dpo, kto), a reward model (rm) or one of steps (prm), rewards (grpo) or distillation
+    (gkd)."""
     ref_load: str | None = param(None, aliases=("mcore_ref_model",))
     """Folder of the reference model's megatron-core checkpoint; None means `load`."""
     ref_adapter_load: str | None = param(None, aliases=("mcore_ref_adapter",))
@@ -116,6 +117,16 @@ class Rm:
 
     center_rewards_coefficient: float | None = param(None, at_least=0)
     """Weight of the term that pulls the mean reward towards zero (usually 0.01); None disables it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prm:
+    """Process reward models: a score for each step of an answer."""
+
+    step_separator: str = param("\n")
+    """Text after each step; the step is scored at its last token. May be a special token, such as `<extra_0>`."""
+    train_on_last_step_only: bool = param(False)
+    """Learns the label of each answer's last step alone. Evaluations measure all steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,6 +61,7 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
         num_labels=recipe.training.num_labels,
         channels=recipe.training.enable_channel_loss,
         instruction=recipe.reranker.generative_reranker_instruction if run.task.rows == "yes_no" else "",
+        step_separator=recipe.prm.step_separator if run.task.rows == "steps" else "",
         mismatches=run.task.name == "kto" and recipe.kto.uses_kl,
         ref_log_probs=run.task.name == "dpo" and recipe.rlhf.precompute_ref_log_probs,
         sanitize_control_tokens=data.sanitize_control_tokens,

@@ -214,4 +214,6 @@ def ends(shape: ModelShape, settings: Settings, chunk: Chunk) -> tuple[list[Weig
             behind.append(output)
         elif not chunk.embedding:
             (behind if chunk.mtp_layers else shared).append(output)
+        if shape.head_bias:
+            behind.append(weights.head_bias(shape))
     return before, behind, shared

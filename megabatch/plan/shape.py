@@ -84,6 +84,8 @@ class ModelShape:
     num_labels: int | None = None
     """Outputs of a sequence classifier or reward model, which has a score head in place of the output layer; 0 for an
     embedding model, which has neither; None for a language model."""
+    head_bias: bool = False
+    """Whether the score head has a bias, as one that scores each token has in transformers."""
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json this shape was read from."""
 

@@ -69,6 +69,10 @@ def output_layer(shape: ModelShape, *, vocab_size: int | None = None) -> Weight:
     return Weight("output_layer.weight", vocab_size or shape.vocab_size, shape.hidden_size, "vocab")
 
 
+def head_bias(shape: ModelShape) -> Weight:
+    return Weight("output_layer.bias", shape.num_labels or 0)
+
+
 def final_norm(shape: ModelShape) -> Weight:
     return Weight("decoder.final_layernorm.weight", shape.hidden_size)
 
@@ -103,6 +107,8 @@ def model(shape: ModelShape) -> Iterator[tuple[Weight, int]]:
     yield final_norm(shape), 1
     if shape.has_output_layer or shape.num_labels:
         yield output_layer(shape), 1
+    if shape.head_bias:
+        yield head_bias(shape), 1
 
 
 def _attention(shape: ModelShape) -> Iterator[Weight]:

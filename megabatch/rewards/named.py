@@ -25,7 +25,11 @@ def rewards_of(recipe: Recipe) -> Rewards:
     functions = [Own(text) if names_own_code(text) else NAMED[text](recipe) for text in grpo.reward_funcs]
     models = [
         RewardModel(
-            path=path, plugin=None if plugin in (None, "default") else plugin, device=processes.reward_model_device
+            path=path,
+            plugin=None if plugin in (None, "default") else plugin,
+            device=processes.reward_model_device,
+            aggregation=processes.reward_step_aggregation,
+            step_separator=processes.reward_step_separator,
         )
         for path, plugin in zip_longest(grpo.reward_model, grpo.reward_model_plugin)
     ]

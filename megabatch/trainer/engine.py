@@ -204,14 +204,18 @@ class Engine:
             dist.all_reduce(values, group=self.ranks.dp)
         return values
 
-    def everyone(self, values: Tensor) -> tuple[Tensor, int]:
+    def everyone(self, values: Tensor, *, parts: bool = False) -> tuple[Tensor, int]:
         """The rows of a tensor [n, …] of every rank that holds other samples of the global batch, in the order of the
-        ranks, each with an n of its own; and the place of this rank's first row. Collective over them."""
-        size, group, values = self.ranks.dp_size, self.ranks.dp, values.to(self.ranks.device)
+        ranks, each with an n of its own; and the place of this rank's first row. Collective over them.
+
+        Args: parts: also of the ranks that hold other parts of the same samples.
+        """
+        group, values = self.ranks.replicas if parts else self.ranks.dp, values.to(self.ranks.device)
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
         if size == 1:
             return values, 0
         counts = torch.zeros(size, dtype=torch.int64, device=values.device)
-        counts[self.ranks.dp_rank] = len(values)
+        counts[rank] = len(values)
         dist.all_reduce(counts, group=group)
         lengths = counts.tolist()
         padded = values.new_zeros((max(lengths), *values.shape[1:]))
@@ -219,7 +223,7 @@ class Engine:
         found = values.new_empty((size, *padded.shape))
         dist.all_gather_into_tensor(found.view(-1), padded.view(-1), group=group)
         joined = torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)])
-        return joined, sum(lengths[: self.ranks.dp_rank])
+        return joined, sum(lengths[:rank])
 
     def _without_gradients(
         self, model: str, packs: Sequence[Pack], last: Last, table: routes.Table | None = None

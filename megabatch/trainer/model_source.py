@@ -21,8 +21,8 @@ from megabatch.trainer.model.transformer_config import DTYPES
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weights import load
 
-HEAD = "output_layer.weight"
-"""Canonical name of a head's weights, and of the output layer's."""
+HEAD = frozenset({"output_layer.weight", "output_layer.bias"})
+"""Canonical names of a head's weights, and of the output layer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,12 @@ class ModelSource:
         if opened.shape.num_labels == model.shape.num_labels:
             load(model, source, table, ranks, dtype_of=dtypes)
             return
-        head = [mapped for mapped in self.family.tensors(model.shape) if mapped.name == HEAD]
-        table = [*(mapped for mapped in table if mapped.name != HEAD), *head]
-        load(model, source, table, ranks, dtype_of=dtypes, only={mapped.name for mapped in table} - {HEAD})
+        head = [mapped for mapped in self.family.tensors(model.shape) if mapped.name in HEAD]
+        table = [*(mapped for mapped in table if mapped.name not in HEAD), *head]
+        load(model, source, table, ranks, dtype_of=dtypes, only={mapped.name for mapped in table} - HEAD)
         std = float(opened.config.get("initializer_range") or 0.02)
         made = RandomWeights(self.family, model.shape, seed=self.seed, std=std)
-        load(model, made, table, ranks, dtype_of=made.dtypes, only={HEAD})
+        load(model, made, table, ranks, dtype_of=made.dtypes, only=HEAD)
 
 
 def model_source(run: RunConfig, ranks: Ranks) -> ModelSource:

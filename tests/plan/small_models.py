@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", {"head_dim": 4}),
     "qwen2-reward": ("Qwen2ForSequenceClassification", {**TIED, **SCORE, "head_dim": 4}),
     "qwen3": ("Qwen3ForCausalLM", TIED),
+    "qwen3-process-reward": ("Qwen3ForTokenClassification", {**TIED, **SCORE}),
     "qwen3-moe": ("Qwen3MoeForCausalLM", {**EXPERTS, "mlp_only_layers": [1]}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 16}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),

@@ -57,6 +57,8 @@ def rewards_have_what_they_need(recipe: Recipe, shape: ModelShape | None, layout
         if reward and reward not in grpo.reward_funcs and value != getattr(Rewards(), name):
             rule = f"has no effect without the reward {reward}"
             yield Fault(f"rewards.{name}", value, rule, try_=(f"reward_funcs={reward}",))
+    if not grpo.reward_model:
+        yield from _of_no_model(recipe.rewards)
     if "soft_overlong" in grpo.reward_funcs:
         yield from _ramp(recipe)
     if "judge" in grpo.reward_funcs:
@@ -67,6 +69,14 @@ def rewards_have_what_they_need(recipe: Recipe, shape: ModelShape | None, layout
     if len(grpo.reward_model_plugin) not in (0, len(grpo.reward_model)):
         rule = f"must be one for each of the {len(grpo.reward_model)} reward models, `default` for its first output"
         yield Fault("grpo.reward_model_plugin", grpo.reward_model_plugin, rule)
+
+
+def _of_no_model(rewards: Rewards) -> Iterator[Fault]:
+    for name in ("reward_step_aggregation", "reward_step_separator"):
+        value, default = getattr(rewards, name), getattr(Rewards(), name)
+        if value != default:
+            rule = "has no effect without grpo.reward_model, of which it concerns process reward models"
+            yield Fault(f"rewards.{name}", value, rule, try_=(default,))
 
 
 def _role(recipe: Recipe) -> Iterator[Fault]:

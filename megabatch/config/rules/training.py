@@ -322,7 +322,8 @@ def scores_are_of_samples(recipe: Recipe, shape: ModelShape | None, layout: Layo
     training, kind = recipe.training, recipe.kind
     if kind is None or (kind.rows != "yes_no" and kind.head is None):
         return
-    why = f"concerns the loss of tokens, and {kind.name} has one loss for each sample"
+    one = "scored token" if kind.scores_tokens else "sample"
+    why = f"concerns the loss of tokens, and {kind.name} has one loss for each {one}"
     if training.calculate_per_token_loss:
         yield Fault("training.calculate_per_token_loss", True, why, try_=(False,))
     if recipe.data.loss_scale is not None:
@@ -343,6 +344,16 @@ def answers_differ_and_are_asked_for(
         yield Fault("reranker.generative_reranker_positive_token", group.generative_reranker_positive_token, rule)
     if recipe.data.truncation_strategy == "right":
         rule = "cuts off the end of a document's conversation, where the answer begins"
+        yield Fault("data.truncation_strategy", "right", rule, try_=("delete", "left"))
+
+
+def steps_are_kept(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    if recipe.kind is None or recipe.kind.rows != "steps":
+        return
+    if not recipe.prm.step_separator:
+        yield Fault("prm.step_separator", "", "must be a text that is not empty: a step is scored at its end")
+    if recipe.data.truncation_strategy == "right":
+        rule = "cuts off an answer's last steps and their labels"
         yield Fault("data.truncation_strategy", "right", rule, try_=("delete", "left"))
 
 
@@ -421,6 +432,7 @@ RULES = (
     task_and_algorithm_agree,
     scores_are_of_samples,
     answers_differ_and_are_asked_for,
+    steps_are_kept,
     embeddings_are_consistent,
     backend_fits_the_device,
     seq_length_says_nothing_else,

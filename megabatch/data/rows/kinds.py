@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from megabatch.data.rows.files import Row
@@ -12,6 +13,7 @@ from megabatch.data.rows.labelled import said_in
 from megabatch.data.rows.preference import preference_of
 from megabatch.data.rows.prompts import prompt_of
 from megabatch.data.rows.ranked import ranked_of
+from megabatch.data.rows.steps import stepwise_of
 from megabatch.data.rows.turns import Message
 from megabatch.data.rows.yes_no import questions_of
 from megabatch.tasks import Rows
@@ -51,6 +53,14 @@ def _asked(row: Row, *, columns: Mapping[str, str] | None = None, system: str | 
     return (prompt_of(row, columns=columns, system=system).conversation,)
 
 
+def _stepwise(
+    row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None
+) -> Sequence[Conversation]:
+    found = stepwise_of(row, columns=columns, system=system)
+    said = [Message("assistant", step) for step in found.steps]
+    return (replace(found.prompt, messages=[*found.prompt.messages, *said]),)
+
+
 def _ranked(
     row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None
 ) -> Sequence[Conversation]:
@@ -71,6 +81,7 @@ READERS: Mapping[Rows, Reader] = {
     "pairs": _pair,
     "judged": _judged,
     "labelled": _labelled,
+    "steps": _stepwise,
     "prompts": _asked,
     "ranked": _ranked,
     "candidates": _ranked,

@@ -14,7 +14,14 @@ from typing import Literal
 from megabatch.data.rows import files
 from megabatch.errors import DataError
 
-EXAMPLES = ("arithmetic", "arithmetic_pairs", "arithmetic_labels", "arithmetic_ranked", "hasty_sums")
+EXAMPLES = (
+    "arithmetic",
+    "arithmetic_pairs",
+    "arithmetic_labels",
+    "arithmetic_steps",
+    "arithmetic_ranked",
+    "hasty_sums",
+)
 """Datasets that megabatch generates, see `synthetic`."""
 
 _COUNT = re.compile(r"#(\d+)$")

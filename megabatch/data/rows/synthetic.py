@@ -5,14 +5,16 @@
 | `example:arithmetic` | a problem with its solution |
 | `example:arithmetic_pairs` | the same, and a wrong solution: another operation, or a slip in the last line |
 | `example:arithmetic_labels` | a problem with a right or a wrong solution, and which it is |
+| `example:arithmetic_steps` | a problem with the steps of a solution, and which of them are right |
 | `example:arithmetic_ranked` | a problem, its solution, and as negatives two wrong ones and six of others |
 | `example:hasty_sums` | the sum of three digits: `solution` is right, most `answer`s leave the last digit out |
 """
 
 from __future__ import annotations
 
+import operator
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from megabatch.data.rows.files import Origin, Row
@@ -42,6 +44,9 @@ def rows(name: str, count: int | None) -> Iterator[Row]:
     if name == "arithmetic_ranked":
         yield from _ranked(draw, count or DEFAULT_COUNT)
         return
+    if name == "arithmetic_steps":
+        yield from _stepwise(draw, count or DEFAULT_COUNT)
+        return
     for number in range(count or DEFAULT_COUNT):
         problem = draw.choice(_PROBLEMS)(draw)
         yield Row(Origin(f"example:{name}", number, is_line=False), _fields(name, problem, draw))
@@ -67,6 +72,38 @@ def _ranked(draw: random.Random, count: int) -> Iterator[Row]:
 
 
 _OTHERS = 6
+
+
+def _stepwise(draw: random.Random, count: int) -> Iterator[Row]:
+    """Two of three solutions go wrong at some step, by another operation or, less often, a slip; no step behind is
+    right."""
+    for number in range(count):
+        name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+        boxes, each, given, found = (draw.randint(*limits) for limits in ((3, 9), (4, 12), (2, 9), (2, 9)))
+        question = (
+            f"{name} buys {boxes} boxes of {each} {thing}, gives {given} away and finds {found}. "
+            f"How many {thing} does {name} have?"
+        )
+        said = (
+            ("The boxes hold", "*", each),
+            (f"Without {given} there are", "-", given),
+            ("Then there are", "+", found),
+        )
+        wrong = draw.randrange(len(said)) if draw.random() < _WRONG else len(said)
+        steps, value = [], boxes
+        for place, (words, right, by) in enumerate(said):
+            slip = draw.choice((-1, 1)) if place == wrong and draw.random() < _SLIPS else 0
+            sign = _OTHER[right] if place == wrong and not slip else right
+            before, value = value, _COMPUTED[sign](value, by) + slip
+            steps.append(f"{words} {before} {sign} {by} = {value} {thing}.")
+        labels = [place < wrong for place in range(len(said))]
+        fields = {"prompt": question, "completions": [*steps, f"#### {value}"], "labels": [*labels, all(labels)]}
+        yield Row(Origin("example:arithmetic_steps", number, is_line=False), fields)
+
+
+_OTHER = {"*": "+", "-": "+", "+": "-"}
+_COMPUTED: Mapping[str, Callable[[int, int], int]] = {"*": operator.mul, "-": operator.sub, "+": operator.add}
+_WRONG, _SLIPS = 2 / 3, 1 / 4
 
 
 def _hasty_sums(draw: random.Random, count: int) -> Iterator[Row]:

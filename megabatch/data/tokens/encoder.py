@@ -23,6 +23,7 @@ from megabatch.data.tokens.pairs import EQUAL, Pairs
 from megabatch.data.tokens.prompts import Prompts
 from megabatch.data.tokens.ranked import Ranked
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
+from megabatch.data.tokens.steps import Steps
 from megabatch.data.tokens.yes_no import YesNo
 from megabatch.errors import DataError
 from megabatch.tasks import Rows
@@ -46,6 +47,7 @@ ROWS: Mapping[Rows, _Kind] = {
     "pairs": Pairs,
     "judged": JudgedAnswers,
     "labelled": Labelled,
+    "steps": Steps,
     "prompts": Prompts,
     "ranked": Ranked,
     "candidates": Candidates,
@@ -55,6 +57,9 @@ ROWS: Mapping[Rows, _Kind] = {
 
 LEARNED_WHOLE: frozenset[Rows] = frozenset({"labelled", "ranked", "candidates", "yes_no"})
 """Rows whose samples have something to learn as a whole, and not in their tokens."""
+
+_ALL_LABELS: frozenset[Rows] = frozenset({"steps"})
+"""Rows that are dropped where the length limit would cut off something to learn."""
 
 
 class Encoder:
@@ -115,13 +120,21 @@ class Encoder:
             )
         if strategy == "split":
             return [[piece] for sample in item for piece in pieces(sample, limit)]
-        return [[sample.part(slice(-limit, None) if strategy == "left" else slice(limit)) for sample in item]]
+        cut = [sample.part(slice(-limit, None) if strategy == "left" else slice(limit)) for sample in item]
+        if self.encoding.rows in _ALL_LABELS and list(map(_learned, cut)) != list(map(_learned, item)):
+            return []
+        return [cut]
 
 
 def _learns(items: Sequence[Item]) -> bool:
     """Whether there is something to learn in any piece of a sample, and in every sample of an item of several."""
-    learned = [[np.count_nonzero(sample.weights) > 0 for sample in item] for item in items]
+    learned = [[_learned(sample) > 0 for sample in item] for item in items]
     return any(map(any, learned)) if len(items) > 1 else all(learned[0])
+
+
+def _learned(sample: Encoded) -> int:
+    """How many of a sample's tokens are learned."""
+    return int(np.count_nonzero(sample.weights))
 
 
 def pieces(encoded: Encoded, limit: int) -> list[Encoded]:

@@ -40,6 +40,8 @@ class Encoding:
     num_labels: int | None = None
     instruction: str = ""
     """What a generative reranker asks of documents, for rows that are asked about with yes or no."""
+    step_separator: str = ""
+    """Text after each step, for rows that have them."""
     mismatches: bool = False
     """Whether each labelled answer is followed by a mismatched one."""
     ref_log_probs: bool = False

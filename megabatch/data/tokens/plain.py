@@ -17,14 +17,16 @@ from megabatch.data.tokens.tokenizer import backend
 class PlainTexts:
     """The ids of `tokenizer(text)`, except for control tokens in the text (see `control_tokens`)."""
 
-    def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
+    def __init__(self, tokenizer: Any, encoding: Encoding, *, special_tokens: bool = True) -> None:
+        """Args: special_tokens: with those that the tokenizer adds to a text."""
+        self._special = special_tokens
         self._backend = backend(tokenizer)
         written = encoding.new_special_tokens
         self._control = ControlTokens(tokenizer, of_the_data=written) if encoding.sanitize_control_tokens else None
 
     def encode(self, texts: Sequence[str], remarks: Counter[str]) -> list[Encoded]:
         """Samples whose tokens all count."""
-        plain = self._backend.encode_batch(list(texts), add_special_tokens=True)
+        plain = self._backend.encode_batch(list(texts), add_special_tokens=self._special)
         return [weighed(self._ids(text, found.ids, remarks)) for text, found in zip(texts, plain, strict=True)]
 
     def _ids(self, text: str, ids: list[int], remarks: Counter[str]) -> list[int]:
@@ -32,7 +34,7 @@ class PlainTexts:
         if control is None or not (control.may_be_in(text) and control.are_in(text)):
             return ids
         remarks[ESCAPED] += 1
-        twins: list[int] = control.twin.encode(control.spelled(text).text, add_special_tokens=True).ids
+        twins: list[int] = control.twin.encode(control.spelled(text).text, add_special_tokens=self._special).ids
         return twins
 
 

@@ -14,8 +14,9 @@ from megabatch.config.training import ProblemType
 from megabatch.data.rows.labels import label_columns
 from megabatch.data.tokens.candidates import FITS
 from megabatch.data.tokens.ranked import ANCHOR, LABEL, NEGATIVE, POSITIVE, ROLE
+from megabatch.data.tokens.steps import RIGHT
 from megabatch.trainer.evaluation import measures
-from megabatch.trainer.evaluation.whole_set import ITEM, Measures
+from megabatch.trainer.evaluation.whole_set import ITEM, POSITION, Measures
 
 Arrays = Mapping[str, np.ndarray]
 FIRST = (1, 5, 10)
@@ -94,6 +95,28 @@ def _rewards(found: Arrays) -> dict[str, float]:
         "ece": measures.calibration_error(np.maximum(chances_P, 1 - chances_P), chances_P > 0.5),
         "brier": measures.brier(chances_P, np.ones(len(chances_P))),
     }
+
+
+def of_steps() -> Measures:
+    """Of all steps `f1_macro`, `auc`, and `ece` and `brier` of softmax's probability. Of answers `first_error`: the
+    share whose first wrong step is found, or in which rightly none is (arXiv:2412.06559)."""
+    return Measures(["scores"], [RIGHT], ("f1_macro", "auc", *_PROBABLE, "first_error"), _steps, per="token")
+
+
+def _steps(found: Arrays) -> dict[str, float]:
+    order = np.lexsort((found[POSITION], found[ITEM]))
+    scores_M2, right_M, answers_M = found["scores"][order], found[RIGHT][order] > 0.5, found[ITEM][order]
+    said_M = scores_M2.argmax(1) == 1
+    starts = np.flatnonzero(np.diff(answers_M, prepend=-1))
+    said, right = (np.split(values, starts[1:]) for values in (said_M, right_M))
+    found_first = [float(_first_wrong(a) == _first_wrong(b)) for a, b in zip(said, right, strict=True)]
+    return {**_single_label(scores_M2, right_M[:, None]), "first_error": measures.mean(found_first)}
+
+
+def _first_wrong(right: np.ndarray) -> int:
+    """Place of the first wrong step; -1 without one."""
+    wrong = np.flatnonzero(~right)
+    return int(wrong[0]) if len(wrong) else -1
 
 
 def of_reranker(*, probable: bool) -> Measures:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -24,23 +24,24 @@ from megabatch.trainer.sums import Ratio, Sums
 if TYPE_CHECKING:
     from megabatch.trainer.pack import Pack
 
-ITEM = "item"
+ITEM, POSITION = "item", "position"
 _ROWS_BITS = 40
 """Rows of an evaluation on one rank are fewer than two to this power."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """What is kept of each sequence, and what is measured of all of them."""
+    """What is kept of each sequence, or of each learned token, and what is measured of all of them."""
 
     outputs: Sequence[str]
-    """Fields of the objective's readout, one value or row for each sequence."""
+    """Fields of the objective's readout, one value or row for each."""
     columns: Sequence[str]
-    """Columns of the samples."""
+    """Columns of the samples, or of their tokens."""
     names: tuple[str, ...]
     of: Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
-    """Arrays [M, …] of all sequences, and `item`, the number of the row that each belongs to → a value for each name;
-    NaN where it is not defined."""
+    """Arrays [M, …] of all of them, and `item`, the number of the row that each belongs to, for tokens also `position`
+    → a value for each name; NaN where it is not defined."""
+    per: Literal["sequence", "token"] = "sequence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,8 @@ class _Kept(Objective):
     inner: Objective
     measures: Measures
     found: list[dict[str, Tensor]] = field(default_factory=list)
+    rows: list[int] = field(default_factory=lambda: [0])
+    """Rows before each pack, and all."""
 
     def __post_init__(self) -> None:
         self.norm, self.metrics, self.readout = self.inner.norm, self.inner.metrics, self.inner.readout
@@ -91,19 +94,29 @@ class _Kept(Objective):
         return self.inner.prepare(packs, inference)
 
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
-        some = {name: out[name].detach() for name in self.measures.outputs}
-        some |= {name: pack.columns[name] for name in self.measures.columns}
-        self.found.append({ITEM: pack.items_N, **some})
+        outputs = {name: out[name].detach() for name in self.measures.outputs}
+        of_each = pack.token_columns if self._of_tokens else pack.columns
+        some = {ITEM: pack.items_N, **outputs, **{name: of_each[name] for name in self.measures.columns}}
+        if self._of_tokens:
+            learned = pack.weights_T > 0
+            some |= {ITEM: torch.cat([pack.items_N, pack.items_N[:1]])[pack.segments_T.long()]}
+            some = {name: values[learned] for name, values in (some | {POSITION: pack.positions_T}).items()}
+        self.found.append(some)
+        self.rows.append(self.rows[-1] + (int(pack.items_N[-1]) + 1 if pack.sequences else 0))
         return self.inner.terms(out, pack)
+
+    @property
+    def _of_tokens(self) -> bool:
+        return self.measures.per == "token"
 
     def everyone(self, engine: Engine) -> dict[str, np.ndarray]:
         """Of every data-parallel rank, on each of them; collective over them. Rows are numbered in their order."""
-        items, rows = [], engine.ranks.dp_rank << _ROWS_BITS
-        for one in self.found:
-            items.append(one[ITEM] + rows)
-            rows += int(one[ITEM][-1]) + 1 if len(one[ITEM]) else 0
-        names = (*self.measures.outputs, *self.measures.columns)
+        first = engine.ranks.dp_rank << _ROWS_BITS
+        items = [one[ITEM] + first + row for one, row in zip(self.found, self.rows, strict=False)]
+        names = (*self.measures.outputs, *self.measures.columns, *((POSITION,) if self._of_tokens else ()))
         parts = {ITEM: torch.cat(items), **{name: torch.cat([one[name] for one in self.found]) for name in names}}
-        joined = {name: engine.everyone(values)[0].cpu().numpy() for name, values in parts.items()}
+        joined = {
+            name: engine.everyone(values, parts=self._of_tokens)[0].cpu().numpy() for name, values in parts.items()
+        }
         numbers = np.unique(joined.pop(ITEM), return_inverse=True)[1]
         return {ITEM: numbers, **{name: values.astype(np.float64) for name, values in joined.items()}}

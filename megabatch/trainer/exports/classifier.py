@@ -1,4 +1,5 @@
-"""What transformers' `…ForSequenceClassification` reads in config.json besides what the language model's has."""
+"""What transformers' `…ForSequenceClassification` and `…ForTokenClassification` read in config.json besides what the
+language model's has."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ def classifier_config(run: RunConfig, source: ModelSource, config: dict[str, Any
     """config.json of the trained classifier, from that of the model that it started from.
 
     `id2label` gives the number of labels; names that the model had for them are kept. transformers finds the last
-    token of a batch's texts by `pad_token_id`.
+    token of a batch's texts by `pad_token_id`. `step_separator` is for those who score an answer's steps.
     """
     labels = run.shape.num_labels or 0
     names = config.get("id2label")
@@ -25,10 +26,16 @@ def classifier_config(run: RunConfig, source: ModelSource, config: dict[str, Any
         "architectures": [run.shape.architecture],
         "id2label": names,
         "label2id": {name: int(index) for index, name in names.items()},
-        "problem_type": run.recipe.training.problem_type,
+        **_kind(run),
         "pad_token_id": _padding(source, config),
     }
     return {key: value for key, value in config.items() if key not in ("num_labels", *_KEPT)} | changed
+
+
+def _kind(run: RunConfig) -> dict[str, Any]:
+    if run.task.rows == "steps":
+        return {"step_separator": run.recipe.prm.step_separator}
+    return {"problem_type": run.recipe.training.problem_type}
 
 
 def _padding(source: ModelSource, config: dict[str, Any]) -> int | None:

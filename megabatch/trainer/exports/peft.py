@@ -113,7 +113,7 @@ def config_text(tuner: Tuner, tuning: Tuning, tables: Tables, *, base: str | Non
     whole = sorted(name for name in hf_names(tuning.table, tuning.trained) if not name.endswith(".bias"))
     values: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if tables.shape.num_labels else "CAUSAL_LM",
+        "task_type": _task_type(tables.shape),
         "base_model_name_or_path": base,
         "r": tuner.lora_rank,
         "lora_alpha": tuner.lora_alpha,
@@ -126,6 +126,12 @@ def config_text(tuner: Tuner, tuning: Tuning, tables: Tables, *, base: str | Non
         "init_lora_weights": True if tuner.init_lora_weights == "kaiming" else tuner.init_lora_weights,
     }
     return written(values, adapted, tables, for_peft=for_peft)
+
+
+def _task_type(shape: ModelShape) -> str:
+    if not shape.num_labels:
+        return "CAUSAL_LM"
+    return "TOKEN_CLS" if shape.head_bias else "SEQ_CLS"
 
 
 def _lora(tuning: Tuning) -> Lora:

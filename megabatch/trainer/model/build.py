@@ -159,7 +159,7 @@ def _chunk(shape: ModelShape, config: TransformerConfig, *, vp_stage: int | None
         vp_stage=vp_stage,
     )
     if isinstance(model, HeadedModel):
-        model.set_head(shape.num_labels or 0)
+        model.set_head(shape.num_labels or 0, bias=shape.head_bias)
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             # megatron-core sets this mark only with ep > 1. With ep = 1 and tp > 1 it would not sum the gradients of

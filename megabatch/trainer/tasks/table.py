@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megabatch.config.run import RunConfig
-from megabatch.trainer.tasks import dpo, embedding, generative_reranker, gkd, grpo, kto, reranker, rm, seq_cls, sft
+from megabatch.trainer.tasks import (
+    dpo,
+    embedding,
+    generative_reranker,
+    gkd,
+    grpo,
+    kto,
+    prm,
+    reranker,
+    rm,
+    seq_cls,
+    sft,
+)
 from megabatch.trainer.tasks.parts import Opener
 
 OPENERS: Mapping[str, Opener] = {
@@ -16,6 +28,7 @@ OPENERS: Mapping[str, Opener] = {
     "gkd": gkd.parts,
     "grpo": grpo.parts,
     "rm": rm.parts,
+    "prm": prm.parts,
     "seq_cls": seq_cls.parts,
     "embedding": embedding.parts,
     "reranker": reranker.parts,

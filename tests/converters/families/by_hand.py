@@ -200,6 +200,8 @@ def plain(hf: Arrays, shape: ModelShape) -> Tensors:
     tables.ends()
     if "score.weight" in hf:
         tables.put("output_layer.weight", whole(hf["score.weight"]))
+    if "score.bias" in hf:
+        tables.put("output_layer.bias", whole(hf["score.bias"]))
     for layer in range(shape.num_layers):
         tables.layer(layer)
         tables.attention()

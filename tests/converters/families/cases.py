@@ -105,6 +105,7 @@ CASES: dict[str, Case] = {
         by_hand.plain,
         "Qwen2ForSequenceClassification",
     ),
+    "qwen3-token-scores": Case("Qwen3", _SCORE, by_hand.plain, "Qwen3ForTokenClassification"),
     "qwen3-score-default-labels": Case("Qwen3", {}, by_hand.plain, "Qwen3ForSequenceClassification"),
     "gemma3-vision": Case(
         "Gemma3", {}, by_hand.inside("language_model.", "model."), "Gemma3ForConditionalGeneration",

@@ -76,7 +76,17 @@ def stepped(run_dir: str, folder: str) -> dict[str, Any]:
             "norm": result.grad_norm,
             "gradients": whole_gradients(loop.engine),
             "rows": [row for pack in step.packs for row in sequences(pack)],
+            "labels": [labels for pack in step.packs for labels in labels_of_tokens(pack)],
         }
+
+
+def labels_of_tokens(pack: Any) -> list[Any]:
+    """The label of each token of each sequence as transformers has it; none without such labels."""
+    if "right" not in pack.token_columns:
+        return []
+    labels_T = torch.where(pack.weights_T > 0, pack.token_columns["right"].long(), -100)
+    starts, lengths = pack.cu_seqlens_padded.tolist(), pack.cu_seqlens.diff().tolist()
+    return [labels_T[starts[n] : starts[n] + lengths[n]].numpy() for n in range(pack.sequences)]
 
 
 def sequences(pack: Any) -> list[tuple[Any, dict[str, float]]]:
