@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Data, Embedding, Model, Recipe, Reranker, Training
+from megabatch import Data, Embedding, Model, Recipe, Reranker, Rlhf, Training
 from megabatch.entry.input_checks import damaged_inputs
 from megabatch.entry.model import FoundModel, find_model
 
@@ -68,6 +68,36 @@ def test_rows_are_checked_as_the_task_reads_them(tmp_path: Path, row: dict[str, 
     recipe = replace(recipe, batch=replace(recipe.batch, global_batch_size=2))
     faults = "; ".join(map(str, damaged_inputs(recipe, FoundModel(None, "none"))))
     assert (said or "") in faults and bool(faults) == bool(said)
+
+
+def test_steps_are_checked_before_the_queue(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        '{"prompt": "a", "completions": ["b", "c"], "labels": [true, 0]}\n{"prompt": "a", "completions": []}'
+    )
+    data = Data(dataset=[str(file)], max_length=8)
+    recipe = Recipe(name="x", task="rlhf", rlhf=Rlhf(rlhf_type="prm"), data=data)
+    recipe = replace(recipe, batch=replace(recipe.batch, global_batch_size=2))
+    (fault,) = damaged_inputs(recipe, FoundModel(None, "none"))
+    assert ":2: completions must be a list that is not empty" in str(fault)
+
+
+PRM = {"architectures": ["Qwen2ForTokenClassification"], "id2label": {"0": "a", "1": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [(PRM, None), (CLASSIFIER, "its score head has no bias, and this run's has one"), ({}, None)],
+)
+def test_a_token_head_starts_only_token_heads(tmp_path: Path, config: dict[str, Any], said: str | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | config))
+    found = find_model(Recipe(name="x", task="rlhf", rlhf=Rlhf(rlhf_type="prm"), model=Model(model=str(tmp_path))))
+    assert (said or "") in str(found.fault) and (found.fault is None) == (said is None)
+    if said is None:
+        assert found.shape is not None and found.shape.head_bias
+        assert (found.shape.num_labels, found.shape.architecture) == (2, "Qwen2ForTokenClassification")
+    other = model_for(tmp_path, Training(task_type="seq_cls", num_labels=2), config).fault
+    assert ("has a bias, and this run's has none" in str(other)) == (config is PRM)
 
 
 LISTWISE = {"reranker": Reranker(loss_type="listwise_reranker")}

@@ -63,6 +63,15 @@ def test_settings_of_code_and_judge_need_their_reward() -> None:
     assert len(said(replace(judged, roles=(Role(name="critic", command=("serve",)),)))) == 1
 
 
+def test_settings_of_process_rewards_need_a_reward_model() -> None:
+    one = replace(recipe(reward_funcs=("format",)), rewards=Rewards(reward_step_aggregation="last"))
+    assert said(one) == [
+        "rewards.reward_step_aggregation='last' has no effect without grpo.reward_model, of which it concerns process "
+        "reward models; try min"
+    ]
+    assert not said(replace(one, grpo=replace(one.grpo, reward_model=("a/prm",))))
+
+
 def test_plugins_are_one_for_each_model() -> None:
     one = recipe(reward_funcs=("format",), reward_model=("a/rm", "b/rm2"), reward_model_plugin=("default",))
     assert "must be one for each of the 2 reward models" in said(one)[0]

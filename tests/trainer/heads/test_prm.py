@@ -155,25 +155,23 @@ def test_a_run_resumes_at_another_layout_and_evaluates_the_same(ranks: RankServe
             assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-6), (found["step"], name)
 
 
-def test_the_last_steps_alone_are_trained_and_all_are_evaluated(ranks: RankServer, tmp_path: Path) -> None:
-    last = made(tmp_path, 2, prm=Prm(train_on_last_step_only=True), parallel={"context_parallel_size": 2})
-    every = made(tmp_path)
-    runs = []
-    for name, one in (("last", last), ("every", every)):
-        quick = replace(one, training=replace(one.training, train_iters=1))
-        runs.append(write_run(quick, tmp_path / name))
-        assert {*ranks.run(train, world_size=quick.resources.tasks_per_node or 1, run_dir=str(runs[-1]))} == {0}
-    first, whole = (metrics(run, "eval")[0] for run in runs)
-    assert first["eval_auc"] == pytest.approx(whole["eval_auc"])
-    assert first["eval_loss"] == pytest.approx(whole["eval_loss"], rel=2e-5)
-    (found,) = ranks.run(stepped, world_size=1, run_dir=str(runs[1]), folder=str(tmp_path / "hf"))
-    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+def test_the_last_steps_alone_are_trained_and_all_are_evaluated(ranks: RankServer, reference: Path) -> None:
+    folder, last = reference.parent, Prm(train_on_last_step_only=True)
+    run = write_run(made(folder, prm=last), folder / "last")
+    (found,) = ranks.run(stepped, world_size=1, run_dir=str(run), folder=str(folder / "hf"))
     batch = padded_batch(found)
     for row in batch["labels"]:
         row[torch.nonzero(row >= 0)[:-1]] = -100
     with torch.no_grad():
+        model = AutoModelForTokenClassification.from_pretrained(folder / "hf", dtype=torch.float32).eval()
         expected = float(model(**batch).loss)
-    assert metrics(runs[0], "train")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["metrics"]["loss"] == pytest.approx(expected, rel=1e-5)
+    cut = {"parallel": {"context_parallel_size": 2}, "training": {"train_iters": 1}}
+    two = write_run(made(folder, 2, prm=last, **cut), folder / "two")
+    assert ranks.run(train, world_size=2, run_dir=str(two)) == [0, 0]
+    assert metrics(two, "train")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    for name in ("eval_loss", "eval_accuracy", "eval_auc"):
+        assert metrics(two, "eval")[0][name] == pytest.approx(metrics(reference, "eval")[0][name], rel=2e-5)
 
 
 def test_steps_of_one_label_teach_nothing(ranks: RankServer, reference: Path, tmp_path: Path) -> None:
