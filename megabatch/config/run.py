@@ -19,6 +19,7 @@ from megabatch.config.layout import layout_of
 from megabatch.config.lengths import row_tokens, sample_tokens
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
+from megabatch.config.shared_prompts import shares_prompts
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.rules.training import peak_lr
@@ -139,6 +140,7 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
         learning_rate=replace(recipe.learning_rate, lr=peak_lr(recipe)),
         parallel=_derived_parallel(recipe),
         moe=_derived_moe(recipe, shape),
+        rlhf=replace(recipe.rlhf, share_prompts=shares_prompts(recipe, shape)),
         grpo=_derived_grpo(recipe),
         checkpoint=replace(recipe.checkpoint, save=str(save_folder(recipe)), save_interval=save_interval(recipe)),
         logging=replace(recipe.logging, tensorboard_dir=recipe.logging.tensorboard_dir or str(run_dir / "runs")),

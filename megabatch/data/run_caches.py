@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.data.cache import datasets
@@ -92,6 +94,7 @@ def stream_of(run: RunConfig, tokenizer: Path) -> Stream:
         block_rows=data.shuffle_buffer_size,
         mixing=_mixing(run),
         packing_length=data.packing_length,
+        shares_prompts=resolved(recipe.rlhf.share_prompts),
         num_proc=data.dataset_num_proc,
     )
 
@@ -127,6 +130,7 @@ def schedule_of(run: RunConfig, data: TokenCache, *, shuffle: bool = True) -> Sc
     return Schedule(
         data.lengths,
         items=data.items,
+        shared=data.shared(np.arange(len(data))) if resolved(recipe.rlhf.share_prompts) else None,
         global_batch_size=recipe.batch.global_batch_size,
         seed=recipe.training.seed,
         dataset_shuffle=shuffle and recipe.data.dataset_shuffle,

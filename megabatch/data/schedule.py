@@ -65,6 +65,7 @@ class Schedule:
         *,
         global_batch_size: int,
         items: np.ndarray | None = None,
+        shared: np.ndarray | None = None,
         seed: int = 42,
         dataset_shuffle: bool = True,
         train_dataloader_shuffle: bool = True,
@@ -73,8 +74,8 @@ class Schedule:
         content: str = "",
     ) -> None:
         """Args: `lengths` int [samples] in tokens; `items` int64 [items + 1]: first sample of each item, see
-        `TokenCache.items`, None if each sample is an item; `packing_length`: tokens of a pack, None for no packing;
-        `content`: digest of the samples' tokens, `TokenCache.content`.
+        `TokenCache.items`, None if each sample is an item; `shared` int [samples]: tokens of each sample that a pack
+        holds once for its item (`data.tokens.shared`); `packing_length`: tokens of a pack, None for no packing; `content`: digest of the samples' tokens, `TokenCache.content`.
 
         `dataset_shuffle` shuffles the items once; `train_dataloader_shuffle` shuffles the packs again in each epoch;
         `group_by_length` sorts the packs by length, up to 50 batches at a time.
@@ -85,7 +86,8 @@ class Schedule:
         self._shuffle = train_dataloader_shuffle
         self._bounds: np.ndarray = np.arange(len(lengths) + 1) if items is None else items
         self._grouped = len(self._bounds) <= len(lengths)
-        together = np.add.reduceat(lengths, self._bounds[:-1]) if self._grouped else lengths
+        own = lengths if shared is None else lengths - shared
+        together = np.add.reduceat(own, self._bounds[:-1]) if self._grouped else own
         order = rng_of(seed, "dataset").permutation(len(together)) if dataset_shuffle else np.arange(len(together))
         self.packs: Packs = (
             singletons(order) if packing_length is None else pack(together, order=order, capacity=packing_length)
@@ -97,7 +99,7 @@ class Schedule:
         if group_by_length:
             settings += ("by length", self._window)
         digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
-        digest.update(np.ascontiguousarray(lengths, np.int64).tobytes())
+        digest.update(np.ascontiguousarray(own if packing_length or group_by_length else lengths, np.int64).tobytes())
         if self._grouped:
             digest.update(np.ascontiguousarray(self._bounds, np.int64).tobytes())
         self.fingerprint = f"{digest.hexdigest()}:{content}"
@@ -202,14 +204,14 @@ def sorted_in_windows(order: np.ndarray, lengths: np.ndarray, *, window: int) ->
     )
 
 
-def cost(lengths: np.ndarray, *, hidden_size: int) -> float:
-    """Relative cost of computing sequences of these lengths.
+def cost(lengths: np.ndarray, *, hidden_size: int, shared: np.ndarray | float = 0) -> float:
+    """Relative cost of computing sequences of these lengths, without the tokens that each shares with an earlier one.
 
     A sequence of n tokens costs n + n² / (12 · hidden_size): per token, the matrices of a transformer layer take about
     24 · hidden_size² FLOPs and causal attention about 2 · n · hidden_size.
     """
     tokens: np.ndarray = lengths.astype(np.float64)
-    return float((tokens + tokens**2 / (12 * hidden_size)).sum())
+    return float((tokens - shared + (tokens**2 - shared**2) / (12 * hidden_size)).sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,8 @@ class Stream:
     mixing: Mixing | None = None
     """How rows are drawn from the sources; None takes all of them, one source after the other."""
     packing_length: int | None = None
+    shares_prompts: bool = False
+    """Whether a pack holds the tokens that samples of an item share once."""
     num_proc: int = 1
 
     @property
@@ -109,6 +111,8 @@ class Stream:
         order: list[Any] = [self.seed, self.shuffle, self.shuffle_epochs, self.rows, self.packing_length]
         if self.mixing is not None:
             order.append(asdict(self.mixing))
+        if self.packing_length is not None and self.shares_prompts:
+            order.append("shared prompts")
         text = json.dumps([files, settings, order], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -161,7 +165,8 @@ class Stream:
         order = rng_of(self.seed, purpose).permutation(count) if self.shuffle else np.arange(count)
         if self.packing_length is None or not count:
             return singletons(order)
-        together = np.add.reduceat(block.lengths, block.items[:-1])
+        shared = block.shared(np.arange(len(block))) if self.shares_prompts else 0
+        together = np.add.reduceat(block.lengths - shared, block.items[:-1])
         return pack(together, order=order, capacity=self.packing_length)
 
 

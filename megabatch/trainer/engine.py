@@ -303,7 +303,7 @@ class Engine:
         """How this row is split over context-parallel ranks."""
         if self.ranks.cp_size == 1:
             return None
-        return zigzag(pack.cu_seqlens_padded, self.ranks.cp, device=self.ranks.device)
+        return zigzag(pack.cu_seqlens_padded, self.ranks.cp, shared=pack.shared, device=self.ranks.device)
 
     def _padding(self, model: Model, pack: Pack, chunk: Any) -> dict[str, Tensor]:
         """The mask of positions that experts skip: the row's, or on a stage without the embedding this rank's part.
@@ -327,7 +327,14 @@ class Engine:
         """Where each sequence of a row starts and ends, for the layers."""
         if model.rotary is not None:
             rotation = model.rotary(pack.positions_T)
-            return row(on_host.cu_seqlens_padded, device=self.ranks.device, rotation=rotation, cut=pack.cut)
+            return row(
+                on_host.cu_seqlens_padded,
+                device=self.ranks.device,
+                rotation=rotation,
+                cut=pack.cut,
+                shared=on_host.shared,
+            )
+        assert pack.shared_N is None, "only our attention knows shared tokens"
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=pack.cu_seqlens_padded,

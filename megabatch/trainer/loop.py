@@ -47,7 +47,7 @@ def train(run: RunConfig, stop: StopSignal, activity: Activity) -> ExitCode:
     if training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     with assemble.join_ranks(run) as ranks:
-        note_settings_without_effect(run.recipe, is_main=ranks.is_main)
+        note_settings_without_effect(run.recipe, run.shape, is_main=ranks.is_main)
         loop, progress = open_loop(run, ranks, stop, activity)
         with loop.metrics, loop.profiler:
             return loop.run_from(progress)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megabatch.data.tokens.sample import Sample
 from megabatch.trainer.ops.parts import summed
+from megabatch.trainer.shared_tokens import Shared
 from megabatch.trainer.zigzag import Cut
 
 
@@ -30,7 +31,7 @@ class Pack:
     weights_T: Tensor
     """float32: loss weight of predicting `targets_T[t]` at position t; 0 at last positions and in padding."""
     positions_T: Tensor
-    """int64: position within the sequence, from 0."""
+    """int64: position within the sequence, from 0; the first token's is `shared_N` where a sequence shares tokens."""
     segments_T: Tensor
     """int32: index of the sequence, or N for the row's padding."""
     padding_T: Tensor | None
@@ -55,6 +56,21 @@ class Pack:
     """The row's length is a multiple of it; its whole length where that may not change."""
     cut: Cut | None = None
     """How the row is split over context-parallel ranks, when this is one rank's part; None for a whole row."""
+    shared_N: Tensor | None = None
+    """int64: how many tokens each sequence has before its own, those that the first sequence of its item starts with.
+    They stand in the row once, and every other tensor knows a sequence by its own tokens. None where all are 0."""
+
+    @property
+    def shared(self) -> Shared | None:
+        """Which tokens of the row the segments share; on the host."""
+        if self.shared_N is None:
+            return None
+        first_N = np.unique(self.items_N.numpy(), return_index=True)[1][self.items_N.numpy()]
+        behind = np.zeros(len(self.cu_seqlens_padded) - 1 - self.sequences, np.int64)
+        return Shared(
+            np.concatenate([self.cu_seqlens_padded.numpy()[first_N].astype(np.int64), behind]),
+            np.concatenate([self.shared_N.numpy(), behind]),
+        )
 
     def part(self, cut: Cut) -> Pack:
         """One rank's part of this row, on the cut's device: its tokens, and every per-sequence value."""
@@ -71,6 +87,7 @@ class Pack:
         assert self.cut is None, "a part has tokens of every sequence"
         if bool(kept_N.all()):
             return self
+        assert self.shared_N is None, "others need the tokens of a sequence that they share"
         inside_T = torch.cat([kept_N, kept_N.new_zeros(1)])[self.segments_T.long()].nonzero()[:, 0]
         kept, lengths = kept_N.nonzero()[:, 0], self.cu_seqlens_padded.diff()[: self.sequences][kept_N].tolist()
         rest = row_length_of(lengths, self.row_multiple, 1) - len(inside_T)
@@ -149,6 +166,7 @@ def collate(
     samples: Sequence[Sample],
     *,
     items: Sequence[int] | None = None,
+    shared: Sequence[int] | None = None,
     blank: Sample = BLANK,
     row_multiple: int = 1,
     sequence_multiple: int = 1,
@@ -158,9 +176,10 @@ def collate(
 ) -> Pack:
     """One row of these samples, in order.
 
-    Args: `items`: item index of each sample, None if each sample is an item; `blank`: a sample without tokens, which
-    gives the columns of a row without samples; `row_multiple`: the row's length is rounded up to a multiple of it with
-    one more segment of weight 0 (tensor parallel size for sequence parallelism, 2·cp·tp with context parallelism);
+    Args: `items`: item index of each sample, None if each sample is an item; `shared`: how many tokens each sample has
+    in common with the first of its item, and are laid out with that one alone, None for none (`data.tokens.shared`);
+    `blank`: a sample without tokens, which gives the columns of a row without samples; `row_multiple`: the row's
+    length is rounded up to a multiple of it with one more segment of weight 0 (tensor parallel size for sequence parallelism, 2·cp·tp with context parallelism);
     `row_length`: minimum length of the row, a multiple of `row_multiple`; `sequence_multiple`: each sequence's length
     is rounded up to a multiple of it (2·cp) with tokens of weight 0 at its end; it must divide `row_multiple`;
     `sequence_length`: minimum length of each sequence, a multiple of `sequence_multiple`; `fixed`: whether the row
@@ -168,6 +187,8 @@ def collate(
     Without samples the row is padding only.
     """
     assert row_multiple % sequence_multiple == 0, (row_multiple, sequence_multiple)
+    shared = list(shared or [0] * len(samples))
+    samples = [sample.behind(count) for sample, count in zip(samples, shared, strict=True)]
     real = [len(sample.ids) for sample in samples]
     padded = [_up(max(length, sequence_length), sequence_multiple) for length in real]
     if rest := max(row_length_of(padded, row_multiple, 1), row_length) - sum(padded):
@@ -194,7 +215,7 @@ def collate(
         ids_T=torch.from_numpy(ids_T),
         targets_T=torch.from_numpy(targets_T),
         weights_T=torch.from_numpy(weights_T),
-        positions_T=torch.from_numpy(np.arange(starts[-1]) - np.repeat(starts[:-1], padded)),
+        positions_T=torch.from_numpy(np.arange(starts[-1]) - np.repeat(starts[:-1] - _first(shared, padded), padded)),
         segments_T=torch.from_numpy(np.repeat(np.arange(len(padded), dtype=np.int32), padded)),
         padding_T=torch.from_numpy(padding_T) if padding_T.any() else None,
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(real)]).astype(np.int32)),
@@ -205,7 +226,13 @@ def collate(
         items_N=torch.tensor(range(len(samples)) if items is None else items, dtype=torch.int64),
         columns=_columns(samples) if samples else {name: _stack([value])[:0] for name, value in blank.columns.items()},
         token_columns={name: torch.from_numpy(values) for name, values in token_columns.items()},
+        shared_N=torch.tensor(shared, dtype=torch.int64) if any(shared) else None,
     )
+
+
+def _first(shared: Sequence[int], padded: Sequence[int]) -> np.ndarray:
+    """Position of the first own token of each segment, int64 [S]."""
+    return np.array([*shared, *[0] * (len(padded) - len(shared))], np.int64)
 
 
 def row_length_of(lengths: Iterable[int], row_multiple: int, sequence_multiple: int) -> int:

@@ -9,6 +9,8 @@ import torch
 
 from megabatch.config.declare import Parameter, parameters
 from megabatch.config.recipe import Recipe
+from megabatch.config.shared_prompts import compares_answers, why_not
+from megabatch.plan.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ NEVER = {
 }
 
 
-def note_settings_without_effect(recipe: Recipe, *, is_main: bool) -> None:
+def note_settings_without_effect(recipe: Recipe, shape: ModelShape, *, is_main: bool) -> None:
     """Logs one line for each speed-only setting that differs from its default and has no effect in this run."""
     if not is_main:
         return
@@ -57,6 +59,8 @@ def note_settings_without_effect(recipe: Recipe, *, is_main: bool) -> None:
         default = False if parameter.default is None else parameter.default  # None was derived: nobody asked for False
         if reason is not None and value is not None and value != default:
             logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
+    if compares_answers(recipe) and not recipe.rlhf.share_prompts and (reason := why_not(recipe, shape)) is not None:
+        logger.info("rlhf.share_prompts: each answer has its prompt for itself, because %s", reason)
     if recipe.grpo.log_completions and recipe.logging.report_to is None:
         logger.info(
             "grpo.log_completions=True has no effect here: without report_to no tracker shows completions; the run "

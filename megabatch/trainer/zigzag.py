@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megabatch.trainer.shared_tokens import Shared, keys_of, positions
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -25,7 +27,8 @@ class Cut:
     lengths: tuple[int, ...]
     """Tokens of each chunk of this rank, [2·S]: front and back of the first segment, of the second, …"""
     prefixes: tuple[int, ...]
-    """Tokens of the segment up to the end of each chunk, [2·S]: the keys that the chunk's queries see."""
+    """Tokens of the segment up to the end of each chunk, those that it shares included, [2·S]: the keys that the
+    chunk's queries see."""
     mine_t: Tensor
     """int64 [t]: the position in the row of each token that this rank has."""
     places_T: Tensor
@@ -39,37 +42,36 @@ class Cut:
         return dist.get_rank(self.group) == 0
 
 
-def zigzag(bounds: Tensor, group: dist.ProcessGroup, *, device: torch.device | str = "cpu") -> Cut:
+def zigzag(
+    bounds: Tensor, group: dist.ProcessGroup, *, shared: Shared | None = None, device: torch.device | str = "cpu"
+) -> Cut:
     """This rank's part of a row.
 
-    Args: bounds: int32 [S + 1] in host memory, multiples of 2·cp: where each segment starts and the last one ends.
+    Args: bounds: int32 [S + 1] in host memory, multiples of 2·cp: where each segment starts and the last one ends;
+    shared: which tokens segments share.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     starts, segments = bounds.numpy()[:-1].astype(np.int64), np.diff(bounds.numpy())
     chunk, left = np.divmod(segments, 2 * size)
     assert not left.any(), f"segments of {segments.tolist()} tokens are no multiples of 2·{size}"
-    everyone = np.concatenate([_positions(*_chunks(starts, chunk, one, size)) for one in range(size)])
+    everyone = np.concatenate([positions(*_chunks(starts, chunk, one, size)) for one in range(size)])
     places = np.empty_like(everyone)
     places[everyone] = np.arange(len(everyone))
     first, lengths = _chunks(starts, chunk, rank, size)
-    prefixes = first + lengths - starts.repeat(2)
-    mine, keys = _positions(first, lengths), places[_positions(starts.repeat(2), prefixes)]
+    prefixes, keys = keys_of(
+        starts.repeat(2), first + lengths - starts.repeat(2), None if shared is None else shared.of_each_twice()
+    )
     return Cut(
         group,
         tuple(lengths.tolist()),
         tuple(prefixes.tolist()),
-        *(on_device(torch.from_numpy(numbers), device) for numbers in (mine, places, keys)),
+        *(on_device(torch.from_numpy(each), device) for each in (positions(first, lengths), places, places[keys])),
     )
 
 
 def _chunks(starts: np.ndarray, chunk: np.ndarray, rank: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Start and length of a rank's chunks, [2·S] each."""
     return np.stack((starts + rank * chunk, starts + (2 * size - 1 - rank) * chunk), 1).ravel(), chunk.repeat(2)
-
-
-def _positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, … of each run of positions, one run behind the other."""
-    return np.repeat(starts - lengths.cumsum() + lengths, lengths) + np.arange(lengths.sum())
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megabatch.config.grpo import Rollout
 from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Dpo, Gkd, Rlhf
+from megabatch.config.shared_prompts import why_not
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -70,6 +71,12 @@ def losses_read_their_settings(recipe: Recipe, shape: ModelShape | None, layout:
     ):
         if getattr(group, name) != getattr(defaults, name) and value != needed:
             yield Fault(f"dpo.{name}", getattr(group, name), f"is for {needed!r} alone, and the recipe has {value!r}")
+
+
+def prompts_can_be_shared(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """Where it is asked for, and not the default."""
+    if recipe.rlhf.share_prompts and (reason := why_not(recipe, shape)) is not None:
+        yield Fault("rlhf.share_prompts", True, f"cannot be kept: {reason}", try_=(None,))
 
 
 def the_kl_has_a_use(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -295,6 +302,7 @@ def settings_of_next_token_prediction_have_a_use(
 RULES = (
     losses_and_weights_agree,
     losses_read_their_settings,
+    prompts_can_be_shared,
     the_kl_has_a_use,
     a_teacher_is_named,
     a_teacher_knows_as_many,

@@ -25,6 +25,7 @@ from megabatch.data.rows.sources import Source
 from megabatch.data.tokens.chunk import ChunkArrays, Names
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.sample import Sample
+from megabatch.data.tokens.shared import SHARED
 from megabatch.data.tokens.workers import encoded_chunks
 from megabatch.errors import DataError
 
@@ -162,6 +163,13 @@ class TokenCache:
             {"source": source, "number": number, **columns},
             {name: np.array(values[part]) for name, values in self.token_columns.items()},
         )
+
+    def shared(self, samples: np.ndarray) -> np.ndarray:
+        """How many tokens each of these has in common with the first of its item (`data.tokens.shared`), int64; 0 in
+        data of another kind."""
+        if SHARED not in self.columns:
+            return np.zeros(len(samples), np.int64)
+        return np.asarray(self.columns[SHARED][samples]).astype(np.int64)
 
     @property
     def blank(self) -> Sample:

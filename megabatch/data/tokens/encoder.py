@@ -23,6 +23,7 @@ from megabatch.data.tokens.pairs import EQUAL, Pairs
 from megabatch.data.tokens.prompts import Prompts
 from megabatch.data.tokens.ranked import Ranked
 from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
+from megabatch.data.tokens.shared import with_shared
 from megabatch.data.tokens.steps import Steps
 from megabatch.data.tokens.yes_no import YesNo
 from megabatch.errors import DataError
@@ -89,7 +90,7 @@ class Encoder:
             else:
                 chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1
                 names = self._names(row)
-                for each in kept:
+                for each in map(with_shared, kept) if self.encoding.rows == "pairs" else kept:
                     chunk.add([sample._replace(names=names) for sample in each] if names else each, row.origin)
         return chunk
 

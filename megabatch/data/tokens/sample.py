@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -54,3 +54,12 @@ class Sample:
     """Values of the sample, for objectives and for error messages."""
     token_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float32 or int32 [n, …]: values of the prediction of each token, like `weights`."""
+
+    def behind(self, count: int) -> Sample:
+        """The sample without its first `count` tokens, none of which is learned; nor is the next, which then stands
+        first."""
+        if not count:
+            return self
+        assert not self.weights[: count + 1].any(), "the tokens before are learned"
+        values = {name: values[count:] for name, values in self.token_columns.items()}
+        return replace(self, ids=self.ids[count:], weights=self.weights[count:], token_columns=values)

@@ -155,7 +155,8 @@ def padded_share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Sched
     share = share_of(run, ranks)
     if not run.recipe.data.pad_to_max_length:
         return share
-    padded: np.ndarray = -(-data.lengths // share.sequence_multiple) * share.sequence_multiple
+    own = data.lengths - (data.shared(np.arange(len(data))) if share.shares_prompts else 0)
+    padded: np.ndarray = -(-own // share.sequence_multiple) * share.sequence_multiple
     return replace(share, row_length=_longest_row(run, schedule, padded, share.row_multiple))
 
 
@@ -172,6 +173,7 @@ def share_of(run: RunConfig, ranks: Ranks) -> Share:
         sequence_multiple=sequence_multiple,
         equal_rows=_equal_rows(run),
         equal_sequences=not recipe.data.padding_free,
+        shares_prompts=resolved(recipe.rlhf.share_prompts),
         hidden_size=run.shape.hidden_size,
     )
 

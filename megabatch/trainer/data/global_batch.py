@@ -34,6 +34,8 @@ class Share:
     """Sequences of a row are padded to one length."""
     row_length: int = 0
     """Least length of every row: the run's longest where all are padded to it."""
+    shares_prompts: bool = False
+    """Whether a row has the tokens that samples of an item share (`data.tokens.shared`) once."""
     hidden_size: int = 4096
     """Of the model; weighs long sequences against many when balancing."""
 
@@ -50,7 +52,10 @@ class GlobalBatch:
 
     def step(self, share: Share, *, cursor: State, epoch: float) -> Step:
         """One rank's share of the batch; reads only that rank's samples."""
-        costs = [cost(self.data.lengths[some], hidden_size=share.hidden_size) for some in self.samples]
+        costs = [
+            cost(self.data.lengths[some], hidden_size=share.hidden_size, shared=self._shared(share, some))
+            for some in self.samples
+        ]
         dealt = deal(
             np.array(costs),
             dp_size=share.dp_size,
@@ -61,7 +66,8 @@ class GlobalBatch:
         first = share.dp_rank - share.dp_rank % share.equal_rows
         rounds = zip(*dealt[first : first + share.equal_rows], strict=True)
         row_lengths = [max(self._row_length(share, places) for places in together) for together in rounds]
-        tokens = self.data.lengths[everyone]
+        lengths, before = self.data.lengths[everyone], self._shared(share, everyone)
+        tokens = int((lengths - before).sum())
         return Step(
             packs=[
                 self._pack(share, places, length)
@@ -73,15 +79,20 @@ class GlobalBatch:
                 Norm.ITEMS: float(sum(int(items[-1]) + 1 for items in self.items)),
             },
             filled=sum(bool(places) for rank in dealt for places in rank),
-            tokens=int(tokens.sum()),
+            tokens=tokens,
             samples=len(everyone),
-            mean_length=float(np.square(tokens).sum() / tokens.sum()),
+            mean_length=float((np.square(lengths) - np.square(before)).sum() / tokens),
             cursor=cursor,
             epoch=epoch,
         )
 
+    def _shared(self, share: Share, samples: np.ndarray) -> np.ndarray:
+        """How many tokens of these samples a row has only in the first of their item, int64."""
+        return self.data.shared(samples) if share.shares_prompts else np.zeros(len(samples), np.int64)
+
     def _row_length(self, share: Share, places: Sequence[int]) -> int:
-        lengths = [int(length) for place in places for length in self.data.lengths[self.samples[place]]]
+        each = [self.data.lengths[some] - self._shared(share, some) for some in (self.samples[p] for p in places)]
+        lengths = [int(length) for some in each for length in some]
         if share.equal_sequences:
             lengths = [max(lengths)] * len(lengths) if lengths else []
         return max(row_length_of(lengths, share.row_multiple, share.sequence_multiple), share.row_length)
@@ -96,6 +107,7 @@ class GlobalBatch:
         return collate(
             samples,
             items=items,
+            shared=[count for place in places for count in self._shared(share, self.samples[place]).tolist()],
             blank=self.data.blank,
             row_multiple=share.row_multiple,
             sequence_multiple=share.sequence_multiple,

@@ -1,7 +1,7 @@
 """Core attention on flat rows of several sequences, on any device, without Transformer Engine.
 
 Shapes: T tokens of the flat row on this rank, H query heads, G key/value heads, D channels per head, K keys: T or,
-where the row is split over ranks, the total length of the chunks' prefixes.
+where the row is split over ranks or its sequences share tokens, all that the queries see, segment by segment.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class PackedAttention(MegatronModule):
     megatron-core's `core_attention`.
 
     If the row is split over context-parallel ranks, each chunk of a sequence attends to the sequence up to the chunk's
-    end. The kernels see a sequence with fewer queries than keys, aligned at the last query and key.
+    end; if sequences share tokens, each attends to those before its own (`shared_tokens`). The kernels see a sequence
+    with fewer queries than keys, aligned at the last query and key.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class PackedAttention(MegatronModule):
         row = packed_seq_params
         assert isinstance(row, Row), "rows are always packed"
         query_THD, key_TGD = (rotated(x, row.rotation) for x in (query_THD, key_TGD))
-        with self._generator(), seen(key_TGD, value_TGD, row.cut) as (key_KGD, value_KGD):
+        with self._generator(), seen(key_TGD, value_TGD, row.keys_K, row.cut) as (key_KGD, value_KGD):
             if self.flash is not None and self._fits_flash(query_THD):
                 out = self._varlen(query_THD, key_KGD, value_KGD, row)
             elif len(set(zip(row.lengths, row.prefixes, strict=True))) == 1:

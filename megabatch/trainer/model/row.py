@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megabatch.trainer.shared_tokens import Shared, keys_of
 from megabatch.trainer.zigzag import Cut, on_device
 
 Rotation = tuple[Tensor, Tensor]
@@ -24,7 +26,10 @@ class Row(PackedSeqParams):
     lengths: tuple[int, ...] = ()
     """Number of queries in each segment, in order; in each chunk of a segment if the row is split."""
     prefixes: tuple[int, ...] = ()
-    """Number of keys that the last of these queries sees: the same, or more if the row is split."""
+    """Number of keys that the last of these queries sees: the same, or more if the row is split or segments share
+    tokens."""
+    keys_K: Tensor | None = None
+    """int64: which keys these are, of those that the ranks of `cut` have, rank by rank; None for the row's own keys."""
     rotation: Rotation | None = None
     """Rotates queries and keys; None leaves them unchanged."""
     cut: Cut | None = None
@@ -56,17 +61,30 @@ def row(
     device: torch.device | str = "cpu",
     rotation: Rotation | None = None,
     cut: Cut | None = None,
+    shared: Shared | None = None,
 ) -> Row:
-    """Args: bounds: int32 [S + 1] in host memory: the start of each segment of the whole row, then the row's end."""
-    if cut is None:
-        lengths = prefixes = tuple(stop - start for start, stop in pairwise(bounds.tolist()))
-        queries = keys = bounds.to(device, non_blocking=True)
-    else:
-        lengths, prefixes = cut.lengths, cut.prefixes
-        queries, keys = (_bounds(each, device) for each in (lengths, prefixes))
-    values: dict[str, Any] = {"cu_seqlens_q": queries, "cu_seqlens_kv": keys}
+    """Args: bounds: int32 [S + 1] in host memory: the start of each segment of the whole row, then the row's end;
+    shared: which tokens segments of a whole row share, where `cut` knows it of a part."""
+    lengths = prefixes = tuple(stop - start for start, stop in pairwise(bounds.tolist()))
+    keys_K = None
+    if cut is not None:
+        lengths, prefixes, keys_K = cut.lengths, cut.prefixes, cut.keys_K
+    elif shared is not None:
+        counts, keys = keys_of(bounds.numpy()[:-1].astype(np.int64), np.array(lengths), shared)
+        prefixes, keys_K = tuple(counts.tolist()), on_device(torch.from_numpy(keys), device)
+    queries = _bounds(lengths, device)
+    values: dict[str, Any] = {"cu_seqlens_q": queries}
+    values["cu_seqlens_kv"] = queries if prefixes is lengths else _bounds(prefixes, device)
     values |= {"max_seqlen_q": max(lengths), "max_seqlen_kv": max(prefixes)}
-    return Row(qkv_format="thd", **values, lengths=lengths, prefixes=prefixes, rotation=rotation, cut=cut)
+    return Row(
+        qkv_format="thd",
+        **values,
+        lengths=lengths,
+        prefixes=prefixes,
+        keys_K=keys_K,
+        rotation=rotation,
+        cut=cut,
+    )
 
 
 def _bounds(lengths: tuple[int, ...], device: torch.device | str) -> Tensor:

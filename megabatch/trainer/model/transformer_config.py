@@ -108,7 +108,9 @@ def transformer_impl(recipe: Recipe, shape: ModelShape) -> str:
     wanted = recipe.kernels.transformer_impl
     if wanted == "local":
         return wanted
-    if recipe.tuner.tuner_type == "lora":
+    if recipe.rlhf.share_prompts:
+        why = "they alone compute a prompt once for all its answers"
+    elif recipe.tuner.tuner_type == "lora":
         why = "LoRA is built for these alone"
     elif importlib.util.find_spec("transformer_engine") is None:
         why = "transformer-engine is not installed"

@@ -37,6 +37,7 @@ class Pooled(Readout):
         """[T] fp32: the weight of each token in its sequence's vector."""
         if self.pooling == "last":
             return ends(pack).float()
+        assert pack.shared_N is None, "a vector is of all tokens of its sequence"
         lengths_S, segments_T = pack.cu_seqlens.diff(), pack.segments_T.long()
         own_T = (pack.positions_T < lengths_S[segments_T]) & (segments_T < pack.sequences)
         if self.pooling == "cls":

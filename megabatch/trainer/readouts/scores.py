@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from megabatch.trainer.readouts.readout import Field, Readout, Split
@@ -33,6 +34,8 @@ class Scores(Readout):
 
 def ends(pack: Pack) -> Tensor:
     """bool [T]: whether a position is the last token of a sequence, without its padding."""
-    lengths_S = pack.cu_seqlens.diff()
+    stops_S = pack.cu_seqlens.diff()
+    if pack.shared_N is not None:
+        stops_S = torch.cat([stops_S[: pack.sequences] + pack.shared_N, stops_S[pack.sequences :]])
     segments_T = pack.segments_T.long()
-    return (pack.positions_T == lengths_S[segments_T] - 1) & (segments_T < pack.sequences)
+    return (pack.positions_T == stops_S[segments_T] - 1) & (segments_T < pack.sequences)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from megabatch.data.cache.in_memory import in_memory
 from megabatch.data.rows.files import Origin
 from megabatch.data.tokens.chunk import Chunk
 from megabatch.data.tokens.sample import Encoded
+from megabatch.data.tokens.shared import SHARED
 from megabatch.rl.rounds import Rolled
 from megabatch.trainer.data.global_batch import GlobalBatch, Share
 from megabatch.trainer.engine import POLICY, Engine
@@ -32,13 +34,16 @@ class Batching:
 
     share: Share
     group: int
-    """Completions that must lie in one row: 1, or those of a prompt."""
+    """Completions of a prompt that must lie in one row for the loss: 1, or all of them."""
+    together: int = 1
+    """Completions of a prompt that lie in one row in every pass, so that they share its tokens (`shares_prompts`)."""
     filters_cut_off: bool
     """Whether completions that were cut off are left out of the loss."""
 
     def step(self, completions: Sequence[Rolled], *, cursor: State, epoch: float) -> Step:
         """One optimizer step's share of this rank."""
-        step = self._batch(completions, group=self.group).step(self._share(self.group), cursor=cursor, epoch=epoch)
+        group = max(self.group, self.together)
+        step = self._batch(completions, group=group).step(self._share(group), cursor=cursor, epoch=epoch)
         return replace(step, packs=[_with_routes(pack, completions) for pack in step.packs])
 
     def logps(
@@ -57,15 +62,16 @@ class Batching:
     def _inferred(
         self, engine: Engine, completions: Sequence[Rolled], readout: Tokens, *, model: str, records: bool
     ) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        step = self._batch(completions, group=1).step(self._share(1), cursor={}, epoch=0.0)
+        step = self._batch(completions, group=self.together).step(self._share(self.together), cursor={}, epoch=0.0)
         found = engine.infer(step.packs, readout, model=model, records_routes=records)
         mine: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         narrow = np.uint8 if (engine.model.shape.num_experts or 0) <= 256 else np.int16
         for pack, fields in zip(step.packs, found, strict=True):
             logps = fields["logps"].cpu().numpy()
             experts = fields[ROUTES].cpu().numpy().astype(narrow) if records else None
-            for number, whole, part in _parts(pack, completions):
-                mine[number] = (logps[part], None if experts is None else experts[whole])
+            for one in _parts(pack, completions):
+                found_experts = None if experts is None else np.concatenate([experts[part] for part in one.tokens])
+                mine[one.number] = (logps[one.predicted], found_experts)
         everyone: list[dict[int, tuple[np.ndarray, np.ndarray | None]] | None] = [mine]
         if engine.ranks.dp_size > 1:
             everyone = [None] * engine.ranks.dp_size
@@ -79,18 +85,19 @@ class Batching:
     def _batch(self, completions: Sequence[Rolled], *, group: int) -> GlobalBatch:
         chunk = Chunk()
         for number, one in enumerate(completions):
-            chunk.add([self._encoded(one)], Origin("completions", number, is_line=False))
+            chunk.add([self._encoded(one, is_first=number % group == 0)], Origin("completions", number, is_line=False))
         packs = [np.arange(first, first + group) for first in range(0, len(completions), group)]
         return GlobalBatch(in_memory([chunk.arrays()]), packs, [np.zeros(group, np.int64)] * len(packs))
 
-    def _encoded(self, one: Rolled) -> Encoded:
+    def _encoded(self, one: Rolled, *, is_first: bool) -> Encoded:
+        """Args: `is_first`: whether it has its prompt's tokens where those after it share them."""
         before: np.ndarray = np.zeros(len(one.prompt), np.float32)
         learned: np.ndarray = one.mask * np.float32(not (self.filters_cut_off and one.is_cut_off))
         names = [name for name in LEARNED_WITH if name in one.tokens]
         return Encoded(
             np.concatenate([one.prompt, one.ids]).astype(np.int32),
             np.concatenate([before, learned]),
-            {ADVANTAGE: one.advantage},
+            {ADVANTAGE: one.advantage, SHARED: 0 if is_first else len(one.prompt) - 1},
             {name: np.concatenate([before, one.tokens[name]]).astype(np.float32) for name in names},
         )
 
@@ -101,18 +108,36 @@ def _with_routes(pack: Pack, completions: Sequence[Rolled]) -> Pack:
     if first is None:
         return pack
     experts = np.zeros((len(pack.ids_T), *first.shape[1:]), first.dtype)
-    for number, whole, _ in _parts(pack, completions):
-        experts[whole] = completions[number].routes
+    for one in _parts(pack, completions):
+        before, own = one.tokens
+        experts[own] = completions[one.number].routes[before.stop - before.start :]
     return replace(pack, token_columns={**pack.token_columns, ROUTES: torch.from_numpy(experts)})
 
 
-def _parts(pack: Pack, completions: Sequence[Rolled]) -> list[tuple[int, slice, slice]]:
-    """For each sequence of a whole row: which completion it is, where it lies, and where its tokens are predicted."""
-    starts, numbers = pack.cu_seqlens_padded.tolist(), pack.columns["number"].tolist()
+class _Part(NamedTuple):
+    """Where a completion lies in a row."""
+
+    number: int
+    tokens: tuple[slice, slice]
+    """The tokens of its prompt that it shares, in the row's first completion of that prompt; and its own."""
+    predicted: slice
+    """The positions where the completion's tokens are predicted."""
+
+
+def _parts(pack: Pack, completions: Sequence[Rolled]) -> list[_Part]:
+    """Of each sequence of a whole row."""
+    numbers, starts = pack.columns["number"].tolist(), pack.cu_seqlens_padded.tolist()
+    shared = pack.shared
     found = []
-    for start, number in zip(starts, numbers, strict=False):
+    for place, (number, start) in enumerate(zip(numbers, starts, strict=False)):
         one = completions[number]
-        first = start + len(one.prompt) - 1
-        whole = slice(start, start + len(one.prompt) + len(one.ids))
-        found.append((number, whole, slice(first, first + len(one.ids))))
+        first, count = (0, 0) if shared is None else (int(shared.starts_S[place]), int(shared.counts_S[place]))
+        answer = start + len(one.prompt) - count
+        found.append(
+            _Part(
+                number,
+                (slice(first, first + count), slice(start, answer + len(one.ids))),
+                slice(answer - 1, answer - 1 + len(one.ids)),
+            )
+        )
     return found

@@ -79,7 +79,9 @@ def near(some: list[Rolled], logps: list[Any]) -> list[Rolled]:
     ]  # fmt: skip
 
 
-def measured(run_dir: str, variants: list[str], logps: Any = None) -> tuple[dict[str, Any], Any, Any]:
+def measured(
+    run_dir: str, variants: list[str], logps: Any = None, together: int = 1
+) -> tuple[dict[str, Any], Any, Any]:
     """On each rank: (loss, gradient norm, metrics) of each variant; the policy's log-probabilities; and on a world of
     one rank, by variant, the weights and the gradients by Hugging Face's names."""
     from megabatch.trainer import assemble
@@ -97,9 +99,10 @@ def measured(run_dir: str, variants: list[str], logps: Any = None) -> tuple[dict
     with assemble.join_ranks(run) as ranks:
         loop, _ = open_loop(run, ranks, StopSignal(), Activity(0))
         engine, vocab = loop.engine, run.shape.vocab_size
-        share = share_of(run, ranks)
+        share = replace(share_of(run, ranks), shares_prompts=together > 1)
         plain = rolled(vocab, corrected=False)
-        own = Batching(share=share, group=1, filters_cut_off=False).logps(engine, plain, Tokens(TEMPERATURE))
+        plain_batching = Batching(share=share, group=1, together=together, filters_cut_off=False)
+        own = plain_batching.logps(engine, plain, Tokens(TEMPERATURE))
         weights = (
             _by_name(engine, ranks, run)
             if ranks.place.world_size == 1 and run.recipe.tuner.tuner_type == "full"
@@ -111,7 +114,10 @@ def measured(run_dir: str, variants: list[str], logps: Any = None) -> tuple[dict
             made = rolled(vocab, corrected=variant.endswith("corrected"), taught=taught)
             some = near(made, own if logps is None else logps)
             batching = Batching(
-                share=share, group=GROUP if grpo.loss_type == "real" else 1, filters_cut_off=grpo.overlong_filter
+                share=share,
+                group=GROUP if grpo.loss_type == "real" else 1,
+                together=together,
+                filters_cut_off=grpo.overlong_filter,
             )
             step = batching.step(some, cursor={}, epoch=0.0)
             result = engine.step(

@@ -17,17 +17,22 @@ from runs import recipe, write_run
 from megabatch.config.run import RunConfig
 
 LORA = {"tuner": {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}}
+TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+VPP = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+FOUR, TWO = {"micro_batch_size": 4}, {"micro_batch_size": 2}
 LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
-    "rows_of_4": ("qwen2", 1, {"batch": {"micro_batch_size": 4}}),
+    "rows_of_4": ("qwen2", 1, {"batch": FOUR}),
     "dp2": ("qwen2", 2, {}),
-    "tp2_sp": ("qwen2", 2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
-    "pp2_vpp2": ("qwen2", 2, {"parallel": {"pipeline_model_parallel_size": 2,
-                                           "num_virtual_stages_per_pipeline_rank": 2}}),
     "cp2": ("qwen2", 2, {"parallel": {"context_parallel_size": 2}}),
-    "cp2_rows_of_4": ("qwen2", 2, {"parallel": {"context_parallel_size": 2}, "batch": {"micro_batch_size": 4}}),
-    "ep2": ("qwen3_moe", 2, {"parallel": {"expert_model_parallel_size": 2}}),
-    "lora_tp2_sp": ("lora", 2, {**LORA, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
-}  # fmt: skip
+    "shared": ("qwen2", 1, {"batch": FOUR}),
+    "shared_by_2_dp2": ("qwen2", 2, {"batch": FOUR}),
+    "shared_tp2_sp": ("qwen2", 2, {"parallel": TP, "batch": FOUR}),
+    "shared_by_2_pp2_vpp2": ("qwen2", 2, {"parallel": VPP, "batch": TWO}),
+    "shared_cp2": ("qwen2", 2, {"parallel": {"context_parallel_size": 2}, "batch": FOUR}),
+    "shared_ep2": ("qwen3_moe", 2, {"parallel": {"expert_model_parallel_size": 2}, "batch": FOUR}),
+    "shared_lora_tp2_sp": ("lora", 2, {**LORA, "parallel": TP, "batch": FOUR}),
+}
+"""Where it says so, 4 or 2 completions of a prompt lie in a row and share its tokens."""
 ALONE = {"qwen2": ("qwen2", {}), "qwen3_moe": ("qwen3_moe", {}), "lora": ("qwen2", LORA)}
 FEW = ["grpo", "dapo_corrected", "real", "dapo_teacher"]
 """Variants of the models that differ only below the loss."""
@@ -59,9 +64,12 @@ def test_no_layout_changes_a_loss_or_gradient(layout: str, ranks: RankServer, al
     model, world_size, groups = LAYOUTS[layout]
     expected, logps, _ = alone[model]
     # the mean over a micro-batch's own tokens depends on what is in it
-    variants = [one for one in _variants(model) if not (one == "bnpo" and ("rows" in layout or layout == "dp2"))]
+    whole = "batch" not in groups and layout != "dp2"
+    variants = [one for one in _variants(model) if whole or one != "bnpo"]
+    together = (2 if "by_2" in layout else 4) if "shared" in layout else 1
     run = _run(alone["folder"], layout, model, world_size, groups)
-    for found, own, _ in ranks.run(measured, world_size=world_size, run_dir=str(run), variants=variants, logps=logps):
+    settings = {"run_dir": str(run), "variants": variants, "logps": logps, "together": together}
+    for found, own, _ in ranks.run(measured, world_size=world_size, **settings):
         assert np.concatenate(own) == pytest.approx(np.concatenate(logps), abs=1e-5)
         for variant in variants:
             (loss, norm, metrics), (true_loss, true_norm, true_metrics) = found[variant], expected[variant]
