@@ -21,10 +21,10 @@ class Rlhf:
     ref_adapter_load: str | None = param(None, aliases=("mcore_ref_adapter",))
     """Folder of the reference model's adapter in megatron-core format."""
     share_prompts: bool | None = param(None, aliases=("use_prefix_grouper",))
-    """Computes a prompt once for the answers to it that lie in one row: the pair of dpo and rm, and of grpo as many
-    completions as divide both `num_generations` and `micro_batch_size`. None means yes wherever it changes no number:
-    not with Transformer Engine's layers, dropout, balancing losses or capacities of experts, padding, or bnpo. Packs of
-    `data.packing` then hold more pairs."""
+    """Computes a prompt once for the answers to it that lie in one row: the pair of dpo and rm; of grpo as many
+    completions as divide both `num_generations` and `micro_batch_size`. With `data.packing` a pack then holds more
+    pairs. None means yes wherever it changes no number, which excludes Transformer Engine's layers, dropout, balancing
+    losses and capacities of experts, padding, and bnpo."""
     precompute_ref_log_probs: bool = param(False)
     """Computes the reference's log-probabilities of all data once, before the first step, and keeps them beside the
     token cache; the reference is not in memory while the policy trains. For dpo and kto."""

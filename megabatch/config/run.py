@@ -19,10 +19,10 @@ from megabatch.config.layout import layout_of
 from megabatch.config.lengths import row_tokens, sample_tokens
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
-from megabatch.config.shared_prompts import shares_prompts
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.rules.training import peak_lr
+from megabatch.config.shared_prompts import shares_prompts
 from megabatch.config.torch_dtype import torch_dtype
 from megabatch.errors import ConfigError
 from megabatch.plan.layout import Layout

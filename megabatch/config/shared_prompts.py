@@ -23,8 +23,8 @@ def compares_answers(recipe: Recipe) -> bool:
 
 
 def answers_in_a_row(recipe: Recipe) -> int:
-    """GRPO's completions of one prompt that lie in one row: as many as divide both its group and a micro-batch, so that
-    no micro-batch gets more or fewer completions than without sharing."""
+    """GRPO's completions of one prompt that lie in one row: as many as divide both its group and a micro-batch, so
+    that every micro-batch has as many completions as without sharing."""
     return math.gcd(recipe.grpo.num_generations, recipe.batch.micro_batch_size)
 
 

@@ -74,8 +74,9 @@ class Schedule:
         content: str = "",
     ) -> None:
         """Args: `lengths` int [samples] in tokens; `items` int64 [items + 1]: first sample of each item, see
-        `TokenCache.items`, None if each sample is an item; `shared` int [samples]: tokens of each sample that a pack
-        holds once for its item (`data.tokens.shared`); `packing_length`: tokens of a pack, None for no packing; `content`: digest of the samples' tokens, `TokenCache.content`.
+        `TokenCache.items`, None if each sample is an item; `shared` int [samples]: tokens of each sample that a row
+        has only in the first of its item (`TokenCache.shared`), None for none; `packing_length`: tokens of a pack,
+        None for no packing; `content`: digest of the samples' tokens, `TokenCache.content`.
 
         `dataset_shuffle` shuffles the items once; `train_dataloader_shuffle` shuffles the packs again in each epoch;
         `group_by_length` sorts the packs by length, up to 50 batches at a time.

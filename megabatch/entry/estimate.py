@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megabatch.config.layout import chunks_of, layout_of
-from megabatch.config.lengths import row_tokens
+from megabatch.config.lengths import generates, row_tokens
 from megabatch.config.optimization import Optimizer
 from megabatch.config.recipe import Recipe
 from megabatch.config.reference import is_second_model
 from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.config.rules.preference import without_reference
+from megabatch.config.shared_prompts import answers_in_a_row, shares_prompts
 from megabatch.config.torch_dtype import torch_dtype
 from megabatch.entry.trained import trained_of
 from megabatch.errors import ConfigError, Fault
@@ -109,7 +110,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         mtp_layers=mtp_layers,
         gpus_per_node=recipe.resources.ranks_per_node,
         micro_batch_size=recipe.batch.micro_batch_size,
-        row_tokens=row,
+        row_tokens=row - _shared_tokens(recipe, shape, row=row),
         mean_length=row,
         vocab_size=recipe.model.padded_vocab_size or -(-shape.vocab_size // layout.tp) * layout.tp,
         microbatch_group_size=parallel.microbatch_group_size_per_virtual_pipeline_stage or layout.pp,
@@ -133,6 +134,15 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         frozen_copies=_frozen_copies(recipe),
         **trained_of(recipe.tuner, shape),
     )
+
+
+def _shared_tokens(recipe: Recipe, shape: ModelShape, *, row: int) -> int:
+    """Tokens of a GRPO prompt that a row has once for several completions, shared out among these; of a pair nothing
+    is known before its data."""
+    if not generates(recipe) or not shares_prompts(recipe, shape):
+        return 0
+    answers, prompt = answers_in_a_row(recipe), max(row - recipe.rollout.max_completion_length, 1)
+    return (prompt - 1) * (answers - 1) // answers
 
 
 def _frozen_copies(recipe: Recipe) -> int:

@@ -66,7 +66,7 @@ class Pack:
         if self.shared_N is None:
             return None
         first_N = np.unique(self.items_N.numpy(), return_index=True)[1][self.items_N.numpy()]
-        behind = np.zeros(len(self.cu_seqlens_padded) - 1 - self.sequences, np.int64)
+        behind: np.ndarray = np.zeros(len(self.cu_seqlens_padded) - 1 - self.sequences, np.int64)
         return Shared(
             np.concatenate([self.cu_seqlens_padded.numpy()[first_N].astype(np.int64), behind]),
             np.concatenate([self.shared_N.numpy(), behind]),
@@ -176,10 +176,10 @@ def collate(
 ) -> Pack:
     """One row of these samples, in order.
 
-    Args: `items`: item index of each sample, None if each sample is an item; `shared`: how many tokens each sample has
-    in common with the first of its item, and are laid out with that one alone, None for none (`data.tokens.shared`);
-    `blank`: a sample without tokens, which gives the columns of a row without samples; `row_multiple`: the row's
-    length is rounded up to a multiple of it with one more segment of weight 0 (tensor parallel size for sequence parallelism, 2·cp·tp with context parallelism);
+    Args: `items`: item index of each sample, None if each sample is an item; `shared`: how many first tokens of each
+    sample the row has only in the first of its item, None for none; `blank`: a sample without tokens, which gives the
+    columns of a row without samples; `row_multiple`: the row's length is rounded up to a multiple of it with one more
+    segment of weight 0 (tensor parallel size for sequence parallelism, 2·cp·tp with context parallelism);
     `row_length`: minimum length of the row, a multiple of `row_multiple`; `sequence_multiple`: each sequence's length
     is rounded up to a multiple of it (2·cp) with tokens of weight 0 at its end; it must divide `row_multiple`;
     `sequence_length`: minimum length of each sequence, a multiple of `sequence_multiple`; `fixed`: whether the row

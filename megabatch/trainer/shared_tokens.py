@@ -1,9 +1,9 @@
 """Tokens that sequences of a row have in common, and that stand in it once.
 
-The answers to one prompt start with the same tokens, whose keys and values, in a causal model, are the same for all of
-them. So the first sequence of an item is laid out whole, and every other one goes on from a prefix of it: its queries
-are its own tokens, and its keys are those of the prefix and its own. Positions count on from the prefix. This is exact,
-since nothing but attention looks at other tokens (arXiv:2410.20305, arXiv:2506.05433).
+The answers to one prompt start with the same tokens, and in a causal model these have the same keys and values in all
+of them. So the first sequence of an item is laid out whole, and every other one goes on from a prefix of it: its
+queries are its own tokens, its keys those of the prefix and its own, and its positions count on from the prefix. This
+is exact, since nothing but attention looks at other tokens (arXiv:2410.20305, arXiv:2506.05433).
 
 A sequence's own tokens start with the last one of the prompt, which is computed again: it is the position where the
 answer's first token is predicted. So each sequence has all of its predictions in its own tokens, and readouts, losses

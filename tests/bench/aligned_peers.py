@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Case:
     """Tokens of each completion."""
     padding_free: bool = False
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of our side besides those that every case has."""
     steps: tuple[int, int] = (0, 0)
     """Measured, and before them."""
 
@@ -56,7 +57,14 @@ DPO: dict[str, Any] = {
     "batch": {"micro_batch_size": 8, "global_batch_size": 16},
     "steps": sized((12, 3), (1, 1)),
 }
-CASES = {"GRPO": GRPO, "DPO": Case(**DPO), "DPO, padding-free": Case(**DPO, padding_free=True)}
+ALONE = {"rlhf": {"share_prompts": False}}
+CASES = {
+    "GRPO": GRPO,
+    "DPO": Case(**DPO),
+    "DPO, padding-free": Case(**DPO, padding_free=True),
+    "GRPO, each with its prompt": replace(GRPO, groups=ALONE),
+    "DPO, padding-free, each with its prompt": Case(**DPO, padding_free=True, groups=ALONE),
+}
 
 
 def write_pairs(path: Path) -> Path:
@@ -108,7 +116,8 @@ def aligned_peers() -> list[Figure]:
 
 def _ours(folder: Path, hf: Path, case: Case) -> dict[str, float]:
     steps, warm_up = case.steps
-    groups: dict[str, dict[str, Any]] = {"batch": case.batch, "rlhf": {"rlhf_type": case.kind}}
+    groups: dict[str, dict[str, Any]] = {"batch": case.batch}
+    groups["rlhf"] = {"rlhf_type": case.kind, **case.groups.get("rlhf", {})}
     if case.kind == "grpo":
         groups["grpo"] = {"num_generations": 8, "reward_funcs": ["repetition"]}
         groups["rollout"] = {"temperature": 1.0, "max_completion_length": case.completion}

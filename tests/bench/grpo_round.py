@@ -1,7 +1,8 @@
 """Parts of a round of GRPO: giving engines the weights, passes for log-probabilities, and what is neither.
 
 - An update of the engine in the rank against a copy of the same tensors in memory.
-- The passes of the policy and the reference over completions against the training pass over the same completions.
+- The passes of the policy and the reference over completions against the training pass over the same completions; and
+  both where completions share their prompt, against what they are where each has it for itself.
 - Batching, rewards and ledger of whole steps against those steps.
 
 All by processor time, except that a reward is waited for: its process is another one.
@@ -30,7 +31,6 @@ from megabatch.rollout.local.transformers_engine import TransformersEngine
 from megabatch.trainer import assemble
 from megabatch.trainer.activity import Activity
 from megabatch.trainer.checkpoints.progress import Progress
-from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.loop import open_loop
 from megabatch.trainer.model_source import model_source
 from megabatch.trainer.readouts.tokens import Tokens
@@ -38,6 +38,7 @@ from megabatch.trainer.rl.batch import Batching
 from megabatch.trainer.rl.rolling import MODEL
 from megabatch.trainer.signals import StopSignal
 from megabatch.trainer.sync.exchange import shared_buckets
+from megabatch.trainer.tasks.grpo import batching_of
 
 ROUNDS, PASSES = sized((15, 4), (1, 1))
 COMPLETIONS, EACH, LENGTH = sized((64, 8, 96), (8, 4, 8))
@@ -101,25 +102,39 @@ def update(folder: Path) -> Figure:
     return Figure(name="weights to the engine / copy in memory", value=ratio(pairs), unit="x", target=2.0, note=note)
 
 
-def passes(folder: Path) -> Figure:
-    """Two forward passes over a step's completions against its training pass."""
+def passes(folder: Path) -> list[Figure]:
+    """Two forward passes over a step's completions and its training pass."""
     run = made(folder, "passes", sized(MEDIUM, SMALL), num_iterations=2)
     with assemble.join_ranks(run) as ranks:
         loop, _ = open_loop(run, ranks, StopSignal(), Activity(0))
-        batching = Batching(share=share_of(run, ranks), group=1, filters_cut_off=False)
         drawn = completions(run)
+        shared = batching_of(run, ranks)
+        alone = replace(shared, together=1, share=replace(shared.share, shares_prompts=False))
 
-        def compare() -> None:
-            for model in ("policy", MODEL):
-                batching.logps(loop.engine, drawn, Tokens(1.0), model=model)
+        def compare(batching: Batching) -> float:
+            return cost(
+                lambda: [batching.logps(loop.engine, drawn, Tokens(1.0), model=model) for model in ("policy", MODEL)]
+            )
 
-        def learn() -> None:
+        def learn(batching: Batching) -> float:
             step = batching.step(drawn, cursor={}, epoch=0.0)
-            loop.engine.step(step.packs, loop.parts.objective, totals=step.totals, filled=step.filled)
+            return cost(
+                lambda: loop.engine.step(step.packs, loop.parts.objective, totals=step.totals, filled=step.filled)
+            )
 
-        pairs = [(cost(compare), cost(learn)) for _ in range(PASSES + 1)][1:]
-    note = f"{COMPLETIONS} completions of {LENGTH} tokens; {shown(pairs)}"
-    return Figure(name="old and reference passes / training pass", value=ratio(pairs), unit="x", target=0.5, note=note)
+        rounds = [[part(batching) for batching in (shared, alone) for part in (compare, learn)]
+                  for _ in range(PASSES + 1)][1:]  # fmt: skip
+    found = []
+    for name, one, other, target in (
+        ("old and reference passes / training pass", 0, 1, 0.5),
+        ("old and reference passes / training pass, each with its prompt", 2, 3, None),
+        ("old and reference passes, shared prompts / each with its prompt", 0, 2, None),
+        ("training pass, shared prompts / each with its prompt", 1, 3, None),
+    ):
+        pairs = [(numbers[one], numbers[other]) for numbers in rounds]
+        note = f"{COMPLETIONS} completions of {LENGTH} tokens, {shared.together} in a row; {shown(pairs)}"
+        found.append(Figure(name=name, value=ratio(pairs), unit="x", target=target, note=note))
+    return found
 
 
 def completions(run: RunConfig) -> list[Rolled]:
@@ -220,4 +235,5 @@ def shown(pairs: list[tuple[float, float]]) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     Path(sys.argv[1]).mkdir(exist_ok=True)
-    answer([part(Path(sys.argv[1])) for part in (update, passes, controller)], sys.argv[2])
+    where = Path(sys.argv[1])
+    answer([update(where), *passes(where), controller(where)], sys.argv[2])

@@ -127,7 +127,11 @@ def test_a_pair_is_an_item_with_the_chosen_answer_first(tokenizer_folder: Path, 
     assert chunk.items == [2]
     learned = [bpe.decode(sample.ids[sample.weights > 0]) for sample in chunk.samples]
     assert learned == ["seven apples<|im_end|>", "ten<|im_end|>"]
-    assert [dict(s.columns) for s in chunk.samples] == [{"chosen": 1, "margin": 1.5}, {"chosen": 0, "margin": 1.5}]
+    shared = int(chunk.samples[0].weights.argmax()) - 1
+    assert [dict(s.columns) for s in chunk.samples] == [
+        {"chosen": 1, "margin": 1.5, "shared": 0},
+        {"chosen": 0, "margin": 1.5, "shared": shared},
+    ]
     prompts = [sample.ids[sample.weights == 0].tolist() for sample in chunk.samples]
     assert prompts[0][:-1] == prompts[1][:-1], "but for what the template writes behind the answer"
 

@@ -6,7 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from megabatch import Batch, Data, Model, Optimizer, Parallel, Recipe, Resources, Training, Tuner
+from megabatch import (
+    Batch,
+    Data,
+    Grpo,
+    Kernels,
+    Model,
+    Optimizer,
+    Parallel,
+    Recipe,
+    Resources,
+    Rlhf,
+    Rollout,
+    Training,
+    Tuner,
+)
 from megabatch.config.recipe import Recipe as RecipeType
 from megabatch.config.rules.check import check
 from megabatch.converters.families import family_of
@@ -55,6 +69,23 @@ def test_the_memory_limit_can_be_given() -> None:
     needed = estimate_of(recipe, SHAPE, H100).memory.total_gib
     assert verdict_of(recipe, SHAPE, gpu=H100, gpu_memory_gib=needed + 0.1).keep
     assert not verdict_of(recipe, SHAPE, gpu=H100, gpu_memory_gib=needed - 0.1).keep
+
+
+def test_a_row_of_completions_has_their_prompt_once() -> None:
+    """A prompt of 4096 tokens and completions of 512: 4 in a row are 4096 + 512 tokens and 3 · 513 more."""
+    recipe = replace(
+        _recipe(),
+        task="rlhf",
+        data=Data(dataset=["data.jsonl"], max_length=4096),
+        rlhf=Rlhf(rlhf_type="grpo"),
+        grpo=Grpo(num_generations=8, reward_funcs=["format"]),
+        rollout=Rollout(max_completion_length=512),
+        batch=Batch(micro_batch_size=4, global_batch_size=128),
+        kernels=Kernels(transformer_impl="local"),
+    )
+    assert 4 * settings_of(recipe, SHAPE).row_tokens == pytest.approx(4096 + 512 + 3 * 513, abs=4)
+    alone = replace(recipe, rlhf=replace(recipe.rlhf, share_prompts=False))
+    assert settings_of(alone, SHAPE).row_tokens == 4096 + 512
 
 
 @pytest.mark.parametrize("gpus", [4, 16])

@@ -8,6 +8,8 @@ import torch
 
 from megabatch.data.tokens.sample import Sample
 from megabatch.trainer.pack import Pack, collate
+from megabatch.trainer.readouts.scores import ends
+from megabatch.trainer.shared_tokens import keys_of
 
 
 def sample(ids: list[int], weights: list[float], **columns: object) -> Sample:
@@ -165,3 +167,34 @@ def test_a_row_that_must_keep_its_length() -> None:
     found = collate([FIRST, SECOND], row_length=8, fixed=True).only(torch.tensor([False, True]))
     assert lists(found)["ids_T"] == [20, 21, 0, 0, 0, 0, 0, 0]
     assert found.cu_seqlens.tolist() == [0, 2, 8]
+
+
+def test_sequences_that_share_tokens_by_hand() -> None:
+    answers = (
+        sample([5, 6, 7, 8, 9], [0, 0, 0, 1, 0.5]),
+        sample([5, 6, 7, 3], [0, 0, 0, 1]),
+        sample([5, 6, 7], [0] * 3),
+    )
+    samples = [replace(one, token_columns={"t": 3 * one.weights}) for one in (SECOND, *answers)]
+    pack = collate(samples, items=[0, 1, 1, 1], shared=[0, 0, 2, 2], row_multiple=12)
+    assert lists(pack) == {
+        "ids_T": [20, 21, 5, 6, 7, 8, 9, 7, 3, 7, 0, 0],
+        "targets_T": [21, 0, 6, 7, 8, 9, 0, 3, 0, 0, 0, 0],
+        "weights_T": [1, 0, 0, 0, 1, 0.5, 0, 1, 0, 0, 0, 0],
+        "positions_T": [0, 1, 0, 1, 2, 3, 4, 2, 3, 2, 0, 1],
+        "segments_T": [0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 4, 4],
+        "cu_seqlens": [0, 2, 7, 9, 10, 12],
+        "cu_seqlens_padded": [0, 2, 7, 9, 10, 12],
+    }
+    assert pack.token_columns["t"].tolist() == [3 * weight for weight in pack.weights_T.tolist()]
+    shared = pack.shared
+    assert shared is not None and (shared.starts_S.tolist(), shared.counts_S.tolist()) == (
+        [0, 2, 2, 2, 0],
+        [0, 0, 2, 2, 0],
+    )
+    assert ends(pack).nonzero()[:, 0].tolist() == [1, 6, 8, 9]
+    counts, keys = keys_of(np.array([0, 2, 7, 9, 10]), np.array([2, 5, 2, 1, 2]), shared)
+    assert counts.tolist() == [2, 5, 4, 3, 2]
+    assert keys.tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 3, 7, 8, 2, 3, 9, 10, 11]
+    with pytest.raises(AssertionError, match="learned"):
+        collate(samples, items=[0, 1, 1, 1], shared=[0, 0, 3, 0])

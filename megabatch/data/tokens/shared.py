@@ -28,7 +28,7 @@ def in_common(ids: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> int:
     Args: ids int32 [n], weights float32 [n] of each sample.
     """
     shortest = min(len(one) for one in ids)
-    differs = np.zeros(shortest, np.bool_)
+    differs: np.ndarray = np.zeros(shortest, np.bool_)
     for one, its_weights in zip(ids, weights, strict=True):
         differs |= (one[:shortest] != ids[0][:shortest]) | (its_weights[:shortest] != 0)
     same = int(differs.argmax()) if differs.any() else shortest

@@ -155,7 +155,7 @@ def padded_share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Sched
     share = share_of(run, ranks)
     if not run.recipe.data.pad_to_max_length:
         return share
-    own = data.lengths - (data.shared(np.arange(len(data))) if share.shares_prompts else 0)
+    own: np.ndarray = data.lengths - (data.shared(np.arange(len(data))) if share.shares_prompts else 0)
     padded: np.ndarray = -(-own // share.sequence_multiple) * share.sequence_multiple
     return replace(share, row_length=_longest_row(run, schedule, padded, share.row_multiple))
 

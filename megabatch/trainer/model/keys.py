@@ -41,9 +41,7 @@ class _Seen(torch.autograd.Function):
     """Gathers in forward; in backward, sums each key's gradient over all queries that saw it, on every rank."""
 
     @staticmethod
-    def forward(
-        ctx: Any, key_tGD: Tensor, value_tGD: Tensor, keys_K: Tensor, cut: Cut | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, key_tGD: Tensor, value_tGD: Tensor, keys_K: Tensor, cut: Cut | None) -> tuple[Tensor, ...]:
         ctx.keys_K, ctx.cut, ctx.tokens = keys_K, cut, len(key_tGD)
         return _gathered(key_tGD, value_tGD, keys_K, cut).chunk(2, dim=1)
 
@@ -72,9 +70,7 @@ def _gathered(key_tGD: Tensor, value_tGD: Tensor, keys_K: Tensor, cut: Cut | Non
 class _Again:
     """Saves only the shape and offset of views of the gathered tensors, and gathers them again for backward."""
 
-    def __init__(
-        self, key_tGD: Tensor, value_tGD: Tensor, keys_K: Tensor, cut: Cut | None, gathered: Tensor
-    ) -> None:
+    def __init__(self, key_tGD: Tensor, value_tGD: Tensor, keys_K: Tensor, cut: Cut | None, gathered: Tensor) -> None:
         self._mine = (key_tGD, value_tGD, keys_K, cut)
         self._storage = gathered.untyped_storage().data_ptr()
         self._saved = self._left = 0

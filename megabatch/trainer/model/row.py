@@ -29,7 +29,7 @@ class Row(PackedSeqParams):
     """Number of keys that the last of these queries sees: the same, or more if the row is split or segments share
     tokens."""
     keys_K: Tensor | None = None
-    """int64: which keys these are, of those that the ranks of `cut` have, rank by rank; None for the row's own keys."""
+    """int64: which keys these are, of those that the ranks of `cut` have, rank by rank; None for the row's own."""
     rotation: Rotation | None = None
     """Rotates queries and keys; None leaves them unchanged."""
     cut: Cut | None = None

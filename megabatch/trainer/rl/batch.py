@@ -104,13 +104,13 @@ class Batching:
 
 def _with_routes(pack: Pack, completions: Sequence[Rolled]) -> Pack:
     """The pack with the column `ROUTES` of its tokens, where the completions have routes; padding goes to expert 0."""
-    first = completions[0].routes
-    if first is None:
+    routes = [one.routes for one in completions if one.routes is not None]
+    if not routes:
         return pack
-    experts = np.zeros((len(pack.ids_T), *first.shape[1:]), first.dtype)
+    experts = np.zeros((len(pack.ids_T), *routes[0].shape[1:]), routes[0].dtype)
     for one in _parts(pack, completions):
         before, own = one.tokens
-        experts[own] = completions[one.number].routes[before.stop - before.start :]
+        experts[own] = routes[one.number][before.stop - before.start :]
     return replace(pack, token_columns={**pack.token_columns, ROUTES: torch.from_numpy(experts)})
 
 

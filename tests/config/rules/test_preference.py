@@ -154,6 +154,14 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"rlhf": Rlhf(precompute_ref_batch_size=4)},
         "rlhf.precompute_ref_batch_size=4 has no effect without precompute_ref_log_probs=True",
     ),
+    "prompts of others": (
+        {"rlhf": Rlhf(rlhf_type="kto", share_prompts=True)},
+        "rlhf.share_prompts=True cannot be kept: it is for dpo, rm, grpo",
+    ),
+    "prompts on GPUs": (
+        {"rlhf": Rlhf(share_prompts=True)},
+        "rlhf.share_prompts=True cannot be kept: transformer_impl='transformer_engine' has no attention",
+    ),
     "temperature": ({"rollout": Rollout(temperature=0.5)}, "rollout.temperature=0.5 has no effect on dpo"),
     "tokens": (
         {"training": Training(train_iters=1, calculate_per_token_loss=True)},

@@ -42,14 +42,15 @@ def compare(lengths: list[int], heads: int, groups: int) -> list[float]:
     return [float((a.double() - b).abs().max()) for a, b in pairs]  # type: ignore[union-attr]
 
 
-def _one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """softmax(Q K^T / sqrt(D)) V under a causal mask, head by head."""
     length, heads, width = query.shape
     repeat = heads // key.shape[1]
     outputs = []
     for head in range(heads):
         scores = query[:, head] @ key[:, head // repeat].T / width**0.5
-        scores = scores.masked_fill(torch.triu(torch.ones(length, length), 1).bool(), float("-inf"))
+        behind = torch.arange(length)[:, None] - torch.arange(length)
+        scores = scores.masked_fill((behind < 0) | (behind >= (window or length)), float("-inf"))
         outputs.append(scores.softmax(1) @ value[:, head // repeat])
     return torch.stack(outputs, 1).reshape(length, heads * width)
 
@@ -60,6 +61,44 @@ def test_sequences_of_a_row_do_not_see_each_other(
     lengths: list[int], heads: int, groups: int, ranks: RankServer
 ) -> None:
     (differences,) = ranks.run(compare, world_size=1, lengths=lengths, heads=heads, groups=groups)
+    assert max(differences) < 1e-5
+
+
+def behind_others(window: int | None) -> list[float]:
+    """Of sequences that go on from another: largest differences from each whole sequence alone in fp64."""
+    import numpy as np
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megabatch.trainer.model.attention import PackedAttention
+    from megabatch.trainer.model.row import row
+    from megabatch.trainer.shared_tokens import Shared
+
+    sizes: dict[str, Any] = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, attention_dropout=0.0, window_size=window and (window - 1, 0), **sizes
+    )
+    attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
+    bounds = torch.tensor([0, 3, 10, 13, 15, 16], dtype=torch.int32)
+    shared = Shared(np.array([0, 3, 3, 3, 0]), np.array([0, 0, 5, 4, 0]))
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(16, n, 8, generator=generator, requires_grad=True) for n in (4, 2, 2)]
+    out = attention(*tensors, None, packed_seq_params=row(bounds, shared=shared))
+    out_weights = torch.randn(out.shape, generator=generator)
+    (out * out_weights).sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    whole = [[*range(3)], [*range(3, 10)], [*range(3, 8), 10, 11, 12], [*range(3, 7), 13, 14], [15]]
+    parts = [_one(*(t[places] for t in exact), window) for places in whole]
+    own = [part[-length:] for part, length in zip(parts, bounds.diff().tolist(), strict=True)]
+    reference = torch.cat(own)
+    (reference * out_weights.double()).sum().backward()
+    pairs = [(out, reference), *((t.grad, e.grad) for t, e in zip(tensors, exact, strict=True))]
+    return [float((a.double() - b).abs().max()) for a, b in pairs]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_sequences_go_on_from_the_tokens_that_they_share(window: int | None, ranks: RankServer) -> None:
+    (differences,) = ranks.run(behind_others, world_size=1, window=window)
     assert max(differences) < 1e-5
 
 

@@ -1,0 +1,58 @@
+"""Where answers share their prompt by default, and why they do not elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megabatch import Recipe
+from megabatch.config.new_model import declared_shape
+from megabatch.config.shared_prompts import answers_in_a_row, shares_prompts, why_not
+
+OURS: dict[str, Any] = {"task": "rlhf", "kernels": {"transformer_impl": "local"}}
+GRPO: dict[str, Any] = {"rlhf": {"rlhf_type": "grpo"}, "batch": {"micro_batch_size": 12}}
+WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "task": ("dense", {"rlhf": {"rlhf_type": "kto"}}, "it is for dpo, rm, grpo"),
+    "layers": ("dense", {"kernels": {}}, "transformer_impl='transformer_engine' has no attention"),
+    "padding": ("dense", {"data": {"padding_free": False}}, "padding_free=False makes"),
+    "dropout": ("dense", {"model": {"hidden_dropout": 0.1}}, "hidden_dropout=0.1 drops"),
+    "adapters": ("dense", {"tuner": {"tuner_type": "lora"}}, "lora_dropout=0.05 drops"),
+    "balance": ("experts", {"moe": {"moe_aux_loss_coeff": 0.01}}, "moe_aux_loss_coeff=0.01 counts"),
+    "capacity": ("experts", {"moe": {"moe_expert_capacity_factor": 2.0}}, "moe_expert_capacity_factor=2 counts"),
+    "bnpo": ("dense", {**GRPO, "grpo": {"loss_type": "bnpo"}}, "loss_type='bnpo' depends on"),
+    "one by one": ("dense", {"rlhf": {"rlhf_type": "grpo"}}, "micro_batch_size=1 and num_generations=8 have no"),
+}
+
+
+@pytest.fixture
+def made(dense: Recipe, experts: Recipe, changed: Any) -> Any:
+    def recipe_and_shape(base: str, changes: dict[str, Any]) -> tuple[Recipe, Any]:
+        recipe = changed({"dense": dense, "experts": experts}[base], {**OURS, **changes})
+        return recipe, declared_shape(recipe)
+
+    return recipe_and_shape
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_why_an_answer_has_its_prompt_for_itself(name: str, made: Any) -> None:
+    base, changes, reason = WHOLE[name]
+    recipe, shape = made(base, changes)
+    found = why_not(recipe, shape)
+    assert found is not None and found.startswith(reason)
+    assert not shares_prompts(recipe, shape)
+
+
+def test_what_changes_no_number_is_the_default(made: Any) -> None:
+    for base, changes in (
+        ("dense", {}),
+        ("dense", {"rlhf": {"rlhf_type": "rm"}}),
+        ("dense", {"kernels": {}, "tuner": {"tuner_type": "lora", "lora_dropout": 0.0}}),
+        ("experts", {"moe": {"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "none"}}),
+        ("dense", GRPO),
+    ):
+        recipe, shape = made(base, changes)
+        assert why_not(recipe, shape) is None and shares_prompts(recipe, shape)
+    assert answers_in_a_row(recipe) == 4
+    recipe, shape = made("dense", {"rlhf": {"share_prompts": False}})
+    assert not shares_prompts(recipe, shape)
