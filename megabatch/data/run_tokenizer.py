@@ -15,6 +15,7 @@ from megabatch.converters.families import family_named
 from megabatch.converters.families.config_json import with_vocabulary
 from megabatch.converters.hf_model import read_config
 from megabatch.data.rows import sources
+from megabatch.data.rows.hub import log_through_ours
 from megabatch.data.rows.kinds import READERS
 from megabatch.data.rows.preprocess import preprocess_of
 from megabatch.data.tokens import new_tokens
@@ -86,6 +87,7 @@ def folder_of(name: str, run: RunConfig, *, revision: str | None = None) -> Path
         if bridge.use_hf:
             from huggingface_hub import snapshot_download as hf_download
 
+            log_through_ours()
             return Path(hf_download(name, token=token, revision=revision))
         from modelscope import snapshot_download as ms_download
 

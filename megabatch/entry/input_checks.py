@@ -13,6 +13,7 @@ from megabatch.data.rows import files, names
 from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.rows.files import Origin
 from megabatch.data.rows.judged import one_label
+from megabatch.data.rows.labels import one_class
 from megabatch.data.tokens import tokenizer
 from megabatch.entry.model import FoundModel, fault_of, nearest_folder
 from megabatch.entry.other_models import damaged_other_models, other_model_faults
@@ -51,7 +52,7 @@ def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     """Faults inside the inputs: malformed rows, too few rows, and weights that do not fit their config.json."""
     counts: dict[str, int | None] = {}
-    labels: dict[bool, Origin] = {}
+    labels: dict[float, Origin] = {}
     check = row_check(recipe, labels=labels)
 
     def count(name: names.DatasetName) -> None:
@@ -175,12 +176,13 @@ def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
     return [Fault("batch.global_batch_size", batch, rule)]
 
 
-def _one_label(recipe: Recipe, counts: list[int | None], labels: Mapping[bool, Origin]) -> list[Fault]:
-    """Of answers that are labelled good or bad, if all rows were read."""
+def _one_label(recipe: Recipe, counts: list[int | None], labels: Mapping[float, Origin]) -> list[Fault]:
+    """Of answers that are labelled good or bad, and of classes, if all rows were read."""
     if None in counts or recipe.data.preprocess is not None or len(labels) != 1:
         return []
     (label, first), *_ = labels.items()
-    return [Fault("data.dataset:", None, f"{first}: {one_label(label)}", bare=True)]
+    said = one_label(bool(label)) if isinstance(label, bool) else one_class(label)
+    return [Fault("data.dataset:", None, f"{first}: {said}", bare=True)]
 
 
 def _too_few_prompts(recipe: Recipe, rows: int) -> list[Fault]:

@@ -130,6 +130,13 @@ _CAUSES = (
         "every node sees the virtual environment",
     ),
     Cause(
+        "download",
+        "a model or a dataset cannot be downloaded",
+        "check its name. Where nodes have no network, download it on a login node (`hf download NAME`, `hf download "
+        "--repo-type dataset NAME`) into a cache that they share, or give the path of its files; a gated one needs "
+        "HF_TOKEN in the environment",
+    ),
+    Cause(
         "data",
         "a dataset cannot be read",
         "repair the line that the message names, or remove the sample; the launcher checks the datasets that it can "
@@ -295,10 +302,15 @@ _NAMED = (
         r"|GLIBC(XX)?_[\d.]+' not found",
     ),
     (
+        "download",
+        r"^error: .*(cannot be downloaded \("
+        r"|cannot be loaded \(\w*(Connection|Offline|DatasetNotFound|Gated|HTTP|Hub|LocalEntryNotFound|Timeout))",
+    ),
+    (
         "data",
         r"\.(jsonl?|csv|parquet|arrow|txt|json\.gz|zst)\b.{0,40}\b(line|row|record) \d+|\.(jsonl?|csv|parquet|txt):\d+"
         r"|JSONDecodeError|ArrowInvalid|DatasetGenerationError|DataFilesNotFoundError|DatasetNotFoundError"
-        r"|^error: data\.\w+|UnicodeDecodeError",
+        r"|^error: data\.\w+|UnicodeDecodeError|no sample of the dataset is left|^error: dataset \S+ cannot be loaded",
     ),
     (
         "config",

@@ -27,6 +27,7 @@ from megabatch.insight.evidence import (
     of_script,
     of_slurm,
     read_first_failure,
+    root_failure,
     search,
     strongest,
 )
@@ -175,8 +176,8 @@ def _without_attempt(base: Diagnosis, found: RunStatus) -> Diagnosis:
 
 def _of_attempt(base: Diagnosis, found: RunStatus, attempt: Attempt, *, newest: bool) -> Diagnosis:
     run = RunDirectory(base.run)
-    first = read_first_failure(run, attempt.job_id, attempt.number)
     logs = {log.rank: log.path for log in rank_logs(base.run) if log.attempt == attempt.number}
+    first = root_failure(read_first_failure(run, attempt.job_id, attempt.number), logs)
     of_logs = list(of_ranks(logs, first))
     others = [of_script(log, attempt.number) for log in _script_logs(base)]
     others.append(of_ending(attempt.exit_code))
@@ -233,7 +234,8 @@ def _of_rank(
     own = first is not None and rank == first.rank
     failed = None if finding.rank is not None else _NODE.search(finding.text)
     known = _node_of(rank, RunDirectory(result.run), nodes)
-    node = first.node if first is not None and own else known or (failed and (failed[1] or failed[2] or failed[3]))
+    marked = first.node if first is not None and own else ""
+    node = marked or known or (failed and (failed[1] or failed[2] or failed[3]))
     code = first.exit_code if first is not None and own else result.exit_code
     log = logs.get(rank) if rank is not None else None
     log = log or finding.log or (logs[min(logs)] if logs else None)

@@ -26,6 +26,7 @@ _ORDINARY = re.compile(
 """Most lines of a long log, in the trainer's and in vLLM's format: what a program only warns of did not end it."""
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .*\S")
 _ELSEWHERE = re.compile(r"\brank (\d+) failed: ")
+_NAMES_ANOTHER = re.compile(rb"^error: rank (\d+) failed: ", re.MULTILINE)
 _PREFIX = re.compile(r"^\[rank\d+\]: *")
 """torch's, before tracebacks that it prints itself."""
 _PATTERNS = tuple(re.compile(row.pattern) for row in TABLE)
@@ -39,6 +40,7 @@ class FirstFailure:
     rank: int
     exit_code: int
     node: str
+    """Empty if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,16 @@ def read_first_failure(run: RunDirectory, job_id: str, attempt: int) -> FirstFai
         return FirstFailure(int(words[0]), int(words[1]), words[2] if len(words) > 2 else "")
     except (OSError, ValueError, IndexError):
         return None
+
+
+def root_failure(first: FirstFailure | None, logs: Mapping[int, Path]) -> FirstFailure | None:
+    """The failure that the marked rank's own log names: it may end, and be noticed, before the rank that failed."""
+    if first is None or first.rank not in logs:
+        return first
+    named = _NAMES_ANOTHER.search(tail(logs[first.rank], SEARCHED_BYTES))
+    if named is None or int(named[1]) not in logs:
+        return first
+    return FirstFailure(int(named[1]), first.exit_code, node="")
 
 
 def of_ranks(logs: Mapping[int, Path], first: FirstFailure | None) -> Iterator[Finding]:

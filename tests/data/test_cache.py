@@ -237,7 +237,9 @@ def test_a_cache_that_another_job_finishes_first_is_kept(
 
 
 def test_no_sample_left_says_why(build: Any, write_jsonl: Write, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no sample of the dataset is left: 3 longer than max_length; raise"):
+    with pytest.raises(
+        DataError, match=r"is left: 3 rows longer than max_length \(the first is .*a\.jsonl:1\); check the data"
+    ):
         build(write_jsonl("a.jsonl", rows(3)), max_length=4)
     assert not caches_in(tmp_path / "cache")
 

@@ -131,3 +131,20 @@ def test_what_a_loss_needs_of_a_row_is_found_before_the_queue(
     recipe = replace(recipe, batch=replace(recipe.batch, global_batch_size=2))
     faults = "; ".join(map(str, damaged_inputs(recipe, FoundModel(None, "none"))))
     assert (said or "") in faults and bool(faults) == bool(said)
+
+
+def test_rows_of_one_class_are_named(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"row {i}", "label": 1}) + "\n" for i in range(20)))
+    recipe = Recipe(
+        name="x",
+        task="sft",
+        data=Data(dataset=[str(data)]),
+        training=Training(task_type="seq_cls", num_labels=2),
+    )
+    found = [str(fault) for fault in damaged_inputs(recipe, FoundModel(None, "none"))]
+    rule = "has label 1, as all rows have; a classifier needs at least two classes to tell apart"
+    assert f"data.dataset: {data}:1: {rule}" in found
+    with open(data, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "other", "label": 0}) + "\n")
+    assert not any(rule in str(fault) for fault in damaged_inputs(recipe, FoundModel(None, "none")))

@@ -78,6 +78,17 @@ def test_what_another_rank_is_said_to_have_failed_of_is_not_ones_own(run: MadeRu
     assert found.cause is not None and (found.cause.name, found.rank, found.followers) == ("nan", 3, (0,))
 
 
+def test_a_rank_that_ends_because_of_another_one_is_noticed_before_it(run: MadeRun) -> None:
+    run.ended(0, 2, 1100)
+    run.failed_first(5, 2, "n2")
+    run.log(5, "error: rank 0 failed: the layout does not fit\n")
+    run.log(0, "error: the layout does not fit\n")
+    found = diagnose(run.files.path)
+    assert found.cause is not None
+    assert (found.rank, found.node, found.exit_code) == (0, "n1", 2)
+    assert found.evidence == "error: the layout does not fit" and found.log == run.files.rank_log(0, 0)
+
+
 def test_a_rank_killed_without_a_word(run: MadeRun) -> None:
     run.ended(0, 137, 1100)
     run.failed_first(5, 137, "n2")

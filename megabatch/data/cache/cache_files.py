@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ DTYPES: dict[str, Any] = {
     "items": np.int32,
     "origins": np.int32,
 }
+_DROPPED = "dropped: "
+"""Begins remarks about rows that are left out."""
 COLUMN, TOKEN_COLUMN, NAME = "column.", "token_column.", "name."
 """Prefixes of the names of further arrays."""
 _CONTENT = ("ids", "weights", "lengths", "items")
@@ -166,8 +168,8 @@ def _write_columns(folder: Path, chunks: Iterable[ChunkArrays]) -> dict[str, Any
             for name, values in further.items():
                 columns[name].append(values)
         if not samples:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-            raise DataError(f"no sample of the dataset is left: {reasons}; raise data.max_length or check the data")
+            equal = Counter({remark: count for remark, count in remarks.items() if remark.startswith(_DROPPED)})
+            raise DataError(_nothing_left(dropped + equal, first))
     finally:
         written = {name: column.close(sync=bool(samples)) for name, column in columns.items()}
     return {
@@ -198,6 +200,17 @@ def _further(chunk: ChunkArrays, names: dict[str, dict[str, int]]) -> dict[str, 
 def _learned(columns: Iterable[str]) -> list[str]:
     """Further columns that may affect training; names only decide under which metric a sample counts."""
     return sorted(name for name in columns if name not in DTYPES and not name.startswith(NAME))
+
+
+def _nothing_left(counted: Counter[str], first: Mapping[str, str]) -> str:
+    """Why no sample is left: how many rows were dropped for each reason, and the first of each."""
+    reasons = [
+        f"{count} rows {reason.removeprefix(_DROPPED)}{f' (the first is {first[reason]})' if reason in first else ''}"
+        for reason, count in counted.items()
+        if count
+    ]
+    said = "; ".join(reasons) or "it has no rows"
+    return f"no sample of the dataset is left: {said}; check the data and data.max_length"
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -39,9 +40,16 @@ def _load(hub: str, name: str) -> Any:
         ) from e
 
 
+def log_through_ours() -> None:
+    """Hub clients print what they log through handlers of their own too, once imported; ours tells time and rank."""
+    for client in ("huggingface_hub", "datasets"):
+        logging.getLogger(client).handlers.clear()
+
+
 def _hugging_face(path: str, subset: str | None, split: str) -> Any:
     import datasets
 
+    log_through_ours()
     return datasets.load_dataset(path, subset, split=split)
 
 

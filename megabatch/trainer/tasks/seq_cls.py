@@ -10,6 +10,7 @@ from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.config.training import ProblemType
 from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.rows.labels import one_class
 from megabatch.errors import DataError
 from megabatch.trainer.data.dataset import open_tokens, steps_of
 from megabatch.trainer.evaluation.of_task import of_classifier
@@ -39,7 +40,4 @@ def require_two_classes(data: TokenCache) -> None:
     """Raises: DataError if all training samples have one class."""
     classes = np.unique(data.columns["label"])
     if len(classes) == 1:
-        raise DataError(
-            f"all {len(data):,} training samples have label {int(classes[0])}, the first is "
-            f"{data.place(*data.origins[0].tolist())}: a classifier needs at least two classes to tell apart"
-        )
+        raise DataError(f"{data.place(*data.origins[0].tolist())} {one_class(classes[0])}")
