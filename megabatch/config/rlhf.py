@@ -25,6 +25,17 @@ class Rlhf:
     completions as divide both `num_generations` and `micro_batch_size`. With `data.packing` a pack then holds more
     pairs. None means yes wherever it changes no number, which excludes Transformer Engine's layers, dropout, balancing
     losses and capacities of experts, padding, and bnpo."""
+    ref_tensor_model_parallel_size: int | None = param(None, at_least=1)
+    """Ranks that share each matrix of the reference, which may be split otherwise than the trained model;
+    None means `tensor_model_parallel_size`. Sequence parallelism goes with it."""
+    ref_pipeline_model_parallel_size: int | None = param(None, at_least=1)
+    """Stages of the reference, with equal numbers of layers; None means `pipeline_model_parallel_size`."""
+    ref_context_parallel_size: int | None = param(None, at_least=1)
+    """Ranks that share each sequence in the reference; None means `context_parallel_size`."""
+    ref_expert_model_parallel_size: int | None = param(None, at_least=1)
+    """Ranks over which a layer's experts are distributed in the reference; None means `expert_model_parallel_size`."""
+    ref_expert_tensor_parallel_size: int | None = param(None, at_least=1)
+    """Ranks that share each expert's matrices in the reference; None means `expert_tensor_parallel_size`."""
     precompute_ref_log_probs: bool = param(False)
     """Computes the reference's log-probabilities of all data once, before the first step, and keeps them beside the
     token cache; the reference is not in memory while the policy trains. For dpo and kto."""
@@ -145,6 +156,17 @@ class Gkd:
     """Teacher's family (`model_type` of its config.json), which must be that; None takes what it is."""
     teacher_model_revision: str | None = param(None)
     """Teacher's revision on the hub: a branch, tag or commit."""
+    teacher_tensor_model_parallel_size: int | None = param(None, at_least=1)
+    """Ranks that share each matrix of the teacher, which may be split otherwise than the trained model;
+    None means `tensor_model_parallel_size`. Sequence parallelism goes with it."""
+    teacher_pipeline_model_parallel_size: int | None = param(None, at_least=1)
+    """Stages of the teacher, with equal numbers of layers; None means `pipeline_model_parallel_size`."""
+    teacher_context_parallel_size: int | None = param(None, at_least=1)
+    """Ranks that share each sequence in the teacher; None means `context_parallel_size`."""
+    teacher_expert_model_parallel_size: int | None = param(None, at_least=1)
+    """Ranks over which a layer's experts are distributed in the teacher; None means `expert_model_parallel_size`."""
+    teacher_expert_tensor_parallel_size: int | None = param(None, at_least=1)
+    """Ranks that share each expert's matrices in the teacher; None means `expert_tensor_parallel_size`."""
     beta: float = param(0.5, at_least=0, at_most=1)
     """Interpolates between forward KL (0), the symmetric Jensen-Shannon divergence (0.5) and reverse KL (1)."""
     lmbda: float = param(0.5, at_least=0, at_most=1)

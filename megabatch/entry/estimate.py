@@ -12,8 +12,11 @@ from megabatch.config.reference import is_second_model
 from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.config.rules.preference import without_reference
+from megabatch.config.second_layouts import REFERENCE, TEACHER, Role, parallel_of
+from megabatch.config.second_layouts import layout_of as own_layout_of
 from megabatch.config.shared_prompts import answers_in_a_row, shares_prompts
 from megabatch.config.torch_dtype import torch_dtype
+from megabatch.entry.other_models import found_beside, has_teacher
 from megabatch.entry.trained import trained_of
 from megabatch.errors import ConfigError, Fault
 from megabatch.plan.communication import groups, leaves_node
@@ -21,12 +24,15 @@ from megabatch.plan.estimate import Estimate, estimate
 from megabatch.plan.figures import GIB, MemoryEstimate
 from megabatch.plan.gpus import GPUS, Gpu, gpu_named
 from megabatch.plan.memory import usable_gib
+from megabatch.plan.rank_size import rank_sizes
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
 
 DEFAULT_GPU = "H100"
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+_SHAPES: dict[str, ModelShape | None] = {}
+"""Of teachers by name: many layouts of a recipe are judged one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +138,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         tp_comm_overlap=parallel.tp_comm_overlap,
         moe_permute_fusion=recipe.moe.moe_permute_fusion,
         frozen_copies=_frozen_copies(recipe),
+        beside_bytes=_beside_bytes(recipe, shape),
         **trained_of(recipe.tuner, shape),
     )
 
@@ -146,9 +153,52 @@ def _shared_tokens(recipe: Recipe, shape: ModelShape, *, row: int) -> int:
 
 
 def _frozen_copies(recipe: Recipe) -> int:
-    """1 where the reference is a model of its own beside the policy."""
+    """1 where the reference is a model of its own beside the policy, split alike."""
+    return int(_has_second_reference(recipe) and not REFERENCE.given(recipe))
+
+
+def _has_second_reference(recipe: Recipe) -> bool:
     beside = without_reference(recipe) is None and not recipe.rlhf.precompute_ref_log_probs
-    return int(beside and is_second_model(recipe))
+    return beside and is_second_model(recipe)
+
+
+def _beside_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """A reference in a layout of its own, and a teacher in the ranks, while the trained model's step is computed."""
+    found = 0
+    if _has_second_reference(recipe) and REFERENCE.given(recipe):
+        found += largest_part(recipe, shape, REFERENCE)
+    if has_teacher(recipe) and recipe.gkd.teacher_model is not None:
+        found += _teacher_bytes(recipe, recipe.gkd.teacher_model, shape)
+    return found
+
+
+def _teacher_bytes(recipe: Recipe, name: str, student: ModelShape) -> int:
+    """0 for a hub's model that is not here yet. In host memory, only the output layer is left, where it is read."""
+    if name not in _SHAPES:
+        _SHAPES[name] = found_beside(recipe, name).shape
+    if (shape := _SHAPES[name]) is None:
+        return 0
+    if not recipe.gkd.offload_teacher_model:
+        return largest_part(recipe, shape, TEACHER)
+    whole = recipe.kind is not None and recipe.kind.name == "gkd" and recipe.gkd.gkd_logits_topk is None
+    rows = -(-shape.vocab_size // recipe.parallel.tensor_model_parallel_size) if whole else 0
+    return rows * shape.hidden_size * _BYTES[torch_dtype(recipe, student)]
+
+
+def largest_part(recipe: Recipe, shape: ModelShape, role: Role) -> int:
+    """Bytes of a second model's weights on the rank that has most of them."""
+    parallel = parallel_of(recipe, role, has_experts=shape.num_experts is not None)
+    layout, chunks = own_layout_of(recipe, parallel), chunks_of(parallel, shape.num_layers)
+    if layout is None or chunks is None:
+        return 0  # a fault, which the rules name
+    settings = Settings(
+        layout=layout,
+        chunks=chunks,
+        row_tokens=1,
+        mean_length=1,
+        vocab_size=-(-shape.vocab_size // layout.tp) * layout.tp,
+    )
+    return max(size.parameters for size in rank_sizes(shape, settings)) * _BYTES[torch_dtype(recipe, shape)]
 
 
 def optimizer_bytes(optimizer: Optimizer, *, weight_bytes: int) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.preference import without_reference
+from megabatch.config.rules.second_layouts import model_divides
+from megabatch.config.second_layouts import TEACHER
 from megabatch.entry.model import FoundModel, find_model, nearest_folder
 from megabatch.errors import CheckpointError, Fault, MegabatchError
 from megabatch.hub_cache import is_hub_name
@@ -23,7 +25,7 @@ def other_model_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fau
             yield from _reference(recipe, recipe.bridge.ref_model, shape)
         if recipe.rlhf.ref_load is not None:
             yield from _checkpoint("rlhf.ref_load", recipe.rlhf.ref_load)
-    if _has_teacher(recipe) and recipe.gkd.teacher_model is not None:
+    if has_teacher(recipe) and recipe.gkd.teacher_model is not None:
         yield from _teacher(recipe, recipe.gkd.teacher_model, shape)
 
 
@@ -32,10 +34,10 @@ def damaged_other_models(recipe: Recipe) -> Iterator[Fault]:
     given: list[tuple[str, str | None]] = []
     if without_reference(recipe) is None:
         given.append(("bridge.ref_model", recipe.bridge.ref_model))
-    if _has_teacher(recipe):
+    if has_teacher(recipe):
         given.append(("gkd.teacher_model", recipe.gkd.teacher_model))
     for field, name in given:
-        if name is None or (folder := _find(recipe, name).folder) is None:
+        if name is None or (folder := found_beside(recipe, name).folder) is None:
             continue
         from megabatch.converters.hf_model import open_hf_model  # a dry run reads no weights
 
@@ -45,7 +47,8 @@ def damaged_other_models(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(field, name, f"cannot be read: {error}")
 
 
-def _has_teacher(recipe: Recipe) -> bool:
+def has_teacher(recipe: Recipe) -> bool:
+    """Whether its task may have one."""
     return recipe.kind is not None and recipe.kind.name in ("gkd", "grpo")
 
 
@@ -61,7 +64,7 @@ def _reference(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[
 
 
 def _teacher(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fault]:
-    field, found = "gkd.teacher_model", _find(recipe, name)
+    field, found = "gkd.teacher_model", found_beside(recipe, name)
     if fault := _missing(field, name, found):
         yield fault
     elif found.shape is not None and shape is not None:
@@ -75,9 +78,10 @@ def _teacher(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fa
                 "must have one tokenizer"
             )
             yield Fault(field, name, rule)
+        yield from model_divides(recipe, TEACHER, found.shape)
 
 
-def _find(recipe: Recipe, name: str) -> FoundModel:
+def found_beside(recipe: Recipe, name: str) -> FoundModel:
     """What is known of another model, with its own vocabulary."""
     return find_model(replace(recipe, model=replace(recipe.model, model=name, tokenizer=None, new_special_tokens=())))
 

@@ -55,7 +55,7 @@ class RankSize:
 
     def weight_bytes(self, settings: Settings) -> int:
         beside = settings.frozen_copies * self.parameters
-        return (self.frozen + self.dense + self.experts + beside) * settings.weight_bytes
+        return (self.frozen + self.dense + self.experts + beside) * settings.weight_bytes + settings.beside_bytes
 
     def gradient_bytes(self, settings: Settings) -> int:
         return (self.dense + self.experts) * settings.gradient_bytes

@@ -67,7 +67,9 @@ class Settings:
     tp_comm_overlap: bool = False
     moe_permute_fusion: bool = False
     frozen_copies: int = 0
-    """Further models of the same shape on the same ranks, without gradients: a reference of its own."""
+    """Further models of the same shape and layout, without gradients: a reference of its own."""
+    beside_bytes: int = 0
+    """Weights of other further models on the rank that has most of them: a teacher, or a reference split otherwise."""
     lora: Lora | None = None
     frozen: frozenset[str] = frozenset()
     """Parameters that are not trained, by their names in the model with the layer inside."""

@@ -19,6 +19,7 @@ from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
+from megabatch.config.second_layouts import REFERENCE, TEACHER
 from megabatch.errors import ConfigError, Fault
 from megabatch.plan.shape import ModelShape
 
@@ -99,7 +100,17 @@ def _fewer_ranks(
         }
     )
     ranks = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": world, "cpus_per_task": 1, "omp_num_threads": 1}
-    return {"parallel": changed, "resources": ranks}, world
+    return {"parallel": changed, "resources": ranks, **_lain_alike(recipe, notes)}, world
+
+
+def _lain_alike(recipe: Recipe, notes: list[str]) -> dict[str, dict[str, None]]:
+    """A teacher and a reference in the trained model's layout, whose ranks are fewer here."""
+    found: dict[str, dict[str, None]] = {}
+    for role in (TEACHER, REFERENCE):
+        for size, value in role.given(recipe).items():
+            found.setdefault(role.group, {})[role.prefix + size] = None
+            notes.append(f"{role.field(size)}={value}: as the trained model here")
+    return found
 
 
 def _least_ranks(tp: int, pp: int, cp: int, ep: int, etp: int) -> int:

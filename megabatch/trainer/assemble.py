@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from megabatch.config.run import RunConfig
+from megabatch.config.second_layouts import Role, layout_of, parallel_of
 from megabatch.converters.adapters.adapter import Tables
 from megabatch.converters.adapters.targets import MERGES_ONE_OF_TWO, changes_one_of_two
 from megabatch.converters.families import family_named
@@ -91,16 +93,38 @@ def build_engine(
 
 
 def frozen_model(run: RunConfig, ranks: Ranks, source: ModelSource, *, adapter: Path | None = None) -> Model:
-    """A model beside the policy, with its weights, at the run's layout and without gradients.
+    """A model beside the policy, with its weights and without gradients.
 
-    Args: adapter: one that it always has, as in `PolicyWith`. Raises: as `build_engine`.
+    Args: run, ranks: of the policy, or as `layout_beside` gives them; adapter: one that it always has, as in
+    `PolicyWith`. Raises: as `build_engine`.
     """
     config = transformer_config(run.recipe, run.shape, virtual_size=virtual_size(run))
-    model = build(run.shape, config, ranks, None, vocab_size=run.recipe.model.padded_vocab_size)
-    source.load(model, ranks)
-    if adapter is not None:
-        add_adapter(model, ranks, source.family, adapter, name=TRAINED)
+    with ranks.in_use():
+        model = build(run.shape, config, ranks, None, vocab_size=run.recipe.model.padded_vocab_size)
+        source.load(model, ranks)
+        if adapter is not None:
+            add_adapter(model, ranks, source.family, adapter, name=TRAINED)
     return model
+
+
+def layout_beside(run: RunConfig, ranks: Ranks, role: Role) -> tuple[RunConfig, Ranks]:
+    """The run and its ranks as a model beside the policy sees them; collective where it has a layout of its own.
+
+    Args: run: of that model, with its shape.
+    """
+    recipe, has_experts = run.recipe, run.shape.num_experts is not None
+    parallel = parallel_of(recipe, role, has_experts=has_experts)
+    if not role.given(recipe):
+        return replace(run, recipe=replace(recipe, parallel=parallel)), ranks
+    layout = layout_of(recipe, parallel)
+    assert layout is not None, "a rule of the config"
+    padded = replace(recipe.model, padded_vocab_size=None)
+    own = replace(run, recipe=replace(recipe, parallel=parallel, model=padded), layout=layout)
+    logger.info(
+        "%s has a layout of its own: tp%d pp%d cp%d ep%d etp%d dp%d",
+        role.prefix.rstrip("_"), layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.dp,
+    )  # fmt: skip
+    return own, ranks.beside(layout)
 
 
 def make_checkpoints(

@@ -31,6 +31,7 @@ from megabatch.trainer.objectives.objective import Mean, Norm, Objective, Terms
 from megabatch.trainer.ops.parts import summed
 from megabatch.trainer.ops.vocab import VocabShard
 from megabatch.trainer.optimizer import Optimizer
+from megabatch.trainer.other_layout import OtherLayout
 from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.broadcast import on_all_ranks
@@ -83,16 +84,21 @@ class Engine:
         adapters: Mapping[str, str | None] | None = None,
         following: Mapping[str, Following] | None = None,
     ) -> None:
-        """Args: `frozen`: more models by name, such as a reference; same layout, no gradients; adapters: which of its
-        adapters each of these uses, if not the one that it always has; following: which of them follow the policy."""
+        """Args: `frozen`: more models by name, such as a reference, without gradients; adapters: which of its adapters
+        each of these uses, if not the one that it always has; following: which of them follow the policy.
+
+        Models may be split otherwise than `ranks` (`Model.ranks`), but not one that is trained or followed.
+        """
         self.model = model
         self.ranks = ranks
         self.optimizer = optimizer
         self.models = {POLICY: model, **(frozen or {})}
         self._adapters = adapters or {}
         self.following = following or {}
-        self._splits = {name: _split(one, ranks) for name, one in self.models.items()}
-        self._schedule = get_forward_backward_func()
+        self._splits = {name: _split(one) for name, one in self.models.items()}
+        self._others = {
+            name: OtherLayout(ranks, one.ranks) for name, one in self.models.items() if one.ranks is not ranks
+        }
         self._stopwatch = Stopwatch(ranks.device)
         model.config.finalize_model_grads_func = finalize
         if optimizer is not None:
@@ -185,17 +191,10 @@ class Engine:
         dimensions of `Field.shape`.
         """
 
-        def read(pack: Pack, output: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-            return output.new_zeros(()), readout(output, pack, self._splits[model])
-
-        table = routes.empty(packs, self.models[model], self.ranks.device) if records_routes else None
-        found = self._without_gradients(model, packs, read, table)
-        cuts = [self._cut(pack) for pack in packs]
-        fields = on_all_ranks(found, packs, readout.fields, self.ranks, cuts=cuts)
-        if table is None:
-            return fields
-        experts = routes.recorded(table, packs, self.ranks)
-        return [{**one, routes.ROUTES: some} for one, some in zip(fields, experts, strict=True)]
+        if (other := self._others.get(model)) is not None:
+            there, dealt = other.there(packs)
+            return other.back(self._read(model, there, readout), dealt, packs, readout.fields)
+        return self._read(model, packs, readout, records_routes=records_routes)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that hold other samples of the global batch; collective over them."""
@@ -224,6 +223,24 @@ class Engine:
         dist.all_gather_into_tensor(found.view(-1), padded.view(-1), group=group)
         joined = torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)])
         return joined, sum(lengths[:rank])
+
+    def _read(
+        self, model: str, packs: Sequence[Pack], readout: Readout, *, records_routes: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """`infer`, of packs of the model's own layout."""
+
+        def read(pack: Pack, output: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            return output.new_zeros(()), readout(output, pack, self._splits[model])
+
+        ranks = self.models[model].ranks
+        table = routes.empty(packs, self.models[model], ranks.device) if records_routes else None
+        found = self._without_gradients(model, packs, read, table)
+        cuts = [_cut(pack, ranks) for pack in packs]
+        fields = on_all_ranks(found, packs, readout.fields, ranks, cuts=cuts)
+        if table is None:
+            return fields
+        experts = routes.recorded(table, packs, ranks)
+        return [{**one, routes.ROUTES: some} for one, some in zip(fields, experts, strict=True)]
 
     def _without_gradients(
         self, model: str, packs: Sequence[Pack], last: Last, table: routes.Table | None = None
@@ -272,8 +289,8 @@ class Engine:
             packs = routes.placed(packs)
         longest = max(len(pack.ids_T) for pack in packs)
         iterators: list[Iterator[Pack]] = [iter(packs) for _ in model.wrapped]
-        with nullcontext() if table is None else routes.routed(model, table):
-            return self._schedule(
+        with model.ranks.in_use(), nullcontext() if table is None else routes.routed(model, table):
+            return get_forward_backward_func()(
                 forward_step_func=partial(self._forward, model=model, last=last),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=model.wrapped if len(iterators) > 1 else model.wrapped[0],
@@ -287,7 +304,7 @@ class Engine:
         self, packs: Iterator[Pack], chunk: Any, *, model: Model, last: Last
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Any]]]]:
         on_host = next(packs)
-        pack, cut = on_host.to(self.ranks.device), self._cut(on_host)
+        pack, cut = on_host.to(self.ranks.device), _cut(on_host, model.ranks)
         if cut is not None:
             pack = pack.part(cut)
         output = chunk(
@@ -298,12 +315,6 @@ class Engine:
             **self._padding(model, pack, chunk),
         )
         return output, lambda output: last(pack, output.squeeze(0))
-
-    def _cut(self, pack: Pack) -> Cut | None:
-        """How this row is split over context-parallel ranks."""
-        if self.ranks.cp_size == 1:
-            return None
-        return zigzag(pack.cu_seqlens_padded, self.ranks.cp, shared=pack.shared, device=self.ranks.device)
 
     def _padding(self, model: Model, pack: Pack, chunk: Any) -> dict[str, Tensor]:
         """The mask of positions that experts skip: the row's, or on a stage without the embedding this rank's part.
@@ -320,7 +331,7 @@ class Engine:
         if mask_T is None or model.config.num_moe_experts is None:
             return {}
         if model.config.sequence_parallel and not unwrap(chunk).pre_process:
-            mask_T = mask_T.chunk(self.ranks.tp_size)[self.ranks.tp_rank]
+            mask_T = mask_T.chunk(model.ranks.tp_size)[model.ranks.tp_rank]
         return {"padding_mask": mask_T[None]}
 
     def _sequences(self, model: Model, on_host: Pack, pack: Pack) -> PackedSeqParams:
@@ -346,8 +357,15 @@ class Engine:
         )
 
 
-def _split(model: Model, ranks: Ranks) -> Split:
-    return Split(vocab_shard(model.padded_vocab_size, model.shape.vocab_size, ranks))
+def _cut(pack: Pack, ranks: Ranks) -> Cut | None:
+    """How a row is split over context-parallel ranks."""
+    if ranks.cp_size == 1:
+        return None
+    return zigzag(pack.cu_seqlens_padded, ranks.cp, shared=pack.shared, device=ranks.device)
+
+
+def _split(model: Model) -> Split:
+    return Split(vocab_shard(model.padded_vocab_size, model.shape.vocab_size, model.ranks))
 
 
 def vocab_shard(padded: int, vocab_size: int, ranks: Ranks) -> VocabShard:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megabatch.errors import ElsewhereError, LaunchError, MegabatchError
+from megabatch.plan.layout import Layout
 from megabatch.trainer.megatron_cpu import adapt, adapt_router
+from megabatch.trainer.process_groups import Groups
 from megabatch.trainer.waiting import Waiting
 
 T = TypeVar("T")
@@ -79,9 +82,7 @@ class Ranks:
                 world_size=self.place.world_size,
                 timeout=timedelta(minutes=distributed_timeout_minutes),
             )
-        from megatron.core import parallel_state
-
-        parallel_state.initialize_model_parallel(
+        self.state = Groups(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
@@ -90,9 +91,33 @@ class Ranks:
             expert_tensor_parallel_size=expert_tensor_parallel_size,
             create_gloo_process_groups=True,
         )
-        self.state = parallel_state
+        self._others: list[Ranks] = []
         self._waiting = Waiting(self.place.rank, self.place.world_size) if self.place.world_size > 1 else None
         self._seed(seed)
+
+    def beside(self, layout: Layout) -> Ranks:
+        """The same ranks in another layout, for a model without gradients; collective. It ends with this one.
+
+        megatron-core sees its groups inside `in_use`.
+        """
+        other = copy.copy(self)
+        other.virtual_size, other._owns_world, other._others = None, False, []
+        other.state = Groups(
+            beside=self.state,
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+        )
+        self._others.append(other)
+        if self.device.type == "cuda":
+            self.barrier()  # makes NCCL's communicator of the world, before only some ranks send through it
+        return other
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Inside this context megatron-core builds and runs models of this layout."""
+        return self.state.in_use()
 
     def _seed(self, seed: int) -> None:
         """Uses one seed per pipeline stage; tensor-parallel regions have their own generators."""
@@ -110,7 +135,8 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self.state.destroy_model_parallel()
+        for ranks in (*self._others, self):
+            ranks.state.destroy_model_parallel()
         if self._owns_world and kind is None:
             dist.destroy_process_group()
 

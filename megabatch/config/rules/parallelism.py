@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from megabatch.config.recipe import Recipe
+from megabatch.config.second_layouts import row_units
 from megabatch.errors import Fault
 from megabatch.plan.batch import nearest_divisors, nearest_multiples
 from megabatch.plan.layout import Layout
@@ -53,10 +54,7 @@ def vocabulary_divides(recipe: Recipe, shape: ModelShape | None, layout: Layout 
 
 def sequence_divides(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """A packed row, or a length told to megatron-core, is cut over the tp ranks (sequence parallel) and cp ranks."""
-    parallel, data = recipe.parallel, recipe.data
-    unit = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    if parallel.context_parallel_size > 1:
-        unit *= 2 * parallel.context_parallel_size
+    data, (_, unit) = recipe.data, row_units(recipe)
     lengths = {"seq_length": data.seq_length}
     if data.packing:
         lengths["packing_length" if data.packing_length else "max_length"] = data.packing_length or data.max_length

@@ -10,6 +10,7 @@ import numpy as np
 
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
+from megabatch.config.second_layouts import row_units
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
 from megabatch.data.schedule import Cursor, Interleaving, Schedule
@@ -162,8 +163,7 @@ def padded_share(run: RunConfig, ranks: Ranks, data: TokenCache, schedule: Sched
 
 def share_of(run: RunConfig, ranks: Ranks) -> Share:
     """This rank's part of every global batch."""
-    recipe, sequence_multiple = run.recipe, 2 * ranks.cp_size if ranks.cp_size > 1 else 1
-    row_multiple = sequence_multiple * (ranks.tp_size if recipe.parallel.sequence_parallel else 1)
+    recipe, (sequence_multiple, row_multiple) = run.recipe, row_units(run.recipe)
     return Share(
         dp_rank=ranks.dp_rank,
         dp_size=ranks.dp_size,

@@ -36,6 +36,8 @@ class Model:
     config: TransformerConfig
     shape: ModelShape
     padded_vocab_size: int
+    ranks: Ranks
+    """The layout that it is split by."""
     rotary: Rotary | None
     """For the rows of our own attention (`row.row`); None with Transformer Engine, whose layers rotate themselves."""
     tuning: Tuning = ALL
@@ -106,6 +108,8 @@ def build(
 ) -> Model:
     """Builds this rank's chunks. Allocates weights but does not initialise them: the caller loads them next.
 
+    Call it inside `ranks.in_use`.
+
     Args: ddp: None for a model without gradients; vocab_size: rows of the embedding with padding, None pads as little
     as tensor parallelism needs; tuning: which parts of the model are trained.
     """
@@ -123,7 +127,7 @@ def build(
         wrapped = [DistributedDataParallel(config, ddp, one, disable_bucketing=i > 0) for i, one in enumerate(chunks)]
     ours = config.transformer_impl != "transformer_engine"
     rotary = Rotary(shape, device=ranks.device, dtype=config.params_dtype) if ours else None
-    return Model(wrapped, config, shape, vocab, rotary, tuning)
+    return Model(wrapped, config, shape, vocab, ranks, rotary, tuning)
 
 
 def _gather_parameters(chunk: Any) -> None:

@@ -31,7 +31,7 @@ def on_all_ranks(
     is split over context-parallel ranks.
     """
     order = [(name, number) for name in fields for number in range(len(packs))]
-    shapes = [_shape(packs[number], fields[name]) for name, number in order]
+    shapes = [shape_of(packs[number], fields[name]) for name, number in order]
     if ranks.is_last_stage:
         read = [found[number][name].detach().to(fields[name].dtype).view(torch.int32) for name, number in order]
         flat = _flat(read, [cuts[number] if fields[name].per == "token" else None for name, number in order], shapes)
@@ -46,7 +46,8 @@ def on_all_ranks(
     return out
 
 
-def _shape(pack: Pack, field: Field) -> torch.Size:
+def shape_of(pack: Pack, field: Field) -> torch.Size:
+    """The shape of a field of a whole pack."""
     return torch.Size((len(pack.ids_T) if field.per == "token" else pack.sequences, *field.shape))
 
 

@@ -227,7 +227,7 @@ class Rollouts:
         return shared_buckets(
             engine.model,
             lora.table,
-            self._ranks,
+            engine.model.ranks,
             receivers=self._receivers,
             bucket_bytes=self._bucket_bytes,
             adapter=TRAINED,
@@ -237,7 +237,7 @@ class Rollouts:
     def _buckets(self, engine: Engine) -> Iterator[Bucket]:
         table = self._family.tensors(engine.model.shape, experts=self._experts)
         return shared_buckets(
-            engine.model, table, self._ranks, receivers=self._receivers, bucket_bytes=self._bucket_bytes
+            engine.model, table, engine.model.ranks, receivers=self._receivers, bucket_bytes=self._bucket_bytes
         )
 
     def _proof(self, engine: Engine) -> Agreement:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from megabatch.config.reference import is_second_model, reference_weights
 from megabatch.config.run import RunConfig
+from megabatch.config.second_layouts import REFERENCE as SECOND
 from megabatch.errors import ConfigError
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.find import find_to_load
-from megabatch.trainer.assemble import frozen_model
+from megabatch.trainer.assemble import frozen_model, layout_beside
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.commit import Retention
 from megabatch.trainer.engine import Engine
@@ -64,9 +65,12 @@ def reference_model(run: RunConfig, source: ModelSource, ranks: Ranks) -> Model:
     if own is not None:
         source = _other(own, run, source, ranks)
     logger.info("the reference is a second model: %s", own or saved or run.recipe.model.model or "the new model")
+    if SECOND.given(run.recipe):
+        run, ranks = layout_beside(run, ranks, SECOND)
     model = frozen_model(run, ranks, source, adapter=None if adapter is None else Path(adapter).expanduser())
     if saved is not None:
-        _restore(model, run, ranks, source, saved)
+        with ranks.in_use():
+            _restore(model, run, ranks, source, saved)
     return model
 
 

@@ -6,15 +6,15 @@ import logging
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megabatch.config.run import RunConfig
-from megabatch.converters.hf_model import open_hf_model
+from megabatch.config.second_layouts import TEACHER
+from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.data.run_tokenizer import folder_of
 from megabatch.errors import ConfigError, MegabatchError
 from megabatch.trainable import VOCABULARY_ROUNDED
-from megabatch.trainer.assemble import frozen_model
+from megabatch.trainer.assemble import frozen_model, layout_beside
 from megabatch.trainer.engine import Engine, vocab_shard
 from megabatch.trainer.model.build import Model, padded_vocab_size
 from megabatch.trainer.model.heads import Head
@@ -24,6 +24,7 @@ from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.teachers_distribution import OutputLayer
 from megabatch.trainer.sync.open import in_ranks
 from megabatch.trainer.sync.rollouts import Rollouts
+from megabatch.trainer.weights import TORCH_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +53,39 @@ class Teacher:
         return replace(self.model, offload=offload)
 
     def taken_output_layer(self, run: RunConfig, ranks: Ranks) -> OutputLayer:
-        """Takes the output layer out of the model, whose output are then its hidden states; collective.
+        """Takes the output layer out of the model, whose output are then its hidden states.
 
-        The layer is split over tensor-parallel ranks as the student's, though vocabularies may be padded differently.
+        The layer is split over tensor-parallel ranks as the student's, whatever the teacher's own layout, and though
+        vocabularies may be padded differently: each rank reads its part from the teacher's files.
         """
         model, weight_RH = self.model, None
-        last = model.chunks[-1]
-        if last.post_process:
-            weight_VH = last.shared_embedding_or_output_weight() if model.shape.ties_output_layer else None
-            weight_VH = last.output_layer.weight if weight_VH is None else weight_VH
-            weight_RH = _as_the_students(weight_VH.detach(), model, run, ranks)
-            if model.shape.ties_output_layer and run.recipe.gkd.offload_teacher_model:
-                weight_RH = weight_RH.clone()  # the embedding leaves the device, and this stays
-            last.output_layer = Head(model.config, 0)
+        if model.chunks[-1].post_process:
+            model.chunks[-1].output_layer = Head(model.config, 0)
+        if ranks.is_last_stage:
+            padded = run.recipe.model.padded_vocab_size or padded_vocab_size(run.shape.vocab_size, ranks.tp_size)
+            shard = vocab_shard(padded, min(run.shape.vocab_size, model.shape.vocab_size), ranks)
+            rows = (shard.start, shard.start + shard.real)
+            weight_RH = self._output_rows(rows).to(ranks.device, model.config.params_dtype)
         return OutputLayer(
             hidden_size=model.shape.hidden_size,
             dtype=model.config.params_dtype,
             vocab_size=model.shape.vocab_size,
             weight_RH=weight_RH,
         )
+
+    def _output_rows(self, rows: tuple[int, int]) -> Tensor:
+        """Rows of the output layer's weights as they are stored: [R, H]."""
+        opened = self.source.weights
+        assert isinstance(opened, HfModel), "a teacher has files"
+        name = "embedding.word_embeddings.weight" if self.model.shape.ties_output_layer else "output_layer.weight"
+        mapped = next(one for one in opened.tensors if one.name == name)
+        (piece,) = mapped.pieces
+        assert not mapped.strided and piece.index is None, "vocabularies are stored row by row"
+        info = opened.folder.tensors[piece.hf]
+        data = bytearray((rows[1] - rows[0]) * mapped.shape[1] * opened.folder.itemsize(piece.hf))
+        first = piece.rows[0]
+        opened.folder.read_into(piece.hf, memoryview(data), rows=(first + rows[0], first + rows[1]))
+        return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(-1, mapped.shape[1])
 
 
 def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> Teacher:
@@ -93,9 +108,6 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
             "distillation compares tokens by their ids, so both must have one tokenizer"
         )
     recipe = run.recipe
-    parallel = recipe.parallel
-    if not shape.num_experts:
-        parallel = replace(parallel, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
     alone = replace(
         recipe,
         model=replace(
@@ -106,27 +118,12 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
             padded_vocab_size=None,
             new_special_tokens=(),
         ),
-        parallel=replace(
-            parallel,
-            decoder_first_pipeline_num_layers=None,
-            decoder_last_pipeline_num_layers=None,
-            pipeline_model_parallel_layout=None,
-        ),
     )
     own = replace(run, recipe=alone, shape=shape)
     logger.info("the teacher is %s", name)
     try:
         found = model_source(own, ranks)
-        return Teacher(frozen_model(own, ranks, found), found)
+        own, its_ranks = layout_beside(own, ranks, TEACHER)
+        return Teacher(frozen_model(own, its_ranks, found), found)
     except MegabatchError as e:
         raise type(e)(f"gkd.teacher_model={name!r}: {e}") from e
-
-
-def _as_the_students(weight_VH: Tensor, teacher: Model, run: RunConfig, ranks: Ranks) -> Tensor:
-    padded = run.recipe.model.padded_vocab_size or padded_vocab_size(run.shape.vocab_size, ranks.tp_size)
-    shard = vocab_shard(padded, min(run.shape.vocab_size, teacher.shape.vocab_size), ranks)
-    if shard.size == len(weight_VH):
-        return weight_VH[: shard.real]
-    parts = [torch.empty_like(weight_VH) for _ in range(ranks.tp_size)]
-    dist.all_gather(parts, weight_VH.contiguous(), group=ranks.tp)
-    return torch.cat(parts)[shard.start : shard.start + shard.real].clone()

@@ -36,11 +36,19 @@ WRITTEN = {
     "rollout": {"max_completion_length": 12, "temperature": 0.8},
     "training": {"train_iters": 4, "seed": 3},
 }
+
+
+def teacher(**sizes: int) -> dict[str, int]:
+    """A layout of the teacher's own."""
+    return {f"teacher_{name}_{'model_' if name != 'context' else ''}parallel_size": n for name, n in sizes.items()}
+
+
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "pp2_vpp2": {"parallel": VPP},
-    "top_tp2_sp": {"parallel": TP, **TOP},
-    "experts_ep2": {"parallel": {"expert_model_parallel_size": 2}, **PACKED},
-    "written_tp2_sp": {"parallel": TP, **WRITTEN},
+    "dp2_teacher_tp2": {"gkd": teacher(tensor=2)},
+    "top_tp2_sp_teacher_pp2": {"parallel": TP, "gkd": {**TOP["gkd"], **teacher(tensor=1, pipeline=2)}},
+    "experts_ep2_teacher_cp2": {"parallel": {"expert_model_parallel_size": 2}, **PACKED, "gkd": teacher(context=2)},
+    "written_tp2_sp_teacher_dp2": {"parallel": TP, **WRITTEN, "gkd": {**WRITTEN["gkd"], **teacher(tensor=1)}},
 }  # fmt: skip
 
 
