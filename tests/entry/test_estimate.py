@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megabatch import (
     Batch,
     Data,
+    Gkd,
     Grpo,
     Kernels,
     Model,
@@ -28,7 +31,9 @@ from megabatch.entry.estimate import estimate_of, gpu_of, optimizer_bytes, setti
 from megabatch.entry.layouts import judged_layouts, on_gpus, with_choice
 from megabatch.errors import ConfigError
 from megabatch.plan.gpus import GPUS
+from megabatch.plan.layout import Layout, layout
 from megabatch.plan.published_models import KNOWN_MODELS
+from megabatch.plan.rank_size import rank_sizes
 
 MODEL = "Qwen/Qwen3-30B-A3B"
 SHAPE = family_of(KNOWN_MODELS[MODEL]).shape(KNOWN_MODELS[MODEL])
@@ -116,6 +121,32 @@ def test_lora_is_estimated_by_its_settings() -> None:
     assert full.lora is None and lora.lora is not None and lora.lora.rank == 16
     whole, adapters = (estimate_of(one, SHAPE, H100).memory for one in (_recipe(expert_model_parallel_size=8), recipe))
     assert adapters.optimizer < whole.optimizer / 10 and adapters.weights > whole.weights
+
+
+def test_second_models_weigh_what_their_layout_leaves_on_a_rank(tmp_path: Path) -> None:
+    """A reference that is split alike, or otherwise; a teacher that stays on the ranks, is offloaded, or not known."""
+    parallel = {"expert_model_parallel_size": 8}
+    alone = settings_of(_recipe(**parallel), SHAPE)
+    dpo = replace(_recipe(**parallel), task="rlhf")
+    assert settings_of(dpo, SHAPE).frozen_copies == 1
+    split = settings_of(replace(dpo, rlhf=Rlhf(ref_tensor_model_parallel_size=4)), SHAPE)
+    assert split.frozen_copies == 0
+    whole = 2 * sum(size.parameters for size in rank_sizes(SHAPE, replace(alone, layout=_one_rank())))
+    assert whole / 8 < split.beside_bytes < whole / 8 * 1.1, "attention over 4 ranks, experts over 8"
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS[MODEL]))
+    for gkd, least, most in (
+        (Gkd(teacher_model=str(tmp_path), teacher_pipeline_model_parallel_size=4), whole / 32, whole / 20),
+        (Gkd(teacher_model=str(tmp_path), offload_teacher_model=True), 1, whole / 90),
+        (Gkd(teacher_model="nobody/knows"), 0, 0),
+    ):
+        taught = replace(dpo, rlhf=Rlhf(rlhf_type="gkd"), gkd=gkd)
+        assert least <= settings_of(taught, SHAPE).beside_bytes <= most
+
+
+def _one_rank() -> Layout:
+    found = layout(world_size=1)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,9 @@ def test_a_teacher(distilled: Recipe, model_folder: Path) -> None:
     (damaged / "model.safetensors").unlink()
     (found,) = taught(damaged)
     assert found.startswith(f"gkd.teacher_model={str(damaged)!r} cannot be read: ")
+    own = Gkd(teacher_model=str(model_folder), gkd_logits_topk=4, teacher_pipeline_model_parallel_size=2)
+    (found,) = faults(replace(distilled, gkd=own))
+    assert "gkd.teacher_pipeline_model_parallel_size=2 must divide the model's num_layers=1, which are spread" in found
 
 
 @pytest.mark.parametrize("label", [True, False])

@@ -39,7 +39,8 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "dp2": ("qwen2", 2, {}),  # and 3 pairs to evaluate on: a micro-batch is without samples
     "packed_cp2": ("packed", 2, {"parallel": {"context_parallel_size": 2}}),
     "kto_pp2_vpp2": ("kto", 2, {"parallel": VPP, "batch": {"global_batch_size": 4, "micro_batch_size": 2}}),
-    "precomputed_dp2": ("qwen2", 2, {"rlhf": PRECOMPUTED}),  # and the log-probabilities of 36 samples are not its own
+    # and the log-probabilities of 36 samples are not a rank's own
+    "precomputed_dp2_ref_pp2": ("qwen2", 2, {"rlhf": {**PRECOMPUTED, "ref_pipeline_model_parallel_size": 2}}),
     "lora_precomputed_tp2": ("lora", 2, {"parallel": TP, "rlhf": {**PRECOMPUTED, "precompute_ref_batch_size": 3}}),
     "kto_precomputed_pp2_vpp2": ("kto", 2, {"parallel": VPP, "rlhf": {**PRECOMPUTED, "rlhf_type": "kto"}}),
 }  # fmt: skip
