@@ -12,6 +12,7 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.reference_log_probs import log_probs_file
 from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
 from megabatch.data.run_tokenizer import tokenizer_of
+from megabatch.data.whole_data import require_contrast
 from megabatch.errors import ConfigError, DataError, MegabatchError
 from megabatch.run_directory import ExitCode
 
@@ -37,6 +38,7 @@ def prepare(run: RunConfig) -> str:
         raise ConfigError("data.streaming=True tokenises data while the run trains: there is nothing to prepare")
     paths = build_caches(run, tokenizer_of(run))
     data, validation = open_caches(run, paths)
+    require_contrast(run, data)
     schedule = schedule_of(run, data)
     schedule.require_a_batch()
     note_data(run, data, schedule)

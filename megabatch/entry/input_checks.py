@@ -12,8 +12,6 @@ from megabatch.config.resolved import resolved
 from megabatch.data.rows import files, names
 from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.rows.files import Origin
-from megabatch.data.rows.judged import one_label
-from megabatch.data.rows.labels import one_class
 from megabatch.data.tokens import tokenizer
 from megabatch.entry.model import FoundModel, fault_of, nearest_folder
 from megabatch.entry.other_models import damaged_other_models, other_model_faults
@@ -52,15 +50,15 @@ def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
 def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     """Faults inside the inputs: malformed rows, too few rows, and weights that do not fit their config.json."""
     counts: dict[str, int | None] = {}
-    labels: dict[float, Origin] = {}
-    check = row_check(recipe, labels=labels)
+    kinds: dict[int, Origin] = {}
+    check = row_check(recipe, kinds=kinds)
 
     def count(name: names.DatasetName) -> None:
         counts[name.text] = _rows(check, name)
 
     rows = list(_datasets(recipe, count, fields=("dataset",)))
     known = [counts.get(text) for text in recipe.data.dataset]
-    rows = rows or _too_few(recipe, known) + _one_label(recipe, known, labels)
+    rows = rows or _too_few(recipe, known) + _one_kind(recipe, known, kinds)
     rows += _datasets(recipe, count, fields=("val_dataset",))
     readable = list(_tokenizer(recipe, model, tokenizer.check_readable))
     return [*rows, *(readable or _answers(recipe, model)), *_weights(recipe, model), *damaged_other_models(recipe)]
@@ -176,13 +174,15 @@ def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
     return [Fault("batch.global_batch_size", batch, rule)]
 
 
-def _one_label(recipe: Recipe, counts: list[int | None], labels: Mapping[float, Origin]) -> list[Fault]:
-    """Of answers that are labelled good or bad, and of classes, if all rows were read."""
-    if None in counts or recipe.data.preprocess is not None or len(labels) != 1:
+def _one_kind(recipe: Recipe, counts: list[int | None], kinds: Mapping[int, Origin]) -> list[Fault]:
+    """Of what the loss tells apart, such as good and bad answers; if all rows were read."""
+    from megabatch.data.rows.contrast import contrast_of
+
+    contrast = contrast_of(recipe)
+    if contrast is None or None in counts or recipe.data.preprocess is not None or len(kinds) != 1:
         return []
-    (label, first), *_ = labels.items()
-    said = one_label(bool(label)) if isinstance(label, bool) else one_class(label)
-    return [Fault("data.dataset:", None, f"{first}: {said}", bare=True)]
+    (kind, first), *_ = kinds.items()
+    return [Fault("data.dataset:", None, f"{first}: {contrast.lacking(kind)}", bare=True)]
 
 
 def _too_few_prompts(recipe: Recipe, rows: int) -> list[Fault]:

@@ -20,32 +20,25 @@ Check = Callable[[Row], object]
 """Raises: DataError with the row's place."""
 
 
-def row_check(recipe: Recipe, *, labels: dict[float, Origin] | None = None) -> Check:
-    """The check of the task's rows.
-
-    Args: labels: receives each label of answers, or each class of rows that have one, and where it is first.
-    """
-    from megabatch.data.rows.judged import judged_of  # a dry run reads no data
+def row_check(recipe: Recipe, *, kinds: dict[int, Origin] | None = None) -> Check:
+    """The check of the task's rows. Args: kinds: receives what the loss tells apart, and where each kind is first."""
+    from megabatch.data.rows.contrast import contrast_of  # a dry run reads no data
     from megabatch.data.rows.kinds import READERS
-    from megabatch.data.rows.labels import label_of
 
     data, rows = recipe.data, "conversations" if recipe.kind is None else recipe.kind.rows
     read = READERS[rows]
     further = _FURTHER.get(rows)
     check_more = None if further is None else further(recipe)
-    classes = rows == "labelled" and problem_type(recipe) == "single_label_classification"
-    made_of = _made_of(data)
+    made_of, contrast = _made_of(data), contrast_of(recipe)
 
     def check(row: Row) -> None:
         for made in made_of(row):
             read(made, columns=data.columns, system=data.system)
             if check_more is not None:
                 check_more(made)
-            if labels is not None and rows == "judged":
-                for one in judged_of(made, columns=data.columns, system=data.system):
-                    labels.setdefault(one.label, made.origin)
-            if labels is not None and classes:
-                labels.setdefault(label_of(made, *_kind_of(recipe), columns=data.columns)["label"], made.origin)
+            if kinds is not None and contrast is not None:
+                for kind in contrast.kinds(made):
+                    kinds.setdefault(kind, made.origin)
 
     return check
 
@@ -64,13 +57,9 @@ def _made_of(data: Data) -> Callable[[Row], list[Row]]:
 def _label_check(recipe: Recipe) -> Check:
     from megabatch.data.rows.labels import label_of
 
-    kind, columns = _kind_of(recipe), recipe.data.columns
-    return lambda row: label_of(row, *kind, columns=columns)
-
-
-def _kind_of(recipe: Recipe) -> tuple[ProblemType, int]:
-    """Of a classifier: what its labels are, and how many there are."""
-    return resolved(problem_type(recipe)), resolved(recipe.training.num_labels)
+    labels, columns = resolved(recipe.training.num_labels), recipe.data.columns
+    kind: ProblemType = resolved(problem_type(recipe))
+    return lambda row: label_of(row, kind, labels, columns=columns)
 
 
 def _embedding_check(recipe: Recipe) -> Check:

@@ -59,6 +59,7 @@ def test_turns_are_rendered(folder: Path) -> None:
         ({"positive": "b"}, "has none of query, anchor, sentence1 or messages"),
         ({"query": "a"}, "has none of positive, sentence2 or positive_messages; it has 'query'"),
         ({"query": " ", "positive": "b"}, "query must be a text that is not empty"),
+        ({"query": "a", "positive": "b", "negatives": ["c", "b"]}, "one text is positive and negative"),
         (
             {"query": "a", "positive": "b", "negatives": ["c", 3]},
             "negatives must be a text that is not empty, not int 3",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Data, Embedding, Model, Recipe, Reranker, Rlhf, Training
+from megabatch import Batch, Data, Embedding, Model, Recipe, Reranker, Rlhf, Training
 from megabatch.entry.input_checks import damaged_inputs
 from megabatch.entry.model import FoundModel, find_model
 
@@ -133,18 +133,22 @@ def test_what_a_loss_needs_of_a_row_is_found_before_the_queue(
     assert (said or "") in faults and bool(faults) == bool(said)
 
 
-def test_rows_of_one_class_are_named(tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"text": f"row {i}", "label": 1}) + "\n" for i in range(20)))
-    recipe = Recipe(
-        name="x",
-        task="sft",
-        data=Data(dataset=[str(data)]),
-        training=Training(task_type="seq_cls", num_labels=2),
-    )
-    found = [str(fault) for fault in damaged_inputs(recipe, FoundModel(None, "none"))]
-    rule = "has label 1, as all rows have; a classifier needs at least two classes to tell apart"
-    assert f"data.dataset: {data}:1: {rule}" in found
-    with open(data, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"text": "other", "label": 0}) + "\n")
-    assert not any(rule in str(fault) for fault in damaged_inputs(recipe, FoundModel(None, "none")))
+def test_rows_of_one_kind(tmp_path: Path) -> None:
+    """Classes, and documents of a pointwise reranker."""
+    path = tmp_path / "rows.jsonl"
+    made = Recipe(name="x", task="sft", model=Model(model=str(tmp_path)), data=Data(dataset=[str(path)]))
+    made = replace(made, batch=Batch(global_batch_size=2))
+
+    def faults(training: Training, *rows: dict[str, Any]) -> list[str]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = replace(made, training=training, reranker=Reranker(loss_type="pointwise_reranker"))
+        found = map(str, damaged_inputs(recipe, FoundModel(None, "none")))
+        return [fault for fault in found if fault.startswith("data.")]
+
+    classes, documents = Training(task_type="seq_cls", num_labels=2), Training(task_type="reranker")
+    (found,) = faults(classes, {"text": "a", "label": 1}, {"text": "b", "label": 1})
+    assert found.startswith(f"data.dataset: {path}:1: has label 1, as all rows have; a classifier needs")
+    assert not faults(classes, {"text": "a", "label": 1}, {"text": "b", "label": 0})
+    (found,) = faults(documents, {"query": "a", "positive": "b"}, {"query": "c", "positive": "d"})
+    assert found.startswith(f"data.dataset: {path}:1: the query has no document that does not fit it")
+    assert not faults(documents, {"query": "a", "positive": "b"}, {"query": "c", "positive": "d", "negatives": ["e"]})

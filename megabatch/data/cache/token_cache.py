@@ -249,7 +249,7 @@ class TokenCache:
         """Logs the number of samples and tokens, and how many rows were dropped and why; warns if they are many."""
         learned = int(np.count_nonzero(self.weights))
         log.info("%d samples, %d tokens, %d trained on", len(self), len(self.ids), learned)
-        rows = len(self) + sum(self.dropped.values())
+        rows = len(self.items) - 1 + sum(self.dropped.values())
         first = self.meta.get("first", {})
 
         def beginning(reason: str) -> str:

@@ -43,9 +43,3 @@ def judged_of(row: Row, *, columns: Mapping[str, str] | None = None, system: str
     if label not in (True, False) or not isinstance(label, bool | int | float):
         raise DataError(f"{row.origin}: label must be true or false (1 or 0), not {short(label)}")
     return [Judged(conversation_of(replace(row, fields=fields), system=system), bool(label))]
-
-
-def one_label(label: bool) -> str:
-    """What is wrong with data in which every answer has this label."""
-    kind, other = ("good", "bad") if label else ("bad", "good")
-    return f"is a {kind} answer, as all are; the loss tells good from bad ones, so add {other} ones"

@@ -44,11 +44,6 @@ def label_of(
     return _named([float(number) for number in numbers], problem_type, num_labels)
 
 
-def one_class(label: float) -> str:
-    """What is wrong with data of single labels in which every row has this one."""
-    return f"has label {label:g}, as all rows have; a classifier needs at least two classes to tell apart"
-
-
 def _named(values: list[float], problem_type: ProblemType, num_labels: int) -> dict[str, float]:
     return dict(zip(label_columns(problem_type, num_labels), values, strict=True))
 

@@ -44,6 +44,8 @@ def ranked_of(row: Row, *, columns: Mapping[str, str] | None = None) -> Ranked:
         needed = "query, anchor, sentence1 or messages" if not anchors else "positive, sentence2 or positive_messages"
         has = ", ".join(map(repr, sorted(fields))) or "no field"
         raise DataError(f"{row.origin}: has none of {needed}; it has {has}, and data.columns renames")
+    if any(one in positives for one in negatives):
+        raise DataError(f"{row.origin}: one text is positive and negative; delete it from the negatives")
     return Ranked(anchors[0], positives, negatives, _label(row, fields))
 
 

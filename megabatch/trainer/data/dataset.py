@@ -15,6 +15,7 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
 from megabatch.data.schedule import Cursor, Interleaving, Schedule
 from megabatch.data.tokens.sample import CHANNEL
+from megabatch.data.whole_data import require_contrast
 from megabatch.trainer.data.batches import Ahead, Batches
 from megabatch.trainer.data.global_batch import Share
 from megabatch.trainer.engine import Engine
@@ -97,7 +98,9 @@ def open_tokens(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Call
     Args: `busy` is called whenever some hundred rows are tokenised. Raises: DataError.
     """
     paths = ranks.on_main(lambda: build_caches(run, source.tokenizer, on_chunk=busy))
-    return Tokens(*_with_common_channels(*open_caches(run, paths)))
+    tokens = Tokens(*_with_common_channels(*open_caches(run, paths)))
+    require_contrast(run, tokens.train)
+    return tokens
 
 
 def _with_common_channels(train: TokenCache, validation: TokenCache | None) -> tuple[TokenCache, TokenCache | None]:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from megabatch.config.rlhf import Kto as Group
 from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
-from megabatch.data.rows.judged import one_label
-from megabatch.errors import DataError
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.kto import Kto, KtoSettings
@@ -49,15 +47,10 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
 
 
 def _note_balance(data: TokenCache, group: Group) -> None:
-    """Logs the numbers of good and bad answers; warns if their weights are far from balanced.
-
-    Raises: DataError if there are only good ones, or only bad ones.
-    """
+    """Logs the numbers of good and bad answers; warns if their weights are far from balanced."""
     matched = data.columns["matched"] > 0
     good = int((data.columns["label"][matched] > 0).sum())
     bad = int(matched.sum()) - good
-    if not good or not bad:
-        raise DataError(f"{data.origin(0)}: {one_label(good > 0)}")
     ratio = group.desirable_weight * good / max(group.undesirable_weight * bad, 1e-20)
     logger.info("%s good and %s bad answers", f"{good:,}", f"{bad:,}")
     if not _LEAST <= ratio <= _MOST:
