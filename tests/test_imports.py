@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "megatron", "transformers", "numpy", "datasets", "submitit", "safetensors", "tokenizers")
 COMPUTING = (
     "cache", "tokens", "rows.sources", "rows.mixing", "schedule", "stream", "packing", "run_caches", "run_tokenizer",
-    "prepare", "reference_log_probs",
+    "prepare", "reference_log_probs", "whole_data",
 )  # fmt: skip
 """Of megabatch.data; they import numpy."""
 TENSORS = ("advantages", "corrections", "entropy", "rounds", "sequences", "surrogates")
