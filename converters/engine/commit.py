@@ -36,10 +36,9 @@ def commit(plan: Plan, staged: Staged, hashes: Mapping[int, str], *, world: int)
             carry_over(plan.auxiliary.folder, staged.files, skip=plan.auxiliary.replaced)
             for name, data in plan.auxiliary.replaced.items():
                 _write(staged.files / name, data)
-        small = {file.name: file.make() for file in plan.small}
-        for name, data in small.items():
-            _write(staged.files / name, data)
-        _write(staged.files / MANIFEST, manifest(plan, hashes, small))
+        for file in plan.small:
+            _write(staged.files / file.name, file.make())
+        _write(staged.files / MANIFEST, manifest(plan, hashes, staged.files))
         for folder in {path.parent for path in staged.files.rglob("*")}:
             sync_folder(folder)
         staged.note()

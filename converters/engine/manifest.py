@@ -17,11 +17,11 @@ DIGEST_BYTES = 16
 _VERSION = 1
 
 
-def manifest(plan: Plan, hashes: Mapping[int, str], small: Mapping[str, bytes]) -> bytes:
+def manifest(plan: Plan, hashes: Mapping[int, str], folder: Path) -> bytes:
     """Its text: every file that was made as consecutive ranges, one for each tensor.
 
-    A range is [name, offset, bytes, digest], the digest null where nothing was verified. `small` are the files
-    beside the tensors with their contents.
+    A range is [name, offset, bytes, digest], the digest null where nothing was verified. The files beside the
+    tensors are all others in `folder`, whose digests are always taken.
     """
     ranges: list[list[Any]] = [[] for _ in plan.files]
     for number, tensor in enumerate(plan.tensors):
@@ -34,8 +34,11 @@ def manifest(plan: Plan, hashes: Mapping[int, str], small: Mapping[str, bytes]) 
         file.name: {"size": file.size, "ranges": sorted(ranges[number], key=lambda entry: entry[1])}
         for number, file in enumerate(plan.files)
     }
-    for name, data in small.items():
-        files[name] = {"size": len(data), "ranges": [["all of it", 0, len(data), digest_of(data)]]}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in files and name != MANIFEST and not path.is_dir():
+            size = path.stat().st_size
+            files[name] = {"size": size, "ranges": [["all of it", 0, size, _digest_of_file(path)]]}
     made = {
         "version": _VERSION,
         "direction": plan.direction,
@@ -51,6 +54,11 @@ def manifest(plan: Plan, hashes: Mapping[int, str], small: Mapping[str, bytes]) 
 def digest_of(data: bytes) -> str:
     """BLAKE2b in hexadecimal."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
 
 
 def read_manifest(output: Path) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from megabatch.config.tuner import Tuner
 from megabatch.config.watching import Watching
 from megabatch.did_you_mean import did_you_mean
 from megabatch.errors import ConfigError, Fault
+from megabatch.hub_cache import is_hub_name
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.history import HF, is_checkpoint, named_by_best, newest_in
 from megabatch.tasks import TASKS, Task
@@ -194,7 +195,7 @@ def is_run(target: Path) -> bool:
 
 def require_target(target: Path) -> None:
     """Raises: ConfigError for a path that is nothing."""
-    if not target.exists() and target.suffix == ".py":
+    if not target.exists() and not is_hub_name(str(target)):
         raise ConfigError(f"{target} does not exist{did_you_mean(target)}")
     if target.is_dir() and not is_run(target) and not any((target / name).is_file() for name in (_CONFIG, _ADAPTER)):
         raise ConfigError(

@@ -175,7 +175,10 @@ def missing_or_resized(manifest: Manifest, names: Iterable[str]) -> Iterator[str
 
 
 def left_over(manifest: Manifest) -> Iterator[str]:
-    """Files that did not exist when it was saved, one line each."""
+    """Files in a run's checkpoint that did not exist when it was saved, one line each; people may add some to a model
+    that was converted."""
+    if manifest.algorithm != _OURS:
+        return
     for path in sorted(manifest.folder.rglob("*")):
         name = path.relative_to(manifest.folder).as_posix()
         if name not in manifest.files and name != MANIFEST and not path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_a_checkpoint_of_before(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (folder / "trainer.json").write_text("{}")
     assert main(["checkpoint", "verify", str(folder)]) == 0
     assert "not checked" in capsys.readouterr().out
+
+
+def test_a_converted_model_with_a_file_of_its_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = b"{}"
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    files = {"config.json": {"size": 2, "ranges": [["all of it", 0, 2, digest]]}}
+    (tmp_path / MANIFEST).write_text(json.dumps({"version": 1, "digest": "blake2b-128", "files": files}))
+    (tmp_path / "config.json").write_bytes(data)
+    (tmp_path / "notes.md").write_text("mine")
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: intact, 1 files, 2 bytes\n"
+    (tmp_path / "config.json").write_bytes(b"[]")
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
 
 
 def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

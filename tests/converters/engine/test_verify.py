@@ -161,3 +161,5 @@ def test_the_manifest_tiles_every_file_that_was_made(back: Path, verified: Path)
             starts = [offset for _, offset, _, _ in file["ranges"]]
             assert [*starts, file["size"]] == [0, *ends]
             assert file["size"] == (folder / name).stat().st_size
+        listed = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert listed == {"megabatch-manifest.json", *made["files"]}
