@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megabatch.errors import ConfigError
+from megabatch.errors import ConfigError, MegabatchError
 from megabatch.own_code import PACKAGE
 from megabatch.user_error import describe_error
 
@@ -74,14 +74,22 @@ def _is_a(kind: str, value: object, module: ModuleType) -> bool:
 def _module(file: Path) -> ModuleType:
     if not file.is_file():
         raise ConfigError(f"{file} does not exist; check the path")
-    spec = importlib.util.spec_from_file_location(f"megabatch_user_{file.stem}", file)
-    assert spec is not None and spec.loader is not None, "its name ends with .py"
+    return module_of(file, name=f"megabatch_user_{file.stem}")
+
+
+def module_of(file: Path, *, name: str) -> ModuleType:
+    """The module that a file makes, under this name. Raises: ConfigError with the line of what stops it."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{file} is not a Python file; its name must end with .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except MegabatchError:
+        raise
     except Exception as error:
         raise ConfigError(describe_error(error, file)) from error
     return module

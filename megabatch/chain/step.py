@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from megabatch.config.rules.check import check
 from megabatch.config.rules.roles import role_faults
 from megabatch.config.rules.secrets import no_secrets_in_words
 from megabatch.converters.request import ConversionRequest
-from megabatch.entry.launch import Launch, prepare
+from megabatch.entry.launch import Launch, plain_job, prepare
 from megabatch.entry.launch_checks import faults_here
 from megabatch.entry.model import FoundModel, find_model
 from megabatch.errors import ConfigError, Fault, LaunchError
@@ -127,21 +126,8 @@ class StepBuilder:
 
     def spec(self, resources: Resources) -> JobSpec:
         """A job with these resources that does not train."""
-        return JobSpec(
-            name=resources.job_name or f"{self.chain.name}-{self.step.name}",
-            run_directory=self.directory,
-            nodes=resources.nodes,
-            tasks_per_node=resources.ranks_per_node,
-            gpus_per_node=resources.gpus_per_node,
-            cpus_per_task=resources.cpus_per_task,
-            omp_num_threads=resources.omp_num_threads,
-            mem_gib=resources.mem_gib,
-            time=resources.time,
-            signal_delay_s=resources.signal_delay_s,
-            requeue=resources.requeue,
-            max_requeues_without_progress=resources.max_requeues_without_progress,
-            hang_timeout_s=0,
-            python=sys.executable,
+        return replace(
+            plain_job(resources, name=f"{self.chain.name}-{self.step.name}", folder=self.directory),
             working_directory=Path.cwd(),
             inputs=self._inputs(),
         )

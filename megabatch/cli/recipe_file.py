@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.unknown_field import unknown_field
 from megabatch.errors import ConfigError, MegabatchError
 from megabatch.sweep.declare import Sweep
+from megabatch.user_code import module_of
 from megabatch.user_error import describe_error, place_in
 
 
@@ -23,20 +22,7 @@ def loaded(path: Path) -> ModuleType:
         raise ConfigError(f"{path} is a folder; give the path of a recipe file in it")
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give the path of a recipe file")
-    spec = importlib.util.spec_from_file_location(f"megabatch_recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file; give the path of a recipe file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-    except MegabatchError:
-        raise
-    except Exception as error:
-        raise ConfigError(describe_error(error, path)) from error
-    return module
+    return module_of(path, name=f"megabatch_recipe_{path.stem}")
 
 
 def file_of(recipe: Callable[[], Recipe | Chain]) -> Path:

@@ -18,6 +18,7 @@ from megabatch.config.flags import Actions
 from megabatch.config.layout import layout_of
 from megabatch.config.monitoring import TRACKER_KEYS
 from megabatch.config.recipe import Recipe
+from megabatch.config.resources import Resources
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.run import RunConfig, resolve, run_json
@@ -117,12 +118,11 @@ def _has_invalid_values(recipe: Recipe) -> bool:
     return wrong_group or any(True for _ in invalid_fields(recipe))
 
 
-def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) -> JobSpec:
-    """The launcher's view of a run."""
-    resources = recipe.resources
+def plain_job(resources: Resources, *, name: str, folder: Path) -> JobSpec:
+    """A job with these resources; without more, one that does not train."""
     return JobSpec(
-        name=resources.job_name or recipe.name,
-        run_directory=directory.path,
+        name=resources.job_name or name,
+        run_directory=folder,
         nodes=resources.nodes,
         tasks_per_node=resources.ranks_per_node,
         gpus_per_node=resources.gpus_per_node,
@@ -132,11 +132,20 @@ def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) ->
         time=resources.time,
         signal_delay_s=resources.signal_delay_s,
         requeue=resources.requeue,
+        max_requeues_without_progress=resources.max_requeues_without_progress,
+        hang_timeout_s=0,
+        python=sys.executable,
+    )
+
+
+def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) -> JobSpec:
+    """The launcher's view of a run."""
+    resources = recipe.resources
+    return replace(
+        plain_job(resources, name=recipe.name, folder=directory.path),
         preflight=resources.preflight_level,
         max_bad_nodes=resources.max_bad_nodes,
-        max_requeues_without_progress=resources.max_requeues_without_progress,
         hang_timeout_s=60 * resources.hang_timeout_min,
-        python=sys.executable,
         snapshot=snapshot,
         inherit=_secrets_named(recipe),
         roles=tuple(recipe.roles),

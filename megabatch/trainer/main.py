@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from megabatch.config.run import RunConfig
 from megabatch.run_directory import ExitCode, RunDirectory
@@ -22,20 +24,37 @@ from megabatch.trainer.signals import StopSignal
 def main(arguments: list[str]) -> int:
     """Exit status of the rank; see `ExitCode`."""
     stop = StopSignal()
+
+    def work(run: RunConfig, activity: Activity) -> int:
+        from megabatch.trainer.loop import train
+
+        return train(run, stop, activity)
+
+    return as_rank(arguments, work, module="megabatch.trainer.main")
+
+
+def as_rank(arguments: list[str], work: Callable[[RunConfig, Activity], int], *, module: str) -> int:
+    """Does a rank's work on the run whose folder is the only argument; its exit status."""
     activity = Activity(_rank())
     activity.listen()
     if len(arguments) != 1:
-        print("usage: python -m megabatch.trainer.main RUN_DIR", file=sys.stderr)
+        print(f"usage: python -m {module} RUN_DIR", file=sys.stderr)
         return ExitCode.CONFIG
     try:
         run = RunConfig.load(RunDirectory(Path(arguments[0])).run_json)
         configure_logging(run)
         prepare_device(run)
-        from megabatch.trainer.loop import train
-
-        return train(run, stop, activity)
+        return work(run, activity)
     except Exception as e:
         return failures.report(e)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once: threads of gloo and of data workers must not hold up a rank that is done."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _rank() -> int:
@@ -67,8 +86,4 @@ def configure_logging(run: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    status = int(main(sys.argv[1:]))
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # threads of gloo and of data workers must not hold up a rank that is done
+    leave(int(main(sys.argv[1:])))
