@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     _of_generated(commands)
     _of_several(commands)
     _of_recipes(commands)
+    _of_proofs(commands)
     _of_servers(commands)
     return whole
 
@@ -156,6 +157,8 @@ def _of_recipes(commands: _Commands) -> None:
     )
     evaluate.add_argument("--output", type=Path, help="file to write (default: evaluation.json in the run, else here)")
 
+
+def _of_proofs(commands: _Commands) -> None:
     check = _command(
         commands,
         "check",

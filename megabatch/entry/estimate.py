@@ -82,10 +82,16 @@ def verdict_of(
     if crossing:
         reason = f"{crossing[0]} crosses nodes of {settings.gpus_per_node} GPUs"
     elif found.memory.total_gib > (limit := gpu_memory_gib or usable_gib(gpu)):
-        reason = f"{found.memory.total_gib:.1f} GiB > {round(limit, 1):g} GiB ({_largest(found.memory)})"
+        reason = f"{above(found.memory.total_gib, limit)} ({_largest(found.memory)})"
     else:
         reason = ""
     return Verdict(keep=not reason, reason=reason, estimate=found)
+
+
+def above(gib: float, limit_gib: float) -> str:
+    """`80.1 GiB > 71.2 GiB`, with as many digits as tell them apart."""
+    digits = next(digits for digits in range(1, 17) if round(gib, digits) > round(limit_gib, digits))
+    return f"{gib:.{digits}f} GiB > {round(limit_gib, digits):.12g} GiB"
 
 
 def _leaves_node(settings: Settings, name: str) -> bool:

@@ -16,9 +16,8 @@ SEARCHED_BYTES = 2**19
 """Bytes read at the end of each rank's log."""
 SCRIPT_BYTES = 2**24
 """Bytes read at the end of a batch log, which holds all attempts of its job."""
-BEGINNING = "megabatch: attempt {attempt} of job "
-"""Starts an attempt's part of the batch log."""
 _ANY_BEGINNING = re.compile(rb"^megabatch: attempt (\d+) of job ", re.MULTILINE)
+"""Starts an attempt's part of the batch log."""
 _ENDED = re.compile(r"^megabatch: (rank \d+ on \S+ failed first|no rank had a word)", re.MULTILINE)
 _ORDINARY = re.compile(
     r"[\d-]+ [\d:,]+ rank \d+ (INFO|DEBUG|WARNING) |(\(\S+ pid=\d+\) )?(INFO|DEBUG|WARNING) [\d-]+ [\d:]+ \["

@@ -27,7 +27,7 @@ from megabatch import (
 from megabatch.config.recipe import Recipe as RecipeType
 from megabatch.config.rules.check import check
 from megabatch.converters.families import family_of
-from megabatch.entry.estimate import estimate_of, gpu_of, optimizer_bytes, settings_of, verdict_of
+from megabatch.entry.estimate import above, estimate_of, gpu_of, optimizer_bytes, settings_of, verdict_of
 from megabatch.entry.layouts import judged_layouts, on_gpus, with_choice
 from megabatch.errors import ConfigError
 from megabatch.plan.gpus import GPUS
@@ -74,6 +74,18 @@ def test_the_memory_limit_can_be_given() -> None:
     needed = estimate_of(recipe, SHAPE, H100).memory.total_gib
     assert verdict_of(recipe, SHAPE, gpu=H100, gpu_memory_gib=needed + 0.1).keep
     assert not verdict_of(recipe, SHAPE, gpu=H100, gpu_memory_gib=needed - 0.1).keep
+
+
+@pytest.mark.parametrize(
+    ("gib", "limit", "said"),
+    [
+        (80.06, 71.19, "80.1 GiB > 71.2 GiB"),
+        (71.2306, 71.2125, "71.23 GiB > 71.21 GiB"),
+        (64.04, 64.0, "64.04 GiB > 64 GiB"),
+    ],
+)
+def test_memory_and_its_limit_are_told_apart(gib: float, limit: float, said: str) -> None:
+    assert above(gib, limit) == said
 
 
 def test_a_row_of_completions_has_their_prompt_once() -> None:
