@@ -14,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "lora"))
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from adapted import opened
@@ -57,13 +58,21 @@ def _opened(run_dirs: list[str], cache: str) -> Iterator[tuple[Any, Any, Path]]:
 
 
 def _texts(pack: Any) -> Iterator[tuple[Any, ...]]:
-    """(ids, whether each but the first is learned, columns) as numpy arrays and numbers."""
+    """(ids, whether each but the first is learned, columns) as numpy arrays and numbers; whole texts, of which a row
+    has shared tokens once."""
+    shared, ids = pack.shared, pack.ids_T.numpy()
     bounds = pack.cu_seqlens_padded[: pack.sequences + 1].tolist()
     lengths = pack.cu_seqlens.diff().tolist()
     for number, (start, _) in enumerate(pairwise(bounds)):
         stop = start + lengths[number]
         columns = {name: float(values[number]) for name, values in pack.columns.items()}
-        yield pack.ids_T[start:stop].numpy(), pack.weights_T[start : stop - 1].double().numpy(), columns
+        first, count = (0, 0) if shared is None else (int(shared.starts_S[number]), int(shared.counts_S[number]))
+        learned = pack.weights_T[start : stop - 1].double().numpy()
+        yield (
+            np.concatenate([ids[first : first + count], ids[start:stop]]),
+            np.concatenate([np.zeros(count), learned]),
+            columns,
+        )
 
 
 @dataclass(frozen=True)
