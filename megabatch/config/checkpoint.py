@@ -95,8 +95,8 @@ class Bridge:
     """Reference model's LoRA adapters; at most one."""
     merge_lora: bool | None = param(None)
     """Merges LoRA into the saved weights; None means yes for safetensors (and `to_hf`) and no for torch_dist."""
-    offload_bridge: bool = param(False, built=False)
-    """Keeps weights exported for the rollout engine in host memory."""
+    offload_bridge: bool = param(False, speed_only=True)
+    """Keeps weights exported for the rollout engine in host memory, where they always are here."""
 
     def __post_init__(self) -> None:
         freeze_lists(self)

@@ -200,10 +200,10 @@ class Rollout:
     the run stops; None means 1e-3 in float32 and 0.5 otherwise."""
     sleep_level: Literal[0, 1, 2] = param(0)
     """What the engine frees during training: nothing, its cache, or its weights too."""
-    offload_optimizer: bool = param(False, built=False)
-    """Moves optimizer state to host memory during generation."""
-    offload_model: bool = param(False, built=False)
-    """Moves the trained model to host memory during generation."""
+    offload_optimizer: bool = param(False)
+    """Moves optimizer state to host memory while engines inside the ranks generate."""
+    offload_model: bool = param(False)
+    """Moves the trained model to host memory, and frees its gradients, while engines inside the ranks generate."""
     move_model_batches: int | None = param(
         None,
         built=False,

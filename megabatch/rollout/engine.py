@@ -146,7 +146,10 @@ class RolloutEngine(Protocol):
         drops weights too, so that an update must follow `wake`; level 0 does nothing."""
         ...
 
-    def wake(self) -> None: ...
+    def wake(self, *, cache: bool = True) -> None:
+        """Args: cache: False for an update of the weights, before `wake` with True: what is not needed for that may
+        still sleep."""
+        ...
 
     def abort(self, keys: Collection[str]) -> None:
         """Ends these requests; they come back with what they have, as `aborted`."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
 from megabatch.config.second_layouts import Role, layout_of, parallel_of
 from megabatch.converters.adapters.adapter import Tables
@@ -27,6 +28,7 @@ from megabatch.trainer.model_source import ModelSource, base_of_adapter
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.references import Following, PolicyWith, add_adapter, with_policy
+from megabatch.trainer.stowage import Stowage
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,23 @@ def build_engine(
             overlap_param_gather=parallel.overlap_param_gather,
         )
     models, adapters = with_policy(frozen or {}, model, ranks, family)
-    return Engine(model, ranks, optimizer=optimizer, frozen=models, adapters=adapters, following=following)
+    stowage = None if optimizer is None else _stowage(recipe, model, optimizer, ranks)
+    return Engine(
+        model, ranks, optimizer=optimizer, frozen=models, adapters=adapters, following=following, stowage=stowage
+    )
+
+
+def _stowage(recipe: Recipe, model: Model, optimizer: Optimizer, ranks: Ranks) -> Stowage | None:
+    rollout = recipe.rollout
+    if not (rollout.offload_model or rollout.offload_optimizer):
+        return None
+    return Stowage(
+        model,
+        optimizer,
+        device=ranks.device,
+        moves_model=rollout.offload_model,
+        moves_optimizer=rollout.offload_optimizer,
+    )
 
 
 def frozen_model(run: RunConfig, ranks: Ranks, source: ModelSource, *, adapter: Path | None = None) -> Model:

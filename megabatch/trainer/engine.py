@@ -38,6 +38,7 @@ from megabatch.trainer.readouts.broadcast import on_all_ranks
 from megabatch.trainer.readouts.readout import Readout, Split
 from megabatch.trainer.references import Following, blend, copy_adapter
 from megabatch.trainer.stopwatch import Stopwatch
+from megabatch.trainer.stowage import Stowage
 from megabatch.trainer.sums import NONE, Flags, Measured, Ratio, Sums
 from megabatch.trainer.zigzag import Cut, zigzag
 
@@ -83,9 +84,11 @@ class Engine:
         frozen: Mapping[str, Model] | None = None,
         adapters: Mapping[str, str | None] | None = None,
         following: Mapping[str, Following] | None = None,
+        stowage: Stowage | None = None,
     ) -> None:
         """Args: `frozen`: more models by name, such as a reference, without gradients; adapters: which of its adapters
-        each of these uses, if not the one that it always has; following: which of them follow the policy.
+        each of these uses, if not the one that it always has; following: which of them follow the policy; stowage:
+        what leaves the device while engines generate.
 
         Models may be split otherwise than `ranks` (`Model.ranks`), but not one that is trained or followed.
         """
@@ -95,6 +98,7 @@ class Engine:
         self.models = {POLICY: model, **(frozen or {})}
         self._adapters = adapters or {}
         self.following = following or {}
+        self._stowage = stowage
         self._splits = {name: _split(one) for name, one in self.models.items()}
         self._others = {
             name: OtherLayout(ranks, one.ranks) for name, one in self.models.items() if one.ranks is not ranks
@@ -162,6 +166,17 @@ class Engine:
             else:
                 blend(self.models[name], self.model, following.alpha)
             logger.info("after step %d, %s takes %g of the policy", steps, name, following.alpha)
+
+    def leave_device(self) -> None:
+        """Makes room for engines that generate, where the run says so: until `return_to_device`, nothing may use the
+        model or the optimizer. Collective, as `Model.chunks`."""
+        if self._stowage is not None:
+            self._stowage.leave()
+
+    def return_to_device(self) -> None:
+        """Does nothing where they are there."""
+        if self._stowage is not None:
+            self._stowage.come_back()
 
     def optimizer_from_model(self) -> None:
         """Copies the model's weights into the optimizer's main parameters, after loading weights."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,13 @@ class Offload:
     only `to_host` waits, and only if it copies. On a CPU the class works too, and saves nothing: callers leave it out.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], *, constant: bool = False) -> None:
-        """Args: tensors: on their device now; constant: whether their values never change, so that one copy is made
-        and kept; otherwise the host's memory is given back while they are on the device."""
-        self._constant = constant
+    def __init__(
+        self, tensors: Iterable[Tensor], *, values: Literal["changing", "constant", "dropped"] = "changing"
+    ) -> None:
+        """Args: tensors: on their device now; values: constant if they never change, so that one copy is made and
+        kept, otherwise the host's memory is given back while they are on the device; dropped if nobody needs them:
+        nothing is copied, and zeros come back."""
+        self._values = values
         self._stored: list[_Stored] = []
         self.is_away = False
         seen = set()
@@ -58,8 +62,8 @@ class Offload:
         if self.is_away:
             return
         waits = False
-        for one in self._stored:
-            if one.copy is None or not self._constant:
+        for one in self._stored if self._values != "dropped" else ():
+            if one.copy is None or self._values != "constant":
                 found = one.bytes()
                 if one.copy is None:
                     one.copy = torch.empty(one.size, dtype=torch.uint8, pin_memory=found.is_cuda)
@@ -77,9 +81,11 @@ class Offload:
             return
         for one in self._stored:
             one.storage.resize_(one.size)
-            assert one.copy is not None, "to_host made it"
-            one.bytes().copy_(one.copy, non_blocking=True)
-        if not self._constant:
+            if one.copy is None:
+                one.bytes().zero_()
+            else:
+                one.bytes().copy_(one.copy, non_blocking=True)
+        if self._values == "changing":
             if any(one.storage.is_cuda for one in self._stored):
                 torch.cuda.current_stream().synchronize()
             for one in self._stored:

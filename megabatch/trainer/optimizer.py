@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -116,6 +117,15 @@ class Optimizer:
     def inner(self) -> list[Any]:
         """megatron-core's optimizers: one for dense parameters and, for an MoE model, one for experts."""
         return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Main parameters and state, also those that are parts of the model's parameters; no single numbers."""
+        for inner in self.inner:
+            for group in [] if inner.optimizer is None else inner.optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield parameter
+                    found = inner.optimizer.state.get(parameter, {}).values()
+                    yield from (one for one in found if isinstance(one, torch.Tensor) and one.dim())
 
     @property
     def state_names(self) -> tuple[str, ...]:

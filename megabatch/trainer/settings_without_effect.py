@@ -41,6 +41,7 @@ NEVER = {
     "no_initialization": "weights are loaded or drawn tensor by tensor and never initialised twice",
     "packing_num_proc": "packs are made in one pass over the lengths, and never depend on a number of processes",
     "mlp_padding_free": "rows have padding only where padding_free=False asks for it, and every layer computes it",
+    "offload_bridge": "weights for rollout engines always leave the device tensor by tensor, in buckets on the host",
     "lazy_tokenize": "samples are tokenized once, into a cache, before the first step",
     "no_data_sharding": "rows are always shuffled over the whole dataset, independently of the layout",
     "use_cpu_initialization": "weights are always read, or drawn, on the CPU and copied to the device",

@@ -16,7 +16,7 @@ def test_the_device_has_the_memory_while_weights_are_away(constant: bool) -> Non
     layer = nn.Linear(4096, 4096, device="cuda").requires_grad_(False)
     inputs = torch.randn(8, 4096, device="cuda")
     expected, full = layer(inputs), torch.cuda.memory_allocated()
-    offload = Offload(tensors_of([layer]), constant=constant)
+    offload = Offload(tensors_of([layer]), values="constant" if constant else "changing")
     for _ in range(3):
         offload.to_host()
         assert torch.cuda.memory_allocated() <= full - offload.bytes

@@ -35,6 +35,15 @@ def test_weights_come_back_and_stay_tied() -> None:
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
+def test_values_that_nobody_needs_come_back_as_zeros() -> None:
+    buffer = torch.ones(4)
+    offload = Offload([buffer[2:]], values="dropped")
+    offload.to_host()
+    assert buffer.untyped_storage().nbytes() == 0
+    offload.to_device()
+    assert torch.equal(buffer, torch.zeros(4))
+
+
 def test_views_of_one_buffer_travel_once() -> None:
     buffer = torch.arange(12.0)
     first, second = buffer[:8].view(2, 4), buffer[8:]
@@ -48,7 +57,7 @@ def test_views_of_one_buffer_travel_once() -> None:
 
 def test_a_context_leaves_them_where_they_were() -> None:
     weight = torch.ones(3)
-    offload = Offload([weight], constant=True)
+    offload = Offload([weight], values="constant")
     with offload.on_device():
         assert weight.sum() == 3
     assert not offload.is_away

@@ -135,7 +135,10 @@ def a_teacher_knows_as_many(recipe: Recipe, shape: ModelShape | None, layout: La
         yield Fault("gkd.gkd_logits_topk", topk, f"must be at most the vocabulary of {shape.vocab_size}", try_=(64,))
 
 
-_OF_WRITERS = ("max_completion_length", "top_p", "top_k", "repetition_penalty", "sleep_level", "vllm_mode")
+_OF_WRITERS = (
+    "max_completion_length", "top_p", "top_k", "repetition_penalty", "sleep_level", "vllm_mode", "offload_model",
+    "offload_optimizer",
+)  # fmt: skip
 """Settings of generation that distillation reads where a model writes answers."""
 
 

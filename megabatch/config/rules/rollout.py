@@ -181,7 +181,17 @@ def adapters_fit_the_engine(recipe: Recipe, shape: ModelShape | None, layout: La
         yield Fault("tuner.lora_rank", tuner.lora_rank, rule, try_=(ADAPTER_RANKS[-1],))
 
 
+def the_trainer_makes_room(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """For engines on its own devices."""
+    if recipe.rollout.vllm_mode == "server":
+        for name in ("offload_model", "offload_optimizer"):
+            if getattr(recipe.rollout, name):
+                rule = "has no effect with vllm_mode='server', whose engines do not share the trainer's devices"
+                yield Fault(f"rollout.{name}", True, rule, try_=(False,))
+
+
 RULES = (
+    the_trainer_makes_room,
     one_engine_is_named,
     servers_can_be_found,
     generating_ahead_is_possible,

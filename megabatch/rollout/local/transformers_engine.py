@@ -133,7 +133,7 @@ class TransformersEngine:
                     tensor.untyped_storage().resize_(0)
             self._asleep = level
 
-    def wake(self) -> None:
+    def wake(self, *, cache: bool = True) -> None:
         with self._work:
             for tensor in self._tensors.values():
                 if self._asleep >= 2:

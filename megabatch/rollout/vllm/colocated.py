@@ -37,7 +37,8 @@ class Colocated:
         check_installed()
         self._options, self._on_cpus = options, device.type == "cpu"
         self._sleeps = sleeps and not self._on_cpus
-        self._asleep = False
+        self._asleep: list[str] = []
+        """vLLM's names of its parts that sleep."""
         with self._inside("vLLM does not start"):
             _prepare(on_cpus=self._on_cpus)
             from vllm import LLM
@@ -165,15 +166,15 @@ class Colocated:
             return
         with self._inside("vLLM does not sleep"):
             self._llm.sleep(level)
-        self._asleep = True
+        self._asleep = ["weights", "kv_cache"]
         if level >= 2:
             self._version, self._has_base = None, False
 
-    def wake(self) -> None:
-        if self._asleep:
+    def wake(self, *, cache: bool = True) -> None:
+        for part in [one for one in self._asleep if cache or one != "kv_cache"]:
             with self._inside("vLLM does not wake"):
-                self._llm.wake_up()
-            self._asleep = False
+                self._llm.wake_up(tags=[part])
+            self._asleep.remove(part)
 
     def abort(self, keys: Collection[str]) -> None:
         """From another thread, while this one generates. Raises: RolloutError where ranks share the engine: they could

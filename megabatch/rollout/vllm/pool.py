@@ -126,8 +126,8 @@ class Pool:
     def sleep(self, level: int) -> None:
         self._on_each(lambda server: server.sleep(level))
 
-    def wake(self) -> None:
-        self._on_each(Server.wake)
+    def wake(self, *, cache: bool = True) -> None:
+        self._on_each(lambda server: server.wake(cache=cache))
 
     def abort(self, keys: Collection[str]) -> None:
         self._on_each(lambda server: server.abort(keys))

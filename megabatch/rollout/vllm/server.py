@@ -210,7 +210,7 @@ class Server:
             if level >= 2:
                 self._version = None
 
-    def wake(self) -> None:
+    def wake(self, *, cache: bool = True) -> None:
         self.wait()
         if self.client.get("/is_sleeping")["is_sleeping"]:
             self.client.post("/wake_up")

@@ -100,10 +100,10 @@ class Generator:
             self.busy()
 
     def rest(self) -> None:
-        """Frees what `sleep_level` says, until the next update; what was begun goes on."""
+        """Frees what `sleep_level` says, until the next update, and the trainer may train; what was begun goes on."""
         self.rollouts.go_on()
+        self.rollouts.rest(self.sleep_level)
         if self.sleep_level:
-            self.rollouts.rest(self.sleep_level)
             self.policy.given = None
 
     def begin(self, drawn: Sequence[Prompt], *, each: int, name: str) -> None:

@@ -139,7 +139,7 @@ class WrittenSteps(Steps):
         started = time.perf_counter()
         self._answers = self._answered(engines, before, number + 1)
         metrics["generate_s"] = Ratio(time.perf_counter() - started, 1.0)
-        if writer == "student" and writing.sleep_level:
+        if writer == "student":
             engines.rest(writing.sleep_level)
         if self.ledger is not None:
             self.ledger.write(number + 1, [self._record(one, writer) for one in self._answers])

@@ -83,13 +83,15 @@ class Rollouts:
         """The newest update, for servers that lose it."""
 
     def update(self, engine: Engine, version: int) -> Mapping[str, Ratio]:
-        """Gives the policy to the engines, and proves that they compute what it computes.
+        """Gives the policy to the engines, and proves that they compute what it computes. Then the trainer has made
+        room for them (`Engine.leave_device`), until `rest`.
 
         Returns: metrics. Raises: RolloutError on every rank, naming the tensors that differ where engines can tell.
         """
         start, self._last = time.monotonic(), (engine, version)
         self.hold()
-        self._ranks.each(self._wake)
+        engine.return_to_device()
+        self._ranks.each(lambda: self._wake(cache=False))
         self._send(engine, version)
         sent_s = time.monotonic() - start
         found = self._proof(engine)
@@ -183,17 +185,21 @@ class Rollouts:
         return {one.key: one for some, _ in everyones for one in some}, lost
 
     def rest(self, level: int) -> None:
-        """Frees memory until the next update (`RolloutEngine.sleep`)."""
-        self._ranks.each(lambda: self._mine.sleep(level) if self._mine is not None else None)
+        """Frees memory until the next update (`RolloutEngine.sleep`), if not at level 0; then the trainer takes its
+        own again."""
+        if level:
+            self._ranks.each(lambda: self._mine.sleep(level) if self._mine is not None else None)
+        if self._last is not None:
+            self._last[0].return_to_device()
 
     def close(self) -> None:
         self.hold()
         if self._mine is not None:
             self._mine.close()
 
-    def _wake(self) -> None:
+    def _wake(self, *, cache: bool) -> None:
         if self._mine is not None:
-            self._mine.wake()
+            self._mine.wake(cache=cache)
 
     def _send(self, engine: Engine, version: int) -> None:
         adapters = self._adapters
@@ -244,6 +250,8 @@ class Rollouts:
         """The worst agreement of any engine, and the mean over engines."""
         sequences = fixed_sequences(engine.model.shape.vocab_size, positions=self._positions)
         expected = trainers_scores(engine, sequences, self._share)
+        engine.leave_device()
+        self._ranks.each(lambda: self._wake(cache=True))
         members = [] if self._mine is None else self._mine.members()
         mine = self._ranks.each(lambda: [agreement(expected, one.score(sequences)) for one in members])
         found = [one for some in self._everyones(mine) for one in some]
@@ -252,6 +260,7 @@ class Rollouts:
     def _disagreement(self, engine: Engine, version: int, found: Agreement) -> str:
         names: dict[str, None] = {}
         can_tell = True
+        engine.return_to_device()
         for bucket in self._buckets(engine):
             differing = self._mine.differing(bucket) if self._mine is not None else []
             can_tell = can_tell and differing is not None

@@ -56,6 +56,8 @@ CASES = [
      {**rollout(**SERVER, async_generate=True), "grpo": {"loss_type": "real"}},
      {**rollout(**SERVER, async_generate=True), "grpo": {"loss_type": "grpo"}},
      "grpo.loss_type", ["no importance ratio", "stale completions"]),
+    (rules.the_trainer_makes_room, "dense", rollout(**SERVER, offload_model=True), rollout(offload_model=True),
+     "rollout.offload_model", ["do not share the trainer's devices", "try False"]),
     (rules.vllm_computes_these_heads, "dense", {**rollout(**SERVER), "model": {"kv_channels": 12}},
      {**rollout(**SERVER), "model": {"kv_channels": 16}}, "model.kv_channels", ["try 8 or 16"]),
     (rules.vllm_computes_these_heads, "dense",

@@ -49,7 +49,11 @@ def colocated(folder: Path) -> Any:
 
 
 def test_a_run_resumes_bit_for_bit(ranks_with_vllm: RankServer, tmp_path: Path) -> None:
-    whole, cut = (write_run(colocated(tmp_path), tmp_path / name) for name in ("whole", "cut"))
+    """Also one whose trainer moves to host memory while vLLM generates."""
+    made = colocated(tmp_path)
+    whole = write_run(made, tmp_path / "whole")
+    moves = replace(made.rollout, offload_model=True, offload_optimizer=True)
+    cut = write_run(replace(made, rollout=moves), tmp_path / "cut")
     run = ranks_with_vllm.run
     assert run(train, world_size=2, run_dir=str(whole)) == [0, 0]
     assert run(train, world_size=2, run_dir=str(cut), stop_after=1) == [75, 75]

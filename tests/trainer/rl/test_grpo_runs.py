@@ -124,7 +124,9 @@ def test_rounds_are_kept_while_steps_are_left(alone: Path) -> None:
 
 
 def test_a_run_stopped_within_a_round_goes_on_with_its_completions(ranks: RankServer, alone: Path) -> None:
-    run = write_run(grpo_recipe(alone.parent), alone.parent / "cut")
+    made = grpo_recipe(alone.parent)
+    made = replace(made, rollout=replace(made.rollout, offload_model=True, offload_optimizer=True, sleep_level=2))
+    run = write_run(made, alone.parent / "cut")
     assert ranks.run(train, world_size=1, run_dir=str(run), stop_after=3) == [75]
     assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
     assert curve(run) == curve(alone)
