@@ -45,6 +45,7 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
         *_user_code("rollout.multi_turn_scheduler", environments, environment_of, same_python=same_python),
         *(_tracker(recipe.logging.report_to) if same_python else []),
         *(_vllm(recipe) if same_python else []),
+        *([] if local else _engines(launch)),
         *([] if local else _secrets_of(files_to_archive(user_code(recipe)).values())),
     ]
     return found + (missing_gpus(recipe) if local else [*unmounted(launch), *_untrainable(launch.profile)])
@@ -82,6 +83,18 @@ def _vllm(recipe: Recipe) -> list[Fault]:
     except RolloutError as error:
         return [Fault("rollout.vllm_mode", "colocate", f"needs vLLM beside the trainer: {error}")]
     return []
+
+
+def _engines(launch: Launch) -> list[Fault]:
+    """Engines inside the ranks that cannot fit beside the trainer, on GPUs that the cluster profile names."""
+    gpu, shape = launch.profile.gpu, launch.model.shape
+    if gpu is None or shape is None or not launch.job.gpus_per_node or launch.faults():
+        return []
+    from megabatch.entry import engine_memory
+    from megabatch.entry.estimate import estimate_of, gpu_of
+
+    kind = gpu_of(gpu)
+    return list(engine_memory.faults(launch.recipe, shape, estimate_of(launch.recipe, shape, kind), kind))
 
 
 def _secrets_of(files: Collection[Path]) -> list[Fault]:

@@ -6,6 +6,7 @@ group; the ranks that own tensors write their own files in parallel.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -187,5 +188,9 @@ def _gather(tensor: Tensor, mapped: Mapped, rank: int, size: int, ranks: Ranks) 
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    """On a CPU the tensor's own memory. A view of numpy's would keep its storage from ever being freed for a while
+    (`trainer.offload`)."""
+    found = tensor.detach().cpu().contiguous()
+    array = (ctypes.c_ubyte * found.nbytes).from_address(found.data_ptr())
+    array.keeps_alive = found
+    return memoryview(array).cast("B")
