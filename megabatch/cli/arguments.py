@@ -178,7 +178,9 @@ def _of_proofs(commands: _Commands) -> None:
         epilog=_FLAGS_TOO,
     )
     rehearse.add_argument("recipe", type=Path, metavar="RECIPE.py")
-    rehearse.add_argument("--steps", type=int, default=20, help="steps of the rehearsal (default: %(default)s)")
+    rehearse.add_argument(
+        "--steps", type=int, default=20, help="steps of the rehearsal, at least 12 (default: %(default)s)"
+    )
     rehearse.add_argument(
         "--faults_seed",
         type=int,

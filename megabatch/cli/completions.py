@@ -102,7 +102,7 @@ def _text(step: int, record: Record, asked: Asked) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value + 0.0:.4g}"  # -0.0 + 0.0 is 0.0
 
 
 def _indented(label: str, text: str, *, full: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def test_tokens_from_files(tmp_path: Path) -> None:
 
 
 def test_faults_are_named(tokenizer_folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "words.txt").write_text("<a> <b>\n")
     (tmp_path / "latin.txt").write_bytes("<ä>".encode("latin-1"))
@@ -114,6 +116,7 @@ def test_faults_are_named(tokenizer_folder: Path, tmp_path: Path) -> None:
         (str(tmp_path / "empty.txt"),): "empty.txt is empty; give a file with one token per line",
         (str(tmp_path / "words.txt"),): "'<a> <b>' is no token: it must have characters, and no white space",
         (str(tmp_path / "none.txt"),): "none.txt cannot be read (No such file or directory)",
+        (str(tmp_path / "pipe.txt"),): "pipe.txt is not a regular file; give one with one token per line",
         (str(tmp_path / "latin.txt"),): "latin.txt is not UTF-8 text",
     }.items():
         with pytest.raises(DataError) as error:

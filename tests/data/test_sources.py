@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -259,3 +260,9 @@ def test_fingerprint_follows_the_content(write_jsonl: Write, tmp_path: Path) -> 
     ]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+def test_a_pipe_is_no_dataset(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"rows\.jsonl is a pipe, a socket or a device; write its rows to a regular"):
+        resolve([str(tmp_path / "rows.jsonl")])

@@ -83,6 +83,8 @@ def local_files(name: DatasetName) -> list[Path]:
         return _files_in(path)
     if not files.is_readable(path):
         raise DataError(f"dataset {path} is not a {files.READABLE} file; convert or rename it")
+    if not path.is_file():
+        raise DataError(f"dataset {path} is a pipe, a socket or a device; write its rows to a regular file")
     return [path]
 
 

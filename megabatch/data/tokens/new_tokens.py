@@ -39,6 +39,8 @@ def listed(given: Sequence[str]) -> tuple[str, ...]:
 
 def _in_file(text: str) -> list[str]:
     path = Path(text).expanduser()
+    if path.exists() and not path.is_file():
+        raise DataError(f"{FIELD}: {path} is not a regular file; give one with one token per line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as e:
