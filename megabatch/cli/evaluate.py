@@ -41,10 +41,8 @@ def evaluate_target(target: Path, flags: Sequence[str], options: EvaluateOptions
     output = (options.output or _default_output(target)).absolute()
     require_torch()
     folder = Path(tempfile.mkdtemp(prefix=".evaluation-", dir=_made(output.parent)))
-    launch = prepare(recipe, Actions(local=True, run_dir=str(folder)), recipe_file=target.absolute())
     try:
-        _require_faultless(launch)
-        launch.config(provenance={"evaluation": str(target)}).save(launch.directory.run_json)
+        launch = prepared(recipe, folder, target=target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -59,6 +57,14 @@ def evaluate_target(target: Path, flags: Sequence[str], options: EvaluateOptions
     shutil.rmtree(folder, ignore_errors=True)
     print(_shown(json.loads(output.read_text(encoding="utf-8")), output))
     return code
+
+
+def prepared(recipe: Recipe, folder: Path, *, target: Path) -> Launch:
+    """The evaluation as a run in this folder, with its run.json. Raises: MegabatchError with every fault."""
+    launch = prepare(recipe, Actions(local=True, run_dir=str(folder)), recipe_file=target.absolute())
+    _require_faultless(launch)
+    launch.config(provenance={"evaluation": str(target)}).save(launch.directory.run_json)
+    return launch
 
 
 def _recipe(target: Path, options: EvaluateOptions) -> Recipe:

@@ -135,7 +135,7 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
         training=replace(
             training,
             calculate_per_token_loss=task.calculate_per_token_loss if per_token is None else per_token,
-            problem_type=problem_type(recipe),
+            problem_type=problem_type(recipe) if training.num_labels else None,
         ),
         learning_rate=replace(recipe.learning_rate, lr=peak_lr(recipe)),
         parallel=_derived_parallel(recipe),

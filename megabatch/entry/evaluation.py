@@ -11,7 +11,7 @@ from megabatch.config.checkpoint import Checkpoint
 from megabatch.config.data import Data
 from megabatch.config.flags import Actions, parse
 from megabatch.config.model import Model
-from megabatch.config.optimization import LearningRate, Precision
+from megabatch.config.optimization import LearningRate
 from megabatch.config.parallel import Parallel
 from megabatch.config.recipe import Recipe
 from megabatch.config.resources import Resources
@@ -47,21 +47,12 @@ def trained_recipe(target: Path, *, checkpoint: str | None) -> Recipe:
 
 
 def _as_declared(run: RunConfig) -> Recipe:
-    """A run's recipe without the values that were derived for it, some of which no recipe may declare."""
-    recipe, task = run.recipe, run.task
-    training, data = recipe.training, recipe.data
-    per_token = training.calculate_per_token_loss
+    """A run's recipe without values that only repeat others: flags may change those."""
+    recipe = run.recipe
     return replace(
         recipe,
-        precision=Precision(),
-        training=replace(
-            training,
-            calculate_per_token_loss=None if per_token == task.calculate_per_token_loss else per_token,
-            problem_type=training.problem_type if training.num_labels else None,
-        ),
-        data=replace(
-            data, loss_scale=None if data.loss_scale == task.loss_scale else data.loss_scale, seq_length=None
-        ),
+        precision=replace(recipe.precision, fp16=None, bf16=None),
+        data=replace(recipe.data, seq_length=None),
     )
 
 

@@ -13,6 +13,7 @@ from megabatch.chain.declare import Chain
 from megabatch.cli.recipe_command import run
 from megabatch.cli.recipe_file import load_declared, load_recipe
 from megabatch.config.flags import parse
+from megabatch.config.run import RunConfig, resolve
 from megabatch.entry.launch import Launch, prepare
 from megabatch.slurm.render import render
 from megabatch.sweep.declare import Sweep
@@ -50,6 +51,13 @@ def test_run_json(launch: Launch, tmp_path: Path) -> None:
     written = tmp_path / "run.json"
     launch.config(provenance={}).save(written)
     _compare(GOLDENS / f"{launch.recipe_file.stem}.json", written.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_json_resolves_to_itself(name: str) -> None:
+    """What was derived is no fault, and nothing else follows from it."""
+    run = RunConfig.load(GOLDENS / f"{name}.json")
+    assert resolve(run.recipe, shape=run.shape, run_dir=Path(run.run_dir), provenance={}) == run
 
 
 @pytest.mark.parametrize("launch", NAMES, indirect=True, ids=NAMES)

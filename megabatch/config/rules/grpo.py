@@ -134,7 +134,7 @@ def completions_decide_the_rows(recipe: Recipe, shape: ModelShape | None, layout
         if getattr(recipe.data, name):
             rule = "has no effect: how long a sample is, its completion decides"
             yield Fault(f"data.{name}", True, rule, try_=(False,))
-    if recipe.data.loss_scale is not None:
+    if recipe.kind is not None and recipe.data.loss_scale not in (None, recipe.kind.loss_scale):
         rule = "has no effect: nothing of a prompt is learned"
         yield Fault("data.loss_scale", recipe.data.loss_scale, rule, try_=(None,))
     if not _has_rewards(recipe) and recipe.gkd.teacher_model is None:

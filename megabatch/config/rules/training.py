@@ -326,8 +326,8 @@ def scores_are_of_samples(recipe: Recipe, shape: ModelShape | None, layout: Layo
     why = f"concerns the loss of tokens, and {kind.name} has one loss for each {one}"
     if training.calculate_per_token_loss:
         yield Fault("training.calculate_per_token_loss", True, why, try_=(False,))
-    if recipe.data.loss_scale is not None:
-        yield Fault("data.loss_scale", recipe.data.loss_scale, why)
+    if recipe.data.loss_scale not in (None, kind.loss_scale):
+        yield Fault("data.loss_scale", recipe.data.loss_scale, why, try_=(None,))
     for name in ("enable_dft_loss", "enable_channel_loss"):
         if getattr(training, name):
             yield Fault(f"training.{name}", True, why, try_=(False,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megabatch.config.heads import problem_type
 from megabatch.config.run import RunConfig
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.trainer.model_source import ModelSource
@@ -35,7 +36,7 @@ def classifier_config(run: RunConfig, source: ModelSource, config: dict[str, Any
 def _kind(run: RunConfig) -> dict[str, Any]:
     if run.task.rows == "steps":
         return {"step_separator": run.recipe.prm.step_separator}
-    return {"problem_type": run.recipe.training.problem_type}
+    return {"problem_type": problem_type(run.recipe)}
 
 
 def _padding(source: ModelSource, config: dict[str, Any]) -> int | None:
