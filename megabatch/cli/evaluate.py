@@ -15,6 +15,7 @@ from typing import Any, cast
 from megabatch.cli.recipe_file import as_declared, load_recipe
 from megabatch.config.flags import Actions
 from megabatch.config.recipe import Recipe
+from megabatch.config.run import EVALUATION
 from megabatch.entry import evaluation
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.launch_checks import faults_here, require_torch
@@ -63,7 +64,7 @@ def prepared(recipe: Recipe, folder: Path, *, target: Path) -> Launch:
     """The evaluation as a run in this folder, with its run.json. Raises: MegabatchError with every fault."""
     launch = prepare(recipe, Actions(local=True, run_dir=str(folder)), recipe_file=target.absolute())
     _require_faultless(launch)
-    launch.config(provenance={"evaluation": str(target)}).save(launch.directory.run_json)
+    launch.config(provenance={EVALUATION: str(target)}).save(launch.directory.run_json)
     return launch
 
 
@@ -100,7 +101,7 @@ def _require_faultless(launch: Launch) -> None:
     faults = launch.faults()
     if launch.model.fault is not None:
         faults.append(launch.model.fault)
-    if faults := faults or faults_here(launch, local=True):
+    if faults := faults or faults_here(launch, local=True, trains=False):
         raise ConfigError(faults)
 
 

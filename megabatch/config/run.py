@@ -32,6 +32,8 @@ from megabatch.tasks import Task
 
 SCHEMA_VERSION = 1
 """Raised whenever an older run.json could no longer be read, or would mean something else."""
+EVALUATION = "evaluation"
+"""In the provenance of an evaluation: what is evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,11 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Writes it as JSON, atomically."""
         write_atomic(path, _json(self))
+
+    @property
+    def only_evaluates(self) -> bool:
+        """Whether it takes no step, so that its data need not be fit to train on."""
+        return EVALUATION in self.provenance
 
     @property
     def task(self) -> Task:

@@ -9,6 +9,7 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.rows.contrast import contrast_of
 from megabatch.data.rows.ranked import NOTHING_TO_COMPARE
 from megabatch.data.tokens.candidates import FITS
+from megabatch.data.tokens.steps import RIGHT
 from megabatch.errors import DataError
 
 
@@ -19,13 +20,15 @@ def require_contrast(run: RunConfig, data: TokenCache) -> None:
     if contrast is None:
         return
     kinds = np.unique(_kinds(data))
-    if len(kinds) == 1:
+    if len(kinds) == 1 and not run.only_evaluates:
         raise DataError(f"{data.origin(0)}: {contrast.lacking(int(kinds[0]))}{_dropped(data)}")
     if FITS in data.columns and run.recipe.reranker.loss_type == "listwise_reranker":
         _require_documents(data)
 
 
 def _kinds(data: TokenCache) -> np.ndarray:
+    if RIGHT in data.token_columns:
+        return data.token_columns[RIGHT][np.asarray(data.weights) > 0]
     if FITS in data.columns:
         return data.columns[FITS]
     labels = data.columns["label"]

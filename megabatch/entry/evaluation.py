@@ -158,17 +158,25 @@ def _data(data: Data, *, declared: Data) -> Data:
 
 
 def _once(recipe: Recipe) -> Recipe:
-    """One batch is what every data-parallel rank takes at a time."""
     training = replace(recipe.training, train_iters=1, max_epochs=None)
     one = replace(
         recipe,
         training=training,
         checkpoint=replace(recipe.checkpoint, save=None, save_strategy="steps", metric_for_best_model=None),
         logging=replace(recipe.logging, report_to=None),
+        data=replace(recipe.data, dataloader_type="cyclic"),
         resources=replace(recipe.resources, nodes=1, preflight=None),
     )
-    size = recipe.batch.micro_batch_size * _replicas(one)
-    return replace(one, batch=replace(recipe.batch, global_batch_size=size))
+    return replace(one, batch=replace(recipe.batch, global_batch_size=_batch(one)))
+
+
+def _batch(recipe: Recipe) -> int:
+    """Samples at a time: the recipe's global batch, on which some losses depend, as far as the layout divides it.
+    Where completions are generated, one micro-batch of every data-parallel rank."""
+    size, wanted = recipe.batch.micro_batch_size * _replicas(recipe), recipe.batch.global_batch_size
+    if recipe.kind is not None and recipe.kind.generates:
+        return size
+    return -(-wanted // size) * size
 
 
 def _replicas(recipe: Recipe) -> int:

@@ -47,8 +47,11 @@ def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
     return list(tuning_faults(recipe, model.shape))
 
 
-def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
-    """Faults inside the inputs: malformed rows, too few rows, and weights that do not fit their config.json."""
+def damaged_inputs(recipe: Recipe, model: FoundModel, *, trains: bool = True) -> list[Fault]:
+    """Faults inside the inputs: malformed rows, too few rows, and weights that do not fit their config.json.
+
+    Args: trains: False for an evaluation, which takes whatever rows there are.
+    """
     counts: dict[str, int | None] = {}
     kinds: dict[int, Origin] = {}
     check = row_check(recipe, kinds=kinds)
@@ -58,7 +61,8 @@ def damaged_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
 
     rows = list(_datasets(recipe, count, fields=("dataset",)))
     known = [counts.get(text) for text in recipe.data.dataset]
-    rows = rows or _too_few(recipe, known) + _one_kind(recipe, known, kinds)
+    if trains:
+        rows = rows or _too_few(recipe, known) + _one_kind(recipe, known, kinds)
     rows += _datasets(recipe, count, fields=("val_dataset",))
     readable = list(_tokenizer(recipe, model, tokenizer.check_readable))
     return [*rows, *(readable or _answers(recipe, model)), *_weights(recipe, model), *damaged_other_models(recipe)]

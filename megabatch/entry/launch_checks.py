@@ -133,9 +133,10 @@ def _brings_python(profile: ClusterProfile) -> bool:
     return bool(brought) or "PYTHONPATH" in profile.environment
 
 
-def faults_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> list[Fault]:
+def faults_here(launch: Launch, *, local: bool, own: Recipe | None = None, trains: bool = True) -> list[Fault]:
     """Missing inputs; only if none is missing, damaged ones, since finding those means reading files."""
-    return missing_here(launch, local=local, own=own) or damaged_inputs(own or launch.recipe, launch.model)
+    missing = missing_here(launch, local=local, own=own)
+    return missing or damaged_inputs(own or launch.recipe, launch.model, trains=trains)
 
 
 def folder_faults(folder: Path, *, recipe_file: Path, local: bool, own: Collection[str] = ()) -> list[Fault]:

@@ -80,6 +80,10 @@ def test_steps_are_checked_before_the_queue(tmp_path: Path) -> None:
     recipe = replace(recipe, batch=replace(recipe.batch, global_batch_size=2))
     (fault,) = damaged_inputs(recipe, FoundModel(None, "none"))
     assert ":2: completions must be a list that is not empty" in str(fault)
+    file.write_text('{"prompt": "a", "completions": ["b", "c"], "labels": [true, 1]}\n' * 2)
+    (fault,) = damaged_inputs(recipe, FoundModel(None, "none"))
+    assert ":1: has right steps alone, as all rows have" in str(fault)
+    assert not damaged_inputs(recipe, FoundModel(None, "none"), trains=False)
 
 
 PRM = {"architectures": ["Qwen2ForTokenClassification"], "id2label": {"0": "a", "1": "b"}}

@@ -12,6 +12,7 @@ from megabatch.data.rows.files import Row
 from megabatch.data.rows.judged import judged_of
 from megabatch.data.rows.labels import label_of
 from megabatch.data.rows.ranked import NOTHING_TO_COMPARE, ranked_of
+from megabatch.data.rows.steps import stepwise_of
 
 
 class Contrast(NamedTuple):
@@ -56,6 +57,19 @@ def _labelled(recipe: Recipe) -> Contrast | None:
     return Contrast(kinds, lacking)
 
 
+def _steps(recipe: Recipe) -> Contrast:
+    data = recipe.data
+
+    def lacking(kind: int) -> str:
+        own, other = ("right", "wrong") if kind else ("wrong", "right")
+        return f"has {own} steps alone, as all rows have; the loss tells right from wrong ones, so add {other} ones"
+
+    def kinds(row: Row) -> list[int]:
+        return [int(one) for one in stepwise_of(row, columns=data.columns, system=data.system).labels]
+
+    return Contrast(kinds, lacking)
+
+
 def _candidates(recipe: Recipe) -> Contrast:
     columns = recipe.data.columns
 
@@ -69,6 +83,7 @@ def _candidates(recipe: Recipe) -> Contrast:
 _OF_ROWS: Mapping[str | None, Callable[[Recipe], Contrast | None]] = {
     "judged": _judged,
     "labelled": _labelled,
+    "steps": _steps,
     "candidates": _candidates,
     "yes_no": _candidates,
 }

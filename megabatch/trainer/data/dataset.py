@@ -124,7 +124,8 @@ def steps_of(run: RunConfig, ranks: Ranks, tokens: Tokens, objective: Objective)
     """Steps and evaluation over tokenised data. Raises: DataError."""
     train, validation = tokens.train, tokens.validation
     schedule = schedule_of(run, train)
-    schedule.require_a_batch()
+    if not run.only_evaluates:
+        schedule.require_a_batch()
     if ranks.is_main:
         note_data(run, train, schedule)
     batches = Batches(train, schedule, share=padded_share(run, ranks, train, schedule), ahead=ahead_of(run, ranks))

@@ -34,7 +34,12 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         )
     )
     steps, evaluator = open_compared(
-        run, source, ranks, objective, busy=busy, note=lambda data: _note_balance(data, group)
+        run,
+        source,
+        ranks,
+        objective,
+        busy=busy,
+        note=lambda data: None if run.only_evaluates else _note_balance(data, group),
     )
     return Parts(
         steps=steps,

@@ -176,5 +176,5 @@ def test_steps_of_one_label_teach_nothing(ranks: RankServer, reference: Path, tm
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"prompt": str(n), "completions": ["a"], "labels": [1]}) for n in range(8)))
     run = write_run(made(reference.parent, data={"dataset": [str(rows)]}), tmp_path / "run")
-    with pytest.raises(RuntimeError, match=r"rows.jsonl:\d+: all steps are right, here and in all 8 training samples"):
+    with pytest.raises(RuntimeError, match=r"rows.jsonl:1: has right steps alone, as all rows have"):
         ranks.run(stepped, world_size=1, run_dir=str(run), folder=str(tmp_path / "hf"))
