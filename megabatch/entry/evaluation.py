@@ -42,7 +42,7 @@ def trained_recipe(target: Path, *, checkpoint: str | None) -> Recipe:
         target, checkpoint = target.absolute().parents[1], target.name
     run = RunConfig.load(RunDirectory(target).run_json)
     step = _step(RunDirectory(target), checkpoint)
-    recipe = replace(_as_declared(run), checkpoint=Checkpoint(), learning_rate=LearningRate(), watching=Watching())
+    recipe = replace(_as_declared(run), checkpoint=Checkpoint())
     return _with_weights(_with_reference(recipe, run), run, step)
 
 
@@ -158,11 +158,13 @@ def _data(data: Data, *, declared: Data) -> Data:
 
 
 def _once(recipe: Recipe) -> Recipe:
-    training = replace(recipe.training, train_iters=1, max_epochs=None)
+    checkpoint = replace(recipe.checkpoint, save=None, save_strategy="steps")
     one = replace(
         recipe,
-        training=training,
-        checkpoint=replace(recipe.checkpoint, save=None, save_strategy="steps", metric_for_best_model=None),
+        training=replace(recipe.training, train_iters=1, max_epochs=None),
+        learning_rate=LearningRate(),
+        watching=Watching(),
+        checkpoint=replace(checkpoint, metric_for_best_model=None, greater_is_better=None),
         logging=replace(recipe.logging, report_to=None),
         data=replace(recipe.data, dataloader_type="cyclic"),
         resources=replace(recipe.resources, nodes=1, preflight=None),
@@ -171,12 +173,10 @@ def _once(recipe: Recipe) -> Recipe:
 
 
 def _batch(recipe: Recipe) -> int:
-    """Samples at a time: the recipe's global batch, on which some losses depend, as far as the layout divides it.
-    Where completions are generated, one micro-batch of every data-parallel rank."""
-    size, wanted = recipe.batch.micro_batch_size * _replicas(recipe), recipe.batch.global_batch_size
-    if recipe.kind is not None and recipe.kind.generates:
-        return size
-    return -(-wanted // size) * size
+    """Samples at a time: the recipe's global batch, on which some losses depend, rounded up to what all data-parallel
+    ranks take at a time."""
+    size = recipe.batch.micro_batch_size * _replicas(recipe)
+    return -(-recipe.batch.global_batch_size // size) * size
 
 
 def _replicas(recipe: Recipe) -> int:

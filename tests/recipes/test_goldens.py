@@ -13,7 +13,9 @@ from megabatch.chain.declare import Chain
 from megabatch.cli.recipe_command import run
 from megabatch.cli.recipe_file import load_declared, load_recipe
 from megabatch.config.flags import parse
+from megabatch.config.rules.check import check
 from megabatch.config.run import RunConfig, resolve
+from megabatch.entry.evaluation import evaluation_recipe
 from megabatch.entry.launch import Launch, prepare
 from megabatch.slurm.render import render
 from megabatch.sweep.declare import Sweep
@@ -58,6 +60,14 @@ def test_run_json_resolves_to_itself(name: str) -> None:
     """What was derived is no fault, and nothing else follows from it."""
     run = RunConfig.load(GOLDENS / f"{name}.json")
     assert resolve(run.recipe, shape=run.shape, run_dir=Path(run.run_dir), provenance={}) == run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_can_be_evaluated(name: str) -> None:
+    """Its schedule, checkpoints and batch are of its training. An evaluation takes one node."""
+    recipe, shape = load_recipe(RECIPES / f"{name}.py")(), RunConfig.load(GOLDENS / f"{name}.json").shape
+    if recipe.resources.nodes == 1:
+        assert not check(evaluation_recipe(recipe, ["--dataset", "rows.jsonl"], task=None), shape)
 
 
 @pytest.mark.parametrize("launch", NAMES, indirect=True, ids=NAMES)
