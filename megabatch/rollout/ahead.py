@@ -1,7 +1,8 @@
-"""Completions that an engine works on while its user does something else, over any number of updates of its weights.
+"""Conversations that an engine works on while its user does something else, over any number of updates of its weights.
 
 An update ends what is being generated; then each completion goes on behind the tokens that it has, with the new
-weights. No token is lost or drawn twice, and each keeps the version of the policy that drew it.
+weights. No token is lost or drawn twice, and each keeps the version of the policy that drew it. Environments answer
+whenever a turn is done, whatever the engine does.
 """
 
 from __future__ import annotations
@@ -13,48 +14,65 @@ from dataclasses import dataclass, field, replace
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.engine import Completion, Request, UnservedError
+from megabatch.rollout.feed import Feed
+from megabatch.rollout.turns.conversations import Conversation, Partner, next_turn, take_answer, take_turn
 
-Stream = Callable[[Sequence[Request], threading.Event], Iterator[list[Completion]]]
-"""Yields completions as they come. Once the event is set, what is not done comes back as `aborted`. Raises:
-UnservedError, RolloutError."""
+Stream = Callable[[Feed], Iterator[list[Completion]]]
+"""Yields completions as they come, until the feed is over. Once it is stopped, what is not done comes back as
+`aborted`. Raises: UnservedError, RolloutError."""
 
 
 @dataclass(kw_only=True)
 class _Flight:
-    """One completion, in as many parts as it was interrupted."""
+    """One conversation, its turn in as many parts as it was interrupted."""
 
-    request: Request
+    conversation: Conversation
+    partner: Partner | None
+    """What answers it; None where one turn is all."""
+    turn: Request
+    """What is asked of the engine."""
     parts: list[Completion] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(part.ids) for part in self.parts)
+    """Of the turn."""
+    is_answered: bool = False
+    """Whether the engine waits for the partner."""
+    error: RolloutError | None = None
+    """Of the partner."""
 
     @property
     def is_done(self) -> bool:
-        return bool(self.parts) and self.parts[-1].finish != "aborted"
+        return self.conversation.finish is not None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is the engine's turn."""
+        return not (self.is_done or self.is_answered or self.error)
 
     def rest(self) -> Request:
-        """What is left to generate; the seed of a part follows from where it begins."""
-        if not (drawn := self.tokens):
-            return self.request
-        digest = hashlib.blake2b(f"{self.request.seed}+{drawn}".encode(), digest_size=7).digest()
+        """What is left to generate of the turn; the seed of a part follows from where it begins."""
         ids = tuple(token for part in self.parts for token in part.ids)
+        if not ids:
+            return self.turn
+        digest = hashlib.blake2b(f"{self.turn.seed}+{len(ids)}".encode(), digest_size=7).digest()
         return replace(
-            self.request,
-            prompt=(*self.request.prompt, *ids),
-            sampling=replace(self.request.sampling, max_tokens=self.request.sampling.max_tokens - drawn),
+            self.turn,
+            prompt=(*self.turn.prompt, *ids),
+            sampling=replace(self.turn.sampling, max_tokens=self.turn.sampling.max_tokens - len(ids)),
             seed=int.from_bytes(digest, "little"),
         )
 
-    def whole(self) -> Completion:
-        return Completion(
-            key=self.request.key,
+    def land(self) -> None:
+        """Ends the turn with the parts that it has."""
+        whole = Completion(
+            key=self.turn.key,
             ids=tuple(token for part in self.parts for token in part.ids),
             logps=tuple(logp for part in self.parts for logp in part.logps),
             versions=tuple(version for part in self.parts for version in part.versions),
             finish=self.parts[-1].finish,
         )
+        take_turn(self.conversation, whole)
+        self.parts = []
+        if self.partner is None:
+            self.conversation.finish = whole.finish
 
 
 class Ahead:
@@ -64,78 +82,135 @@ class Ahead:
         self._stream = stream
         self._flights: dict[str, _Flight] = {}
         self._changed = threading.Condition()
-        """Guards the flights and the error."""
-        self._stop = threading.Event()
+        """Guards the flights, the feed and the error."""
+        self._feed: Feed | None = None
+        """What the engine takes; None where it is held."""
         self._worker: threading.Thread | None = None
         self._error: RolloutError | None = None
 
-    def begin(self, requests: Sequence[Request]) -> None:
-        """Adds requests; those that it has already go on as they are. Held afterwards if any was new."""
+    def begin(self, requests: Sequence[Request], partner: Partner | None = None) -> None:
+        """Adds conversations; those that it has already go on as they are. Held afterwards if any was new."""
         if new := [request for request in requests if request.key not in self._flights]:
             self.hold()
-            self._flights |= {request.key: _Flight(request=request) for request in new}
+            for request in new:
+                one = Conversation(request=request)
+                self._flights[request.key] = _Flight(conversation=one, partner=partner, turn=request)
 
     def go_on(self) -> None:
         """Generates what is not done, unless it does already."""
-        left = [flight.rest() for flight in self._flights.values() if not flight.is_done]
-        if self._worker is not None or not left:
-            return
-        self._error = None
-        self._stop.clear()
-        self._worker = threading.Thread(target=self._work, args=(left,), name="megabatch-ahead", daemon=True)
+        with self._changed:
+            if self._worker is not None or all(flight.is_done for flight in self._flights.values()):
+                return
+            self._error = None
+            left = [flight.rest() for flight in self._flights.values() if flight.is_asked]
+            self._feed = feed = Feed(left, is_open=True)
+        self._worker = threading.Thread(target=self._work, args=(feed,), name="megabatch-ahead", daemon=True)
         self._worker.start()
 
     def hold(self) -> None:
-        """Ends what is being generated; returns once the engine works on nothing, and all it has made is here."""
+        """Ends what is being generated; returns once the engine works on nothing, and all it has made is here.
+        Environments that are asked go on."""
         if self._worker is not None:
-            self._stop.set()
+            with self._changed:
+                if self._feed is not None:
+                    self._feed.stop()
             self._worker.join()
             self._worker = None
 
-    def take(self, keys: Sequence[str]) -> list[Completion]:
-        """Waits for these completions, and hands them out for good. Keep it going until then.
+    def take(self, keys: Sequence[str]) -> list[Conversation]:
+        """Waits for these conversations, and hands them out for good. Keep it going until then.
 
         Raises: UnservedError when no server is left, and the engine needs the weights again: hold, update, go on and
         take again; RolloutError for what no update cures.
         """
         wanted = [self._flights[key] for key in keys]
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or all(flight.is_done for flight in wanted))
-            if not all(flight.is_done for flight in wanted):
-                assert self._error is not None
-                raise self._error
+            self._changed.wait_for(
+                lambda: (
+                    self._error is not None
+                    or any(flight.error is not None for flight in wanted)
+                    or all(flight.is_done for flight in wanted)
+                )
+            )
+            for error in (*(flight.error for flight in wanted), self._error):
+                if error is not None and not all(flight.is_done for flight in wanted):
+                    raise error
             for key in keys:
                 del self._flights[key]
-        return [flight.whole() for flight in wanted]
+        return [flight.conversation for flight in wanted]
 
     @property
     def unfinished(self) -> int:
-        """Completions that were begun and are not done."""
+        """Conversations that were begun and are not done."""
         with self._changed:
             return sum(not flight.is_done for flight in self._flights.values())
 
     @property
     def landed(self) -> int:
-        """Completions that are done and were not taken."""
+        """Conversations that are done and were not taken."""
         return len(self._flights) - self.unfinished
 
-    def _work(self, requests: Sequence[Request]) -> None:
-        """All that is not done: nothing is added while this goes on."""
+    def _work(self, feed: Feed) -> None:
+        """Until all is done, or the feed is stopped."""
         error: RolloutError | None = None
+        interrupted = 0
         try:
-            for some in self._stream(requests, self._stop):
+            for some in self._stream(feed):
                 with self._changed:
+                    stopped = feed.is_stopped
                     for one in some:
-                        if one.ids or one.finish != "aborted":
-                            self._flights[one.key].parts.append(one)
+                        interrupted += self._land(one, feed) and not stopped
+                    self._close_if_done(feed)
                     self._changed.notify_all()
+                if interrupted and not stopped:
+                    error = UnservedError(f"{interrupted} completions were ended by another user of the servers", ())
+                    feed.stop()
         except RolloutError as e:
-            error = e
+            error = error or e
         except Exception as e:  # a thread's exception would only be printed, and `take` would wait for ever
             error = RolloutError(f"generating ahead failed: {type(e).__name__}: {e}")
         with self._changed:
-            left = sum(not flight.is_done for flight in self._flights.values())
-            if error is None and left and not self._stop.is_set():
-                error = UnservedError(f"{left} completions were ended by another user of the servers", ())
-            self._error = error
+            self._feed, self._error = None, error
             self._changed.notify_all()
+
+    def _land(self, one: Completion, feed: Feed) -> bool:
+        """Takes what the engine made. Returns: whether it was interrupted."""
+        flight = self._flights[one.key.partition("@")[0]]
+        if one.ids or one.finish != "aborted":
+            flight.parts.append(one)
+        if one.finish == "aborted":
+            return True
+        flight.land()
+        if not flight.is_done:
+            flight.is_answered = True
+            threading.Thread(
+                target=self._answer, args=(flight,), name=f"megabatch-answer-{one.key}", daemon=True
+            ).start()
+        return False
+
+    def _answer(self, flight: _Flight) -> None:
+        """Asks the partner, and the engine for the next turn."""
+        assert flight.partner is not None
+        one, limits = flight.conversation, flight.partner.limits
+        error: RolloutError | None = None
+        try:
+            found = flight.partner.answer(one)
+        except RolloutError as e:
+            error = e
+        except Exception as e:  # as in `_work`
+            error = RolloutError(f"answering {one.key} failed: {type(e).__name__}: {e}")
+        with self._changed:
+            flight.is_answered, flight.error = False, error
+            if error is None:
+                take_answer(one, found, limits)
+            if flight.is_asked:
+                flight.turn = next_turn(one, limits)
+            if self._feed is not None:
+                if flight.is_asked:
+                    self._feed.put([flight.rest()])
+                self._close_if_done(self._feed)
+            self._changed.notify_all()
+
+    def _close_if_done(self, feed: Feed) -> None:
+        if all(flight.is_done or flight.error for flight in self._flights.values()):
+            feed.close()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.ahead import Ahead
-from megabatch.rollout.engine import Completion, Request, Sampling, UnservedError
+from megabatch.rollout.engine import Completion, Finish, Request, Sampling, UnservedError
+from megabatch.rollout.feed import Feed
+from megabatch.rollout.turns.conversations import Answer, Conversation, Limits
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=6, stop_ids=())
 
@@ -29,27 +31,33 @@ class Engine:
         self.short: set[str] = set()
         self.asked: list[Request] = []
         self.errors: list[RolloutError] = []
+        self.finish: Finish = "length"
+        """Of those that are done."""
 
-    def stream(self, requests: Sequence[Request], stop: threading.Event) -> Iterator[list[Completion]]:
-        self.asked += requests
+    def stream(self, feed: Feed) -> Iterator[list[Completion]]:
         if self.errors:
             raise self.errors.pop(0)
-        for one in requests:
+        rest: list[Request] = []
+        while (taken := feed.take(ended=lambda: False)) is not None:
+            one, _ = taken
+            self.asked.append(one)
             if one.key in self.short:
-                yield [self._made(one, one.sampling.max_tokens, aborted=False)]
-        rest = [one for one in requests if one.key not in self.short]
+                feed.done([one.key])
+                yield [self._made(one, one.sampling.max_tokens)]
+            else:
+                rest.append(one)
         if rest:
-            assert stop.wait(60)
-            yield [self._made(one, 2, aborted=True) for one in rest]
+            assert feed.is_stopped, "nothing ends them"
+            yield [self._made(one, 2, finish="aborted") for one in rest]
 
-    def _made(self, one: Request, tokens: int, *, aborted: bool) -> Completion:
+    def _made(self, one: Request, tokens: int, *, finish: Finish | None = None) -> Completion:
         places = range(len(one.prompt), len(one.prompt) + tokens)
         return Completion(
             key=one.key,
             ids=tuple(100 * self.version + place for place in places),
             logps=tuple(-float(place) for place in places),
             versions=(self.version,) * tokens,
-            finish="aborted" if aborted else "length",
+            finish=finish or self.finish,
         )
 
 
@@ -65,8 +73,8 @@ def test_each_completion_goes_on_behind_its_tokens() -> None:
     engine.version, engine.short = 2, {"a", "b"}
     ahead.go_on()
     a, b = ahead.take(["a", "b"])
-    assert a.ids == (2, 3, 104, 105, 206, 207) and a.versions == (0, 0, 1, 1, 2, 2)
-    assert a.logps == tuple(-float(place) for place in range(2, 8)) and a.finish == "length"
+    assert a.ids == [2, 3, 104, 105, 206, 207] and a.versions == [0, 0, 1, 1, 2, 2]
+    assert a.logps == [-float(place) for place in range(2, 8)] and a.finish == "length"
     assert (b.key, b.ids) == ("b", a.ids)
     parts = [one for one in engine.asked if one.key == "a"]
     assert [one.sampling.max_tokens for one in parts] == [6, 4, 2]
@@ -88,7 +96,7 @@ def test_what_is_done_is_handed_out_once_while_others_go_on() -> None:
     ahead.begin([request("c")])
     ahead.go_on()
     assert [len(one.ids) for one in ahead.take(["c"])] == [6]
-    assert ahead.take(["b"])[0].ids == (2, 3, 4, 5, 6, 7)
+    assert ahead.take(["b"])[0].ids == [2, 3, 4, 5, 6, 7]
     with pytest.raises(KeyError):
         ahead.take(["b"])
 
@@ -106,7 +114,7 @@ def test_lost_servers_cost_no_token() -> None:
     ahead.hold()
     engine.short, engine.version = {"a"}, 2
     ahead.go_on()
-    assert ahead.take(["a"])[0].versions == (0, 0, 2, 2, 2, 2)
+    assert ahead.take(["a"])[0].versions == [0, 0, 2, 2, 2, 2]
 
 
 def test_an_error_reaches_the_one_who_waits() -> None:
@@ -124,11 +132,87 @@ def test_an_error_reaches_the_one_who_waits() -> None:
 def test_completions_that_someone_else_ends_are_not_waited_for() -> None:
     engine = Engine()
 
-    def ended(requests: Sequence[Request], stop: threading.Event) -> Iterator[list[Completion]]:
-        yield [engine._made(one, 2, aborted=True) for one in requests]
+    def ended(feed: Feed) -> Iterator[list[Completion]]:
+        taken = feed.take(ended=lambda: False)
+        assert taken is not None
+        yield [engine._made(taken[0], 2, finish="aborted")]
 
     ahead = Ahead(ended)
     ahead.begin([request("a")])
     ahead.go_on()
     with pytest.raises(UnservedError, match="1 completions were ended by another user of the servers"):
         ahead.take(["a"])
+
+
+class Environment:
+    """Answers each turn with the token 9, when it may, and ends conversations after their third turn."""
+
+    limits = Limits(max_turns=None, scope="per_round", positions=100)
+
+    def __init__(self) -> None:
+        self.may, self.asked = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+
+    def answer(self, one: Conversation) -> Answer:
+        self.asked.set()
+        assert self.may.wait(60)
+        if self.error is not None:
+            raise self.error
+        return Answer(ids=(9,), reward=float(len(one.turns)), done=len(one.turns) == 3)
+
+
+def conversation(*, tokens: int = 2) -> tuple[Engine, Ahead, Environment]:
+    engine, environment = Engine(), Environment()
+    engine.finish, engine.short = "stop", {"a", "a@1", "a@2"}
+    ahead = Ahead(engine.stream)
+    ahead.begin([request("a", tokens=tokens)], environment)
+    return engine, ahead, environment
+
+
+def test_a_conversation_goes_on_turn_by_turn() -> None:
+    engine, ahead, environment = conversation()
+    environment.may.set()
+    ahead.go_on()
+    (one,) = ahead.take(["a"])
+    assert one.ids == [2, 3, 9, 5, 6, 9, 8, 9] and one.mask == [1, 1, 0, 1, 1, 0, 1, 1] and one.finish == "stop"
+    assert [turn.reward for turn in one.turns] == [1, 2, 3]
+    assert [asked.key for asked in engine.asked] == ["a", "a@1", "a@2"]
+    assert len({asked.seed for asked in engine.asked}) == 3
+
+
+def test_an_update_interrupts_a_turn_and_no_environment() -> None:
+    """The environment answers while the engine is held; the next turn begins with the new weights, is interrupted
+    in its middle, and goes on."""
+    engine, ahead, environment = conversation(tokens=4)
+    engine.short = {"a", "a@2"}
+    ahead.go_on()
+    assert environment.asked.wait(60)
+    ahead.hold()
+    engine.version = 1
+    environment.may.set()
+    ahead.go_on()
+    while len(engine.asked) < 2:
+        ahead.hold()
+        ahead.go_on()
+    ahead.hold()
+    assert {asked.key for asked in engine.asked} == {"a", "a@1"} and ahead.unfinished == 1
+    engine.version, engine.short = 2, {"a@1", "a@2"}
+    ahead.go_on()
+    (one,) = ahead.take(["a"])
+    assert one.ids[:7] == [2, 3, 4, 5, 9, 107, 108]
+    assert list(one.versions) == sorted(one.versions) and set(one.versions) == {0, 1, 2}
+    assert [turn.stop - turn.start for turn in one.turns] == [4, 4, 4]
+
+
+def test_an_environment_that_cannot_answer_ends_the_wait() -> None:
+    for error, words in (
+        (RolloutError("no form"), "no form"),
+        (ValueError("odd"), "answering a failed: ValueError: odd"),
+    ):
+        _, ahead, environment = conversation()
+        environment.error = error
+        environment.may.set()
+        ahead.go_on()
+        with pytest.raises(RolloutError, match=words):
+            ahead.take(["a"])
+        ahead.hold()

@@ -89,10 +89,6 @@ def generating_ahead_is_possible(recipe: Recipe, shape: ModelShape | None, layou
     if rollout.sleep_level:
         rule = "puts the engine to sleep while the ranks train, and with async_generate it generates then"
         yield Fault("rollout.sleep_level", rollout.sleep_level, rule, try_=(0,))
-    for name in ("multi_turn_scheduler", "gym_env"):
-        if (value := getattr(rollout, name)) is not None:
-            rule = "answers the model on rank 0 while all ranks wait, and with async_generate they train then"
-            yield Fault(f"rollout.{name}", value, rule, try_=(None,))
     if recipe.grpo.loss_type == "real":
         rule = "has no importance ratio, and so cannot correct the stale completions of async_generate"
         yield Fault("grpo.loss_type", "real", rule, try_=("'grpo'",))

@@ -9,11 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from megabatch.rollout.engine import Completion, Finish, Request
 
 Scope = Literal["per_round", "total"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What ends a conversation that nobody ends."""
+
+    max_turns: int | None
+    scope: Scope
+    """Whether a request's `max_tokens` limits each turn, or all tokens after the prompt."""
+    positions: int
+    """Tokens that the model can take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +71,7 @@ class Conversation:
         """Of a single turn."""
         assert completion.key == request.key, (completion.key, request.key)
         one = cls(request=request)
-        _take_turn(one, completion)
+        take_turn(one, completion)
         one.finish = completion.finish
         return one
 
@@ -80,34 +91,40 @@ class Conversation:
         return sum(found) if found else None
 
 
+class Partner(Protocol):
+    """Answers single conversations, each when its turn is done; for several threads at once."""
+
+    limits: Limits
+
+    def answer(self, one: Conversation) -> Answer:
+        """Raises: RolloutError for an environment that cannot begin, or answers in no known form."""
+        ...
+
+
 def converse(
     requests: Sequence[Request],
     *,
     generate: Callable[[Sequence[Request]], list[Completion]],
     answer: Callable[[Sequence[Conversation]], Sequence[Answer]],
-    max_turns: int | None,
-    scope: Scope,
-    positions: int,
+    limits: Limits,
 ) -> list[Conversation]:
     """Alternates the engine and the environments until every conversation is over.
 
     Args: `generate`: the engine's. `answer`: to the last turn of each of these conversations; where several ranks run
-    this together, one of them asks the environments and all get its answers. `scope`: whether a request's `max_tokens`
-    limits each turn, or all tokens after the prompt. `positions`: tokens that the model can take.
+    this together, one of them asks the environments and all get its answers.
     """
     conversations = [Conversation(request=request) for request in requests]
     while going := [one for one in conversations if one.finish is None]:
-        asked = [_next(one, scope=scope, positions=positions) for one in going]
-        completions = generate(asked)
+        completions = generate([next_turn(one, limits) for one in going])
         for one, completion in zip(going, completions, strict=True):
-            _take_turn(one, completion)
+            take_turn(one, completion)
         open_ = [one for one in going if one.finish is None]
         for one, found in zip(open_, answer(open_) if open_ else (), strict=True):
-            _take_answer(one, found, max_turns=max_turns, scope=scope, positions=positions)
+            take_answer(one, found, limits)
     return conversations
 
 
-def _next(one: Conversation, *, scope: Scope, positions: int) -> Request:
+def next_turn(one: Conversation, limits: Limits) -> Request:
     """The request of the next turn; the first is the conversation's own, so that one turn is what a single one is."""
     number = len(one.turns)
     if not number:
@@ -117,19 +134,20 @@ def _next(one: Conversation, *, scope: Scope, positions: int) -> Request:
         one.request,
         key=f"{one.key}@{number}",
         prompt=(*one.request.prompt, *one.ids),
-        sampling=replace(one.request.sampling, max_tokens=_room(one, scope=scope, positions=positions)),
+        sampling=replace(one.request.sampling, max_tokens=_room(one, limits)),
         seed=int.from_bytes(digest, "little"),
     )
 
 
-def _room(one: Conversation, *, scope: Scope, positions: int, further: int = 0) -> int:
+def _room(one: Conversation, limits: Limits, *, further: int = 0) -> int:
     """Most tokens of the next turn, after `further` tokens of an answer."""
     used = len(one.ids) + further
-    limit = one.request.sampling.max_tokens - (used if scope == "total" else 0)
-    return min(limit, positions - len(one.request.prompt) - used)
+    limit = one.request.sampling.max_tokens - (used if limits.scope == "total" else 0)
+    return min(limit, limits.positions - len(one.request.prompt) - used)
 
 
-def _take_turn(one: Conversation, completion: Completion) -> None:
+def take_turn(one: Conversation, completion: Completion) -> None:
+    """Adds a turn of the model. A conversation whose turn did not end by itself is over."""
     start = len(one.ids)
     one.ids += completion.ids
     one.logps += completion.logps
@@ -140,14 +158,14 @@ def _take_turn(one: Conversation, completion: Completion) -> None:
         one.finish = completion.finish
 
 
-def _take_answer(one: Conversation, found: Answer, *, max_turns: int | None, scope: Scope, positions: int) -> None:
+def take_answer(one: Conversation, found: Answer, limits: Limits) -> None:
     """Where the answer leaves no room for a further turn, it is left out: nothing would learn from it."""
     one.turns[-1] = replace(one.turns[-1], reward=found.reward)
     if found.failed is not None:
         one.finish, one.failed = "aborted", found.failed
     elif found.done:
         one.finish = "stop"
-    elif len(one.turns) == max_turns or _room(one, scope=scope, positions=positions, further=len(found.ids)) < 1:
+    elif len(one.turns) == limits.max_turns or _room(one, limits, further=len(found.ids)) < 1:
         one.finish = "length"
     else:
         one.versions += [one.versions[-1] if one.versions else 0] * len(found.ids)

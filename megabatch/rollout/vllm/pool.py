@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Literal
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
 from megabatch.rollout.engine import Completion, Request, RolloutEngine, Scored, UnservedError
+from megabatch.rollout.feed import Feed
 from megabatch.rollout.vllm.client import UnreachableError
 from megabatch.rollout.vllm.server import Server, StaleError
 
@@ -45,54 +45,52 @@ class Pool:
         """Raises: UnservedError with what was generated, when no server with the right weights is left."""
         made: dict[str, Completion] = {}
         try:
-            for some in self.stream(requests):
+            for some in self.stream(Feed(requests)):
                 made |= {one.key: one for one in some}
         except UnservedError as e:
             raise UnservedError(str(e), list(made.values())) from e
         return [made[request.key] for request in requests]
 
-    def stream(
-        self, requests: Sequence[Request], *, stop: threading.Event | None = None
-    ) -> Iterator[list[Completion]]:
-        """Completions as they come, each made with the weights of `version`. All must be consumed before the next call
-        or update.
+    def stream(self, feed: Feed) -> Iterator[list[Completion]]:
+        """Completions as they come, each made with the weights of `version`, until the feed is over. All must be
+        consumed before the next call or update.
 
-        Args: `stop`: once it is set, what is not done comes back as `aborted`, with the tokens that it has; without it
-        completions come at the end. Raises: UnservedError without completions, when no server is left.
+        Once the feed is stopped, what is not done comes back as `aborted`, with the tokens that it has. Raises:
+        UnservedError without completions, when no server is left.
         """
-        waiting: queue.SimpleQueue[tuple[Request, int]] = queue.SimpleQueue()
-        for request in requests:
-            waiting.put((request, 0))
-        left = {request.key for request in requests}
-        while left and self._used and not (stop is not None and stop.is_set()):
-            for some in self._served([_Round(server, waiting, stop) for server in self._used], waiting):
-                left -= {one.key for one in some}
+        while self._used and not feed.is_over:
+            for some in self._served([_Round(server, feed) for server in self._used], feed):
+                feed.done([one.key for one in some])
                 yield some
-        if left and stop is not None and stop.is_set():
-            yield [Completion(key=key, ids=(), logps=(), versions=(), finish="aborted") for key in left]
-        elif left:
+        if feed.is_stopped:
+            yield [Completion(key=key, ids=(), logps=(), versions=(), finish="aborted") for key in feed.left]
+        elif not feed.is_over:
             raise UnservedError(
-                f"{len(left)} of {len(requests)} requests were not served: no server with the weights of this step is "
-                "left",
+                f"{len(feed.left)} of the requests were not served: no server with the weights of this step is left",
                 (),
             )
 
-    def _served(
-        self, rounds: Sequence[_Round], waiting: queue.SimpleQueue[tuple[Request, int]]
-    ) -> Iterator[list[Completion]]:
-        """What servers make until the queue is empty; requests of those that fail go back to it."""
-        running = [self._threads.submit(one.run) for one in rounds]
-        while rounds[0].stop is not None and wait(running, timeout=_LOOK_S).not_done:
-            for one in rounds:
-                one.obey()
-                yield from one.fresh_ones()
-        for done, one in zip(running, rounds, strict=True):
-            done.result()
-            yield from one.fresh_ones()
-            if not one.fresh:
-                self._drop(one.server, one.reason)
-                for request in one.unproven():
-                    waiting.put((request, 0))
+    def _served(self, rounds: Sequence[_Round], feed: Feed) -> Iterator[list[Completion]]:
+        """What servers make until there is nothing more to take; requests of those that fail go back at once, for
+        others that wait for some."""
+        running = {self._threads.submit(one.run): one for one in rounds}
+        try:
+            while running:
+                ended = wait(running, timeout=_LOOK_S, return_when=FIRST_COMPLETED).done
+                for one in running.values():
+                    one.obey()
+                    yield from one.fresh_ones()
+                for done in ended:
+                    one = running.pop(done)
+                    done.result()
+                    yield from one.fresh_ones()
+                    if not one.fresh:
+                        self._drop(one.server, one.reason)
+                        feed.put(one.unproven())
+        except BaseException:
+            feed.stop()
+            wait(running)
+            raise
 
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, ...]]:
         if not self._used:
@@ -167,12 +165,10 @@ def _gone(action: Callable[[Server], None], server: Server) -> UnreachableError 
 
 
 class _Round:
-    """What one server takes from the queue, until the queue is empty, the server fails, or the work has to stop."""
+    """What one server takes from the feed, until that is over, the server fails, or the work has to stop."""
 
-    def __init__(
-        self, server: Server, waiting: queue.SimpleQueue[tuple[Request, int]], stop: threading.Event | None
-    ) -> None:
-        self.server, self.stop, self._waiting = server, stop, waiting
+    def __init__(self, server: Server, feed: Feed) -> None:
+        self.server, self._feed = server, feed
         self._asked: dict[str, Request] = {}
         """Requests that the server works on."""
         self._made: queue.SimpleQueue[tuple[Request, Completion]] = queue.SimpleQueue()
@@ -180,6 +176,8 @@ class _Round:
         self.fresh = True
         """Whether the server had the right weights whenever it was asked."""
         self.reason = ""
+        self._refused = False
+        """Whether a request failed for good."""
 
     def run(self) -> None:
         try:
@@ -217,7 +215,7 @@ class _Round:
     def obey(self) -> None:
         """Ends what the server works on, if the work has to stop. Called again until all requests have come back: the
         server may learn of one after it was told to end it."""
-        if self.stop is None or not self.stop.is_set() or not (keys := list(self._asked)):
+        if not self._feed.is_stopped or not (keys := list(self._asked)):
             return
         try:
             self.server.abort(keys)
@@ -226,20 +224,30 @@ class _Round:
 
     def _fail(self, error: RolloutError) -> None:
         self.fresh, self.reason = False, str(error)
+        self._feed.wake()
 
     def _work(self) -> None:
-        while self.fresh and not (self.stop is not None and self.stop.is_set()):
+        while (taken := self._feed.take(ended=lambda: self._refused or not self.fresh)) is not None:
             try:
-                request, tries = self._waiting.get_nowait()
-            except queue.Empty:
-                return
-            self._asked[request.key] = request
-            try:
-                self._made.put((request, self.server.complete(request)))
-            except UnreachableError as e:
-                if tries + 1 == _TRIES:
-                    raise RolloutError(f"{request.key} failed {_TRIES} times, at last: {e}") from e
-                self._waiting.put((request, tries + 1))
-                self.server.health()
-            finally:
-                del self._asked[request.key]
+                self._ask(*taken)
+            except (UnreachableError, StaleError) as e:
+                self._fail(e)
+            except BaseException:
+                self._refused = True
+                self._feed.wake()
+                raise
+
+    def _ask(self, request: Request, tries: int) -> None:
+        self._asked[request.key] = request
+        try:
+            self._made.put((request, self.server.complete(request)))
+        except UnreachableError as e:
+            if tries + 1 == _TRIES:
+                raise RolloutError(f"{request.key} failed {_TRIES} times, at last: {e}") from e
+            self._feed.put([request], tries=tries + 1)
+            self.server.health()
+        except StaleError:
+            self._feed.put([request], tries=tries)
+            raise
+        finally:
+            del self._asked[request.key]

@@ -75,4 +75,4 @@ class Lead:
         prompts, keys and seeds. Args: `number`: of the first of them."""
         for place, cursor in enumerate(draws.begun):
             drawn, _ = self.prompts.draw(self.schedule, cursor)
-            self.generator.begin(drawn, each=self.each, name=f"{number + place}")
+            self.generator.begin(self.prompts, drawn, each=self.each, name=f"{number + place}")

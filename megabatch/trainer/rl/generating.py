@@ -17,7 +17,7 @@ from megabatch.rewards.rewards import Rewards, Scores
 from megabatch.rewards.sample import RewardSample
 from megabatch.rl.rounds import Rolled, Sum
 from megabatch.rollout.engine import Completion, Request, Sampling
-from megabatch.rollout.turns.conversations import Conversation
+from megabatch.rollout.turns.conversations import Conversation, Partner
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.rl.prompts import Language, Prompt, Prompts
@@ -33,7 +33,7 @@ class Rollouts(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 
-    def begin(self, requests: Sequence[Request]) -> None: ...
+    def begin(self, requests: Sequence[Request], partner: Partner | None = None) -> None: ...
 
     def take(self, requests: Sequence[Request]) -> Taken: ...
 
@@ -106,9 +106,10 @@ class Generator:
         if self.sleep_level:
             self.policy.given = None
 
-    def begin(self, drawn: Sequence[Prompt], *, each: int, name: str) -> None:
+    def begin(self, prompts: Prompts, drawn: Sequence[Prompt], *, each: int, name: str) -> None:
         """Has completions generated while the ranks train, for `rewarded` to take; begun ones stay as they are."""
-        self.rollouts.begin(self._requests(drawn, each=each, name=name))
+        requests = self._requests(drawn, each=each, name=name)
+        self.rollouts.begin(requests, self._partner(prompts, requests, _indices(drawn, each)))
 
     def rewarded(
         self,
@@ -123,7 +124,7 @@ class Generator:
         """`each` completions of every prompt, side by side. Args: `name`: begins their keys, unique in the run;
         `begun`: whether they were begun by `begin`."""
         requests = self._requests(drawn, each=each, name=name, greedy=greedy)
-        indices = [prompt.index for prompt in drawn for _ in range(each)]
+        indices = _indices(drawn, each)
         with self._timed("wait_s" if begun else "generate_s"):
             if begun:
                 conversations = self._taken(requests)
@@ -143,13 +144,20 @@ class Generator:
         taken = self.rollouts.take(requests)
         counts = {"in_flight": taken.unfinished, "landed": taken.landed}
         self.synced |= {name: Ratio(float(count), 1.0) for name, count in counts.items()}
-        return [Conversation.of(request, one) for request, one in zip(requests, taken.completions, strict=True)]
+        return taken.conversations
 
     def _conversations(self, requests: Sequence[Request], asked: Callable[[int], Asked]) -> list[Conversation]:
         if self.turns is None:
             completions = self.rollouts.generate(requests)
             return [Conversation.of(request, one) for request, one in zip(requests, completions, strict=True)]
         return self.turns.converse(requests, asked=asked, generate=self._turn)
+
+    def _partner(self, prompts: Prompts, requests: Sequence[Request], indices: Sequence[int]) -> Partner | None:
+        """What answers conversations that go on beside training; on the main rank."""
+        if self.turns is None or not self.ranks.is_main:
+            return None
+        index_of = {request.key: index for request, index in zip(requests, indices, strict=True)}
+        return self.turns.partner(lambda key: prompts.asked(index_of[key]))
 
     def _turn(self, requests: Sequence[Request]) -> list[Completion]:
         self.busy()
@@ -206,6 +214,11 @@ class Generator:
 
     def _timed(self, name: str) -> _Timed:
         return _Timed(self.seconds, name)
+
+
+def _indices(drawn: Sequence[Prompt], each: int) -> list[int]:
+    """The prompt of each completion."""
+    return [prompt.index for prompt in drawn for _ in range(each)]
 
 
 class _Timed:

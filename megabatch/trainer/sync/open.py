@@ -13,7 +13,6 @@ from megabatch.config.run import RunConfig
 from megabatch.rollout.ahead import Ahead
 from megabatch.rollout.local.transformers_engine import TransformersEngine
 from megabatch.rollout.vllm.guard import TOKEN
-from megabatch.rollout.vllm.pool import Pool
 from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.model.transformer_config import DTYPES
 from megabatch.trainer.model_source import ModelSource
@@ -46,12 +45,8 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
         share=share_of(run, ranks),
         tolerance=_tolerance(run),
         positions=wanted.longest - 1,  # vLLM scores what it draws one more token after
-        ahead=_ahead(pool) if pool is not None and rollout.async_generate else None,
+        ahead=Ahead(pool.stream) if pool is not None and rollout.async_generate else None,
     )
-
-
-def _ahead(pool: Pool) -> Ahead:
-    return Ahead(lambda requests, stop: pool.stream(requests, stop=stop))
 
 
 def in_ranks(run: RunConfig, source: ModelSource, ranks: Ranks, *, positions: int) -> Rollouts:

@@ -18,6 +18,7 @@ from megabatch.errors import MegabatchError, RolloutError
 from megabatch.rollout.ahead import Ahead
 from megabatch.rollout.bucket import Bucket
 from megabatch.rollout.engine import Adapter, AdapterEngine, Completion, Request, RolloutEngine, UnservedError
+from megabatch.rollout.turns.conversations import Conversation, Partner
 from megabatch.trainer.data.global_batch import Share
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.model.lora.layers import TRAINED
@@ -38,9 +39,9 @@ _RESENDS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taken:
-    """Completions that were begun before, and what is left in flight."""
+    """Conversations that were begun before, and what is left in flight."""
 
-    completions: list[Completion]
+    conversations: list[Conversation]
     unfinished: int
     """Others that were begun and are not done."""
     landed: int
@@ -50,7 +51,7 @@ class Taken:
 class Rollouts:
     """One engine on every rank or shared by neighbouring ranks, or one on the main rank that stands for servers.
 
-    Completions that were begun (`begin`) are generated beside whatever the ranks do. Updates and `generate` hold them;
+    Conversations that were begun (`begin`) go on beside whatever the ranks do. Updates and `generate` hold them;
     `take` and `go_on` let them go on.
     """
 
@@ -119,10 +120,12 @@ class Rollouts:
         self._until_served(served)
         return [found[request.key] for request in requests]
 
-    def begin(self, requests: Sequence[Request]) -> None:
-        """Adds to what is generated beside the ranks' work, from `go_on` or `take`; what was begun stays as it is."""
+    def begin(self, requests: Sequence[Request], partner: Partner | None = None) -> None:
+        """Adds to what is generated beside the ranks' work, from `go_on` or `take`; what was begun stays as it is.
+
+        Args: partner: what answers the model, on the main rank; None for completions of a single turn."""
         if self._ahead is not None:
-            self._ahead.begin(requests)
+            self._ahead.begin(requests, partner)
 
     def hold(self) -> None:
         """Interrupts what was begun; what it has is kept."""
@@ -150,10 +153,10 @@ class Rollouts:
             return None, None
         self._ahead.go_on()
         try:
-            completions = self._ahead.take([request.key for request in requests])
+            conversations = self._ahead.take([request.key for request in requests])
         except UnservedError as e:
             return None, str(e)
-        return Taken(completions=completions, unfinished=self._ahead.unfinished, landed=self._ahead.landed), None
+        return Taken(conversations=conversations, unfinished=self._ahead.unfinished, landed=self._ahead.landed), None
 
     def _until_served(self, served: Callable[[], str | None]) -> None:
         """Args: served: what was lost, None for nothing; then weights are sent again, and it is called again."""

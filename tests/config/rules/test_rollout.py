@@ -50,8 +50,6 @@ CASES = [
      rollout(**SERVER, max_staleness=2, async_generate=True), "rollout.max_staleness", ["without async_generate"]),
     (rules.generating_ahead_is_possible, "dense", rollout(**SERVER, async_generate=True, sleep_level=1),
      rollout(**SERVER, sleep_level=1), "rollout.sleep_level", ["generates then", "try 0"]),
-    (rules.generating_ahead_is_possible, "dense", rollout(**SERVER, async_generate=True, multi_turn_scheduler="x"),
-     rollout(**SERVER, multi_turn_scheduler="x"), "rollout.multi_turn_scheduler", ["they train then", "try None"]),
     (rules.generating_ahead_is_possible, "dense",
      {**rollout(**SERVER, async_generate=True), "grpo": {"loss_type": "real"}},
      {**rollout(**SERVER, async_generate=True), "grpo": {"loss_type": "grpo"}},

@@ -12,7 +12,7 @@ import pytest
 from megabatch.errors import ConfigError, RolloutError
 from megabatch.rollout.engine import Completion, Request, Sampling
 from megabatch.rollout.turns.calculator import Calculator, calculate
-from megabatch.rollout.turns.conversations import Answer, Conversation, converse
+from megabatch.rollout.turns.conversations import Answer, Conversation, Limits, converse
 from megabatch.rollout.turns.environment import Reply, ask, environment_of
 from megabatch.rollout.turns.template import between
 
@@ -60,7 +60,10 @@ END = Answer(ids=(), reward=1.0, done=True)
 
 def one(engine: Scripted, *found: Answer, max_turns: int | None = None, scope: Any = "per_round") -> Conversation:
     (only,) = converse(
-        [request("a")], generate=engine, answer=answers(*found), max_turns=max_turns, scope=scope, positions=100
+        [request("a")],
+        generate=engine,
+        answer=answers(*found),
+        limits=Limits(max_turns=max_turns, scope=scope, positions=100),
     )
     return only
 
@@ -87,9 +90,7 @@ def test_conversations_of_different_lengths_go_side_by_side() -> None:
         [request("a"), request("b")],
         generate=engine,
         answer=lambda some: [next(by_key[one.key]) for one in some],
-        max_turns=None,
-        scope="per_round",
-        positions=100,
+        limits=Limits(max_turns=None, scope="per_round", positions=100),
     )
     assert [one.ids for one in found] == [[1, 0], [2, 0, 90, 3, 0]] and len(engine.asked) == 3
 
@@ -251,9 +252,7 @@ def test_each_turn_has_a_seed_of_its_own() -> None:
         both,
         generate=engine,
         answer=lambda some: [next(by_key[one.key]) for one in some],
-        max_turns=3,
-        scope="total",
-        positions=100,
+        limits=Limits(max_turns=3, scope="total", positions=100),
     )
     seeds = {one.key: one.seed for one in engine.asked}
     assert seeds["a"] == 1 and seeds["b"] == 2 and seeds["a@1"] != seeds["b@1"]

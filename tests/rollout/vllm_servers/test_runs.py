@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -23,6 +25,15 @@ pytestmark = NEEDS_VLLM
 REWARD = """
 def letters(completions, **columns):
     return [len(set(text)) / 10 for text in completions]
+"""
+GAME = """
+class Game:
+    def reset(self, messages, solution, **columns):
+        assert solution.startswith("It is")
+        self.turn = 0
+    def step(self, completion):
+        self.turn += 1
+        return f"turn {self.turn}", float(len(completion) % 2), self.turn == 2
 """
 AHEAD = {"async_generate": True, "max_staleness": 2}
 
@@ -42,12 +53,24 @@ def folder(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Path:
     server.close()
     found = tmp_path_factory.mktemp("server-runs")
     (found / "reward.py").write_text(REWARD)
+    (found / "game.py").write_text(GAME)
     return found
 
 
-def grpo_recipe(folder: Path, running: Running, *, steps: int, **rollout: Any) -> Recipe:
+def grpo_recipe(
+    folder: Path,
+    running: Running,
+    *,
+    steps: int,
+    ranks: int = 1,
+    parallel: Mapping[str, Any] = MappingProxyType({}),
+    grpo: Mapping[str, Any] = MappingProxyType({}),
+    **rollout: Any,
+) -> Recipe:
     made = runs.recipe(
         folder,
+        parallel=dict(parallel),
+        resources={"tasks_per_node": ranks},
         training={"train_iters": steps, "seed": 3},
         data={"max_length": 64},
         checkpoint={"save_interval": 1},
@@ -59,7 +82,7 @@ def grpo_recipe(folder: Path, running: Running, *, steps: int, **rollout: Any) -
         model=Model(model=str(running.folder), torch_dtype="float32"),
         moe=MoE(),
         rlhf=Rlhf(rlhf_type="grpo"),
-        grpo=Grpo(reward_funcs=[f"{folder / 'reward.py'}:letters"], num_generations=4, beta=0.0),
+        grpo=Grpo(**{"reward_funcs": [f"{folder / 'reward.py'}:letters"], "num_generations": 4, "beta": 0.0, **grpo}),
         rollout=Rollout(
             temperature=1.0,
             max_completion_length=24,
@@ -71,7 +94,7 @@ def grpo_recipe(folder: Path, running: Running, *, steps: int, **rollout: Any) -
 
 
 def killed(run_dir: str, in_step: int | None = None, in_update: int | None = None) -> int:
-    """Trains one rank, which dies by SIGKILL with its completions generated and not trained, or halfway through
+    """Trains on each rank, which dies by SIGKILL with its completions generated and not trained, or halfway through
     sending weights; None for neither."""
     from megabatch.rollout.vllm.server import Server
     from megabatch.trainer.engine import Engine
@@ -97,12 +120,12 @@ def dying(method: Any, number: int) -> Any:
 
 
 def run_of(ranks: RankServer, made: Recipe, run_dir: Path, *, deaths: int = 0) -> Path:
-    run = runs.write_run(made, run_dir)
+    run, world_size = runs.write_run(made, run_dir), made.resources.world_size
     how: list[dict[str, int]] = [{"in_step": 2}, {"in_update": 2}][:deaths]
     for death in how:
         with pytest.raises(RuntimeError, match="killed: hung or crashed"):
-            ranks.run(killed, world_size=1, run_dir=str(run), **death)
-    assert ranks.run(killed, world_size=1, run_dir=str(run)) == [0]
+            ranks.run(killed, world_size=world_size, run_dir=str(run), **death)
+    assert ranks.run(killed, world_size=world_size, run_dir=str(run)) == [0] * world_size
     return run
 
 
@@ -130,8 +153,9 @@ def test_a_trainer_that_is_killed_twice_ends_with_the_undisturbed_curve(
 def test_generation_ahead_of_training_is_bounded_and_loses_nothing(
     ranks: RankServer, running: Running, folder: Path
 ) -> None:
-    """Killed twice too: every prompt's completions are trained on once, whichever attempt generated them."""
-    run = run_of(ranks, grpo_recipe(folder, running, steps=5, **AHEAD), folder / "ahead", deaths=2)
+    """On two data-parallel ranks that are killed twice: every prompt's completions are trained on once, whichever
+    attempt generated them."""
+    run = run_of(ranks, grpo_recipe(folder, running, steps=5, ranks=2, **AHEAD), folder / "ahead", deaths=2)
     keys = keys_of(run)
     assert sorted(keys) == [1, 2, 3, 4, 5]
     for step, found in keys.items():
@@ -149,6 +173,34 @@ def test_generation_ahead_of_training_is_bounded_and_loses_nothing(
     assert all(line["wait_s"] >= 0 and line["rollout_ess"] > 0 for line in lines.values())
     assert lines[5]["in_flight"] == lines[5]["landed"] == 0, "nothing is begun for after the end"
     assert lines[1]["staleness_max"] == 0
+
+
+def test_conversations_and_prompts_drawn_again_go_ahead_at_any_layout(
+    ranks: RankServer, running: Running, folder: Path
+) -> None:
+    """An environment answers on rank 0 while four ranks train, prompts whose completions are equally good make room
+    for others, and all ranks are killed in a step."""
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    drawn = {"num_generations": 2, "dynamic_sample": True, "max_resample_times": 2, "reward_funcs": []}
+    turns = {"gym_env": f"{folder / 'game.py'}:Game", "use_gym_env": True, "max_turns": 3, "max_completion_length": 8}
+    made = grpo_recipe(folder, running, steps=4, ranks=4, parallel=layout, grpo=drawn, **turns, **AHEAD)
+    run = run_of(ranks, made, folder / "conversations", deaths=1)
+    records = {step: Reader(run / "ledger").records(step) for step in (1, 2, 3, 4)}
+    everything = [one for some in records.values() for one in some]
+    assert [len(some) for some in records.values()] == [8] * 4
+    assert len({one.key for one in everything}) == 32
+    assert set(Counter(tuple(one.prompt_ids) for one in everything).values()) == {2}, "no prompt comes twice"
+    for step, some in records.items():
+        for one in some:
+            versions = list(one.versions)
+            assert versions == sorted(versions) and max(0, step - 3) <= versions[0] <= versions[-1] <= step - 1
+            assert len(one.mask) == len(one.ids) == len(one.logps)
+    assert any(0 in one.mask for one in everything), "some conversations have several turns"
+    assert any("." in one.key for one in everything), "some prompts were drawn in place of others"
+    lines = runs.metrics(run)
+    assert all(line["rollout_ess"] > 0 and math.isfinite(line["loss"]) for line in lines)
+    assert max(line["staleness_max"] for line in lines) in (1, 2)
+    assert all(line["rollout_max_difference"] < 1e-3 for line in lines if line["staleness_max"] == 0)
 
 
 def test_what_a_lead_has_begun_is_trained_on_without_one(ranks: RankServer, running: Running, folder: Path) -> None:

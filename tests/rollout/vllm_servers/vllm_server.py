@@ -19,6 +19,7 @@ from vllm_python import python
 
 from megabatch.rollout.bucket import Bucket, Part
 from megabatch.rollout.engine import Completion, Request, Sampling
+from megabatch.rollout.turns.conversations import Conversation
 from megabatch.rollout.vllm.client import Client
 from megabatch.rollout.vllm.command import server_command, server_environment
 from megabatch.rollout.vllm.engine_options import EngineOptions
@@ -141,7 +142,7 @@ def requests(count: int = 6) -> list[Request]:
     ]
 
 
-def difference(request: Request, one: Completion, models: Mapping[int, Any]) -> float:
+def difference(request: Request, one: Completion | Conversation, models: Mapping[int, Any]) -> float:
     """The largest between a completion's log-probabilities and those of a full forward pass, of each token by the
     model of its version."""
     ids, places = [*request.prompt, *one.ids], range(len(request.prompt), len(request.prompt) + len(one.ids))

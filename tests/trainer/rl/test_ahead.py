@@ -29,7 +29,7 @@ class Begun:
     def __init__(self) -> None:
         self.prompts: dict[str, list[int]] = {}
 
-    def begin(self, drawn: list[Prompt], *, each: int, name: str) -> None:
+    def begin(self, prompts: Prompts, drawn: list[Prompt], *, each: int, name: str) -> None:
         assert each == 4
         found = [one.index for one in drawn]
         assert self.prompts.setdefault(name, found) == found, "a round has the same prompts whenever it is begun"
