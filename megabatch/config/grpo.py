@@ -168,8 +168,9 @@ class Rollout:
     """Server's address, instead of host and port; several with commas between them."""
     vllm_server_timeout: float = param(240.0, above=0)
     """How long to wait for the server, in seconds."""
-    vllm_server_pass_dataset: bool = param(False, built=False)
-    """Sends a sample's other columns to the server, for multi-turn schedulers."""
+    vllm_server_pass_dataset: bool = param(False)
+    """Gives a sample's other columns to multi-turn schedulers. These run beside rank 0 and always get
+    them; recipes that set it run as they are."""
     vllm_tensor_parallel_size: int = param(1, at_least=1)
     """Neighbouring ranks that share an engine's matrices with `vllm_mode="colocate"`, as do the settings below."""
     vllm_gpu_memory_utilization: float = param(0.9, above=0, at_most=1)

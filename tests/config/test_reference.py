@@ -22,7 +22,7 @@ REFERENCE = [
     line.split("\t")
     for line in (Path(__file__).parent / "reference_parameters.tsv").read_text(encoding="utf-8").splitlines()
 ]
-NOT_BUILT, PARTLY_BUILT = 49, 15
+NOT_BUILT, PARTLY_BUILT = 48, 15
 """Parameters of which the trainer has only the default, and of which it has only some values. They may only fall."""
 
 

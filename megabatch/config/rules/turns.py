@@ -10,7 +10,7 @@ from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 
-_NEED_ONE = ("max_turns", "completion_length_limit_scope", "use_gym_env", "turn_timeout_s")
+_NEED_ONE = ("max_turns", "completion_length_limit_scope", "use_gym_env", "turn_timeout_s", "vllm_server_pass_dataset")
 
 
 def one_environment_answers(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
