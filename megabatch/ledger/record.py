@@ -8,7 +8,18 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routes:
+    """The experts that each token of prompt and completion went to."""
+
+    form: Literal["|u1", "<i2"]
+    """Numbers of one byte, or of two with more than 256 experts."""
+    shape: tuple[int, int, int]
+    """Tokens, layers, experts of a token."""
+    data: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +50,8 @@ class Record:
     """Further numbers of each token by name, such as the old policy's log-probabilities; kept as fp32."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further plain values of the step's choosing, such as the place of the row in the data."""
+    routes: Routes | None = None
+    """Where the step replayed them."""
 
 
 def best_and_worst(records: Sequence[Record], each: int) -> list[Record]:
@@ -71,6 +84,9 @@ def encode(records: Sequence[Record]) -> bytes:
             arrays += struct.pack(f"<{len(values)}{kind}", *values)
         for values in record.columns.values():
             arrays += struct.pack(f"<{len(record.ids)}f", *values)
+        if record.routes is not None:
+            line["routes"] = [record.routes.form, record.routes.shape, len(record.routes.data)]
+            arrays += record.routes.data
     text = json.dumps(lines, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
     return _LENGTH.pack(len(text)) + text + arrays
 
@@ -90,6 +106,10 @@ def decode(content: bytes) -> Iterator[Record]:
         for name in line.get("columns", ()):
             values["columns"][name] = form.unpack_from(content, place)
             place += form.size
+        if "routes" in line:
+            kind, shape, length = line["routes"]
+            values["routes"] = Routes(form=kind, shape=tuple(shape), data=content[place : place + length])
+            place += length
         yield Record(**values)
 
 

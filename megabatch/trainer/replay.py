@@ -7,22 +7,25 @@ object: the loss, the gradient norm and the other numbers of the update. It chan
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megabatch.config.layout import layout_of
 from megabatch.config.parallel import Parallel
 from megabatch.config.run import RunConfig, derived
 from megabatch.errors import CheckpointError, ConfigError
 from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.saved.history import MCORE
 from megabatch.trainer import failures
 
 if TYPE_CHECKING:
@@ -55,16 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def in_one_process(run: RunConfig, *, gpus: int) -> RunConfig:
     """The same run without parallelism. Raises: ConfigError where that would be another computation."""
-    recipe = run.recipe
-    dropout = {
-        "model.attention_dropout": recipe.model.attention_dropout,
-        "model.hidden_dropout": recipe.model.hidden_dropout,
-        **({"tuner.lora_dropout": recipe.tuner.lora_dropout} if recipe.tuner.tuner_type == "lora" else {}),
-    }
-    if run.layout.world_size > 1 and (drawn := [f"{name}={value}" for name, value in dropout.items() if value]):
+    recipe, layout = run.recipe, run.layout
+    if (drawn := _dropout(run)) and (layout.world_size > layout.dp or layout.ep > 1):
         raise ConfigError(
-            f"{', '.join(drawn)}: each of the run's {run.layout.world_size} ranks drew random numbers of its own, "
-            "which one process cannot repeat; only runs without dropout, or of one process, can be replayed"
+            f"{', '.join(drawn)}: ranks that share a model or its rows drew random numbers for their own part of it, "
+            "which one process cannot repeat; with dropout, only runs with data parallelism alone can be replayed"
+        )
+    if drawn and recipe.checkpoint.no_save_rng:
+        raise ConfigError(
+            f"{', '.join(drawn)}: checkpoint.no_save_rng=True left out the states of the random generators that the "
+            "update drew from"
         )
     alone = replace(
         recipe,
@@ -75,34 +78,77 @@ def in_one_process(run: RunConfig, *, gpus: int) -> RunConfig:
         ),
         resources=replace(recipe.resources, nodes=1, tasks_per_node=1, gpus_per_node=gpus),
     )
-    layout = layout_of(alone, run.shape)
-    assert layout is not None, "a batch divides by one rank"
-    return replace(run, recipe=derived(alone, shape=run.shape, run_dir=Path(run.run_dir)), layout=layout)
+    one_rank = layout_of(alone, run.shape)
+    assert one_rank is not None, "a batch divides by one rank"
+    return replace(run, recipe=derived(alone, shape=run.shape, run_dir=Path(run.run_dir)), layout=one_rank)
+
+
+def _dropout(run: RunConfig) -> list[str]:
+    """The run's dropouts, as name=value."""
+    model, tuner = run.recipe.model, run.recipe.tuner
+    found = {
+        "model.attention_dropout": model.attention_dropout,
+        "model.hidden_dropout": model.hidden_dropout,
+        "tuner.lora_dropout": tuner.lora_dropout if tuner.tuner_type == "lora" else 0.0,
+    }
+    return [f"{name}={value}" for name, value in found.items() if value]
 
 
 def replayed(run: RunConfig, alone: RunConfig, step: int) -> StepResult:
     """Repeats the update. Args: `alone`: the run as it is repeated.
 
-    Raises: RewardError for a step that the ledger lacks, CheckpointError without the state before it.
+    Raises: RewardError for a step that the ledger lacks, CheckpointError without the state before it, ConfigError for
+    a ledger without the experts that the step replayed.
     """
     from megabatch.ledger.reader import Reader
     from megabatch.trainer.main import prepare_device
 
-    if run.recipe.grpo.router_replay_mode != "disabled":
-        raise ConfigError(
-            f"grpo.router_replay_mode={run.recipe.grpo.router_replay_mode!r}: the ledger does not keep the experts of "
-            "every token, which this run's updates replay"
-        )
     prepare_device(alone)
     from megabatch.trainer import assemble
     from megabatch.trainer.rl.recorded import rolled
     from megabatch.trainer.tasks.grpo import objective_of
 
     completions = [rolled(record) for record in Reader(RunDirectory(Path(run.run_dir)).ledger).records(step)]
+    mode = run.recipe.grpo.router_replay_mode
+    if mode != "disabled" and any(one.routes is None for one in completions):
+        raise ConfigError(f"grpo.router_replay_mode={mode!r}: an older release wrote the ledger, without the experts")
     with assemble.join_ranks(alone) as ranks:
         engine = _before(step, run, alone, ranks)
         batch = _as_shared(run, ranks, completions)
-        return engine.step(batch.packs, objective_of(run), totals=batch.totals, filled=batch.filled)
+        with _each_drawing_as_before(run, engine, step, of_each=len(batch.packs) // run.layout.dp):
+            return engine.step(batch.packs, objective_of(run), totals=batch.totals, filled=batch.filled)
+
+
+@contextmanager
+def _each_drawing_as_before(run: RunConfig, engine: Engine, step: int, *, of_each: int) -> Iterator[None]:
+    """Inside this context the model draws random numbers as the run's data-parallel ranks did.
+
+    Args: `of_each`: micro-batches of each rank; those of the first are computed first.
+    """
+    from megabatch.trainer.checkpoints import torch_dist
+    from megabatch.trainer.checkpoints.progress import open_saved
+
+    if not _dropout(run):
+        yield
+        return
+    folder = RunDirectory(Path(run.run_dir)).step(step - 1)
+    if folder.is_dir():
+        states = torch_dist.read_generators(
+            engine.ranks, folder / MCORE, open_saved(folder).manifest, of=run.layout.dp
+        )
+    else:  # at the run's start all had the same
+        states = [torch_dist.generators()] * run.layout.dp
+    calls = itertools.count()
+
+    def drawing(chunk: Any, arguments: Any) -> None:
+        if chunk.training and (call := next(calls)) % of_each == 0:
+            torch_dist.set_generators(states[call // of_each])
+
+    hook = engine.model.wrapped[0].register_forward_pre_hook(drawing)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _before(step: int, run: RunConfig, alone: RunConfig, ranks: Ranks) -> Engine:

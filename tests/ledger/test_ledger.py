@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megabatch.errors import RewardError
 from megabatch.ledger.reader import Reader
-from megabatch.ledger.record import Record, decode, encode
+from megabatch.ledger.record import Record, Routes, decode, encode
 from megabatch.ledger.segments import segments
 from megabatch.ledger.writer import Ledger
 
@@ -44,6 +44,10 @@ def record(key: str = "0/0/0", *, tokens: int = 5) -> Record:
 @given(st.lists(st.tuples(st.text(), st.lists(st.floats(width=32, allow_nan=False), max_size=6)), max_size=4))
 def test_records_come_back_as_they_were(given_: list[tuple[str, list[float]]]) -> None:
     records = [replace(record(tokens=len(logps)), completion=text, logps=tuple(logps)) for text, logps in given_]
+    records[1:2] = [
+        replace(one, routes=Routes(form="<i2", shape=(len(one.ids) + 3, 1, 1), data=b"\1\2" * (len(one.ids) + 3)))
+        for one in records[1:2]
+    ]
     assert list(decode(encode(records))) == records
 
 

@@ -37,7 +37,11 @@ class TransformersEngine:
         from megabatch.rollout.local.keeping import share_keys
 
         config = AutoConfig.from_pretrained(config_folder)
-        with torch.device(device):
+        drawn = [device] if device.type == "cuda" else []
+        with (
+            torch.device(device),
+            torch.random.fork_rng(drawn),
+        ):  # what the trainer draws is not the engine's to change
             self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
         share_keys(self._model)
         self._config, self._device, self._max_rows = config, device, max_rows

@@ -59,7 +59,7 @@ def plan_save(engine: Engine, *, optimizer: bool, rng: bool) -> writing.Plan:
     if optimizer and engine.optimizer is not None:
         state["optimizer"] = optimizer_state.sharded(engine.optimizer, _optimized_state(engine), ranks)
     if rng:
-        state["rng"] = _rng_object(ranks)
+        state["rng"] = _rng_object(generators(), ranks.rank, ranks.place.world_size)
     return writing.plan(state, content=METADATA)
 
 
@@ -115,7 +115,8 @@ def load(
         else:
             engine.optimizer.megatron.reload_model_params()
     if rng:
-        _set_rng(read({"rng": _rng_object(engine.ranks)})["rng"])
+        place = engine.ranks.place
+        set_generators(read({"rng": _rng_object(generators(), place.rank, place.world_size)})["rng"])
 
 
 def load_base(engine: Engine, directory: Path, manifest: Manifest | None, *, each_once: bool = False) -> None:
@@ -264,19 +265,29 @@ def _one_following(engine: Engine, name: str) -> dict[str, Any]:
     }
 
 
-def _rng_object(ranks: Ranks) -> ShardedObject:
-    state = {
+def generators() -> dict[str, Any]:
+    """States of this process's random generators."""
+    return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "tracker": get_cuda_rng_tracker().get_states(),
     }
-    world = ranks.place.world_size
-    return ShardedObject("rng_state", state, (world,), (ranks.rank,), replica_id=0)
 
 
-def _set_rng(state: dict[str, Any]) -> None:
+def read_generators(ranks: Ranks, directory: Path, manifest: Manifest | None, *, of: int) -> list[dict[str, Any]]:
+    """What each of the `of` ranks had that saved a checkpoint; collective. Raises: CheckpointError on every rank."""
+    read = _opened(ranks, directory, manifest, each_once=False)
+    found = read({str(rank): _rng_object({}, rank, of) for rank in range(of)})
+    return [found[str(rank)] for rank in range(of)]
+
+
+def _rng_object(state: dict[str, Any], rank: int, world_size: int) -> ShardedObject:
+    return ShardedObject("rng_state", state, (world_size,), (rank,), replica_id=0)
+
+
+def set_generators(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
-from megabatch.ledger.record import Record
+from megabatch.ledger.record import Record, Routes
 from megabatch.rl.rounds import Rolled
 
 
@@ -21,4 +23,18 @@ def rolled(record: Record) -> Rolled:
         rewards=tuple(float("nan") if value is None else value for value in record.rewards.values()),
         advantage=record.advantage,
         tokens={name: np.array(values, np.float32) for name, values in tokens.items()},
+        routes=_array(record.routes),
     )
+
+
+def routes_of(one: Rolled) -> Routes | None:
+    """A completion's routes, for its record."""
+    if one.routes is None:
+        return None
+    form: Literal["|u1", "<i2"] = "|u1" if one.routes.dtype == np.uint8 else "<i2"
+    tokens, layers, chosen = one.routes.shape
+    return Routes(form=form, shape=(tokens, layers, chosen), data=one.routes.astype(form).tobytes())
+
+
+def _array(routes: Routes | None) -> np.ndarray | None:
+    return None if routes is None else np.frombuffer(routes.data, routes.form).reshape(routes.shape)

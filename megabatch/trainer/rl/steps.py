@@ -17,6 +17,7 @@ from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.rl.ahead import Draws
 from megabatch.trainer.rl.batch import LEARNED_WITH
+from megabatch.trainer.rl.recorded import routes_of
 from megabatch.trainer.rl.rolling import Rolling, measured
 from megabatch.trainer.steps import State, Step, Steps
 from megabatch.trainer.sums import Ratio
@@ -174,6 +175,7 @@ class GrpoSteps(Steps):
             advantage=one.advantage,
             columns={name: one.tokens[name].tolist() for name in LEARNED_WITH if name in one.tokens},
             extra={"place": one.place},
+            routes=routes_of(one),
         )
 
     def _metrics(self, current: Round, first: int, number: int, *, trained: int) -> Mapping[str, Ratio]:

@@ -34,7 +34,13 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
     if rollout.vllm_mode != "server":
         return in_ranks(run, source, ranks, positions=run.shape.max_position_embeddings)
     found, wanted = [], _wanted(run, ranks.device)
-    ranks.on_main(lambda: found.append(open_pool(addresses(rollout), wanted)))
+
+    def opened() -> int:
+        pool, takes = open_pool(addresses(rollout), wanted)
+        found.append(pool)
+        return takes
+
+    takes = ranks.on_main(opened)
     pool = found[0] if found else None
     return Rollouts(
         pool,
@@ -45,6 +51,7 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
         share=share_of(run, ranks),
         tolerance=_tolerance(run),
         positions=wanted.longest - 1,  # vLLM scores what it draws one more token after
+        takes=takes,
         ahead=Ahead(pool.stream) if pool is not None and rollout.async_generate else None,
     )
 

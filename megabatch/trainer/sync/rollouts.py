@@ -70,12 +70,15 @@ class Rollouts:
         ahead: Ahead | None = None,
         ranks_of_engine: int = 1,
         adapters: AdapterEngine | None = None,
+        takes: int | None = None,
     ) -> None:
         """Args: mine: this rank's engine, None where it has none; experts: `RolloutEngine.experts`; share: how this
         run makes rows; tolerance: most that log-probabilities of trainer and engines may differ by after an update;
         positions: tokens of a sequence that engines can score; ahead: of the main rank's engine, for `begin`;
         ranks_of_engine: how many ranks have an engine together and call it together, where every rank has a part of
-        one; adapters: `mine` where it gets the policy's adapter alone, after the weights below it once."""
+        one; adapters: `mine` where it gets the policy's adapter alone, after the weights below it once; takes: tokens
+        of a prompt and what follows it, where engines take fewer than the run's settings say."""
+        self.takes = takes
         self._mine, self._ranks, self._family, self._ahead = mine, ranks, family, ahead
         self._receivers, self._experts, self._share = receivers, experts, share
         self._tolerance, self._bucket_bytes = tolerance, bucket_bytes

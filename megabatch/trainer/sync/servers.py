@@ -33,15 +33,20 @@ class Wanted:
     """None for a free one."""
 
 
-def open_pool(urls: Sequence[str], wanted: Wanted) -> Pool:
-    """Raises: RolloutError naming everything that does not fit, for a server that does not answer or has another
-    model."""
+def open_pool(urls: Sequence[str], wanted: Wanted) -> tuple[Pool, int]:
+    """The servers, and how many tokens all of them take.
+
+    Raises: RolloutError naming everything that does not fit, for a server that does not answer or has another model.
+    """
     servers = [_opened(url, wanted) for url in urls]
+    limits = []
     for server in servers:
         server.wait()
-        if faults := unfit(server.facts(), wanted):
+        facts = server.facts()
+        if faults := unfit(facts, wanted):
             raise RolloutError(f"{server.url} does not fit this run: {'; '.join(faults)}")
-    return Pool(servers)
+        limits.append(int(facts["max_model_len"]))
+    return Pool(servers), min(limits)
 
 
 def _opened(url: str, wanted: Wanted) -> Server:

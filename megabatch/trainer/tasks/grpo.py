@@ -114,9 +114,10 @@ def _generator(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Calla
         return opened[0].names
 
     names = ranks.on_main(open_rewards)
+    rollouts = open_rollouts(run, source, ranks)
     return Generator(
         ranks=ranks,
-        rollouts=open_rollouts(run, source, ranks),
+        rollouts=rollouts,
         rewards=opened[0] if opened else None,
         reward_names=names,
         language=language,
@@ -126,11 +127,11 @@ def _generator(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Calla
         positions=positions(run.recipe, run.shape),
         sleep_level=run.recipe.rollout.sleep_level,
         busy=busy,
-        turns=_turns(run, ranks, language),
+        turns=_turns(run, ranks, language, takes=rollouts.takes),
     )
 
 
-def _turns(run: RunConfig, ranks: Ranks, language: Language) -> Turns | None:
+def _turns(run: RunConfig, ranks: Ranks, language: Language, *, takes: int | None) -> Turns | None:
     rollout = run.recipe.rollout
     if not (rollout.multi_turn_scheduler or rollout.gym_env):
         return None
@@ -139,7 +140,7 @@ def _turns(run: RunConfig, ranks: Ranks, language: Language) -> Turns | None:
         rollout=rollout,
         text=language.text,
         template=language.template,
-        positions=positions(run.recipe, run.shape),
+        positions=min(positions(run.recipe, run.shape), takes or run.shape.max_position_embeddings),
     )
 
 

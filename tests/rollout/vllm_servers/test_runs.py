@@ -85,10 +85,9 @@ def grpo_recipe(
         grpo=Grpo(**{"reward_funcs": [f"{folder / 'reward.py'}:letters"], "num_generations": 4, "beta": 0.0, **grpo}),
         rollout=Rollout(
             temperature=1.0,
-            max_completion_length=24,
             vllm_mode="server",
             vllm_server_base_url=f"http://127.0.0.1:{running.port}",
-            **rollout,
+            **{"max_completion_length": 24, **rollout},
         ),
     )
 

@@ -26,8 +26,8 @@ EVERY_STEP = {"save_interval": 1, "async_save": False}
 
 
 def moe_recipe(folder: Path, **grpo: Any) -> Any:
-    """tp2, and two packs a micro-batch, for balancing losses that depend on them."""
-    made = grpo_recipe(folder, world_size=2, grpo=grpo)
+    """tp2, two packs a micro-batch, for balancing losses that depend on them, and experts that are replayed."""
+    made = grpo_recipe(folder, world_size=2, grpo={"router_replay_mode": "R2", **grpo})
     other = recipe(folder, "qwen3_moe")
     return with_fields(
         replace(made, model=other.model, moe=replace(other.moe, moe_aux_loss_coeff=0.01)),
@@ -80,6 +80,25 @@ def test_every_update_of_two_ranks_is_repeated_by_one(ranks: RankServer, run: Pa
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before, "the run's folder is the run's"
 
 
+def test_dropout_of_data_parallel_ranks_is_drawn_again(ranks: RankServer, run: Path) -> None:
+    """From the start, and from what each rank's generators were in a checkpoint."""
+    made = grpo_recipe(run.parent, world_size=2, grpo={"steps_per_generation": 1, "beta": 0.0})
+    made = with_fields(
+        made,
+        model={"attention_dropout": 0.1, "hidden_dropout": 0.1},
+        checkpoint=EVERY_STEP,
+        evaluation={"eval_iters": 0},
+        training={"train_iters": 2},
+    )
+    dropped = write_run(made, run.parent / "dropped")
+    assert set(ranks.run(train, world_size=2, run_dir=str(dropped))) == {0}
+    config = RunConfig.load(dropped / "run.json")
+    found = ranks.run(repeated, world_size=1, run_dir=str(dropped), steps=[1, 2])[0]
+    for logged, numbers in zip(metrics(dropped), found, strict=True):
+        lines = command.compared(logged, numbers, config, tolerance=None)
+        assert all(line.passes for line in lines), (logged["step"], lines)
+
+
 def test_the_command_compares_in_a_process_of_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(run), "--step", "2", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -119,11 +138,18 @@ def test_what_cannot_be_replayed_says_what_can(here: None, run: Path, tmp_path: 
 def test_a_run_that_cannot_be_repeated_is_refused(run: Path) -> None:
     config = RunConfig.load(run / "run.json")
     recipe = replace(config.recipe, tuner=replace(config.recipe.tuner, tuner_type="lora", lora_dropout=0.1))
-    with pytest.raises(ConfigError, match=r"tuner.lora_dropout=0.1: each of the run's 2 ranks drew"):
+    with pytest.raises(ConfigError, match=r"tuner.lora_dropout=0.1: ranks that share a model or its rows drew"):
         replay.in_one_process(replace(config, recipe=recipe), gpus=0)
+    layout = replace(config.layout, tp=1, dp=2)
+    recipe = with_fields(recipe, checkpoint={"no_save_rng": True})
+    with pytest.raises(ConfigError, match=r"tuner.lora_dropout=0.1: checkpoint.no_save_rng=True left out"):
+        replay.in_one_process(replace(config, recipe=recipe, layout=layout), gpus=0)
 
 
 def test_the_ledger_stays_small(run: Path) -> None:
     records = [record for step in (1, 2, 3) for record in Reader(run / "ledger").records(step)]
     assert {tuple(record.columns) for record in records} == {("old", "reference")}
-    assert sum(len(file.read_bytes()) for file in segments(run / "ledger")) < 600 * len(records)
+    routes = sum(len(record.routes.data) for record in records if record.routes is not None)
+    tokens = sum(len(record.prompt_ids) + len(record.ids) for record in records)
+    assert routes == tokens * 4 * 2, "a byte for each token, layer and expert"
+    assert sum(len(file.read_bytes()) for file in segments(run / "ledger")) < 600 * len(records) + routes
