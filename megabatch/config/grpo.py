@@ -107,7 +107,8 @@ class Grpo:
     router_replay_mode: Literal["disabled", "R2", "R3"] = param(
         "disabled",
         built=("disabled", "R2"),
-        refused="needs a rollout engine that returns the experts of each token, and none that is built does",
+        refused="needs a rollout engine that returns the experts of each token: vLLM 0.32 does on GPUs alone, which "
+        "is not wired, and transformers inside the ranks does not record them; take R2",
     )
     """Routes tokens as before: as the policy did when log-probabilities were computed (R2), or as the rollout engine
     did (R3)."""

@@ -100,6 +100,11 @@ def replayed(run: RunConfig, alone: RunConfig, step: int) -> StepResult:
     Raises: RewardError for a step that the ledger lacks, CheckpointError without the state before it, ConfigError for
     a ledger without the experts that the step replayed.
     """
+    if (drawn := _dropout(run)) and not RunDirectory(Path(run.run_dir)).step(step - 1).is_dir():
+        raise CheckpointError(
+            f"{', '.join(drawn)}: step {step} is the run's first, and no checkpoint has the states of the random "
+            "generators that it drew from; with dropout, a later step can be replayed"
+        )
     from megabatch.ledger.reader import Reader
     from megabatch.trainer.main import prepare_device
 
@@ -132,12 +137,7 @@ def _each_drawing_as_before(run: RunConfig, engine: Engine, step: int, *, of_eac
         yield
         return
     folder = RunDirectory(Path(run.run_dir)).step(step - 1)
-    if folder.is_dir():
-        states = torch_dist.read_generators(
-            engine.ranks, folder / MCORE, open_saved(folder).manifest, of=run.layout.dp
-        )
-    else:  # at the run's start all had the same
-        states = [torch_dist.generators()] * run.layout.dp
+    states = torch_dist.read_generators(engine.ranks, folder / MCORE, open_saved(folder).manifest, of=run.layout.dp)
     calls = itertools.count()
 
     def drawing(chunk: Any, arguments: Any) -> None:
