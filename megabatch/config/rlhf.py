@@ -182,7 +182,11 @@ class Gkd:
     teacher_model_server: str | None = param(None)
     """Teacher behind vLLM's OpenAI-compatible server, in place of `teacher_model`: its address, as http://host:port,
     or `role:NAME` for a server beside the ranks. Needs `gkd_logits_topk`, and a server that gives so many
-    (`--max-logprobs`)."""
+    (`--max-logprobs`). Several teachers, each for the rows with tags of its own, are JSON:
+    `[{"url": "http://host:port", "tags": ["math"]}, …]`."""
+    teacher_tag_key: str = param("dataset")
+    """Column that says which of several teachers a row has. Rows without a column `dataset` have their file's
+    name in it."""
     teacher_api_key_variable: str | None = param(None)
     """Environment variable that holds the server's key; never the key itself. A role's server has the job's own."""
     teacher_server_timeout: float = param(240.0, above=0)

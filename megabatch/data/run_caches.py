@@ -11,6 +11,7 @@ import numpy as np
 
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
+from megabatch.config.served_teachers import teacher_tags
 from megabatch.data.cache import datasets
 from megabatch.data.cache.datasets import CachePaths
 from megabatch.data.cache.token_cache import TokenCache
@@ -61,6 +62,8 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
         loss_scale=resolved(data.loss_scale),
         problem_type=recipe.training.problem_type,
         num_labels=recipe.training.num_labels,
+        teachers=tuple(teacher_tags(recipe.gkd.teacher_model_server)) if run.task.name == "gkd" else (),
+        teacher_tag_key=recipe.gkd.teacher_tag_key if run.task.name == "gkd" else "",
         channels=recipe.training.enable_channel_loss,
         instruction=recipe.reranker.generative_reranker_instruction if run.task.rows == "yes_no" else "",
         step_separator=recipe.prm.step_separator if run.task.rows == "steps" else "",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megabatch.config.grpo import Rollout
 from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Dpo, Gkd, Rlhf
+from megabatch.config.served_teachers import served_teachers
 from megabatch.config.shared_prompts import why_not
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
@@ -93,7 +94,7 @@ def a_teacher_is_named(recipe: Recipe, shape: ModelShape | None, layout: Layout 
     if group.teacher_model is None and group.teacher_model_server is None:
         yield Fault("gkd.teacher_model", None, "is missing: distillation needs a teacher", bare=True)
     if group.teacher_model_server is None:
-        for name in ("teacher_api_key_variable", "teacher_server_timeout"):
+        for name in ("teacher_api_key_variable", "teacher_server_timeout", "teacher_tag_key"):
             if (value := getattr(group, name)) != (default := getattr(defaults, name)):
                 yield Fault(f"gkd.{name}", value, "has no effect without teacher_model_server", try_=(default,))
         return
@@ -108,25 +109,37 @@ def _server(recipe: Recipe, address: str) -> Iterator[Fault]:
     if group.offload_teacher_model:
         rule = f"has no effect with {field[4:]}={address!r}, which has the teacher behind a server"
         yield Fault("gkd.offload_teacher_model", True, rule, try_=(False,))
-    kind, _, name = address.partition(":")
-    roles = [role.name for role in recipe.roles]
-    if address.lstrip().startswith("[") or "," in address:
-        rule = "names several teachers, and rows are not routed to teachers by their source; name one"
-        yield Fault(field, address, rule)
-    elif kind == "role" and name not in roles:
-        rule = f"names no role of the recipe, which has {', '.join(roles) or 'none'}"
-        yield Fault(field, address, rule, try_=[f"role:{role}" for role in roles])
-    elif kind not in ("role", "http", "https"):
-        yield Fault(field, address, "must be http://host:port, or role:NAME", try_=("'http://localhost:8000'",))
-    if kind == "role" and group.teacher_api_key_variable is not None:
-        rule = f"has no effect with {field[4:]}={address!r}, which has the job's own token"
-        yield Fault("gkd.teacher_api_key_variable", group.teacher_api_key_variable, rule, try_=(None,))
+    yield from _addresses(recipe, field, address)
     if group.gkd_logits_topk is None:
         rule = "is missing: a server gives the log-probabilities of few tokens, never of the whole vocabulary"
         yield Fault("gkd.gkd_logits_topk", None, rule, try_=(20,), bare=True)
     if group.seq_kd:
         rule = f"needs the teacher in the ranks, and {field[4:]}={address!r} has it behind a server"
         yield Fault("gkd.seq_kd", True, rule, try_=(False,))
+
+
+def _addresses(recipe: Recipe, field: str, named: str) -> Iterator[Fault]:
+    try:
+        served = served_teachers(named)
+    except ValueError as e:
+        yield Fault(field, named, str(e))
+        return
+    roles, key = [role.name for role in recipe.roles], recipe.gkd.teacher_api_key_variable
+    kinds = set()
+    for one in served:
+        kind, _, name = one.url.partition(":")
+        kinds.add(kind)
+        if kind == "role" and name not in roles:
+            rule = f"names no role of the recipe, which has {', '.join(roles) or 'none'}"
+            yield Fault(field, one.url, rule, try_=[f"role:{role}" for role in roles])
+        elif kind not in ("role", "http", "https"):
+            yield Fault(field, one.url, "must be http://host:port, or role:NAME", try_=("'http://localhost:8000'",))
+    if kinds == {"role"} and key is not None:
+        rule = f"has no effect with {field[4:]}={named!r}, which has the job's own token"
+        yield Fault("gkd.teacher_api_key_variable", key, rule, try_=(None,))
+    if not served[0].tags and recipe.gkd.teacher_tag_key != Gkd().teacher_tag_key:
+        rule = "has no effect: one teacher has all rows"
+        yield Fault("gkd.teacher_tag_key", recipe.gkd.teacher_tag_key, rule, try_=(Gkd().teacher_tag_key,))
 
 
 def a_teacher_knows_as_many(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:

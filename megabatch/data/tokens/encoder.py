@@ -22,9 +22,10 @@ from megabatch.data.tokens.labelled import Labelled
 from megabatch.data.tokens.pairs import EQUAL, Pairs
 from megabatch.data.tokens.prompts import Prompts
 from megabatch.data.tokens.ranked import Ranked
-from megabatch.data.tokens.sample import CHANNEL, Encoded, Item
+from megabatch.data.tokens.sample import CHANNEL, TEACHER_NUMBER, Encoded, Item
 from megabatch.data.tokens.shared import with_shared
 from megabatch.data.tokens.steps import Steps
+from megabatch.data.tokens.teachers import teacher_of
 from megabatch.data.tokens.yes_no import YesNo
 from megabatch.errors import DataError
 from megabatch.tasks import Rows
@@ -89,9 +90,10 @@ class Encoder:
                 chunk.drop("nothing to learn", row.origin)
             else:
                 chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1
-                names = self._names(row)
+                names, taught = self._names(row), self._taught(row)
                 for each in map(with_shared, kept) if self.encoding.rows == "pairs" else kept:
-                    chunk.add([sample._replace(names=names) for sample in each] if names else each, row.origin)
+                    named = [one._replace(names=names, columns={**one.columns, **taught}) for one in each]
+                    chunk.add(named if names or taught else each, row.origin)
         return chunk
 
     def _preprocessed(self, rows: list[Row], chunk: Chunk) -> list[Row]:
@@ -105,6 +107,12 @@ class Encoder:
     def _names(self, row: Row) -> dict[str, str]:
         """Names shared by all samples of a row."""
         return {CHANNEL: channel_of(row, columns=self.encoding.columns)} if self.encoding.channels else {}
+
+    def _taught(self, row: Row) -> dict[str, float]:
+        """Which of several teachers a row has."""
+        if not self.encoding.teachers:
+            return {}
+        return {TEACHER_NUMBER: float(teacher_of(row, self.encoding.teachers, key=self.encoding.teacher_tag_key))}
 
     def _limited(self, item: Item, row: Row) -> list[Item]:
         """The item with every sample cut to max_length, or its pieces, or nothing if it is dropped."""

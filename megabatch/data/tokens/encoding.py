@@ -33,6 +33,10 @@ class Encoding:
     truncation_strategy: Truncation = "delete"
     loss_scale: str = "default"
     """See `loss_scales`."""
+    teachers: tuple[tuple[str, int], ...] = ()
+    """Tags of rows, with the number of the teacher that each has; empty where there is at most one."""
+    teacher_tag_key: str = ""
+    """The column with the tag."""
     channels: bool = False
     """Whether samples keep the name in their row's column `channel`."""
     problem_type: ProblemType | None = None

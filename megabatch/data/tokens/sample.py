@@ -16,6 +16,10 @@ CHANNEL = "channel"
 """The name column by which `training.enable_channel_loss` splits the loss."""
 
 
+TEACHER_NUMBER = "teacher_number"
+"""The column that says which of several teachers a sample has."""
+
+
 class Encoded(NamedTuple):
     """One tokenised sample."""
 

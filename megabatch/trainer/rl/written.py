@@ -19,7 +19,7 @@ from megabatch.data.packing import pack, singletons
 from megabatch.data.rows.files import Origin
 from megabatch.data.schedule import Cursor, rng_of
 from megabatch.data.tokens.chunk import Chunk
-from megabatch.data.tokens.sample import Encoded
+from megabatch.data.tokens.sample import TEACHER_NUMBER, Encoded
 from megabatch.ledger.record import Record
 from megabatch.ledger.writer import Ledger
 from megabatch.rollout.engine import Completion, Request, Sampling
@@ -76,12 +76,15 @@ class Answer:
     """int32 token ids."""
     completion: Completion
     place: str
+    teacher: float | None
+    """The number of the row's teacher, where there are several."""
 
     def encoded(self, column: str) -> Encoded:
         ids = np.concatenate([self.prompt, np.array(self.completion.ids, np.int32)])
         weights: np.ndarray = np.zeros(len(ids), np.float32)
         weights[len(self.prompt) :] = 1.0
-        return Encoded(ids.astype(np.int32), weights, {column: 1.0})
+        taught = {} if self.teacher is None else {TEACHER_NUMBER: self.teacher}
+        return Encoded(ids.astype(np.int32), weights, {column: 1.0, **taught})
 
 
 @dataclass(kw_only=True)
@@ -158,7 +161,10 @@ class WrittenSteps(Steps):
         prompts = [prompt_of(data[index].ids, data[index].weights) for index in samples]
         requests = [self._request(prompt, f"{number}/{place}") for place, prompt in enumerate(prompts)]
         made = zip(prompts, engines.generate(requests), samples, strict=True)
-        return [Answer(prompt, one, str(data.origin(index))) for prompt, one, index in made]
+        return [
+            Answer(prompt, one, str(data.origin(index)), data[index].columns.get(TEACHER_NUMBER))
+            for prompt, one, index in made
+        ]
 
     def _request(self, prompt: np.ndarray, key: str) -> Request:
         """The sample fits in a pack, and in the model, with an answer; so does its prompt, with at least one token."""

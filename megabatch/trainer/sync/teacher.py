@@ -1,4 +1,4 @@
-"""What a teacher behind a server says of a step's packs: one rank of each replica asks, the others are told."""
+"""What teachers behind servers say of a step's packs: one rank of each replica asks, the others are told."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megabatch.data.tokens.sample import TEACHER_NUMBER
 from megabatch.errors import MegabatchError
 from megabatch.rollout.vllm.teacher import TeacherServer
 from megabatch.trainer.objectives.objective import Inference
@@ -20,9 +21,9 @@ from megabatch.trainer.readouts.top_tokens import IDS, LOGITS
 class ServedTeacher:
     """`objectives.gkd.Teacher`; every rank has it, and all call it together."""
 
-    def __init__(self, server: TeacherServer, ranks: Ranks, *, count: int) -> None:
-        """Args: count: K."""
-        self._server, self._ranks, self._count = server, ranks, count
+    def __init__(self, servers: Sequence[TeacherServer], ranks: Ranks, *, count: int) -> None:
+        """Args: servers: one for all samples, or those that the samples' column `TEACHER_NUMBER` counts; count: K."""
+        self._servers, self._ranks, self._count = servers, ranks, count
         self._asks = dist.get_rank(ranks.model) == 0 and dist.get_rank(ranks.cp) == 0
 
     def columns(self, packs: Sequence[Pack], inference: Inference) -> list[dict[str, Tensor]]:
@@ -40,11 +41,14 @@ class ServedTeacher:
 
     def _asked(self, packs: Sequence[Pack]) -> list[tuple[Tensor, Tensor]]:
         places = [(number, *part) for number, pack in enumerate(packs) for part in _sequences(pack)]
-        answers = self._server.likeliest([packs[number].ids_T[a:b].tolist() for number, a, b in places])
         found = [self._empty(pack) for pack in packs]
-        for (number, a, b), said in zip(places, answers, strict=True):
-            for column, values in zip(found[number], said, strict=True):
-                column[a:b] = torch.from_numpy(np.ascontiguousarray(values))
+        whose = [teacher for pack in packs for teacher in _teachers(pack)]
+        for teacher, server in enumerate(self._servers):
+            its = [place for place, other in zip(places, whose, strict=True) if other == teacher]
+            answers = server.likeliest([packs[number].ids_T[a:b].tolist() for number, a, b in its]) if its else ()
+            for (number, a, b), said in zip(its, answers, strict=True):
+                for column, values in zip(found[number], said, strict=True):
+                    column[a:b] = torch.from_numpy(np.ascontiguousarray(values))
         return found
 
     def _empty(self, pack: Pack) -> tuple[Tensor, Tensor]:
@@ -59,6 +63,13 @@ class ServedTeacher:
                 for column in told:
                     dist.broadcast(column, src=dist.get_global_rank(group, 0), group=group)
         return dict(zip((IDS, LOGITS), told, strict=True))
+
+
+def _teachers(pack: Pack) -> list[int]:
+    """The number of each sequence's teacher."""
+    if TEACHER_NUMBER not in pack.columns:
+        return [0] * pack.sequences
+    return [int(number) for number in pack.columns[TEACHER_NUMBER].tolist()]
 
 
 def _sequences(pack: Pack) -> list[tuple[int, int]]:

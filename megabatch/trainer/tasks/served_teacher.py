@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from megabatch.config.resolved import resolved
 from megabatch.config.rlhf import Gkd
 from megabatch.config.run import RunConfig
+from megabatch.config.served_teachers import served_teachers
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError
 from megabatch.rollout.vllm.client import Client
@@ -27,18 +28,24 @@ _TEXT = "In 2026, 3.14 × 27 = 84.78; naïve café, 東京 — def f(x):\n\tretu
 def served_teacher(run: RunConfig, source: ModelSource, ranks: Ranks) -> ServedTeacher:
     """Collective. Raises: ConfigError, RolloutError on every rank if the server does not answer, or does not fit."""
     group = run.recipe.gkd
-    count, timeout_s = resolved(group.gkd_logits_topk), group.teacher_server_timeout
-    address, token = _address(group)
-    client = Client(address, token=token, timeout_s=timeout_s)
-    server = TeacherServer(client, count=count, vocab_size=run.shape.vocab_size, timeout_s=timeout_s)
-    ranks.on_main(lambda: server.open(_probes(source), longest=_longest(run)))
-    logger.info("the teacher is behind %s", address)
-    return ServedTeacher(server, ranks, count=count)
+    count, timeout_s, servers = resolved(group.gkd_logits_topk), group.teacher_server_timeout, []
+    for one in served_teachers(resolved(group.teacher_model_server)):
+        address, token = _address(group, one.url)
+        client = Client(address, token=token, timeout_s=timeout_s)
+        servers.append(TeacherServer(client, count=count, vocab_size=run.shape.vocab_size, timeout_s=timeout_s))
+        whose = f"of rows with {group.teacher_tag_key}={' or '.join(one.tags)} " if one.tags else ""
+        logger.info("the teacher %sis behind %s", whose, address)
+    ranks.on_main(lambda: _open(servers, _probes(source), longest=_longest(run)))
+    return ServedTeacher(servers, ranks, count=count)
 
 
-def _address(group: Gkd) -> tuple[str, str | None]:
-    """Address and token of the server."""
-    named = resolved(group.teacher_model_server)
+def _open(servers: Sequence[TeacherServer], probes: Mapping[str, Sequence[int]], *, longest: int) -> None:
+    for server in servers:
+        server.open(probes, longest=longest)
+
+
+def _address(group: Gkd, named: str) -> tuple[str, str | None]:
+    """Address and token of a server."""
     if named.startswith(_ROLE):
         role = named.removeprefix(_ROLE)
         addresses = os.environ.get(f"MEGABATCH_ROLE_{role.upper()}")

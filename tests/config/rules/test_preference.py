@@ -66,9 +66,43 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "several servers": (
         {
             "rlhf": Rlhf(rlhf_type="gkd"),
-            "gkd": Gkd(teacher_model_server='[{"url": "http://h:1", "tags": ["a"]}]', gkd_logits_topk=4),
+            "gkd": Gkd(teacher_model_server="http://h:1,http://h:2", gkd_logits_topk=4),
         },
-        "names several teachers, and rows are not routed to teachers by their source",
+        "names several teachers; write [{",
+    ),
+    "one tag twice": (
+        {
+            "rlhf": Rlhf(rlhf_type="gkd"),
+            "gkd": Gkd(
+                teacher_model_server='[{"url": "http://h:1", "tags": ["a"]}, {"url": "role:r", "tags": ["b", "a"]}]',
+                gkd_logits_topk=4,
+            ),
+        },
+        "gives the tag 'a' to two teachers",
+    ),
+    "no such role among several": (
+        {
+            "rlhf": Rlhf(rlhf_type="gkd"),
+            "gkd": Gkd(
+                teacher_model_server='[{"url": "http://h:1", "tags": ["a"]}, {"url": "role:r", "tags": ["b"]}]',
+                gkd_logits_topk=4,
+            ),
+        },
+        "gkd.teacher_model_server='role:r' names no role of the recipe, which has none",
+    ),
+    "a teacher without tags": (
+        {
+            "rlhf": Rlhf(rlhf_type="gkd"),
+            "gkd": Gkd(teacher_model_server='[{"url": "http://h:1"}]', gkd_logits_topk=4),
+        },
+        'must have entries of the form {"url": "http://host:port", "tags": ["name", …]}, and has {"url": "http://h:1"}',
+    ),
+    "a tag of one teacher": (
+        {
+            "rlhf": Rlhf(rlhf_type="gkd"),
+            "gkd": Gkd(teacher_model_server="http://h:1", gkd_logits_topk=4, teacher_tag_key="source"),
+        },
+        "gkd.teacher_tag_key='source' has no effect: one teacher has all rows",
     ),
     "no such role": (
         {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model_server="role:big", gkd_logits_topk=4)},

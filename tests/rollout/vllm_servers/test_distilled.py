@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -99,6 +100,10 @@ def test_a_student_learns_the_same_from_a_server(giver: Server, running: Running
     ways: dict[str, dict[str, Any]] = {
         "ranks": {"teacher_model": str(tmp_path / "teacher")},
         "server": {"teacher_model_server": giver.url, "teacher_api_key_variable": "TEACHERS_KEY"},
+        "tagged": {
+            "teacher_model_server": json.dumps([{"url": giver.url, "tags": ["train.jsonl", "other"]}]),
+            "teacher_api_key_variable": "TEACHERS_KEY",
+        },
     }
     ranks = RankServer()
     try:
@@ -121,3 +126,4 @@ def test_a_student_learns_the_same_from_a_server(giver: Server, running: Running
         ranks.close()
     for found, expected in zip(runs.curve(tmp_path / "server"), runs.curve(tmp_path / "ranks"), strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
+    assert runs.curve(tmp_path / "tagged") == runs.curve(tmp_path / "server")
