@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from distilled_in_vllm import apart_in_first_step
 from rank_server import RankServer
-from runs import recipe, write_run
+from runs import recipe, train, write_run
 from vllm_python import NEEDS_VLLM, VLLM_MODULES, python
 
-from megabatch import Rollout
+from megabatch import Model, MoE, Rollout
+from megabatch.data.tokens.tokenizer import train_bpe
 from megabatch.errors import RolloutError
 from megabatch.rollout.engine import Request, Sampling
 
@@ -223,3 +226,44 @@ def test_an_engine_that_fails_on_one_rank_ends_the_others(ranks_with_vllm: RankS
     assert re.match(
         "error: rank 1 failed: vLLM does not start: .*nowhere", (run / "words0").read_text().splitlines()[-1]
     )
+
+
+def distilling(folder: Path) -> Path:
+    """A run of two ranks whose student answers in every step, with a teacher that is split over both."""
+    for name, seed, width in (("student", 1, 32), ("teacher", 2, 48)):
+        torch.manual_seed(seed)
+        config = transformers.Qwen3Config(
+            vocab_size=304, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=256, initializer_range=0.2,
+        )  # fmt: skip
+        transformers.Qwen3ForCausalLM(config).save_pretrained(folder / name)
+        train_bpe(["a small text"], vocab_size=300, out_dir=folder / name)
+    made = recipe(
+        folder,
+        training={"train_iters": 2},
+        data={"max_length": 64},
+        batch={"global_batch_size": 4},
+        evaluation={"eval_iters": 0, "eval_on_start": False},
+        resources={"tasks_per_node": 2},
+        rlhf={"rlhf_type": "gkd"},
+        gkd={
+            "teacher_model": str(folder / "teacher"), "lmbda": 1.0, "beta": 0.3,
+            "teacher_tensor_model_parallel_size": 2,
+        },
+        rollout={
+            "vllm_mode": "colocate", "vllm_max_model_len": 96, "vllm_enforce_eager": True, "vllm_max_num_seqs": 8,
+            "vllm_engine_kwargs": {"kv_cache_memory_bytes": 16 << 20, "max_num_batched_tokens": 256},
+            "max_completion_length": 12, "temperature": 1.0,
+        },
+    )  # fmt: skip
+    model = Model(model=str(folder / "student"), torch_dtype="float32")
+    return write_run(replace(made, task="rlhf", model=model, moe=MoE()), folder / "run")
+
+
+def test_a_student_is_distilled_on_its_own_answers(ranks_with_vllm: RankServer, tmp_path: Path) -> None:
+    """What the first step logs is what transformers finds for the answers in the ledger, in fp64."""
+    run = distilling(tmp_path)
+    assert ranks_with_vllm.run(train, world_size=2, run_dir=str(run)) == [0, 0]
+    found, expected, largest = apart_in_first_step(run, tmp_path / "student", tmp_path / "teacher", beta=0.3)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert largest < 1e-4
