@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from megabatch.config.declare import group_types
 from megabatch.config.field_types import options
 from megabatch.config.grpo_defaults import filled
 from megabatch.config.heads import problem_type, with_head
@@ -30,6 +32,7 @@ from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import write_atomic
 from megabatch.tasks import Task
 
+log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 """Raised whenever an older run.json could no longer be read, or would mean something else."""
 EVALUATION = "evaluation"
@@ -65,7 +68,8 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: Path) -> RunConfig:
-        """Reads it back, equal to what was saved.
+        """Reads it back, equal to what was saved. Parameters that the megabatch which wrote it did not have yet get
+        their defaults, with a warning.
 
         Raises: ConfigError for a file that is missing or no JSON, another schema version, and unknown, missing or
         mistyped fields by name.
@@ -82,10 +86,15 @@ class RunConfig:
                 f"{path}: schema_version={version!r}, but this megabatch reads {SCHEMA_VERSION}; "
                 "use the megabatch that wrote it, or submit the run again"
             )
-        config: RunConfig = _built(cls, found, place=str(path))
+        lacks: list[str] = []
+        config: RunConfig = _built(cls, found, place=str(path), lacks=lacks)
         if faults := list(invalid_fields(config.recipe)):
             raise ConfigError(f"{path} was edited: {'; '.join(map(str, faults))}")
-        return config
+        if not lacks:
+            return config
+        log.warning("%s was written without %s, which get their defaults", path, ", ".join(lacks))
+        recipe = derived(config.recipe, shape=config.shape, run_dir=Path(config.run_dir))
+        return replace(config, recipe=recipe)
 
 
 def resolve(recipe: Recipe, *, shape: ModelShape, run_dir: Path, provenance: Mapping[str, Any]) -> RunConfig:
@@ -246,19 +255,21 @@ def _field_names(group: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(group))
 
 
-def _built(hint: Any, found: Any, *, place: str) -> Any:
-    """The value of a declared type of which JSON made `found`."""
+def _built(hint: Any, found: Any, *, place: str, lacks: list[str] | None = None) -> Any:
+    """The value of a declared type of which JSON made `found`. Args: lacks: gets the parameters that are not there;
+    None if all must be."""
     if dataclasses.is_dataclass(hint):
-        return _built_group(typing.cast(type, hint), found, place=place)
+        return _built_group(typing.cast(type, hint), found, place=place, lacks=lacks)
     for option in options(hint) if isinstance(found, list) else ():
         if typing.get_origin(option) in (tuple, Sequence):
             return tuple(_built(typing.get_args(option)[0], one, place=place) for one in found)
     return found
 
 
-def _built_group(group: type, found: Any, *, place: str) -> Any:
+def _built_group(group: type, found: Any, *, place: str, lacks: list[str] | None) -> Any:
     hints = _hints(group)
-    names = [field.name for field in dataclasses.fields(group)]
+    fields = dataclasses.fields(group)
+    names = [field.name for field in fields]
     if not isinstance(found, dict):
         raise ConfigError(f"{place} must be an object with the fields of {group.__name__}")
     for name in found:
@@ -267,11 +278,27 @@ def _built_group(group: type, found: Any, *, place: str) -> Any:
             raise ConfigError(
                 f"{place}: {name} is not a field of {group.__name__}{f'; try {near[0]}' if near else ''}"
             )
-    for name in names:
-        if name not in found:
-            raise ConfigError(f"{place}: {name} of {group.__name__} is missing; submit the run again")
-    values = {name: _built(hints[name], found[name], place=f"{place}: {name}") for name in names}
+    for field in fields:
+        if field.name in found:
+            continue
+        if lacks is None or (group is not Recipe and group not in _parameter_groups()) or not _has_default(field):
+            raise ConfigError(f"{place}: {field.name} of {group.__name__} is missing; submit the run again")
+        lacks.append(field.name)
+    values = {
+        name: _built(hints[name], found[name], place=f"{place}: {name}", lacks=lacks)
+        for name in names
+        if name in found
+    }
     return group(**values)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+@functools.cache
+def _parameter_groups() -> frozenset[type]:
+    return frozenset(group_types(Recipe).values())
 
 
 # evaluating annotations is most of the time that reading a run takes, and a sweep resolves hundreds

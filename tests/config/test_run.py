@@ -145,7 +145,8 @@ def edited(run, path, edit):
                 "try tensor_model_parallel_size",
             ],
         ),
-        (lambda run: run["recipe"]["batch"].pop("micro_batch_size"), ["micro_batch_size of Batch is missing"]),
+        (lambda run: run["recipe"].pop("task"), ["task of Recipe is missing"]),
+        (lambda run: run["layout"].popitem(), ["of Layout is missing"]),
         (lambda run: run["recipe"]["batch"].update(micro_batch_size="two"), ["edited", "micro_batch_size='two'"]),
         (lambda run: run.update(layout=3), ["layout must be an object with the fields of Layout"]),
     ],
@@ -155,6 +156,21 @@ def test_edited_files_are_refused_by_name(dense, tmp_path, edit, words):
     with pytest.raises(ConfigError) as error:
         RunConfig.load(path)
     assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
+
+
+def test_parameters_that_came_later_get_their_defaults(dense, tmp_path, caplog):
+    run = run_of(dense)
+
+    def older(found):
+        for name in ("prm", "embedding"):
+            found["recipe"].pop(name)
+        for name in ("lora_fused", "use_rslora"):
+            found["recipe"]["tuner"].pop(name)
+        found["recipe"]["rlhf"].pop("share_prompts")
+
+    assert RunConfig.load(edited(run, tmp_path / "run.json", older)) == run
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("without prm, embedding, lora_fused, use_rslora, share_prompts, which get their defaults")
 
 
 def test_missing_and_broken_files(tmp_path):
