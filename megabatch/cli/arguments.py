@@ -208,6 +208,14 @@ def _of_servers(commands: _Commands) -> None:
     rollout.add_argument("--tensor_parallel_size", type=_count, default=1, help="GPUs that share the model's matrices")
     rollout.add_argument("--dtype", help="of weights and computation, the trainer's torch_dtype")
     rollout.add_argument("--max_model_len", type=_count, help="longest prompt plus completion in tokens")
+    rollout.add_argument("--lora_rank", type=_count, help="most of an adapter, for runs with vllm_enable_lora")
+    rollout.add_argument(
+        "--lora_layers",
+        type=lambda text: text.split(","),
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        metavar="NAME,...",
+        help="with --lora_rank: layers that adapters may have (default: all of attention and MLPs)",
+    )
 
 
 def _count(text: str) -> int:

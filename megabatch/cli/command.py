@@ -151,10 +151,11 @@ def _sweep(options: argparse.Namespace, _: list[str]) -> int:
 
 def _rollout(options: argparse.Namespace, rest: list[str]) -> int:
     from megabatch.cli.rollout import serve
-    from megabatch.rollout.vllm.engine_options import EngineOptions
+    from megabatch.rollout.vllm.engine_options import EngineOptions, room_for
 
-    names = ("model", "tensor_parallel_size", "dtype", "max_model_len")
-    engine = EngineOptions(**{name: getattr(options, name) for name in names})
+    names = ("model", "tensor_parallel_size", "dtype", "max_model_len", "lora_layers")
+    rank = None if options.lora_rank is None else room_for(options.lora_rank)
+    engine = EngineOptions(**{name: getattr(options, name) for name in names}, lora_rank=rank)
     return serve(engine, rest, host=options.host, port=options.port)
 
 

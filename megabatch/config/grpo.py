@@ -196,7 +196,7 @@ class Rollout:
     vllm_server_group_port: int | None = param(None, at_least=1, at_most=65535)
     """Port at which trainer and servers form the group that weights travel in; None takes a free one."""
     vllm_enable_lora: bool = param(False)
-    """Sends LoRA's adapter to the engine instead of merged weights, with `vllm_mode="colocate"`."""
+    """Sends LoRA's adapter to vLLM instead of merged weights; servers are started with `--lora_rank`."""
     sync_tolerance: float | None = param(None, above=0)
     """Largest difference of a token's log-probability between trainer and engine after weights were sent, above which
     the run stops; None means 1e-3 in float32 and 0.5 otherwise."""

@@ -157,8 +157,8 @@ def adapters_fit_the_engine(recipe: Recipe, shape: ModelShape | None, layout: La
     rollout, tuner, field = recipe.rollout, recipe.tuner, "rollout.vllm_enable_lora"
     if not rollout.vllm_enable_lora:
         return
-    if rollout.vllm_mode != "colocate":
-        rule = "reaches engines inside the ranks alone (vllm_mode='colocate'); others get merged weights"
+    if rollout.vllm_mode is None:
+        rule = "needs vLLM (vllm_mode='colocate' or 'server'); transformers gets merged weights"
         yield Fault(field, True, rule, try_=(False,))
     if tuner.tuner_type != "lora":
         yield Fault(field, True, f"needs tuner.tuner_type='lora', not {tuner.tuner_type!r}", try_=(False,))

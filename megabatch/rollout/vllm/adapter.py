@@ -1,33 +1,50 @@
 """An adapter for a model inside vLLM, from tensors in memory; vLLM itself reads adapters from folders alone.
 
-For vLLM 0.32. The adapter replaces the one before it in the same place, and requests name it by `request()`.
+For vLLM 0.32. The adapter replaces the one before it in the same place, and requests name it by `request()`, those to
+a server by `NAME`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from megabatch.config.rules.rollout import ADAPTER_RANKS
 from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
 from megabatch.rollout.engine import Adapter
 from megabatch.rollout.vllm.loading import Pieces
 
+NAME = "policy-adapter"
 _NUMBER = 1
-
-
-def room_for(rank: int) -> int:
-    """The smallest of vLLM's sizes that holds adapters of a rank."""
-    return next(size for size in ADAPTER_RANKS if size >= rank)
 
 
 def request() -> Any:
     """What vLLM's requests name the adapter by. It has no folder, and is never looked for in one."""
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest("policy", _NUMBER, "given by the trainer")
+    return LoRARequest(NAME, _NUMBER, "given by the trainer")
+
+
+def use(worker: Any, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Puts an adapter in place. Args: tensors: A and B by their names in PEFT's folder.
+
+    Raises: RolloutError naming what vLLM has no place for; it would leave that out without a word.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    manager = worker.model_runner.lora_manager._adapter_manager
+    helper = PEFTHelper(r=adapter.rank, lora_alpha=adapter.scale * adapter.rank, target_modules=[])
+    made = LoRAModel.from_lora_tensors(
+        _NUMBER, dict(tensors), helper, device="cpu", dtype=worker.vllm_config.lora_config.lora_dtype
+    )
+    if strange := sorted(set(made.loras) - _layers(manager)):
+        raise RolloutError(f"vLLM cannot adapt {len(strange)} layers: {', '.join(strange[:5])}")
+    manager.remove_adapter(_NUMBER)
+    manager.add_adapter(made)
+    manager.activate_adapter(_NUMBER)
 
 
 class Taking:
@@ -42,20 +59,8 @@ class Taking:
         self._tensors |= self._pieces.whole(bucket)
 
     def end(self) -> None:
-        """Raises: RolloutError naming what vLLM has no place for; it would leave that out without a word."""
-        from vllm.lora.lora_model import LoRAModel
-        from vllm.lora.peft_helper import PEFTHelper
-
-        rank, manager = self._adapter.rank, self._worker.model_runner.lora_manager._adapter_manager
-        helper = PEFTHelper(r=rank, lora_alpha=self._adapter.scale * rank, target_modules=[])
-        made = LoRAModel.from_lora_tensors(
-            _NUMBER, self._tensors, helper, device="cpu", dtype=self._worker.vllm_config.lora_config.lora_dtype
-        )
-        if strange := sorted(set(made.loras) - _layers(manager)):
-            raise RolloutError(f"vLLM cannot adapt {len(strange)} layers: {', '.join(strange[:5])}")
-        manager.remove_adapter(_NUMBER)
-        manager.add_adapter(made)
-        manager.activate_adapter(_NUMBER)
+        """Raises: RolloutError, as `use`."""
+        use(self._worker, self._adapter, self._tensors)
 
 
 def _layers(manager: Any) -> set[str]:

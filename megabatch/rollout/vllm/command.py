@@ -21,7 +21,7 @@ def server_arguments(options: EngineOptions, *, host: str = "0.0.0.0", port: int
         "port": port,
         "worker_extension_cls": "megabatch.rollout.vllm.worker.Extension",
         "weight_transfer_config": {"backend": "megabatch"},
-        "middleware": "megabatch.rollout.vllm.guard.Guard",
+        "middleware": "megabatch.rollout.vllm.serving.Guard",
         **engine_values(options),
     }
     return [word for name, value in values.items() for word in _words(name, value)]
@@ -35,7 +35,9 @@ def _words(name: str, value: Any) -> Sequence[str]:
         return [flag]
     if value is False:
         return [f"--no-{name.replace('_', '-')}"]
-    return [flag, json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def server_command(
@@ -59,5 +61,5 @@ def server_command(
 
 def server_environment(*, on_cpus: bool) -> dict[str, str]:
     """Variables that the server needs besides its caller's."""
-    found = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    found = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     return found | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if on_cpus else {})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from megabatch.config.rules.rollout import ADAPTER_RANKS
 from megabatch.errors import RolloutError
 
 CPU_CACHE_BYTES = 1 << 30
@@ -67,6 +68,13 @@ def _lora(options: EngineOptions) -> dict[str, Any]:
         "max_lora_rank": options.lora_rank,
         "lora_target_modules": list(options.lora_layers),
     }
+
+
+def room_for(rank: int) -> int:
+    """The smallest of vLLM's sizes that holds adapters of a rank. Raises: RolloutError."""
+    if rank > ADAPTER_RANKS[-1]:
+        raise RolloutError(f"vLLM takes adapters of rank {ADAPTER_RANKS[-1]} at most, not {rank}")
+    return next(size for size in ADAPTER_RANKS if size >= rank)
 
 
 def installed() -> str | None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
-from megabatch.rollout.engine import Completion, Request, RolloutEngine, Scored, UnservedError
+from megabatch.rollout.engine import Adapter, Completion, Request, RolloutEngine, Scored, UnservedError
 from megabatch.rollout.feed import Feed
 from megabatch.rollout.vllm.client import UnreachableError
 from megabatch.rollout.vllm.server import Server, StaleError
@@ -100,6 +100,14 @@ class Pool:
     def begin_update(self, version: int) -> None:
         self._used = list(self._servers)
         self._on_each(lambda server: server.begin_update(version))
+
+    @property
+    def has_base(self) -> bool:
+        return all(self._threads.map(lambda server: server.has_base, self._servers))
+
+    def begin_adapter(self, version: int, adapter: Adapter) -> None:
+        self._used = list(self._servers)
+        self._on_each(lambda server: server.begin_adapter(version, adapter))
 
     def put(self, bucket: Bucket) -> None:
         self._on_each(lambda server: server.put(bucket))

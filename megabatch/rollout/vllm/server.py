@@ -14,7 +14,8 @@ import torch
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
-from megabatch.rollout.engine import Completion, Request, RolloutEngine, Scored
+from megabatch.rollout.engine import Adapter, Completion, Request, RolloutEngine, Scored
+from megabatch.rollout.vllm.adapter import NAME as ADAPTER
 from megabatch.rollout.vllm.client import Client, UnreachableError
 from megabatch.rollout.vllm.command import MODEL
 from megabatch.rollout.vllm.group import Group, meet, open_store
@@ -53,6 +54,17 @@ class Server:
         self._version: int | None = None
         self._coming: int | None = None
         self._paused = False
+        self._has_base = False
+        self._adapter: Adapter | None = None
+        """The one that the server computes with, or that is coming."""
+
+    @property
+    def has_base(self) -> bool:
+        """Asks the server, which may have been started again. One that does not answer needs nothing now."""
+        try:
+            return self._has_base and self._is_same()
+        except UnreachableError:
+            return True
 
     @property
     def version(self) -> int | None:
@@ -115,7 +127,7 @@ class Server:
         answer = self.client.post(
             "/v1/completions",
             {
-                "model": MODEL,
+                "model": self._model,
                 "prompt": list(request.prompt),
                 **sampling_values(request),
                 "return_token_ids": True,
@@ -144,13 +156,29 @@ class Server:
 
     def _score(self, sequence: Scored) -> tuple[float, ...]:
         prompt, completion = sequence
-        body = {"model": MODEL, "prompt": [*prompt, *completion], "max_tokens": 1, "temperature": 1.0,
+        body = {"model": self._model, "prompt": [*prompt, *completion], "max_tokens": 1, "temperature": 1.0,
                 "prompt_logprobs": 0, "seed": 0}  # fmt: skip
         found = self.client.post("/v1/completions", body)["choices"][0]["prompt_logprobs"][len(prompt) :]
         return tuple(float(at[str(token)]["logprob"]) for token, at in zip(completion, found, strict=True))
 
+    @property
+    def _model(self) -> str:
+        """What requests name."""
+        return MODEL if self._adapter is None else ADAPTER
+
     def begin_update(self, version: int) -> None:
         self.wait()
+        self._has_base, self._adapter = False, None
+        self._begin(version)
+
+    def begin_adapter(self, version: int, adapter: Adapter) -> None:
+        self.wait()
+        if not (self._has_base and self._is_same()):
+            raise UnreachableError(f"{self.url} was started again, and has no weights below the adapter")
+        self._adapter = adapter
+        self._begin(version)
+
+    def _begin(self, version: int) -> None:
         self._version, self._coming = None, version
         if self._group is None or not self._is_same():
             self._group = self._meet()
@@ -160,9 +188,8 @@ class Server:
 
     def put(self, bucket: Bucket) -> None:
         assert self._group is not None, "begin_update comes before"
-        taken = self._threads.submit(
-            self.client.post, "/update_weights", {"update_info": {"manifest": bucket.manifest()}}
-        )
+        info = {"manifest": bucket.manifest(), "is_adapter": self._adapter is not None}
+        taken = self._threads.submit(self.client.post, "/update_weights", {"update_info": info})
         try:
             self._group.broadcast(torch.frombuffer(bucket.data, dtype=torch.uint8))
         except RuntimeError as e:
@@ -173,14 +200,19 @@ class Server:
 
     def end_update(self) -> None:
         assert self._coming is not None, "begin_update comes before"
-        self.client.post("/finish_weight_update", {"weight_version": self._tag(self._coming)})
+        tag, adapter = self._tag(self._coming), self._adapter
+        self.client.post("/finish_weight_update", {"weight_version": tag if adapter is None else _VOID})
+        if adapter is not None:
+            arguments = {"rank": adapter.rank, "scale": adapter.scale}
+            self.client.post("/collective_rpc", {"method": "megabatch_use_adapter", "kwargs": arguments})
+            self.client.post("/update_weight_version", {"new_version": tag})
         self.client.post("/reset_prefix_cache")
         self.resume()
-        self._version = self._coming
+        self._version, self._has_base = self._coming, True
 
     def abort_update(self) -> None:
         """Leaves a server that still answers in a state in which the next update can begin."""
-        self._version, self._group = None, None
+        self._version, self._group, self._has_base = None, None, False
         for path, body in (("/finish_weight_update", {"weight_version": _VOID}), ("/resume", {})):
             try:
                 self.client.post(path, body, timeout_s=10)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -18,8 +19,10 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from megabatch.rollout.bucket import Bucket
+from megabatch.rollout.engine import Adapter
+from megabatch.rollout.vllm.adapter import use
 from megabatch.rollout.vllm.group import Group, join
-from megabatch.rollout.vllm.loading import Loading
+from megabatch.rollout.vllm.loading import Loading, Pieces
 
 BACKEND = "megabatch"
 
@@ -39,6 +42,19 @@ class Sent(WeightTransferUpdateInfo):
     """A bucket whose bytes come by the group."""
 
     manifest: dict[str, Any]
+    is_adapter: bool = False
+    """Whether it has an adapter's tensors, which are kept for `Extension.megabatch_use_adapter`."""
+
+
+class _Tensors:
+    """What came of an adapter."""
+
+    def __init__(self) -> None:
+        self._pieces = Pieces()
+        self.tensors: dict[str, Tensor] = {}
+
+    def put(self, bucket: Bucket) -> None:
+        self.tensors |= self._pieces.whole(bucket)
 
 
 class Transfer(WeightTransferEngine):
@@ -48,6 +64,7 @@ class Transfer(WeightTransferEngine):
     update_info_cls = Sent
     _group: Group | None = None
     _loading: Loading | None = None
+    _adapter: _Tensors | None = None
 
     def init_transfer_engine(self, init_info: Meeting) -> None:
         own = self.parallel_config
@@ -62,22 +79,32 @@ class Transfer(WeightTransferEngine):
         )
 
     def start_weight_update(self) -> None:
-        self._loading = Loading(self.model, self.model_config, self.vllm_config)
+        self._loading, self._adapter = None, None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: Sent) -> None:
-        assert self._group is not None and self._loading is not None, "init and start come before"
+        assert self._group is not None, "init comes before"
         flat = self._group.broadcast(torch.empty(update_info.manifest["size"], dtype=torch.uint8))
         data = flat.cpu()
         bucket = Bucket.of(update_info.manifest, memoryview(data.numpy()))
+        if update_info.is_adapter:
+            self._adapter = self._adapter or _Tensors()
+            self._adapter.put(bucket)
+            return
+        self._loading = self._loading or Loading(self.model, self.model_config, self.vllm_config)
         self._loading.put(bucket)
 
     def finish_weight_update(self) -> None:
         loading, self._loading = self._loading, None
         if loading is not None:
             loading.end()
+
+    def take_adapter(self) -> dict[str, Tensor]:
+        """The tensors of the adapter that came, once."""
+        came, self._adapter = self._adapter, None
+        return {} if came is None else came.tensors
 
     def shutdown(self) -> None:
         self._group = None
@@ -91,7 +118,19 @@ class Extension:
         model = self.model_runner.model_config  # type: ignore[attr-defined]
         text = model.hf_text_config
         names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
-        return {name: getattr(text, name, None) for name in names} | {"dtype": str(model.dtype).removeprefix("torch.")}
+        lora = self.vllm_config.lora_config  # type: ignore[attr-defined]
+        return {
+            **{name: getattr(text, name, None) for name in names},
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "lora_rank": None if lora is None else lora.max_lora_rank,
+            "lora_layers": None if lora is None else sorted(lora.target_modules or ()),
+        }
+
+    def megabatch_use_adapter(self, rank: int, scale: float) -> None:
+        """Computes with the adapter of the last update. A call of its own: vLLM forgets all adapters as it ends an
+        update."""
+        transfer = self.weight_transfer_engine  # type: ignore[attr-defined]
+        use(self, Adapter(rank=rank, scale=scale), transfer.take_adapter())
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

@@ -9,9 +9,8 @@ from megabatch.config.grpo import Rollout
 from megabatch.config.lengths import positions
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
-from megabatch.rollout.vllm.adapter import room_for
 from megabatch.rollout.vllm.colocated import Colocated
-from megabatch.rollout.vllm.engine_options import EngineOptions
+from megabatch.rollout.vllm.engine_options import EngineOptions, room_for
 from megabatch.rollout.vllm.leftovers import remove_leftovers
 from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.model.lora.lora import lora_of
@@ -34,7 +33,7 @@ def open_colocated(run: RunConfig, source: ModelSource, ranks: Ranks, *, toleran
         on_cpus=ranks.device.type == "cpu",
     )
     if rollout.vllm_enable_lora:
-        layers = _adapted(run, source)
+        layers = adapted(run, source)
         options = replace(options, lora_rank=room_for(run.recipe.tuner.lora_rank), lora_layers=layers)
     if ranks.place.local_rank == 0:
         remove_leftovers()
@@ -48,7 +47,7 @@ def open_colocated(run: RunConfig, source: ModelSource, ranks: Ranks, *, toleran
         tolerance=tolerance,
         positions=positions(run.recipe, run.shape) - 1,  # vLLM scores what it draws one more token after
         ranks_of_engine=rollout.vllm_tensor_parallel_size,
-        adapters=engine if rollout.vllm_enable_lora else None,
+        adapters=rollout.vllm_enable_lora,
     )
 
 
@@ -75,7 +74,7 @@ def options_of(rollout: Rollout, *, folder: str, dtype: str, on_cpus: bool) -> E
     )
 
 
-def _adapted(run: RunConfig, source: ModelSource) -> list[str]:
+def adapted(run: RunConfig, source: ModelSource) -> list[str]:
     """The last parts of the names of the layers that have adapters."""
     lora = lora_of(run.recipe.tuner, source.family.tensors(run.shape))
     assert lora is not None, "the rules let only runs with LoRA send adapters alone"

@@ -17,7 +17,7 @@ from megabatch.trainer.data.dataset import share_of
 from megabatch.trainer.model.transformer_config import DTYPES
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.sync.colocate import open_colocated
+from megabatch.trainer.sync.colocate import adapted, open_colocated
 from megabatch.trainer.sync.rollouts import Rollouts
 from megabatch.trainer.sync.servers import Wanted, open_pool
 
@@ -33,7 +33,7 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
         return open_colocated(run, source, ranks, tolerance=_tolerance(run))
     if rollout.vllm_mode != "server":
         return in_ranks(run, source, ranks, positions=run.shape.max_position_embeddings)
-    found, wanted = [], _wanted(run, ranks.device)
+    found, wanted = [], _wanted(run, source, ranks.device)
 
     def opened() -> int:
         pool, takes = open_pool(addresses(rollout), wanted)
@@ -52,6 +52,7 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
         tolerance=_tolerance(run),
         positions=wanted.longest - 1,  # vLLM scores what it draws one more token after
         takes=takes,
+        adapters=rollout.vllm_enable_lora,
         ahead=Ahead(pool.stream) if pool is not None and rollout.async_generate else None,
     )
 
@@ -90,7 +91,7 @@ def addresses(rollout: Rollout) -> list[str]:
     return os.environ["MEGABATCH_ROLE_ROLLOUT"].split(",")
 
 
-def _wanted(run: RunConfig, device: torch.device) -> Wanted:
+def _wanted(run: RunConfig, source: ModelSource, device: torch.device) -> Wanted:
     rollout = run.recipe.rollout
     longest = resolved(run.recipe.data.max_length) + rollout.max_completion_length
     return Wanted(
@@ -102,4 +103,6 @@ def _wanted(run: RunConfig, device: torch.device) -> Wanted:
         token=os.environ.get(TOKEN),
         timeout_s=rollout.vllm_server_timeout,
         group_port=rollout.vllm_server_group_port,
+        lora_rank=run.recipe.tuner.lora_rank if rollout.vllm_enable_lora else None,
+        lora_layers=adapted(run, source) if rollout.vllm_enable_lora else (),
     )

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -69,15 +69,16 @@ class Rollouts:
         bucket_bytes: int = BUCKET_BYTES,
         ahead: Ahead | None = None,
         ranks_of_engine: int = 1,
-        adapters: AdapterEngine | None = None,
+        adapters: bool = False,
         takes: int | None = None,
     ) -> None:
         """Args: mine: this rank's engine, None where it has none; experts: `RolloutEngine.experts`; share: how this
         run makes rows; tolerance: most that log-probabilities of trainer and engines may differ by after an update;
         positions: tokens of a sequence that engines can score; ahead: of the main rank's engine, for `begin`;
         ranks_of_engine: how many ranks have an engine together and call it together, where every rank has a part of
-        one; adapters: `mine` where it gets the policy's adapter alone, after the weights below it once; takes: tokens
-        of a prompt and what follows it, where engines take fewer than the run's settings say."""
+        one; adapters: whether engines (then `AdapterEngine`s) get the policy's adapter alone, after the weights below
+        it once; takes: tokens of a prompt and what follows it, where engines take fewer than the run's settings
+        say."""
         self.takes = takes
         self._mine, self._ranks, self._family, self._ahead = mine, ranks, family, ahead
         self._receivers, self._experts, self._share = receivers, experts, share
@@ -208,17 +209,22 @@ class Rollouts:
             self._mine.wake(cache=cache)
 
     def _send(self, engine: Engine, version: int) -> None:
-        adapters = self._adapters
-        if adapters is None:
+        if not self._adapters:
             self._give(self._buckets(engine), lambda mine: mine.begin_update(version))
             return
-        if self._ranks.any(not adapters.has_base):
+        if self._ranks.any(self._ranks.each(self._lacks_base)):
             with engine.model.with_adapter(None):
                 self._give(self._buckets(engine), lambda mine: mine.begin_update(version))
         lora = engine.model.tuning.lora
         assert lora is not None, "only runs with LoRA send adapters alone"
         adapter = Adapter(rank=max(target.rank for target in lora.targets), scale=lora.scale)
-        self._give(self._adapter_buckets(engine, lora), lambda _: adapters.begin_adapter(version, adapter))
+        self._give(
+            self._adapter_buckets(engine, lora),
+            lambda mine: cast(AdapterEngine, mine).begin_adapter(version, adapter),
+        )
+
+    def _lacks_base(self) -> bool:
+        return self._mine is not None and not cast(AdapterEngine, self._mine).has_base
 
     def _give(self, buckets: Iterator[Bucket], begin: Callable[[RolloutEngine], None]) -> None:
         """An update of this rank's engine, if it has one. Raises: RolloutError on every rank."""

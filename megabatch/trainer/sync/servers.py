@@ -31,6 +31,10 @@ class Wanted:
     timeout_s: float
     group_port: int | None
     """None for a free one."""
+    lora_rank: int | None = None
+    """Of the adapter that servers get alone; None where they get whole weights."""
+    lora_layers: Sequence[str] = ()
+    """Last parts of the names of the layers that it has."""
 
 
 def open_pool(urls: Sequence[str], wanted: Wanted) -> tuple[Pool, int]:
@@ -80,4 +84,18 @@ def unfit(facts: Mapping[str, Any], wanted: Wanted) -> list[str]:
             f"it takes max_model_len={facts['max_model_len']} tokens, the run needs data.max_length + "
             f"rollout.max_completion_length = {wanted.longest}"
         )
+    return [*faults, *_unfit_for_adapters(facts, wanted)]
+
+
+def _unfit_for_adapters(facts: Mapping[str, Any], wanted: Wanted) -> list[str]:
+    if wanted.lora_rank is None:
+        return []
+    start = f"start it with --lora_rank {wanted.lora_rank} --lora_layers {','.join(wanted.lora_layers)}"
+    if facts["lora_rank"] is None:
+        return [f"it takes no adapters, and the run has rollout.vllm_enable_lora=True; {start}"]
+    faults = []
+    if facts["lora_rank"] < wanted.lora_rank:
+        faults.append(f"it takes adapters of rank {facts['lora_rank']}, the run's is {wanted.lora_rank}; {start}")
+    if missing := sorted(set(wanted.lora_layers) - set(facts["lora_layers"])):
+        faults.append(f"it does not adapt {', '.join(missing)}; {start}")
     return faults

@@ -24,6 +24,10 @@ def test_arguments() -> None:
         '--weight-transfer-config {"backend": "megabatch"}', '--max-loras 2 --compilation-config {"level": 0}',
     ):  # fmt: skip
         assert part in words, words
+    adapts = EngineOptions(model="m", lora_rank=8, lora_layers=("q_proj", "o_proj"))
+    assert "--enable-lora --max-loras 1 --max-lora-rank 8 --lora-target-modules q_proj o_proj" in " ".join(
+        server_arguments(adapts)
+    )
     assert "--dtype" not in words and "--enforce-eager" not in words and "--seed" not in words
 
 

@@ -29,6 +29,7 @@ from megabatch.rollout.vllm.server import Server
 VOCAB = 304
 TOKEN = "a-token"
 CPU = torch.device("cpu")
+LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SAMPLINGS = [
     Sampling(temperature=1.0, max_tokens=8, stop_ids=()),
     Sampling(temperature=0.7, max_tokens=6, stop_ids=()),
@@ -99,11 +100,12 @@ class Running:
             self.process.wait()
 
 
-def start(folder: Path, port: int) -> Running:
+def start(folder: Path, port: int, *, lora_rank: int | None = None) -> Running:
     more = {"kv_cache_memory_bytes": 16 << 20, "max_num_batched_tokens": 256, "distributed_executor_backend": "uni"}
     options = EngineOptions(
-        model=str(folder), dtype="float32", enforce_eager=True, max_model_len=96, max_num_seqs=8, more=more
-    )
+        model=str(folder), dtype="float32", enforce_eager=True, max_model_len=96, max_num_seqs=8, more=more,
+        lora_rank=lora_rank, lora_layers=LORA_LAYERS,
+    )  # fmt: skip
     command = server_command(options, host="127.0.0.1", port=port, on_cpus=True)
     environment = {
         **os.environ,

@@ -24,7 +24,7 @@ WANTED = Wanted(
     token=None, timeout_s=1.0, group_port=0,
 )  # fmt: skip
 FACTS = {"model_type": "qwen3", "vocab_size": 304, "hidden_size": 64, "num_hidden_layers": 2, "dtype": "bfloat16",
-         "max_model_len": 96, "vllm": "0.32.0"}  # fmt: skip
+         "max_model_len": 96, "vllm": "0.32.0", "lora_rank": None, "lora_layers": None}  # fmt: skip
 
 
 def test_a_server_that_fits() -> None:
@@ -40,6 +40,15 @@ def test_a_server_that_fits() -> None:
 def test_each_difference_is_named(changed: dict[str, object], words: str) -> None:
     (fault,) = unfit({**FACTS, **changed}, WANTED)
     assert re.search(words, fault), fault
+
+
+def test_servers_for_adapters() -> None:
+    wanted = replace(WANTED, lora_rank=8, lora_layers=("q_proj", "o_proj"))
+    (fault,) = unfit(FACTS, wanted)
+    assert "takes no adapters" in fault and "--lora_rank 8 --lora_layers q_proj,o_proj" in fault
+    small = unfit({**FACTS, "lora_rank": 4, "lora_layers": ["q_proj"]}, wanted)
+    assert "adapters of rank 4, the run's is 8" in small[0] and "does not adapt o_proj" in small[1]
+    assert unfit({**FACTS, "lora_rank": 8, "lora_layers": ["o_proj", "q_proj"]}, wanted) == []
 
 
 def test_all_differences_are_named_together() -> None:
