@@ -101,7 +101,7 @@ def test_a_student_learns_the_same_from_a_server(giver: Server, running: Running
         "ranks": {"teacher_model": str(tmp_path / "teacher")},
         "server": {"teacher_model_server": giver.url, "teacher_api_key_variable": "TEACHERS_KEY"},
         "tagged": {
-            "teacher_model_server": json.dumps([{"url": giver.url, "tags": ["train.jsonl", "other"]}]),
+            "teacher_model_server": json.dumps([{"url": giver.url, "tags": ["train.jsonl", "validation.jsonl"]}]),
             "teacher_api_key_variable": "TEACHERS_KEY",
         },
     }
