@@ -55,6 +55,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "context": _in_trainer("context.py", world_size=2),
     "lora_step": _in_trainer("lora_step.py"),
     "grpo_round": _in_trainer("grpo_round.py"),
+    "server_sync": _in_trainer("server_sync.py"),
     "negatives": negatives.negatives,
     "aligned_peers": aligned_peers.aligned_peers,
     "gkd": _in_trainer("gkd.py"),
@@ -70,7 +71,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "peers": peers.peers,
     "demo": startup.demo,
 }
-ON_REQUEST = {"demo", "peers", "aligned_peers"}
+ON_REQUEST = {"demo", "peers", "aligned_peers", "server_sync"}
 
 
 def main(arguments: Sequence[str]) -> int:
