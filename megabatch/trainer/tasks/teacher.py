@@ -47,7 +47,7 @@ class Teacher:
         is on the device only inside its own passes."""
         if not (run.recipe.gkd.offload_teacher_model and ranks.device.type == "cuda"):
             return self.model
-        offload = Offload(tensors_of(self.model.wrapped), values="constant")
+        offload = Offload(tensors_of(self.model.chunks), values="constant")
         offload.to_host()
         logger.info("the teacher's %.2f GiB are in host memory between its passes", offload.bytes / 2**30)
         return replace(self.model, offload=offload)
