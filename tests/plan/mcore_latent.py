@@ -26,6 +26,7 @@ from megabatch.trainer.model.attention import PackedAttention
 from megabatch.trainer.model.build import Model, ddp_config
 from megabatch.trainer.model.norms import RMSNorm
 from megabatch.trainer.model.transformer_config import leave_uninitialised
+from megabatch.trainer.ranks import Ranks
 
 
 class Duplicated(nn.Module):
@@ -36,7 +37,7 @@ class Duplicated(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
 
 
-def latent_model(run: RunConfig) -> Model:
+def latent_model(run: RunConfig, ranks: Ranks) -> Model:
     """One chunk, as `trainer.model.build` would make it."""
     multi_latent_attention.TELinear = Duplicated
     shape, parallel = run.shape, run.recipe.parallel
@@ -59,7 +60,7 @@ def latent_model(run: RunConfig) -> Model:
         overlap_param_gather=False,
     )
     wrapped = [DistributedDataParallel(config, ddp, Float16Module(config, model))]
-    return Model(wrapped, config, shape, shape.vocab_size, rotary=None)
+    return Model(wrapped, config, shape, shape.vocab_size, ranks, rotary=None)
 
 
 def _config(shape: ModelShape, run: RunConfig) -> MLATransformerConfig:

@@ -44,9 +44,10 @@ def adapt() -> None:
 
 
 def adapt_groups() -> None:
-    """No groups over real sockets."""
+    """No groups over real sockets, and no store."""
     from megatron.core import optimizer, parallel_state
 
+    ranks.Waiting = lambda rank, world_size: None
     parallel_state.initialize_model_parallel = _without_gloo(parallel_state.initialize_model_parallel)
     assemble.Optimizer.__init__.__globals__["get_megatron_optimizer"] = partial(
         optimizer.get_megatron_optimizer, use_gloo_process_groups=False
@@ -77,7 +78,7 @@ def _engine(run: RunConfig, place: ranks.Ranks) -> Engine:
         return assemble.build_engine(run, place, train_iters=10)
     from mcore_latent import latent_model
 
-    made = {"build": lambda *_, **__: latent_model(run), "transformer_config": lambda *_, **__: None}
+    made = {"build": lambda *_, **__: latent_model(run, place), "transformer_config": lambda *_, **__: None}
     with patch.multiple(assemble, **made):
         return assemble.build_engine(run, place, train_iters=10)
 

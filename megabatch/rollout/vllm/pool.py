@@ -246,9 +246,8 @@ class _Round:
                 raise
 
     def _ask(self, request: Request, tries: int) -> None:
-        self._asked[request.key] = request
         try:
-            self._made.put((request, self.server.complete(request)))
+            self._made.put((request, self._completed(request)))
         except UnreachableError as e:
             if tries + 1 == _TRIES:
                 raise RolloutError(f"{request.key} failed {_TRIES} times, at last: {e}") from e
@@ -257,5 +256,10 @@ class _Round:
         except StaleError:
             self._feed.put([request], tries=tries)
             raise
-        finally:
+
+    def _completed(self, request: Request) -> Completion:
+        self._asked[request.key] = request
+        try:
+            return self.server.complete(request)
+        finally:  # before it goes back to the feed, from which another thread here may take it at once
             del self._asked[request.key]
