@@ -26,7 +26,7 @@ def steps(*, lmbda: float = 0.3, teacher: Any = None, packing_length: int | None
 def answer(prompt: int, length: int) -> Answer:
     ids = tuple(range(length))
     completion = Completion(key="1/0", ids=ids, logps=(0.0,) * length, versions=(0,) * length, finish="length")
-    return Answer(np.arange(prompt, dtype=np.int32), completion, "rows.jsonl:1")
+    return Answer(np.arange(prompt, dtype=np.int32), completion, "rows.jsonl:1", teacher=None)
 
 
 def test_a_share_of_the_steps_is_the_students() -> None:
