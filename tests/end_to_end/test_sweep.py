@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_learning_rates_and_seeds_by_one_array(environment: Mapping[str, str], t
     assert "4 runs in 1 array of 4, at most 4 at a time" in said and said.count("submitted job array") == 1
     runs = {name: RunDirectory(tmp_path / "sweep" / name) for name in _names()}
 
-    def shown() -> dict[str, dict[str, object]]:
+    def shown() -> dict[str, dict[str, Any]]:
         text = python("-m", "megabatch.cli", "sweep", "show", "sweep", "--by", "eval_loss", "--json")
         return {one["name"]: one for one in json.loads(text)}
 
@@ -56,8 +57,8 @@ def test_learning_rates_and_seeds_by_one_array(environment: Mapping[str, str], t
     # the heartbeat says `done` before the batch script has written how the job ended
     until(lambda: all(has_ended(run) for run in runs.values()), timeout_s=180, what="the last word of all four")
     results = shown()
-    losses = [one["eval_loss"] for one in results.values()]
-    assert losses == sorted(losses) and len(set(losses)) == 4  # type: ignore[type-var]
+    losses = [one["metrics"]["eval_loss"] for one in results.values()]
+    assert losses == sorted(losses) and len(set(losses)) == 4
     assert all(one["step"] == STEPS for one in results.values())
     for index, (name, run) in enumerate(runs.items()):
         (record,) = read_records(run)
