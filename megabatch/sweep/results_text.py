@@ -39,9 +39,9 @@ def _runs_table(results: Sequence[Result], swept: Sequence[str], *, by: str) -> 
 
 
 def _means_table(results: Sequence[Result], swept: Sequence[str], *, by: str) -> str:
-    """One line per point but for its seed, the best first; nothing where only the seed, or no seed, varies."""
+    """One line per point but for its seed, the best first; nothing where there are no two seeds."""
     finished = [result for result in results if result.state == State.COMPLETED and by in result.metrics]
-    if SEED not in swept or not finished:
+    if len({result.values.get(SEED) for result in results}) < 2 or not finished:
         return ""
     others = [name for name in swept if name != SEED]
     label = labels(others)
