@@ -79,4 +79,4 @@ class ConfigError(MegabatchError):
 
     def _text(self) -> str:
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
-        return "\n  ".join([f"{count}, nothing was submitted", *map(str, self.faults)])
+        return "\n  ".join([f"{count}, nothing was started", *map(str, self.faults)])

@@ -314,8 +314,8 @@ _NAMED = (
     ),
     (
         "config",
-        r"\d+ faults?, nothing was submitted|^error: [a-z_]+\.[a-z0-9_]+( |=)|unrecognized arguments|does not fit the "
-        r"checkpoint|size mismatch for|run\.json .*(newer|older|unreadable|not written)",
+        r"\d+ faults?, nothing was (started|submitted)|^error: [a-z_]+\.[a-z0-9_]+( |=)|unrecognized arguments"
+        r"|does not fit the checkpoint|size mismatch for|run\.json .*(newer|older|unreadable|not written)",
     ),
     (
         "cuda",

@@ -92,7 +92,7 @@ def test_the_type_of_weights_comes_from_config_json(dense, changed, dense_shape,
 
 def test_resolving_reports_every_fault(dense, changed):
     recipe = changed(dense, {"batch": {"global_batch_size": 9}, "parallel": {"sequence_parallel": True}})
-    with pytest.raises(ConfigError, match="2 faults, nothing was submitted"):
+    with pytest.raises(ConfigError, match="2 faults, nothing was started"):
         run_of(recipe)
 
 

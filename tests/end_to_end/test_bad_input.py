@@ -43,7 +43,7 @@ def recipe(file: str, *words: object, folder: Path) -> subprocess.CompletedProce
 def require_refused(done: subprocess.CompletedProcess[str], folder: Path, *, saying: str) -> None:
     """One error before anything started."""
     assert (done.returncode, done.stdout) == (ExitCode.CONFIG, ""), done.stderr
-    assert re.fullmatch(rf"(?s)error: 1 fault, nothing was submitted\n  [^\n]*{saying}[^\n]*\n", done.stderr), (
+    assert re.fullmatch(rf"(?s)error: 1 fault, nothing was started\n  [^\n]*{saying}[^\n]*\n", done.stderr), (
         done.stderr
     )
     assert not (folder / "run").exists() and not (folder / "megatron_output").exists()

@@ -35,7 +35,7 @@ def test_faults_are_reported_together_and_nothing_is_made(tmp_path: Path) -> Non
     )  # fmt: skip
     first, *faults = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == ""
-    assert first.startswith("error: ") and first.endswith("faults, nothing was submitted")
+    assert first.startswith("error: ") and first.endswith("faults, nothing was started")
     assert any("expert_model_parallel_size=6" in line and "num_experts=128" in line for line in faults)
     assert any("global_batch_size=4" in line and "try 3 or 6" in line for line in faults)
     assert list(tmp_path.iterdir()) == []
@@ -69,7 +69,7 @@ def test_what_is_missing_here_only_is_no_fault_of_a_dry_run(tmp_path: Path) -> N
     done = _run(RECIPES / "quickstart.py", "--dataset", "/on/the/cluster.jsonl", "--dry_run", cwd=tmp_path)
     assert done.returncode == 0 and "refused here" in done.stderr and "/on/the/cluster.jsonl" in done.stderr
     done = _run(RECIPES / "quickstart.py", "--dataset", "/on/the/cluster.jsonl", "--submit", cwd=tmp_path)
-    assert done.returncode == 2 and "error: 1 fault, nothing was submitted" in done.stderr
+    assert done.returncode == 2 and "error: 1 fault, nothing was started" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_token_in_the_file_and_inputs_that_no_mount_shows(
     said = submitted(way, tmp_path, capsys, TOKEN, "--cluster", str(profile))
     assert f"{tmp_path}/own.py:3 holds a Hugging Face token, and others can read the copy" in said
     assert "data.dataset=" in said and f"add '{tmp_path}' to container.mounts" in said
-    assert "model.model=" in said and said.startswith("error: 3 faults, nothing was submitted\n")
+    assert "model.model=" in said and said.startswith("error: 3 faults, nothing was started\n")
 
 
 @pytest.mark.usefixtures("model_folder")

@@ -40,7 +40,7 @@ def test_what_does_not_end_is_refused_by_its_line(line: str, tmp_path: Path) -> 
         with pytest.raises(ConfigError) as caught:
             load_profile(str(path))
         said = str(caught.value)
-        assert said.startswith(f"1 fault, nothing was submitted\n  cluster.setup[{len(before)}]=")
+        assert said.startswith(f"1 fault, nothing was started\n  cluster.setup[{len(before)}]=")
         assert said.count("\n") == 1
         assert f" in {path}: " in said and "the rest of the job script would not run" in said
 

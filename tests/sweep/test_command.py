@@ -42,7 +42,7 @@ def test_memory_prunes_by_the_gpu_and_can_be_overruled(run: Run) -> None:
     small = ["--sweep", "expert_model_parallel_size=2", "pipeline_model_parallel_size=1"]
     on_h100 = run(LAYOUTS, "--dry_run", *small, code=2).stderr
     assert re.search(r"pruned: \d+\.\d GiB > 71.2 GiB \(\w+ \d+\.\d, \w+ \d+\.\d\)", on_h100)
-    assert "error: 3 faults, nothing was submitted\n  every point is pruned: " in on_h100
+    assert "error: 3 faults, nothing was started\n  every point is pruned: " in on_h100
     on_h200 = run(LAYOUTS, "--dry_run", "--gpu", "h200", *small).stderr
     assert "pruned" not in on_h200 and re.search(r"about \d+\.\d+ GPU-hours; estimated for H200", on_h200)
     assert _rows(run(LAYOUTS, "--dry_run", "--keep_all", *small).stderr).popitem()[1] == "run"
@@ -82,7 +82,7 @@ def test_a_filter_that_fails_is_a_fault_of_the_configuration(run: Run, write_swe
     file = write_sweep(f"grid={{'seed': [1, 2, 3], 'lr': [1e-3]}}, filter={fails}")
     for action in ("--dry_run", "--submit", "--local"):
         assert run(file, action, code=2).stderr == (
-            "error: 1 fault, nothing was submitted\n  sweep.filter fails for point lr0.001-seed2 "
+            "error: 1 fault, nothing was started\n  sweep.filter fails for point lr0.001-seed2 "
             "(training.seed=2, learning_rate.lr=0.001): sweep.py:8: ZeroDivisionError: division by zero\n"
         )
 

@@ -66,8 +66,7 @@ class Pool:
             yield [Completion(key=key, ids=(), logps=(), versions=(), finish="aborted") for key in feed.left]
         elif not feed.is_over:
             raise UnservedError(
-                f"{len(feed.left)} of the requests were not served: no server with the weights of this step is left",
-                (),
+                f"no server with the weights of this step is left; requests that were not served: {len(feed.left)}", ()
             )
 
     def _served(self, rounds: Sequence[_Round], feed: Feed) -> Iterator[list[Completion]]:
