@@ -58,7 +58,7 @@ def recipe(folder: Path, model: dict[str, Any], *, experts: MoE | None = None, *
     length = groups.get("data", {}).get("max_length", 128)
     text = folder / "train.jsonl"
     if not text.exists():
-        write_text(text, rows=256, words=length)
+        write_text(text, rows=256 if length <= 4096 else 64, words=length)
     made = Recipe(
         name="bench",
         task="pt",

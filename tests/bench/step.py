@@ -3,7 +3,7 @@
 Both run in one process on the same weights and take turns, so that what else the machine does meets both. Ours is the
 whole of a step as a run does it: the batch from the token cache, the optimizer step, metrics.jsonl and TensorBoard.
 The bare loop finds its batch in memory and logs nothing. Before anything is timed, both must agree on loss and
-gradient norm. Run by `run.py`: python tests/bench/step.py FOLDER ANSWER
+gradient norm. Run by `run.py`: python tests/bench/step.py FOLDER ANSWER [CASE …]; without cases all that run here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ class Case:
     """Whether the bare loop's attention is torch's fused kernel or megatron-core's own."""
     impl: str = "local"
     """`kernels.transformer_impl`; the bare loop has megatron-core's local layers, so others are measured alone."""
+    tuner: dict[str, Any] = field(default_factory=dict)
+    """Fields of `tuner`; the bare loop trains all of the model, so adapters are measured alone."""
+    alone: bool = False
+    """Whether no bare loop runs beside ours: its memory would not fit."""
+
+    @property
+    def has_bare(self) -> bool:
+        return self.impl == "local" and not self.tuner and not self.alone
 
 
 CPU_CASES = (
@@ -67,14 +75,21 @@ TOY_CASES = (
     Case(name="dense", model=SMALL, max_length=32),
     Case(name="plain attention, experts", model=SMALL, max_length=32, experts=EXPERTS, fused_attention=False),
 )
+LORA: dict[str, Any] = {"tuner_type": "lora", "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.0}
 GPU_CASES = (
     Case(name="dense", model=LARGE, max_length=4096, micro_batch_size=2, pairs=20),
     Case(name="experts", model={**LARGE, "num_layers": 8}, experts=LARGE_EXPERTS, max_length=4096, pairs=15,
          micro_batch_size=2),
     Case(name="small experts", model=SMALL, experts=EXPERTS, promised=False),
+    Case(name="long rows", model={**LARGE, "num_layers": 8}, max_length=32768, micro_batch_size=1, alone=True),
+    Case(name="LoRA", model=LARGE, max_length=4096, micro_batch_size=2, tuner=LORA),
+    Case(name="experts, LoRA", model={**LARGE, "num_layers": 8}, experts=LARGE_EXPERTS, max_length=4096,
+         micro_batch_size=2, tuner=LORA),
 )  # fmt: skip
 TRANSFORMER_ENGINE_CASES = tuple(
-    replace(case, name=f"{case.name}, Transformer Engine", impl="transformer_engine") for case in GPU_CASES[:2]
+    replace(case, name=f"{case.name}, Transformer Engine", impl="transformer_engine")
+    for case in GPU_CASES
+    if case.promised
 )
 
 
@@ -83,7 +98,7 @@ def compare(case: Case, folder: Path) -> list[Figure]:
     run = _run(case, folder)
     with assemble.join_ranks(run) as ranks:
         ours, _ = open_loop(run, ranks, StopSignal(), Activity(0))
-        if case.impl != "local":
+        if not case.has_bare:
             with ours.metrics:
                 return _alone(run, ours, case)
         batches = _rows(ours.parts.steps.after({}, ours.engine), case, ranks.device)
@@ -138,19 +153,20 @@ def _alone(run: RunConfig, ours: Loop, case: Case) -> list[Figure]:
     flops = training_flops(run.shape, tokens=tokens, mean_length=case.max_length)
     peak_gib = torch.cuda.max_memory_allocated() / 2**30
     figures = [
-        Figure(name=f"step, {case.name}", value=1e3 * seconds, unit="ms", note=f"{tokens / seconds:,.0f} tokens/s"),
-        Figure(name=f"TFLOP/s, {case.name}", value=flops / seconds / 1e12, unit="TF/s"),
+        Figure(name=f"step, {case.name}", value=1e3 * seconds, unit="ms", note=f"{tokens / seconds:,.0f} tokens/s")
     ]
     name = torch.cuda.get_device_name()
     if (gpu := gpu_named(name)) is None:
         return figures
     plan = estimate_of(run.recipe, run.shape, gpu)
     planned = replace(plan.memory, framework=0).total_gib
-    mfu = flops / seconds / gpu.peak_tflops / 1e12
     reserved = torch.cuda.max_memory_reserved() / 2**30
+    if not case.tuner:  # a step of adapters computes no gradients of the weights
+        mfu = flops / seconds / gpu.peak_tflops / 1e12
+        note = f"{name}, {flops / seconds / 1e12:.0f} TFLOP/s; planned {plan.step.mfu:.3f}"
+        figures.append(Figure(name=f"MFU, {case.name}", value=mfu, unit="", note=note))
     return [
         *figures,
-        Figure(name=f"MFU, {case.name}", value=mfu, unit="", note=f"{name}; planned {plan.step.mfu:.3f}"),
         Figure(
             name=f"peak memory / plan, {case.name}",
             value=peak_gib / planned,
@@ -213,6 +229,7 @@ def _run(case: Case, folder: Path) -> RunConfig:
         "data": {"max_length": case.max_length},
         "batch": {"micro_batch_size": case.micro_batch_size, "global_batch_size": 2 * case.micro_batch_size},
         "kernels": {"transformer_impl": case.impl},
+        "tuner": case.tuner,
     }
     model = case.model
     if cuda:
@@ -234,13 +251,14 @@ def _rows(steps: Iterator[Step], case: Case, device: torch.device) -> Iterator[l
         ]
 
 
-def main(folder: str, path: str) -> None:
+def main(folder: str, path: str, *names: str) -> None:
     torch.set_num_threads(1)
     figures: list[Figure] = []
     cases = sized(CPU_CASES, TOY_CASES)
     if torch.cuda.is_available():
         with_te = importlib.util.find_spec("transformer_engine") is not None
         cases = (*GPU_CASES, *(TRANSFORMER_ENGINE_CASES if with_te else ()))
+    cases = tuple(case for case in cases if case.name in names) if names else cases
     for number, case in enumerate(cases):
         figures += compare(case, Path(folder) / str(number))
         answer(figures, path)

@@ -16,6 +16,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "ep2": (2, {"expert_model_parallel_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "tp2_sp_etp2": (
+        2,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
+    ),
 }
 
 
