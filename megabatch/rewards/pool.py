@@ -19,7 +19,10 @@ from typing import Any
 from megabatch.errors import RewardError
 from megabatch.own_code import PACKAGE
 from megabatch.rewards.sample import Reward, RewardSample
-from megabatch.rewards.worker import LENGTH
+from megabatch.rewards.worker import LENGTH, READY
+
+STARTING_S = 300.0
+"""A new process may take so long until it runs, which is not the reward's time: the machine may be busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ class Call:
 
 
 class Pool:
-    """Up to `size` processes, started when first needed. Every call gets `timeout_s`; loading its reward counts."""
+    """Up to `size` processes, started when first needed. Every call gets `timeout_s`; loading its reward counts, the
+    start of its process does not."""
 
     def __init__(self, size: int, *, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -95,9 +99,13 @@ class _Process:
         )
         os.close(theirs_in)
         os.close(theirs_out)
+        self._ready = False
 
     def call(self, call: Call, *, timeout_s: float) -> tuple[str, Any]:
         """Raises: _EndedError."""
+        if not self._ready:
+            self._receive(len(READY), time.monotonic() + STARTING_S, STARTING_S)
+            self._ready = True
         deadline = time.monotonic() + timeout_s
         self._send(pickle.dumps((call.reward, list(call.samples))))
         (size,) = LENGTH.unpack(self._receive(LENGTH.size, deadline, timeout_s))

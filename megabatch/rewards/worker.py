@@ -1,8 +1,8 @@
 """A process that computes rewards: `python -m megabatch.rewards.worker REQUESTS REPLIES`, two descriptors of pipes.
 
-A request is a pickled (reward, samples), a reply a length and a pickled (kind, value): `values` with one for each
-sample, `failed` with the exception's line, or `refused` with a message that ends the run. What rewards print goes to
-stderr.
+It says READY once it runs. A request is a pickled (reward, samples), a reply a length and a pickled (kind, value):
+`values` with one for each sample, `failed` with the exception's line, or `refused` with a message that ends the run.
+What rewards print goes to stderr.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megabatch.rewards.sample import Reward, RewardSample, Score
 
 LENGTH = struct.Struct("<Q")
 """Number of bytes of the reply that follows."""
+READY = b"+"
 
 
 def main() -> None:
@@ -30,6 +31,8 @@ def main() -> None:
     threading.Thread(target=_receive, args=(os.fdopen(requests, "rb"), waiting), daemon=True).start()
     opened: dict[Reward, Score] = {}
     with os.fdopen(replies, "wb") as out:
+        out.write(READY)
+        out.flush()
         while True:
             reward, samples = waiting.get()
             reply = pickle.dumps(_reply(reward, samples, opened))

@@ -14,7 +14,7 @@ from megabatch.rewards.code import Code, program_in
 from megabatch.rewards.sample import RewardSample
 from megabatch.rewards.sandbox import lacking, run
 
-CODE = Code(seconds=5, memory_mib=512, at_a_time=2)
+CODE = Code(seconds=60, memory_mib=512, at_a_time=2)
 
 
 def sample(program: str, **columns: Any) -> RewardSample:
@@ -61,13 +61,13 @@ def test_a_row_without_tests_is_named(columns: dict[str, Any], said: str) -> Non
 def test_a_program_that_hangs_or_takes_all_memory_is_ended() -> None:
     assert run("while True: pass", seconds=1, memory_mib=512).code not in (0, 1)
     assert run("import time; time.sleep(60)", seconds=1, memory_mib=512).code is None
-    done = run("x = bytearray(900 * 2**20)", seconds=5, memory_mib=512)
+    done = run("x = bytearray(900 * 2**20)", seconds=60, memory_mib=512)
     assert done.code == 1 and "MemoryError" in done.errors
 
 
 def test_a_program_sees_neither_the_environment_nor_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    done = run("import os; print(sorted(os.environ), os.listdir('.'))", seconds=5, memory_mib=512)
+    done = run("import os; print(sorted(os.environ), os.listdir('.'))", seconds=60, memory_mib=512)
     assert "HF_TOKEN" not in done.output and "program.py" in done.output
 
 
@@ -86,7 +86,7 @@ for act in (lambda: open({str(tmp_path / "mine.txt")!r}, "w"), lambda: os.remove
 open("here.txt", "w").write("fine")
 print(open("here.txt").read())
 """
-    done = run(program, seconds=5, memory_mib=512)
+    done = run(program, seconds=60, memory_mib=512)
     assert done.output.split() == ["refused"] * 4 + ["fine"], done.errors
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"] and (tmp_path / "mine.txt").read_text() == "kept"
 
@@ -95,8 +95,8 @@ print(open("here.txt").read())
 def test_a_program_reaches_no_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=5)"
-        done = run(program, seconds=5, memory_mib=512)
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=60)"
+        done = run(program, seconds=60, memory_mib=512)
     assert done.code == 1 and "Error: [Errno" in done.errors, done.errors
 
 
@@ -109,5 +109,5 @@ if not os.fork():
     time.sleep(600)
 print(os.getpid())
 """
-    done = run(program, seconds=5, memory_mib=512)
+    done = run(program, seconds=60, memory_mib=512)
     assert done.code == 0 and done.output.split() == ["1"], "the first process of its namespace"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megabatch.data.tokens.sample import Encoded
+from megabatch.data.tokens.words import words_of
 
 
 class Text(NamedTuple):
@@ -40,6 +41,7 @@ class Aligner:
         """`backend`: a `tokenizers.Tokenizer`."""
         self._backend = backend
         self._lengths, self._is_nfc = _byte_lengths(backend), backend.normalizer is not None
+        self._words = None if self._lengths is None else words_of(backend)
 
     def encode(self, texts: Sequence[Text], *, whole: bool) -> list[Encoded]:
         """Ids without the special tokens that the tokenizer adds, and weights. A token that shares a character with a
@@ -66,8 +68,7 @@ class Aligner:
 
     def _by_bytes(self, texts: Sequence[Text], lengths: np.ndarray, *, whole: bool) -> list[Encoded | None]:
         """None for a text whose tokens are not its bytes, because the tokenizer normalised it."""
-        encodings = self._backend.encode_batch_fast([text.text for text in texts], add_special_tokens=False)
-        listed = [encoding.ids for encoding in encodings]
+        listed = self._ids([text.text for text in texts])
         ids = np.fromiter(chain.from_iterable(listed), np.int32)
         weights: np.ndarray = np.full(len(ids), whole, np.float32)
         stops = np.cumsum(lengths[ids])  # end of each token in bytes, over all texts concatenated
@@ -91,6 +92,12 @@ class Aligner:
                 found.append(Encoded(ids[token:after], weights[token:after]))
             token = after
         return found
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        known = [self._words.ids(text) if self._words is not None and text.isascii() else None for text in texts]
+        others = [text for text, ids in zip(texts, known, strict=True) if ids is None]
+        made = iter(self._backend.encode_batch_fast(others, add_special_tokens=False) if others else ())
+        return [next(made).ids if ids is None else ids for ids in known]
 
     def _stands(self, text: str) -> bool:
         """Whether the tokenizer's normaliser leaves a text unchanged."""

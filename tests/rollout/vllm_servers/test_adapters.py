@@ -25,13 +25,6 @@ LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_alpha": 16, "target_modules"
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[RankServer]:
-    found = RankServer()
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -92,7 +92,9 @@ def distilled(run_dir: str) -> int:
     return runs.train(run_dir)
 
 
-def test_a_student_learns_the_same_from_a_server(giver: Server, running: Running, tmp_path: Path) -> None:
+def test_a_student_learns_the_same_from_a_server(
+    giver: Server, running: Running, ranks: RankServer, tmp_path: Path
+) -> None:
     model = made(seed=2)
     update(giver, model, 8)
     shutil.copytree(running.folder, tmp_path / "teacher", ignore=shutil.ignore_patterns("server.log"))
@@ -105,25 +107,21 @@ def test_a_student_learns_the_same_from_a_server(giver: Server, running: Running
             "teacher_api_key_variable": "TEACHERS_KEY",
         },
     }
-    ranks = RankServer()
-    try:
-        for name, way in ways.items():
-            recipe = runs.recipe(
-                tmp_path,
-                parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True},
-                resources={"tasks_per_node": 2},
-                data={"max_length": 80},
-                training={"train_iters": 2},
-                batch={"global_batch_size": 4, "micro_batch_size": 2},
-                evaluation={"eval_on_start": False, "eval_iters": 0},
-                model={"tokenizer": str(running.folder)},
-                rlhf={"rlhf_type": "gkd"},
-                gkd={"gkd_logits_topk": 5, "lmbda": 0.0, **way},
-            )
-            run = runs.write_run(replace(recipe, task="rlhf"), tmp_path / name)
-            assert ranks.run(distilled, world_size=2, run_dir=str(run)) == [0, 0]
-    finally:
-        ranks.close()
+    for name, way in ways.items():
+        recipe = runs.recipe(
+            tmp_path,
+            parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            resources={"tasks_per_node": 2},
+            data={"max_length": 80},
+            training={"train_iters": 2},
+            batch={"global_batch_size": 4, "micro_batch_size": 2},
+            evaluation={"eval_on_start": False, "eval_iters": 0},
+            model={"tokenizer": str(running.folder)},
+            rlhf={"rlhf_type": "gkd"},
+            gkd={"gkd_logits_topk": 5, "lmbda": 0.0, **way},
+        )
+        run = runs.write_run(replace(recipe, task="rlhf"), tmp_path / name)
+        assert ranks.run(distilled, world_size=2, run_dir=str(run)) == [0, 0]
     for found, expected in zip(runs.curve(tmp_path / "server"), runs.curve(tmp_path / "ranks"), strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
     assert runs.curve(tmp_path / "tagged") == runs.curve(tmp_path / "server")

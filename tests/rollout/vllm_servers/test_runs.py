@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -42,13 +42,6 @@ class Game:
         return f"turn {self.turn}", float(DICE.random() < 0.5), self.turn == 2
 """
 AHEAD = {"async_generate": True, "max_staleness": 2}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankServer]:
-    found = RankServer()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import runs
 import torch
 import torch.distributed as dist
 from rank_server import RankServer
-from vllm_python import NEEDS_VLLM, VLLM_MODULES, python
+from vllm_python import NEEDS_VLLM
 from vllm_server import (
     CPU,
     TOKEN,
@@ -107,7 +107,9 @@ def _through_the_server(run_dir: Path, *, by: float) -> tuple[dict[str, float], 
     return {name: ratio.value for name, ratio in metrics.items()}, completions
 
 
-def test_live_shards_reach_the_server(server: Server, running: Running, tmp_path: Path) -> None:
+def test_live_shards_reach_the_server(
+    server: Server, running: Running, ranks_with_vllm: RankServer, tmp_path: Path
+) -> None:
     """Experts and vocabulary split over two ranks, in buckets smaller than a layer; adapters merged. vLLM inside the
     ranks of the first of these runs, an engine in each, draws the same."""
     made_runs = []
@@ -120,12 +122,9 @@ def test_live_shards_reach_the_server(server: Server, running: Running, tmp_path
             roles=[Role(name="rollout", command=["python", "-m", "megabatch.cli", "rollout", "m"])],
         )
         made_runs.append(str(runs.write_run(recipe, tmp_path / layout)))
-    ranks = RankServer(python=python(), imported=VLLM_MODULES)
-    try:
-        found = ranks.run(through_the_server, world_size=2, run_dirs=made_runs, url=server.url)
-        inside = ranks.run(through_the_server, world_size=2, run_dirs=[_inside(made_runs[0])], url=server.url)
-    finally:
-        ranks.close()
+    run = ranks_with_vllm.run
+    found = run(through_the_server, world_size=2, run_dirs=made_runs, url=server.url)
+    inside = run(through_the_server, world_size=2, run_dirs=[_inside(made_runs[0])], url=server.url)
     for layout, mine, others in zip(LAYOUTS, *found, strict=True):
         for metrics, completions in (mine, others):
             assert 0 < metrics["sync_max_logp_difference"] < 1e-4, layout

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 from rank_server import RankServer
 from runs import MODELS, curve, metrics, train, write_run
 from test_grpo_runs import grpo_recipe
-from vllm_python import NEEDS_VLLM, VLLM_MODULES, python
+from vllm_python import NEEDS_VLLM
 
 from megabatch import Rollout
 from megabatch.ledger.reader import Reader
@@ -26,13 +24,6 @@ VLLM = Rollout(
     vllm_engine_kwargs={"kv_cache_memory_bytes": 16 << 20, "max_num_batched_tokens": 256},
     sleep_level=1,
 )
-
-
-@pytest.fixture(scope="module")
-def ranks_with_vllm() -> Iterator[RankServer]:
-    server = RankServer(python=python(), imported=VLLM_MODULES)
-    yield server
-    server.close()
 
 
 def colocated(folder: Path) -> Any:

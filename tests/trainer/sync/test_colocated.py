@@ -9,7 +9,6 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import transformers
 from distilled_in_vllm import apart_in_first_step
 from rank_server import RankServer
 from runs import recipe, train, write_run
-from vllm_python import NEEDS_VLLM, VLLM_MODULES, python
+from vllm_python import NEEDS_VLLM
 
 from megabatch import Model, MoE, Rollout
 from megabatch.data.tokens.tokenizer import train_bpe
@@ -43,13 +42,6 @@ SAMPLINGS = (
     Sampling(temperature=1.0, max_tokens=8, stop_ids=()),
     Sampling(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.2, max_tokens=6, stop_ids=()),
 )
-
-
-@pytest.fixture(scope="module")
-def ranks_with_vllm() -> Iterator[RankServer]:
-    server = RankServer(python=python(), imported=VLLM_MODULES)
-    yield server
-    server.close()
 
 
 def requests() -> list[Request]:
