@@ -56,7 +56,7 @@ class Checkpoint:
     """Does not load the random number generators of `load`."""
     exit_on_missing_checkpoint: bool = param(True)
     """Fails if `load` holds no checkpoint; False starts from `model` instead."""
-    no_initialization: bool = param(True, speed_only=True)
+    no_initialization: bool = param(True, speed_only=True, negated_aliases=("perform_initialization",))
     """Does not initialise weights that loading will set; a new model is always initialised."""
     ckpt_format: Literal["torch", "torch_dist", "zarr"] = param(
         "torch_dist",

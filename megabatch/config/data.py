@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megabatch.config.declare import freeze_lists, param
 
@@ -38,6 +38,12 @@ class Data:
     """Chat template; None uses the tokenizer's own."""
     system: str | None = param(None)
     """System message of samples without their own; None leaves it to the template."""
+    enable_thinking: bool | None = param(None)
+    """Whether the chat template of a model that can think has it do so, in prompts that are answered while training
+    too; None leaves it to the template. The same as that variable in `chat_template_kwargs`."""
+    chat_template_kwargs: Mapping[str, Any] | None = param(None)
+    """Variables for the chat template, which must read them; on the command line as a JSON object. A row's own column
+    of that name takes precedence."""
     sanitize_control_tokens: bool = param(True)
     """Tokenizes control tokens in the data (`<|im_end|>`) as plain text, so that only the template can write them.
     False lets the data write them too."""
@@ -78,7 +84,7 @@ class Data:
     """Shuffles the dataset once, from the seed, before it is split and packed."""
     train_dataloader_shuffle: bool = param(True)
     """Draws the training rows in a different order in each epoch, from the seed."""
-    no_data_sharding: bool = param(False, speed_only=True)
+    no_data_sharding: bool = param(False, speed_only=True, negated_aliases=("data_sharding",))
     """Has no effect: rows are always shuffled over the whole dataset, so that their order does not depend on the
     layout."""
     group_by_length: bool = param(False)
@@ -109,3 +115,9 @@ class Data:
 
     def __post_init__(self) -> None:
         freeze_lists(self)
+
+    @property
+    def template_variables(self) -> Mapping[str, Any]:
+        """What every row's chat template is given."""
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {**(self.chat_template_kwargs or {}), **thinking}

@@ -16,6 +16,7 @@ from typing import Any
 
 from megabatch.config.declare import Parameter, group_types, parameters
 from megabatch.config.field_types import fits, is_boolean, is_list, read, spelled
+from megabatch.config.foreign_names import OF_THE_CLUSTER, OTHERWISE, QLORA, WITHOUT
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError, Fault
 from megabatch.tasks import find_task
@@ -54,28 +55,6 @@ class Actions:
 _ACTIONS = {field.name: field.default is False for field in dataclasses.fields(Actions)}
 """Flag of the command line itself → whether it takes no value."""
 _TOP = ("name", "task")
-_OF_THE_CLUSTER = frozenset(("partition", "account", "qos", "constraint", "reservation", "exclude", "modules"))
-"""Options of sbatch that people look for among the flags."""
-_QLORA = frozenset(("quant_bits", "quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "qlora"))
-"""Flags of other programs that train adapters beside quantised weights."""
-
-
-_OF_TRAINERS: Mapping[str, tuple[str, ...]] = {
-    "per_device_train_batch_size": ("micro_batch_size",),
-    "gradient_accumulation_steps": ("global_batch_size",),
-    "warmup_ratio": ("lr_warmup_fraction",),
-    "warmup_steps": ("lr_warmup_iters",),
-    "max_steps": ("train_iters",),
-    "truncation_mode": ("truncation_strategy left", "truncation_strategy right"),
-    "gradient_checkpointing": ("recompute_granularity full",),
-    "disable_dropout": ("hidden_dropout 0", "attention_dropout 0"),
-    "router_aux_loss_coef": ("moe_aux_loss_coeff",),
-    "pad_to_multiple_of": ("pad_to_max_length",),
-    "activation_offloading": ("recompute_granularity full",),
-    "model_name_or_path": ("model",),
-    "ref_model_name_or_path": ("ref_model",),
-}
-"""Flags of transformers' and TRL's trainers that have another name here, or whose purpose another parameter serves."""
 
 
 def parse(arguments: Sequence[str], recipe: Recipe) -> tuple[Actions, Recipe]:
@@ -263,13 +242,15 @@ def _find(name: str, algorithm: str | None) -> Named | Fault:
     known = [*_names(), *_ACTIONS, *_TOP]
     if field and group in group_types(Recipe):
         known = [dotted for dotted in known if dotted.startswith(f"{group}.")]
-    if name in _OF_THE_CLUSTER:
+    if name in OF_THE_CLUSTER:
         return Fault(f"--{name}", None, "belongs in the cluster profile that --cluster names, not in a run", bare=True)
-    if name in _QLORA:
+    if name in QLORA:
         rule = "asks for QLoRA, which is not supported: the frozen weights stay in bf16 or fp32"
         return Fault(f"--{name}", None, rule, try_=("--tuner_type lora with more ranks",), bare=True)
-    if name in _OF_TRAINERS:
-        return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(_OF_TRAINERS[name]), bare=True)
+    if name in WITHOUT:
+        return Fault(f"--{name}", None, WITHOUT[name], bare=True)
+    if name in OTHERWISE:
+        return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(OTHERWISE[name]), bare=True)
     near = sorted(get_close_matches(name, known, n=3, cutoff=0.7), key=lambda one: _is_second(one, name))
     return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near[:2]), bare=True)
 

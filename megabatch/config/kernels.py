@@ -32,7 +32,9 @@ class Kernels:
     """Computes scaling, mask and softmax of attention separately."""
     no_bias_dropout_fusion: bool = param(False, speed_only=True, negated_aliases=("bias_dropout_fusion",))
     """Computes bias, dropout and residual addition separately."""
-    no_bias_swiglu_fusion: bool = param(False, speed_only=True, negated_aliases=("bias_swiglu_fusion",))
+    no_bias_swiglu_fusion: bool = param(
+        False, speed_only=True, negated_aliases=("bias_swiglu_fusion", "bias_activation_fusion")
+    )
     """Computes bias and SwiGLU separately."""
     no_rope_fusion: bool = param(False, speed_only=True, negated_aliases=("rope_fusion", "apply_rope_fusion"))
     """Applies rotary embeddings with plain tensor operations."""

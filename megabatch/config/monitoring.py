@@ -14,7 +14,7 @@ from megabatch.config.declare import param
 class Logging:
     """What is logged, how often, and where to."""
 
-    log_interval: int = param(5, at_least=1)
+    log_interval: int = param(5, aliases=("logging_steps",), at_least=1)
     """Optimizer steps between lines of the log; `metrics.jsonl` has a line for every step."""
     tensorboard_dir: str | None = param(None)
     """Folder of TensorBoard files; None means `runs` inside the run directory."""
@@ -39,9 +39,9 @@ class Logging:
     report_to: Literal["wandb", "swanlab"] | None = param(None)
     """Tracker in addition to TensorBoard; its key comes from WANDB_API_KEY or SWANLAB_API_KEY, without which it writes
     offline."""
-    wandb_project: str = param("megatron-swift")
+    wandb_project: str = param("megatron-swift", aliases=("swanlab_project",))
     """Project name in the tracker."""
-    wandb_exp_name: str | None = param(None)
+    wandb_exp_name: str | None = param(None, aliases=("swanlab_exp_name",))
     """Experiment name in the tracker; None means `save`."""
     wandb_save_dir: str | None = param(None)
     """Folder of the tracker's local files; None means `wandb` or `swanlab` inside the run directory."""

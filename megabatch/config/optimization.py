@@ -39,6 +39,8 @@ class LearningRate:
     """Warmup steps; set either this or the fraction."""
     lr_warmup_fraction: float | None = param(None, at_least=0, below=1)
     """Warmup as a fraction of `lr_decay_iters`."""
+    lr_warmup_init: float = param(0.0, at_least=0)
+    """Learning rate at which warmup begins."""
     min_lr: float = param(0.0, at_least=0)
     """Lowest learning rate of the decay."""
     vit_lr: float | None = param(None, built=False, above=0)
@@ -59,6 +61,13 @@ class Optimizer:
     """Adam is AdamW: weight decay is decoupled from the gradient."""
     weight_decay: float = param(0.1, at_least=0)
     """Weight decay, multiplied by the learning rate; norms and biases are not decayed."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = param("constant")
+    """How weight decay goes from `start_weight_decay` to `end_weight_decay` over the run's steps; constant stays at
+    `weight_decay`."""
+    start_weight_decay: float | None = param(None, at_least=0)
+    """Weight decay of the first step, where it changes."""
+    end_weight_decay: float | None = param(None, at_least=0)
+    """Weight decay of the last step, at least `start_weight_decay`."""
     clip_grad: float = param(1.0, at_least=0)
     """Gradients with a larger L2 norm are scaled down to it; 0 disables clipping. Logs show the norm before
     clipping."""

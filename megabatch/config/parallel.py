@@ -39,9 +39,13 @@ class Parallel:
     """Counts the output layer and its loss as a layer: the last stage gets one transformer layer less."""
     num_layers_per_virtual_pipeline_stage: int | None = param(None, at_least=1)
     """Interleaves the pipeline in chunks of this many layers (vpp); or set the number of chunks instead."""
-    num_virtual_stages_per_pipeline_rank: int | None = param(None, at_least=1)
+    num_virtual_stages_per_pipeline_rank: int | None = param(
+        None, aliases=("virtual_pipeline_model_parallel_size",), at_least=1
+    )
     """Chunks per stage (vpp): less idle time, more communication."""
-    microbatch_group_size_per_virtual_pipeline_stage: int | None = param(None, at_least=1)
+    microbatch_group_size_per_virtual_pipeline_stage: int | None = param(
+        None, aliases=("microbatch_group_size_per_vp_stage",), at_least=1
+    )
     """Micro-batches that go through one chunk before the next chunk runs; None means pp, the minimum."""
     pipeline_model_parallel_layout: str | None = param(None)
     """The split spelled out: `E` embedding, `t` transformer layer, `m` MTP layer, `L` loss, `|` between stages.
@@ -57,7 +61,7 @@ class Parallel:
     """Gathers updated parameters during the next forward pass; needs `overlap_grad_reduce`."""
     tp_comm_overlap: bool = param(False, speed_only=True)
     """Overlaps tensor parallel communication with matrix products; refused if rows differ in length."""
-    distributed_backend: Literal["nccl", "gloo"] = param("nccl")
+    distributed_backend: Literal["nccl", "gloo"] = param("nccl", aliases=("ddp_backend",))
     """How ranks communicate: nccl between GPUs, gloo between CPU processes."""
     distributed_timeout_minutes: int = param(300000, at_least=1)
     """How long a rank waits for the others in a collective, in minutes, before the run fails."""

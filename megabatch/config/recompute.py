@@ -30,7 +30,9 @@ class Recompute:
     """For `selective`: attention scores, expert activations, norms, MLA's up-projections, dense MLPs, MoE layers."""
     vit_gradient_checkpointing: bool = param(True, built=False, refused=_VISION)
     """Recomputes a multimodal model's vision tower."""
-    gradient_checkpointing_kwargs: Mapping[str, Any] | None = param(None, built=False, refused=_VISION)
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = param(
+        None, built=False, refused=_VISION, aliases=("vit_gradient_checkpointing_kwargs",)
+    )
     """Arguments of `torch.utils.checkpoint` for the vision tower; on the command line as a JSON object."""
 
     def __post_init__(self) -> None:

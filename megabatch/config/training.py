@@ -63,7 +63,7 @@ class Training:
     """Has no effect: weights are always read, or drawn, on the CPU, tensor by tensor, and copied to the device."""
     manual_gc: bool = param(False, speed_only=True)
     """Turns Python's garbage collector off during steps, and collects on all ranks at the same steps."""
-    manual_gc_interval: int = param(0, speed_only=True, at_least=0)
+    manual_gc_interval: int = param(0, aliases=("manual_gc_steps",), speed_only=True, at_least=0)
     """Steps between collections when `manual_gc` is on; 0 collects only at evaluations and saves."""
     megatron_extra_kwargs: Mapping[str, Any] | None = param(None, aliases=("extra_megatron_kwargs",))
     """Further fields of megatron-core's TransformerConfig, by name, that neither a parameter nor the model sets; on

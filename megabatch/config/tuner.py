@@ -32,7 +32,7 @@ class Tuner:
     """Prefixes of parameters to train although frozen above."""
     trainable_parameters_regex: str | None = param(None)
     """Regular expression to find in the names of parameters to train although frozen above."""
-    adapter_load: str | None = param(None)
+    adapter_load: str | None = param(None, aliases=("mcore_adapter",))
     """Run or checkpoint with an adapter to go on from, exactly unless `finetune`; of one that was converted, or that
     another program saved, the adapter alone."""
     target_modules: Sequence[str] = param(("all-linear",))

@@ -53,6 +53,7 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
         tokenizer=tokenizer,
         rows=run.task.rows,
         template=data.template,
+        template_variables=data.template_variables,
         system=data.system,
         columns=data.columns,
         preprocess=data.preprocess,

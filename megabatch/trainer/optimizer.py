@@ -26,7 +26,7 @@ class Optimizer:
     """Adam (decoupled weight decay) or SGD over a model's chunks, with warmup, decay and clipping.
 
     As in Megatron-LM: one-dimensional parameters (norms, biases) have no weight decay; with warmup, the first step's
-    learning rate is 0; a step whose fp16 gradients overflow changes neither the parameters nor the learning-rate
+    learning rate is `lr_warmup_init`; a step whose fp16 gradients overflow changes neither the parameters nor the
     schedule.
     """
 
@@ -72,7 +72,7 @@ class Optimizer:
         self.is_adam = group.optimizer == "adam"
         self.megatron: Any = get_megatron_optimizer(config, model.wrapped)
         self.loss_scale = LossScale.shared_by(self.inner) if config.fp16 else None
-        self.schedule = schedule_of(self.megatron, learning_rate, group.weight_decay, train_iters=train_iters)
+        self.schedule = schedule_of(self.megatron, learning_rate, group, train_iters=train_iters)
 
     def zero_grad(self) -> None:
         self.megatron.zero_grad()
@@ -181,9 +181,10 @@ def _config(**values: Any) -> OptimizerConfig:
 
 
 def schedule_of(
-    optimizer: Any, learning_rate: LearningRate, weight_decay: float, *, train_iters: int
+    optimizer: Any, learning_rate: LearningRate, group: OptimizerGroup, *, train_iters: int
 ) -> OptimizerParamScheduler:
-    """megatron-core's learning-rate schedule for an optimizer. Raises: ConfigError when WSD's decay does not fit."""
+    """megatron-core's schedule of an optimizer's learning rate and weight decay. Raises: ConfigError when WSD's decay
+    does not fit."""
     decay = learning_rate.lr_decay_iters or train_iters
     warmup = learning_rate.lr_warmup_iters
     if learning_rate.lr_warmup_fraction is not None:
@@ -194,18 +195,19 @@ def schedule_of(
             f"learning_rate.lr_wsd_decay_iters={learning_rate.lr_wsd_decay_iters} must be at most {decay - warmup}, "
             f"the {decay} steps of decay less the {warmup} of warmup"
         )
+    constant = group.weight_decay_incr_style == "constant"
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=learning_rate.lr_warmup_init,
         max_lr=learning_rate.lr,
         min_lr=learning_rate.min_lr,
         lr_warmup_steps=warmup,
         lr_decay_steps=decay,
         lr_decay_style=learning_rate.lr_decay_style,
-        start_wd=weight_decay,
-        end_wd=weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
+        start_wd=group.weight_decay if constant else resolved(group.start_weight_decay),
+        end_wd=group.weight_decay if constant else resolved(group.end_weight_decay),
+        wd_incr_steps=0 if constant else train_iters,
+        wd_incr_style=group.weight_decay_incr_style,
         lr_wsd_decay_style=learning_rate.lr_wsd_decay_style,
         wsd_decay_steps=learning_rate.lr_wsd_decay_iters,
     )

@@ -8,6 +8,7 @@ import pytest
 
 from megabatch.config.declare import parameters
 from megabatch.config.flags import parse
+from megabatch.config.foreign_names import OF_THE_CLUSTER, OTHERWISE, QLORA, WITHOUT
 from megabatch.config.help import help_text
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError
@@ -92,6 +93,12 @@ def test_help_reads_nothing_else(dense):
         ("--tensor_parallel_size 2", "--tensor_parallel_size is not a parameter; try --tensor_model_parallel_size"),
         ("--learnin_rate 2", "--learnin_rate is not a parameter; try --learning_rate"),
         ("--quant_bits 4", "--quant_bits asks for QLoRA, which is not supported: the frozen weights stay in bf16 or"),
+        (
+            "--use_megatron_fsdp true",
+            "--use_megatron_fsdp belongs to Megatron-FSDP, which is not built; use_distributed",
+        ),
+        ("--ddp_timeout 600", "--ddp_timeout is not a parameter; try --distributed_timeout_minutes (minutes, not sec"),
+        ("--agent_template hermes", "--agent_template has no counterpart: the model's own chat template writes tools"),
         ("--partition a100", "--partition belongs in the cluster profile that --cluster names, not in a run"),
         ("--parallel.lr 2", "--parallel.lr is not a parameter"),
         ("--submitt", "--submitt is not a parameter; try --submit"),
@@ -151,3 +158,29 @@ def test_flags_of_other_trainers_are_named_with_their_place_here(dense: Recipe) 
         "--gradient_accumulation_steps is not a parameter; try --global_batch_size",
         "--truncation_mode is not a parameter; try --truncation_strategy left or --truncation_strategy right",
     ]
+
+
+def test_names_of_other_programs_are_no_names_of_ours_and_point_at_some():
+    ours = {name for one in parameters(Recipe) for name in (one.name, *one.facts.aliases, *one.facts.negated_aliases)}
+    others = {*OTHERWISE, *WITHOUT, *QLORA, *OF_THE_CLUSTER}
+    assert not others & ours
+    assert {instead.split()[0] for names in OTHERWISE.values() for instead in names} <= ours | {"task"}
+
+
+@pytest.mark.parametrize(
+    ("line", "dotted", "value"),
+    [
+        ("--logging_steps 7", "logging.log_interval", 7),
+        ("--mcore_adapter a", "tuner.adapter_load", "a"),
+        ("--perform_initialization true", "checkpoint.no_initialization", False),
+        ("--data_sharding true", "data.no_data_sharding", False),
+        ("--bias_activation_fusion false", "kernels.no_bias_swiglu_fusion", True),
+        ("--virtual_pipeline_model_parallel_size 2", "parallel.num_virtual_stages_per_pipeline_rank", 2),
+        ("--ddp_backend gloo", "parallel.distributed_backend", "gloo"),
+        ("--swanlab_project p", "logging.wandb_project", "p"),
+    ],
+)
+def test_names_of_megatron_swift_4_6_mean_the_same_parameters(dense, line, dotted, value):
+    _, recipe = parse(line.split(), dense)
+    group, _, name = dotted.partition(".")
+    assert getattr(getattr(recipe, group), name) == value

@@ -19,6 +19,7 @@ from tokenizer_kinds import KINDS
 from megabatch.data.rows import files
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.rows.formats import conversation_of
+from megabatch.data.rows.prompts import prompt_of
 from megabatch.data.tokens.sample import Encoded
 from megabatch.data.tokens.templates import Template
 from megabatch.errors import DataError
@@ -198,6 +199,29 @@ def test_columns_become_variables_of_the_template() -> None:
     assert encoded.ids.tolist() == theirs("byte_level", "llama3.1", said, date_string="1 May 2026")
     again = ours("byte_level", "llama3.1", {"messages": said, "chat_template_kwargs": {"date_string": "1 May 2026"}})
     assert again.ids.tolist() == encoded.ids.tolist()
+
+
+def test_a_run_gives_its_templates_variables_and_rows_may_give_others() -> None:
+    asked = [{"role": "user", "content": "Q"}]
+    of_the_run = Template(tokenizer("byte_level", "qwen3"), variables={"enable_thinking": False})
+    for own, thinks in (({}, False), ({"chat_template_kwargs": {"enable_thinking": True}}, True)):
+        conversation = prompt_of(
+            Row(Origin("f", 1), {"messages": asked, **own}), columns=None, system=None
+        ).conversation
+        (prompt,) = of_the_run.encode_prompts([conversation], places=["f:1"])
+        expected = theirs("byte_level", "qwen3", asked, add_generation_prompt=True, enable_thinking=thinks)
+        assert prompt.ids.tolist() == expected
+    later = of_the_run.up_to_the_answer([*asked, {"role": "assistant", "content": "A"}, *asked])
+    assert later.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_variables_that_the_template_does_not_read_are_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"sets enable_thinkin, which chat template .* does not read; try enable_think"
+    ):
+        Template(tokenizer("byte_level", "qwen3"), variables={"enable_thinkin": False})
+    with pytest.raises(DataError, match="sets enable_thinking, which chat template chatml does not read; leave it"):
+        Template(tokenizer("byte_level", "qwen3"), name="chatml", variables={"enable_thinking": False})
 
 
 AGENT = [

@@ -11,7 +11,7 @@ import torch
 from rank_server import RankServer
 from runs import curve, metrics, recipe, train, write_run
 
-from megabatch.config.optimization import LearningRate
+from megabatch.config.optimization import LearningRate, Optimizer
 from megabatch.errors import ConfigError
 from megabatch.run_directory import ExitCode
 from megabatch.trainer.megatron_cpu import adapt
@@ -20,15 +20,20 @@ LAST, WARMUP, DECAY, PEAK, FLOOR = 100, 10, 40, 1e-3, 1e-4
 
 
 def _rates(**fields: Any) -> list[float]:
+    return [rate for rate, _ in _course(Optimizer(), **fields)]
+
+
+def _course(group: Optimizer, **fields: Any) -> list[tuple[float, float]]:
+    """Learning rate and weight decay of each step."""
     adapt()
     from megabatch.trainer.optimizer import schedule_of
 
     rate = LearningRate(lr=PEAK, min_lr=FLOOR, lr_warmup_iters=WARMUP, lr_decay_iters=LAST, **fields)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
-    schedule = schedule_of(optimizer, rate, 0.1, train_iters=LAST)
+    schedule = schedule_of(optimizer, rate, group, train_iters=LAST)
     found = []
     for _ in range(LAST + 2):
-        found.append(optimizer.param_groups[0]["lr"])
+        found.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]))
         schedule.step(1)
     return found
 
@@ -60,6 +65,22 @@ def test_inverse_square_root_falls_from_the_end_of_warmup() -> None:
     assert rates[LAST + 1] == FLOOR
 
 
+def test_warmup_begins_where_it_is_told_to() -> None:
+    first = PEAK / 4
+    rates = _rates(lr_warmup_init=first)
+    assert rates[: WARMUP + 1] == pytest.approx([first + (PEAK - first) * step / WARMUP for step in range(WARMUP + 1)])
+
+
+@pytest.mark.parametrize(
+    ("style", "rises"), [("linear", lambda r: r), ("cosine", lambda r: (1 - math.cos(math.pi * r)) / 2)]
+)
+def test_weight_decay_rises_over_the_run(style: Any, rises: Any) -> None:
+    first, last = 0.02, 0.1
+    group = Optimizer(weight_decay_incr_style=style, start_weight_decay=first, end_weight_decay=last)
+    decays = [decay for _, decay in _course(group)]
+    assert decays == pytest.approx([first + (last - first) * rises(min(step / LAST, 1)) for step in range(LAST + 2)])
+
+
 def test_a_decay_that_does_not_fit_is_refused_once_the_length_is_known() -> None:
     with pytest.raises(ConfigError, match="lr_wsd_decay_iters=91 must be at most 90"):
         _rates(lr_decay_style="WSD", lr_wsd_decay_iters=91)
@@ -70,7 +91,13 @@ def test_a_run_that_was_cut_goes_on_along_its_curve(style: str, ranks: RankServe
     rate: dict[str, Any] = {"lr_decay_style": style, "lr_warmup_iters": 2}
     if style == "WSD":
         rate |= {"lr_wsd_decay_iters": 3, "lr_wsd_decay_style": "minus_sqrt"}
-    groups: dict[str, Any] = {"learning_rate": rate, "training": {"train_iters": 8}, "batch": {"global_batch_size": 2}}
+    decay = {"weight_decay_incr_style": "cosine", "start_weight_decay": 0.0, "end_weight_decay": 0.4}
+    groups: dict[str, Any] = {
+        "learning_rate": rate,
+        "optimizer": decay,
+        "training": {"train_iters": 8},
+        "batch": {"global_batch_size": 2},
+    }
     whole, cut = (write_run(recipe(tmp_path, "qwen3", **groups), tmp_path / name) for name in ("whole", "cut"))
     ranks.run(train, world_size=1, run_dir=str(whole))
     assert ranks.run(train, world_size=1, run_dir=str(cut), stop_after=6) == [ExitCode.REQUEUE]

@@ -183,6 +183,39 @@ def norms_to_decay_exist(recipe: Recipe, shape: ModelShape | None, layout: Layou
         yield Fault("optimizer.apply_wd_to_qk_layernorm", True, rule, try_=(False,))
 
 
+def weight_decay_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    """One that changes has two ends, and `weight_decay` is the one that does not."""
+    group = recipe.optimizer
+    ends = {name: getattr(group, name) for name in ("start_weight_decay", "end_weight_decay")}
+    if group.weight_decay_incr_style == "constant":
+        for name, value in ends.items():
+            if value is not None:
+                rule = "needs weight_decay_incr_style linear or cosine; a constant one is weight_decay"
+                yield Fault(f"optimizer.{name}", value, rule)
+        return
+    for name, value in ends.items():
+        if value is None:
+            rule = f"is missing: weight_decay_incr_style={group.weight_decay_incr_style!r} needs it"
+            yield Fault(f"optimizer.{name}", None, rule, bare=True)
+    start, end = ends.values()
+    if start is not None and end is not None and end < start:
+        rule = f"must be at least start_weight_decay={start}"
+        yield Fault("optimizer.end_weight_decay", end, rule, try_=(start,))
+
+
+def template_variables_are_said_once(
+    recipe: Recipe, shape: ModelShape | None, layout: Layout | None
+) -> Iterator[Fault]:
+    data = recipe.data
+    if data.enable_thinking is not None and "enable_thinking" in (data.chat_template_kwargs or {}):
+        rule = "and chat_template_kwargs both set it; leave one out"
+        yield Fault("data.enable_thinking", data.enable_thinking, rule, try_=(None,))
+    if recipe.task == "pt":
+        for name in ("enable_thinking", "chat_template_kwargs"):
+            if (value := getattr(data, name)) is not None:
+                yield Fault(f"data.{name}", value, "has no effect: pt renders no chat template", try_=(None,))
+
+
 def learning_rate_is_above_its_floor(
     recipe: Recipe, shape: ModelShape | None, layout: Layout | None
 ) -> Iterator[Fault]:
@@ -190,6 +223,11 @@ def learning_rate_is_above_its_floor(
     lr = peak_lr(recipe)
     if rate.min_lr > lr:
         yield Fault("learning_rate.min_lr", rate.min_lr, f"must be at most lr={lr}", try_=(lr / 10, 0))
+    if rate.lr_warmup_init > lr:
+        yield Fault("learning_rate.lr_warmup_init", rate.lr_warmup_init, f"must be at most lr={lr}", try_=(0,))
+    if rate.lr_warmup_init and not (rate.lr_warmup_iters or rate.lr_warmup_fraction):
+        rule = "has no effect without lr_warmup_iters or lr_warmup_fraction"
+        yield Fault("learning_rate.lr_warmup_init", rate.lr_warmup_init, rule, try_=(0,))
 
 
 def peak_lr(recipe: Recipe) -> float:
@@ -423,6 +461,8 @@ RULES = (
     stable_phase_ends,
     norms_to_decay_exist,
     learning_rate_is_above_its_floor,
+    weight_decay_is_said_once,
+    template_variables_are_said_once,
     recompute_is_consistent,
     recompute_modules_exist,
     recompute_units_divide,

@@ -34,6 +34,7 @@ def template_of(tokenizer: Any, encoding: Encoding) -> Template:
     return Template(
         tokenizer,
         name=encoding.template,
+        variables=encoding.template_variables,
         sanitize_control_tokens=encoding.sanitize_control_tokens,
         new_special_tokens=encoding.new_special_tokens,
     )

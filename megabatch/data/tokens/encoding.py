@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megabatch.config.training import ProblemType
 from megabatch.tasks import Rows
@@ -22,6 +22,8 @@ class Encoding:
     """Folder of the tokenizer."""
     rows: Rows = "conversations"
     template: str | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """For the chat template, besides what rows say."""
     system: str | None = None
     columns: Mapping[str, str] | None = None
     preprocess: str | None = None
@@ -58,3 +60,4 @@ class Encoding:
     def __post_init__(self) -> None:
         # Read-only views of a mapping can be neither pickled nor written as JSON.
         object.__setattr__(self, "columns", dict(self.columns or {}))
+        object.__setattr__(self, "template_variables", dict(self.template_variables))

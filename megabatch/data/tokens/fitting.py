@@ -36,9 +36,9 @@ Fitted = tuple[list[Message], list[dict[str, Any]]]
 class Fitting:
     """Prepares conversations for one template."""
 
-    def __init__(self, renderer: Renderer, *, advice: str) -> None:
-        """`advice`: what the user can do if the template does not read what a row has."""
-        self._renderer, self._advice = renderer, advice
+    def __init__(self, renderer: Renderer, *, advice: str, variables: Mapping[str, Any]) -> None:
+        """`advice`: what the user can do if the template does not read what a row has; `variables`: for every row."""
+        self._renderer, self._advice, self._variables = renderer, advice, variables
         self._reads_parts = self._same_with_parts()
         self._reads_objects, self._reads_json = self._argument_forms()
         self._reads_ids = bool({"id", "tool_call_id"} & renderer.names)
@@ -46,8 +46,8 @@ class Fitting:
     def variables(self, conversation: Conversation, remarks: Counter[str]) -> dict[str, Any]:
         """The row's columns that the template reads. Counts other columns. Raises: DataError for those that matter."""
         columns = dict(conversation.columns)
-        found = {name: value for name, value in columns.items() if name in self._renderer.variables}
-        found |= columns.pop("chat_template_kwargs", {})
+        own = {name: value for name, value in columns.items() if name in self._renderer.variables}
+        found = {**self._variables, **own, **columns.pop("chat_template_kwargs", {})}
         for name in columns.keys() - found.keys():
             if name in _SPOKEN:
                 what = f"the row has {name} ({_SPOKEN[name]}), and the template does not read them"

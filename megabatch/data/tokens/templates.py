@@ -62,21 +62,39 @@ class Template:
         tokenizer: Any,
         *,
         name: str | None = None,
+        variables: Mapping[str, Any] | None = None,
         sanitize_control_tokens: bool = True,
         new_special_tokens: Collection[str] = (),
     ) -> None:
-        """`name`: None for the tokenizer's own (see `_sources`), `chatml` or `plain`; `new_special_tokens`: tokens of
+        """`name`: None for the tokenizer's own (see `_sources`), `chatml` or `plain`; `variables`: for
+        the template, where a row has none of that name; `new_special_tokens`: tokens of
         the run's own, which are text to the template unless it writes them itself. Raises: DataError."""
         self.tokenizer = tokenizer
         self.name, self.sources = _sources(tokenizer, name)
         text = of_the_data(new_special_tokens, self.sources.values())
+        self._variables = dict(variables or {})
         self._ends = TurnEnds(_special(tokenizer) - text, eos=tokenizer.eos_token)
         advice = _advice(tokenizer, self.name)
-        self._forms = {kind: _form(tokenizer, source, self._ends, advice) for kind, source in self.sources.items()}
+        self._forms = {
+            kind: _form(tokenizer, source, self._ends, advice, self._variables)
+            for kind, source in self.sources.items()
+        }
+        self._refuse_unread()
         extra = {token for form in self._forms.values() for token in _turn_tokens(tokenizer, form)}
         self._control = ControlTokens(tokenizer, extra, of_the_data=text) if sanitize_control_tokens else None
         self._aligner = Aligner(backend(tokenizer))
         self._warned = False
+
+    def _refuse_unread(self) -> None:
+        """Raises: DataError for a variable that the template does not read."""
+        read = set[str]().union(*(form.renderer.variables for form in self._forms.values()))
+        for name in self._variables:
+            if name not in read:
+                close = difflib.get_close_matches(name, read - {"tools", "documents"}, n=1)
+                raise DataError(
+                    f"data.chat_template_kwargs sets {name}, which chat template {self.name} does not read"
+                    + (f"; try {close[0]}" if close else "; leave it out")
+                )
 
     @property
     def is_own(self) -> bool:
@@ -96,7 +114,8 @@ class Template:
 
     def up_to_the_answer(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of a conversation that goes on with the assistant's turn. Raises: DataError."""
-        return self._forms["default"].renderer.render(messages, {"add_generation_prompt": True}).text
+        variables = {**self._variables, "add_generation_prompt": True}
+        return self._forms["default"].renderer.render(messages, variables).text
 
     @property
     def control_tokens(self) -> Sequence[str]:
@@ -342,9 +361,9 @@ def _marks(said: str) -> tuple[str, str]:
     return free[0], free[1]
 
 
-def _form(tokenizer: Any, source: str, ends: TurnEnds, advice: str) -> _Form:
+def _form(tokenizer: Any, source: str, ends: TurnEnds, advice: str, variables: Mapping[str, Any]) -> _Form:
     renderer = Renderer(source, tokenizer.special_tokens_map)
-    return _Form(renderer, Fitting(renderer, advice=advice), Locator(renderer, ends))
+    return _Form(renderer, Fitting(renderer, advice=advice, variables=variables), Locator(renderer, ends))
 
 
 def _turn_tokens(tokenizer: Any, form: _Form) -> set[str]:

@@ -8,6 +8,7 @@ from megabatch.config.rules import training
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {**FULL, "recompute_method": "block"}
+RISES = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}
 STEPS = {"train_iters": 10, "max_epochs": None}
 PP2 = {"pipeline_model_parallel_size": 2}
 
@@ -413,6 +414,62 @@ CASES = [
         {"learning_rate": {"min_lr": 1e-3, "lr": 1e-2}},
         "learning_rate.min_lr",
         ["at most lr=1e-05"],
+    ),
+    (
+        training.learning_rate_is_above_its_floor,
+        "dense",
+        {"learning_rate": {"lr_warmup_init": 1e-3, "lr_warmup_iters": 2}},
+        {"learning_rate": {"lr_warmup_init": 1e-6, "lr_warmup_iters": 2}},
+        "learning_rate.lr_warmup_init",
+        ["at most lr=1e-05"],
+    ),
+    (
+        training.learning_rate_is_above_its_floor,
+        "dense",
+        {"learning_rate": {"lr_warmup_init": 1e-6}},
+        {"learning_rate": {"lr_warmup_init": 1e-6, "lr_warmup_fraction": 0.1}},
+        "learning_rate.lr_warmup_init",
+        ["no effect without lr_warmup_iters"],
+    ),
+    (
+        training.weight_decay_is_said_once,
+        "dense",
+        {"optimizer": {"end_weight_decay": 0.1}},
+        {"optimizer": RISES},
+        "optimizer.end_weight_decay",
+        ["needs weight_decay_incr_style linear or cosine"],
+    ),
+    (
+        training.weight_decay_is_said_once,
+        "dense",
+        {"optimizer": {**RISES, "start_weight_decay": None}},
+        {"optimizer": RISES},
+        "optimizer.start_weight_decay",
+        ["is missing: weight_decay_incr_style='linear' needs it"],
+    ),
+    (
+        training.weight_decay_is_said_once,
+        "dense",
+        {"optimizer": {**RISES, "start_weight_decay": 0.2}},
+        {"optimizer": RISES},
+        "optimizer.end_weight_decay",
+        ["at least start_weight_decay=0.2"],
+    ),
+    (
+        training.template_variables_are_said_once,
+        "dense",
+        {"data": {"enable_thinking": False, "chat_template_kwargs": {"enable_thinking": False}}},
+        {"data": {"enable_thinking": False, "chat_template_kwargs": {"date_string": "1 May"}}},
+        "data.enable_thinking",
+        ["and chat_template_kwargs both set it"],
+    ),
+    (
+        training.template_variables_are_said_once,
+        "dense",
+        {"task": "pt", "data": {"enable_thinking": False}},
+        {"task": "pt"},
+        "data.enable_thinking",
+        ["pt renders no chat template"],
     ),
     (
         training.recompute_is_consistent,
