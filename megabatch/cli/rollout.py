@@ -19,4 +19,4 @@ def serve(options: EngineOptions, more: Sequence[str], *, host: str, port: int |
         port = int(os.environ.get("MEGABATCH_ROLE_PORT", "8000"))
     remove_leftovers()
     words = server_command(options, more, host=host, port=port, on_cpus=on_cpus)
-    os.execve(words[0], words, {**os.environ, **server_environment(on_cpus=on_cpus)})
+    os.execve(words[0], words, server_environment(os.environ, dtype=options.dtype, on_cpus=on_cpus))

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rank_server import RankServer
 
 TRAINER = Path(__file__).parents[1] / "trainer"
-sys.path[:0] = [str(Path(__file__).parent), *(str(TRAINER / room) for room in ("", "rl", "tasks", "heads", "lora"))]
+ROOMS = ("", "rl", "sync", "tasks", "heads", "lora")
+sys.path[:0] = [str(Path(__file__).parent), *(str(TRAINER / room) for room in ROOMS)]
 
 NO_GPU = "no CUDA device here; docs/gpu.md says what these tests have yet to show"
 

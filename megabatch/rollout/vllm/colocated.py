@@ -18,7 +18,13 @@ from megabatch.rollout.bucket import Bucket
 from megabatch.rollout.engine import Adapter, Completion, Request, RolloutEngine, Scored
 from megabatch.rollout.vllm.adapter import Taking
 from megabatch.rollout.vllm.adapter import request as adapter_request
-from megabatch.rollout.vllm.engine_options import CPU_CACHE_BYTES, EngineOptions, check_installed, engine_values
+from megabatch.rollout.vllm.engine_options import (
+    CPU_CACHE_BYTES,
+    EngineOptions,
+    check_installed,
+    engine_values,
+    kernel_environment,
+)
 from megabatch.rollout.vllm.kept_apart import kept_apart
 from megabatch.rollout.vllm.loading import Loading
 from megabatch.rollout.vllm.sampling import FINISH, sampling_values
@@ -40,7 +46,7 @@ class Colocated:
         self._asleep: list[str] = []
         """vLLM's names of its parts that sleep."""
         with self._inside("vLLM does not start"):
-            _prepare(on_cpus=self._on_cpus)
+            _prepare(on_cpus=self._on_cpus, dtype=options.dtype)
             from vllm import LLM
 
             self._llm: Any = LLM(**engine_arguments(options, on_cpus=self._on_cpus, sleeps=self._sleeps))
@@ -255,11 +261,12 @@ def engine_arguments(options: EngineOptions, *, on_cpus: bool, sleeps: bool) -> 
     return values
 
 
-def _prepare(*, on_cpus: bool) -> None:
+def _prepare(*, on_cpus: bool, dtype: str | None) -> None:
     """What vLLM reads from the environment as it is imported and started."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", **kernel_environment(dtype)}.items():
+        os.environ.setdefault(name, value)
     if on_cpus:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         _without_shared_memory()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megabatch.rollout.vllm.engine_options import CPU_CACHE_BYTES, EngineOptions, engine_values
+from megabatch.rollout.vllm.engine_options import CPU_CACHE_BYTES, EngineOptions, engine_values, kernel_environment
 
 MODEL = "policy"
 """Name of the served model."""
@@ -59,7 +59,8 @@ def server_command(
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
 
 
-def server_environment(*, on_cpus: bool) -> dict[str, str]:
-    """Variables that the server needs besides its caller's."""
+def server_environment(environment: Mapping[str, str], *, dtype: str | None, on_cpus: bool) -> dict[str, str]:
+    """The variables of a server. Args: environment: its caller's."""
     found = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    return found | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if on_cpus else {})
+    more = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if on_cpus else {}
+    return {**kernel_environment(dtype), **environment, **found, **more}

@@ -58,6 +58,12 @@ def engine_values(options: EngineOptions) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def kernel_environment(dtype: str | None) -> dict[str, str]:
+    """Variables for vLLM's kernels on GPUs: its attention and experts of float32 are Triton's, which rounds factors of
+    float32 to TF32 (10 bits) unless told, where the trainer does not."""
+    return {"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}
+
+
 def _lora(options: EngineOptions) -> dict[str, Any]:
     """Without its list of layers vLLM also adapts the output layer, where it cannot score prompts."""
     if options.lora_rank is None:

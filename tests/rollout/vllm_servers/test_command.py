@@ -51,8 +51,15 @@ def test_a_server_on_cpus_computes_prompts_whole_unless_told() -> None:
 
 
 def test_threads_of_cpus_are_left_to_the_cluster() -> None:
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in server_environment(on_cpus=False)
-    assert server_environment(on_cpus=True)["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in server_environment({}, dtype=None, on_cpus=False)
+    assert server_environment({}, dtype=None, on_cpus=True)["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+def test_products_of_float32_are_exact_unless_told() -> None:
+    name = "TRITON_F32_DEFAULT"
+    assert server_environment({}, dtype="float32", on_cpus=False)[name] == "ieee"
+    assert server_environment({name: "tf32"}, dtype="float32", on_cpus=False)[name] == "tf32"
+    assert name not in server_environment({}, dtype="bfloat16", on_cpus=False)
 
 
 @pytest.mark.parametrize(

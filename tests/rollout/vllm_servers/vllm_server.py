@@ -108,8 +108,7 @@ def start(folder: Path, port: int, *, lora_rank: int | None = None) -> Running:
     )  # fmt: skip
     command = server_command(options, host="127.0.0.1", port=port, on_cpus=True)
     environment = {
-        **os.environ,
-        **server_environment(on_cpus=True),
+        **server_environment(os.environ, dtype=options.dtype, on_cpus=True),
         "MEGABATCH_ROLE_TOKEN": TOKEN,
         "HF_HUB_OFFLINE": "1",
     }

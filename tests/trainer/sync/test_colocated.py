@@ -148,7 +148,7 @@ def _change(model: Any, version: int) -> None:
             for name, parameter in chunk.named_parameters():
                 if parameter.requires_grad:
                     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {version}".encode()))
-                    drawn = torch.randn(parameter.shape, generator=generator) * 0.1
+                    drawn = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter)
                     parameter.copy_(drawn if ".lora." in name else parameter + drawn)
 
 
