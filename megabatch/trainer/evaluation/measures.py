@@ -31,6 +31,17 @@ def auc(scores_N: Numbers, positive_N: Numbers) -> float:
     return float(above / (positives * negatives))
 
 
+def pair_accuracy(scores_N: Numbers, good_N: Numbers, prompts_N: Numbers) -> float:
+    """Of a good and a bad answer to one prompt, how often the good one scores higher; a tie counts as wrong."""
+    right = pairs = 0
+    order = np.argsort(prompts_N, kind="stable")
+    for some in np.split(order, np.flatnonzero(np.diff(prompts_N[order])) + 1):
+        good, bad = scores_N[some][good_N[some] > 0], np.sort(scores_N[some][good_N[some] <= 0])
+        right += int(np.searchsorted(bad, good, side="left").sum())
+        pairs += len(good) * len(bad)
+    return right / pairs if pairs else NAN
+
+
 def average_precision(scores_N: Numbers, positive_N: Numbers) -> float:
     """sum over thresholds of precision · (rise in recall); equal scores are one threshold."""
     positives = float(positive_N.sum())

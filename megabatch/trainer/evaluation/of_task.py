@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from hashlib import blake2b
+from itertools import pairwise
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megabatch.config.training import ProblemType
 from megabatch.data.rows.labels import label_columns
@@ -17,6 +21,8 @@ from megabatch.data.tokens.ranked import ANCHOR, LABEL, NEGATIVE, POSITIVE, ROLE
 from megabatch.data.tokens.steps import RIGHT
 from megabatch.trainer.evaluation import measures
 from megabatch.trainer.evaluation.whole_set import ITEM, POSITION, Measures
+from megabatch.trainer.objectives.objective import REFERENCE
+from megabatch.trainer.pack import Pack
 
 Arrays = Mapping[str, np.ndarray]
 FIRST = (1, 5, 10)
@@ -26,6 +32,9 @@ _PROBABLE = ("ece", "brier")
 _DECIMALS = 6
 """Cosines are compared to so many: a text that two rows have gets the same place in both."""
 _ANCHORS_AT_ONCE = 1024
+GOOD, PROMPT = "label", "prompt"
+_DIGEST_BYTES = 6
+"""Of a prompt's number, which fp64 then holds."""
 
 
 def of_classifier(problem_type: ProblemType, num_labels: int) -> Measures:
@@ -95,6 +104,28 @@ def _rewards(found: Arrays) -> dict[str, float]:
         "ece": measures.calibration_error(np.maximum(chances_P, 1 - chances_P), chances_P > 0.5),
         "brier": measures.brier(chances_P, np.ones(len(chances_P))),
     }
+
+
+def of_judged_answers() -> Measures:
+    """`pair_accuracy`: of every good and every bad answer to one prompt, how often the good one gained more over the
+    reference. A prompt is what comes before an answer's first learned token."""
+    columns = [REFERENCE, GOOD]
+    return Measures(["logps"], columns, ("pair_accuracy",), _judged, of_rows={PROMPT: prompts_of})
+
+
+def _judged(found: Arrays) -> dict[str, float]:
+    gained_M = found["logps"] - found[REFERENCE]
+    return {"pair_accuracy": measures.pair_accuracy(gained_M, found[GOOD], found[PROMPT])}
+
+
+def prompts_of(pack: Pack) -> Tensor:
+    """A number for the prompt of each sequence, equal where prompts are: int64 [N]."""
+    starts, ids, learned = pack.cu_seqlens_padded.tolist(), pack.ids_T.numpy(), pack.weights_T.numpy() > 0
+    numbers = []
+    for start, stop in pairwise(starts[: pack.sequences + 1]):
+        prompt = ids[start : start + int(learned[start:stop].argmax()) + 1]
+        numbers.append(int.from_bytes(blake2b(prompt.tobytes(), digest_size=_DIGEST_BYTES).digest()))
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def of_steps() -> Measures:

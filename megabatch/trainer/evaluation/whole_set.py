@@ -42,6 +42,8 @@ class Measures:
     """Arrays [M, …] of all of them, and `item`, the number of the row that each belongs to, for tokens also `position`
     → a value for each name; NaN where it is not defined."""
     per: Literal["sequence", "token"] = "sequence"
+    of_rows: Mapping[str, Callable[[Pack], Tensor]] = field(default_factory=dict)
+    """Further columns by name, each from a whole row before context parallelism cuts it: [N]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +93,16 @@ class _Kept(Objective):
         self.norm, self.metrics, self.readout = self.inner.norm, self.inner.metrics, self.inner.readout
 
     def prepare(self, packs: Sequence[Pack], inference: Inference) -> Sequence[Pack]:
-        return self.inner.prepare(packs, inference)
+        made = self.measures.of_rows
+        return [
+            replace(pack, columns={**pack.columns, **{name: of(pack) for name, of in made.items()}})
+            for pack in self.inner.prepare(packs, inference)
+        ]
 
     def terms(self, out: Mapping[str, Tensor], pack: Pack) -> Terms:
         outputs = {name: out[name].detach() for name in self.measures.outputs}
         of_each = pack.token_columns if self._of_tokens else pack.columns
-        some = {ITEM: pack.items_N, **outputs, **{name: of_each[name] for name in self.measures.columns}}
+        some = {ITEM: pack.items_N, **outputs, **{name: of_each[name] for name in self._columns}}
         if self._of_tokens:
             learned = pack.weights_T > 0
             some |= {ITEM: torch.cat([pack.items_N, pack.items_N[:1]])[pack.segments_T.long()]}
@@ -106,6 +112,10 @@ class _Kept(Objective):
         return self.inner.terms(out, pack)
 
     @property
+    def _columns(self) -> tuple[str, ...]:
+        return (*self.measures.columns, *self.measures.of_rows)
+
+    @property
     def _of_tokens(self) -> bool:
         return self.measures.per == "token"
 
@@ -113,7 +123,7 @@ class _Kept(Objective):
         """Of every data-parallel rank, on each of them; collective over them. Rows are numbered in their order."""
         first = engine.ranks.dp_rank << _ROWS_BITS
         items = [one[ITEM] + first + row for one, row in zip(self.found, self.rows, strict=False)]
-        names = (*self.measures.outputs, *self.measures.columns, *((POSITION,) if self._of_tokens else ()))
+        names = (*self.measures.outputs, *self._columns, *((POSITION,) if self._of_tokens else ()))
         parts = {ITEM: torch.cat(items), **{name: torch.cat([one[name] for one in self.found]) for name in names}}
         joined = {
             name: engine.everyone(values, parts=self._of_tokens)[0].cpu().numpy() for name, values in parts.items()

@@ -19,13 +19,13 @@ from megabatch.data.run_caches import schedule_of
 from megabatch.data.tokens.chunk import Names
 from megabatch.errors import DataError
 from megabatch.trainer.data.batches import Batches
-from megabatch.trainer.data.dataset import Tokens, ahead_of, open_tokens, padded_share, steps_of
+from megabatch.trainer.data.dataset import Tokens, Validation, ahead_of, open_tokens, padded_share, steps_of
 from megabatch.trainer.data.stream import open_stream
 from megabatch.trainer.engine import POLICY, Engine
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.objectives.objective import REFERENCE, Compared, Objective
 from megabatch.trainer.ranks import Ranks
-from megabatch.trainer.steps import Evaluator, Step, Steps
+from megabatch.trainer.steps import Step, Steps
 from megabatch.trainer.tasks.reference import reference_model
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def open_compared(
     *,
     busy: Callable[[], None],
     note: Callable[[TokenCache], None] = lambda data: None,
-) -> tuple[Steps, Evaluator | None]:
+) -> tuple[Steps, Validation | None]:
     """Steps and evaluation of a task with a reference: a dataset or a stream; collective.
 
     Args: busy: called from time to time; note: called with the training data of a dataset. Raises: MegabatchError.

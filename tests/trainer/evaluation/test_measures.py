@@ -25,6 +25,17 @@ def test_auc_counts_the_pairs_in_order_and_half_of_the_ties() -> None:
     assert math.isnan(measures.auc(SCORES, np.zeros(60)))
 
 
+def test_pair_accuracy_compares_the_answers_to_one_prompt() -> None:
+    prompts = RNG.integers(0, 9, 60)
+    pairs = [
+        SCORES[a] > SCORES[b] for a, b in product(range(60), repeat=2)
+        if prompts[a] == prompts[b] and POSITIVE[a] and not POSITIVE[b]
+    ]  # fmt: skip
+    assert any(SCORES[a] == SCORES[b] for a, b in product(range(60), repeat=2) if prompts[a] == prompts[b] and a != b)
+    assert measures.pair_accuracy(SCORES, POSITIVE, prompts) == pytest.approx(np.mean(pairs))
+    assert math.isnan(measures.pair_accuracy(SCORES, POSITIVE, np.arange(60)))
+
+
 def test_average_precision_takes_equal_scores_together() -> None:
     expected, recall = 0.0, 0.0
     for threshold in sorted(set(SCORES.tolist()), reverse=True):

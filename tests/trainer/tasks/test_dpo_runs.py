@@ -102,6 +102,7 @@ def test_the_first_step_compares_equal_models(references: dict[str, Path]) -> No
         if kind == "kto":
             assert first["loss"] == pytest.approx((0.5 + 0.7 * 0.5) / 2, rel=1e-5)
             assert (first["kl"], first["loss_count"]) == (pytest.approx(0, abs=1e-5), 8)
+            assert metrics(run, "eval")[-1]["eval_pair_accuracy"] in (0, 1 / 3, 2 / 3, 1)
             continue
         assert first["loss"] == pytest.approx(2 * math.log(2) + 0.3 * first["nll_loss"], rel=1e-6)
         assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
@@ -127,6 +128,8 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, folder: Path
                 assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=1e-5), (line, found["step"], name)
             for name in expected.keys() & {"loss_count", "eval_loss_count", "samples"}:
                 assert found[name] == expected[name], (line, found["step"], name)
+            if line == "eval" and found["step"] > 0:  # before, policy and reference are equal but for rounding
+                assert found.get("eval_pair_accuracy") == expected.get("eval_pair_accuracy")
             if line == "train":
                 assert (found["tokens"] < expected["tokens"]) == (kind.startswith("qwen")), layout
 
