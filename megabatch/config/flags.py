@@ -17,6 +17,7 @@ from typing import Any
 from megabatch.config.declare import Parameter, group_types, parameters
 from megabatch.config.field_types import fits, is_boolean, is_list, read, spelled
 from megabatch.config.foreign_names import OF_THE_CLUSTER, OTHERWISE, QLORA, WITHOUT
+from megabatch.config.new_model import without_new_model
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError, Fault
 from megabatch.tasks import find_task
@@ -116,7 +117,12 @@ def named(name: str, recipe: Recipe) -> Named | Fault:
 
 
 def overridden(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe with values by dotted name (`parallel.context_parallel_size`, `name`) in place of its own."""
+    """The recipe with values by dotted name (`parallel.context_parallel_size`, `name`) in place of its own.
+
+    A given model in place of a new one brings its shape: what the recipe says of the new one's is left out.
+    """
+    if recipe.model.model is None and values.get("model.model") is not None:
+        recipe = without_new_model(recipe)
     groups: dict[str, dict[str, Any]] = {}
     top: dict[str, Any] = {}
     for dotted, value in values.items():

@@ -18,7 +18,7 @@ class Model:
     With `model` set, its `config.json` decides the shape, and the other fields must be unset or agree with it. With
     `model` None the run creates a new model of `model_type` with the shape given here, initialised from the seed.
     Unless `tokenizer` is given, it also trains a byte-level BPE tokenizer of `padded_vocab_size` entries on the
-    training data.
+    training data. The flag `--model` on such a recipe takes a given model instead, and leaves out the recipe's shape.
     """
 
     model: str | None = param(None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megabatch.config.moe import MoE
 from megabatch.config.recipe import Recipe
 from megabatch.config.windows import declared_window
@@ -9,6 +11,49 @@ from megabatch.plan.shape import ModelShape
 
 REQUIRED = ("model_type", "num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
 """Fields of Model without which nothing can be made."""
+
+SHAPE_FIELDS = {
+    "model": (
+        "model_type",
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "max_position_embeddings",
+        "rotary_base",
+        "rope_scaling",
+        "norm_epsilon",
+        "untie_embeddings_and_output_weights",
+        "add_qkv_bias",
+        "qk_layernorm",
+    ),
+    "moe": (
+        "num_experts",
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_router_topk",
+        "moe_router_pre_softmax",
+    ),
+}
+"""Fields that a model's config.json decides, under the same name in `ModelShape`."""
+_FURTHER_FIELDS = {
+    "model": ("group_query_attention", "window_size", "window_attn_skip_freq", "padded_vocab_size"),
+    "moe": ("moe_layer_freq",),
+}
+"""Others that say what a new model is."""
+
+
+def without_new_model(recipe: Recipe) -> Recipe:
+    """The recipe with the defaults of every field that describes a new model's shape."""
+    for of_group in (SHAPE_FIELDS, _FURTHER_FIELDS):
+        for group, names in of_group.items():
+            own = getattr(recipe, group)
+            defaults = type(own)()
+            own = replace(own, **{name: getattr(defaults, name) for name in names})
+            recipe = replace(recipe, **{group: own})
+    return recipe
 
 
 def declared_shape(recipe: Recipe, *, architecture: str = "") -> ModelShape | None:

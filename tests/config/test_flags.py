@@ -10,6 +10,8 @@ from megabatch.config.declare import parameters
 from megabatch.config.flags import parse
 from megabatch.config.foreign_names import OF_THE_CLUSTER, OTHERWISE, QLORA, WITHOUT
 from megabatch.config.help import help_text
+from megabatch.config.model import Model
+from megabatch.config.moe import MoE
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError
 
@@ -58,6 +60,18 @@ def test_a_flag_overrides_its_field_alone(dense, line, group, name, value):
     assert getattr(getattr(recipe, group), name) == value
     if "--lr 1" not in line or group == "learning_rate":
         assert replace(recipe, **{group: getattr(dense, group)}) == dense
+
+
+def test_a_given_model_takes_the_place_of_a_new_one_with_its_shape(dense: Recipe) -> None:
+    experts = MoE(num_experts=4, moe_router_topk=2, moe_layer_freq=2, moe_aux_loss_coeff=0.1)
+    new = replace(dense, model=replace(dense.model, torch_dtype="float32", hidden_dropout=0.1), moe=experts)
+    assert new.model.model is None
+    _, found = parse(["--model", "Qwen/Qwen3-8B", "--num_layers", "36"], new)
+    assert found.model == Model(model="Qwen/Qwen3-8B", num_layers=36, torch_dtype="float32", hidden_dropout=0.1)
+    assert found.moe == MoE(moe_aux_loss_coeff=0.1)
+    _, again = parse(["--model", "Qwen/Qwen3-4B"], found)
+    assert again.model.num_layers == 36
+    assert parse(["--model", "none"], new)[1] == new
 
 
 def test_every_parameter_can_be_set_by_each_of_its_spellings(dense):

@@ -45,6 +45,11 @@ def test_faulty_labels_name_file_and_line(label: Any) -> None:
         judged_of(row(prompt="Q", completion="A", label=label))
 
 
+def test_an_empty_prompt_names_file_and_line() -> None:
+    with pytest.raises(DataError, match=r"^judged\.jsonl:7: the prompt is empty; fill it or delete the row"):
+        judged_of(row(query="\n", response="A", label=True))
+
+
 def test_each_answer_is_followed_by_its_prompt_with_the_answer_before(tokenizer_folder: Path, bpe: Any) -> None:
     rows = [
         row(1, prompt="one", completion="two", label=True),

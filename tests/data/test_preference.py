@@ -87,6 +87,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "empty chosen": ({"prompt": "Q", "chosen": "", "rejected": "bad"}, r"is empty.*conversation of chosen"),
     "empty response": ({"query": "Q", "response": "A", "rejected_response": ""}, "must be a text that is not empty"),
+    "empty prompt": (SHAPES["texts"] | {"prompt": " "}, "the prompt is empty; fill it or delete the row"),
+    "empty query": ({"system": "S", "query": "", "response": "A", "rejected_response": "B"}, "the prompt is empty"),
+    "empty last question": ({"messages": said("Q", "A", "", "B"), "rejected_response": "C"}, "the prompt is empty"),
     "list": (
         {"query": "Q", "response": "A", "rejected_response": ["bad"]},
         "must be a text that is not empty, not",

@@ -7,44 +7,17 @@ from collections.abc import Iterator
 
 from megabatch.config.declare import Parameter, parameters
 from megabatch.config.lengths import generates
-from megabatch.config.new_model import REQUIRED, moe_layers
+from megabatch.config.new_model import REQUIRED, SHAPE_FIELDS, moe_layers
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
 from megabatch.plan.batch import nearest_multiples
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 
-_SHAPE_FIELDS = {
-    "model": (
-        "model_type",
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "max_position_embeddings",
-        "rotary_base",
-        "rope_scaling",
-        "norm_epsilon",
-        "untie_embeddings_and_output_weights",
-        "add_qkv_bias",
-        "qk_layernorm",
-    ),
-    "moe": (
-        "num_experts",
-        "moe_ffn_hidden_size",
-        "moe_shared_expert_intermediate_size",
-        "moe_router_topk",
-        "moe_router_pre_softmax",
-    ),
-}
-"""Fields that a model's config.json decides, under the same name in `ModelShape`."""
-
 
 @functools.cache
 def _shape_parameters() -> tuple[Parameter, ...]:
-    return tuple(found for found in parameters(Recipe) if found.name in _SHAPE_FIELDS.get(found.group, ()))
+    return tuple(found for found in parameters(Recipe) if found.name in SHAPE_FIELDS.get(found.group, ()))
 
 
 def new_model_is_described(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:

@@ -232,6 +232,18 @@ def _check(messages: list[Message], row: Row, *, answered: bool) -> None:
         )
 
 
+def require_question(conversation: Conversation, row: Row) -> None:
+    """Raises: DataError with the row's place where nobody says anything before the last answer, though turns do stand
+    there: an answer to nothing has nothing to be better or worse at."""
+    before = list(conversation.messages)
+    while before and before[-1].role == "assistant":
+        before.pop()
+    first = next((n for n in range(len(before), 0, -1) if before[n - 1].role == "assistant"), 0)
+    asking = [one for one in before[first:] if one.role not in ("system", "developer")]
+    if asking and not any(one.content.strip() for one in asking):
+        raise DataError(f"{row.origin}: the prompt is empty; fill it or delete the row")
+
+
 def is_text(value: Any) -> bool:
     """Whether every string in it, at any depth, can be encoded: half a surrogate pair cannot."""
     if isinstance(value, str):

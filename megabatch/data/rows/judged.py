@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megabatch.data.rows.files import Row
-from megabatch.data.rows.formats import Conversation, conversation_of, renamed
+from megabatch.data.rows.formats import Conversation, conversation_of, renamed, require_question
 from megabatch.data.rows.preference import is_preference, preference_of
 from megabatch.data.rows.turns import short
 from megabatch.errors import DataError
@@ -27,8 +27,8 @@ class Judged(NamedTuple):
 def judged_of(row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None) -> list[Judged]:
     """The labelled answers of one row: one, or two of a pair.
 
-    Args: as of `conversation_of`. Raises: DataError with the row's place for a missing label, or one that is neither
-    true nor false.
+    Args: as of `conversation_of`. Raises: DataError with the row's place for an empty prompt, a missing
+    label, or one that is neither true nor false.
     """
     if is_preference(row, columns=columns):
         pair = preference_of(row, columns=columns, system=system)
@@ -42,4 +42,6 @@ def judged_of(row: Row, *, columns: Mapping[str, str] | None = None, system: str
         )
     if label not in (True, False) or not isinstance(label, bool | int | float):
         raise DataError(f"{row.origin}: label must be true or false (1 or 0), not {short(label)}")
-    return [Judged(conversation_of(replace(row, fields=fields), system=system), bool(label))]
+    answered = conversation_of(replace(row, fields=fields), system=system)
+    require_question(answered, row)
+    return [Judged(answered, bool(label))]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megabatch.data.rows.files import Row
-from megabatch.data.rows.formats import Conversation, conversation_of, is_text, renamed
+from megabatch.data.rows.formats import Conversation, conversation_of, is_text, renamed, require_question
 from megabatch.data.rows.turns import Message, from_json, short, turns_of
 from megabatch.errors import DataError
 
@@ -52,8 +52,8 @@ def preference_of(row: Row, *, columns: Mapping[str, str] | None = None, system:
 
     Args: `columns`: field name in the dataset → accepted name, applied first; `system`: system message for rows that
     have none.
-    Raises: DataError with the row's place for a missing or empty answer, answers to different prompts, a number that
-    is not finite, or what `conversation_of` refuses.
+    Raises: DataError with the row's place for a missing or empty answer, an empty prompt, answers to different prompts,
+    a number that is not finite, or what `conversation_of` refuses.
     """
     fields = {name: value for name, value in renamed(row, columns).items() if value is not None}
     given = [name for name in _REJECTED if name in fields]
@@ -66,6 +66,7 @@ def preference_of(row: Row, *, columns: Mapping[str, str] | None = None, system:
     chosen, rejected = _PAIRS[given[0]](fields, row, system)
     if chosen.messages[0].content != rejected.messages[0].content or len(chosen.messages) < 2:
         raise DataError(f"{row.origin}: the chosen and the rejected answer must follow the same prompt")
+    require_question(chosen, row)
     return Preference(chosen, rejected, _margin(fields.get("margin"), row), _ref_logps(fields, row))
 
 
