@@ -3,7 +3,7 @@
 python tests/matrix.py RESULTS.jsonl              hours on a few cores; goes on where it was interrupted
 python tests/matrix.py RESULTS.jsonl --table      what is there, as a table
 python tests/matrix.py RESULTS.jsonl --scores     classifiers, embeddings and rerankers instead: minutes
-python tests/matrix.py RESULTS.jsonl --objectives DPO, KTO, reward models and distillation in fp64 instead: an hour
+python tests/matrix.py RESULTS.jsonl --objectives preferences, reward models and distillation in fp64 instead: an hour
 """
 
 from __future__ import annotations

@@ -151,7 +151,8 @@ class Gkd:
 
     teacher_model: str | None = param(None)
     """Folder or hub name of the teacher. GKD needs it, or `teacher_model_server`; GRPO may have one, whose weight is
-    `teacher_kl_coef`."""
+    `teacher_kl_coef`. Several teachers of GKD, each for the rows with tags of its own, are JSON:
+    `[{"model": "Qwen/Qwen2.5-Math-7B", "tags": ["math"]}, …]`."""
     teacher_model_type: str | None = param(None)
     """Teacher's family (`model_type` of its config.json), which must be that; None takes what it is."""
     teacher_model_revision: str | None = param(None)

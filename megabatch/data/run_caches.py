@@ -11,7 +11,7 @@ import numpy as np
 
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
-from megabatch.config.served_teachers import teacher_tags
+from megabatch.config.several_teachers import teacher_tags
 from megabatch.data.cache import datasets
 from megabatch.data.cache.datasets import CachePaths
 from megabatch.data.cache.token_cache import TokenCache
@@ -63,7 +63,7 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
         loss_scale=resolved(data.loss_scale),
         problem_type=recipe.training.problem_type,
         num_labels=recipe.training.num_labels,
-        teachers=tuple(teacher_tags(recipe.gkd.teacher_model_server)) if run.task.name == "gkd" else (),
+        teachers=_teachers(run),
         teacher_tag_key=recipe.gkd.teacher_tag_key if run.task.name == "gkd" else "",
         channels=recipe.training.enable_channel_loss,
         instruction=recipe.reranker.generative_reranker_instruction if run.task.rows == "yes_no" else "",
@@ -73,6 +73,14 @@ def encoding_of(run: RunConfig, tokenizer: Path) -> Encoding:
         sanitize_control_tokens=data.sanitize_control_tokens,
         new_special_tokens=tuple(recipe.model.new_special_tokens),
     )
+
+
+def _teachers(run: RunConfig) -> tuple[tuple[str, int], ...]:
+    """Tags of rows, with the numbers of their teachers."""
+    if run.task.name != "gkd":
+        return ()
+    group = run.recipe.gkd
+    return tuple(teacher_tags(server=group.teacher_model_server, model=group.teacher_model))
 
 
 def build_validation(run: RunConfig, tokenizer: Path, *, on_chunk: Callable[[], None] = lambda: None) -> Path | None:

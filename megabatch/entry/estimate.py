@@ -14,6 +14,7 @@ from megabatch.config.rules.check import check
 from megabatch.config.rules.preference import without_reference
 from megabatch.config.second_layouts import REFERENCE, TEACHER, Role, parallel_of
 from megabatch.config.second_layouts import layout_of as own_layout_of
+from megabatch.config.several_teachers import models_named
 from megabatch.config.shared_prompts import answers_in_a_row, shares_prompts
 from megabatch.config.torch_dtype import torch_dtype
 from megabatch.entry.other_models import found_beside, has_teacher
@@ -173,8 +174,8 @@ def _beside_bytes(recipe: Recipe, shape: ModelShape) -> int:
     found = 0
     if _has_second_reference(recipe) and REFERENCE.given(recipe):
         found += largest_part(recipe, shape, REFERENCE)
-    if has_teacher(recipe) and recipe.gkd.teacher_model is not None:
-        found += _teacher_bytes(recipe, recipe.gkd.teacher_model, shape)
+    if has_teacher(recipe):
+        found += sum(_teacher_bytes(recipe, name, shape) for name in models_named(recipe.gkd.teacher_model))
     return found
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megabatch.config.several_teachers import models_named
 from megabatch.data.rows import names
 from megabatch.entry.launch import Launch
 from megabatch.entry.paths import absolute_paths
@@ -34,7 +35,7 @@ def _inputs(launch: Launch) -> Iterator[tuple[str, Path]]:
         ("model.tokenizer", recipe.model.tokenizer),
         ("checkpoint.load", recipe.checkpoint.load),
         ("tuner.adapter_load", recipe.tuner.adapter_load),
-        ("gkd.teacher_model", recipe.gkd.teacher_model),
+        *(("gkd.teacher_model", name) for name in models_named(recipe.gkd.teacher_model)),
         ("bridge.ref_model", recipe.bridge.ref_model),
         ("rlhf.ref_load", recipe.rlhf.ref_load),
         ("rlhf.ref_adapter_load", recipe.rlhf.ref_adapter_load),

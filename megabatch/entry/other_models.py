@@ -10,6 +10,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.rules.preference import without_reference
 from megabatch.config.rules.second_layouts import model_divides
 from megabatch.config.second_layouts import TEACHER
+from megabatch.config.several_teachers import models_named
 from megabatch.entry.model import FoundModel, find_model, nearest_folder
 from megabatch.errors import CheckpointError, Fault, MegabatchError
 from megabatch.hub_cache import is_hub_name
@@ -25,8 +26,9 @@ def other_model_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fau
             yield from _reference(recipe, recipe.bridge.ref_model, shape)
         if recipe.rlhf.ref_load is not None:
             yield from _checkpoint("rlhf.ref_load", recipe.rlhf.ref_load)
-    if has_teacher(recipe) and recipe.gkd.teacher_model is not None:
-        yield from _teacher(recipe, recipe.gkd.teacher_model, shape)
+    if has_teacher(recipe):
+        for name in models_named(recipe.gkd.teacher_model):
+            yield from _teacher(recipe, name, shape)
 
 
 def damaged_other_models(recipe: Recipe) -> Iterator[Fault]:
@@ -35,7 +37,7 @@ def damaged_other_models(recipe: Recipe) -> Iterator[Fault]:
     if without_reference(recipe) is None:
         given.append(("bridge.ref_model", recipe.bridge.ref_model))
     if has_teacher(recipe):
-        given.append(("gkd.teacher_model", recipe.gkd.teacher_model))
+        given += [("gkd.teacher_model", name) for name in models_named(recipe.gkd.teacher_model)]
     for field, name in given:
         if name is None or (folder := found_beside(recipe, name).folder) is None:
             continue

@@ -12,6 +12,7 @@ from typing import overload
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.run import save_folder
+from megabatch.config.several_teachers import each_model
 from megabatch.config.user_code import with_user_code
 from megabatch.data.rows.names import parse
 from megabatch.data.tokens.new_tokens import listed
@@ -83,7 +84,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             ref_adapter_load=absolute(recipe.rlhf.ref_adapter_load),
         ),
         grpo=replace(own.grpo, reward_model=tuple(absolute_model(name) or "" for name in own.grpo.reward_model)),
-        gkd=replace(own.gkd, teacher_model=absolute_model(own.gkd.teacher_model)),
+        gkd=replace(own.gkd, teacher_model=_absolute_teachers(own.gkd.teacher_model)),
         tuner=replace(recipe.tuner, adapter_load=absolute(recipe.tuner.adapter_load)),
     )
 
@@ -105,6 +106,10 @@ def _dataset(text: str, *, use_hf: bool) -> str:
         return parse(text, use_hf=use_hf).absolute()
     except DataError:
         return text  # preflight reports the fault
+
+
+def _absolute_teachers(named: str | None) -> str | None:
+    return None if named is None else each_model(named, lambda name: absolute_model(name) or "")
 
 
 def absolute_model(name: _Path | None) -> str | None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from megabatch.config.served_teachers import Served, served_teachers, teacher_tags
+from megabatch.config.several_teachers import Named, each_model, models_named, teacher_tags, teachers_named
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.tokens.teachers import teacher_of
 from megabatch.errors import DataError
 
 TWO = '[{"url": "http://h:1", "tags": ["math", "physics"]}, {"url": "role:code", "tags": ["code.jsonl"]}]'
+MODELS = '[{"model": "a b", "tags": ["math", "physics"]}, {"model": "c", "tags": ["code.jsonl"]}]'
 TAGS = (("math", 0), ("physics", 0), ("code.jsonl", 1))
 
 
@@ -20,16 +21,30 @@ def row(file: str = "/data/code.jsonl", **fields: Any) -> Row:
 
 
 def test_servers_and_their_tags() -> None:
-    assert served_teachers("http://h:1 ") == [Served("http://h:1")] and teacher_tags("http://h:1") == ()
-    assert served_teachers(TWO) == [Served("http://h:1", ("math", "physics")), Served("role:code", ("code.jsonl",))]
-    assert teacher_tags(TWO) == TAGS and teacher_tags(None) == ()
+    assert teachers_named("http://h:1 ", "url") == [Named("http://h:1")]
+    assert teachers_named(TWO, "url") == [
+        Named("http://h:1", ("math", "physics")),
+        Named("role:code", ("code.jsonl",)),
+    ]
+    assert teacher_tags(server=TWO, model=None) == TAGS
+    assert teacher_tags(server="http://h:1", model=None) == teacher_tags(server=None, model=None) == ()
     for wrong, rule in (
         ("[]", "names no teacher"),
         ("[{", "is not JSON"),
         ('[{"url": 1, "tags": ["a"]}]', "the form"),
+        ('[{"model": "m", "tags": ["a"]}]', 'the form {"url"'),
     ):
         with pytest.raises(ValueError, match=rule):
-            served_teachers(wrong)
+            teachers_named(wrong, "url")
+
+
+def test_models_and_their_tags() -> None:
+    assert teacher_tags(server=None, model=MODELS) == TAGS
+    assert models_named(MODELS) == ["a b", "c"] and models_named("a,b") == ["a,b"] and models_named(None) == []
+    assert each_model("a", "/{}".format) == "/a"
+    assert models_named(each_model(MODELS, "/{}".format)) == ["/a b", "/c"]
+    assert teacher_tags(server=None, model=each_model(MODELS, "/{}".format)) == TAGS
+    assert each_model("[{", "/{}".format) == "[{" and models_named("[{") == [], "which a rule refuses"
 
 
 def test_a_row_has_the_teacher_of_its_tag() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megabatch.config.grpo import Grpo
 from megabatch.config.grpo_defaults import scale_of
 from megabatch.config.recipe import Recipe
+from megabatch.config.several_teachers import are_several
 from megabatch.errors import Fault
 from megabatch.plan.batch import nearest_multiples
 from megabatch.plan.layout import Layout
@@ -94,6 +95,9 @@ def a_teacher_is_heard(recipe: Recipe, shape: ModelShape | None, layout: Layout 
         yield Fault("gkd.teacher_model_server", server, rule, try_=(None,))
     if teacher is None and coefficient != Grpo().teacher_kl_coef:
         yield Fault("grpo.teacher_kl_coef", coefficient, "has no effect without teacher_model", try_=(1.0,))
+    if are_several(teacher):
+        rule = "names several, which are for rlhf_type='gkd'; GRPO has one"
+        yield Fault("gkd.teacher_model", teacher, rule)
     if teacher is not None and coefficient == 0:
         yield Fault("gkd.teacher_model", teacher, "has no effect with teacher_kl_coef=0", try_=(None,))
     if teacher is not None and recipe.grpo.loss_type == "real":

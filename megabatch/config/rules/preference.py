@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megabatch.config.grpo import Rollout
 from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Dpo, Gkd, Rlhf
-from megabatch.config.served_teachers import served_teachers
+from megabatch.config.several_teachers import are_several, teachers_named
 from megabatch.config.shared_prompts import why_not
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
@@ -94,11 +94,36 @@ def a_teacher_is_named(recipe: Recipe, shape: ModelShape | None, layout: Layout 
     if group.teacher_model is None and group.teacher_model_server is None:
         yield Fault("gkd.teacher_model", None, "is missing: distillation needs a teacher", bare=True)
     if group.teacher_model_server is None:
-        for name in ("teacher_api_key_variable", "teacher_server_timeout", "teacher_tag_key"):
+        for name in ("teacher_api_key_variable", "teacher_server_timeout"):
             if (value := getattr(group, name)) != (default := getattr(defaults, name)):
                 yield Fault(f"gkd.{name}", value, "has no effect without teacher_model_server", try_=(default,))
+        yield from _models(recipe, group.teacher_model)
         return
     yield from _server(recipe, group.teacher_model_server)
+
+
+def _models(recipe: Recipe, named: str | None) -> Iterator[Fault]:
+    """Teachers in the ranks."""
+    group = recipe.gkd
+    if named is None or not are_several(named):
+        yield from _tags_are_read(recipe, several=False)
+        return
+    try:
+        teachers_named(named, "model")
+    except ValueError as e:
+        yield Fault("gkd.teacher_model", named, str(e))
+    for name in ("teacher_model_type", "teacher_model_revision"):
+        if (value := getattr(group, name)) is not None:
+            yield Fault(f"gkd.{name}", value, "is of a single teacher, and teacher_model names several", try_=(None,))
+    if group.seq_kd:
+        rule = "needs a single teacher, and teacher_model names several"
+        yield Fault("gkd.seq_kd", True, rule, try_=(False,))
+
+
+def _tags_are_read(recipe: Recipe, *, several: bool) -> Iterator[Fault]:
+    key, default = recipe.gkd.teacher_tag_key, Gkd().teacher_tag_key
+    if not several and key != default:
+        yield Fault("gkd.teacher_tag_key", key, "has no effect: one teacher has all rows", try_=(default,))
 
 
 def _server(recipe: Recipe, address: str) -> Iterator[Fault]:
@@ -120,26 +145,24 @@ def _server(recipe: Recipe, address: str) -> Iterator[Fault]:
 
 def _addresses(recipe: Recipe, field: str, named: str) -> Iterator[Fault]:
     try:
-        served = served_teachers(named)
+        served = teachers_named(named, "url")
     except ValueError as e:
         yield Fault(field, named, str(e))
         return
     roles, key = [role.name for role in recipe.roles], recipe.gkd.teacher_api_key_variable
     kinds = set()
     for one in served:
-        kind, _, name = one.url.partition(":")
+        kind, _, name = one.where.partition(":")
         kinds.add(kind)
         if kind == "role" and name not in roles:
             rule = f"names no role of the recipe, which has {', '.join(roles) or 'none'}"
-            yield Fault(field, one.url, rule, try_=[f"role:{role}" for role in roles])
+            yield Fault(field, one.where, rule, try_=[f"role:{role}" for role in roles])
         elif kind not in ("role", "http", "https"):
-            yield Fault(field, one.url, "must be http://host:port, or role:NAME", try_=("'http://localhost:8000'",))
+            yield Fault(field, one.where, "must be http://host:port, or role:NAME", try_=("'http://localhost:8000'",))
     if kinds == {"role"} and key is not None:
         rule = f"has no effect with {field[4:]}={named!r}, which has the job's own token"
         yield Fault("gkd.teacher_api_key_variable", key, rule, try_=(None,))
-    if not served[0].tags and recipe.gkd.teacher_tag_key != Gkd().teacher_tag_key:
-        rule = "has no effect: one teacher has all rows"
-        yield Fault("gkd.teacher_tag_key", recipe.gkd.teacher_tag_key, rule, try_=(Gkd().teacher_tag_key,))
+    yield from _tags_are_read(recipe, several=bool(served[0].tags))
 
 
 def a_teacher_knows_as_many(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:

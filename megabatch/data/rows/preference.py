@@ -52,8 +52,8 @@ def preference_of(row: Row, *, columns: Mapping[str, str] | None = None, system:
 
     Args: `columns`: field name in the dataset → accepted name, applied first; `system`: system message for rows that
     have none.
-    Raises: DataError with the row's place for a missing or empty answer, an empty prompt, answers to different prompts,
-    a number that is not finite, or what `conversation_of` refuses.
+    Raises: DataError with the row's place for a missing or empty answer, an empty prompt, answers to different
+    prompts, a number that is not finite, or what `conversation_of` refuses.
     """
     fields = {name: value for name, value in renamed(row, columns).items() if value is not None}
     given = [name for name in _REJECTED if name in fields]

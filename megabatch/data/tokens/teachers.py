@@ -24,6 +24,6 @@ def teacher_of(row: Row, teachers: Sequence[tuple[str, int]], *, key: str) -> in
             return number
     has = f"has no column {key!r}" if tag is None else f"has {key}={str(tag)[:60]!r}"
     raise DataError(
-        f"{row.origin}: {has}, and so no teacher: gkd.teacher_model_server has the tags "
+        f"{row.origin}: {has}, and so no teacher: the recipe's teachers have the tags "
         f"{', '.join(repr(known) for known, _ in teachers)}"
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from megabatch.data.tokens.sample import TEACHER_NUMBER
 from megabatch.trainer.objectives.objective import Inference, Mean, Norm, Objective, Terms
 from megabatch.trainer.readouts.readout import Readout
 from megabatch.trainer.readouts.teachers_distribution import FromTeacher, HiddenStates, OutputLayer
@@ -73,6 +74,41 @@ class FrozenTeacher(Teacher):
         return inference.infer(packs, self.readout, model=TEACHER)
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenTeachers(Teacher):
+    """Several models beside the student, each of which reads the sequences that it teaches."""
+
+    readouts: Sequence[Readout]
+    """One of each, of the same fields; widths may differ."""
+
+    def columns(self, packs: Sequence[Pack], inference: Inference) -> list[dict[str, Tensor]]:
+        """Rows [T, …] as wide as the widest teacher's. A teacher with no sequence in the global batch does not run."""
+        found: list[dict[str, Tensor]] = [{} for _ in packs]
+        for number, readout in enumerate(self.readouts):
+            kept = [pack.columns[TEACHER_NUMBER] == number for pack in packs]
+            if not float(inference.total(torch.stack([one.sum() for one in kept]).sum()[None].float())):
+                continue
+            its = [pack.only(kept_N) for pack, kept_N in zip(packs, kept, strict=True)]
+            said = inference.infer(its, readout, model=teacher_name(number))
+            for columns, pack, kept_N, fields in zip(found, packs, kept, said, strict=True):
+                self._place(columns, pack, kept_N, fields)
+        return found
+
+    def _place(self, columns: dict[str, Tensor], pack: Pack, kept_N: Tensor, fields: Mapping[str, Tensor]) -> None:
+        """Puts what is said of the kept sequences where they are in the row."""
+        inside = torch.cat([kept_N, kept_N.new_zeros(1)])[pack.segments_T.long()].nonzero()[:, 0]
+        for name, values in fields.items():
+            if name not in columns:
+                width = max(readout.fields[name].shape[0] for readout in self.readouts)
+                columns[name] = values.new_zeros((len(pack.ids_T), width))
+            columns[name][inside.to(values.device), : values.shape[1]] = values[: len(inside)]
+
+
+def teacher_name(number: int) -> str:
+    """Of the frozen model of one of several teachers."""
+    return f"{TEACHER} {number}"
+
+
 class Gkd(Objective):
     """The mean over the learned tokens of the global batch of divergence - sft_alpha · log p(token).
 
@@ -111,14 +147,20 @@ class Gkd(Objective):
         return out["divergence"]
 
 
+def frozen_teachers(readouts: Sequence[Readout]) -> Teacher:
+    """One model beside the student, or several. Args: readouts: one of each."""
+    return FrozenTeacher(readouts[0]) if len(readouts) == 1 else FrozenTeachers(readouts)
+
+
 class GkdOfWhole(Gkd):
     """Over the whole vocabulary."""
 
-    def __init__(self, settings: GkdSettings, layer: OutputLayer) -> None:
+    def __init__(self, settings: GkdSettings, layers: Sequence[OutputLayer]) -> None:
+        """Args: layers: of one teacher, or of several."""
         readout = FromTeacher(
-            layer=layer, beta=settings.beta, temperature=settings.temperature, targets=settings.sft_alpha > 0
+            layers=layers, beta=settings.beta, temperature=settings.temperature, targets=settings.sft_alpha > 0
         )
-        super().__init__(settings, FrozenTeacher(HiddenStates(layer)), readout)
+        super().__init__(settings, frozen_teachers([HiddenStates(layer) for layer in layers]), readout)
 
 
 class GkdOfTop(Gkd):

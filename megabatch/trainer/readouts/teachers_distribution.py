@@ -6,14 +6,15 @@ in place of the whole vocabulary's. The teacher's output layer is applied to a f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from megabatch.trainer.ops.divergence import Compared, divergences
+from megabatch.data.tokens.sample import TEACHER_NUMBER
+from megabatch.trainer.ops.divergence import Compared, Teacher, divergences
 from megabatch.trainer.ops.vocab import token_logps
 from megabatch.trainer.readouts.readout import Field, Readout, Split
 
@@ -38,8 +39,18 @@ class OutputLayer:
     """The rows of this rank's part of the student's vocabulary that the teacher has; None on other stages."""
 
     @property
+    def width(self) -> int:
+        """Four-byte integers of a position's hidden states."""
+        return self.hidden_size * self.dtype.itemsize // 4
+
+    @property
     def hidden(self) -> Field:
-        return Field("token", (self.hidden_size * self.dtype.itemsize // 4,), torch.int32)
+        return Field("token", (self.width,), torch.int32)
+
+    def logits(self, bits_T: Tensor) -> Tensor:
+        """[T, R] of hidden states [T, …] as integers, of which those behind `width` are not this teacher's."""
+        assert self.weight_RH is not None, "only the last stage reads an output"
+        return nn.functional.linear(bits_T[:, : self.width].contiguous().view(self.dtype), self.weight_RH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,8 @@ class HiddenStates(Readout):
 class FromTeacher(Readout):
     """`divergence` [T] fp32 from the teacher whose hidden states are in the pack; with `targets` also `logps`."""
 
-    layer: OutputLayer
+    layers: Sequence[OutputLayer]
+    """Of one teacher, or of those that the samples' column `TEACHER_NUMBER` counts, whose vocabularies are equal."""
     beta: float
     temperature: float
     targets: bool = False
@@ -70,14 +82,11 @@ class FromTeacher(Readout):
         return {name: Field("token") for name in ("divergence", *(("logps",) if self.targets else ()))}
 
     def __call__(self, output: Tensor, pack: Pack, split: Split) -> Mapping[str, Tensor]:
-        layer, weight_RH = self.layer, self.layer.weight_RH
-        assert weight_RH is not None, "only the last stage reads an output"
-        hidden_TH = pack.token_columns[HIDDEN].view(layer.dtype)
-        shared = replace(split.vocab, vocab_size=min(layer.vocab_size, split.vocab.vocab_size))
+        shared = replace(split.vocab, vocab_size=min(self.layers[0].vocab_size, split.vocab.vocab_size))
         how = Compared(
             beta=self.beta,
             temperature=self.temperature,
-            teacher=lambda rows: nn.functional.linear(hidden_TH[rows], weight_RH),
+            teacher=self._logits(pack),
             shard=shared,
         )
         # tokens that the teacher lacks still count in the student's own log-probabilities
@@ -88,3 +97,26 @@ class FromTeacher(Readout):
         if not together:
             logps_T = token_logps(output, pack.targets_T, split.vocab)
         return {"divergence": apart_T, "logps": logps_T}
+
+    def _logits(self, pack: Pack) -> Teacher:
+        """What the teacher of each position says."""
+        hidden_T = pack.token_columns[HIDDEN]
+        if len(self.layers) == 1:
+            return lambda rows: self.layers[0].logits(hidden_T[rows])
+        numbers_T = of_tokens(pack)
+
+        def of_each(rows: slice) -> Tensor:
+            found = [self.layers[0].logits(hidden_T[rows])]
+            whose_t = numbers_T[rows]
+            for number, layer in enumerate(self.layers[1:], start=1):
+                its_t = (whose_t == number).nonzero()[:, 0]
+                found[0][its_t] = layer.logits(hidden_T[rows][its_t]).to(found[0].dtype)
+            return found[0]
+
+        return of_each
+
+
+def of_tokens(pack: Pack) -> Tensor:
+    """The number of each position's teacher, int64 [T]; 0 in the row's padding."""
+    numbers_N = pack.columns[TEACHER_NUMBER].long()
+    return torch.cat([numbers_N, numbers_N.new_zeros(1)])[pack.segments_T.long()]

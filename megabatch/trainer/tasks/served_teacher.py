@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from megabatch.config.resolved import resolved
 from megabatch.config.rlhf import Gkd
 from megabatch.config.run import RunConfig
-from megabatch.config.served_teachers import served_teachers
+from megabatch.config.several_teachers import teachers_named
 from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError
 from megabatch.rollout.vllm.client import Client
@@ -29,8 +29,8 @@ def served_teacher(run: RunConfig, source: ModelSource, ranks: Ranks) -> ServedT
     """Collective. Raises: ConfigError, RolloutError on every rank if the server does not answer, or does not fit."""
     group = run.recipe.gkd
     count, timeout_s, servers = resolved(group.gkd_logits_topk), group.teacher_server_timeout, []
-    for one in served_teachers(resolved(group.teacher_model_server)):
-        address, token = _address(group, one.url)
+    for one in teachers_named(resolved(group.teacher_model_server), "url"):
+        address, token = _address(group, one.where)
         client = Client(address, token=token, timeout_s=timeout_s)
         servers.append(TeacherServer(client, count=count, vocab_size=run.shape.vocab_size, timeout_s=timeout_s))
         whose = f"of rows with {group.teacher_tag_key}={' or '.join(one.tags)} " if one.tags else ""

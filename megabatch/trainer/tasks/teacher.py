@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +42,15 @@ class Teacher:
         found = in_ranks(run, self.source, ranks, positions=self.model.shape.max_position_embeddings)
         found.update(Engine(self.model, ranks), 0)
         return found
+
+    def beside(self, others: Sequence[Teacher]) -> None:
+        """Raises: ConfigError unless all have vocabularies of one size, over which each distribution is normalised."""
+        for other in others:
+            if (own := self.model.shape.vocab_size) != (size := other.model.shape.vocab_size):
+                raise ConfigError(
+                    f"gkd.teacher_model names teachers with {own:,} and {size:,} tokens; several teachers need "
+                    "vocabularies of one size"
+                )
 
     def frozen(self, run: RunConfig, ranks: Ranks) -> Model:
         """The model as `Parts.frozen` has it: with `offload_teacher_model` and CUDA it moves to host memory now, and

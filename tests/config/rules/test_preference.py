@@ -12,6 +12,7 @@ from megabatch.config.rules.check import check
 from megabatch.config.run import RunConfig, resolve
 
 LORA = Tuner(tuner_type="lora", lora_rank=4)
+TWO_MODELS = '[{"model": "t", "tags": ["a"]}, {"model": "u", "tags": ["b"]}]'
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no loss": ({"dpo": Dpo(loss_type=[])}, "dpo.loss_type=() names no loss; try sigmoid"),
     "weights": (
@@ -103,6 +104,22 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
             "gkd": Gkd(teacher_model_server="http://h:1", gkd_logits_topk=4, teacher_tag_key="source"),
         },
         "gkd.teacher_tag_key='source' has no effect: one teacher has all rows",
+    ),
+    "a tag of one model": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model="t", teacher_tag_key="source")},
+        "gkd.teacher_tag_key='source' has no effect: one teacher has all rows",
+    ),
+    "models without tags": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model='[{"model": "t"}]')},
+        'must have entries of the form {"model": "folder or hub name", "tags": ["name", …]}, and has {"model": "t"}',
+    ),
+    "a revision of several": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model=TWO_MODELS, teacher_model_revision="main")},
+        "gkd.teacher_model_revision='main' is of a single teacher, and teacher_model names several",
+    ),
+    "several that write": (
+        {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model=TWO_MODELS, seq_kd=True)},
+        "gkd.seq_kd=True needs a single teacher, and teacher_model names several",
     ),
     "no such role": (
         {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model_server="role:big", gkd_logits_topk=4)},

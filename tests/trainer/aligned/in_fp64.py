@@ -14,7 +14,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from objective_runs import OBJECTIVES, Kind
+from objective_runs import OBJECTIVES, Kind, class_of
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -27,6 +27,8 @@ class Text:
     learned: Tensor
     """1 or 0: whether each token but the first counts."""
     columns: dict[str, float]
+    token_columns: dict[str, Tensor]
+    """Of each token but the first, like `learned`."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,14 @@ class Found:
 
 def expected(kind: Kind, folder: Path, texts: Sequence[Text]) -> Found:
     """Args: folder: where `objective_runs.make` wrote."""
-    model = _load(folder / kind.base, scores=kind.objective == "rm")
+    model = _load(folder / kind.base, kind.objective)
     if kind.lora:
         model = peft.PeftModel.from_pretrained(model, kind.start(folder), is_trainable=True).double()
-    other = None
+    other: Any = None
     if kind.objective in ("dpo", "kto"):
         other = _load(kind.reference(folder))
     elif kind.objective == "gkd":
-        other = _load(folder / "teacher")
+        other = [_load(teacher) for teacher in kind.teachers(folder)]
     metrics = _BY_OBJECTIVE[kind.objective](model, other, texts)
     metrics["loss"].backward()
     grads = {
@@ -62,11 +64,10 @@ def expected(kind: Kind, folder: Path, texts: Sequence[Text]) -> Found:
     return Found(numbers, grads if kind.lora else _with_experts_apart(grads))
 
 
-def _load(folder: Path, *, scores: bool = False) -> Any:
+def _load(folder: Path, objective: str = "dpo") -> Any:
     """A model that computes in fp64 also where transformers would round to fp32."""
-    kind = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
     transformers.utils.logging.disable_progress_bar()
-    model = kind.from_pretrained(
+    model = class_of(objective).from_pretrained(
         folder, dtype=torch.float64, attn_implementation="sdpa", experts_implementation="eager"
     )
     for module in model.modules():
@@ -172,14 +173,24 @@ def _rm(model: Any, _: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
     }
 
 
-def _gkd(model: Any, teacher: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
-    """arXiv:2306.13649, equation 1."""
+def _prm(model: Any, _: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """arXiv:2211.14275: of each step a choice between wrong and right."""
+    ends = [one.learned > 0 for one in texts]
+    scores = torch.cat([_logits(model, one)[end] for one, end in zip(texts, ends, strict=True)])
+    right = torch.cat([one.token_columns["right"][end] for one, end in zip(texts, ends, strict=True)]).long()
+    chances = scores.log_softmax(-1).gather(1, right[:, None])
+    return {"loss": -chances.mean(), "accuracy": (scores.argmax(-1) == right).double().mean()}
+
+
+def _gkd(model: Any, teachers: Sequence[Any], texts: Sequence[Text]) -> dict[str, Tensor]:
+    """arXiv:2306.13649, equation 1; each text has its own teacher."""
     how, temperature = OBJECTIVES["gkd"]["gkd"], OBJECTIVES["gkd"]["rollout"]["temperature"]
     beta, tokens = how["beta"], sum(one.learned.sum() for one in texts)
     apart, nll = torch.zeros(()).double(), torch.zeros(()).double()
     for one in texts:
         logits = _logits(model, one)
         with torch.no_grad():
+            teacher = teachers[int(one.columns.get("teacher_number", 0))]
             theirs = (_logits(teacher, one) / temperature).log_softmax(-1)
         ours = (logits / temperature).log_softmax(-1)
         mixed = (beta * theirs.exp() + (1 - beta) * ours.exp()).log()
@@ -189,7 +200,7 @@ def _gkd(model: Any, teacher: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
     return {"loss": apart + how["sft_alpha"] * nll, "divergence": apart, "nll_loss": nll}
 
 
-_BY_OBJECTIVE = {"dpo": _dpo, "kto": _kto, "rm": _rm, "gkd": _gkd}
+_BY_OBJECTIVE = {"dpo": _dpo, "kto": _kto, "rm": _rm, "prm": _prm, "gkd": _gkd}
 
 
 def _with_experts_apart(gradient: dict[str, Tensor]) -> dict[str, Tensor]:

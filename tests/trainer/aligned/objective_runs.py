@@ -24,10 +24,13 @@ OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
     "dpo": {"dpo": {"beta": 0.3, "loss_type": ("sigmoid", "ipo", "aot"), "rpo_alpha": 0.3}},
     "kto": {"kto": {"beta": 0.1, "undesirable_weight": 1.3}},
     "rm": {"rm": {"center_rewards_coefficient": 0.1}},
+    "prm": {},
     "gkd": {"gkd": {"lmbda": 0.0, "beta": 0.3, "sft_alpha": 0.1}, "rollout": {"temperature": 0.8}},
 }
 COMPARED = ("dpo", "kto")
 """Objectives with a reference."""
+LABELS = {"rm": 1, "prm": 2}
+"""Scores of each sequence, or of each token, of objectives whose models have a head."""
 LR, EPSILON = 1e9, 1e6
 """Of Adam, whose first step is lr · g / (|g| + epsilon): large beside a weight, whose rounding hides no gradient."""
 RANK = 4
@@ -83,7 +86,8 @@ class Kind:
 
     @property
     def base(self) -> str:
-        return f"{'experts' if self.experts else 'dense'}{'-scores' if self.objective == 'rm' else ''}"
+        head = f"-{self.objective}" if self.objective in LABELS else ""
+        return f"{'experts' if self.experts else 'dense'}{head}"
 
     @property
     def alone(self) -> Aligned:
@@ -93,6 +97,10 @@ class Kind:
     def start(self, folder: Path) -> Path:
         """What a run begins with and trains: a model, or an adapter of it."""
         return folder / (f"{self.base}-adapter" if self.lora else self.base)
+
+    def teachers(self, folder: Path) -> list[Path]:
+        """One, or where rows are packed two of unequal width, each for some of the rows."""
+        return [folder / "teacher", *([folder / "wide teacher"] if self.packed else [])]
 
     def reference(self, folder: Path) -> Path:
         return folder / (self.base if self.lora else f"{self.base}-reference")
@@ -126,7 +134,7 @@ def recipe_of(one: Aligned, folder: Path) -> Recipe:
     kind, rows = one.kind, folder / f"{one.objective}.jsonl"
     own = dict(OBJECTIVES[one.objective])
     if one.objective == "gkd":
-        own["gkd"] = {**own["gkd"], "teacher_model": str(folder / "teacher")}
+        own["gkd"] = {**own["gkd"], **_teachers(kind, folder), **_teachers_layout(one)}
     bridge: dict[str, Any] = {"ref_model": str(kind.reference(folder))} if one.objective in COMPARED else {}
     if one.lora:
         bridge = {"merge_lora": False, "adapters": [str(kind.start(folder))]}
@@ -153,50 +161,68 @@ def recipe_of(one: Aligned, folder: Path) -> Recipe:
     return laid_out(made, one)
 
 
+def _teachers(kind: Kind, folder: Path) -> dict[str, str]:
+    models = kind.teachers(folder)
+    if len(models) == 1:
+        return {"teacher_model": str(models[0])}
+    tagged = [{"model": str(model), "tags": [str(number)]} for number, model in enumerate(models)]
+    return {"teacher_model": json.dumps(tagged), "teacher_tag_key": "taught_by"}
+
+
+def _teachers_layout(one: Aligned) -> dict[str, int]:
+    """One of its own where micro-batches are added up: matrices whole where the student's are split, or split."""
+    if one.accumulated and one.tp * one.dp > 1:
+        return {"teacher_tensor_model_parallel_size": 1 if one.tp > 1 else 2}
+    return {}
+
+
 def make(folder: Path) -> None:
-    """Rows, models, adapters and a teacher, all of random numbers."""
+    """Rows, models, adapters and teachers, all of random numbers."""
     transformers.utils.logging.disable_progress_bar()
     _write_rows(folder)
-    for experts, scores in product((False, True), repeat=2):
-        base = Kind("rm" if scores else "dpo", experts, packed=False, lora=False).base
-        _save(folder / base, experts=experts, scores=scores, seed=7)
-        _save_adapter(folder, base, experts=experts, scores=scores)
-        if not scores:
-            _save(folder / f"{base}-reference", experts=experts, seed=8, initializer_range=0.25)
-    _save(folder / "teacher", seed=9, hidden_size=48, head_dim=12)
+    for experts, objective in product((False, True), ("dpo", *LABELS)):
+        base = Kind(objective, experts, packed=False, lora=False).base
+        _save(folder / base, objective, experts=experts, seed=7)
+        _save_adapter(folder, base, objective, experts=experts)
+        if objective == "dpo":
+            _save(folder / f"{base}-reference", objective, experts=experts, seed=8, initializer_range=0.25)
+    _save(folder / "teacher", "gkd", seed=9, hidden_size=48, head_dim=12)
+    _save(folder / "wide teacher", "gkd", seed=10, hidden_size=64, tie_word_embeddings=True)
 
 
-def _save(folder: Path, *, seed: int, experts: bool = False, scores: bool = False, **changed: Any) -> None:
+def _save(folder: Path, objective: str, *, seed: int, experts: bool = False, **changed: Any) -> None:
     shape = {**COMMON, **(EXPERTS if experts else {}), **changed}
-    config = transformers.AutoConfig.for_model(
-        "qwen3_moe" if experts else "qwen3", **shape, **({"num_labels": 1} if scores else {})
-    )
+    labels = {"num_labels": LABELS[objective]} if objective in LABELS else {}
+    config = transformers.AutoConfig.for_model("qwen3_moe" if experts else "qwen3", **shape, **labels)
     torch.manual_seed(seed)
-    _class(scores).from_config(config).save_pretrained(folder)
+    class_of(objective).from_config(config).save_pretrained(folder)
     train_bpe(["a small text"], vocab_size=300, out_dir=folder)
 
 
-def _save_adapter(folder: Path, base: str, *, experts: bool, scores: bool) -> None:
+def _save_adapter(folder: Path, base: str, objective: str, *, experts: bool) -> None:
     """As peft makes it, with numbers in both matrices."""
-    model = _class(scores).from_pretrained(folder / base)
+    model = class_of(objective).from_pretrained(folder / base)
     config = peft.LoraConfig(
         r=RANK,
         lora_alpha=8,
         target_modules=list(ATTENTION if experts else (*ATTENTION, *LINEAR)),
         init_lora_weights=False,
-        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
+        task_type={"rm": "SEQ_CLS", "prm": "TOKEN_CLS"}.get(objective, "CAUSAL_LM"),
     )
     torch.manual_seed(11)
     peft.get_peft_model(model, config).save_pretrained(folder / f"{base}-adapter")
 
 
-def _class(scores: bool) -> Any:
-    return transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
+def class_of(objective: str) -> Any:
+    """transformers' class of the models of an objective."""
+    if objective == "rm":
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForTokenClassification if objective == "prm" else transformers.AutoModelForCausalLM
 
 
 def _write_rows(folder: Path) -> None:
-    """Sums: pairs with margins, labelled answers, conversations."""
-    draw = random.Random(0)
+    """Sums: pairs with margins, labelled answers, conversations, steps of answers."""
+    draw, further = random.Random(0), random.Random(1)
     rows: dict[str, list[dict[str, Any]]] = {objective: [] for objective in OBJECTIVES}
     for _ in range(160):
         a, b = draw.randint(0, 99), draw.randint(0, 99)
@@ -207,6 +233,9 @@ def _write_rows(folder: Path) -> None:
         rows["rm"].append({**pair, "margin": round(draw.random(), 2)})
         good = draw.random() < 0.6
         rows["kto"].append({**asked, "response": right["response"] if good else wrong, "label": good})
-        rows["gkd"].append({**asked, **right})
+        rows["gkd"].append({**asked, **right, "taught_by": further.randint(0, 1)})
+        steps = [f"{a} and", *(["so"] * further.randint(0, 2)), f"{b}"]
+        judged = [further.random() < 0.6 for _ in steps]
+        rows["prm"].append({"prompt": f"{a} + {b}?", "completions": steps, "labels": judged})
     for objective, some in rows.items():
         (folder / f"{objective}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))

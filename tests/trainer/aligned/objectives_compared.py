@@ -58,8 +58,8 @@ def _opened(run_dirs: list[str], cache: str) -> Iterator[tuple[Any, Any, Path]]:
 
 
 def _texts(pack: Any) -> Iterator[tuple[Any, ...]]:
-    """(ids, whether each but the first is learned, columns) as numpy arrays and numbers; whole texts, of which a row
-    has shared tokens once."""
+    """(ids, whether each but the first is learned, columns, their token columns) as numpy arrays and numbers; whole
+    texts, of which a row has shared tokens once."""
     shared, ids = pack.shared, pack.ids_T.numpy()
     bounds = pack.cu_seqlens_padded[: pack.sequences + 1].tolist()
     lengths = pack.cu_seqlens.diff().tolist()
@@ -72,6 +72,7 @@ def _texts(pack: Any) -> Iterator[tuple[Any, ...]]:
             np.concatenate([ids[first : first + count], ids[start:stop]]),
             np.concatenate([np.zeros(count), learned]),
             columns,
+            {name: values[start : stop - 1].numpy() for name, values in pack.token_columns.items()},
         )
 
 
@@ -116,8 +117,7 @@ class Compared:
         if kinds:
             (found,) = self._on_ranks(drawn, {f"{kind}, drawn": kind.alone for kind in kinds})
             for kind, texts in zip(kinds, found, strict=True):
-                given = [Text(torch.from_numpy(a).long(), torch.from_numpy(b), columns) for a, b, columns in texts]
-                self.expected[kind] = expected(kind, self.folder, given)
+                self.expected[kind] = expected(kind, self.folder, [_text(*one) for one in texts])
 
     def _on_ranks(self, function: Callable[..., Any], runs: Mapping[str, Aligned]) -> list[Any]:
         """Args: runs: of one world, by the name of the folder of each."""
@@ -148,6 +148,11 @@ class Compared:
             metric=max(named),
             where=where,
         )
+
+
+def _text(ids: np.ndarray, learned: np.ndarray, columns: dict[str, float], of_tokens: dict[str, np.ndarray]) -> Text:
+    values = {name: torch.from_numpy(value) for name, value in of_tokens.items()}
+    return Text(torch.from_numpy(ids).long(), torch.from_numpy(learned), columns, values)
 
 
 def _gradient(before: Path, after: Path) -> dict[str, torch.Tensor]:

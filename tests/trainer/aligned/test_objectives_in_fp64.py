@@ -1,4 +1,4 @@
-"""DPO, KTO, reward models and distillation are those of transformers' models in fp64, however they are laid out;
+"""Preferences, reward models and distillation are those of transformers' models in fp64, however they are laid out;
 `tests/matrix.py --objectives` compares every composition."""
 
 from __future__ import annotations

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compositions import EXPERTS, GLOBAL_BATCH_SIZE, LORA, WIDTHS, Composition, laid_out
 from runs import recipe_on, with_fields
 
-from megabatch import Recipe, Rlhf
+from megabatch import Recipe
 
 ROWS = 160
 LEARNS: dict[str, Any] = {"lr": 2e-3, "min_lr": 2e-3}
@@ -24,7 +23,6 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
         "reranker": {"generative_reranker_positive_token": "y", "generative_reranker_negative_token": "Ċ"},
         "data": {"system": "Judge."},
     },
-    "prm": {},
 }
 COMPOSITIONS = (
     Composition(experts=False, packed=False, lora=False, tp=2, sp=True),
@@ -44,8 +42,7 @@ def write_rows(task: str, folder: Path) -> None:
                 a, b, other = (draw.randint(0, 99) for _ in range(3))
                 row = {"query": f"{a} + {b}", "positive": str(a + b), "negatives": [str(other)]}
                 labelled = {"text": f"{a} + {b} = {other}", "label": other % 3}
-                steps = {"prompt": f"{a}?", "completions": [str(b), "x" * (a % 5 + 1)], "labels": [a < b, b < other]}
-                file.write(json.dumps({"seq_cls": labelled, "prm": steps}.get(task, row)) + "\n")
+                file.write(json.dumps(labelled if task == "seq_cls" else row) + "\n")
 
 
 def recipe_of(task: str) -> Callable[[Composition, Path], Recipe]:
@@ -66,10 +63,6 @@ def recipe_of(task: str) -> Callable[[Composition, Path], Recipe]:
         base = with_fields(base, model={**WIDTHS, "num_layers": one.num_layers})
         for groups in ({"data": {"max_length": length // 2, **packed}}, own):
             base = with_fields(base, **groups)
-        if task == "prm":
-            base = replace(base, task="rlhf", rlhf=Rlhf(rlhf_type="prm"))
-        else:
-            base = with_fields(base, training={"task_type": task})
-        return laid_out(base, one)
+        return laid_out(with_fields(base, training={"task_type": task}), one)
 
     return made

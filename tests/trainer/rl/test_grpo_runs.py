@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from rank_server import RankServer
 from runs import curve, metrics, recipe, train, write_run
 
@@ -199,12 +201,14 @@ def test_completions_without_tokens_or_rewards_are_no_fault(ranks: RankServer, a
 
 
 def test_a_teacher_stands_in_for_rewards(ranks: RankServer, alone: Path) -> None:
-    """On the policy's own tokens the loss is the coefficient times the mean of log p_old - log p_teacher."""
+    """On the policy's own tokens the loss is the coefficient times the mean of log p_old - log p_teacher; the teacher
+    is split otherwise than the policy."""
     settings = {"loss_type": "dapo", "beta": 0.0, "steps_per_generation": 1, "teacher_kl_coef": 0.5,
                 "reward_funcs": (), "reward_weights": None, "num_generations_eval": 1}  # fmt: skip
     run = run_of(
         ranks, alone.parent, "taught", world_size=2, grpo=settings, training={"train_iters": 2},
-        gkd={"teacher_model": str(alone / "checkpoints" / "step_00000004" / "hf")},
+        gkd={"teacher_model": str(folder := alone / "checkpoints" / "step_00000004" / "hf"),
+             "teacher_tensor_model_parallel_size": 1},
         parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True},
     )  # fmt: skip
     for line in metrics(run):
@@ -215,3 +219,11 @@ def test_a_teacher_stands_in_for_rewards(ranks: RankServer, alone: Path) -> None
         assert line["teacher_kl"] == pytest.approx(gaps / line["teacher_kl_count"], rel=1e-3, abs=1e-4)
         assert line["loss"] == pytest.approx(0.5 * line["teacher_kl"], rel=1e-5) and line["ratio"] == 1
         assert abs(line["teacher_kl"]) > 1e-4 and line["reward"] is None
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    temperature = RunConfig.load(run / "run.json").recipe.rollout.temperature
+    for record in records:
+        ids = torch.tensor([*record.prompt_ids, *record.ids])
+        with torch.no_grad():
+            logits = teacher(ids[None]).logits[0, len(record.prompt_ids) - 1 : -1] / temperature
+        expected = logits.log_softmax(1).gather(1, ids[len(record.prompt_ids) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(record.columns["teacher"]), expected, rtol=1e-4, atol=1e-4)

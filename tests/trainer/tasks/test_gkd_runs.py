@@ -3,6 +3,7 @@ numbers are in `aligned`."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from rank_server import RankServer
-from runs import SHAPE, curve, metrics, recipe, train, write_run
+from runs import SHAPE, curve, metrics, recipe, train, write_dataset, write_run
 
 from megabatch import Recipe
 from megabatch.data.tokens.tokenizer import train_bpe
@@ -36,6 +37,9 @@ WRITTEN = {
     "rollout": {"max_completion_length": 12, "temperature": 0.8},
     "training": {"train_iters": 4, "seed": 3},
 }
+TWO = {"gkd": {"teacher_model": "of two files", "lmbda": 0.5}, "data": {"dataset": ["train.jsonl", "others.jsonl"],
+       "val_dataset": ["validation.jsonl"]}, "rollout": {"max_completion_length": 12}}  # fmt: skip
+"""The rows of each training file have their own teacher."""
 
 
 def teacher(**sizes: int) -> dict[str, int]:
@@ -48,6 +52,9 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "dp2_teacher_tp2": {"gkd": teacher(tensor=2)},
     "top_tp2_sp_teacher_pp2": {"parallel": TP, "gkd": {**TOP["gkd"], **teacher(tensor=1, pipeline=2)}},
     "experts_ep2_teacher_cp2": {"parallel": {"expert_model_parallel_size": 2}, **PACKED, "gkd": teacher(context=2)},
+    "two_tp2_sp_teacher_pp2": {
+        "parallel": TP, **TWO, "gkd": {**TWO["gkd"], **teacher(tensor=1, pipeline=2)},
+    },
     "written_tp2_sp_teacher_dp2": {"parallel": TP, **WRITTEN, "gkd": {**WRITTEN["gkd"], **teacher(tensor=1)}},
 }  # fmt: skip
 
@@ -55,11 +62,11 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 COMPARED = ("loss", "divergence", "nll_loss", "grad_norm", "on_policy", "completion_length")
 
 
-def write_teacher(folder: Path, *, vocab_size: int = SHAPE["padded_vocab_size"]) -> Path:
-    torch.manual_seed(3)
+def write_teacher(folder: Path, *, vocab_size: int = SHAPE["padded_vocab_size"], hidden_size: int = 48) -> Path:
+    torch.manual_seed(hidden_size)
     config = transformers.Qwen3Config(
         vocab_size=vocab_size,
-        hidden_size=48,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -73,10 +80,19 @@ def write_teacher(folder: Path, *, vocab_size: int = SHAPE["padded_vocab_size"])
     return folder
 
 
+def of_two_files(folder: Path) -> str:
+    """Teachers of unequal width, the second with the validation rows."""
+    tagged = {"teacher": ["train.jsonl"], "narrow": ["others.jsonl", "validation.jsonl"]}
+    return json.dumps([{"model": str(folder / name), "tags": tags} for name, tags in tagged.items()])
+
+
 def made(folder: Path, world_size: int, groups: dict[str, dict[str, Any]]) -> Recipe:
     every = {name: {**GROUPS.get(name, {}), **groups.get(name, {})} for name in {*GROUPS, *groups}}
     every["gkd"] = {"teacher_model": str(folder / "teacher"), **every["gkd"]}
-    model = "qwen3_moe" if "data" in groups else "qwen2"
+    if every["gkd"]["teacher_model"] == TWO["gkd"]["teacher_model"]:
+        every["gkd"]["teacher_model"] = of_two_files(folder)
+        every["data"] = {name: [str(folder / file) for file in files] for name, files in every["data"].items()}
+    model = "qwen3_moe" if "packing" in every.get("data", {}) else "qwen2"
     return replace(recipe(folder, model, **every, resources={"tasks_per_node": world_size}), task="rlhf")
 
 
@@ -90,6 +106,8 @@ def trained(ranks: RankServer, folder: Path, name: str, world: int, groups: dict
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gkd")
     write_teacher(folder / "teacher")
+    write_teacher(folder / "narrow", hidden_size=40)
+    write_dataset(folder / "others.jsonl", samples=40, seed=2)
     return folder
 
 
@@ -100,6 +118,7 @@ class References:
         "top": TOP,
         "experts": PACKED,
         "written": WRITTEN,
+        "two": TWO,
     }
 
     def __init__(self, ranks: RankServer, folder: Path) -> None:
@@ -138,12 +157,15 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, folder: Path
                     assert found[name] == near, (kind, found["step"], name)
 
 
-def test_a_run_that_was_stopped_goes_on_exactly(ranks: RankServer, folder: Path, references: References) -> None:
-    """With answers that models write."""
-    run = write_run(made(folder, 1, WRITTEN), folder / "cut")
+@pytest.mark.parametrize("name", ["written", "two"])
+def test_a_run_that_was_stopped_goes_on_exactly(
+    name: str, ranks: RankServer, folder: Path, references: References
+) -> None:
+    """With answers that models write, and with a teacher for each file."""
+    run = write_run(made(folder, 1, References.SPECIAL[name]), folder / f"{name}, cut")
     assert ranks.run(train, world_size=1, run_dir=str(run), stop_after=2) == [75]
     assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
-    assert curve(run) == curve(references["written"])
+    assert curve(run) == curve(references[name])
 
 
 def test_answers_are_the_models_own(folder: Path, references: References) -> None:
