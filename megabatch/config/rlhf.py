@@ -21,10 +21,10 @@ class Rlhf:
     ref_adapter_load: str | None = param(None, aliases=("mcore_ref_adapter",))
     """Folder of the reference model's adapter in megatron-core format."""
     share_prompts: bool | None = param(None, aliases=("use_prefix_grouper",))
-    """Computes a prompt once for the answers to it that lie in one row: the pair of dpo and rm; of grpo as many
-    completions as divide both `num_generations` and `micro_batch_size`. With `data.packing` a pack then holds more
-    pairs. None means yes wherever it changes no number, which excludes Transformer Engine's layers, dropout, balancing
-    losses and capacities of experts, padding, and bnpo."""
+    """Computes a prompt once for the answers to it that lie in one row: the pair of dpo and rm; the documents of a
+    reranker's query; of grpo as many completions as divide both `num_generations` and `micro_batch_size`. With
+    `data.packing` a pack then holds more pairs. None means yes wherever it changes no number, which excludes
+    Transformer Engine's layers, dropout, balancing losses and capacities of experts, padding, and bnpo."""
     ref_tensor_model_parallel_size: int | None = param(None, at_least=1)
     """Ranks that share each matrix of the reference, which may be split otherwise than the trained model;
     None means `tensor_model_parallel_size`. Sequence parallelism goes with it."""

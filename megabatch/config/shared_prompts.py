@@ -8,7 +8,7 @@ from collections.abc import Callable
 from megabatch.config.recipe import Recipe
 from megabatch.plan.shape import ModelShape
 
-_TASKS = ("dpo", "rm", "grpo")
+_TASKS = ("dpo", "rm", "reranker", "grpo")
 
 
 def shares_prompts(recipe: Recipe, shape: ModelShape | None) -> bool:

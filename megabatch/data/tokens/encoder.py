@@ -64,6 +64,10 @@ _ALL_LABELS: frozenset[Rows] = frozenset({"steps"})
 """Rows that are dropped where the length limit would cut off something to learn."""
 
 
+_SHARING: frozenset[Rows] = frozenset({"pairs", "candidates"})
+"""Rows whose samples may have their first tokens in common: answers to a prompt, documents of a query."""
+
+
 class Encoder:
     """Turns rows into samples; loads the tokenizer once."""
 
@@ -91,7 +95,7 @@ class Encoder:
             else:
                 chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1
                 names, taught = self._names(row), self._taught(row)
-                for each in map(with_shared, kept) if self.encoding.rows == "pairs" else kept:
+                for each in map(with_shared, kept) if self.encoding.rows in _SHARING else kept:
                     named = [one._replace(names=names, columns={**one.columns, **taught}) for one in each]
                     chunk.add(named if names or taught else each, row.origin)
         return chunk

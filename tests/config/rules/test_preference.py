@@ -207,7 +207,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "prompts of others": (
         {"rlhf": Rlhf(rlhf_type="kto", share_prompts=True)},
-        "rlhf.share_prompts=True cannot be kept: it is for dpo, rm, grpo",
+        "rlhf.share_prompts=True cannot be kept: it is for dpo, rm, reranker, grpo",
     ),
     "prompts on GPUs": (
         {"rlhf": Rlhf(share_prompts=True)},

@@ -35,10 +35,12 @@ def made(folder: Path, ranks: int, **groups: dict[str, Any]) -> Recipe:
 def test_layouts_and_transformers_agree_on_the_order(ranks: RankServer, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", count=24, seed=0, least=1)
     rows = write_rows(tmp_path / "validation.jsonl", count=5, seed=1, least=1)
-    one = write_run(made(tmp_path, 1), tmp_path / "one")
+    one = write_run(made(tmp_path, 1, rlhf={"share_prompts": False}), tmp_path / "one")
     assert ranks.run(train, world_size=1, run_dir=str(one)) == [0]
     two = write_run(made(tmp_path, 2, parallel={"context_parallel_size": 2}), tmp_path / "two")
     assert ranks.run(train, world_size=2, run_dir=str(two)) == [0, 0]
+    first, shared = metrics(one)[0], metrics(two)[0]
+    assert shared["tokens"] < first["tokens"], "a query is computed once for its documents"
     for kind in ("train", "eval"):
         for found, expected in zip(metrics(two, kind), metrics(one, kind), strict=True):
             for name in expected.keys() & {"loss", "grad_norm", "eval_loss"}:
