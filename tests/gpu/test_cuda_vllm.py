@@ -5,6 +5,7 @@ The reference of its log-probabilities is an engine on transformers in the same 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -37,6 +38,7 @@ TIMEOUT_S = 240
 CACHE_BYTES = 8 << 30
 """Of keys and values: far more than all else that moves when an engine sleeps."""
 SMALL_CACHE_BYTES = 1 << 28
+NO_WARMUP = {"enable_jit_warmup": False}
 EXACT, HALF = 1e-3, 0.5
 """Most that log-probabilities may differ by in float32 and in bfloat16."""
 HALF_MEAN = 0.1
@@ -52,7 +54,8 @@ LIFE = {
 
 
 def vllm(cache_bytes: int, **fields: Any) -> Rollout:
-    more = {"kv_cache_memory_bytes": cache_bytes, "max_num_batched_tokens": 256}
+    """Kernels are compiled when they are used."""
+    more = {"kv_cache_memory_bytes": cache_bytes, "max_num_batched_tokens": 256, "kernel_config": NO_WARMUP}
     made = {"vllm_mode": "colocate", "vllm_max_num_seqs": 8, "vllm_gpu_memory_utilization": 0.2, "sleep_level": 1,
             "max_completion_length": 8, "vllm_engine_kwargs": more}  # fmt: skip
     return Rollout(**{**made, **fields})
@@ -289,7 +292,7 @@ def served(folder: Path, port: int, *, dtype: str) -> Iterator[None]:
     words = [
         sys.executable, "-m", "megabatch.cli", "rollout", str(folder), "--dtype", dtype, "--host", "127.0.0.1",
         "--port", str(port), "--max_model_len", "96", "--max_num_seqs", "8", "--gpu_memory_utilization", "0.2",
-        "--kv-cache-memory-bytes", str(SMALL_CACHE_BYTES),
+        "--kv-cache-memory-bytes", str(SMALL_CACHE_BYTES), "--kernel-config", json.dumps(NO_WARMUP),
     ]  # fmt: skip
     with open(folder / "server.log", "ab") as log:
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
