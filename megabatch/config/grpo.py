@@ -106,12 +106,9 @@ class Grpo:
     """Logs the entropy of the policy's distribution at the completions' tokens."""
     router_replay_mode: Literal["disabled", "R2", "R3"] = param(
         "disabled",
-        built=("disabled", "R2"),
-        refused="needs a rollout engine that returns the experts of each token: vLLM 0.32 does on GPUs alone, which "
-        "is not wired, and transformers inside the ranks does not record them; take R2",
     )
     """Routes tokens as before: as the policy did when log-probabilities were computed (R2), or as the rollout engine
-    did (R3)."""
+    did (R3), which must be transformers inside the ranks."""
     teacher_kl_coef: float = param(1.0, at_least=0)
     """Weight of a teacher's log-probability minus the policy's as an advantage of each token; for `teacher_model`."""
     log_rollout_offpolicy_metrics: bool = param(False)

@@ -50,11 +50,16 @@ def _padding(recipe: Recipe, shape: ModelShape | None) -> str | None:
     return None if recipe.data.padding_free else "padding_free=False makes all sequences of a row equally long"
 
 
-def _dropout(recipe: Recipe, shape: ModelShape | None) -> str | None:
+def dropouts(recipe: Recipe) -> dict[str, float]:
+    """The shares by which training drops something, those above 0."""
     found = {"attention_dropout": recipe.model.attention_dropout, "hidden_dropout": recipe.model.hidden_dropout}
     if recipe.tuner.tuner_type == "lora":
         found["lora_dropout"] = recipe.tuner.lora_dropout
-    dropped = [f"{name}={share:g}" for name, share in found.items() if share]
+    return {name: share for name, share in found.items() if share}
+
+
+def _dropout(recipe: Recipe, shape: ModelShape | None) -> str | None:
+    dropped = [f"{name}={share:g}" for name, share in dropouts(recipe).items()]
     return f"{dropped[0]} drops other parts of the prompt for each answer" if dropped else None
 
 

@@ -7,11 +7,14 @@ Hugging Face tensors in buckets (`rollout.bucket`).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Finish = Literal["stop", "length", "aborted"]
 """Why a completion ended: at one of `Sampling.stop_ids`, at `Sampling.max_tokens`, or by `RolloutEngine.abort`."""
@@ -59,6 +62,9 @@ class Completion:
     versions: tuple[int, ...]
     """Version of the policy that drew each token."""
     finish: Finish
+    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """[tokens of prompt and completion, layers, K] uint8 or int16: the experts that each token went to, from engines
+    that record them; 0 in layers without experts. The last token, which nothing was drawn behind, has any."""
 
 
 Scored = tuple[tuple[int, ...], tuple[int, ...]]

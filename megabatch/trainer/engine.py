@@ -58,6 +58,8 @@ class StepResult:
     """State of the fp16 loss scale after the step (`LossScale.state`)."""
     flags: Flags
     """Flags raised by any rank; the same on every rank."""
+    read: Sequence[Mapping[str, Tensor]]
+    """What the objective read of each pack, as `Engine.infer` gives it, where it was asked for."""
     times: Mapping[str, float]
     """Seconds by part of the step. On a GPU the last part is the previous step's, so reading it blocks nothing."""
 
@@ -117,12 +119,13 @@ class Engine:
         filled: int,
         flags: Flags = NONE,
         accept: Accept = lambda measured: True,
+        reads: bool = False,
     ) -> StepResult:
         """One optimizer step on this data-parallel rank's micro-batches.
 
         Args: packs: this rank's micro-batches; totals: denominators of the global batch, over all data-parallel ranks;
         filled: micro-batches that hold samples, over all data-parallel ranks; flags: this rank's flags after this
-        step; accept: called before the update.
+        step; accept: called before the update; reads: whether the result has what the objective read of each pack.
         """
         assert self.optimizer is not None, "an engine for inference has no optimizer"
         packs = objective.prepare(packs, self)
@@ -135,7 +138,8 @@ class Engine:
         factor = _factor(objective.norm, totals, filled=filled)
         sums = Sums(objective.metrics, self.ranks)
         self._stopwatch.start()
-        sums.add(found := self._run(POLICY, packs, self._loss(objective, factor), forward_only=False))
+        kept: list[Mapping[str, Tensor]] | None = [] if reads else None
+        sums.add(found := self._run(POLICY, packs, self._loss(objective, factor, kept), forward_only=False))
         # the sums travel while the optimizer waits for the gradient norm, so reading them afterwards is free
         pending = sums.reduce(flags)
         grad_norm = self.optimizer.gradient_norm()
@@ -153,6 +157,7 @@ class Engine:
             learning_rate=self.optimizer.learning_rate,
             loss_scale=None if scale is None else scale.state(),
             flags=raised,
+            read=() if kept is None else self._whole(POLICY, kept, packs, objective.readout),
             times=self._stopwatch.read(),
         )
 
@@ -250,12 +255,19 @@ class Engine:
         ranks = self.models[model].ranks
         table = routes.empty(packs, self.models[model], ranks.device) if records_routes else None
         found = self._without_gradients(model, packs, read, table)
-        cuts = [_cut(pack, ranks) for pack in packs]
-        fields = on_all_ranks(found, packs, readout.fields, ranks, cuts=cuts)
+        fields = self._whole(model, found, packs, readout)
         if table is None:
             return fields
         experts = routes.recorded(table, packs, ranks)
         return [{**one, routes.ROUTES: some} for one, some in zip(fields, experts, strict=True)]
+
+    def _whole(
+        self, model: str, found: Sequence[Mapping[str, Tensor]], packs: Sequence[Pack], readout: Readout
+    ) -> list[dict[str, Tensor]]:
+        """The fields of whole packs, on every rank that shares the model. Args: found: of this rank's parts."""
+        ranks = self.models[model].ranks
+        cuts = [_cut(pack, ranks) for pack in packs]
+        return on_all_ranks(found, packs, readout.fields, ranks, cuts=cuts)
 
     def _without_gradients(
         self, model: str, packs: Sequence[Pack], last: Last, table: routes.Table | None = None
@@ -271,11 +283,14 @@ class Engine:
             return nullcontext()
         return self.models[model].with_adapter(self._adapters[model])
 
-    def _loss(self, objective: Objective, factor: float) -> Last:
-        """Args: `factor`: multiplies the numerators."""
+    def _loss(self, objective: Objective, factor: float, kept: list[Mapping[str, Tensor]] | None = None) -> Last:
+        """Args: `factor`: multiplies the numerators; `kept`: where what was read of each pack is left."""
 
         def loss(pack: Pack, output: Tensor) -> tuple[Tensor, Mapping[str, Mean]]:
-            terms = share_of(objective.terms(objective.readout(output, pack, self._splits[POLICY]), pack), pack)
+            out = objective.readout(output, pack, self._splits[POLICY])
+            if kept is not None:
+                kept.append({name: value.detach() for name, value in out.items()})
+            terms = share_of(objective.terms(out, pack), pack)
             scale: Tensor | float = factor
             if objective.norm is Norm.MICRO_BATCH:
                 weight = terms.weight if pack.cut is None else summed(terms.weight, pack.cut.group)

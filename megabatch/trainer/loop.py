@@ -158,7 +158,10 @@ class Loop:
                 filled=step.filled,
                 flags=flags,
                 accept=partial(self.guard.accepts, before, number=progress.step + 1, step=step),
+                reads=step.take is not None,
             )
+            if step.take is not None:
+                step.take(result.read)
             seconds = time.perf_counter() - started
             progress = Progress(
                 step=progress.step + 1,

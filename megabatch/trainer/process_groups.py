@@ -49,10 +49,10 @@ class Groups:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside this context megatron-core sees these groups."""
-        before = _variables(self._module)
-        if before["_MODEL_PARALLEL_GROUP"] is self._values["_MODEL_PARALLEL_GROUP"]:
+        if vars(self._module)["_MODEL_PARALLEL_GROUP"] is self._values["_MODEL_PARALLEL_GROUP"]:
             yield
             return
+        before = _variables(self._module)
         vars(self._module).update(self._values)
         try:
             yield

@@ -15,6 +15,8 @@ from megabatch.trainer.pack import Pack
 from megabatch.trainer.sums import Ratio
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megabatch.trainer.engine import Engine
 
 State = Mapping[str, Any]
@@ -44,6 +46,9 @@ class Step:
     """Passes over the data, this step included."""
     metrics: Mapping[str, Ratio] = field(default_factory=dict)
     """What the source measured while making the step, such as rewards; logged with the objective's metrics."""
+    take: Callable[[Sequence[Mapping[str, Tensor]]], None] | None = None
+    """Called after the update and before a checkpoint, on every rank: with what the objective read of each pack, as
+    `Engine.infer` gives it."""
 
 
 class Steps(Protocol):

@@ -1,8 +1,9 @@
 """Parts of a round of GRPO: giving engines the weights, passes for log-probabilities, and what is neither.
 
 - An update of the engine in the rank against a copy of the same tensors in memory.
-- The passes of the policy and the reference over completions against the training pass over the same completions; and
-  both where completions share their prompt, against what they are where each has it for itself.
+- What old and reference log-probabilities cost against the training pass over the same completions: two passes; or, as
+  where each pass over a round is one step, the reference's and what it takes to read the policy's from the training
+  pass. And all of them where completions share their prompt, against what they are where each has it for itself.
 - Batching, rewards and ledger of whole steps against those steps.
 
 All by processor time, except that a reward is waited for: its process is another one.
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def update(folder: Path) -> Figure:
 
 
 def passes(folder: Path) -> list[Figure]:
-    """Two forward passes over a step's completions and its training pass."""
+    """Forward passes over a step's completions and its training pass."""
     run = made(folder, "passes", sized(MEDIUM, SMALL), num_iterations=2)
     with assemble.join_ranks(run) as ranks:
         loop, _ = open_loop(run, ranks, StopSignal(), Activity(0))
@@ -111,30 +113,50 @@ def passes(folder: Path) -> list[Figure]:
         shared = batching_of(run, ranks)
         alone = replace(shared, together=1, share=replace(shared.share, shares_prompts=False))
 
-        def compare(batching: Batching) -> float:
-            return cost(
-                lambda: [batching.logps(loop.engine, drawn, Tokens(1.0), model=model) for model in ("policy", MODEL)]
+        def compare(batching: Batching) -> tuple[float, float]:
+            """The policy's pass and the reference's."""
+            policy, reference = (
+                cost(partial(batching.logps, loop.engine, drawn, Tokens(1.0), model=model))
+                for model in ("policy", MODEL)
             )
+            return policy, reference
 
-        def learn(batching: Batching) -> float:
+        def learn(batching: Batching) -> tuple[float, float]:
+            """A training pass, and reading log-probabilities from its result."""
             step = batching.step(drawn, cursor={}, epoch=0.0)
-            return cost(
-                lambda: loop.engine.step(step.packs, loop.parts.objective, totals=step.totals, filled=step.filled)
-            )
+            results = []
 
-        rounds = [[part(batching) for batching in (shared, alone) for part in (compare, learn)]
+            def learned() -> None:
+                results.append(
+                    loop.engine.step(
+                        step.packs, loop.parts.objective, totals=step.totals, filled=step.filled, reads=True
+                    )
+                )
+
+            return cost(learned), cost(lambda: batching.read(loop.engine, step.packs, results[0].read, drawn))
+
+        rounds = [[(*compare(batching), *learn(batching)) for batching in (shared, alone)]
                   for _ in range(PASSES + 1)][1:]  # fmt: skip
+    both = [[policy + reference for policy, reference, _, _ in one] for one in rounds]
+    read = [[reference + reading for _, reference, _, reading in one] for one in rounds]
+    trained = [[training for _, _, training, _ in one] for one in rounds]
     found = []
-    for name, one, other, target in (
-        ("old and reference passes / training pass", 0, 1, 0.5),
-        ("old and reference passes / training pass, each with its prompt", 2, 3, None),
-        ("old and reference passes, shared prompts / each with its prompt", 0, 2, None),
-        ("training pass, shared prompts / each with its prompt", 1, 3, None),
+    for name, ones, others, target in (
+        ("old and reference / training pass, one step a pass", column(read, 0), column(trained, 0), 0.5),
+        ("old and reference / training pass, several steps a pass", column(both, 0), column(trained, 0), 0.5),
+        ("the same, one step a pass, each with its prompt", column(read, 1), column(trained, 1), None),
+        ("the same, several steps a pass, each with its prompt", column(both, 1), column(trained, 1), None),
+        ("both passes, shared prompts / each with its prompt", column(both, 0), column(both, 1), None),
+        ("training pass, shared prompts / each with its prompt", column(trained, 0), column(trained, 1), None),
     ):
-        pairs = [(numbers[one], numbers[other]) for numbers in rounds]
+        pairs = list(zip(ones, others, strict=True))
         note = f"{COMPLETIONS} completions of {LENGTH} tokens, {shared.together} in a row; {shown(pairs)}"
         found.append(Figure(name=name, value=ratio(pairs), unit="x", target=target, note=note))
     return found
+
+
+def column(rounds: list[list[float]], number: int) -> list[float]:
+    return [one[number] for one in rounds]
 
 
 def completions(run: RunConfig) -> list[Rolled]:

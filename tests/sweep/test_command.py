@@ -95,12 +95,12 @@ def test_shapes_are_arrays_of_their_own(run: Run) -> None:
 
 def test_what_is_not_built_is_shown_and_refused(run: Run, tmp_path: Path) -> None:
     file = RECIPES / "grpo_ablations.py"
-    unbuilt = ["--router_replay_mode", "R3"]
+    unbuilt = ["--use_ray", "true"]
     done = run(file, "--dry_run", *unbuilt)
     assert "18 runs in 1 array of 18" in done.stderr and "#SBATCH --array=0-17%4\n" in done.stdout
-    assert "refused here: grpo.router_replay_mode='R3' needs a rollout engine" in done.stderr
+    assert "refused here: rollout.use_ray=True needs no Ray" in done.stderr
     refused = run(file, "--submit", *unbuilt, code=2)
-    assert "grpo.router_replay_mode='R3' needs a rollout engine" in refused.stderr
+    assert "rollout.use_ray=True needs no Ray" in refused.stderr
     assert "nothing was submitted" in refused.stderr
     assert list((tmp_path / "work").iterdir()) == []
 

@@ -111,8 +111,17 @@ def a_teacher_is_heard(recipe: Recipe, shape: ModelShape | None, layout: Layout 
 def routes_can_be_replayed(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """Replay needs experts, each of whose tokens is really computed."""
     mode, field = recipe.grpo.router_replay_mode, "grpo.router_replay_mode"
-    if not _is_grpo(recipe) or mode != "R2":
+    if not _is_grpo(recipe) or mode == "disabled":
         return
+    if mode == "R3" and recipe.rollout.vllm_mode is not None:
+        rule = (
+            "needs a rollout engine that returns the experts of each token: transformers inside the ranks does, vLLM "
+            "0.32 on GPUs alone, which is not wired"
+        )
+        yield Fault(field, mode, rule, try_=("R2",))
+    if mode == "R3" and (recipe.rollout.multi_turn_scheduler or recipe.rollout.gym_env):
+        rule = "replays the experts of one turn, and a conversation has several, each read again with the next"
+        yield Fault(field, mode, rule, try_=("R2",))
     if shape is not None and shape.num_experts is None:
         yield Fault(field, mode, "has no effect: the model has no experts", try_=("disabled",))
     if (capacity := recipe.moe.moe_expert_capacity_factor) is not None:

@@ -6,11 +6,13 @@ import random
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megabatch.rollout.engine import Completion, Finish, Request
 from megabatch.rollout.local.drawing import distribution, draw, seen_tokens
+from megabatch.rollout.local.routing import Recorder
 
 
 class Row:
@@ -21,6 +23,8 @@ class Row:
         self._random = random.Random(request.seed)
         self.ids: list[int] = []
         self._logps: list[float] = []
+        self.routes: list[np.ndarray] = []
+        """Of the tokens that the model has read, where they are recorded."""
         self.finish: Finish | None = None
 
     def uniform(self) -> float:
@@ -35,23 +39,36 @@ class Row:
         elif len(self.ids) == self.request.sampling.max_tokens:
             self.finish = "length"
 
-    def completion(self, version: int) -> Completion:
+    def completion(self, version: int, recorder: Recorder | None) -> Completion:
         assert self.finish is not None
         ids, logps = tuple(self.ids), tuple(self._logps)
         return Completion(
-            key=self.request.key, ids=ids, logps=logps, versions=(version,) * len(ids), finish=self.finish
+            key=self.request.key,
+            ids=ids,
+            logps=logps,
+            versions=(version,) * len(ids),
+            finish=self.finish,
+            routes=None if recorder is None else np.concatenate([*self.routes, recorder.behind()]),
         )
 
 
 class Rows:
     """B rows, of which those that ended leave the batch once they are half of it."""
 
-    def __init__(self, requests: Sequence[Request], model: Any, version: int, aborted: Collection[str]) -> None:
-        """Args: model: a causal language model of transformers; aborted: keys of requests to end, may grow."""
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        model: Any,
+        version: int,
+        aborted: Collection[str],
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Args: model: a causal language model of transformers; aborted: keys of requests to end, may grow;
+        recorder: of the model's routers."""
         from megabatch.rollout.local.keeping import growing_cache
 
         self._all = [Row(request) for request in requests]
-        self._model, self._version, self._aborted = model, version, aborted
+        self._model, self._version, self._aborted, self._recorder = model, version, aborted, recorder
         self._cache = growing_cache(model.config)
         self._batch = list(self._all)
         prompts = [request.prompt for request in requests]
@@ -64,11 +81,12 @@ class Rows:
     def completed(self) -> list[Completion]:
         while any(row.finish is None for row in self._batch):
             self._step()
-        return [row.completion(self._version) for row in self._all]
+        return [row.completion(self._version, self._recorder) for row in self._all]
 
     def _step(self) -> None:
         """One token of each row."""
         logps_BV = self._next_distribution()
+        self._note_routes()
         # rows that ended but are still in the batch draw too, from nothing that is kept
         tokens_B = draw(logps_BV, [row.uniform() if row.finish is None else 0.0 for row in self._batch])
         drawn = logps_BV.gather(1, tokens_B[:, None])[:, 0]
@@ -96,6 +114,14 @@ class Rows:
         texts = [(*row.request.prompt, *row.ids) for row in self._batch]
         seen_BV = seen_tokens(texts, samplings, logits_BV.shape[-1])
         return distribution(logits_BV, samplings, None if seen_BV is None else seen_BV.to(logits_BV.device))
+
+    def _note_routes(self) -> None:
+        """Of what the model read last: of the prompt without its padding, or of one token."""
+        if self._recorder is None:
+            return
+        for row, read in zip(self._batch, self._recorder.take(len(self._batch)), strict=True):
+            if row.finish is None:
+                row.routes.append(read[-len(row.request.prompt) :] if not row.ids else read)
 
     def _drop_ended(self) -> None:
         keep = [index for index, row in enumerate(self._batch) if row.finish is None]

@@ -19,6 +19,7 @@ from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
 from megabatch.rollout.engine import Completion, Request, RolloutEngine, Scored
 from megabatch.rollout.local.filling import Filling, differing
+from megabatch.rollout.local.routing import Recorder
 from megabatch.rollout.local.rows import Rows
 
 
@@ -27,10 +28,19 @@ class TransformersEngine:
 
     experts: Literal["per_expert", "fused"] = "fused"
 
-    def __init__(self, config_folder: Path, *, dtype: torch.dtype, device: torch.device, max_rows: int = 64) -> None:
+    def __init__(
+        self,
+        config_folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rows: int = 64,
+        records_routes: bool = False,
+    ) -> None:
         """Builds the model of a folder's config.json; it has no weights before the first update.
 
-        Args: max_rows: requests that are generated together.
+        Args: max_rows: requests that are generated together; records_routes: whether completions have the experts of
+        their tokens (`Completion.routes`).
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,6 +54,7 @@ class TransformersEngine:
         ):  # what the trainer draws is not the engine's to change
             self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
         share_keys(self._model)
+        self._recorder = Recorder(self._model) if records_routes else None
         self._config, self._device, self._max_rows = config, device, max_rows
         self._tensors = _own_tensors(self._model)
         self._filling: Filling | None = None
@@ -69,7 +80,7 @@ class TransformersEngine:
             version = self._usable()
             for first in range(0, len(requests), self._max_rows):
                 chosen = longest_first[first : first + self._max_rows]
-                rows = Rows([requests[index] for index in chosen], self._model, version, self._aborted)
+                rows = Rows([requests[index] for index in chosen], self._model, version, self._aborted, self._recorder)
                 made |= dict(zip(chosen, rows.completed(), strict=True))
         self._aborted -= {request.key for request in requests}
         return [made[index] for index in range(len(requests))]

@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from megabatch.rollout.engine import Completion, Finish, Request
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Scope = Literal["per_round", "total"]
 
@@ -65,6 +68,8 @@ class Conversation:
     """`stop`: the environment or the model ended it; `length`: a turn was cut off, or no room or turn was left;
     `aborted`: the engine or the environment failed. None: it goes on."""
     failed: str | None = None
+    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """`Completion.routes`, of a single turn."""
 
     @classmethod
     def of(cls, request: Request, completion: Completion) -> Conversation:
@@ -72,7 +77,7 @@ class Conversation:
         assert completion.key == request.key, (completion.key, request.key)
         one = cls(request=request)
         take_turn(one, completion)
-        one.finish = completion.finish
+        one.finish, one.routes = completion.finish, completion.routes
         return one
 
     @property

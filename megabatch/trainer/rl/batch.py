@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megabatch.data.cache.in_memory import in_memory
 from megabatch.data.rows.files import Origin
@@ -63,21 +64,19 @@ class Batching:
         self, engine: Engine, completions: Sequence[Rolled], readout: Tokens, *, model: str, records: bool
     ) -> list[tuple[np.ndarray, np.ndarray | None]]:
         step = self._batch(completions, group=self.together).step(self._share(self.together), cursor={}, epoch=0.0)
-        found = engine.infer(step.packs, readout, model=model, records_routes=records)
-        mine: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
-        narrow = np.uint8 if (engine.model.shape.num_experts or 0) <= 256 else np.int16
-        for pack, fields in zip(step.packs, found, strict=True):
-            logps = fields["logps"].cpu().numpy()
-            experts = fields[ROUTES].cpu().numpy().astype(narrow) if records else None
-            for one in _parts(pack, completions):
-                found_experts = None if experts is None else np.concatenate([experts[part] for part in one.tokens])
-                mine[one.number] = (logps[one.predicted], found_experts)
-        everyone: list[dict[int, tuple[np.ndarray, np.ndarray | None]] | None] = [mine]
-        if engine.ranks.dp_size > 1:
-            everyone = [None] * engine.ranks.dp_size
-            dist.all_gather_object(everyone, mine, group=engine.ranks.dp)
-        joined = {number: values for some in everyone if some is not None for number, values in some.items()}
-        return [joined[number] for number in range(len(completions))]
+        packs = [_with_routes(pack, completions) for pack in step.packs] if model == POLICY else step.packs
+        found = engine.infer(packs, readout, model=model, records_routes=records)
+        return _of_everyone(engine, step.packs, found, completions)
+
+    def read(
+        self,
+        engine: Engine,
+        packs: Sequence[Pack],
+        found: Sequence[Mapping[str, Tensor]],
+        completions: Sequence[Rolled],
+    ) -> list[np.ndarray]:
+        """`logps` that were read from the packs of a step of the same completions."""
+        return [logps for logps, _ in _of_everyone(engine, packs, found, completions)]
 
     def _share(self, group: int) -> Share:
         return replace(self.share, micro_batch_size=max(1, self.share.micro_batch_size // group))
@@ -100,6 +99,27 @@ class Batching:
             {ADVANTAGE: one.advantage, SHARED: 0 if is_first else len(one.prompt) - 1},
             {name: np.concatenate([before, one.tokens[name]]).astype(np.float32) for name in names},
         )
+
+
+def _of_everyone(
+    engine: Engine, packs: Sequence[Pack], found: Sequence[Mapping[str, Tensor]], completions: Sequence[Rolled]
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Log-probabilities of each completion, and its experts where they were recorded, on every rank; collective over
+    the ranks that have other completions."""
+    mine: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+    narrow = np.uint8 if (engine.model.shape.num_experts or 0) <= 256 else np.int16
+    for pack, fields in zip(packs, found, strict=True):
+        logps = fields["logps"].cpu().numpy()
+        experts = fields[ROUTES].cpu().numpy().astype(narrow) if ROUTES in fields else None
+        for one in _parts(pack, completions):
+            found_experts = None if experts is None else np.concatenate([experts[part] for part in one.tokens])
+            mine[one.number] = (logps[one.predicted], found_experts)
+    everyone: list[dict[int, tuple[np.ndarray, np.ndarray | None]] | None] = [mine]
+    if engine.ranks.dp_size > 1:
+        everyone = [None] * engine.ranks.dp_size
+        dist.all_gather_object(everyone, mine, group=engine.ranks.dp)
+    joined = {number: values for some in everyone if some is not None for number, values in some.items()}
+    return [joined[number] for number in range(len(completions))]
 
 
 def _with_routes(pack: Pack, completions: Sequence[Rolled]) -> Pack:

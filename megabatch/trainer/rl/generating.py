@@ -245,5 +245,6 @@ def _rolled(one: Conversation, place: str, rewards: tuple[float, ...], *, has_tu
         versions=np.array(one.versions, np.int32),
         finish=one.finish,
         rewards=rewards,
+        routes=one.routes,
         tokens=tokens | ({"mask": np.array(one.mask, np.float32)} if has_turns else {}),
     )

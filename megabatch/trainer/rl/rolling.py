@@ -51,6 +51,8 @@ class Rolling:
     temperature: float
     lead: Lead | None = None
     """With `async_generate`."""
+    has_dropout: bool = False
+    """Whether a training pass gives other log-probabilities than one without gradients."""
     has_teacher: bool = False
     """Whether the engine has a model `TEACHER`, whose log-probabilities are part of the advantages."""
 
@@ -115,7 +117,7 @@ class Rolling:
     def _with_logps(self, completions: Sequence[Rolled], engine: Engine) -> list[Rolled]:
         """Adds log-probabilities of the policy, the reference and a teacher, where something needs them."""
         found: dict[str, list[np.ndarray]] = {}
-        if self._replays_routes:
+        if self._records_routes:
             both = self.batching.logps_and_routes(engine, completions, Tokens(self.temperature))
             found[OLD] = [logps for logps, _ in both]
             completions = [replace(one, routes=experts) for one, (_, experts) in zip(completions, both, strict=True)]
@@ -137,19 +139,24 @@ class Rolling:
         ]
 
     @property
-    def _replays_routes(self) -> bool:
-        """Whether experts are those of the pass that old log-probabilities come from."""
+    def _records_routes(self) -> bool:
+        """Whether experts are those of the pass of old log-probabilities; with R3 completions have theirs already."""
         return self.grpo.router_replay_mode == "R2"
 
     @property
     def _needs_old(self) -> bool:
-        """Otherwise a step's own log-probabilities are the old ones: each round is one step on its own policy."""
-        grpo = self.grpo
-        return (
-            resolved(grpo.steps_per_generation) * grpo.num_iterations > 1
-            or bool(grpo.kl_in_reward)
-            or self._measures_difference
-        )
+        """Otherwise a step's own log-probabilities are the old ones: a round's first step is on its own policy."""
+        several = self._steps_of_a_pass > 1 or (self.grpo.num_iterations > 1 and self.has_dropout)
+        return several or bool(self.grpo.kl_in_reward) or self._measures_difference
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether later passes over a round take the log-probabilities of its first step, which has all of it."""
+        return self.grpo.num_iterations > 1 and not (self._needs_old or self._records_routes)
+
+    @property
+    def _steps_of_a_pass(self) -> int:
+        return resolved(self.grpo.steps_per_generation)
 
     @property
     def _measures_difference(self) -> bool:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megabatch.errors import DataError
 from megabatch.ledger.record import Record
 from megabatch.ledger.writer import Ledger
 from megabatch.rl.rounds import Rolled, Round
 from megabatch.trainer.engine import Engine
+from megabatch.trainer.objectives.grpo import OLD
 from megabatch.trainer.pack import Pack
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.rl.ahead import Draws
@@ -104,9 +107,10 @@ class GrpoSteps(Steps):
         try:
             while True:
                 self._rolling.generator.policy.trained = place.trained
-                current = self._round_at(place, engine)
+                self._round = self._round_at(place, engine)
                 for number in range(place.taken, self._each_round):
-                    step = self._step(current, number, place)
+                    current = self._round
+                    step = self._step(current, number, place, engine)
                     yield step
                     place = Place.from_json(step.cursor)
                     self._rolling.generator.policy.trained = place.trained
@@ -121,11 +125,11 @@ class GrpoSteps(Steps):
 
     def _round_at(self, place: Place, engine: Engine) -> Round:
         if place.taken:
-            self._round = self._ranks.on_main(lambda: Round.load(self._file(place.round)))
+            found = self._ranks.on_main(lambda: Round.load(self._file(place.round)))
             self._rolling.go_on(place.round + 1, place.prompts, engine)
-            return self._round
-        self._round = made = self._rolling.round(place.round, place.prompts, engine)
-        if self._each_round > 1:
+            return found
+        made = self._rolling.round(place.round, place.prompts, engine)
+        if self._each_round > 1 and not self._rolling.keeps_old:
             self._ranks.on_main(lambda: self._keep(made))
         return made
 
@@ -139,7 +143,7 @@ class GrpoSteps(Steps):
     def _file(self, number: int) -> Path:
         return self._folder / f"round_{number:08d}.npz"
 
-    def _step(self, current: Round, number: int, place: Place) -> Step:
+    def _step(self, current: Round, number: int, place: Place, engine: Engine) -> Step:
         ends = number + 1 == self._each_round
         after = Place(
             Draws.from_json(current.after),
@@ -153,7 +157,19 @@ class GrpoSteps(Steps):
         if self._ledger is not None:
             self._ledger.write(place.trained + 1, [self._record(one) for one in some])
         step = self._rolling.batching.step(some, cursor=after.to_json(), epoch=current.epoch)
-        return replace(step, metrics=self._metrics(current, first, number, trained=place.trained))
+        step = replace(step, metrics=self._metrics(current, first, number, trained=place.trained))
+        if number or not self._rolling.keeps_old:
+            return step
+        return replace(step, take=lambda found: self._keep_old(current, step, found, engine))
+
+    def _keep_old(self, current: Round, step: Step, found: Sequence[Mapping[str, Tensor]], engine: Engine) -> None:
+        """Args: found: log-probabilities of the policy before its first step on the round."""
+        logps = self._rolling.batching.read(engine, step.packs, found, current.completions)
+        completions = [
+            replace(one, tokens={**one.tokens, OLD: old}) for one, old in zip(current.completions, logps, strict=True)
+        ]
+        self._round = known = replace(current, completions=completions)
+        self._ranks.on_main(lambda: self._keep(known))
 
     def _record(self, one: Rolled) -> Record:
         generator, rolling = self._rolling.generator, self._rolling

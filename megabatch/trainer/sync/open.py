@@ -32,7 +32,9 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
     if rollout.vllm_mode == "colocate":
         return open_colocated(run, source, ranks, tolerance=_tolerance(run))
     if rollout.vllm_mode != "server":
-        return in_ranks(run, source, ranks, positions=run.shape.max_position_embeddings)
+        records_routes = run.recipe.grpo.router_replay_mode == "R3"
+        positions = run.shape.max_position_embeddings
+        return in_ranks(run, source, ranks, positions=positions, records_routes=records_routes)
     found, wanted = [], _wanted(run, source, ranks.device)
 
     def opened() -> int:
@@ -57,13 +59,17 @@ def open_rollouts(run: RunConfig, source: ModelSource, ranks: Ranks) -> Rollouts
     )
 
 
-def in_ranks(run: RunConfig, source: ModelSource, ranks: Ranks, *, positions: int) -> Rollouts:
+def in_ranks(
+    run: RunConfig, source: ModelSource, ranks: Ranks, *, positions: int, records_routes: bool = False
+) -> Rollouts:
     """An engine of transformers on every rank, without weights.
 
-    Args: source: of the policy, or of another model; positions: tokens that it takes.
+    Args: source: of the policy, or of another model; positions: tokens that it takes; records_routes: whether
+    completions have the experts of their tokens.
     """
     dtype = DTYPES[resolved(run.recipe.model.torch_dtype)]
-    engine = TransformersEngine(source.config_folder, dtype=dtype, device=ranks.device)
+    folder, device = source.config_folder, ranks.device
+    engine = ranks.each(lambda: TransformersEngine(folder, dtype=dtype, device=device, records_routes=records_routes))
     return Rollouts(
         engine,
         ranks,

@@ -11,7 +11,7 @@ from pathlib import Path
 from megabatch.config.lengths import positions
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
-from megabatch.config.shared_prompts import answers_in_a_row
+from megabatch.config.shared_prompts import answers_in_a_row, dropouts
 from megabatch.data.run_caches import note_data
 from megabatch.data.schedule import Schedule
 from megabatch.errors import MegabatchError
@@ -62,6 +62,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         batching=batching_of(run, ranks),
         temperature=rollout.temperature,
         lead=_lead(run, train, schedule, generator),
+        has_dropout=bool(dropouts(run.recipe)),
         has_teacher=run.recipe.gkd.teacher_model is not None,
     )
     steps = GrpoSteps(

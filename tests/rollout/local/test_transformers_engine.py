@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reference import by_transformers
@@ -28,7 +29,7 @@ SAMPLINGS = [
 ]
 
 
-def made(kind: str) -> Any:
+def made(kind: str, **more: Any) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(5)
@@ -39,7 +40,7 @@ def made(kind: str) -> Any:
     if kind == "dense":
         return Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True)).eval()
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": False}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts)).eval()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, **more)).eval()
 
 
 def buckets(model: Any, *, cut: int = 3000) -> list[Bucket]:
@@ -97,6 +98,28 @@ def test_log_probabilities_are_those_of_a_full_forward_pass(pair: tuple[Any, Tra
         torch.testing.assert_close(torch.tensor(made.logps), torch.stack(rows), atol=1e-5, rtol=0)
         assert (made.key, made.finish, made.versions) == (request.key, "length", (1,) * len(made.ids))
         assert len(made.ids) == request.sampling.max_tokens
+
+
+def test_experts_of_each_token_are_those_of_a_full_forward_pass(tmp_path: Path) -> None:
+    """In a model whose first layer has none; of the last token, which the model has not read, anything follows."""
+    model = made("experts", mlp_only_layers=[0])
+    model.config.save_pretrained(tmp_path)
+    engine = TransformersEngine(
+        tmp_path, dtype=torch.float32, device=torch.device("cpu"), max_rows=4, records_routes=True
+    )
+    update(engine, model)
+    for request, one in zip(requests(), engine.generate(requests()), strict=True):
+        assert one.routes is not None and one.routes.dtype == np.uint8
+        assert one.routes.shape == (len(request.prompt) + len(one.ids), 2, 2) and not one.routes[:-1, 0].any()
+        with torch.no_grad():
+            scores_TE = model(torch.tensor([[*request.prompt, *one.ids]]), output_router_logits=True).router_logits[-1]
+        np.testing.assert_array_equal(one.routes[:-1, 1], scores_TE.topk(2).indices[:-1].numpy())
+
+
+def test_a_model_without_routers_records_no_routes(tmp_path: Path) -> None:
+    made("dense").config.save_pretrained(tmp_path)
+    with pytest.raises(RolloutError, match="Qwen2ForCausalLM has no routers that megabatch can record; take R2"):
+        TransformersEngine(tmp_path, dtype=torch.float32, device=torch.device("cpu"), records_routes=True)
 
 
 def test_a_completion_does_not_depend_on_its_batch(pair: tuple[Any, TransformersEngine]) -> None:

@@ -162,6 +162,38 @@ def test_estimators_corrections_and_resampling_run_together(ranks: RankServer, a
     assert first["prompts_equal"] >= 0 and 0 < first["entropy"] < math.log(304) + 1e-3
 
 
+def train_with_a_pass(run_dir: str) -> int:
+    """Computes old log-probabilities beforehand, as where a pass over a round is several steps."""
+    from megabatch.trainer.rl.rolling import Rolling
+
+    needs, Rolling._needs_old = Rolling._needs_old, property(lambda rolling: True)  # type: ignore[method-assign]
+    try:
+        return train(run_dir)
+    finally:
+        Rolling._needs_old = needs  # type: ignore[method-assign]
+
+
+def test_the_first_step_of_a_round_gives_the_old_log_probabilities(ranks: RankServer, alone: Path) -> None:
+    """Bit for bit those of a pass of their own, also in a run that stops before it uses them, and at other layouts."""
+    twice = {"num_iterations": 2, "steps_per_generation": 1}
+    made = grpo_recipe(alone.parent, grpo=twice, checkpoint={"no_save_optim": True}, evaluation={"eval_iters": 0})
+    passed, kept, cut = (write_run(made, alone.parent / name) for name in ("passed", "kept", "kept_cut"))
+    assert ranks.run(train_with_a_pass, world_size=1, run_dir=str(passed)) == [0]
+    assert ranks.run(train, world_size=1, run_dir=str(kept)) == [0]
+    assert ranks.run(train, world_size=1, run_dir=str(cut), stop_after=3) == [75]
+    assert ranks.run(train, world_size=1, run_dir=str(cut)) == [0]
+    assert curve(kept) == curve(passed) == curve(cut)
+    first, second, *_ = metrics(kept)
+    assert first["ratio"] == 1 and second["ratio"] != 1
+    for layout in ("pipeline_model_parallel_size", "context_parallel_size"):
+        run = run_of(
+            ranks, alone.parent, layout, world_size=2, grpo=twice, evaluation={"eval_iters": 0}, parallel={layout: 2}
+        )
+        for line, expected in zip(metrics(run), metrics(kept), strict=True):
+            for name in ("loss", "grad_norm", "ratio", "kl"):
+                assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), (layout, name)
+
+
 def trained_on_little(run_dir: str) -> list[str]:
     """Warnings of rounds where the first completion of each prompt has no token."""
     from dataclasses import replace

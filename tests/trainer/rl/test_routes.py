@@ -14,7 +14,10 @@ from test_grpo_runs import grpo_recipe
 
 from megabatch.config.grpo import Grpo
 from megabatch.config.run import RunConfig
+from megabatch.ledger.reader import Reader
 from megabatch.rl.rounds import Rolled
+from megabatch.run_directory import RunDirectory
+from megabatch.trainer.rl.recorded import rolled
 
 EXPERTS, CHOSEN, LAYERS = 4, 2, 4
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
@@ -176,3 +179,83 @@ def test_a_policy_on_its_own_completions_has_ratio_one(ranks: RankServer, folder
     run = write_run(replaying(folder, steps=1, training={"train_iters": 2}), folder / "on_policy")
     assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
     assert [line["ratio"] for line in metrics(run)] == [1, 1]
+
+
+def trained_on_other_routes(run_dir: str) -> tuple[int, list[list[list[int]]]]:
+    """With engines that send every token to the experts after those that their routers chose. Returns: what the
+    trainer's routers of the last layer took in the training passes of the first step, [T, K] of each micro-batch."""
+    import torch
+
+    from megabatch.rollout.local.routing import Recorder
+    from megabatch.trainer.megatron_moe import Chosen
+
+    take, choose = Recorder.take, Chosen.get_replay_topk
+    taken: list[list[list[int]]] = []
+
+    def noted(chosen: Any, *given: Any, **more: Any) -> Any:
+        scores, experts = choose(chosen, *given, **more)
+        if torch.is_grad_enabled() and chosen._layer == LAYERS - 1 and len(taken) < COMPLETIONS:
+            taken.append(experts.tolist())
+        return scores, experts
+
+    Recorder.take = lambda one, rows: (take(one, rows) + 1) % EXPERTS  # type: ignore[method-assign]
+    Chosen.get_replay_topk = noted  # type: ignore[method-assign]
+    try:
+        return train(run_dir), taken
+    finally:
+        Recorder.take, Chosen.get_replay_topk = take, choose  # type: ignore[method-assign]
+
+
+COMPLETIONS = 8
+
+
+def test_r3_takes_the_experts_of_the_engine(ranks: RankServer, folder: Path) -> None:
+    """Of every token in training passes; and the gradient is that of transformers in float64 with these experts."""
+    grpo = {"router_replay_mode": "R3", "steps_per_generation": 1, "beta": 0.0, "loss_type": "dapo"}
+    other = recipe(folder, "qwen3_moe")
+    made = replace(grpo_recipe(folder, grpo=grpo), model=other.model, moe=replace(other.moe, moe_aux_loss_coeff=0.0))
+    made = with_fields(
+        made, evaluation={"eval_iters": 0}, training={"train_iters": 2}, optimizer={"clip_grad": 0.0},
+        checkpoint={"save_interval": 1, "save_safetensors_interval": 1},
+    )  # fmt: skip
+    run = write_run(made, folder / "r3")
+    [(code, taken)] = ranks.run(trained_on_other_routes, world_size=1, run_dir=str(run))
+    assert code == 0
+    first, second = ([rolled(record) for record in Reader(RunDirectory(run).ledger).records(step)] for step in (1, 2))
+    for one in first:  # in whatever order micro-batches come
+        assert one.routes is not None and one.routes.shape == (len(one.prompt) + len(one.ids), LAYERS, CHOSEN)
+        size = len(one.routes) - 1
+        taken.remove(next(some for some in taken if np.array_equal(some[:size], one.routes[:-1, -1].tolist())))
+    assert not taken
+    expected = gradient_of_transformers(run / "checkpoints" / "step_00000001" / "hf", second)
+    assert metrics(run)[1]["grad_norm"] == pytest.approx(expected, rel=1e-5)
+    assert metrics(run)[1]["ratio"] == 1
+    without = [replace(one, routes=None) for one in second]
+    assert abs(gradient_of_transformers(run / "checkpoints" / "step_00000001" / "hf", without) - expected) > 1e-4
+
+
+def gradient_of_transformers(folder: Path, completions: list[Rolled]) -> float:
+    """L2 norm of the gradient of - A log p summed over the completions' tokens / their number, in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    routers = [one for name, one in model.named_modules() if type(one).__name__ == "Qwen3MoeTopKRouter"]
+    total = sum(len(one.ids) for one in completions)
+    for one in completions:
+        hooks = []
+        for layer, router in enumerate(routers if one.routes is not None else ()):
+            chosen_TK = torch.tensor(one.routes[:, layer].astype(np.int64))  # type: ignore[index]
+
+            def routed(router: Any, given: Any, returned: Any, chosen_TK: torch.Tensor = chosen_TK) -> Any:
+                scores_TK = returned[0].softmax(-1).gather(1, chosen_TK)
+                return returned[0], scores_TK / scores_TK.sum(-1, keepdim=True), chosen_TK
+
+            hooks.append(router.register_forward_hook(routed))
+        ids = torch.tensor(np.concatenate([one.prompt, one.ids]).astype(np.int64))
+        logps_T = model(ids[None]).logits[0, len(one.prompt) - 1 : -1].log_softmax(-1)
+        own_T = logps_T.gather(1, ids[len(one.prompt) :, None])
+        (-one.advantage * own_T.sum() / total).backward()
+        for hook in hooks:
+            hook.remove()
+    return float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
