@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation
 from megabatch.data.rows.ranked import Said as Text
@@ -13,7 +15,7 @@ from megabatch.data.rows.ranked import ranked_of
 from megabatch.data.rows.turns import Message
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.labelled import Said
-from megabatch.data.tokens.sample import Item
+from megabatch.data.tokens.sample import Encoded, Item
 
 FITS = "fits"
 """Column: 1 for a document that fits the query, 0 for another."""
@@ -35,7 +37,14 @@ class Candidates:
         places = [str(row.origin) for row, _ in said]
         encoded = iter(self._said.encode([one for _, one in said], places=places, remarks=remarks))
         fits = [[1.0] * len(of.positives) + [0.0] * len(of.negatives) for of in ranked]
-        return [[next(encoded)._replace(columns={FITS: one}) for one in item] for item in fits]
+        return [[_judged_at_its_end(next(encoded), one) for one in item] for item in fits]
+
+
+def _judged_at_its_end(document: Encoded, fits: float) -> Encoded:
+    """The last token alone counts, so that documents may share the tokens of their query."""
+    weights = np.zeros_like(document.weights)
+    weights[-1:] = 1
+    return document._replace(weights=weights, columns={FITS: fits})
 
 
 def _turns(said: Text, role: str) -> list[Message]:
