@@ -103,6 +103,9 @@ def vllm_computes_these_heads(recipe: Recipe, shape: ModelShape | None, layout: 
         nearest = sorted(known, key=lambda size: (abs(size - heads), size))[:2]
         rule = "is a head dimension that vLLM 0.32 does not compute; use vllm_mode=None"
         yield Fault("model.kv_channels", heads, rule, try_=nearest)
+    elif shape.model_type == "qwen2" and heads * shape.num_attention_heads != shape.hidden_size:
+        rule = "is another head dimension than hidden_size / num_attention_heads, and vLLM 0.32 gives qwen2 no other"
+        yield Fault("model.kv_channels", heads, rule, try_=(shape.hidden_size // shape.num_attention_heads,))
 
 
 def engines_divide_the_ranks(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
