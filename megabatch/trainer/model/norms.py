@@ -38,16 +38,16 @@ class _CpuRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight_D, inverse)
-        return (x * inverse).mul_(weight_D)
+        normed = x * inverse
+        ctx.save_for_backward(normed, weight_D, inverse)
+        return normed * weight_D
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
-        x, weight_D, inverse = ctx.saved_tensors
-        normed = x * inverse
+        normed, weight_D, inverse = ctx.saved_tensors
         product = grad * normed
-        mean = (product @ weight_D).div_(x.shape[-1]).unsqueeze(-1)
+        mean = (product @ weight_D).div_(normed.shape[-1]).unsqueeze(-1)
         grad_x = (grad * weight_D).addcmul_(normed, mean, value=-1).mul_(inverse)
         return grad_x, product.flatten(0, -2).sum(0), None
 

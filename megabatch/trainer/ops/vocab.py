@@ -129,31 +129,44 @@ class _TokenLogps(torch.autograd.Function):
         max_T, sums_2T = _maxima(logits_TV, shard), _empty_fp32(logits_TV, (2,))
         local_T = targets_T - shard.start
         mine_T = (local_T >= 0) & (local_T < shard.real)
+        # a CPU takes long for exponentials: its backward gets these in place of the logits
+        keeps = ctx.needs_input_grad[0] and logits_TV.device.type == "cpu"
+        powers_TV = logits_TV.new_empty((len(logits_TV), shard.real), dtype=torch.float32) if keeps else None
         for rows in row_chunks(logits_TV):
-            part = torch.sub(logits_TV[rows, : shard.real], max_T[rows, None])  # fp32, with no copy of the rows before
+            out = None if powers_TV is None else powers_TV[rows]
+            # fp32, with no copy of the rows before
+            part = torch.sub(logits_TV[rows, : shard.real], max_T[rows, None], out=out)
             part = part if scale == 1.0 else part.mul_(scale)
             sums_2T[1, rows] = _picked(part, local_T[rows]).where(mine_T[rows], 0.0) if shard.real else 0.0
             sums_2T[0, rows] = part.exp_().sum(dim=1)
         if shard.is_split:
             dist.all_reduce(sums_2T, group=shard.group)
         log_sum_T = sums_2T[0].log()
-        ctx.save_for_backward(logits_TV, local_T, mine_T, max_T * scale + log_sum_T)
-        ctx.real, ctx.scale = shard.real, scale
+        if powers_TV is None:
+            ctx.save_for_backward(logits_TV, local_T, mine_T, max_T * scale + log_sum_T)
+        else:
+            ctx.save_for_backward(powers_TV, local_T, mine_T, sums_2T[0])
+        ctx.real, ctx.scale, ctx.keeps = shard.real, scale, keeps
+        ctx.like = logits_TV.shape, logits_TV.dtype
         return sums_2T[1] - log_sum_T
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad_T = grads[0] * ctx.scale
-        logits_TV, local_T, mine_T, logsumexp_T = ctx.saved_tensors
+        saved_TV, local_T, mine_T, total_T = ctx.saved_tensors
         real: int = ctx.real
-        out_TV = torch.empty_like(logits_TV)
+        shape, dtype = ctx.like
+        out_TV = saved_TV.new_empty(shape, dtype=dtype)
         out_TV[:, real:] = 0.0
-        for rows in row_chunks(logits_TV) if real else ():
-            part, into = logits_TV[rows, :real], out_TV[rows, :real]
+        for rows in row_chunks(out_TV) if real else ():
+            part, into = saved_TV[rows, :real], out_TV[rows, :real]
             # fp32 gradients are computed where they go, others in a temporary of their chunk
             out = into if into.dtype == torch.float32 else None
-            grad = torch.add(-logsumexp_T[rows, None], part, alpha=ctx.scale, out=out)
-            grad.exp_().mul_(-grad_T[rows, None])
+            if ctx.keeps:
+                grad = torch.mul(part, (-grad_T[rows] / total_T[rows])[:, None], out=out)
+            else:
+                grad = torch.add(-total_T[rows, None], part, alpha=ctx.scale, out=out)
+                grad.exp_().mul_(-grad_T[rows, None])
             grad.scatter_add_(1, _index(local_T[rows], real), (grad_T[rows] * mine_T[rows])[:, None])
             if grad is not into:
                 into.copy_(grad)
