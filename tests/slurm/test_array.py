@@ -103,7 +103,7 @@ def test_one_element_is_an_array_and_slurm_holds_our_text(
 
 
 def test_no_more_run_at_a_time_than_asked(slurm: PrivateCluster, tmp_path: Path, scontrol: Callable[..., str]) -> None:
-    jobs = [_job(tmp_path / str(number), "seconds=60") for number in range(5)]
+    jobs = [_job(tmp_path / str(number), "until_attempt=1") for number in range(5)]
     array_id = _submit(_array(tmp_path / "array", jobs, max_parallel=2))
 
     def states() -> list[State]:

@@ -195,7 +195,7 @@ def test_links_do_not_burn_the_queue_after_a_failure(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.slurm
 def test_a_run_in_links_is_cancelled_whole(tmp_path: Path) -> None:
-    run = chained(tmp_path, "run", options={"seconds": 60}, spec={"links": 3, "requeue": False})
+    run = chained(tmp_path, "run", options={"until_attempt": 1}, spec={"links": 3, "requeue": False})
     ids = submit_all([run])["run"]
     Submitted(run.run, ids[0]).wait_listening()
     assert cancel(run.run.path) == ", ".join(ids)

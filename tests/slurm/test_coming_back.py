@@ -32,7 +32,7 @@ def codes(job: Submitted) -> list[int]:
 
 
 def test_a_killed_rank_puts_the_job_back_until_attempts_make_no_progress(submit_payload: Submit) -> None:
-    options = {"fail_rank": 1, "fail": "kill", "seconds": 30, "save_until": 2}
+    options = {"fail_rank": 1, "fail": "kill", "until_attempt": 9, "save_until": 2}
     job = submit_payload(profile=NODES, nodes=2, max_requeues_without_progress=1, options=options)
     end = job.wait()
     assert (end.state, end.exit_code, end.attempt) == (State.FAILED, 137, 3)

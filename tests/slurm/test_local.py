@@ -123,7 +123,7 @@ def rank_pids(job: JobSpec) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_asks_to_stop_and_75_stays_75(job: JobSpec, number: signal.Signals) -> None:
-    process = launch(job, seconds=60)
+    process = launch(job, until_attempt=1)
     until(lambda: listening(job))
     process.send_signal(number)
     assert process.wait(300) == 75
@@ -148,7 +148,7 @@ def test_a_second_signal_kills(job: JobSpec) -> None:
 
 
 def test_ranks_die_with_a_killed_launcher(job: JobSpec) -> None:
-    process = launch(job, seconds=60)
+    process = launch(job, until_attempt=1)
     until(lambda: listening(job))
     process.kill()
     process.wait()

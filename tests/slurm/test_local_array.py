@@ -67,7 +67,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.local_array import run_local_array
 from megabatch.slurm.profile import ClusterProfile
 jobs = [JobSpec(name=name, run_directory=Path({folder!r}, name), python=sys.executable,
-                arguments=({payload!r}, "seconds=60")) for name in "abc"]
+                arguments=({payload!r}, "until_attempt=1")) for name in "abc"]
 print(*map(int, run_local_array(jobs, ClusterProfile(), max_parallel=2, report=lambda job, text: None)))
 """
 

@@ -78,7 +78,7 @@ def test_ranks_start_once_all_servers_answer_and_end_the_job(tmp_path: Path) -> 
 def test_the_token_is_random_and_nowhere_but_in_their_environment(
     tmp_path: Path, scontrol: Callable[..., str]
 ) -> None:
-    run = submitted(job_of(tmp_path, client={"seconds": 60}))
+    run = submitted(job_of(tmp_path, client={"until_attempt": 1}))
     started(run)
     tokens, lines = set(), []
     for entry in Path("/proc").iterdir():
@@ -103,7 +103,7 @@ def test_the_token_is_random_and_nowhere_but_in_their_environment(
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.slurm
 def test_a_server_that_dies_has_the_ranks_save_and_the_job_fails_of_it(tmp_path: Path) -> None:
-    job = job_of(tmp_path, server={"dies_s": 4}, client={"seconds": 60})
+    job = job_of(tmp_path, server={"dies_after": 2}, client={"until_attempt": 1})
     run = submitted(replace(job, requeue=False))
     end = run.wait()
     assert (end.state, end.exit_code) == (State.FAILED, 9)
@@ -124,7 +124,7 @@ def test_a_server_that_dies_has_the_ranks_save_and_the_job_fails_of_it(tmp_path:
 @pytest.mark.slurm
 def test_a_job_with_roles_comes_back(tmp_path: Path) -> None:
     """Once because its server died, as failures that may pass do; with a new server it ends well."""
-    run = submitted(job_of(tmp_path, server={"dies_s": 3, "dies_until": 1}, client={"seconds": 4}))
+    run = submitted(job_of(tmp_path, server={"dies_after": 2, "dies_until": 1}, client={"until_attempt": 1}))
     end = run.wait()
     assert (end.state, end.attempt) == (State.COMPLETED, 1)
     assert [ending.exit_code for ending in read_records(run.run)[0].endings] == [9, 0]
@@ -174,7 +174,7 @@ def test_roles_on_this_machine(tmp_path: Path) -> None:
 
 def test_a_server_that_dies_on_this_machine(tmp_path: Path) -> None:
     terminal = io.BytesIO()
-    job = job_of(tmp_path, server={"dies_s": 1.5}, client={"seconds": 60})
+    job = job_of(tmp_path, server={"dies_after": 2}, client={"until_attempt": 1})
     assert run_local(job, terminal=terminal) == 9
     said = terminal.getvalue().decode()
     assert (
@@ -184,7 +184,7 @@ def test_a_server_that_dies_on_this_machine(tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_save_after_their_server_died_are_ended(tmp_path: Path) -> None:
-    job = job_of(tmp_path, server={"dies_s": 1}, client={"seconds": 60, "deaf": 1})
+    job = job_of(tmp_path, server={"dies_after": 2}, client={"until_attempt": 1, "deaf": 1})
     assert run_local(replace(job, signal_delay_s=1), terminal=io.BytesIO()) == 9
     assert "stopped" not in job.files.rank_log(0, 0).read_text()
 

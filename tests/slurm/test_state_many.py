@@ -32,7 +32,7 @@ from .conftest import PAYLOAD, Submit, payload_spec, until
 @pytest.fixture
 def sweep(slurm: object, tmp_path: Path) -> list[RunDirectory]:
     """Three elements of one array that run until they are asked to stop, and run.json in each."""
-    options = (str(PAYLOAD), "seconds=100")
+    options = (str(PAYLOAD), "until_attempt=1000")
     jobs = [
         replace(payload_spec(tmp_path), run_directory=tmp_path / "sweep" / name, arguments=options, requeue=False)
         for name in ("a", "b", "c")
@@ -126,7 +126,7 @@ def test_a_local_run_is_known_by_its_launcher_and_cancelled(tmp_path: Path) -> N
         "import sys; from pathlib import Path\nfrom megabatch.slurm.job import JobSpec\n"
         "from megabatch.slurm.local import run_local\n"
         f"sys.exit(run_local(JobSpec(name='x', run_directory=Path({str(job.run_directory)!r}), python=sys.executable,"
-        f" arguments=({str(PAYLOAD)!r}, 'seconds=60'))))"
+        f" arguments=({str(PAYLOAD)!r}, 'until_attempt=1000'))))"
     )
 
     job.files.run_json.write_text("{}")
@@ -141,11 +141,11 @@ def test_a_local_run_is_known_by_its_launcher_and_cancelled(tmp_path: Path) -> N
 
 FAILING = """
 import os, sys, time
-time.sleep(0.5)
 if os.environ["RANK"] == "2":
     print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", file=sys.stderr)
     sys.exit(70)
-time.sleep(1)
+while not os.path.exists(os.environ["MEGABATCH_FAILED"]):
+    time.sleep(0.05)  # the others lose their peer once it has ended
 print("RuntimeError: [pair.cc:534] Connection closed by peer [127.0.0.1]:4242", file=sys.stderr)
 sys.exit(70)
 """
@@ -167,7 +167,7 @@ def test_why_names_rank_node_and_cause(slurm: object, tmp_path: Path, capsys: py
 
 @pytest.mark.slurm
 def test_why_without_an_attempt(slurm: object, submit_payload: Submit, capsys: pytest.CaptureFixture[str]) -> None:
-    first = submit_payload(options={"seconds": 60})
+    first = submit_payload(options={"until_attempt": 1})
     waiting = submit_payload(
         run_directory=first.run.path.with_name("second"),
         profile=ClusterProfile(sbatch={"dependency": f"afterok:{first.job_id}"}),

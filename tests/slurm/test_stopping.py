@@ -57,7 +57,7 @@ def test_a_warning_before_the_ranks_start_starts_none(submit_payload: Submit) ->
 
 
 def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Submit) -> None:
-    job = submit_payload(nodes=2, options={"until_attempt": 1, "seconds": 60})
+    job = submit_payload(nodes=2, options={"until_attempt": 2})
     job.wait_listening(ranks=2)
     assert cancel(job.run.path) == job.job_id
     end = job.wait()
@@ -75,6 +75,7 @@ def test_a_cancelled_run_saves_and_stays_away_until_resumed(submit_payload: Subm
     assert [record.job_id for record in read_records(job.run)] == [job.job_id, second]
     assert [[start.attempt for start in record.starts] for record in read_records(job.run)] == [[0], [1]]
     assert len(job.said(0)) == 2 and "SLURM_RESTART_COUNT" not in job.said(0, 1)[0]["environment"]
+    subprocess.run(["scancel", second], check=True)
 
 
 def test_preemption_requeues_through_slurm(submit_payload: Submit) -> None:
