@@ -102,8 +102,10 @@ def compare(case: Case, folder: Path) -> list[Figure]:
             with ours.metrics:
                 return _alone(run, ours, case)
         batches = _rows(ours.parts.steps.after({}, ours.engine), case, ranks.device)
+        config = transformer_config(run.recipe, run.shape, virtual_size=None)
+        config.use_te_activation_func = False  # megatron-core's own SwiGLU
         bare = BareLoop(
-            transformer_config(run.recipe, run.shape, virtual_size=None),
+            config,
             run.shape,
             ours.engine.model.chunks[0].state_dict(),
             vocab_size=ours.engine.model.padded_vocab_size,

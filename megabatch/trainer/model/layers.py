@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megabatch.plan.shape import ModelShape
+from megabatch.trainer.model.activation import swiglu
 from megabatch.trainer.model.attention import PackedAttention
 from megabatch.trainer.model.norms import LayerNorm, RMSNorm
 
@@ -84,9 +85,12 @@ def _local_layer(config: TransformerConfig, *, norm: type, moe: bool, output_bia
     attention.core_attention = PackedAttention
     if output_bias:
         attention.linear_proj = BiasedRowParallelLinear
-    if mlp_bias and not moe:
+    if not moe:
         mlp: Any = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules
-        mlp.linear_fc1, mlp.linear_fc2 = BiasedColumnParallelLinear, BiasedRowParallelLinear
+        if mlp_bias:
+            mlp.linear_fc1, mlp.linear_fc2 = BiasedColumnParallelLinear, BiasedRowParallelLinear
+        if config.use_te_activation_func:
+            mlp.activation_func = swiglu
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
     if moe:

@@ -45,7 +45,15 @@ def transformer_config(recipe: Recipe, shape: ModelShape, *, virtual_size: int |
     config.variable_seq_lengths = (
         recipe.parallel.pipeline_model_parallel_size > 1 and not recipe.data.pad_to_max_length
     )
+    if _takes_own_activation(config):
+        config.use_te_activation_func = True  # megatron-core's name for one that a layer's spec brings: see `layers`
     return config
+
+
+def _takes_own_activation(config: TransformerConfig) -> bool:
+    """Whether dense layers are plain SwiGLU on CPUs, of a model without experts, whose activation stays as it is."""
+    plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0
+    return plain and config.num_moe_experts is None and not torch.cuda.is_available()
 
 
 def own_values(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -> dict[str, Any]:
