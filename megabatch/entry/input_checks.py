@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megabatch.data.rows import files, names
 from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.rows.files import Origin
 from megabatch.data.tokens import tokenizer
+from megabatch.data.tokens.default_templates import OWN_TEMPLATES
 from megabatch.entry.model import FoundModel, fault_of, nearest_folder
 from megabatch.entry.other_models import damaged_other_models, other_model_faults
 from megabatch.entry.paths import NUMBERED
@@ -65,7 +67,8 @@ def damaged_inputs(recipe: Recipe, model: FoundModel, *, trains: bool = True) ->
         rows = rows or _too_few(recipe, known) + _one_kind(recipe, known, kinds)
     rows += _datasets(recipe, count, fields=("val_dataset",))
     readable = list(_tokenizer(recipe, model, tokenizer.check_readable))
-    return [*rows, *(readable or _answers(recipe, model)), *_weights(recipe, model), *damaged_other_models(recipe)]
+    readable = readable or [*_answers(recipe, model), *_template_variables(recipe, model)]
+    return [*rows, *readable, *_weights(recipe, model), *damaged_other_models(recipe)]
 
 
 def unwritable(run_directory: Path) -> list[Fault]:
@@ -244,6 +247,20 @@ def _answers(recipe: Recipe, model: FoundModel) -> list[Fault]:
         for name, token in answers.items()
         if entries is not None and token not in entries
     ]
+
+
+def _template_variables(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
+    """Those that the chat template does not even mention; whether it reads the others is seen when it is compiled."""
+    folder, data = _tokenizer_folder(recipe, model), recipe.data
+    if not data.template_variables or (folder is None and data.template is None and recipe.model.model):
+        return
+    texts = tokenizer.template_texts(folder) if folder is not None and data.template is None else []
+    texts = texts or list(OWN_TEMPLATES.values())
+    for name in data.template_variables:
+        if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in texts):
+            field = "enable_thinking" if name == "enable_thinking" and data.enable_thinking is not None else None
+            rule = f"gives the chat template {name}, which it does not read; leave it out"
+            yield Fault(f"data.{field or 'chat_template_kwargs'}", data.template_variables[name], rule)
 
 
 def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:

@@ -217,10 +217,12 @@ def test_a_run_gives_its_templates_variables_and_rows_may_give_others() -> None:
 
 def test_variables_that_the_template_does_not_read_are_refused() -> None:
     with pytest.raises(
-        DataError, match=r"sets enable_thinkin, which chat template .* does not read; try enable_think"
+        DataError, match=r"gives chat templates enable_thinkin, which chat template .* does not read; try enable_think"
     ):
         Template(tokenizer("byte_level", "qwen3"), variables={"enable_thinkin": False})
-    with pytest.raises(DataError, match="sets enable_thinking, which chat template chatml does not read; leave it"):
+    with pytest.raises(
+        DataError, match="gives chat templates enable_thinking, which chat template chatml does not read; leave it"
+    ):
         Template(tokenizer("byte_level", "qwen3"), name="chatml", variables={"enable_thinking": False})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -261,3 +262,18 @@ def test_vllm_inside_the_ranks_is_looked_for_before_the_queue(recipe: Recipe, tm
     for local in (True, False):
         assert [one[: len(fault)] for one in found(ClusterProfile(), local=local)] == expected
     assert found(ClusterProfile(python="/elsewhere/bin/python"), local=False) == []
+
+
+def test_variables_that_no_chat_template_mentions_are_refused(recipe: Recipe) -> None:
+    def faults(**data: Any) -> list[str]:
+        return _faults(replace(recipe, data=replace(recipe.data, **data)))
+
+    assert recipe.model.model is not None
+    folder = Path(recipe.model.model)
+    rule = "gives the chat template enable_thinking, which it does not read; leave it out"
+    assert faults(enable_thinking=False) == [f"data.enable_thinking=False {rule}"]
+    (folder / "chat_template.jinja").write_text("{% if enable_thinking %}{% endif %}")
+    assert faults(enable_thinking=False) == []
+    assert faults(enable_thinking=False, template="chatml") == [f"data.enable_thinking=False {rule}"]
+    (fault,) = faults(chat_template_kwargs={"enable_thinkin": 1})
+    assert fault.startswith("data.chat_template_kwargs=1 gives the chat template enable_thinkin, which")

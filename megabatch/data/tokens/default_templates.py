@@ -64,6 +64,10 @@ PLAIN = (
 """For base models without chat tokens: `User: …\\nAssistant: …<eos>\\n`."""
 
 
+OWN_TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
+"""By name in `data.template`."""
+
+
 def with_bos(source: str) -> str:
     """The template for a tokenizer that puts BOS before every text."""
     return "{{- bos_token }}" + source

@@ -20,7 +20,7 @@ from megabatch.data.rows.turns import Message
 from megabatch.data.tokens.aligning import Aligner, Text
 from megabatch.data.tokens.assistant_spans import answer
 from megabatch.data.tokens.control_tokens import ESCAPED, ControlTokens, Spelling
-from megabatch.data.tokens.default_templates import CHATML, PLAIN, with_bos
+from megabatch.data.tokens.default_templates import OWN_TEMPLATES, with_bos
 from megabatch.data.tokens.fitting import Fitting
 from megabatch.data.tokens.locating import Locator, Part
 from megabatch.data.tokens.new_tokens import of_the_data
@@ -32,8 +32,6 @@ from megabatch.errors import DataError
 from megabatch.loss_scales import LossScale, parse
 
 log = logging.getLogger(__name__)
-
-_OWN = {"chatml": CHATML, "plain": PLAIN}
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 _LEFT_OUT = "the template omits the text beside a call"
@@ -92,7 +90,7 @@ class Template:
             if name not in read:
                 close = difflib.get_close_matches(name, read - {"tools", "documents"}, n=1)
                 raise DataError(
-                    f"data.chat_template_kwargs sets {name}, which chat template {self.name} does not read"
+                    f"the run gives chat templates {name}, which chat template {self.name} does not read"
                     + (f"; try {close[0]}" if close else "; leave it out")
                 )
 
@@ -224,7 +222,9 @@ class Template:
         try:
             return text_of(conversation)
         except DataError as e:
-            others = " or ".join(name for name in _OWN if name != self.name and _lack(self.tokenizer, name) is None)
+            others = " or ".join(
+                name for name in OWN_TEMPLATES if name != self.name and _lack(self.tokenizer, name) is None
+            )
             raise DataError(
                 f"{place}: chat template {self.name} cannot be used on it: {e}"
                 + (f"; check the row, or set data.template to {others}" if others and "data." not in str(e) else "")
@@ -384,10 +384,10 @@ def _sources(tokenizer: Any, name: str | None) -> tuple[str, dict[str, str]]:
     """Name and Jinja sources of the requested or default template; the source `tool_use` is for rows with tools."""
     if name is None:
         return _default(tokenizer)
-    if name not in _OWN:
-        close = difflib.get_close_matches(name, _OWN, n=1)
+    if name not in OWN_TEMPLATES:
+        close = difflib.get_close_matches(name, OWN_TEMPLATES, n=1)
         raise DataError(
-            f"data.template={name!r} is unknown; try {close[0] if close else ' or '.join(_OWN)}, "
+            f"data.template={name!r} is unknown; try {close[0] if close else ' or '.join(OWN_TEMPLATES)}, "
             f"or leave it unset for the tokenizer's own chat template"
         )
     if lack := _lack(tokenizer, name):
@@ -411,7 +411,7 @@ def _default(tokenizer: Any) -> tuple[str, dict[str, str]]:
 
 
 def _own(tokenizer: Any, name: str) -> str:
-    source = _OWN[name]
+    source = OWN_TEMPLATES[name]
     return with_bos(source) if _adds_bos(tokenizer) else source
 
 
@@ -433,6 +433,6 @@ def _lack(tokenizer: Any, name: str) -> str | None:
 
 
 def _advice(tokenizer: Any, name: str) -> str:
-    usable = [own for own in _OWN if _lack(tokenizer, own) is None and own != name]
+    usable = [own for own in OWN_TEMPLATES if _lack(tokenizer, own) is None and own != name]
     other = f"set data.template to {' or '.join(usable)}, which reads them, or " if usable else ""
     return f'{other}drop the field (data.columns={{"tools": "_"}} leaves a column out)'

@@ -60,6 +60,16 @@ def check_readable(folder: Path | str) -> None:
             raise DataError(f"model.tokenizer: {path} is not valid JSON ({e}); download it again") from e
 
 
+def template_texts(folder: Path | str) -> list[str]:
+    """All chat templates among a tokenizer's files, as text, wherever transformers looks for them."""
+    files = [*Path(folder).glob("chat_template.*"), *Path(folder).glob("additional_chat_templates/*")]
+    found = [path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file()]
+    config = Path(folder) / "tokenizer_config.json"
+    if config.is_file() and (own := json.loads(config.read_bytes()).get("chat_template")):
+        found.append(own if isinstance(own, str) else json.dumps(own))
+    return found
+
+
 NO_ENTRY = "is no entry of the tokenizer's vocabulary; name one as tokenizer.json spells it"
 
 
