@@ -11,7 +11,7 @@ from torch import nn
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _LOCAL_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.*)$")
 _GROUPED_EXPERT = re.compile(r"^(mlp\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)$")
-_ADAPTER = re.compile(r"^(.*)\.lora\.(\w+)\.([AB])$")
+_ADAPTER = re.compile(r"^(.*)\.lora\.(\w+)\.(?:(\d+)\.)?([AB])$")
 
 
 def unwrap(chunk: nn.Module) -> Any:
@@ -39,13 +39,21 @@ def named_parameters(
 
 
 def named_layers(chunk: Any, *, first_expert: int) -> list[tuple[str, int | None, nn.Module]]:
-    """(canonical name of its weight, expert or None, layer) for every module of a bare model that has a weight."""
+    """(canonical name of a weight, expert or None, layer) for every module of a bare model that has a weight; a layer
+    of several experts comes once for each of them."""
     found = []
     for name, module in chunk.named_modules():
-        if module._parameters.get("weight") is not None:
-            canonical, expert = _canonical(f"{name}.weight", chunk)
+        for weight in weight_names(module):
+            canonical, expert = _canonical(f"{name}.{weight}", chunk)
             found.append((canonical, None if expert is None else first_expert + expert, module))
     return found
+
+
+def weight_names(layer: Any) -> list[str]:
+    """Names of a layer's matrices: `weight`, or those of its experts if one layer is all of a rank's."""
+    if layer._parameters.get("weight") is not None:
+        return ["weight"]
+    return [f"weight{i}" for i in range(getattr(layer, "num_gemms", 0))]
 
 
 def adapter_name(weight: str, side: str) -> str:
@@ -62,7 +70,7 @@ def is_of_adapter(name: str) -> bool:
 def _of_adapter(name: str) -> tuple[str, str | None, str | None]:
     """(name of the layer's weight, adapter, matrix); for a parameter of no adapter, (its name, None, None)."""
     match = _ADAPTER.match(name)
-    return (name, None, None) if match is None else (f"{match[1]}.weight", match[2], match[3])
+    return (name, None, None) if match is None else (f"{match[1]}.weight{match[3] or ''}", match[2], match[4])
 
 
 def _canonical(name: str, model: Any) -> tuple[str, int | None]:

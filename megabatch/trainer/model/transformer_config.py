@@ -118,8 +118,8 @@ def transformer_impl(recipe: Recipe, shape: ModelShape) -> str:
         return wanted
     if recipe.rlhf.share_prompts:
         why = "they alone compute a prompt once for all its answers"
-    elif recipe.tuner.tuner_type == "lora":
-        why = "LoRA is built for these alone"
+    elif recipe.tuner.tuner_type == "lora" and recipe.tuner.lora_bias == "all":
+        why = "biases beside frozen weights have their gradients there"
     elif importlib.util.find_spec("transformer_engine") is None:
         why = "transformer-engine is not installed"
     elif not torch.cuda.is_available():

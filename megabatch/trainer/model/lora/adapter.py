@@ -68,7 +68,7 @@ class Adapter(nn.Module):
 
     def forward(self, x_TI: Tensor, out_TO: Tensor) -> Tensor:
         """Returns: `out` plus the adapter's term, [..., O]."""
-        z_TR = self._exchanged(functional.linear(self._dropped(x_TI), self.A))
+        z_TR = self._exchanged(functional.linear(self.dropped(x_TI), self.A))
         added = torch.addmm(_flat(out_TO), _flat(z_TR), self.wide_b().t(), alpha=self.scale)
         return added.view_as(out_TO)
 
@@ -88,7 +88,7 @@ class Adapter(nn.Module):
         """Marks how megatron-core reduces each matrix's gradient and counts it in the norm."""
         raise NotImplementedError
 
-    def _dropped(self, x_TI: Tensor) -> Tensor:
+    def dropped(self, x_TI: Tensor) -> Tensor:
         if not (self.dropout and self.training):
             return x_TI
         with self._generator():

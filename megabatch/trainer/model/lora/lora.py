@@ -17,7 +17,7 @@ from megabatch.converters.mapping import Mapped
 from megabatch.errors import ConfigError, ConversionError
 from megabatch.trainer.model.lora.adapter import Embedding, Place
 from megabatch.trainer.model.lora.layers import TRAINED, adapter_type, add_adapter
-from megabatch.trainer.model.naming import named_layers
+from megabatch.trainer.model.naming import named_layers, weight_names
 from megabatch.trainer.ranks import Ranks
 
 
@@ -52,7 +52,8 @@ class Lora:
             kind = adapter_type(layer)
             place = _place(layer, config, ranks, is_expert=expert is not None, padded_vocab=padded_vocab)
             dropout = 0.0 if kind is Embedding else self.dropout
-            adapter = kind(target, layer.weight, place, scale=scale, dropout=dropout)
+            like = getattr(layer, weight_names(layer)[0])
+            adapter = kind(target, like, place, scale=scale, dropout=dropout)
             add_adapter(layer, name, adapter)
 
 
