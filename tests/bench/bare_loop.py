@@ -93,6 +93,18 @@ class BareLoop:
         config.grad_scale_func = self.optimizer.scale_loss
         self.schedule = get_forward_backward_func()
 
+    def free(self) -> None:
+        """Gives its memory back; a graph of torch's keeps the model itself alive."""
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        held = [one.optimizer for one in chained]
+        kept = [tensor for one in held for state in one.state.values() for tensor in state.values()]
+        kept += [tensor for one in held for group in one.param_groups for tensor in group["params"]]
+        for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
+            kept += [buffer.param_data, buffer.grad_data]
+        for tensor in kept:
+            if isinstance(tensor, Tensor):
+                tensor.untyped_storage().resize_(0)
+
     def step(self, batches: Sequence[Rows]) -> tuple[float, float]:
         """Loss and gradient norm of one optimizer step over these micro-batches."""
         rows, length = batches[0][0].shape

@@ -115,6 +115,7 @@ def compare(case: Case, folder: Path) -> list[Figure]:
         )
         with ours.metrics:
             pairs = _pairs(ours, bare, batches, case)
+            bare.free()
             del bare, batches
             alone = _alone(run, ours, case) if ranks.device.type == "cuda" else []
     ours_ms, bare_ms = (1e3 * median([pair[side].wall_s for pair in pairs]) for side in (0, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def train_in_processes(run_dir: Path, *, world_size: int = 1) -> None:
             process.kill()
     for rank, code in enumerate(codes):
         assert code == 0, f"rank {rank} ended with {code}:\n{_log(run_dir, rank).read_text()[-4000:]}"
+
+
+def train_at_once(*run_dirs: Path) -> None:
+    """Trains runs of one process beside each other."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(train_in_processes, run_dirs))
 
 
 def _start(run_dir: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:

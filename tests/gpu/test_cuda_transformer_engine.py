@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cuda_runs import cuda_run, python_path, require_gpus, train_in_processes
+from cuda_runs import cuda_run, python_path, require_gpus, train_at_once, train_in_processes
 from runs import curve, evaluations
 
 pytestmark = pytest.mark.skipif(
@@ -28,12 +28,12 @@ LORA: dict[str, Any] = {
 }
 
 
-def trained(folder: Path, name: str, model: str, impl: str, *, world_size: int = 1, **groups: dict[str, Any]) -> Path:
-    """A run in processes of its own; one of Transformer Engine's layers says nothing of local ones."""
-    run = cuda_run(folder, name, model, world_size=world_size, kernels={"transformer_impl": impl}, **groups)
-    train_in_processes(run, world_size=world_size)
-    assert "local layers" not in (run / "log.0").read_text() or impl == "local"
-    return run
+def made(folder: Path, name: str, model: str, impl: str, **groups: Any) -> Path:
+    return cuda_run(folder, name, model, kernels={"transformer_impl": impl}, **groups)
+
+
+def uses_local_layers(run: Path) -> bool:
+    return "local layers" in (run / "log.0").read_text()
 
 
 @pytest.mark.parametrize("model", ["qwen3", "qwen3_moe"])
@@ -57,32 +57,38 @@ def test_adapters_add_their_term_to_every_kind_of_layer(model: str, tmp_path: Pa
 @pytest.mark.parametrize("model", ["qwen2", "qwen3_moe"])
 def test_adapters_train_as_on_local_layers_and_load_there(model: str, tmp_path: Path) -> None:
     groups: dict[str, Any] = {"model": HALF, "tuner": LORA, "bridge": {"merge_lora": False}}
-    runs = {impl: trained(tmp_path, impl, model, impl, **groups) for impl in ("local", "transformer_engine")}
-    for (step, loss, norm), (_, its_loss, its_norm) in zip(*(curve(run) for run in runs.values()), strict=True):
+    local, other = (made(tmp_path, impl, model, impl, **groups) for impl in ("local", "transformer_engine"))
+    train_at_once(local, other)
+    assert not uses_local_layers(other)
+    for (step, loss, norm), (_, its_loss, its_norm) in zip(curve(other), curve(local), strict=True):
         assert (loss, norm) == (pytest.approx(its_loss, rel=2e-2), pytest.approx(its_norm, rel=5e-2)), f"step {step}"
-    losses = [loss for _, loss in evaluations(runs["transformer_engine"])]
+    losses = [loss for _, loss in evaluations(other)]
     assert losses[-1] < losses[0] - 0.02
-    load = {**LORA, "adapter_load": str(runs["transformer_engine"] / "checkpoints" / "step_00000004")}
-    crossed = trained(
-        tmp_path, "crossed", model, "local", **{**groups, "tuner": load, "checkpoint": {"finetune": True}}
-    )
+    load = {**LORA, "adapter_load": str(other / "checkpoints" / "step_00000004")}
+    crossed = made(tmp_path, "crossed", model, "local", **{**groups, "tuner": load, "checkpoint": {"finetune": True}})
+    train_in_processes(crossed)
     assert evaluations(crossed)[0][1] == pytest.approx(losses[-1], rel=1e-2)
 
 
 @pytest.mark.parametrize("how", ["p2p", "a2a"])
 def test_context_parallel_losses_are_those_of_one_process(how: str, tmp_path: Path) -> None:
     require_gpus(2)
-    alone = trained(tmp_path, "alone", "qwen3", "transformer_engine", model=HALF)
+    alone = made(tmp_path, "alone", "qwen3", "transformer_engine", model=HALF)
     parallel = {"context_parallel_size": 2, "cp_comm_type": how}
-    split = trained(tmp_path, how, "qwen3", "transformer_engine", world_size=2, model=HALF, parallel=parallel)
+    split = made(tmp_path, how, "qwen3", "transformer_engine", world_size=2, model=HALF, parallel=parallel)
+    train_in_processes(alone)
+    train_in_processes(split, world_size=2)
+    assert not uses_local_layers(split)
     for (step, loss, norm), (_, its_loss, its_norm) in zip(curve(split), curve(alone), strict=True):
         assert (loss, norm) == (pytest.approx(its_loss, rel=1e-2), pytest.approx(its_norm, rel=5e-2)), f"step {step}"
 
 
 def test_a_sliding_window_is_that_of_local_layers(tmp_path: Path) -> None:
     model = {**HALF, "window_size": "7,0"}
-    runs = [trained(tmp_path, impl, "qwen2", impl, model=model) for impl in ("local", "transformer_engine")]
-    whole = trained(tmp_path, "whole", "qwen2", "local", model=HALF)
-    for (step, loss, _), (_, expected, _) in zip(*map(curve, runs), strict=True):
+    local, other = (made(tmp_path, impl, "qwen2", impl, model=model) for impl in ("local", "transformer_engine"))
+    whole = made(tmp_path, "whole", "qwen2", "local", model=HALF)
+    train_at_once(local, other, whole)
+    assert not uses_local_layers(other)
+    for (step, loss, _), (_, expected, _) in zip(curve(other), curve(local), strict=True):
         assert loss == pytest.approx(expected, rel=1e-2), f"step {step}"
-    assert curve(whole)[0][2] != pytest.approx(curve(runs[1])[0][2], rel=1e-2), "the window is seen"
+    assert curve(whole)[0][2] != pytest.approx(curve(other)[0][2], rel=1e-2), "the window is seen"
