@@ -28,8 +28,8 @@ LORA: dict[str, Any] = {
 }
 
 
-def made(folder: Path, name: str, model: str, impl: str, **groups: Any) -> Path:
-    return cuda_run(folder, name, model, kernels={"transformer_impl": impl}, **groups)
+def made(folder: Path, name: str, kind: str, impl: str, /, **groups: Any) -> Path:
+    return cuda_run(folder, name, kind, kernels={"transformer_impl": impl}, **groups)
 
 
 def uses_local_layers(run: Path) -> bool:
