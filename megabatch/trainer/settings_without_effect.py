@@ -56,7 +56,7 @@ def note_settings_without_effect(recipe: Recipe, shape: ModelShape, *, is_main: 
         return
     for parameter in parameters(Recipe):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
-        reason = reason_without_effect(parameter, is_lora=recipe.tuner.tuner_type == "lora")
+        reason = reason_without_effect(parameter, trains_biases_alone=recipe.tuner.lora_bias == "all")
         default = False if parameter.default is None else parameter.default  # None was derived: nobody asked for False
         if reason is not None and value is not None and value != default:
             logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
@@ -69,15 +69,15 @@ def note_settings_without_effect(recipe: Recipe, shape: ModelShape, *, is_main: 
         )
 
 
-def reason_without_effect(parameter: Parameter, *, is_lora: bool) -> str | None:
+def reason_without_effect(parameter: Parameter, *, trains_biases_alone: bool) -> str | None:
     """Why a setting has no effect here; None if it has one."""
     if parameter.name in NEVER:
         return NEVER[parameter.name]
     cuda = torch.cuda.is_available()
     if parameter.name in CUDA and not cuda:
         return "there is no CUDA device"
-    if parameter.name in TRANSFORMER_ENGINE and is_lora:
-        return "LoRA is built for megatron-core's local layers alone"
+    if parameter.name in TRANSFORMER_ENGINE and trains_biases_alone:
+        return "lora_bias='all' trains biases beside frozen weights, which megatron-core's local layers alone do"
     if parameter.name in TRANSFORMER_ENGINE:
         if not cuda:
             return "there is no CUDA device"
