@@ -20,7 +20,10 @@ COMPUTING = (
 """Of megabatch.data; they import numpy."""
 TENSORS = ("advantages", "corrections", "entropy", "rounds", "sequences", "surrogates")
 """Of megabatch.rl; they import torch or numpy."""
-OF_VLLM = ("adapter", "colocated", "group", "kept_apart", "loading", "pool", "server", "serving", "teacher", "worker")
+OF_VLLM = (
+    "adapter", "colocated", "group", "kept_apart", "loading", "pool", "server", "serving", "stream", "teacher",
+    "worker",
+)  # fmt: skip
 """Of megabatch.rollout.vllm; they import torch or numpy, or what does."""
 WITH_TORCH = (
     "megabatch.trainer",

@@ -31,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Some tensors; the data is valid until the next bucket is asked for."""
+    """Some tensors; the data is valid until the next bucket is asked for, or the next but one where servers get it."""
 
     parts: tuple[Part, ...]
     data: memoryview

@@ -6,6 +6,7 @@ a tensor larger than a bucket is split, and all its buckets but the last hold it
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -87,24 +88,34 @@ def _in_order(mapped: Mapped, rows: Iterator[HfRows]) -> Iterable[HfRows]:
 class Room:
     """Memory for one bucket after the other: pages that no bucket reaches are never touched."""
 
-    def __init__(self, size: int) -> None:
-        self._size = max(size, ALIGN)
-        self._data: memoryview | None = None
+    def __init__(self, size: int, *, count: int = 1) -> None:
+        """Args: count: buckets whose data must be valid at a time."""
+        self._size, self._count = max(size, ALIGN), count
+        self._blocks: deque[memoryview] = deque()
 
-    @property
-    def data(self) -> memoryview:
-        if self._data is None:
-            self._data = np.empty(self._size, np.uint8).data
-        return self._data
+    def next(self) -> memoryview:
+        """For the next bucket."""
+        if len(self._blocks) < self._count:
+            self._blocks.append(np.empty(self._size, np.uint8).data)
+        else:
+            self._blocks.rotate(-1)
+        return self._blocks[-1]
 
 
 class _Filling:
     """The bucket being filled."""
 
     def __init__(self, room: Room) -> None:
-        self._data = room.data
+        self._room = room
+        self._block: memoryview | None = None
         self._parts: list[Part] = []
         self._used = 0
+
+    @property
+    def _data(self) -> memoryview:
+        if self._block is None:
+            self._block = self._room.next()
+        return self._block
 
     def make_room(self, size: int) -> Iterator[Bucket]:
         """For a tensor of this size, which begins now."""
@@ -136,4 +147,4 @@ class _Filling:
         if self._parts:
             data = self._data[: self._used]
             yield Bucket(tuple(self._parts), data)
-        self._parts, self._used = [], 0
+        self._block, self._parts, self._used = None, [], 0

@@ -84,7 +84,7 @@ def served(config_folder: Path) -> Iterator[Server]:
     port = free_port_block()
     words = server_command(options, host="127.0.0.1", port=port, on_cpus=True)
     log = open(config_folder / "server.log", "wb")  # noqa: SIM115 - the server's, as long as it lives
-    environment = {**os.environ, **server_environment(on_cpus=True), "HF_HUB_OFFLINE": "1"}
+    environment = {**server_environment(os.environ, dtype=options.dtype, on_cpus=True), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [vllm_python(), *words[1:]], env=environment, stdout=log, stderr=log, start_new_session=True
     )

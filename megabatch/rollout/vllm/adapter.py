@@ -52,7 +52,7 @@ class Taking:
 
     def __init__(self, worker: Any, adapter: Adapter) -> None:
         self._worker, self._adapter = worker, adapter
-        self._pieces = Pieces()
+        self._pieces = Pieces(copies=True)
         self._tensors: dict[str, Tensor] = {}
 
     def put(self, bucket: Bucket) -> None:

@@ -17,24 +17,51 @@ class Group:
     """A process group beside the world of either side, for broadcasts from rank 0."""
 
     def __init__(self, store: dist.TCPStore, *, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
-        """Waits for all ranks. Args: device: nccl for a GPU, gloo otherwise."""
-        self._store, self._device = store, device
-        prefixed, timeout = dist.PrefixStore("weights", store), timedelta(seconds=timeout_s)
+        """Waits for all ranks. Args: device: weights travel by nccl for a GPU, by gloo otherwise."""
+        self._store, self._rank, self._device = store, rank, device
+        timeout = timedelta(seconds=timeout_s)
+        self._host: dist.ProcessGroupGloo | None = dist.ProcessGroupGloo(
+            dist.PrefixStore("host", store), rank, size, timeout
+        )
+        self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = self._host
         if device.type == "cuda":
-            self._group = dist.ProcessGroupNCCL(prefixed, rank, size, timeout)
-        else:
-            self._group = dist.ProcessGroupGloo(prefixed, rank, size, timeout)
+            self._group = dist.ProcessGroupNCCL(dist.PrefixStore("weights", store), rank, size, timeout)
 
-    def broadcast(self, flat: Tensor) -> Tensor:
-        """Rank 0's uint8 values, on the group's device; the others pass a tensor of equal size.
+    def tell(self, flat: Tensor) -> None:
+        """`broadcast` of a few values, always by gloo, which notices when a rank is gone: nccl would wait for it."""
+        self._raise(_failure(self._host, flat))
+
+    def broadcast(self, flat: Tensor) -> None:
+        """Rank 0's uint8 values, in host memory, into the tensors of equal size that the others pass.
 
         Raises: RuntimeError when a rank is gone.
         """
-        flat = flat.to(self._device)
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        self._group.broadcast([flat], options).wait()
-        return flat
+        on_device = flat.to(self._device)
+        self._raise(_failure(self._group, on_device))
+        if self._rank and on_device is not flat:
+            flat.copy_(on_device)
+
+    def close(self) -> None:
+        """Lets the other ranks know that this one is gone, once no broadcast of its own is under way."""
+        self._host = self._group = None
+
+    @staticmethod
+    def _raise(failure: str | None) -> None:
+        """A new error: one with a traceback into the process group would keep that alive."""
+        if failure is not None:
+            raise RuntimeError(failure)
+
+
+def _failure(group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None, tensor: Tensor) -> str | None:
+    if group is None:
+        return "the group was closed"
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    try:
+        group.broadcast([tensor], options).wait()
+    except RuntimeError as e:
+        return str(e)
+    return None
 
 
 def open_store(*, port: int | None = None, timeout_s: float) -> dist.TCPStore:

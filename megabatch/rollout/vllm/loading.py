@@ -18,12 +18,14 @@ from megabatch.rollout.bucket import Bucket, Part
 class Pieces:
     """Puts the parts of tensors together that are larger than a bucket."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, copies: bool) -> None:
+        """Args: copies: whether a bucket's data changes while its tensors are used."""
+        self._copies = copies
         self._begun: dict[str, tuple[Tensor, int]] = {}
         """Tensors of which some came, and how many of their bytes."""
 
     def whole(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
-        """Names and tensors that are complete with this bucket, each a copy of its own."""
+        """Names and tensors that are complete with this bucket."""
         data = torch.frombuffer(bucket.data, dtype=torch.uint8)
         return [found for part in bucket.parts if (found := self._whole(part, data)) is not None]
 
@@ -32,7 +34,7 @@ class Pieces:
         dtype = getattr(torch, TORCH[part.dtype])
         size = torch.Size(part.shape).numel() * dtype.itemsize
         if part.size == size:
-            return part.name, piece.clone().view(dtype).view(part.shape)
+            return part.name, (piece.clone() if self._copies else piece).view(dtype).view(part.shape)
         buffer, came = self._begun.pop(part.name, (torch.empty(size, dtype=torch.uint8), 0))
         buffer[part.start : part.start + part.size] = piece
         if came + part.size < size:
@@ -44,12 +46,13 @@ class Pieces:
 class Loading:
     """One update of a model of vLLM 0.32."""
 
-    def __init__(self, model: Any, model_config: Any, vllm_config: Any) -> None:
+    def __init__(self, model: Any, model_config: Any, vllm_config: Any, *, copies: bool = True) -> None:
+        """Args: copies: whether a bucket's data changes before its layers are complete."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._model, self._model_config, self._vllm_config = model, model_config, vllm_config
-        self._pieces = Pieces()
+        self._pieces = Pieces(copies=copies)
         if not torch.cuda.is_available():
             _forget_kernels(model)
         with set_current_vllm_config(vllm_config):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -20,9 +20,16 @@ from megabatch.rollout.vllm.client import Client, UnreachableError
 from megabatch.rollout.vllm.command import MODEL
 from megabatch.rollout.vllm.group import Group, meet, open_store
 from megabatch.rollout.vllm.sampling import FINISH, sampling_values
+from megabatch.rollout.vllm.stream import send, send_end
 
 _VOID = "void"
 """Version of weights that are not whole."""
+_LONGEST_UPDATE_S = 3600.0
+"""Of a request that lasts as long as the buckets of an update come; each of them has the group's time limit."""
+_PATIENCE = 2.0
+"""How much longer workers wait for a bucket than the trainer for them, which may wait for another server meanwhile."""
+_LAST_WORDS_S = 10.0
+"""How long a server that left an update may take to say why."""
 
 
 class StaleError(RolloutError):
@@ -55,6 +62,10 @@ class Server:
         self._coming: int | None = None
         self._paused = False
         self._has_base = False
+        self._taking: Future[Any] | None = None
+        """The request by which the server takes the buckets of an update."""
+        self._sending: Future[None] | None = None
+        """Of the newest bucket."""
         self._adapter: Adapter | None = None
         """The one that the server computes with, or that is coming."""
 
@@ -185,34 +196,66 @@ class Server:
         self.client.post("/pause?mode=wait")
         self._paused = True
         self._start_update()
+        self._taking = self._sending = None
 
     def put(self, bucket: Bucket) -> None:
+        """Returns when the bucket before this one was sent."""
+        self._send(send, bucket)
+
+    def _send(self, what: Callable[..., None], *arguments: Any) -> None:
         assert self._group is not None, "begin_update comes before"
-        info = {"manifest": bucket.manifest(), "is_adapter": self._adapter is not None}
-        taken = self._threads.submit(self.client.post, "/update_weights", {"update_info": info})
-        try:
-            self._group.broadcast(torch.frombuffer(bucket.data, dtype=torch.uint8))
-        except RuntimeError as e:
-            self._group = None
-            _raised(taken)
-            raise UnreachableError(f"{self.url} left while weights were sent: {e}") from e
-        taken.result()
+        self._sent()
+        if self._taking is None:  # not before, while other servers may still be waited for: the group has a time limit
+            body = {"update_info": {"is_adapter": self._adapter is not None}}
+            self._taking = self._threads.submit(self.client.post, "/update_weights", body, timeout_s=_LONGEST_UPDATE_S)
+        self._sending = self._threads.submit(what, self._group, *arguments)
+
+    def _sent(self) -> None:
+        """Waits for the newest bucket."""
+        if self._sending is None or self._taking is None:
+            return
+        wait((self._sending, self._taking), return_when=FIRST_COMPLETED)
+        if self._taking.done():
+            raise self._left("it answered before all weights were sent")
+        if (error := self._sending.exception()) is not None:
+            raise self._left(str(error)) from error
+
+    def _left(self, reason: str) -> RolloutError:
+        """The server's own error, which says more than a broken connection."""
+        assert self._taking is not None
+        self._close_group()
+        with suppress(TimeoutError):
+            error = self._taking.exception(_LAST_WORDS_S)
+            if isinstance(error, RolloutError) and not isinstance(error, UnreachableError):
+                return error
+            reason = str(error or reason)
+        return UnreachableError(f"{self.url} left while weights were sent: {reason}")
+
+    def _close_group(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group, self._sending = None, None
 
     def end_update(self) -> None:
         assert self._coming is not None, "begin_update comes before"
         tag, adapter = self._tag(self._coming), self._adapter
+        self._send(send_end)
+        assert self._taking is not None
+        self._taking.result()
         self.client.post("/finish_weight_update", {"weight_version": tag if adapter is None else _VOID})
         if adapter is not None:
             arguments = {"rank": adapter.rank, "scale": adapter.scale}
             self.client.post("/collective_rpc", {"method": "megabatch_use_adapter", "kwargs": arguments})
             self.client.post("/update_weight_version", {"new_version": tag})
-        self.client.post("/reset_prefix_cache")
         self.resume()
         self._version, self._has_base = self._coming, True
 
     def abort_update(self) -> None:
         """Leaves a server that still answers in a state in which the next update can begin."""
-        self._version, self._group, self._has_base = None, None, False
+        self._version, self._has_base = None, False
+        if self._sending is not None:
+            self._sending.exception()  # it uses the group, which the server waits in until the last one is gone
+        self._close_group()
         for path, body in (("/finish_weight_update", {"weight_version": _VOID}), ("/resume", {})):
             try:
                 self.client.post(path, body, timeout_s=10)
@@ -278,7 +321,8 @@ class Server:
     def _meet(self) -> Group:
         size = 1 + int(self.client.get("/get_world_size")["world_size"])
         store = open_store(port=self._group_port, timeout_s=self._timeout_s)
-        info = {"address": _own_address(self.url), "port": store.port, "size": size, "timeout_s": self._timeout_s}
+        info = {"address": _own_address(self.url), "port": store.port, "size": size,
+                "timeout_s": _PATIENCE * self._timeout_s}  # fmt: skip
         asked = self._threads.submit(self.client.post, "/init_weight_transfer_engine", {"init_info": info})
         group = meet(
             store, size=size, device=self._device, timeout_s=self._timeout_s, failed=lambda: _raise_if_failed(asked)
@@ -290,13 +334,6 @@ class Server:
 def _raise_if_failed(asked: Future[Any]) -> None:
     if asked.done():
         asked.result()
-
-
-def _raised(taken: Future[Any]) -> None:
-    """Raises the server's own error, which says more than a broken connection."""
-    error = taken.exception()
-    if isinstance(error, RolloutError) and not isinstance(error, UnreachableError):
-        raise error
 
 
 def _own_address(url: str) -> str:

@@ -6,6 +6,7 @@ transfer. For vLLM 0.32, which checks nothing here: the trainer compares log-pro
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from megabatch.rollout.engine import Adapter
 from megabatch.rollout.vllm.adapter import use
 from megabatch.rollout.vllm.group import Group, join
 from megabatch.rollout.vllm.loading import Loading, Pieces
+from megabatch.rollout.vllm.stream import Buffers, arriving
 
 BACKEND = "megabatch"
 
@@ -39,18 +41,17 @@ class Meeting(WeightTransferInitInfo):
 
 @dataclass
 class Sent(WeightTransferUpdateInfo):
-    """A bucket whose bytes come by the group."""
+    """All buckets of an update, which come by the group."""
 
-    manifest: dict[str, Any]
     is_adapter: bool = False
-    """Whether it has an adapter's tensors, which are kept for `Extension.megabatch_use_adapter`."""
+    """Whether they have an adapter's tensors, which are kept for `Extension.megabatch_use_adapter`."""
 
 
 class _Tensors:
     """What came of an adapter."""
 
     def __init__(self) -> None:
-        self._pieces = Pieces()
+        self._pieces = Pieces(copies=False)
         self.tensors: dict[str, Tensor] = {}
 
     def put(self, bucket: Bucket) -> None:
@@ -85,16 +86,21 @@ class Transfer(WeightTransferEngine):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: Sent) -> None:
+        """A failure closes the group, by which the trainer learns of it when it sends the next bucket."""
         assert self._group is not None, "init comes before"
-        flat = self._group.broadcast(torch.empty(update_info.manifest["size"], dtype=torch.uint8))
-        data = flat.cpu()
-        bucket = Bucket.of(update_info.manifest, memoryview(data.numpy()))
+        taking: _Tensors | Loading
         if update_info.is_adapter:
-            self._adapter = self._adapter or _Tensors()
-            self._adapter.put(bucket)
-            return
-        self._loading = self._loading or Loading(self.model, self.model_config, self.vllm_config)
-        self._loading.put(bucket)
+            taking = self._adapter = _Tensors()
+        else:
+            taking = self._loading = Loading(self.model, self.model_config, self.vllm_config, copies=False)
+        try:
+            with closing(arriving(self._group, Buffers())) as buckets:
+                for bucket in buckets:
+                    taking.put(bucket)
+        except BaseException:
+            self._group.close()
+            self._group = None
+            raise
 
     def finish_weight_update(self) -> None:
         loading, self._loading = self._loading, None

@@ -17,12 +17,17 @@ import torch.distributed as dist
 
 from megabatch.converters.bijection import invert
 from megabatch.converters.mapping import Mapped, elements
+from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.rollout.bucket import Bucket
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.weight_buckets import ALIGN, BUCKET_BYTES, Room, bare_buckets, fill_buckets
 from megabatch.trainer.weights import SAFETENSORS_DTYPES, Placed, export_placed, placed
 
+_BUCKETS = 64
+"""Of an update that only the main rank receives."""
+_LEAST_BYTES = 16 << 20
+"""Of such a bucket; it stays in a processor's cache while it is filled, digested and sent."""
 Receivers = Literal["all", "main"]
 """The ranks that have engines."""
 
@@ -33,16 +38,18 @@ def shared_buckets(
     ranks: Ranks,
     *,
     receivers: Receivers = "all",
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     adapter: str | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Iterator[Bucket]:
     """All tensors of the model, each once, with the adapter in use merged in; or those of one adapter alone. Only
     receivers get buckets.
 
-    Args: shapes: of the Hugging Face tensors, where they do not follow from the table alone.
+    Args: bucket_bytes: None for the default, which is smaller for the main rank alone: an engine that is sent one
+    bucket while the next is filled works on all of an update but the first; shapes: of the Hugging Face tensors, where
+    they do not follow from the table alone.
     Collective: every rank must exhaust the iterator. Memory holds the tensor being gathered, a bucket to send and one
-    that came. Raises: RolloutError for a bucket that arrives damaged.
+    that came; of the main rank's alone, two of each. Raises: RolloutError for a bucket that arrives damaged.
     """
     shapes, dtype = shapes or invert(table), SAFETENSORS_DTYPES[model.config.params_dtype]
     items = placed(model, table, ranks, adapter=adapter)
@@ -50,14 +57,24 @@ def shared_buckets(
         tensors = export_placed(model, items, ranks, replicas="all")
         yield from bare_buckets(tensors, shapes, dtype=dtype)
         return
+    if bucket_bytes is None:
+        bucket_bytes = BUCKET_BYTES if receivers == "all" else _share_of(table, ITEMSIZE[dtype])
     rounds = _rounds(items, bucket_bytes=bucket_bytes)
     most = torch.tensor(len(rounds))
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    mine, others = Room(bucket_bytes), Room(bucket_bytes)
+    count = 2 if receivers == "main" else 1  # servers are sent one while the next is filled
+    mine, others = Room(bucket_bytes, count=count), Room(bucket_bytes, count=count)
     for number in range(int(most)):
         some = rounds[number] if number < len(rounds) else []
         own = fill_buckets(export_placed(model, some, ranks), shapes, dtype=dtype, room=mine)
-        yield from _sent_around(own, ranks, receivers, others)
+        yield from own if ranks.place.world_size == 1 else _sent_around(own, ranks, receivers, others)
+
+
+def _share_of(table: Sequence[Mapped], itemsize: int) -> int:
+    """Bytes of a bucket: a part of the model's, and enough for each tensor that may travel whole."""
+    sizes = [itemsize * elements(mapped.shape) for mapped in table]
+    fitting = [size for size in sizes if size <= BUCKET_BYTES]
+    return min(BUCKET_BYTES, max(_LEAST_BYTES, sum(sizes) // _BUCKETS, *fitting))
 
 
 def _has_all(ranks: Ranks) -> bool:
@@ -104,7 +121,7 @@ def _sent(
 ) -> Bucket | None:
     """A sender's bucket, on the receivers and the sender."""
     is_sender = sender == ranks.rank
-    data = own.data if is_sender and own is not None else room.data[: manifest["size"]]
+    data = own.data if is_sender and own is not None else room.next()[: manifest["size"]]
     flat = torch.frombuffer(data, dtype=torch.uint8)
     if receivers == "all":
         dist.broadcast(flat, src=sender)

@@ -28,7 +28,6 @@ from megabatch.trainer.sums import Ratio
 from megabatch.trainer.sync.dealing import dealt
 from megabatch.trainer.sync.exchange import Receivers, shared_buckets
 from megabatch.trainer.sync.proof import Agreement, agreement, fixed_sequences, trainers_scores
-from megabatch.trainer.weight_buckets import BUCKET_BYTES
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,7 +65,7 @@ class Rollouts:
         share: Share,
         tolerance: float,
         positions: int,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         ahead: Ahead | None = None,
         ranks_of_engine: int = 1,
         adapters: bool = False,

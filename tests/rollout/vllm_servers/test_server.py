@@ -35,7 +35,7 @@ from megabatch.config.run import RunConfig
 from megabatch.errors import RolloutError
 from megabatch.rollout.ahead import Ahead
 from megabatch.rollout.engine import Completion, Request, UnservedError
-from megabatch.rollout.vllm.client import Client
+from megabatch.rollout.vllm.client import Client, UnreachableError
 from megabatch.rollout.vllm.pool import Pool
 from megabatch.rollout.vllm.server import Server
 from megabatch.slurm.ports import free_port_block
@@ -234,7 +234,8 @@ def test_a_trainer_that_died_in_an_update_leaves_a_server_that_takes_the_next(ru
     dead = running.server()
     dead.begin_update(1)
     dead.put(next(buckets(made(seed=9))))
-    dead._group = None
+    assert dead._group is not None
+    dead._group.close()
     requeued = Server(dead.client, owner="requeued", device=CPU, timeout_s=600, concurrency=4)
     model = made(seed=9)
     update(requeued, model, 1)
@@ -289,6 +290,15 @@ def test_two_servers_share_the_work_and_one_may_die_and_start_again(running: Run
         (one,) = ahead.take(["lost"])
         assert set(one.versions) == {2} and difference(long[0], one, {2: model}) < 1e-4
         assert [one.url for one in pool.members()] == [servers[1].url]  # type: ignore[attr-defined]
+        pool.begin_update(3)
+        coming = buckets(model)
+        pool.put(next(coming))
+        second.stop()
+        with pytest.raises(UnreachableError, match="left while weights were sent"):
+            for bucket in coming:
+                pool.put(bucket)
+        pool.abort_update()
+        assert pool.members() == []
     finally:
         second.stop()
         pool.close()
