@@ -18,10 +18,14 @@ class Parallel:
     """Splits activations outside the matrix products along the sequence, over the tp ranks; needs tp above 1."""
     context_parallel_size: int = param(1, at_least=1)
     """Ranks that share each sequence (cp): each has 1/cp of its tokens, and so of their activations."""
-    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = param(None)
-    """How Transformer Engine's attention brings keys and values to all cp ranks: around a ring (p2p, its default),
-    gathered, or heads exchanged for tokens (a2a). Without Transformer Engine they are always gathered; leave it None.
-    """
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = param(
+        None,
+        built=(None, "p2p", "a2a"),
+        refused="knows no packed rows in Transformer Engine (2.11), and the trainer's rows are packed",
+    )
+    """How Transformer Engine's attention brings keys and values to all cp ranks: around a ring (p2p, its default, not
+    with sliding windows), gathered, or heads exchanged for tokens (a2a). Without Transformer Engine they are always
+    gathered; leave it None."""
     expert_model_parallel_size: int = param(1, at_least=1)
     """Ranks over which a layer's experts are distributed (ep); must divide the number of experts."""
     expert_tensor_parallel_size: int = param(1, at_least=1)

@@ -62,7 +62,9 @@ def own_values(recipe: Recipe, shape: ModelShape, *, virtual_size: int | None) -
     return {
         **_model(shape, recipe),
         **_moe(shape, recipe, has_te=impl == "transformer_engine"),
-        **_parallel(recipe, virtual_size, has_te=impl == "transformer_engine"),
+        **_parallel(
+            recipe, virtual_size, has_te=impl == "transformer_engine", has_windows=shape.sliding_window is not None
+        ),
         **_recompute(recipe),
         **_kernels(recipe, has_te=impl == "transformer_engine"),
         "transformer_impl": impl,
@@ -172,12 +174,18 @@ def _fused_experts(recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
     }
 
 
-def _parallel(recipe: Recipe, virtual_size: int | None, *, has_te: bool) -> dict[str, Any]:
+def _parallel(recipe: Recipe, virtual_size: int | None, *, has_te: bool, has_windows: bool) -> dict[str, Any]:
     parallel = recipe.parallel
     if parallel.cp_comm_type is not None and not has_te:
         raise ConfigError(
             f"parallel.cp_comm_type={parallel.cp_comm_type} is Transformer Engine's, which this run does not use; "
             "leave it None: keys and values are gathered"
+        )
+    is_ring = has_te and parallel.context_parallel_size > 1 and parallel.cp_comm_type in (None, "p2p")
+    if is_ring and has_windows:
+        raise ConfigError(
+            f"parallel.cp_comm_type={parallel.cp_comm_type} sends keys and values around a ring, for which "
+            "Transformer Engine (2.11) has no sliding windows; try a2a, or kernels.transformer_impl=local"
         )
     pipelined = parallel.pipeline_model_parallel_size > 1
     values: dict[str, Any] = {
