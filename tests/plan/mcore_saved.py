@@ -1,8 +1,8 @@
 """Bytes that a real layer of the trainer's models leaves for the backward pass, on the CPU; printed as JSON.
 
 A model of two layers keeps one layer more than a model of one. Storages that autograd saves are counted once, and
-parameters are not. PyTorch's RMS norm is one kernel on CUDA; on CPUs it is spelled out in fp32, whose copies are left
-out of the count: everything else is bf16.
+parameters are not. SwiGLU is megatron-core's, as on GPUs. PyTorch's RMS norm is one kernel on CUDA; on CPUs it is
+spelled out in fp32, whose copies are left out of the count: everything else is bf16.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megabatch.config.run import resolve
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer import assemble, megatron_cpu
 from megabatch.trainer.engine import Engine
+from megabatch.trainer.model import transformer_config
 from megabatch.trainer.model.row import row
 
 
@@ -71,6 +72,7 @@ def _saved(engine: Engine, *, length: int) -> dict[str, int]:
 if __name__ == "__main__":
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     megatron_cpu.adapt()
+    transformer_config._takes_own_activation = lambda config: False  # megatron-core's SwiGLU, as on GPUs
     adapt_groups()
     dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     print(json.dumps([saved_bytes(recipe, shape) for recipe, shape in pickle.load(sys.stdin.buffer)]))

@@ -77,13 +77,13 @@ def test_a_trainer_that_leaves_ends_the_update(ends: Ends) -> None:
     assert set(tensor_of(next(buckets)).tolist()) == {1}
     sending.result()
     ends.trainer.close()
-    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+    with pytest.raises(RuntimeError, match=r"closed by peer|reset by peer|Broken pipe"):
         next(buckets)
 
 
 def test_a_worker_that_leaves_ends_the_update(ends: Ends) -> None:
     ends.worker.close()
-    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+    with pytest.raises(RuntimeError, match=r"closed by peer|reset by peer|Broken pipe"):
         send(ends.trainer, bucket(1))
 
 

@@ -101,7 +101,7 @@ def test_what_is_not_built_is_shown_and_refused(run: Run, tmp_path: Path) -> Non
     assert "refused here: rollout.use_ray=True needs no Ray" in done.stderr
     refused = run(file, "--submit", *unbuilt, code=2)
     assert "rollout.use_ray=True needs no Ray" in refused.stderr
-    assert "nothing was submitted" in refused.stderr
+    assert "nothing was started" in refused.stderr
     assert list((tmp_path / "work").iterdir()) == []
 
 

@@ -210,7 +210,7 @@ def template_variables_are_said_once(
     if data.enable_thinking is not None and "enable_thinking" in (data.chat_template_kwargs or {}):
         rule = "and chat_template_kwargs both set it; leave one out"
         yield Fault("data.enable_thinking", data.enable_thinking, rule, try_=(None,))
-    if recipe.task == "pt":
+    if _reads_documents(recipe):
         for name in ("enable_thinking", "chat_template_kwargs"):
             if (value := getattr(data, name)) is not None:
                 yield Fault(f"data.{name}", value, "has no effect: pt renders no chat template", try_=(None,))
