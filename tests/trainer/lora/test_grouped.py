@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_runs import TP2_SP, adapter_of, run_of
 from grouped_experts import train_grouped
 from rank_server import RankServer
 from runs import curve, train
-from test_layouts import TP2_SP, adapter_of, run_of
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),

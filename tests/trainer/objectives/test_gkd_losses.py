@@ -56,7 +56,7 @@ def of_whole(models: Models, **changed: Any) -> tuple[Gkd, Models]:
     teacher = models.models[TEACHER]
     weight_VH, vocab = teacher.lm_head.weight.detach()[:VOCAB], teacher.config.vocab_size
     layer = OutputLayer(hidden_size=48, dtype=torch.float32, vocab_size=vocab, weight_RH=weight_VH)
-    return GkdOfWhole(settings(**changed), layer), Models(policy=models.models["policy"], teacher=Hidden(teacher))
+    return GkdOfWhole(settings(**changed), [layer]), Models(policy=models.models["policy"], teacher=Hidden(teacher))
 
 
 def learned(some: list[Pack]) -> float:

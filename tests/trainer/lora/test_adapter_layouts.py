@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from adapter_runs import ALL, LORA, TP2, TP2_SP, adapter_of, run_of
 from rank_server import RankServer
 from runs import curve, evaluations, metrics, recipe, train, write_run
-from safetensors.torch import load_file
 
-LORA: dict[str, Any] = {"tuner_type": "lora", "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 0.0}
-ALL = ["all-linear", "all-router", "all-embedding", "output_layer"]
-TP2 = {"tensor_model_parallel_size": 2}
-TP2_SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -40,16 +35,6 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def run_of(folder: Path, name: str, model: str, world_size: int, groups: dict[str, Any]) -> Path:
-    logged = {"logging": {"log_params_norm": True}}
-    groups = {"bridge": {"merge_lora": False}, **logged, **groups, "resources": {"tasks_per_node": world_size}}
-    tuner = {
-        **LORA,
-        "target_modules": ALL if model == "qwen3_moe" else ["all-linear", "all-embedding", "output_layer"],
-    }
-    return write_run(recipe(folder, model, tuner=tuner, **groups), folder / name)
-
-
 @pytest.fixture(scope="module")
 def references(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("lora")
@@ -57,10 +42,6 @@ def references(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> d
     for run in runs.values():
         assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
     return runs
-
-
-def adapter_of(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "step_00000004" / "hf" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
