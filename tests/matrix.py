@@ -13,8 +13,9 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, installed or
 
 import objective_runs
 import scored
-from composed import TOLERANCE, Composed, worlds
+from composed import TOLERANCE, Composed
 from compositions import Composition, compositions, covering
 from objectives_compared import Compared
 from rank_server import RankServer
 
 FEW = 4
-AT_ONCE = 6
-"""Compositions in one world; where one fails, each of them is tried again alone."""
-
-TIMEOUT_S = 3600
-"""Of those, on a machine that has other work."""
+TIMEOUT_S = 1800
+"""Of one composition, on a machine that has other work. Each has ranks of its own: those of a second one would keep
+the threads of the first one's process groups."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,17 +61,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(results: Path, parts: Sequence[Sequence[Composition]], compared: Callable[..., Composed | Compared]) -> None:
     """The compositions of each part in turn, but those that are done."""
-    done, ordered = _read(results), []
-    for part in parts:
-        left = [one for one in part if one.name not in done]
-        ordered += worlds(left, at_once=AT_ONCE)
-        done |= {one.name: {} for one in left}
-    ranks = RankServer()
+    done, ranks = set(_read(results)), RankServer()
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder, open(results, "a", encoding="utf-8") as file:
         composed = compared(ranks, Path(folder), timeout_s=TIMEOUT_S)
-        for world in ordered:
-            for line in _lines(composed, world):
-                print(json.dumps(line), file=file, flush=True)
+        for one in chain.from_iterable(parts):
+            if one.name not in done:
+                print(json.dumps(_line(composed, one)), file=file, flush=True)
+                done.add(one.name)
     ranks.close()
 
 
@@ -84,9 +79,7 @@ def _scores(results: Path) -> int:
             with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
                 scored.write_rows(task, Path(folder))
                 composed = Composed(ranks, Path(folder), timeout_s=TIMEOUT_S, recipe_of=scored.recipe_of(task))
-                found = [
-                    line for world in worlds(scored.COMPOSITIONS, at_once=AT_ONCE) for line in _lines(composed, world)
-                ]
+                found = [_line(composed, one) for one in scored.COMPOSITIONS]
             for line in found:
                 text = json.dumps({**line, "name": f"{task}-{line['name']}"})
                 print(text, file=file, flush=True)
@@ -104,14 +97,13 @@ def _one_of_each_layout() -> list[Composition]:
     return [kinds[number % len(kinds)] for number, kinds in enumerate(layouts.values())]
 
 
-def _lines(composed: Composed | Compared, world: list[Composition]) -> Iterable[dict[str, Any]]:
+def _line(composed: Composed | Compared, one: Any) -> dict[str, Any]:
+    about = {"name": one.name, "ranks": one.world_size}
     try:
-        [found] = composed.deviations(world)
+        [found] = composed.deviations([one])
     except RuntimeError as error:
-        if len(world) == 1:
-            return [{"name": world[0].name, "ranks": world[0].world_size, "error": str(error)[-4000:]}]
-        return [line for one in world for line in _lines(composed, [one])]
-    return [{"name": one.name, "ranks": one.world_size, **asdict(found[one.name])} for one in world]
+        return {**about, "error": str(error)[-4000:]}
+    return {**about, **asdict(found[one.name])}
 
 
 def _read(results: Path) -> dict[str, dict[str, Any]]:

@@ -77,10 +77,10 @@ class Composed:
     def __post_init__(self) -> None:
         recipe(self.folder)  # makes the data
 
-    def deviations(self, chosen: Iterable[Composition], *, at_once: int = 1000) -> Iterator[Mapping[str, Deviation]]:
-        """By name, for each world in turn: up to `at_once` compositions of one size.
+    def deviations(self, chosen: Iterable[Composition]) -> Iterator[Mapping[str, Deviation]]:
+        """By name, for each world in turn: the compositions of one size.
         Raises: RuntimeError where a rank fails or hangs."""
-        for world in worlds(chosen, at_once=at_once):
+        for world in worlds(chosen):
             self._refer(world)
             found = self._curves(world)
             yield {one.name: _deviation(found[one.name], self.references[one.reference]) for one in world}
@@ -104,13 +104,12 @@ class Composed:
         return {one.name: list(of_ranks) for one, of_ranks in zip(world, zip(*found, strict=True), strict=True)}
 
 
-def worlds(chosen: Iterable[Composition], *, at_once: int) -> Iterator[list[Composition]]:
+def worlds(chosen: Iterable[Composition]) -> Iterable[list[Composition]]:
     """In parts of one number of ranks."""
     sizes = defaultdict(list)
     for one in chosen:
         sizes[one.world_size].append(one)
-    for found in sizes.values():
-        yield from (found[start : start + at_once] for start in range(0, len(found), at_once))
+    return sizes.values()
 
 
 def _deviation(found: list[Curve], expected: Curve) -> Deviation:

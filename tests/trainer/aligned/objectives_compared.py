@@ -106,9 +106,9 @@ class Compared:
     def __post_init__(self) -> None:
         make(self.folder)
 
-    def deviations(self, chosen: Iterable[Aligned], *, at_once: int = 1000) -> Iterator[Mapping[str, Apart]]:
+    def deviations(self, chosen: Iterable[Aligned]) -> Iterator[Mapping[str, Apart]]:
         """By name, for each world in turn. Raises: RuntimeError where a rank fails or hangs."""
-        for world in worlds(chosen, at_once=at_once):
+        for world in worlds(chosen):
             self._compute({one.kind for one in world} - self.expected.keys())
             self._on_ranks(stepped, {one.name: one for one in world})
             yield {one.name: self._deviation(one) for one in world}
