@@ -31,7 +31,8 @@ class Checkpoint:
     """Metric of the evaluations (`loss`, or `eval_loss`) whose best checkpoint `checkpoints/best` names; it is never
     deleted. None names none."""
     greater_is_better: bool | None = param(None)
-    """Direction of that metric; None means yes unless its name ends in loss."""
+    """Direction of that metric; None means by its name: less is better of names that end in loss, nll, perplexity, kl,
+    ece, brier, mse or mae."""
     no_save_optim: bool = param(False)
     """Does not save the optimizer state: a smaller checkpoint, but no exact resume from it."""
     no_save_rng: bool = param(False)

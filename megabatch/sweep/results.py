@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from megabatch.config.best_metric import less_is_better
 from megabatch.config.checkpoint import Checkpoint
 from megabatch.config.run import RunConfig
 from megabatch.errors import LaunchError, MegabatchError
@@ -21,8 +22,6 @@ from megabatch.sweep.folder import SWEEP_JSON, read_sweep
 THROUGHPUT = "tokens_per_s"
 SHOWN = (THROUGHPUT, "mfu", "memory_gib", "loss", "eval_loss", "reward", "eval_reward")
 """Metrics that the table shows besides the one that it ranks by, where runs log them."""
-_LOWEST_FIRST = ("loss", "nll", "perplexity", "kl", "ece", "brier", "mse", "mae", "_s", "_gib")
-"""How names of metrics end of which less is better, `tokens_per_s` aside."""
 _TAIL = 1 << 17
 """Bytes at the end of metrics.jsonl that are read."""
 _AVERAGED = 10
@@ -139,13 +138,7 @@ def ranked(results: Sequence[Result], *, by: str) -> list[Result]:
 
 def lowest_first(results: Sequence[Result], by: str) -> bool:
     """Whether less of a metric is better: as the runs say of their `metric_for_best_model`, else by its name."""
-    group = _checkpoint_group(results[0].run.parent) if results else Checkpoint()
-    if (
-        group.greater_is_better is not None
-        and by == f"eval_{(group.metric_for_best_model or '').removeprefix('eval_')}"
-    ):
-        return not group.greater_is_better
-    return by.endswith(_LOWEST_FIRST) and not by.endswith("_per_s")
+    return less_is_better(by, _checkpoint_group(results[0].run.parent) if results else Checkpoint())
 
 
 def _require_known(results: Sequence[Result], by: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+from megabatch.config.best_metric import less_is_better
 from megabatch.config.checkpoint import Checkpoint
 from megabatch.config.resolved import resolved
 from megabatch.errors import ConfigError
@@ -23,19 +25,20 @@ class Best:
     def __init__(self, group: Checkpoint, state: Mapping[str, float] | None) -> None:
         """Args: state: of the run's checkpoint."""
         self.metric = resolved(group.metric_for_best_model).removeprefix("eval_")
-        greater = group.greater_is_better
-        self._greater = not self.metric.endswith("loss") if greater is None else greater
-        self.state = state
+        self._sign = -1 if less_is_better(self.metric, group) else 1
+        self.state = None if state is None or math.isnan(state["value"]) else state
 
     def see(self, step: int, found: Mapping[str, Ratio]) -> None:
-        """An evaluation. Raises: ConfigError where it lacks the metric."""
+        """An evaluation; one in which the metric is not defined is not the best. Raises: ConfigError where it lacks
+        the metric."""
         if self.metric not in found:
             raise ConfigError(
                 f"checkpoint.metric_for_best_model={self.metric} is no metric of this run's evaluation; "
                 f"there are {', '.join(found)}"
             )
         value = found[self.metric].value
-        if self.state is None or (value > self.state["value"] if self._greater else value < self.state["value"]):
+        least = -math.inf if self.state is None else self._sign * self.state["value"]
+        if self._sign * value > least:  # of which nothing is true where the value is NaN
             self.state = {"step": step, "value": value}
 
 

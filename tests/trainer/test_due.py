@@ -80,7 +80,8 @@ def test_the_best_checkpoint_is_named_and_kept(ranks: RankServer, tmp_path: Path
 
 
 def test_the_direction_follows_the_metrics_name() -> None:
-    for name, greater, expected in (("loss", None, 2), ("eval_loss", None, 2), ("reward", None, 3), ("loss", True, 3)):
+    lowest = [(name, None, 2) for name in ("loss", "eval_loss", "perplexity", "eval_mse", "kl", "ece", "nll_loss")]
+    for name, greater, expected in (*lowest, ("reward", None, 3), ("loss", True, 3), ("perplexity", True, 3)):
         best = Best(Checkpoint(metric_for_best_model=name, greater_is_better=greater), None)
         for step, value in ((1, 2.0), (2, 1.0), (3, 4.0), (4, 4.0)):
             best.see(step, {name.removeprefix("eval_"): Ratio(value, 1.0)})
@@ -95,3 +96,15 @@ def test_an_unknown_metric_is_an_error_that_names_those_there_are() -> None:
 
 def test_epochs_end_where_their_number_changes() -> None:
     assert [ended_epoch(*pair) for pair in ((0.0, 0.4), (0.8, 1.2), (0.8, 1.0), (1.0, 1.4))] == [0, 1, 1, 0]
+
+
+def test_an_evaluation_without_a_value_is_never_the_best() -> None:
+    best = Best(Checkpoint(metric_for_best_model="auc"), None)
+    best.see(1, {"auc": Ratio(0.0, 0.0)})
+    assert best.state is None
+    for step, value in ((2, 0.5), (3, float("nan")), (4, 0.7)):
+        best.see(step, {"auc": Ratio(value, 1.0)})
+    assert best.state == {"step": 4, "value": 0.7}
+    resumed = Best(Checkpoint(metric_for_best_model="auc"), {"step": 1, "value": float("nan")})
+    resumed.see(2, {"auc": Ratio(0.1, 1.0)})
+    assert resumed.state == {"step": 2, "value": 0.1}, "as older checkpoints may have it"

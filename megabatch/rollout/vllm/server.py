@@ -283,7 +283,7 @@ class Server:
         if level:
             self.client.post(f"/sleep?level={level}")
             if level >= 2:
-                self._version = None
+                self._version, self._has_base = None, False
 
     def wake(self, *, cache: bool = True) -> None:
         self.wait()

@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import torch
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.vllm.client import Client, UnreachableError
+from megabatch.rollout.vllm.server import Server
 
 ANSWERS: dict[str, tuple[int, bytes]] = {
     "/good": (200, b'{"n": 1}'),
@@ -20,6 +22,7 @@ ANSWERS: dict[str, tuple[int, bytes]] = {
     "/fastapi": (404, b'{"detail": "Not Found"}'),
     "/plain": (409, b"already\n begun"),
     "/broken": (500, b'{"error": "boom"}'),
+    "/weight_info": (200, b'{"weight_version": "trainer:1"}'),
 }
 
 
@@ -81,3 +84,13 @@ def test_a_failing_server_may_be_asked_again(url: str) -> None:
         Client(url).post("/cut")
     with pytest.raises(UnreachableError, match=r"did not answer: .*refused"):
         Client("http://127.0.0.1:1").get("/health")
+
+
+def test_a_server_that_dropped_its_weights_has_no_base_for_an_adapter(url: str) -> None:
+    """Else the next update would send the adapter alone, which the server would compute beside nothing."""
+    server = Server(Client(url), owner="trainer", device=torch.device("cpu"))
+    for level, is_there in ((1, True), (2, False)):
+        server._version, server._has_base = 1, True
+        server.sleep(level)
+        assert (server.has_base, server.version is not None) == (is_there, is_there)
+    server.close()
