@@ -16,11 +16,17 @@ from megabatch.data.rows.sources import resolve
 from megabatch.data.tokens.encoder import Encoder
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.pairs import EQUAL
+from megabatch.data.tokens.templates import Template
 from megabatch.errors import DataError
 
 
 def row(**fields: Any) -> Row:
     return Row(Origin("pairs.jsonl", 7), fields)
+
+
+@pytest.fixture(scope="module")
+def bpe_template(bpe: Any) -> Template:
+    return Template(bpe)
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -73,6 +79,78 @@ def test_turns_before_the_answer_system_and_columns_are_of_both() -> None:
     assert [m.loss for m in implicit.chosen.messages] == [None, 0.0, None, None], "a turn of the prompt is not learned"
 
 
+WHOLE = {
+    "last answers": (said("Q", "A", "Q2", "good"), said("Q", "A", "Q2", "bad")),
+    "answers in the middle": (said("Q", "good", "Q2", "A"), said("Q", "bad", "Q2", "B")),
+    "other courses": (said("Q", "good", "Q2", "A", "Q4", "C"), said("Q", "bad", "Q3", "B")),
+    "after a first round": (said("Q", "A", "Q2", "good", "Q3", "C"), said("Q", "A", "Q2", "bad", "Q3", "D")),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("loss_scale", [None, "default"])
+def test_the_shared_messages_are_the_prompt_as_in_trl(
+    name: str, loss_scale: str | None, bpe_template: Template
+) -> None:
+    """TRL's `extract_prompt` on the same row: what follows the prompt is learned, the assistant's part of it."""
+    from trl.data_utils import extract_prompt
+
+    chosen, rejected = WHOLE[name]
+    theirs = extract_prompt({"chosen": chosen, "rejected": rejected})
+    pair = preference_of(row(chosen=chosen, rejected=rejected))
+    for mine, which in ((pair.chosen, "chosen"), (pair.rejected, "rejected")):
+        (encoded,) = bpe_template.encode([mine], places=["x"], loss_scale=loss_scale or "last_round")
+        learned = bpe_template.tokenizer.decode(encoded.ids[encoded.weights > 0])
+        answers = [one["content"] for one in theirs[which] if one["role"] == "assistant"]
+        assert learned == "".join(f"{text}<|im_end|>" for text in answers)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_both_forms_of_whole_conversations_learn_the_same_answers(name: str, bpe_template: Template) -> None:
+    chosen, rejected = WHOLE[name]
+    forms = [{"chosen": chosen, "rejected": rejected}, {"messages": chosen, "rejected_messages": rejected}]
+    found = [preference_of(row(**form)) for form in forms]
+    for one, other in zip(*((pair.chosen, pair.rejected) for pair in found), strict=True):
+        first, second = bpe_template.encode([one, other], places=["x", "y"], loss_scale="last_round")
+        assert first.ids.tolist() == second.ids.tolist() and first.weights.tolist() == second.weights.tolist()
+
+
+def test_a_message_s_own_loss_comes_first() -> None:
+    chosen, rejected = said("Q", "good", "Q2", "A"), said("Q", "bad", "Q2", "B")
+    chosen[1] |= {"loss": False}  # type: ignore[dict-item]
+    pair = preference_of(row(messages=chosen, rejected_messages=rejected))
+    assert [m.loss for m in pair.chosen.messages] == [None, 0.0, None, None]
+    assert [m.loss for m in pair.rejected.messages] == [None, 1.0, None, None]
+
+
+def test_turns_in_other_spellings_are_the_same_prompt() -> None:
+    spelled = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "bad"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, *answer("bad")]
+    for rejected in (spelled, parts):
+        pair = preference_of(row(chosen=said("Q", "good"), rejected=rejected))
+        assert [m.content for m in pair.rejected.messages] == ["Q", "bad"]
+
+
+def test_other_conversations_beside_chosen_and_rejected_are_not_read() -> None:
+    """As in UltraFeedback's binarized pairs, whose `messages` are the chosen conversation."""
+    beside = {"prompt": "Q", "prompt_id": "7", "messages": said("Q", "good"), "score_chosen": 8.0}
+    pair = preference_of(row(**beside, chosen=said("Q", "good"), rejected=said("Q", "bad")))
+    assert [m.content for m in pair.chosen.messages] == ["Q", "good"]
+    assert [m.content for m in pair.rejected.messages] == ["Q", "bad"]
+    short = preference_of(row(**beside, chosen="good", rejected="bad"))
+    assert [m.content for m in short.rejected.messages] == ["Q", "bad"]
+
+
+def test_tools_are_the_same_for_both_where_one_calls_in_turns_of_its_own() -> None:
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}
+    agent = [*said("Q"), call, {"role": "tool_response", "content": "1"}, *answer("good")]
+    for chosen, rejected in ((agent, said("Q", "bad")), (said("Q", "good"), agent)):
+        pair = preference_of(row(messages=chosen, rejected_messages=rejected, tools=[{"name": "f"}]))
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        assert pair.chosen.columns == pair.rejected.columns == {"tools": tools}
+        assert pair.chosen.is_agent and pair.rejected.is_agent
+
+
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no rejected": ({"messages": said("Q", "A")}, "has no rejected answer; give rejected_response"),
     "two": (
@@ -95,8 +173,53 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "must be a text that is not empty, not",
     ),
     "other prompt": ({"messages": said("Q", "A"), "rejected_messages": said("R", "B")}, "follow the same prompt"),
-    "nothing shared": ({"chosen": said("Q", "A"), "rejected": said("R", "B")}, "must begin with one prompt"),
-    "mixed": ({"chosen": said("Q", "A"), "rejected": 3}, "rejected must be a list of messages, as the other is"),
+    "nothing shared": (
+        {"chosen": said("Q", "A"), "rejected": said("R", "B")},
+        "message 0 differs: user 'Q' and user 'R'",
+    ),
+    "mixed": ({"chosen": said("Q", "A"), "rejected": 3}, "rejected must be a list of messages, as chosen is"),
+    "other last prompt": (
+        {"messages": said("Q", "A", "Q2", "B"), "rejected_messages": said("Q", "A", "Q3", "C")},
+        "must follow the same prompt, and message 2 differs: user 'Q2' and user 'Q3'",
+    ),
+    "other last prompt of whole conversations": (
+        {"chosen": said("Q", "A", "Q2", "B"), "rejected": said("Q", "A", "Q3", "C")},
+        "must follow the same prompt, and message 2 differs: user 'Q2' and user 'Q3'",
+    ),
+    "other last prompt of completions": (
+        {"prompt": "Q", "chosen": said("", "A", "Q2", "B")[1:], "rejected": said("", "A", "Q3", "C")[1:]},
+        "must follow the same prompt, and message 2 differs: user 'Q2' and user 'Q3'",
+    ),
+    "prompts that differ at their ends": (
+        {"messages": said("Q" * 99 + "1", "A"), "rejected_messages": said("Q" * 99 + "2", "B")},
+        "message 0 differs: user '…Q{20}1' and user '…Q{20}2'",
+    ),
+    "other system": (
+        {
+            "messages": [{"role": "system", "content": "S"}, *said("Q", "A")],
+            "rejected_messages": [{"role": "system", "content": "T"}, *said("Q", "B")],
+        },
+        "message 0 differs: system 'S' and system 'T'",
+    ),
+    "other names": (
+        {
+            "messages": [{"role": "user", "content": "Q", "name": "a"}, *answer("A")],
+            "rejected_messages": [{"role": "user", "content": "Q", "name": "b"}, *answer("B")],
+        },
+        "message 0 differs: user .*'a'.* and user .*'b'",
+    ),
+    "one goes on": (
+        {"messages": said("Q", "A"), "rejected_messages": said("Q", "A", "Q2", "B")},
+        "the rejected conversation goes on where the chosen one ends, after message 1",
+    ),
+    "ends with a question": (
+        {"messages": said("Q", "A", "Q2"), "rejected_response": "B"},
+        r"the chosen conversation ends with a message of the user \(str 'Q2'\)",
+    ),
+    "another prompt beside": (
+        {"prompt": said("P"), "chosen": said("Q", "A"), "rejected": said("Q", "B")},
+        "prompt beside them is another: at its message 0 chosen has user 'Q' and user 'P'",
+    ),
     "alone": ({"query": "Q", "response": "A", "rejected_messages": said("Q", "B")}, "needs messages beside it"),
     "no answer": ({"messages": said("Q"), "rejected_response": "bad"}, "there must be an assistant message"),
     "nan": (SHAPES["texts"] | {"margin": float("nan")}, "margin must be a finite number, not float nan"),

@@ -5,7 +5,11 @@
 | rejected answer | any shape of `formats`, and `rejected_response`: the text in the place of its last answer |
 | rejected messages | any list of messages, and `rejected_messages`: the whole conversation with the bad answer |
 | prompt, chosen, rejected | texts, or lists of messages (TRL) |
-| chosen, rejected | whole conversations; the messages with which both begin are the prompt (TRL's implicit prompt) |
+| chosen, rejected | whole conversations (TRL's implicit prompt); a `prompt` that is a text is not read beside them |
+
+The turns with which both conversations begin are the prompt, and the turn after them is the assistant's in both: what
+follows is the answer. Where answers begin before the last user message, all of the assistant's turns in them are
+learned. Other conversations beside `chosen` and `rejected` (`messages`, `query`, …) are not read.
 
 Every shape may carry `margin` (by how much the first answer is better), `ref_chosen_logps` and `ref_rejected_logps`
 (TRL: the log-probabilities of the answers, which a reference gave them), and what a conversation may carry.
@@ -20,11 +24,15 @@ from typing import Any
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, conversation_of, is_text, renamed, require_question
-from megabatch.data.rows.turns import Message, from_json, short, turns_of
+from megabatch.data.rows.one_prompt import answers_start, learned_from, read_alike, refuse_another_prompt, weighed
+from megabatch.data.rows.turns import Message, short, turns_of
 from megabatch.errors import DataError
 
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
 _LISTS = ("messages", "conversations", "conversation")
+_OTHERS = frozenset(
+    {*_LISTS, "instruction", "output", "query", "response", "question", "answer", "text", "completion"}
+)
 _GIVEN = ("ref_chosen_logps", "ref_rejected_logps")
 _OWN = (*_REJECTED, *_GIVEN, "chosen", "margin")
 
@@ -53,7 +61,7 @@ def preference_of(row: Row, *, columns: Mapping[str, str] | None = None, system:
     Args: `columns`: field name in the dataset → accepted name, applied first; `system`: system message for rows that
     have none.
     Raises: DataError with the row's place for a missing or empty answer, an empty prompt, answers to different
-    prompts, a number that is not finite, or what `conversation_of` refuses.
+    prompts (with what differs), a number that is not finite, or what `conversation_of` refuses.
     """
     fields = {name: value for name, value in renamed(row, columns).items() if value is not None}
     given = [name for name in _REJECTED if name in fields]
@@ -63,11 +71,16 @@ def preference_of(row: Row, *, columns: Mapping[str, str] | None = None, system:
             f"{row.origin}: {what}; give rejected_response (the text of the bad answer), rejected_messages (the "
             "conversation that ends with it), or chosen and rejected"
         )
-    chosen, rejected = _PAIRS[given[0]](fields, row, system)
-    if chosen.messages[0].content != rejected.messages[0].content or len(chosen.messages) < 2:
-        raise DataError(f"{row.origin}: the chosen and the rejected answer must follow the same prompt")
-    require_question(chosen, row)
-    return Preference(chosen, rejected, _margin(fields.get("margin"), row), _ref_logps(fields, row))
+    chosen, rejected = read_alike(*_PAIRS[given[0]](fields, row, system))
+    start = answers_start(chosen, rejected, row)
+    for asked in (replace(chosen, messages=chosen.messages[: start + 1]), chosen, rejected):
+        require_question(asked, row)
+    return Preference(
+        learned_from(start, chosen),
+        learned_from(start, rejected),
+        _margin(fields.get("margin"), row),
+        _ref_logps(fields, row),
+    )
 
 
 def _with_response(fields: Mapping[str, Any], row: Row, system: str | None) -> tuple[Conversation, Conversation]:
@@ -94,14 +107,14 @@ def _chosen_and_rejected(fields: Mapping[str, Any], row: Row, system: str | None
     if "chosen" not in fields:
         raise DataError(f"{row.origin}: rejected needs chosen beside it: the answer to prefer")
     chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
+    shared = {name: value for name, value in _without_own(fields).items() if name not in _OTHERS}
     if _is_whole(chosen, row):
-        prompt, chosen, rejected = _split(chosen, rejected, row)
-    elif prompt is None:
+        return _whole(shared, chosen, rejected, row, system)
+    if prompt is None:
         raise DataError(
             f"{row.origin}: chosen and rejected are answers without a prompt; add prompt, or make them lists of "
             "messages that begin with it"
         )
-    shared = _without_own(fields) | {"prompt": prompt}
     first = _named("chosen", shared | {"completion": chosen}, row, system)
     return first, _named("rejected", shared | {"completion": rejected}, row, system)
 
@@ -114,29 +127,29 @@ _PAIRS = {
 """What reads a row, by the field with its bad answer."""
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:2] == "[{")
+
+
 def _is_whole(chosen: Any, row: Row) -> bool:
     """Whether it is a conversation with its prompt, which the assistant does not begin."""
-    listed = isinstance(chosen, list) or (isinstance(chosen, str) and chosen.lstrip()[:2] == "[{")
-    return listed and turns_of(chosen, place=f"{row.origin}: chosen").messages[0].role != "assistant"
+    return _is_list(chosen) and turns_of(chosen, place=f"{row.origin}: chosen").messages[0].role != "assistant"
 
 
-def _split(chosen: Any, rejected: Any, row: Row) -> tuple[list[Any], list[Any], list[Any]]:
-    """The messages with which both begin, and what follows them in each."""
-    lists = []
-    for name, value in (("chosen", chosen), ("rejected", rejected)):
-        parsed = from_json(value, place=f"{row.origin}: {name}") if isinstance(value, str) else value
-        if not isinstance(parsed, list):
-            raise DataError(f"{row.origin}: {name} must be a list of messages, as the other is, not {short(parsed)}")
-        lists.append(parsed)
-    first, second = lists
-    same = 0
-    while same < min(len(first), len(second)) and first[same] == second[same]:
-        same += 1
-    if same == len(first) == len(second):
-        same -= 1  # equal answers, which the encoder counts
-    if not 0 < same < min(len(first), len(second)):
-        raise DataError(f"{row.origin}: chosen and rejected must begin with one prompt and end with an answer each")
-    return first[:same], first[same:], second[same:]
+def _whole(
+    fields: dict[str, Any], chosen: Any, rejected: Any, row: Row, system: str | None
+) -> tuple[Conversation, Conversation]:
+    """Two conversations whose prompt is what both begin with; its turns are not learned, unless a message asks for
+    it."""
+    if not _is_list(rejected):
+        raise DataError(f"{row.origin}: rejected must be a list of messages, as chosen is, not {short(rejected)}")
+    prompt = fields.pop("prompt", None)
+    first = _named("chosen", fields | {"messages": chosen}, row, system)
+    second = _named("rejected", fields | {"messages": rejected}, row, system)
+    if prompt is not None and _is_list(prompt):
+        refuse_another_prompt(turns_of(prompt, place=f"{row.origin}: prompt").messages, first, row)
+    start = answers_start(first, second, row)
+    return weighed(first, range(start), 0.0), weighed(second, range(start), 0.0)
 
 
 def _without_own(fields: Mapping[str, Any]) -> dict[str, Any]:
