@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizer_kinds import KINDS
 
 from megabatch.data.rows import files
 from megabatch.data.rows.files import Origin, Row
-from megabatch.data.rows.formats import conversation_of
+from megabatch.data.rows.formats import Message, conversation_of
 from megabatch.data.rows.prompts import prompt_of
 from megabatch.data.tokens.sample import Encoded
 from megabatch.data.tokens.templates import Template
@@ -211,8 +212,9 @@ def test_a_run_gives_its_templates_variables_and_rows_may_give_others() -> None:
         (prompt,) = of_the_run.encode_prompts([conversation], places=["f:1"])
         expected = theirs("byte_level", "qwen3", asked, add_generation_prompt=True, enable_thinking=thinks)
         assert prompt.ids.tolist() == expected
-    later = of_the_run.up_to_the_answer([*asked, {"role": "assistant", "content": "A"}, *asked])
-    assert later.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        turns = [*conversation.messages, Message("assistant", "A"), *conversation.messages]
+        later = of_the_run.up_to_the_answer(replace(conversation, messages=turns))
+        assert later.endswith("<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n"))
 
 
 def test_variables_that_the_template_does_not_read_are_refused() -> None:

@@ -11,9 +11,9 @@ import difflib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from megabatch.data.rows.formats import Conversation, is_text
 from megabatch.data.rows.turns import Message
@@ -33,6 +33,7 @@ from megabatch.loss_scales import LossScale, parse
 
 log = logging.getLogger(__name__)
 
+_Made = TypeVar("_Made")
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 _LEFT_OUT = "the template omits the text beside a call"
 
@@ -110,10 +111,12 @@ class Template:
             return None
         return self._ends.last(text.rstrip())
 
-    def up_to_the_answer(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation that goes on with the assistant's turn. Raises: DataError."""
-        variables = {**self._variables, "add_generation_prompt": True}
-        return self._forms["default"].renderer.render(messages, variables).text
+    def up_to_the_answer(self, conversation: Conversation) -> str:
+        """The text of a conversation that goes on with the assistant's turn, its control tokens as they stand, in the
+        form and with the variables of `encode_prompts`. Raises: DataError."""
+        form = self._form_for(conversation)
+        variables, candidates = self._asking(form, conversation)
+        return _first_that_renders(candidates, lambda fitted: form.renderer.render(fitted, variables).text)
 
     @property
     def control_tokens(self) -> Sequence[str]:
@@ -179,23 +182,26 @@ class Template:
     def _asked(self, conversation: Conversation) -> _Said:
         """The conversation's text with the template's generation prompt."""
         form = self._form_for(conversation)
-        remarks: Counter[str] = Counter()
-        variables = {**form.fitting.variables(conversation, remarks), "add_generation_prompt": True}
-        failed: DataError | None = None
-        for _, fitted in form.fitting.candidates(conversation, remarks):
+        variables, candidates = self._asking(form, conversation)
+
+        def rendered(fitted: Sequence[Mapping[str, Any]]) -> _Said:
             said = _json([fitted, variables])
             mark, inner = _marks(said)
             messages, marked, control = self._sanitised(fitted, variables, said, inner)
-            try:
-                text = form.renderer.render(messages, marked, mark=mark).text
-            except DataError as e:
-                failed = failed or e
-                continue
+            text = form.renderer.render(messages, marked, mark=mark).text
             if control is None:
                 return _Said(Text(text, []), by_twin=False)
             return _Said(Text(control.spelled(text, inner).text, []), by_twin=True)
-        assert failed is not None
-        raise failed
+
+        return _first_that_renders(candidates, rendered)
+
+    def _asking(
+        self, form: _Form, conversation: Conversation
+    ) -> tuple[Mapping[str, Any], Iterator[list[dict[str, Any]]]]:
+        """The template's variables for a conversation that the assistant goes on with, and forms of its turns."""
+        remarks: Counter[str] = Counter()
+        variables = {**form.fitting.variables(conversation, remarks), "add_generation_prompt": True}
+        return variables, (fitted for _, fitted in form.fitting.candidates(conversation, remarks))
 
     @cached_property
     def _twins_aligner(self) -> Aligner:
@@ -319,6 +325,20 @@ class Template:
                 "to end its turn",
                 self.name,
             )
+
+
+def _first_that_renders(
+    candidates: Iterable[list[dict[str, Any]]], render: Callable[[Sequence[Mapping[str, Any]]], _Made]
+) -> _Made:
+    """What the first of these forms becomes. Raises: DataError of the first where none can be rendered."""
+    failed: DataError | None = None
+    for fitted in candidates:
+        try:
+            return render(fitted)
+        except DataError as e:
+            failed = failed or e
+    assert failed is not None, "the turns themselves are the first form"
+    raise failed
 
 
 def learned_turns(messages: Sequence[Message], base: str) -> list[float]:

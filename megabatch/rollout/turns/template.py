@@ -14,7 +14,6 @@ _BREAK = "\U0010f8f6"
 
 
 def between(
-    messages: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
     *,
     render: Callable[[Sequence[Mapping[str, Any]]], str],
@@ -24,14 +23,15 @@ def between(
 ) -> tuple[int, ...]:
     """Token ids from the end of the model's turn to the beginning of its next one.
 
-    Args: `messages`: the conversation before the model's turn. `render`: the template, with the opening of the model's
-    turn at the end. `encode`: text to ids, control tokens included, without adding any. `control_tokens`: become plain
-    text where an answer contains them, so that no answer can end a turn. `last_id`: the last token that the model
-    drew: if it is what the template closes a turn with, it is not added again.
+    Args: `answers`: to the model's turn. `render`: the template on the conversation before the model's turn and these
+    messages behind it, with the opening of the model's next turn at the end. `encode`: text to ids, control tokens
+    included, without adding any. `control_tokens`: become plain text where an answer contains them, so that no answer
+    can end a turn. `last_id`: the last token that the model drew: if it is what the template closes a turn with, it is
+    not added again.
     Raises: RolloutError for a template that leaves out a turn of the assistant's.
     """
     broken = [{**answer, "content": _broken(str(answer["content"]), control_tokens)} for answer in answers]
-    text = render([*messages, {"role": "assistant", "content": _TURN}, *broken])
+    text = render([{"role": "assistant", "content": _TURN}, *broken])
     _, found, after = text.rpartition(_TURN)
     if not found:
         raise RolloutError("the chat template does not write the assistant's last turn, which several turns need")

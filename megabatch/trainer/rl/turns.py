@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megabatch.config.grpo import Rollout
+from megabatch.data.rows import formats
 from megabatch.data.rows.prompts import Asked
 from megabatch.data.tokens.templates import Template
 from megabatch.errors import RolloutError
@@ -27,8 +28,11 @@ class _Open:
     """A conversation on the main rank."""
 
     environment: Any
-    messages: list[Mapping[str, Any]]
-    """Before the model's next turn."""
+    said: formats.Conversation
+    """Before the model's next turn, with what the chat template reads of the row."""
+
+    def with_messages(self, messages: Sequence[Mapping[str, Any]]) -> formats.Conversation:
+        return replace(self.said, messages=[*self.said.messages, *map(_message, messages)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +103,11 @@ class Turns:
         try:
             environment = made()
             if hasattr(environment, "reset"):
-                environment.reset([dict(message) for message in messages], **prompt.columns)
+                environment.reset(messages, **prompt.columns)
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
             raise RolloutError(f"{self._named} cannot begin conversation {key}: {said}") from error
-        return _Open(environment=environment, messages=list(messages))
+        return _Open(environment=environment, said=prompt.conversation)
 
     def answers(self, conversations: Sequence[Conversation], opened: Mapping[str, _Open]) -> list[Answer]:
         """On the main rank. Raises: RolloutError for an environment that answers in no known form."""
@@ -128,15 +132,19 @@ class Turns:
         template = self.template
         assert template is not None, "the main rank has it"
         ids = between(
-            opened.messages,
             answers,
-            render=template.up_to_the_answer,
+            render=lambda messages: template.up_to_the_answer(opened.with_messages(messages)),
             encode=lambda part: template.tokenizer(part, add_special_tokens=False)["input_ids"],
             control_tokens=template.control_tokens,
             last_id=one.ids[-1] if one.ids else None,
         )
-        opened.messages += [{"role": "assistant", "content": text}, *answers]
+        opened.said = opened.with_messages([{"role": "assistant", "content": text}, *answers])
         return ids
+
+
+def _message(given: Mapping[str, Any]) -> formats.Message:
+    fields = {name: value for name, value in given.items() if name not in ("role", "content")}
+    return formats.Message(given["role"], str(given["content"]), fields=fields)
 
 
 class OpenedWhenAsked:

@@ -224,7 +224,13 @@ PROMPT = [{"role": "user", "content": "q"}]
 
 def tokens_between(answer: str, last: int | None, render: Callable[[Sequence[Any]], str] = render) -> tuple[int, ...]:
     said = [{"role": "tool", "content": answer}]
-    return between(PROMPT, said, render=render, encode=encode, control_tokens=VOCABULARY, last_id=last)
+    return between(
+        said,
+        render=lambda messages: render([*PROMPT, *messages]),
+        encode=encode,
+        control_tokens=VOCABULARY,
+        last_id=last,
+    )
 
 
 def test_the_template_closes_a_turn_once() -> None:
