@@ -207,6 +207,26 @@ def test_missing_file_suggests_the_nearest_names(tmp_path: Path, write_jsonl: Wr
         read(tmp_path / "bare")
 
 
+def test_what_is_suggested_for_a_missing_dataset_is_a_dataset(tmp_path: Path) -> None:
+    for name in ("constraint.md", "constraints.bin", "constraints", ".constraints.jsonl"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "constraint").mkdir()
+    (tmp_path / "constraint" / "notes.md").write_text("x")
+    missing = tmp_path / "constraint.jsonl"
+    with pytest.raises(DataError, match=rf"does not exist; {tmp_path} has no \.jsonl, .* file; check the path"):
+        resolve([str(missing)])
+    (tmp_path / "constraints.txt").write_text("x")
+    with pytest.raises(DataError, match=r"does not exist; check the path$"):
+        resolve([str(missing)])
+    with pytest.raises(DataError, match=r"does not exist; nearest in .*: constraints\.txt$"):
+        resolve([str(missing.with_suffix(".txt"))])
+    (tmp_path / "constraints.jsonl.gz").write_bytes(b"")
+    (tmp_path / "constraint" / "rows.csv").write_text("x")
+    with pytest.raises(DataError, match=r"does not exist; nearest in ") as error:
+        resolve([str(missing)])
+    assert sorted(str(error.value).rpartition(": ")[2].split(", ")) == ["constraint", "constraints.jsonl.gz"]
+
+
 def test_a_file_that_vanishes_is_one_clear_error(write_jsonl: Write) -> None:
     path = write_jsonl("a.jsonl", numbers(1))
     (source,) = resolve([str(path)])

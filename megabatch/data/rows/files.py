@@ -11,12 +11,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megabatch.data.rows.compressed import COMPRESSIONS, inner_suffix, is_damage, open_bytes
 from megabatch.errors import DataError
+
+_LOOKED_AT = 10_000
+"""Paths below a folder, for one that is a dataset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +98,25 @@ def content_digest(path: Path) -> bytes:
 
 
 def nearest(path: Path) -> str:
-    """` ; ...` clause that names the nearest existing files, for a path that does not exist."""
+    """` ; ...` clause that names the nearest datasets (files that can be read, and folders of them), for a path that
+    does not exist. Texts, which most folders have, are named in the place of a text alone."""
     folder = path.absolute().parent
     if not folder.is_dir():
         return f": there is no folder {folder}; check the path"
-    names = [p.name for p in folder.iterdir()]
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    if not close:
-        close = sorted(name for name in names if is_readable(Path(name)))[:3]
+    inside = {p.name: p for p in folder.iterdir() if not p.name.startswith(".")}
+    files = sorted(name for name, p in inside.items() if is_readable(p) and p.is_file())
+    readable = [name for name in files if inner_suffix(path) == ".txt" or inner_suffix(inside[name]) != ".txt"]
+    folders = [name for name, p in inside.items() if p.is_dir()]
+    near = difflib.get_close_matches(path.name, [*readable, *folders], n=6, cutoff=0.5)
+    close = [name for name in near if name in readable or _holds_rows(inside[name])][:3] or readable[:3]
     if close:
         return f"; nearest in {folder}: {', '.join(close)}"
-    return f"; {folder} has no {READABLE} file; check the path"
+    return "; check the path" if files else f"; {folder} has no {READABLE} file; check the path"
+
+
+def _holds_rows(folder: Path) -> bool:
+    """Whether a file that can be read is among the first that lie in a folder."""
+    return any(is_readable(p) and p.is_file() for p in islice(folder.rglob("*"), _LOOKED_AT))
 
 
 def _lines(path: Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
