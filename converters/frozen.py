@@ -48,6 +48,13 @@ def frozen_names(table: Sequence[Mapped], freezing: Freezing) -> frozenset[str]:
     return frozenset(frozen)
 
 
+def trains_biases_alone(table: Sequence[Mapped], freezing: Freezing) -> bool:
+    """Whether a bias is trained whose weight is frozen. Raises: as `frozen_names`."""
+    frozen = frozen_names(table, freezing)
+    biases = {mapped.name for mapped in table if mapped.name.endswith(".bias")} - frozen
+    return any(f"{name.removesuffix('.bias')}.weight" in frozen for name in biases)
+
+
 def _names(table: Sequence[Mapped]) -> dict[str, list[str]]:
     """Hugging Face's names of all that is in each tensor, and in those of a layer's experts."""
     names: dict[str, list[str]] = {}

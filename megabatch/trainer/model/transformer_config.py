@@ -17,7 +17,9 @@ from torch.nn.functional import silu
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
-from megabatch.errors import ConfigError
+from megabatch.converters.families import family_named
+from megabatch.converters.frozen import Freezing, trains_biases_alone
+from megabatch.errors import ConfigError, ConversionError
 from megabatch.plan.shape import ModelShape
 from megabatch.trainable import untrainable
 
@@ -118,10 +120,8 @@ def transformer_impl(recipe: Recipe, shape: ModelShape) -> str:
     wanted = recipe.kernels.transformer_impl
     if wanted == "local":
         return wanted
-    if recipe.rlhf.share_prompts:
-        why = "they alone compute a prompt once for all its answers"
-    elif recipe.tuner.tuner_type == "lora" and recipe.tuner.lora_bias == "all":
-        why = "biases beside frozen weights have their gradients there"
+    if (needed := needs_local(recipe, shape)) is not None:
+        why = needed
     elif importlib.util.find_spec("transformer_engine") is None:
         why = "transformer-engine is not installed"
     elif not torch.cuda.is_available():
@@ -134,6 +134,24 @@ def transformer_impl(recipe: Recipe, shape: ModelShape) -> str:
         return wanted
     _say_local(why)
     return "local"
+
+
+def needs_local(recipe: Recipe, shape: ModelShape) -> str | None:
+    """Why a run needs local layers wherever it runs: Transformer Engine (2.11) gives a bias no gradient where the
+    weight beside it is frozen. Raises: ConfigError for names of tensors that match nothing."""
+    if recipe.rlhf.share_prompts:
+        return "they alone compute a prompt once for all its answers"
+    return "biases beside frozen weights have their gradients there" if _trains_biases_alone(recipe, shape) else None
+
+
+def _trains_biases_alone(recipe: Recipe, shape: ModelShape) -> bool:
+    tuner = recipe.tuner
+    if tuner.tuner_type == "lora" or not tuner.trains_part:
+        return tuner.tuner_type == "lora" and tuner.lora_bias == "all"
+    try:
+        return trains_biases_alone(family_named(shape.model_type).tensors(shape), Freezing.of(tuner))
+    except ConversionError as e:
+        raise ConfigError(f"tuner.{e}") from e
 
 
 @functools.cache
