@@ -29,6 +29,14 @@ def row_tokens(recipe: Recipe, shape: ModelShape | None) -> int | None:
     return recipe.data.packing_length or longest
 
 
+def item_tokens(recipe: Recipe, shape: ModelShape | None) -> int | None:
+    """Most tokens of what a batch counts: a row, or without packing both answers of a pair. What these share is not
+    known before the data, and may be a prompt of one token."""
+    row = row_tokens(recipe, shape)
+    is_pair = recipe.kind is not None and recipe.kind.rows == "pairs" and not recipe.data.packing
+    return 2 * row if row is not None and is_pair else row
+
+
 def positions(recipe: Recipe, shape: ModelShape) -> int:
     """Tokens that the model takes, and the rollout engine inside the ranks."""
     return min(shape.max_position_embeddings, recipe.rollout.vllm_max_model_len or shape.max_position_embeddings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megabatch.config.layout import chunks_of, layout_of
-from megabatch.config.lengths import generates, row_tokens
+from megabatch.config.lengths import generates, item_tokens, row_tokens
 from megabatch.config.optimization import Optimizer
 from megabatch.config.recipe import Recipe
 from megabatch.config.reference import is_second_model
@@ -109,7 +109,7 @@ def _largest(memory: MemoryEstimate) -> str:
 def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
     """The settings that the plan's estimates need, from a recipe without faults.
 
-    We assume that each row is full and is one sequence; we do not look at the data.
+    We assume that each row is full and is one sequence, or two of a pair; we do not look at the data.
     """
     parallel, recompute = recipe.parallel, recipe.recompute
     layout, chunks = layout_of(recipe, shape), chunks_of(parallel, shape.num_layers)
@@ -123,7 +123,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         mtp_layers=mtp_layers,
         gpus_per_node=recipe.resources.ranks_per_node,
         micro_batch_size=recipe.batch.micro_batch_size,
-        row_tokens=row - _shared_tokens(recipe, shape, row=row),
+        row_tokens=resolved(item_tokens(recipe, shape)) - _shared_tokens(recipe, shape, row=row),
         mean_length=row,
         vocab_size=recipe.model.padded_vocab_size or -(-shape.vocab_size // layout.tp) * layout.tp,
         microbatch_group_size=parallel.microbatch_group_size_per_virtual_pipeline_stage or layout.pp,
@@ -151,8 +151,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
 
 
 def _shared_tokens(recipe: Recipe, shape: ModelShape, *, row: int) -> int:
-    """Tokens of a GRPO prompt that a row has once for several completions, shared out among these; of a pair nothing
-    is known before its data."""
+    """Tokens of a GRPO prompt that a row has once for several completions, shared out among these."""
     if not generates(recipe) or not shares_prompts(recipe, shape):
         return 0
     answers, prompt = answers_in_a_row(recipe), max(row - recipe.rollout.max_completion_length, 1)

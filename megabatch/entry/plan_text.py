@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megabatch.config.lengths import row_tokens
+from megabatch.config.lengths import item_tokens
 from megabatch.config.recipe import Recipe
 from megabatch.config.roles import Role
 from megabatch.data.counts import DataCounts
@@ -88,7 +88,7 @@ def _batch(launch: Launch) -> str:
     recipe, layout = launch.recipe, launch.layout
     total, micro = recipe.batch.global_batch_size, recipe.batch.micro_batch_size
     split = f" = micro-batch {micro} x dp {layout.dp} x {layout.num_microbatches} micro-batches" if layout else ""
-    length = row_tokens(recipe, launch.model.shape)
+    length = item_tokens(recipe, launch.model.shape)
     tokens = f"; up to {total * length:,} tokens" if length else ""
     return f"{total} {_items(recipe)} a step{split}{tokens}{_rollout(recipe)}"
 
@@ -96,7 +96,9 @@ def _batch(launch: Launch) -> str:
 def _items(recipe: Recipe) -> str:
     if recipe.kind is not None and recipe.kind.generates:
         return "completions"
-    return "packed rows" if recipe.data.packing else "samples"
+    if recipe.data.packing:
+        return "packed rows"
+    return "pairs" if recipe.kind is not None and recipe.kind.rows == "pairs" else "samples"
 
 
 def _rollout(recipe: Recipe) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -103,6 +104,25 @@ def test_a_row_of_completions_has_their_prompt_once() -> None:
     assert 4 * settings_of(recipe, SHAPE).row_tokens == pytest.approx(4096 + 512 + 3 * 513, abs=4)
     alone = replace(recipe, rlhf=replace(recipe.rlhf, share_prompts=False))
     assert settings_of(alone, SHAPE).row_tokens == 4096 + 512
+
+
+@pytest.mark.parametrize("rlhf_type", ["dpo", "rm"])
+def test_a_batch_of_pairs_has_both_answers(rlhf_type: Literal["dpo", "rm"]) -> None:
+    """Their prompt may be one token, so that sharing it promises nothing; a pack is full either way."""
+    recipe = replace(
+        _recipe(),
+        task="rlhf",
+        rlhf=Rlhf(rlhf_type=rlhf_type),
+        data=Data(dataset=["data.jsonl"], max_length=512),
+        kernels=Kernels(transformer_impl="local"),
+    )
+    alone = replace(recipe, rlhf=replace(recipe.rlhf, share_prompts=False))
+    for one in (recipe, alone):
+        assert (settings_of(one, SHAPE).row_tokens, settings_of(one, SHAPE).mean_length) == (1024, 512)
+    packed = replace(recipe, data=replace(recipe.data, packing=True, packing_length=4096))
+    assert settings_of(packed, SHAPE).row_tokens == 4096
+    single = replace(recipe, rlhf=Rlhf(rlhf_type="kto"))
+    assert settings_of(single, SHAPE).row_tokens == 512, "mismatched answers take no gradients"
 
 
 @pytest.mark.parametrize("gpus", [4, 16])
