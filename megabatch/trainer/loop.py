@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.saved.history import step_of
 from megabatch.trainer import assemble
 from megabatch.trainer.activity import Activity
+from megabatch.trainer.checkpoints import torch_dist
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
 from megabatch.trainer.due import best_of, ended_epoch, is_due
@@ -65,6 +67,9 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity
     engine = assemble.build_engine(run, ranks, train_iters=train_iters, frozen=parts.frozen, following=parts.following)
     checkpoints = assemble.make_checkpoints(run, ranks, source, parts.export, tuning=engine.model.tuning)
     progress = start(run, engine, checkpoints, source)
+    if not checkpoints.has_generators:
+        ranks.seed(run.recipe.training.seed, step=progress.step)
+    drawn = torch_dist.generators()
     parts.steps.require(progress.cursor)
     logger.info("step %d of %d; %s", progress.step, train_iters, parts.steps.course)
     metrics = Metrics(
@@ -86,6 +91,7 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity
         metrics=metrics,
         stop=stop,
         activity=activity,
+        drawn=drawn,
     )
     return loop, progress
 
@@ -104,6 +110,8 @@ class Loop:
     metrics: Metrics
     stop: StopSignal
     activity: Activity
+    drawn: Mapping[str, Any]
+    """States of the random generators for the first step, whatever draws before it."""
 
     @property
     def train_iters(self) -> int:
@@ -141,7 +149,7 @@ class Loop:
 
     def steps(self, progress: Progress) -> Iterator[tuple[Progress, bool]]:
         """Trains step by step; yields the progress and whether a stop was requested."""
-        steps = self.parts.steps.after(progress.cursor, self.engine)
+        steps, first = self.parts.steps.after(progress.cursor, self.engine), progress.step
         while progress.step < self.train_iters:
             started = time.perf_counter()
             self.profiler.begin(progress.step + 1)
@@ -151,6 +159,8 @@ class Loop:
             self.activity.at("training", progress.step + 1)
             flags = Flags(stop=self.stop.requested, writing=self.checkpoints.writing)
             before = [Seen(*values) for values in progress.recent]
+            if progress.step == first:
+                torch_dist.set_generators(self.drawn)
             result = self.engine.step(
                 step.packs,
                 self.parts.objective,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import random
 from collections.abc import Callable
@@ -93,7 +94,7 @@ class Ranks:
         )
         self._others: list[Ranks] = []
         self._waiting = Waiting(self.place.rank, self.place.world_size) if self.place.world_size > 1 else None
-        self._seed(seed)
+        self.seed(seed)
 
     def beside(self, layout: Layout) -> Ranks:
         """The same ranks in another layout, for a model without gradients; collective. It ends with this one.
@@ -119,10 +120,13 @@ class Ranks:
         """Inside this context megatron-core builds and runs models of this layout."""
         return self.state.in_use()
 
-    def _seed(self, seed: int) -> None:
-        """Uses one seed per pipeline stage; tensor-parallel regions have their own generators."""
+    def seed(self, seed: int, *, step: int = 0) -> None:
+        """Starts the random generators over, as functions of the seed, the steps done and the rank's place: one seed
+        for each pipeline stage; tensor-parallel regions have their own generators."""
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+        if step:
+            seed = int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=4).digest(), "little")
         staged = seed + 100 * self.pp_rank
         random.seed(staged)
         np.random.seed(staged % 2**32)

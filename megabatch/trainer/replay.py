@@ -100,7 +100,7 @@ def replayed(run: RunConfig, alone: RunConfig, step: int) -> StepResult:
     Raises: RewardError for a step that the ledger lacks, CheckpointError without the state before it, ConfigError for
     a ledger without the experts that the step replayed.
     """
-    if (drawn := _dropout(run)) and not RunDirectory(Path(run.run_dir)).step(step - 1).is_dir():
+    if step > 1 and (drawn := _dropout(run)) and not RunDirectory(Path(run.run_dir)).step(step - 1).is_dir():
         raise CheckpointError(
             f"{', '.join(drawn)}: step {step} is the run's first, and no checkpoint has the states of the random "
             "generators that it drew from; with dropout, a later step can be replayed"
@@ -137,7 +137,12 @@ def _each_drawing_as_before(run: RunConfig, engine: Engine, step: int, *, of_eac
         yield
         return
     folder = RunDirectory(Path(run.run_dir)).step(step - 1)
-    states = torch_dist.read_generators(engine.ranks, folder / MCORE, open_saved(folder).manifest, of=run.layout.dp)
+    if folder.is_dir():
+        manifest = open_saved(folder).manifest
+        states = torch_dist.read_generators(engine.ranks, folder / MCORE, manifest, of=run.layout.dp)
+    else:
+        engine.ranks.seed(run.recipe.training.seed)
+        states = [torch_dist.generators()] * run.layout.dp
     calls = itertools.count()
 
     def drawing(chunk: Any, arguments: Any) -> None:

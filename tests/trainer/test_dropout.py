@@ -41,6 +41,51 @@ def test_recomputation_and_resume_draw_the_same_masks(layout: str, ranks: RankSe
     assert curve(again) == curve(kept) == curve(cut)
 
 
+LORA = {"tuner": {"tuner_type": "lora", "target_modules": ("all-linear",), "lora_dropout": 0.2}, "model": {}}
+
+
+@pytest.mark.parametrize("groups", [{}, LORA], ids=["full", "lora"])
+def test_what_draws_before_the_first_step_changes_no_number(
+    groups: dict[str, Any], ranks: RankServer, tmp_path: Path
+) -> None:
+    """The masks of the first step follow from the seed, those after a resume from the checkpoint, bit for bit."""
+    kept, _ = _make(tmp_path, "kept", **groups)
+    drawn, _ = _make(tmp_path, "drawn", evaluation={"eval_on_start": True}, **groups)
+    assert ranks.run(train, world_size=1, run_dir=str(kept)) == [ExitCode.DONE]
+    assert ranks.run(_train_after_draws, world_size=1, run_dir=str(drawn), stop_after=2) == [ExitCode.REQUEUE]
+    assert ranks.run(_train_after_draws, world_size=1, run_dir=str(drawn)) == [ExitCode.DONE]
+    assert curve(drawn) == curve(kept)
+
+
+def _train_after_draws(run_dir: str, stop_after: int | None = None) -> int:
+    """Trains, drawing from all generators before and after the run is opened."""
+    import random
+
+    import numpy as np
+    import torch
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from megabatch.trainer import loop
+
+    def draw() -> None:
+        random.random()
+        np.random.rand()
+        torch.rand(7)
+        with get_cuda_rng_tracker().fork():
+            torch.rand(7)
+
+    opens = loop.open_loop
+
+    def opened(*arguments: Any) -> Any:
+        draw()
+        found = opens(*arguments)
+        draw()
+        return found
+
+    loop.open_loop = opened
+    return train(run_dir, stop_after)
+
+
 def test_only_training_drops(ranks: RankServer, tmp_path: Path) -> None:
     plain, _ = _make(tmp_path, "plain", model={})
     curves = []

@@ -37,8 +37,8 @@ def read_alike(one: Conversation, other: Conversation) -> tuple[Conversation, Co
 
 def answers_start(chosen: Conversation, rejected: Conversation, row: Row) -> int:
     """The first turn that is not the prompt's: the assistant's in both. Raises: DataError where it is not."""
-    for name, one in (("chosen", chosen), ("rejected", rejected)):
-        last = one.messages[-1]
+    for name, said_in in (("chosen", chosen), ("rejected", rejected)):
+        last = said_in.messages[-1]
         if last.role != "assistant":
             said = f"ends with a message of the {last.role} ({short(last.content)})"
             raise DataError(f"{row.origin}: the {name} conversation {said}; it must end with the answer to compare")
@@ -52,11 +52,11 @@ def answers_start(chosen: Conversation, rejected: Conversation, row: Row) -> int
             f"{row.origin}: the {longer} conversation goes on where the {shorter} one ends, after message "
             f"{start - 1} ({short(both[-1][0].content)}); they must begin with one prompt and end with an answer each"
         )
-    one, other = both[start]
-    if {one.role, other.role} != {"assistant"}:
+    first, second = both[start]
+    if {first.role, second.role} != {"assistant"}:
         raise DataError(
             f"{row.origin}: the chosen and the rejected answer must follow the same prompt, and message {start} "
-            f"differs: {_difference(one, other)}"
+            f"differs: {_difference(first, second)}"
         )
     if not start:
         raise DataError(f"{row.origin}: the chosen and the rejected answer must follow a prompt, and have none")

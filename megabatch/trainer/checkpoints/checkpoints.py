@@ -77,6 +77,8 @@ class Checkpoints:
         self.run, self.ranks, self.layout = run, ranks, layout
         self.retention, self.table, self.export = retention, table, export
         self._under_way: UnderWay | None = None
+        self.has_generators = False
+        """Whether the random generators are those of a checkpoint."""
         self.adapter_config, self.each_once = adapter_config, each_once
         if ranks.is_main:
             for leftover in run.checkpoints.glob(".*.tmp"):
@@ -296,6 +298,7 @@ class Checkpoints:
         torch_dist.load(
             engine, inner, saved.manifest, updates=updates, rng=rng, following=True, each_once=self.each_once
         )
+        self.has_generators = rng
         if engine.optimizer is not None and optimizer:
             engine.optimizer.advance(progress.updates)
             if engine.optimizer.loss_scale is not None and progress.loss_scale is not None:

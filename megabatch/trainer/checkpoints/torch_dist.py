@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,7 @@ def _rng_object(state: dict[str, Any], rank: int, world_size: int) -> ShardedObj
     return ShardedObject("rng_state", state, (world_size,), (rank,), replica_id=0)
 
 
-def set_generators(state: dict[str, Any]) -> None:
+def set_generators(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

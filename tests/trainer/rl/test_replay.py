@@ -81,7 +81,7 @@ def test_every_update_of_two_ranks_is_repeated_by_one(ranks: RankServer, run: Pa
 
 
 def test_dropout_of_data_parallel_ranks_is_drawn_again(ranks: RankServer, run: Path) -> None:
-    """From what each rank's generators were in the checkpoint before; the first step has none."""
+    """From what each rank's generators were in the checkpoint before, or from the seed."""
     made = grpo_recipe(run.parent, world_size=2, grpo={"steps_per_generation": 1, "beta": 0.0})
     made = with_fields(
         made,
@@ -93,12 +93,13 @@ def test_dropout_of_data_parallel_ranks_is_drawn_again(ranks: RankServer, run: P
     dropped = write_run(made, run.parent / "dropped")
     assert set(ranks.run(train, world_size=2, run_dir=str(dropped))) == {0}
     config = RunConfig.load(dropped / "run.json")
-    found = ranks.run(repeated, world_size=1, run_dir=str(dropped), steps=[2, 3])[0]
-    for logged, numbers in zip(metrics(dropped)[1:], found, strict=True):
+    found = ranks.run(repeated, world_size=1, run_dir=str(dropped), steps=[1, 2, 3])[0]
+    for logged, numbers in zip(metrics(dropped), found, strict=True):
         lines = command.compared(logged, numbers, config, tolerance=None)
         assert all(line.passes for line in lines), (logged["step"], lines)
-    with pytest.raises(CheckpointError, match=r"hidden_dropout=0.1: step 1 is the run's first, and no checkpoint has"):
-        replay.replayed(config, config, 1)
+    shutil.rmtree(dropped / "checkpoints" / "step_00000001")
+    with pytest.raises(CheckpointError, match=r"hidden_dropout=0.1: step 2 is the run's first, and no checkpoint has"):
+        replay.replayed(config, config, 2)
 
 
 def test_the_command_compares_in_a_process_of_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
