@@ -33,6 +33,10 @@ class Grpo:
     """Completions per round of generation; None means `global_batch_size * steps_per_generation`."""
     num_iterations: int = param(1, at_least=1)
     """How often each completion is used for an update (mu)."""
+    infer_batch_size: int | None = param(None, at_least=1)
+    """Completions in a micro-batch of the passes that only compute log-probabilities: of the policy before a round's
+    steps, the reference and a teacher. They keep no activations, so more fit than in training; None means
+    `micro_batch_size`."""
     reward_funcs: Sequence[str] = param(())
     """Rewards: accuracy, format, cosine, repetition, soft_overlong, or your own as `file.py:function`."""
     reward_weights: Sequence[float] | None = param(None)

@@ -23,9 +23,19 @@ def compares_answers(recipe: Recipe) -> bool:
 
 
 def answers_in_a_row(recipe: Recipe) -> int:
-    """GRPO's completions of one prompt that lie in one row: as many as divide both its group and a micro-batch, so
-    that every micro-batch has as many completions as without sharing."""
+    """GRPO's completions of one prompt that lie in one row of a step: as many as divide both its group and a
+    micro-batch, so that every micro-batch has as many completions as without sharing."""
     return math.gcd(recipe.grpo.num_generations, recipe.batch.micro_batch_size)
+
+
+def inferred_answers_in_a_row(recipe: Recipe) -> int:
+    """The same in a pass for log-probabilities."""
+    return math.gcd(recipe.grpo.num_generations, infer_batch_size(recipe))
+
+
+def infer_batch_size(recipe: Recipe) -> int:
+    """`grpo.infer_batch_size`, or its default."""
+    return recipe.grpo.infer_batch_size or recipe.batch.micro_batch_size
 
 
 def why_not(recipe: Recipe, shape: ModelShape | None) -> str | None:
@@ -81,7 +91,7 @@ def _groups(recipe: Recipe, shape: ModelShape | None) -> str | None:
     if recipe.grpo.loss_type == "bnpo":
         return "loss_type='bnpo' depends on which completions lie in a micro-batch, as they are dealt one by one"
     micro, group = recipe.batch.micro_batch_size, recipe.grpo.num_generations
-    if answers_in_a_row(recipe) == 1:
+    if answers_in_a_row(recipe) == 1 and inferred_answers_in_a_row(recipe) == 1:
         return f"micro_batch_size={micro} and num_generations={group} have no common divisor"
     return None
 

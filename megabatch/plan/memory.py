@@ -60,6 +60,7 @@ def _stage(
     passing = max((_passing(settings, layers, chunk) for chunk in chunks), default=0.0)
     # the loss frees its memory before the layers' backward pass begins
     temporary = max(0.0, passing - logits)
+    temporary += max(0.0, _without_gradients(settings, layers, chunks, logits) - stored - logits - temporary)
     groups = sum(ways > 1 for ways in _group_sizes(settings))
     dynamic = stored + logits + temporary
     return MemoryEstimate(
@@ -117,6 +118,15 @@ def _passing(settings: Settings, layers: Sequence[LayerActivations], chunk: Chun
         (layer.working + (unit * layer.whole if full else layer.whole - layer.kept) for layer in found),
         default=0.0,
     )
+
+
+def _without_gradients(
+    settings: Settings, layers: Sequence[LayerActivations], chunks: Sequence[Chunk], logits: float
+) -> float:
+    """Peak of a pass that keeps nothing: a layer's whole activations, or the logits without their gradient."""
+    found = (layers[number] for chunk in chunks for number in chunk.layers)
+    largest = max((layer.working + layer.whole for layer in found), default=0.0)
+    return settings.infer_batch_size / settings.micro_batch_size * max(largest, logits / 2)
 
 
 def _logits(shape: ModelShape, settings: Settings) -> float:

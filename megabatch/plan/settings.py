@@ -36,6 +36,8 @@ class Settings:
     """Layers of multi-token prediction that are trained."""
     gpus_per_node: int = 8
     micro_batch_size: int = 1
+    infer_batch_size: int = 0
+    """Samples in a micro-batch of passes without gradients, where there are such passes."""
     row_tokens: int
     """Tokens of a row: the packing length, or the length of a sample."""
     mean_length: float

@@ -111,7 +111,8 @@ def passes(folder: Path) -> list[Figure]:
         loop, _ = open_loop(run, ranks, StopSignal(), Activity(0))
         drawn = completions(run)
         shared = batching_of(run, ranks)
-        alone = replace(shared, together=1, share=replace(shared.share, shares_prompts=False))
+        alone = replace(shared, together=1, inferred_together=1, share=replace(shared.share, shares_prompts=False))
+        larger = replace(shared, infer_batch_size=2 * EACH, inferred_together=EACH)
 
         def compare(batching: Batching) -> tuple[float, float]:
             """The policy's pass and the reference's."""
@@ -135,15 +136,17 @@ def passes(folder: Path) -> list[Figure]:
 
             return cost(learned), cost(lambda: batching.read(loop.engine, step.packs, results[0].read, drawn))
 
-        rounds = [[(*compare(batching), *learn(batching)) for batching in (shared, alone)]
+        rounds = [[*((*compare(batching), *learn(batching)) for batching in (shared, alone)), compare(larger)]
                   for _ in range(PASSES + 1)][1:]  # fmt: skip
-    both = [[policy + reference for policy, reference, _, _ in one] for one in rounds]
-    read = [[reference + reading for _, reference, _, reading in one] for one in rounds]
-    trained = [[training for _, _, training, _ in one] for one in rounds]
+    both = [[policy + reference for policy, reference, *_ in one] for one in rounds]
+    read = [[reference + reading for _, reference, _, reading in one[:2]] for one in rounds]
+    trained = [[training for _, _, training, _ in one[:2]] for one in rounds]
     found = []
     for name, ones, others, target in (
         ("old and reference / training pass, one step a pass", column(read, 0), column(trained, 0), 0.5),
         ("old and reference / training pass, several steps a pass", column(both, 0), column(trained, 0), 0.5),
+        (f"the same, with infer_batch_size={larger.infer_batch_size}", column(both, 2), column(trained, 0), None),
+        ("the same, beside a training pass, each with its prompt", column(both, 2), column(trained, 1), None),
         ("the same, one step a pass, each with its prompt", column(read, 1), column(trained, 1), None),
         ("the same, several steps a pass, each with its prompt", column(both, 1), column(trained, 1), None),
         ("both passes, shared prompts / each with its prompt", column(both, 0), column(both, 1), None),

@@ -134,6 +134,23 @@ def test_logits_and_their_gradients_have_the_runs_precision(weight_bytes: int, c
     assert [stage.logits for stage in stages] == [0, 4096 * shape.vocab_size // 4 * 2 * weight_bytes + chunk]
 
 
+def test_passes_without_gradients_count_where_they_take_more_than_the_step() -> None:
+    shape = _shape(DENSE)
+    none, few, many, more = (
+        estimate(shape, _settings(shape, world=8, tp=4, pp=2, infer_batch_size=size), A800).stages
+        for size in (0, 1, 64, 128)
+    )
+    assert few == none
+    layer = layer_activations(shape, _settings(shape, world=8, tp=4, pp=2), (False, False))
+    [first, last] = (
+        (stage.temporary + stage.activations + stage.logits, logits)
+        for stage, logits in zip(many, (0, none[1].logits / 2), strict=True)
+    )
+    for found, logits in (first, last):
+        assert found == pytest.approx(64 * max(layer.whole + layer.working, logits), rel=1e-6)
+    assert more[0].total > many[0].total > none[0].total
+
+
 @pytest.mark.parametrize(
     ("pp", "vp", "micro_batches", "expected"),
     [

@@ -37,14 +37,18 @@ class Batching:
     group: int
     """Completions of a prompt that must lie in one row for the loss: 1, or all of them."""
     together: int = 1
-    """Completions of a prompt that lie in one row in every pass, so that they share its tokens (`shares_prompts`)."""
+    """Completions of a prompt that lie in one row of a step, so that they share its tokens (`shares_prompts`)."""
+    infer_batch_size: int
+    """Completions of a micro-batch where only log-probabilities are computed."""
+    inferred_together: int = 1
+    """What `together` is there."""
     filters_cut_off: bool
     """Whether completions that were cut off are left out of the loss."""
 
     def step(self, completions: Sequence[Rolled], *, cursor: State, epoch: float) -> Step:
         """One optimizer step's share of this rank."""
         group = max(self.group, self.together)
-        step = self._batch(completions, group=group).step(self._share(group), cursor=cursor, epoch=epoch)
+        step = self._dealt(completions, group, self.share.micro_batch_size, cursor=cursor, epoch=epoch)
         return replace(step, packs=[_with_routes(pack, completions) for pack in step.packs])
 
     def logps(
@@ -63,7 +67,7 @@ class Batching:
     def _inferred(
         self, engine: Engine, completions: Sequence[Rolled], readout: Tokens, *, model: str, records: bool
     ) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        step = self._batch(completions, group=self.together).step(self._share(self.together), cursor={}, epoch=0.0)
+        step = self._dealt(completions, self.inferred_together, self.infer_batch_size)
         packs = [_with_routes(pack, completions) for pack in step.packs] if model == POLICY else step.packs
         found = engine.infer(packs, readout, model=model, records_routes=records)
         return _of_everyone(engine, step.packs, found, completions)
@@ -78,8 +82,12 @@ class Batching:
         """`logps` that were read from the packs of a step of the same completions."""
         return [logps for logps, _ in _of_everyone(engine, packs, found, completions)]
 
-    def _share(self, group: int) -> Share:
-        return replace(self.share, micro_batch_size=max(1, self.share.micro_batch_size // group))
+    def _dealt(
+        self, completions: Sequence[Rolled], group: int, each: int, *, cursor: State | None = None, epoch: float = 0.0
+    ) -> Step:
+        """This rank's share. Args: group: completions that lie in one row; each: completions of a micro-batch."""
+        share = replace(self.share, micro_batch_size=max(1, each // group))
+        return self._batch(completions, group=group).step(share, cursor=cursor or {}, epoch=epoch)
 
     def _batch(self, completions: Sequence[Rolled], *, group: int) -> GlobalBatch:
         chunk = Chunk()

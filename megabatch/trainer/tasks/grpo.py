@@ -11,7 +11,7 @@ from pathlib import Path
 from megabatch.config.lengths import positions
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
-from megabatch.config.shared_prompts import answers_in_a_row, dropouts
+from megabatch.config.shared_prompts import answers_in_a_row, dropouts, infer_batch_size, inferred_answers_in_a_row
 from megabatch.data.run_caches import note_data
 from megabatch.data.schedule import Schedule
 from megabatch.errors import MegabatchError
@@ -147,11 +147,13 @@ def _turns(run: RunConfig, ranks: Ranks, language: Language, *, takes: int | Non
 
 def batching_of(run: RunConfig, ranks: Ranks) -> Batching:
     """How the run's completions become rows."""
-    grpo = run.recipe.grpo
+    grpo, shares = run.recipe.grpo, run.recipe.rlhf.share_prompts
     return Batching(
         share=share_of(run, ranks),
         group=grpo.num_generations if grpo.loss_type == "real" else 1,
-        together=answers_in_a_row(run.recipe) if run.recipe.rlhf.share_prompts else 1,
+        together=answers_in_a_row(run.recipe) if shares else 1,
+        infer_batch_size=infer_batch_size(run.recipe),
+        inferred_together=inferred_answers_in_a_row(run.recipe) if shares else 1,
         filters_cut_off=grpo.overlong_filter,
     )
 

@@ -8,7 +8,7 @@ import pytest
 
 from megabatch import Recipe
 from megabatch.config.new_model import declared_shape
-from megabatch.config.shared_prompts import answers_in_a_row, shares_prompts, why_not
+from megabatch.config.shared_prompts import answers_in_a_row, inferred_answers_in_a_row, shares_prompts, why_not
 
 OURS: dict[str, Any] = {"task": "rlhf", "kernels": {"transformer_impl": "local"}}
 GRPO: dict[str, Any] = {"rlhf": {"rlhf_type": "grpo"}, "batch": {"micro_batch_size": 12}}
@@ -21,6 +21,11 @@ WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "balance": ("experts", {"moe": {"moe_aux_loss_coeff": 0.01}}, "moe_aux_loss_coeff=0.01 counts"),
     "capacity": ("experts", {"moe": {"moe_expert_capacity_factor": 2.0}}, "moe_expert_capacity_factor=2 counts"),
     "bnpo": ("dense", {**GRPO, "grpo": {"loss_type": "bnpo"}}, "loss_type='bnpo' depends on"),
+    "few by few": (
+        "dense",
+        {"rlhf": {"rlhf_type": "grpo"}, "grpo": {"infer_batch_size": 9}},
+        "micro_batch_size=1 and num_generations=8 have no",
+    ),
     "one by one": ("dense", {"rlhf": {"rlhf_type": "grpo"}}, "micro_batch_size=1 and num_generations=8 have no"),
 }
 
@@ -54,5 +59,9 @@ def test_what_changes_no_number_is_the_default(made: Any) -> None:
         recipe, shape = made(base, changes)
         assert why_not(recipe, shape) is None and shares_prompts(recipe, shape)
     assert answers_in_a_row(recipe) == 4
+    assert inferred_answers_in_a_row(recipe) == 4
+    recipe, shape = made("dense", {"rlhf": {"rlhf_type": "grpo"}, "grpo": {"infer_batch_size": 16}})
+    assert shares_prompts(recipe, shape)
+    assert (answers_in_a_row(recipe), inferred_answers_in_a_row(recipe)) == (1, 8)
     recipe, shape = made("dense", {"rlhf": {"share_prompts": False}})
     assert not shares_prompts(recipe, shape)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megabatch.config.grpo import Grpo
 from megabatch.config.run import RunConfig
 from megabatch.rl.rounds import Rolled
+
+if TYPE_CHECKING:
+    from megabatch.trainer.data.global_batch import Share
+    from megabatch.trainer.rl.batch import Batching
 
 GROUP, PROMPTS, LONGEST = 4, 4, 14
 TEMPERATURE = 0.8
@@ -90,7 +94,6 @@ def measured(
     from megabatch.trainer.loop import open_loop
     from megabatch.trainer.objectives.grpo import GrpoObjective
     from megabatch.trainer.readouts.tokens import Tokens
-    from megabatch.trainer.rl.batch import Batching
     from megabatch.trainer.signals import StopSignal
 
     run = RunConfig.load(Path(run_dir) / "run.json")
@@ -101,7 +104,7 @@ def measured(
         engine, vocab = loop.engine, run.shape.vocab_size
         share = replace(share_of(run, ranks), shares_prompts=together > 1)
         plain = rolled(vocab, corrected=False)
-        plain_batching = Batching(share=share, group=1, together=together, filters_cut_off=False)
+        plain_batching = batching_of(share, together=together)
         own = plain_batching.logps(engine, plain, Tokens(TEMPERATURE))
         weights = (
             _by_name(engine, ranks, run)
@@ -113,8 +116,8 @@ def measured(
             taught = variant.endswith("teacher")
             made = rolled(vocab, corrected=variant.endswith("corrected"), taught=taught)
             some = near(made, own if logps is None else logps)
-            batching = Batching(
-                share=share,
+            batching = batching_of(
+                share,
                 group=GROUP if grpo.loss_type == "real" else 1,
                 together=together,
                 filters_cut_off=grpo.overlong_filter,
@@ -132,6 +135,54 @@ def measured(
             if weights is not None:
                 gradients[variant] = _gradients(engine, ranks, run)
     return found, [values.tolist() for values in own], (weights, gradients) if weights is not None else None
+
+
+def inferred(run_dir: str, cases: dict[str, tuple[int, int]]) -> dict[str, tuple[list[Any], int, int]]:
+    """On each rank, of each case (completions of a micro-batch without gradients, and of a prompt that share a row):
+    the policy's log-probabilities, this rank's micro-batches that hold some, and their tokens."""
+    from megabatch.trainer import assemble
+    from megabatch.trainer.activity import Activity
+    from megabatch.trainer.data.dataset import share_of
+    from megabatch.trainer.loop import open_loop
+    from megabatch.trainer.readouts.tokens import Tokens
+    from megabatch.trainer.signals import StopSignal
+
+    run = RunConfig.load(Path(run_dir) / "run.json")
+    found = {}
+    with assemble.join_ranks(run) as ranks:
+        loop, _ = open_loop(run, ranks, StopSignal(), Activity(0))
+        engine, infer = loop.engine, loop.engine.infer
+        given: list[Any] = []
+
+        def watched(packs: Any, *rest: Any, **named: Any) -> Any:
+            given[:] = [pack for pack in packs if pack.sequences]
+            return infer(packs, *rest, **named)
+
+        engine.infer = watched  # type: ignore[method-assign]
+        for case, (size, together) in cases.items():
+            share = replace(share_of(run, ranks), shares_prompts=together > 1)
+            batching = batching_of(share, infer_batch_size=size, inferred_together=together)
+            logps = batching.logps(engine, rolled(run.shape.vocab_size, corrected=False), Tokens(TEMPERATURE))
+            tokens = sum(int(pack.cu_seqlens_padded[pack.sequences]) for pack in given)
+            found[case] = ([values.tolist() for values in logps], len(given), tokens)
+    return found
+
+
+def batching_of(
+    share: Share, *, together: int = 1, infer_batch_size: int | None = None, inferred_together: int | None = None,
+    group: int = 1, filters_cut_off: bool = False,
+) -> Batching:  # fmt: skip
+    """Passes without gradients are as the steps are, if nothing else is said."""
+    from megabatch.trainer.rl.batch import Batching
+
+    return Batching(
+        share=share,
+        group=group,
+        together=together,
+        infer_batch_size=infer_batch_size or share.micro_batch_size,
+        inferred_together=inferred_together or together,
+        filters_cut_off=filters_cut_off,
+    )
 
 
 def _by_name(engine: Any, ranks: Any, run: Any) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from completions import Completions, reference_loss
 from rank_server import RankServer
-from rolled import GROUP, LONGEST, TEMPERATURE, VARIANTS, measured, near, rolled, settings
+from rolled import GROUP, LONGEST, TEMPERATURE, VARIANTS, inferred, measured, near, rolled, settings
 from runs import recipe, write_run
 
 from megabatch.config.run import RunConfig
@@ -78,6 +78,24 @@ def test_no_layout_changes_a_loss_or_gradient(layout: str, ranks: RankServer, al
             assert metrics.keys() == true_metrics.keys()
             for name, sums in metrics.items():
                 assert sums == pytest.approx(true_metrics[name], rel=1e-4, abs=1e-4), (variant, name)
+
+
+@pytest.mark.parametrize("layout", ["alone", "dp2", "shared_by_2_pp2_vpp2", "shared_ep2"])
+def test_log_probabilities_of_larger_micro_batches(layout: str, ranks: RankServer, alone: dict[str, Any]) -> None:
+    """One pass takes fewer micro-batches, and fewer tokens where they share prompts; the numbers stay."""
+    model, world_size, groups = LAYOUTS.get(layout, ("qwen2", 1, {}))
+    cases = {"each": (1, 1), "of 8": (8, 1), "of 8, shared": (8, 4), "of 6, shared by 2": (6, 2), "all": (64, 4)}
+    run = _run(alone["folder"], f"{layout}, inferred", model, world_size, groups)
+    found = ranks.run(inferred, world_size=world_size, run_dir=str(run), cases=cases)
+    for of_rank in found:
+        for case, (logps, _, _) in of_rank.items():
+            assert np.concatenate(logps) == pytest.approx(np.concatenate(alone[model][1]), abs=1e-5), case
+    ways = 2 if layout in ("dp2", "shared_ep2") else 1
+    counts = {case: sum(of_rank[case][1] for of_rank in found) * ways // world_size for case in cases}
+    tokens = {case: sum(of_rank[case][2] for of_rank in found) * ways // world_size for case in cases}
+    assert (counts["each"], counts["of 8"], counts["of 8, shared"]) == (16, 2, 2)
+    assert counts["all"] == ways if layout != "shared_by_2_pp2_vpp2" else 1
+    assert tokens["each"] == tokens["of 8"] > tokens["of 6, shared by 2"] > tokens["of 8, shared"] == tokens["all"]
 
 
 def test_a_fresh_adapter_changes_no_loss(alone: dict[str, Any]) -> None:

@@ -77,7 +77,15 @@ def measured(run_dir: str, logps: Any = None, shares: bool = False) -> dict[str,
         loop, _ = open_loop(run, ranks, StopSignal(), Activity(0))
         engine = loop.engine
         share = replace(share_of(run, ranks), shares_prompts=shares)
-        batching = Batching(share=share, group=1, together=2 if shares else 1, filters_cut_off=False)
+        together = 2 if shares else 1
+        batching = Batching(
+            share=share,
+            group=1,
+            together=together,
+            infer_batch_size=share.micro_batch_size,
+            inferred_together=together,
+            filters_cut_off=False,
+        )
         plain, some = Tokens(1.0), made(run.shape.vocab_size)
         own, chosen = zip(*batching.logps_and_routes(engine, some, plain), strict=True)
         olds = own if logps is None else logps

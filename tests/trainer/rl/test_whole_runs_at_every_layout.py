@@ -50,6 +50,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "tp2_sp_etp2": ("experts", {"parallel": {**TP2, **SP, "expert_tensor_parallel_size": 2}}),
     "ep2_lora": ("experts_lora", {"parallel": {"expert_model_parallel_size": 2}}),
 }
+INFERRED = {"dp2": 8, "tp2_sp_lora": 4, "pp2_vpp2_packed": 3, "experts at once": 16}
+"""Completions of a micro-batch where only log-probabilities are computed, if not as many as in training. A group then
+shares its prompt there, if the number divides."""
 SAVED, LAST = 3, 4
 """Steps with a checkpoint: the first is within the second round of two steps."""
 RESUMED = ["dp2", "pp2_vpp2_packed", "cp2_packed", "tp2_sp_lora", "ep2"]
@@ -99,7 +102,12 @@ def made(folder: Path, name: str, kind: str, world_size: int, groups: dict[str, 
         with_fields(base, **groups),
         task="rlhf",
         rlhf=Rlhf(rlhf_type="grpo"),
-        grpo=Grpo(reward_funcs=[f"{folder / 'reward.py'}:letters"], num_generations=2, steps_per_generation=2),
+        grpo=Grpo(
+            reward_funcs=[f"{folder / 'reward.py'}:letters"],
+            num_generations=2,
+            steps_per_generation=2,
+            infer_batch_size=INFERRED.get(name),
+        ),
         rollout=Rollout(temperature=1.0, max_completion_length=8),
     )
     return write_run(whole_run, folder / name)
@@ -116,6 +124,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(ranks: RankServer, folder: Path) -> dict[str, Path]:
     found = {kind: made(folder, kind, kind, 1, {}) for kind in ALONE}
     found["packed"] = made(folder, "packed", "dense", 1, {"batch": {"micro_batch_size": 4}})
+    found["experts at once"] = made(folder, "experts at once", "experts", 1, {})
     ranks.run(trained, world_size=1, run_dirs=[str(run) for run in found.values()], resumed=[])
     return found
 
@@ -164,6 +173,11 @@ def test_a_layout_changes_no_completion_and_no_number(
 def test_completions_in_one_row_change_no_number(alone: dict[str, Path]) -> None:
     close(metrics(alone["packed"]), metrics(alone["dense"]), is_packed=True)
     assert completions(alone["packed"]) == completions(alone["dense"])
+
+
+def test_larger_micro_batches_for_log_probabilities_change_no_number(alone: dict[str, Path]) -> None:
+    close(metrics(alone["experts at once"]), metrics(alone["experts"]), is_packed=False)
+    assert completions(alone["experts at once"]) == completions(alone["experts"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
