@@ -64,6 +64,8 @@ _SPELLINGS = {
 
 ENDING = "ending"
 """Our reason for a job that is over for Slurm but still has processes."""
+_NO_REASON = ("None", "(null)", "NonZeroExitCode")
+"""What Slurm writes where there is none, or where the exit code is all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ def _parse(state: str, *, reason: str = "", exit_code: str = "", restarts: str =
         reason = ENDING
     return JobState(
         known,
-        reason="" if reason in ("None", "(null)") else reason,
+        reason="" if reason in _NO_REASON else reason,
         exit_code=None if known.active else _exit_code(exit_code),
         restarts=int(restarts) if restarts.isdigit() else None,
     )

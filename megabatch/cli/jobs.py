@@ -36,7 +36,7 @@ def cancel_runs(paths: Sequence[Path]) -> int:
         raise LaunchError(f"none of the {len(runs)} runs is in the queue; nothing to cancel")
     for run, jobs in cancelled.items():
         print(f"cancelled job {', '.join(jobs)} of {run}")
-    print("their ranks save if the cluster's KillWait is long enough")
+    print("the ranks save if the cluster's KillWait is long enough")
     return 0
 
 

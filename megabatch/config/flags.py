@@ -147,9 +147,10 @@ def _flags(arguments: Sequence[str], faults: list[Fault]) -> Iterator[tuple[str,
     texts: list[str] = []
     for argument in arguments:
         if not argument.startswith("--"):
-            if name is None:
-                faults.append(Fault(argument, None, "is not a flag; flags begin with --", bare=True))
-            texts.append(argument)
+            if name is None or (_ACTIONS.get(name) and "=" in argument):
+                faults.append(_stray(argument))
+            else:
+                texts.append(argument)
             continue
         if name is not None:
             yield name, texts
@@ -157,6 +158,14 @@ def _flags(arguments: Sequence[str], faults: list[Fault]) -> Iterator[tuple[str,
         name, texts = spelled.replace("-", "_"), [value] if equals else []
     if name is not None:
         yield name, texts
+
+
+def _stray(argument: str) -> Fault:
+    """What belongs to no flag, such as Hydra's `trainer.devices=8`; suggests the flag that is meant."""
+    key, equals, value = argument.lstrip("+-").partition("=")
+    meant = _find(key, None) if equals else None
+    near = [f"--{key} {value}"] if isinstance(meant, Named) else meant.try_ if meant else ()
+    return Fault(argument, None, "is not a flag; flags begin with --", try_=near, bare=True)
 
 
 def _algorithm(flags: Sequence[tuple[str, list[str]]], recipe: Recipe) -> str | None:
@@ -248,17 +257,36 @@ def _find(name: str, algorithm: str | None) -> Named | Fault:
     known = [*_names(), *_ACTIONS, *_TOP]
     if field and group in group_types(Recipe):
         known = [dotted for dotted in known if dotted.startswith(f"{group}.")]
-    if name in OF_THE_CLUSTER:
-        return Fault(f"--{name}", None, "belongs in the cluster profile that --cluster names, not in a run", bare=True)
-    if name in QLORA:
-        rule = "asks for QLoRA, which is not supported: the frozen weights stay in bf16 or fp32"
-        return Fault(f"--{name}", None, rule, try_=("--tuner_type lora with more ranks",), bare=True)
-    if name in WITHOUT:
-        return Fault(f"--{name}", None, WITHOUT[name], bare=True)
-    if name in OTHERWISE:
-        return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(OTHERWISE[name]), bare=True)
+    for ending in _endings(name):
+        if foreign := _foreign(ending):
+            rule, near = foreign
+            return Fault(f"--{name}", None, rule, try_=_dashed(near), bare=True)
+        if ending in _names() and (group not in group_types(Recipe) or "." in field):
+            return Fault(f"--{name}", None, "is not a parameter", try_=_dashed([ending]), bare=True)
     near = sorted(get_close_matches(name, known, n=3, cutoff=0.7), key=lambda one: _is_second(one, name))
     return Fault(f"--{name}", None, "is not a parameter", try_=_dashed(near[:2]), bare=True)
+
+
+def _endings(name: str) -> Iterator[str]:
+    """`a.b.c`, `b.c` and `c` of `a.b.c`: other programs have groups of their own."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def _foreign(name: str) -> tuple[str, Sequence[str]] | None:
+    """Of a name that other programs know: the rule, and parameters to try."""
+    if name in OF_THE_CLUSTER:
+        return "belongs in the cluster profile that --cluster names, not in a run", ()
+    if name in QLORA:
+        rule = "asks for QLoRA, which is not supported: the frozen weights stay in bf16 or fp32"
+        return rule, ("tuner_type lora with more ranks",)
+    if name in WITHOUT:
+        return WITHOUT[name], ()
+    if name in OTHERWISE:
+        return "is not a parameter", OTHERWISE[name]
+    return None
 
 
 def _is_second(suggested: str, name: str) -> tuple[bool, bool]:

@@ -31,6 +31,72 @@ OTHERWISE: Mapping[str, tuple[str, ...]] = {
     "moe_layer_recompute": ("recompute_granularity selective --recompute_modules moe",),
     "add_non_thinking_prefix": ("loss_scale default+ignore_empty_think",),
     "use_chat_template": ("task sft", "loss_scale all"),
+    # short names
+    "tp": ("tensor_model_parallel_size",),
+    "pp": ("pipeline_model_parallel_size",),
+    "cp": ("context_parallel_size",),
+    "ep": ("expert_model_parallel_size",),
+    "etp": ("expert_tensor_parallel_size",),
+    "vpp": ("num_virtual_stages_per_pipeline_rank",),
+    "mbs": ("micro_batch_size",),
+    "gbs": ("global_batch_size",),
+    "expert_parallel_size": ("expert_model_parallel_size",),
+    # transformers, TRL and LLaMA-Factory
+    "max_grad_norm": ("clip_grad",),
+    "lr_scheduler_type": ("lr_decay_style",),
+    "run_name": ("wandb_exp_name",),
+    "flash_attn": ("attention_backend flash",),
+    "use_flash_attn": ("attention_backend flash",),
+    "lora_r": ("lora_rank",),
+    "lora_target": ("target_modules",),
+    "lora_target_modules": ("target_modules",),
+    "max_new_tokens": ("max_completion_length",),
+    "model_id_or_path": ("model",),
+    "train_file": ("dataset",),
+    "validation_file": ("val_dataset",),
+    "eval_dataset": ("val_dataset",),
+    "evaluation_strategy": ("eval_interval",),
+    "max_seq_length": ("max_length",),
+    # Megatron-LM and NeMo
+    "data_path": ("dataset",),
+    "train_data_path": ("dataset",),
+    "valid_data_path": ("val_dataset",),
+    "split": ("split_dataset_ratio",),
+    "sequence_length": ("max_length",),
+    "encoder_seq_length": ("max_length",),
+    "devices": ("gpus_per_node",),
+    "num_nodes": ("nodes",),
+    "gradient_clip_val": ("clip_grad",),
+    "accumulate_grad_batches": ("global_batch_size",),
+    "log_every_n_steps": ("log_interval",),
+    "val_check_interval": ("eval_interval",),
+    "limit_val_batches": ("eval_iters",),
+    "activations_checkpoint_granularity": ("recompute_granularity",),
+    "activations_checkpoint_method": ("recompute_method",),
+    "activations_checkpoint_num_layers": ("recompute_num_layers",),
+    # verl, whose batch sizes count prompts
+    "kl_coef": ("beta",),
+    "kl_loss_coef": ("beta",),
+    "clip_ratio": ("epsilon",),
+    "clip_ratio_low": ("epsilon",),
+    "clip_ratio_high": ("epsilon_high",),
+    "ppo_epochs": ("num_iterations",),
+    "ppo_micro_batch_size_per_gpu": ("micro_batch_size",),
+    "ppo_mini_batch_size": ("global_batch_size (completions, not prompts)",),
+    "train_batch_size": ("generation_batch_size (completions, not prompts)",),
+    "max_prompt_length": ("max_length",),
+    "max_response_length": ("max_completion_length",),
+    "rollout.n": ("num_generations",),
+    "adv_estimator": ("advantage_estimator",),
+    "total_epochs": ("max_epochs",),
+    # launchers
+    "nnodes": ("nodes",),
+    "n_gpus_per_node": ("gpus_per_node",),
+    "nproc_per_node": ("gpus_per_node", "tasks_per_node"),
+    "gpus": ("gpus_per_node",),
+    "gres": ("gpus_per_node",),
+    "ntasks_per_node": ("tasks_per_node",),
+    "mem": ("mem_gib",),
 }
 """Other names, or parameters that serve the same purpose."""
 
@@ -41,6 +107,7 @@ _FP4 = "belongs to FP4, which is not built"
 _LAUNCHER = "has no counterpart: the launcher sets it"
 _ALWAYS = "has no counterpart: it is always so"
 _PREPARED = "has no counterpart: tokens are cached by content; `megabatch prepare RECIPE` makes the cache beforehand"
+_SHARDS = "has no counterpart: use_distributed_optimizer, the default, shards the optimizer's state"
 _IDENTITY = "has no counterpart: write the name into the rows themselves"
 
 WITHOUT: Mapping[str, str] = {
@@ -57,6 +124,10 @@ WITHOUT: Mapping[str, str] = {
     **dict.fromkeys(("dist_ckpt_optim_fully_reshardable", "create_checkpoint_symlink"), _ALWAYS),
     **dict.fromkeys(("cached_dataset", "cached_val_dataset"), _PREPARED),
     **dict.fromkeys(("model_author", "model_name"), _IDENTITY),
+    **dict.fromkeys(("deepspeed", "zero_stage", "fsdp"), _SHARDS),
+    "trust_remote_code": "has no counterpart: code in a model's folder is never run",
+    "resume_from_checkpoint": "has no counterpart: the same command with the run's --run_dir resumes it, as does "
+    "`megabatch resume RUN`; --load starts a new run from a checkpoint",
     "external_plugins": "has no counterpart: functions and classes are named where they are used, as file.py:name "
     "(reward_funcs, preprocess, callbacks, multi_turn_scheduler)",
     "agent_template": "has no counterpart: the model's own chat template writes tools and calls",

@@ -196,6 +196,11 @@ _CAUSES = (
         "library: check its version against torch's",
     ),
     Cause(
+        "error",
+        "the run ended with an error message of its own",
+        "do what the message says; then `megabatch resume`, or submit the recipe again if a parameter changes",
+    ),
+    Cause(
         "exception",
         "an unexpected exception",
         "the lines above it show where it happened",
@@ -230,8 +235,8 @@ _FIRST, _ANY = (Source.FIRST,), (Source.FIRST, Source.RANK)
 _EXCEPTION = (
     r"^(\w+\.)*\w+(Error|Exception|Interrupt|Exit)(: (?!.*(closed by peer|reset by peer|Socket closed|remote process"
     r"|NCCL|Timed out (waiting|after)|waitForInput|wait timeout|rank \d+ failed|monitoredBarrier|[Bb]roken pipe))|$)"
-    r"|^error: (?!rank \d+ failed|a rank that)"
 )
+_ERROR = r"^error: (?!rank \d+ failed|a rank that)"
 _NETWORK = (
     r"[Nn]o socket interface found|NET/IB : .*(error|failed|No device)|ibv_\w+ (call )?failed"
     r"|Got completion .*with (status|error)|ncclSystemError|EADDRINUSE|[Aa]ddress already in use"
@@ -299,7 +304,7 @@ _NAMED = (
         r"|Unable to locate a modulefile|following module\(s\) are unknown"
         r"|execve\(\): .*(No such file|Permission denied|Exec format)|No module named|[Ff]ailed to pull"
         r"|couldn't start container|FATAL: +(could not|[Uu]nable to|container creation failed|image)"
-        r"|GLIBC(XX)?_[\d.]+' not found",
+        r"|GLIBC(XX)?_[\d.]+' not found|^error: .* package,? (which )?is not installed",
     ),
     (
         "download",
@@ -353,6 +358,7 @@ TABLE = (
     # how the rank that failed first ended; SIGABRT (134) is how NCCL's watchdog ends a rank after a timeout
     Row("killed", _FIRST, r"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Floating)"),
     Row("network", _FIRST, _NETWORK),
+    Row("error", _FIRST, _ERROR),
     Row("exception", _FIRST, _EXCEPTION),
     Row("killed", _FIRST_FAILURE, r"^exit code (?!134)(129|1[3-8]\d|19[0-2])$"),
     # no rank is known as the first to fail, or its exit code is inconclusive
@@ -360,8 +366,10 @@ TABLE = (
     Row("network", (Source.RANK, *_SCRIPT), _NETWORK),
     Row("environment", _FIRST_FAILURE, r"^exit code 12[67]$"),
     Row("config", _FIRST_FAILURE, r"^exit code 2$"),
+    Row("error", (Source.RANK,), _ERROR),
     Row("exception", (Source.RANK,), _EXCEPTION),
     Row("environment", _SCRIPT, r"^megabatch: the job script ended early"),
+    Row("error", _SCRIPT, _ERROR),
     Row("exception", _SCRIPT, _EXCEPTION),
     # consequences of another rank's failure
     Row("timeout", (*_ANY, *_SCRIPT), _TIMEOUT),

@@ -174,6 +174,29 @@ def test_flags_of_other_trainers_are_named_with_their_place_here(dense: Recipe) 
     ]
 
 
+def test_dotted_names_of_other_programs_are_known_by_their_ends(dense: Recipe) -> None:
+    line = "--trainer.devices 8 --actor_rollout_ref.rollout.n 8 --model.optim.lr 1e-5 --algorithm.kl_ctrl.kl_coef 0"
+    assert faults(line, dense) == [
+        "--trainer.devices is not a parameter; try --gpus_per_node",
+        "--actor_rollout_ref.rollout.n is not a parameter; try --num_generations",
+        "--model.optim.lr is not a parameter; try --lr",
+        "--algorithm.kl_ctrl.kl_coef is not a parameter; try --beta",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--submit trainer.devices=8", "trainer.devices=8 is not a flag; flags begin with --; try --gpus_per_node"),
+        ("lr=3", "lr=3 is not a flag; flags begin with --; try --lr 3"),
+        ("--dry_run +a.b=1", "+a.b=1 is not a flag; flags begin with --"),
+        ("--submit now", "--submit takes no value, but got 'now'"),
+    ],
+)
+def test_assignments_without_dashes_are_no_values_of_switches(dense: Recipe, line: str, said: str) -> None:
+    assert faults(line, dense) == [said]
+
+
 def test_names_of_other_programs_are_no_names_of_ours_and_point_at_some():
     ours = {name for one in parameters(Recipe) for name in (one.name, *one.facts.aliases, *one.facts.negated_aliases)}
     others = {*OTHERWISE, *WITHOUT, *QLORA, *OF_THE_CLUSTER}

@@ -157,7 +157,8 @@ def warmup_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout
         yield Fault("learning_rate.lr_warmup_iters", rate.lr_warmup_iters, rule, try_=(0,))
     last = rate.lr_decay_iters or recipe.training.train_iters
     if last is not None and rate.lr_warmup_iters >= last:
-        yield Fault("learning_rate.lr_warmup_iters", rate.lr_warmup_iters, f"must be below the {last} steps of decay")
+        rule = f"must be below the {last} steps of decay"
+        yield Fault("learning_rate.lr_warmup_iters", rate.lr_warmup_iters, rule, try_=(last - 1,))
 
 
 def stable_phase_ends(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -424,8 +425,8 @@ def backend_fits_the_device(recipe: Recipe, shape: ModelShape | None, layout: La
 def seq_length_says_nothing_else(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     wanted, longest = recipe.data.seq_length, recipe.data.max_length
     if wanted is not None and wanted != longest:
-        rule = f"must equal max_length={longest}: rows are as long as their samples"
-        yield Fault("data.seq_length", wanted, rule, try_=(longest,) if longest else ())
+        rule = f"must equal max_length={longest}, which sets how long samples may be"
+        yield Fault("data.seq_length", wanted, rule, try_=(f"max_length={wanted}",))
 
 
 def each_rank_has_its_gpu(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:

@@ -174,7 +174,7 @@ def _jsonl(path: Path) -> Iterator[Line]:
 
 def _json_row(file: str, number: int, line: str) -> Row:
     try:
-        fields = json.loads(line)
+        fields = json.loads(line.rstrip())
     except (json.JSONDecodeError, RecursionError) as e:
         detail = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
         raise DataError(f"{file}:{number}: not valid JSON ({detail}); fix or delete that line") from e

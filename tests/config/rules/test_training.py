@@ -244,7 +244,7 @@ CASES = [
         {"data": {"seq_length": 64, "max_length": 128}},
         {"data": {"seq_length": 128, "max_length": 128}},
         "data.seq_length",
-        ["must equal max_length=128", "try 128"],
+        ["must equal max_length=128", "try max_length=64"],
     ),
     (
         training.only_documents_are_cut_into_pieces,
@@ -405,7 +405,7 @@ CASES = [
         {"learning_rate": {"lr_warmup_iters": 10, "lr_decay_iters": 10}},
         {"learning_rate": {"lr_warmup_iters": 9, "lr_decay_iters": 10}},
         "learning_rate.lr_warmup_iters",
-        ["below the 10 steps"],
+        ["below the 10 steps", "try 9"],
     ),
     (
         training.learning_rate_is_above_its_floor,
