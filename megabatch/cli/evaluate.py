@@ -122,5 +122,7 @@ def _shown(document: Mapping[str, Any], output: Path) -> str:
         [name, "not defined" if value is None else f"{value:.6g}", f"{counts[name]:g}" if counts[name] != 1 else ""]
         for name, value in document["metrics"].items()
     ]
-    head = f"{document['task']} of {document['model']}\n  on {', '.join(document['dataset'])}"
+    ratio = document.get("split_dataset_ratio")
+    part = f"the {ratio:.1%} set aside of " if ratio else ""
+    head = f"{document['task']} of {document['model']}\n  on {part}{', '.join(document['dataset'])}"
     return f"{head}\n\n{table(['metric', 'value', 'mean over'], rows)}\n\n{output}"

@@ -23,8 +23,12 @@ def show_logs(path: Path, *, rank: str, attempt: int | None, follow: bool) -> in
     """Prints a log. Raises: LaunchError when there is none; it lists the existing logs."""
     if rank != "batch" and not rank.isdigit():
         raise LaunchError(f"--rank={rank!r} must be a number or `batch`")
-    for line in logs(one_run(path), rank=None if rank == "batch" else int(rank), attempt=attempt, follow=follow):
+    run, empty = one_run(path), True
+    for line in logs(run, rank=None if rank == "batch" else int(rank), attempt=attempt, follow=follow):
         print(line, flush=follow)
+        empty = False
+    if empty:
+        print(f"{run}: that log is empty so far; `--rank batch` shows the job's own", file=sys.stderr)
     return 0
 
 

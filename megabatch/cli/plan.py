@@ -63,7 +63,26 @@ def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = No
         return int(exit_code(error))
     if _asks_for_help(flags):
         print(_USAGE)
-    return _own_command_line(found, flags)
+    elif options is not None:
+        _require_single(path, options)
+    return _own_command_line(found, [*flags, *_gpu_flag(options)])
+
+
+def _require_single(path: Path, options: PlanOptions) -> None:
+    """Raises: ConfigError for options that only the plan of a single recipe has."""
+    given = {
+        "--gpus": options.gpus,
+        "--gpu_memory_gib": options.gpu_memory_gib,
+        "--all": options.everything or None,
+        "--json": options.as_json or None,
+    }
+    rule = f"is for the plan of a single recipe, and {path.name} is a chain or a sweep here, or a dry run"
+    if faults := [Fault(name, None, rule, bare=True) for name, value in given.items() if value is not None]:
+        raise ConfigError(faults)
+
+
+def _gpu_flag(options: PlanOptions | None) -> list[str]:
+    return ["--gpu", options.gpu] if options is not None and options.gpu is not None else []
 
 
 def show_usage(flags: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ Runs, chains and sweeps share this module; the checks themselves are in `input_c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,11 +15,14 @@ from megabatch.config.data import Data
 from megabatch.config.monitoring import missing_tracker
 from megabatch.config.recipe import Recipe
 from megabatch.config.user_code import user_code
+from megabatch.data.rows.names import parse
 from megabatch.data.rows.preprocess import preprocess_of
 from megabatch.entry.input_checks import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.entry.launch import Launch
+from megabatch.entry.model import FoundModel
 from megabatch.entry.mounts import unmounted
-from megabatch.errors import ConfigError, Fault, LaunchError, RolloutError
+from megabatch.errors import ConfigError, DataError, Fault, LaunchError, RolloutError
+from megabatch.hub_cache import is_hub_name
 from megabatch.rewards.named import check_plugin, check_reward
 from megabatch.rollout.turns.environment import environment_of
 from megabatch.rollout.vllm.engine_options import check_installed
@@ -45,6 +48,7 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
         *_user_code("rollout.multi_turn_scheduler", environments, environment_of, same_python=same_python),
         *(_tracker(recipe.logging.report_to) if same_python else []),
         *(_vllm(recipe) if same_python else []),
+        *(_modelscope(recipe, launch.model) if same_python else []),
         *([] if local else _engines(launch)),
         *([] if local else _secrets_of(files_to_archive(user_code(recipe)).values())),
     ]
@@ -83,6 +87,27 @@ def _vllm(recipe: Recipe) -> list[Fault]:
     except RolloutError as error:
         return [Fault("rollout.vllm_mode", "colocate", f"needs vLLM beside the trainer: {error}")]
     return []
+
+
+def _modelscope(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
+    """What comes from ModelScope, where this Python lacks its client."""
+    if find_spec("modelscope") is not None:
+        return
+    rule = f"is on ModelScope, whose package modelscope {sys.executable} lacks (pip install modelscope)"
+    name, use_hf = recipe.model.model, recipe.bridge.use_hf
+    if name is not None and is_hub_name(name) and model.folder is None and not use_hf:
+        yield Fault("model.model", name, rule, try_=("--use_hf true",))
+    for field in ("dataset", "val_dataset"):
+        for text in getattr(recipe.data, field):
+            if _is_on_modelscope(text, use_hf=use_hf):
+                yield Fault(f"data.{field}", text, rule, try_=("--use_hf true, or hf:: before the name",))
+
+
+def _is_on_modelscope(dataset: str, *, use_hf: bool) -> bool:
+    try:
+        return parse(dataset, use_hf=use_hf).kind == "ms"
+    except DataError:
+        return False  # `missing_inputs` reports it
 
 
 def _engines(launch: Launch) -> list[Fault]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megabatch.config.lengths import item_tokens
+from megabatch.config.lengths import generates, item_tokens, positions
 from megabatch.config.recipe import Recipe
 from megabatch.config.roles import Role
 from megabatch.data.counts import DataCounts
@@ -141,21 +141,26 @@ def _data(launch: Launch) -> str:
 
 def _where(launch: Launch, *, local: bool) -> str:
     if local:
-        return f"this machine, {launch.job.world_size} processes"
+        return f"this machine, {_counted(launch.job.world_size, 'process', 'processes')}"
     job, profile = launch.job, launch.profile
-    devices = f"{job.gpus_per_node} GPUs" if job.gpus_per_node else "no GPUs"
+    devices = f"{_counted(job.gpus_per_node, 'GPU', 'GPUs')} each" if job.gpus_per_node else "without GPUs"
     cluster = f"cluster {launch.cluster}" if launch.cluster else "the default cluster"
     partition = f", partition {profile.partition}" if profile.partition else ""
-    nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
+    ranks = f"{_counted(job.nodes, 'node', 'nodes')} x {_counted(job.tasks_per_node, 'rank', 'ranks')}"
     servers = "".join(f"; beside them {_servers(role)}" for role in launch.recipe.roles)
-    return f"{nodes} x {job.tasks_per_node} ranks, {devices} each, {job.time} on {cluster}{partition}{servers}"
+    return f"{ranks}, {devices}, {job.time} on {cluster}{partition}{servers}"
 
 
 def _servers(role: Role) -> str:
     """`1 node x 4 rollout servers, 8 GPUs each`."""
-    nodes = f"{role.nodes} node{'s' if role.nodes > 1 else ''}"
-    servers = f"{role.tasks_per_node} {role.name} server{'s' if role.tasks_per_node > 1 else ''}"
-    return f"{nodes} x {servers}, {f'{role.gpus_per_node} GPUs' if role.gpus_per_node else 'no GPUs'} each"
+    nodes = _counted(role.nodes, "node", "nodes")
+    servers = _counted(role.tasks_per_node, f"{role.name} server", f"{role.name} servers")
+    gpus = f"{_counted(role.gpus_per_node, 'GPU', 'GPUs')} each" if role.gpus_per_node else "without GPUs"
+    return f"{nodes} x {servers}, {gpus}"
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _estimate(launch: Launch) -> Iterator[str]:
@@ -190,3 +195,13 @@ def _notes(launch: Launch) -> Iterator[str]:
     for name in named:
         if name.kind in hubs:
             yield f"{name.where} is downloaded from {hubs[name.kind]} when the run starts"
+    if model.shape is not None and generates(recipe):
+        yield from _short_completions(recipe, model.shape)
+
+
+def _short_completions(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    """A completion ends where the model's positions do."""
+    longest, most = recipe.rollout.max_completion_length, positions(recipe, shape)
+    if (recipe.data.max_length or 1) + longest > most:
+        which = f"prompts of more than {most - longest} tokens leave" if most > longest else "every prompt leaves"
+        yield f"{which} less than rollout.max_completion_length={longest}: the model takes {most} tokens"

@@ -51,6 +51,7 @@ def text_of(run: RunConfig, found: Mapping[str, Ratio], seconds: float) -> str:
         "model": recipe.model.model,
         "adapters": list(recipe.bridge.adapters),
         "dataset": list(recipe.data.val_dataset or recipe.data.dataset),
+        "split_dataset_ratio": None if recipe.data.val_dataset else recipe.data.split_dataset_ratio,
         "metrics": {name: ratio.value if ratio.count else None for name, ratio in found.items()},
         "counts": {name: ratio.count for name, ratio in found.items()},
         "seconds": round(seconds, 3),

@@ -67,6 +67,14 @@ def test_status_without_runs(
     assert "no runs in megatron_output" in capsys.readouterr().out
 
 
+def test_an_empty_log_is_said_to_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(tmp_path / "run", state="done")
+    RunDirectory(run).rank_log(0, 0).write_text("")
+    assert main(["logs", str(run)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "" and "that log is empty so far; `--rank batch` shows the job's own" in said.err
+
+
 def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = _run(tmp_path / "outer" / "x", state="done")
     assert main(["logs", str(run)]) == 0

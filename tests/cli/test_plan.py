@@ -113,6 +113,19 @@ def test_mistakes_are_faults(capsys: pytest.CaptureFixture[str], arguments: list
     assert text in _plan(capsys, MOE, *arguments, code=2)
 
 
+@pytest.mark.parametrize("flag", [["--gpus", "16"], ["--all"], ["--json"], ["--gpu_memory_gib", "60"]])
+def test_a_chain_and_a_sweep_take_no_options_of_a_single_recipes_plan(
+    capsys: pytest.CaptureFixture[str], flag: list[str]
+) -> None:
+    for file in (ROOT / "recipes/arithmetic_grpo.py", ROOT / "recipes/sweeps/qwen3_moe_layouts.py"):
+        assert f"{flag[0]} is for the plan of a single recipe" in _plan(capsys, file, *flag, code=2)
+
+
+def test_a_sweep_is_estimated_for_the_named_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(ROOT / "recipes/sweeps/qwen3_moe_layouts.py"), "--gpu", "h200"])
+    assert "estimated for H200 GPUs" in "".join(capsys.readouterr())
+
+
 def test_a_profile_that_names_its_gpu_brings_the_estimate_along(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -286,3 +286,10 @@ def test_a_pipe_is_no_dataset(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match=r"rows\.jsonl is a pipe, a socket or a device; write its rows to a regular"):
         resolve([str(tmp_path / "rows.jsonl")])
+
+
+def test_a_cut_line_is_named_with_the_column_where_it_ends(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"text": "whole"}\n{"text": "b", "more":\n')
+    with pytest.raises(DataError, match=r"cut\.jsonl:2: not valid JSON \(Expecting value at column 22\)"):
+        read(path)

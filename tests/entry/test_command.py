@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megabatch import Recipe
+from megabatch.cli.recipe_command import main
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
@@ -127,3 +130,23 @@ def test_local_trains_and_exports(tmp_path: Path) -> None:
     assert list(exported.glob("*.safetensors"))
     again = _run(RECIPES / "quickstart.py", *flags, "--lr", "0.5", "--local", cwd=tmp_path)
     assert again.returncode == 2 and "holds another run (it differs in learning_rate.lr)" in again.stderr
+
+
+def test_a_plan_says_where_completions_cannot_be_as_long_as_asked(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model of the recipe takes 64 tokens."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--task rlhf --rlhf_type grpo --num_generations 2 --reward_funcs accuracy"
+    most = "rollout.max_completion_length={}: the model takes 64 tokens"
+    for prompt, completion, note in (
+        (32, 100, f"every prompt leaves less than {most.format(100)}"),
+        (32, 48, f"prompts of more than 16 tokens leave less than {most.format(48)}"),
+        (32, 32, None),
+    ):
+        lengths = ["--max_length", str(prompt), "--max_completion_length", str(completion)]
+        with pytest.raises(SystemExit) as ended:
+            main(lambda: recipe, ["--dry_run", *flags.split(), *lengths])
+        said = capsys.readouterr().err
+        assert not ended.value.code, said
+        assert note in said if note else "leave" not in said

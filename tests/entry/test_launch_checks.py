@@ -77,6 +77,21 @@ def test_what_is_missing(way: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "1 fault, " in said and "train.jsonl" in said and "does not exist" in said
 
 
+@pytest.mark.usefixtures("dataset", "model_folder")
+def test_what_is_on_modelscope_needs_its_client(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "megabatch.entry.launch_checks.find_spec", lambda name: None if name == "modelscope" else object()
+    )
+    flags = ("--model", "Qwen/Qwen2.5-7B-Instruct", "--dataset", "openai/gsm8k", "hf::a/b", "--tasks_per_node", "2")
+    said = submitted("recipe", tmp_path, capsys, "no token", *flags)
+    package = f"is on ModelScope, whose package modelscope {sys.executable} lacks (pip install modelscope); try "
+    assert f"model.model='Qwen/Qwen2.5-7B-Instruct' {package}--use_hf true\n" in said
+    assert f"data.dataset='openai/gsm8k' {package}--use_hf true, or hf:: before the name\n" in said
+    assert said.startswith("error: 2 faults")
+
+
 def test_a_python_that_cannot_train_is_refused_before_the_queue(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

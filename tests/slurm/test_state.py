@@ -136,6 +136,7 @@ def test_slurms_own_spellings() -> None:
     parsed = queue._parse("CANCELLED by 1000", exit_code="0:15", restarts="2")
     assert parsed == queue.JobState(State.CANCELLED, "", 143, 2)
     assert queue._parse("OUT_OF_ME+") is None
+    assert queue._parse("FAILED", reason="NonZeroExitCode", exit_code="2:0") == queue.JobState(State.FAILED, "", 2)
     assert queue._parse("FAILED", exit_code="768") == queue.JobState(State.FAILED, "", 3)
 
 

@@ -11,6 +11,9 @@ from rank_server import RankServer
 from runs import metrics, recipe, train, write_run
 
 from megabatch.cli.command import main
+from megabatch.cli.evaluate import _shown
+from megabatch.config.run import RunConfig
+from megabatch.trainer.evaluating import text_of
 
 RERANKER: dict[str, dict[str, Any]] = {
     "training": {"task_type": "reranker", "train_iters": 2},
@@ -56,6 +59,14 @@ def test_a_run_and_its_folder_have_the_metrics_of_its_last_evaluation(
         assert of_folder["metrics"][name] == pytest.approx(last[f"eval_{name}"], rel=1e-5), name
     assert (found["task"], found["counts"]["ndcg"], of_folder["world_size"]) == ("reranker", 5, 2)
     assert not list(tmp_path.glob("**/.evaluation-*"))
+
+
+def test_it_says_which_part_of_the_data_was_measured(tmp_path: Path) -> None:
+    data = {"dataset": ["example:arithmetic#40"], "val_dataset": [], "split_dataset_ratio": 0.1}
+    run = RunConfig.load(write_run(recipe(tmp_path, "qwen3", data=data), tmp_path / "run") / "run.json")
+    document = json.loads(text_of(run, {}, 0.0))
+    assert document["split_dataset_ratio"] == 0.1
+    assert "\n  on the 10.0% set aside of example:arithmetic#40\n" in _shown(document, tmp_path)
 
 
 @pytest.mark.parametrize(
