@@ -294,4 +294,4 @@ def set_generators(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    get_cuda_rng_tracker().set_states(dict(state["tracker"]))  # which it changes while it draws
