@@ -5,7 +5,7 @@ No other code asks which task a recipe has: tasks differ by fields here and by m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,11 +26,13 @@ class Task:
     """One task."""
 
     name: str
-    """Its name everywhere; for `task="rlhf"` also the name of the recipe's group with its parameters."""
+    """Its name everywhere."""
     task: Literal["pt", "sft", "rlhf"]
     """The `task`, `rlhf_type` and `task_type` by which a recipe selects it; None matches any value."""
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
+    groups: Sequence[str] = ()
+    """The recipe's groups with parameters of its objective, which those of other tasks are not."""
     rows: Rows = "conversations"
     head: int | Literal["num_labels"] | None = None
     """Outputs of the head in place of the output layer: this many (0: the hidden states), or `training.num_labels`;
@@ -72,6 +74,7 @@ _EXAMPLES: Mapping[Rows, Example] = {
 def _rlhf(
     name: str,
     *,
+    more_groups: Sequence[str] = (),
     rows: Rows = "conversations",
     truncation_strategy: Literal["delete", "left"] = "delete",
     streams: bool = False,
@@ -83,6 +86,7 @@ def _rlhf(
         name=name,
         task="rlhf",
         rlhf_type=name,
+        groups=(name, *more_groups),
         rows=rows,
         example=_EXAMPLES[rows],
         loss_scale="last_round",
@@ -99,6 +103,7 @@ def _head(
     task_type: str,
     head: int | Literal["num_labels"] | None,
     *,
+    groups: Sequence[str] = (),
     rows: Rows = "conversations",
     built: bool = False,
 ) -> Task:
@@ -108,6 +113,7 @@ def _head(
         task_type=task_type,
         calculate_per_token_loss=False,
         head=head,
+        groups=groups,
         rows=rows,
         example=_EXAMPLES[rows],
         built=built,
@@ -121,12 +127,12 @@ TASKS = (
     _rlhf("kto", rows="judged", streams=True, built=True),
     _rlhf("rm", rows="pairs", head=1, streams=True, built=True),
     _rlhf("prm", rows="steps", head=2, scores_tokens=True, streams=True, built=True),
-    _rlhf("gkd", streams=True, built=True),
-    _rlhf("grpo", rows="prompts", truncation_strategy="left", built=True),
+    _rlhf("gkd", more_groups=("rollout",), streams=True, built=True),
+    _rlhf("grpo", more_groups=("rewards", "rollout", "gkd"), rows="prompts", truncation_strategy="left", built=True),
     _head("seq_cls", "num_labels", rows="labelled", built=True),
-    _head("embedding", 0, rows="ranked", built=True),
-    _head("reranker", 1, rows="candidates", built=True),
-    _head("generative_reranker", None, rows="yes_no", built=True),
+    _head("embedding", 0, groups=("embedding",), rows="ranked", built=True),
+    _head("reranker", 1, groups=("reranker",), rows="candidates", built=True),
+    _head("generative_reranker", None, groups=("reranker",), rows="yes_no", built=True),
 )
 
 

@@ -213,12 +213,6 @@ def answers_can_be_written(recipe: Recipe, shape: ModelShape | None, layout: Lay
         yield Fault("data.loss_scale", data.loss_scale, rule, try_=("'last_round'",))
 
 
-def a_temperature_has_a_use(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    value, default = recipe.rollout.temperature, Rollout().temperature
-    if value != default and recipe.kind is not None and recipe.kind.name not in ("gkd", "grpo"):
-        yield Fault("rollout.temperature", value, f"has no effect on {recipe.kind.name}", try_=(default,))
-
-
 def reference_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     bridge, rlhf = recipe.bridge, recipe.rlhf
     given = {
@@ -346,7 +340,6 @@ RULES = (
     a_teacher_is_named,
     a_teacher_knows_as_many,
     answers_can_be_written,
-    a_temperature_has_a_use,
     reference_is_said_once,
     a_reference_follows,
     reference_is_still_there,
