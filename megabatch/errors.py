@@ -45,8 +45,11 @@ class ElsewhereError(MegabatchError):
     """Another rank of the run failed; its own log has the cause."""
 
     def __init__(self, error: MegabatchError, rank: int = 0) -> None:
-        self.error = error
+        self.error, self.rank = error, rank
         super().__init__(f"rank {rank} failed: {error}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.error, self.rank)  # pickle would pass the text alone
 
 
 @dataclass(frozen=True, slots=True)

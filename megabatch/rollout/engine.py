@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
@@ -78,6 +78,9 @@ class UnservedError(RolloutError):
         super().__init__(message)
         self.completions = tuple(completions)
         """What was generated with the right weights."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.completions)  # pickle would pass the text alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

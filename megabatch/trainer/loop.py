@@ -35,7 +35,7 @@ from megabatch.trainer.sums import Flags, Ratio
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.table import opener
 from megabatch.trainer.watching.callbacks import Callbacks
-from megabatch.trainer.watching.guard import Guard, Seen, remembered
+from megabatch.trainer.watching.guard import Guard, Seen, remembered, seen_in
 from megabatch.trainer.watching.metrics import Metrics, StepRecord
 from megabatch.trainer.watching.profiler import Profiler
 from megabatch.trainer.watching.tracker import require_installed
@@ -183,7 +183,7 @@ class Loop:
                 ended_epoch=ended_epoch(progress.epoch, step.epoch),
                 seconds=progress.seconds + seconds,
                 skipped=progress.skipped + (not result.updated),
-                recent=remembered(self.recipe.watching, Seen(result.metrics["loss"].value, result.grad_norm), before),
+                recent=remembered(self.recipe.watching, seen_in(result.metrics, result.grad_norm), before),
             )
             self.engine.follow(progress.step)
             self._log(progress, step, result, seconds=seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -91,28 +92,22 @@ class Pack:
         inside_T = torch.cat([kept_N, kept_N.new_zeros(1)])[self.segments_T.long()].nonzero()[:, 0]
         kept, lengths = kept_N.nonzero()[:, 0], self.cu_seqlens_padded.diff()[: self.sequences][kept_N].tolist()
         rest = row_length_of(lengths, self.row_multiple, 1) - len(inside_T)
-        real = [*self.cu_seqlens.diff()[: self.sequences][kept_N].tolist(), *([rest] if rest else [])]
-        padded = [*lengths, *([rest] if rest else [])]
-        starts = torch.tensor([0, *np.cumsum(padded)], dtype=torch.int32)
+        real = self.cu_seqlens.diff()[: self.sequences][kept_N].tolist()
 
         def row(values_T: Tensor, *, fill: float = 0) -> Tensor:
             return torch.cat([values_T[inside_T], values_T.new_full((rest, *values_T.shape[1:]), fill)])
 
-        segments = torch.arange(len(padded), dtype=torch.int32).repeat_interleave(torch.tensor(padded))
         padding_T = self.padding_T if self.padding_T is not None else torch.zeros_like(self.ids_T, dtype=torch.bool)
         padding_T = row(padding_T, fill=1)
         return replace(
             self,
+            **_segments(real, lengths, rest=rest),
             ids_T=row(self.ids_T),
             targets_T=row(self.targets_T),
             weights_T=row(self.weights_T),
             positions_T=torch.cat([self.positions_T[inside_T], torch.arange(rest)]),
-            segments_T=segments,
             padding_T=padding_T if bool(padding_T.any()) else None,
-            cu_seqlens=torch.tensor([0, *np.cumsum(real)], dtype=torch.int32),
-            cu_seqlens_padded=starts,
             sequences=len(kept),
-            max_seqlen=max(padded),
             items_N=self.items_N[kept].unique_consecutive(return_inverse=True)[1],
             columns={name: _chosen(values, kept) for name, values in self.columns.items()},
             token_columns={name: row(values) for name, values in self.token_columns.items()},
@@ -191,48 +186,78 @@ def collate(
     samples = [sample.behind(count) for sample, count in zip(samples, shared, strict=True)]
     real = [len(sample.ids) for sample in samples]
     padded = [_up(max(length, sequence_length), sequence_multiple) for length in real]
-    if rest := max(row_length_of(padded, row_multiple, 1), row_length) - sum(padded):
-        real.append(rest)
-        padded.append(rest)
-    starts = np.concatenate([[0], np.cumsum(padded)]).astype(np.int64)
-    ids_T, targets_T = np.zeros((2, starts[-1]), np.int64)
-    weights_T = np.zeros(starts[-1], np.float32)
-    padding_T = np.ones(starts[-1], np.bool_)
-    like = samples[0] if samples else blank
-    token_columns = {
-        name: np.zeros((starts[-1], *values.shape[1:]), values.dtype) for name, values in like.token_columns.items()
+    length = max(row_length_of(padded, row_multiple, 1), row_length)
+    segments = _segments(real, padded, rest=length - sum(padded))
+    tokens, token_columns = _tokens(samples, padded, length, like=samples[0] if samples else blank)
+    return Pack(
+        **segments,
+        **tokens,
+        positions_T=_positions(segments["cu_seqlens_padded"], shared),
+        sequences=len(samples),
+        row_multiple=length if fixed else row_multiple,
+        items_N=torch.tensor(range(len(samples)) if items is None else items, dtype=torch.int64),
+        columns=_columns(samples) if samples else {name: _stack([value])[:0] for name, value in blank.columns.items()},
+        token_columns=token_columns,
+        shared_N=torch.tensor(shared, dtype=torch.int64) if any(shared) else None,
+    )
+
+
+def _segments(real: Sequence[int], padded: Sequence[int], *, rest: int) -> dict[str, Any]:
+    """The fields of a row that follow from the tokens of its sequences, without and with their padding, and from the
+    padding of the row behind them (`rest`), which is a segment too where there is some."""
+    behind = [rest] if rest else []
+    lengths = torch.tensor([*padded, *behind])
+    return {
+        "segments_T": torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths),
+        "cu_seqlens": _bounds([*real, *behind]),
+        "cu_seqlens_padded": _bounds([*padded, *behind]),
+        "max_seqlen": max(*padded, rest) if padded else rest,
     }
-    for start, sample in zip(starts.tolist(), samples, strict=False):
+
+
+def _bounds(lengths: Sequence[int]) -> Tensor:
+    """Where runs of these lengths start, and where the last one ends: int32."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def _tokens(
+    samples: Sequence[Sample], padded: Sequence[int], length: int, *, like: Sample
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of a row of this length that its samples' tokens fill, and its token columns.
+
+    Args: padded: tokens of each sample with its padding; like: has the columns of the samples.
+    """
+    ids_T, targets_T = np.zeros((2, length), np.int64)
+    weights_T, padding_T = np.zeros(length, np.float32), np.ones(length, np.bool_)
+    columns = {
+        name: np.zeros((length, *values.shape[1:]), values.dtype) for name, values in like.token_columns.items()
+    }
+    for start, sample in zip(accumulate(padded, initial=0), samples, strict=False):
         stop = start + len(sample.ids)
         ids_T[start:stop] = sample.ids
         padding_T[start:stop] = False
         # Shift within the sequence: its last position has no target, whatever follows it in the row.
         targets_T[start : stop - 1] = sample.ids[1:]
         weights_T[start : stop - 1] = sample.weights[1:]
-        for name, values in token_columns.items():
+        for name, values in columns.items():
             values[start : stop - 1] = sample.token_columns[name][1:]
-    return Pack(
-        ids_T=torch.from_numpy(ids_T),
-        targets_T=torch.from_numpy(targets_T),
-        weights_T=torch.from_numpy(weights_T),
-        positions_T=torch.from_numpy(np.arange(starts[-1]) - np.repeat(starts[:-1] - _first(shared, padded), padded)),
-        segments_T=torch.from_numpy(np.repeat(np.arange(len(padded), dtype=np.int32), padded)),
-        padding_T=torch.from_numpy(padding_T) if padding_T.any() else None,
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(real)]).astype(np.int32)),
-        cu_seqlens_padded=torch.from_numpy(starts.astype(np.int32)),
-        sequences=len(samples),
-        max_seqlen=max(padded),
-        row_multiple=int(starts[-1]) if fixed else row_multiple,
-        items_N=torch.tensor(range(len(samples)) if items is None else items, dtype=torch.int64),
-        columns=_columns(samples) if samples else {name: _stack([value])[:0] for name, value in blank.columns.items()},
-        token_columns={name: torch.from_numpy(values) for name, values in token_columns.items()},
-        shared_N=torch.tensor(shared, dtype=torch.int64) if any(shared) else None,
-    )
+    tokens = {
+        "ids_T": torch.from_numpy(ids_T),
+        "targets_T": torch.from_numpy(targets_T),
+        "weights_T": torch.from_numpy(weights_T),
+        "padding_T": torch.from_numpy(padding_T) if padding_T.any() else None,
+    }
+    return tokens, {name: torch.from_numpy(values) for name, values in columns.items()}
 
 
-def _first(shared: Sequence[int], padded: Sequence[int]) -> np.ndarray:
-    """Position of the first own token of each segment, int64 [S]."""
-    return np.array([*shared, *[0] * (len(padded) - len(shared))], np.int64)
+def _positions(starts_S: Tensor, shared: Sequence[int]) -> Tensor:
+    """Position of each token in its segment, int64 [T], behind the tokens that the segment shares.
+
+    Args: starts_S: int32 [S + 1], as `Pack.cu_seqlens_padded`.
+    """
+    first_S = starts_S[:-1].long()
+    first_S[: len(shared)] -= torch.tensor(shared, dtype=torch.int64)
+    return torch.arange(int(starts_S[-1])) - first_S.repeat_interleave(starts_S.diff())
 
 
 def row_length_of(lengths: Iterable[int], row_multiple: int, sequence_multiple: int) -> int:

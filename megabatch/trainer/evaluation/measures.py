@@ -5,7 +5,7 @@ N: samples. C: classes. All numbers are float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -156,19 +156,3 @@ def precision_over_places(places_of_fitting: Numbers) -> float:
     """Average precision of one ranking: mean over those that fit of the share that fits down to their place."""
     ordered = np.sort(places_of_fitting)
     return float((np.arange(1, len(ordered) + 1) / ordered).mean())
-
-
-def of_rankings(rankings: Iterable[Numbers], *, first: Sequence[int]) -> dict[str, float]:
-    """`mrr`, `map`, and for each k `recall_at_k` and `ndcg_at_k`: means over queries.
-
-    Args: rankings: for each query the places of the documents that fit it.
-    """
-    of_each = list(rankings)
-    found = {
-        "mrr": mean([reciprocal_rank(one) for one in of_each]),
-        "map": mean([precision_over_places(one) for one in of_each]),
-    }
-    for k in first:
-        found[f"recall_at_{k}"] = mean([recall_at(one, first=k) for one in of_each])
-        found[f"ndcg_at_{k}"] = mean([ndcg_at(one, first=k) for one in of_each])
-    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from megabatch.trainer.sums import Ratio, Sums
 if TYPE_CHECKING:
     from megabatch.trainer.pack import Pack
 
+Arrays = Mapping[str, np.ndarray]
+"""fp64 [M, …] of all sequences, or all learned tokens, by name."""
 ITEM, POSITION = "item", "position"
 _ROWS_BITS = 40
 """Rows of an evaluation on one rank are fewer than two to this power."""
@@ -37,13 +39,19 @@ class Measures:
     """Fields of the objective's readout, one value or row for each."""
     columns: Sequence[str]
     """Columns of the samples, or of their tokens."""
-    names: tuple[str, ...]
-    of: Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
-    """Arrays [M, …] of all of them, and `item`, the number of the row that each belongs to, for tokens also `position`
-    → a value for each name; NaN where it is not defined."""
+    prepared: Callable[[Arrays], Any]
+    """What the measures take, made of the outputs and columns of all of them, and `item`, the number of the row that
+    each belongs to; for tokens also `position`."""
+    of: Mapping[str, Callable[[Any], float]]
+    """The measures, each by its name; NaN where one is not defined."""
     per: Literal["sequence", "token"] = "sequence"
     of_rows: Mapping[str, Callable[[Pack], Tensor]] = field(default_factory=dict)
     """Further columns by name, each from a whole row before context parallelism cuts it: [N]."""
+
+    def values(self, found: Arrays) -> dict[str, float]:
+        """Each measure of these arrays."""
+        prepared = self.prepared(found)
+        return {name: measure(prepared) for name, measure in self.of.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +68,12 @@ class WholeSet(Evaluator):
 
     def _measured(self, engine: Engine, kept: _Kept) -> dict[str, Ratio]:
         """The same on every rank: one of them adds its values to sums that all get."""
-        names, ranks = self.measures.names, engine.ranks
-        sums = Sums(names, ranks)
+        ranks = engine.ranks
+        sums = Sums(tuple(self.measures.of), ranks)
         if ranks.is_last_stage:
-            values = self.measures.of(kept.everyone(engine))
+            values = self.measures.values(kept.everyone(engine))
             if sums.adds and dist.get_rank(ranks.replicas) == 0:
-                sums.add([{name: _mean(values[name]) for name in names}])
+                sums.add([{name: as_mean(value, ranks.device) for name, value in values.items()}])
         return sums.reduce().read()[0]
 
 
@@ -74,9 +82,11 @@ def with_measures(evaluator: Validation | None, measures: Measures) -> Evaluator
     return None if evaluator is None else WholeSet(evaluator, measures)
 
 
-def _mean(value: float) -> Mean:
-    known = float(not np.isnan(value))
-    return Mean(torch.tensor(value if known else 0.0, dtype=torch.float64), torch.tensor(known, dtype=torch.float64))
+def as_mean(value: float, device: torch.device) -> Mean:
+    """The value with the count 1, or 0 with the count 0 for NaN; 0-d fp64 on the device, where `Sums` adds them."""
+    is_known = not np.isnan(value)
+    total, count = torch.tensor([value if is_known else 0.0, float(is_known)], dtype=torch.float64, device=device)
+    return Mean(total, count)
 
 
 @dataclass(slots=True)

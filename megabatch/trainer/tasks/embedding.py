@@ -14,7 +14,7 @@ from megabatch.data.rows.ranked import embedding_fault
 from megabatch.data.tokens.ranked import LABEL, NEGATIVE, POSITIVE, ROLE
 from megabatch.errors import DataError
 from megabatch.trainer.data.dataset import open_tokens, steps_of
-from megabatch.trainer.evaluation.of_task import of_embeddings
+from megabatch.trainer.evaluation.ranking import of_embeddings
 from megabatch.trainer.evaluation.whole_set import with_measures
 from megabatch.trainer.exports.embedding import embedding_export
 from megabatch.trainer.exports.of_run import export_of

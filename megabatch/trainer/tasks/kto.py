@@ -11,7 +11,7 @@ from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.trainer.data.dataset import Validation
 from megabatch.trainer.engine import Engine
-from megabatch.trainer.evaluation.of_task import of_judged_answers
+from megabatch.trainer.evaluation.preferences import of_judged_answers
 from megabatch.trainer.evaluation.whole_set import WholeSet
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megabatch.config.run import RunConfig
 from megabatch.trainer.data.dataset import open_data
 from megabatch.trainer.data.stream import open_stream
-from megabatch.trainer.evaluation.of_task import of_rewards
+from megabatch.trainer.evaluation.preferences import of_rewards
 from megabatch.trainer.evaluation.whole_set import with_measures
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource

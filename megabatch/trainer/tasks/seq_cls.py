@@ -8,7 +8,7 @@ from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.config.training import ProblemType
 from megabatch.trainer.data.dataset import open_data
-from megabatch.trainer.evaluation.of_task import of_classifier
+from megabatch.trainer.evaluation.classification import of_classifier
 from megabatch.trainer.evaluation.whole_set import with_measures
 from megabatch.trainer.exports.of_run import export_of
 from megabatch.trainer.model_source import ModelSource

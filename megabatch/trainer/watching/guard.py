@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,7 +21,7 @@ from megabatch.config.watching import Watching
 from megabatch.errors import MegabatchError
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.steps import Step, Steps
-from megabatch.trainer.sums import Measured
+from megabatch.trainer.sums import Measured, Ratio
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ _WORDS: dict[Action, tuple[str, str]] = {
 class Seen(NamedTuple):
     """A step as the guard remembers it."""
 
-    loss: float
+    loss: float | None
+    """None where nothing was learned, such as where every completion was cut off and `overlong_filter` left it out."""
     grad_norm: float | None
     """L2 norm of the gradient of the global batch's loss, before clipping; None where fp16's gradients overflowed."""
 
@@ -66,8 +67,10 @@ class Suspect:
     """Where they come from."""
 
 
-def seen_in(found: Measured) -> Seen:
-    return Seen(found.metrics["loss"].value, found.grad_norm)
+def seen_in(metrics: Mapping[str, Ratio], grad_norm: float | None) -> Seen:
+    """Args: metrics: of the global batch."""
+    loss = metrics["loss"]
+    return Seen(loss.value if loss.count or loss.total else None, grad_norm)
 
 
 def judge(settings: Watching, step: Seen, before: Sequence[Seen]) -> Finding | None:
@@ -84,7 +87,7 @@ def judge(settings: Watching, step: Seen, before: Sequence[Seen]) -> Finding | N
 
 def remembered(settings: Watching, step: Seen, before: Sequence[Seen]) -> tuple[Seen, ...]:
     """The steps to compare the next one with, skipped ones included, so that a lasting change stops being a spike."""
-    if settings.check_for_spiky_loss is None or step.grad_norm is None or not _finite(step):
+    if settings.check_for_spiky_loss is None or None in step or not _finite(step):
         return tuple(before)
     return (*before, step)[-settings.spiky_loss_window :]
 
@@ -101,7 +104,7 @@ class Guard:
 
         Raises: MegabatchError on every rank where it ends the run.
         """
-        seen = seen_in(found)
+        seen = seen_in(found.metrics, found.grad_norm)
         finding = judge(self.settings, seen, before)
         if finding is None:
             return True
@@ -163,7 +166,7 @@ def describe(number: int, seen: Seen, finding: Finding, suspects: Sequence[Suspe
 
 
 def _finite(step: Seen) -> bool:
-    return math.isfinite(step.loss) and (step.grad_norm is None or math.isfinite(step.grad_norm))
+    return all(value is None or math.isfinite(value) for value in step)
 
 
 def _mean(values: Sequence[float]) -> float:

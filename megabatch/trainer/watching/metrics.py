@@ -116,7 +116,7 @@ class Metrics:
         if self._bar.disable and self.is_logged(record.step):
             logger.info("%s", self._line(values))
         self._bar.update(1)
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_s']:.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"{_loss(values, 4)}, {values['tokens_per_s']:.0f} tokens/s", refresh=False)
         self._last = values
         self.heartbeat("running", force=len(self.recent) == 1)
         return values
@@ -190,7 +190,7 @@ class Metrics:
     def _line(self, values: Mapping[str, Any]) -> str:
         parts = [
             f"step {values['step']} of {self.train_iters}",
-            f"loss {values['loss']:.6f}",
+            _loss(values, 6),
             "no update, gradients overflow" if (norm := values["grad_norm"]) is None else f"grad norm {norm:.3f}",
             f"lr {values['learning_rate']:.3e}",
             f"{values['tokens_per_s']:.0f} tokens/s",
@@ -200,6 +200,11 @@ class Metrics:
             parts.append(f"MFU {values['mfu']:.1%}")
         minutes, seconds = divmod(int(values["eta_s"]), 60)
         return ", ".join([*parts, f"{minutes}:{seconds:02d} left"])
+
+
+def _loss(values: Mapping[str, Any], decimals: int) -> str:
+    """In words; there is none where nothing of a step was learned."""
+    return "nothing to learn" if values["loss"] is None else f"loss {values['loss']:.{decimals}f}"
 
 
 def _written(metrics: Mapping[str, Ratio]) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megabatch.trainer.evaluation import measures
+from megabatch.trainer.evaluation.whole_set import as_mean
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.normal(size=60).round(1)
@@ -100,3 +101,11 @@ def test_rankings(measure: Callable[[np.ndarray], float], expected: float) -> No
     places = measures.places(np.array([5.0, 9.0, 3.0, 0.5, 4.0, 3.0, 1.0]))
     assert places.tolist() == [2, 1, 4, 7, 3, 4, 6]
     assert measure(places[[0, 2, 3]]) == pytest.approx(expected)
+
+
+def test_a_measure_lies_where_sums_are_added() -> None:
+    """A GPU refuses to add values of the host to its own."""
+    for value, expected in ((0.25, [0.25, 1.0]), (math.nan, [0.0, 0.0])):
+        found = as_mean(value, torch.device("cpu"))
+        assert [found.total.item(), found.count.item()] == expected
+    assert as_mean(0.5, torch.device("meta")).total.device.type == "meta"

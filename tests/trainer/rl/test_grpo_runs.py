@@ -259,3 +259,20 @@ def test_a_teacher_stands_in_for_rewards(ranks: RankServer, alone: Path) -> None
             logits = teacher(ids[None]).logits[0, len(record.prompt_ids) - 1 : -1] / temperature
         expected = logits.log_softmax(1).gather(1, ids[len(record.prompt_ids) :, None])[:, 0]
         torch.testing.assert_close(torch.tensor(record.columns["teacher"]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_whose_completions_were_all_cut_off_learns_nothing_and_the_run_goes_on(
+    ranks: RankServer, alone: Path
+) -> None:
+    made = grpo_recipe(
+        alone.parent,
+        grpo={"loss_type": "dapo", "overlong_filter": True, "beta": 0.0, "steps_per_generation": 1},
+        training={"train_iters": 2},
+        evaluation={"eval_iters": 0, "eval_on_start": False},
+    )
+    made = replace(made, rollout=replace(made.rollout, max_completion_length=1))
+    run = write_run(made, alone.parent / "cut-off")
+    assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
+    for line in metrics(run):
+        assert line["cut_off"] == 1 and line["loss"] is None and line["loss_count"] == 0
+        assert line["grad_norm"] == 0 and line["skipped_steps"] == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megabatch.data.tokens.sample import Sample
-from megabatch.trainer.evaluation.of_task import prompts_of
+from megabatch.trainer.evaluation.preferences import prompts_of
 from megabatch.trainer.pack import collate
 from megabatch.trainer.tasks.kto import is_flat
 

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from megabatch.config.watching import Watching
-from megabatch.trainer.watching.guard import Finding, Seen, Suspect, describe, judge, ranked, remembered
+from megabatch.trainer.sums import Ratio
+from megabatch.trainer.watching.guard import Finding, Seen, Suspect, describe, judge, ranked, remembered, seen_in
 
 SPIKES = Watching(check_for_spiky_loss="skip", spiky_loss_window=8, spiky_loss_sigma=3.0)
 CALM = [Seen(2.0 + 0.1 * (-1) ** i, 1.0) for i in range(8)]
@@ -39,6 +40,14 @@ def test_what_is_remembered() -> None:
     assert remembered(SPIKES, Seen(9.0, 1.0), CALM) == (*CALM[1:], (9.0, 1.0)), "a spike too"
     assert remembered(SPIKES, Seen(math.nan, 1.0), CALM) == tuple(CALM)
     assert remembered(Watching(), Seen(9.0, 1.0), ()) == ()
+
+
+def test_a_step_that_learned_nothing_is_not_wrong_and_is_not_remembered() -> None:
+    nothing = seen_in({"loss": Ratio(0.0, 0.0)}, 0.0)
+    assert nothing == Seen(None, 0.0)
+    assert judge(SPIKES, nothing, CALM) is None and remembered(SPIKES, nothing, CALM) == tuple(CALM)
+    broken = seen_in({"loss": Ratio(math.nan, 0.0)}, 0.0)
+    assert judge(SPIKES, broken, CALM) == Finding("not finite", SPIKES.check_for_nan_in_loss_and_grad)
 
 
 def test_the_broken_micro_batches_are_named_alone_and_else_the_worst_first() -> None:
