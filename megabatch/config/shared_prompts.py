@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from megabatch.config.layer_implementation import why_local
 from megabatch.config.recipe import Recipe
 from megabatch.plan.shape import ModelShape
 
@@ -15,6 +16,11 @@ def shares_prompts(recipe: Recipe, shape: ModelShape | None) -> bool:
     """`rlhf.share_prompts`, or its default: wherever that changes no number."""
     wanted = recipe.rlhf.share_prompts
     return why_not(recipe, shape) is None if wanted is None else wanted
+
+
+def why_local_layers(recipe: Recipe, shape: ModelShape | None) -> str | None:
+    """`layer_implementation.why_local` of a recipe whose `share_prompts` may not be resolved yet."""
+    return why_local(recipe, shape, shares_prompts=shares_prompts(recipe, shape))
 
 
 def compares_answers(recipe: Recipe) -> bool:
@@ -50,9 +56,9 @@ def _task(recipe: Recipe) -> str | None:
 
 
 def _layers(recipe: Recipe, shape: ModelShape | None) -> str | None:
-    wanted, gpus = recipe.kernels.transformer_impl, recipe.resources.gpus_per_node
-    if wanted == "local" or not gpus or recipe.tuner.tuner_type == "lora":
+    if recipe.tuner.tuner_type == "lora" or why_local(recipe, shape, shares_prompts=False) is not None:
         return None
+    wanted = recipe.kernels.transformer_impl
     return f"transformer_impl={wanted!r} has no attention over tokens of another sequence; 'local' has"
 
 

@@ -15,7 +15,7 @@ from megabatch.config.rules.preference import without_reference
 from megabatch.config.second_layouts import REFERENCE, TEACHER, Role, parallel_of
 from megabatch.config.second_layouts import layout_of as own_layout_of
 from megabatch.config.several_teachers import models_named
-from megabatch.config.shared_prompts import answers_in_a_row, infer_batch_size, shares_prompts
+from megabatch.config.shared_prompts import answers_in_a_row, infer_batch_size, shares_prompts, why_local_layers
 from megabatch.config.torch_dtype import torch_dtype
 from megabatch.entry.other_models import found_beside, has_teacher
 from megabatch.entry.trained import trained_of
@@ -117,6 +117,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
     mtp_layers = recipe.mtp.mtp_num_layers or 0
     row = resolved(row_tokens(recipe, shape))
     weight_bytes = _BYTES[torch_dtype(recipe, shape)]
+    has_te = why_local_layers(recipe, shape) is None
     return Settings(
         layout=layout,
         chunks=_with_mtp(chunks, mtp_layers),
@@ -133,10 +134,9 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         recompute_method=recompute.recompute_method,
         recompute_num_layers=recompute.recompute_num_layers,
         recompute_modules=recompute.recompute_modules,
-        attention_scores=recipe.kernels.attention_backend in ("unfused", "local"),
+        attention_scores=has_te and recipe.kernels.attention_backend in ("unfused", "local"),
         # LoRA on Transformer Engine's layers kept 0.85 of what is planned so (docs/gpu.md)
-        transformer_engine=recipe.kernels.transformer_impl == "transformer_engine"
-        and recipe.tuner.tuner_type == "full",
+        transformer_engine=has_te and recipe.tuner.tuner_type == "full",
         weight_bytes=weight_bytes,
         gradient_bytes=_BYTES[recipe.optimizer.main_grads_dtype],
         optimizer_bytes=optimizer_bytes(recipe.optimizer, weight_bytes=weight_bytes),

@@ -228,7 +228,8 @@ def _tokens(
     Args: padded: tokens of each sample with its padding; like: has the columns of the samples.
     """
     ids_T, targets_T = np.zeros((2, length), np.int64)
-    weights_T, padding_T = np.zeros(length, np.float32), np.ones(length, np.bool_)
+    weights_T: np.ndarray = np.zeros(length, np.float32)
+    padding_T: np.ndarray = np.ones(length, np.bool_)
     columns = {
         name: np.zeros((length, *values.shape[1:]), values.dtype) for name, values in like.token_columns.items()
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 
 import torch
@@ -11,22 +10,23 @@ from megabatch.config.declare import Parameter, parameters
 from megabatch.config.recipe import Recipe
 from megabatch.config.shared_prompts import compares_answers, why_not
 from megabatch.plan.shape import ModelShape
+from megabatch.trainer.model.transformer_config import why_local_here
 
 logger = logging.getLogger(__name__)
 
 TRANSFORMER_ENGINE = (
+    "attention_backend",
     "moe_grouped_gemm",
     "moe_permute_fusion",
     "moe_shared_expert_overlap",
     "apply_query_key_layer_scaling",
+    "no_rope_fusion",
 )
 CUDA = (
     "dataloader_pin_memory",
-    "attention_backend",
     "no_masked_softmax_fusion",
     "no_bias_dropout_fusion",
     "no_bias_swiglu_fusion",
-    "no_rope_fusion",
     "no_gradient_accumulation_fusion",
     "offload_teacher_model",
 )
@@ -54,9 +54,10 @@ def note_settings_without_effect(recipe: Recipe, shape: ModelShape, *, is_main: 
     """Logs one line for each speed-only setting that differs from its default and has no effect in this run."""
     if not is_main:
         return
+    why_local = why_local_here(recipe, shape)
     for parameter in parameters(Recipe):
         value = getattr(getattr(recipe, parameter.group), parameter.name)
-        reason = reason_without_effect(parameter, trains_biases_alone=recipe.tuner.lora_bias == "all")
+        reason = reason_without_effect(parameter, why_local=why_local)
         default = False if parameter.default is None else parameter.default  # None was derived: nobody asked for False
         if reason is not None and value is not None and value != default:
             logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
@@ -69,18 +70,13 @@ def note_settings_without_effect(recipe: Recipe, shape: ModelShape, *, is_main: 
         )
 
 
-def reason_without_effect(parameter: Parameter, *, trains_biases_alone: bool) -> str | None:
-    """Why a setting has no effect here; None if it has one."""
+def reason_without_effect(parameter: Parameter, *, why_local: str | None) -> str | None:
+    """Why a setting has no effect here; None if it has one. Args: why_local: why the run has megatron-core's local
+    layers, None where it has Transformer Engine's."""
     if parameter.name in NEVER:
         return NEVER[parameter.name]
-    cuda = torch.cuda.is_available()
-    if parameter.name in CUDA and not cuda:
+    if parameter.name in TRANSFORMER_ENGINE and why_local is not None:
+        return f"it is Transformer Engine's, and the run has local layers ({why_local})"
+    if parameter.name in CUDA and not torch.cuda.is_available():
         return "there is no CUDA device"
-    if parameter.name in TRANSFORMER_ENGINE and trains_biases_alone:
-        return "lora_bias='all' trains biases beside frozen weights, which megatron-core's local layers alone do"
-    if parameter.name in TRANSFORMER_ENGINE:
-        if not cuda:
-            return "there is no CUDA device"
-        if importlib.util.find_spec("transformer_engine") is None:
-            return "transformer-engine is not installed"
     return None

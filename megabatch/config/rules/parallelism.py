@@ -7,6 +7,7 @@ from math import gcd
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.second_layouts import row_units
+from megabatch.config.shared_prompts import why_local_layers
 from megabatch.errors import Fault
 from megabatch.plan.batch import nearest_divisors, nearest_multiples
 from megabatch.plan.layout import Layout
@@ -121,9 +122,8 @@ def exchange_has_its_kernels(recipe: Recipe, shape: ModelShape | None, layout: L
         return
     if cp == 1:
         yield Fault(field, how, "needs context_parallel_size above 1, which is 1", try_=(None,))
-    if recipe.kernels.transformer_impl == "local" or not recipe.resources.gpus_per_node:
-        has = "transformer_impl='local'" if recipe.resources.gpus_per_node else "gpus_per_node=0"
-        yield Fault(field, how, f"is Transformer Engine's, which a run with {has} does not use", try_=(None,))
+    if (why := why_local_layers(recipe, shape)) is not None:
+        yield Fault(field, how, f"is Transformer Engine's, which this run does not use ({why})", try_=(None,))
     for name in ("num_attention_heads", "num_query_groups"):
         count = getattr(shape, name, cp * tp)
         if how == "a2a" and count % (cp * tp):
@@ -134,7 +134,7 @@ def exchange_has_its_kernels(recipe: Recipe, shape: ModelShape | None, layout: L
 def attention_knows_of_context(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """Transformer Engine's unfused attention has no context parallelism; ours takes no notice of the backend."""
     backend, cp = recipe.kernels.attention_backend, recipe.parallel.context_parallel_size
-    if cp > 1 and backend in ("unfused", "local") and recipe.kernels.transformer_impl != "local":
+    if cp > 1 and backend in ("unfused", "local") and why_local_layers(recipe, shape) is None:
         rule = f"has no context parallelism (context_parallel_size={cp}) in Transformer Engine"
         yield Fault("kernels.attention_backend", backend, rule, try_=("flash", "fused"))
 

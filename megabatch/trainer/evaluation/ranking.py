@@ -85,14 +85,16 @@ def of_embeddings(loss_type: str) -> Measures:
     if loss_type == "infonce":
         return Measures(outputs, columns, _retrieved, _OF_RANKINGS)
     if loss_type == "cosine_similarity":
-        of = {"pearson": measures.pearson, "spearman": measures.spearman}
-        return Measures(outputs, columns, _similar, {name: _of_pair(one) for name, one in of.items()})
-    of = {"auc": measures.auc, "average_precision": measures.average_precision}
-    return Measures(outputs, columns, _alike, {name: _of_pair(one) for name, one in of.items()})
+        return Measures(outputs, columns, _similar, _OF_SIMILARITIES)
+    return Measures(outputs, columns, _alike, _OF_LIKENESS)
 
 
 def _of_pair(measure: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Pair], float]:
     return lambda pair: measure(*pair)
+
+
+_OF_SIMILARITIES = {"pearson": _of_pair(measures.pearson), "spearman": _of_pair(measures.spearman)}
+_OF_LIKENESS = {"auc": _of_pair(measures.auc), "average_precision": _of_pair(measures.average_precision)}
 
 
 def _unit(found: Arrays) -> np.ndarray:

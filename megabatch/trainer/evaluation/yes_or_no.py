@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from megabatch.trainer.evaluation import measures
 
-T = TypeVar("T")
-S = TypeVar("S")
+Measure = Callable[[Any], float]
 
 
-def of_part(of: Mapping[str, Callable[[T], float]], part: Callable[[S], T]) -> dict[str, Callable[[S], float]]:
+def of_part(of: Mapping[str, Measure], part: Callable[[Any], Any]) -> dict[str, Measure]:
     """The measures `of` a part of what is found."""
-    return {name: lambda found, measure=measure: measure(part(found)) for name, measure in of.items()}
+
+    def of_its(measure: Measure) -> Measure:
+        return lambda found: measure(part(found))
+
+    return {name: of_its(measure) for name, measure in of.items()}
 
 
 @dataclass(frozen=True)

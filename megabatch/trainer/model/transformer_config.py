@@ -17,9 +17,8 @@ from torch.nn.functional import silu
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
-from megabatch.converters.families import family_named
-from megabatch.converters.frozen import Freezing, trains_biases_alone
-from megabatch.errors import ConfigError, ConversionError
+from megabatch.config.shared_prompts import why_local_layers
+from megabatch.errors import ConfigError
 from megabatch.plan.shape import ModelShape
 from megabatch.trainable import untrainable
 
@@ -116,42 +115,21 @@ def leave_uninitialised(weight: torch.Tensor) -> None:
 
 
 def transformer_impl(recipe: Recipe, shape: ModelShape) -> str:
-    """`local` where Transformer Engine cannot be used; logs the reason once."""
-    wanted = recipe.kernels.transformer_impl
-    if wanted == "local":
-        return wanted
-    if (needed := needs_local(recipe, shape)) is not None:
-        why = needed
-    elif importlib.util.find_spec("transformer_engine") is None:
-        why = "transformer-engine is not installed"
-    elif not torch.cuda.is_available():
-        why = "there is no CUDA device"
-    elif recipe.model.torch_dtype == "float32":
-        why = "Transformer Engine has no attention of packed rows in fp32"
-    elif shape.attention_output_bias or shape.mlp_bias:
-        why = "megatron-core's Transformer Engine layers lack some of this model's biases"
-    else:
-        return wanted
-    _say_local(why)
+    """`local` where Transformer Engine cannot be used; logs the reason once unless it was asked for."""
+    if (why := why_local_here(recipe, shape)) is None:
+        return "transformer_engine"
+    if recipe.kernels.transformer_impl != "local":
+        _say_local(why)
     return "local"
 
 
-def needs_local(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Why a run needs local layers wherever it runs: Transformer Engine (2.11) gives a bias no gradient where the
-    weight beside it is frozen. Raises: ConfigError for names of tensors that match nothing."""
-    if recipe.rlhf.share_prompts:
-        return "they alone compute a prompt once for all its answers"
-    return "biases beside frozen weights have their gradients there" if _trains_biases_alone(recipe, shape) else None
-
-
-def _trains_biases_alone(recipe: Recipe, shape: ModelShape) -> bool:
-    tuner = recipe.tuner
-    if tuner.tuner_type == "lora" or not tuner.trains_part:
-        return tuner.tuner_type == "lora" and tuner.lora_bias == "all"
-    try:
-        return trains_biases_alone(family_named(shape.model_type).tensors(shape), Freezing.of(tuner))
-    except ConversionError as e:
-        raise ConfigError(f"tuner.{e}") from e
+def why_local_here(recipe: Recipe, shape: ModelShape) -> str | None:
+    """Why a run has megatron-core's local layers; None where it has Transformer Engine's."""
+    if (why := why_local_layers(recipe, shape)) is not None:
+        return why
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer-engine is not installed"
+    return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
 @functools.cache

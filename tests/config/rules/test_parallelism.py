@@ -8,6 +8,7 @@ from megabatch.config.rules import parallelism
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
+HALF = {"model": {"torch_dtype": "bfloat16"}}
 CP2 = {"context_parallel_size": 2}
 
 THREE_GROUPS = {"num_attention_heads": 12, "num_query_groups": 3, "kv_channels": 8}
@@ -145,8 +146,8 @@ CASES = [
     (
         parallelism.exchange_has_its_kernels,
         "dense",
-        {"parallel": {"cp_comm_type": "p2p"}},
-        {"parallel": {"cp_comm_type": "p2p", **CP2}},
+        {"parallel": {"cp_comm_type": "p2p"}, **HALF},
+        {"parallel": {"cp_comm_type": "p2p", **CP2}, **HALF},
         "parallel.cp_comm_type",
         ["context_parallel_size above 1", "try None"],
     ),
@@ -169,8 +170,8 @@ CASES = [
     (
         parallelism.attention_knows_of_context,
         "dense",
-        {"parallel": CP2, "kernels": {"attention_backend": "unfused"}},
-        {"parallel": CP2, "kernels": {"attention_backend": "unfused", "transformer_impl": "local"}},
+        {"parallel": CP2, "kernels": {"attention_backend": "unfused"}, **HALF},
+        {"parallel": CP2, "kernels": {"attention_backend": "unfused"}, "model": {"torch_dtype": "float32"}},
         "kernels.attention_backend",
         ["context_parallel_size=2", "try flash or fused"],
     ),

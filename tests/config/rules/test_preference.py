@@ -209,16 +209,19 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"rlhf": Rlhf(rlhf_type="kto", share_prompts=True)},
         "rlhf.share_prompts=True cannot be kept: it is for dpo, rm, reranker, grpo",
     ),
-    "prompts on GPUs": (
-        {"rlhf": Rlhf(share_prompts=True)},
-        "rlhf.share_prompts=True cannot be kept: transformer_impl='transformer_engine' has no attention",
-    ),
     "temperature": ({"rollout": Rollout(temperature=0.5)}, "rollout.temperature=0.5 has no effect on dpo"),
     "tokens": (
         {"training": Training(train_iters=1, calculate_per_token_loss=True)},
         "training.calculate_per_token_loss=True has no effect with rlhf_type='dpo'",
     ),
 }  # fmt: skip
+
+
+def test_prompts_are_not_shared_by_transformer_engines_layers(dense) -> None:
+    half = replace(dense.model, torch_dtype="bfloat16")
+    found = check(replace(dense, task="rlhf", model=half, rlhf=Rlhf(share_prompts=True)))
+    reason = "rlhf.share_prompts=True cannot be kept: transformer_impl='transformer_engine' has no attention"
+    assert any(str(fault).startswith(reason) for fault in found)
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -10,11 +10,12 @@ from megabatch import Recipe
 from megabatch.config.new_model import declared_shape
 from megabatch.config.shared_prompts import answers_in_a_row, inferred_answers_in_a_row, shares_prompts, why_not
 
+HALF: dict[str, Any] = {"torch_dtype": "bfloat16"}
 OURS: dict[str, Any] = {"task": "rlhf", "kernels": {"transformer_impl": "local"}}
 GRPO: dict[str, Any] = {"rlhf": {"rlhf_type": "grpo"}, "batch": {"micro_batch_size": 12}}
 WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "task": ("dense", {"rlhf": {"rlhf_type": "kto"}}, "it is for dpo, rm, reranker, grpo"),
-    "layers": ("dense", {"kernels": {}}, "transformer_impl='transformer_engine' has no attention"),
+    "layers": ("dense", {"kernels": {}, "model": HALF}, "transformer_impl='transformer_engine' has no attention"),
     "padding": ("dense", {"data": {"padding_free": False}}, "padding_free=False makes"),
     "dropout": ("dense", {"model": {"hidden_dropout": 0.1}}, "hidden_dropout=0.1 drops"),
     "adapters": ("dense", {"tuner": {"tuner_type": "lora"}}, "lora_dropout=0.05 drops"),
