@@ -65,7 +65,7 @@ def find_config(given: Path, checkpoint: Path) -> Path:
         if (place / NAME).is_file():
             return place / NAME
     raise ConversionError(
-        f"{given}: there is no {NAME} beside this checkpoint, which gives its adapters' ranks and scales are; "
+        f"{given}: there is no {NAME} beside this checkpoint, which gives its adapters' ranks and scales; "
         "write one in PEFT's terms (peft_type, r, lora_alpha, target_modules in Hugging Face's names)"
     )
 

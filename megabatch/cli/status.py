@@ -11,7 +11,7 @@ from pathlib import Path
 from megabatch.cli.runs import all_runs
 from megabatch.errors import LaunchError
 from megabatch.insight.overview import Overview, overview
-from megabatch.run_directory import RunDirectory
+from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.bad_nodes import describe
 from megabatch.slurm.queue import State
 from megabatch.slurm.records import LOCAL
@@ -52,12 +52,17 @@ def _watch(paths: Sequence[Path]) -> int:
                 return 0
 
 
+def _ending(exit_code: int | None) -> str:
+    saved = " (saved)" if exit_code == ExitCode.REQUEUE else ""
+    return f"exit code {exit_code}{saved}" if exit_code else ""
+
+
 def _row(one: Overview) -> tuple[str, ...]:
     now = one.status
     job = now.job_id or "-"
     if now.attempt:
         job += f" #{now.attempt}"
-    reason = _goes_on(now) or now.reason or (f"exit code {now.exit_code}" if now.exit_code else "")
+    reason = _goes_on(now) or now.reason or _ending(now.exit_code)
     why = "; ".join(
         text for text in (reason, describe(one.bad_nodes), *(note.describe() for note in one.damaged)) if text
     )

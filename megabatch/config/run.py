@@ -92,7 +92,8 @@ class RunConfig:
             raise ConfigError(f"{path} was edited: {'; '.join(map(str, faults))}")
         if not lacks:
             return config
-        log.warning("%s was written without %s, which get their defaults", path, ", ".join(lacks))
+        default = "its default" if len(lacks) == 1 else "their defaults"
+        log.warning("%s was written without %s; taking %s", path, ", ".join(lacks), default)
         recipe = derived(config.recipe, shape=config.shape, run_dir=Path(config.run_dir))
         return replace(config, recipe=recipe)
 

@@ -15,13 +15,15 @@ from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.rows.files import Origin
 from megabatch.data.tokens import tokenizer
 from megabatch.data.tokens.default_templates import OWN_TEMPLATES
-from megabatch.entry.model import FoundModel, fault_of, nearest_folder
+from megabatch.entry.model import FoundModel, fault_of, find_shape, nearest_folder
 from megabatch.entry.other_models import damaged_other_models, other_model_faults
 from megabatch.entry.paths import NUMBERED
 from megabatch.entry.row_checks import Check, row_check
 from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
-from megabatch.saved.find import find_to_load
+from megabatch.plan.shape import ModelShape
+from megabatch.saved.find import FoundCheckpoint, find_to_load
+from megabatch.saved.history import HF
 
 SCANNED_BYTES = 64 << 20
 """We read JSONL, JSON, CSV and TSV files up to this size before submission; that takes about a second."""
@@ -37,7 +39,8 @@ def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
     """Faults of the run's inputs that names and sizes show; reads no data."""
     found = _tokenizer(recipe, model, tokenizer.check)
     others = [*_tuning(recipe, model), *other_model_faults(recipe, model.shape)]
-    return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *_load(recipe), *others]
+    loaded = _load(recipe, model.shape)
+    return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *loaded, *others]
 
 
 def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
@@ -274,7 +277,7 @@ def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
         yield fault_of("model.model", error)
 
 
-def _load(recipe: Recipe) -> Iterator[Fault]:
+def _load(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
     group = recipe.checkpoint
     if group.load is None:
         return
@@ -283,6 +286,8 @@ def _load(recipe: Recipe) -> Iterator[Fault]:
     except CheckpointError as error:
         yield fault_of("checkpoint.load", error)
         return
+    if found is not None and shape is not None:
+        yield from _other_sizes(found, shape, load=group.load)
     is_base = recipe.tuner.tuner_type == "lora"  # of which the weights are loaded alone
     if found is not None and not group.finetune and not found.of_a_run and not is_base:
         rule = (
@@ -290,3 +295,20 @@ def _load(recipe: Recipe) -> Iterator[Fault]:
             "to load its weights alone"
         )
         yield Fault("checkpoint.load", group.load, rule)
+
+
+_SIZES = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "num_experts", "moe_ffn_hidden_size",
+)  # fmt: skip
+"""Sizes that a checkpoint and the model that loads it share, whatever the vocabulary and the head are."""
+
+
+def _other_sizes(found: FoundCheckpoint, shape: ModelShape, *, load: str) -> Iterator[Fault]:
+    """Sizes that the config.json in a checkpoint's `hf/` contradicts; nothing where there is none."""
+    saved = find_shape(found.folder / HF)
+    if saved is None:
+        return
+    sizes = [(name, getattr(saved, name), getattr(shape, name)) for name in _SIZES]
+    if differing := [f"{name} is {had} in it and {has} in the model" for name, had, has in sizes if had != has]:
+        yield Fault("checkpoint.load", load, f"is a checkpoint of another model: {', '.join(differing)}")

@@ -148,6 +148,11 @@ def _made(recipe: Recipe) -> FoundModel:
         return FoundModel(declared, "new")  # the rules report values that do not fit together
 
 
+def find_shape(folder: Path) -> ModelShape | None:
+    """The shape in a folder's config.json; None where there is none that we know."""
+    return _in_folder(folder).shape if (folder / "config.json").is_file() else None
+
+
 def _in_folder(folder: Path) -> FoundModel:
     from megabatch.converters.hf_model import read_config
 

@@ -20,6 +20,7 @@ from megabatch.converters.adapters.targets import (
     module_of,
 )
 from megabatch.converters.families import family_named
+from megabatch.converters.folder_kinds import Kind, kinds_of
 from megabatch.converters.frozen import Freezing, frozen_names
 from megabatch.converters.mapping import Mapped
 from megabatch.entry.model import fault_of
@@ -115,6 +116,9 @@ def _require_fit(
     tuner = recipe.tuner
     scale = scale_of(tuner.lora_alpha, tuner.lora_rank, use_rslora=tuner.use_rslora)
     if not is_peft(folder):
+        if Kind.MODEL in kinds_of(folder):
+            what, flag = Kind.MODEL.value
+            raise ConversionError(f"{folder} is {what}, not {Kind.ADAPTER.value[0]}; name it as {flag}")
         may_be_missing = not recipe.checkpoint.exit_on_missing_checkpoint
         found = find_to_load(str(folder), may_be_missing=may_be_missing)
         if found is None:

@@ -59,6 +59,19 @@ def test_status_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (found["run"], found["state"], found["step"]) == (str(run), "running", 41)
 
 
+def test_a_cancelled_run_that_saved_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(_run(tmp_path / "x", state="stopped", age_s=7300))
+    lines = (
+        {"job_id": "987654", "time": 1.0, "cluster": None},
+        {"job_id": "987654", "attempt": 0, "start": 2, "nodes": "n1"},
+        {"job_id": "987654", "attempt": 0, "exit_code": 75, "time": 3, "cancelled": True},
+    )
+    run.jobs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["status", str(run.path)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "cancelled" in line and line.rstrip().endswith("exit code 75 (saved)")
+
+
 def test_status_without_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,7 +170,7 @@ def test_parameters_that_came_later_get_their_defaults(dense, tmp_path, caplog):
 
     assert RunConfig.load(edited(run, tmp_path / "run.json", older)) == run
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith("without prm, embedding, lora_fused, use_rslora, share_prompts, which get their defaults")
+    assert line.endswith("without prm, embedding, lora_fused, use_rslora, share_prompts; taking their defaults")
 
 
 def test_missing_and_broken_files(tmp_path):

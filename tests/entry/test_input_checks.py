@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Checkpoint, Grpo, Model, Recipe, Rlhf, Rollout
+from megabatch import Bridge, Checkpoint, Grpo, Model, Recipe, Rlhf, Rollout, Tuner
 from megabatch.config.flags import Actions
 from megabatch.converters.adapters.targets import find_targets
 from megabatch.converters.bijection import TensorInfo
@@ -171,6 +171,30 @@ def test_load_must_be_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
     (step / "mcore" / ".metadata").touch()
     (step / "trainer.json").touch()
     assert _faults(asked) == []
+
+
+def test_a_checkpoint_to_load_has_the_sizes_of_the_model(recipe: Recipe, model_folder: Path, tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_00000001"
+    (step / "mcore").mkdir(parents=True)
+    (step / "mcore" / ".metadata").touch()
+    (step / "trainer.json").touch()
+    config = json.loads((model_folder / "config.json").read_text())
+    (step / "hf").mkdir()
+    asked = replace(recipe, checkpoint=Checkpoint(load=str(step)))
+    for changes, said in (
+        ({"vocab_size": 40}, ""),
+        ({"hidden_size": 16, "num_hidden_layers": 3},
+         "num_layers is 3 in it and 1 in the model, hidden_size is 16 in it and 8 in the model"),
+    ):  # fmt: skip
+        (step / "hf" / "config.json").write_text(json.dumps(config | changes))
+        expected = [f"checkpoint.load={str(step)!r} is a checkpoint of another model: {said}"] if said else []
+        assert _faults(asked) == expected
+
+
+def test_a_run_starts_from_an_adapter_and_no_model(recipe: Recipe, model_folder: Path) -> None:
+    tuned = replace(recipe, tuner=Tuner(tuner_type="lora"), bridge=Bridge(adapters=(str(model_folder),)))
+    said = f"bridge.adapters: {model_folder} is the folder of a Hugging Face model, not an adapter; name it as --model"
+    assert _faults(tuned) == [said]
 
 
 def test_a_checkpoint_of_another_program_gives_weights_alone(recipe: Recipe, tmp_path: Path) -> None:

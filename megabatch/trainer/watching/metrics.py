@@ -142,8 +142,7 @@ class Metrics:
         values = _written({f"eval_{name}": ratio for name, ratio in metrics.items()})
         line = {"kind": "eval", "step": step, **values, "seconds": seconds, "attempt": self.attempt}
         self._write(line)
-        told = ", ".join(f"{name} {ratio.value:.6f}" for name, ratio in metrics.items())
-        logger.info("step %d of %d: validation %s", step, self.train_iters, told)
+        logger.info("step %d of %d: validation %s", step, self.train_iters, told(metrics))
         return line
 
     def heartbeat(self, state: str, *, force: bool = False) -> None:
@@ -224,3 +223,9 @@ def _memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def told(metrics: Mapping[str, Ratio]) -> str:
+    """Metrics as the log tells them; a mean over nothing is not defined."""
+    values = {name: f"{ratio.value:.6f}" if ratio.count else "not defined" for name, ratio in metrics.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items())
