@@ -44,6 +44,14 @@ FLAGS = _OF_REQUEST | {flag.name: flag for flag in fields(Flags) if flag.name !=
 """Every flag by its name."""
 
 
+def _unknown(name: str) -> str:
+    """What is wrong with a name that is no flag."""
+    if name.endswith("parallel_size"):
+        return "has no effect: a checkpoint has no layout, and runs of any layout load it"
+    near = get_close_matches(name, FLAGS, n=1)
+    return "is not a flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
+
+
 def parse(arguments: Sequence[str]) -> Flags:
     """The values given. Raises: ConversionError with every fault of the command line."""
     given: dict[str, Any] = {}
@@ -51,8 +59,7 @@ def parse(arguments: Sequence[str]) -> Flags:
     for name, texts in _split(arguments, faults):
         flag = FLAGS.get("help" if name in ("h", "help") else name)
         if flag is None:
-            near = get_close_matches(name, FLAGS, n=1)
-            faults.append(f"--{name} is not a flag" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+            faults.append(f"--{name} {_unknown(name)}")
         elif flag.name in given:
             faults.append(f"--{flag.name} is given twice")
         else:

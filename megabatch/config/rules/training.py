@@ -223,7 +223,7 @@ def learning_rate_is_above_its_floor(
     rate = recipe.learning_rate
     lr = peak_lr(recipe)
     if rate.min_lr > lr:
-        yield Fault("learning_rate.min_lr", rate.min_lr, f"must be at most lr={lr}", try_=(lr / 10, 0))
+        yield Fault("learning_rate.min_lr", rate.min_lr, f"must be at most lr={lr}", try_=(float(f"{lr / 10:g}"), 0))
     if rate.lr_warmup_init > lr:
         yield Fault("learning_rate.lr_warmup_init", rate.lr_warmup_init, f"must be at most lr={lr}", try_=(0,))
     if rate.lr_warmup_init and not (rate.lr_warmup_iters or rate.lr_warmup_fraction):

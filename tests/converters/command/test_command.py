@@ -76,6 +76,10 @@ def _texts(value: object) -> tuple[str, ...]:
         (["--to_hff"], r"--to_hff is not a flag; did you mean --to_hf\?"),
         (["--mcore-modell", "x"], r"--mcore_modell is not a flag; did you mean --mcore_model\?"),
         (["--qqqqqq"], "--qqqqqq is not a flag; see --help"),
+        (
+            ["--tensor_model_parallel_size", "2"],
+            "--tensor_model_parallel_size has no effect: a checkpoint has no layout",
+        ),
         (["--to_hf", "perhaps"], "--to_hf perhaps must be true or false"),
         (["--workers", "many"], "--workers many must be a whole number"),
         (["--model"], "--model needs one value"),
