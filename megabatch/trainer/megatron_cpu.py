@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megabatch.trainer.megatron_imports import without_wandb
+
 MODULES = (
     "megatron.core.dist_checkpointing",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
@@ -183,7 +185,7 @@ def adapt() -> None:
     if _cuda_type_name is torch.Tensor.type:
         return
     torch.compiler.set_stance("force_eager")
-    with _without_compiler():
+    with _without_compiler(), without_wandb():
         for name in MODULES:
             importlib.import_module(name)
     on_cpu = _torch()

@@ -7,11 +7,14 @@ arguments and its result comes back in rank order.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import importlib.util
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import site
 import sys
@@ -27,13 +30,19 @@ from typing import Any
 from megabatch.slurm.ports import free_port_block
 
 _IMPORTED = (
+    "megabatch.entry.model",
+    "megabatch.rollout.local.keeping",
     "megabatch.trainer.loop",
     "pytest",
     "safetensors.torch",
     "torch.nn.attention.varlen",
     "torch.utils.serialization.config",
     "torch.utils.tensorboard",
+    "transformers.modeling_utils",
     "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.tokenization_python",
 )
 
@@ -50,7 +59,9 @@ class RankServer:
         the trainer's."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, cuda, tuple(imported)), daemon=False)
+        self._tokens = tempfile.TemporaryDirectory(prefix="rank-tokens-")
+        given = (theirs, cuda, tuple(imported), Path(self._tokens.name))
+        self._process = context.Process(target=_serve, args=given, daemon=False)
         try:
             multiprocessing.set_executable(python or sys.executable)
             self._process.start()
@@ -76,6 +87,7 @@ class RankServer:
         self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
+        self._tokens.cleanup()
 
 
 def place(rank: int, world: int, port: int, *, cuda: bool) -> dict[str, str]:
@@ -88,7 +100,7 @@ def place(rank: int, world: int, port: int, *, cuda: bool) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in found.items()}}
 
 
-def _serve(connection: Connection, cuda: bool, imported: tuple[str, ...]) -> None:
+def _serve(connection: Connection, cuda: bool, imported: tuple[str, ...], tokens: Path) -> None:
     if (own := sysconfig.get_path("purelib")) not in sys.path:  # multiprocessing gave it its parent's path
         site.addsitedir(own)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -112,12 +124,46 @@ def _serve(connection: Connection, cuda: bool, imported: tuple[str, ...]) -> Non
     if not (cuda and importlib.util.find_spec("transformer_engine")):
         for name in (*_IMPORTED, *imported):
             importlib.import_module(name)
+    _share_tokens(tokens)
     while True:
         try:
             source, world_size, timeout_s, arguments = connection.recv()
         except (EOFError, KeyboardInterrupt):
             os._exit(0)  # threads of what was imported must not hold it up
         connection.send(_world(source, world_size, timeout_s, arguments, cuda))
+
+
+def _share_tokens(folder: Path) -> None:
+    """Lets a run copy the token cache that an earlier one has written of the same files under the same name, a digest
+    of all that decides the tokens: where a user's `preprocess` makes the rows, the processes that it runs in cost more
+    than the run."""
+    from megabatch.data.cache import cache_files
+    from megabatch.data.cache.token_cache import TokenCache
+
+    build, write, files = TokenCache.build, cache_files.write, [""]
+
+    def built(sources: Sequence[Any], *arguments: Any, **keywords: Any) -> Path:
+        files[0] = hashlib.sha256(repr([source.paths for source in sources]).encode()).hexdigest()
+        return build(sources, *arguments, **keywords)
+
+    def written(path: Path, chunks: Any, *, digests: Any = None) -> None:
+        kept = folder / files[0] / path.name
+        if kept.exists():
+            _copy_whole(kept, path)
+        else:
+            write(path, chunks, digests=digests)
+            _copy_whole(path, kept)
+
+    TokenCache.build, cache_files.write = staticmethod(built), written  # type: ignore[method-assign, assignment]
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Unless `target` appears meanwhile."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".copied.") as folder:
+        shutil.copytree(source, Path(folder) / "copy")
+        with contextlib.suppress(OSError):
+            (Path(folder) / "copy").rename(target)
 
 
 def _world(
