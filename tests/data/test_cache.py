@@ -178,6 +178,20 @@ def test_its_content_is_that_of_the_tokens(build: Any, write_jsonl: Write) -> No
     assert len(parts | {first.content}) == 5
 
 
+def test_prompts_name_the_place_where_their_rows_are_now(build: Any, write_jsonl: Write) -> None:
+    """GRPO reads a prompt's row there again; other rows need no second cache where only the place is another."""
+    path = write_jsonl("a.jsonl", rows(4))
+    for kind in ("prompts", "conversations"):
+        first = build(path, rows=kind)
+        path = path.rename(path.with_name(f"{kind}.jsonl"))
+        again = build(path, rows=kind)
+        assert (again == first) == (kind == "conversations")
+        if kind == "prompts":
+            assert [TokenCache.open(again).origin(index) for index in range(4)] == [
+                Origin(str(path), number) for number in (1, 2, 3, 4)
+            ]
+
+
 def wait_for_the_clock_to_move_on(file: Path) -> None:
     """Until a write now gets another time than this file's."""
     probe = file.with_name("probe")

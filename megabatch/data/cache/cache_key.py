@@ -2,7 +2,7 @@
 
 | what | digest of |
 | --- | --- |
-| the datasets | their bytes, or the hub's fingerprint |
+| the datasets | their bytes, or the hub's fingerprint; where they are, if rows are prompts |
 | the settings | `Encoding`, and the seed if it selects rows |
 | `data.preprocess` | its file |
 | the tokenizer | its files, and the keys of `config.json` that select its class |
@@ -63,6 +63,8 @@ def cache_key(
         sampling = [seed, shuffle, *([asdict(mixing)] if mixing else [])]
     code = [FORMAT, _code_digest(), {name: _version(name) for name in _LIBRARIES}]
     content = [code, [source.fingerprint(digests) for source in sources], settings, sampling]
+    if encoding.rows == "prompts":  # rewards read the columns of a prompt's row at its place
+        content.append([[str(path) for path in source.paths] for source in sources])
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
