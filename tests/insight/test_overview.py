@@ -53,7 +53,7 @@ def test_nodes_that_its_job_runs_without(requeued: MadeRun, monkeypatch: pytest.
     requeued.bad_node("n4", "ecc", job_id="6")
     (found,) = overview([requeued.files.path])
     assert [(bad["node"], bad["check"]) for bad in found.plain()["bad_nodes"]] == [("n3", "link")]  # type: ignore[attr-defined]
-    assert status_table([found]).endswith("exit code 75; without n3 (link)")
+    assert status_table([found]).endswith("exit code 75 (saved); without n3 (link)")
 
 
 def test_the_time_left_takes_what_requeues_cost_so_far(requeued: MadeRun) -> None:
