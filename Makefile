@@ -13,7 +13,7 @@ TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || echo https://download
 CLUSTER ?= .cluster
 NODES ?= 4
 # test files run in this many processes, each with a private Slurm of its own
-WORKERS ?= 2
+WORKERS ?= 3
 # compiled code is kept, whatever the shell says: hundreds of processes start from it
 unexport PYTHONDONTWRITEBYTECODE
 
