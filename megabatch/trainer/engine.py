@@ -26,6 +26,7 @@ from megabatch.trainer import megatron_moe, routes
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model.lora.gradients import finalize
 from megabatch.trainer.model.naming import unwrap
+from megabatch.trainer.model.output_rows import can_leave_out_rows, rows_of_output
 from megabatch.trainer.model.row import row
 from megabatch.trainer.objectives.objective import Mean, Norm, Objective, Terms
 from megabatch.trainer.ops.parts import summed
@@ -40,7 +41,7 @@ from megabatch.trainer.references import Following, blend, copy_adapter
 from megabatch.trainer.stopwatch import Stopwatch
 from megabatch.trainer.stowage import Stowage
 from megabatch.trainer.sums import NONE, Flags, Measured, Ratio, Sums
-from megabatch.trainer.zigzag import Cut, zigzag
+from megabatch.trainer.zigzag import Cut, on_device, zigzag
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,9 @@ class Engine:
         sums = Sums(objective.metrics, self.ranks)
         self._stopwatch.start()
         kept: list[Mapping[str, Tensor]] | None = [] if reads else None
-        sums.add(found := self._run(POLICY, packs, self._loss(objective, factor, kept), forward_only=False))
+        weighted = objective.readout.weighted_only
+        last = self._loss(objective, factor, kept)
+        sums.add(found := self._run(POLICY, packs, last, forward_only=False, weighted_only=weighted))
         # the sums travel while the optimizer waits for the gradient norm, so reading them afterwards is free
         pending = sums.reduce(flags)
         grad_norm = self.optimizer.gradient_norm()
@@ -190,9 +193,10 @@ class Engine:
 
     def evaluate(self, batches: Iterable[Sequence[Pack]], objective: Objective) -> Mapping[str, Ratio]:
         """The objective's metrics over these batches of micro-batches on all data-parallel ranks; no gradients."""
-        sums = Sums(objective.metrics, self.ranks)
+        sums, weighted = Sums(objective.metrics, self.ranks), objective.readout.weighted_only
         for packs in batches:
-            sums.add(self._without_gradients(POLICY, objective.prepare(packs, self), self._loss(objective, 1.0)))
+            prepared, last = objective.prepare(packs, self), self._loss(objective, 1.0)
+            sums.add(self._without_gradients(POLICY, prepared, last, weighted_only=weighted))
         return sums.reduce().read()[0]
 
     def infer(
@@ -254,7 +258,7 @@ class Engine:
 
         ranks = self.models[model].ranks
         table = routes.empty(packs, self.models[model], ranks.device) if records_routes else None
-        found = self._without_gradients(model, packs, read, table)
+        found = self._without_gradients(model, packs, read, table, weighted_only=readout.weighted_only)
         fields = self._whole(model, found, packs, readout)
         if table is None:
             return fields
@@ -270,12 +274,18 @@ class Engine:
         return on_all_ranks(found, packs, readout.fields, ranks, cuts=cuts)
 
     def _without_gradients(
-        self, model: str, packs: Sequence[Pack], last: Last, table: routes.Table | None = None
+        self,
+        model: str,
+        packs: Sequence[Pack],
+        last: Last,
+        table: routes.Table | None = None,
+        *,
+        weighted_only: bool,
     ) -> list[Mapping[str, Any]]:
         for chunk in self.models[model].wrapped:
             chunk.eval()
         with torch.no_grad(), self.models[model].on_device(), self._adapter(model):
-            return self._run(model, packs, last, forward_only=True, table=table)
+            return self._run(model, packs, last, forward_only=True, weighted_only=weighted_only, table=table)
 
     def _adapter(self, model: str) -> AbstractContextManager[None]:
         """Puts the adapter of a model in use."""
@@ -306,11 +316,13 @@ class Engine:
         last: Last,
         *,
         forward_only: bool,
+        weighted_only: bool,
         table: routes.Table | None = None,
     ) -> list[Mapping[str, Any]]:
         """What `last` returned for each micro-batch; empty on the other stages.
 
-        Args: `table`: where routes are recorded; without it, the policy takes those that the packs bring.
+        Args: `weighted_only`: as a readout's; `table`: where routes are recorded; without it, the policy takes those
+        that the packs bring.
         """
         model = self.models[name]
         if table is None and model is self.model:
@@ -321,7 +333,7 @@ class Engine:
         iterators: list[Iterator[Pack]] = [iter(packs) for _ in model.wrapped]
         with model.ranks.in_use(), nullcontext() if table is None else routes.routed(model, table):
             return get_forward_backward_func()(
-                forward_step_func=partial(self._forward, model=model, last=last),
+                forward_step_func=partial(self._forward, model=model, last=last, weighted_only=weighted_only),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=model.wrapped if len(iterators) > 1 else model.wrapped[0],
                 num_microbatches=len(packs),
@@ -331,19 +343,22 @@ class Engine:
             )
 
     def _forward(
-        self, packs: Iterator[Pack], chunk: Any, *, model: Model, last: Last
+        self, packs: Iterator[Pack], chunk: Any, *, model: Model, last: Last, weighted_only: bool
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Mapping[str, Any]]]]:
         on_host = next(packs)
         pack, cut = on_host.to(self.ranks.device), _cut(on_host, model.ranks)
         if cut is not None:
             pack = pack.part(cut)
-        output = chunk(
-            input_ids=pack.ids_T[None],
-            position_ids=pack.positions_T[None],
-            attention_mask=None,
-            packed_seq_params=self._sequences(model, on_host, pack),
-            **self._padding(model, pack, chunk),
-        )
+        if weighted_only and can_leave_out_rows(model.config, chunk):
+            pack = replace(pack, read_t=on_device(on_host.weighted(cut), self.ranks.device))
+        with rows_of_output(chunk, pack.read_t):
+            output = chunk(
+                input_ids=pack.ids_T[None],
+                position_ids=pack.positions_T[None],
+                attention_mask=None,
+                packed_seq_params=self._sequences(model, on_host, pack),
+                **self._padding(model, pack, chunk),
+            )
         return output, lambda output: last(pack, output.squeeze(0))
 
     def _padding(self, model: Model, pack: Pack, chunk: Any) -> dict[str, Tensor]:

@@ -60,6 +60,25 @@ class Pack:
     shared_N: Tensor | None = None
     """int64: how many tokens each sequence has before its own, those that the first sequence of its item starts with.
     They stand in the row once, and every other tensor knows a sequence by its own tokens. None where all are 0."""
+    read_t: Tensor | None = None
+    """int64: the positions that the model's output has (`weighted`); None for all."""
+
+    def weighted(self, cut: Cut | None) -> Tensor:
+        """int64 [t]: the positions of a rank's part whose prediction has a weight; the first where none has, since
+        collectives want something to send. Of a whole row in host memory, without reading the device."""
+        weights_T = self.weights_T if cut is None else self.weights_T[cut.host_t]
+        found_t = weights_T.nonzero()[:, 0]
+        return found_t if len(found_t) else found_t.new_zeros(1)
+
+    def read(self, values_T: Tensor) -> Tensor:
+        """The values of the positions that the model's output has."""
+        return values_T if self.read_t is None else values_T[self.read_t]
+
+    def spread(self, values_t: Tensor) -> Tensor:
+        """Values of the positions that the model's output has → those of all, 0 at others; differentiable."""
+        if self.read_t is None:
+            return values_t
+        return values_t.new_zeros((len(self.ids_T), *values_t.shape[1:])).index_copy(0, self.read_t, values_t)
 
     @property
     def shared(self) -> Shared | None:

@@ -31,6 +31,8 @@ class Cut:
     chunk's queries see."""
     mine_t: Tensor
     """int64 [t]: the position in the row of each token that this rank has."""
+    host_t: Tensor
+    """The same in host memory."""
     places_T: Tensor
     """int64 [T]: index of each position of the row in the concatenated parts of all ranks."""
     keys_K: Tensor
@@ -61,11 +63,14 @@ def zigzag(
     prefixes, keys = keys_of(
         starts.repeat(2), first + lengths - starts.repeat(2), None if shared is None else shared.of_each_twice()
     )
+    mine_t = torch.from_numpy(positions(first, lengths))
     return Cut(
         group,
         tuple(lengths.tolist()),
         tuple(prefixes.tolist()),
-        *(on_device(torch.from_numpy(each), device) for each in (positions(first, lengths), places, places[keys])),
+        on_device(mine_t, device),
+        mine_t,
+        *(on_device(torch.from_numpy(each), device) for each in (places, places[keys])),
     )
 
 

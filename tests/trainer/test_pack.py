@@ -198,3 +198,17 @@ def test_sequences_that_share_tokens_by_hand() -> None:
     assert keys.tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 3, 7, 8, 2, 3, 9, 10, 11]
     with pytest.raises(AssertionError, match="learned"):
         collate(samples, items=[0, 1, 1, 1], shared=[0, 0, 3, 0])
+
+
+def test_the_output_of_some_positions_is_spread_over_the_row() -> None:
+    made = collate([FIRST, SECOND], row_multiple=4)
+    pack = replace(made, read_t=made.weighted(None))
+    assert pack.read_t is not None
+    assert pack.read_t.tolist() == pack.weights_T.nonzero()[:, 0].tolist()
+    values_t = torch.arange(1.0, len(pack.read_t) + 1, requires_grad=True)
+    spread_T = pack.spread(values_t)
+    assert pack.read(spread_T).tolist() == values_t.tolist()
+    assert int((spread_T != 0).sum()) == len(values_t) < len(pack.ids_T)
+    (spread_T * torch.arange(len(pack.ids_T))).sum().backward()
+    assert values_t.grad is not None and values_t.grad.tolist() == pack.read_t.tolist()
+    assert collate([], row_multiple=4).weighted(None).tolist() == [0], "a row without weights keeps one position"

@@ -23,7 +23,7 @@ class Sft(Objective):
     f_t is 1; with dynamic fine-tuning (arXiv:2508.05629) it is p(y_t | y_<t) without gradient.
     """
 
-    readout: Readout = Tokens()
+    readout: Readout = Tokens(weighted_only=True)
 
     def __init__(
         self, *, calculate_per_token_loss: bool = True, dynamic: bool = False, channels: Sequence[str] = ()

@@ -44,10 +44,16 @@ class Readout(Protocol):
     """Equal on every rank of the model, up to rounding in collectives. Implementations derive from this class."""
 
     @property
+    def weighted_only(self) -> bool:
+        """Whether only positions matter whose `Pack.weights_T` is not 0: the output may then be of these alone."""
+        return False
+
+    @property
     def fields(self) -> Mapping[str, Field]:
         """The fields that a call returns, in a fixed order."""
         ...
 
     def __call__(self, output: Tensor, pack: Pack, split: Split) -> Mapping[str, Tensor]:
-        """Args: `output` [T, V]: the model's output for the row; V: this rank's columns."""
+        """Args: `output` [T, V]: the model's output for the row, or for its positions `Pack.read_t`; V: this rank's
+        columns."""
         ...

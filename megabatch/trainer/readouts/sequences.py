@@ -28,15 +28,20 @@ class Sequences(Readout):
     the sum of squared probabilities at the token's place."""
 
     @property
+    def weighted_only(self) -> bool:
+        return True
+
+    @property
     def fields(self) -> Mapping[str, Field]:
         given = {"logps": True, "discounted": self.discount is not None, "collisions": self.collisions}
         return {name: Field("sequence") for name, wanted in given.items() if wanted}
 
     def __call__(self, output: Tensor, pack: Pack, split: Split) -> Mapping[str, Tensor]:
-        logps_T = token_logps(output, pack.targets_T, split.vocab) * pack.weights_T
+        logps_T = pack.spread(token_logps(output, pack.read(pack.targets_T), split.vocab)) * pack.weights_T
         found = {"logps": pack.sequence_sums(logps_T)}
         if self.discount is not None:
             found["discounted"] = pack.sequence_sums(logps_T * pack.token_columns[self.discount])
         if self.collisions:
-            found["collisions"] = pack.sequence_sums(token_collisions(output, split.vocab) * pack.weights_T)
+            collisions_T = pack.spread(token_collisions(output, split.vocab))
+            found["collisions"] = pack.sequence_sums(collisions_T * pack.weights_T)
         return found
