@@ -59,7 +59,10 @@ def test_status_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (found["run"], found["state"], found["step"]) == (str(run), "running", 41)
 
 
-def test_a_cancelled_run_that_saved_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cancelled_run_that_saved_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
     run = RunDirectory(_run(tmp_path / "x", state="stopped", age_s=7300))
     lines = (
         {"job_id": "987654", "time": 1.0, "cluster": None},

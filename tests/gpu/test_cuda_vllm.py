@@ -21,7 +21,7 @@ import pytest
 import torch
 from cuda_runs import on_gpus, python_path, require_gpus, train_on
 from rank_server import ONE_GPU, RankServer, place
-from runs import MODELS, SHAPE, curve, metrics, recipe, write_run
+from runs import MODELS, SHAPE, curve, generating, metrics, recipe, write_run
 from test_colocated import _change, _error, _state, requests
 from test_grpo_runs import grpo_recipe
 
@@ -184,7 +184,7 @@ def life(folder: Path, name: str) -> Path:
     shape = {**HEADS, "torch_dtype": dtype}
     made = on_gpus(recipe(folder, model, model=shape, data={"max_length": 56}, kernels={"transformer_impl": "local"}))
     rollout = vllm(CACHE_BYTES, vllm_enforce_eager=eager, offload_model=True, offload_optimizer=True)
-    return write_run(replace(made, rollout=rollout), folder / "run")
+    return write_run(generating(made, rollout), folder / "run")
 
 
 @pytest.mark.parametrize("name", LIFE)
@@ -344,5 +344,5 @@ def serving(folder: Path, dtype: str, url: str) -> tuple[Path, Path]:
     train_bpe(["a small text"], vocab_size=300, out_dir=model)
     made = on_gpus(recipe(folder, data={"max_length": 80}, kernels={"transformer_impl": "local"}))
     rollout = Rollout(vllm_mode="server", vllm_server_base_url=url, max_completion_length=16, vllm_server_timeout=150)
-    made = replace(made, model=Model(model=str(model), torch_dtype=dtype), moe=MoE(), rollout=rollout)
-    return write_run(made, folder / "run"), model
+    made = replace(made, model=Model(model=str(model), torch_dtype=dtype), moe=MoE())
+    return write_run(generating(made, rollout), folder / "run"), model

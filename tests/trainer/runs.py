@@ -14,6 +14,7 @@ from megabatch import (
     Checkpoint,
     Data,
     Evaluation,
+    Grpo,
     LearningRate,
     Logging,
     Model,
@@ -21,6 +22,8 @@ from megabatch import (
     Parallel,
     Recipe,
     Resources,
+    Rlhf,
+    Rollout,
     Training,
 )
 from megabatch.config.run import RunConfig, resolve
@@ -90,6 +93,12 @@ def recipe_on(folder: Path, model: str, /, **groups: dict[str, Any]) -> Recipe:
 
 def with_fields(made: Recipe, **groups: dict[str, Any]) -> Recipe:
     return replace(made, **{name: replace(getattr(made, name), **fields) for name, fields in groups.items()})
+
+
+def generating(made: Recipe, rollout: Rollout) -> Recipe:
+    """The recipe as one of GRPO."""
+    grpo = Grpo(reward_funcs=["format"], num_generations=2)
+    return replace(made, task="rlhf", rlhf=Rlhf(rlhf_type="grpo"), grpo=grpo, rollout=rollout)
 
 
 def write_run(made: Recipe, run_dir: Path) -> Path:

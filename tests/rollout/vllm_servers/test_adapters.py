@@ -103,9 +103,11 @@ def test_a_server_gets_adapters_alone(dense: Running, ranks: RankServer, tmp_pat
                     parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         model=Model(model=str(dense.folder), torch_dtype="float32"),
         moe=MoE(),
-        rollout=Rollout(vllm_mode="server", vllm_server_base_url=server.url, max_completion_length=16,
-                        vllm_enable_lora=True),
     )  # fmt: skip
+    rollout = Rollout(
+        vllm_mode="server", vllm_server_base_url=server.url, max_completion_length=16, vllm_enable_lora=True
+    )
+    made = runs.generating(made, rollout)
     main, other = ranks.run(updated, world_size=2, run_dir=str(runs.write_run(made, tmp_path / "run")), url=server.url)
     assert all(0 < difference < 1e-4 for difference in main["differences"])
     assert main["bases"] == [1, 3] and other["bases"] == []

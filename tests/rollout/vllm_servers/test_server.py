@@ -118,9 +118,9 @@ def test_live_shards_reach_the_server(
             runs.recipe(tmp_path, resources={"tasks_per_node": 2}, data={"max_length": 80}, **groups),
             model=Model(model=str(running.folder), torch_dtype="float32"),
             moe=MoE(),
-            rollout=Rollout(vllm_mode="server", max_completion_length=16),
             roles=[Role(name="rollout", command=["python", "-m", "megabatch.cli", "rollout", "m"])],
         )
+        recipe = runs.generating(recipe, Rollout(vllm_mode="server", max_completion_length=16))
         made_runs.append(str(runs.write_run(recipe, tmp_path / layout)))
     run = ranks_with_vllm.run
     found = run(through_the_server, world_size=2, run_dirs=made_runs, url=server.url)

@@ -18,7 +18,7 @@ import torch
 import transformers
 from distilled_in_vllm import apart_in_first_step
 from rank_server import RankServer
-from runs import recipe, train, write_run
+from runs import generating, recipe, train, write_run
 from vllm_python import NEEDS_VLLM
 
 from megabatch import Model, MoE, Rollout
@@ -162,7 +162,7 @@ def colocated(folder: Path, model: str, engine_ranks: int, groups: dict[str, Any
         vllm_max_num_seqs=8, max_completion_length=8, vllm_enable_lora=alone,
         vllm_engine_kwargs={"kv_cache_memory_bytes": 16 << 20, "max_num_batched_tokens": 256},
     )  # fmt: skip
-    return write_run(replace(made, rollout=rollout), folder / "run")
+    return write_run(generating(made, rollout), folder / "run")
 
 
 @pytest.mark.parametrize("world", WORLDS)
