@@ -87,7 +87,8 @@ def _with_weights(recipe: Recipe, run: RunConfig, step: Path) -> Recipe:
 
 def _with_reference(recipe: Recipe, run: RunConfig) -> Recipe:
     """With the reference that the run had, now that its own model is the trained one. GRPO measures rewards alone."""
-    recipe = replace(recipe, grpo=replace(recipe.grpo, beta=0.0))
+    if run.task.generates:
+        return replace(recipe, grpo=replace(recipe.grpo, beta=0.0))
     compares = run.task.name == "kto" or (run.task.name == "dpo" and not recipe.dpo.reference_free)
     if not compares or recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None:
         return recipe
