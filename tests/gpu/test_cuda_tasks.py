@@ -20,14 +20,14 @@ LOCAL = {"transformer_impl": "local"}
 HALF = {"torch_dtype": "bfloat16", "hidden_size": 128, "kv_channels": 32}
 
 
-def _dpo(folder: Path) -> Recipe:
+def _dpo(folder: Path, kind: str = "qwen2") -> Recipe:
     test_dpo_runs.write_pairs(folder / "train.jsonl", pairs=18, seed=1)
     test_dpo_runs.write_pairs(folder / "validation.jsonl", pairs=3, seed=2)
-    return test_dpo_runs.made(folder, "qwen2", 1, {})
+    return test_dpo_runs.made(folder, kind, 1, {})
 
 
 def _kto(folder: Path) -> Recipe:
-    return with_fields(_dpo(folder), rlhf={"rlhf_type": "kto"})
+    return _dpo(folder, "kto")
 
 
 def _reward_model(folder: Path) -> Recipe:

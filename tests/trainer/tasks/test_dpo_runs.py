@@ -21,7 +21,6 @@ from megabatch import Recipe
 NAMES = ("loss", "kl", "grad_norm", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
          "rewards/margins", "logps/chosen", "logps/rejected")  # fmt: skip
 GROUPS: dict[str, dict[str, Any]] = {
-    "dpo": {"beta": 0.5, "loss_type": ("sigmoid", "aot"), "rpo_alpha": 0.3},
     "learning_rate": {"lr": 0.02, "min_lr": 0.02},
     "optimizer": {"adam_eps": 1e-3, "weight_decay": 0.0},
     "training": {"train_iters": 3},
@@ -32,6 +31,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 VPP = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
 LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
+DPO = {"dpo": {"beta": 0.5, "loss_type": ("sigmoid", "aot"), "rpo_alpha": 0.3}}
 PRECOMPUTED = {"precompute_ref_log_probs": True}
 ALONE = {"share_prompts": False}
 LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
@@ -45,9 +45,9 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "kto_precomputed_pp2_vpp2": ("kto", 2, {"parallel": VPP, "rlhf": {**PRECOMPUTED, "rlhf_type": "kto"}}),
 }  # fmt: skip
 KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "qwen2": ("qwen2", {"rlhf": ALONE}),
-    "packed": ("qwen2", {"data": {"packing": True, "packing_length": 160}, "batch": {"global_batch_size": 2}}),
-    "lora": ("qwen2", {"tuner": LORA}),
+    "qwen2": ("qwen2", {**DPO, "rlhf": ALONE}),
+    "packed": ("qwen2", {**DPO, "data": {"packing": True, "packing_length": 160}, "batch": {"global_batch_size": 2}}),
+    "lora": ("qwen2", {**DPO, "tuner": LORA}),
     "kto": ("qwen2", {"rlhf": {"rlhf_type": "kto"}, "kto": {"beta": 0.5, "undesirable_weight": 0.7}}),
 }
 """Runs of one process with which layouts must agree: model, groups. Where these have each prompt twice, the layouts
