@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from rank_server import RankServer
-from runs import metrics, recipe, train, write_run
+from runs import generating, metrics, recipe, train, write_run
 
-from megabatch import Grpo
+from megabatch import Rollout
 from megabatch.config.monitoring import missing_tracker
 from megabatch.ledger.record import Record
 from megabatch.ledger.writer import Ledger
@@ -120,7 +120,8 @@ def completion(number: int) -> Record:
 @where_wandb_is
 def test_a_tracker_gets_the_best_and_worst_completions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "")
-    made = replace(recipe(tmp_path, "qwen3", logging={"report_to": "wandb"}), grpo=Grpo(log_completions=True))
+    made = generating(recipe(tmp_path, "qwen3", logging={"report_to": "wandb"}), Rollout())
+    made = replace(made, grpo=replace(made.grpo, log_completions=True))
     run = RunDirectory(write_run(made, tmp_path / "run"))
     ledger = Ledger(run.ledger, max_bytes=2**20)
     for step in (1, 2):
