@@ -18,7 +18,10 @@ from torch.nn.functional import silu
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.shared_prompts import why_local_layers
-from megabatch.errors import ConfigError
+from megabatch.config.tuner import Tuner
+from megabatch.converters.families import family_named
+from megabatch.converters.frozen import Freezing, trains_biases_alone
+from megabatch.errors import ConfigError, ConversionError
 from megabatch.plan.shape import ModelShape
 from megabatch.trainable import untrainable
 
@@ -127,9 +130,22 @@ def why_local_here(recipe: Recipe, shape: ModelShape) -> str | None:
     """Why a run has megatron-core's local layers; None where it has Transformer Engine's."""
     if (why := why_local_layers(recipe, shape)) is not None:
         return why
+    if trains_biases_alone_of(recipe.tuner, shape):
+        return "biases beside frozen weights have their gradients there alone"
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer-engine is not installed"
     return None if torch.cuda.is_available() else "there is no CUDA device"
+
+
+def trains_biases_alone_of(tuner: Tuner, shape: ModelShape) -> bool:
+    """Whether training in part trains a bias beside a frozen weight, to which Transformer Engine (2.11) gives no
+    gradient. Raises: ConfigError for names of tensors that match nothing."""
+    if not tuner.trains_part:
+        return False
+    try:
+        return trains_biases_alone(family_named(shape.model_type).tensors(shape), Freezing.of(tuner))
+    except ConversionError as e:
+        raise ConfigError(f"tuner.{e}") from e
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from runs import recipe, write_run
 from megabatch.config.rules import extra_kwargs
 from megabatch.config.run import RunConfig
 from megabatch.trainer.model import transformer_config as module
-from megabatch.trainer.model.transformer_config import needs_local, own_values, transformer_config
+from megabatch.trainer.model.transformer_config import own_values, trains_biases_alone_of, transformer_config
 
 GROUPS: list[dict[str, dict[str, Any]]] = [
     {"recompute": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
@@ -57,15 +57,12 @@ def test_what_nobody_sets_reaches_megatron_core(tmp_path: Path) -> None:
         ({"freeze_parameters_regex": r"linear_qkv\.weight"}, True),
         ({"freeze_parameters": ("model.",), "trainable_parameters_regex": r"self_attn\..*bias$"}, True),
         ({"freeze_parameters_ratio": 1.0, "trainable_parameters_regex": r"\.bias$"}, True),
-        ({"tuner_type": "lora", "target_modules": ("all-linear",)}, False),
-        ({"tuner_type": "lora", "target_modules": ("all-linear",), "lora_bias": "all"}, True),
     ],
 )
 def test_biases_beside_frozen_weights_need_local_layers(tuner: dict[str, Any], needed: bool, tmp_path: Path) -> None:
     """Transformer Engine's layers give them no gradient."""
     run = RunConfig.load(write_run(recipe(tmp_path, "qwen2", tuner=tuner), tmp_path / "run") / "run.json")
-    reason = "biases beside frozen weights have their gradients there"
-    assert needs_local(run.recipe, run.shape) == (reason if needed else None)
+    assert trains_biases_alone_of(run.recipe.tuner, run.shape) == needed
 
 
 @pytest.mark.parametrize(
