@@ -32,7 +32,7 @@ class Task:
     rlhf_type: str | None = None
     task_type: str = "causal_lm"
     groups: Sequence[str] = ()
-    """The recipe's groups with parameters of its objective, which those of other tasks are not."""
+    """The groups of a recipe that it reads, of those whose parameters are for some tasks alone."""
     rows: Rows = "conversations"
     head: int | Literal["num_labels"] | None = None
     """Outputs of the head in place of the output layer: this many (0: the hidden states), or `training.num_labels`;

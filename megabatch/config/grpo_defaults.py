@@ -30,6 +30,24 @@ def correction_of(grpo: Grpo, rollout: Rollout) -> Mode | None:
     return grpo.rollout_importance_sampling_mode or ("token_truncate" if rollout.async_generate else None)
 
 
+def measures_difference(grpo: Grpo) -> bool:
+    """Whether old log-probabilities are compared with the engine's. Args: grpo: `filled`, as below."""
+    return grpo.rollout_importance_sampling_mode is not None or grpo.log_rollout_offpolicy_metrics
+
+
+def needs_old(grpo: Grpo, *, has_dropout: bool) -> bool:
+    """Whether old log-probabilities take a pass of their own; else a step's own are the old ones, since a round's
+    first step is on its own policy."""
+    several = grpo.steps_per_generation > 1 or (grpo.num_iterations > 1 and has_dropout)
+    return several or bool(grpo.kl_in_reward) or measures_difference(grpo)
+
+
+def infers(grpo: Grpo, *, has_dropout: bool, has_teacher: bool) -> bool:
+    """Whether any pass only computes log-probabilities: of the policy, a reference or a teacher."""
+    records_routes = grpo.router_replay_mode == "R2"
+    return grpo.beta > 0 or has_teacher or records_routes or needs_old(grpo, has_dropout=has_dropout)
+
+
 def filled(grpo: Grpo, rollout: Rollout, *, global_batch_size: int) -> Grpo:
     """The group with every derived default in place."""
     size = grpo.generation_batch_size or global_batch_size * grpo.steps_per_generation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from megabatch.config.grpo_defaults import filled, infers
 from megabatch.config.layer_implementation import why_local
 from megabatch.config.recipe import Recipe
 from megabatch.plan.shape import ModelShape
@@ -42,6 +43,12 @@ def inferred_answers_in_a_row(recipe: Recipe) -> int:
 def infer_batch_size(recipe: Recipe) -> int:
     """`grpo.infer_batch_size`, or its default."""
     return recipe.grpo.infer_batch_size or recipe.batch.micro_batch_size
+
+
+def infers_alone(recipe: Recipe) -> bool:
+    """Whether passes of GRPO only compute log-probabilities, so that `infer_batch_size` has a use."""
+    grpo = filled(recipe.grpo, recipe.rollout, global_batch_size=recipe.batch.global_batch_size)
+    return infers(grpo, has_dropout=bool(dropouts(recipe)), has_teacher=recipe.gkd.teacher_model is not None)
 
 
 def why_not(recipe: Recipe, shape: ModelShape | None) -> str | None:

@@ -15,7 +15,13 @@ from megabatch.config.rules.preference import without_reference
 from megabatch.config.second_layouts import REFERENCE, TEACHER, Role, parallel_of
 from megabatch.config.second_layouts import layout_of as own_layout_of
 from megabatch.config.several_teachers import models_named
-from megabatch.config.shared_prompts import answers_in_a_row, infer_batch_size, shares_prompts, why_local_layers
+from megabatch.config.shared_prompts import (
+    answers_in_a_row,
+    infer_batch_size,
+    infers_alone,
+    shares_prompts,
+    why_local_layers,
+)
 from megabatch.config.torch_dtype import torch_dtype
 from megabatch.entry.other_models import found_beside, has_teacher
 from megabatch.entry.trained import trained_of
@@ -124,7 +130,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         mtp_layers=mtp_layers,
         gpus_per_node=recipe.resources.ranks_per_node,
         micro_batch_size=recipe.batch.micro_batch_size,
-        infer_batch_size=infer_batch_size(recipe) if generates(recipe) else 0,
+        infer_batch_size=infer_batch_size(recipe) if generates(recipe) and infers_alone(recipe) else 0,
         row_tokens=resolved(item_tokens(recipe, shape)) - _shared_tokens(recipe, shape, row=row),
         mean_length=row,
         vocab_size=recipe.model.padded_vocab_size or -(-shape.vocab_size // layout.tp) * layout.tp,

@@ -8,7 +8,7 @@ import torch
 
 from megabatch.config.declare import Parameter, parameters
 from megabatch.config.recipe import Recipe
-from megabatch.config.shared_prompts import compares_answers, why_not
+from megabatch.config.shared_prompts import compares_answers, infers_alone, why_not
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer.model.transformer_config import why_local_here
 
@@ -63,6 +63,12 @@ def note_settings_without_effect(recipe: Recipe, shape: ModelShape, *, is_main: 
             logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
     if compares_answers(recipe) and not recipe.rlhf.share_prompts and (reason := why_not(recipe, shape)) is not None:
         logger.info("rlhf.share_prompts: each answer has its prompt for itself, because %s", reason)
+    if recipe.grpo.infer_batch_size is not None and not infers_alone(recipe):
+        logger.info(
+            "grpo.infer_batch_size=%d has no effect here: no pass only computes log-probabilities, with beta=0, no "
+            "teacher, and each round's first step on its own policy",
+            recipe.grpo.infer_batch_size,
+        )
     if recipe.grpo.log_completions and recipe.logging.report_to is None:
         logger.info(
             "grpo.log_completions=True has no effect here: without report_to no tracker shows completions; the run "

@@ -13,9 +13,12 @@ from megabatch.tasks import TASKS
 
 _OF_ONE = {
     "gkd": {
-        "grpo": ("beta", "lmbda", "seq_kd", "sft_alpha", "teacher_tag_key", "gkd_logits_topk"),
+        "grpo": (
+            "beta", "lmbda", "seq_kd", "sft_alpha", "teacher_tag_key", "gkd_logits_topk", "teacher_api_key_variable",
+            "teacher_server_timeout",
+        ),
     },
-}
+}  # fmt: skip
 """Fields of a group that one of its tasks does not read, by group and task."""
 
 

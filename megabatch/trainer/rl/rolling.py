@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megabatch.config.grpo import Grpo
+from megabatch.config.grpo_defaults import measures_difference, needs_old
 from megabatch.config.resolved import resolved
 from megabatch.data.schedule import Schedule
 from megabatch.rl.advantages import Advantages, advantages, kl_in_reward
@@ -145,26 +146,16 @@ class Rolling:
 
     @property
     def _needs_old(self) -> bool:
-        """Otherwise a step's own log-probabilities are the old ones: a round's first step is on its own policy."""
-        several = self._steps_of_a_pass > 1 or (self.grpo.num_iterations > 1 and self.has_dropout)
-        return several or bool(self.grpo.kl_in_reward) or self._measures_difference
+        return needs_old(self.grpo, has_dropout=self.has_dropout)
 
     @property
     def keeps_old(self) -> bool:
         """Whether later passes over a round take the log-probabilities of its first step, which has all of it."""
         return self.grpo.num_iterations > 1 and not (self._needs_old or self._records_routes)
 
-    @property
-    def _steps_of_a_pass(self) -> int:
-        return resolved(self.grpo.steps_per_generation)
-
-    @property
-    def _measures_difference(self) -> bool:
-        return self.grpo.rollout_importance_sampling_mode is not None or self.grpo.log_rollout_offpolicy_metrics
-
     def _corrected(self, completions: list[Rolled]) -> tuple[list[Rolled], dict[str, Sum]]:
         """Adds the rollout correction; and how far trainer and engine are apart."""
-        if not self._measures_difference:
+        if not measures_difference(self.grpo):
             return completions, {}
         flat = _Flat.of(completions)
         log_ratio_T = log_ratios(flat.values("old"), flat.values("rollout"), flat.mask_T)

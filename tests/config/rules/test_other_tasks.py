@@ -20,6 +20,7 @@ GRPO = {"rlhf": {"rlhf_type": "grpo"}, "task": "rlhf"}
         ("grpo.num_generations", 4, {"task": "sft"}, "has no effect on sft; it is for grpo"),
         ("rollout.temperature", 0.5, {"task": "sft"}, "has no effect on sft; it is for gkd, grpo"),
         ("dpo.beta", 0.2, GRPO, "has no effect on grpo; it is for dpo"),
+        ("gkd.teacher_server_timeout", 9.0, GRPO, "has no effect on grpo; it is for gkd"),
         ("gkd.lmbda", 0.2, GRPO, "has no effect on grpo; it is for gkd"),
         ("reranker.loss_type", "listwise_reranker", {"task": "sft"}, "has no effect on sft; it is for reranker, gen"),
         ("rewards.reward_workers", 3, {"task": "rlhf", "rlhf": {"rlhf_type": "dpo"}}, "has no effect on dpo; it is"),

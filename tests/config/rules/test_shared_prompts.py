@@ -8,7 +8,13 @@ import pytest
 
 from megabatch import Recipe
 from megabatch.config.new_model import declared_shape
-from megabatch.config.shared_prompts import answers_in_a_row, inferred_answers_in_a_row, shares_prompts, why_not
+from megabatch.config.shared_prompts import (
+    answers_in_a_row,
+    inferred_answers_in_a_row,
+    infers_alone,
+    shares_prompts,
+    why_not,
+)
 
 HALF: dict[str, Any] = {"torch_dtype": "bfloat16"}
 OURS: dict[str, Any] = {"task": "rlhf", "kernels": {"transformer_impl": "local"}}
@@ -66,3 +72,23 @@ def test_what_changes_no_number_is_the_default(made: Any) -> None:
     assert (answers_in_a_row(recipe), inferred_answers_in_a_row(recipe)) == (1, 8)
     recipe, shape = made("dense", {"rlhf": {"share_prompts": False}})
     assert not shares_prompts(recipe, shape)
+
+
+@pytest.mark.parametrize(
+    ("grpo", "more", "found"),
+    [
+        ({"beta": 0.0}, {}, False),
+        ({"beta": 0.1}, {}, True),
+        ({"beta": 0.0, "steps_per_generation": 2}, {}, True),
+        ({"beta": 0.0, "num_iterations": 2}, {}, False),
+        ({"beta": 0.0, "num_iterations": 2}, {"model": {"hidden_dropout": 0.1}}, True),
+        ({"beta": 0.0, "router_replay_mode": "R2"}, {}, True),
+        ({"beta": 0.0, "log_rollout_offpolicy_metrics": True}, {}, True),
+        ({"beta": 0.0}, {"gkd": {"teacher_model": "x/y"}}, True),
+    ],
+)
+def test_whether_passes_only_compute_log_probabilities(
+    grpo: dict[str, Any], more: dict[str, Any], found: bool, made: Any
+) -> None:
+    recipe, _ = made("dense", {"rlhf": {"rlhf_type": "grpo"}, "grpo": grpo, **more})
+    assert infers_alone(recipe) is found
