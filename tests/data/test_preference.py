@@ -139,6 +139,15 @@ def test_other_conversations_beside_chosen_and_rejected_are_not_read() -> None:
     assert [m.content for m in pair.rejected.messages] == ["Q", "bad"]
     short = preference_of(row(**beside, chosen="good", rejected="bad"))
     assert [m.content for m in short.rejected.messages] == ["Q", "bad"]
+    assert not {"messages", "prompt"} & pair.chosen.columns.keys(), "they say what the pair says"
+
+
+def test_other_conversations_that_say_something_else_are_columns_that_nothing_reads() -> None:
+    beside = {"prompt": "another", "messages": said("Q", "other"), "query": "Q"}
+    pair = preference_of(row(**beside, chosen=said("Q", "good"), rejected=said("Q", "bad")))
+    for one in (pair.chosen, pair.rejected):
+        assert one.messages[0].content == "Q"
+        assert one.columns == beside
 
 
 def test_tools_are_the_same_for_both_where_one_calls_in_turns_of_its_own() -> None:

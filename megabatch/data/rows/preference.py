@@ -5,11 +5,12 @@
 | rejected answer | any shape of `formats`, and `rejected_response`: the text in the place of its last answer |
 | rejected messages | any list of messages, and `rejected_messages`: the whole conversation with the bad answer |
 | prompt, chosen, rejected | texts, or lists of messages (TRL) |
-| chosen, rejected | whole conversations (TRL's implicit prompt); a `prompt` that is a text is not read beside them |
+| chosen, rejected | whole conversations (TRL's implicit prompt) |
 
 The turns with which both conversations begin are the prompt, and the turn after them is the assistant's in both: what
 follows is the answer. Where answers begin before the last user message, all of the assistant's turns in them are
-learned. Other conversations beside `chosen` and `rejected` (`messages`, `query`, …) are not read.
+learned. Other conversations beside `chosen` and `rejected` (`messages`, `query`, …) are not read, nor is a text as
+`prompt` beside whole ones; they count as columns that nothing reads where they say something else.
 
 Every shape may carry `margin` (by how much the first answer is better), `ref_chosen_logps` and `ref_rejected_logps`
 (TRL: the log-probabilities of the answers, which a reference gave them), and what a conversation may carry.
@@ -108,15 +109,25 @@ def _chosen_and_rejected(fields: Mapping[str, Any], row: Row, system: str | None
         raise DataError(f"{row.origin}: rejected needs chosen beside it: the answer to prefer")
     chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
     shared = {name: value for name, value in _without_own(fields).items() if name not in _OTHERS}
+    unread = {name: fields[name] for name in sorted(_OTHERS & fields.keys()) if fields[name] not in (chosen, rejected)}
     if _is_whole(chosen, row):
-        return _whole(shared, chosen, rejected, row, system)
+        pair = _whole(shared, chosen, rejected, row, system)
+        if isinstance(prompt, str) and not any(message.content == prompt for message in pair[0].messages):
+            unread["prompt"] = prompt
+        return _beside(unread, *pair)
     if prompt is None:
         raise DataError(
             f"{row.origin}: chosen and rejected are answers without a prompt; add prompt, or make them lists of "
             "messages that begin with it"
         )
     first = _named("chosen", shared | {"completion": chosen}, row, system)
-    return first, _named("rejected", shared | {"completion": rejected}, row, system)
+    return _beside(unread, first, _named("rejected", shared | {"completion": rejected}, row, system))
+
+
+def _beside(unread: Mapping[str, Any], *pair: Conversation) -> tuple[Conversation, Conversation]:
+    """The pair with columns that are none of it, so that they are counted as such."""
+    chosen, rejected = (replace(one, columns={**unread, **one.columns}) for one in pair)
+    return chosen, rejected
 
 
 _PAIRS = {
