@@ -4,8 +4,10 @@ resources."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 
 from megabatch.config.checkpoint import Checkpoint
+from megabatch.config.evaluation_metrics import evaluation_metrics
 from megabatch.config.layout import chunks_of
 from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Rlhf
@@ -148,6 +150,16 @@ def the_best_is_evaluated_and_saved(
     if group.save_strategy == "steps" and evaluates_every and group.save_interval % evaluates_every:
         rule = f"must be a multiple of eval_interval={evaluates_every} for metric_for_best_model={metric!r}"
         yield Fault("checkpoint.save_interval", group.save_interval, rule, try_=(evaluates_every,))
+
+
+def the_best_is_of_a_metric(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    metric, found = recipe.checkpoint.metric_for_best_model, evaluation_metrics(recipe)
+    if metric is None or found is None or (name := metric.removeprefix("eval_")) in found:
+        return
+    names = ", ".join((*found.names, *(f"{start}…" for start in found.prefixes)))
+    rule = f"is no metric of this run's evaluation, which has {names}"
+    near = get_close_matches(name, found.names, n=2)
+    yield Fault("checkpoint.metric_for_best_model", metric, rule, try_=near)
 
 
 def warmup_is_said_once(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -458,6 +470,7 @@ RULES = (
     safetensors_are_saved_with_checkpoints,
     epochs_have_no_intervals,
     the_best_is_evaluated_and_saved,
+    the_best_is_of_a_metric,
     warmup_is_said_once,
     stable_phase_ends,
     norms_to_decay_exist,

@@ -143,6 +143,14 @@ CASES = [
         ["needs metric_for_best_model"],
     ),
     (
+        training.the_best_is_of_a_metric,
+        "dense",
+        {"checkpoint": {"metric_for_best_model": "eval_perplexty"}},
+        {"checkpoint": {"metric_for_best_model": "eval_perplexity"}},
+        "checkpoint.metric_for_best_model",
+        ["no metric of this run's evaluation", "try perplexity"],
+    ),
+    (
         training.norms_to_decay_exist,
         "dense",
         {"optimizer": {"apply_wd_to_qk_layernorm": True}},

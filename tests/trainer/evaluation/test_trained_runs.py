@@ -20,6 +20,7 @@ from adapted import make_base
 
 from megabatch import Dpo, Embedding, Gkd, Kto, Model, Recipe, Rlhf, Training
 from megabatch.cli.evaluate import prepared
+from megabatch.config.evaluation_metrics import evaluation_metrics
 from megabatch.entry.evaluation import evaluation_recipe, trained_recipe
 
 ROWS: dict[str, Callable[[int, int], dict[str, Any]]] = {
@@ -104,4 +105,6 @@ def test_every_task_has_the_metrics_of_its_last_evaluation(ranks: RankServer, tm
         last = {k.removeprefix("eval_"): v for k, v in metrics(run, "eval")[-1].items() if k.startswith("eval_")}
         measured = {name: value for name, value in found["metrics"].items() if value is not None}
         assert found["task"] == task and {"loss"} < measured.keys() <= last.keys(), task
+        declared = evaluation_metrics(trained_recipe(run, checkpoint=None))
+        assert declared is not None and found["metrics"].keys() == {*declared.names}, task
         assert measured == pytest.approx({name: last[name] for name in measured}, rel=1e-5, abs=1e-6), task
