@@ -113,7 +113,7 @@ class _Classifier:
     def _ids(self, sample: RewardSample) -> list[int]:
         tokenizer = self._loaded.tokenizer
         messages = [*map(dict, sample.prompt), {"role": "assistant", "content": sample.completion}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **sample.for_templates)
         found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 

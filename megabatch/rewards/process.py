@@ -57,7 +57,7 @@ class StepTokens:
     def encode(self, sample: RewardSample) -> tuple[list[int], list[int]]:
         """(token ids, position of the last token of each step)"""
         prompt: str = self._tokenizer.apply_chat_template(
-            [*map(dict, sample.prompt)], tokenize=False, add_generation_prompt=True
+            [*map(dict, sample.prompt)], tokenize=False, add_generation_prompt=True, **sample.for_templates
         )
         ids, ends = self._ids(prompt), []
         for step in steps_of(sample.completion, self._separator):

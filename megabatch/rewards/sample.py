@@ -14,7 +14,7 @@ class RewardSample:
     key: str
     """Unique in a run: step/prompt/number. Samples whose keys differ only after the last slash are a group."""
     prompt: Sequence[Mapping[str, Any]]
-    """The prompt's messages: role and content."""
+    """The prompt's messages: role, content, and what else a turn says, such as `tool_calls`."""
     completion: str
     """The text, without special tokens."""
     ids: Sequence[int]
@@ -23,6 +23,12 @@ class RewardSample:
     """Whether the completion ended at the length limit."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
+
+    @property
+    def for_templates(self) -> dict[str, Any]:
+        """What a chat template is given besides messages: the row's functions, documents and own variables."""
+        own = dict(self.columns.get("chat_template_kwargs") or {})
+        return {name: self.columns.get(name) for name in ("tools", "documents")} | own
 
     @property
     def group(self) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from megabatch.data.rows.files import Origin, Row
+from megabatch.data.rows.prompts import prompt_of
+from megabatch.data.rows.turns import as_mapping
 from megabatch.errors import ConfigError
 from megabatch.rewards.model import RewardModel
 from megabatch.rewards.rewards import Rewards
@@ -85,6 +88,58 @@ def test_scores_are_the_classifiers(folder: Path, tmp_path: Path) -> None:
         found = rewards.of(samples())
     assert found.names == ("tiny-rm",)
     assert [row[0] for row in found.values] == pytest.approx([row[1] - row[0] for row in expected], abs=1e-5)
+
+
+READS_ROWS = (
+    "{% for t in tools or [] %}{{ t['function']['name'] }} {% endfor %}{{ mood or '' }} "
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} "
+    "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_models_read_what_a_row_has_for_its_template(kind: str, tmp_path: Path) -> None:
+    """As transformers renders the row; each of tools, variables and calls changes the score."""
+    import torch
+    import transformers
+    from transformers import AutoTokenizer
+
+    folder = saved(tmp_path / "reads", kind, step_separator="then")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = READS_ROWS
+    tokenizer.save_pretrained(folder)
+    call = {"type": "function", "function": {"name": "three", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "what is it"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "four"},
+    ]
+    own = {"tools": [{"type": "function", "function": {"name": "three"}}], "chat_template_kwargs": {"mood": "four"}}
+    rows = [
+        {"messages": messages, **own},
+        {"messages": messages},
+        {"messages": messages, "tools": own["tools"]},
+        {"messages": [messages[0], {"role": "assistant", "content": "it"}, messages[2]], **own},
+    ]
+    given, expected = [], []
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder).eval()
+    for number, row in enumerate(rows):
+        asked = prompt_of(Row(Origin("f", number), row))
+        turns = [as_mapping(one) for one in asked.conversation.messages]
+        given.append(
+            RewardSample(key=f"0/0/{number}", prompt=turns, completion="two then", ids=(), columns=asked.for_rewards)
+        )
+        text = tokenizer.apply_chat_template(
+            [*row["messages"], {"role": "assistant", "content": "two then"}],
+            tools=row.get("tools"), tokenize=False, **row.get("chat_template_kwargs", {}),
+        )  # fmt: skip
+        with torch.inference_mode():
+            logits = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0]
+        expected.append(logits[0].item() if kind.startswith("Seq") else logits[-1].softmax(-1)[1].item())
+    found = RewardModel(path=str(folder), plugin=None, device="cpu").open()(given)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 4) for value in expected}) == len(rows)
 
 
 def test_a_model_that_is_none_is_named(tmp_path: Path) -> None:

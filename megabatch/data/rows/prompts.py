@@ -31,7 +31,12 @@ class Asked:
     conversation: Conversation
     """Its turns, and the columns that a chat template reads."""
     columns: Mapping[str, Any]
-    """The row's other columns, for rewards."""
+    """The row's other columns, for rewards and environments."""
+
+    @property
+    def for_rewards(self) -> dict[str, Any]:
+        """All of the row's columns: those of chat templates too, since rewards may render the prompt (as TRL's)."""
+        return {**self.conversation.columns, **self.columns}
 
 
 def prompt_of(row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None) -> Asked:

@@ -39,6 +39,11 @@ class Message:
     `content`, which is here if a template should see another form of it: parts, or None for a turn that only calls."""
 
 
+def as_mapping(message: Message) -> dict[str, Any]:
+    """A turn as chat templates and rewards read it, with its content as text, "" where it has none."""
+    return {**message.fields, "role": message.role, "content": message.content}
+
+
 _ROLES = {
     "system": "system",
     "developer": "developer",

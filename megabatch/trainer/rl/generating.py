@@ -12,6 +12,7 @@ import numpy as np
 
 from megabatch.config.grpo import Rollout
 from megabatch.data.rows.prompts import Asked
+from megabatch.data.rows.turns import as_mapping
 from megabatch.errors import DataError
 from megabatch.rewards.rewards import Rewards, Scores
 from megabatch.rewards.sample import RewardSample
@@ -199,14 +200,11 @@ class Generator:
             [
                 RewardSample(
                     key=one.key,
-                    prompt=[
-                        {"role": message.role, "content": message.content}
-                        for message in asked[index].conversation.messages
-                    ],
+                    prompt=[as_mapping(message) for message in asked[index].conversation.messages],
                     completion=self.language.text(one.last_turn),
                     ids=one.ids,
                     truncated=one.finish != "stop",
-                    columns={**asked[index].columns, **(self.turns.columns(one) if self.turns else {})},
+                    columns=asked[index].for_rewards | (self.turns.columns(one) if self.turns else {}),
                 )
                 for index, one in zip(indices, conversations, strict=True)
             ]
