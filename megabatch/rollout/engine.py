@@ -71,7 +71,11 @@ Scored = tuple[tuple[int, ...], tuple[int, ...]]
 """(prompt, completion) for `RolloutEngine.score`."""
 
 
-class UnservedError(RolloutError):
+class LostError(RolloutError):
+    """A server was lost, or has other weights; an update reaches those that are left, and it once it is back."""
+
+
+class UnservedError(LostError):
     """Servers were lost before all requests were served; those that are left need the weights again."""
 
     def __init__(self, message: str, completions: Sequence[Completion]) -> None:

@@ -10,9 +10,10 @@ from http.client import HTTPException
 from typing import Any
 
 from megabatch.errors import RolloutError
+from megabatch.rollout.engine import LostError
 
 
-class UnreachableError(RolloutError):
+class UnreachableError(LostError):
     """The server did not answer, or answered with an error of its own: another try may succeed."""
 
 

@@ -97,16 +97,22 @@ class Pool:
         return self._used[0].score(sequences)
 
     def begin_update(self, version: int) -> None:
-        self._used = list(self._servers)
-        self._on_each(lambda server: server.begin_update(version))
+        self._begin(lambda server: server.begin_update(version))
 
     @property
     def has_base(self) -> bool:
         return all(self._threads.map(lambda server: server.has_base, self._servers))
 
     def begin_adapter(self, version: int, adapter: Adapter) -> None:
+        self._begin(lambda server: server.begin_adapter(version, adapter))
+
+    def _begin(self, action: Callable[[Server], None]) -> None:
+        """On every server. Raises: RolloutError, and no `LostError`, where none is left: each was waited for."""
         self._used = list(self._servers)
-        self._on_each(lambda server: server.begin_adapter(version, adapter))
+        try:
+            self._on_each(action)
+        except UnreachableError as e:
+            raise RolloutError(str(e)) from e
 
     def put(self, bucket: Bucket) -> None:
         self._on_each(lambda server: server.put(bucket))

@@ -14,7 +14,7 @@ import torch
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.bucket import Bucket
-from megabatch.rollout.engine import Adapter, Completion, Request, RolloutEngine, Scored
+from megabatch.rollout.engine import Adapter, Completion, LostError, Request, RolloutEngine, Scored
 from megabatch.rollout.vllm.adapter import NAME as ADAPTER
 from megabatch.rollout.vllm.client import Client, UnreachableError
 from megabatch.rollout.vllm.command import MODEL
@@ -32,7 +32,7 @@ _LAST_WORDS_S = 10.0
 """How long a server that left an update may take to say why."""
 
 
-class StaleError(RolloutError):
+class StaleError(LostError):
     """The server has other weights than the trainer gave it: it was started again, or another trainer uses it."""
 
 

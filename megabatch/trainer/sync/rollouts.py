@@ -14,10 +14,18 @@ from typing import Any, Literal, TypeVar, cast
 import torch.distributed as dist
 
 from megabatch.converters.family import Family
-from megabatch.errors import MegabatchError, RolloutError
+from megabatch.errors import ElsewhereError, MegabatchError, RolloutError
 from megabatch.rollout.ahead import Ahead
 from megabatch.rollout.bucket import Bucket
-from megabatch.rollout.engine import Adapter, AdapterEngine, Completion, Request, RolloutEngine, UnservedError
+from megabatch.rollout.engine import (
+    Adapter,
+    AdapterEngine,
+    Completion,
+    LostError,
+    Request,
+    RolloutEngine,
+    UnservedError,
+)
 from megabatch.rollout.turns.conversations import Conversation, Partner
 from megabatch.trainer.data.global_batch import Share
 from megabatch.trainer.engine import Engine
@@ -90,9 +98,21 @@ class Rollouts:
         """Gives the policy to the engines, and proves that they compute what it computes. Then the trainer has made
         room for them (`Engine.leave_device`), until `rest`.
 
+        Servers that are lost meanwhile are left out; the weights are sent again for it.
         Returns: metrics. Raises: RolloutError on every rank, naming the tensors that differ where engines can tell.
         """
-        start, self._last = time.monotonic(), (engine, version)
+        self._last = engine, version
+        for _ in range(_RESENDS):
+            try:
+                return self._updated(engine, version)
+            except MegabatchError as e:
+                if not all(self._everyones(_is_loss(e))):
+                    raise
+                logger.warning("%s; sending the weights again", e)
+        return self._updated(engine, version)
+
+    def _updated(self, engine: Engine, version: int) -> Mapping[str, Ratio]:
+        start = time.monotonic()
         self.hold()
         engine.return_to_device()
         self._ranks.each(lambda: self._wake(cache=False))
@@ -293,6 +313,11 @@ class Rollouts:
         values: list[Any] = [None] * self._ranks.place.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+def _is_loss(error: MegabatchError) -> bool:
+    """Whether a server was lost, here or on another rank."""
+    return isinstance(error.error if isinstance(error, ElsewhereError) else error, LostError)
 
 
 def _end(engine: RolloutEngine | None, error: MegabatchError | None) -> None:

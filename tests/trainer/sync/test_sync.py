@@ -59,6 +59,7 @@ def synced(run_dir: str) -> dict[str, Any]:
         completions = rollouts.generate(requests)
         mine = rollouts._mine
         assert mine is not None
+        updates = updated_after_a_loss(rollouts, mine, engine, is_lost=ranks.rank == ranks.place.world_size - 1)
         lost = generated_after_a_loss(rollouts, mine, requests, is_lost=ranks.rank == ranks.place.world_size - 1)
         whole = mine.end_update
 
@@ -78,6 +79,7 @@ def synced(run_dir: str) -> dict[str, Any]:
         "metrics": {k: v.value for k, v in metrics.items()},
         "completions": completions,
         "lost": lost,
+        "updates": updates,
         "error": error,
     }
 
@@ -99,6 +101,25 @@ def generated_after_a_loss(rollouts: Any, mine: Any, requests: Any, *, is_lost: 
         return rollouts.generate(requests), len(asked), len(begun)
     finally:
         mine.generate, mine.begin_update = generate, begin
+
+
+def updated_after_a_loss(rollouts: Any, mine: Any, engine: Any, *, is_lost: bool) -> tuple[dict[str, float], int]:
+    """Metrics of an update in whose proof an engine is lost at first; how often engines got weights for it."""
+    from megabatch.rollout.engine import LostError
+
+    score, begin, asked, begun = mine.score, mine.begin_update, [], []
+
+    def losing(some: Any) -> Any:
+        asked.append(some)
+        if is_lost and len(asked) == 1:
+            raise LostError("gone")
+        return score(some)
+
+    mine.score, mine.begin_update = losing, lambda version: (begun.append(version), begin(version))
+    try:
+        return {name: one.value for name, one in rollouts.update(engine, 1).items()}, len(begun)
+    finally:
+        mine.score, mine.begin_update = score, begin
 
 
 def draw_adapters(model: Any) -> None:
@@ -124,6 +145,9 @@ def test_engines_compute_what_the_trainer_computes(layout: str, ranks: RankServe
         made, _, begun = one["lost"]
         assert [(c.key, c.ids) for c in made] == [(c.key, c.ids) for c in one["completions"]]
         assert begun == 1, "every engine gets the weights again, once"
+        again, begun = one["updates"]
+        assert begun == 2, "every engine gets the weights again where one was lost in the proof"
+        assert again["sync_max_logp_difference"] == one["metrics"]["sync_max_logp_difference"]
         assert "after update 2 the engine's log-probabilities differ" in one["error"]
         assert "1 tensors differ: model.layers.1.self_attn.o_proj.weight" in one["error"]
     assert [one.key for one in found[0]["completions"]] == [f"1/{p}/{n}" for p in range(3) for n in range(2)]
