@@ -104,6 +104,7 @@ _FSDP = "belongs to Megatron-FSDP, which is not built; use_distributed_optimizer
 _MUON = "belongs to optimizer=muon, which is refused (docs/parameters.md says why)"
 _FAMILY = "belongs to a family of models that is not built yet (docs/families.md)"
 _FP4 = "belongs to FP4, which is not built"
+_OFFLOAD = "has no counterpart: optimizer_cpu_offload has an Adam of its own, torch's on both sides"
 _LAUNCHER = "has no counterpart: the launcher sets it"
 _ALWAYS = "has no counterpart: it is always so"
 _PREPARED = "has no counterpart: tokens are cached by content; `megabatch prepare RECIPE` makes the cache beforehand"
@@ -120,6 +121,7 @@ WITHOUT: Mapping[str, str] = {
     **dict.fromkeys(("csa_dense_mode", "engram_tokenizer_map", "mtp_shared_weights"), _FAMILY),
     **dict.fromkeys(("mtp_decoder_input_detach", "language_model_only", "model_kwargs"), _FAMILY),
     **dict.fromkeys(("fp4_format", "fp4_recipe", "fp4_param_gather"), _FP4),
+    **dict.fromkeys(("use_torch_optimizer_for_cpu_offload", "pin_cpu_params"), _OFFLOAD),
     **dict.fromkeys(("local_rank", "skip_megatron_init"), _LAUNCHER),
     **dict.fromkeys(("dist_ckpt_optim_fully_reshardable", "create_checkpoint_symlink"), _ALWAYS),
     **dict.fromkeys(("cached_dataset", "cached_val_dataset"), _PREPARED),

@@ -63,16 +63,21 @@ class MoE:
     """Which tokens beyond capacity are dropped: the least probable ones or the last ones."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = param(
         "alltoall",
-        built=("alltoall", "allgather"),
-        refused="is not built: alltoall_seq is gone from megatron-core (0.16), and flex needs DeepEP on GPUs",
+        built=("alltoall", "allgather", "flex"),
+        refused="is gone from megatron-core (0.16)",
     )
-    """How tokens reach the ranks of their experts."""
-    moe_enable_deepep: bool = param(
-        False,
-        built=False,
-        refused="needs the package deep_ep and GPUs with NVLink or RDMA, on which nothing was tested",
+    """How tokens reach the ranks of their experts. flex is DeepEP's kernels, in bfloat16 on GPUs: before its first
+    step each run compares a layer's results with those of alltoall."""
+    moe_enable_deepep: bool = param(False)
+    """Says what the flex dispatcher does anyway: it uses DeepEP's kernels."""
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = param(
+        "deepep",
+        built=("deepep",),
+        refused="is not built: HybridEP makes its buffers for the first row's length, and rows differ",
     )
-    """Dispatches with DeepEP's kernels; needs the flex dispatcher."""
+    """Kernels of the flex dispatcher."""
+    moe_deepep_num_sms: int = param(20, at_least=2)
+    """Multiprocessors of a GPU that DeepEP's kernels use; an even number."""
     moe_grouped_gemm: bool = param(True, speed_only=True)
     """Computes a rank's experts in one grouped matrix product if the device supports it."""
     moe_permute_fusion: bool = param(False, speed_only=True)

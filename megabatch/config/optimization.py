@@ -12,11 +12,6 @@ _MUON = (
     "other state for matrices than for other parameters, which checkpoints do not hold"
 )
 _SCALED = "keeps numbers with a scale beside them, which checkpoints do not hold"
-_OFFLOAD = (
-    "is refused until a GPU has shown it: megatron-core (0.16) copies parameters to the host before their values are "
-    "loaded, and a wrong copy would train on without an error"
-)
-_FRACTION = "needs optimizer_cpu_offload, which is refused"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,10 +76,17 @@ class Optimizer:
     """Momentum of sgd."""
     apply_wd_to_qk_layernorm: bool = param(False)
     """Also decays the weights of query and key norms (Qwen3-Next), towards 0."""
-    optimizer_cpu_offload: bool = param(False, built=False, refused=_OFFLOAD)
-    """Keeps optimizer state in host memory."""
-    optimizer_offload_fraction: float = param(1.0, built=False, refused=_FRACTION, at_least=0, at_most=1)
-    """Fraction of the optimizer state to offload."""
+    optimizer_cpu_offload: bool = param(False)
+    """Keeps fp32 main weights and Adam's state in host memory and updates them there; needs Adam and the distributed
+    optimizer."""
+    optimizer_offload_fraction: float = param(1.0, at_least=0, at_most=1)
+    """Fraction of each rank's part of the optimizer to offload, rounded up to whole parameters; needs
+    `optimizer_cpu_offload`."""
+    overlap_cpu_optimizer_d2h_h2d: bool = param(False, speed_only=True)
+    """On GPUs, copies gradients and new weights beside the updates of other parameters; needs
+    `optimizer_cpu_offload`."""
+    pin_cpu_grads: bool = param(True, speed_only=True)
+    """On GPUs, gradients of `optimizer_cpu_offload` arrive in page-locked host memory."""
     use_precision_aware_optimizer: bool = param(False)
     """Allows gradients and optimizer state in the types below; needs bfloat16 weights, the distributed optimizer, GPUs
     and Transformer Engine's Adam."""

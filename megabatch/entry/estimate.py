@@ -146,6 +146,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         weight_bytes=weight_bytes,
         gradient_bytes=_BYTES[recipe.optimizer.main_grads_dtype],
         optimizer_bytes=optimizer_bytes(recipe.optimizer, weight_bytes=weight_bytes),
+        optimizer_offload_fraction=offload_fraction(recipe.optimizer),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
@@ -212,6 +213,10 @@ def largest_part(recipe: Recipe, shape: ModelShape, role: Role) -> int:
         vocab_size=-(-shape.vocab_size // layout.tp) * layout.tp,
     )
     return max(size.parameters for size in rank_sizes(shape, settings)) * _BYTES[torch_dtype(recipe, shape)]
+
+
+def offload_fraction(optimizer: Optimizer) -> float:
+    return optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0
 
 
 def optimizer_bytes(optimizer: Optimizer, *, weight_bytes: int) -> int:

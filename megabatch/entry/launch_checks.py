@@ -50,6 +50,7 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
         *(_vllm(recipe) if same_python else []),
         *(_modelscope(recipe, launch.model) if same_python else []),
         *([] if local else _engines(launch)),
+        *([] if local else _host_memory(launch)),
         *([] if local else _secrets_of(files_to_archive(user_code(recipe)).values())),
     ]
     return found + (missing_gpus(recipe) if local else [*unmounted(launch), *_untrainable(launch.profile)])
@@ -120,6 +121,16 @@ def _engines(launch: Launch) -> list[Fault]:
 
     kind = gpu_of(gpu)
     return list(engine_memory.faults(launch.recipe, shape, estimate_of(launch.recipe, shape, kind), kind))
+
+
+def _host_memory(launch: Launch) -> list[Fault]:
+    """An optimizer in host memory that the job does not ask for."""
+    shape = launch.model.shape
+    if shape is None or launch.recipe.resources.mem_gib is None or launch.faults():
+        return []
+    from megabatch.entry import host_memory
+
+    return list(host_memory.faults(launch.recipe, shape))
 
 
 def _secrets_of(files: Collection[Path]) -> list[Fault]:

@@ -168,7 +168,7 @@ def _estimate(launch: Launch) -> Iterator[str]:
     gpus, shape = launch.job.gpus_per_node, launch.model.shape
     if not gpus or launch.profile.gpu is None or shape is None or launch.layout is None:
         return
-    from megabatch.entry import engine_memory
+    from megabatch.entry import engine_memory, host_memory
     from megabatch.entry.estimate import estimate_of, gpu_of
     from megabatch.plan.memory import usable_gib
 
@@ -181,6 +181,7 @@ def _estimate(launch: Launch) -> Iterator[str]:
     step = f"{found.step.total_s:.2f} s a step" + (", and generation" if kind is not None and kind.generates else "")
     yield f"{gpu.name}: a rank takes {found.memory.total_gib:.1f} GiB {room}; {step}"
     yield from engine_memory.lines(launch.recipe, shape, found, gpu)
+    yield from host_memory.lines(launch.recipe, shape)
 
 
 def _notes(launch: Launch) -> Iterator[str]:

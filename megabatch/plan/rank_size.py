@@ -61,7 +61,15 @@ class RankSize:
         return (self.dense + self.experts) * settings.gradient_bytes
 
     def optimizer_bytes(self, settings: Settings) -> int:
-        return self.shard * settings.optimizer_bytes
+        """On the device."""
+        return self.shard * settings.optimizer_bytes - int(self._on_host(settings) * settings.optimizer_bytes)
+
+    def host_bytes(self, settings: Settings) -> int:
+        """Main copy, two moments in fp32, and a buffer for gradients that come and weights that go back."""
+        return int(self._on_host(settings) * (12 + max(settings.gradient_bytes, settings.weight_bytes)))
+
+    def _on_host(self, settings: Settings) -> float:
+        return self.shard * settings.optimizer_offload_fraction
 
 
 def rank_sizes(shape: ModelShape, settings: Settings) -> list[RankSize]:

@@ -63,6 +63,8 @@ class Settings:
     """Bytes of an accumulated gradient."""
     optimizer_bytes: int = 12
     """Bytes of a parameter's main copy and its moments."""
+    optimizer_offload_fraction: float = 0.0
+    """How much of that is in host memory, and updated there."""
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False

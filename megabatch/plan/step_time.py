@@ -17,6 +17,11 @@ from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
 from megabatch.plan.weights import Kind
 
+HOST_LINK_BYTES_S = 20e9
+"""Between a GPU and host memory, one way (PCIe 4.0 x16 has 32 GB/s). Assumed, not measured."""
+HOST_BYTES_S = 20e9
+"""Of host memory to Adam on one rank's cores. Assumed, not measured."""
+
 
 def step_time(shape: ModelShape, settings: Settings, sizes: list[RankSize], gpu: Gpu) -> StepEstimate:
     """Args: sizes: `rank_size.rank_sizes`."""
@@ -110,6 +115,13 @@ def _between_replicas_s(settings: Settings, size: RankSize, gpu: Gpu, *, forward
 
 
 def _optimizer_s(settings: Settings, size: RankSize, gpu: Gpu) -> float:
-    """Gradients are read twice (their norm, the update), state is read and written, weights are written."""
+    """Gradients are read twice (their norm, the update), state is read and written, weights are written.
+
+    What is in host memory is updated there, one parameter after the other, while the device updates the rest.
+    """
     moved = 2 * settings.gradient_bytes + 2 * settings.optimizer_bytes + settings.weight_bytes
-    return size.shard * moved / (gpu.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
+    fraction = settings.optimizer_offload_fraction
+    device = size.shard * (1 - fraction) * moved / (gpu.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
+    links = (settings.gradient_bytes + settings.weight_bytes) / HOST_LINK_BYTES_S
+    host = 2 * (12 + settings.gradient_bytes) / HOST_BYTES_S
+    return max(device, size.shard * fraction * (links + host))

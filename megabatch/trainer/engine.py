@@ -189,7 +189,7 @@ class Engine:
     def optimizer_from_model(self) -> None:
         """Copies the model's weights into the optimizer's main parameters, after loading weights."""
         if self.optimizer is not None:
-            self.optimizer.megatron.reload_model_params()
+            self.optimizer.take_values()
 
     def evaluate(self, batches: Iterable[Sequence[Pack]], objective: Objective) -> Mapping[str, Ratio]:
         """The objective's metrics over these batches of micro-batches on all data-parallel ranks; no gradients."""

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe import moe_utils, router
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_capacity
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, _DeepepManager
 from torch import Tensor, nn
 
 
@@ -181,10 +181,12 @@ def prepare(model: nn.Module) -> None:
             module.config.moe_expert_capacity_factor = None
             router.get_tokens_per_expert_and_token_count = tokens_per_expert
             MoEAlltoAllTokenDispatcher.preprocess = _preprocess
+            _DeepepManager.setup_metadata = _setup_metadata
 
 
 _count_tokens = moe_utils.get_tokens_per_expert_and_token_count
 _preprocess_all = MoEAlltoAllTokenDispatcher.preprocess
+_setup_all = _DeepepManager.setup_metadata
 
 
 def tokens_per_expert(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
@@ -200,3 +202,12 @@ def _preprocess(dispatcher: Any, routing_map: Tensor) -> Tensor:
         dispatcher.num_out_tokens = routing_map.sum()
         dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
     return tokens
+
+
+def _setup_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
+    """megatron-core takes a token's largest probabilities for its experts'. Padding has none, and would go to some
+    experts with weight 0, unless there is a capacity (0.16-0.19). -1 stands for no expert."""
+    _setup_all(manager, routing_map, probs)
+    chosen_TE = routing_map.reshape(len(routing_map), manager.num_experts)
+    none_TK = ~chosen_TE.gather(1, manager.token_indices.clamp(min=0))
+    manager.token_indices = manager.token_indices.masked_fill(none_TK, -1)

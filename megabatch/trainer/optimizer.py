@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +15,11 @@ from megabatch.config.optimization import LearningRate, Precision
 from megabatch.config.optimization import Optimizer as OptimizerGroup
 from megabatch.config.resolved import resolved
 from megabatch.errors import ConfigError, MegabatchError
+from megabatch.trainer.host_adam import HostAdam
 from megabatch.trainer.loss_scale import LossScale
 from megabatch.trainer.model.build import Model
 
+logger = logging.getLogger(__name__)
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Types of gradients and optimizer state, by the parameters' names."""
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
@@ -66,11 +69,17 @@ class Optimizer:
             main_grads_dtype=STATE_DTYPES[group.main_grads_dtype],
             exp_avg_dtype=STATE_DTYPES[group.exp_avg_dtype],
             exp_avg_sq_dtype=STATE_DTYPES[group.exp_avg_sq_dtype],
+            optimizer_cpu_offload=group.optimizer_cpu_offload,
         )
-        self.is_precision_aware = group.use_precision_aware_optimizer
+        self.is_precision_aware = group.use_precision_aware_optimizer or group.optimizer_cpu_offload
         self.clip_grad = group.clip_grad
         self.is_adam = group.optimizer == "adam"
+        if group.optimizer_cpu_offload:
+            _leave_main_copies_to_the_optimizer(config)
         self.megatron: Any = get_megatron_optimizer(config, model.wrapped)
+        if group.optimizer_cpu_offload:
+            _offload(self.inner, group)
+        self._model, self._was_updated = model, False
         for inner in self.inner:
             if isinstance(inner.optimizer, _TORCH_ADAM):
                 _fuse(inner.optimizer)
@@ -114,7 +123,55 @@ class Optimizer:
                         use_decoupled_grad=self.is_precision_aware,
                     )
         self.megatron.step_with_ready_grads()
+        if not self._was_updated:
+            self._was_updated = True
+            self.check_host_copies()
         self.schedule.step(1)
+
+    def take_values(self) -> None:
+        """Main parameters take the model's values, after weights were loaded; host memory is allocated now."""
+        self.megatron.reload_model_params()
+        for host in self._offloaded():
+            host.take_values()
+        if self._offloaded():
+            self.allocate_missing_state()
+        self._was_updated = False
+        self.check_host_copies()
+
+    def values_were_restored(self) -> None:
+        """After a checkpoint's main parameters were loaded beside the model's values."""
+        for host in self._offloaded():
+            host.give_values()
+        self._was_updated = False
+        self.check_host_copies()
+
+    def check_host_copies(self) -> None:
+        """Compares main parameters in host memory with the model's: after they were loaded, after the first update
+        since, and before they are saved. Raises: MegabatchError that names the parameters, where they differ."""
+        for inner in self.inner:
+            if not isinstance(inner.optimizer, HostAdam):
+                continue
+            apart = set(inner.optimizer.apart(by_rounding=not self._was_updated))
+            if not apart:
+                continue
+            places = {
+                parameter: inner.optimizer.param_groups[group]["params"][order]
+                for parameter, (group, order) in inner.model_param_group_index_map.items()
+            }
+            names = [
+                name.removeprefix("module.")
+                for chunk in self._model.wrapped
+                for name, parameter in chunk.named_parameters()
+                if places.get(parameter) in apart
+            ]
+            raise MegabatchError(
+                f"optimizer.optimizer_cpu_offload=True: main weights in host memory are not the model's weights, in "
+                f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)} of this rank's parameters). "
+                "Nothing of this was saved; go on from the last checkpoint with optimizer_cpu_offload=False"
+            )
+
+    def _offloaded(self) -> list[HostAdam]:
+        return [inner.optimizer for inner in self.inner if isinstance(inner.optimizer, HostAdam)]
 
     @property
     def inner(self) -> list[Any]:
@@ -180,6 +237,30 @@ def _fuse(optimizer: Any) -> None:
     for group in optimizer.param_groups:
         if all(parameter.device.type == "cpu" for parameter in group["params"]):
             group["fused"] = True
+
+
+def _leave_main_copies_to_the_optimizer(config: OptimizerConfig) -> None:
+    """megatron-core (0.16) then handles gradients and main parameters as for Transformer Engine's precision-aware
+    Adam, and builds a plain Adam, which keeps nothing before its first step: `HostAdam` takes its place."""
+    config.use_precision_aware_optimizer = config.optimizer_cpu_offload = False
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+
+
+def _offload(inner: list[Any], group: OptimizerGroup) -> None:
+    elements = 0
+    for one in inner:
+        if one.optimizer is None:
+            continue
+        one.optimizer = HostAdam(
+            one.optimizer.param_groups,
+            fraction=group.optimizer_offload_fraction,
+            overlaps=group.overlap_cpu_optimizer_d2h_h2d,
+            pins=group.pin_cpu_grads,
+        )
+        elements += one.optimizer.host_elements
+    logger.info(
+        "optimizer_cpu_offload: main weights and Adam's state of %s elements are in host memory", f"{elements:,}"
+    )
 
 
 def _config(**values: Any) -> OptimizerConfig:

@@ -29,6 +29,8 @@ CUDA = (
     "no_bias_swiglu_fusion",
     "no_gradient_accumulation_fusion",
     "offload_teacher_model",
+    "overlap_cpu_optimizer_d2h_h2d",
+    "pin_cpu_grads",
 )
 NEVER = {
     "ckpt_assume_constant_structure": "planning a save takes milliseconds for each layer, whatever its size",

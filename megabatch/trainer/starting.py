@@ -13,6 +13,7 @@ from megabatch.saved.find import FoundCheckpoint, find_to_load
 from megabatch.trainer.adapter_sources import FreshAdapters, ReadAdapter
 from megabatch.trainer.checkpoints.checkpoints import Checkpoints
 from megabatch.trainer.checkpoints.progress import Progress
+from megabatch.trainer.dispatch_proof import prove_dispatch
 from megabatch.trainer.engine import Engine
 from megabatch.trainer.made_tensors import MadeTensors
 from megabatch.trainer.model.lora.layers import TRAINED
@@ -25,6 +26,12 @@ logger = logging.getLogger(__name__)
 
 def start(run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: ModelSource) -> Progress:
     """Loads the state that the run starts from; collective. Returns: its progress."""
+    progress = _loaded(run, engine, checkpoints, source)
+    prove_dispatch(engine.model, engine.ranks)
+    return progress
+
+
+def _loaded(run: RunConfig, engine: Engine, checkpoints: Checkpoints, source: ModelSource) -> Progress:
     prove_complete(engine.model, checkpoints.table, engine.ranks)
     tuning = engine.model.tuning
     if tuning.frozen:

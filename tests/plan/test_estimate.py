@@ -252,6 +252,22 @@ def test_overlap_and_fusion_save_time_and_recomputation_costs_it() -> None:
     assert 1.2 * seconds() < full < 1.5 * seconds()
 
 
+def test_an_offloaded_optimizer_leaves_the_device_and_takes_time() -> None:
+    shape = _shape(DENSE)
+    settings = _settings(shape, world=8)
+    plain, half, whole = (
+        estimate(shape, replace(settings, optimizer_offload_fraction=fraction), A800) for fraction in (0.0, 0.5, 1.0)
+    )
+    assert plain.memory.optimizer > 0 and whole.memory.optimizer == 0
+    assert half.memory.optimizer == pytest.approx(plain.memory.optimizer / 2, abs=1)
+    assert plain.memory.total - whole.memory.total == plain.memory.optimizer
+    assert plain.step.optimizer_s < half.step.optimizer_s < whole.step.optimizer_s
+    (size,) = rank_sizes(shape, settings)
+    assert size.host_bytes(settings) == 0
+    # fp32 main weights, two moments, and a buffer for fp32 gradients
+    assert size.host_bytes(replace(settings, optimizer_offload_fraction=1.0)) == size.shard * 16
+
+
 def test_settings_follow_the_recipe() -> None:
     measured = MEASURED["Qwen3-30B-A3B, 8 GPUs"]
     settings = settings_of(measured.recipe, measured.shape)

@@ -44,9 +44,15 @@ _OF_THE_TRAINER = frozenset({
 })  # fmt: skip
 """What the trainer needs as it is, for rows of various lengths, its losses or its overlaps."""
 
-_GRAPHS = "captures steps of one shape in a CUDA graph, and the trainer's rows differ in length"
-_PARTS = "needs forward passes in parts (megatron-core's schedule plans), and the trainer runs them whole"
-_FLEX = "belongs to moe_token_dispatcher_type=flex, which is refused"
+_GRAPHS = (
+    "replays layers from a CUDA graph, which megatron-core (0.16) does without the sequences' bounds in a packed row "
+    "and without the padding that experts leave out (docs/gpu.md)"
+)
+_PARTS = (
+    "runs layers in parts (schedule plans), in which megatron-core (0.16) gives routers no padding mask: experts "
+    "would get padding (docs/gpu.md)"
+)
+_HYBRIDEP = "belongs to moe_flex_dispatcher_backend=hybridep, which is refused"
 _REFUSED = {
     "cuda_graph_impl": _GRAPHS,
     "cuda_graph_scope": _GRAPHS,
@@ -54,9 +60,7 @@ _REFUSED = {
     "external_cuda_graph": _GRAPHS,
     "delay_wgrad_compute": _PARTS,
     "overlap_moe_expert_parallel_comm": _PARTS,
-    "moe_deepep_num_sms": _FLEX,
-    "moe_flex_dispatcher_backend": _FLEX,
-    "moe_hybridep_num_sms": _FLEX,
+    "moe_hybridep_num_sms": _HYBRIDEP,
 }
 """Fields that the trainer cannot honour, and why not."""
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 from megabatch.config.declare import Parameter, parameters
 from megabatch.config.lengths import generates
+from megabatch.config.moe import MoE
 from megabatch.config.new_model import REQUIRED, SHAPE_FIELDS, moe_layers
 from megabatch.config.recipe import Recipe
+from megabatch.config.torch_dtype import torch_dtype
 from megabatch.errors import Fault
 from megabatch.plan.batch import nearest_multiples
 from megabatch.plan.layout import Layout
@@ -138,8 +140,35 @@ def balancing_is_consistent(recipe: Recipe, shape: ModelShape | None, layout: La
         yield Fault("moe.moe_pad_expert_input_to_capacity", True, rule, try_=(False,))
     elif moe.moe_pad_expert_input_to_capacity:
         yield from _padding_to_capacity_fits(recipe, shape)
-    if moe.moe_enable_deepep and moe.moe_token_dispatcher_type != "flex":
-        yield Fault("moe.moe_enable_deepep", True, "needs moe_token_dispatcher_type='flex'", try_=(False,))
+
+
+DEEPEP_SIZES = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+"""Ranks between which DeepEP exchanges tokens (`Buffer.get_dispatch_config`)."""
+
+
+def deepep_can_dispatch(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    moe, field = recipe.moe, "moe.moe_token_dispatcher_type"
+    if moe.moe_token_dispatcher_type != "flex":
+        if moe.moe_enable_deepep:
+            yield Fault("moe.moe_enable_deepep", True, "needs moe_token_dispatcher_type='flex'", try_=(False,))
+        if (given := moe.moe_deepep_num_sms) != MoE().moe_deepep_num_sms:
+            yield Fault("moe.moe_deepep_num_sms", given, "needs moe_token_dispatcher_type='flex'")
+        return
+    if not recipe.resources.gpus_per_node:
+        rule = "is DeepEP's kernels, which run on GPUs, and resources.gpus_per_node is 0"
+        yield Fault(field, "flex", rule, try_=("alltoall",))
+    if shape is not None and (dtype := torch_dtype(recipe, shape)) != "bfloat16":
+        rule = f"needs the model's torch_dtype to be 'bfloat16', which DeepEP exchanges, and it is {dtype!r}"
+        yield Fault(field, "flex", rule, try_=("alltoall",))
+    if layout is not None and (size := layout.ep * layout.etp) not in DEEPEP_SIZES:
+        sizes = ", ".join(map(str, DEEPEP_SIZES))
+        rule = f"needs expert_model_parallel_size * expert_tensor_parallel_size, which is {size}, to be one of {sizes}"
+        yield Fault(field, "flex", rule, try_=("alltoall",))
+    if moe.moe_deepep_num_sms % 2:
+        yield Fault("moe.moe_deepep_num_sms", moe.moe_deepep_num_sms, "must be even")
+    for name in ("moe_shared_expert_overlap", "moe_pad_expert_input_to_capacity"):
+        if getattr(moe, name):
+            yield Fault(f"moe.{name}", True, "cannot be combined with moe_token_dispatcher_type='flex'", try_=(False,))
 
 
 def _padding_to_capacity_fits(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
@@ -167,4 +196,5 @@ RULES = (
     moe_layers_are_listed,
     router_is_consistent,
     balancing_is_consistent,
+    deepep_can_dispatch,
 )

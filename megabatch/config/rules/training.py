@@ -324,12 +324,29 @@ def reduced_state_has_its_optimizer(
         yield Fault(name, True, f"needs optimizer='adam', which is {group.optimizer!r}", try_=(False,))
     if not recipe.parallel.use_distributed_optimizer:
         yield Fault(name, True, "needs parallel.use_distributed_optimizer=True", try_=(False,))
-    if not recipe.resources.gpus_per_node:
+    if not recipe.resources.gpus_per_node and not group.optimizer_cpu_offload:
         rule = "needs Transformer Engine's Adam, which runs on GPUs, and resources.gpus_per_node is 0"
         yield Fault(name, True, rule, try_=(False,))
     if shape is not None and (dtype := torch_dtype(recipe, shape)) != "bfloat16":
         rule = f"needs the model's torch_dtype to be 'bfloat16', which is {dtype!r}"
         yield Fault(name, True, rule, try_=(False,))
+
+
+def offloaded_state_is_adams(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
+    group, name = recipe.optimizer, "optimizer.optimizer_cpu_offload"
+    if not group.optimizer_cpu_offload:
+        if (fraction := group.optimizer_offload_fraction) != 1.0:
+            rule = "needs optimizer_cpu_offload=True"
+            yield Fault("optimizer.optimizer_offload_fraction", fraction, rule, try_=(1.0,))
+        return
+    if group.optimizer != "adam":
+        yield Fault(name, True, f"needs optimizer='adam', which is {group.optimizer!r}", try_=(False,))
+    if not recipe.parallel.use_distributed_optimizer:
+        yield Fault(name, True, "needs parallel.use_distributed_optimizer=True", try_=(False,))
+    for field in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if (value := getattr(group, field)) != "fp32":
+            rule = "cannot be combined with optimizer_cpu_offload=True: the host's Adam keeps its state in fp32"
+            yield Fault(f"optimizer.{field}", value, rule, try_=("fp32",))
 
 
 def loss_scale_has_a_range(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -482,6 +499,7 @@ RULES = (
     recompute_units_divide,
     precision_is_said_once,
     reduced_state_has_its_optimizer,
+    offloaded_state_is_adams,
     loss_scale_has_a_range,
     task_and_algorithm_agree,
     scores_are_of_samples,

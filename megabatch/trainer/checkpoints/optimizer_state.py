@@ -51,6 +51,7 @@ _Placed = tuple[_State, dist.ProcessGroup]
 def sharded(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """What this rank writes, as megatron-core's sharded tensors; collective over each data-parallel group."""
     optimizer.allocate_missing_state()
+    optimizer.check_host_copies()
     described = _described(model_state)
     found: dict[str, Any] = {}
     by_group: dict[dist.ProcessGroup, list[_Dealt]] = {}
@@ -178,7 +179,7 @@ class _Exchange:
         ours = [one.state for one in self.dealt if one.writer == writer]
         device = self.dealt[0].state.parameter.device
         none = torch.empty(0, dtype=torch.float32, device=device)
-        return torch.cat([none, *(s.tensors[name].float() for s in ours if s.stop > s.start)])
+        return torch.cat([none, *(s.tensors[name].to(device, torch.float32) for s in ours if s.stop > s.start)])
 
 
 def _exchanges(dealt: Sequence[_Dealt], group: dist.ProcessGroup) -> Iterator[_Exchange]:
@@ -228,8 +229,8 @@ def _distributed(inner: DistributedOptimizer) -> Iterator[_State]:
 
 def _own_state(inner: DistributedOptimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
     """The tensors in which an optimizer keeps a parameter's state. Those of the precision-aware one are fp32 or bf16,
-    which fp32 holds exactly; megatron-core would return copies."""
-    if not inner.config.use_precision_aware_optimizer:
+    which fp32 holds exactly (megatron-core would return copies); those of `HostAdam` may be in host memory."""
+    if not inner.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
         return inner._get_main_param_and_optimizer_states(parameter)
     group, order = inner.model_param_group_index_map[parameter]
     state = inner.optimizer.state[inner.optimizer.param_groups[group]["params"][order]]

@@ -113,8 +113,9 @@ def load(
             optimizer_state.restore(
                 engine.optimizer, _optimized_state(engine), engine.ranks, in_parts, updates=updates
             )
+            engine.optimizer.values_were_restored()
         else:
-            engine.optimizer.megatron.reload_model_params()
+            engine.optimizer.take_values()
     if rng:
         place = engine.ranks.place
         set_generators(read({"rng": _rng_object(generators(), place.rank, place.world_size)})["rng"])

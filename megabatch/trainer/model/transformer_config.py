@@ -153,10 +153,33 @@ def _say_local(why: str) -> None:
     logger.info("kernels.transformer_impl: megatron-core's local layers with torch attention, because %s", why)
 
 
+DEEPEP_CAPABILITY = (8, 0)
+"""The oldest GPUs that DeepEP has kernels for (its README, 2025): A100 within a node, H100 between nodes too."""
+
+
+def require_deep_ep() -> None:
+    """Raises: ConfigError where the package or the GPU cannot be used."""
+    field = "moe.moe_token_dispatcher_type=flex"
+    if importlib.util.find_spec("deep_ep") is None:
+        raise ConfigError(
+            f"{field} needs the package deep_ep, which is not installed on this node (github.com/deepseek-ai/DeepEP "
+            "says how); or use alltoall"
+        )
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < DEEPEP_CAPABILITY:
+        least = _dotted(DEEPEP_CAPABILITY)
+        raise ConfigError(f"{field} needs GPUs of compute capability {least} or newer; this one has {_dotted(found)}")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
 def _moe(shape: ModelShape, recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
     if shape.num_experts is None:
         return {}
     moe = recipe.moe
+    if moe.moe_token_dispatcher_type == "flex":
+        require_deep_ep()
     return {
         "num_moe_experts": shape.num_experts,
         "moe_layer_freq": 1 if all(shape.moe_layers) else [int(x) for x in shape.moe_layers],
@@ -170,6 +193,8 @@ def _moe(shape: ModelShape, recipe: Recipe, *, has_te: bool) -> dict[str, Any]:
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_flex_dispatcher_backend": moe.moe_flex_dispatcher_backend,
+        "moe_deepep_num_sms": moe.moe_deepep_num_sms,
         "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
         "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
         "moe_token_drop_policy": moe.moe_token_drop_policy,

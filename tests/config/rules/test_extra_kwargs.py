@@ -19,9 +19,10 @@ CASES = [
     ("params_dtype", "bfloat16", "model.torch_dtype sets"),
     ("calculate_per_token_loss", True, "training.calculate_per_token_loss sets"),
     ("variable_seq_lengths", False, "the trainer sets; leave it out"),
-    ("cuda_graph_impl", "local", "captures steps of one shape in a CUDA graph"),
-    ("overlap_moe_expert_parallel_comm", True, "needs forward passes in parts"),
-    ("moe_flex_dispatcher_backend", "hybridep", "belongs to moe_token_dispatcher_type=flex, which is refused"),
+    ("cuda_graph_impl", "local", "replays layers from a CUDA graph"),
+    ("overlap_moe_expert_parallel_comm", True, "runs layers in parts (schedule plans)"),
+    ("moe_flex_dispatcher_backend", "hybridep", "moe.moe_flex_dispatcher_backend sets"),
+    ("moe_hybridep_num_sms", 16, "belongs to moe_flex_dispatcher_backend=hybridep, which is refused"),
     ("softmax_scale", 1.0, "the model's family determines; leave it out"),
 ]
 

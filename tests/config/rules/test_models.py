@@ -6,6 +6,10 @@ import pytest
 
 from megabatch.config.rules import models
 
+FLEX = {"moe_token_dispatcher_type": "flex"}
+EP4 = {"parallel": {"expert_model_parallel_size": 4}}
+HALF = {"model": {"torch_dtype": "bfloat16"}}
+
 CASES = [
     # rule, base, changes that break it, changes that keep it, field, words of the fault
     (
@@ -199,12 +203,52 @@ CASES = [
         ["sinkhorn"],
     ),
     (
-        models.balancing_is_consistent,
+        models.deepep_can_dispatch,
         "experts",
         {"moe": {"moe_enable_deepep": True}},
-        {"moe": {"moe_enable_deepep": True, "moe_token_dispatcher_type": "flex"}},
+        {"moe": {"moe_enable_deepep": True, **FLEX}, **EP4, **HALF},
         "moe.moe_enable_deepep",
-        ["'flex'"],
+        ["needs moe_token_dispatcher_type='flex'"],
+    ),
+    (
+        models.deepep_can_dispatch,
+        "experts",
+        {"moe": FLEX, **EP4, **HALF, "resources": {"gpus_per_node": 0, "tasks_per_node": 8}},
+        {"moe": FLEX, **EP4, **HALF},
+        "moe.moe_token_dispatcher_type",
+        ["is DeepEP's kernels, which run on GPUs", "gpus_per_node is 0", "try alltoall"],
+    ),
+    (
+        models.deepep_can_dispatch,
+        "experts",
+        {"moe": FLEX, **EP4, "model": {"torch_dtype": "float32"}},
+        {"moe": FLEX, **EP4, **HALF},
+        "moe.moe_token_dispatcher_type",
+        ["torch_dtype to be 'bfloat16'", "it is 'float32'"],
+    ),
+    (
+        models.deepep_can_dispatch,
+        "experts",
+        {"moe": FLEX, **HALF, "parallel": {"expert_model_parallel_size": 1}},
+        {"moe": FLEX, **EP4, **HALF},
+        "moe.moe_token_dispatcher_type",
+        ["which is 1, to be one of 2, 4, 8, 16"],
+    ),
+    (
+        models.deepep_can_dispatch,
+        "experts",
+        {"moe": {**FLEX, "moe_deepep_num_sms": 21}, **EP4, **HALF},
+        {"moe": {**FLEX, "moe_deepep_num_sms": 22}, **EP4, **HALF},
+        "moe.moe_deepep_num_sms",
+        ["must be even"],
+    ),
+    (
+        models.deepep_can_dispatch,
+        "experts",
+        {"moe": {**FLEX, "moe_shared_expert_overlap": True}, **EP4, **HALF},
+        {"moe": FLEX, **EP4, **HALF},
+        "moe.moe_shared_expert_overlap",
+        ["cannot be combined with moe_token_dispatcher_type='flex'"],
     ),
 ]
 

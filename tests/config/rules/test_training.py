@@ -14,6 +14,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
 
 AWARE = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16"}
 HALF = {"model": {"torch_dtype": "bfloat16"}}
+HOST = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
 CASES = [
     # rule, base, changes that break it, changes that keep it, field, words of the fault
     (
@@ -39,6 +40,30 @@ CASES = [
         {"optimizer": AWARE, **HALF},
         "optimizer.use_precision_aware_optimizer",
         ["torch_dtype to be 'bfloat16', which is 'float32'"],
+    ),
+    (
+        training.offloaded_state_is_adams,
+        "dense",
+        {"optimizer": {"optimizer_offload_fraction": 0.5}},
+        {"optimizer": {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}},
+        "optimizer.optimizer_offload_fraction",
+        ["needs optimizer_cpu_offload=True", "try 1.0"],
+    ),
+    (
+        training.offloaded_state_is_adams,
+        "dense",
+        {"optimizer": {"optimizer_cpu_offload": True}, "parallel": {"use_distributed_optimizer": False}},
+        {"optimizer": {"optimizer_cpu_offload": True}},
+        "optimizer.optimizer_cpu_offload",
+        ["needs parallel.use_distributed_optimizer=True"],
+    ),
+    (
+        training.offloaded_state_is_adams,
+        "dense",
+        {"optimizer": {**HOST, "exp_avg_dtype": "bf16"}, **HALF},
+        {"optimizer": {**HOST, "main_grads_dtype": "bf16"}, **HALF},
+        "optimizer.exp_avg_dtype",
+        ["keeps its state in fp32"],
     ),
     (
         training.reduced_state_has_its_optimizer,
