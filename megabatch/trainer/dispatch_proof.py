@@ -27,6 +27,8 @@ TOKENS, PADDING = 96, 32
 """Of each rank; ranks have the same number, and different tokens."""
 TOLERANCE = 0.02
 """Relative L2 difference. bfloat16 has 8 bits, and sums over experts are rounded in another order."""
+_RECOMPUTED = ("moe_layer_recompute", "shared_experts_recompute", "activation_recompute")
+"""What megatron-core's expert layers and their parts call it (0.16)."""
 logger = logging.getLogger(__name__)
 
 
@@ -83,7 +85,7 @@ def compare(layer: Any, *, seed: int, device: torch.device) -> Faults:
     padding = torch.arange(TOKENS, device=device)[None] >= TOKENS - PADDING
     flex = layer.token_dispatcher
     runs = []
-    with _as_in_evaluation(layer):
+    with _plain(layer):
         for dispatcher in (flex, _alltoall(layer)):
             layer.token_dispatcher = dispatcher
             try:
@@ -117,14 +119,19 @@ def _alltoall(layer: Any) -> MoEAlltoAllTokenDispatcher:
 
 
 @contextmanager
-def _as_in_evaluation(layer: Any) -> Iterator[None]:
-    """Without balancing losses, which would be counted."""
+def _plain(layer: Any) -> Iterator[None]:
+    """Without balancing losses, which would be counted, and recomputation, which takes no `torch.autograd.grad`."""
     trains = layer.training
+    recomputed = [(one, name) for one in layer.modules() for name in _RECOMPUTED if getattr(one, name, False)]
     layer.eval()
+    for module, name in recomputed:
+        setattr(module, name, False)
     try:
         yield
     finally:
         layer.train(trains)
+        for module, name in recomputed:
+            setattr(module, name, True)
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -25,8 +25,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "expert_tensor_parallel_size": 1,
         "expert_model_parallel_size": 2,
     },
+    "ep2-recomputed": {"expert_model_parallel_size": 2},
     "pp2-ep2": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
 }
+RECOMPUTED = ("core_attn", "moe")
 
 
 def run_of(folder: Path, name: str, layout: str, dispatcher: str) -> Path:
@@ -42,6 +44,7 @@ def run_of(folder: Path, name: str, layout: str, dispatcher: str) -> Path:
             data={"pad_to_max_length": True},
             moe={"moe_token_dispatcher_type": dispatcher, "moe_aux_loss_coeff": 0.01, "moe_deepep_num_sms": 24},
             evaluation={"eval_interval": None},
+            recompute={"recompute_modules": RECOMPUTED if layout.endswith("recomputed") else ("core_attn",)},
         )
         return write_run(made, folder / name)
 
