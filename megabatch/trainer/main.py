@@ -19,7 +19,7 @@ from megabatch.config.run import RunConfig
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.trainer import failures
 from megabatch.trainer.activity import Activity
-from megabatch.trainer.megatron_imports import without_wandb
+from megabatch.trainer.megatron_imports import without_trackers
 from megabatch.trainer.signals import StopSignal
 
 
@@ -75,7 +75,7 @@ def prepare_device(run: RunConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to run cuBLAS without it
     # Transformer Engine reads it here, and megatron-core insists that its own setting agrees
     os.environ["NVTE_APPLY_QK_LAYER_SCALING"] = str(int(bool(run.recipe.precision.apply_query_key_layer_scaling)))
-    with without_wandb():
+    with without_trackers():
         importlib.import_module("megatron.core")
 
 

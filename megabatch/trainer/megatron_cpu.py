@@ -3,7 +3,7 @@
 megatron-core names the device in its source: `torch.cuda.current_device()`, `device="cuda"`, CUDA streams, CUDA
 generators. Rather than change torch for the whole process, `adapt()` gives each loaded `megatron.core` module its own
 copy of the `torch` module in which those names mean the CPU. torch itself, and everything else that uses it, stays as
-it is, except for the two method patches at the end. Checked with megatron-core 0.16.1.
+it is, except for the two method patches at the end and what `uncompiled` changes. Checked with megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from megabatch.trainer.megatron_imports import without_wandb
+from megabatch.trainer.megatron_imports import without_trackers
+from megabatch.trainer.uncompiled import decorated_with_nothing, run_uncompiled
 
 MODULES = (
     "megatron.core.dist_checkpointing",
@@ -179,13 +180,12 @@ def adapt() -> None:
     """Makes megatron-core usable without CUDA in this process; calling it again does nothing.
 
     Nothing is compiled: for the CPU that needs a C++ compiler on the machine and changes the numbers between compiled
-    and plain code. Modules that were loaded before are told to run eagerly; those that are loaded here are decorated
-    with nothing (0.16-0.19), which spares every rank the import of torch's compiler, a fifth of its start.
+    and plain code. What megatron-core would compile is decorated with nothing (0.16-0.19).
     """
     if _cuda_type_name is torch.Tensor.type:
         return
-    torch.compiler.set_stance("force_eager")
-    with _without_compiler(), without_wandb():
+    run_uncompiled()
+    with decorated_with_nothing(), without_trackers():
         for name in MODULES:
             importlib.import_module(name)
     on_cpu = _torch()
@@ -199,15 +199,6 @@ def adapt() -> None:
     _keep_freed_memory()
     torch.Tensor.type = _cuda_type_name
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
-
-
-@contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
-    compiler, torch.compile = torch.compile, lambda function=None, **_: function or (lambda inner: inner)
-    try:
-        yield
-    finally:
-        torch.compile = compiler
 
 
 def _adapt_rng() -> None:

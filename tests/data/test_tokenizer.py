@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +49,47 @@ def test_faults_are_named(tmp_path: Path, tokenizer_folder: Path) -> None:
         tokenizer.train_bpe(["a"], vocab_size=100, out_dir=tmp_path)
     with pytest.raises(DataError, match="needs text"):
         tokenizer.train_bpe([""], vocab_size=300, out_dir=tmp_path)
+
+
+_LOADS = """
+import sys
+from megabatch.data.tokens import tokenizer
+loaded = tokenizer.load(sys.argv[1])
+unused = {"torch._dynamo", "sklearn", "transformers.generation.utils"}
+print(loaded("two plus two")["input_ids"], sorted(unused & set(sys.modules)))
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.from_pretrained(sys.argv[2], trust_remote_code=True)
+model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+print([base.__name__ for base in type(model).__mro__ if "Mixin" in base.__name__ and "Gener" in base.__name__])
+"""
+_CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+class TinyConfig(PretrainedConfig):
+    model_type = "tiny"
+
+class Tiny(PreTrainedModel):
+    config_class = TinyConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = torch.nn.Linear(1, 1)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return {}
+"""
+
+
+def test_tokenizers_load_without_what_generates_and_models_get_it_still(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    auto = {"AutoConfig": "tiny.TinyConfig", "AutoModelForCausalLM": "tiny.Tiny"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "tiny", "auto_map": auto}))
+    (tmp_path / "tiny.py").write_text(_CODE)
+    said = subprocess.run(
+        [sys.executable, "-c", _LOADS, str(tokenizer_folder), str(tmp_path)],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    ids = tokenizer.load(tokenizer_folder)("two plus two")["input_ids"]
+    assert said.stdout.splitlines() == [f"{ids} []", "['GenerationMixin']"]

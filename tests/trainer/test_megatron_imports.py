@@ -15,6 +15,6 @@ def imported() -> tuple[bool, str]:
     return came, importlib.import_module("wandb").__name__
 
 
-def test_ranks_start_without_wandb_and_may_import_it(ranks: RankServer) -> None:
+def test_ranks_start_without_trackers_and_may_import_it(ranks: RankServer) -> None:
     pytest.importorskip("wandb")
     assert ranks.run(imported, world_size=1) == [(False, "wandb")]

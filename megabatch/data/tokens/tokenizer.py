@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megabatch.data.tokens.auto_tokenizer import auto_tokenizer
 from megabatch.data.tokens.default_templates import CHATML
 from megabatch.errors import DataError
 
@@ -22,10 +23,8 @@ def load(folder: Path | str) -> Any:
     Raises: DataError naming the missing files, or the reason why transformers cannot read them.
     """
     check(folder)
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = auto_tokenizer().from_pretrained(folder, local_files_only=True)
     except Exception as e:  # transformers and its Rust part raise bare Exceptions for malformed files
         reason = (str(e).strip().splitlines() or [""])[0]
         raise DataError(

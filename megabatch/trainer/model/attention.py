@@ -32,8 +32,11 @@ _WIDEST_FLASH = 256
 
 
 def _flash() -> Callable[..., Tensor] | None:
-    """torch's variable-length flash attention if it supports a causal window (torch 2.11 or later), else None."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    """torch's variable-length flash attention if it supports a causal window (torch 2.11 or later), else None.
+
+    None on CPUs too, which it does not run on: its module imports torch's compiler.
+    """
+    if not torch.cuda.is_available() or importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
 

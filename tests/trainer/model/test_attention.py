@@ -106,6 +106,7 @@ def grouped(with_groups: bool) -> tuple[bool, bool, float]:
     """Whether this torch's kernel takes groups; whether ours was given them unrepeated; how far the output is off."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch.nn.attention.varlen import varlen_attn
 
     from megabatch.trainer.model import attention
     from megabatch.trainer.model.row import row
@@ -124,7 +125,8 @@ def grouped(with_groups: bool) -> tuple[bool, bool, float]:
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
     config = TransformerConfig(num_layers=1, attention_dropout=0.0, **sizes)
     ours = attention.PackedAttention(config, 1, AttnMaskType.causal, "self")
-    known = attention.takes_groups(ours.flash)
+    assert ours.flash is None, "which is for CUDA"
+    known = attention.takes_groups(varlen_attn)
     ours.flash = groups if with_groups else plain
     ours.flash_takes_groups = attention.takes_groups(ours.flash)
     tensors = [torch.randn(9, n, 8) for n in (4, 2, 2)]
