@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from megabatch.slurm.cluster import PrivateCluster, missing_programs
 
 sys.path.insert(0, str(Path(__file__).parent / "trainer"))
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes start from the code that is compiled once
 
 if TYPE_CHECKING:
     from rank_server import RankServer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.reference_log_probs import log_probs_file
 from megabatch.data.run_caches import build_caches, course, note_data, open_caches, schedule_of, train_iters
 from megabatch.data.run_tokenizer import tokenizer_of
+from megabatch.data.tokens.auto_tokenizer import import_without_torch
 from megabatch.data.whole_data import require_contrast
 from megabatch.errors import ConfigError, DataError, MegabatchError
 from megabatch.run_directory import ExitCode
@@ -24,6 +26,8 @@ def main(arguments: list[str]) -> int:
         return ExitCode.CONFIG
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("megabatch").setLevel(logging.INFO)
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # no warning that torch is missing
+    import_without_torch()
     try:
         print(prepare(RunConfig.load(Path(arguments[0]))))
     except MegabatchError as error:

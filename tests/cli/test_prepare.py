@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 
 from megabatch.cli import command, recipe_command
 from megabatch.cli.recipe_file import load_recipe
@@ -62,6 +63,14 @@ def test_it_makes_the_cache_and_says_how_long_the_run_is(
     assert f"7 steps: 3 epochs of 20 samples, {tokens_in(made):,} tokens, counted in {made}" in capfd.readouterr().out
     assert command.main(["prepare", str(recipe_file), "--global_batch_size", "32"]) == 2
     assert "is more than the 20 samples of the training data" in capfd.readouterr().err
+
+
+def test_tokens_are_prepared_without_torch(tmp_path: Path) -> None:
+    run_dir = runs.write_run(runs.recipe(tmp_path, "qwen3"), tmp_path / "run")
+    code = "import sys; from megabatch.data.prepare import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    words = [sys.executable, "-c", code, str(run_dir / "run.json")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("\n0 False\n"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""transformers' AutoTokenizer without the code that generates text, which its module imports for models alone."""
+"""transformers' AutoTokenizer without the code that generates text, or all of torch, which its module imports for
+models alone."""
 
 from __future__ import annotations
 
@@ -27,6 +28,15 @@ def auto_tokenizer() -> Any:
             delattr(generation, _MIXIN)
         _import_it_when_needed(factory, generation)
     return importlib.import_module("transformers").AutoTokenizer
+
+
+def import_without_torch() -> None:
+    """For a process that only tokenises: transformers imports torch if it is installed, which takes longer than all
+    else here, and no tokenizer needs it. A user's own code may import torch afterwards."""
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    auto_tokenizer()
+    if sys.modules["torch"] is None:
+        del sys.modules["torch"]
 
 
 def _import_it_when_needed(factory: Any, generation: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import sys
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from megabatch.data.rows.files import Line, Row
+from megabatch.data.tokens.auto_tokenizer import import_without_torch
 from megabatch.data.tokens.chunk import ChunkArrays
 from megabatch.data.tokens.encoder import Encoder
 from megabatch.data.tokens.encoding import Encoding
@@ -149,7 +149,7 @@ def _serve(encoding: Encoding, ends: list[Connection], news: Connection) -> None
     """Loads the tokenizer, starts a process for each pipe end, and reports how any of them died."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # no warning that torch is missing
-    _import_without_torch()
+    import_without_torch()
     encoder: Encoder | Exception
     try:
         encoder = Encoder(encoding)
@@ -171,16 +171,6 @@ def _serve(encoding: Encoding, ends: list[Connection], news: Connection) -> None
             worker.join()
             if worker.exitcode:
                 news.send(worker.exitcode)
-
-
-def _import_without_torch() -> None:
-    """transformers imports torch if it is installed; that takes longer than all else here, and no tokenizer needs it.
-    A user's own code may import it afterwards."""
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    from transformers import AutoTokenizer  # noqa: F401
-
-    if sys.modules["torch"] is None:
-        del sys.modules["torch"]
 
 
 def _work(encoder: Encoder | Exception, end: Connection, inherited: list[Connection]) -> None:
