@@ -89,7 +89,8 @@ class Optimizer:
     """On GPUs, gradients of `optimizer_cpu_offload` arrive in page-locked host memory."""
     use_precision_aware_optimizer: bool = param(False)
     """Allows gradients and optimizer state in the types below; needs bfloat16 weights, the distributed optimizer, GPUs
-    and Transformer Engine's Adam."""
+    and Transformer Engine's Adam. With `optimizer_cpu_offload`, which has its own Adam, it allows `main_grads_dtype`
+    alone."""
     main_grads_dtype: Literal["fp32", "bf16"] = param("fp32")
     """Type in which gradients are accumulated and reduced; needs the precision-aware optimizer."""
     main_params_dtype: Literal["fp32", "fp16"] = param("fp32", built=("fp32",), refused=_SCALED)

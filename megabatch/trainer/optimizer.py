@@ -44,6 +44,8 @@ class Optimizer:
         use_distributed_optimizer: bool,
         overlap_param_gather: bool,
     ) -> None:
+        # that of optimizer_cpu_offload is not Transformer Engine's; the gradients' type is that of their buffers
+        takes_te = group.use_precision_aware_optimizer and not group.optimizer_cpu_offload
         config = _config(
             optimizer=group.optimizer,
             lr=learning_rate.lr,
@@ -64,12 +66,11 @@ class Optimizer:
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=use_distributed_optimizer,
             overlap_param_gather=overlap_param_gather,
-            use_precision_aware_optimizer=group.use_precision_aware_optimizer,
+            use_precision_aware_optimizer=takes_te,
             store_param_remainders=False,  # a checkpoint holds main parameters whole
-            main_grads_dtype=STATE_DTYPES[group.main_grads_dtype],
+            main_grads_dtype=STATE_DTYPES[group.main_grads_dtype if takes_te else "fp32"],
             exp_avg_dtype=STATE_DTYPES[group.exp_avg_dtype],
             exp_avg_sq_dtype=STATE_DTYPES[group.exp_avg_sq_dtype],
-            optimizer_cpu_offload=group.optimizer_cpu_offload,
         )
         self.is_precision_aware = group.use_precision_aware_optimizer or group.optimizer_cpu_offload
         self.clip_grad = group.clip_grad
@@ -242,7 +243,6 @@ def _fuse(optimizer: Any) -> None:
 def _leave_main_copies_to_the_optimizer(config: OptimizerConfig) -> None:
     """megatron-core (0.16) then handles gradients and main parameters as for Transformer Engine's precision-aware
     Adam, and builds a plain Adam, which keeps nothing before its first step: `HostAdam` takes its place."""
-    config.use_precision_aware_optimizer = config.optimizer_cpu_offload = False
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
 
 

@@ -134,6 +134,23 @@ def test_a_checkpoint_loads_with_and_without(ranks: RankServer, tmp_path: Path) 
     assert curve(plain) == before[2:]
 
 
+def test_gradients_in_bfloat16_train_near_and_resume_bit_for_bit(ranks: RankServer, tmp_path: Path) -> None:
+    half: dict[str, Any] = {"model": {"torch_dtype": "bfloat16"}}
+    plain = run_of(tmp_path, "plain", "qwen3", half)
+    assert ranks.run(train, world_size=2, run_dir=str(plain)) == [ExitCode.DONE] * 2
+    reduced = {"use_precision_aware_optimizer": True, "main_grads_dtype": "bf16", "optimizer_offload_fraction": 0.5}
+    run = run_of(tmp_path, "run", "qwen3", half, optimizer_cpu_offload=True, **reduced)
+    assert ranks.run(train, world_size=2, run_dir=str(run)) == [ExitCode.DONE] * 2
+    whole = curve(run)
+    for (_, loss, _), (_, its_loss, _) in zip(whole, curve(plain), strict=True):
+        assert loss == pytest.approx(its_loss, rel=1e-2)
+    assert whole != curve(plain), "otherwise nothing was reduced"
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    (run / "metrics.jsonl").unlink()
+    assert ranks.run(train, world_size=2, run_dir=str(run)) == [ExitCode.DONE] * 2
+    assert curve(run) == whole[2:]
+
+
 def train_with_lost_values(run_dir: str) -> int:
     """Trains where a new value of one parameter never comes back from the host."""
     step = HostAdam.step
