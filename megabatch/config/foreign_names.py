@@ -101,7 +101,7 @@ OTHERWISE: Mapping[str, tuple[str, ...]] = {
 """Other names, or parameters that serve the same purpose."""
 
 _FSDP = "belongs to Megatron-FSDP, which is not built; use_distributed_optimizer shards the optimizer's state"
-_MUON = "belongs to optimizer=muon, which is refused (docs/parameters.md says why)"
+_MUON = "has no counterpart: beside Muon, AdamW updates what is not a matrix of a layer"
 _FAMILY = "belongs to a family of models that is not built yet (docs/families.md)"
 _FP4 = "belongs to FP4, which is not built"
 _OFFLOAD = "has no counterpart: optimizer_cpu_offload has an Adam of its own, torch's on both sides"
@@ -113,9 +113,7 @@ _IDENTITY = "has no counterpart: write the name into the rows themselves"
 
 WITHOUT: Mapping[str, str] = {
     **dict.fromkeys(("use_megatron_fsdp", "data_parallel_sharding_strategy", "strict_fsdp_dtensor_load"), _FSDP),
-    **dict.fromkeys(("muon_momentum", "muon_split_qkv", "muon_use_nesterov", "muon_scale_mode"), _MUON),
-    **dict.fromkeys(("muon_fp32_matmul_prec", "muon_coefficient_type", "muon_num_ns_steps", "muon_tp_mode"), _MUON),
-    **dict.fromkeys(("muon_extra_scale_factor", "muon_scalar_optimizer", "muon_lr", "muon_min_lr"), _MUON),
+    "muon_scalar_optimizer": _MUON,
     **dict.fromkeys(("linear_decoupled_in_proj", "use_fused_mhc", "mhc_recompute_layer_num"), _FAMILY),
     **dict.fromkeys(("dsa_indexer_loss_coeff", "dsa_indexer_use_sparse_loss", "apply_dsa_kernel_fusion"), _FAMILY),
     **dict.fromkeys(("csa_dense_mode", "engram_tokenizer_map", "mtp_shared_weights"), _FAMILY),

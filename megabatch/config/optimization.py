@@ -7,10 +7,6 @@ from typing import Literal
 
 from megabatch.config.declare import param
 
-_MUON = (
-    "needs NVIDIA's package emerging_optimizers and, in megatron-core (0.16), no distributed optimizer, and keeps "
-    "other state for matrices than for other parameters, which checkpoints do not hold"
-)
 _SCALED = "keeps numbers with a scale beside them, which checkpoints do not hold"
 
 
@@ -48,12 +44,10 @@ class LearningRate:
 class Optimizer:
     """Optimizer, regularisation, and the place and precision of the optimizer state."""
 
-    optimizer: Literal["adam", "sgd", "muon"] = param(
-        "adam",
-        built=("adam", "sgd"),
-        refused=_MUON,
-    )
-    """Adam is AdamW: weight decay is decoupled from the gradient."""
+    optimizer: Literal["adam", "sgd", "muon"] = param("adam")
+    """Adam is AdamW: weight decay is decoupled from the gradient. Muon updates the matrices of layers, routers too;
+    AdamW then updates embedding, output layer, heads, norms and biases. sgd and muon need
+    `use_distributed_optimizer=False`."""
     weight_decay: float = param(0.1, at_least=0)
     """Weight decay, multiplied by the learning rate; norms and biases are not decayed."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = param("constant")
@@ -74,6 +68,34 @@ class Optimizer:
     """Added to Adam's denominator."""
     sgd_momentum: float = param(0.9, at_least=0, below=1)
     """Momentum of sgd."""
+    muon_momentum: float = param(0.95, at_least=0, below=1)
+    """Decay of Muon's mean of gradients."""
+    muon_use_nesterov: bool = param(False, aliases=("muon_nesterov",))
+    """Orthogonalizes the mean of that mean and the gradient, weighed by `muon_momentum`, as in the paper."""
+    muon_lr: float | None = param(None, above=0)
+    """Peak learning rate of Muon's matrices; None means `lr`, which is then that of all parameters."""
+    muon_min_lr: float | None = param(None, at_least=0)
+    """Lowest learning rate of their decay; None means `min_lr`."""
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = param("spectral")
+    """What an orthogonalized matrix of `out` rows and `in` columns is multiplied with. spectral: sqrt(max(out, in)),
+    so that an update's root mean square is about `muon_extra_scale_factor`, whatever the shape; unit_rms_norm:
+    sqrt(out / in); shape_scaling: sqrt(max(1, out / in))."""
+    muon_extra_scale_factor: float = param(1.0, above=0)
+    """Multiplied with that. With spectral, 0.2 makes updates about as large as AdamW's, whose learning rates then
+    serve Muon too (arXiv:2502.16982, eq. 4)."""
+    muon_split_qkv: bool = param(True)
+    """Orthogonalizes queries, keys and values of all heads as a matrix each, not as one."""
+    muon_num_ns_steps: int = param(5, at_least=1)
+    """Steps of Newton-Schulz that orthogonalize a matrix."""
+    muon_coefficient_type: Literal["simple", "quintic", "polar_express"] = param("quintic")
+    """Coefficients of these steps. simple: the same in each; quintic: five sets, in turn; polar_express: eight
+    (arXiv:2505.16932), the last of which is repeated."""
+    muon_fp32_matmul_prec: Literal["highest", "high", "medium"] = param("medium")
+    """Precision of their matrix products: fp32, TensorFloat-32 on GPUs that have it, or bfloat16."""
+    muon_tp_mode: Literal["blockwise", "duplicated", "distributed"] = param("duplicated")
+    """How tensor-parallel ranks orthogonalize a matrix that they split. duplicated: each all of it, which it gathers;
+    distributed: together, which exchanges products instead, up to rounding the same; blockwise: each its own part as a
+    matrix by itself, without exchange, so that every tensor parallel size computes other updates."""
     apply_wd_to_qk_layernorm: bool = param(False)
     """Also decays the weights of query and key norms (Qwen3-Next), towards 0."""
     optimizer_cpu_offload: bool = param(False)

@@ -32,7 +32,7 @@ from megabatch.plan.figures import GIB, MemoryEstimate
 from megabatch.plan.gpus import GPUS, Gpu, gpu_named
 from megabatch.plan.memory import usable_gib
 from megabatch.plan.rank_size import rank_sizes
-from megabatch.plan.settings import Settings
+from megabatch.plan.settings import Muon, Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
 
@@ -147,6 +147,7 @@ def settings_of(recipe: Recipe, shape: ModelShape) -> Settings:
         gradient_bytes=_BYTES[recipe.optimizer.main_grads_dtype],
         optimizer_bytes=optimizer_bytes(recipe.optimizer, weight_bytes=weight_bytes),
         optimizer_offload_fraction=offload_fraction(recipe.optimizer),
+        muon=_muon(recipe.optimizer, weight_bytes=weight_bytes),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
@@ -220,11 +221,27 @@ def offload_fraction(optimizer: Optimizer) -> float:
 
 
 def optimizer_bytes(optimizer: Optimizer, *, weight_bytes: int) -> int:
-    """Bytes of a parameter's main copy and moments. fp32 weights are their own main copy."""
+    """Bytes of a parameter's main copy and moments, with Muon of those that AdamW updates. fp32 weights are their own
+    main copy."""
     moments = 4 if optimizer.sgd_momentum else 0
-    if optimizer.optimizer == "adam":
+    if optimizer.optimizer != "sgd":
         moments = _BYTES[optimizer.exp_avg_dtype] + _BYTES[optimizer.exp_avg_sq_dtype]
     return moments if weight_bytes == 4 else moments + 4
+
+
+_PEAKS = {"medium": 1.0, "high": 0.5, "highest": 1 / 16}
+"""Peak of products in bf16, TensorFloat-32 and fp32, in parts of bf16's (NVIDIA's data sheets of A100 and H100)."""
+
+
+def _muon(optimizer: Optimizer, *, weight_bytes: int) -> Muon | None:
+    if optimizer.optimizer != "muon":
+        return None
+    return Muon(
+        state_bytes=4 if weight_bytes == 4 else 8,
+        steps=optimizer.muon_num_ns_steps,
+        tp_mode=optimizer.muon_tp_mode,
+        peak=_PEAKS[optimizer.muon_fp32_matmul_prec],
+    )
 
 
 def _with_mtp(chunks: tuple[Chunk, ...], mtp_layers: int) -> tuple[Chunk, ...]:

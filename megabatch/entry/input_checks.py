@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from megabatch.entry.row_checks import Check, row_check
 from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.plan.shape import ModelShape
+from megabatch.run_directory import RunDirectory
 from megabatch.saved.find import FoundCheckpoint, find_to_load
 from megabatch.saved.history import HF
 
@@ -295,6 +297,8 @@ def _load(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
             "to load its weights alone"
         )
         yield Fault("checkpoint.load", group.load, rule)
+    if found is not None and not (group.finetune or group.no_load_optim or is_base):
+        yield from _other_optimizer(found, recipe)
 
 
 _SIZES = (
@@ -302,6 +306,23 @@ _SIZES = (
     "num_experts", "moe_ffn_hidden_size",
 )  # fmt: skip
 """Sizes that a checkpoint and the model that loads it share, whatever the vocabulary and the head are."""
+
+
+def _other_optimizer(found: FoundCheckpoint, recipe: Recipe) -> Iterator[Fault]:
+    """The optimizer of the run that the checkpoint lies in; nothing where it lies in none, and the trainer asks it."""
+    own, run_json = recipe.optimizer.optimizer, RunDirectory(found.folder.parent.parent).run_json
+    if not found.of_a_run or not run_json.is_file():
+        return
+    try:
+        saved = json.loads(run_json.read_text(encoding="utf-8"))["recipe"]["optimizer"]["optimizer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if saved != own:
+        rule = (
+            f"is a checkpoint of a run with optimizer={saved!r}, whose state optimizer.optimizer={own!r} cannot go on "
+            "from; set no_load_optim=True to begin with fresh state"
+        )
+        yield Fault("checkpoint.load", recipe.checkpoint.load, rule)
 
 
 def _other_sizes(found: FoundCheckpoint, shape: ModelShape, *, load: str) -> Iterator[Fault]:

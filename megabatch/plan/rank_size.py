@@ -43,6 +43,8 @@ class RankSize:
     """Buffers of the experts' trained parameters, with padding."""
     shard: int = 0
     """Optimizer state: this rank's part of both."""
+    matrices: int = 0
+    """Trained hidden matrices among them, which Muon updates, where a run has it."""
 
     def __add__(self, other: RankSize) -> RankSize:
         return RankSize(
@@ -51,6 +53,7 @@ class RankSize:
             self.dense + other.dense,
             self.experts + other.experts,
             self.shard + other.shard,
+            self.matrices + other.matrices,
         )
 
     def weight_bytes(self, settings: Settings) -> int:
@@ -61,7 +64,10 @@ class RankSize:
         return (self.dense + self.experts) * settings.gradient_bytes
 
     def optimizer_bytes(self, settings: Settings) -> int:
-        """On the device."""
+        """On the device. With Muon each rank has the state whole."""
+        if settings.muon is not None:
+            others = self.shard - self.matrices
+            return self.matrices * settings.muon.state_bytes + others * settings.optimizer_bytes
         return self.shard * settings.optimizer_bytes - int(self._on_host(settings) * settings.optimizer_bytes)
 
     def host_bytes(self, settings: Settings) -> int:
@@ -89,6 +95,7 @@ class _Run:
     count: int
     expert: bool
     trained: bool
+    matrix: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,7 @@ class _Sum:
     frozen: int
     dense: int
     experts: int
+    matrices: int
 
 
 class _Sizer:
@@ -137,6 +145,7 @@ class _Sizer:
             dense=dense,
             experts=experts,
             shard=self._shard(dense, expert=False) + self._shard(experts, expert=True),
+            matrices=sum(part.matrices * count for part, count in parts),
         )
 
     def _runs(self, found: Iterable[Weight], frozen: frozenset[str] = frozenset()) -> Iterator[_Run]:
@@ -146,9 +155,10 @@ class _Sizer:
                 continue
             count = weight.experts // layout.ep if weight.experts else 1
             trained = weight.name not in frozen and (lora is None or is_saved(weight.name, lora))
-            yield _Run(weight.shard(tp=layout.tp, etp=layout.etp), count, bool(weight.experts), trained)
+            shard, matrix = weight.shard(tp=layout.tp, etp=layout.etp), weight.is_hidden_matrix
+            yield _Run(shard, count, bool(weight.experts), trained, matrix)
             for added in beside(weight, lora) if lora is not None else ():
-                yield _Run(added.shard(tp=layout.tp, etp=layout.etp), count, bool(added.experts), True)
+                yield _Run(added.shard(tp=layout.tp, etp=layout.etp), count, bool(added.experts), True, False)
 
     def _sum(self, runs: Iterable[_Run]) -> _Sum:
         found = list(runs)
@@ -161,6 +171,7 @@ class _Sizer:
             frozen=total(int, lambda run: not run.trained),
             dense=total(self._aligned, lambda run: run.trained and not run.expert),
             experts=total(self._aligned, lambda run: run.trained and run.expert),
+            matrices=total(int, lambda run: run.trained and run.matrix),
         )
 
     def _aligned(self, elements: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megabatch.plan.layout import Layout
 from megabatch.plan.stages import Chunk
@@ -23,6 +24,19 @@ class Lora:
     """Probability of dropping an element of an adapter's input."""
     saved: Sequence[str] = ()
     """Ends of the names of modules that are trained in full."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Muon:
+    """How hidden matrices are updated."""
+
+    state_bytes: int
+    """Bytes of an element's main copy and mean."""
+    steps: int
+    """Of Newton-Schulz."""
+    tp_mode: Literal["blockwise", "duplicated", "distributed"]
+    peak: float
+    """Peak of these steps' matrix products, in parts of the bf16 peak."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +79,8 @@ class Settings:
     """Bytes of a parameter's main copy and its moments."""
     optimizer_offload_fraction: float = 0.0
     """How much of that is in host memory, and updated there."""
+    muon: Muon | None = None
+    """What updates hidden matrices, if that is not what updates the rest."""
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False

@@ -11,6 +11,7 @@ from megabatch.plan.figures import StepEstimate
 from megabatch.plan.flops import training_flops
 from megabatch.plan.gpus import Gpu
 from megabatch.plan.layer_time import MEMORY_EFFICIENCY, OVERLAP, LayerSeconds, Seconds, head_seconds, layer_seconds
+from megabatch.plan.muon import orthogonalizing_s
 from megabatch.plan.rank_size import RankSize
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
@@ -40,7 +41,7 @@ def step_time(shape: ModelShape, settings: Settings, sizes: list[RankSize], gpu:
         compute_s=running.compute,
         # (pp - 1) / vp times a micro-batch's time if all stages take equally long (arXiv:2104.04473, section 2.2)
         bubble_s=(sum(totals) - totals[slowest]) / layout.vp,
-        optimizer_s=_optimizer_s(settings, heaviest, gpu),
+        optimizer_s=_optimizer_s(settings, heaviest, gpu) + orthogonalizing_s(shape, settings, gpu),
         communication_s={
             "tp": running.tp,
             "cp": running.cp,
@@ -119,9 +120,10 @@ def _optimizer_s(settings: Settings, size: RankSize, gpu: Gpu) -> float:
 
     What is in host memory is updated there, one parameter after the other, while the device updates the rest.
     """
-    moved = 2 * settings.gradient_bytes + 2 * settings.optimizer_bytes + settings.weight_bytes
     fraction = settings.optimizer_offload_fraction
-    device = size.shard * (1 - fraction) * moved / (gpu.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
+    moved = size.shard * (1 - fraction) * (2 * settings.gradient_bytes + settings.weight_bytes)
+    moved += 2 * size.optimizer_bytes(settings)
+    device = moved / (gpu.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
     links = (settings.gradient_bytes + settings.weight_bytes) / HOST_LINK_BYTES_S
     host = 2 * (12 + settings.gradient_bytes) / HOST_BYTES_S
     return max(device, size.shard * fraction * (links + host))

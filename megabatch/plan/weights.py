@@ -38,6 +38,12 @@ class Weight:
         """Of one expert's, or of the tensor."""
         return self.rows * (self.cols or 1)
 
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether Muon updates it, where a run trains with Muon; a convolution's weight has three dimensions."""
+        is_end = self.name.startswith(("embedding.", "output_layer."))
+        return self.trained and self.cols is not None and not is_end and "conv1d" not in self.name
+
     def shard(self, *, tp: int, etp: int) -> int:
         """Elements on one rank."""
         if self.split == "replicated":

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from megabatch.config.declare import parameters
 from megabatch.config.parallel import Parallel
 from megabatch.config.recipe import Recipe
 from megabatch.config.recompute import Recompute
@@ -43,11 +44,17 @@ _REASONS = {
 def comparable(small: Small) -> Small:
     """The recipe in fp32, without random numbers, with steps that are nearly proportional to the gradient."""
     recipe, notes = small.recipe, list(small.left_out)
-    for groups in (_GRADIENT_STEPS, _NUMBERS, _SAVES, _ADAPTERS if recipe.tuner.tuner_type == "lora" else {}):
+    adapters = _ADAPTERS if recipe.tuner.tuner_type == "lora" else {}
+    for groups in (_GRADIENT_STEPS, _without_muon(), _NUMBERS, _SAVES, adapters):
         for group, fields in groups.items():
             notes += _notes(recipe, group, fields)
             recipe = replace(recipe, **{group: replace(getattr(recipe, group), **fields)})
     return Small(recipe, tuple(notes))
+
+
+def _without_muon() -> dict[str, dict[str, Any]]:
+    """Muon's parameters, which no other optimizer takes, at their defaults."""
+    return {"optimizer": {found.name: found.default for found in parameters(Recipe) if found.name.startswith("muon_")}}
 
 
 def _notes(recipe: Recipe, group: str, fields: dict[str, Any]) -> Iterator[str]:

@@ -76,7 +76,8 @@ def build_engine(
         fp32_grads=recipe.optimizer.main_grads_dtype == "fp32",
     )
     family = family_named(run.shape.model_type)
-    tuning = tuning_of(recipe.tuner, family.tensors(run.shape))
+    table = family.tensors(run.shape)
+    tuning = tuning_of(recipe.tuner, table)
     grads = ddp if trains else None
     model = build(run.shape, config, ranks, grads, vocab_size=recipe.model.padded_vocab_size, tuning=tuning)
     optimizer = None
@@ -86,6 +87,7 @@ def build_engine(
             group=recipe.optimizer,
             learning_rate=recipe.learning_rate,
             precision=recipe.precision,
+            table=table,
             train_iters=train_iters,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,

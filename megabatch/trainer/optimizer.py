@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megabatch.config.optimization import LearningRate, Precision
 from megabatch.config.optimization import Optimizer as OptimizerGroup
 from megabatch.config.resolved import resolved
+from megabatch.converters.mapping import Mapped
 from megabatch.errors import ConfigError, MegabatchError
 from megabatch.trainer.host_adam import HostAdam
 from megabatch.trainer.loss_scale import LossScale
+from megabatch.trainer.matrices import matrices_of, muon_and_adam
 from megabatch.trainer.model.build import Model
+from megabatch.trainer.muon import MOMENTUM, Muon, Rule
 
 logger = logging.getLogger(__name__)
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,11 +29,11 @@ _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
 class Optimizer:
-    """Adam (decoupled weight decay) or SGD over a model's chunks, with warmup, decay and clipping.
+    """Adam (decoupled weight decay), SGD, or Muon with Adam, over a model's chunks, with warmup, decay and clipping.
 
     As in Megatron-LM: one-dimensional parameters (norms, biases) have no weight decay; with warmup, the first step's
     learning rate is `lr_warmup_init`; a step whose fp16 gradients overflow changes neither the parameters nor the
-    schedule.
+    schedule. `table` is that of the model's tensors.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Optimizer:
         group: OptimizerGroup,
         learning_rate: LearningRate,
         precision: Precision,
+        table: Sequence[Mapped],
         train_iters: int,
         use_distributed_optimizer: bool,
         overlap_param_gather: bool,
@@ -74,10 +78,16 @@ class Optimizer:
         )
         self.is_precision_aware = group.use_precision_aware_optimizer or group.optimizer_cpu_offload
         self.clip_grad = group.clip_grad
-        self.is_adam = group.optimizer == "adam"
+        self.name = group.optimizer
         if group.optimizer_cpu_offload:
             _leave_main_copies_to_the_optimizer(config)
-        self.megatron: Any = get_megatron_optimizer(config, model.wrapped)
+        self.megatron: Any
+        if group.optimizer == "muon":
+            matrices = matrices_of(model, table, split_qkv=group.muon_split_qkv)
+            self.megatron = muon_and_adam(config, model, rule_of(group), matrices)
+            _set_rates(self.inner, group)
+        else:
+            self.megatron = get_megatron_optimizer(config, model.wrapped)
         if group.optimizer_cpu_offload:
             _offload(self.inner, group)
         self._model, self._was_updated = model, False
@@ -176,7 +186,8 @@ class Optimizer:
 
     @property
     def inner(self) -> list[Any]:
-        """megatron-core's optimizers: one for dense parameters and, for an MoE model, one for experts."""
+        """megatron-core's optimizers: one for dense parameters and, for an MoE model, one for experts; with Muon,
+        first those of Adam."""
         return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -188,10 +199,11 @@ class Optimizer:
                     found = inner.optimizer.state.get(parameter, {}).values()
                     yield from (one for one in found if isinstance(one, torch.Tensor) and one.dim())
 
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """Names of the state kept for each parameter; `param` is the main copy."""
-        return ("param", "exp_avg", "exp_avg_sq") if self.is_adam else ("param", "momentum_buffer")
+    def state_names(self, inner: Any) -> tuple[str, ...]:
+        """Names of the state that one of `inner` keeps for each parameter; `param` is the main copy."""
+        if self.name == "sgd" or isinstance(inner.optimizer, Muon):
+            return ("param", MOMENTUM)
+        return ("param", "exp_avg", "exp_avg_sq")
 
     def advance(self, steps: int) -> None:
         """Advances the learning-rate schedule by steps done in earlier attempts."""
@@ -203,11 +215,11 @@ class Optimizer:
             if inner.optimizer is None:
                 continue
             for group in inner.optimizer.param_groups:
-                if self.is_adam and not isinstance(inner.optimizer, _TORCH_ADAM):
+                if "exp_avg" in self.state_names(inner) and not isinstance(inner.optimizer, _TORCH_ADAM):
                     # Transformer Engine's and Apex's Adam count steps per group, torch's per parameter
                     group["step"] = updates
                 for parameter in group["params"]:
-                    self._allocate(inner.optimizer, parameter, updates)
+                    self._allocate(inner, parameter, updates)
 
     def allocate_missing_state(self) -> None:
         """Allocates zero state where there was no update yet: with fp16, the first steps may all overflow."""
@@ -215,16 +227,16 @@ class Optimizer:
             for group in [] if inner.optimizer is None else inner.optimizer.param_groups:
                 for parameter in group["params"]:
                     if not inner.optimizer.state[parameter]:
-                        self._allocate(inner.optimizer, parameter, 0)
+                        self._allocate(inner, parameter, 0)
 
-    def _allocate(self, optimizer: Any, parameter: torch.Tensor, step: int) -> None:
+    def _allocate(self, inner: Any, parameter: torch.Tensor, step: int) -> None:
         if self.is_precision_aware:
-            optimizer.initialize_state(parameter, False)
+            inner.optimizer.initialize_state(parameter, False)
             return
-        state = optimizer.state[parameter]
-        for name in self.state_names[1:]:
+        state = inner.optimizer.state[parameter]
+        for name in self.state_names(inner)[1:]:
             state[name] = torch.zeros_like(parameter)
-        if isinstance(optimizer, _TORCH_ADAM):
+        if isinstance(inner.optimizer, _TORCH_ADAM):
             state["step"] = torch.tensor(float(step))
 
     @property
@@ -260,6 +272,28 @@ def _offload(inner: list[Any], group: OptimizerGroup) -> None:
         elements += one.optimizer.host_elements
     logger.info(
         "optimizer_cpu_offload: main weights and Adam's state of %s elements are in host memory", f"{elements:,}"
+    )
+
+
+def _set_rates(inner: Sequence[Any], group: OptimizerGroup) -> None:
+    """Gives Muon's matrices their own learning rates, which megatron-core's schedule reads from their groups."""
+    rates = {"max_lr": group.muon_lr, "min_lr": group.muon_min_lr}
+    for one in inner:
+        for found in one.optimizer.param_groups if isinstance(one.optimizer, Muon) else ():
+            found.update({name: rate for name, rate in rates.items() if rate is not None})
+
+
+def rule_of(group: OptimizerGroup) -> Rule:
+    """What a recipe says of Muon."""
+    return Rule(
+        momentum=group.muon_momentum,
+        use_nesterov=group.muon_use_nesterov,
+        scale_mode=group.muon_scale_mode,
+        extra_scale_factor=group.muon_extra_scale_factor,
+        coefficient_type=group.muon_coefficient_type,
+        num_ns_steps=group.muon_num_ns_steps,
+        fp32_matmul_prec=group.muon_fp32_matmul_prec,
+        tp_mode=group.muon_tp_mode,
     )
 
 

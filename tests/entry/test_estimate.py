@@ -188,6 +188,7 @@ def _one_rank() -> Layout:
         (Optimizer(), 4, 4 + 4),
         (Optimizer(optimizer="sgd"), 2, 4 + 4),
         (Optimizer(optimizer="sgd", sgd_momentum=0), 2, 4),
+        (Optimizer(optimizer="muon"), 2, 4 + 4 + 4),  # of what AdamW updates; tests/plan/test_mcore_shards.py has all
         (Optimizer(use_precision_aware_optimizer=True), 2, 4 + 4 + 4),
         (
             Optimizer(use_precision_aware_optimizer=True, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16"),

@@ -191,6 +191,24 @@ def test_a_checkpoint_to_load_has_the_sizes_of_the_model(recipe: Recipe, model_f
         assert _faults(asked) == expected
 
 
+def test_the_state_of_another_optimizer_is_seen_before_the_queue(recipe: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    step = run / "checkpoints" / "step_00000001"
+    (step / "mcore").mkdir(parents=True)
+    (step / "mcore" / ".metadata").touch()
+    (step / "trainer.json").touch()
+    (run / "run.json").write_text(json.dumps({"recipe": {"optimizer": {"optimizer": "muon"}}}))
+    for load in (run, step):
+        (fault,) = _faults(replace(recipe, checkpoint=Checkpoint(load=str(load))))
+        assert f"checkpoint.load={str(load)!r} is a checkpoint of a run with optimizer='muon', whose state" in fault
+        assert "optimizer.optimizer='adam' cannot go on from; set no_load_optim=True" in fault
+        for fine in ({"no_load_optim": True}, {"finetune": True}):
+            assert _faults(replace(recipe, checkpoint=Checkpoint(load=str(load), **fine))) == []
+    for text in ('{"recipe": {"optimizer": {"optimizer": "adam"}}}', "{", "[]"):
+        (run / "run.json").write_text(text)
+        assert _faults(replace(recipe, checkpoint=Checkpoint(load=str(run)))) == []
+
+
 def test_a_run_starts_from_an_adapter_and_no_model(recipe: Recipe, model_folder: Path) -> None:
     tuned = replace(recipe, tuner=Tuner(tuner_type="lora"), bridge=Bridge(adapters=(str(model_folder),)))
     said = f"bridge.adapters: {model_folder} is the folder of a Hugging Face model, not an adapter; name it as --model"

@@ -25,7 +25,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig, resolve
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
-from megabatch.trainer import assemble, megatron_cpu, ranks
+from megabatch.trainer import assemble, matrices, megatron_cpu, ranks
 from megabatch.trainer.engine import Engine
 
 
@@ -49,9 +49,10 @@ def adapt_groups() -> None:
 
     ranks.Waiting = lambda rank, world_size: None
     parallel_state.initialize_model_parallel = _without_gloo(parallel_state.initialize_model_parallel)
-    assemble.Optimizer.__init__.__globals__["get_megatron_optimizer"] = partial(
-        optimizer.get_megatron_optimizer, use_gloo_process_groups=False
-    )
+    for function in (assemble.Optimizer.__init__, matrices.muon_and_adam):
+        function.__globals__["get_megatron_optimizer"] = partial(
+            optimizer.get_megatron_optimizer, use_gloo_process_groups=False
+        )
 
 
 def _without_gloo(function: Callable[..., None]) -> Callable[..., None]:

@@ -20,7 +20,7 @@ from megabatch.plan.memory import LOSS_CHUNK, in_flight
 from megabatch.plan.model_size import num_parameters
 from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.rank_size import rank_sizes
-from megabatch.plan.settings import Lora, Settings
+from megabatch.plan.settings import Lora, Muon, Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import chunks_of_counts, even_counts
 
@@ -266,6 +266,47 @@ def test_an_offloaded_optimizer_leaves_the_device_and_takes_time() -> None:
     assert size.host_bytes(settings) == 0
     # fp32 main weights, two moments, and a buffer for fp32 gradients
     assert size.host_bytes(replace(settings, optimizer_offload_fraction=1.0)) == size.shard * 16
+
+
+@pytest.mark.parametrize(
+    ("mode", "shards"),
+    [
+        # side of X X^T and the other side, of queries, keys and values, their projection, both matrices of an MLP
+        ("duplicated", [(4096, 6144), (4096, 4096), (4096, 24576), (4096, 12288)]),
+        ("distributed", [(4096, 1536), (4096, 1024), (4096, 6144), (4096, 3072)]),
+        ("blockwise", [(1536, 4096), (1024, 4096), (4096, 6144), (3072, 4096)]),
+    ],
+)
+def test_muon_multiplies_each_matrix_on_every_replica(mode: Any, shards: list[tuple[int, int]]) -> None:
+    """Qwen3-8B's 36 layers with tp 4 and dp 2: of five steps each, X X^T, its square, and their sum times X."""
+    shape = _shape(DENSE)
+    muon = Muon(state_bytes=8, steps=5, tp_mode=mode, peak=1.0)
+    plain = _settings(shape, world=8, tp=4, use_distributed_optimizer=False)
+    size = rank_sizes(shape, plain)[0]
+    matrices = 36 * sum((4096 * 6144, 4096 * 4096, 4096 * 24576, 4096 * 12288)) // 4
+    assert size.matrices == matrices
+    adam, found = (estimate(shape, replace(plain, muon=one), A800) for one in (None, muon))
+    assert adam.memory.optimizer - found.memory.optimizer == 4 * matrices
+    flops = 36 * 5 * sum(4 * side**2 * other + 2 * side**3 for side, other in shards)
+    moved = 2 * 4 * matrices / (A800.memory_gb_s * 1e9 * 0.8)
+    seconds = found.step.optimizer_s - adam.step.optimizer_s
+    assert seconds == pytest.approx(flops / (A800.peak_tflops * 1e12 * 0.7) - moved, rel=1e-6)
+
+
+def test_muon_counts_what_it_updates() -> None:
+    """Qwen3-30B-A3B: 48 layers of attention, router and 128 experts; the first two's experts are frozen."""
+    shape = _shape(MOE)
+    frozen = frozenset(f"decoder.layers.{i}.mlp.experts.linear_fc{n}.weight" for i in (0, 1) for n in (1, 2))
+    muon = Muon(state_bytes=8, steps=5, tp_mode="duplicated", peak=0.5)
+    size = rank_sizes(shape, settings := _settings(shape, world=8, ep=8, frozen=frozen, muon=muon))[0]
+    attention, experts = 2048 * (5120 + 4096 + 128), 16 * (1536 * 2048 + 2048 * 768)
+    assert size.matrices == 48 * attention + 46 * experts
+    without = estimate(shape, replace(settings, muon=None), A800).step.optimizer_s
+    moved = 2 * (size.matrices * 8 + (size.shard - size.matrices) * 12 - size.shard * 12) / (2039e9 * 0.8)
+    products = 48 * sum(4 * k * k * n + 2 * k**3 for k, n in ((2048, 5120), (2048, 4096), (128, 2048)))
+    products += 46 * 16 * sum(4 * k * k * n + 2 * k**3 for k, n in ((1536, 2048), (768, 2048)))
+    seconds = 5 * products / (312e12 * 0.5 * 0.7) + moved
+    assert estimate(shape, settings, A800).step.optimizer_s - without == pytest.approx(seconds, rel=1e-6)
 
 
 def test_settings_follow_the_recipe() -> None:

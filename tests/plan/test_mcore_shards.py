@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Batch, Data, Model, Parallel, Recipe, Resources, Training
+from megabatch import Batch, Data, Model, Optimizer, Parallel, Recipe, Resources, Training
 from megabatch.converters.families import family_of
 from megabatch.entry.estimate import settings_of
 from megabatch.plan.memory import in_flight
@@ -51,6 +51,7 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     dtype: Any = "bfloat16"
     batch: int | None = None
+    optimizer: Any = "adam"
 
     @property
     def shape(self) -> ModelShape:
@@ -75,12 +76,14 @@ class Case:
             batch=Batch(global_batch_size=self.batch or self.world),
             training=Training(train_iters=1),
             parallel=parallel,
+            optimizer=Optimizer(optimizer=self.optimizer),
             resources=Resources(nodes=1, gpus_per_node=0, tasks_per_node=self.world),
         )
 
 
 TP, PP, VP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+WHOLE = {"use_distributed_optimizer": False}
 FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
 CASES = {
     "dense": Case(DENSE, 3, 8, {TP: 4}, (0, 7)),
@@ -98,6 +101,9 @@ CASES = {
     "odd-sizes": Case(DENSE, 3, 6, {TP: 1}, (0, 5), ODD),
     "odd-buckets": Case(DENSE, 3, 6, {PP: 3, "overlap_grad_reduce": True}, (0, 2, 4), ODD | TIED),
     "whole-optimizer": Case(DENSE, 2, 4, {TP: 2, "use_distributed_optimizer": False}, (0,)),
+    "muon": Case(DENSE, 4, 4, WHOLE | {TP: 2, PP: 2}, (0, 2), optimizer="muon"),
+    "muon-experts": Case(MOE, 2, 8, WHOLE | {TP: 2, EP: 4}, (5,), optimizer="muon"),
+    "muon-float32": Case(DENSE, 3, 2, WHOLE, (0,), ODD | TIED, "float32", optimizer="muon"),
     "float32": Case(DENSE, 2, 8, {TP: 2}, (0,), ODD | {"ffn_hidden_size": 332}, "float32"),
 }
 
@@ -137,7 +143,7 @@ def test_ranks_hold_what_megatron_core_allocates(name: str, allocated: dict[str,
 
 def test_the_first_rank_has_a_whole_shard(allocated: dict[str, list[dict[str, int]]]) -> None:
     """Where no padding falls into it, which is so for all the sizes of published models."""
-    for name in ("dense", "experts", "a-thousand-ranks", "experts-in-chunks", "whole-optimizer"):
+    for name in ("dense", "experts", "a-thousand-ranks", "experts-in-chunks", "whole-optimizer", "muon"):
         case, found = CASES[name], allocated[name][0]
         settings = settings_of(case.recipe, case.shape)
         assert found["optimizer"] == rank_sizes(case.shape, settings)[found["stage"]].optimizer_bytes(settings)

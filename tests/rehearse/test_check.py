@@ -39,6 +39,11 @@ def check(recipe: str, *flags: str, folder: Path, path: Path | None = None) -> s
     [
         ("quickstart.py", (), "(ep 2)"),
         ("gsm8k_lora.py", (), "(ep 2)"),
+        (
+            "quickstart.py",
+            ("--optimizer", "muon", "--use_distributed_optimizer", "false", "--muon_lr", "1e-3"),
+            "optimizer.optimizer='muon': 'adam' here",
+        ),
         ("qwen2_5_7b_sft.py", ("--num_virtual_stages_per_pipeline_rank", "2"), ""),
     ],
 )

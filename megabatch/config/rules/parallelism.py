@@ -152,9 +152,10 @@ def overlaps_have_their_needs(recipe: Recipe, shape: ModelShape | None, layout: 
 def distributed_optimizer_takes_adam(
     recipe: Recipe, shape: ModelShape | None, layout: Layout | None
 ) -> Iterator[Fault]:
-    if recipe.optimizer.optimizer == "sgd" and recipe.parallel.use_distributed_optimizer:
+    name = recipe.optimizer.optimizer
+    if name != "adam" and recipe.parallel.use_distributed_optimizer:
         rule = "needs parallel.use_distributed_optimizer=False: megatron-core's distributed optimizer has Adam alone"
-        yield Fault("optimizer.optimizer", "sgd", rule, try_=("adam",))
+        yield Fault("optimizer.optimizer", name, rule, try_=("adam",))
 
 
 RULES = (

@@ -5,12 +5,13 @@ more than one bucket (it says "can lead to data corruption"), `dp_reshardable` r
 multiple of 64, and `fully_sharded_model_space` needs flattened ranges that were removed. Here the rank that writes a
 parameter gathers its state over the data-parallel group; one exchange covers many parameters and sends every number
 once. Parameters are dealt so that all ranks hold and write about the same amount. The keys are those of
-megatron-core's `fully_reshardable`: `optimizer.state.{param,exp_avg,exp_avg_sq}.<parameter>`.
+megatron-core's `fully_reshardable`: `optimizer.state.{param,exp_avg,exp_avg_sq}.<parameter>`, and `momentum_buffer`
+instead of the last two for what SGD or Muon updates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from megabatch.trainer.checkpoints.replicas import Dealer, group_of
+from megabatch.trainer.matrices import model_parameters
 from megabatch.trainer.optimizer import Optimizer
 from megabatch.trainer.ranks import Ranks
 
@@ -29,6 +31,7 @@ BLOCK_BYTES = 2 << 30
 """How much state each rank reads from a checkpoint at a time."""
 EXCHANGE_BYTES = 256 << 20
 """How much of one kind of state a data-parallel group exchanges at a time."""
+_PREFIX = "optimizer.state."
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,10 @@ class _State:
     stop: int
     is_split: bool
     """Whether the ranks of the data-parallel group hold different ranges; the same on all of them."""
+    names: tuple[str, ...]
+    """What is kept: `param` (fp32 main copy) and the optimizer's own; the same on all of them."""
     tensors: Mapping[str, Tensor]
-    """Flat views by name: `param` (fp32 main copy) and the optimizer's own, fp32 or bf16."""
+    """Flat views by name, fp32 or bf16; none for an empty range."""
 
 
 _Placed = tuple[_State, dist.ProcessGroup]
@@ -61,7 +66,7 @@ def sharded(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks) 
         by_group.setdefault(group, []).append(_Dealt(i, state, dealer.writer(state.parameter.numel())))
     for group, dealt in by_group.items():
         for block in _exchanges(dealt, group):
-            for name in optimizer.state_names:
+            for name in block.dealt[0].state.names:
                 for one, whole in block.wholes(name):
                     entry = _entry(described[one.state.parameter], name, whole, replica=0)
                     found[f"{one.number}.{name}"] = entry
@@ -75,7 +80,6 @@ def restore(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks, 
     """
     optimizer.allocate_state(updates)
     described = _described(model_state)
-    names = optimizer.state_names
     for block in _blocks_everywhere(_states(optimizer, ranks)):
         wanted = {
             f"{i}.{name}": _entry(
@@ -85,14 +89,30 @@ def restore(optimizer: Optimizer, model_state: Mapping[str, Any], ranks: Ranks, 
                 replica=dist.get_rank(group),
             )
             for i, (state, group) in enumerate(block)
-            for name in names
+            for name in state.names
         }
         loaded = load(wanted)
         with torch.no_grad():
             for i, (state, _) in enumerate(block):
-                for name in names:
+                for name in state.names:
                     if state.stop > state.start:
                         state.tensors[name].copy_(loaded[f"{i}.{name}"].reshape(-1)[state.start : state.stop])
+
+
+def fault_of_kinds(optimizer: Optimizer, saved: Iterable[str]) -> str | None:
+    """Why this optimizer cannot go on from a checkpoint that another one wrote; None where it can, or where the
+    checkpoint has no optimizer. Args: saved: the checkpoint's keys."""
+    has = {key.split(".")[2] for key in saved if key.startswith(_PREFIX)}
+    known = {name for inner in optimizer.inner for name in optimizer.state_names(inner)}
+    needed = {name for inner in optimizer.inner if inner.get_parameters() for name in optimizer.state_names(inner)}
+    if not has or (needed <= has <= known):
+        return None
+    which, kinds = ("lacks", needed - has) if needed - has else ("has", has - known)
+    return (
+        f"optimizer.optimizer={optimizer.name!r} cannot go on from it: its optimizer was another one, whose state "
+        f"{which} {' and '.join(sorted(kinds))}; set the optimizer of the run that saved it, or "
+        "checkpoint.no_load_optim=True to begin with fresh state"
+    )
 
 
 def _blocks_everywhere(states: Iterator[_Placed]) -> list[list[_Placed]]:
@@ -122,7 +142,7 @@ def _entry(
 ) -> ShardedTensor | ShardedTensorFactory:
     *outer, _ = metadata.replica_id
     values: dict[str, Any] = {
-        "key": f"optimizer.state.{name}.{metadata.key}",
+        "key": f"{_PREFIX}{name}.{metadata.key}",
         "data": data,
         "replica_id": (*outer, replica),
     }
@@ -142,7 +162,7 @@ class _Dealt:
 
 @dataclass(frozen=True, slots=True)
 class _Exchange:
-    """Parameters whose state is gathered in one exchange."""
+    """Parameters with the same kinds of state, which is gathered in one exchange."""
 
     dealt: Sequence[_Dealt]
     ranges: Tensor
@@ -183,16 +203,20 @@ class _Exchange:
 
 
 def _exchanges(dealt: Sequence[_Dealt], group: dist.ProcessGroup) -> Iterator[_Exchange]:
-    """Blocks of parameters that are either all split or all not, with every rank's ranges."""
+    """Blocks of parameters that are either all split or all not, with the same state, with every rank's ranges."""
     ranges = _everyones_ranges(dealt, group)
     start, size = 0, 0
     for i, one in enumerate(dealt):
-        if i > start and (size > EXCHANGE_BYTES or one.state.is_split != dealt[start].state.is_split):
+        if i > start and (size > EXCHANGE_BYTES or _kind(one) != _kind(dealt[start])):
             yield _Exchange(dealt[start:i], ranges[:, start:i], group)
             start, size = i, 0
         size += one.state.parameter.numel() * 4
     if dealt:
         yield _Exchange(dealt[start:], ranges[:, start:], group)
+
+
+def _kind(one: _Dealt) -> tuple[bool, tuple[str, ...]]:
+    return one.state.is_split, one.state.names
 
 
 def _everyones_ranges(dealt: Sequence[_Dealt], group: dist.ProcessGroup) -> Tensor:
@@ -205,12 +229,13 @@ def _everyones_ranges(dealt: Sequence[_Dealt], group: dist.ProcessGroup) -> Tens
 def _states(optimizer: Optimizer, ranks: Ranks) -> Iterator[_Placed]:
     """Each parameter's state with its data-parallel group, in the same order on all ranks of that group."""
     for inner in optimizer.inner:
-        find = _distributed(inner) if isinstance(inner, DistributedOptimizer) else _plain(inner)
+        names = optimizer.state_names(inner)
+        find = _distributed(inner, names) if isinstance(inner, DistributedOptimizer) else _plain(inner, names)
         for state in find:
             yield state, group_of(state.parameter, ranks)
 
 
-def _distributed(inner: DistributedOptimizer) -> Iterator[_State]:
+def _distributed(inner: DistributedOptimizer, names: tuple[str, ...]) -> Iterator[_State]:
     ranges = {
         parameter: place["param"]
         for buffer in inner.gbuf_ranges
@@ -221,10 +246,10 @@ def _distributed(inner: DistributedOptimizer) -> Iterator[_State]:
     for buffer in inner.buffers:
         for parameter in buffer.param_index_map:
             if parameter not in ranges:
-                yield _State(parameter, 0, 0, True, {})
+                yield _State(parameter, 0, 0, True, names, {})
                 continue
             tensors = _own_state(inner, parameter)
-            yield _State(parameter, ranges[parameter].start, ranges[parameter].end, True, _flat(tensors))
+            yield _State(parameter, ranges[parameter].start, ranges[parameter].end, True, names, _flat(tensors))
 
 
 def _own_state(inner: DistributedOptimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
@@ -237,20 +262,14 @@ def _own_state(inner: DistributedOptimizer, parameter: nn.Parameter) -> Mapping[
     return {"param": state["master_param"], "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
 
-def _plain(inner: Any) -> Iterator[_State]:
+def _plain(inner: Any, names: tuple[str, ...]) -> Iterator[_State]:
     """The states of an optimizer that holds all of them on every rank."""
-    main_to_model = {
-        main: model
-        for model_group, main_group in zip(
-            getattr(inner, "float16_groups", ()), getattr(inner, "fp32_from_float16_groups", ()), strict=True
-        )
-        for model, main in zip(model_group, main_group, strict=True)
-    }
-    for group in inner.optimizer.param_groups:
+    of_the_model = model_parameters(inner)
+    for group in [] if inner.optimizer is None else inner.optimizer.param_groups:
         for main in group["params"]:
             tensors = {"param": main, **inner.optimizer.state[main]}
-            parameter = main_to_model.get(main, main)
-            yield _State(parameter, 0, parameter.numel(), False, _flat(tensors))
+            parameter = of_the_model.get(main, main)
+            yield _State(parameter, 0, parameter.numel(), False, names, _flat(tensors))
 
 
 def _flat(tensors: Mapping[str, Any]) -> dict[str, Tensor]:

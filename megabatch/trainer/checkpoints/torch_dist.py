@@ -109,6 +109,7 @@ def load(
         _load_trained(engine, read)
     if engine.optimizer is not None:
         if updates is not None:
+            _require_same_optimizer(engine, read, directory)
             in_parts = partial(read, whole=False)
             optimizer_state.restore(
                 engine.optimizer, _optimized_state(engine), engine.ranks, in_parts, updates=updates
@@ -119,6 +120,13 @@ def load(
     if rng:
         place = engine.ranks.place
         set_generators(read({"rng": _rng_object(generators(), place.rank, place.world_size)})["rng"])
+
+
+def _require_same_optimizer(engine: Engine, read: Any, directory: Path) -> None:
+    assert engine.optimizer is not None
+    saved = read.args[2].read_metadata().state_dict_metadata
+    fault = optimizer_state.fault_of_kinds(engine.optimizer, saved)
+    engine.ranks.raise_together(None if fault is None else CheckpointError(f"{directory}: {fault}"))
 
 
 def load_base(engine: Engine, directory: Path, manifest: Manifest | None, *, each_once: bool = False) -> None:

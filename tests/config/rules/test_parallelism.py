@@ -128,6 +128,14 @@ CASES = [
         ["use_distributed_optimizer=False", "Adam alone"],
     ),
     (
+        parallelism.distributed_optimizer_takes_adam,
+        "dense",
+        {"optimizer": {"optimizer": "muon"}},
+        {"optimizer": {"optimizer": "muon"}, "parallel": {"use_distributed_optimizer": False}},
+        "optimizer.optimizer",
+        ["'muon' needs parallel.use_distributed_optimizer=False", "try adam"],
+    ),
+    (
         parallelism.overlaps_have_their_needs,
         "dense",
         {"parallel": {"overlap_param_gather": True}},
