@@ -1,8 +1,7 @@
 """Runs what others would compile as it was written, and leaves torch's compiler where it is: on disk.
 
-Importing it is a third of a rank's start on CPUs, and torch does so in places that compile nothing. Each change has
-the versions of torch that it was checked with; a version that does otherwise imports its compiler again, and
-`tests/trainer/test_uncompiled.py` fails.
+Importing it is a tenth of a rank's start on CPUs, and torch does so in places that compile nothing. Each change says
+of which torch it is; one that does otherwise imports its compiler again, and `tests/trainer/test_uncompiled.py` fails.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ def decorated_with_nothing() -> Iterator[None]:
 
 def _call_as_written(function: Any) -> None:
     """torch has the compiler look away from some functions, and imports it when such a one is first called to ask for
-    what to call instead, unless it has asked before (`torch._compile`, 2.7-2.13)."""
+    what to call instead, unless it has asked before (`torch._compile`, 2.13)."""
     if plain := getattr(function, "__wrapped__", None):
         plain.__dynamo_disable = plain
 
 
 def _step_as_written(optimizer: Any) -> None:
     """Where torch's wrapper of `step` sets whether gradients are recorded, it also imports the compiler to tell it to
-    stop here (`torch.optim.optimizer._use_grad_for_differentiable`, 2.7-2.13). Without the latter it is this."""
+    stop here (`torch.optim.optimizer._use_grad_for_differentiable`, 2.13). Without the latter it is this."""
     wrapper = vars(optimizer).get("step")
     if getattr(getattr(wrapper, "__code__", None), "co_name", "") != "_use_grad":
         return
