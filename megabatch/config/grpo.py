@@ -114,7 +114,8 @@ class Grpo:
     """Routes tokens as before: as the policy did when log-probabilities were computed (R2), or as the rollout engine
     did (R3), which must be transformers inside the ranks."""
     teacher_kl_coef: float = param(1.0, at_least=0)
-    """Weight of a teacher's log-probability minus the policy's as an advantage of each token; for `teacher_model`."""
+    """Weight of a teacher's log-probability minus the policy's as an advantage of each token; for `teacher_model` or
+    `teacher_model_server`."""
     log_rollout_offpolicy_metrics: bool = param(False)
     """Logs that difference even without a correction."""
     log_completions: bool = param(False)

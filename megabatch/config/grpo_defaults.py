@@ -42,10 +42,10 @@ def needs_old(grpo: Grpo, *, has_dropout: bool) -> bool:
     return several or bool(grpo.kl_in_reward) or measures_difference(grpo)
 
 
-def infers(grpo: Grpo, *, has_dropout: bool, has_teacher: bool) -> bool:
-    """Whether any pass only computes log-probabilities: of the policy, a reference or a teacher."""
-    records_routes = grpo.router_replay_mode == "R2"
-    return grpo.beta > 0 or has_teacher or records_routes or needs_old(grpo, has_dropout=has_dropout)
+def infers(grpo: Grpo, *, has_dropout: bool, has_frozen: bool) -> bool:
+    """Whether any pass only computes log-probabilities: of the policy, or of a reference or teacher in the ranks
+    (`has_frozen`)."""
+    return has_frozen or grpo.router_replay_mode == "R2" or needs_old(grpo, has_dropout=has_dropout)
 
 
 def filled(grpo: Grpo, rollout: Rollout, *, global_batch_size: int) -> Grpo:

@@ -29,6 +29,8 @@ def reference_weights(recipe: Recipe) -> ReferenceWeights:
 
 def is_second_model(recipe: Recipe) -> bool:
     """Whether the reference has weights of its own in memory: always in full training, with LoRA if the recipe names
-    them; otherwise it is the policy with another adapter or none."""
+    them; otherwise it is the policy with another adapter or none, or behind a server."""
+    if recipe.rlhf.ref_model_server is not None:
+        return False
     named = recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None
     return named or recipe.tuner.tuner_type != "lora"

@@ -36,6 +36,14 @@ class Rlhf:
     """Ranks over which a layer's experts are distributed in the reference; None means `expert_model_parallel_size`."""
     ref_expert_tensor_parallel_size: int | None = param(None, at_least=1)
     """Ranks that share each expert's matrices in the reference; None means `expert_tensor_parallel_size`."""
+    ref_model_server: str | None = param(None)
+    """Reference of grpo behind vLLM's OpenAI-compatible servers, in place of one in the ranks: their address, as
+    http://host:port, several with commas between them, or `role:NAME` for servers beside the ranks. They serve the
+    model that the policy begins with, or another one with its tokenizer."""
+    ref_api_key_variable: str | None = param(None)
+    """Environment variable that holds these servers' key; never the key itself. Those of a role have the job's own."""
+    ref_server_timeout: float = param(240.0, above=0)
+    """How long to wait for the reference's servers, at the start and when none answers, in seconds."""
     precompute_ref_log_probs: bool = param(False)
     """Computes the reference's log-probabilities of all data once, before the first step, and keeps them beside the
     token cache; the reference is not in memory while the policy trains. For dpo and kto."""
@@ -150,8 +158,8 @@ class Gkd:
     """Generalised knowledge distillation."""
 
     teacher_model: str | None = param(None)
-    """Folder or hub name of the teacher. GKD needs it, or `teacher_model_server`; GRPO may have one, whose weight is
-    `teacher_kl_coef`. Several teachers of GKD, each for the rows with tags of its own, are JSON:
+    """Folder or hub name of the teacher. GKD needs it, or `teacher_model_server`; GRPO may have either, whose weight
+    is `teacher_kl_coef`. Several teachers of GKD, each for the rows with tags of its own, are JSON:
     `[{"model": "Qwen/Qwen2.5-Math-7B", "tags": ["math"]}, …]`."""
     teacher_model_type: str | None = param(None)
     """Teacher's family (`model_type` of its config.json), which must be that; None takes what it is."""
@@ -181,17 +189,17 @@ class Gkd:
     sft_alpha: float = param(0.0, at_least=0)
     """Weight of an additional SFT loss, in steps whose answers are not the student's."""
     teacher_model_server: str | None = param(None)
-    """Teacher behind vLLM's OpenAI-compatible server, in place of `teacher_model`: its address, as http://host:port,
-    or `role:NAME` for a server beside the ranks. Needs `gkd_logits_topk`, and a server that gives so many
-    (`--max-logprobs`). Several teachers, each for the rows with tags of its own, are JSON:
-    `[{"url": "http://host:port", "tags": ["math"]}, …]`."""
+    """Teacher behind vLLM's OpenAI-compatible servers, in place of `teacher_model`: their address, as
+    http://host:port, several with commas between them, or `role:NAME` for servers beside the ranks. GKD needs
+    `gkd_logits_topk`, and servers that give so many (`--max-logprobs`). Several teachers of GKD, each for the rows
+    with tags of its own, are JSON: `[{"url": "http://host:port", "tags": ["math"]}, …]`."""
     teacher_tag_key: str = param("dataset")
     """Column that says which of several teachers a row has. Rows without a column `dataset` have their file's
     name in it."""
     teacher_api_key_variable: str | None = param(None)
-    """Environment variable that holds the server's key; never the key itself. A role's server has the job's own."""
+    """Environment variable that holds the servers' key; never the key itself. A role's servers have the job's own."""
     teacher_server_timeout: float = param(240.0, above=0)
-    """How long to wait for the teacher's server, at the start and when it does not answer, in seconds."""
+    """How long to wait for the teacher's servers, at the start and when none answers, in seconds."""
     gkd_logits_topk: int | None = param(None, at_least=1)
     """Compares the distributions over the teacher's most likely tokens at each position, this many; None compares them
     over the whole vocabulary."""

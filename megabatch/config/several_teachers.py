@@ -21,7 +21,8 @@ class Named:
     """One teacher."""
 
     where: str
-    """http://host:port or role:NAME of a server; folder or hub name of a model."""
+    """http://host:port or role:NAME, those of several servers with commas between them; folder or hub name of a
+    model."""
     tags: tuple[str, ...] = ()
     """Of the rows that it teaches; empty for a single teacher, which teaches all."""
 
@@ -33,8 +34,6 @@ def teachers_named(text: str, kind: Kind) -> list[Named]:
     Raises: ValueError saying what is wrong, as a rule.
     """
     if not are_several(text):
-        if kind == "url" and "," in text:
-            raise ValueError('names several teachers; write [{"url": …, "tags": […]}, …]')
         return [Named(text.strip() if kind == "url" else text)]
     try:
         entries = json.loads(text)

@@ -48,7 +48,9 @@ def infer_batch_size(recipe: Recipe) -> int:
 def infers_alone(recipe: Recipe) -> bool:
     """Whether passes of GRPO only compute log-probabilities, so that `infer_batch_size` has a use."""
     grpo = filled(recipe.grpo, recipe.rollout, global_batch_size=recipe.batch.global_batch_size)
-    return infers(grpo, has_dropout=bool(dropouts(recipe)), has_teacher=recipe.gkd.teacher_model is not None)
+    has_reference = grpo.beta > 0 and recipe.rlhf.ref_model_server is None
+    has_frozen = has_reference or recipe.gkd.teacher_model is not None
+    return infers(grpo, has_dropout=bool(dropouts(recipe)), has_frozen=has_frozen)
 
 
 def why_not(recipe: Recipe, shape: ModelShape | None) -> str | None:

@@ -22,6 +22,7 @@ from megabatch.config.resources import Resources
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
 from megabatch.config.run import RunConfig, resolve, run_json
+from megabatch.config.served_models import REFERENCE, TEACHER
 from megabatch.config.user_code import user_code
 from megabatch.entry.model import FoundModel, find_model
 from megabatch.entry.paths import absolute_paths, code_store, run_directory
@@ -155,7 +156,8 @@ def job_of(recipe: Recipe, directory: RunDirectory, *, snapshot: Path | None) ->
 def _secrets_named(recipe: Recipe) -> tuple[str, ...]:
     """Variables of the submitting shell that the ranks need."""
     key = TRACKER_KEYS.get(recipe.logging.report_to or "")
-    named = (recipe.bridge.hub_token, key, recipe.rewards.judge_api_key_variable, recipe.gkd.teacher_api_key_variable)
+    servers = (model.key_variable_of(recipe) for model in (TEACHER, REFERENCE))
+    named = (recipe.bridge.hub_token, key, recipe.rewards.judge_api_key_variable, *servers)
     return tuple(name for name in named if name)
 
 

@@ -67,8 +67,8 @@ def note_settings_without_effect(recipe: Recipe, shape: ModelShape, *, is_main: 
         logger.info("rlhf.share_prompts: each answer has its prompt for itself, because %s", reason)
     if recipe.grpo.infer_batch_size is not None and not infers_alone(recipe):
         logger.info(
-            "grpo.infer_batch_size=%d has no effect here: no pass only computes log-probabilities, with beta=0, no "
-            "teacher, and each round's first step on its own policy",
+            "grpo.infer_batch_size=%d has no effect here: no pass in the ranks only computes log-probabilities: "
+            "they have no reference and no teacher, and each round's first step is on its own policy",
             recipe.grpo.infer_batch_size,
         )
     if recipe.grpo.log_completions and recipe.logging.report_to is None:

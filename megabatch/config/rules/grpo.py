@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from megabatch.config.grpo import Grpo
 from megabatch.config.grpo_defaults import scale_of
 from megabatch.config.recipe import Recipe
+from megabatch.config.rules.preference import not_of_the_ranks
+from megabatch.config.served_models import has_teacher
 from megabatch.config.several_teachers import are_several
 from megabatch.errors import Fault
 from megabatch.plan.batch import nearest_multiples
@@ -87,23 +89,29 @@ def the_reference_is_needed(recipe: Recipe, shape: ModelShape | None, layout: La
 
 def a_teacher_is_heard(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     """A teacher's advantages need a weight and a loss that reads advantages of tokens; the weight needs a teacher."""
-    coefficient, teacher = recipe.grpo.teacher_kl_coef, recipe.gkd.teacher_model
     if not _is_grpo(recipe):
         return
-    if (server := recipe.gkd.teacher_model_server) is not None:
-        rule = "is for rlhf_type='gkd'; GRPO has its teacher in the ranks, by teacher_model"
-        yield Fault("gkd.teacher_model_server", server, rule, try_=(None,))
-    if teacher is None and coefficient != Grpo().teacher_kl_coef:
-        yield Fault("grpo.teacher_kl_coef", coefficient, "has no effect without teacher_model", try_=(1.0,))
-    if are_several(teacher):
+    coefficient, teacher, server = (
+        recipe.grpo.teacher_kl_coef,
+        recipe.gkd.teacher_model,
+        recipe.gkd.teacher_model_server,
+    )
+    field, named = ("teacher_model", teacher) if server is None else ("teacher_model_server", server)
+    if named is None:
+        if coefficient != Grpo().teacher_kl_coef:
+            yield Fault("grpo.teacher_kl_coef", coefficient, "has no effect without a teacher", try_=(1.0,))
+        return
+    if are_several(named):
         rule = "names several, which are for rlhf_type='gkd'; GRPO has one"
-        yield Fault("gkd.teacher_model", teacher, rule)
-    if teacher is not None and coefficient == 0:
-        yield Fault("gkd.teacher_model", teacher, "has no effect with teacher_kl_coef=0", try_=(None,))
-    if teacher is not None and recipe.grpo.loss_type == "real":
+        yield Fault(f"gkd.{field}", named, rule)
+    if server is not None:
+        yield from not_of_the_ranks(recipe.gkd, server)
+    if coefficient == 0:
+        yield Fault(f"gkd.{field}", named, "has no effect with teacher_kl_coef=0", try_=(None,))
+    if recipe.grpo.loss_type == "real":
         rule = "changes no label: loss_type='real' has one for each completion"
-        yield Fault("gkd.teacher_model", teacher, rule, try_=(None,))
-    if teacher is not None and recipe.grpo.dynamic_sample and not _has_rewards(recipe):
+        yield Fault(f"gkd.{field}", named, rule, try_=(None,))
+    if recipe.grpo.dynamic_sample and not _has_rewards(recipe):
         rule = "compares rewards, and only a teacher is given"
         yield Fault("grpo.dynamic_sample", True, rule, try_=(False,))
 
@@ -150,7 +158,7 @@ def completions_decide_the_rows(recipe: Recipe, shape: ModelShape | None, layout
     if recipe.kind is not None and recipe.data.loss_scale not in (None, recipe.kind.loss_scale):
         rule = "has no effect: nothing of a prompt is learned"
         yield Fault("data.loss_scale", recipe.data.loss_scale, rule, try_=(None,))
-    if not _has_rewards(recipe) and recipe.gkd.teacher_model is None:
+    if not _has_rewards(recipe) and not has_teacher(recipe.gkd):
         yield Fault("grpo.reward_funcs", None, "is missing: name at least one reward", bare=True)
 
 

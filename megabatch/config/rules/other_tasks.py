@@ -14,8 +14,7 @@ from megabatch.tasks import TASKS
 _OF_ONE = {
     "gkd": {
         "grpo": (
-            "beta", "lmbda", "seq_kd", "sft_alpha", "teacher_tag_key", "gkd_logits_topk", "teacher_api_key_variable",
-            "teacher_server_timeout",
+            "beta", "lmbda", "seq_kd", "sft_alpha", "teacher_tag_key", "gkd_logits_topk",
         ),
     },
 }  # fmt: skip

@@ -90,13 +90,10 @@ def a_teacher_is_named(recipe: Recipe, shape: ModelShape | None, layout: Layout 
     """A model, or a server."""
     if not _is(recipe, "gkd"):
         return
-    group, defaults = recipe.gkd, Gkd()
+    group = recipe.gkd
     if group.teacher_model is None and group.teacher_model_server is None:
         yield Fault("gkd.teacher_model", None, "is missing: distillation needs a teacher", bare=True)
     if group.teacher_model_server is None:
-        for name in ("teacher_api_key_variable", "teacher_server_timeout"):
-            if (value := getattr(group, name)) != (default := getattr(defaults, name)):
-                yield Fault(f"gkd.{name}", value, "has no effect without teacher_model_server", try_=(default,))
         yield from _models(recipe, group.teacher_model)
         return
     yield from _server(recipe, group.teacher_model_server)
@@ -126,43 +123,27 @@ def _tags_are_read(recipe: Recipe, *, several: bool) -> Iterator[Fault]:
         yield Fault("gkd.teacher_tag_key", key, "has no effect: one teacher has all rows", try_=(default,))
 
 
-def _server(recipe: Recipe, address: str) -> Iterator[Fault]:
-    group, field = recipe.gkd, "gkd.teacher_model_server"
+def not_of_the_ranks(group: Gkd, address: str) -> Iterator[Fault]:
+    """Settings of a teacher in the ranks, beside `teacher_model_server`."""
     for name in ("teacher_model", "teacher_model_type", "teacher_model_revision"):
         if (value := getattr(group, name)) is not None:
-            yield Fault(f"gkd.{name}", value, f"has no effect with {field[4:]}={address!r}; give one", try_=(None,))
+            rule = f"has no effect with teacher_model_server={address!r}; give one"
+            yield Fault(f"gkd.{name}", value, rule, try_=(None,))
     if group.offload_teacher_model:
-        rule = f"has no effect with {field[4:]}={address!r}, which has the teacher behind a server"
+        rule = f"has no effect with teacher_model_server={address!r}, which has the teacher behind a server"
         yield Fault("gkd.offload_teacher_model", True, rule, try_=(False,))
-    yield from _addresses(recipe, field, address)
+
+
+def _server(recipe: Recipe, address: str) -> Iterator[Fault]:
+    group = recipe.gkd
+    yield from not_of_the_ranks(group, address)
+    yield from _tags_are_read(recipe, several=are_several(address))
     if group.gkd_logits_topk is None:
         rule = "is missing: a server gives the log-probabilities of few tokens, never of the whole vocabulary"
         yield Fault("gkd.gkd_logits_topk", None, rule, try_=(20,), bare=True)
     if group.seq_kd:
-        rule = f"needs the teacher in the ranks, and {field[4:]}={address!r} has it behind a server"
+        rule = f"needs the teacher in the ranks, and teacher_model_server={address!r} has it behind a server"
         yield Fault("gkd.seq_kd", True, rule, try_=(False,))
-
-
-def _addresses(recipe: Recipe, field: str, named: str) -> Iterator[Fault]:
-    try:
-        served = teachers_named(named, "url")
-    except ValueError as e:
-        yield Fault(field, named, str(e))
-        return
-    roles, key = [role.name for role in recipe.roles], recipe.gkd.teacher_api_key_variable
-    kinds = set()
-    for one in served:
-        kind, _, name = one.where.partition(":")
-        kinds.add(kind)
-        if kind == "role" and name not in roles:
-            rule = f"names no role of the recipe, which has {', '.join(roles) or 'none'}"
-            yield Fault(field, one.where, rule, try_=[f"role:{role}" for role in roles])
-        elif kind not in ("role", "http", "https"):
-            yield Fault(field, one.where, "must be http://host:port, or role:NAME", try_=("'http://localhost:8000'",))
-    if kinds == {"role"} and key is not None:
-        rule = f"has no effect with {field[4:]}={named!r}, which has the job's own token"
-        yield Fault("gkd.teacher_api_key_variable", key, rule, try_=(None,))
-    yield from _tags_are_read(recipe, several=bool(served[0].tags))
 
 
 def a_teacher_knows_as_many(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -276,8 +257,8 @@ def reference_is_still_there(recipe: Recipe, shape: ModelShape | None, layout: L
     """What the policy begins with is the reference unless a recipe names another one."""
     if without_reference(recipe) is not None:
         return
-    tuner, named = recipe.tuner, recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None
-    if named:
+    tuner, given = recipe.tuner, (recipe.bridge.ref_model, recipe.rlhf.ref_load, recipe.rlhf.ref_model_server)
+    if any(one is not None for one in given):
         return
     if tuner.tuner_type == "lora":
         for field, trains in (

@@ -33,6 +33,8 @@ def _without_teacher(recipe: Recipe) -> str | None:
 def _without_second(recipe: Recipe) -> str | None:
     if (why := without_reference(recipe)) is not None:
         return f"{why} has no reference"
+    if recipe.rlhf.ref_model_server is not None:
+        return "the reference is behind ref_model_server"
     return None if is_second_model(recipe) else "the reference is the policy, with another adapter or none"
 
 

@@ -1,7 +1,8 @@
 """What runs inside the workers of a vLLM server: they take weights that a trainer broadcasts.
 
 vLLM imports this module by `--worker-extension-cls`; its import registers the backend `megabatch` of vLLM's weight
-transfer. For vLLM 0.32, which checks nothing here: the trainer compares log-probabilities after each update.
+transfer, and has prompts scored at their request's temperature (`tempering`). For vLLM 0.32, which checks nothing
+here: the trainer compares log-probabilities after each update.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megabatch.rollout.vllm.adapter import use
 from megabatch.rollout.vllm.group import Group, join
 from megabatch.rollout.vllm.loading import Loading, Pieces
 from megabatch.rollout.vllm.stream import Buffers, arriving
+from megabatch.rollout.vllm.tempering import patch
 
 BACKEND = "megabatch"
 
@@ -141,3 +143,4 @@ class Extension:
 
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, Transfer)
+patch()

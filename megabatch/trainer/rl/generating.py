@@ -126,13 +126,13 @@ class Generator:
         `begun`: whether they were begun by `begin`."""
         requests = self._requests(drawn, each=each, name=name, greedy=greedy)
         indices = _indices(drawn, each)
-        with self._timed("wait_s" if begun else "generate_s"):
+        with self.timed("wait_s" if begun else "generate_s"):
             if begun:
                 conversations = self._taken(requests)
             else:
                 conversations = self._conversations(requests, lambda place: prompts.asked(indices[place]))
         self.busy()
-        with self._timed("reward_s"):
+        with self.timed("reward_s"):
             scores = self.ranks.on_main(lambda: self._scores(prompts, indices, conversations))
         self.busy()
         places = [prompt.place for prompt in drawn for _ in range(each)]
@@ -210,7 +210,8 @@ class Generator:
             ]
         )
 
-    def _timed(self, name: str) -> _Timed:
+    def timed(self, name: str) -> _Timed:
+        """Adds the time of what is done inside to the round's metric of this name."""
         return _Timed(self.seconds, name)
 
 

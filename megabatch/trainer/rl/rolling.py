@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from megabatch.trainer.rl.ahead import Draws, Lead
 from megabatch.trainer.rl.batch import Batching
 from megabatch.trainer.rl.generating import Generator
 from megabatch.trainer.rl.prompts import Prompts
+from megabatch.trainer.sync.scored import ServedLogps
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,9 @@ class Rolling:
     has_dropout: bool = False
     """Whether a training pass gives other log-probabilities than one without gradients."""
     has_teacher: bool = False
-    """Whether the engine has a model `TEACHER`, whose log-probabilities are part of the advantages."""
+    """Whether there is a model `TEACHER`, whose log-probabilities are part of the advantages."""
+    served: Mapping[str, ServedLogps] = field(default_factory=dict)
+    """The models behind servers, by the column of their log-probabilities; the engine has the others."""
 
     def round(self, number: int, draws: Draws, engine: Engine) -> Round:
         """The next round. Raises: RolloutError, RewardError, DataError on every rank."""
@@ -65,6 +68,8 @@ class Rolling:
         completions, draws, sampled = self._generated(number, draws)
         self.generator.rest()
         completions = self._with_logps(completions, engine)
+        if number == 0 and REFERENCE in self.served:
+            self._compare_with_start(completions)
         completions, differing = self._corrected(completions)
         compared, kl = self._compared(completions)
         completions = [
@@ -118,6 +123,7 @@ class Rolling:
     def _with_logps(self, completions: Sequence[Rolled], engine: Engine) -> list[Rolled]:
         """Adds log-probabilities of the policy, the reference and a teacher, where something needs them."""
         found: dict[str, list[np.ndarray]] = {}
+        coming = {column: served.begin(completions) for column, served in self.served.items()}
         if self._records_routes:
             both = self.batching.logps_and_routes(engine, completions, Tokens(self.temperature))
             found[OLD] = [logps for logps, _ in both]
@@ -126,18 +132,38 @@ class Rolling:
         elif self._needs_old:
             found[OLD] = self.batching.logps(engine, completions, Tokens(self.temperature))
             self.generator.busy()
-        if self.grpo.beta > 0:
+        if self.grpo.beta > 0 and REFERENCE not in coming:
             found[REFERENCE] = self.batching.logps(engine, completions, Tokens(self.temperature), model=MODEL)
             self.generator.busy()
         if self.lead is not None and self.grpo.off_policy_sequence_mask_delta is not None:
             found[SAMPLED] = [one.tokens["rollout"] for one in completions]
-        if self.has_teacher:
+        if self.has_teacher and TEACHER not in coming:
             found[TEACHER] = self.batching.logps(engine, completions, Tokens(self.temperature), model=TEACHER)
+            self.generator.busy()
+        for column, asked in coming.items():
+            with self.generator.timed(f"{column}_s"):
+                found[column] = asked.take()
             self.generator.busy()
         return [
             replace(one, tokens={**one.tokens, **{name: values[number] for name, values in found.items()}})
             for number, one in enumerate(completions)
         ]
+
+    def _compare_with_start(self, completions: Sequence[Rolled]) -> None:
+        """Logs how far the reference behind a server is from the policy of the first round, which is the model that
+        the run begins with: what the server was started with is not known otherwise."""
+        sampling = self.generator.sampling
+        is_whole = sampling.top_p == 1 and sampling.top_k <= 0 and sampling.repetition_penalty == 1
+        policy = OLD if OLD in completions[0].tokens else "rollout" if is_whole else None
+        if policy is None:
+            return
+        flat = _Flat.of(completions)
+        apart_T = ((flat.values(policy) - flat.values(REFERENCE)) * flat.mask_T).abs()
+        logger.info(
+            "the reference's log-probabilities of the first round differ from those of the model that the run begins "
+            "with by up to %.2g (mean %.2g): by rounding alone, if the server has the same weights",
+            float(apart_T.max()), float(apart_T.sum() / flat.mask_T.sum().clamp(min=1)),
+        )  # fmt: skip
 
     @property
     def _records_routes(self) -> bool:

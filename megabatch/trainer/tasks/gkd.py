@@ -33,7 +33,7 @@ from megabatch.trainer.rl.written import Writing, WrittenSteps
 from megabatch.trainer.steps import Steps
 from megabatch.trainer.sync.open import open_rollouts
 from megabatch.trainer.tasks.parts import Parts
-from megabatch.trainer.tasks.served_teacher import served_teacher
+from megabatch.trainer.tasks.served_models import served_teacher
 from megabatch.trainer.tasks.teacher import Teacher, teacher_of
 
 logger = logging.getLogger(__name__)

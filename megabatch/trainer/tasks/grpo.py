@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megabatch.config.lengths import positions
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
+from megabatch.config.served_models import has_teacher
 from megabatch.config.shared_prompts import answers_in_a_row, dropouts, infer_batch_size, inferred_answers_in_a_row
 from megabatch.data.run_caches import note_data
 from megabatch.data.schedule import Schedule
@@ -39,6 +40,7 @@ from megabatch.trainer.rl.turns import Turns
 from megabatch.trainer.sync.open import open_rollouts
 from megabatch.trainer.tasks.parts import Parts
 from megabatch.trainer.tasks.reference import following, reference_of
+from megabatch.trainer.tasks.served_models import served_logps
 from megabatch.trainer.tasks.teacher import teacher_of
 
 ROUNDS = "rounds"
@@ -49,7 +51,8 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
     """Rounds of generation and the steps on them, exported for Hugging Face or PEFT. Raises: MegabatchError."""
     grpo, rollout = run.recipe.grpo, run.recipe.rollout
     train, validation = open_prompts(run, source, ranks, busy=busy)
-    generator = _generator(run, source, ranks, busy=busy)
+    served = served_logps(run, source, ranks)
+    generator = _generator(run, source, ranks, busy=busy, scored=served.takes)
     schedule = train.schedule(resolved(grpo.generation_batch_size) // grpo.num_generations)
     ranks.on_main(schedule.require_a_batch)
     if ranks.is_main:
@@ -63,7 +66,8 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
         temperature=rollout.temperature,
         lead=_lead(run, train, schedule, generator),
         has_dropout=bool(dropouts(run.recipe)),
-        has_teacher=run.recipe.gkd.teacher_model is not None,
+        has_teacher=has_teacher(run.recipe.gkd),
+        served=served.logps,
     )
     steps = GrpoSteps(
         rolling,
@@ -91,21 +95,24 @@ def objective_of(run: RunConfig) -> GrpoObjective:
         grpo,
         temperature=rollout.temperature,
         max_completion_length=rollout.max_completion_length,
-        has_teacher=run.recipe.gkd.teacher_model is not None,
+        has_teacher=has_teacher(run.recipe.gkd),
     )
 
 
 def _frozen(run: RunConfig, source: ModelSource, ranks: Ranks) -> dict[str, Model | PolicyWith]:
-    """The reference where the KL term has a weight, and the teacher if there is one."""
+    """The reference where the KL term has a weight, and the teacher if there is one; those behind servers are not."""
     found: dict[str, Model | PolicyWith] = {}
-    if run.recipe.grpo.beta > 0:
+    if run.recipe.grpo.beta > 0 and run.recipe.rlhf.ref_model_server is None:
         found[MODEL] = reference_of(run, source, ranks)
     if (teacher := run.recipe.gkd.teacher_model) is not None:
         found[TEACHER] = teacher_of(run, teacher, source, ranks).frozen(run, ranks)
     return found
 
 
-def _generator(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None]) -> Generator:
+def _generator(
+    run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[], None], scored: int | None
+) -> Generator:
+    """Args: scored: tokens of the longest sequence that models behind servers take."""
     language = open_language(run, source, ranks)
     opened: list[Rewards] = []
 
@@ -128,11 +135,12 @@ def _generator(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Calla
         positions=positions(run.recipe, run.shape),
         sleep_level=run.recipe.rollout.sleep_level,
         busy=busy,
-        turns=_turns(run, ranks, language, takes=rollouts.takes),
+        turns=_turns(run, ranks, language, limits=[rollouts.takes, scored]),
     )
 
 
-def _turns(run: RunConfig, ranks: Ranks, language: Language, *, takes: int | None) -> Turns | None:
+def _turns(run: RunConfig, ranks: Ranks, language: Language, *, limits: Sequence[int | None]) -> Turns | None:
+    """Args: limits: of a conversation's tokens, besides the model's own."""
     rollout = run.recipe.rollout
     if not (rollout.multi_turn_scheduler or rollout.gym_env):
         return None
@@ -141,7 +149,7 @@ def _turns(run: RunConfig, ranks: Ranks, language: Language, *, takes: int | Non
         rollout=rollout,
         text=language.text,
         template=language.template,
-        positions=min(positions(run.recipe, run.shape), takes or run.shape.max_position_embeddings),
+        positions=min([positions(run.recipe, run.shape), *(limit for limit in limits if limit is not None)]),
     )
 
 

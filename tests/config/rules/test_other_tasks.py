@@ -20,7 +20,7 @@ GRPO = {"rlhf": {"rlhf_type": "grpo"}, "task": "rlhf"}
         ("grpo.num_generations", 4, {"task": "sft"}, "has no effect on sft; it is for grpo"),
         ("rollout.temperature", 0.5, {"task": "sft"}, "has no effect on sft; it is for gkd, grpo"),
         ("dpo.beta", 0.2, GRPO, "has no effect on grpo; it is for dpo"),
-        ("gkd.teacher_server_timeout", 9.0, GRPO, "has no effect on grpo; it is for gkd"),
+        ("gkd.gkd_logits_topk", 4, GRPO, "has no effect on grpo; it is for gkd"),
         ("gkd.lmbda", 0.2, GRPO, "has no effect on grpo; it is for gkd"),
         ("reranker.loss_type", "listwise_reranker", {"task": "sft"}, "has no effect on sft; it is for reranker, gen"),
         ("rewards.reward_workers", 3, {"task": "rlhf", "rlhf": {"rlhf_type": "dpo"}}, "has no effect on dpo; it is"),
@@ -41,7 +41,8 @@ def test_a_task_reads_groups_that_a_recipe_has() -> None:
         assert set(task.groups) <= {field.name for field in fields(Recipe)}, task.name
 
 
-def test_a_teacher_in_the_ranks_is_for_both_tasks_that_have_one(dense: Recipe, changed: Any) -> None:
+@pytest.mark.parametrize("teacher", [{"teacher_model": "x/y"}, {"teacher_model_server": "http://h:1"}])
+def test_a_teacher_is_for_both_tasks_that_have_one(teacher: dict[str, str], dense: Recipe, changed: Any) -> None:
     for name in ("gkd", "grpo"):
-        recipe = changed(dense, {"task": "rlhf", "rlhf": {"rlhf_type": name}, "gkd": {"teacher_model": "x/y"}})
+        recipe = changed(dense, {"task": "rlhf", "rlhf": {"rlhf_type": name}, "gkd": teacher})
         assert not [fault for fault in check(recipe) if "has no effect on" in fault.rule]

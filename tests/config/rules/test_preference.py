@@ -64,13 +64,6 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"rlhf": Rlhf(rlhf_type="gkd"), "gkd": Gkd(teacher_model_server="http://h:1")},
         "gkd.gkd_logits_topk is missing: a server gives the log-probabilities of few tokens",
     ),
-    "several servers": (
-        {
-            "rlhf": Rlhf(rlhf_type="gkd"),
-            "gkd": Gkd(teacher_model_server="http://h:1,http://h:2", gkd_logits_topk=4),
-        },
-        "names several teachers; write [{",
-    ),
     "one tag twice": (
         {
             "rlhf": Rlhf(rlhf_type="gkd"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Bridge, Data, Gkd, MoE, Parallel, Recipe, Rlhf, Tuner
+from megabatch import Bridge, Data, Gkd, Grpo, MoE, Parallel, Recipe, Rlhf, Tuner
 from megabatch.config.rules.check import check
 from megabatch.config.rules.second_layouts import model_divides
 from megabatch.config.second_layouts import TEACHER, layout_of, parallel_of, row_units
@@ -38,6 +38,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             ),
         },
         "has no effect: the teacher is behind teacher_model_server",
+    ),
+    "a reference's server": (
+        {
+            "rlhf": Rlhf(rlhf_type="grpo", ref_model_server="http://h:1", ref_tensor_model_parallel_size=2),
+            "grpo": Grpo(reward_funcs=("accuracy",)),
+        },
+        "rlhf.ref_tensor_model_parallel_size=2 has no effect: the reference is behind ref_model_server",
     ),
     "ranks": (
         {"rlhf": Rlhf(**GKD), "gkd": beside(tensor_model=3)},

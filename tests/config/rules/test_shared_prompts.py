@@ -85,6 +85,8 @@ def test_what_changes_no_number_is_the_default(made: Any) -> None:
         ({"beta": 0.0, "router_replay_mode": "R2"}, {}, True),
         ({"beta": 0.0, "log_rollout_offpolicy_metrics": True}, {}, True),
         ({"beta": 0.0}, {"gkd": {"teacher_model": "x/y"}}, True),
+        ({"beta": 0.0}, {"gkd": {"teacher_model_server": "http://h:1"}}, False),
+        ({"beta": 0.1}, {"rlhf": {"rlhf_type": "grpo", "ref_model_server": "http://h:1"}}, False),
     ],
 )
 def test_whether_passes_only_compute_log_probabilities(

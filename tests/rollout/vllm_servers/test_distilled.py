@@ -19,8 +19,8 @@ from vllm_server import TOKEN, VOCAB, Running, made, update
 
 from megabatch.errors import RolloutError
 from megabatch.rollout.vllm.client import Client
+from megabatch.rollout.vllm.scoring import ScoringServer, Wanted
 from megabatch.rollout.vllm.server import Server
-from megabatch.rollout.vllm.teacher import TeacherServer
 from megabatch.slurm.ports import free_port_block
 
 pytestmark = NEEDS_VLLM
@@ -36,9 +36,12 @@ def giver(running: Running) -> Iterator[Server]:
     found.close()
 
 
-def teacher(running: Running, *, count: int = 5, vocab_size: int = VOCAB, token: str = TOKEN) -> TeacherServer:
+def teacher(
+    running: Running, *, count: int = 5, vocab_size: int = VOCAB, token: str = TOKEN, longest: int = 95
+) -> ScoringServer:
     client = Client(f"http://127.0.0.1:{running.port}", token=token, timeout_s=60)
-    return TeacherServer(client, count=count, vocab_size=vocab_size, timeout_s=5)
+    wanted = Wanted(vocab_size=vocab_size, longest=longest, likeliest=count)
+    return ScoringServer(client, "gkd.teacher_model_server=here", wanted, timeout_s=5)
 
 
 def probes(folder: Path) -> dict[str, list[int]]:
@@ -52,38 +55,35 @@ def test_a_teacher_tells_its_likeliest_tokens(giver: Server, running: Running) -
     model = made(seed=2)
     update(giver, model, 7)
     asked = teacher(running)
-    asked.open(probes(running.folder), longest=95)
-    sequences = [(5, 6, 7, 8), (9, 3)]
-    for ids, (ids_nK, logps_nK) in zip(sequences, asked.likeliest(sequences), strict=True):
+    assert asked.open(probes(running.folder)) == 95
+    for ids in [(5, 6, 7, 8), (9, 3)]:
+        ids_nK, logps_nK = asked.likeliest(ids)
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).topk(5)
         assert ids_nK[:-1].tolist() == expected.indices.tolist()
         torch.testing.assert_close(torch.from_numpy(logps_nK[:-1]), expected.values, atol=1e-4, rtol=0)
         assert not ids_nK[-1].any() and not logps_nK[-1].any()
-    asked.close()
 
 
 def test_a_teacher_that_does_not_fit_is_refused(giver: Server, running: Running) -> None:
     known = probes(running.folder)
     with pytest.raises(
-        RolloutError, match=r"policy has another tokenizer than the student: 'some text of 12 words' is"
+        RolloutError, match=r"policy has another tokenizer than the trained model: 'some text of 12 words' is"
     ):
-        teacher(running).open({text: ids[1:] for text, ids in known.items()}, longest=95)
+        teacher(running).open({text: ids[1:] for text, ids in known.items()})
     with pytest.raises(RolloutError, match=r"takes 96 tokens, .* sequence of 96; start it with --max-model-len 97"):
-        teacher(running).open(known, longest=96)
+        teacher(running, longest=96).open(known)
     with pytest.raises(RolloutError, match=r"answered 400: .*21"):
-        teacher(running, count=21).open(known, longest=95)
+        teacher(running, count=21).open(known)
     with pytest.raises(
         RolloutError, match=r"names 5 tokens up to \d+, and needs gkd_logits_topk=5 of the student's 1"
     ):
-        teacher(running, vocab_size=1).open(known, longest=95)
+        teacher(running, vocab_size=1).likeliest((5, 6))
     with pytest.raises(RolloutError, match="answered 401"):
-        teacher(running, token="another").open(known, longest=95)
-    gone = TeacherServer(
-        Client(f"http://127.0.0.1:{free_port_block()}", timeout_s=1), count=5, vocab_size=VOCAB, timeout_s=0.1
-    )
-    with pytest.raises(RolloutError, match="did not answer"):
-        gone.open(known, longest=95)
+        teacher(running, token="another").open(known)
+    client, wanted = Client(f"http://127.0.0.1:{free_port_block()}", timeout_s=1), Wanted(vocab_size=1, longest=1)
+    with pytest.raises(RolloutError, match=r"role:judge \(there\) did not answer for 0.1 s, at last: http"):
+        ScoringServer(client, "role:judge (there)", wanted, timeout_s=0.1).open(known)
 
 
 def distilled(run_dir: str) -> int:
