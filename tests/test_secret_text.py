@@ -85,7 +85,7 @@ def test_ordinary_names(name: str) -> None:
 
 def test_no_parameter_has_a_secrets_name_but_those_that_name_a_variable() -> None:
     names = {field.name for group in group_types(Recipe).values() for field in fields(group)}
-    variables = {"judge_api_key_variable", "teacher_api_key_variable"}
+    variables = {"judge_api_key_variable", "teacher_api_key_variable", "ref_api_key_variable"}
     assert {name for name in names if is_secret_name(name)} == {"hub_token", *variables}
 
 

@@ -156,11 +156,13 @@ def test_lora_is_estimated_by_its_settings() -> None:
 
 
 def test_second_models_weigh_what_their_layout_leaves_on_a_rank(tmp_path: Path) -> None:
-    """A reference that is split alike, or otherwise; a teacher that stays on the ranks, is offloaded, or not known."""
+    """A reference that is split alike, or otherwise, or behind a server; a teacher that stays on the ranks, is offloaded, or not known."""
     parallel = {"expert_model_parallel_size": 8}
     alone = settings_of(_recipe(**parallel), SHAPE)
     dpo = replace(_recipe(**parallel), task="rlhf")
     assert settings_of(dpo, SHAPE).frozen_copies == 1
+    served = settings_of(replace(dpo, rlhf=Rlhf(rlhf_type="grpo", ref_model_server="http://h:1")), SHAPE)
+    assert served.frozen_copies == served.beside_bytes == 0
     split = settings_of(replace(dpo, rlhf=Rlhf(ref_tensor_model_parallel_size=4)), SHAPE)
     assert split.frozen_copies == 0
     whole = 2 * sum(size.parameters for size in rank_sizes(SHAPE, replace(alone, layout=_one_rank())))
