@@ -250,9 +250,12 @@ def compared(run: Path, other: Path, *, columns: tuple[str, ...]) -> None:
                 assert mine.columns[column] == pytest.approx(its.columns[column], abs=1e-4)
 
 
-TWO_BY_TWO: dict[str, dict[str, Any]] = {
-    "dp-cp": {"context_parallel_size": 2},
-    "tp-pp": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+FOUR_RANKS: dict[str, dict[str, Any]] = {
+    "dp-cp": {"parallel": {"context_parallel_size": 2}},
+    "tp-pp": {
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+        "batch": {"micro_batch_size": 2},
+    },
 }
 
 
@@ -262,10 +265,8 @@ def test_a_run_is_the_same_with_its_models_behind_servers(ranks: RankServer, our
     inside = recipe(folder, ranks=1, gkd={"teacher_model": other}, bridge={"ref_model": other})
     expected = run_of(ranks, inside, folder / "ranks")
     teacher = {"teacher_model_server": f"http://127.0.0.1:{ours.port}", "teacher_api_key_variable": KEY}
-    for layout, parallel in TWO_BY_TWO.items():
-        outside = recipe(
-            folder, ranks=4, parallel=parallel, gkd=teacher, rlhf=behind(ours), batch={"micro_batch_size": 4}
-        )
+    for layout, groups in FOUR_RANKS.items():
+        outside = recipe(folder, ranks=4, gkd=teacher, rlhf=behind(ours), **groups)
         found = run_of(ranks, outside, folder / layout)
         compared(found, expected, columns=("reference", "teacher", "old"))
     assert min(line["kl"] for line in runs.metrics(found)) > 0.1, "the reference is another model than the policy"
@@ -307,7 +308,7 @@ def test_the_first_round_tells_whether_the_reference_is_the_policys_start(
     turns = {"gym_env": f"{folder / 'game.py'}:Game", "max_turns": 2, "max_completion_length": 8}
     wanted = recipe(
         folder, steps=1, ranks=1, rlhf=behind(ours), grpo={"steps_per_generation": 1, "beta": 0.1}, rollout=turns,
-        batch={"micro_batch_size": 4}, tuner={"tuner_type": "lora"},
+        batch={"micro_batch_size": 2}, tuner={"tuner_type": "lora"},
     )  # fmt: skip
     found = []
     for name in ("policy", "other"):
