@@ -156,7 +156,7 @@ def test_lora_is_estimated_by_its_settings() -> None:
 
 
 def test_second_models_weigh_what_their_layout_leaves_on_a_rank(tmp_path: Path) -> None:
-    """A reference that is split alike, otherwise, or behind a server; a teacher on the ranks, offloaded, or unknown."""
+    """A reference that is split alike, otherwise, or behind a server; a teacher on the ranks, offloaded or unknown."""
     parallel = {"expert_model_parallel_size": 8}
     alone = settings_of(_recipe(**parallel), SHAPE)
     dpo = replace(_recipe(**parallel), task="rlhf")
