@@ -255,6 +255,7 @@ _COMMUNICATION = (
 )
 
 _NAMED = (
+    ("role", r"^error: [a-z]+\.[a-z]+_model_server=.* did not answer for "),
     (
         "hardware",
         r"uncorrectable ECC error|Xid \(.*\): (48|63|64|74|79|94|95|119|120)\b|double.bit ECC|fallen off the bus"
