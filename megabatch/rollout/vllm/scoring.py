@@ -177,7 +177,7 @@ class ScoringServers:
     """Servers with the same model, which share what they are asked. Raises: as `ScoringServer`, once none is left."""
 
     def __init__(self, servers: Sequence[ScoringServer], *, each: int = 32) -> None:
-        """Args: each: requests that a server has at a time."""
+        """Args: each: requests of this process that a server has at a time."""
         self._servers, self._each = servers, each
         self._threads = ThreadPoolExecutor(len(servers) * each, thread_name_prefix="megabatch-scoring")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="megabatch-scores")

@@ -25,6 +25,8 @@ from megabatch.trainer.sync.scored import ServedLogps, ServedTeacher
 logger = logging.getLogger(__name__)
 _TEXT = "In 2026, 3.14 × 27 = 84.78; naïve café, 東京 — def f(x):\n\treturn x ** 2  # ok?"
 """Words, numbers, spaces and letters of several alphabets, which tokenizers cut differently."""
+_AT_A_TIME = 64
+"""Requests of the whole run at one server: with many more, one could wait longer than a request may take."""
 
 
 def served_teacher(run: RunConfig, source: ModelSource, ranks: Ranks) -> ServedTeacher:
@@ -83,7 +85,7 @@ def _servers(run: RunConfig, model: ServedModel, where: str, wanted: Wanted) -> 
             client = Client(address, token=token, timeout_s=timeout_s)
             found.append(ScoringServer(client, name, wanted, timeout_s=timeout_s))
             logger.info("the %s is behind %s", model.what, address)
-    return ScoringServers(found)
+    return ScoringServers(found, each=max(1, _AT_A_TIME // run.layout.dp))
 
 
 def _addresses(run: RunConfig, model: ServedModel, named: str) -> tuple[list[str], str | None]:
