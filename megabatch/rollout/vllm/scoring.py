@@ -179,6 +179,8 @@ class ScoringServers:
     def __init__(self, servers: Sequence[ScoringServer], *, each: int = 32) -> None:
         """Args: each: requests of this process that a server has at a time."""
         self._servers, self._each = servers, each
+        self._left_out: set[str] = set()
+        """Names of those that are gone, since what was asked last."""
         self._threads = ThreadPoolExecutor(len(servers) * each, thread_name_prefix="megabatch-scoring")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="megabatch-scores")
 
@@ -200,6 +202,7 @@ class ScoringServers:
     def _shared(self, ask: Callable[[ScoringServer, S], T], some: Sequence[S]) -> list[T]:
         """Each server takes the next whenever it has answered one."""
         work: SharedWork[S, T] = SharedWork(some)
+        self._left_out.clear()
         takers = [
             self._threads.submit(self._serve, server, ask, work)
             for server in self._servers
@@ -221,9 +224,15 @@ class ScoringServers:
                 since = time.monotonic() if piece.failing_since is None else piece.failing_since
                 work.put_back(replace(piece, failing_since=since))
                 if not server.comes_back(work.is_over_within, since=since):
-                    logger.warning("%s is left out: %s", server.name, e)
+                    self._leave_out(server, e)
                     return server.gone(e)
             except BaseException:
                 work.end()
                 raise
         return None
+
+    def _leave_out(self, server: ScoringServer, error: UnreachableError) -> None:
+        """Says so once, of all the requests that it leaves."""
+        if server.name not in self._left_out:
+            self._left_out.add(server.name)
+            logger.warning("%s is left out: %s", server.name, error)
