@@ -46,7 +46,7 @@ TEXTS = [([5, 6, 7], [8, 9, 10, 11]), ([3], [4]), ([20] * 9, []), ([7, 7, 9], [2
 
 
 def made(seed: int) -> Any:
-    """A dense model as vLLM's CPU kernels take it."""
+    """A dense model as vLLM's CPU kernels take it, which ends a turn after a few tokens more often than not."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -55,7 +55,10 @@ def made(seed: int) -> Any:
         num_key_value_heads=2, head_dim=32, max_position_embeddings=128, tie_word_embeddings=False,
         initializer_range=0.2, eos_token_id=2,
     )  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[2] *= 6
+    return model
 
 
 @pytest.fixture(scope="module")
