@@ -21,8 +21,8 @@ COMPUTING = (
 TENSORS = ("advantages", "corrections", "entropy", "rounds", "sequences", "surrogates")
 """Of megabatch.rl; they import torch or numpy."""
 OF_VLLM = (
-    "adapter", "colocated", "group", "kept_apart", "loading", "pool", "server", "serving", "stream", "teacher",
-    "worker",
+    "adapter", "colocated", "group", "kept_apart", "loading", "pool", "scoring", "server", "serving", "stream",
+    "tempering", "worker",
 )  # fmt: skip
 """Of megabatch.rollout.vllm; they import torch or numpy, or what does."""
 WITH_TORCH = (

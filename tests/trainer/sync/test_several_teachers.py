@@ -36,9 +36,8 @@ class Asked:
 
 def said() -> tuple[list[int], float]:
     """How many sequences each teacher was asked about, and how far the columns are from its own numbers at most."""
-    from megabatch.trainer.sync.teacher import ServedTeacher
-
     from megabatch.trainer.ranks import Ranks
+    from megabatch.trainer.sync.scored import ServedTeacher
 
     draw = np.random.default_rng(3)
     ids = [draw.integers(0, 64, length).astype(np.int32) for length in LENGTHS]
