@@ -41,8 +41,13 @@ class PlanOptions:
     as_json: bool = False
 
 
+_NO_LAYOUT = 1
+"""Exit code where no layout can run."""
+
+
 def show_plan(path: Path, flags: Sequence[str], options: PlanOptions | None = None) -> int:
-    """Prints the plan; exit code 0, or the code that the recipe's own command line would return for a fault.
+    """Prints the plan; exit code 0, 1 where no layout can run on that many GPUs, or the code that the recipe's own
+    command line would return for a fault.
 
     Sweeps, chains, help and dry runs go to that command line.
     Raises: ConfigError for flags that start something.
@@ -123,8 +128,11 @@ def _own_command_line(found: Callable[[], Recipe] | Sweep, flags: Sequence[str])
 def _show(path: Path, recipe: Recipe, actions: Actions, options: PlanOptions) -> int:
     launch = prepare(recipe, actions, recipe_file=path.absolute())
     if options.gpus is not None:
-        print(_layouts(launch, options, gpus=options.gpus))
-        return 0
+        text, found_one = _layouts(launch, options, gpus=options.gpus)
+        print(text)
+        if not found_one:
+            print(f"error: no layout can run on {options.gpus} GPUs; the reasons are above", file=sys.stderr)
+        return 0 if found_one else _NO_LAYOUT
     unbuilt = _faults_but_unbuilt(launch)
     gpu = gpu_of(options.gpu or launch.profile.gpu)
     wanted = launch.model.shape is not None and (recipe.resources.gpus_per_node or options.gpu)
@@ -155,7 +163,8 @@ def _faults_but_unbuilt(launch: Launch) -> list[Fault]:
     return unbuilt
 
 
-def _layouts(launch: Launch, options: PlanOptions, *, gpus: int) -> str:
+def _layouts(launch: Launch, options: PlanOptions, *, gpus: int) -> tuple[str, bool]:
+    """What to print, and whether there is a layout that can run."""
     recipe, shape = launch.recipe, _shape(launch)
     if gpus < 1:
         raise ConfigError([Fault("--gpus", gpus, "must be at least 1")])
@@ -171,8 +180,10 @@ def _layouts(launch: Launch, options: PlanOptions, *, gpus: int) -> str:
         raise ConfigError([Fault("--gpu_memory_gib", limit, "must be above 0")])
     judged = judged_layouts(recipe, shape, gpus=gpus, gpu=gpu, gpu_memory_gib=limit)
     if options.as_json:
-        return json.dumps(layouts_document(judged, gpu), indent=2)
-    return layouts_text(judged, gpus=gpus, gpu=gpu, limit_gib=limit, everything=options.everything)
+        text = json.dumps(layouts_document(judged, gpu), indent=2)
+    else:
+        text = layouts_text(judged, gpus=gpus, gpu=gpu, limit_gib=limit, everything=options.everything)
+    return text, any(one.verdict.keep for one in judged)
 
 
 def _shape(launch: Launch) -> ModelShape:

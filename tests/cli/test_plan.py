@@ -77,6 +77,13 @@ def test_layouts_are_ranked_and_those_left_out_counted(capsys: pytest.CaptureFix
     assert len(everything.splitlines()) == len(layouts) + 3
 
 
+@pytest.mark.parametrize("shown", [[], ["--json"], ["--all"]])
+def test_no_layout_at_all_is_no_success(shown: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(MOE), "--gpus", "8", "--gpu", "a800", "--gpu_memory_gib", "2", *shown]) == 1
+    said = capsys.readouterr()
+    assert "no layout can run on 8 GPUs" in said.err and "> 2 GiB" in said.out
+
+
 def test_long_rows_are_cut_over_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     """At 128K the fastest layouts of those that fit have context parallelism."""
     layouts = _json(capsys, LONG, "--gpus", 8, "--gpu", "h100")
