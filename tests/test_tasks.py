@@ -61,4 +61,4 @@ def test_nobody_else_asks_which_task_a_recipe_has() -> None:
                 and isinstance(node.comparators[0], ast.Constant)
             ):
                 found.append(path.relative_to(package).as_posix())
-    assert found == ["config/rules/training.py"], "task_and_algorithm_agree"
+    assert found == ["config/rules/objectives.py"], "task_and_algorithm_agree"

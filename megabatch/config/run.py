@@ -23,7 +23,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
 from megabatch.config.rules.fields import invalid_fields
-from megabatch.config.rules.training import peak_lr
+from megabatch.config.rules.optimization import peak_lr
 from megabatch.config.shared_prompts import shares_prompts
 from megabatch.config.torch_dtype import torch_dtype
 from megabatch.errors import ConfigError

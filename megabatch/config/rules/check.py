@@ -12,15 +12,19 @@ from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules import (
     batches,
+    datasets,
     extra_kwargs,
     grpo,
     mixing,
     models,
     muon,
+    objectives,
+    optimization,
     other_tasks,
     parallelism,
     pipeline,
     preference,
+    recomputation,
     rewards,
     roles,
     rollout,
@@ -41,7 +45,11 @@ from megabatch.plan.shape import ModelShape
 Rule = Callable[[Recipe, ModelShape | None, Layout | None], Iterator[Fault]]
 
 RULES: tuple[Rule, ...] = (
+    *datasets.RULES,
     *training.RULES,
+    *optimization.RULES,
+    *recomputation.RULES,
+    *objectives.RULES,
     *extra_kwargs.RULES,
     *models.RULES,
     *muon.RULES,
