@@ -23,6 +23,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+_ROUNDING = torch.finfo(torch.bfloat16).eps
+"""Twice the largest relative error of a rounding to bfloat16, whose is the largest of both 16-bit types'."""
+_LEAST = 2.0**-24
+"""The smallest float16, whose numbers near zero have this distance."""
+
 
 class HostAdam:
     """AdamW in fp32 beside parameters of any floating type.
@@ -80,7 +85,7 @@ class HostAdam:
     def apart(self, *, by_rounding: bool) -> Iterator[Tensor]:
         """Parameters on the host whose value is not their main copy in the parameter's type, bit for bit.
 
-        Args: by_rounding: differences of one rounding to that type are none: a checkpoint of another type was loaded.
+        Args: by_rounding: differences of roundings to 16 bits are none: a checkpoint of another type was loaded.
         """
         for parameter in self._host:
             if not self.state[parameter]:
@@ -89,7 +94,7 @@ class HostAdam:
             rounded = main.to(value.dtype)
             same = (value == rounded) | (value.isnan() & rounded.isnan())
             if by_rounding:
-                same |= (value.float() - main).abs() <= 2 * torch.finfo(value.dtype).eps * main.abs()
+                same |= (value.float() - main).abs() <= _ROUNDING * main.abs() + _LEAST
             if not bool(same.all()):
                 yield parameter
 

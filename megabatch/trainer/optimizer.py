@@ -20,6 +20,7 @@ from megabatch.trainer.host_adam import HostAdam
 from megabatch.trainer.loss_scale import LossScale
 from megabatch.trainer.matrices import matrices_of, muon_and_adam
 from megabatch.trainer.model.build import Model
+from megabatch.trainer.model.naming import unwrap
 from megabatch.trainer.muon import MOMENTUM, Muon, Rule
 
 logger = logging.getLogger(__name__)
@@ -170,9 +171,9 @@ class Optimizer:
                 for parameter, (group, order) in inner.model_param_group_index_map.items()
             }
             names = [
-                name.removeprefix("module.")
+                name
                 for chunk in self._model.wrapped
-                for name, parameter in chunk.named_parameters()
+                for name, parameter in unwrap(chunk).named_parameters()
                 if places.get(parameter) in apart
             ]
             raise MegabatchError(

@@ -134,6 +134,22 @@ def test_a_checkpoint_loads_with_and_without(ranks: RankServer, tmp_path: Path) 
     assert curve(plain) == before[2:]
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_a_checkpoint_of_another_type_goes_on_as_without(
+    saved: str, loaded: str, ranks: RankServer, tmp_path: Path
+) -> None:
+    """The model's weights are rounded to both types, main weights to none."""
+    groups: dict[str, Any] = {"model": {"torch_dtype": saved}, "precision": {"initial_loss_scale": 2.0**12}}
+    first = run_of(tmp_path, "first", "qwen3", groups)
+    assert ranks.run(train, world_size=2, run_dir=str(first)) == [ExitCode.DONE] * 2
+    shutil.rmtree(first / "checkpoints" / "step_00000004")
+    groups |= {"model": {"torch_dtype": loaded}, "checkpoint": {"load": str(first)}}
+    runs = [run_of(tmp_path, str(on), "qwen3", groups, optimizer_cpu_offload=on) for on in (False, True)]
+    for run in runs:
+        assert ranks.run(train, world_size=2, run_dir=str(run)) == [ExitCode.DONE] * 2
+    assert curve(runs[0]) == curve(runs[1]) and [step for step, *_ in curve(runs[0])] == [3, 4]
+
+
 def test_gradients_in_bfloat16_train_near_and_resume_bit_for_bit(ranks: RankServer, tmp_path: Path) -> None:
     half: dict[str, Any] = {"model": {"torch_dtype": "bfloat16"}}
     plain = run_of(tmp_path, "plain", "qwen3", half)
@@ -169,7 +185,8 @@ def train_with_lost_values(run_dir: str) -> int:
 
 
 def test_a_value_that_does_not_come_back_ends_the_run(ranks: RankServer, tmp_path: Path) -> None:
-    run = run_of(tmp_path, "run", "qwen3", {"resources": {"tasks_per_node": 1}}, optimizer_cpu_offload=True)
+    half = {"model": {"torch_dtype": "bfloat16"}, "resources": {"tasks_per_node": 1}}
+    run = run_of(tmp_path, "run", "qwen3", half, optimizer_cpu_offload=True)
     with pytest.raises(RuntimeError, match=r"are not the model's weights, in output_layer.weight \(1 of this rank"):
         ranks.run(train_with_lost_values, world_size=1, run_dir=str(run))
     assert not list((run / "checkpoints").glob("step_*"))
