@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megabatch.config.declare import param
@@ -121,6 +121,19 @@ class Optimizer:
     """Type in which Adam's mean of gradients is stored; needs the precision-aware optimizer."""
     exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = param("fp32", built=("fp32", "bf16"), refused=_SCALED)
     """Type in which Adam's mean of squared gradients is stored; needs the precision-aware optimizer."""
+
+
+def undistributed(group: Optimizer) -> Optimizer:
+    """The same updates without the distributed optimizer: state in fp32 and on the device, as gradients are."""
+    return replace(
+        group,
+        optimizer_cpu_offload=False,
+        optimizer_offload_fraction=1.0,
+        use_precision_aware_optimizer=False,
+        main_grads_dtype="fp32",
+        exp_avg_dtype="fp32",
+        exp_avg_sq_dtype="fp32",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

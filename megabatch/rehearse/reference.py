@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megabatch.config.declare import parameters
+from megabatch.config.optimization import undistributed
 from megabatch.config.parallel import Parallel
 from megabatch.config.recipe import Recipe
 from megabatch.config.recompute import Recompute
@@ -25,7 +26,11 @@ _GRADIENT_STEPS: dict[str, dict[str, Any]] = {
 _NUMBERS: dict[str, dict[str, Any]] = {
     "model": {"torch_dtype": "float32", "attention_dropout": 0.0, "hidden_dropout": 0.0},
     "precision": {"fp16": None, "bf16": None},
-}
+    "optimizer": {
+        "use_precision_aware_optimizer": False, "main_grads_dtype": "fp32", "exp_avg_dtype": "fp32",
+        "exp_avg_sq_dtype": "fp32",
+    },
+}  # fmt: skip
 _ADAPTERS: dict[str, dict[str, Any]] = {"tuner": {"lora_dropout": 0.0}}
 _SAVES: dict[str, dict[str, Any]] = {
     "checkpoint": {"save_interval": 1, "no_save_optim": True, "async_save": False},
@@ -33,6 +38,7 @@ _SAVES: dict[str, dict[str, Any]] = {
 _REASONS = {
     "optimizer.optimizer": "so that weights tell the gradients",
     "optimizer.adam_eps": "so that weights tell the gradients",
+    "optimizer.main_grads_dtype": "rounding to fewer bits differs with the layout",
     "model.torch_dtype": "rounding to fewer bits differs with the layout",
     "model.attention_dropout": "random numbers differ with the layout",
     "model.hidden_dropout": "random numbers differ with the layout",
@@ -65,10 +71,12 @@ def _notes(recipe: Recipe, group: str, fields: dict[str, Any]) -> Iterator[str]:
 
 
 def in_one_process(recipe: Recipe) -> Recipe:
-    """The reference: no parallelism, no recomputation, and one pack per micro-batch if that changes no loss."""
+    """The reference: no parallelism, no recomputation, no optimizer in host memory, and one pack per micro-batch if
+    that changes no loss."""
     alone = replace(
         recipe,
         parallel=Parallel(distributed_backend="gloo", use_distributed_optimizer=False),
+        optimizer=undistributed(recipe.optimizer),
         recompute=Recompute(recompute_granularity="none"),
         resources=replace(recipe.resources, tasks_per_node=1),
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megabatch.config.layout import layout_of
+from megabatch.config.optimization import undistributed
 from megabatch.config.parallel import Parallel
 from megabatch.config.run import RunConfig, derived
 from megabatch.errors import CheckpointError, ConfigError
@@ -76,6 +77,7 @@ def in_one_process(run: RunConfig, *, gpus: int) -> RunConfig:
             use_distributed_optimizer=False,
             distributed_timeout_minutes=recipe.parallel.distributed_timeout_minutes,
         ),
+        optimizer=undistributed(recipe.optimizer),
         resources=replace(recipe.resources, nodes=1, tasks_per_node=1, gpus_per_node=gpus),
     )
     one_rank = layout_of(alone, run.shape)

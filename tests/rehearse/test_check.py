@@ -44,6 +44,20 @@ def check(recipe: str, *flags: str, folder: Path, path: Path | None = None) -> s
             ("--optimizer", "muon", "--use_distributed_optimizer", "false", "--muon_lr", "1e-3"),
             "optimizer.optimizer='muon': 'adam' here",
         ),
+        (
+            "quickstart.py",
+            (
+                "--optimizer_cpu_offload",
+                "true",
+                "--torch_dtype",
+                "bfloat16",
+                "--use_precision_aware_optimizer",
+                "true",
+                "--main_grads_dtype",
+                "bf16",
+            ),
+            "optimizer.main_grads_dtype='bf16': 'fp32' here",
+        ),
         ("qwen2_5_7b_sft.py", ("--num_virtual_stages_per_pipeline_rank", "2"), ""),
     ],
 )

@@ -80,6 +80,26 @@ def test_every_update_of_two_ranks_is_repeated_by_one(ranks: RankServer, run: Pa
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before, "the run's folder is the run's"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "reduced"),
+    [("float32", {}), ("bfloat16", {"use_precision_aware_optimizer": True, "main_grads_dtype": "bf16"})],
+)
+def test_an_optimizer_in_host_memory_is_repeated_without_it(
+    dtype: str, reduced: dict[str, Any], ranks: RankServer, run: Path, tmp_path: Path
+) -> None:
+    """One process has no distributed optimizer, which offloading and gradients in bfloat16 need."""
+    made = with_fields(
+        moe_recipe(run.parent), model={"torch_dtype": dtype}, optimizer={"optimizer_cpu_offload": True, **reduced}
+    )
+    offloaded = write_run(made, tmp_path / "run")
+    assert set(ranks.run(train, world_size=2, run_dir=str(offloaded))) == {0}
+    config = RunConfig.load(offloaded / "run.json")
+    found = ranks.run(repeated, world_size=1, run_dir=str(offloaded), steps=[1, 3])[0]
+    for logged, numbers in zip(metrics(offloaded)[::2], found, strict=True):
+        lines = command.compared(logged, numbers, config, tolerance=None)
+        assert all(line.passes for line in lines), (logged["step"], lines)
+
+
 def test_dropout_of_data_parallel_ranks_is_drawn_again(ranks: RankServer, run: Path) -> None:
     """From what each rank's generators were in the checkpoint before, or from the seed."""
     made = grpo_recipe(run.parent, world_size=2, grpo={"steps_per_generation": 1, "beta": 0.0})
