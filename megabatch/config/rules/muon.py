@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megabatch.config.declare import parameters
 from megabatch.config.recipe import Recipe
+from megabatch.config.rules.optimization import peak_lr
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -34,14 +35,14 @@ def muon_trains_whole_matrices(recipe: Recipe, shape: ModelShape | None, layout:
 
 
 def rates_of_muon_fit(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    """Of the rates that are given, or known already."""
+    """Megatron-core's schedule would raise the rate where its end is above its peak."""
     group, rates = recipe.optimizer, recipe.learning_rate
-    peak = group.muon_lr or rates.lr
+    peak = group.muon_lr or peak_lr(recipe)
     least = rates.min_lr if group.muon_min_lr is None else group.muon_min_lr
     if group.muon_lr is not None and (low := max(least, rates.lr_warmup_init)) > group.muon_lr:
         rule = f"must be at least {low:g}, where its warmup begins or its decay ends"
         yield Fault("optimizer.muon_lr", group.muon_lr, rule)
-    elif group.muon_min_lr is not None and peak is not None and least > peak:
+    elif group.muon_min_lr is not None and least > peak:
         yield Fault("optimizer.muon_min_lr", least, f"must be at most {peak:g}, the learning rate of Muon's matrices")
 
 

@@ -55,6 +55,14 @@ CASES = [
         "optimizer.muon_min_lr",
         ["at most 0.0001"],
     ),
+    (
+        muon.rates_of_muon_fit,
+        "dense",
+        {**_with(muon_min_lr=2e-5), "learning_rate": {"lr": None}},
+        {**_with(muon_min_lr=1e-5), "learning_rate": {"lr": None}},
+        "optimizer.muon_min_lr",
+        ["at most 1e-05"],
+    ),
 ]
 
 
