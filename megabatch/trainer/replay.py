@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megabatch.config.layout import layout_of
+from megabatch.config.moe import MoE
 from megabatch.config.optimization import undistributed
 from megabatch.config.parallel import Parallel
 from megabatch.config.run import RunConfig, derived
@@ -78,11 +79,19 @@ def in_one_process(run: RunConfig, *, gpus: int) -> RunConfig:
             distributed_timeout_minutes=recipe.parallel.distributed_timeout_minutes,
         ),
         optimizer=undistributed(recipe.optimizer),
+        moe=_without_deepep(recipe.moe),
         resources=replace(recipe.resources, nodes=1, tasks_per_node=1, gpus_per_node=gpus),
     )
     one_rank = layout_of(alone, run.shape)
     assert one_rank is not None, "a batch divides by one rank"
     return replace(run, recipe=derived(alone, shape=run.shape, run_dir=Path(run.run_dir)), layout=one_rank)
+
+
+def _without_deepep(moe: MoE) -> MoE:
+    """DeepEP exchanges between two ranks or more; alltoall has its results."""
+    if moe.moe_token_dispatcher_type != "flex":
+        return moe
+    return replace(moe, moe_token_dispatcher_type="alltoall", moe_enable_deepep=False)
 
 
 def _dropout(run: RunConfig) -> list[str]:

@@ -100,6 +100,18 @@ def test_an_optimizer_in_host_memory_is_repeated_without_it(
         assert all(line.passes for line in lines), (logged["step"], lines)
 
 
+def test_one_process_dispatches_without_deepep(ranks: RankServer, run: Path, tmp_path: Path) -> None:
+    """The run's record says flex, whose results are those of alltoall; DeepEP exchanges between two ranks or more."""
+    shutil.copytree(run, copy := tmp_path / "run")
+    text = (copy / "run.json").read_text().replace(json.dumps(str(run)), json.dumps(str(copy)))
+    record = json.loads(text)
+    record["recipe"]["moe"] |= {"moe_token_dispatcher_type": "flex", "moe_enable_deepep": True}
+    (copy / "run.json").write_text(json.dumps(record))
+    config = RunConfig.load(copy / "run.json")
+    [numbers] = ranks.run(repeated, world_size=1, run_dir=str(copy), steps=[2])[0]
+    assert all(line.passes for line in command.compared(metrics(run)[1], numbers, config, tolerance=None))
+
+
 def test_dropout_of_data_parallel_ranks_is_drawn_again(ranks: RankServer, run: Path) -> None:
     """From what each rank's generators were in the checkpoint before, or from the seed."""
     made = grpo_recipe(run.parent, world_size=2, grpo={"steps_per_generation": 1, "beta": 0.0})
