@@ -118,12 +118,16 @@ def reduced_state_has_its_optimizer(
         yield Fault(name, True, rule, try_=(False,))
 
 
+_OF_OFFLOADING = {"optimizer_offload_fraction": 1.0, "overlap_cpu_optimizer_d2h_h2d": False, "pin_cpu_grads": True}
+"""Fields with their defaults."""
+
+
 def offloaded_state_is_adams(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     group, name = recipe.optimizer, "optimizer.optimizer_cpu_offload"
     if not group.optimizer_cpu_offload:
-        if (fraction := group.optimizer_offload_fraction) != 1.0:
-            rule = "needs optimizer_cpu_offload=True"
-            yield Fault("optimizer.optimizer_offload_fraction", fraction, rule, try_=(1.0,))
+        for field, default in _OF_OFFLOADING.items():
+            if (value := getattr(group, field)) != default:
+                yield Fault(f"optimizer.{field}", value, "needs optimizer_cpu_offload=True", try_=(default,))
         return
     if group.optimizer != "adam":
         yield Fault(name, True, f"needs optimizer='adam', which is {group.optimizer!r}", try_=(False,))

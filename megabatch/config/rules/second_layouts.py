@@ -89,15 +89,23 @@ def model_divides(recipe: Recipe, role: Role, shape: ModelShape) -> Iterator[Fau
             "parallel.pipeline_model_parallel_size", pp, even, try_=nearest_divisors(pp, of=shape.num_layers)
         )
         yield _named(fault, role, given)
-    moe = recipe.moe
-    if (
-        given
-        and shape.num_experts
-        and (moe.moe_token_dispatcher_type == "allgather" or moe.moe_pad_expert_input_to_capacity)
-    ):
-        alike = "needs moe_token_dispatcher_type='alltoall' without moe_pad_expert_input_to_capacity for a model with "
-        alike += "experts: rows that are dealt anew do not have equal lengths"
-        yield Fault(role.field(next(iter(given))), next(iter(given.values())), alike, try_=(None,))
+    if given and shape.num_experts:
+        yield from _rows_dealt_anew_are_dispatched(recipe, role)
+
+
+def _rows_dealt_anew_are_dispatched(recipe: Recipe, role: Role) -> Iterator[Fault]:
+    """To the experts of a model with a layout of its own."""
+    moe, (size, value) = recipe.moe, next(iter(role.given(recipe).items()))
+    rule = "needs moe_token_dispatcher_type='alltoall' "
+    if moe.moe_token_dispatcher_type == "flex":
+        rule += "for a model with experts: DeepEP's dispatch is proven for the trained model's layout alone"
+        yield Fault(role.field(size), value, rule, try_=(None,))
+    elif moe.moe_token_dispatcher_type == "allgather" or moe.moe_pad_expert_input_to_capacity:
+        rule += (
+            "without moe_pad_expert_input_to_capacity for a model with experts: rows that are dealt anew do not have "
+        )
+        rule += "equal lengths"
+        yield Fault(role.field(size), value, rule, try_=(None,))
 
 
 def _named(fault: Fault, role: Role, given: Mapping[str, int]) -> Fault:

@@ -47,6 +47,14 @@ CASES = [
     (
         optimization.offloaded_state_is_adams,
         "dense",
+        {"optimizer": {"overlap_cpu_optimizer_d2h_h2d": True}},
+        {"optimizer": {"optimizer_cpu_offload": True, "overlap_cpu_optimizer_d2h_h2d": True}},
+        "optimizer.overlap_cpu_optimizer_d2h_h2d",
+        ["needs optimizer_cpu_offload=True", "try False"],
+    ),
+    (
+        optimization.offloaded_state_is_adams,
+        "dense",
         {"optimizer": {"optimizer_cpu_offload": True}, "parallel": {"use_distributed_optimizer": False}},
         {"optimizer": {"optimizer_cpu_offload": True}},
         "optimizer.optimizer_cpu_offload",

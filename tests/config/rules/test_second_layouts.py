@@ -112,7 +112,10 @@ def test_experts_of_a_teacher(eight: Recipe, dense_shape: ModelShape) -> None:
     assert found[0] == "gkd.teacher_expert_model_parallel_size=3 must divide the model's num_experts=8; try 2 or 4"
     recipe = replace(eight, gkd=beside(expert_model=4), moe=MoE(moe_token_dispatcher_type="allgather"))
     found = [str(fault) for fault in model_divides(recipe, TEACHER, experts)]
-    assert "needs moe_token_dispatcher_type='alltoall'" in found[0]
+    assert "needs moe_token_dispatcher_type='alltoall' without" in found[0]
+    recipe = replace(eight, gkd=beside(expert_model=4), moe=MoE(moe_token_dispatcher_type="flex"))
+    (found,) = [str(fault) for fault in model_divides(recipe, TEACHER, experts)]
+    assert "needs moe_token_dispatcher_type='alltoall' for a model with experts: DeepEP's" in found
 
 
 def test_a_size_of_the_run_that_the_teacher_does_not_take(eight: Recipe, dense_shape: ModelShape) -> None:
