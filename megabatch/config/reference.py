@@ -34,3 +34,14 @@ def is_second_model(recipe: Recipe) -> bool:
         return False
     named = recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None
     return named or recipe.tuner.tuner_type != "lora"
+
+
+def references_named(recipe: Recipe) -> dict[str, object]:
+    """What a recipe says of a reference besides the policy itself, by field; without what it leaves out."""
+    given: dict[str, object] = {
+        "bridge.ref_model": recipe.bridge.ref_model,
+        "rlhf.ref_load": recipe.rlhf.ref_load,
+        "bridge.ref_adapters": recipe.bridge.ref_adapters or None,
+        "rlhf.ref_adapter_load": recipe.rlhf.ref_adapter_load,
+    }
+    return {field: value for field, value in given.items() if value is not None}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megabatch.config.grpo import Rollout
 from megabatch.config.recipe import Recipe
+from megabatch.config.reference import references_named
 from megabatch.config.rlhf import Dpo, Gkd, Rlhf
 from megabatch.config.several_teachers import are_several, teachers_named
 from megabatch.config.shared_prompts import why_not
@@ -241,16 +242,9 @@ def _an_adapter_follows(recipe: Recipe) -> Iterator[Fault]:
             "their ranks, and one of their matrices is another model; for others use tuner_type='full'"
         )
         yield Fault("rlhf.ref_model_mixup_alpha", recipe.rlhf.ref_model_mixup_alpha, rule, try_=(1.0,))
-    given = {
-        "bridge.ref_model": recipe.bridge.ref_model,
-        "rlhf.ref_load": recipe.rlhf.ref_load,
-        "bridge.ref_adapters": recipe.bridge.ref_adapters or None,
-        "rlhf.ref_adapter_load": recipe.rlhf.ref_adapter_load,
-    }
-    for field, value in given.items():
-        if value is not None:
-            rule = "is another reference than the policy's own model, which sync_ref_model copies adapters onto"
-            yield Fault(field, value, rule, try_=(None,))
+    for field, value in references_named(recipe).items():
+        rule = "is another reference than the policy's own model, which sync_ref_model copies adapters onto"
+        yield Fault(field, value, rule, try_=(None,))
 
 
 def reference_is_still_there(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:

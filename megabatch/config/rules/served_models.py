@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megabatch.config.declare import group_types
 from megabatch.config.recipe import Recipe
+from megabatch.config.reference import references_named
 from megabatch.config.rules import rollout
 from megabatch.config.rules.preference import without_reference
 from megabatch.config.served_models import REFERENCE, ROLE, TEACHER, ServedModel, addresses_named
@@ -82,16 +83,9 @@ def a_served_reference_is_the_only_one(
         )
         yield Fault(REFERENCE.field, server, rule, try_=(None,))
         return
-    given = {
-        "bridge.ref_model": recipe.bridge.ref_model,
-        "rlhf.ref_load": recipe.rlhf.ref_load,
-        "bridge.ref_adapters": recipe.bridge.ref_adapters or None,
-        "rlhf.ref_adapter_load": recipe.rlhf.ref_adapter_load,
-    }
-    for field, value in given.items():
-        if value is not None:
-            rule = f"has no effect with {REFERENCE.server}={server!r}, which has the reference; give one"
-            yield Fault(field, value, rule, try_=(None,))
+    for field, value in references_named(recipe).items():
+        rule = f"has no effect with {REFERENCE.server}={server!r}, which has the reference; give one"
+        yield Fault(field, value, rule, try_=(None,))
     if recipe.rlhf.sync_ref_model:
         rule = f"cannot change the model behind {REFERENCE.server}={server!r}, which stays as it is"
         yield Fault("rlhf.sync_ref_model", True, rule, try_=(False,))

@@ -121,22 +121,6 @@ CASES = [
         ["'causal_lm'"],
     ),
     (
-        objectives.embeddings_are_consistent,
-        "dense",
-        {"training": {"task_type": "embedding"}, "embedding": {"mrl_dims": [8, 64]}},
-        {"training": {"task_type": "embedding"}, "embedding": {"mrl_dims": [8, 16]}},
-        "embedding.mrl_dims",
-        ["hidden_size=64"],
-    ),
-    (
-        objectives.embeddings_are_consistent,
-        "dense",
-        {"training": {"task_type": "embedding"}, "embedding": {"mrl_dims": [8], "mrl_weights": [1.0, 0.5]}},
-        {"training": {"task_type": "embedding"}, "embedding": {"mrl_dims": [8], "mrl_weights": [0.5]}},
-        "embedding.mrl_weights",
-        ["each of the 1 mrl_dims"],
-    ),
-    (
         objectives.answers_differ_and_are_asked_for,
         "dense",
         {"training": {"task_type": "generative_reranker"}, "data": {"truncation_strategy": "right"}},
