@@ -136,4 +136,4 @@ def test_parameters_are_read_through_the_accessor_that_makes_them_current() -> N
     """Only what runs the model, steps it or frees its gradients may hold megatron-core's wrappers."""
     room = Path(megabatch.trainer.__file__).parent
     users = {path.name for path in room.rglob("*.py") if re.search(r"\.wrapped\b", path.read_text(encoding="utf-8"))}
-    assert users == {"build.py", "engine.py", "optimizer.py", "replay.py", "stowage.py"}
+    assert users == {"build.py", "engine.py", "matrices.py", "optimizer.py", "replay.py", "stowage.py"}
