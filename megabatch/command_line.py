@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,8 +22,11 @@ _SHOWN = 80
 def run_command(work: Callable[[], int], arguments: Sequence[str]) -> int:
     """Does the work and returns its exit code; an error is printed in one line and gives the code that fits it.
 
-    When the reader of standard output goes away (`| head`), we print nothing more, not even at exit.
+    What the terminal's encoding lacks is printed escaped. When the reader of standard output goes away (`| head`), we
+    print nothing more, not even at exit.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _require_text(arguments)
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megabatch.cli.runs import one_run
-from megabatch.errors import ConfigError
+from megabatch.errors import ConfigError, RewardError
 from megabatch.insight.masking import Masker
 from megabatch.ledger.reader import Reader
 from megabatch.ledger.record import Record
@@ -50,7 +51,7 @@ def show_completions(path: Path, asked: Asked) -> int:
         if shown == asked.number:
             break
         shown += 1
-        print(mask.text(json.dumps({"step": step, **asdict(record)}) if asked.as_json else _text(step, record, asked)))
+        print(mask.text(_json(step, record) if asked.as_json else _text(step, record, asked)))
     if not shown:
         print(f"no completion has {asked.grep!r}" if asked.grep else "the step has no completions")
     elif not asked.as_json:
@@ -63,8 +64,19 @@ def _found(reader: Reader, asked: Asked) -> Iterator[tuple[int, Record]]:
     steps = reversed(reader.steps) if asked.grep and asked.step is None else newest
     matches = _matching(asked.grep)
     for step in steps:
-        records = [record for record in reader.records(step) if matches(record)]
+        records = [record for record in _readable(reader, step, is_one_of_many=steps is not newest) if matches(record)]
         yield from ((step, record) for record in _ordered(records, asked.order))
+
+
+def _readable(reader: Reader, step: int, *, is_one_of_many: bool) -> Sequence[Record]:
+    """A step's completions; none of a damaged one where others are searched too, which is said."""
+    try:
+        return reader.records(step)
+    except RewardError as error:
+        if not is_one_of_many:
+            raise
+        print(f"{error}; it is left out", file=sys.stderr)
+        return ()
 
 
 def _matching(grep: str | None) -> Callable[[Record], bool]:
@@ -83,6 +95,12 @@ def _ordered(records: list[Record], order: str | None) -> list[Record]:
         return records
     sign = 1 if order == "worst" else -1
     return sorted(records, key=lambda record: (record.reward is None, sign * (record.reward or 0.0)))
+
+
+def _json(step: int, record: Record) -> str:
+    """One line; the experts of each token as [tokens][layers][experts]."""
+    routes = None if record.routes is None else record.routes.to_lists()
+    return json.dumps({"step": step, **asdict(replace(record, routes=None)), "routes": routes})
 
 
 def _text(step: int, record: Record, asked: Asked) -> str:

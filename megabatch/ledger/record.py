@@ -21,6 +21,14 @@ class Routes:
     """Tokens, layers, experts of a token."""
     data: bytes
 
+    def to_lists(self) -> list[list[list[int]]]:
+        """[tokens][layers][experts of a token]."""
+        tokens, layers, each = self.shape
+        size = 1 if self.form == "|u1" else 2
+        flat = struct.unpack(f"<{len(self.data) // size}{'B' if size == 1 else 'h'}", self.data)
+        rows = [list(flat[first : first + each]) for first in range(0, len(flat), each)]
+        return [rows[token * layers : (token + 1) * layers] for token in range(tokens)]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:

@@ -11,9 +11,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 HEADER = struct.Struct("<4sIIQI")
 MARK = b"MBL1"
+_PART = 2**20
+"""Bytes that are searched for a mark at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,15 +63,43 @@ def packed(step: int, count: int, content: bytes) -> bytes:
 
 
 def frames(file: Path) -> Iterator[Frame]:
-    """The frames of a segment up to its end, or to the first that is torn; contents are not read."""
+    """The whole frames of a segment; contents are read only beside bytes that are no frame.
+
+    Damage costs the frame that has it: the search goes on at the next mark behind it.
+    """
     total = file.stat().st_size
-    offset = 0
+    offset: int | None = 0
     with open(file, "rb") as opened:
-        while total - offset >= HEADER.size:
-            opened.seek(offset)
-            mark, step, count, size, checksum = HEADER.unpack(opened.read(HEADER.size))
-            frame = Frame(file=file, offset=offset, step=step, count=count, size=size, checksum=checksum)
-            if mark != MARK or frame.end > total:
-                return
-            yield frame
-            offset = frame.end
+        while offset is not None and total - offset >= HEADER.size:
+            frame = _frame_at(opened, file, offset)
+            whole = frame is not None and frame.end <= total
+            if frame is not None and whole and (_begins_at(opened, frame.end) or frame.content() is not None):
+                yield frame
+                offset = frame.end
+            else:
+                offset = _next_mark(opened, offset + 1)
+
+
+def _frame_at(opened: BinaryIO, file: Path, offset: int) -> Frame | None:
+    opened.seek(offset)
+    mark, step, count, size, checksum = HEADER.unpack(opened.read(HEADER.size))
+    found = Frame(file=file, offset=offset, step=step, count=count, size=size, checksum=checksum)
+    return found if mark == MARK else None
+
+
+def _begins_at(opened: BinaryIO, offset: int) -> bool:
+    """Whether a frame begins here, if only its first bytes, or the segment ends."""
+    opened.seek(offset)
+    return MARK.startswith(opened.read(len(MARK)))
+
+
+def _next_mark(opened: BinaryIO, offset: int) -> int | None:
+    """Where the next mark is, from `offset` on."""
+    before = b""
+    opened.seek(offset)
+    while part := opened.read(_PART):
+        if (place := (before + part).find(MARK)) >= 0:
+            return offset - len(before) + place
+        offset += len(part)
+        before = part[-len(MARK) + 1 :]
+    return None

@@ -73,14 +73,11 @@ def _append(path: Path, frame: bytes) -> None:
 
 
 def _cut_torn(file: Path) -> None:
-    """Cuts a segment after its last frame whose bytes are all there and match their checksum."""
+    """Cuts a segment after its last frame whose bytes are all there and match their checksum; frames before it stay,
+    damaged ones too."""
     if not file.exists():
         return
-    end = 0
-    for frame in frames(file):
-        if frame.content() is None:
-            break
-        end = frame.end
+    end = next((frame.end for frame in reversed(list(frames(file))) if frame.content() is not None), 0)
     if end < (size := file.stat().st_size):
         _log.warning("%s: cut %d bytes that a killed writer had left of a step", file, size - end)
         os.truncate(file, end)

@@ -44,7 +44,7 @@ def _one(sample: RewardSample, golds: dict[str, list[Any]]) -> float | None:
 
     solution = sample.columns.get(COLUMN)
     if solution is None:
-        has = ", ".join(sorted(sample.columns)) or "no other columns"
+        has = ", ".join(sorted(k for k, v in sample.columns.items() if v is not None)) or "no other columns"
         raise RewardError(f"accuracy needs the column {COLUMN!r}, and the row of sample {sample.key} has {has}")
     text = str(solution)
     if text not in golds:

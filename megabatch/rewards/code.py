@@ -73,7 +73,7 @@ def _tests(sample: RewardSample) -> tuple[list[str], list[tuple[str, str]]]:
     asserts = [tests] if isinstance(tests, str) else [str(test) for test in tests]
     pairs = _pairs(sample, columns.get("input_output"))
     if not asserts and not pairs:
-        has = ", ".join(sorted(columns)) or "no other columns"
+        has = ", ".join(sorted(k for k, v in columns.items() if v is not None)) or "no other columns"
         raise RewardError(
             f"code needs the column 'tests' or 'input_output', and the row of sample {sample.key} has {has}"
         )

@@ -108,7 +108,8 @@ def filled(prompt: str, sample: RewardSample) -> str:
     Raises: RewardError for a name that the row does not have.
     """
     said = "\n\n".join(f"{message['role']}: {message['content']}" for message in sample.prompt)
-    values = {**sample.columns, "prompt": said, "completion": sample.completion}
+    given = {name: value for name, value in sample.columns.items() if value is not None}
+    values = {**given, "prompt": said, "completion": sample.completion}
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:

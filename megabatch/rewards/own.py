@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 from megabatch.errors import ConfigError, RewardError
@@ -23,6 +24,8 @@ from megabatch.user_code import load_named, split
 from megabatch.user_error import describe_error
 
 EXAMPLE = "my_rewards.py:brevity"
+LARGEST = 3.4e38
+"""Of a reward, whose advantage is a number of fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,11 @@ def load_function(text: str, *, needed: str = "completions") -> Function:
     if by_position := [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]:
         raise ConfigError(f"{name} must take {', '.join(by_position)} by keyword")
 
+    loop = asyncio.Runner()  # one for all calls: clients that a function keeps belong to the loop they were made in
+
     def call(samples: Sequence[RewardSample], **more: Sequence[Any]) -> list[float | None]:
-        return _checked(name, samples, _called(name, function, parameters, samples, more))
+        result = function(**_taken(name, parameters, samples, more))
+        return _checked(name, samples, loop.run(_awaited(result)) if inspect.isawaitable(result) else result)
 
     return call
 
@@ -80,13 +86,10 @@ def _takes_all(parameters: _Parameters) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _called(
-    name: str,
-    function: Callable[..., Any],
-    parameters: _Parameters,
-    samples: Sequence[RewardSample],
-    more: Mapping[str, Sequence[Any]],
-) -> Any:
+def _taken(
+    name: str, parameters: _Parameters, samples: Sequence[RewardSample], more: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
+    """The arguments that a function takes. Raises: RewardError where it needs one that no row has."""
     given = _arguments(samples, as_messages=_wants_messages(parameters)) | {k: list(v) for k, v in more.items()}
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in variadic]
@@ -95,9 +98,7 @@ def _called(
             f"{name} takes {missing[0]}, and the rows have no such column; sample {samples[0].key} has "
             f"{', '.join(sorted(samples[0].columns)) or 'no other columns'}"
         )
-    taken = given if _takes_all(parameters) else {key: value for key, value in given.items() if key in parameters}
-    result = function(**taken)
-    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+    return given if _takes_all(parameters) else {key: value for key, value in given.items() if key in parameters}
 
 
 async def _awaited(result: Any) -> Any:
@@ -126,15 +127,21 @@ def _arguments(samples: Sequence[RewardSample], *, as_messages: bool) -> dict[st
 
 
 def _checked(name: str, samples: Sequence[RewardSample], values: Any) -> list[float | None]:
-    """Raises: RewardError for anything but one number or None for each sample."""
+    """Raises: RewardError for anything but one number or None for each sample, in their order."""
     try:
-        found = list(values)
+        # lists of keys, of a set in any order, or of characters would be numbers of something else
+        has_order = not isinstance(values, str | bytes | bytearray | Mapping | Set)
+        found = list(islice(values, len(samples) + 1)) if has_order else None
     except TypeError:
-        raise RewardError(f"{name} returned {values!r:.80}; must be a list, one number for each completion") from None
+        found = None
+    if found is None:
+        raise RewardError(f"{name} returned {values!r:.80}; must be a list, one number for each completion")
     if len(found) != len(samples):
+        more = "more than " if len(found) > len(samples) else ""
+        count = len(samples) if more else len(found)
         raise RewardError(
-            f"{name} returned {len(found)} values for the {len(samples)} completions from sample {samples[0].key} on; "
-            "must be one for each, None where there is no reward"
+            f"{name} returned {more}{count} values for the {len(samples)} completions from sample {samples[0].key} "
+            "on; must be one for each, None where there is no reward"
         )
     return [_number(name, sample, value) for sample, value in zip(samples, found, strict=True)]
 
@@ -144,8 +151,8 @@ def _number(name: str, sample: RewardSample, value: Any) -> float | None:
         return None
     try:
         number = float(value) if not isinstance(value, str) else math.inf
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.inf
-    if math.isinf(number):
+    if abs(number) > LARGEST:
         raise RewardError(f"{name} returned {value!r:.80} for sample {sample.key}; must be a finite number or None")
     return number

@@ -22,11 +22,14 @@ from megabatch.rewards.sample import Reward, RewardSample, Score
 LENGTH = struct.Struct("<Q")
 """Number of bytes of the reply that follows."""
 READY = b"+"
+LONGEST = 500
+"""Characters of an error that are told."""
 
 
 def main() -> None:
     requests, replies = (int(text) for text in sys.argv[1:3])
     os.dup2(2, 1)
+    own = os.getpid()
     waiting: queue.SimpleQueue[tuple[Reward, Sequence[RewardSample]]] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(os.fdopen(requests, "rb"), waiting), daemon=True).start()
     opened: dict[Reward, Score] = {}
@@ -36,6 +39,8 @@ def main() -> None:
         while True:
             reward, samples = waiting.get()
             reply = pickle.dumps(_reply(reward, samples, opened))
+            if os.getpid() != own:  # a reward has forked, and its child has come back: a second reply
+                os._exit(0)
             out.write(LENGTH.pack(len(reply)) + reply)
             out.flush()
 
@@ -61,11 +66,17 @@ def _reply(reward: Reward, samples: Sequence[RewardSample], opened: dict[Reward,
 
 
 def _where(error: Exception) -> str:
-    """The last place in the traceback that is not megabatch's own, and the error."""
+    """The error, in a line, and the last place in the traceback."""
     from traceback import extract_tb
 
     last = extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}:{last.lineno})"
+    try:
+        said = " ".join(str(error).split())
+    except Exception as e:
+        said = f"its text cannot be had ({type(e).__name__})"
+    if len(said) > LONGEST:
+        said = f"{said[:LONGEST]} …"
+    return f"{type(error).__name__}: {said} ({os.path.basename(last.filename)}:{last.lineno})"
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megabatch.cli.command import main
-from megabatch.ledger.record import Record
-from megabatch.ledger.segments import segments
+from megabatch.ledger.record import Record, Routes
+from megabatch.ledger.segments import frames, segments
 from megabatch.ledger.writer import Ledger
 from megabatch.run_directory import RunDirectory
 
@@ -116,3 +120,33 @@ def test_the_page_has_curves_of_rewards_and_the_best_and_worst(run: Path, tmp_pa
     rows = text.partition("Best and worst completions of")[2]
     assert 0 < rows.index(">four<") < rows.index(">six<") < rows.index("five")
     assert "no idea" not in rows
+
+
+def test_json_has_the_experts_of_each_token(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    routed = replace(record("3/0/0", "four", 1.0), routes=Routes(form="|u1", shape=(5, 1, 2), data=bytes(range(10))))
+    Ledger(RunDirectory(run).ledger, max_bytes=2**30).write(3, [routed])
+    found = json.loads(said(capsys, run, "--json"))
+    assert found["step"] == 3 and found["routes"] == [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]], [[8, 9]]]
+
+
+def test_a_terminal_without_the_characters_gets_them_escaped(run: Path) -> None:
+    Ledger(RunDirectory(run).ledger, max_bytes=2**30).write(3, [record("3/0/0", "答案 \ud800 是 四", 1.0)])
+    command = [sys.executable, "-m", "megabatch.cli", "completions", str(run)]
+    for encoding, shown in (("ascii", "\\u7b54\\u6848 \\xd800"), ("utf-8", "答案 \\xd800 是 四")):
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True
+        )
+        assert shown in done.stdout.decode(encoding), done.stderr
+
+
+def test_a_search_goes_on_behind_a_damaged_step(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = segments(RunDirectory(run).ledger)
+    *_, last = frames(file)
+    content = bytearray(file.read_bytes())
+    content[last.end - 3] ^= 1
+    file.write_bytes(content)
+    assert main(["completions", str(run), "--grep", "four"]) == 0
+    told = capsys.readouterr()
+    assert "1/0/0" in told.out and "2/0/0" not in told.out
+    assert "step 2 of" in told.err and "is damaged: its checksum differs; it is left out" in told.err
+    assert main(["completions", str(run), "--step", "2", "--grep", "four"]) == 1

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megabatch.errors import RewardError
 from megabatch.ledger.reader import Reader
 from megabatch.ledger.record import Record, Routes, decode, encode
-from megabatch.ledger.segments import segments
+from megabatch.ledger.segments import frames, segments
 from megabatch.ledger.writer import Ledger
 
 
@@ -49,6 +49,12 @@ def test_records_come_back_as_they_were(given_: list[tuple[str, list[float]]]) -
         for one in records[1:2]
     ]
     assert list(decode(encode(records))) == records
+
+
+def test_routes_are_lists_of_tokens_layers_and_experts() -> None:
+    narrow = Routes(form="|u1", shape=(2, 3, 2), data=bytes(range(12)))
+    assert narrow.to_lists() == [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]]
+    assert Routes(form="<i2", shape=(1, 1, 2), data=b"\x2c\x01\x01\x00").to_lists() == [[[300, 1]]]
 
 
 def test_steps_come_back_in_order(tmp_path: Path) -> None:
@@ -142,6 +148,29 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     assert "1 steps absent (first: 3), 1 steps damaged (first: 1)" in str(account)
     with pytest.raises(RewardError, match=r"step 1 of .* is damaged"):
         Reader(tmp_path).records(1)
+
+
+def test_damage_costs_the_step_that_has_it_wherever_it_is(tmp_path: Path) -> None:
+    """Each byte of the third of six frames, but its step: a reader and a writer that goes on keep the others."""
+    ledger = Ledger(tmp_path, max_bytes=2**30)
+    for step in range(1, 7):
+        ledger.write(step, [record(f"{step}/0/0")])
+    file = segments(tmp_path)[0]
+    whole = file.read_bytes()
+    third = list(frames(file))[2]
+    step_number = range(third.offset + 4, third.offset + 8)
+    for place in (place for place in range(third.offset, third.end) if place not in step_number):
+        content = bytearray(whole)
+        content[place] ^= 0x55
+        file.write_bytes(content)
+        Ledger(tmp_path, max_bytes=2**30)
+        assert file.stat().st_size == len(whole), f"byte {place}: nothing behind the damage is cut"
+        reader = Reader(tmp_path)
+        for step in (1, 2, 4, 5, 6):
+            assert reader.records(step) == (record(f"{step}/0/0"),), (place, step)
+        account = reader.account()
+        counted = third.offset + 8 <= place < third.offset + 12  # the number of completions, which the records say too
+        assert (*account.absent, *account.damaged) == (() if counted else (3,)), place
 
 
 def test_a_full_disk_costs_a_step_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -55,6 +55,26 @@ class Swift:
 def whole_groups(completions, **columns):
     return [len(completions)] * len(completions)
 
+def forks(completions):
+    os.fork()  # and forgets os._exit in the child
+    return [float(len(text)) for text in completions]
+
+async def keeps_a_client(completions):
+    loop = globals().setdefault("loop", asyncio.get_running_loop())
+    return [float(loop is asyncio.get_running_loop())] * len(completions)
+
+class Silent(Exception):
+    def __str__(self): raise RuntimeError("no text")
+
+def silent(completions): raise Silent
+def wordy(completions): raise ValueError("first line\\n" + "x" * 10_000)
+def by_number(completions): return {number: 1.0 for number in range(len(completions))}
+def unordered(completions): return {0.0, 1.0}
+def characters(completions): return b"\\x01" * len(completions)
+def endless(completions):
+    while True: yield 1.0
+def large(completions): return [10**400] * len(completions)
+def beyond_fp32(completions): return [1e39] * len(completions)
 def short(completions): return [1.0]
 def word(completions): return ["high"] * len(completions)
 def infinite(completions): return [float("inf")] * len(completions)
@@ -222,3 +242,41 @@ def test_a_row_without_a_solution_is_named() -> None:
         ),
     ):
         rewards.of(samples("a"))
+
+
+def test_a_child_that_a_function_forked_gives_no_second_values(file: Path) -> None:
+    """They would be taken for those of the next call."""
+    with Rewards([Own(f"{file}:forks")], weights=None, workers=1, timeout_s=20) as rewards:
+        for texts in (("a", "bb"), ("ccc", "dddd"), ("eeeee", "f")):
+            assert [value for (value,) in rewards.of(samples(*texts)).values] == [len(text) for text in texts]
+
+
+def test_an_async_function_keeps_its_loop_from_call_to_call(file: Path) -> None:
+    with Rewards([Own(f"{file}:keeps_a_client")], weights=None, workers=1, timeout_s=20) as rewards:
+        assert [rewards.of(samples("a", "b")).values for _ in range(3)] == [((1.0,), (1.0,))] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("by_number", "must be a list, one number for each completion"),
+        ("unordered", "must be a list, one number for each completion"),
+        ("characters", "must be a list, one number for each completion"),
+        ("endless", "endless returned more than 2 values for the 2 completions"),
+        ("large", "must be a finite number or None"),
+        ("beyond_fp32", "beyond_fp32 returned 1e+39 for sample 7/0/0; must be a finite number or None"),
+    ],
+)
+def test_what_only_looks_like_rewards_ends_the_run(file: Path, name: str, said: str) -> None:
+    with pytest.raises(RewardError) as caught:
+        scores(file, [name], samples("a", "b"))
+    assert said in str(caught.value)
+
+
+def test_an_error_is_told_in_one_line_whatever_its_text(file: Path) -> None:
+    with pytest.raises(RewardError, match=r"Silent: its text cannot be had \(RuntimeError\) \(mine.py:"):
+        scores(file, ["silent"], samples("a", "b"))
+    with pytest.raises(RewardError) as caught:
+        scores(file, ["wordy"], samples("a", "b"))
+    assert "ValueError: first line xxx" in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700

@@ -80,3 +80,27 @@ def test_kl_in_the_reward_is_taken_off_before_comparing():
     assert found.advantages_N.tolist() == pytest.approx([2 / 3, -2 / 3, 2 / 3, -2 / 3])
     assert found.rewards_N.tolist() == [2, 2, 2, 2], "what is logged as reward has no KL in it"
     assert kl_in_reward(torch.tensor([-1.0]), torch.tensor([-3.0])).tolist() == [2]
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1000.1, -123456.789, 0.0])
+@pytest.mark.parametrize("each", [3, 5, 7, 8, 16])
+def test_equal_rewards_are_worth_nothing_however_their_mean_is_rounded(value: float, each: int) -> None:
+    rewards, weights = torch.full((2 * each, 2), value, dtype=torch.float64), torch.tensor([0.3, 0.7]).double()
+    for estimator in ("grpo", "rloo", "reinforce_plus_plus"):
+        for scale in ("group", "batch", "none", "gdpo"):
+            found = advantages(rewards, weights, num_generations=each, estimator=estimator, scale=scale)
+            assert found.advantages_N.tolist() == [0] * 2 * each and found.spreads_P.tolist() == [0, 0]
+
+
+def test_sums_of_the_same_rewards_in_another_order_are_equal() -> None:
+    """0.1 + 0.2 and 0.3 differ in their last bit."""
+    assert 0.1 + 0.2 != 0.3
+    assert of([0.1 + 0.2, 0.3, 0.3, 0.3]).spreads_P.tolist() == [0]
+    assert of([1e6 + 1e-3, 1e6, 1e6, 1e6]).spreads_P.tolist() == pytest.approx([5e-4], rel=1e-3)
+
+
+def test_rewards_far_from_zero_keep_their_differences() -> None:
+    """1e8 + 1 is 1e8 in fp32."""
+    found = of([1e8 + 1, 1e8, 1e8, 1e8 + 1]).advantages_N
+    each = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    assert found.tolist() == pytest.approx([each, -each, -each, each], rel=1e-6)

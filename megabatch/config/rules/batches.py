@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from math import lcm
+from itertools import count
+from math import gcd, lcm
 
+from megabatch.config.layout import virtual_stages
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
 from megabatch.plan.batch import GrpoBatch, grpo_batch, nearest_multiples
@@ -45,12 +47,11 @@ def global_batch_is_whole(recipe: Recipe, shape: ModelShape | None, layout: Layo
     dp, micro, total = _dp(recipe), recipe.batch.micro_batch_size, recipe.batch.global_batch_size
     if dp.denominator != 1 or total % (micro * int(dp)) == 0:
         return
-    unit = micro * int(dp)
     yield Fault(
         "batch.global_batch_size",
         total,
-        f"must be a multiple of micro_batch_size*dp={micro}*{dp}={unit}",
-        try_=nearest_multiples(total, of=unit),
+        f"must be a multiple of micro_batch_size*dp={micro}*{dp}={micro * int(dp)}",
+        try_=_global_batches(recipe, shape),
     )
 
 
@@ -61,13 +62,53 @@ def interleaving_has_enough_microbatches(
         return
     field = "parallel.microbatch_group_size_per_virtual_pipeline_stage"
     group = recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage
-    count = layout.num_microbatches
-    if group is not None and not layout.pp <= group <= count:
-        yield Fault(field, group, f"must be from pp={layout.pp} to the number of micro-batches={count}")
-    elif 0 < count % (group or layout.pp) < layout.pp or count < layout.pp:
-        batches = [n * layout.dp * recipe.batch.micro_batch_size for n in nearest_multiples(count, of=layout.pp)]
-        rule = f"gives {count} micro-batches, which must be a multiple of pp={layout.pp} for an interleaved pipeline"
-        yield Fault("batch.global_batch_size", recipe.batch.global_batch_size, rule, try_=batches)
+    given = layout.num_microbatches
+    if group is not None and not layout.pp <= group <= given:
+        yield Fault(field, group, f"must be from pp={layout.pp} to the number of micro-batches={given}")
+    elif not _interleaves(given, group=group, pp=layout.pp):
+        which = f"must be a multiple of pp={layout.pp}"
+        if group is not None:
+            which = f"must leave none, or at least pp={layout.pp}, over after groups of {group},"
+        rule = f"gives {given} micro-batches, which {which} for an interleaved pipeline"
+        tried = _global_batches(recipe, shape)
+        yield Fault("batch.global_batch_size", recipe.batch.global_batch_size, rule, try_=tried)
+
+
+def _interleaves(micro_batches: int, *, group: int | None, pp: int) -> bool:
+    """Whether megatron-core's interleaved schedule takes so many micro-batches, in groups of `group` or of pp."""
+    return micro_batches >= pp and not 0 < micro_batches % (group or pp) < pp
+
+
+def _global_batches(recipe: Recipe, shape: ModelShape | None) -> tuple[int, ...]:
+    """The nearest global batches that keep every rule here, `generation_batch_size` included if any divides it."""
+    batch, total = _grpo(recipe), recipe.batch.global_batch_size
+    each = recipe.batch.micro_batch_size * int(_dp(recipe))
+    unit = each if batch is None else each * batch.num_generations
+    group = recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage
+    pp = recipe.parallel.pipeline_model_parallel_size
+    interleaved = pp > 1 and virtual_stages(recipe.parallel, shape.num_layers if shape else None) > 1
+
+    def fits(size: int) -> bool:
+        return not interleaved or _interleaves(size // each, group=group, pp=pp)
+
+    given = None if batch is None else recipe.grpo.generation_batch_size
+    if given is not None:
+        steps = recipe.grpo.steps_per_generation
+        whole = [n for n in range(unit, given + 1, unit) if given % n == 0 and steps in (1, given // n) and fits(n)]
+        if whole:
+            return _nearest(total, whole)
+    return _around(total, unit=unit, fits=fits)
+
+
+def _around(value: int, *, unit: int, fits: Callable[[int], bool]) -> tuple[int, ...]:
+    """The nearest multiple of `unit` at most `value` that fits, and the nearest above, of which there must be one."""
+    below = (n for n in range(value // unit * unit, 0, -unit) if fits(n))
+    above = (n for n in count((value // unit + 1) * unit, unit) if fits(n))
+    return _nearest(value, [n for n in (next(below, None), next(above)) if n is not None])
+
+
+def _nearest(value: int, numbers: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(numbers, key=lambda number: abs(number - value))[:2])
 
 
 def _grpo(recipe: Recipe) -> GrpoBatch | None:
@@ -89,14 +130,13 @@ def grpo_step_has_whole_prompts(recipe: Recipe, shape: ModelShape | None, layout
     batch = _grpo(recipe)
     if batch is None or (batch.num_prompts_per_dp_group / batch.micro_batch_size).denominator == 1:
         return
-    unit = batch.num_generations * batch.dp * batch.micro_batch_size
     yield Fault(
         "batch.global_batch_size",
         batch.global_batch_size,
         f"gives global_batch_size/num_generations/dp={batch.global_batch_size}/{batch.num_generations}/{batch.dp} = "
         f"{batch.num_prompts_per_dp_group} prompts on each data parallel rank, "
         f"which must be a multiple of micro_batch_size={batch.micro_batch_size}",
-        try_=nearest_multiples(batch.global_batch_size, of=unit),
+        try_=_global_batches(recipe, shape),
     )
 
 
@@ -109,10 +149,18 @@ def grpo_round_has_whole_steps(recipe: Recipe, shape: ModelShape | None, layout:
     steps, total = batch.steps_per_generation, batch.global_batch_size
     if given % total:
         rule = f"must be a multiple of global_batch_size={total}"
-        yield Fault("grpo.generation_batch_size", given, rule, try_=nearest_multiples(given, of=total))
+        yield Fault("grpo.generation_batch_size", given, rule, try_=_rounds(batch, given))
     elif steps not in (1, given // total):
         rule = f"must be global_batch_size*steps_per_generation={total}*{steps}={total * steps}"
-        yield Fault("grpo.generation_batch_size", given, rule, try_=(total * steps,))
+        yield Fault("grpo.generation_batch_size", given, rule, try_=_rounds(batch, given))
+
+
+def _rounds(batch: GrpoBatch, given: int) -> tuple[int, ...]:
+    """The nearest sizes of a round of such steps; none where no round of them has whole prompts."""
+    unit, size = batch.num_generations * batch.dp, batch.global_batch_size * batch.steps_per_generation
+    if batch.steps_per_generation > 1:
+        return () if size % unit else (size,)
+    return nearest_multiples(given, of=lcm(unit, batch.global_batch_size))
 
 
 def grpo_round_has_whole_prompts(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
@@ -124,14 +172,14 @@ def grpo_round_has_whole_prompts(recipe: Recipe, shape: ModelShape | None, layou
     unit = batch.num_generations * batch.dp
     rule = f"must be a multiple of num_generations*dp={batch.num_generations}*{batch.dp}={unit}"
     if given is not None:
-        fits = nearest_multiples(given, of=lcm(unit, batch.global_batch_size))
-        yield Fault("grpo.generation_batch_size", given, rule, try_=fits)
+        yield Fault("grpo.generation_batch_size", given, rule, try_=_rounds(batch, given))
         return
     size = (
         f"generates {batch.global_batch_size}*{batch.steps_per_generation}={batch.generation_batch_size} completions"
     )
-    fits = tuple(n for n in range(1, unit + 1) if n * batch.global_batch_size % unit == 0)
-    yield Fault("grpo.steps_per_generation", batch.steps_per_generation, f"{size}, which {rule}", try_=fits[:2])
+    whole = unit // gcd(unit, batch.global_batch_size)
+    fits = nearest_multiples(batch.steps_per_generation, of=whole)
+    yield Fault("grpo.steps_per_generation", batch.steps_per_generation, f"{size}, which {rule}", try_=fits)
 
 
 RULES = (

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megabatch.config.grpo import Rollout
 from megabatch.config.lengths import row_tokens
 from megabatch.config.recipe import Recipe
+from megabatch.config.server_addresses import EXAMPLE, address_fault, host_fault, twice
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
@@ -70,6 +71,16 @@ def servers_can_be_found(recipe: Recipe, shape: ModelShape | None, layout: Layou
             f"role named {ROLE!r}; given are {sum(ways)}"
         )
         yield Fault("rollout.vllm_mode", "server", rule)
+    for name, given, fault_of in (
+        ("vllm_server_base_url", rollout.vllm_server_base_url, address_fault),
+        ("vllm_server_host", rollout.vllm_server_host, host_fault),
+    ):
+        found = [] if given is None else [one.strip() for one in given.split(",")]
+        for one in found:
+            if (why := fault_of(one)) is not None:
+                yield Fault(f"rollout.{name}", one, why, try_=(EXAMPLE if name.endswith("url") else "'localhost'",))
+        if (again := twice(found)) is not None:
+            yield Fault(f"rollout.{name}", given, f"names {again} twice; each server counts once")
 
 
 def generating_ahead_is_possible(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:

@@ -10,6 +10,7 @@ from megabatch.config.reference import references_named
 from megabatch.config.rules import rollout
 from megabatch.config.rules.preference import without_reference
 from megabatch.config.served_models import REFERENCE, ROLE, TEACHER, ServedModel, addresses_named
+from megabatch.config.server_addresses import EXAMPLE, address_fault
 from megabatch.config.several_teachers import teachers_named
 from megabatch.errors import Fault
 from megabatch.plan.layout import Layout
@@ -63,8 +64,8 @@ def _address(recipe: Recipe, model: ServedModel, address: str) -> Iterator[Fault
     elif kind == "role" and name == rollout.ROLE and recipe.rollout.vllm_mode == "server":
         rule = f"names the role that generates, whose servers get the policy's weights; give the {model.what} its own"
         yield Fault(model.field, address, rule)
-    elif kind not in ("role", "http", "https"):
-        yield Fault(model.field, address, "must be http://host:port, or role:NAME", try_=("'http://localhost:8000'",))
+    elif kind != "role" and (why := address_fault(address)) is not None:
+        yield Fault(model.field, address, f"{why}, or role:NAME", try_=(EXAMPLE,))
 
 
 def a_served_reference_is_the_only_one(

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -64,8 +66,9 @@ def ask(environments: Sequence[tuple[str, Any]], texts: Sequence[str], *, timeou
     calls = [_Call(environment.step, text) for (_, environment), text in zip(environments, texts, strict=True)]
     for call in calls:
         call.start()
+    deadline = time.monotonic() + timeout_s
     for call in calls:
-        call.join(timeout_s)
+        call.join(max(0.0, deadline - time.monotonic()))
     return [
         _reply(key, type(environment).__name__, call, timeout_s)
         for (key, environment), call in zip(environments, calls, strict=True)
@@ -79,13 +82,13 @@ class _Call(threading.Thread):
         super().__init__(daemon=True)
         self._function, self._text = function, text
         self.result: Any = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
             result = self._function(self._text)
             self.result = asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
-        except Exception as error:
+        except BaseException as error:  # sys.exit too ends its own conversation alone
             self.error = error
 
 
@@ -103,13 +106,23 @@ def _reply(key: str, name: str, call: _Call, timeout_s: float) -> Reply:
         answer, reward, done = call.result
         return Reply(
             messages=_messages(answer),
-            reward=None if reward is None else float(reward),
+            reward=_reward(reward),
             done=bool(done) or answer is None,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RolloutError(
             f"{name}.step returned {call.result!r:.80} in conversation {key}; must be (answer, reward, done)"
         ) from error
+
+
+def _reward(value: Any) -> float | None:
+    """Raises: ValueError for what is neither a finite number nor None; NaN is None."""
+    number = None if value is None else float(value)
+    if number is None or math.isnan(number):
+        return None
+    if math.isinf(number):
+        raise ValueError("a reward is finite")
+    return number
 
 
 def _messages(answer: Any) -> tuple[Message, ...]:

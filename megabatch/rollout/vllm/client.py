@@ -35,6 +35,20 @@ class Client:
         data = json.dumps(body if body is not None else {}).encode()
         return self._asked(urllib.request.Request(self.url + path, data, self._headers, method="POST"), timeout_s)
 
+    def models(self) -> dict[str, int | None]:
+        """The served models, and how many tokens each takes; None for an adapter. Raises: RolloutError where the
+        address is of something else than a vLLM server."""
+        answer = self.get("/v1/models")
+        try:
+            found = {str(one["id"]): one.get("max_model_len") for one in answer["data"]}
+        except (TypeError, KeyError, AttributeError) as e:
+            raise RolloutError(f"{self.url} is no vLLM server: to /v1/models it answered {str(answer)[:80]!r}") from e
+        if found and not any(isinstance(limit, int) for limit in found.values()):
+            raise RolloutError(
+                f"{self.url} is no vLLM server: it does not say how many tokens {', '.join(found)} takes"
+            )
+        return found
+
     def _asked(self, request: urllib.request.Request, timeout_s: float | None) -> Any:
         """The answer's JSON, None for an empty one. Raises: UnreachableError; RolloutError for a refused request."""
         try:
@@ -45,7 +59,12 @@ class Client:
             raise kind(f"{request.full_url} answered {e.code}: {_message(e)}") from e
         except (OSError, HTTPException) as e:  # also timeouts, and connections that break in the middle of an answer
             raise UnreachableError(f"{request.full_url} did not answer: {e}") from e
-        return json.loads(text) if text else None
+        try:
+            return json.loads(text) if text else None
+        except ValueError as e:
+            raise RolloutError(
+                f"{request.full_url} answered with no JSON, as no vLLM server does: {text[:80]!r}"
+            ) from e
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -60,18 +60,18 @@ class ScoringServer:
         Raises: RolloutError naming what does not fit: several models, another tokenizer, too short sequences, few
         log-probabilities, or always those of temperature 1.
         """
-        served = self._patiently(lambda: self._client.get("/v1/models"))["data"]
+        served = self._patiently(self._client.models)
         if len(served) != 1:
-            names = ", ".join(str(one["id"]) for one in served) or "nothing"
-            raise RolloutError(f"{self.name} must serve one model, and serves {names}")
-        limit, longest = int(served[0]["max_model_len"]), self._wanted.longest
+            raise RolloutError(f"{self.name} must serve one model, and serves {', '.join(served) or 'nothing'}")
+        ((model, most),) = served.items()
+        limit, longest = int(most or 0), self._wanted.longest
         if limit <= longest:
             raise RolloutError(
                 f"{self.name} takes {limit} tokens, and must take one more than the run's longest sequence of "
                 f"{longest}; start it with --max-model-len {longest + 1}, or lower data.max_length"
             )
         for text, ids in probes.items():
-            self._compare_tokens(text, ids, served[0]["id"])
+            self._compare_tokens(text, ids, model)
         self._patiently(lambda: self._asked((0, 0), self._wanted.likeliest))  # whether it gives so many
         if self._wanted.temperature != 1.0:
             self._prove_temperature(next(iter(probes.values())))

@@ -100,11 +100,11 @@ class Server:
     def facts(self) -> dict[str, Any]:
         """vLLM's version, `max_model_len`, and facts of the model, see `worker.Extension`. Raises: RolloutError for a
         server that cannot take weights."""
-        models = self.client.get("/v1/models")["data"]
-        limit = next((one.get("max_model_len") for one in models if one["id"] == MODEL), None)
+        models = self.client.models()
+        limit = models.get(MODEL)
         if limit is None:
             raise RolloutError(
-                f"{self.url} serves {', '.join(one['id'] for one in models)} and not {MODEL!r}; start it with "
+                f"{self.url} serves {', '.join(models) or 'nothing'} and not {MODEL!r}; start it with "
                 "`megabatch rollout`"
             )
         answer = self.client.post("/collective_rpc", {"method": "megabatch_facts"})

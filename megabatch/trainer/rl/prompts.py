@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from megabatch.config.data import Data
 from megabatch.config.run import RunConfig
 from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.rows import sources
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.rows.preprocess import preprocess_of
-from megabatch.data.rows.prompts import Asked, prompt_of
+from megabatch.data.rows.prompts import SOLUTION, Asked, prompt_of
 from megabatch.data.run_caches import encoding_of
 from megabatch.data.schedule import Cursor, Schedule
 from megabatch.data.tokens import tokenizer as tokenizers
@@ -41,6 +42,8 @@ class Prompts:
     rows: dict[Origin, Row]
     """Empty on ranks other than the main one."""
     run: RunConfig
+    columns: tuple[str, ...] = ()
+    """All names that rows of the run have besides what makes the prompt; on the main rank."""
 
     def __len__(self) -> int:
         return len(self.data)
@@ -49,9 +52,11 @@ class Prompts:
         return Prompt(index, tuple(self.data[index].ids.tolist()), str(self.data.origin(index)))
 
     def asked(self, index: int) -> Asked:
-        """The prompt's turns and columns; on the main rank."""
+        """The prompt's turns and columns, None for those that other rows have; on the main rank."""
         data = self.run.recipe.data
-        return prompt_of(self.rows[self.data.origin(index)], columns=data.columns, system=data.system)
+        found = prompt_of(self.rows[self.data.origin(index)], columns=data.columns, system=data.system)
+        absent = dict.fromkeys(name for name in self.columns if name not in found.for_rewards)
+        return replace(found, columns={**absent, **found.columns})
 
     def schedule(self, each: int) -> Schedule:
         """The order in which the run draws its prompts, `each` at a time."""
@@ -93,8 +98,24 @@ def open_prompts(
     data = run.recipe.data
     rows: dict[Origin, Row] = {}
     ranks.on_main(lambda: rows.update(rows_of(run, [*data.dataset, *data.val_dataset])))
-    validation = None if tokens.validation is None else Prompts(tokens.validation, rows, run)
-    return Prompts(tokens.train, rows, run), validation
+    columns = _columns_of(rows.values(), data)
+    validation = None if tokens.validation is None else Prompts(tokens.validation, rows, run, columns)
+    return Prompts(tokens.train, rows, run, columns), validation
+
+
+def _columns_of(rows: Iterable[Row], data: Data) -> tuple[str, ...]:
+    """All names that some row has for rewards, so that a call whose rows lack one gets None, as others do.
+
+    Rows with the same fields have the same names, except that a conversation may end with an answer or not.
+    """
+    names: set[str] = set()
+    seen: set[frozenset[str]] = set()
+    for row in rows:
+        fields = frozenset(name for name, value in row.fields.items() if value is not None)
+        if fields not in seen or SOLUTION not in names:
+            seen.add(fields)
+            names |= prompt_of(row, columns=data.columns, system=data.system).for_rewards.keys()
+    return tuple(sorted(names))
 
 
 def rows_of(run: RunConfig, datasets: Sequence[str]) -> dict[Origin, Row]:

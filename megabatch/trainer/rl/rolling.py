@@ -15,7 +15,7 @@ from megabatch.config.grpo import Grpo
 from megabatch.config.grpo_defaults import measures_difference, needs_old
 from megabatch.config.resolved import resolved
 from megabatch.data.schedule import Schedule
-from megabatch.rl.advantages import Advantages, advantages, kl_in_reward
+from megabatch.rl.advantages import Advantages, advantages, kl_in_reward, spreads
 from megabatch.rl.corrections import (
     difference,
     effective_sample_size,
@@ -216,11 +216,11 @@ class Rolling:
         return self._advantages(completions, kl_N=self.grpo.beta * kl_N), metrics
 
     def _advantages(self, completions: Sequence[Rolled], *, kl_N: Tensor | None = None) -> Advantages:
-        rewards_NR = torch.tensor([one.rewards for one in completions], dtype=torch.float32)
+        rewards_NR = torch.tensor([one.rewards for one in completions], dtype=torch.float64)
         weights = self.grpo.reward_weights or [1.0] * rewards_NR.shape[1]
         return advantages(
             rewards_NR,
-            torch.tensor(weights, dtype=torch.float32),
+            torch.tensor(weights, dtype=torch.float64),
             num_generations=self.grpo.num_generations,
             estimator=self.grpo.advantage_estimator,
             scale=resolved(self.grpo.scale_rewards),
@@ -261,14 +261,14 @@ def measured(
     rewards_NR = np.array([one.rewards for one in completions], np.float64).reshape(len(completions), len(names))
     known_N = ~np.isnan(rewards_NR).all(1)
     totals_N = np.where(known_N, np.nan_to_num(rewards_NR) @ np.array(weights, np.float64), np.nan)
-    spreads = [_spread(totals_N[first : first + each]) for first in range(0, len(totals_N), each)]
+    spreads_P = spreads(torch.from_numpy(totals_N).view(-1, each)).tolist()
     lengths = [float(len(one.ids)) for one in completions]
     behind = [trained - float(one.versions.min(initial=trained)) for one in completions]
     count = float(len(completions))
     found: dict[str, Sum] = {
         "reward": _sum(totals_N),
-        "reward_std": (sum(spreads), float(len(spreads))),
-        "reward_equal": (float(sum(spread == 0 for spread in spreads)), float(len(spreads))),
+        "reward_std": (sum(spreads_P), float(len(spreads_P))),
+        "reward_equal": (float(sum(spread == 0 for spread in spreads_P)), float(len(spreads_P))),
         **{f"reward_{name}": _sum(rewards_NR[:, k]) for k, name in enumerate(names)},
         "advantage": (sum(abs(one.advantage) for one in completions), count),
         "completion_length": (sum(lengths), count),
@@ -282,9 +282,3 @@ def measured(
 
 def _sum(values: np.ndarray) -> Sum:
     return float(np.nansum(values)), float((~np.isnan(values)).sum())
-
-
-def _spread(values: np.ndarray) -> float:
-    """The standard deviation of a prompt's rewards; 0 where fewer than two are known."""
-    known = values[~np.isnan(values)]
-    return float(known.std(ddof=1)) if len(known) > 1 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from fractions import Fraction
 from itertools import product
 
@@ -78,16 +79,16 @@ CASES = [
     (
         batches.grpo_round_has_whole_steps,
         "dense",
-        grpo(generation_batch_size=40),
-        grpo(generation_batch_size=48),
+        grpo(num_generations=2, generation_batch_size=40),
+        grpo(num_generations=2, generation_batch_size=48),
         "grpo.generation_batch_size",
         ["multiple of global_batch_size=16", "try 32 or 48"],
     ),
     (
         batches.grpo_round_has_whole_steps,
         "dense",
-        grpo(generation_batch_size=48, steps_per_generation=2),
-        grpo(generation_batch_size=48, steps_per_generation=3),
+        grpo(num_generations=2, generation_batch_size=48, steps_per_generation=2),
+        grpo(num_generations=2, generation_batch_size=48, steps_per_generation=3),
         "grpo.generation_batch_size",
         ["16*2=32", "try 32"],
     ),
@@ -138,3 +139,30 @@ def test_suggested_global_batch_passes_the_rule_it_came_from(judge, total, gener
         for size in fault.try_:
             assert judge(batches.grpo_step_has_whole_prompts, "dense", changes(size)) == []
             assert (Fraction(size, generations * 4) / micro).denominator == 1
+
+
+def test_every_number_that_a_fault_names_is_accepted_in_its_place(judge):
+    """Whatever else is wrong: with it no rule of batches refuses the same field again."""
+
+    def faults(changes):
+        return [fault for rule in batches.RULES for fault in judge(rule, "dense", changes)]
+
+    rng, tried = random.Random(0), 0
+    for _ in range(100):
+        pp = rng.choice((1, 2, 4))
+        changes = {
+            **grpo(
+                num_generations=rng.choice((1, 2, 3, 4, 6, 8)),
+                steps_per_generation=rng.choice((1, 1, 2, 3, 5)),
+                generation_batch_size=rng.choice((None, rng.randint(1, 200))),
+            ),
+            "batch": {"global_batch_size": rng.randint(1, 96), "micro_batch_size": rng.choice((1, 2, 3, 4))},
+            "parallel": PIPELINE | {"pipeline_model_parallel_size": pp} if pp > 1 else {},
+        }
+        for fault in faults(changes):
+            group, name = fault.field.split(".")
+            for value in fault.try_:
+                mended = {**changes, group: {**changes[group], name: value}}
+                assert fault.field not in {one.field for one in faults(mended)}, (changes, str(fault), value)
+                tried += 1
+    assert tried > 150

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,9 @@ class Game:
         if text == "raise": raise ValueError("lost the board")
         if text == "hang": time.sleep(60)
         if text == "odd": return "only an answer"
+        if text == "leave": raise SystemExit("left the table")
+        if text == "boundless": return text, float("inf"), False
+        if text == "unknown": return text, float("nan"), False
         return {"role": "tool", "content": text.upper()}, 0.5, False
 class Slow:
     async def step(self, text):
@@ -158,6 +162,19 @@ def test_environments_answer_side_by_side_and_fail_alone(games: Path) -> None:
     assert found[3] == Reply(messages=({"role": "user", "content": "bye"},), reward=None, done=True)
     with pytest.raises(RolloutError, match=r"Game.step returned 'only an answer' in conversation a; must be \(answer"):
         ask([("a", game())], ["odd"], timeout_s=2)
+    with pytest.raises(RolloutError, match=r"Game.step returned \('boundless', inf, False\) in conversation a"):
+        ask([("a", game())], ["boundless"], timeout_s=2)
+    left, unknown = ask([("a", game()), ("b", game())], ["leave", "unknown"], timeout_s=2)
+    assert left.done and left.failed == "Game.step: SystemExit: left the table"
+    assert unknown.reward is None and not unknown.done
+
+
+def test_steps_that_hang_share_the_time_of_one(games: Path) -> None:
+    """All at once: 20 of them would take half a minute one after the other."""
+    game = environment_of(f"{games}:Game")
+    began = time.monotonic()
+    found = ask([(str(number), game()) for number in range(20)], ["hang"] * 20, timeout_s=1.5)
+    assert time.monotonic() - began < 15 and all(one.failed == "Game.step took more than 1.5 s" for one in found)
 
 
 @pytest.mark.parametrize(

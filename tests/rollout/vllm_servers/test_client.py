@@ -77,6 +77,28 @@ def test_refusals_say_what_the_server_said(path: str, words: str, url: str) -> N
     assert not isinstance(refused.value, UnreachableError)
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"<html>hello</html>", "answered with no JSON, as no vLLM server does: b'<html>hello</html>'"),
+        (b"", "is no vLLM server: to /v1/models it answered 'None'"),
+        (b"[]", "is no vLLM server"),
+        (b'{"status": "ok"}', "is no vLLM server"),
+        (b'{"data": [{"id": "llama3"}]}', "it does not say how many tokens llama3 takes"),
+        (b'{"data": [{"id": "other", "max_model_len": 64}]}', "serves other and not 'policy'"),
+    ],
+)
+def test_an_address_of_something_else_is_named(
+    answer: bytes, said: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ANSWERS, "/v1/models", (200, answer))
+    server = Server(Client(url), owner="trainer", device=torch.device("cpu"))
+    with pytest.raises(RolloutError) as refused:
+        server.facts()
+    assert url in str(refused.value) and said in str(refused.value)
+    server.close()
+
+
 def test_a_failing_server_may_be_asked_again(url: str) -> None:
     with pytest.raises(UnreachableError, match="answered 500: boom"):
         Client(url).get("/broken")
