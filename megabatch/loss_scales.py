@@ -80,7 +80,19 @@ SCALES: Mapping[str, Scale] = {
     ),
     "hermes": Scale(patterns={r"<tool_call>.+?</tool_call>": 2.0}),
     # the template may have written the opening tag, and white space behind it, before the turn begins
-    "ignore_empty_think": Scale(patterns={r"^<think>\s*</think>\s*": 0.0, r"^\s*</think>\s*": 0.0}),
+    "ignore_empty_think": Scale(
+        patterns=dict.fromkeys(
+            (
+                r"^<think>\s*</think>\s*",
+                r"^\s*</think>\s*",
+                r"^<seed:think><seed:cot_budget_reflect>The current thinking budget is 0, so I will directly start "
+                r"answering the question\.</seed:cot_budget_reflect>\n</seed:think>\s*",
+                r"^<\|channel>thought\n<channel\|>",
+                r"^</mm:think>\s*",
+            ),
+            0.0,
+        )
+    ),
     "ignore_think_prefix": Scale(patterns={r"^<think>\n?": 0.0}),
 }
 

@@ -6,6 +6,11 @@ import pytest
 
 from megabatch.loss_scales import BASES, SCALES, parse
 
+SEED_THINK = (
+    "<seed:think><seed:cot_budget_reflect>The current thinking budget is 0, so I will directly start answering the "
+    "question.</seed:cot_budget_reflect>\n</seed:think>"
+)
+
 
 def weighed(loss_scale: str, text: str) -> list[tuple[str, float]]:
     return [(text[start:stop], weight) for start, stop, weight in parse(loss_scale).segments(text)]
@@ -32,6 +37,9 @@ def weighed(loss_scale: str, text: str) -> list[tuple[str, float]]:
         ("ignore_empty_think", "\n</think>\n\nfour", [("\n</think>\n\n", 0), ("four", 1)]),
         ("ignore_empty_think", "<think>\nadd\n</think>\n\nfour", [("<think>\nadd\n</think>\n\nfour", 1)]),
         ("ignore_empty_think", "so <think></think>", [("so <think></think>", 1)]),
+        ("ignore_empty_think", "<|channel>thought\n<channel|>4", [("<|channel>thought\n<channel|>", 0), ("4", 1)]),
+        ("ignore_empty_think", "</mm:think>\n\nfour", [("</mm:think>\n\n", 0), ("four", 1)]),
+        ("ignore_empty_think", f"{SEED_THINK}\nfour", [(f"{SEED_THINK}\n", 0), ("four", 1)]),
         ("ignore_think_prefix", "<think>\nadd</think>", [("<think>\n", 0), ("add</think>", 1)]),
         ("hermes+ignore_empty_think", "<think></think><tool_call>1</tool_call>",
          [("<think></think>", 0), ("<tool_call>1</tool_call>", 2)]),

@@ -34,7 +34,7 @@ class Data:
     `file.py:function`; it sees the file's columns, before `columns` renames them."""
     preprocess_timeout_s: float = param(60.0, speed_only=True, above=0)
     """Seconds that `preprocess` may take for one row."""
-    template: str | None = param(None)
+    template: Literal["chatml", "plain"] | None = param(None)
     """Chat template; None uses the tokenizer's own."""
     system: str | None = param(None)
     """System message of samples without their own; None leaves it to the template."""

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _FACTS = "megabatch"
+MOST_RANKS = 1 << 20
+"""Upper limit for counts of ranks, GPUs and nodes: more than any cluster has, and few enough to look for divisors."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -76,7 +76,8 @@ def _spelled_one(hint: Any) -> str:
         item = get_args(hint)[0]
         return f"a list of {_PLURALS.get(item) or spelled(item).removeprefix('one of ')}"
     if origin is Mapping:
-        return "a mapping (JSON object)"
+        item = get_args(hint)[1]
+        return "a mapping (JSON object)" + ("" if item is Any else f" to {_PLURALS.get(item) or spelled(item)}")
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 

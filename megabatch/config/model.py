@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from megabatch.config.declare import freeze_lists, param
 
+_LARGEST = 1 << 32
+"""Upper limit for a dimension, as in the converters: an estimate has a row for each part of a model."""
 _FAMILY = "belongs to families that are not built yet (docs/families.md)"
 
 
@@ -33,17 +35,17 @@ class Model:
     """Special tokens added to the tokenizer, or paths of `.txt` files with one token per line. The embedding and the
     output layer grow where they have no rows for them; a new row is the mean of the model's own."""
 
-    num_layers: int | None = param(None, at_least=1)
+    num_layers: int | None = param(None, at_least=1, at_most=10_000)
     """Transformer layers."""
-    hidden_size: int | None = param(None, at_least=1)
+    hidden_size: int | None = param(None, at_least=1, at_most=_LARGEST)
     """Width of the residual stream."""
-    ffn_hidden_size: int | None = param(None, at_least=1)
+    ffn_hidden_size: int | None = param(None, at_least=1, at_most=_LARGEST)
     """Width of a dense MLP; None means 4 times `hidden_size` for a new model."""
-    num_attention_heads: int | None = param(None, at_least=1)
+    num_attention_heads: int | None = param(None, at_least=1, at_most=100_000)
     """Query heads per layer."""
     group_query_attention: bool | None = param(None)
     """Whether query heads share keys and values; None means yes if `num_query_groups` is above 1."""
-    num_query_groups: int = param(1, at_least=1)
+    num_query_groups: int = param(1, at_least=1, at_most=100_000)
     """Key and value heads per layer; only used with `group_query_attention`, otherwise each query head has its own."""
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = param("vanilla", built=("vanilla",), refused=_FAMILY)
     """Attention softmax: plain, with a constant 1 added to the denominator, or with a learned sink per head."""
@@ -53,7 +55,7 @@ class Model:
     window_attn_skip_freq: int | Sequence[int] | None = param(None)
     """Every n-th layer attends fully despite `window_size`; or a list with a 0 or 1 per layer (1 is windowed). Qwen's
     dense families alone have such layers."""
-    max_position_embeddings: int | None = param(None, at_least=1)
+    max_position_embeddings: int | None = param(None, at_least=1, at_most=_LARGEST)
     """Largest position that the model supports, in tokens."""
     position_embedding_type: Literal["learned_absolute", "rope", "mrope", "relative", "none"] = param(
         "rope", built=("rope",), refused=_FAMILY
@@ -86,7 +88,7 @@ class Model:
     hidden_dropout: float = param(0.0, at_least=0, below=1)
     """Probability of dropping an element of the embeddings and of what attention and MLP add to the residual stream,
     in training."""
-    kv_channels: int | None = param(None, at_least=1)
+    kv_channels: int | None = param(None, at_least=1, at_most=_LARGEST)
     """Dimensions per head; None means `hidden_size // num_attention_heads`."""
     qk_layernorm: bool = param(False)
     """Normalises each query and key head; in a new model the family decides if it allows only one value."""
@@ -96,7 +98,7 @@ class Model:
     """Layers without rotary embedding: every n-th; or a list with a 0 or 1 per layer (1 has none)."""
     moe_apply_probs_on_input: bool = param(False, built=False, refused=_FAMILY)
     """Scales an expert's input by its routing probability, instead of its output."""
-    padded_vocab_size: int | None = param(None, at_least=1)
+    padded_vocab_size: int | None = param(None, at_least=1, at_most=_LARGEST)
     """Rows of the embedding, including padding; for a new model also the size of the tokenizer that it trains."""
     rope_scaling: Mapping[str, Any] | None = param(None)
     """Rotary scaling as in config.json (`rope_type`, `factor`, …); on the command line as JSON."""

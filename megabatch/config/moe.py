@@ -20,11 +20,11 @@ _FAMILY = "belongs to families that are not built yet (docs/families.md)"
 class MoE:
     """Experts, router and dispatch. Fields that are None come from the model's config.json."""
 
-    num_experts: int | None = param(None, at_least=1)
+    num_experts: int | None = param(None, at_least=1, at_most=100_000)
     """Routed experts of a MoE layer."""
     moe_layer_freq: int | Sequence[int] | None = param(None, at_least=1)
     """Every n-th layer, starting with the first, is a MoE layer; or a list with a 0 or 1 per layer (1 is MoE)."""
-    moe_ffn_hidden_size: int | None = param(None, at_least=1)
+    moe_ffn_hidden_size: int | None = param(None, at_least=1, at_most=1 << 32)
     """Width of each expert; None means the dense MLP's for a new model."""
     moe_shared_expert_intermediate_size: int | None = param(None, built=False, refused=_FAMILY, at_least=1)
     """Total width of the shared experts, which process every token."""

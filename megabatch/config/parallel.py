@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megabatch.config.declare import param
+from megabatch.config.declare import MOST_RANKS, param
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parallel:
     """How one model replica is split over ranks; data parallel size is world / (tp * pp * cp)."""
 
-    tensor_model_parallel_size: int = param(1, at_least=1)
+    tensor_model_parallel_size: int = param(1, at_least=1, at_most=MOST_RANKS)
     """Ranks that share each layer's matrices (tp). It must divide heads and KV groups; keep it within a node."""
     sequence_parallel: bool = param(False)
     """Splits activations outside the matrix products along the sequence, over the tp ranks; needs tp above 1."""
-    context_parallel_size: int = param(1, at_least=1)
+    context_parallel_size: int = param(1, at_least=1, at_most=MOST_RANKS)
     """Ranks that share each sequence (cp): each has 1/cp of its tokens, and so of their activations."""
     cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = param(
         None,
@@ -26,12 +26,12 @@ class Parallel:
     """How Transformer Engine's attention brings keys and values to all cp ranks: around a ring (p2p, its default, not
     with sliding windows), gathered, or heads exchanged for tokens (a2a). Without Transformer Engine they are always
     gathered; leave it None."""
-    expert_model_parallel_size: int = param(1, at_least=1)
+    expert_model_parallel_size: int = param(1, at_least=1, at_most=MOST_RANKS)
     """Ranks over which a layer's experts are distributed (ep); must divide the number of experts."""
-    expert_tensor_parallel_size: int = param(1, at_least=1)
+    expert_tensor_parallel_size: int = param(1, at_least=1, at_most=MOST_RANKS)
     """Ranks that share each expert's matrices (etp), independent of tp."""
 
-    pipeline_model_parallel_size: int = param(1, at_least=1)
+    pipeline_model_parallel_size: int = param(1, at_least=1, at_most=MOST_RANKS)
     """Stages that the layers are split into (pp), each on its own ranks."""
     decoder_first_pipeline_num_layers: int | None = param(None, at_least=1)
     """Layers of the first stage; the stages between first and last share the rest evenly."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megabatch.config.declare import param
+from megabatch.config.declare import MOST_RANKS, param
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
     """Nodes, ranks, memory and time of the job."""
 
-    nodes: int = param(1, at_least=1)
+    nodes: int = param(1, at_least=1, at_most=MOST_RANKS)
     """Nodes of the job."""
-    gpus_per_node: int = param(8, at_least=0)
+    gpus_per_node: int = param(8, at_least=0, at_most=MOST_RANKS)
     """GPUs to use on each node; 0 trains on CPUs."""
-    tasks_per_node: int | None = param(None, at_least=1)
+    tasks_per_node: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Ranks per node; None means one per GPU, or one without GPUs."""
     cpus_per_task: int | None = param(None, at_least=1)
     """CPU cores per rank; None leaves it to the cluster."""

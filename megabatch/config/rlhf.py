@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megabatch.config.declare import freeze_lists, param
+from megabatch.config.declare import MOST_RANKS, freeze_lists, param
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,16 +25,16 @@ class Rlhf:
     reranker's query; of grpo as many completions as divide both `num_generations` and `micro_batch_size`. With
     `data.packing` a pack then holds more pairs. None means yes wherever it changes no number, which excludes
     Transformer Engine's layers, dropout, balancing losses and capacities of experts, padding, and bnpo."""
-    ref_tensor_model_parallel_size: int | None = param(None, at_least=1)
+    ref_tensor_model_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Ranks that share each matrix of the reference, which may be split otherwise than the trained model;
     None means `tensor_model_parallel_size`. Sequence parallelism goes with it."""
-    ref_pipeline_model_parallel_size: int | None = param(None, at_least=1)
+    ref_pipeline_model_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Stages of the reference, with equal numbers of layers; None means `pipeline_model_parallel_size`."""
-    ref_context_parallel_size: int | None = param(None, at_least=1)
+    ref_context_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Ranks that share each sequence in the reference; None means `context_parallel_size`."""
-    ref_expert_model_parallel_size: int | None = param(None, at_least=1)
+    ref_expert_model_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Ranks over which a layer's experts are distributed in the reference; None means `expert_model_parallel_size`."""
-    ref_expert_tensor_parallel_size: int | None = param(None, at_least=1)
+    ref_expert_tensor_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Ranks that share each expert's matrices in the reference; None means `expert_tensor_parallel_size`."""
     ref_model_server: str | None = param(None)
     """Reference of grpo behind vLLM's OpenAI-compatible servers, in place of one in the ranks: their address, as
@@ -165,16 +165,16 @@ class Gkd:
     """Teacher's family (`model_type` of its config.json), which must be that; None takes what it is."""
     teacher_model_revision: str | None = param(None)
     """Teacher's revision on the hub: a branch, tag or commit."""
-    teacher_tensor_model_parallel_size: int | None = param(None, at_least=1)
+    teacher_tensor_model_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Ranks that share each matrix of the teacher, which may be split otherwise than the trained model;
     None means `tensor_model_parallel_size`. Sequence parallelism goes with it."""
-    teacher_pipeline_model_parallel_size: int | None = param(None, at_least=1)
+    teacher_pipeline_model_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Stages of the teacher, with equal numbers of layers; None means `pipeline_model_parallel_size`."""
-    teacher_context_parallel_size: int | None = param(None, at_least=1)
+    teacher_context_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Ranks that share each sequence in the teacher; None means `context_parallel_size`."""
-    teacher_expert_model_parallel_size: int | None = param(None, at_least=1)
+    teacher_expert_model_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Ranks over which a layer's experts are distributed in the teacher; None means `expert_model_parallel_size`."""
-    teacher_expert_tensor_parallel_size: int | None = param(None, at_least=1)
+    teacher_expert_tensor_parallel_size: int | None = param(None, at_least=1, at_most=MOST_RANKS)
     """Ranks that share each expert's matrices in the teacher; None means `expert_tensor_parallel_size`."""
     beta: float = param(0.5, at_least=0, at_most=1)
     """Interpolates between forward KL (0), the symmetric Jensen-Shannon divergence (0.5) and reverse KL (1)."""

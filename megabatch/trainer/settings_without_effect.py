@@ -1,14 +1,16 @@
-"""Settings that change speed and never the numbers, and have no effect on this machine: said once, by name."""
+"""Settings that have no effect in this run, or on this machine: said once, by name."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
 
 from megabatch.config.declare import Parameter, parameters
 from megabatch.config.recipe import Recipe
 from megabatch.config.shared_prompts import compares_answers, infers_alone, why_not
+from megabatch.config.torch_dtype import torch_dtype
 from megabatch.plan.shape import ModelShape
 from megabatch.trainer.model.transformer_config import why_local_here
 
@@ -50,10 +52,31 @@ NEVER = {
     "use_persistent_ckpt_worker": "each rank writes its checkpoints in a thread, which costs nothing to start",
     "load_safetensors": "safetensors are read whenever checkpoint.load is not given",
 }
+_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+
+
+def settings_of_others(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, str]]:
+    """Settings that only another optimizer, precision or routing reads, with values; and why this run does not."""
+    optimizer = recipe.optimizer.optimizer
+    unread: list[tuple[str, tuple[str, ...], str]] = []
+    if optimizer != "sgd":
+        unread.append(("optimizer", ("sgd_momentum",), f"the optimizer is {optimizer}"))
+    else:
+        unread.append(("optimizer", ("adam_beta1", "adam_beta2", "adam_eps"), "the optimizer is sgd"))
+    if (dtype := torch_dtype(recipe, shape)) != "float16":
+        unread.append(("precision", _LOSS_SCALE, f"losses are scaled in float16, and the model's dtype is {dtype}"))
+    if recipe.moe.moe_expert_capacity_factor is None:
+        unread.append(("moe", ("moe_token_drop_policy",), "without moe_expert_capacity_factor no token is dropped"))
+    for group, names, reason in unread:
+        own = getattr(recipe, group)
+        defaults = type(own)()
+        for name in names:
+            if getattr(own, name) != getattr(defaults, name):
+                yield f"{group}.{name}={getattr(own, name)!r}", reason
 
 
 def note_settings_without_effect(recipe: Recipe, shape: ModelShape, *, is_main: bool) -> None:
-    """Logs one line for each speed-only setting that differs from its default and has no effect in this run."""
+    """Logs one line for each setting that differs from its default and has no effect in this run."""
     if not is_main:
         return
     why_local = why_local_here(recipe, shape)
@@ -63,6 +86,8 @@ def note_settings_without_effect(recipe: Recipe, shape: ModelShape, *, is_main: 
         default = False if parameter.default is None else parameter.default  # None was derived: nobody asked for False
         if reason is not None and value is not None and value != default:
             logger.info("%s=%r has no effect here: %s", parameter.dotted, value, reason)
+    for setting, reason in settings_of_others(recipe, shape):
+        logger.info("%s has no effect here: %s", setting, reason)
     if compares_answers(recipe) and not recipe.rlhf.share_prompts and (reason := why_not(recipe, shape)) is not None:
         logger.info("rlhf.share_prompts: each answer has its prompt for itself, because %s", reason)
     if recipe.grpo.infer_batch_size is not None and not infers_alone(recipe):

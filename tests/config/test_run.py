@@ -110,7 +110,7 @@ def test_round_trip_is_exact(experts, changed, tmp_path):
             "data": {"dataset": ["ä.jsonl#5", "b"], "columns": {"q": "query"}},
             "recompute": {"recompute_modules": ["core_attn", "moe"]},
             "training": {"megatron_extra_kwargs": {"window": (1, 2), "deep": {"x": None}}},
-            "model": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "model": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
         },
     )
     run = run_of(recipe, argv=("a", "b"), commit=None)

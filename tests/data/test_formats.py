@@ -97,6 +97,9 @@ def chat(*pairs: tuple[Any, Any]) -> dict[str, Any]:
         (chat(("user", "Q"), ("tool_call", '{"f": 1}')), "must be JSON with the name and arguments of a call"),
         ({"messages": [{"role": "assistant", "content": "A", "loss": "yes"}]}, "loss must be true, false or a weight"),
         ({"messages": [{"role": "assistant", "content": "A", "loss": -1}]}, "loss must be true, false or a weight"),
+        ({"messages": [{"role": "assistant", "content": "A", "loss": 10**400}]}, "loss must be true, false or a"),
+        ({"messages": '[{"role": "user", "role": "user"}]'}, "messages is not valid JSON .the key 'role' stands"),
+        ({"messages": '[{"x": ' + "1" * 5000 + "}]"}, "messages is not valid JSON .a number has too many digits"),
         ({"messages": [{"role": "assistant", "content": "A", "name": "\ud83d"}]}, "message 0 holds half a surrogate"),
         ({"query": "Q", "response": "A", "tools": [{"name": "\ud83d"}]}, "tools holds half a surrogate pair"),
         ({"query": "Q", "response": "A", "tools": "[{"}, "tools is not valid JSON"),
@@ -126,9 +129,9 @@ def test_of_a_conversational_prompt_nothing_is_learned() -> None:
 @pytest.mark.parametrize(
     ("fields", "weight"),
     [
-        ({"loss": 0}, (0, 1)), ({"loss": 1.0}, (1, 1)), ({"loss": 0.25}, (0.25, 1)), ({}, (None, 1)),
-        ({"loss": True, "loss_scale": 2.0}, (1, 2)), ({"loss_scale": 0.5}, (None, 0.5)), ({"weight": 0}, (0, 1)),
-        ({"train": False}, (0, 1)), ({"loss": None}, (None, 1)),
+        ({"loss": 0}, (0, None)), ({"loss": 1.0}, (1, None)), ({"loss": 0.25}, (0.25, None)), ({}, (None, None)),
+        ({"loss": True, "loss_scale": 2.0}, (1, 2)), ({"loss_scale": 0.5}, (None, 0.5)), ({"weight": 0}, (0, None)),
+        ({"train": False}, (0, None)), ({"loss": None}, (None, None)),
     ],
 )  # fmt: skip
 def test_numbers_weigh_a_turn(fields: dict[str, Any], weight: tuple[float | None, float]) -> None:

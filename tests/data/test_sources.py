@@ -111,6 +111,15 @@ def test_other_faults_of_files_are_named(tmp_path: Path) -> None:
     assert "ragged.csv:3: must have the header's 2 cells" in fault("ragged.csv", b"a,b\n1,2\n1,2,3\n")
     assert "short.csv:2: must have the header's 2 cells" in fault("short.csv", b"a,b\n1\n")
     assert "quote.csv:2: not valid CSV" in fault("quote.csv", b'a,b\n"1"x,2\n')
+    twice = "the key 'a' stands twice in one object"
+    assert f"twice.jsonl:2: not valid JSON ({twice})" in fault("twice.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n')
+    assert f"deep.jsonl:1: not valid JSON ({twice})" in fault("deep.jsonl", b'{"b": [{"a": {}, "a": {}}]}\n')
+    assert f"twice.json: not valid JSON ({twice})" in fault("twice.json", b'[{"a": 1, "a": 2}]')
+    assert "twice.csv:1: the header has the column 'b' twice" in fault("twice.csv", b"a,b,b\n1,2,3\n")
+    digits = b'{"a": ' + b"1" * 5000 + b"}"
+    for name in ("long.jsonl", "lines of long.json"):
+        assert f"{name}:1: not valid JSON (a number has too many digits)" in fault(name, digits + b'\n{"a": 1}\n')
+    assert "long.json: not valid JSON (a number has too many digits)" in fault("long.json", b"[" + digits + b"]")
     assert "bad.parquet: not readable as Parquet" in fault("bad.parquet", b"PAR1 nonsense")
     assert "empty.jsonl' is empty" in fault("empty.jsonl", b"\n")
     assert "is not a .jsonl, .json, .csv, .tsv, .parquet, .txt (the text ones also with .gz or .zst)" in fault(

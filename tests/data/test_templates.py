@@ -203,9 +203,13 @@ def test_scales_weigh_parts_of_turns_and_never_their_ends(tokens: Any) -> None:
     assert weighed(tokens, QWEN2_5, reacting, "react") == [
         (system + header, 0.0), ("Action: count\nObservation:", 2.0), (" 7", 0.0), ("<|im_end|>", 1.0),
         ("\n", 0.0)]  # fmt: skip
-    halved = [*TWO_ROUNDS[:2], asked[0], replace(reacting[1], scale=0.5)]
+    halved = [*TWO_ROUNDS[:2], asked[0], replace(reacting[1], loss=0.5)]
     assert [weight for _, weight in weighed(tokens, QWEN2_5, halved, "last_round+react")] == [0, 1, 0, 0.5, 0]
     assert [weight for _, weight in weighed(tokens, QWEN2_5, halved, "react")] == [0, 1, 0, 1, 0, 0.5, 0]
+    own = [*TWO_ROUNDS[:2], asked[0], replace(reacting[1], scale=3.0)]
+    for scale in ("react", "default"):
+        assert [weight for _, weight in weighed(tokens, QWEN2_5, own, scale)] == [0, 1, 0, 3, 0]
+    assert [weight for _, weight in weighed(tokens, QWEN2_5, [*own, *TWO_ROUNDS[:2]], "last_round+react")] == [0, 1, 0]
     silent = [asked[0], replace(reacting[1], loss=0.0)]
     assert [weight for _, weight in weighed(tokens, QWEN2_5, silent, "react")] == [0]
     assert [weight for _, weight in weighed(tokens, QWEN2_5, reacting, "all+react")] == [0, 1, 2, 0, 1]

@@ -16,6 +16,8 @@ from megabatch.errors import Fault
 from megabatch.loss_scales import parse
 from megabatch.tasks import TASKS
 
+_LARGEST = 2**63 - 1
+"""Whole numbers are kept in 64 bits, by torch as by Slurm."""
 _SECRET = "bridge.hub_token"
 """Its value is never shown: someone may have put the token itself there."""
 
@@ -34,6 +36,8 @@ def invalid_value(parameter: Parameter, value: Any) -> Iterator[Fault]:
     """What is wrong with a parameter's value, whatever the others are: at most one fault."""
     if not fits(value, parameter.hint):
         yield _mistyped(parameter, value)
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        yield Fault(parameter.dotted, value, "must be below 2^63")
     elif not _in_range(parameter, value):
         yield Fault(parameter.dotted, value, f"must be {parameter.facts.limits()}")
     elif parameter.dotted in _FORMS:

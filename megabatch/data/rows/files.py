@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megabatch.data.rows import strict_json
 from megabatch.data.rows.compressed import COMPRESSIONS, inner_suffix, is_damage, open_bytes
+from megabatch.data.rows.strict_json import JsonError
 from megabatch.errors import DataError
 
 _LOOKED_AT = 10_000
@@ -174,10 +177,9 @@ def _jsonl(path: Path) -> Iterator[Line]:
 
 def _json_row(file: str, number: int, line: str) -> Row:
     try:
-        fields = json.loads(line.rstrip())
-    except (json.JSONDecodeError, RecursionError) as e:
-        detail = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
-        raise DataError(f"{file}:{number}: not valid JSON ({detail}); fix or delete that line") from e
+        fields = strict_json.loads(line.rstrip())
+    except JsonError as e:
+        raise DataError(f"{file}:{number}: not valid JSON ({e}); fix or delete that line") from e
     return Row(Origin(file, number), _object(fields, file, number))
 
 
@@ -193,22 +195,17 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _is_object(line: str) -> bool:
     try:
-        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+        return line.lstrip().startswith("{") and isinstance(json.loads(line, parse_int=float), dict)
     except (json.JSONDecodeError, RecursionError):
         return False
 
 
 def _json_list(path: Path, text: str) -> Iterator[Row]:
     try:
-        records = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e:
-        near = (
-            f"{e.msg} near {text[max(0, e.pos - 20) : e.pos + 20]!r}"
-            if isinstance(e, ValueError)
-            else "nested too deeply"
-        )
+        records = strict_json.loads(text)
+    except JsonError as e:
         raise DataError(
-            f"{path}: not valid JSON ({near}); fix it: a .json dataset is a list of objects, or one object per line"
+            f"{path}: not valid JSON ({e}); fix it: a .json dataset is a list of objects, or one object per line"
         ) from e
     if not isinstance(records, list):
         raise DataError(
@@ -221,21 +218,19 @@ def _json_list(path: Path, text: str) -> Iterator[Row]:
 def _csv(path: Path, *, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(1 << 30)  # the default of 128 KiB refuses long documents
     reader = csv.DictReader((line for _, line in _lines(path, blank=True)), strict=True, delimiter=delimiter)
-    while True:
-        try:
-            fields = next(reader, None)
-        except csv.Error as e:
-            raise DataError(
-                f"{path}:{reader.reader.line_num}: not valid CSV ({e}); fix the quoting of that line"
-            ) from e
-        if fields is None:
-            return
-        if None in fields or None in fields.values():
-            raise DataError(
-                f"{path}:{reader.line_num}: must have the header's {len(reader.fieldnames or ())} cells; "
-                f"quote cells that contain {'tabs' if delimiter == _TAB else 'commas'}"
-            )
-        yield Row(Origin(str(path), reader.line_num), fields)
+    try:
+        header = reader.fieldnames or ()
+        if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+            raise DataError(f"{path}:1: the header has the column {twice[0]!r} twice; rename or remove one of them")
+        for fields in reader:
+            if None in fields or None in fields.values():
+                raise DataError(
+                    f"{path}:{reader.line_num}: must have the header's {len(header)} cells; "
+                    f"quote cells that contain {'tabs' if delimiter == _TAB else 'commas'}"
+                )
+            yield Row(Origin(str(path), reader.line_num), fields)
+    except csv.Error as e:
+        raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV ({e}); fix the quoting of that line") from e
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from megabatch.config.training import ProblemType
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import renamed
+from megabatch.data.rows.numbers import is_number
 from megabatch.data.rows.turns import from_json, short
 from megabatch.errors import DataError
 
@@ -39,7 +39,7 @@ def label_of(
     if problem_type == "multi_label_classification":
         return _named(_several(value, num_labels, place=place), problem_type, num_labels)
     numbers = value if isinstance(value, list) else [value]
-    if len(numbers) != num_labels or not all(map(_is_number, numbers)):
+    if len(numbers) != num_labels or not all(map(is_number, numbers)):
         raise DataError(f"{place} must be {_count(num_labels)}, as training.num_labels says, not {short(value)}")
     return _named([float(number) for number in numbers], problem_type, num_labels)
 
@@ -52,13 +52,9 @@ def _count(num_labels: int) -> str:
     return "a number" if num_labels == 1 else f"a list of {num_labels} numbers"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _class(value: Any, num_labels: int, *, place: str) -> int:
     value = int(value) if isinstance(value, bool) and num_labels == 2 else value
-    if not _is_number(value) or value != int(value) or not 0 <= value < num_labels:
+    if not is_number(value) or value != int(value) or not 0 <= value < num_labels:
         raise DataError(
             f"{place} must be a class from 0 to {num_labels - 1}, as training.num_labels={num_labels} says, "
             f"not {short(value)}"

@@ -18,13 +18,13 @@ Every shape may carry `margin` (by how much the first answer is better), `ref_ch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, conversation_of, is_text, renamed, require_question
+from megabatch.data.rows.numbers import is_number
 from megabatch.data.rows.one_prompt import answers_start, learned_from, read_alike, refuse_another_prompt, weighed
 from megabatch.data.rows.turns import Message, short, turns_of
 from megabatch.errors import DataError
@@ -196,6 +196,6 @@ def _ref_logps(fields: Mapping[str, Any], row: Row) -> tuple[float, float] | Non
 
 
 def _number(name: str, value: Any, row: Row) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value):
         raise DataError(f"{row.origin}: {name} must be a finite number, not {short(value)}")
     return float(value)

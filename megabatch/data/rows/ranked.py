@@ -18,6 +18,7 @@ from typing import Any
 from megabatch.config.embedding import Embedding
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, is_text, renamed
+from megabatch.data.rows.numbers import is_number
 from megabatch.data.rows.turns import from_json, short, turns_of
 from megabatch.errors import DataError
 
@@ -78,7 +79,7 @@ def _label(row: Row, fields: Mapping[str, Any]) -> float | None:
         value = from_json(value, place=f"{row.origin}: label")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value):
         raise DataError(f"{row.origin}: label must be a finite number, not {short(value)}")
     return float(value)
 

@@ -8,7 +8,7 @@
 | role `tool_call`, `function_call` | a call of the assistant's turn before it, else of one of its own |
 | role `tool_response`, `observation`, `function` | role `tool` |
 | `loss`, `weight`, `train` | the weight of an assistant's turn in the loss; 0 or false: not learned |
-| `loss_scale` | multiplies the weight that the turn has without it |
+| `loss_scale` | the weight of a learned turn, in place of what the run's scales give its parts |
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megabatch.data.rows.numbers import is_number
+from megabatch.data.rows.strict_json import JsonError, loads
 from megabatch.errors import DataError
 
 
@@ -32,8 +34,9 @@ class Message:
     """"" if the turn has none."""
     loss: float | None = None
     """Weight in the loss of an assistant turn; None leaves it to the run's `loss_scale`."""
-    scale: float = 1.0
-    """Multiplies that weight, or the run's."""
+    scale: float | None = None
+    """Weight of an assistant turn where it is learned, in place of what the run's scales give its parts; None for
+    those."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Other fields that a chat template may read: `tool_calls`, `reasoning_content`, `name`, …; none is None except
     `content`, which is here if a template should see another form of it: parts, or None for a turn that only calls."""
@@ -108,8 +111,8 @@ def turns_of(value: Any, *, place: str) -> Turns:
 def from_json(text: str, *, place: str) -> Any:
     """The value that a JSON text holds. Raises: DataError."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
+        return loads(text)
+    except JsonError as e:
         raise DataError(f"{place} is not valid JSON ({e}): {short(text)}") from e
 
 
@@ -249,17 +252,16 @@ def _add_call(made: list[Message], item: Mapping[str, Any], *, place: str) -> No
         made.append(turn)
 
 
-def _loss(item: Mapping[str, Any], *, place: str) -> tuple[float | None, float]:
-    """(the message's own loss weight or None, its scale)."""
+def _loss(item: Mapping[str, Any], *, place: str) -> tuple[float | None, float | None]:
+    """(the message's own loss weight or None, its scale or None)."""
     given = [value for name in _LOSS if (value := _weight(item, name, place=place)) is not None]
-    scale = _weight(item, "loss_scale", place=place)
-    return math.prod(given) if given else None, 1.0 if scale is None else scale
+    return math.prod(given) if given else None, _weight(item, "loss_scale", place=place)
 
 
 def _weight(item: Mapping[str, Any], name: str, *, place: str) -> float | None:
     value = item.get(name)
     if value is None:
         return None
-    if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or value < 0:
+    if not isinstance(value, bool) and (not is_number(value) or value < 0):
         raise DataError(f"{place}.{name} must be true, false or a weight of at least 0, not {short(value)}")
     return float(value)

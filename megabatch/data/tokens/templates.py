@@ -292,8 +292,8 @@ class Template:
         if learned:
             parts = form.locator.parts(fitted, variables, rendered)
             self._warn_of_missing_end(rendered, parts)
-            turns = list(zip(learned_turns(messages, loss_scale.base), questions(messages), strict=True))
-            weighed = self._weighed(rendered.text, parts, turns, loss_scale)
+            turns = _turns(messages, loss_scale)
+            weighed = self._weighed(rendered.text, parts, turns)
         if control is None:
             return _Said(Text(rendered.text, weighed), by_twin=False)
         remarks[ESCAPED] += control.are_in(said)
@@ -301,18 +301,13 @@ class Template:
         placed = [(spelling.at(start), spelling.at(stop), weight) for start, stop, weight in weighed]
         return _Said(Text(spelling.text, placed), by_twin=True)
 
-    def _weighed(
-        self, text: str, parts: Sequence[Part], turns: Sequence[tuple[float, str]], loss_scale: LossScale
-    ) -> list[tuple[int, int, float]]:
-        """Character ranges with weights: the turn's weight times the scales'; for the end-of-turn token unscaled.
-
-        Args: `turns`: for each turn its weight and the message that it answers.
-        """
+    def _weighed(self, text: str, parts: Sequence[Part], turns: Sequence[_Turn]) -> list[tuple[int, int, float]]:
+        """Character ranges with weights: the turn's weight times the scales'; for the end-of-turn token unscaled."""
         weighed: list[tuple[int, int, float]] = []
         for part in parts:
-            weight, question = turns[part.turn]
-            said = part.start + self._ends.without(text[part.start : part.stop]) if loss_scale.scales else part.start
-            segments = loss_scale.segments(text[part.start : said], question)
+            weight, question, scale = turns[part.turn]
+            said = part.start + self._ends.without(text[part.start : part.stop]) if scale.scales else part.start
+            segments = scale.segments(text[part.start : said], question)
             weighed += [(part.start + start, part.start + stop, weight * factor) for start, stop, factor in segments]
             weighed.append((said, part.stop, weight))
         return weighed
@@ -345,10 +340,29 @@ def learned_turns(messages: Sequence[Message], base: str) -> list[float]:
     """For each assistant message, the loss weight of its tokens; a message's own `loss` takes precedence."""
     last_user = max((index for index, m in enumerate(messages) if m.role == "user"), default=-1)
     return [
-        m.scale * (m.loss if m.loss is not None else float(base != "last_round" or index > last_user))
+        (1.0 if m.scale is None else m.scale)
+        * (m.loss if m.loss is not None else float(base != "last_round" or index > last_user))
         for index, m in enumerate(messages)
         if m.role == "assistant"
     ]
+
+
+class _Turn(NamedTuple):
+    """How an assistant's message is weighed."""
+
+    weight: float
+    question: str
+    """The message that it answers."""
+    scale: LossScale
+    """For the parts of its words."""
+
+
+def _turns(messages: Sequence[Message], loss_scale: LossScale) -> list[_Turn]:
+    """Of each assistant message; its own `loss_scale` takes the place of the run's scales, as in ms-swift."""
+    own = LossScale(loss_scale.base)
+    scales = [loss_scale if m.scale is None else own for m in messages if m.role == "assistant"]
+    found = zip(learned_turns(messages, loss_scale.base), questions(messages), scales, strict=True)
+    return [_Turn(*turn) for turn in found]
 
 
 def questions(messages: Sequence[Message]) -> list[str]:

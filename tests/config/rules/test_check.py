@@ -22,7 +22,18 @@ INVALID = [
     ({"learning_rate": {"lr": float("nan")}}, "learning_rate.lr=nan must be a number or None, not float"),
     ({"data": {"dataset": "train.jsonl"}}, "data.dataset='train.jsonl' must be a list of texts, not str"),
     ({"data": {"dataset": ["a", 1]}}, "data.dataset=('a', 1) must be a list of texts, not tuple"),
-    ({"data": {"columns": {"q": 1}}}, "data.columns={'q': 1} must be a mapping (JSON object) or None, not dict"),
+    ({"model": {"num_layers": 10**23}}, "model.num_layers=100000000000000000000000 must be below 2^63"),
+    ({"model": {"num_layers": 10**9}}, "model.num_layers=1000000000 must be at least 1 and at most 10000"),
+    (
+        {"parallel": {"tensor_model_parallel_size": 1 << 40}},
+        "parallel.tensor_model_parallel_size=1099511627776 must be at least 1 and at most 1048576",
+    ),
+    ({"training": {"train_iters": 1 << 63}}, "training.train_iters=9223372036854775808 must be below 2^63"),
+    ({"data": {"template": "qwen3"}}, "data.template='qwen3' must be one of 'chatml', 'plain' or None"),
+    (
+        {"data": {"columns": {"q": 1}}},
+        "data.columns={'q': 1} must be a mapping (JSON object) to texts or None, not dict",
+    ),
     (
         {"training": {"megatron_extra_kwargs": {"x": object}}},
         "training.megatron_extra_kwargs={'x': <class 'object'>} must be a mapping (JSON object) or None, not dict",
