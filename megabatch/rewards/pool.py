@@ -30,6 +30,8 @@ class Failed:
     """Why a call gave no values."""
 
     reason: str
+    hung: bool = False
+    """Whether it took too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Pool:
             assert process is not None
             process.kill()
             process = None
-            return Failed(str(ended))
+            return Failed(str(ended), hung=isinstance(ended, _HungError))
         finally:
             self._idle.put(process)
         if kind == "refused":
@@ -83,6 +85,10 @@ class _EndedError(Exception):
     """The process ended or had to be ended."""
 
 
+class _HungError(_EndedError):
+    """It took too long."""
+
+
 class _Process:
     """One worker and the pipes to it."""
 
@@ -91,7 +97,7 @@ class _Process:
         self._replies, theirs_out = os.pipe()
         path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megabatch.rewards.worker", str(theirs_in), str(theirs_out)],
+            [sys.executable, "-m", "megabatch.rewards.worker", str(theirs_in), str(theirs_out), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs_in, theirs_out),
             env=os.environ | {"PYTHONPATH": path},
@@ -102,7 +108,7 @@ class _Process:
         self._ready = False
 
     def call(self, call: Call, *, timeout_s: float) -> tuple[str, Any]:
-        """Raises: _EndedError."""
+        """Raises: _EndedError, of which _HungError."""
         if not self._ready:
             self._receive(len(READY), time.monotonic() + STARTING_S, STARTING_S)
             self._ready = True
@@ -118,7 +124,7 @@ class _Process:
         poll.register(self._replies, select.POLLIN)
         while len(received) < size:
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise _EndedError(f"took more than {timeout_s:g} s")
+                raise _HungError(f"took more than {timeout_s:g} s")
             if not (part := os.read(self._replies, size - len(received))):
                 raise _EndedError(self._how_it_ended())
             received += part

@@ -19,6 +19,8 @@ from megabatch.rewards.sample import NoReward, Reward, RewardSample
 _log = logging.getLogger(__name__)
 _NAMED = 3
 """Failed samples of a reward that the log names for each call of `of`; the others are counted."""
+_HUNG = 8
+"""Samples of a call that are tried one by one before a reward counts as one that hangs on all of them."""
 LOADING_S = 900.0
 """Time to load a reward that has a process of its own, such as a model, on top of the time limit."""
 
@@ -125,7 +127,13 @@ class Rewards:
         return values, failed
 
     def _one_by_one(self, pool: Pool, call: Call, failed: dict[str, str]) -> list[Any]:
-        results = pool.map([Call(call.reward, [sample]) for sample in call.samples])
+        """Once the first `_HUNG` samples have all hung, others of the call are given up: each takes a time limit."""
+        singles = [Call(call.reward, [sample]) for sample in call.samples]
+        results = pool.map(singles[:_HUNG])
+        if len(singles) > _HUNG and all(isinstance(one, Failed) and one.hung for one in results):
+            results += [Failed(f"not tried alone: {_HUNG} before it hung")] * (len(singles) - _HUNG)
+        else:
+            results += pool.map(singles[_HUNG:])
         for sample, result in zip(call.samples, results, strict=True):
             if isinstance(result, Failed):
                 failed[sample.key] = result.reason

@@ -1,4 +1,5 @@
-"""A process that computes rewards: `python -m megabatch.rewards.worker REQUESTS REPLIES`, two descriptors of pipes.
+"""A process that computes rewards: `python -m megabatch.rewards.worker REQUESTS REPLIES CALLER`, two descriptors of
+pipes and the process that it works for.
 
 It says READY once it runs. A request is a pickled (reward, samples), a reply a length and a pickled (kind, value):
 `values` with one for each sample, `failed` with the exception's line, or `refused` with a message that ends the run.
@@ -7,9 +8,11 @@ What rewards print goes to stderr.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import queue
+import signal
 import struct
 import sys
 import threading
@@ -22,12 +25,15 @@ from megabatch.rewards.sample import Reward, RewardSample, Score
 LENGTH = struct.Struct("<Q")
 """Number of bytes of the reply that follows."""
 READY = b"+"
+_SET_DEATH_SIGNAL = 1
+"""Linux, `prctl.h`."""
 LONGEST = 500
 """Characters of an error that are told."""
 
 
 def main() -> None:
-    requests, replies = (int(text) for text in sys.argv[1:3])
+    requests, replies, caller = (int(text) for text in sys.argv[1:4])
+    _end_with(caller)
     os.dup2(2, 1)
     own = os.getpid()
     waiting: queue.SimpleQueue[tuple[Reward, Sequence[RewardSample]]] = queue.SimpleQueue()
@@ -43,6 +49,15 @@ def main() -> None:
                 os._exit(0)
             out.write(LENGTH.pack(len(reply)) + reply)
             out.flush()
+
+
+def _end_with(caller: int) -> None:
+    """On Linux the kernel ends this process when the thread that started it is gone: a reward within a regular
+    expression lets no thread of this process run, `_receive` neither."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != caller:
+            os._exit(0)
 
 
 def _receive(requests: BinaryIO, waiting: queue.SimpleQueue[Any]) -> None:

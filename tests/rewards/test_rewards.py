@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +17,7 @@ from megabatch.errors import ConfigError, RewardError
 from megabatch.rewards.lengths import Cosine, Format
 from megabatch.rewards.named import check_reward
 from megabatch.rewards.own import Own
+from megabatch.rewards.pool import Call, Failed, Pool
 from megabatch.rewards.rewards import Rewards, Scores
 from megabatch.rewards.sample import RewardSample
 
@@ -67,6 +72,10 @@ class Silent(Exception):
     def __str__(self): raise RuntimeError("no text")
 
 def silent(completions): raise Silent
+def backtracks(completions, where):
+    import re
+    open(where[0], "w").write(str(os.getpid()))
+    re.match("(a+)+$", "a" * 60 + "b")  # for years, and no other thread of the process runs meanwhile
 def wordy(completions): raise ValueError("first line\\n" + "x" * 10_000)
 def by_number(completions): return {number: 1.0 for number in range(len(completions))}
 def unordered(completions): return {0.0, 1.0}
@@ -280,3 +289,64 @@ def test_an_error_is_told_in_one_line_whatever_its_text(file: Path) -> None:
         scores(file, ["wordy"], samples("a", "b"))
     assert "ValueError: first line xxx" in str(caught.value) and "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
+
+
+_KILLED = """
+import sys
+from megabatch.rewards.own import Own
+from megabatch.rewards.pool import Call, Failed, Pool
+from megabatch.rewards.rewards import Rewards
+from megabatch.rewards.sample import RewardSample
+rewards = Rewards([Own(sys.argv[1])], weights=None, workers=1, timeout_s=600)
+rewards.of([RewardSample(key="1/0/0", prompt=[], completion="", ids=(), columns={"where": sys.argv[2]})])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_a_reward_within_a_regular_expression_ends_with_its_killed_caller(file: Path, tmp_path: Path) -> None:
+    """Else it would compute on where no job's end cleans up."""
+    where = tmp_path / "worker"
+    caller = subprocess.Popen([sys.executable, "-c", _KILLED, f"{file}:backtracks", str(where)])
+    while not (where.exists() and where.read_text()):
+        assert caller.poll() is None
+        time.sleep(0.05)
+    worker = int(where.read_text())
+    caller.kill()
+    caller.wait()
+    while is_running(worker):
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+class HangingPool(Pool):
+    """All hang but those with the text ok, without the time that it takes."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def map(self, calls: Iterable[Call]) -> list[list[Any] | Failed]:
+        given = list(calls)
+        self.asked += [len(call.samples) for call in given]
+        return [
+            [1.0] if call.samples[0].completion == "ok" else Failed("took more than 60 s", hung=True) for call in given
+        ]
+
+
+@pytest.mark.parametrize(("first", "tried"), [("hang", 8), ("ok", 40)])
+def test_a_call_whose_first_samples_all_hang_is_given_up(first: str, tried: int, file: Path) -> None:
+    """40 samples would take as long as 40 time limits; where one of the first does not hang, all are tried."""
+    given, pool, failed = samples(first, *["hang"] * 39, group=40), HangingPool(), dict[str, str]()
+    own = Own(f"{file}:length")
+    with Rewards([own], weights=None, workers=1, timeout_s=60) as rewards:
+        values = rewards._one_by_one(pool, Call(own, given), failed)
+    assert pool.asked == [1] * tried
+    assert values == ([1.0] if first == "ok" else [None]) + [None] * 39 and len(failed) == 40 - (first == "ok")
+    assert failed["7/0/1"] == "took more than 60 s"
+    last = "not tried alone: 8 before it hung" if first == "hang" else "took more than 60 s"
+    assert failed["7/0/39"] == last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -83,9 +84,17 @@ def _mistyped(parameter: Parameter, value: Any) -> Fault:
     known = [str(choice) for choice in choices(parameter.hint)]
     near = get_close_matches(value, known, n=1) if isinstance(value, str) else []
     rule = f"must be {spelled(parameter.hint)}"
-    if not choices(parameter.hint):
+    if _is_not_finite(value):
+        rule += ", and finite"
+    elif not choices(parameter.hint):
         rule += f", not {type(value).__name__}"
     return Fault(parameter.dotted, value, rule, try_=near, bare=parameter.dotted == _SECRET)
+
+
+def _is_not_finite(value: Any) -> bool:
+    """Whether a number, or one of a list's, is infinite or none: it is of the type, and refused all the same."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(one, float) and not math.isfinite(one) for one in numbers)
 
 
 def _in_range(parameter: Parameter, value: Any) -> bool:

@@ -19,7 +19,11 @@ INVALID = [
         "optimizer.optimizer='adamw' must be one of 'adam', 'sgd', 'muon'; try adam",
     ),
     ({"optimizer": {"adam_beta1": 1.0}}, "optimizer.adam_beta1=1.0 must be at least 0 and below 1"),
-    ({"learning_rate": {"lr": float("nan")}}, "learning_rate.lr=nan must be a number or None, not float"),
+    ({"learning_rate": {"lr": float("nan")}}, "learning_rate.lr=nan must be a number or None, and finite"),
+    (
+        {"grpo": {"reward_weights": (float("inf"), 1.0)}},
+        "grpo.reward_weights=(inf, 1.0) must be a list of numbers or None, and finite",
+    ),
     ({"data": {"dataset": "train.jsonl"}}, "data.dataset='train.jsonl' must be a list of texts, not str"),
     ({"data": {"dataset": ["a", 1]}}, "data.dataset=('a', 1) must be a list of texts, not tuple"),
     ({"model": {"num_layers": 10**23}}, "model.num_layers=100000000000000000000000 must be below 2^63"),
