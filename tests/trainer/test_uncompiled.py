@@ -17,11 +17,12 @@ from rank_server import RankServer, place
 from megabatch.slurm.ports import free_port_block
 
 _RANK = """
-import os, sys
+import gc, os, sys
 from pathlib import Path
 from megabatch.trainer.main import main
 status = main(sys.argv[1:2])
 Path(sys.argv[2]).write_text("\\n".join(name for name, module in sys.modules.items() if module is not None))
+Path(sys.argv[2] + ".gc").write_text(f"{gc.isenabled()} {gc.get_freeze_count()}")
 os._exit(status)
 """
 UNUSED = ("torch._dynamo", "torch._inductor", "transformers.generation.utils", "sklearn", "pandas", "pyarrow", "wandb")
@@ -49,6 +50,8 @@ def test_ranks_import_neither_the_compiler_nor_other_heavy_modules(tmp_path: Pat
     assert "torch.optim.adam" in first & second and "transformers" in first
     assert not (first | second) & set(UNUSED)
     assert "torch.utils.tensorboard" in first - second, "only the rank that logs needs the writer"
+    searches, left_out = (tmp_path / "modules_0.gc").read_text().split()
+    assert searches == "True" and int(left_out) > 100_000, "what was imported is not searched for garbage again"
 
 
 def compiled() -> tuple[list[float], int]:
