@@ -78,12 +78,12 @@ def _embedding_check(recipe: Recipe) -> Check:
 
 def _reranker_check(recipe: Recipe) -> Check:
     """The pointwise loss needs only some query with both kinds of documents, which the whole data shows."""
-    from megabatch.data.rows.ranked import NOTHING_TO_COMPARE, ranked_of
+    from megabatch.data.rows.ranked import NOTHING_TO_COMPARE, candidates_of
 
     listwise, columns = recipe.reranker.loss_type == "listwise_reranker", recipe.data.columns
 
     def check(row: Row) -> None:
-        if listwise and not ranked_of(row, columns=columns).negatives:
+        if not candidates_of(row, columns=columns).negatives and listwise:
             raise DataError(f"{row.origin}: the query {NOTHING_TO_COMPARE}")
 
     return check

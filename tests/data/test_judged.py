@@ -24,10 +24,14 @@ def encoder(folder: Path, **settings: Any) -> Encoder:
     return Encoder(Encoding(tokenizer=folder, **how))
 
 
-@pytest.mark.parametrize("label", [True, False, 1, 0])
-def test_a_conversation_with_a_label(label: Any) -> None:
+@pytest.mark.parametrize(("label", "good"), [
+    (True, True), (False, False), (1, True), (0, False), (1.0, True),
+    ("1", True), ("0", False), ("true", True), ("False", False), (" 1.0", True),
+])  # fmt: skip
+def test_a_conversation_with_a_label(label: Any, good: bool) -> None:
+    """Texts are what CSV has."""
     (found,) = judged_of(row(prompt="Q", completion="A", label=label))
-    assert (found.label, found.conversation.messages[-1].content) == (bool(label), "A")
+    assert (found.label, found.conversation.messages[-1].content) == (good, "A")
     assert not found.conversation.columns
 
 
@@ -38,9 +42,9 @@ def test_a_pair_is_a_good_and_a_bad_answer() -> None:
     assert renamed.label is False
 
 
-@pytest.mark.parametrize("label", [None, "yes", 2, 0.5, [True]])
+@pytest.mark.parametrize("label", [None, "", "yes", 2, 0.5, [True], 10**400, float("nan")])
 def test_faulty_labels_name_file_and_line(label: Any) -> None:
-    rule = "has no label; give label" if label is None else "label must be true or false"
+    rule = "has no label; give label" if label in (None, "") else "label must be true or false"
     with pytest.raises(DataError, match=rf"^judged\.jsonl:7: {rule}"):
         judged_of(row(prompt="Q", completion="A", label=label))
 

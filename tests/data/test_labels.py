@@ -28,6 +28,8 @@ def row(**fields: Any) -> Row:
         (SINGLE, 3, 2, [2]),
         (SINGLE, 3, "1", [1]),
         (SINGLE, 3, 1.0, [1]),
+        (SINGLE, 2, "True", [1]),
+        (SINGLE, 2, " false", [0]),
         (NUMBER, 1, 0.5, [0.5]),
         (NUMBER, 1, "-2e1", [-20]),
         (NUMBER, 1, [3], [3]),
@@ -53,7 +55,10 @@ def test_a_label_has_one_form(kind: Any, labels: int, given: Any, expected: list
         (SINGLE, 3, -1, "a class from 0 to 2"),
         (SINGLE, 3, 0.5, "a class from 0 to 2"),
         (SINGLE, 3, True, "a class from 0 to 2"),
-        (SINGLE, 3, "good", "is not valid JSON"),
+        (SINGLE, 3, "good", "a class from 0 to 2, as training.num_labels=3 says, not str 'good'"),
+        (SINGLE, 3, 10**400, "a class from 0 to 2"),
+        (NUMBER, 1, 1e39, "must be a number"),
+        (SINGLE, 2, "", "is missing"),
         (SINGLE, 3, None, "is missing; rename its column with data.columns"),
         (NUMBER, 1, [1, 2], "must be a number"),
         (NUMBER, 1, float("nan"), "must be a number"),
@@ -106,6 +111,13 @@ def test_columns_that_nothing_reads_are_counted(folder: Path) -> None:
 def test_a_row_without_text_is_refused(folder: Path, text: Any) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:7: text must be a string that is not empty"):
         encoded(folder, row(text=text, label=1))
+
+
+@pytest.mark.parametrize("turns", [[("user", " ")], [("system", ""), ("user", "\n")]])
+def test_turns_in_which_nobody_says_anything_are_refused(folder: Path, turns: list[tuple[str, str]]) -> None:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: the messages say nothing"):
+        encoded(folder, row(messages=messages, label=1))
 
 
 def test_a_sample_that_is_too_long_is_dropped_and_counted_or_cut(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.rows.preference import is_preference, preference_of
 from megabatch.data.rows.sources import resolve
-from megabatch.data.tokens.encoder import Encoder
+from megabatch.data.tokens.encoder import CUT_ALIKE, Encoder
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.pairs import EQUAL
 from megabatch.data.tokens.templates import Template
@@ -56,6 +57,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rejected": said("Q", "bad"),
     },
 }
+
+
+def test_numbers_may_be_texts_and_messages_json_as_in_csv() -> None:
+    texts = {name: json.dumps(value) for name, value in SHAPES["lists"].items()}
+    given = {"margin": "1.5", "ref_chosen_logps": "-1", "ref_rejected_logps": "-2.5"}
+    for fields in (texts, texts | {"rejected": " " + texts["rejected"].replace("[{", "[ {")}):
+        pair, expected = preference_of(row(**fields, **given)), preference_of(row(**SHAPES["lists"]))
+        assert (pair.chosen, pair.rejected) == (expected.chosen, expected.rejected)
+        assert (pair.margin, pair.ref_logps) == (1.5, (-1.0, -2.5))
+    empty = preference_of(row(**SHAPES["texts"], **dict.fromkeys(given, "")))
+    assert (empty.margin, empty.ref_logps) == (0.0, None)
+
+
+@pytest.mark.parametrize("answers", [('[{"name": "f", "arguments": {}}]', '[{"name": "g"}]'), ("[3]", "[4, 5]")])
+def test_an_answer_that_is_json_stays_a_text(answers: tuple[str, str]) -> None:
+    pair = preference_of(row(prompt="[1, 2]: which call?", chosen=answers[0], rejected=answers[1]))
+    assert (pair.chosen.messages[-1].content, pair.rejected.messages[-1].content) == answers
+    assert pair.chosen.messages[0].content == "[1, 2]: which call?"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -241,7 +260,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         SHAPES["texts"] | {"ref_chosen_logps": float("nan"), "ref_rejected_logps": -1.0},
         "ref_chosen_logps must be a finite number, not float nan",
     ),
-    "text margin": (SHAPES["texts"] | {"margin": "2"}, "margin must be a finite number, not str '2'"),
+    "text margin": (SHAPES["texts"] | {"margin": "two"}, "margin must be a finite number, not str 'two'"),
+    "margin beyond fp32": (SHAPES["texts"] | {"margin": 1e39}, "margin must be a finite number, not float 1e.39"),
+    "margin beyond float": (SHAPES["texts"] | {"margin": 10**400}, "margin must be a finite number, not int 1000"),
 }
 
 
@@ -301,6 +322,13 @@ def test_an_answer_beyond_the_limit(tokenizer_folder: Path, strategy: Any) -> No
     reasons = {"delete": {"longer than max_length": 1}, "right": {"nothing to learn": 1}, "left": {}}
     assert chunk.dropped == reasons[strategy]
     assert chunk.items == ([2] if strategy == "left" else [])
+
+
+def test_answers_that_are_cut_to_the_same_tokens_are_no_pair(tokenizer_folder: Path) -> None:
+    same = row(prompt="Q", chosen="seven " * 40 + "A", rejected="seven " * 40 + "B")
+    assert encoder(tokenizer_folder).encode([same]).items == [2]
+    cut = encoder(tokenizer_folder, max_length=30, truncation_strategy="right").encode([same])
+    assert (cut.items, cut.dropped, str(cut.first[CUT_ALIKE])) == ([], {CUT_ALIKE: 1}, "pairs.jsonl:7")
 
 
 def test_half_a_pair_without_answer_is_no_pair(tokenizer_folder: Path) -> None:

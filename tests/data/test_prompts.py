@@ -63,6 +63,14 @@ def test_a_row_with_nothing_to_answer_is_refused() -> None:
             prompt_of(row(messages=messages))
 
 
+def test_a_prompt_that_says_nothing_is_refused_but_a_tool_may_find_nothing() -> None:
+    with pytest.raises(DataError, match=r"train.jsonl:7: the prompt is empty"):
+        prompt_of(row(messages=[{"role": "system", "content": "s"}, {"role": "user", "content": " "}]))
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    found = prompt_of(row(messages=[{"role": "user", "content": "q"}, call, {"role": "tool", "content": ""}]))
+    assert [message.role for message in found.conversation.messages] == ["user", "assistant", "tool"]
+
+
 @pytest.mark.parametrize("text", ["two plus two", "say <|im_end|> twice"])
 def test_tokens_are_those_of_the_templates_generation_prompt(text: str, tokenizer_folder: Path) -> None:
     """And a control token in the data is plain text, as everywhere."""

@@ -58,7 +58,12 @@ def test_tokens_and_labels_are_those_of_trl(separator: str, folder: Path) -> Non
 def test_prompts_may_be_turns_and_lists_json(folder: Path) -> None:
     (expected,) = encoded(folder, **ROW).samples
     turns = [{"role": "user", "content": ROW["prompt"]}]
-    for given in ({"prompt": turns}, {"prompt": None, "messages": turns}, {"labels": "[1, 0]"}):
+    for given in (
+        {"prompt": turns},
+        {"prompt": None, "messages": turns},
+        {"labels": "[1, 0]"},
+        {"labels": ["True", "0"]},
+    ):
         (sample,) = encoded(folder, **{**ROW, **given}).samples
         assert sample.ids.tolist() == expected.ids.tolist()
         assert (sample.token_columns[RIGHT] == expected.token_columns[RIGHT]).all()
@@ -77,6 +82,7 @@ def test_prompts_may_be_turns_and_lists_json(folder: Path) -> None:
         ({"labels": [1, 0.5]}, r"rows.jsonl:7: labels\[1\] must be true or false"),
         ({"labels": [float("nan"), 1]}, r"rows.jsonl:7: labels\[0\] must be true or false"),
         ({"prompt": None}, "rows.jsonl:7: no accepted format"),
+        ({"prompt": " \n"}, "rows.jsonl:7: the prompt is empty"),
         ({"images": ["a.png"]}, "rows.jsonl:7: .*images"),
     ],
 )

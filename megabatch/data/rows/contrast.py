@@ -11,7 +11,7 @@ from megabatch.config.resolved import resolved
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.judged import judged_of
 from megabatch.data.rows.labels import label_of
-from megabatch.data.rows.ranked import NOTHING_TO_COMPARE, ranked_of
+from megabatch.data.rows.ranked import NOTHING_TO_COMPARE, candidates_of
 from megabatch.data.rows.steps import stepwise_of
 
 
@@ -74,7 +74,7 @@ def _candidates(recipe: Recipe) -> Contrast:
     columns = recipe.data.columns
 
     def kinds(row: Row) -> list[int]:
-        found = ranked_of(row, columns=columns)
+        found = candidates_of(row, columns=columns)
         return [*[1 for _ in found.positives], *[0 for _ in found.negatives]]
 
     return Contrast(kinds, lambda kind: f"the query {NOTHING_TO_COMPARE}; no other query of the data has one either")

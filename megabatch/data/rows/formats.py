@@ -16,12 +16,12 @@ may hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megabatch.data.rows.files import Row
-from megabatch.data.rows.turns import SAYING, Message, Turns, from_json, short, turns_of
+from megabatch.data.rows.turns import SAYING, Message, Turns, from_json, said_as_list, short, turns_of
 from megabatch.errors import DataError
 
 __all__ = ["Conversation", "Message", "channel_of", "conversation_of", "is_text", "renamed"]
@@ -66,12 +66,18 @@ def conversation_of(
         )
     messages = turns.messages
     system = _text(fields, "system", row) if fields.get("system") else system
-    if system and messages[0].role not in ("system", "developer") and "text" not in required:
-        messages.insert(0, Message("system", system))
+    if "text" not in required:
+        messages[:] = with_system(messages, system)
     _check(messages, row, answered=answered)
     used = {*required, *optional, "system", *also}
     rest = {name: value for name, value in fields.items() if value is not None and name not in used}
     return Conversation(messages, _columns(rest, row, is_agent=turns.is_agent), turns.is_agent)
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """The turns, behind this system message where there is one and they have none."""
+    own = bool(messages) and messages[0].role in ("system", "developer")
+    return [*messages] if own or not system else [Message("system", system), *messages]
 
 
 def renamed(row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
@@ -117,7 +123,9 @@ def _answer(fields: Mapping[str, Any], name: str, row: Row) -> list[Message]:
 
 def _prompt(fields: Mapping[str, Any], row: Row) -> Turns:
     """Texts, or TRL's conversational form: the prompt is not trained on unless one of its messages asks for it."""
-    prompt, completion = fields["prompt"], fields.get("completion")
+    prompt, completion = (
+        said_as_list(fields.get(name), place=f"{row.origin}: {name}") for name in ("prompt", "completion")
+    )
     if isinstance(prompt, str) and isinstance(completion, str | None):
         return _exchange("prompt", "completion")(fields, row)
     before = _spoken(prompt, "user", place=f"{row.origin}: prompt")
@@ -218,8 +226,7 @@ def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
 
 def _check(messages: list[Message], row: Row, *, answered: bool) -> None:
     for index, message in enumerate(messages):
-        says = message.content.strip() or any(message.fields.get(name) for name in SAYING)
-        if message.role == "assistant" and not says and message.loss != 0:
+        if message.role == "assistant" and not _says_something(message) and message.loss != 0:
             raise DataError(f"{row.origin}: message {index} of the assistant is empty; fill it or delete the row")
         if not is_text(message.content) or (message.fields and not is_text(message.fields)):
             raise DataError(
@@ -234,14 +241,25 @@ def _check(messages: list[Message], row: Row, *, answered: bool) -> None:
 
 def require_question(conversation: Conversation, row: Row) -> None:
     """Raises: DataError with the row's place where nobody says anything before the last answer, though turns do stand
-    there: an answer to nothing has nothing to be better or worse at."""
+    there: an answer to nothing has nothing to be better or worse at. A tool may have found nothing."""
     before = list(conversation.messages)
     while before and before[-1].role == "assistant":
         before.pop()
     first = next((n for n in range(len(before), 0, -1) if before[n - 1].role == "assistant"), 0)
     asking = [one for one in before[first:] if one.role not in ("system", "developer")]
-    if asking and not any(one.content.strip() for one in asking):
+    if asking and not any(one.content.strip() or one.role in ("tool", "ipython") for one in asking):
         raise DataError(f"{row.origin}: the prompt is empty; fill it or delete the row")
+
+
+def require_words(conversation: Conversation, row: Row, name: str) -> None:
+    """Raises: DataError with the row's place where nobody says anything, or what is said cannot be encoded."""
+    _check(conversation.messages, row, answered=False)
+    if not any(_says_something(message) for message in conversation.messages):
+        raise DataError(f"{row.origin}: {name} say nothing; fill them or delete the row")
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message.content.strip()) or any(message.fields.get(name) for name in SAYING)
 
 
 def is_text(value: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, conversation_of, renamed, require_question
+from megabatch.data.rows.numbers import is_truth, told
 from megabatch.data.rows.preference import is_preference, preference_of
 from megabatch.data.rows.turns import short
 from megabatch.errors import DataError
@@ -34,13 +35,13 @@ def judged_of(row: Row, *, columns: Mapping[str, str] | None = None, system: str
         pair = preference_of(row, columns=columns, system=system)
         return [Judged(pair.chosen, True), Judged(pair.rejected, False)]
     fields = renamed(row, columns)
-    label = fields.pop("label", None)
+    label = told(fields.pop("label", None))
     if label is None:
         raise DataError(
             f"{row.origin}: has no label; give label (true for a good answer, false for a bad one), or a good and a "
             "bad answer"
         )
-    if label not in (True, False) or not isinstance(label, bool | int | float):
+    if not is_truth(label):
         raise DataError(f"{row.origin}: label must be true or false (1 or 0), not {short(label)}")
     answered = conversation_of(replace(row, fields=fields), system=system)
     require_question(answered, row)

@@ -8,7 +8,7 @@ from typing import Any
 from megabatch.config.training import ProblemType
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import renamed
-from megabatch.data.rows.numbers import is_number
+from megabatch.data.rows.numbers import is_number, told
 from megabatch.data.rows.turns import from_json, short
 from megabatch.errors import DataError
 
@@ -29,10 +29,10 @@ def label_of(
     each label whether the row has it (true and false, or 1.0 and 0.0).
     Raises: DataError with the row's place.
     """
-    value, place = renamed(row, columns).get("label"), f"{row.origin}: label"
+    value, place = told(renamed(row, columns).get("label")), f"{row.origin}: label"
     if value is None:
         raise DataError(f"{place} is missing; rename its column with data.columns, or delete the row")
-    if isinstance(value, str):  # as in CSV
+    if isinstance(value, str) and value.lstrip()[:1] == "[":  # as in CSV
         value = from_json(value, place=place)
     if problem_type == "single_label_classification":
         return {"label": float(_class(value, num_labels, place=place))}

@@ -24,9 +24,9 @@ from typing import Any
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, conversation_of, is_text, renamed, require_question
-from megabatch.data.rows.numbers import is_number
+from megabatch.data.rows.numbers import is_number, told
 from megabatch.data.rows.one_prompt import answers_start, learned_from, read_alike, refuse_another_prompt, weighed
-from megabatch.data.rows.turns import Message, short, turns_of
+from megabatch.data.rows.turns import Message, said_as_list, short, turns_of
 from megabatch.errors import DataError
 
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
@@ -107,7 +107,9 @@ def _with_messages(fields: Mapping[str, Any], row: Row, system: str | None) -> t
 def _chosen_and_rejected(fields: Mapping[str, Any], row: Row, system: str | None) -> tuple[Conversation, Conversation]:
     if "chosen" not in fields:
         raise DataError(f"{row.origin}: rejected needs chosen beside it: the answer to prefer")
-    chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
+    chosen, rejected, prompt = (
+        said_as_list(fields.get(name), place=f"{row.origin}: {name}") for name in ("chosen", "rejected", "prompt")
+    )
     shared = {name: value for name, value in _without_own(fields).items() if name not in _OTHERS}
     unread = {name: fields[name] for name in sorted(_OTHERS & fields.keys()) if fields[name] not in (chosen, rejected)}
     if _is_whole(chosen, row):
@@ -138,13 +140,9 @@ _PAIRS = {
 """What reads a row, by the field with its bad answer."""
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:2] == "[{")
-
-
 def _is_whole(chosen: Any, row: Row) -> bool:
     """Whether it is a conversation with its prompt, which the assistant does not begin."""
-    return _is_list(chosen) and turns_of(chosen, place=f"{row.origin}: chosen").messages[0].role != "assistant"
+    return isinstance(chosen, list) and turns_of(chosen, place=f"{row.origin}: chosen").messages[0].role != "assistant"
 
 
 def _whole(
@@ -152,12 +150,12 @@ def _whole(
 ) -> tuple[Conversation, Conversation]:
     """Two conversations whose prompt is what both begin with; its turns are not learned, unless a message asks for
     it."""
-    if not _is_list(rejected):
+    if not isinstance(rejected, list):
         raise DataError(f"{row.origin}: rejected must be a list of messages, as chosen is, not {short(rejected)}")
-    prompt = fields.pop("prompt", None)
+    prompt = said_as_list(fields.pop("prompt", None), place=f"{row.origin}: prompt")
     first = _named("chosen", fields | {"messages": chosen}, row, system)
     second = _named("rejected", fields | {"messages": rejected}, row, system)
-    if prompt is not None and _is_list(prompt):
+    if isinstance(prompt, list):
         refuse_another_prompt(turns_of(prompt, place=f"{row.origin}: prompt").messages, first, row)
     start = answers_start(first, second, row)
     return weighed(first, range(start), 0.0), weighed(second, range(start), 0.0)
@@ -180,11 +178,11 @@ def _named(which: str, fields: dict[str, Any], row: Row, system: str | None) -> 
 
 
 def _margin(value: Any, row: Row) -> float:
-    return 0.0 if value is None else _number("margin", value, row)
+    return 0.0 if told(value) is None else _number("margin", value, row)
 
 
 def _ref_logps(fields: Mapping[str, Any], row: Row) -> tuple[float, float] | None:
-    given = [name for name in _GIVEN if name in fields]
+    given = [name for name in _GIVEN if told(fields.get(name)) is not None]
     if not given:
         return None
     if len(given) == 1:
@@ -196,6 +194,7 @@ def _ref_logps(fields: Mapping[str, Any], row: Row) -> tuple[float, float] | Non
 
 
 def _number(name: str, value: Any, row: Row) -> float:
-    if not is_number(value):
+    number = told(value)
+    if not is_number(number):
         raise DataError(f"{row.origin}: {name} must be a finite number, not {short(value)}")
-    return float(value)
+    return float(number)

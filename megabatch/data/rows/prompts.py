@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megabatch.data.rows.files import Row
-from megabatch.data.rows.formats import Conversation, conversation_of, renamed
+from megabatch.data.rows.formats import Conversation, conversation_of, renamed, require_question
 from megabatch.errors import DataError
 
 SOLUTION = "solution"
@@ -50,6 +50,7 @@ def prompt_of(row: Row, *, columns: Mapping[str, str] | None = None, system: str
     answer = messages.pop().content if messages and messages[-1].role == "assistant" else _NOTHING
     if not messages or messages[-1].role == "system":
         raise DataError(f"{row.origin}: has nothing to answer; a prompt needs a user's message")
+    require_question(replace(found, messages=messages), row)
     rest = {name: value for name, value in found.columns.items() if name not in _FOR_TEMPLATES}
     if answer != _NOTHING:
         rest.setdefault(SOLUTION, answer)

@@ -15,6 +15,7 @@ from typing import Any
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation, is_text, renamed
+from megabatch.data.rows.numbers import is_truth, told
 from megabatch.data.rows.prompts import prompt_of
 from megabatch.data.rows.turns import from_json, short
 from megabatch.errors import DataError
@@ -49,10 +50,10 @@ def stepwise_of(row: Row, *, columns: Mapping[str, str] | None = None, system: s
     for index, (step, label) in enumerate(zip(steps, labels, strict=True)):
         if not isinstance(step, str) or not step.strip() or not is_text(step):
             raise DataError(f"{row.origin}: {_STEPS}[{index}] must be a text that is not empty, not {short(step)}")
-        if not isinstance(label, bool | int | float) or label not in (0, 1):
+        if not is_truth(told(label)):
             raise DataError(f"{row.origin}: {_LABELS}[{index}] must be true or false (1 or 0), not {short(label)}")
     asked = prompt_of(replace(row, fields=fields), system=system)
-    return Stepwise(asked.conversation, steps, [bool(label) for label in labels], asked.columns)
+    return Stepwise(asked.conversation, steps, [bool(told(label)) for label in labels], asked.columns)
 
 
 def _list(value: Any, name: str, row: Row) -> list[Any]:

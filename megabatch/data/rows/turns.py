@@ -68,9 +68,9 @@ _CALLS = ("tool_call", "function_call")
 _PAIRS = (("human", "assistant"), ("user", "assistant"))
 SAYING = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 """Fields with which a turn says something even without content."""
-_SPEAKING = ("role", "from", "content", "value")
+_SAID = ("content", "value")
 _LOSS = ("loss", "weight", "train")
-_PARSED = {*_SPEAKING, *_LOSS, "loss_scale"}
+_PARSED = {"role", "from", *_SAID, *_LOSS, "loss_scale"}
 _SIMPLE = {"role", "content"}
 
 
@@ -106,6 +106,23 @@ def turns_of(value: Any, *, place: str) -> Turns:
         return Turns(neighbours_joined(made, roles=("assistant",)), is_agent=True)
     except DataError as e:
         raise DataError(f"{place}: {e}") from e
+
+
+def said_as_list(value: Any, *, place: str) -> Any:
+    """Messages that stand as JSON text, as in CSV, as their list; everything else, such as an answer that is JSON, as
+    it is. Raises: DataError for messages with a key twice."""
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    are_messages = isinstance(found, list) and bool(found) and all(map(_is_message, found))
+    return from_json(value, place=place) if are_messages else value
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and bool(_role(value)) and any(name in value for name in (*_SAID, "tool_calls"))
 
 
 def from_json(text: str, *, place: str) -> Any:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation
-from megabatch.data.rows.ranked import Said, ranked_of
+from megabatch.data.rows.ranked import Ranked, Said, candidates_of
 from megabatch.data.rows.turns import Message
 from megabatch.errors import DataError
 
@@ -32,14 +32,20 @@ class Question(NamedTuple):
 
 
 def questions_of(
-    row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None, instruction: str = ""
+    row: Row,
+    *,
+    columns: Mapping[str, str] | None = None,
+    system: str | None = None,
+    instruction: str = "",
+    ranked: Ranked | None = None,
 ) -> Sequence[Question]:
     """A question for each document of a row, those that fit first.
 
-    Args: columns: as of `ranked_of`; system: replaces the system turn; instruction: of rows without their own.
+    Args: columns: as of `ranked_of`; system: replaces the system turn; instruction: of rows without their own; ranked:
+    the row's texts, where they have been read.
     Raises: DataError with the row's place.
     """
-    ranked = ranked_of(row, columns=columns)
+    ranked = candidates_of(row, columns=columns) if ranked is None else ranked
     own, query = _query(ranked.anchor, row)
     asked = f"<Instruct>: {own or instruction}\n<Query>: {query}\n<Document>: "
     documents = [(one, True) for one in ranked.positives] + [(one, False) for one in ranked.negatives]

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from megabatch.data.rows.files import Row
-from megabatch.data.rows.formats import Conversation
+from megabatch.data.rows.formats import Conversation, with_system
 from megabatch.data.rows.ranked import Said as Text
-from megabatch.data.rows.ranked import ranked_of
+from megabatch.data.rows.ranked import candidates_of
 from megabatch.data.rows.turns import Message
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.labelled import Said
+from megabatch.data.tokens.ranked import count_columns
 from megabatch.data.tokens.sample import Encoded, Item
 
 FITS = "fits"
@@ -25,12 +26,14 @@ class Candidates:
     """The query as the user's turn and a document as the assistant's, as `apply_chat_template` renders them."""
 
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
-        self._columns, self._said = encoding.columns, Said(tokenizer, encoding)
+        self._encoding, self._said = encoding, Said(tokenizer, encoding)
 
     def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
-        ranked = [ranked_of(row, columns=self._columns) for row in rows]
+        ranked = [candidates_of(row, columns=self._encoding.columns) for row in rows]
+        count_columns(rows, ranked, remarks)
+        system = self._encoding.system
         said = [
-            (row, Conversation([*_turns(of.anchor, "user"), *_turns(document, "assistant")]))
+            (row, Conversation(with_system([*_turns(of.anchor, "user"), *_turns(document, "assistant")], system)))
             for row, of in zip(rows, ranked, strict=True)
             for document in (*of.positives, *of.negatives)
         ]

@@ -12,7 +12,7 @@ from megabatch.data.rows.files import Line, Row, parsed
 from megabatch.data.rows.formats import channel_of
 from megabatch.data.rows.preprocess import DROPPED, preprocess_of
 from megabatch.data.tokens import tokenizer
-from megabatch.data.tokens.candidates import Candidates
+from megabatch.data.tokens.candidates import FITS, Candidates
 from megabatch.data.tokens.chunk import Chunk
 from megabatch.data.tokens.conversations import Conversations
 from megabatch.data.tokens.documents import Documents
@@ -21,7 +21,7 @@ from megabatch.data.tokens.judged import JudgedAnswers
 from megabatch.data.tokens.labelled import Labelled
 from megabatch.data.tokens.pairs import EQUAL, Pairs
 from megabatch.data.tokens.prompts import Prompts
-from megabatch.data.tokens.ranked import Ranked
+from megabatch.data.tokens.ranked import NEGATIVE, POSITIVE, ROLE, Ranked
 from megabatch.data.tokens.sample import CHANNEL, TEACHER_NUMBER, Encoded, Item
 from megabatch.data.tokens.shared import with_shared
 from megabatch.data.tokens.steps import Steps
@@ -68,6 +68,16 @@ _SHARING: frozenset[Rows] = frozenset({"pairs", "candidates"})
 """Rows whose samples may have their first tokens in common: answers to a prompt, documents of a query."""
 
 
+_COMPARED: Mapping[Rows, tuple[str, tuple[float, float]]] = {
+    "pairs": ("chosen", (1.0, 0.0)),
+    "ranked": (ROLE, (POSITIVE, NEGATIVE)),
+    "candidates": (FITS, (1.0, 0.0)),
+    "yes_no": (FITS, (1.0, 0.0)),
+}
+"""The column that tells the samples of an item apart, and its values for those that the loss compares."""
+CUT_ALIKE = "cut to max_length, what should be told apart is the same tokens"
+
+
 class Encoder:
     """Turns rows into samples; loads the tokenizer once."""
 
@@ -92,6 +102,8 @@ class Encoder:
                 chunk.drop("longer than max_length", row.origin)
             elif self._learns_tokens and not _learns(kept):
                 chunk.drop("nothing to learn", row.origin)
+            elif kept[0] is not item and self._cut_alike(kept[0]):
+                chunk.drop(CUT_ALIKE, row.origin)
             else:
                 chunk.remarks["longer than max_length, cut into pieces"] += len(kept) > 1
                 names, taught = self._names(row), self._taught(row)
@@ -137,6 +149,15 @@ class Encoder:
         if self.encoding.rows in _ALL_LABELS and list(map(_learned, cut)) != list(map(_learned, item)):
             return []
         return [cut]
+
+    def _cut_alike(self, item: Item) -> bool:
+        """Whether samples that the loss compares are the same tokens."""
+        apart = _COMPARED.get(self.encoding.rows)
+        if apart is None:
+            return False
+        column, kinds = apart
+        better, worse = ({one.ids.tobytes() for one in item if one.columns[column] == kind} for kind in kinds)
+        return not better.isdisjoint(worse)
 
 
 def _learns(items: Sequence[Item]) -> bool:

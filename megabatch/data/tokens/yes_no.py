@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from megabatch.data.rows.files import Row
+from megabatch.data.rows.ranked import candidates_of
 from megabatch.data.rows.yes_no import questions_of
 from megabatch.data.tokens.candidates import FITS
 from megabatch.data.tokens.conversations import template_of
 from megabatch.data.tokens.encoding import Encoding
+from megabatch.data.tokens.ranked import count_columns
 from megabatch.data.tokens.sample import Item
 
 
@@ -23,9 +25,11 @@ class YesNo:
 
     def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
         settings = self._encoding
+        ranked = [candidates_of(row, columns=settings.columns) for row in rows]
+        count_columns(rows, ranked, remarks)
         asked = [
-            questions_of(row, columns=settings.columns, system=settings.system, instruction=settings.instruction)
-            for row in rows
+            questions_of(row, system=settings.system, instruction=settings.instruction, ranked=texts)
+            for row, texts in zip(rows, ranked, strict=True)
         ]
         places = [str(row.origin) for row, some in zip(rows, asked, strict=True) for _ in some]
         encoded = iter(

@@ -76,7 +76,7 @@ def mean(values: Numbers | Sequence[float]) -> float:
 
 def pearson(a_N: Numbers, b_N: Numbers) -> float:
     """Linear correlation."""
-    if len(a_N) < 2:
+    if len(a_N) < 2 or _is_constant(a_N) or _is_constant(b_N):
         return NAN
     a, b = a_N - a_N.mean(), b_N - b_N.mean()
     size = float(np.sqrt((a @ a) * (b @ b)))
@@ -90,8 +90,15 @@ def spearman(a_N: Numbers, b_N: Numbers) -> float:
 
 def r2(said_N: Numbers, true_N: Numbers) -> float:
     """1 - squared errors / variation of the truth."""
-    variation = float(np.square(true_N - true_N.mean()).sum()) if len(true_N) else 0.0
+    if not len(true_N) or _is_constant(true_N):
+        return NAN
+    variation = float(np.square(true_N - true_N.mean()).sum())
     return 1 - float(np.square(said_N - true_N).sum()) / variation if variation else NAN
+
+
+def _is_constant(values_N: Numbers) -> bool:
+    """Whether all are equal: their mean is rounded, so that differences from it need not be 0."""
+    return bool((values_N == values_N[0]).all())
 
 
 def calibration_error(confidence_N: Numbers, right_N: Numbers, *, bins: int = 15) -> float:

@@ -63,6 +63,10 @@ def test_correlations_are_those_of_numpy() -> None:
     assert measures.ranks(SCORES).tolist() == places[0]
     assert measures.spearman(SCORES, other) == pytest.approx(np.corrcoef(*places)[0, 1])
     assert math.isnan(measures.pearson(np.ones(3), np.arange(3.0)))
+    tenths = np.full(3, 0.1)  # their mean is another float
+    for measure in (measures.pearson, measures.spearman):
+        assert math.isnan(measure(tenths, np.arange(3.0))) and math.isnan(measure(np.arange(3.0), tenths))
+    assert math.isnan(measures.r2(np.arange(3.0), tenths))
     assert measures.r2(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(0.5)
 
 
