@@ -31,6 +31,8 @@ class ChatExport:
     """`data.template`."""
     has_turns: bool
     """False where no template is rendered: in pretraining, and for texts whose tokenizer has none."""
+    padding: str | None = None
+    """The token that fills batches; None leaves the tokenizer's own."""
 
     def write(self, config_folder: Path, directory: Path) -> None:
         """Writes the auxiliary files of both folders, without config.json. Raises: MegabatchError, OSError."""
@@ -40,6 +42,8 @@ class ChatExport:
         carry_tokenizer(self.tokenizer, directory, skip=dropped)
         if chat.source is not None:
             _write_template(directory, chat.source)
+        if self.padding is not None and tokenizers.load(self.tokenizer).pad_token != self.padding:
+            _write_padding(directory, self.padding)
         if chat.end is not None:
             _write_end(config_folder, directory, chat.end)
 
@@ -78,6 +82,13 @@ def _write_template(directory: Path, source: str) -> None:
         file.write(source.encode())
     config = _read(directory / "tokenizer_config.json")
     _write(directory / "tokenizer_config.json", {**config, "chat_template": source})
+
+
+def _write_padding(directory: Path, token: str) -> None:
+    """Sets the tokenizer's padding in the files that say it, of which older ones win in some versions."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name == "tokenizer_config.json" or (directory / name).is_file():
+            _write(directory / name, {**_read(directory / name), "pad_token": token})
 
 
 def _write_end(config_folder: Path, directory: Path, end: int) -> None:

@@ -26,6 +26,7 @@ from megabatch.saved.manifest import File
 from megabatch.trainer.exports.chat import ChatExport, has_template
 from megabatch.trainer.exports.classifier import classifier_config
 from megabatch.trainer.exports.export import Export
+from megabatch.trainer.exports.padding import padding_of
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model_source import ModelSource
 from megabatch.trainer.ranks import Ranks
@@ -149,7 +150,10 @@ def chat_of(run: RunConfig, source: ModelSource) -> ChatExport:
     has_turns = rows != "documents" and (
         rows not in ("labelled", "ranked", "candidates") or has_template(source.tokenizer, template)
     )
-    return ChatExport(source.tokenizer, template, has_turns=has_turns)
+    padding = None if run.shape.num_labels is None else padding_of(run, source)
+    return ChatExport(
+        source.tokenizer, template, has_turns=has_turns, padding=None if padding is None else padding.text
+    )
 
 
 def _copy(row: HfRows) -> HfRows:

@@ -16,6 +16,7 @@ from runs import metrics, recipe, train, write_run
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from megabatch import Recipe, Rlhf
+from megabatch.data.tokens.tokenizer import train_bpe
 
 RM: dict[str, dict[str, Any]] = {
     "rm": {"center_rewards_coefficient": 0.05},
@@ -44,6 +45,7 @@ def write_pairs(path: Path, *, count: int, seed: int) -> Path:
 
 def made(folder: Path, ranks: int, *, model: str = "qwen2", **groups: dict[str, Any]) -> Recipe:
     files = {"dataset": [str(folder / "train.jsonl")], "val_dataset": [str(folder / "validation.jsonl")]}
+    groups = {name.rstrip("_"): fields for name, fields in groups.items()}
     every = merged(merged(merged(GROUPS, RM), groups), {"resources": {"tasks_per_node": ranks}, "data": files})
     return replace(recipe(folder, model, **every), task="rlhf", rlhf=Rlhf(rlhf_type="rm"))
 
@@ -64,6 +66,29 @@ def test_layouts_and_transformers_agree_on_rewards(ranks: RankServer, tmp_path: 
     last = metrics(one, "eval")[-1]
     assert last["eval_margin"] == pytest.approx(sum(a - b for a, b in rewards) / len(rewards), rel=1e-4, abs=1e-6)
     assert last["eval_accuracy"] == sum(a > b for a, b in rewards) / len(rewards)
+
+
+ENDING = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+"""Conversations end with the token that ends a text, as Llama 3's do."""
+
+
+@pytest.mark.parametrize("padding", [None, "<|im_end|>"])
+def test_transformers_reads_the_trained_place_where_padding_would_end_a_text(
+    padding: str | None, ranks: RankServer, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "train.jsonl", count=8, seed=0)
+    pairs = write_pairs(tmp_path / "validation.jsonl", count=5, seed=1)
+    tokenizer = train_bpe(["It is no + ?"], vocab_size=270, out_dir=tmp_path / "tokenizer")
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    changed = {**settings, "pad_token": padding, "chat_template": ENDING}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(changed))
+    run = write_run(made(tmp_path, 1, model_={"tokenizer": str(tokenizer)}), tmp_path / "run")
+    assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
+    (folder,) = (run / "checkpoints").glob("step_*/hf")
+    assert AutoTokenizer.from_pretrained(folder).pad_token == "<|endoftext|>"
+    rewards = [_rewards(folder, json.loads(line)) for line in pairs.read_text().splitlines()]
+    mean = sum(a - b for a, b in rewards) / len(rewards)
+    assert metrics(run, "eval")[-1]["eval_margin"] == pytest.approx(mean, rel=1e-4, abs=1e-6)
 
 
 def test_adapters_in_a_pipeline(ranks: RankServer, tmp_path: Path) -> None:
@@ -91,9 +116,10 @@ def _rewards(folder: Path, row: dict[str, Any]) -> tuple[float, float]:
     """Of the chosen and the rejected answer, by transformers alone."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = []
+    texts = []
     for answer in (row["response"], row["rejected_response"]):
         turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        found.append(float(model(**tokenizer(text, return_tensors="pt")).logits[0, 0].detach()))
-    return found[0], found[1]
+        texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    found = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0]
+    return float(found[0]), float(found[1])
