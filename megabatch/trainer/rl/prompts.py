@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megabatch.config.data import Data
@@ -147,15 +149,29 @@ def open_language(run: RunConfig, source: ModelSource, ranks: Ranks) -> Language
     def stops() -> tuple[int, ...]:
         tokenizer = tokenizers.load(source.tokenizer)
         loaded.append(template_of(tokenizer, encoding_of(run, source.tokenizer)))
-        return _stop_ids(tokenizer, loaded[0].turn_end())
+        return stop_ids_of(tokenizer, loaded[0].turn_end(), source.config_folder)
 
     stop_ids = ranks.on_main(stops)
     return Language(stop_ids, loaded[0].tokenizer if loaded else None, loaded[0] if loaded else None)
 
 
-def _stop_ids(tokenizer: Any, turn_end: str | None) -> tuple[int, ...]:
-    """The end of a text, and of the assistant's turn in the chat template."""
-    found = [tokenizer.eos_token_id]
+def stop_ids_of(tokenizer: Any, turn_end: str | None, folder: Path) -> tuple[int, ...]:
+    """What ends a completion: the end of a text, that of the assistant's turn in the chat template, and all that the
+    model's folder declares, such as Llama's end of a message that calls a tool. Raises: DataError for broken JSON."""
+    found = [tokenizer.eos_token_id, *declared_ends(folder)]
     if turn_end is not None:
         found.append(tokenizer.convert_tokens_to_ids(turn_end))
-    return tuple(sorted({token for token in found if token is not None}))
+    return tuple(sorted({token for token in found if token is not None and 0 <= token < len(tokenizer)}))
+
+
+def declared_ends(folder: Path) -> list[int]:
+    """`eos_token_id` of generation_config.json, else of config.json, as transformers' `generate` reads it."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        try:
+            declared = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+        except (ValueError, AttributeError) as e:
+            raise DataError(f"{path} is not valid JSON ({e}); copy it again") from e
+        if declared is not None:
+            return [declared] if isinstance(declared, int) else [one for one in declared if isinstance(one, int)]
+    return []
