@@ -36,10 +36,15 @@ def measures_difference(grpo: Grpo) -> bool:
 
 
 def needs_old(grpo: Grpo, *, has_dropout: bool) -> bool:
-    """Whether old log-probabilities take a pass of their own; else a step's own are the old ones, since a round's
-    first step is on its own policy."""
-    several = grpo.steps_per_generation > 1 or (grpo.num_iterations > 1 and has_dropout)
-    return several or bool(grpo.kl_in_reward) or measures_difference(grpo)
+    """Whether old log-probabilities of any completions take a pass of their own."""
+    return grpo.steps_per_generation > 1 or needs_old_of_first(grpo, has_dropout=has_dropout)
+
+
+def needs_old_of_first(grpo: Grpo, *, has_dropout: bool) -> bool:
+    """Whether that pass has the completions of a round's first step too. Else the step's own log-probabilities are the
+    old ones, since it is on the policy that the round began with."""
+    differ = has_dropout and grpo.steps_per_generation * grpo.num_iterations > 1
+    return differ or bool(grpo.kl_in_reward) or measures_difference(grpo)
 
 
 def infers(grpo: Grpo, *, has_dropout: bool, has_frozen: bool) -> bool:

@@ -1,9 +1,10 @@
 """Parts of a round of GRPO: giving engines the weights, passes for log-probabilities, and what is neither.
 
 - An update of the engine in the rank against a copy of the same tensors in memory.
-- What old and reference log-probabilities cost against the training pass over the same completions: two passes; or, as
-  where each pass over a round is one step, the reference's and what it takes to read the policy's from the training
-  pass. And all of them where completions share their prompt, against what they are where each has it for itself.
+- What old and reference log-probabilities cost against the training pass over the same completions: the reference's
+  pass, what it takes to read the policy's from the training pass of a round's first step, and a pass for those of its
+  other steps, where it has some. Or two whole passes, where the policy's are needed beforehand. And all of them where
+  completions share their prompt, against what they are where each has it for itself.
 - Batching, rewards and ledger of whole steps against those steps.
 
 All by processor time, except that a reward is waited for: its process is another one.
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,12 @@ def passes(folder: Path) -> list[Figure]:
         alone = replace(shared, together=1, inferred_together=1, share=replace(shared.share, shares_prompts=False))
         larger = replace(shared, infer_batch_size=2 * EACH, inferred_together=EACH)
 
-        def compare(batching: Batching) -> tuple[float, float]:
-            """The policy's pass and the reference's."""
-            policy, reference = (
-                cost(partial(batching.logps, loop.engine, drawn, Tokens(1.0), model=model))
-                for model in ("policy", MODEL)
-            )
-            return policy, reference
+        def costs(batching: Batching) -> Costs:
+            def inferred(model: str, some: list[Rolled]) -> float:
+                return cost(partial(batching.logps, loop.engine, some, Tokens(1.0), model=model))
+
+            later = {steps: inferred("policy", drawn[COMPLETIONS // steps :]) for steps in (2, 4)}
+            return Costs(inferred("policy", drawn), inferred(MODEL, drawn), later, *learn(batching))
 
         def learn(batching: Batching) -> tuple[float, float]:
             """A training pass, and reading log-probabilities from its result."""
@@ -136,30 +136,60 @@ def passes(folder: Path) -> list[Figure]:
 
             return cost(learned), cost(lambda: batching.read(loop.engine, step.packs, results[0].read, drawn))
 
-        rounds = [[*((*compare(batching), *learn(batching)) for batching in (shared, alone)), compare(larger)]
-                  for _ in range(PASSES + 1)][1:]  # fmt: skip
-    both = [[policy + reference for policy, reference, *_ in one] for one in rounds]
-    read = [[reference + reading for _, reference, _, reading in one[:2]] for one in rounds]
-    trained = [[training for _, _, training, _ in one[:2]] for one in rounds]
+        rounds = [(costs(shared), costs(alone), costs(larger)) for _ in range(PASSES + 1)][1:]
     found = []
-    for name, ones, others, target in (
-        ("old and reference / training pass, one step a pass", column(read, 0), column(trained, 0), 0.5),
-        ("old and reference / training pass, several steps a pass", column(both, 0), column(trained, 0), 0.5),
-        (f"the same, with infer_batch_size={larger.infer_batch_size}", column(both, 2), column(trained, 0), None),
-        ("the same, beside a training pass, each with its prompt", column(both, 2), column(trained, 1), None),
-        ("the same, one step a pass, each with its prompt", column(read, 1), column(trained, 1), None),
-        ("the same, several steps a pass, each with its prompt", column(both, 1), column(trained, 1), None),
-        ("both passes, shared prompts / each with its prompt", column(both, 0), column(both, 1), None),
-        ("training pass, shared prompts / each with its prompt", column(trained, 0), column(trained, 1), None),
-    ):
-        pairs = list(zip(ones, others, strict=True))
+    for name, pairs, target in (
+        *(
+            (f"old and reference / training pass, {steps} step{'s' * (steps > 1)} a pass",
+             [(one.before(steps), one.training) for one, _, _ in rounds], 0.5 if steps < 4 else None)
+            for steps in (1, 2, 4)
+        ),
+        (f"2 steps a pass, with infer_batch_size={larger.infer_batch_size}",
+         [(other.before(2), other.training) for _, _, other in rounds], None),
+        ("two whole passes / training pass", [(one.both, one.training) for one, _, _ in rounds], None),
+        (f"the same, with infer_batch_size={larger.infer_batch_size}",
+         [(other.both, other.training) for _, _, other in rounds], None),
+        ("the same, beside a training pass, each with its prompt",
+         [(other.both, each.training) for _, each, other in rounds], None),
+        *(
+            (f"old and reference / training pass, {steps} step{'s' * (steps > 1)} a pass, each with its prompt",
+             [(each.before(steps), each.training) for _, each, _ in rounds], None)
+            for steps in (1, 2, 4)
+        ),
+        ("two whole passes / training pass, each with its prompt",
+         [(each.both, each.training) for _, each, _ in rounds], None),
+        ("both passes, shared prompts / each with its prompt",
+         [(one.both, each.both) for one, each, _ in rounds], None),
+        ("training pass, shared prompts / each with its prompt",
+         [(one.training, each.training) for one, each, _ in rounds], None),
+    ):  # fmt: skip
         note = f"{COMPLETIONS} completions of {LENGTH} tokens, {shared.together} in a row; {shown(pairs)}"
         found.append(Figure(name=name, value=ratio(pairs), unit="x", target=target, note=note))
     return found
 
 
-def column(rounds: list[list[float]], number: int) -> list[float]:
-    return [one[number] for one in rounds]
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Processor seconds for the same completions."""
+
+    policy: float
+    """A pass of the policy."""
+    reference: float
+    later: dict[int, float]
+    """A pass of the policy without the completions of the first of so many steps."""
+    training: float
+    """The training pass."""
+    reading: float
+    """Reading log-probabilities from it."""
+
+    @property
+    def both(self) -> float:
+        return self.policy + self.reference
+
+    def before(self, steps: int) -> float:
+        """What old and reference log-probabilities take where a pass over a round has so many steps; reading is
+        counted whole, though only the first of them is read."""
+        return self.reference + self.reading + self.later.get(steps, 0.0)
 
 
 def completions(run: RunConfig) -> list[Rolled]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megabatch.config.grpo import Grpo
-from megabatch.config.grpo_defaults import measures_difference, needs_old
+from megabatch.config.grpo_defaults import measures_difference, needs_old, needs_old_of_first
 from megabatch.config.resolved import resolved
 from megabatch.data.schedule import Schedule
 from megabatch.rl.advantages import Advantages, advantages, kl_in_reward, spreads
@@ -130,7 +130,7 @@ class Rolling:
             completions = [replace(one, routes=experts) for one, (_, experts) in zip(completions, both, strict=True)]
             self.generator.busy()
         elif self._needs_old:
-            found[OLD] = self.batching.logps(engine, completions, Tokens(self.temperature))
+            completions = self._with_old(completions, engine)
             self.generator.busy()
         if self.grpo.beta > 0 and REFERENCE not in coming:
             found[REFERENCE] = self.batching.logps(engine, completions, Tokens(self.temperature), model=MODEL)
@@ -149,15 +149,24 @@ class Rolling:
             for number, one in enumerate(completions)
         ]
 
+    def _with_old(self, completions: Sequence[Rolled], engine: Engine) -> list[Rolled]:
+        """Adds the policy's log-probabilities; without those of the first step, where it gives them itself. A step has
+        whole prompts."""
+        first = 0 if self._first_needs_old else len(completions) // self.grpo.steps_per_generation
+        logps = self.batching.logps(engine, completions[first:], Tokens(self.temperature))
+        later = zip(completions[first:], logps, strict=True)
+        return [*completions[:first], *(replace(one, tokens={**one.tokens, OLD: old}) for one, old in later)]
+
     def _compare_with_start(self, completions: Sequence[Rolled]) -> None:
         """Logs how far the reference behind a server is from the policy of the first round, which is the model that
         the run begins with: what the server was started with is not known otherwise."""
         sampling = self.generator.sampling
         is_whole = sampling.top_p == 1 and sampling.top_k <= 0 and sampling.repetition_penalty == 1
-        policy = OLD if OLD in completions[0].tokens else "rollout" if is_whole else None
+        with_old = [one for one in completions if OLD in one.tokens]
+        policy = OLD if with_old else "rollout" if is_whole else None
         if policy is None:
             return
-        flat = _Flat.of(completions)
+        flat = _Flat.of(with_old or completions)
         apart_T = ((flat.values(policy) - flat.values(REFERENCE)) * flat.mask_T).abs()
         logger.info(
             "the reference's log-probabilities of the first round differ from those of the model that the run begins "
@@ -175,9 +184,14 @@ class Rolling:
         return needs_old(self.grpo, has_dropout=self.has_dropout)
 
     @property
+    def _first_needs_old(self) -> bool:
+        return self._records_routes or needs_old_of_first(self.grpo, has_dropout=self.has_dropout)
+
+    @property
     def keeps_old(self) -> bool:
-        """Whether later passes over a round take the log-probabilities of its first step, which has all of it."""
-        return self.grpo.num_iterations > 1 and not (self._needs_old or self._records_routes)
+        """Whether a round's first step gives its completions' old log-probabilities, for the passes over them that
+        follow and for the round's file."""
+        return self.grpo.steps_per_generation * self.grpo.num_iterations > 1 and not self._first_needs_old
 
     def _corrected(self, completions: list[Rolled]) -> tuple[list[Rolled], dict[str, Sum]]:
         """Adds the rollout correction; and how far trainer and engine are apart."""

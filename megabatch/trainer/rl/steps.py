@@ -130,8 +130,11 @@ class GrpoSteps(Steps):
             return found
         made = self._rolling.round(place.round, place.prompts, engine)
         if self._each_round > 1 and not self._rolling.keeps_old:
-            self._ranks.on_main(lambda: self._keep(made))
+            self._keep_on_main(made)
         return made
+
+    def _keep_on_main(self, made: Round) -> None:
+        self._ranks.on_main(lambda: self._keep(made))
 
     def _keep(self, made: Round) -> None:
         """Writes a round, and removes those before the last that no checkpoint goes on with."""
@@ -163,13 +166,12 @@ class GrpoSteps(Steps):
         return replace(step, take=lambda found: self._keep_old(current, step, found, engine))
 
     def _keep_old(self, current: Round, step: Step, found: Sequence[Mapping[str, Tensor]], engine: Engine) -> None:
-        """Args: found: log-probabilities of the policy before its first step on the round."""
-        logps = self._rolling.batching.read(engine, step.packs, found, current.completions)
-        completions = [
-            replace(one, tokens={**one.tokens, OLD: old}) for one, old in zip(current.completions, logps, strict=True)
-        ]
-        self._round = known = replace(current, completions=completions)
-        self._ranks.on_main(lambda: self._keep(known))
+        """Args: step: the first on the round; found: log-probabilities of the policy before it."""
+        some, others = current.completions[: self._size], current.completions[self._size :]
+        logps = self._rolling.batching.read(engine, step.packs, found, some)
+        known = [replace(one, tokens={**one.tokens, OLD: old}) for one, old in zip(some, logps, strict=True)]
+        self._round = replace(current, completions=[*known, *others])
+        self._keep_on_main(self._round)
 
     def _record(self, one: Rolled) -> Record:
         generator, rolling = self._rolling.generator, self._rolling

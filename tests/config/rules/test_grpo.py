@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megabatch.config.grpo import Grpo, Rollout
-from megabatch.config.grpo_defaults import filled, scale_of, subtracts_kl
+from megabatch.config.grpo_defaults import filled, needs_old, needs_old_of_first, scale_of, subtracts_kl
 from megabatch.config.rules import grpo as rules
 
 
@@ -115,3 +115,30 @@ def test_a_round_is_said_by_its_size_or_by_its_steps():
         found = filled(given, Rollout(), global_batch_size=16)
         assert (found.generation_batch_size, found.steps_per_generation) == (48, 3)
         assert (found.epsilon_high, found.num_generations_eval) == (0.2, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dropout", "others", "first"),
+    [
+        ({}, False, False, False),
+        ({"num_iterations": 2}, False, False, False),
+        ({"num_iterations": 2}, True, True, True),
+        ({"steps_per_generation": 2}, False, True, False),
+        ({"steps_per_generation": 2, "num_iterations": 2}, False, True, False),
+        ({"steps_per_generation": 2}, True, True, True),
+        ({}, True, False, False),
+        ({"steps_per_generation": 2, "kl_in_reward": True, "beta": 0.1}, False, True, True),
+        ({"steps_per_generation": 2, "log_rollout_offpolicy_metrics": True}, False, True, True),
+        ({"rollout_importance_sampling_mode": "token_mask"}, False, True, True),
+    ],
+)
+def test_which_completions_old_log_probabilities_take_a_pass_for(fields, dropout, others, first) -> None:
+    found = filled(Grpo(reward_funcs=("accuracy",), **fields), Rollout(), global_batch_size=8)
+    assert needs_old(found, has_dropout=dropout) is others
+    assert needs_old_of_first(found, has_dropout=dropout) is first
+
+
+def test_stale_completions_have_old_log_probabilities_from_a_pass() -> None:
+    """Their first step is not on the policy that drew them, and is corrected for it."""
+    ahead = filled(Grpo(reward_funcs=("accuracy",)), Rollout(async_generate=True), global_batch_size=8)
+    assert needs_old_of_first(ahead, has_dropout=False)

@@ -163,21 +163,31 @@ def test_estimators_corrections_and_resampling_run_together(ranks: RankServer, a
 
 
 def train_with_a_pass(run_dir: str) -> int:
-    """Computes old log-probabilities beforehand, as where a pass over a round is several steps."""
+    """Computes old log-probabilities of whole rounds beforehand."""
     from megabatch.trainer.rl.rolling import Rolling
 
-    needs, Rolling._needs_old = Rolling._needs_old, property(lambda rolling: True)  # type: ignore[method-assign]
+    found = Rolling._needs_old, Rolling._first_needs_old
+    always = property(lambda rolling: True)
+    Rolling._needs_old, Rolling._first_needs_old = always, always  # type: ignore[method-assign]
     try:
         return train(run_dir)
     finally:
-        Rolling._needs_old = needs  # type: ignore[method-assign]
+        Rolling._needs_old, Rolling._first_needs_old = found  # type: ignore[method-assign]
 
 
-def test_the_first_step_of_a_round_gives_the_old_log_probabilities(ranks: RankServer, alone: Path) -> None:
+ROUNDS_OF: dict[str, dict[str, int]] = {
+    "one_step_twice": {"num_iterations": 2, "steps_per_generation": 1},
+    "two_steps": {"num_iterations": 1, "steps_per_generation": 2},
+    "two_steps_twice": {"num_iterations": 2, "steps_per_generation": 2},
+}
+
+
+@pytest.mark.parametrize("steps", ROUNDS_OF)
+def test_the_first_step_of_a_round_gives_the_old_log_probabilities(ranks: RankServer, alone: Path, steps: str) -> None:
     """Bit for bit those of a pass of their own, also in a run that stops before it uses them, and at other layouts."""
-    twice = {"num_iterations": 2, "steps_per_generation": 1}
-    made = grpo_recipe(alone.parent, grpo=twice, checkpoint={"no_save_optim": True}, evaluation={"eval_iters": 0})
-    passed, kept, cut = (write_run(made, alone.parent / name) for name in ("passed", "kept", "kept_cut"))
+    each = ROUNDS_OF[steps]
+    made = grpo_recipe(alone.parent, grpo=each, checkpoint={"no_save_optim": True}, evaluation={"eval_iters": 0})
+    passed, kept, cut = (write_run(made, alone.parent / f"{steps}_{name}") for name in ("passed", "kept", "cut"))
     assert ranks.run(train_with_a_pass, world_size=1, run_dir=str(passed)) == [0]
     assert ranks.run(train, world_size=1, run_dir=str(kept)) == [0]
     assert ranks.run(train, world_size=1, run_dir=str(cut), stop_after=3) == [75]
@@ -185,10 +195,17 @@ def test_the_first_step_of_a_round_gives_the_old_log_probabilities(ranks: RankSe
     assert curve(kept) == curve(passed) == curve(cut)
     first, second, *_ = metrics(kept)
     assert first["ratio"] == 1 and second["ratio"] != 1
+    whole = each["num_iterations"] * each["steps_per_generation"]
+    for step in (1, 2, 3, 4):
+        own, beforehand = (Reader(run / "ledger").records(step) for run in (kept, passed))
+        for record, expected in zip(own, beforehand, strict=True):
+            assert ("old" in record.columns) == ((step - 1) % whole > 0), "a round's first step reads its own"
+            assert record.columns.get("old", expected.columns["old"]) == expected.columns["old"]
     for layout in ("pipeline_model_parallel_size", "context_parallel_size"):
         run = run_of(
-            ranks, alone.parent, layout, world_size=2, grpo=twice, evaluation={"eval_iters": 0}, parallel={layout: 2}
-        )
+            ranks, alone.parent, f"{steps}_{layout}", world_size=2, grpo=each, evaluation={"eval_iters": 0},
+            parallel={layout: 2},
+        )  # fmt: skip
         for line, expected in zip(metrics(run), metrics(kept), strict=True):
             for name in ("loss", "grad_norm", "ratio", "kl"):
                 assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), (layout, name)

@@ -80,6 +80,26 @@ def test_every_update_of_two_ranks_is_repeated_by_one(ranks: RankServer, run: Pa
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before, "the run's folder is the run's"
 
 
+def test_a_first_step_without_a_pass_beforehand_is_repeated(ranks: RankServer, run: Path) -> None:
+    """Its own log-probabilities are the old ones, then as in the run; those of the round's other step are recorded."""
+    made = with_fields(
+        grpo_recipe(run.parent, world_size=2),
+        checkpoint=EVERY_STEP,
+        evaluation={"eval_iters": 0},
+        training={"train_iters": 3},
+    )
+    own = write_run(made, run.parent / "own")
+    assert set(ranks.run(train, world_size=2, run_dir=str(own))) == {0}
+    recorded = [{"old" in record.columns for record in Reader(own / "ledger").records(step)} for step in (1, 2, 3)]
+    assert recorded == [{False}, {True}, {False}]
+    config = RunConfig.load(own / "run.json")
+    found = ranks.run(repeated, world_size=1, run_dir=str(own), steps=[1, 2, 3])[0]
+    for logged, numbers in zip(metrics(own), found, strict=True):
+        lines = command.compared(logged, numbers, config, tolerance=None)
+        assert all(line.passes for line in lines), lines
+        assert (numbers["ratio"] == 1) == (logged["step"] != 2)
+
+
 @pytest.mark.parametrize(
     ("dtype", "reduced"),
     [("float32", {}), ("bfloat16", {"use_precision_aware_optimizer": True, "main_grads_dtype": "bf16"})],
