@@ -44,7 +44,7 @@ from megabatch.trainer.sync.exchange import shared_buckets
 from megabatch.trainer.tasks.grpo import batching_of
 
 ROUNDS, PASSES = sized((15, 4), (1, 1))
-COMPLETIONS, EACH, LENGTH = sized((64, 8, 96), (8, 4, 8))
+COMPLETIONS, EACH, LENGTH = sized((64, 8, 96), (16, 4, 8))
 STEPS = sized(6, 2)
 REWARD = """
 def distinct(completions, **columns):
