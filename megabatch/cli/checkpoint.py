@@ -8,7 +8,7 @@ from megabatch.cli.runs import is_run
 from megabatch.errors import CheckpointError, LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.check import faults, undigested
-from megabatch.saved.history import TRAINER, checkpoints, named_by_latest
+from megabatch.saved.history import TRAINER, checkpoints, named_by_best, named_by_latest
 from megabatch.saved.manifest import MANIFEST, DamagedError, read_manifest
 
 _SHOWN = 8
@@ -32,6 +32,8 @@ def verify(path: Path, *, workers: int) -> int:
     damaged = [folder.name for folder in reversed(found) if _check(folder, workers=workers)]
     if run.latest.exists() and named_by_latest(run) is None:
         print(f"{run.latest}: names a checkpoint that does not exist; the run resumes from the newest")
+    if run.best.exists() and named_by_best(run) is None:
+        print(f"{run.best}: names a checkpoint that does not exist; the run's next checkpoint writes it anew")
     if damaged:
         print(f"{len(damaged)} of {len(found)} checkpoints are damaged: {', '.join(damaged)}")
     return int(bool(damaged))

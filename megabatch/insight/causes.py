@@ -263,8 +263,11 @@ _NAMED = (
     ),
     (
         "oom_gpu",
-        r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError: (?!CPU)"
-        r"|Cuda failure( 2)? '?out of memory",
+        r"CUDA out of memory|CUDA (driver )?error: out of memory|cuda runtime error \(2\) : out of memory"
+        r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_\w*ALLOC\w*_FAILED|OutOfMemoryError: (?!CPU)"
+        r"|Cuda failure( 2)? '?out of memory|Failed to CUDA (calloc|malloc)"
+        r"|Free memory on device .* is less than desired GPU memory utilization"
+        r"|No available memory for the cache blocks",
     ),
     (
         "oom_shared",

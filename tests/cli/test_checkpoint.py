@@ -45,6 +45,17 @@ def test_damage_is_named_by_step_and_file(tmp_path: Path, capsys: pytest.Capture
     assert main(["checkpoint", "verify", str(run.step(2))]) == 1
 
 
+@pytest.mark.parametrize("name", ["latest", "best"])
+@pytest.mark.parametrize("text", ["", "step_0000000a\n", "step_00000007\n", "\0", "../checkpoints/none"])
+def test_a_pointer_to_nothing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    run = make_run(tmp_path / "run", 1, 2)
+    (run.checkpoints / name).write_text(text)
+    assert main(["checkpoint", "verify", str(run.path)]) == 0
+    assert f"{run.checkpoints / name}: names a checkpoint that does not exist; the run" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_checkpoint(tmp_path / "step_00000001")
     (folder / MANIFEST).unlink()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from itertools import groupby
@@ -92,9 +92,10 @@ def _mistyped(parameter: Parameter, value: Any) -> Fault:
 
 
 def _is_not_finite(value: Any) -> bool:
-    """Whether a number, or one of a list's, is infinite or none: it is of the type, and refused all the same."""
+    """Whether a number, or one of a list's, is infinite or none, or more than a float holds: it is of the type, and
+    refused all the same."""
     numbers = value if isinstance(value, tuple) else (value,)
-    return any(isinstance(one, float) and not math.isfinite(one) for one in numbers)
+    return any(isinstance(one, int | float) and not abs(one) <= sys.float_info.max for one in numbers)
 
 
 def _in_range(parameter: Parameter, value: Any) -> bool:

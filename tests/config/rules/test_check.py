@@ -24,6 +24,7 @@ INVALID = [
         {"grpo": {"reward_weights": (float("inf"), 1.0)}},
         "grpo.reward_weights=(inf, 1.0) must be a list of numbers or None, and finite",
     ),
+    ({"learning_rate": {"lr": 10**400}}, f"learning_rate.lr={10**400} must be a number or None, and finite"),
     ({"data": {"dataset": "train.jsonl"}}, "data.dataset='train.jsonl' must be a list of texts, not str"),
     ({"data": {"dataset": ["a", 1]}}, "data.dataset=('a', 1) must be a list of texts, not tuple"),
     ({"model": {"num_layers": 10**23}}, "model.num_layers=100000000000000000000000 must be below 2^63"),
