@@ -105,7 +105,8 @@ def test_a_positive_text_that_a_label_says_is_none_is_refused_where_no_label_is_
     number = float(label) if isinstance(label, str) else label
     fault = embedding_fault(Embedding(infonce_use_batch=True), positives=1, negatives=0, label=number)
     assert fault is not None and "infonce read no label" in fault
-    assert embedding_fault(Embedding(infonce_use_batch=True), positives=1, negatives=0, label=1) is None
+    for read in (1, None, math.nan):
+        assert embedding_fault(Embedding(infonce_use_batch=True), positives=1, negatives=0, label=read) is None
 
 
 @pytest.mark.parametrize("rows", ["ranked", "candidates"])

@@ -77,8 +77,8 @@ def candidates_of(row: Row, *, columns: Mapping[str, str] | None = None) -> Rank
 
 
 def unlike(label: float, *, of: str) -> str | None:
-    """What is wrong where no label is read, if one says that the positive text is none."""
-    if label > 0:
+    """What is wrong where no label is read, if one says that the positive text is none. NaN is no label."""
+    if math.isnan(label) or label > 0:
         return None
     return (
         f"says {label:g} (label or score) of its positive text, and {of} read no label; make it a negative text, or "
