@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,60 @@ from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError, DataError, MegabatchError
 
 NEW_MODEL = "model"
-"""Folder in the run directory with config.json and tokenizer of a new model, or of one that gets new tokens."""
+"""Folder in the run directory with config.json and tokenizer of a new model, or of one that gets new tokens or another
+model's tokenizer."""
+logger = logging.getLogger(__name__)
 
 
 def tokenizer_of(run: RunConfig) -> Path:
     """Folder of the run's tokenizer; downloads, trains or extends it if necessary. Raises: ConfigError, DataError."""
     model = run.recipe.model
     if model.model is None:
-        return new_model(run)[1]
+        return new_model(run)
     tokenizer = folder_of(resolved(model.tokenizer), run)
     tokenizers.check(tokenizer)
+    config_folder = folder_of(model.model, run)
     if model.new_special_tokens:
-        return extended(tokenizer, run, config_folder=folder_of(model.model, run))
-    return tokenizer
+        return extended(tokenizer, run, config_folder=config_folder)
+    if tokenizers.class_keys(tokenizer) == tokenizers.class_keys(config_folder):
+        return tokenizer
+    return _beside(tokenizers.class_keys(config_folder), tokenizer, Path(run.run_dir) / NEW_MODEL)
+
+
+def _beside(keys: dict[str, Any], tokenizer: Path, folder: Path) -> Path:
+    """`folder` with a copy of a tokenizer beside such keys of config.json, so that it splits text as in the exports.
+
+    transformers chooses a tokenizer's class by the `model_type` beside it: Qwen2's splits numbers into digits,
+    whatever tokenizer.json says.
+    """
+    _write_keys(keys, folder)
+    carry_tokenizer(tokenizer, folder)
+    here, alone = (type(tokenizers.load(one)).__name__ for one in (folder, tokenizer))
+    if here != alone:
+        logger.warning(
+            "model.tokenizer: transformers reads %s as %s beside a model of type %s, and alone as %s, which may split "
+            "text otherwise; the run trains with the former, as its exports will be read",
+            tokenizer,
+            here,
+            keys.get("model_type"),
+            alone,
+        )
+    return folder
+
+
+def _write_keys(keys: dict[str, Any], folder: Path) -> None:
+    """Leaves a config.json that has them already."""
+    if tokenizers.class_keys(folder) != keys:
+        _write_config_json(keys, folder)
+
+
+def _write_config_json(config: dict[str, Any], folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "config.json") as file:
+            file.write((json.dumps(config, indent=2) + "\n").encode())
+    except OSError as e:
+        raise MegabatchError(f"{folder} cannot be written: {e.strerror or e}") from e
 
 
 def extended(tokenizer: Path, run: RunConfig, *, config_folder: Path | None = None) -> Path:
@@ -50,9 +92,7 @@ def extended(tokenizer: Path, run: RunConfig, *, config_folder: Path | None = No
         target.mkdir(parents=True, exist_ok=True)
         if config_folder is not None:
             carry_over(config_folder, target, skip=("config.json", *tokenizer_files(config_folder)))
-            config = with_vocabulary(read_config(config_folder), run.shape.vocab_size)
-            with replacing(target / "config.json") as file:
-                file.write((json.dumps(config, indent=2) + "\n").encode())
+            _write_config_json(with_vocabulary(read_config(config_folder), run.shape.vocab_size), target)
         carry_tokenizer(tokenizer, target)
         new_tokens.write_with(tokenizer, tokens, target)
     except OSError as e:
@@ -66,15 +106,18 @@ def extended(tokenizer: Path, run: RunConfig, *, config_folder: Path | None = No
     return target
 
 
-def new_model(run: RunConfig) -> tuple[Path, Path]:
-    """(folder with config.json, folder of the tokenizer) for a model without weights; creates them if necessary."""
+def new_model(run: RunConfig) -> Path:
+    """Folder with config.json and tokenizer of a model without weights; creates them if necessary."""
     folder = Path(run.run_dir) / NEW_MODEL
-    given = run.recipe.model.tokenizer
-    tokenizer = folder_of(given, run) if given else _trained_tokenizer(run, folder)
-    if given and run.recipe.model.new_special_tokens:
-        tokenizer = extended(tokenizer, run)
-    _write_config(run, folder, tokenizer)
-    return folder, tokenizer
+    if (given := run.recipe.model.tokenizer) is None:
+        _train_tokenizer(run, folder)
+    elif run.recipe.model.new_special_tokens:
+        extended(folder_of(given, run), run)
+    else:
+        tokenizers.check(tokenizer := folder_of(given, run))
+        _beside({"model_type": run.shape.model_type}, tokenizer, folder)
+    _write_config(run, folder)
+    return folder
 
 
 def folder_of(name: str, run: RunConfig, *, revision: str | None = None) -> Path:
@@ -104,10 +147,10 @@ def folder_of(name: str, run: RunConfig, *, revision: str | None = None) -> Path
         ) from e
 
 
-def _trained_tokenizer(run: RunConfig, folder: Path) -> Path:
+def _train_tokenizer(run: RunConfig, folder: Path) -> None:
     """A byte-level BPE trained on the training data; kept, so that later attempts use the same one."""
     if (folder / "tokenizer_config.json").is_file():
-        return folder
+        return
     data = run.recipe.data
     preprocess = preprocess_of(data) or (lambda row: [row])
     texts = [
@@ -119,24 +162,19 @@ def _trained_tokenizer(run: RunConfig, folder: Path) -> Path:
         for message in conversation.messages
     ]
     further = run.recipe.model.new_special_tokens
-    return tokenizers.train_bpe(texts, vocab_size=run.shape.vocab_size, out_dir=folder, further=further)
+    tokenizers.train_bpe(texts, vocab_size=run.shape.vocab_size, out_dir=folder, further=further)
 
 
-def _write_config(run: RunConfig, folder: Path, tokenizer: Path) -> None:
-    loaded: Any = tokenizers.load(tokenizer)
+def _write_config(run: RunConfig, folder: Path) -> None:
+    """Of a new model, into the folder with its tokenizer."""
+    _write_keys({"model_type": run.shape.model_type}, folder)
+    loaded: Any = tokenizers.load(folder)
     if len(loaded) > run.shape.vocab_size:
         raise DataError(
-            f"model.tokenizer: {tokenizer} has {len(loaded)} tokens, above model.padded_vocab_size="
+            f"model.tokenizer: {folder} has {len(loaded)} tokens, above model.padded_vocab_size="
             f"{run.shape.vocab_size}; try {len(loaded)} or more"
         )
     tokens = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     family = family_named(run.shape.model_type)
     config = family.hf_config(run.shape, dtype=resolved(run.recipe.model.torch_dtype), **tokens)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "config.json") as file:
-            file.write((json.dumps(config, indent=2) + "\n").encode())
-        if tokenizer != folder:
-            loaded.save_pretrained(folder)
-    except OSError as e:
-        raise MegabatchError(f"{folder} cannot be written: {e.strerror or e}") from e
+    _write_config_json(config, folder)

@@ -95,11 +95,11 @@ def _prove(folder: Path, run: RunConfig) -> None:
 
 def _made(run: RunConfig, ranks: Ranks) -> ModelSource:
     family = family_named(run.shape.model_type)
-    folder, tokenizer = ranks.on_main(lambda: new_model(run))
+    folder = ranks.on_main(lambda: new_model(run))
     weights = RandomWeights(family, run.shape, seed=run.recipe.training.seed)
     if base_of_adapter(run) == str(folder):
         ranks.on_main(lambda: _save_base(weights, folder, run))
-    return ModelSource(family, folder, tokenizer, weights)
+    return ModelSource(family, folder, folder, weights)
 
 
 def base_of_adapter(run: RunConfig) -> str | None:

@@ -54,8 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = replayed(run, alone, given.step)
     except Exception as e:
         return failures.report(e)
-    print(json.dumps({name: ratio.value for name, ratio in result.metrics.items()} | {"grad_norm": result.grad_norm}))
+    print(json.dumps(numbers(result)))
     return ExitCode.DONE
+
+
+def numbers(result: StepResult) -> dict[str, float | None]:
+    """Its metrics as a run logs them, None where nothing was counted (a step without a loss), and `grad_norm`."""
+    found = {name: ratio.value if ratio.count else None for name, ratio in result.metrics.items()}
+    return found | {"grad_norm": result.grad_norm}
 
 
 def in_one_process(run: RunConfig, *, gpus: int) -> RunConfig:

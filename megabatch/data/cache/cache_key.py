@@ -28,7 +28,6 @@ from megabatch.data.rows.preprocess import source_of
 from megabatch.data.rows.sources import Source
 from megabatch.data.tokens import tokenizer
 from megabatch.data.tokens.encoding import Encoding
-from megabatch.errors import DataError
 
 FORMAT = 4
 """Increase it when the file format of a cache changes, to rebuild older caches."""
@@ -43,8 +42,6 @@ _AFTER_TOKENS = ("data/rows/digests.py", "data/tokens/chunk.py", "data/tokens/wo
 _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece",
                     "sentencepiece", "spm")  # fmt: skip
 _TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja", ".codes")
-_CLASS_KEYS = ("model_type", "model_name", "tokenizer_class", "auto_map")
-"""Keys of config.json that transformers' AutoTokenizer reads; models that share a tokenizer differ in the others."""
 
 
 def cache_key(
@@ -88,19 +85,8 @@ def tokenizer_digest(folder: Path, digests: Digests) -> str:
         if path.is_file() and (path.name.startswith(_TOKENIZER_NAMES) or path.suffix in _TOKENIZER_SUFFIXES):
             digest.update(str(path.relative_to(folder)).encode())
             digest.update(digests.content(path))
-    digest.update(json.dumps(_class_of(folder), sort_keys=True).encode())
+    digest.update(json.dumps(tokenizer.class_keys(folder), sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _class_of(folder: Path) -> dict[str, Any]:
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as e:
-        raise DataError(f"model.tokenizer: {path} is not valid JSON ({e}); download it again") from e
-    return {key: config[key] for key in _CLASS_KEYS if key in config} if isinstance(config, dict) else {}
 
 
 @cache

@@ -16,6 +16,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Any one of these sets makes a tokenizer.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 
+_CLASS_KEYS = ("model_type", "model_name", "tokenizer_class", "auto_map")
+"""Keys of config.json that transformers' AutoTokenizer reads; models that share a tokenizer differ in the others."""
+
 
 def load(folder: Path | str) -> Any:
     """The Hugging Face tokenizer of a local folder.
@@ -57,6 +60,21 @@ def check_readable(folder: Path | str) -> None:
                 json.loads(path.read_bytes())
         except (OSError, ValueError) as e:
             raise DataError(f"model.tokenizer: {path} is not valid JSON ({e}); download it again") from e
+
+
+def class_keys(folder: Path | str) -> dict[str, Any]:
+    """The keys of a folder's config.json that decide, with the tokenizer's own files, how transformers splits text.
+
+    Raises: DataError for a file that is no JSON.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise DataError(f"model.tokenizer: {path} is not valid JSON ({e}); download it again") from e
+    return {key: config[key] for key in _CLASS_KEYS if key in config} if isinstance(config, dict) else {}
 
 
 def template_texts(folder: Path | str) -> list[str]:

@@ -19,6 +19,8 @@ from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.data.tokens.templates import Template
 from megabatch.errors import DataError
 
+_ANY = "PreTrainedTokenizerFast"
+"""The class of whatever tokenizer.json says, by the name that all releases of transformers know."""
 _TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
 
 
@@ -47,6 +49,14 @@ class ChatExport:
         if chat.end is not None:
             _write_end(config_folder, directory, chat.end)
 
+    def keep_class(self, directory: Path) -> None:
+        """For a folder without config.json: lets transformers read its tokenizer as the run's, beside config.json."""
+        path, wanted = directory / "tokenizer_config.json", _class_of(self.tokenizer)
+        config = _read(path)
+        said = str(config.get("tokenizer_class", _ANY)).removesuffix("Fast")
+        if wanted != ("TokenizersBackend" if f"{said}Fast" == _ANY else said):
+            _write(path, {**config, "tokenizer_class": _ANY if wanted == "TokenizersBackend" else wanted})
+
 
 class _Chat(NamedTuple):
     source: str | None
@@ -61,6 +71,11 @@ def _chat(tokenizer: Path, name: str | None) -> _Chat:
     end = template.turn_end()
     number = None if end is None else template.tokenizer.convert_tokens_to_ids(end)
     return _Chat(None if template.is_own else template.sources["default"], number)
+
+
+@lru_cache(maxsize=1)
+def _class_of(tokenizer: Path) -> str:
+    return type(tokenizers.load(tokenizer)).__name__
 
 
 def has_template(tokenizer: Path, name: str | None) -> bool:

@@ -89,6 +89,7 @@ class PeftExport(Export):
         try:
             with noting() as found:
                 self.chat.write(self.config_folder, directory)
+                self.chat.keep_class(directory)
                 with replacing(directory / NAME) as file:
                     file.write(text)
         except OSError as e:

@@ -45,7 +45,7 @@ def repeated(run_dir: str, steps: list[int]) -> list[dict[str, float | None]]:
     for step in steps:
         run = RunConfig.load(Path(run_dir) / "run.json")
         result = replay.replayed(run, replay.in_one_process(run, gpus=0), step)
-        found.append({name: ratio.value for name, ratio in result.metrics.items()} | {"grad_norm": result.grad_norm})
+        found.append(replay.numbers(result))
     return found
 
 
@@ -98,6 +98,19 @@ def test_a_first_step_without_a_pass_beforehand_is_repeated(ranks: RankServer, r
         lines = command.compared(logged, numbers, config, tolerance=None)
         assert all(line.passes for line in lines), lines
         assert (numbers["ratio"] == 1) == (logged["step"] != 2)
+
+
+def test_a_step_that_learned_nothing_is_repeated(ranks: RankServer, tmp_path: Path) -> None:
+    """Completions that are all cut off, by a model that ends none, are masked."""
+    made = grpo_recipe(tmp_path, world_size=1, grpo={"overlong_filter": True, "loss_type": "bnpo"})
+    made = with_fields(made, training={"train_iters": 1}, checkpoint=EVERY_STEP, rollout={"max_completion_length": 1})
+    run = write_run(made, tmp_path / "run")
+    assert ranks.run(train, world_size=1, run_dir=str(run)) == [0]
+    (numbers,) = ranks.run(repeated, world_size=1, run_dir=str(run), steps=[1])[0]
+    (logged,) = metrics(run)
+    assert logged["loss"] is None and numbers["loss"] is None
+    lines = command.compared(logged, numbers, RunConfig.load(run / "run.json"), tolerance=None)
+    assert lines[0].name == "grad_norm" and all(line.passes for line in lines), lines
 
 
 @pytest.mark.parametrize(
