@@ -14,6 +14,9 @@ from megabatch.plan.batch import GrpoBatch, grpo_batch, nearest_multiples
 from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 
+_MOST_STEPS = 10_000
+"""Of a round, in numbers that errors name: a round of any size is looked through in no time."""
+
 
 def _dp(recipe: Recipe) -> Fraction:
     parallel = recipe.parallel
@@ -94,8 +97,8 @@ def _global_batches(recipe: Recipe, shape: ModelShape | None) -> tuple[int, ...]
     given = None if batch is None else recipe.grpo.generation_batch_size
     if given is not None:
         steps = recipe.grpo.steps_per_generation
-        whole = [n for n in range(unit, given + 1, unit) if given % n == 0 and steps in (1, given // n) and fits(n)]
-        if whole:
+        counts = (n for n in range(1, min(given // unit, _MOST_STEPS) + 1) if given % n == 0 and steps in (1, n))
+        if whole := [given // n for n in counts if given // n % unit == 0 and fits(given // n)]:
             return _nearest(total, whole)
     return _around(total, unit=unit, fits=fits)
 

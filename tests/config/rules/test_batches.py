@@ -166,3 +166,9 @@ def test_every_number_that_a_fault_names_is_accepted_in_its_place(judge):
                 assert fault.field not in {one.field for one in faults(mended)}, (changes, str(fault), value)
                 tried += 1
     assert tried > 150
+
+
+def test_a_round_of_any_size_is_looked_through(judge):
+    changes = grpo(num_generations=3, generation_batch_size=10**15) | {"batch": {"global_batch_size": 7}}
+    (fault,) = judge(batches.grpo_step_has_whole_prompts, "dense", changes)
+    assert fault.field == "batch.global_batch_size" and fault.try_
