@@ -37,6 +37,7 @@ def check(recipe: str, *flags: str, folder: Path, path: Path | None = None) -> s
 @pytest.mark.parametrize(
     ("recipe", "flags", "said"),
     [
+        ("quickstart.py", (), ("(ep 2)",)),
         ("gsm8k_lora.py", (), ("(ep 2)",)),
         (
             "quickstart.py",

@@ -19,8 +19,9 @@ from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.data.tokens.templates import Template
 from megabatch.errors import DataError
 
-_ANY = "PreTrainedTokenizerFast"
-"""The class of whatever tokenizer.json says, by the name that all releases of transformers know."""
+_GENERAL, _GENERAL_IN_5 = "PreTrainedTokenizerFast", "TokenizersBackend"
+"""The class that does what tokenizer.json says, by the name that all releases of transformers know, and by its own
+since transformers 5."""
 _TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
 
 
@@ -51,11 +52,10 @@ class ChatExport:
 
     def keep_class(self, directory: Path) -> None:
         """For a folder without config.json: lets transformers read its tokenizer as the run's, beside config.json."""
-        path, wanted = directory / "tokenizer_config.json", _class_of(self.tokenizer)
+        path, trained = directory / "tokenizer_config.json", _class_of(self.tokenizer)
         config = _read(path)
-        said = str(config.get("tokenizer_class", _ANY)).removesuffix("Fast")
-        if wanted != ("TokenizersBackend" if f"{said}Fast" == _ANY else said):
-            _write(path, {**config, "tokenizer_class": _ANY if wanted == "TokenizersBackend" else wanted})
+        if _in_transformers_5(config.get("tokenizer_class") or _GENERAL) != trained:
+            _write(path, {**config, "tokenizer_class": _GENERAL if trained == _GENERAL_IN_5 else trained})
 
 
 class _Chat(NamedTuple):
@@ -75,7 +75,11 @@ def _chat(tokenizer: Path, name: str | None) -> _Chat:
 
 @lru_cache(maxsize=1)
 def _class_of(tokenizer: Path) -> str:
-    return type(tokenizers.load(tokenizer)).__name__
+    return _in_transformers_5(type(tokenizers.load(tokenizer)).__name__)
+
+
+def _in_transformers_5(name: str) -> str:
+    return _GENERAL_IN_5 if name == _GENERAL else name.removesuffix("Fast")
 
 
 def has_template(tokenizer: Path, name: str | None) -> bool:
