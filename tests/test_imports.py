@@ -140,6 +140,15 @@ def test_what_a_launcher_imports_is_light() -> None:
         pytest.fail(f"imported at module level: {culprits}")
 
 
+def test_a_launch_imports_rewards_and_servers_only_where_a_recipe_has_them() -> None:
+    code = (
+        "import sys, megabatch.entry.command\n"
+        "print([m for m in ('asyncio', 'http.client', 'megabatch.rewards.named') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_data_needs_no_torch() -> None:
     paths = sorted((ROOT / "megabatch" / "data").rglob("*.py"))
     modules = [str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in paths]

@@ -23,8 +23,6 @@ from megabatch.entry.model import FoundModel
 from megabatch.entry.mounts import unmounted
 from megabatch.errors import ConfigError, DataError, Fault, LaunchError, RolloutError
 from megabatch.hub_cache import is_hub_name
-from megabatch.rewards.named import check_plugin, check_reward
-from megabatch.rollout.turns.environment import environment_of
 from megabatch.rollout.vllm.engine_options import check_installed
 from megabatch.secret_text import tokens_in
 from megabatch.slurm.profile import ClusterProfile
@@ -43,9 +41,9 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
         *missing_inputs(recipe, launch.model),
         *_preprocess(recipe.data, same_python=same_python),
         *_user_code("watching.callbacks", recipe.watching.callbacks, load_callback, same_python=same_python),
-        *_user_code("grpo.reward_funcs", grpo.reward_funcs, check_reward, same_python=same_python),
-        *_user_code("grpo.reward_model_plugin", grpo.reward_model_plugin, check_plugin, same_python=same_python),
-        *_user_code("rollout.multi_turn_scheduler", environments, environment_of, same_python=same_python),
+        *_user_code("grpo.reward_funcs", grpo.reward_funcs, _check_reward, same_python=same_python),
+        *_user_code("grpo.reward_model_plugin", grpo.reward_model_plugin, _check_plugin, same_python=same_python),
+        *_user_code("rollout.multi_turn_scheduler", environments, _check_environment, same_python=same_python),
         *(_tracker(recipe.logging.report_to) if same_python else []),
         *(_vllm(recipe) if same_python else []),
         *(_modelscope(recipe, launch.model) if same_python else []),
@@ -66,6 +64,25 @@ def _user_code(field: str, named: Sequence[str], load: Callable[[str], object], 
             if same_python or not isinstance(error.__cause__, ImportError):
                 faults.append(Fault(field, text, f"cannot be used: {error}"))
     return faults
+
+
+def _check_reward(text: str) -> None:
+    """Imported here, as the two below: rewards and environments bring asyncio and HTTP, and most runs have none."""
+    from megabatch.rewards.named import check_reward
+
+    check_reward(text)
+
+
+def _check_plugin(text: str) -> None:
+    from megabatch.rewards.named import check_plugin
+
+    check_plugin(text)
+
+
+def _check_environment(text: str) -> None:
+    from megabatch.rollout.turns.environment import environment_of
+
+    environment_of(text)
 
 
 def _preprocess(data: Data, *, same_python: bool) -> list[Fault]:
