@@ -62,18 +62,20 @@ class ModelSource:
         load(model, made, table, ranks, dtype_of=made.dtypes, only=HEAD)
 
 
-def model_source(run: RunConfig, ranks: Ranks) -> ModelSource:
+def model_source(run: RunConfig, ranks: Ranks, *, tokenizer: Path | None = None) -> ModelSource:
     """Finds, downloads or creates the model that the run starts from; collective.
 
+    Args: tokenizer: the run's, where `run` names another model beside the run's own; nothing is written for that one.
     Raises: ConfigError, DataError, ConversionError on every rank.
     """
     if (model := run.recipe.model.model) is None:
         return _made(run, ranks)
     folder = ranks.on_main(lambda: folder_of(model, run))
-    tokenizer = ranks.on_main(lambda: tokenizer_of(run))
+    is_own = tokenizer is None
+    tokenizer = tokenizer or ranks.on_main(lambda: tokenizer_of(run))
     ranks.on_main(lambda: _prove(folder, run))
     opened = open_hf_model(folder, compare_duplicates=False)
-    config_folder = tokenizer if run.recipe.model.new_special_tokens else folder
+    config_folder = tokenizer if is_own and run.recipe.model.new_special_tokens else folder
     grown = run.shape.vocab_size if run.shape.vocab_size > opened.shape.vocab_size else None
     return ModelSource(opened.family, config_folder, tokenizer, opened, grown, run.recipe.training.seed)
 

@@ -85,9 +85,9 @@ def following(run: RunConfig) -> dict[str, Following]:
 def _other(name: str, run: RunConfig, source: ModelSource, ranks: Ranks) -> ModelSource:
     """The weights of a model with the policy's shape. Raises: ConfigError for another shape."""
     recipe = run.recipe
-    other = replace(recipe, model=replace(recipe.model, model=name, tokenizer=str(source.tokenizer)))
+    other = replace(recipe, model=replace(recipe.model, model=name))
     try:
-        return model_source(replace(run, recipe=other), ranks)
+        return model_source(replace(run, recipe=other), ranks, tokenizer=source.tokenizer)
     except ConfigError as e:
         raise ConfigError(f"bridge.ref_model={name!r} must be a model of the policy's shape: {e}") from e
 

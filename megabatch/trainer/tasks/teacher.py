@@ -124,7 +124,6 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
             recipe.model,
             model=str(folder),
             model_type=None,
-            tokenizer=str(source.tokenizer),
             padded_vocab_size=None,
             new_special_tokens=(),
         ),
@@ -132,7 +131,7 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
     own = replace(run, recipe=alone, shape=shape)
     logger.info("the teacher is %s", name)
     try:
-        found = model_source(own, ranks)
+        found = model_source(own, ranks, tokenizer=source.tokenizer)
         own, its_ranks = layout_beside(own, ranks, TEACHER)
         return Teacher(frozen_model(own, its_ranks, found), found)
     except MegabatchError as e:

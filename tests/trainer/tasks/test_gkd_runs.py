@@ -190,6 +190,14 @@ def test_answers_are_the_models_own(folder: Path, references: References) -> Non
             torch.testing.assert_close(torch.tensor(one.logps), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_exported_model_is_the_students(references: References) -> None:
+    """And so is the config.json beside its tokenizer, which a teacher's once replaced."""
+    run = references["written"]
+    for folder in (run / "model", *(run / "checkpoints").glob("step_*/hf")):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        assert (config.model_type, config.hidden_size) == ("qwen2", SHAPE["hidden_size"])
+
+
 def test_the_students_answers_are_not_imitated(references: References) -> None:
     for line in metrics(references["written"]):
         if line["on_policy"]:
