@@ -94,10 +94,10 @@ _CAUSES = (
     ),
     Cause(
         "limit",
-        "a limit on open files, file sizes, processes or threads was reached",
+        "a limit on open files, file sizes, processes, threads or locked memory was reached",
         "raise it with a line of the profile's `setup` (`ulimit -n` open files, `-f` file size, `-u` processes and "
-        "threads; your site sets a cgroup's pids.max), or lower data.num_workers, data.dataset_num_proc and "
-        "OMP_NUM_THREADS",
+        "threads, `-l` memory that InfiniBand locks; your site sets a cgroup's pids.max), or lower data.num_workers, "
+        "data.dataset_num_proc and OMP_NUM_THREADS",
     ),
     Cause(
         "disk",
@@ -130,11 +130,25 @@ _CAUSES = (
         "every node sees the virtual environment",
     ),
     Cause(
+        "driver",
+        "a node's GPUs or their driver cannot be used",
+        "run `megabatch doctor` and `nvidia-smi` on that node: the driver must be new enough for torch's CUDA, see "
+        "the job's GPUs (`gpu_request`; in containers `--nv` or enroot's hook), and no other process may hold them. "
+        "Errors 802 and 803 are the node's (fabric manager, half-updated driver): exclude it and tell your site",
+    ),
+    Cause(
+        "compile",
+        "a kernel cannot be compiled",
+        "the lines above it name the compiler and the kernel: nodes need a C compiler and Python's headers, versions "
+        "of torch, triton and Transformer Engine that fit together and know this GPU (`megabatch doctor`); folders in "
+        "TRITON_CACHE_DIR or TORCHINDUCTOR_CACHE_DIR that another version wrote may be removed",
+    ),
+    Cause(
         "download",
         "a model or a dataset cannot be downloaded",
         "check its name. Where nodes have no network, download it on a login node (`hf download NAME`, `hf download "
         "--repo-type dataset NAME`) into a cache that they share, or give the path of its files; a gated one needs "
-        "HF_TOKEN in the environment",
+        "HF_TOKEN in the environment, and so do many requests at once (429)",
     ),
     Cause(
         "data",
@@ -165,6 +179,13 @@ _CAUSES = (
         "the run hung",
         "the stacks in that rank's log show where it is stuck; if it does not answer, suspect its node. If the first "
         "step or a save takes that long, raise resources.hang_timeout_min",
+    ),
+    Cause(
+        "launch",
+        "srun could not start the ranks",
+        "its message names what it lacks: compare resources and the profile's `srun` with what the job's nodes have "
+        "(`scontrol show node NODE`, `megabatch doctor --cluster NAME`); about MPI or PMIx: the ranks need none, so "
+        'add "--mpi=none" to the profile\'s `srun`',
     ),
     Cause(
         "time_limit",
@@ -233,33 +254,41 @@ CONSEQUENCES = ("timeout", "communication")
 _SCRIPT, _FIRST_FAILURE, _SLURM, _ENDING = (Source.SCRIPT,), (Source.FIRST_FAILURE,), (Source.SLURM,), (Source.ENDING,)
 _FIRST, _ANY = (Source.FIRST,), (Source.FIRST, Source.RANK)
 _EXCEPTION = (
-    r"^(\w+\.)*\w+(Error|Exception|Interrupt|Exit)(: (?!.*(closed by peer|reset by peer|Socket closed|remote process"
-    r"|NCCL|Timed out (waiting|after)|waitForInput|wait timeout|rank \d+ failed|monitoredBarrier|[Bb]roken pipe))|$)"
+    r"^((\w+\.)*(\w+(Error|Exception|Interrupt|Exit)|Exception)|([a-z_]\w*\.)+[A-Z]\w+(?=: ))"
+    r"(: (?!.*(closed by|reset by peer|Socket closed|remote process|NCCL .*(aborted|timed out)|NCCL operations"
+    r"|setting up NCCL communicator|Timed out (waiting|after)|waitForInput|wait timeout|Socket Timeout"
+    r"|detected a timeout|rank \d+ failed|monitoredBarrier|[Bb]roken pipe|failed to recv))|$)"
 )
 _ERROR = r"^error: (?!rank \d+ failed|a rank that)"
 _NETWORK = (
-    r"[Nn]o socket interface found|NET/IB : .*(error|failed|No device)|ibv_\w+ (call )?failed"
-    r"|Got completion .*with (status|error)|ncclSystemError|EADDRINUSE|[Aa]ddress already in use"
-    r"|client socket has (timed out|failed)|No route to host|Name or service not known"
-    r"|Temporary failure in name resolution|DistNetworkError|connectFullMesh failed|Unable to find address for"
+    r"^(?!\[W\d).*([Nn]o socket interface found|NET/(IB|OFI) .*(error|failed|No device)|ibv_\w+ (call )?failed"
+    r"|Got completion .*with (status|error)|ncclSystemError|unhandled system error|EADDRINUSE"
+    r"|[Aa]ddress already in use|client socket has (timed out|failed)|No route to host|Network is unreachable"
+    r"|Name or service not known"
+    r"|Temporary failure in name resolution|DistNetworkError(?!: failed to recv)|connectFullMesh failed"
+    r"|Unable to find address for|find a usable network interface|Error: network \S+ not found)"
 )
 _TIMEOUT = (
     r"[Ww]atchdog caught collective operation timeout|before timing out|Timed out waiting \d+ms for|ncclTimeout"
     r"|wait timeout after \d+ms|Some NCCL operations have failed or timed out|Timed out after \d+ seconds waiting"
-    r"|failed to pass monitoredBarrier"
+    r"|failed to pass monitoredBarrier|Socket Timeout|detected a timeout of \d+ms|a collective timeout from rank"
+    r"|Heartbeat monitor timed out|watchdog got stuck for|pmixp_coll\w+: .*timeout"
 )
 _COMMUNICATION = (
-    r"closed by peer|reset by peer|[Bb]roken pipe|Socket closed|ncclRemoteError|remote process exited"
+    r"closed by (remote )?peer|reset by peer|[Bb]roken pipe|Socket closed|ncclRemoteError|remote process exited"
     r"|failed to recv|recvValue failed|sendBytes failed|communicator was aborted|rank \d+ failed: "
-    r"|a rank that this one was|Connection refused"
+    r"|a rank that this one was|Connection refused|\[Proxy Service.*Failed to execute operation"
 )
 
 _NAMED = (
     ("role", r"^error: [a-z]+\.[a-z]+_model_server=.* did not answer for "),
     (
         "hardware",
-        r"uncorrectable ECC error|Xid \(.*\): (48|63|64|74|79|94|95|119|120)\b|double.bit ECC|fallen off the bus"
-        r"|GPU is lost|[Uu]ncorrectable NVLink error|[Hh]ardware stack error|CUDA error: unknown error",
+        r"uncorrectable ECC error|Xid \(.*\): (48|62|63|64|74|79|94|95|109|110|119|12[01]|140|143|15[4568]|160|17[12])"
+        r"\b"
+        r"|Xid \(.*\): 1(4[4-9]|50), .*\bFatal|double.bit ECC|fallen off the bus|GPU is lost|or a hardware error"
+        r"|[Uu]ncorrectable (NVLink|memory) error|[Hh]ardware stack error|(CUDA error:"
+        r"|Cuda failure( \d+)?) '?unknown error|Unable to determine the device handle for GPU",
     ),
     (
         "oom_gpu",
@@ -267,59 +296,98 @@ _NAMED = (
         r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_\w*ALLOC\w*_FAILED|OutOfMemoryError: (?!CPU)"
         r"|Cuda failure( 2)? '?out of memory|Failed to CUDA (calloc|malloc)"
         r"|Free memory on device .* is less than desired GPU memory utilization"
-        r"|No available memory for the cache blocks",
+        r"|No available memory for the cache blocks|larger than the available KV cache memory"
+        r"|Triton Error \[CUDA\]: out of memory",
     ),
     (
         "oom_shared",
         r"insufficient shared memory \(shm\)|unable to (open|allocate|mmap) shared memory"
-        r"|Error while creating shared memory segment",
+        r"|Error while creating shared memory segment|workers are out of shared memory"
+        r"|unable to write to file </torch_|(/dev/shm/|misc/shmutils|include/shm).*No space left on device"
+        r"|No space left on device.*/dev/shm/",
     ),
     (
         "oom_host",
-        r"[Dd]etected \d+ oom.kill event|Out of memory: Killed process|oom-kill:|can't allocate memory: you tried to "
-        r"allocate|Cannot allocate memory|^(\w+\.)*MemoryError\b|error: Exceeded job memory limit"
-        r"|task \d+: Out Of Memory|a tokenising process died",
+        r"[Dd]etected \d+ oom.kill event|[Oo]ut of memory: Killed process|oom-kill:"
+        r"|can't allocate memory: you tried to allocate|^(?!.*\bibv_).*Cannot allocate memory|^(\w+\.)*_?(Array"
+        r"|Arrow)?MemoryError\b|std::bad_alloc"
+        r"|error: .*(exceeded|Exceeded job) memory limit|tasks? [\d,-]+: Out Of Memory|a tokenising process died"
+        r"|DataLoader worker \(pid \S+\) is killed by signal: Killed|subprocesses has abruptly died",
     ),
     (
         "limit",
         r"Too many open files|File too large|\[Errno (23|24|27)\]|can't start new thread"
         r"|pthread_create.*(failed|11|EAGAIN|unavailable)|Thread creation failed"
         r"|(fork|clone|thread|[Ss]pawn|posix_spawn|BlockingIOError).*Resource temporarily unavailable"
-        r"|File size limit exceeded",
+        r"|File size limit exceeded|fork: retry: No child processes|\bibv_\w+ .*Cannot allocate memory",
     ),
     (
         "disk",
-        r"No space left on device|Disk quota exceeded|\[Errno (28|122|30|116|5)\]|Read-only file system"
+        r"No space left on device|Disk quota exceeded|\[Errno (28|122|30|116|5|107|108|121)\]|Read-only file system"
+        r"|\[Errno 110\][^:]*: '/|ransport endpoint (is not connected|shutdown)|database or disk is full"
         r"|Stale file handle|file write failed|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos",
     ),
     (
         "nan",
-        r"step \d+: loss=-?(nan|inf)|step \d+: .*gradient norm=(nan|-?inf)|found NaN in local grad norm"
-        r"|Unexpected result (nan|inf)",
+        r"step \d+: loss=-?(nan|inf)|step \d+: .*gradient norm=(nan|-?inf)|found (NaN|Inf) in local"
+        r"|Unexpected result (nan|inf)|returned nan values in its|loss scale already at minimum"
+        r"|probability tensor contains either `inf`, `nan`",
     ),
     ("spike", r"step \d+: loss=.* a spike of the "),
     ("damaged", r"^error: .*(: every checkpoint is damaged|step_\d+ is damaged: )"),
     (
+        "driver",
+        r"^(?!.*Warning: ).*(NVIDIA driver on your system|CUDA driver version is insufficient"
+        r"|No CUDA GPUs are available|Unexpected error from cudaGetDeviceCount|system not yet initialized"
+        r"|forward compatibility was attempted"
+        r"|unsupported display driver|Driver/library version mismatch|couldn't communicate with the NVIDIA driver"
+        r"|CUDA error: (invalid device ordinal|no CUDA-capable device|initialization error)"
+        r"|device\(s\) is/are busy or unavailable|Failed to initialize NVML|nvidia-container-cli: |98-nvidia\.sh)",
+    ),
+    (
+        "compile",
+        r"^(\w+\.)*(InductorError|BackendCompilerFailed|CppCompileError|TritonMissing|PTXASError|CompilationError"
+        r"|OutOfResources)\b|PassManager::run failed|ptxas fatal|Internal Triton PTX codegen error|Failed to find C "
+        r"compiler|Python\.h: No such file|working triton installation|device kernel image is invalid|LLVM ERROR: "
+        r"|PTX was compiled with an unsupported|Error (compiling objects|building extension)|Ninja is required to"
+        r"|CUDA_HOME environment variable is not set|mismatches the version that was used to compile"
+        r"|^torch\._dynamo\.exc\.",
+    ),
+    (
         "environment",
-        r"^(\w+\.)*(ModuleNotFoundError|ImportError): |error while loading shared libraries|cannot open shared object "
-        r"file|version [`']\w+_[\d.]+' not found|CUDA driver version is insufficient|no kernel image is available"
+        r"^(\w+\.)*(ModuleNotFoundError|ImportError|PackageNotFoundError|DistributionNotFound|VersionConflict): "
+        r"|error while loading shared libraries|cannot open shared object "
+        r"file|version [`']\w+_[\d.]+' not found|no kernel image is available|symbol lookup error"
+        r"|^(?!.*Warning: ).*undefined symbol|cuDNN (version incompatibility|Error: Version check failed)"
+        r"|Torch not compiled with CUDA|init_fs_encoding"
         r"|: command not found|line \d+: .*: (No such file or directory|Permission denied|not found)$"
         r"|: exec: .*: (not found|cannot execute)|^\S*sh: \d+: .*: not found$|cannot execute binary file"
-        r"|Unable to locate a modulefile|following module\(s\) are unknown"
+        r"|Unable to locate a modulefile|following module\(s\) are unknown|exist but cannot be loaded as requested"
+        r"|Load of requirement \S+ failed|^CondaError: |Could not find conda environment|bin/env: .*: No such"
         r"|execve\(\): .*(No such file|Permission denied|Exec format)|No module named|[Ff]ailed to pull"
-        r"|couldn't start container|FATAL: +(could not|[Uu]nable to|container creation failed|image)"
+        r"|pyxis: .*(\[ERROR\]|failed|couldn't start|cannot create)|spank plugin stack|required plugin spank_"
+        r"|launch failed: Plugin initialization failed|unrecognized option '--container|enroot-\w+: failed"
+        r"|^(FATAL:  |ERROR  :) |unable to copy from source docker:|executable file not found in \$PATH"
         r"|GLIBC(XX)?_[\d.]+' not found|^error: .* package,? (which )?is not installed",
     ),
     (
         "download",
         r"^error: .*(cannot be downloaded \("
-        r"|cannot be loaded \(\w*(Connection|Offline|DatasetNotFound|Gated|HTTP|Hub|LocalEntryNotFound|Timeout))",
+        r"|cannot be loaded \(\w*(Connect|Offline|DatasetNotFound|Gated|HTTP|Hub|EntryNotFound|Timeout|SSL|Proxy"
+        r"|RepositoryNotFound|RevisionNotFound|NotExist))|^huggingface_hub\.|^(\w+\.)*DatasetNotFoundError"
+        r"|^modelscope\.hub\.|^httpx\.\w+: |HTTPSConnectionPool\(host='[\w.-]*(huggingface|\bhf\.|modelscope)"
+        r"|connect to 'https://huggingface\.co'|access a gated repo|is not a valid model identifier"
+        r"|Couldn't reach '.*' on the Hub",
     ),
     (
         "data",
         r"\.(jsonl?|csv|parquet|arrow|txt|json\.gz|zst)\b.{0,40}\b(line|row|record) \d+|\.(jsonl?|csv|parquet|txt):\d+"
-        r"|JSONDecodeError|ArrowInvalid|DatasetGenerationError|DataFilesNotFoundError|DatasetNotFoundError"
-        r"|^error: data\.\w+|UnicodeDecodeError|no sample of the dataset is left|^error: dataset \S+ cannot be loaded",
+        r"|JSONDecodeError|Arrow(Invalid|NotImplementedError)|DatasetGeneration\w*Error|DataFilesNotFoundError"
+        r"|^datasets\.exceptions\.|Config name is missing|BuilderConfig .* not found|Dataset scripts are no longer"
+        r"|^_csv\.Error|^zlib\.error|BadGzipFile|Compressed file ended before the end-of-stream"
+        r"|^error: data\.\w+|UnicodeDecodeError|no sample of the dataset is left|^error: dataset \S+ cannot be loaded"
+        r"|^error: (?!\S*(metrics|jobs|bad_nodes|incidents|set_aside|completions)\.jsonl)\S+\.(jsonl|csv|tsv|parquet"
+        r"|arrow)(\.\w+)?(:\d+)?: ",
     ),
     (
         "config",
@@ -329,7 +397,9 @@ _NAMED = (
     (
         "cuda",
         r"illegal memory access|device-side assert triggered|unspecified launch failure|misaligned address"
-        r"|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|CUDNN_STATUS_\w*(FAILED|ERROR)|CUDA error: ",
+        r"|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|CUDNN_STATUS_\w*(FAILED|ERROR)|CUDA error: "
+        r"|Triton Error \[CUDA\]|unhandled cuda error|ncclUnhandledCudaError|cu(BLAS|DNN) Error: "
+        r"|thread: \[\d+,\d+,\d+\] Assertion|Xid \(.*\): (13|31)\b",
     ),
 )
 """Faults that a log names directly, whichever process wrote it."""
@@ -352,15 +422,31 @@ TABLE = (
     Row(
         "node_failure",
         _SCRIPT,
-        r"DUE TO NODE FAILURE|Node failure on|error: Node .* (failed|is not responding)|node.* not responding",
+        r"DUE TO NODE FAILURE|Node failure on|error: Node .* (failed|is not responding)|node.* not responding"
+        r"|Task launch for \S+ failed on node .*: (Socket timed out|Communication|Unable to contact)"
+        r"|slurm_receive_msgs: .*failed: Socket timed out",
     ),
     Row("node_failure", _SLURM, r"^node_fail\b"),
     Row("preemption", _SCRIPT, r"CANCELLED AT .* DUE TO (PREEMPTION|JOB REQUEUE)"),
     Row("preemption", _SLURM, r"^preempted\b"),
     Row("cancelled", _SCRIPT, r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*"),
     Row("cancelled", _SLURM, r"^cancelled\b"),
+    Row(
+        "launch",
+        _SCRIPT,
+        r"srun: error: (Unable to create step|Invalid MPI type|MPI: |Task launch for \S+ failed"
+        r"|Application launch failed|task \S+ launch failed| *mpi/pmi)|^srun: fatal: |^srun: (unrecognized|invalid"
+        r"|ambiguous) option|PMIX ERROR"
+        r"|OMPI was not built with|It looks like (MPI_INIT|MPI runtime init|pmix_init) failed|OPAL ERROR",
+    ),
     # how the rank that failed first ended; SIGABRT (134) is how NCCL's watchdog ends a rank after a timeout
-    Row("killed", _FIRST, r"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Floating)"),
+    Row(
+        "killed",
+        _FIRST,
+        r"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Floating)"
+        r"|Segfault encountered|Caught signal 11|double free or corruption|corrupted (double-linked|size vs)"
+        r"|(malloc|free|munmap_chunk)\(\): (invalid|unaligned|corrupted)",
+    ),
     Row("network", _FIRST, _NETWORK),
     Row("error", _FIRST, _ERROR),
     Row("exception", _FIRST, _EXCEPTION),

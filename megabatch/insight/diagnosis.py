@@ -46,7 +46,7 @@ SHOWN_LINES = 15
 _ENDED_WELL = (ExitCode.DONE, ExitCode.REQUEUE)
 _NODE = re.compile(
     r"Node failure on ([\w.-]+)|\*\*\* \w+ \S+ ON ([\w.-]+) CANCELLED .* DUE TO NODE FAILURE"
-    r"|megabatch: preflight: not started on ([^\s,;]+)"
+    r"|megabatch: preflight: not started on ([^\s,;]+)|Task launch for \S+ failed on node ([\w.-]+)"
 )
 _HANGING = re.compile(r"megabatch: the run hangs; rank (\d+)")
 _ROLE = re.compile(r"megabatch: role (?P<name>\w+), task (?P<task>\d+)(?: on (?P<node>\S+))? (?P<what>.*)")
@@ -235,7 +235,7 @@ def _of_rank(
     failed = None if finding.rank is not None else _NODE.search(finding.text)
     known = _node_of(rank, RunDirectory(result.run), nodes)
     marked = first.node if first is not None and own else ""
-    node = marked or known or (failed and (failed[1] or failed[2] or failed[3]))
+    node = marked or known or (failed and next(filter(None, failed.groups())))
     code = first.exit_code if first is not None and own else result.exit_code
     log = logs.get(rank) if rank is not None else None
     log = log or finding.log or (logs[min(logs)] if logs else None)

@@ -21,8 +21,9 @@ _ANY_BEGINNING = re.compile(rb"^megabatch: attempt (\d+) of job ", re.MULTILINE)
 _ENDED = re.compile(r"^megabatch: (rank \d+ on \S+ failed first|no rank had a word)", re.MULTILINE)
 _ORDINARY = re.compile(
     r"[\d-]+ [\d:,]+ rank \d+ (INFO|DEBUG|WARNING) |(\(\S+ pid=\d+\) )?(INFO|DEBUG|WARNING) [\d-]+ [\d:]+ \["
+    r"|(\[[\d: -]+\] )?\S+:\d+:\d+ \[-?\d+\] NCCL INFO "
 )
-"""Most lines of a long log, in the trainer's and in vLLM's format: what a program only warns of did not end it."""
+"""Most lines of a long log, in the trainer's, vLLM's and NCCL's format: what a program only says did not end it."""
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .*\S")
 _ELSEWHERE = re.compile(r"\brank (\d+) failed: ")
 _NAMES_ANOTHER = re.compile(rb"^error: rank (\d+) failed: ", re.MULTILINE)
@@ -155,8 +156,15 @@ def _row(line: str, sources: tuple[Source, ...]) -> int | None:
     """The first row that a line matches; cached, since ranks print much the same lines."""
     # a message about another rank's failure is not this rank's failure
     first = _FIRST_CONSEQUENCE if _ELSEWHERE.search(line) else 0
-    rows = (number for number in range(first, len(TABLE)) if any(s in TABLE[number].sources for s in sources))
-    return next((number for number in rows if _PATTERNS[number].search(line)), None)
+    without: set[str] = set()  # patterns that the line does not match: rows of different sources share them
+    for number in range(first, len(TABLE)):
+        row = TABLE[number]
+        if row.pattern in without or not any(source in row.sources for source in sources):
+            continue
+        if _PATTERNS[number].search(line):
+            return number
+        without.add(row.pattern)
+    return None
 
 
 def _stated(source: Source, text: str, *, shown: str, rank: int | None = None) -> Iterator[Finding]:

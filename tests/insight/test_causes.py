@@ -27,6 +27,13 @@ INNOCENT = (
     '  File "/venv/lib/torch/nn/modules/module.py", line 1740, in _call_impl',
     "UserWarning: The given NumPy array is not writable (error: none)",
     '{"stopped": "SIGUSR2"}',
+    "UserWarning: CUDA initialization: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU",
+    "UserWarning: Failed to load image Python extension: '/venv/torchvision/image.so: undefined symbol: _ZN3c104cuda'",
+    "n1:71:99 [0] NCCL INFO NET/IB : No device found.",
+    "[2026-11-21 10:00:00] n1:71:99 [0] NCCL INFO NET/Socket : Using [0]ib0:10.0.0.1<0>",
+    "[W1121 10:00:00.1 socket.cpp:764] [c10d] The IPv6 network addresses of (n1, 29500) cannot be retrieved (gai error: -2 "
+    "- Name or service not known).",
+    "[rank1]:[W1121 10:00:00.1 socket.cpp:764] [c10d] The client socket has failed to connect to [n1]:29500 (errno: 111).",
 )
 """What every log holds, and says nothing of a failure."""
 
