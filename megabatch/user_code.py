@@ -17,7 +17,7 @@ from typing import Any
 
 from megabatch.errors import ConfigError, MegabatchError
 from megabatch.own_code import PACKAGE
-from megabatch.user_error import describe_error
+from megabatch.user_error import NO_EXIT, describe_error
 
 
 def split(text: str, *, kind: str = "class", example: str = "callbacks.py:Report") -> tuple[Path, str]:
@@ -87,7 +87,10 @@ def module_of(file: Path, *, name: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+        place = f"{error.filename}:{error.lineno}" if error.lineno else f"{file}"
+        raise ConfigError(f"{place}: {error.msg}") from error
+    except SystemExit as error:
+        raise ConfigError(f"{describe_error(error, file)}{NO_EXIT}") from error
     except MegabatchError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from megabatch.config.unknown_field import unknown_field
 from megabatch.errors import ConfigError, MegabatchError
 from megabatch.sweep.declare import Sweep
 from megabatch.user_code import module_of
-from megabatch.user_error import describe_error, place_in
+from megabatch.user_error import NO_EXIT, describe_error, place_in
 
 
 def loaded(path: Path) -> ModuleType:
@@ -39,10 +40,14 @@ def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Ch
 
     Raises: ConfigError with the file's line for an unknown field and for any other exception of the file.
     """
+    if needed := _needed(recipe):
+        raise ConfigError(f"{file.name}: recipe() is called without arguments, but needs {needed}; give defaults")
     try:
         built = recipe()
     except MegabatchError:
         raise
+    except SystemExit as error:
+        raise ConfigError(f"{describe_error(error, file)}{NO_EXIT}") from error
     except Exception as error:
         fault = unknown_field(error) if isinstance(error, TypeError) else None
         if fault is None:
@@ -51,6 +56,15 @@ def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Ch
     if not isinstance(built, Recipe | Chain):
         raise ConfigError(f"{file.name}: recipe() returns {built!r}; it must return a Recipe or a Chain")
     return built
+
+
+def _needed(recipe: Callable[[], Recipe | Chain]) -> str:
+    """The arguments of a recipe's function that have no default, with commas between them."""
+    code = getattr(recipe, "__code__", None)
+    if code is None or inspect.ismethod(recipe):
+        return ""
+    needed = code.co_argcount - len(getattr(recipe, "__defaults__", None) or ())
+    return ", ".join(code.co_varnames[:needed])
 
 
 def load_declared(path: Path) -> Callable[[], Recipe] | Sweep:

@@ -56,6 +56,8 @@ class Actions:
 _ACTIONS = {field.name: field.default is False for field in dataclasses.fields(Actions)}
 """Flag of the command line itself → whether it takes no value."""
 _TOP = ("name", "task")
+_LONGEST_CHAIN = 1000
+"""Far above what a run needs; one digit too many would fill the queue."""
 
 
 def parse(arguments: Sequence[str], recipe: Recipe) -> tuple[Actions, Recipe]:
@@ -198,6 +200,8 @@ def _take_action(name: str, texts: list[str], actions: dict[str, Any], faults: l
     elif name in ("max_parallel", "chain"):
         if not (texts[0].isdecimal() and int(texts[0])):
             faults.append(Fault(f"--{name}", texts[0], "must be a whole number, at least 1"))
+        elif name == "chain" and int(texts[0]) > _LONGEST_CHAIN:
+            faults.append(Fault("--chain", texts[0], f"would queue as many jobs; give at most {_LONGEST_CHAIN}"))
         actions[name] = int(texts[0]) if texts[0].isdecimal() else None
     else:
         actions[name] = True if alone else texts[0]

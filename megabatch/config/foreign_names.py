@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-OF_THE_CLUSTER = frozenset(("partition", "account", "qos", "constraint", "reservation", "exclude", "modules"))
-"""Options of sbatch that people look for among the flags."""
+OF_THE_CLUSTER = frozenset(
+    ("partition", "account", "qos", "constraint", "reservation", "exclude", "modules", "nodelist", "exclusive")
+) | {"sbatch", "environment", "env", "container", "licenses", "mail_user", "mail_type", "comment"}
+"""Options of sbatch, and other settings of a cluster, that people look for among the flags."""
 
 QLORA = frozenset(("quant_bits", "quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "qlora"))
 """Flags that train adapters beside quantised weights."""

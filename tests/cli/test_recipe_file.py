@@ -23,6 +23,11 @@ FIELD = 'from megabatch import Parallel, Recipe\ndef recipe():\n    return Recip
         ("import json\ndef recipe():\n    json.loads('{')\n", "r.py:3: JSONDecodeError: "),
         ("def recipe():\n    pass\n", "r.py: recipe() returns None; it must return a Recipe or a Chain"),
         (FIELD, "r.py:3: Parallel(tp=…) is not a field of Parallel"),
+        ("x = 1\0\n", "r.py: source code string cannot contain null bytes"),
+        ("import sys\nsys.exit(0)\n", "r.py:2: SystemExit: 0; it may not end the program"),
+        ("def recipe():\n    raise SystemExit('no GPU')\n", "r.py:2: SystemExit: no GPU; it may not end the program"),
+        ("def recipe(size):\n    pass\n", "r.py: recipe() is called without arguments, but needs size"),
+        ("def recipe():\n    assert 1 == 2\n", "r.py:2: AssertionError: assert 1 == 2"),
     ],
 )
 def test_what_a_recipe_file_does_wrong(

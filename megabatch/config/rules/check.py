@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -89,7 +90,7 @@ def check(
     values_are_valid: every value was found to be of its type and range already.
     """
     wrong_groups = [
-        Fault(name, getattr(recipe, name), f"must be a {group.__name__}", bare=True)
+        Fault(name, None, f"must be a {group.__name__}, not {type(getattr(recipe, name)).__name__}", bare=True)
         for name, group in group_types(Recipe).items()
         if not isinstance(getattr(recipe, name), group)
     ]
@@ -103,7 +104,13 @@ def check(
     found = [*unbuilt, *(fault for rule in RULES for fault in rule(checkable, shape, layout))]
     found += no_secrets(checkable, variant_of=variant_of)
     reported = {fault.field for fault in invalid}
-    return _once([*invalid, *(fault for fault in found if fault.field not in reported)])
+    return _once([*invalid, *(fault for fault in found if not _is_about(fault, reported))])
+
+
+def _is_about(fault: Fault, fields: set[str]) -> bool:
+    """Whether a rule between fields speaks of an invalid one: it saw the default in its place."""
+    names = (field.rpartition(".")[2] for field in fields)
+    return fault.field in fields or any(re.search(rf"\b{re.escape(name)}=", fault.rule) for name in names)
 
 
 def _with_defaults(recipe: Recipe, fields: set[str]) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from megabatch.tasks import TASKS
 
 _LARGEST = 2**63 - 1
 """Whole numbers are kept in 64 bits, by torch as by Slurm."""
+_LONGEST_NAME = 200
+"""A run's folder has its name; file systems take 255 bytes, and sweeps add to it."""
 _SECRET = "bridge.hub_token"
 """Its value is never shown: someone may have put the token itself there."""
 
@@ -75,6 +78,8 @@ def _by_group() -> dict[str, tuple[Parameter, ...]]:
 def _name_and_task(recipe: Recipe) -> Iterator[Fault]:
     if not isinstance(recipe.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name, re.ASCII):
         yield Fault("name", recipe.name, "must be letters, digits, '.', '-' and '_', and begin with a letter or digit")
+    elif len(recipe.name) > _LONGEST_NAME:
+        yield Fault("name", None, f"has {len(recipe.name)} characters, above {_LONGEST_NAME}", bare=True)
     names = tuple(dict.fromkeys(task.task for task in TASKS))
     if recipe.task not in names:
         yield Fault("task", recipe.task, f"must be one of {', '.join(map(repr, names))}")
@@ -87,8 +92,27 @@ def _mistyped(parameter: Parameter, value: Any) -> Fault:
     if _is_not_finite(value):
         rule += ", and finite"
     elif not choices(parameter.hint):
-        rule += f", not {type(value).__name__}"
-    return Fault(parameter.dotted, value, rule, try_=near, bare=parameter.dotted == _SECRET)
+        rule += f", not {_kind_of(value)}"
+    return Fault(parameter.dotted, value, rule, try_=near or _plain(value), bare=parameter.dotted == _SECRET)
+
+
+def _kind_of(value: Any) -> str:
+    """The type of a value; of a list, the types in it, since the list itself may be right."""
+    if isinstance(value, tuple) and value:
+        return f"a list with {' and '.join(sorted({_kind_of(item) for item in value}))}"
+    kind = type(value)
+    return (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
+
+
+def _plain(value: Any) -> tuple[str, ...]:
+    """How to write a path, or a number of numpy's or torch's, as what Python has itself."""
+    if isinstance(value, os.PathLike):
+        return ("str(path)",)
+    if isinstance(value, tuple) and any(isinstance(item, os.PathLike) for item in value):
+        return ("[str(path) for path in paths]",)
+    return ("its .item()",) if callable(getattr(value, "item", None)) else ()
 
 
 def _is_not_finite(value: Any) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megabatch.config.declare import parameters
@@ -26,7 +28,7 @@ INVALID = [
     ),
     ({"learning_rate": {"lr": 10**400}}, f"learning_rate.lr={10**400} must be a number or None, and finite"),
     ({"data": {"dataset": "train.jsonl"}}, "data.dataset='train.jsonl' must be a list of texts, not str"),
-    ({"data": {"dataset": ["a", 1]}}, "data.dataset=('a', 1) must be a list of texts, not tuple"),
+    ({"data": {"dataset": ["a", 1]}}, "data.dataset=('a', 1) must be a list of texts, not a list with int and str"),
     ({"model": {"num_layers": 10**23}}, "model.num_layers=100000000000000000000000 must be below 2^63"),
     ({"model": {"num_layers": 10**9}}, "model.num_layers=1000000000 must be at least 1 and at most 10000"),
     (
@@ -105,9 +107,35 @@ def test_rules_are_silent_about_fields_that_are_already_wrong(dense, changed):
     assert [fault.field for fault in check(recipe)] == ["batch.micro_batch_size", "batch.global_batch_size"]
 
 
+def test_rules_are_silent_where_they_saw_a_default(dense, changed):
+    """The rule of min_lr would compare it with the default of lr, which nobody gave."""
+    recipe = changed(dense, {"learning_rate": {"lr": "5e-3", "min_lr": 1e-3}})
+    assert [fault.field for fault in check(recipe)] == ["learning_rate.lr"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (Path("runs"), "not pathlib.PosixPath; try str(path)"),
+        (np.int64(3), "not numpy.int64; try its .item()"),
+        ("3", "not str"),
+    ],
+)
+def test_types_of_libraries_are_named_with_what_python_has(dense, changed, value, said):
+    field = {"checkpoint": {"save": value}} if isinstance(value, Path) else {"training": {"train_iters": value}}
+    (fault,) = check(changed(dense, field))
+    assert str(fault).endswith(said)
+
+
+def test_a_name_fits_a_folder(dense):
+    assert check(replace(dense, name="n" * 200)) == []
+    (fault,) = check(replace(dense, name="n" * 201))
+    assert str(fault) == "name has 201 characters, above 200"
+
+
 def test_a_group_of_the_wrong_class_is_named(dense):
     (fault,) = check(replace(dense, parallel=dense.batch))
-    assert str(fault) == "parallel must be a Parallel"
+    assert str(fault) == "parallel must be a Parallel, not Batch"
 
 
 def test_every_unbuilt_parameter_is_refused_by_name(dense, changed):
