@@ -42,9 +42,10 @@ class HfModel:
     """How to dequantise its weights, for callers that accept quantised ones."""
 
 
-def find_folder(model: str | os.PathLike[str]) -> Path:
+def find_folder(model: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     """A folder, or the download folder of a hub's model `organisation/name`.
 
+    Args: revision: of the hub's model; None: the newest.
     Raises: ConversionError with the places searched, similar names, and the command that downloads the model.
     """
     path, name = Path(model).expanduser(), os.fspath(model)
@@ -57,12 +58,14 @@ def find_folder(model: str | os.PathLike[str]) -> Path:
             f"{name}: there is no folder {path.absolute()}, and it is not the name of a hub model, "
             f"organisation/name (`{download_command('organisation/name', use_hf=True)}`){did_you_mean(path)}"
         )
-    folder = cached_folder(name, use_hf=True)
+    folder = cached_folder(name, use_hf=True, revision=revision)
     if folder is None:
-        commands = " or ".join(f"`{download_command(name, use_hf=use_hf)}`" for use_hf in (True, False))
+        hubs = (True, False) if revision is None else (True,)
+        commands = " or ".join(f"`{download_command(name, use_hf=hub, revision=revision)}`" for hub in hubs)
+        what = "it" if revision is None else f"its revision {revision}"
         raise ConversionError(
-            f"{name}: there is no folder {path.absolute()}, and no hub's cache on this machine has it; download it "
-            f"with {commands}{did_you_mean(path)}"
+            f"{name}: there is no folder {path.absolute()}, and no hub's cache on this machine has {what}; download "
+            f"it with {commands}{did_you_mean(path)}"
         )
     return folder
 

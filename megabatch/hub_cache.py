@@ -15,34 +15,40 @@ def is_hub_name(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name))
 
 
-def download_command(name: str, *, use_hf: bool) -> str:
+def download_command(name: str, *, use_hf: bool, revision: str | None = None) -> str:
     """The command that downloads a hub's model into its client's cache."""
-    return f"hf download {name}" if use_hf else f"modelscope download --model {name}"
+    command = f"hf download {name}" if use_hf else f"modelscope download --model {name}"
+    return command if revision is None else f"{command} --revision {revision}"
 
 
-def cached_folder(name: str, *, use_hf: bool, environment: Mapping[str, str] | None = None) -> Path | None:
+def cached_folder(
+    name: str, *, use_hf: bool, revision: str | None = None, environment: Mapping[str, str] | None = None
+) -> Path | None:
     """The downloaded folder of a hub's model, or None; we look in the cache of the configured hub first.
 
-    Args: environment: variables that locate the clients' caches; by default this process's.
+    Args: revision: branch, tag or commit, which only Hugging Face's cache tells apart; None: the newest;
+    environment: variables that locate the clients' caches; by default this process's.
     """
-    finders = (_hugging_face, _modelscope) if use_hf else (_modelscope, _hugging_face)
-    for find in finders:
-        for folder in find(name, os.environ if environment is None else environment):
+    places = os.environ if environment is None else environment
+    found = _hugging_face(name, places, revision or "main"), iter(()) if revision else _modelscope(name, places)
+    for folders in found if use_hf else reversed(found):
+        for folder in folders:
             if (folder / "config.json").is_file():
                 return folder
     return None
 
 
-def _hugging_face(name: str, environment: Mapping[str, str]) -> Iterator[Path]:
-    """`hub/models--org--name/snapshots/<commit>`, with the commit in `refs/main`."""
+def _hugging_face(name: str, environment: Mapping[str, str], revision: str) -> Iterator[Path]:
+    """`hub/models--org--name/snapshots/<commit>`, with the commit of a branch or tag in `refs/`."""
     home = Path(environment.get("HF_HOME") or _caches(environment) / "huggingface")
     hub = Path(environment.get("HF_HUB_CACHE") or home / "hub")
     repository = hub / f"models--{name.replace('/', '--')}"
     try:
-        commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
-        return
-    yield repository / "snapshots" / commit
+        commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = revision
+    if commit and "/" not in commit:
+        yield repository / "snapshots" / commit
 
 
 def _modelscope(name: str, environment: Mapping[str, str]) -> Iterator[Path]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from megabatch.converters.adapters.open import base_model_of, base_weights_of
 from megabatch.converters.conversion import make_plan
 from megabatch.converters.hf_model import find_folder
 from megabatch.converters.request import ConversionRequest
@@ -92,3 +94,24 @@ def test_a_folder_that_is_not_there_is_said_with_what_is_nearly_called_so(caches
 )
 def test_names_that_a_hub_can_have(name: str, may_be: bool) -> None:
     assert is_hub_name(name) is may_be
+
+
+def test_a_revision_is_found_by_its_branch_or_commit_and_no_other_stands_in(caches: Path) -> None:
+    newest = hugging_face(caches / "hf", "org/name")
+    (newest.parents[1] / "refs" / "v1").write_text("aaa")
+    modelscope(caches / "ms", "org/name")
+    for revision in ("v1", "aaa"):
+        assert find_folder("org/name", revision=revision) == newest.with_name("aaa")
+    with pytest.raises(ConversionError, match=r"has its revision v2; .*`hf download org/name --revision v2`"):
+        find_folder("org/name", revision="v2")
+
+
+def test_the_base_of_an_adapter_is_the_revision_that_it_names(caches: Path) -> None:
+    newest, adapter = hugging_face(caches / "hf", "org/name"), caches / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/name"}
+    for revision, folder in ((None, newest), ("aaa", newest.with_name("aaa"))):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "revision": revision}))
+        assert base_weights_of([adapter]) == folder
+        assert base_model_of(adapter) == folder

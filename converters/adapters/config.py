@@ -29,8 +29,13 @@ _NO_NUMBERS = {
     "lora_dropout", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config", "runtime_config",
 }  # fmt: skip
 """Keys that do not affect what trained adapters add to the weights."""
-_INITIAL = (True, False, "gaussian", "eva", "orthogonal")
+_INITIAL = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base model unchanged; others change its weights whenever an adapter is loaded."""
+_MERGE = "merge it with peft (merge_and_unload, then save_pretrained), and use that model without an adapter"
+_NOT_MERGED = {
+    "alora_invocation_tokens": "it applies to some tokens alone, and peft cannot merge it either",
+    "lora_bias": "peft can merge it only where every adapted layer has a bias",
+}
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -150,12 +155,14 @@ def checked(path: Path, values: dict[str, Any]) -> AdapterConfig:
     for key, value in values.items():
         if key not in _HONOURED | _NO_NUMBERS and value not in (None, False, [], {}):
             raise ConversionError(
-                f"{path}: {key}={_short(value)} is not supported: it changes what the adapter adds to the weights"
+                f"{path}: {key}={_short(value)} is not supported: it changes what the adapter adds to the weights; "
+                f"{_NOT_MERGED.get(key, _MERGE)}"
             )
     if values.get("init_lora_weights", True) not in _INITIAL:
         raise ConversionError(
             f"{path}: init_lora_weights={values['init_lora_weights']!r} is not supported: the base model's weights "
-            "were changed when training began; save the adapter with peft's path_initial_model_for_weight_conversion"
+            f"were changed when training began; {_MERGE}, or save the adapter with its "
+            "path_initial_model_for_weight_conversion"
         )
     if values.get("bias", "none") not in _BIASES:
         raise ConversionError(f"{path}: bias={_short(values['bias'])} must be one of {', '.join(_BIASES)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megabatch.converters.adapters.adapter import Adapter, Block, Part, Tables
-from megabatch.converters.adapters.open import open_adapters
+from megabatch.converters.adapters.open import open_adapters, require_one
 from megabatch.converters.adapters.peft_folder import is_peft
 from megabatch.converters.adapters.targets import Target, layer_of
 from megabatch.converters.engine.gather import matrix_bytes
@@ -56,6 +56,7 @@ def open_own(folder: Path, tables: Tables, table: Sequence[Mapped]) -> Opened:
     Raises: ConversionError for an adapter of another model, one that also replaces tensors of the model, or one whose
     ranks or scales differ inside a layer of megatron-core's; CheckpointError.
     """
+    require_one(folder)
     saved = None if is_peft(folder) else find_checkpoint(folder)
     (adapter,) = open_adapters([folder if saved is None or not saved.of_a_run else saved.weights], tables, Numbered())
     if adapter.whole:

@@ -35,7 +35,18 @@ def _existing(given: Path_) -> Path:
         raise ConversionError(f"{path}: no such folder of an adapter{did_you_mean(path)}")
     if (path / NAME).is_file() and not is_peft(path) and not any(path.rglob(".metadata")):
         raise ConversionError(f"{path}: has {NAME} and no adapter_model.safetensors; complete the download")
+    require_one(path)
     return path
+
+
+def require_one(folder: Path) -> None:
+    """Raises: ConversionError for a folder without an adapter that has some in folders of its own, as peft saves all
+    but the one called `default`."""
+    if is_peft(folder) or not folder.is_dir():
+        return
+    inner = sorted(child.name for child in folder.iterdir() if is_peft(child))
+    if inner and not any(folder.rglob(".metadata")):  # a checkpoint of ours may have one as `hf/`
+        raise ConversionError(f"{folder}: holds adapters in folders of their own; name one: {', '.join(inner[:8])}")
 
 
 def base_model_of(path: Path_) -> Path:
@@ -72,7 +83,7 @@ def base_weights_of(adapters: Sequence[Path_]) -> Path:
         if not isinstance(name, str) or not name:
             raise ConversionError(f"{config.path}: names no base_model_name_or_path to merge into; give it as --model")
         try:
-            folders.setdefault(find_folder(name).resolve(), name)
+            folders.setdefault(find_folder(name, revision=_revision(config)).resolve(), name)
         except ConversionError as error:
             raise ConversionError(f"{config.path}: base_model_name_or_path: {error}; or give it as --model") from error
     if len(folders) > 1:
@@ -84,6 +95,12 @@ def _named(config: AdapterConfig) -> Path | None:
     """The base model by its name in training: a folder, or a model in a hub's cache."""
     name = config.values.get("base_model_name_or_path")
     try:
-        return find_folder(name) if isinstance(name, str) and name else None
+        return find_folder(name, revision=_revision(config)) if isinstance(name, str) and name else None
     except ConversionError:
         return None
+
+
+def _revision(config: AdapterConfig) -> str | None:
+    """Of the base model on a hub, where the adapter names one."""
+    revision = config.values.get("revision")
+    return revision if isinstance(revision, str) and revision else None

@@ -48,7 +48,7 @@ def open_peft(folder: Path, tables: Tables, numbered: Numbered, *, accept_bin: b
     else:
         raise ConversionError(
             f"{folder / PICKLED}: is a pickle, which can run code when it is loaded, and is refused by default; "
-            "--accept_bin reads it as data"
+            "megabatch-convert --accept_bin reads it as data: with --to_hf --adapters it writes it as safetensors"
         )
     return _Reader(weights, extents, read_config(folder / NAME), tables, numbered).read()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from megabatch.cli.runs import is_run
-from megabatch.errors import CheckpointError, LaunchError
+from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.check import faults, undigested
-from megabatch.saved.history import TRAINER, checkpoints, named_by_best, named_by_latest
-from megabatch.saved.manifest import MANIFEST, DamagedError, read_manifest
+from megabatch.saved.history import TRAINER, checkpoints, had_manifest, misplaced, named_by_best, named_by_latest
+from megabatch.saved.manifest import MANIFEST, DamagedError, read_file, read_manifest
 
 _SHOWN = 8
 
@@ -47,23 +49,34 @@ def _check(folder: Path, *, workers: int) -> bool:
         return _say(folder, [str(error)])
     if manifest is None:
         try:
-            named = MANIFEST in (folder / TRAINER).read_text(encoding="utf-8", errors="replace")
+            named = had_manifest(folder)
         except FileNotFoundError:
             if not folder.name.startswith("step_"):
                 raise LaunchError(f"{folder} is not a checkpoint: it has neither {TRAINER} nor {MANIFEST}") from None
             return _say(folder, [f"{TRAINER}: is missing, and so is {MANIFEST}"])
-        except OSError as error:
-            raise CheckpointError(f"{folder / TRAINER} cannot be read: {error.strerror or error}") from error
+        except DamagedError as error:
+            return _say(folder, [str(error)])
         if named:
             return _say(folder, [f"{MANIFEST}: is missing"])
         print(f"{folder}: not checked: it was saved before megabatch wrote digests")
         return False
     size = sum(file.size for file in manifest.files.values())
-    if found := faults(manifest, workers=workers):
+    if found := [*faults(manifest, workers=workers), *_misplaced(folder)]:
         return _say(folder, found)
     note = "; parts have no digest: converted without --verify" if undigested(manifest) else ""
     print(f"{folder}: intact, {len(manifest.files)} files, {size} bytes{note}")
     return False
+
+
+def _misplaced(folder: Path) -> Iterator[str]:
+    """The fault of a checkpoint that lies in another one's folder."""
+    try:
+        step = json.loads(read_file(folder / TRAINER, TRAINER))["step"]
+        fault = misplaced(folder, int(step))
+    except (OSError, ValueError, KeyError, TypeError, DamagedError):
+        return  # a conversion, or a file whose damage has its own line
+    if fault is not None:
+        yield fault
 
 
 def _say(folder: Path, found: list[str]) -> bool:

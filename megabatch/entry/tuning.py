@@ -9,6 +9,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.converters.adapters.adapter import Tables
 from megabatch.converters.adapters.config import scale_of
 from megabatch.converters.adapters.fit import open_fitting, open_own
+from megabatch.converters.adapters.open import require_one
 from megabatch.converters.adapters.peft_folder import is_peft
 from megabatch.converters.adapters.targets import (
     MERGES_ONE_OF_TWO,
@@ -115,6 +116,7 @@ def _require_fit(
     """Raises: ConversionError, CheckpointError for an adapter that the run cannot start from."""
     tuner = recipe.tuner
     scale = scale_of(tuner.lora_alpha, tuner.lora_rank, use_rslora=tuner.use_rslora)
+    require_one(folder)
     if not is_peft(folder):
         if Kind.MODEL in kinds_of(folder):
             what, flag = Kind.MODEL.value

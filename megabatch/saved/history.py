@@ -19,7 +19,7 @@ from typing import Literal
 
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory, write_atomic
-from megabatch.saved.manifest import read_manifest
+from megabatch.saved.manifest import MANIFEST, read_file, read_manifest
 
 TRAINER, MCORE, HF = "trainer.json", "mcore", "hf"
 """Parts of a checkpoint: progress, the state for a resume, and the Hugging Face folder."""
@@ -124,11 +124,27 @@ def _may_be_resumed(path: Path) -> bool:
     """Whether it was saved with the state for a resume; we do not look for damage here."""
     try:
         manifest = read_manifest(path)
-    except CheckpointError:
+        if manifest is not None:
+            return bool(manifest.below(MCORE))
+        return (path / MCORE).is_dir() or had_manifest(path)
+    except (CheckpointError, OSError):
         return True
-    if manifest is not None:
-        return bool(manifest.below(MCORE))
-    return (path / MCORE).is_dir() or not (path / TRAINER).is_file()
+
+
+def had_manifest(path: Path) -> bool:
+    """Whether the checkpoint was saved with a manifest, by its `trainer.json`.
+
+    Raises: FileNotFoundError; CheckpointError when it cannot be read.
+    """
+    return MANIFEST.encode() in read_file(path / TRAINER, TRAINER)
+
+
+def misplaced(path: Path, step: int) -> str | None:
+    """The fault of a folder named like a checkpoint that another one was copied or renamed to. Args: step: that its
+    `trainer.json` gives."""
+    if not is_checkpoint(path.absolute()) or step_of(path.absolute()) == step:
+        return None
+    return f"{TRAINER}: is of step {step}: the folder is a copy of another checkpoint, or was renamed"
 
 
 def settle(
@@ -151,9 +167,10 @@ def set_aside(run: RunDirectory, path: Path, kind: Literal["damaged", "later"], 
         number += 1
         target = path.with_name(f"{kind}.{path.name}.{number}")
     note = SetAside(kind, step_of(path), target.name, why, went_on, time.time())
-    os.rename(path, target)
+    # first: a note without its folder does no harm after a kill, and a folder without its note is never shown
     with open(run.set_aside, "a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(note)) + "\n")
+    os.rename(path, target)
     return note
 
 
@@ -163,15 +180,15 @@ def notes(run: RunDirectory) -> list[SetAside]:
         text = run.set_aside.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    found = []
+    found: dict[str, SetAside] = {}  # of a folder with two notes, the first was written before a kill
     for line in text.splitlines():
         try:
             note = SetAside(**json.loads(line))
         except (ValueError, TypeError):
             continue
         if (run.checkpoints / note.name).is_dir():
-            found.append(note)
-    return found
+            found[note.name] = note
+    return list(found.values())
 
 
 def find(run: RunDirectory, name: str) -> Path:

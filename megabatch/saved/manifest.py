@@ -11,8 +11,11 @@ safetensors file has one for its header and at least one per tensor; any other f
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -131,9 +134,8 @@ def manifest_text(files: Mapping[str, File]) -> str:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest in a folder, None when there is none. Raises: DamagedError when it cannot be understood."""
-    path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_file(folder / MANIFEST, MANIFEST)
         made = json.loads(raw)
         if made["digest"] == _OURS and raw[-_OWN_BYTES:].decode() != _OWN.format(_hexdigest(raw[:-_OWN_BYTES])):
             raise ValueError("it differs from its own digest")
@@ -142,10 +144,35 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest(folder, made["digest"], {name: _file(name, file) for name, file in made["files"].items()})
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise DamagedError(f"{MANIFEST}: is not valid ({e})") from e
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """A whole file of a checkpoint. Args: name: of the file, for messages.
+
+    Raises: FileNotFoundError, NotADirectoryError; DamagedError for a folder, a pipe or a link to itself, which stands
+    in the file's place; CheckpointError when it cannot be read.
+    """
+    if size_of(path) is None:  # reading a pipe would block
+        raise DamagedError(f"{name}: is not a file")
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None for anything else. Raises: as `read_file`, but for DamagedError."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            return None
+        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _file(name: str, made: Mapping[str, Any]) -> File:
@@ -163,14 +190,16 @@ def _file(name: str, made: Mapping[str, Any]) -> File:
 
 
 def missing_or_resized(manifest: Manifest, names: Iterable[str]) -> Iterator[str]:
-    """Faults of these files that names and sizes show, one line each."""
+    """Faults of these files that names and sizes show, one line each. Raises: CheckpointError when that fails."""
     for name in names:
         try:
-            size = (manifest.folder / name).stat().st_size
+            size = size_of(manifest.folder / name)
         except (FileNotFoundError, NotADirectoryError):
             yield f"{name}: is missing"
             continue
-        if size != manifest.files[name].size:
+        if size is None:
+            yield f"{name}: is not a file"
+        elif size != manifest.files[name].size:
             yield f"{name}: has {size} bytes instead of {manifest.files[name].size}"
 
 

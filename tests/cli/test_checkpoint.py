@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from made import make_checkpoint, make_run
 
 from megabatch.cli.command import main
 from megabatch.saved.history import settle
-from megabatch.saved.manifest import MANIFEST
+from megabatch.saved.manifest import MANIFEST, File, manifest_text
 
 
 def damage(file: Path) -> None:
@@ -43,6 +44,19 @@ def test_damage_is_named_by_step_and_file(tmp_path: Path, capsys: pytest.Capture
     assert f"{run.step(3)}: damaged\n  {MANIFEST}: is missing\n" in said
     assert said.endswith("2 of 3 checkpoints are damaged: step_00000002, step_00000003\n")
     assert main(["checkpoint", "verify", str(run.step(2))]) == 1
+
+
+def test_a_copy_of_another_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", 1)
+    text = '{"step": 1, "manifest": "megabatch-manifest.json"}'
+    (run.step(1) / "trainer.json").write_text(text)
+    (run.step(1) / MANIFEST).write_text(manifest_text({"trainer.json": File.of(text.encode())}))
+    for part in ("hf", "mcore"):
+        shutil.rmtree(run.step(1) / part)
+    assert main(["checkpoint", "verify", str(run.step(1))]) == 0
+    shutil.copytree(run.step(1), run.step(2))
+    assert main(["checkpoint", "verify", str(run.path)]) == 1
+    assert f"{run.step(2)}: damaged\n  trainer.json: is of step 1: the folder is a copy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["latest", "best"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,15 @@ def test_an_adapter_of_a_tied_embedding_is_not_merged(merge_lora: bool | None) -
     )
     assert fault.endswith("which unties the two; try False")
     assert not faults("all-linear", "embed_tokens", merge_lora=False) + faults("all-linear", merge_lora=merge_lora)
+
+
+def test_of_several_adapters_in_a_folder_one_must_be_named(tmp_path: Path) -> None:
+    for name in ("first", "second"):  # as peft saves all but the one called default
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").touch()
+    recipe = replace(RECIPE, tuner=Tuner(tuner_type="lora"), bridge=Bridge(adapters=[str(tmp_path)]))
+    (fault,) = [str(fault) for fault in tuning_faults(recipe, declared_shape(recipe))]
+    assert (
+        fault.startswith("bridge.adapters")
+        and "holds adapters in folders of their own; name one: first, second" in fault
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from made import make_checkpoint
 
 from megabatch.saved.check import faults
-from megabatch.saved.manifest import MANIFEST, DamagedError, read_manifest
+from megabatch.saved.manifest import MANIFEST, DamagedError, read_file, read_manifest
 
 
 def found(folder: Path) -> list[str]:
@@ -72,3 +73,23 @@ def test_ranges_leave_no_byte_out(tmp_path: Path) -> None:
         (tmp_path / MANIFEST).write_text(json.dumps(made))
         with pytest.raises(DamagedError, match=r"x (has a gap|ends)"):
             read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself"])
+@pytest.mark.parametrize("name", ["trainer.json", "mcore/__0_0.distcp", MANIFEST])
+def test_what_is_no_file_is_damage_and_never_waited_for(name: str, kind: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "step_00000001")
+    (folder / name).unlink()
+    if kind == "folder":
+        (folder / name).mkdir()
+    elif kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to(folder / name)
+    if name == MANIFEST:
+        with pytest.raises(DamagedError, match=f"^{MANIFEST}: is not a file$"):
+            read_manifest(folder)
+        return
+    assert found(folder) == [f"{name}: is not a file"]
+    with pytest.raises(DamagedError, match=f"^{name}: is not a file$"):
+        read_file(folder / name, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from made import make_checkpoint, make_run
 
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory
-from megabatch.saved.history import candidates, find, go_back, notes, settle
+from megabatch.saved.history import candidates, find, go_back, misplaced, notes, settle
 from megabatch.saved.manifest import MANIFEST
 
 
@@ -88,3 +89,28 @@ def test_damage_is_noted_as_long_as_it_is_there(tmp_path: Path) -> None:
     assert notes(run) == [note]
     (run.checkpoints / note.name).rename(run.step(2))
     assert notes(run) == []
+
+
+def test_a_note_that_a_kill_left_is_told_once(tmp_path: Path) -> None:
+    """The note is written before the folder is renamed, and by the next attempt again."""
+    run = make_run(tmp_path, 1, 2)
+    [note] = settle(run, run.step(1), [(run.step(2), "trainer.json: is missing")], [])
+    (run.checkpoints / note.name).rename(run.step(2))
+    assert notes(run) == []
+    [again] = settle(run, run.step(1), [(run.step(2), "trainer.json: is missing")], [])
+    assert notes(run) == [again]
+
+
+def test_a_checkpoint_that_lost_its_state_is_tried_and_so_found(tmp_path: Path) -> None:
+    """Its `trainer.json` names the manifest that it was saved with."""
+    run = make_run(tmp_path, 1, 2)
+    shutil.rmtree(run.step(2) / "mcore")
+    (run.step(2) / MANIFEST).unlink()
+    assert usable(run) == ["step_00000002", "step_00000001"]
+
+
+def test_a_checkpoint_in_anothers_folder_is_misplaced(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 1, 2)
+    assert misplaced(run.step(2), 2) is None and misplaced(tmp_path, 2) is None
+    fault = misplaced(run.step(2), 1)
+    assert fault == "trainer.json: is of step 1: the folder is a copy of another checkpoint, or was renamed"

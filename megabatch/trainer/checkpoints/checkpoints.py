@@ -23,7 +23,7 @@ from megabatch.plan.layout import Layout
 from megabatch.run_directory import RunDirectory
 from megabatch.saved import history
 from megabatch.saved.history import HF, MCORE, TRAINER
-from megabatch.saved.manifest import DamagedError, File, Manifest, missing_or_resized
+from megabatch.saved.manifest import DamagedError, File, Manifest, missing_or_resized, read_file
 from megabatch.trainer.checkpoints import commit, torch_dist, writing
 from megabatch.trainer.checkpoints.background import Background
 from megabatch.trainer.checkpoints.commit import Retention
@@ -241,15 +241,14 @@ class Checkpoints:
         self, chosen: Path, damaged: Sequence[tuple[Path, str]], later: Sequence[Path], progress: Progress
     ) -> None:
         """Makes the loaded checkpoint the run's newest. Args: progress: that of this checkpoint."""
-        if not damaged and not later and history.named_by_latest(self.run) == chosen:
-            return
-        self._require_newest_start()
-        try:
-            for note in history.settle(self.run, chosen, damaged, later):
-                logger.warning("%s", note.describe())
-        except OSError as e:
-            raise CheckpointError(f"{self.run.checkpoints} cannot be written: {e.strerror or e}") from e
-        self._point_to_best(progress)
+        if damaged or later or history.named_by_latest(self.run) != chosen:
+            self._require_newest_start()
+            try:
+                for note in history.settle(self.run, chosen, damaged, later):
+                    logger.warning("%s", note.describe())
+            except OSError as e:
+                raise CheckpointError(f"{self.run.checkpoints} cannot be written: {e.strerror or e}") from e
+        self._point_to_best(progress)  # also where a kill came between `latest` and `best`
 
     def _point_to_best(self, progress: Progress) -> None:
         try:
@@ -310,13 +309,16 @@ class Checkpoints:
 
         def look() -> Saved:
             saved = open_saved(checkpoint)
+            if (fault := history.misplaced(checkpoint, saved.progress.step)) is not None:
+                raise DamagedError(fault)
             if saved.manifest is None:
                 logger.warning("%s has no digests (it was saved before them): loading it unchecked", checkpoint)
                 return saved
             for fault in missing_or_resized(saved.manifest, saved.manifest.below(MCORE)):
                 raise DamagedError(fault)
             for name in SMALL:
-                saved.manifest.require(f"{MCORE}/{name}", (checkpoint / MCORE / name).read_bytes())
+                inner = f"{MCORE}/{name}"
+                saved.manifest.require(inner, read_file(checkpoint / inner, inner))
             return saved
 
         return self.ranks.on_main(look)

@@ -14,7 +14,7 @@ from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.saved import history
 from megabatch.saved.history import HF, MCORE, TRAINER
-from megabatch.saved.manifest import MANIFEST, File, manifest_text
+from megabatch.saved.manifest import MANIFEST, File, manifest_text, read_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,15 +83,26 @@ def forget(run: RunDirectory, step: int, retention: Retention) -> None:
         kept = [p for p in older if p not in doomed]
         doomed += kept[: max(0, len(kept) + 1 - max(1, keep_last))]
     for path in doomed:
-        shutil.rmtree(path, ignore_errors=True)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Renames it first: what a kill leaves of it has no checkpoint's name, and the next attempt deletes it."""
+    temporary = temporary_of(path)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(path, temporary)
+    except OSError:
+        temporary = path
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_kept(path: Path, every: int, retention: Retention) -> bool:
     if not retention.by_epochs:
         return history.step_of(path) % every == 0
     try:
-        ended = int(json.loads((path / TRAINER).read_text(encoding="utf-8")).get("ended_epoch", 0))
-    except (OSError, ValueError):
+        ended = int(json.loads(read_file(path / TRAINER, TRAINER)).get("ended_epoch", 0))
+    except (CheckpointError, OSError, ValueError):
         return True  # never delete what we cannot read
     return ended > 0 and ended % every == 0
 

@@ -11,7 +11,7 @@ from typing import Any
 from megabatch.errors import CheckpointError
 from megabatch.plan.layout import Layout
 from megabatch.saved.history import TRAINER
-from megabatch.saved.manifest import MANIFEST, DamagedError, Manifest, read_manifest
+from megabatch.saved.manifest import MANIFEST, DamagedError, Manifest, read_file, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,12 @@ def open_saved(checkpoint: Path) -> Saved:
     manifest = read_manifest(checkpoint)
     path = checkpoint / TRAINER
     try:
-        raw = path.read_bytes()
+        raw = read_file(path, TRAINER)
     except FileNotFoundError as e:
         if manifest is None and not checkpoint.name.startswith("step_"):
             raise CheckpointError(f"{path} cannot be read ({e}); give the folder of a checkpoint, step_*") from e
         raise DamagedError(f"{TRAINER}: is missing") from e
-    except OSError as e:
+    except NotADirectoryError as e:
         raise CheckpointError(f"{path} cannot be read ({e}); give the folder of a checkpoint, step_*") from e
     if manifest is not None:
         manifest.require(TRAINER, raw)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megabatch.saved.manifest import DamagedError, Digest, Manifest, Range
+from megabatch.saved.manifest import DamagedError, Digest, Manifest, Range, read_file
 from megabatch.trainer.checkpoints.unpickling import read_metadata
 from megabatch.trainer.checkpoints.writing import COMMON, CONFIG, METADATA
 
@@ -47,12 +47,13 @@ class Reader(FileSystemReader):
         self._metadata = read_metadata(self._small(folder / METADATA))
 
     def _small(self, path: Path) -> bytes:
+        name = self._prefix + path.name
         try:
-            data = path.read_bytes()
+            data = read_file(path, name)
         except FileNotFoundError as e:
-            raise DamagedError(f"{self._prefix}{path.name}: is missing") from e
+            raise DamagedError(f"{name}: is missing") from e
         if self._manifest is not None:
-            self._manifest.require(self._prefix + path.name, data)
+            self._manifest.require(name, data)
         return data
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -39,9 +39,10 @@ def tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor] | None, as_: 
 
 FAULTS: dict[str, tuple[str, Change, str]] = {
     "no lora": ("llama", config(peft_type="IA3"), "peft_type='IA3' is not supported; only LORA is"),
-    "dora": ("llama", config(use_dora=True), "use_dora=True is not supported: it changes what the adapter adds"),
+    "dora": ("llama", config(use_dora=True), "use_dora=True is not supported: it changes .*; merge it with peft"),
     "fan in": ("llama", config(fan_in_fan_out=True), "fan_in_fan_out=True is not supported"),
-    "lora bias": ("llama", config(lora_bias=True), "lora_bias=True is not supported"),
+    "lora bias": ("llama", config(lora_bias=True), "lora_bias=True is not supported: .*where every adapted layer has"),
+    "some tokens": ("llama", config(alora_invocation_tokens=[1]), "alora_invocation_tokens=.*cannot merge it either"),
     "tokens": ("llama", config(trainable_token_indices=[1, 2]), "trainable_token_indices=.* is not supported"),
     "replication": ("llama", config(layer_replication=[[0, 2]]), "layer_replication=.* is not supported"),
     "unknown key": ("llama", config(twice_the_scale=True), "twice_the_scale=True is not supported"),
@@ -119,13 +120,23 @@ def test_truncated_and_pickled_weights(made: Get, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"no adapter_model\.safetensors; complete the download"):
         convert(ConversionRequest(**flags), output_dir=tmp_path / "out")
     (adapter / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ConversionError, match=r"adapter_model\.bin: is a pickle, which can run code"):
+    with pytest.raises(ConversionError, match=r"adapter_model\.bin: is a pickle, .*megabatch-convert --accept_bin"):
         convert(ConversionRequest(**flags), output_dir=tmp_path / "out")
     with pytest.raises(ConversionError, match=r"adapter_model\.bin: no file of torch.save"):
         convert(ConversionRequest(accept_bin=True, **flags), output_dir=tmp_path / "out")
     with pytest.raises(ConversionError, match="nowhere: no such folder of an adapter"):
         convert(ConversionRequest(**{**flags, "adapters": [tmp_path / "nowhere"]}), output_dir=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_of_several_adapters_in_a_folder_one_must_be_named(made: Get, tmp_path: Path) -> None:
+    one = made("llama")
+    (tmp_path / "all").mkdir()
+    for name in ("first", "second"):  # as peft saves all but the one called default
+        changed(one.adapter, tmp_path / "all" / name, lambda *_: None)
+    request = ConversionRequest(to_hf=True, model=one.base, adapters=[tmp_path / "all"], merge_lora=True)
+    with pytest.raises(ConversionError, match="holds adapters in folders of their own; name one: first, second"):
+        convert(request, output_dir=tmp_path / "out")
 
 
 def test_adapters_that_exclude_each_other(made: Get, tmp_path: Path) -> None:

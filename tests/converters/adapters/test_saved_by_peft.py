@@ -174,6 +174,23 @@ def test_the_base_that_an_adapter_names_is_merged_into(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("initial", ["mica", "orthogonal"])
+def test_an_initialisation_that_leaves_the_base_as_it_was_changes_nothing(initial: str, tmp_path: Path) -> None:
+    """Which peft repeats whenever it loads such an adapter."""
+    expected = grown(tmp_path, tied=False, lora={"target_modules": ["q_proj"]})
+    adapter = changed(
+        tmp_path / "adapter", tmp_path / "named", lambda _, config: config.update(init_lora_weights=initial)
+    )
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        assert torch.equal(peft.PeftModel.from_pretrained(base, adapter).eval()(IDS).logits, expected)
+    convert(
+        ConversionRequest(to_hf=True, model=tmp_path / "base", adapters=[adapter], merge_lora=True),
+        output_dir=tmp_path / "merged",
+    )
+    assert (logits_of(tmp_path / "merged") - expected).abs().max() <= LOGITS
+
+
 def test_shards_without_an_index_are_read_when_they_are_complete(tmp_path: Path) -> None:
     grown(tmp_path, tied=False, lora=SAVED["none"][1])
     tensors, folder = load_file(tmp_path / "base" / "model.safetensors"), tmp_path / "shards"

@@ -18,7 +18,7 @@ from megabatch.converters import ConversionRequest, convert
 from megabatch.errors import ConversionError
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.saved.check import faults
-from megabatch.saved.history import go_back, notes
+from megabatch.saved.history import go_back, misplaced, notes
 from megabatch.saved.manifest import MANIFEST, read_manifest
 
 STEPS = 2
@@ -56,7 +56,24 @@ def swap(file: Path, rng: random.Random, others: list[Path]) -> None:
     aside.rename(other)
 
 
-DAMAGES: list[Damage] = [flip, flip, truncate, delete, append, swap]
+def stand_in(file: Path, rng: random.Random, others: list[Path]) -> None:
+    """Something that is no file."""
+    file.unlink()
+    rng.choice([os.mkdir, os.mkfifo, lambda path: os.symlink(path, path)])(file)
+
+
+def older(file: Path, rng: random.Random, others: list[Path]) -> None:
+    """The same file of the checkpoint before, or all of that."""
+    step = next(path for path in file.parents if path.name.startswith("step_"))
+    before = step.with_name(f"step_{STEPS - 1:08d}")
+    if rng.random() < 0.3 or file.read_bytes() == (before / file.relative_to(step)).read_bytes():
+        shutil.rmtree(step)
+        shutil.copytree(before, step)
+    else:
+        shutil.copy(before / file.relative_to(step), file)
+
+
+DAMAGES: list[Damage] = [flip, flip, truncate, delete, append, swap, stand_in, older]
 
 
 def make(folder: Path, name: str, world_size: int, **checkpoint: Any) -> Path:
@@ -116,7 +133,12 @@ def damage_of(folder: Path) -> list[str]:
         manifest = read_manifest(folder)
     except CheckpointError as e:
         return [str(e)]
-    return [f"{MANIFEST}: is missing"] if manifest is None else faults(manifest, workers=2)
+    if manifest is None:
+        return [f"{MANIFEST}: is missing"]
+    if found := faults(manifest, workers=2):
+        return found
+    fault = misplaced(folder, json.loads((folder / "trainer.json").read_text())["step"])
+    return [] if fault is None else [fault]
 
 
 @pytest.mark.timeout(900)
