@@ -13,11 +13,14 @@ from megabatch.converters.adapters.open import open_adapters, require_one
 from megabatch.converters.adapters.peft_folder import is_peft
 from megabatch.converters.adapters.targets import Target, layer_of
 from megabatch.converters.engine.gather import matrix_bytes
-from megabatch.converters.engine.plan import Matrix, Numbered
+from megabatch.converters.engine.plan import Matrix, Numbered, Strip
+from megabatch.converters.engine.source_digests import check_strips
 from megabatch.converters.engine.sources import Sources
 from megabatch.converters.mapping import Mapped
 from megabatch.errors import ConversionError
 from megabatch.saved.find import find_checkpoint
+
+_WORKERS = 2
 
 
 class Fitting(NamedTuple):
@@ -26,6 +29,20 @@ class Fitting(NamedTuple):
     adapter: Adapter
     matrices: dict[str, Matrix]
     """A and B of every adapted layer, by their names in PEFT's folder; of an embedding A as its transpose."""
+
+
+def check_digests(fitting: Fitting) -> None:
+    """Checks the numbers of an adapter and its config against the digests of the checkpoint that it lies in, if that
+    has some.
+
+    Raises: ConversionError naming the damaged parts.
+    """
+    adapter = fitting.adapter
+    strips = [strip for matrix in fitting.matrices.values() for strip in matrix.strips]
+    strips += [strip for whole in adapter.whole.values() for strip in whole.strips]
+    check_strips([source.path for source in adapter.sources], strips, workers=_WORKERS)
+    all_of_it = Strip(row=0, rows=1, source=0, offset=0, left=0, width=adapter.config.path.stat().st_size)
+    check_strips([adapter.config.path], [all_of_it], workers=1)
 
 
 class Opened(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megabatch.converters.engine.plan import Plan, Strip
@@ -20,14 +20,22 @@ def check_sources(plan: Plan, numbers: Sequence[int], *, workers: int) -> None:
     A checkpoint's manifest lies in its folder or the one above (`step_<n>` of `mcore/` and `hf/`).
     Raises: ConversionError naming the damaged parts.
     """
+    paths = [source.path for source in plan.sources]
+    check_strips(paths, (strip for number in numbers for strip in _strips(plan, number)), workers=workers)
+
+
+def check_strips(paths: Sequence[Path], strips: Iterable[Strip], *, workers: int) -> None:
+    """The same for the tensors that these strips are of. Args: paths: the source files by their numbers.
+
+    Raises: as `check_sources`.
+    """
     offsets: dict[int, set[int]] = {}
-    for number in numbers:
-        for strip in _strips(plan, number):
-            offsets.setdefault(strip.source, set()).add(strip.offset)
+    for strip in strips:
+        offsets.setdefault(strip.source, set()).add(strip.offset)
     manifests: dict[Path, Manifest | None] = {}
     parts: dict[Path, dict[str, list[int]]] = {}
     for source, starts in offsets.items():
-        path = plan.sources[source].path
+        path = paths[source]
         if path.parent not in manifests:
             manifests[path.parent] = _manifest(path.parent)
         manifest = manifests[path.parent]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megabatch.config.run import RunConfig
 from megabatch.converters.adapters.adapter import Tables
-from megabatch.converters.adapters.fit import open_fitting
+from megabatch.converters.adapters.fit import check_digests, open_fitting
 from megabatch.converters.adapters.targets import hf_names
 from megabatch.saved.find import FoundCheckpoint, find_to_load
 from megabatch.trainer.adapter_sources import FreshAdapters, ReadAdapter
@@ -91,7 +91,9 @@ def _load_adapters(run: RunConfig, engine: Engine, source: ModelSource, lora: Lo
         logger.info("loading the adapter in %s", folder)
         whole = hf_names(tuning.table, tuning.trained)
         tables = Tables(source.family, run.shape)
-        made = ReadAdapter(open_fitting(folder, tables, lora.targets, scale=lora.scale, whole=whole))
+        fitting = open_fitting(folder, tables, lora.targets, scale=lora.scale, whole=whole)
+        engine.ranks.on_main(lambda: check_digests(fitting))
+        made = ReadAdapter(fitting)
     load(engine.model, made, lora.table, engine.ranks, dtype_of=made.dtypes, adapter=TRAINED)
     if folder is not None:
         load(engine.model, made, tuning.table, engine.ranks, dtype_of=made.dtypes, only=tuning.trained)

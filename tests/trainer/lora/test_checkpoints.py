@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megabatch.converters.families import family_of
 from megabatch.converters.hf_model import read_config
 from megabatch.entry.tuning import tuning_faults
 from megabatch.run_directory import ExitCode
+from megabatch.saved.manifest import read_manifest
 
 LORA: dict[str, Any] = {
     "tuner_type": "lora",
@@ -170,6 +172,25 @@ def test_adapters_of_both_formats_go_on_as_they_were(ranks: RankServer, folder: 
         began = trained(ranks, folder, f"began-{name}", "tp2_sp_ep2", **groups)
         assert [step for step, *_ in curve(began)] == [1, 2, 3, 4, 5, 6]
         assert evaluations(began)[0][1] == pytest.approx(last, rel=1e-6), name
+    for part, name in (("hf", "adapter_model.safetensors"), ("hf", "adapter_config.json"), ("mcore", "__0_0.distcp")):
+        step = shutil.copytree(run / LAST, tmp_path / part / name / Path(LAST).name)
+        damage(step / part / name)
+        one, world_size = made(folder, "alone", bridge={"adapters": [str(step / part)]})
+        with pytest.raises(RuntimeError, match=rf"is damaged\n *{part}/{name}: .* differs from its digest"):
+            ranks.run(train, world_size=world_size, run_dir=str(write_run(one, tmp_path / f"{part}-{name}")))
+
+
+def damage(file: Path) -> None:
+    """Of a number, or in what the config says of the base model."""
+    data = file.read_bytes()
+    if file.suffix == ".json":
+        file.write_bytes(data.replace(b"experts", b"exparts"))
+        return
+    manifest = read_manifest(file.parents[1])
+    assert manifest is not None
+    parts = manifest.files[file.relative_to(manifest.folder).as_posix()].ranges
+    at = next(part.offset + part.size - 3 for part in parts if "lora_B" in part.name and "optim" not in part.name)
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
 
 
 def test_an_adapter_of_another_rank_is_refused(ranks: RankServer, folder: Path, tmp_path: Path) -> None:
