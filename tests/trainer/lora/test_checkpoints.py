@@ -189,7 +189,7 @@ def damage(file: Path) -> None:
     manifest = read_manifest(file.parents[1])
     assert manifest is not None
     parts = manifest.files[file.relative_to(manifest.folder).as_posix()].ranges
-    at = next(part.offset + part.size - 3 for part in parts if "lora_B" in part.name and "optim" not in part.name)
+    at = next(part.offset + part.size // 2 for part in parts if "lora_B" in part.name and "optim" not in part.name)
     file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
 
 
