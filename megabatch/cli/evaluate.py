@@ -39,6 +39,8 @@ def evaluate_target(target: Path, flags: Sequence[str], options: EvaluateOptions
     """Exit code. Raises: MegabatchError with every fault that is visible before a rank starts."""
     evaluation.require_target(target)
     recipe = evaluation.evaluation_recipe(_recipe(target, options), flags, task=options.task)
+    if evaluation.is_run(target):
+        evaluation.require_reference(recipe, target)
     output = (options.output or _default_output(target)).absolute()
     require_torch()
     folder = Path(tempfile.mkdtemp(prefix=".evaluation-", dir=_made(output.parent)))

@@ -19,6 +19,7 @@ from megabatch.config.grpo_defaults import filled
 from megabatch.config.heads import problem_type, with_head
 from megabatch.config.layout import layout_of
 from megabatch.config.lengths import row_tokens, sample_tokens
+from megabatch.config.moe import MoE
 from megabatch.config.recipe import Recipe
 from megabatch.config.resolved import resolved
 from megabatch.config.rules.check import check
@@ -156,7 +157,7 @@ def derived(recipe: Recipe, *, shape: ModelShape, run_dir: Path) -> Recipe:
         ),
         learning_rate=replace(recipe.learning_rate, lr=peak_lr(recipe)),
         parallel=_derived_parallel(recipe),
-        moe=_derived_moe(recipe, shape),
+        moe=derived_moe(recipe, shape),
         rlhf=replace(recipe.rlhf, share_prompts=shares_prompts(recipe, shape)),
         grpo=_derived_grpo(recipe),
         checkpoint=replace(recipe.checkpoint, save=str(save_folder(recipe)), save_interval=save_interval(recipe)),
@@ -188,7 +189,8 @@ def _derived_parallel(recipe: Recipe) -> Any:
     return replace(parallel, microbatch_group_size_per_virtual_pipeline_stage=group)
 
 
-def _derived_moe(recipe: Recipe, shape: ModelShape) -> Any:
+def derived_moe(recipe: Recipe, shape: ModelShape) -> MoE:
+    """The settings of experts for a model of this shape, which may be one beside the trained model."""
     if shape.num_experts is None:
         return recipe.moe
     return replace(

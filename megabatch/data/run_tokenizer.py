@@ -93,7 +93,8 @@ def extended(tokenizer: Path, run: RunConfig, *, config_folder: Path | None = No
         if config_folder is not None:
             carry_over(config_folder, target, skip=("config.json", *tokenizer_files(config_folder)))
             _write_config_json(with_vocabulary(read_config(config_folder), run.shape.vocab_size), target)
-        carry_tokenizer(tokenizer, target)
+        # whoever reads the folder of a run that is resumed or replayed never sees the tokenizer without the new tokens
+        carry_tokenizer(tokenizer, target, skip=new_tokens.WRITTEN)
         new_tokens.write_with(tokenizer, tokens, target)
     except OSError as e:
         raise MegabatchError(f"{target} cannot be written: {e.strerror or e}") from e

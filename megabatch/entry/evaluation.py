@@ -14,6 +14,7 @@ from megabatch.config.model import Model
 from megabatch.config.optimization import LearningRate
 from megabatch.config.parallel import Parallel
 from megabatch.config.recipe import Recipe
+from megabatch.config.resolved import resolved
 from megabatch.config.resources import Resources
 from megabatch.config.rlhf import Rlhf
 from megabatch.config.run import RunConfig
@@ -28,8 +29,8 @@ from megabatch.saved.history import HF, is_checkpoint, named_by_best, newest_in
 from megabatch.tasks import TASKS, Task
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
-_NEW_MODEL = "model"
-"""Folder in a run directory with the tokenizer and config.json of a new model."""
+_NEW_MODEL, _NEW_WEIGHTS = "model", "model.safetensors"
+"""Folder in a run directory with the tokenizer and config.json of a new model, and its weights before LoRA."""
 
 
 def trained_recipe(target: Path, *, checkpoint: str | None) -> Recipe:
@@ -74,10 +75,14 @@ def _with_weights(recipe: Recipe, run: RunConfig, step: Path) -> Recipe:
     exported = step / HF
     if (exported / _CONFIG).is_file():
         model = Model(model=str(exported), torch_dtype=run.recipe.model.torch_dtype)
+        if _compares(recipe) and run.recipe.model.model is not None:  # a reference gets the new tokens too
+            own = run.recipe.model
+            tokens = own.new_special_tokens
+            model = replace(model, tokenizer=own.tokenizer if tokens else None, new_special_tokens=tokens)
         return replace(recipe, model=model, tuner=Tuner())
     model = recipe.model
-    if model.model is None:
-        model = replace(model, tokenizer=model.tokenizer or str(Path(run.run_dir) / _NEW_MODEL))
+    if model.model is None and model.tokenizer is None:  # its own has the new tokens
+        model = replace(model, tokenizer=str(Path(run.run_dir) / _NEW_MODEL), new_special_tokens=())
     if recipe.tuner.tuner_type == "lora":
         tuner, load = replace(recipe.tuner, adapter_load=str(step)), run.recipe.checkpoint.load
     else:
@@ -89,18 +94,45 @@ def _with_reference(recipe: Recipe, run: RunConfig) -> Recipe:
     """With the reference that the run had, now that its own model is the trained one. GRPO measures rewards alone."""
     if run.task.generates:
         return replace(recipe, grpo=replace(recipe.grpo, beta=0.0))
-    compares = run.task.name == "kto" or (run.task.name == "dpo" and not recipe.dpo.reference_free)
-    if not compares or recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None:
+    if recipe.rlhf.sync_ref_model:
+        return replace(recipe, rlhf=replace(recipe.rlhf, sync_ref_model=False))
+    if not _compares(recipe) or _names_reference(recipe):
         return recipe
-    began_with = run.recipe.model.model
     if run.recipe.checkpoint.load is not None:
         return replace(recipe, rlhf=replace(recipe.rlhf, ref_load=run.recipe.checkpoint.load))
-    if began_with is None:
-        raise ConfigError(
-            f"{run.run_dir} began with a new model, whose weights are gone, and {run.task.name} compares with them; "
-            "name a reference with --ref_model"
-        )
-    return replace(recipe, bridge=replace(recipe.bridge, ref_model=began_with))
+    return replace(recipe, bridge=replace(recipe.bridge, ref_model=_began_with(run)))
+
+
+def _compares(recipe: Recipe) -> bool:
+    task = resolved(recipe.kind).name
+    return task == "kto" or (task == "dpo" and not recipe.dpo.reference_free)
+
+
+def _names_reference(recipe: Recipe) -> bool:
+    return recipe.bridge.ref_model is not None or recipe.rlhf.ref_load is not None
+
+
+def _began_with(run: RunConfig) -> str | None:
+    """Name or folder of the run's model before training; of a new model LoRA runs alone keep the weights."""
+    kept = Path(run.run_dir) / _NEW_MODEL
+    return run.recipe.model.model or (str(kept) if (kept / _NEW_WEIGHTS).is_file() else None)
+
+
+def require_reference(recipe: Recipe, target: Path) -> None:
+    """Args: recipe: of the evaluation of a run, with its flags. Raises: ConfigError where neither run nor flags have
+    the reference any more."""
+    if not _compares(recipe) or _names_reference(recipe):
+        return
+    run = RunConfig.load(RunDirectory(_run_of(target)).run_json)
+    if run.recipe.rlhf.sync_ref_model:
+        why = "had a reference that followed the policy (rlhf.sync_ref_model), which is not exported"
+    else:
+        why = "began with a new model, whose weights are gone"
+    raise ConfigError(f"{run.run_dir} {why}, and {run.task.name} compares with it; name a reference with --ref_model")
+
+
+def _run_of(target: Path) -> Path:
+    return target.absolute().parents[1] if is_checkpoint(target.absolute()) else target
 
 
 def folder_recipe(target: Path, *, task: str | None, gpus: int) -> Recipe:

@@ -82,7 +82,7 @@ def _with_new_tokens(found: FoundModel, recipe: Recipe, *, shared_cache: str | N
     if found.shape is None or found.fault is not None:
         return found
     try:
-        rows = _rows_needed(found, recipe, shared_cache=shared_cache)
+        rows = rows_needed(recipe, of=found.folder, shared_cache=shared_cache)
     except DataError as error:
         return replace(found, fault=fault_of(FIELD, error))
     shape = found.shape
@@ -95,8 +95,9 @@ def _with_new_tokens(found: FoundModel, recipe: Recipe, *, shared_cache: str | N
     return replace(found, shape=grown)
 
 
-def _rows_needed(found: FoundModel, recipe: Recipe, *, shared_cache: str | None) -> int:
-    """Rows that the embedding needs for the tokenizer with the new tokens. Raises: DataError."""
+def rows_needed(recipe: Recipe, *, of: Path | None = None, shared_cache: str | None = None) -> int:
+    """Rows that the embedding needs for the tokenizer with the new tokens. Args: of: the model's folder, where it is
+    found already. Raises: DataError."""
     model = recipe.model
     tokens = listed(model.new_special_tokens)
     name = model.tokenizer or model.model
@@ -106,7 +107,7 @@ def _rows_needed(found: FoundModel, recipe: Recipe, *, shared_cache: str | None)
         return 256 + len(SPECIAL_TOKENS) + len(tokens)
     folder: Path | None = Path(name).expanduser().absolute()
     if folder is not None and not folder.is_dir():
-        own = found.folder if model.tokenizer is None else None
+        own = of if model.tokenizer is None else None
         folder = own or _downloaded(name, recipe, shared_cache=shared_cache)
     if folder is None:
         raise DataError(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from megabatch.config.layout import virtual_stages
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.preference import without_reference
-from megabatch.config.rules.second_layouts import model_divides
+from megabatch.config.rules.second_layouts import lacks_new_tokens, model_divides
 from megabatch.config.second_layouts import TEACHER
 from megabatch.config.several_teachers import models_named
-from megabatch.entry.model import FoundModel, find_model, nearest_folder
-from megabatch.errors import CheckpointError, Fault, MegabatchError
+from megabatch.entry.model import FoundModel, find_model, nearest_folder, rows_needed
+from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import is_hub_name
 from megabatch.plan.shape import ModelShape
 from megabatch.saved.find import find_to_load
@@ -80,7 +82,13 @@ def _teacher(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fa
                 "must have one tokenizer"
             )
             yield Fault(field, name, rule)
-        yield from model_divides(recipe, TEACHER, found.shape)
+        if recipe.model.new_special_tokens:
+            with suppress(DataError):  # it is a fault of the student's own
+                rows = rows_needed(recipe)
+                if fault := lacks_new_tokens(name, found.shape, rows=rows):
+                    yield fault
+        chunks = virtual_stages(recipe.parallel, shape.num_layers)
+        yield from model_divides(recipe, TEACHER, found.shape, chunks=chunks)
 
 
 def found_beside(recipe: Recipe, name: str) -> FoundModel:

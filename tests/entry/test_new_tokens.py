@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megabatch import Bridge, Checkpoint, Model, Recipe, Tuner
+from megabatch import Bridge, Checkpoint, Gkd, Model, Recipe, Rlhf, Tuner
 from megabatch.config.rules.check import check
 from megabatch.entry.input_checks import missing_inputs
 from megabatch.entry.model import find_model
@@ -104,3 +104,11 @@ def test_rows_that_nothing_trains_are_refused(tokens: Recipe, model_folder: Path
 def test_a_checkpoint_to_load_has_its_own_embedding(tokens: Recipe, tmp_path: Path) -> None:
     found = _faults(replace(tokens, checkpoint=Checkpoint(load=str(tmp_path / "step"), finetune=True)))
     assert f"checkpoint.load={str(tmp_path / 'step')!r} has an embedding of its own" in found
+
+
+def test_a_teacher_that_cannot_read_them(tokens: Recipe, model_folder: Path) -> None:
+    gkd = Gkd(teacher_model=str(model_folder), gkd_logits_topk=4)
+    distilled = replace(tokens, task="rlhf", rlhf=Rlhf(rlhf_type="gkd"), gkd=gkd)
+    rule = "has 32 tokens, and the student's tokenizer with model.new_special_tokens 33"
+    assert rule in _faults(distilled)
+    assert "new_special_tokens" not in _faults(_with(distilled, "<x>")), "one row was there"

@@ -99,6 +99,16 @@ def test_a_teacher(distilled: Recipe, model_folder: Path) -> None:
     assert "gkd.teacher_pipeline_model_parallel_size=2 must divide the model's num_layers=1, which are spread" in found
 
 
+def test_a_teacher_lies_over_the_students_stages(distilled: Recipe, model_folder: Path) -> None:
+    stages = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+    staged = replace(distilled, parallel=replace(distilled.parallel, **stages))  # type: ignore[arg-type]
+    for layers, divides in ((4, True), (2, False)):
+        teacher = other(model_folder, f"{layers} layers", num_hidden_layers=layers)
+        found = faults(replace(staged, gkd=Gkd(teacher_model=str(teacher), gkd_logits_topk=4)))
+        rule = f"must divide over 2 stages of 2 chunks: the model's num_layers={layers} do not"
+        assert any(rule in one and "or give teacher_pipeline_model" in one for one in found) is not divides
+
+
 @pytest.mark.parametrize("label", [True, False])
 def test_answers_of_one_kind(recipe: Recipe, dataset: Path, label: bool) -> None:
     row = {"prompt": "1 + 1?", "completion": "2", "label": label}

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from megabatch import Model, Recipe
 from megabatch.config.run import RunConfig
 from megabatch.converters import ConversionRequest, convert
+from megabatch.data import run_tokenizer
 from megabatch.data.cache.token_cache import TokenCache
+from megabatch.data.tokens import new_tokens
 
 TOKENS = ("<sum>", "</sum>", "<plus>", "<loc_1>", "<loc_10>")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -195,3 +197,16 @@ def test_an_adapter_with_their_rows_is_the_same_model_in_peft(
     adapted = peft.PeftModel.from_pretrained(model, adapter)
     assert evaluations(run)[-1][1] == pytest.approx(_loss(adapted, run), rel=1e-5)
     assert evaluations(run)[-1][1] < evaluations(run)[0][1]
+
+
+def test_a_folder_in_use_never_lacks_them(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay writes the folder again while the run exports from it."""
+    run = RunConfig.load(write_run(_recipe(tmp_path, bases["tied"], "single"), tmp_path / "run") / "run.json")
+    folder = run_tokenizer.extended(bases["tied"], run)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert all(token in files["tokenizer.json"].decode() for token in TOKENS)
+    monkeypatch.setattr(new_tokens, "write_with", lambda *_: None)
+    assert run_tokenizer.extended(bases["tied"], run) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files

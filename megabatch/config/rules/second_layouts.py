@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from megabatch.config.layout import counted_layers
+from megabatch.config.parallel import Parallel
 from megabatch.config.recipe import Recipe
 from megabatch.config.reference import is_second_model
 from megabatch.config.rules import parallelism
@@ -75,8 +77,11 @@ def _ranks_divide(recipe: Recipe, role: Role) -> Iterator[Fault]:
 _OF_ALL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
 
-def model_divides(recipe: Recipe, role: Role, shape: ModelShape) -> Iterator[Fault]:
-    """What follows from the model's own shape. A size that the recipe does not give it is the run's, and named so."""
+def model_divides(recipe: Recipe, role: Role, shape: ModelShape, *, chunks: int = 1) -> Iterator[Fault]:
+    """What follows from the model's own shape. A size that the recipe does not give it is the run's, and named so.
+
+    Args: chunks: of each pipeline stage of the trained model, which this one has too without a layout of its own.
+    """
     parallel = parallel_of(recipe, role, has_experts=shape.num_experts is not None)
     given, own = role.given(recipe), replace(recipe, parallel=parallel)
     for rule in (parallelism.tensor_parallel_divides, parallelism.experts_divide, parallelism.expert_ranks_divide):
@@ -89,8 +94,35 @@ def model_divides(recipe: Recipe, role: Role, shape: ModelShape) -> Iterator[Fau
             "parallel.pipeline_model_parallel_size", pp, even, try_=nearest_divisors(pp, of=shape.num_layers)
         )
         yield _named(fault, role, given)
+    if not given:
+        yield from _chunks_divide(parallel, role, shape, chunks=chunks)
     if given and shape.num_experts:
         yield from _rows_dealt_anew_are_dispatched(recipe, role)
+
+
+def _chunks_divide(parallel: Parallel, role: Role, shape: ModelShape, *, chunks: int) -> Iterator[Fault]:
+    """Layers of a model that is split over the stages and chunks of the trained one. Args: parallel: its own."""
+    pp, layers = parallel.pipeline_model_parallel_size, counted_layers(parallel, shape.num_layers)
+    if layers % (pp * chunks) == 0:
+        return
+    what = f"num_layers={shape.num_layers}"
+    if layers != shape.num_layers:
+        what += f", with what account_for_..._in_pipeline_split counts {layers},"
+    parts = f"{pp} stages of {chunks} chunks" if chunks > 1 else f"{pp} stages"
+    rule = f"must divide over {parts}: the model's {what} do not"
+    yield _named(Fault("parallel.pipeline_model_parallel_size", pp, rule), role, {})
+
+
+def lacks_new_tokens(name: str, shape: ModelShape, *, rows: int) -> Fault | None:
+    """A teacher reads what the student reads. Args: shape: the teacher's; rows: that the tokenizer with
+    `model.new_special_tokens` needs."""
+    if rows <= shape.vocab_size:
+        return None
+    rule = (
+        f"has {shape.vocab_size:,} tokens, and the student's tokenizer with model.new_special_tokens {rows:,}: a "
+        "teacher without the new tokens cannot read them; name one that was trained with them, or leave them out"
+    )
+    return Fault("gkd.teacher_model", name, rule)
 
 
 def _rows_dealt_anew_are_dispatched(recipe: Recipe, role: Role) -> Iterator[Fault]:

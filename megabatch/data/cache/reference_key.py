@@ -4,7 +4,7 @@
 | --- | --- |
 | the samples | the token cache's digest of what it holds |
 | the reference's weights | its files, a checkpoint's manifest, or the seed of a new model |
-| the model | its shape, the type of its weights, and the settings of kernels, experts and precision |
+| the model | its shape, the type of its weights, and the settings of kernels, experts, precision and megatron-core |
 | what is summed | `dpo.ld_alpha` |
 | the libraries that compute | their versions |
 
@@ -23,10 +23,11 @@ from typing import Any
 
 from megabatch.config.reference import reference_weights
 from megabatch.config.run import RunConfig
+from megabatch.converters.adapters.peft_folder import is_peft
 from megabatch.data.rows.digests import Digests
 from megabatch.data.run_tokenizer import folder_of
 from megabatch.errors import DataError
-from megabatch.saved.find import find_to_load
+from megabatch.saved.find import find_checkpoint, find_to_load
 from megabatch.saved.manifest import MANIFEST
 
 FORMAT = 1
@@ -50,6 +51,7 @@ def reference_key(run: RunConfig, content: str, *, digests: Digests) -> str:
         list(_weights(run, digests)),
         asdict(run.shape),
         computed,
+        dict(recipe.training.megatron_extra_kwargs or {}),
         recipe.dpo.ld_alpha if task == "dpo" else None,
         {name: _version(name) for name in _LIBRARIES},
     ]
@@ -67,7 +69,12 @@ def _weights(run: RunConfig, digests: Digests) -> Iterator[Any]:
         yield _folder(folder_of(name, run), digests)
     yield run.recipe.training.seed  # of a new model, or of what the model's folder lacks
     if adapter is not None:
-        yield _folder(Path(adapter).expanduser(), digests)
+        yield _folder(_adapter(Path(adapter).expanduser()), digests)
+
+
+def _adapter(folder: Path) -> Path:
+    """The files of an adapter, which may be named by its run: PEFT's folder, or a checkpoint."""
+    return folder if is_peft(folder) else find_checkpoint(folder).folder
 
 
 def _folder(folder: Path, digests: Digests) -> list[list[str]]:

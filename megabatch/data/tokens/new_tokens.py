@@ -18,6 +18,8 @@ from megabatch.errors import DataError
 
 FIELD = "model.new_special_tokens"
 TOKENIZER = "tokenizer.json"
+WRITTEN = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files of a tokenizer that name added tokens."""
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 """Keys of tokenizer_config.json and special_tokens_map.json: the first since transformers 5."""

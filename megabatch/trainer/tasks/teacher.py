@@ -9,11 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megabatch.config.run import RunConfig
+from megabatch.config.moe import MoE
+from megabatch.config.recipe import Recipe
+from megabatch.config.rules.second_layouts import lacks_new_tokens, model_divides
+from megabatch.config.run import RunConfig, derived_moe
 from megabatch.config.second_layouts import TEACHER
 from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.data.run_tokenizer import folder_of
+from megabatch.data.tokens.new_tokens import rows_with
 from megabatch.errors import ConfigError, MegabatchError
+from megabatch.plan.shape import ModelShape
 from megabatch.trainable import VOCABULARY_ROUNDED
 from megabatch.trainer.assemble import frozen_model, layout_beside
 from megabatch.trainer.engine import Engine, vocab_shard
@@ -118,6 +123,12 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
             "distillation compares tokens by their ids, so both must have one tokenizer"
         )
     recipe = run.recipe
+    if faults := [*model_divides(recipe, TEACHER, shape, chunks=run.layout.vp)]:
+        raise ConfigError(faults)
+    if recipe.model.new_special_tokens:
+        rows = ranks.on_main(lambda: rows_with(source.tokenizer, ()))
+        if fault := lacks_new_tokens(name, shape, rows=rows):
+            raise ConfigError([fault])
     alone = replace(
         recipe,
         model=replace(
@@ -127,6 +138,7 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
             padded_vocab_size=None,
             new_special_tokens=(),
         ),
+        moe=_experts(recipe, shape),
     )
     own = replace(run, recipe=alone, shape=shape)
     logger.info("the teacher is %s", name)
@@ -136,3 +148,8 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
         return Teacher(frozen_model(own, its_ranks, found), found)
     except MegabatchError as e:
         raise type(e)(f"gkd.teacher_model={name!r}: {e}") from e
+
+
+def _experts(recipe: Recipe, shape: ModelShape) -> MoE:
+    """A teacher's: the student may have none, and no token of a teacher is dropped at a capacity."""
+    return replace(derived_moe(recipe, shape), moe_expert_capacity_factor=None, moe_pad_expert_input_to_capacity=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,8 @@ from adapted import make_base
 from megabatch import Dpo, Embedding, Gkd, Kto, Model, Recipe, Rlhf, Training
 from megabatch.cli.evaluate import prepared
 from megabatch.config.evaluation_metrics import evaluation_metrics
-from megabatch.entry.evaluation import evaluation_recipe, trained_recipe
+from megabatch.entry.evaluation import evaluation_recipe, require_reference, trained_recipe
+from megabatch.errors import ConfigError
 
 ROWS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "pt": lambda a, b: {"text": f"{a} + {b} = {a + b}"},
@@ -59,6 +61,8 @@ def made(task: str, folder: Path, base: Path) -> Recipe:
         checkpoint={"no_save_optim": True},
     )
     one = replace(one, model=Model(model=str(base), torch_dtype="float32"))
+    if task == "dpo":  # its reference gets them too
+        one = replace(one, model=replace(one.model, new_special_tokens=[f"<{n}>" for n in range(60)]))
     if task in ("dpo", "kto", "rm", "prm", "gkd"):
         gkd = Gkd(teacher_model=str(base), lmbda=0.0) if task == "gkd" else Gkd()
         one = replace(one, task="rlhf", rlhf=Rlhf(rlhf_type=task), gkd=gkd)
@@ -73,6 +77,24 @@ def made(task: str, folder: Path, base: Path) -> Recipe:
         },
     }
     return replace(one, **of_task.get(task, {}))
+
+
+def test_a_reference_that_is_gone_is_asked_for(tmp_path: Path) -> None:
+    """A flag gives it."""
+    base = make_base(tmp_path, "dense")
+    dpo = made("dpo", tmp_path, base)
+    new = replace(dpo, model=recipe_on(tmp_path, "qwen3").model)
+    followed = replace(dpo, rlhf=replace(dpo.rlhf, sync_ref_model=True))
+    for name, one, why in (("new", new, "began with a new model"), ("followed", followed, "followed the policy")):
+        run = write_run(one, tmp_path / name)
+        (hf := run / "checkpoints" / "step_00000001" / "hf").mkdir(parents=True)
+        shutil.copy(base / "config.json", hf)
+        recipe = trained_recipe(run, checkpoint="step_00000001")
+        with pytest.raises(ConfigError, match=f"{why}.*; name a reference with --ref_model"):
+            require_reference(evaluation_recipe(recipe, [], task=None), run)
+        given = evaluation_recipe(recipe, ["--ref_model", str(base)], task=None)
+        require_reference(given, hf.parent)
+        assert (given.bridge.ref_model, given.rlhf.sync_ref_model) == (str(base), False)
 
 
 def train_all(run_dirs: list[str]) -> list[int]:

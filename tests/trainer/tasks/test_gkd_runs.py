@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from rank_server import RankServer
 from runs import SHAPE, curve, metrics, recipe, train, write_dataset, write_run
 
 from megabatch import Recipe
+from megabatch.config.run import RunConfig
 from megabatch.data.tokens.tokenizer import train_bpe
 from megabatch.ledger.reader import Reader
 from megabatch.run_directory import RunDirectory
@@ -76,6 +78,28 @@ def write_teacher(folder: Path, *, vocab_size: int = SHAPE["padded_vocab_size"],
         initializer_range=0.2,
     )
     transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    train_bpe(["a small text"], vocab_size=300, out_dir=folder)
+    return folder
+
+
+def write_teacher_with_experts(folder: Path) -> Path:
+    torch.manual_seed(9)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=SHAPE["padded_vocab_size"],
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
     train_bpe(["a small text"], vocab_size=300, out_dir=folder)
     return folder
 
@@ -155,6 +179,45 @@ def test_a_layout_changes_no_number(layout: str, ranks: RankServer, folder: Path
                 if name.removeprefix("eval_") in COMPARED and expected[name] is not None:
                     near = pytest.approx(expected[name], rel=2e-5, abs=2e-6)
                     assert found[name] == near, (kind, found["step"], name)
+
+
+def top_tokens(run_dir: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of the first step on one rank: each pack's ids and ends of sequences, the teacher's top tokens and logits."""
+    from megabatch.trainer import assemble
+    from megabatch.trainer.activity import Activity
+    from megabatch.trainer.loop import open_loop
+    from megabatch.trainer.readouts.top_tokens import IDS, LOGITS
+    from megabatch.trainer.signals import StopSignal
+
+    run = RunConfig.load(Path(run_dir) / "run.json")
+    with assemble.join_ranks(run) as ranks:
+        loop, progress = open_loop(run, ranks, StopSignal(), Activity(0))
+        step = next(iter(loop.parts.steps.after(progress.cursor, loop.engine)))
+        packs = loop.parts.objective.prepare(step.packs, loop.engine)
+        return [(one.ids_T, one.cu_seqlens_padded, one.token_columns[IDS], one.token_columns[LOGITS]) for one in packs]
+
+
+@pytest.mark.parametrize(
+    ("student", "moe"), [("qwen2", {}), ("qwen3_moe", {"moe_expert_capacity_factor": 0.5})], ids=["dense", "experts"]
+)
+def test_a_teacher_with_experts(student: str, moe: dict[str, Any], ranks: RankServer, folder: Path) -> None:
+    """Its logits are those of transformers, whatever experts the student has: none of its tokens is dropped."""
+    model = write_teacher_with_experts(folder / "experts of a teacher")
+    groups: dict[str, Any] = {**GROUPS, "gkd": {"teacher_model": str(model), "lmbda": 0.0, **TOP["gkd"]}, "moe": moe}
+    made = replace(recipe(folder, student, **groups), task="rlhf")
+    run = write_run(made, folder / f"taught by experts, {student}")
+    (packs,) = ranks.run(top_tokens, world_size=1, run_dir=str(run))
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float64, experts_implementation="eager"
+    )
+    assert packs
+    for ids_T, ends, top_TK, logits_TK in packs:
+        for start, end in pairwise(ends.tolist()):
+            with torch.no_grad():
+                expected_TV = teacher(ids_T[None, start:end]).logits[0]
+            picked_TK = expected_TV.gather(1, top_TK[start:end].long())
+            torch.testing.assert_close(logits_TK[start:end].double(), picked_TK, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(picked_TK, expected_TV.topk(7).values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["written", "two"])

@@ -13,14 +13,17 @@ import pytest
 import torch
 import transformers
 from rank_server import RankServer
-from runs import recipe_on, train, write_run
+from runs import recipe_on, train, with_fields, write_run
 
 from megabatch import Model, MoE, Recipe
 from megabatch.config.run import RunConfig
 from megabatch.converters import ConversionRequest, convert
+from megabatch.data.cache.reference_key import reference_key
+from megabatch.data.rows.digests import Digests
 from megabatch.data.tokens.tokenizer import train_bpe
 from megabatch.ledger.reader import Reader
 from megabatch.run_directory import RunDirectory
+from megabatch.saved.manifest import MANIFEST
 
 LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -155,3 +158,24 @@ def test_the_reference_is_the_named_model(name: str, ranks: RankServer, folder: 
             logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(1)
         expected = float((logps.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] * torch.tensor(weights[:-1])).sum())
         assert reference == pytest.approx(expected, rel=1e-5)
+
+
+def test_stored_log_probabilities_are_of_one_adapter_and_one_model(folder: Path, tmp_path: Path) -> None:
+    """The name of a run stands for its newest checkpoint."""
+    steps = [tmp_path / "run" / "checkpoints" / f"step_{n:08d}" for n in (1, 2)]
+    for n, step in enumerate(steps):
+        (step / "mcore").mkdir(parents=True)
+        (step / "mcore" / ".metadata").touch()
+        (step / "trainer.json").write_text("{}")
+        (step / MANIFEST).write_text(str(n))
+
+    def key(groups: dict[str, dict[str, Any]]) -> str:
+        run = write_run(with_fields(made(folder, "kto ref_adapters"), **groups), tmp_path / "key")
+        return reference_key(RunConfig.load(run / "run.json"), "", digests=Digests(tmp_path))
+
+    def of_adapter(path: Path) -> str:
+        return key({"bridge": {"ref_adapters": [str(path)]}})
+
+    assert of_adapter(tmp_path / "run") == of_adapter(steps[1]) != of_adapter(steps[0])
+    scaled = {"training": {"megatron_extra_kwargs": {"moe_router_force_load_balancing": True}}}
+    assert key({}) == key({}) != key(scaled)
