@@ -270,6 +270,9 @@ def _without_index(folder: Path, shards: Sequence[str]) -> dict[str, tuple[Path,
 
 def _what_is_there(folder: Path) -> str:
     found = sorted(path.name for path in folder.iterdir())
+    if odd := [path for path in sorted(folder.glob("*.safetensors")) if not path.is_file()]:
+        what = "a link that leads nowhere" if odd[0].is_symlink() else "no regular file"
+        return f"{odd[0].name} is {what}; put the file there"
     if shards := [name for name in found if name.endswith(".safetensors")]:
         return f"has {', '.join(shards[:4])}, not all shards, and no {INDEX}; complete the download"
     if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:

@@ -161,6 +161,15 @@ def test_folders_without_usable_weights(tmp_path: Path) -> None:
         HfFolder(tmp_path / "nowhere")
     with pytest.raises(ConversionError, match=r"no model\.safetensors"):
         HfFolder(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.symlink_to(weights)
+    with pytest.raises(ConversionError, match=r"model\.safetensors is a link that leads nowhere"):
+        HfFolder(tmp_path)
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(ConversionError, match=r"model\.safetensors is no regular file"):
+        HfFolder(tmp_path)
+    weights.rmdir()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConversionError, match=r"pickled weights \(pytorch_model.bin\).*save_pretrained"):
         HfFolder(tmp_path)
