@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megabatch.converters.engine.plan import Plan, Strip
 from megabatch.errors import CheckpointError, ConversionError
-from megabatch.saved.check import damaged_parts
+from megabatch.saved.check import damaged_parts, jobs
 from megabatch.saved.manifest import MANIFEST, File, Manifest, read_manifest
 
 _SHOWN = 8
@@ -45,9 +45,31 @@ def check_strips(paths: Sequence[Path], strips: Iterable[Strip], *, workers: int
     for folder, named in parts.items():
         manifest = manifests[folder]
         assert manifest is not None
-        if faults := damaged_parts(manifest, named, workers=workers):
-            more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-            raise ConversionError("\n  ".join([f"{manifest.folder} is damaged", *faults[:_SHOWN], *more]))
+        _require_intact(manifest, named, workers=workers)
+
+
+def check_folder(folder: Path, *, share: int = 0, of: int = 1, workers: int = 1) -> None:
+    """The same for all weights in a folder, where several processes check a share each: number `share` of `of`.
+
+    Its other files, which people edit, are not looked at.
+
+    Raises: as `check_sources`.
+    """
+    if (manifest := _manifest(folder.absolute())) is None:
+        return
+    inner = folder.absolute().relative_to(manifest.folder).as_posix()
+    files = manifest.files if inner == "." else manifest.below(inner)
+    parts: dict[str, list[int]] = {}
+    weights = [part for part in files.items() if part[0].endswith(".safetensors")]
+    for name, numbers in [job for part in weights for job in jobs(*part)][share::of]:
+        parts.setdefault(name, []).extend(numbers)
+    _require_intact(manifest, parts, workers=workers)
+
+
+def _require_intact(manifest: Manifest, parts: Mapping[str, Sequence[int]], *, workers: int) -> None:
+    if faults := damaged_parts(manifest, parts, workers=workers):
+        more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+        raise ConversionError("\n  ".join([f"{manifest.folder} is damaged", *faults[:_SHOWN], *more]))
 
 
 def _strips(plan: Plan, number: int) -> Iterator[Strip]:

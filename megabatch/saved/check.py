@@ -19,7 +19,7 @@ def faults(manifest: Manifest, *, workers: int) -> list[str]:
     names = [name for name in manifest.files if (manifest.folder / name).is_file()]
     absent = list(missing_or_resized(manifest, manifest.files))
     resized = {line.split(": ")[0] for line in absent}
-    jobs = [job for name in names if name not in resized for job in _jobs(name, manifest.files[name])]
+    jobs = [job for name in names if name not in resized for job in jobs(name, manifest.files[name])]
     with ThreadPoolExecutor(max(1, workers)) as pool:
         found = pool.map(lambda job: _damaged(manifest, *job), jobs)
         return [*absent, *(line for lines in found for line in lines), *left_over(manifest)]
@@ -35,7 +35,7 @@ def damaged_parts(manifest: Manifest, parts: Mapping[str, Sequence[int]], *, wor
         return [line for lines in found for line in lines]
 
 
-def _jobs(name: str, file: File) -> Iterator[tuple[str, list[int]]]:
+def jobs(name: str, file: File) -> Iterator[tuple[str, list[int]]]:
     """Numbers of the ranges to read together."""
     numbers: list[int] = []
     size = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from megabatch.config.heads import head_fault, with_head
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
+from megabatch.converters.engine.source_digests import check_folder
 from megabatch.converters.families import family_named
 from megabatch.converters.family import Family
 from megabatch.converters.hf_model import HfModel, open_hf_model
@@ -65,6 +66,8 @@ class ModelSource:
 def model_source(run: RunConfig, ranks: Ranks, *, tokenizer: Path | None = None) -> ModelSource:
     """Finds, downloads or creates the model that the run starts from; collective.
 
+    The weights in a checkpoint's exported folder are checked against its digests, by each rank a share of them.
+
     Args: tokenizer: the run's, where `run` names another model beside the run's own; nothing is written for that one.
     Raises: ConfigError, DataError, ConversionError on every rank.
     """
@@ -74,6 +77,7 @@ def model_source(run: RunConfig, ranks: Ranks, *, tokenizer: Path | None = None)
     is_own = tokenizer is None
     tokenizer = tokenizer or ranks.on_main(lambda: tokenizer_of(run))
     ranks.on_main(lambda: _prove(folder, run))
+    ranks.each(lambda: check_folder(folder, share=ranks.place.rank, of=ranks.place.world_size))
     opened = open_hf_model(folder, compare_duplicates=False)
     config_folder = tokenizer if is_own and run.recipe.model.new_special_tokens else folder
     grown = run.shape.vocab_size if run.shape.vocab_size > opened.shape.vocab_size else None

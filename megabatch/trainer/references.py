@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megabatch.converters.adapters.adapter import Tables
-from megabatch.converters.adapters.fit import open_own
+from megabatch.converters.adapters.fit import check_digests, open_own
 from megabatch.converters.family import Family
 from megabatch.errors import ConfigError
 from megabatch.trainer.adapter_sources import ReadAdapter
@@ -65,6 +65,7 @@ def add_adapter(model: Model, ranks: Ranks, family: Family, folder: Path, *, nam
     assert name not in model.others, f"the model has an adapter {name!r} already"
     table = family.tensors(model.shape)
     opened = open_own(folder, Tables(family, model.shape), table)
+    ranks.on_main(lambda: check_digests(opened.fitting))
     lora = Lora(opened.targets, scale=1.0, scales=opened.scales)
     for chunk in model.chunks:
         lora.attach(chunk, model.config, ranks, padded_vocab=model.padded_vocab_size, name=name)

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from rank_server import RankServer
 from runs import curve, forget_digests, metrics, recipe, train, write_run
 
+from megabatch import Model, MoE
 from megabatch.converters import ConversionRequest, convert
 from megabatch.errors import ConversionError
 from megabatch.run_directory import ExitCode, RunDirectory
@@ -220,6 +222,25 @@ def test_another_run_refuses_a_damaged_checkpoint(whole: Path, ranks: RankServer
     said, _ = ranks.run(resume, world_size=2, run_dir=str(run))
     assert str(newest) in said and "mcore/__" in said and "differs from its digest" in said
     assert newest.is_dir()
+
+
+def test_another_run_refuses_damaged_weights_as_its_model(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
+    hf = cut(whole, tmp_path / "source") / "checkpoints" / f"step_{STEPS:08d}" / "hf"
+    config = hf / "config.json"
+    config.write_text(config.read_text() + "\n")  # people edit those
+    run = made_from(tmp_path, hf, "intact")
+    assert set(ranks.run(train, world_size=2, run_dir=str(run))) == {0}
+    weights = hf / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])
+    with pytest.raises(RuntimeError, match=r"is damaged\n *hf/model.safetensors: .* differs from its digest"):
+        ranks.run(train, world_size=2, run_dir=str(made_from(tmp_path, hf, "damaged")))
+
+
+def made_from(folder: Path, hf: Path, name: str) -> Path:
+    """A run of one step that begins with a model."""
+    made = recipe(folder, training={"train_iters": 1}, resources={"tasks_per_node": 2})
+    return write_run(replace(made, model=Model(model=str(hf), torch_dtype="float32"), moe=MoE()), folder / name)
 
 
 def test_converters_check_what_they_read(whole: Path, tmp_path: Path) -> None:
