@@ -1,4 +1,5 @@
-"""Output of some positions only: a prediction without weight costs a product with the whole vocabulary for nothing.
+"""Output of some positions only: a prediction without weight costs a product with the whole vocabulary for nothing,
+and what the last layer does behind its attention, behind which no position sees another.
 
 T: positions of the row on this rank, t: those that are wanted.
 """
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megabatch.trainer.model.naming import unwrap
@@ -28,12 +32,34 @@ def rows_of_output(chunk: nn.Module, rows_t: Tensor | None) -> Iterator[None]:
         yield
         return
 
-    def chosen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def chosen_before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_T1H, *others = inputs
         return hidden_T1H.index_select(0, rows_t), *others
 
-    hook = unwrap(chunk).output_layer.register_forward_pre_hook(chosen)
+    def chosen_after(_: nn.Module, inputs: tuple[Any, ...], hidden_T1H: Tensor) -> Tensor:
+        return hidden_T1H.index_select(0, rows_t)
+
+    model = unwrap(chunk)
+    if (between := _between_attention_and_mlp(model)) is None:
+        hook = model.output_layer.register_forward_pre_hook(chosen_before)
+    else:
+        hook = between.register_forward_hook(chosen_after)
     try:
         yield
     finally:
         hook.remove()
+
+
+def _between_attention_and_mlp(model: nn.Module) -> nn.Module | None:
+    """The module of the last layer that its hidden states [T, 1, H] go through between attention and MLP; None where
+    something behind it needs every position, or draws or computes again by position: experts, dropout, recomputation
+    of whole layers, and layers behind the last."""
+    config, layers = model.config, model.decoder.layers
+    if not len(layers) or config.hidden_dropout or config.recompute_granularity == "full" or config.mtp_num_layers:
+        return None
+    layer = layers[-1]
+    if not isinstance(layer, TransformerLayer) or not isinstance(layer.mlp, MLP):
+        return None
+    between = layer.pre_cross_attn_layernorm, layer.cross_attention, layer.cross_attn_bda
+    passes_on = all(isinstance(module, IdentityOp | IdentityFuncOp) for module in between)
+    return between[0] if passes_on else None
