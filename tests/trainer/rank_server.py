@@ -8,6 +8,7 @@ arguments and its result comes back in rank order.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -125,6 +126,8 @@ def _serve(connection: Connection, cuda: bool, imported: tuple[str, ...], tokens
         for name in (*_IMPORTED, *imported):
             importlib.import_module(name)
     _share_tokens(tokens)
+    gc.collect()
+    gc.freeze()  # else each rank searches 400,000 objects that stay, and copies their pages
     while True:
         try:
             source, world_size, timeout_s, arguments = connection.recv()

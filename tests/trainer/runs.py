@@ -79,7 +79,7 @@ def recipe_on(folder: Path, model: str, /, **groups: dict[str, Any]) -> Recipe:
         model=Model(**SHAPE, **MODELS[model]),
         moe=MoE(num_experts=4, moe_ffn_hidden_size=16, moe_router_topk=2) if model == "qwen3_moe" else MoE(),
         data=Data(dataset=[str(train)], val_dataset=[str(validation)], max_length=128, num_workers=0),
-        batch=Batch(micro_batch_size=1, global_batch_size=8),
+        batch=Batch(micro_batch_size=2, global_batch_size=8),
         training=Training(train_iters=4, seed=3),
         parallel=Parallel(distributed_backend="gloo"),
         learning_rate=LearningRate(lr=5e-3, min_lr=1e-4),

@@ -41,7 +41,7 @@ def test_an_overflow_changes_no_parameter_and_is_counted(ranks: RankServer, tmp_
         "evaluation": {"eval_interval": 1},
         "logging": {"log_params_norm": True},
         "precision": {"initial_loss_scale": 2.0**36, "hysteresis": 1},
-        "batch": {"global_batch_size": 2},
+        "batch": {"micro_batch_size": 1, "global_batch_size": 2},
     }
     run = _make(tmp_path, "run", **groups)
     assert ranks.run(train, world_size=1, run_dir=str(run)) == [ExitCode.DONE]
@@ -91,7 +91,7 @@ def test_resume_goes_on_with_scale_and_count(
         "precision": {"initial_loss_scale": 2.0**24, "hysteresis": 2, "loss_scale_window": 2},
         "training": {"train_iters": 16},
         "parallel": layout,
-        "batch": {"global_batch_size": 2},
+        "batch": {"micro_batch_size": 1, "global_batch_size": 2},
         "resources": {"tasks_per_node": world_size},
     }
     runs = [_make(tmp_path, name, "qwen3_moe", **groups) for name in ("whole", "cut")]
@@ -112,7 +112,7 @@ def test_a_run_is_cut_before_its_first_update(ranks: RankServer, tmp_path: Path)
         "model": HALF,
         "precision": {"initial_loss_scale": 2.0**34, "hysteresis": 1},
         "training": {"train_iters": 24},
-        "batch": {"global_batch_size": 1},
+        "batch": {"micro_batch_size": 1, "global_batch_size": 1},
     }
     whole, cut = (_make(tmp_path, name, **groups) for name in ("whole", "cut"))
     ranks.run(train, world_size=1, run_dir=str(whole))

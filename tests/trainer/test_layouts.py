@@ -130,7 +130,7 @@ def test_packing_changes_the_batch_and_not_the_mathematics(ranks: RankServer, re
     folder = references["qwen3"].parent
     curves = {}
     for layout, (world_size, groups) in PACKED.items():
-        made = recipe(folder, "qwen3", **groups, batch={"global_batch_size": 2})
+        made = recipe(folder, "qwen3", **groups, batch={"micro_batch_size": 1, "global_batch_size": 2})
         packed = {"packing": True, "packing_length": 192}
         made = with_fields(made, data=packed, resources={"tasks_per_node": world_size})
         run = write_run(made, folder / f"packed-{layout}")

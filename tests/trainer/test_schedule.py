@@ -96,7 +96,7 @@ def test_a_run_that_was_cut_goes_on_along_its_curve(style: str, ranks: RankServe
         "learning_rate": rate,
         "optimizer": decay,
         "training": {"train_iters": 8},
-        "batch": {"global_batch_size": 2},
+        "batch": {"micro_batch_size": 1, "global_batch_size": 2},
     }
     whole, cut = (write_run(recipe(tmp_path, "qwen3", **groups), tmp_path / name) for name in ("whole", "cut"))
     ranks.run(train, world_size=1, run_dir=str(whole))

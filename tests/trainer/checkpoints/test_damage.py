@@ -82,7 +82,7 @@ def make(folder: Path, name: str, world_size: int, **checkpoint: Any) -> Path:
     made = recipe(
         folder,
         model={"num_layers": 1},
-        batch={"global_batch_size": 2},
+        batch={"micro_batch_size": 1, "global_batch_size": 2},
         training={"train_iters": STEPS + 1},
         checkpoint={"save_interval": 1, **checkpoint},
         evaluation={"eval_iters": 0},

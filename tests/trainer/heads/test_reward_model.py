@@ -21,7 +21,7 @@ from megabatch.data.tokens.tokenizer import train_bpe
 RM: dict[str, dict[str, Any]] = {
     "rm": {"center_rewards_coefficient": 0.05},
     "training": {"train_iters": 3},
-    "batch": {"global_batch_size": 2},
+    "batch": {"micro_batch_size": 1, "global_batch_size": 2},
     "data": {"packing": True, "packing_length": 160},
     "evaluation": {"eval_interval": 3},
     # with larger steps the third one's gradient grows sevenfold, and a layout's rounding with it

@@ -44,7 +44,8 @@ def _variants(model: str) -> list[str]:
 
 def _run(folder: Path, name: str, model: str, world_size: int, groups: dict[str, Any]) -> Path:
     base, own = ALONE[model]
-    made = recipe(folder, base, **{**own, **groups, "resources": {"tasks_per_node": world_size}})
+    batch = {"micro_batch_size": 1, **groups.get("batch", {})}
+    made = recipe(folder, base, **{**own, **groups, "batch": batch, "resources": {"tasks_per_node": world_size}})
     return write_run(made, folder / name)
 
 

@@ -94,7 +94,7 @@ def made(folder: Path, name: str) -> Recipe:
         grpo={"reward_funcs": [f"{folder / 'reward.py'}:length"], "num_generations": 4} if task == "grpo" else {},
         rollout={"max_completion_length": 8, "temperature": 1.0} if task == "grpo" else {},
         training={"train_iters": 1},
-        batch={"global_batch_size": 8},
+        batch={"micro_batch_size": 1, "global_batch_size": 8},
         checkpoint={"no_save_optim": True, "save_safetensors": False},
         evaluation={"eval_iters": 0, "eval_on_start": False},
         resources={"tasks_per_node": world},

@@ -42,7 +42,7 @@ def spoiled(run_dir: str, what: str, line: int, stop_after: int | None = None) -
 
 def made(folder: Path, name: str, **groups: dict[str, Any]) -> Path:
     groups = {
-        "batch": {"global_batch_size": 2},
+        "batch": {"micro_batch_size": 1, "global_batch_size": 2},
         "data": {"dataset_shuffle": False, "train_dataloader_shuffle": False},
     } | groups
     return write_run(recipe(folder, "qwen3", **groups), folder / name)
