@@ -19,9 +19,9 @@ def faults(manifest: Manifest, *, workers: int) -> list[str]:
     names = [name for name in manifest.files if (manifest.folder / name).is_file()]
     absent = list(missing_or_resized(manifest, manifest.files))
     resized = {line.split(": ")[0] for line in absent}
-    jobs = [job for name in names if name not in resized for job in jobs(name, manifest.files[name])]
+    wanted = [job for name in names if name not in resized for job in jobs(name, manifest.files[name])]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = pool.map(lambda job: _damaged(manifest, *job), jobs)
+        found = pool.map(lambda job: _damaged(manifest, *job), wanted)
         return [*absent, *(line for lines in found for line in lines), *left_over(manifest)]
 
 

@@ -40,7 +40,7 @@ def _run(
     made = recipe(
         folder,
         model,
-        **groups,
+        **{**groups, "batch": {"micro_batch_size": 1, **groups.get("batch", {})}},
         training={"train_iters": STEPS, "calculate_per_token_loss": per_token},
         # with an epsilon that is large beside the gradients, weights move by about the gradient
         learning_rate={"lr": 0.3, "min_lr": 0.3},

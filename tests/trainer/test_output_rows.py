@@ -21,10 +21,10 @@ def trained(run_dir: str, everywhere: bool) -> list[tuple[int, int, int, int]]:
     seen: list[tuple[int, int, int, int]] = []
     real, forward, last = Tokens.__call__, MLP.forward, 0
 
-    def counted(self: Any, hidden: Any, **others: Any) -> Any:
+    def counted(self: Any, hidden: Any, *others: Any, **named: Any) -> Any:
         nonlocal last
         last = len(hidden)
-        return forward(self, hidden, **others)
+        return forward(self, hidden, *others, **named)
 
     def noted(self: Any, output: Any, pack: Any, split: Any) -> Any:
         seen.append((len(output), last, int((pack.weights_T != 0).sum()), len(pack.ids_T)))
