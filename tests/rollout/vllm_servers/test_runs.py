@@ -72,6 +72,7 @@ def grpo_recipe(
         resources={"tasks_per_node": ranks},
         training={"train_iters": steps, "seed": 3},
         data={"max_length": 64},
+        batch={"micro_batch_size": 1},
         checkpoint={"save_interval": 1},
         evaluation={"eval_iters": 0},
     )
