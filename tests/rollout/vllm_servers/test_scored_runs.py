@@ -173,7 +173,7 @@ def recipe(
         checkpoint={"save_interval": 1},
         evaluation={"eval_iters": 0},
         learning_rate={"lr": 1e-4},
-        **groups,
+        **{"batch": {"micro_batch_size": 1}, **groups},
     )
     return replace(
         base,
