@@ -155,7 +155,8 @@ def test_loss_averaged_by_micro_batch(ranks: RankServer, tmp_path: Path) -> None
         run, world_size = _make(tmp_path, name, layout, **groups)
         ranks.run(train, world_size=world_size, run_dir=str(run))
         losses[name] = curve(run)
-    single = recipe(tmp_path, training={"calculate_per_token_loss": False, "train_iters": 6})
+    averaged = {"calculate_per_token_loss": False, "train_iters": 6}
+    single = recipe(tmp_path, training=averaged, batch={"micro_batch_size": 1})
     run = write_run(replace(single), tmp_path / "single")
     ranks.run(train, world_size=1, run_dir=str(run))
     for (_, loss, norm), expected in zip(losses["a"], curve(run), strict=True):
