@@ -94,8 +94,10 @@ def _with_reference(recipe: Recipe, run: RunConfig) -> Recipe:
     """With the reference that the run had, now that its own model is the trained one. GRPO measures rewards alone."""
     if run.task.generates:
         return replace(recipe, grpo=replace(recipe.grpo, beta=0.0))
-    if recipe.rlhf.sync_ref_model:
-        return replace(recipe, rlhf=replace(recipe.rlhf, sync_ref_model=False))
+    if recipe.rlhf.sync_ref_model:  # what it began with is another reference
+        unused = {name: getattr(Rlhf(), name) for name in ("ref_model_sync_steps", "ref_model_mixup_alpha")}
+        rlhf = replace(recipe.rlhf, sync_ref_model=False, ref_load=None, **unused)
+        return replace(recipe, rlhf=rlhf, bridge=replace(recipe.bridge, ref_model=None))
     if not _compares(recipe) or _names_reference(recipe):
         return recipe
     if run.recipe.checkpoint.load is not None:

@@ -85,7 +85,12 @@ def test_a_reference_that_is_gone_is_asked_for(tmp_path: Path) -> None:
     dpo = made("dpo", tmp_path, base)
     new = replace(dpo, model=recipe_on(tmp_path, "qwen3").model)
     followed = replace(dpo, rlhf=replace(dpo.rlhf, sync_ref_model=True))
-    for name, one, why in (("new", new, "began with a new model"), ("followed", followed, "followed the policy")):
+    named = replace(followed, bridge=replace(dpo.bridge, ref_model=str(base)))
+    for name, one, why in (
+        ("new", new, "began with a new model"),
+        ("followed", followed, "followed the policy"),
+        ("named", named, "followed the policy"),
+    ):
         run = write_run(one, tmp_path / name)
         (hf := run / "checkpoints" / "step_00000001" / "hf").mkdir(parents=True)
         shutil.copy(base / "config.json", hf)
