@@ -77,9 +77,7 @@ def write_teacher(folder: Path, *, vocab_size: int = SHAPE["padded_vocab_size"],
         max_position_embeddings=256,
         initializer_range=0.2,
     )
-    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
-    train_bpe(["a small text"], vocab_size=300, out_dir=folder)
-    return folder
+    return write_model(transformers.Qwen3ForCausalLM(config), folder)
 
 
 def write_teacher_with_experts(folder: Path) -> Path:
@@ -99,7 +97,11 @@ def write_teacher_with_experts(folder: Path) -> Path:
         max_position_embeddings=256,
         initializer_range=0.2,
     )
-    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return write_model(transformers.Qwen3MoeForCausalLM(config), folder)
+
+
+def write_model(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
     train_bpe(["a small text"], vocab_size=300, out_dir=folder)
     return folder
 

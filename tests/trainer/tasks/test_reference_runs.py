@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from megabatch.data.rows.digests import Digests
 from megabatch.data.tokens.tokenizer import train_bpe
 from megabatch.ledger.reader import Reader
 from megabatch.run_directory import RunDirectory
-from megabatch.saved.manifest import MANIFEST
+from megabatch.saved.manifest import MANIFEST, read_manifest
 
 LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.0}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -73,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     request = ConversionRequest(
         to_mcore=True, adapters=[folder / "adapter"], model=folder / "policy", merge_lora=False
     )
-    convert(request, output_dir=folder / "adapter_mcore")
+    convert(request, output_dir=folder / "adapter_mcore", verify=True)
     rows = [{"query": f"{n} + 7?", "response": str(n + 7), "rejected_response": f"It is {n} or so"} for n in range(12)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(
@@ -158,6 +159,21 @@ def test_the_reference_is_the_named_model(name: str, ranks: RankServer, folder: 
             logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(1)
         expected = float((logps.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] * torch.tensor(weights[:-1])).sum())
         assert reference == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_damaged_adapter_is_no_reference(ranks: RankServer, folder: Path, tmp_path: Path) -> None:
+    name = "kto lora ref_adapter_load"
+    damaged = shutil.copytree(folder / "adapter_mcore", tmp_path / "damaged")
+    manifest = read_manifest(damaged)
+    assert manifest is not None
+    parts = {(inner, part.name): part for inner, file in manifest.files.items() for part in file.ranges}
+    inner, part = next((inner, part) for (inner, name), part in parts.items() if "linear_proj.lora_A" in name)
+    data = bytearray((damaged / inner).read_bytes())
+    data[part.offset + part.size // 2] ^= 1
+    (damaged / inner).write_bytes(data)
+    run = write_run(with_fields(made(folder, name), rlhf={"ref_adapter_load": str(damaged)}), tmp_path / "run")
+    with pytest.raises(RuntimeError, match=r"is damaged\n .* differs from its digest"):
+        ranks.run(referred, world_size=2, run_dir=str(run))
 
 
 def test_stored_log_probabilities_are_of_one_adapter_and_one_model(folder: Path, tmp_path: Path) -> None:
