@@ -127,7 +127,7 @@ def _serve(connection: Connection, cuda: bool, imported: tuple[str, ...], tokens
             importlib.import_module(name)
     _share_tokens(tokens)
     gc.collect()
-    gc.freeze()  # else each rank searches 400,000 objects that stay, and copies their pages
+    gc.freeze()  # else each rank's collector searches what was imported, and so copies its pages
     while True:
         try:
             source, world_size, timeout_s, arguments = connection.recv()

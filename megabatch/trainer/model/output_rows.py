@@ -1,5 +1,5 @@
 """Output of some positions only: a prediction without weight costs a product with the whole vocabulary for nothing,
-and what the last layer does behind its attention, behind which no position sees another.
+and so do the last layer's steps after its attention, where each position is computed alone.
 
 T: positions of the row on this rank, t: those that are wanted.
 """
@@ -52,10 +52,12 @@ def rows_of_output(chunk: nn.Module, rows_t: Tensor | None) -> Iterator[None]:
 
 def _between_attention_and_mlp(model: nn.Module) -> nn.Module | None:
     """The module of the last layer that its hidden states [T, 1, H] go through between attention and MLP; None where
-    something behind it needs every position, or draws or computes again by position: experts, dropout, recomputation
-    of whole layers, and layers behind the last."""
+    a later step needs every position or their number: experts, dropout, recomputation of whole layers, MTP layers, and
+    FP8, whose products take multiples of 16 rows."""
     config, layers = model.config, model.decoder.layers
-    if not len(layers) or config.hidden_dropout or config.recompute_granularity == "full" or config.mtp_num_layers:
+    if not len(layers) or config.hidden_dropout or config.recompute_granularity == "full":
+        return None
+    if config.mtp_num_layers or config.fp8 or config.fp4:
         return None
     layer = layers[-1]
     if not isinstance(layer, TransformerLayer) or not isinstance(layer.mlp, MLP):
