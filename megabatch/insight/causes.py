@@ -11,6 +11,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from megabatch.slurm.script.stopping import NO_ANSWER
+
 
 class Source(enum.StrEnum):
     """Where evidence comes from."""
@@ -186,6 +188,12 @@ _CAUSES = (
         "its message names what it lacks: compare resources and the profile's `srun` with what the job's nodes have "
         "(`scontrol show node NODE`, `megabatch doctor --cluster NAME`); about MPI or PMIx: the ranks need none, so "
         'add "--mpi=none" to the profile\'s `srun`',
+    ),
+    Cause(
+        "controller",
+        "Slurm's controller did not answer the job",
+        "not the run's fault: the job waited for it and is requeued if it may be, otherwise use `megabatch resume`; "
+        "if it happens again, tell those who run the cluster",
     ),
     Cause(
         "time_limit",
@@ -431,6 +439,7 @@ TABLE = (
     Row("preemption", _SLURM, r"^preempted\b"),
     Row("cancelled", _SCRIPT, r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*"),
     Row("cancelled", _SLURM, r"^cancelled\b"),
+    Row("controller", _SCRIPT, rf"srun: error: Unable to \w+ (step|allocation) for job \d+: ({NO_ANSWER})"),
     Row(
         "launch",
         _SCRIPT,

@@ -68,10 +68,10 @@ def launch(job: JobSpec, profile: ClusterProfile) -> list[str]:
     rank = " ".join(map(shell, inside(job, profile)))
     words = f'srun --kill-on-bad-exit=1 {place}{flags}{" " if flags else ""}bash -c "$rank_script" rank {rank}'
     own = f"{without_the_jobs()}; " if job.roles or per_task else ""
-    failed = ['if [ -n "$role_failed" ]; then', "    :", 'elif [ -z "$stop" ]; then'] if job.roles else []
     return [
-        "status=0",
-        *(failed or ['if [ -z "$stop" ]; then']),
+        f"status=0 started={'$role_failed' if job.roles else ''}",
+        "wait_longer",
+        'while [ -z "$stop" ] && [ -z "$started" ]; do',
         "    # a signal that comes before srun listens must not end it",
         f"    (trap '' USR1 USR2; {own}exec {words}) &",
         "    srun_pid=$!",
@@ -84,7 +84,7 @@ def launch(job: JobSpec, profile: ClusterProfile) -> list[str]:
         '        if [ -z "$interrupted" ] || [ "$status" -le 128 ]; then break; fi',
         "    done",
         '    kill "$watch_pid" 2>/dev/null || true',
-        "else",
-        '    : >"$MEGABATCH_STOPPED"',
-        "fi",
+        '    if [ "$status" -ne 0 ] && cut_off; then srun_pid= status=0; else started=1; fi',
+        "done",
+        'if [ -z "$started" ]; then : >"$MEGABATCH_STOPPED"; fi',
     ]

@@ -26,6 +26,7 @@ def start_roles(job: JobSpec, profile: ClusterProfile) -> list[str]:
     for role in job.roles:
         lines += _start(job, profile, role, first=first)
         first += role.nodes
+    lines.append("wait_longer")
     for role in job.roles:
         lines.append(f"wait_for_role {role.name} {role.tasks} {shell(role.health)} {role.ready_s}")
     return [*lines, "watch_roles &", "role_watch_pid=$!"]
@@ -58,12 +59,13 @@ def _start(job: JobSpec, profile: ClusterProfile, role: Role, *, first: int) -> 
     flags = " ".join(map(shell, [*size, *srun_flags(own, profile), *profile.srun]))
     command = " ".join(map(shell, inside(own, profile)))
     return [
-        'if [ -z "$stop" ]; then',
+        f"start_{role.name}() {{",
         f'    (trap "" USR1 USR2; unset SRUN_CPUS_PER_TASK; {without_the_jobs()}; export MEGABATCH_ROLE={role.name}',
         f'    exec srun --kill-on-bad-exit=1 --nodelist="$(node_list {first} {role.nodes})" {flags} \\',
         f'        bash -c "$role_script" role {command}) &',
         f"    role_pids[{role.name}]=$!",
-        "fi",
+        "}",
+        f'if [ -z "$stop" ]; then start_{role.name}; fi',
     ]
 
 
@@ -128,6 +130,7 @@ wait_for_role() {
                 if healthy "$address" "$port" "$3"; then break; fi
             fi
             if ! kill -0 "${role_pids[$name]}" 2>/dev/null; then
+                if cut_off; then "start_$name"; continue; fi
                 role_is_gone "$name" "before it was ready"
                 # what ended with a message of its own would only end so again
                 case "$role_failed" in OF_SIGNAL) ;; *) role_may_pass= ;; esac

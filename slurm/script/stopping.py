@@ -10,6 +10,13 @@ from megabatch.slurm.script.exit_codes import WRITE_ONCE
 _PATIENCE_S = 45
 """Longer than a restart of the controller, shorter than the time that `signal_delay_s` usually leaves."""
 
+NO_ANSWER = (
+    "Unable to contact slurm controller|Connection (reset|refused|timed out)|Socket timed out|Zero Bytes|Broken pipe"
+    "|Transport endpoint|Unexpected missing socket|Communication |Message (send|receive) failure"
+    "|Slurm backup controller in standby"
+)
+"""What Slurm's commands say of a controller that is being restarted or replaced (slurm_errno.c)."""
+
 STOP_HANDLING = (
     """\
 # USR2 is the time limit's warning; TERM is scancel, preemption or an operator's requeue. srun passes USR2 on to the
@@ -34,7 +41,20 @@ patiently() {
         sleep 1
     done
 }
+# srun asks the controller for its step but once: whether it was sent away, before any task began
+cut_off() {
+    if [ "$SECONDS" -ge "$patience" ]; then return 1; fi
+    tail -n 3 -- "$MEGABATCH_RUN/logs/batch.$MEGABATCH_JOB_ID.log" 2>/dev/null | grep -qE -- CUT_OFF || return 1
+    echo "megabatch: the controller did not answer srun: trying again"
+    # it may have made the step, and count it as one that holds the job's CPUs and GPUs
+    export SLURM_OVERLAP=1
+    sleep 1
+}
+wait_longer() { patience=$((SECONDS + PATIENCE)); }
 WRITE_ONCE""".replace("PATIENCE", str(_PATIENCE_S))
+    .replace(
+        "CUT_OFF", shell(rf"^srun: error: Unable to (create step|confirm allocation) for job [0-9]+: ({NO_ANSWER})")
+    )
     .replace("WRITE_ONCE", WRITE_ONCE)
     .splitlines()
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -116,3 +118,29 @@ def scontrol(slurm: PrivateCluster) -> Callable[..., str]:
         return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
 
     return scontrol_
+
+
+@pytest.fixture
+def controller_sends_srun_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets one srun of so many through; the others end as where a controller is restarted before it answers.
+
+    It has made their steps, which hold the job's processors until it ends.
+    """
+
+    def let_through_one_of(so_many: int) -> None:
+        wrapper = tmp_path / "bin" / "srun"
+        wrapper.parent.mkdir()
+        wrapper.write_text(f"""#!/bin/bash
+echo >>"{tmp_path}/tries"
+if [ "$(($(wc -l <"{tmp_path}/tries") % {so_many}))" -ne 0 ]; then
+    {shutil.which("srun")} --overlap bash -c 'touch "{tmp_path}/made.$0"; exec sleep 600' "$$" &
+    until [ -e "{tmp_path}/made.$$" ]; do sleep 0.1; done
+    echo "srun: error: Unable to create step for job $SLURM_JOB_ID: Connection reset by peer" >&2
+    exit 1
+fi
+exec {shutil.which("srun")} "$@"
+""")
+        wrapper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+
+    return let_through_one_of

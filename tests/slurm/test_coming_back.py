@@ -97,6 +97,30 @@ exec {shutil.which("scontrol")} "$@"
     assert job.batch_log().count("Unable to contact") == 4, "twice whether it is still ours, twice for the requeue"
 
 
+def test_an_srun_that_the_controller_sends_away_asks_again(
+    submit_payload: Submit, controller_sends_srun_away: Callable[[int], None]
+) -> None:
+    controller_sends_srun_away(2)
+    job = submit_payload(profile=NODES, preflight="light", requeue=False)
+    end = job.wait()
+    assert (end.state, end.attempt) == (State.COMPLETED, 0)
+    assert codes(job) == [ExitCode.DONE]
+    assert job.batch_log().count("did not answer srun: trying again") == 2, "for the preflight and for the ranks"
+    assert "no verdict" not in job.batch_log()
+
+
+def test_so_do_the_ranks_and_the_warning_meanwhile_stops_them(
+    submit_payload: Submit, controller_sends_srun_away: Callable[[int], None]
+) -> None:
+    controller_sends_srun_away(10_000)
+    job = submit_payload(profile=NODES, requeue=False)
+    until(lambda: "trying again" in job.batch_log(), what="the second try")
+    subprocess.run(["scancel", "--batch", "--signal=USR2", job.job_id], check=True)
+    until(lambda: codes(job), what="the end")
+    assert codes(job) == [ExitCode.REQUEUE]
+    assert not job.run.rank_log(0, 0).exists()
+
+
 def test_a_killed_srun_puts_the_job_back_and_resume_ends_slurms_hold(
     submit_payload: Submit, scontrol: Callable[..., str]
 ) -> None:

@@ -122,8 +122,12 @@ def test_a_server_that_dies_has_the_ranks_save_and_the_job_fails_of_it(tmp_path:
 
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.slurm
-def test_a_job_with_roles_comes_back(tmp_path: Path) -> None:
-    """Once because its server died, as failures that may pass do; with a new server it ends well."""
+def test_a_job_with_roles_comes_back(tmp_path: Path, controller_sends_srun_away: Callable[[int], None]) -> None:
+    """Once because its server died, as failures that may pass do; with a new server it ends well.
+
+    An srun that the controller sends away costs no attempt, whether servers or ranks wait for it.
+    """
+    controller_sends_srun_away(2)
     run = submitted(job_of(tmp_path, server={"dies_after": 2, "dies_until": 1}, client={"until_attempt": 1}))
     end = run.wait()
     assert (end.state, end.attempt) == (State.COMPLETED, 1)

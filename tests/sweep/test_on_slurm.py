@@ -48,8 +48,8 @@ def submit(run: Run, slurm: PrivateCluster, tmp_path: Path) -> Callable[..., Don
 
 def _wait(sweep: Path, names: list[str], *states: State) -> None:
     deadline = time.monotonic() + 1200
-    while any(one.state not in states for one in status([sweep / name for name in names], fresh_s=0)):
-        assert time.monotonic() < deadline, status([sweep / name for name in names], fresh_s=0)
+    while left := [one for one in status([sweep / name for name in names], fresh_s=0) if one.state not in states]:
+        assert time.monotonic() < deadline, {one.run.name: str(one.state) for one in left}
         time.sleep(0.1)
 
 
@@ -147,6 +147,8 @@ def test_a_sweep_is_split_where_the_cluster_takes_no_more(
         configuration.write_text(f"{before}MaxArraySize=6\n")
         subprocess.run(["scontrol", "reconfigure"], check=True)
         done = submit("--max_parallel", "7")
+        # daemons that are reconfigured send away jobs that start in that moment
+        _wait(tmp_path / "sweep", KEPT, State.COMPLETED)
     finally:
         configuration.write_text(before)
         subprocess.run(["scontrol", "reconfigure"], check=True)
@@ -156,7 +158,6 @@ def test_a_sweep_is_split_where_the_cluster_takes_no_more(
     assert sorted((array, int(index)) for array, index in ids) == sorted(
         [(first, i) for i in range(6)] + [(second, i) for i in range(6)] + [(third, i) for i in range(3)]
     )
-    _wait(tmp_path / "sweep", KEPT, State.COMPLETED)
 
 
 def test_another_configuration_is_refused_and_nothing_is_queued(
