@@ -35,8 +35,8 @@ class Grpo:
     """How often each completion is used for an update (mu)."""
     infer_batch_size: int | None = param(None, at_least=1)
     """Completions in a micro-batch of the passes that only compute log-probabilities: of the policy before a round's
-    steps, the reference and a teacher. They keep no activations, so more fit than in training; None means
-    `micro_batch_size`."""
+    steps, the reference and a teacher. They keep no activations, so more fit than in training; None takes
+    whole prompts, up to 16 completions, as far as that leaves the plan's peak of memory as it is."""
     reward_funcs: Sequence[str] = param(())
     """Rewards: accuracy, format, cosine, repetition, soft_overlong, or your own as `file.py:function`."""
     reward_weights: Sequence[float] | None = param(None)

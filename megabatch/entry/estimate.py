@@ -189,15 +189,20 @@ def _beside_bytes(recipe: Recipe, shape: ModelShape) -> int:
 
 def _teacher_bytes(recipe: Recipe, name: str, student: ModelShape) -> int:
     """0 for a hub's model that is not here yet. In host memory, only the output layer is left, where it is read."""
-    if name not in _SHAPES:
-        _SHAPES[name] = found_beside(recipe, name).shape
-    if (shape := _SHAPES[name]) is None:
+    if (shape := teacher_shape(recipe, name)) is None:
         return 0
     if not recipe.gkd.offload_teacher_model:
         return largest_part(recipe, shape, TEACHER)
     whole = recipe.kind is not None and recipe.kind.name == "gkd" and recipe.gkd.gkd_logits_topk is None
     rows = -(-shape.vocab_size // recipe.parallel.tensor_model_parallel_size) if whole else 0
     return rows * shape.hidden_size * _BYTES[torch_dtype(recipe, student)]
+
+
+def teacher_shape(recipe: Recipe, name: str) -> ModelShape | None:
+    """None for a hub's model that is not here yet."""
+    if name not in _SHAPES:
+        _SHAPES[name] = found_beside(recipe, name).shape
+    return _SHAPES[name]
 
 
 def largest_part(recipe: Recipe, shape: ModelShape, role: Role) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from megabatch.config.declare import group_types
 from megabatch.config.flags import Actions
 from megabatch.config.layout import layout_of
+from megabatch.config.lengths import generates
 from megabatch.config.monitoring import TRACKER_KEYS
 from megabatch.config.recipe import Recipe
 from megabatch.config.resources import Resources
@@ -61,14 +62,20 @@ class Launch:
         """Every broken rule of the recipe."""
         return check(self.recipe, self.model.shape, values_are_valid=True)  # `prepare` refuses all others
 
-    def config(self, *, provenance: Mapping[str, Any]) -> RunConfig:
-        """What run.json will hold. Raises: ConfigError for a recipe with faults or a model of unknown shape."""
+    def config(self, *, provenance: Mapping[str, Any], existing: RunConfig | None = None) -> RunConfig:
+        """What run.json will hold. Raises: ConfigError for a recipe with faults or a model of unknown shape.
+
+        Args: existing: the run that an earlier launch began; sizes that were chosen for it then are chosen again.
+        """
         recipe, shape = self._to_resolve()
+        if not check(recipe, shape):  # else `resolve` raises them
+            recipe = _with_chosen(recipe, shape, existing)
         return resolve(recipe, shape=shape, run_dir=self.directory.path, provenance=provenance)
 
     def run_json(self, *, provenance: Mapping[str, Any]) -> str:
         """Its text, for a recipe known to have no faults. Raises: ConfigError for a model of unknown shape."""
         recipe, shape = self._to_resolve()
+        recipe = _with_chosen(recipe, shape, None)
         return run_json(recipe, shape=shape, run_dir=self.directory.path, provenance=provenance)
 
     def _to_resolve(self) -> tuple[Recipe, ModelShape]:
@@ -81,6 +88,16 @@ class Launch:
         if self.model.folder is not None:
             recipe = replace(recipe, model=replace(recipe.model, model=str(self.model.folder)))
         return recipe, self.model.shape
+
+
+def _with_chosen(recipe: Recipe, shape: ModelShape, existing: RunConfig | None) -> Recipe:
+    """With what a recipe without faults leaves to the plan: `grpo.infer_batch_size`."""
+    if not generates(recipe) or recipe.grpo.infer_batch_size is not None:
+        return recipe
+    from megabatch.entry.infer_batch import default_infer_batch_size, with_infer_batch_size  # few tasks need the plan
+
+    chosen = default_infer_batch_size(recipe, shape) if existing is None else existing.recipe.grpo.infer_batch_size
+    return recipe if chosen is None else with_infer_batch_size(recipe, shape, chosen)
 
 
 def prepare(recipe: Recipe, actions: Actions, *, recipe_file: Path, code: Snapshot | None = None) -> Launch:
@@ -182,7 +199,7 @@ def written(launch: Launch, arguments: Sequence[str]) -> Iterator[RunDirectory]:
             raise already_locked(directory)
         else:
             existing = RunConfig.load(directory.run_json)
-            _require_same(existing, launch.config(provenance=existing.provenance))
+            _require_same(existing, launch.config(provenance=existing.provenance, existing=existing))
         yield directory
 
 

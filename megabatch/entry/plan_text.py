@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megabatch.config.lengths import generates, item_tokens, positions
 from megabatch.config.recipe import Recipe
 from megabatch.config.roles import Role
+from megabatch.config.shared_prompts import infers_alone
 from megabatch.data.counts import DataCounts
 from megabatch.data.rows.names import parse
 from megabatch.entry.data_counts import counts_of
@@ -90,7 +91,7 @@ def _batch(launch: Launch) -> str:
     split = f" = micro-batch {micro} x dp {layout.dp} x {layout.num_microbatches} micro-batches" if layout else ""
     length = item_tokens(recipe, launch.model.shape)
     tokens = f"; up to {total * length:,} tokens" if length else ""
-    return f"{total} {_items(recipe)} a step{split}{tokens}{_rollout(recipe)}"
+    return f"{total} {_items(recipe)} a step{split}{tokens}{_rollout(launch)}"
 
 
 def _items(recipe: Recipe) -> str:
@@ -101,14 +102,25 @@ def _items(recipe: Recipe) -> str:
     return "pairs" if recipe.kind is not None and recipe.kind.rows == "pairs" else "samples"
 
 
-def _rollout(recipe: Recipe) -> str:
-    """`; 16 prompts x 8 completions are generated for every step`."""
+def _rollout(launch: Launch) -> str:
+    """`; 16 prompts x 8 completions are generated for every step; log-probabilities of 16 completions at a time`."""
+    recipe = launch.recipe
     if recipe.kind is None or not recipe.kind.generates:
         return ""
     group, steps = recipe.grpo.num_generations, recipe.grpo.steps_per_generation
     prompts = (recipe.grpo.generation_batch_size or recipe.batch.global_batch_size * steps) // group
     often = "each step" if steps == 1 else f"every {steps} steps"
-    return f"; {prompts} prompts x {group} completions are generated for {often}"
+    return f"; {prompts} prompts x {group} completions are generated for {often}{_inferred(launch)}"
+
+
+def _inferred(launch: Launch) -> str:
+    recipe, shape = launch.recipe, launch.model.shape
+    if shape is None or launch.layout is None or not infers_alone(recipe):
+        return ""
+    from megabatch.entry.infer_batch import default_infer_batch_size
+
+    size = recipe.grpo.infer_batch_size or default_infer_batch_size(recipe, shape)
+    return f"; log-probabilities of {size} completion{'s' * (size != 1)} at a time"
 
 
 def _length(launch: Launch) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megabatch.plan import weights
 from megabatch.plan.activations import LayerActivations, layer_activations, stream
@@ -39,36 +40,73 @@ def usable_gib(gpu: Gpu) -> float:
 
 def stage_memory(shape: ModelShape, settings: Settings, sizes: list[RankSize]) -> list[MemoryEstimate]:
     """One for each pipeline stage. Args: sizes: `rank_size.rank_sizes`."""
+    return [_stage(settings, peak, size) for peak, size in zip(_peaks(shape, settings), sizes, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Peak:
+    """Bytes of one stage's activations."""
+
+    stored: float
+    logits: float
+    temporary: float
+    """On top of both, in a training step."""
+    without_gradients: float
+    """Of a pass that keeps nothing, with as many samples in a micro-batch as in training."""
+
+    @property
+    def step(self) -> float:
+        return self.stored + self.logits + self.temporary
+
+
+def most_without_gradients(shape: ModelShape, settings: Settings, *, other: ModelShape, others: Settings) -> int:
+    """The most samples in a micro-batch of passes without gradients that take no more than a training step.
+
+    Args: other, others: of the model that the passes are of, which is not split as the trained one where these are not
+    its own; each of its stages may then lie beside any of the trained model's.
+    """
+    steps = [peak.step for peak in _peaks(shape, settings)]
+    passes = [peak.without_gradients for peak in _peaks(other, others)]
+    if others.layout != settings.layout or other != shape:
+        steps, passes = [min(steps)], [max(passes)]
+    fitting = (others.micro_batch_size * step / each for step, each in zip(steps, passes, strict=True) if each)
+    return int(min(fitting, default=others.micro_batch_size))
+
+
+def _peaks(shape: ModelShape, settings: Settings) -> list[_Peak]:
+    """One for each pipeline stage."""
     kinds = weights.kinds(shape)
     by_kind = {kind: layer_activations(shape, settings, kind) for kind in set(kinds)}
     layers = [by_kind[kind] for kind in kinds]
-    return [_stage(shape, settings, layers, size, pp_rank=rank) for rank, size in enumerate(sizes)]
+    return [_peak(shape, settings, layers, pp_rank=rank) for rank in range(settings.layout.pp)]
 
 
-def _stage(
-    shape: ModelShape,
-    settings: Settings,
-    layers: Sequence[LayerActivations],
-    size: RankSize,
-    *,
-    pp_rank: int,
-) -> MemoryEstimate:
+def _peak(shape: ModelShape, settings: Settings, layers: Sequence[LayerActivations], *, pp_rank: int) -> _Peak:
     chunks = [chunk for chunk in settings.chunks if chunk.pp_rank == pp_rank]
     flying = in_flight(settings, pp_rank)
     stored = sum(count * _stored(shape, settings, layers, chunk) for chunk, count in zip(chunks, flying, strict=True))
     logits = _logits(shape, settings) if any(chunk.loss for chunk in chunks) else 0.0
     passing = max((_passing(settings, layers, chunk) for chunk in chunks), default=0.0)
-    # the loss frees its memory before the layers' backward pass begins
-    temporary = max(0.0, passing - logits)
-    temporary += max(0.0, _without_gradients(settings, layers, chunks, logits) - stored - logits - temporary)
+    return _Peak(
+        stored=stored,
+        logits=logits,
+        # the loss frees its memory before the layers' backward pass begins
+        temporary=max(0.0, passing - logits),
+        without_gradients=_without_gradients(layers, chunks, logits),
+    )
+
+
+def _stage(settings: Settings, peak: _Peak, size: RankSize) -> MemoryEstimate:
+    inferring = settings.infer_batch_size / settings.micro_batch_size * peak.without_gradients
+    temporary = peak.temporary + max(0.0, inferring - peak.step)
     groups = sum(ways > 1 for ways in _group_sizes(settings))
-    dynamic = stored + logits + temporary
+    dynamic = peak.stored + peak.logits + temporary
     return MemoryEstimate(
         weights=size.weight_bytes(settings),
         gradients=size.gradient_bytes(settings),
         optimizer=size.optimizer_bytes(settings),
-        activations=int(stored),
-        logits=int(logits),
+        activations=int(peak.stored),
+        logits=int(peak.logits),
         temporary=int(temporary),
         framework=CONTEXT_BYTES + groups * NCCL_BYTES_OF_A_GROUP + int(FRAGMENTATION * dynamic),
     )
@@ -120,13 +158,10 @@ def _passing(settings: Settings, layers: Sequence[LayerActivations], chunk: Chun
     )
 
 
-def _without_gradients(
-    settings: Settings, layers: Sequence[LayerActivations], chunks: Sequence[Chunk], logits: float
-) -> float:
+def _without_gradients(layers: Sequence[LayerActivations], chunks: Sequence[Chunk], logits: float) -> float:
     """Peak of a pass that keeps nothing: a layer's whole activations, or the logits without their gradient."""
     found = (layers[number] for chunk in chunks for number in chunk.layers)
-    largest = max((layer.working + layer.whole for layer in found), default=0.0)
-    return settings.infer_batch_size / settings.micro_batch_size * max(largest, logits / 2)
+    return max(max((layer.working + layer.whole for layer in found), default=0.0), logits / 2)
 
 
 def _logits(shape: ModelShape, settings: Settings) -> float:

@@ -34,7 +34,7 @@ def other_runs(found: Candidates) -> list[str]:
         path = candidate.launch.directory.run_json
         if path.exists():
             existing = RunConfig.load(path)
-            changed = differences(existing, candidate.launch.config(provenance=existing.provenance))
+            changed = differences(existing, candidate.launch.config(provenance=existing.provenance, existing=existing))
             refused += [f"{path.parent} holds another run: it differs in {', '.join(changed)}"] if changed else []
     return refused
 

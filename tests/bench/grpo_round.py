@@ -113,7 +113,9 @@ def passes(folder: Path) -> list[Figure]:
         drawn = completions(run)
         shared = batching_of(run, ranks)
         alone = replace(shared, together=1, inferred_together=1, share=replace(shared.share, shares_prompts=False))
-        larger = replace(shared, infer_batch_size=2 * EACH, inferred_together=EACH)
+        as_training = replace(
+            shared, infer_batch_size=shared.share.micro_batch_size, inferred_together=shared.together
+        )
 
         def costs(batching: Batching) -> Costs:
             def inferred(model: str, some: list[Rolled]) -> float:
@@ -136,7 +138,7 @@ def passes(folder: Path) -> list[Figure]:
 
             return cost(learned), cost(lambda: batching.read(loop.engine, step.packs, results[0].read, drawn))
 
-        rounds = [(costs(shared), costs(alone), costs(larger)) for _ in range(PASSES + 1)][1:]
+        rounds = [(costs(shared), costs(alone), costs(as_training)) for _ in range(PASSES + 1)][1:]
     found = []
     for name, pairs, target in (
         *(
@@ -144,10 +146,10 @@ def passes(folder: Path) -> list[Figure]:
              [(one.before(steps), one.training) for one, _, _ in rounds], 0.5 if steps < 4 else None)
             for steps in (1, 2, 4)
         ),
-        (f"2 steps a pass, with infer_batch_size={larger.infer_batch_size}",
+        (f"2 steps a pass, with infer_batch_size={as_training.infer_batch_size}",
          [(other.before(2), other.training) for _, _, other in rounds], None),
         ("two whole passes / training pass", [(one.both, one.training) for one, _, _ in rounds], None),
-        (f"the same, with infer_batch_size={larger.infer_batch_size}",
+        (f"the same, with infer_batch_size={as_training.infer_batch_size}",
          [(other.both, other.training) for _, _, other in rounds], None),
         ("the same, beside a training pass, each with its prompt",
          [(other.both, each.training) for _, each, other in rounds], None),
@@ -163,7 +165,8 @@ def passes(folder: Path) -> list[Figure]:
         ("training pass, shared prompts / each with its prompt",
          [(one.training, each.training) for one, each, _ in rounds], None),
     ):  # fmt: skip
-        note = f"{COMPLETIONS} completions of {LENGTH} tokens, {shared.together} in a row; {shown(pairs)}"
+        rows = f"{shared.together} in a row, {shared.inferred_together} of {shared.infer_batch_size} in a pass"
+        note = f"{COMPLETIONS} completions of {LENGTH} tokens, {rows}; {shown(pairs)}"
         found.append(Figure(name=name, value=ratio(pairs), unit="x", target=target, note=note))
     return found
 

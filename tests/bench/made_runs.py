@@ -26,6 +26,7 @@ from megabatch.config.new_model import declared_shape
 from megabatch.config.run import RunConfig, resolve
 from megabatch.converters.families import family_named, family_of
 from megabatch.converters.hf_model import read_config
+from megabatch.entry.infer_batch import default_infer_batch_size, with_infer_batch_size
 
 SMALL: dict[str, Any] = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 4,
                          "num_query_groups": 2, "kv_channels": 32, "padded_vocab_size": 2048}  # fmt: skip
@@ -92,6 +93,8 @@ def write_run(made: Recipe, run_dir: Path) -> RunConfig:
         assert declared is not None
         family = family_named(declared.model_type)
         shape = family.shape(family.hf_config(declared))
+    if (size := default_infer_batch_size(made, shape)) is not None:
+        made = with_infer_batch_size(made, shape, size)
     run_dir.mkdir(parents=True, exist_ok=True)
     run = resolve(made, shape=shape, run_dir=run_dir, provenance={})
     run.save(run_dir / "run.json")

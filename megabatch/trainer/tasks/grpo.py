@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,13 @@ from megabatch.config.lengths import positions
 from megabatch.config.resolved import resolved
 from megabatch.config.run import RunConfig
 from megabatch.config.served_models import has_teacher
-from megabatch.config.shared_prompts import answers_in_a_row, dropouts, infer_batch_size, inferred_answers_in_a_row
+from megabatch.config.shared_prompts import (
+    answers_in_a_row,
+    dropouts,
+    infer_batch_size,
+    inferred_answers_in_a_row,
+    infers_alone,
+)
 from megabatch.data.run_caches import note_data
 from megabatch.data.schedule import Schedule
 from megabatch.errors import MegabatchError
@@ -43,6 +50,8 @@ from megabatch.trainer.tasks.reference import following, reference_of
 from megabatch.trainer.tasks.served_models import served_logps
 from megabatch.trainer.tasks.teacher import teacher_of
 
+logger = logging.getLogger(__name__)
+
 ROUNDS = "rounds"
 """Folder in the run directory with rounds that are not done yet."""
 
@@ -57,6 +66,7 @@ def parts(run: RunConfig, source: ModelSource, ranks: Ranks, *, busy: Callable[[
     ranks.on_main(schedule.require_a_batch)
     if ranks.is_main:
         note_data(run, train.data, schedule)
+        _note_passes(run)
     rolling = Rolling(
         grpo=grpo,
         prompts=train,
@@ -164,6 +174,15 @@ def batching_of(run: RunConfig, ranks: Ranks) -> Batching:
         inferred_together=inferred_answers_in_a_row(run.recipe) if shares else 1,
         filters_cut_off=grpo.overlong_filter,
     )
+
+
+def _note_passes(run: RunConfig) -> None:
+    if infers_alone(run.recipe):
+        logger.info(
+            "log-probabilities of %d completions at a time (grpo.infer_batch_size), %d of a prompt in a row",
+            infer_batch_size(run.recipe),
+            inferred_answers_in_a_row(run.recipe) if run.recipe.rlhf.share_prompts else 1,
+        )
 
 
 def _lead(run: RunConfig, train: Prompts, schedule: Schedule, generator: Generator) -> Lead | None:
