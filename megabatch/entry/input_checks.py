@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megabatch.config.grpo_defaults import filled
@@ -14,13 +15,14 @@ from megabatch.config.resolved import resolved
 from megabatch.data.rows import files, names
 from megabatch.data.rows.compressed import inner_suffix
 from megabatch.data.rows.files import Origin
+from megabatch.data.rows.prompts import ColumnNames
 from megabatch.data.tokens import tokenizer
 from megabatch.data.tokens.default_templates import OWN_TEMPLATES
 from megabatch.entry.model import FoundModel, fault_of, find_shape, nearest_folder
 from megabatch.entry.other_models import damaged_other_models, other_model_faults
 from megabatch.entry.paths import NUMBERED
 from megabatch.entry.row_checks import Check, row_check
-from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
+from megabatch.errors import CheckpointError, ConfigError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import RunDirectory
@@ -54,14 +56,18 @@ def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
     return list(tuning_faults(recipe, model.shape))
 
 
-def damaged_inputs(recipe: Recipe, model: FoundModel, *, trains: bool = True) -> list[Fault]:
+def damaged_inputs(
+    recipe: Recipe, model: FoundModel, *, trains: bool = True, has_all_data: bool = True
+) -> list[Fault]:
     """Faults inside the inputs: malformed rows, too few rows, and weights that do not fit their config.json.
 
-    Args: trains: False for an evaluation, which takes whatever rows there are.
+    Args: trains: False for an evaluation, which takes whatever rows there are; has_all_data: False where another run
+    has yet to make some of the datasets.
     """
     counts: dict[str, int | None] = {}
     kinds: dict[int, Origin] = {}
-    check = row_check(recipe, kinds=kinds)
+    columns = ColumnNames()
+    check = row_check(recipe, kinds=kinds, names=columns)
 
     def count(name: names.DatasetName) -> None:
         counts[name.text] = _rows(check, name)
@@ -71,6 +77,12 @@ def damaged_inputs(recipe: Recipe, model: FoundModel, *, trains: bool = True) ->
     if trains:
         rows = rows or _too_few(recipe, known) + _one_kind(recipe, known, kinds)
     rows += _datasets(recipe, count, fields=("val_dataset",))
+    if (
+        not rows
+        and has_all_data
+        and all(_was_read(recipe, text) for text in (*recipe.data.dataset, *recipe.data.val_dataset))
+    ):
+        rows += _rewards_without_columns(recipe, columns.found)
     readable = list(_tokenizer(recipe, model, tokenizer.check_readable))
     readable = readable or [*_answers(recipe, model), *_template_variables(recipe, model)]
     return [*rows, *readable, *_weights(recipe, model), *damaged_other_models(recipe)]
@@ -155,11 +167,42 @@ def _rows(check: Check, name: names.DatasetName) -> int | None:
     return (name.count or sum(known)) if len(known) == len(counts) else name.count
 
 
-def _rows_of_file(check: Check, path: Path, *, alone: bool) -> int | None:
+def _is_scanned(path: Path) -> bool:
     ratio = _GZIP_RATIO if path.suffix.lower() == ".gz" else 1
     if path.suffix.lower() == ".zst" or inner_suffix(path) not in _SCANNED_SUFFIXES:
-        return None  # machines that only submit runs may lack the packages that read them
-    if path.stat().st_size * ratio > SCANNED_BYTES:
+        return False  # machines that only submit runs may lack the packages that read them
+    return path.stat().st_size * ratio <= SCANNED_BYTES
+
+
+def _was_read(recipe: Recipe, text: str) -> bool:
+    """Whether `_rows` looks at every row of a dataset, as the run has it."""
+    name = names.parse(text, use_hf=recipe.bridge.use_hf)
+    return name.kind == "path" and recipe.data.preprocess is None and all(map(_is_scanned, names.local_files(name)))
+
+
+def _rewards_without_columns(recipe: Recipe, found: Collection[str]) -> Iterator[Fault]:
+    """Rewards that read a column which no row has, so that none of them could be computed."""
+    kind, grpo = recipe.kind, recipe.grpo
+    if kind is None or not kind.generates:
+        return
+    from megabatch.rewards.environment import COLUMN, TURNS
+    from megabatch.rewards.named import lacking, plugin_lacking
+
+    has_turns = recipe.rollout.multi_turn_scheduler or recipe.rollout.gym_env
+    columns = {*found, *((COLUMN, TURNS) if has_turns else ())}
+    for field, named, lacks in (
+        ("reward_funcs", grpo.reward_funcs, lambda text: lacking(text, recipe, columns)),
+        ("reward_model_plugin", grpo.reward_model_plugin, lambda text: plugin_lacking(text, columns)),
+    ):
+        for text in named:
+            with suppress(ConfigError):  # `launch_checks` reports it, unless the ranks run another Python
+                if rule := lacks(text):
+                    has = ", ".join(sorted(columns)) or "no other columns"
+                    yield Fault(f"grpo.{field}", text, f"{rule}, and no row of the data has it: rows have {has}")
+
+
+def _rows_of_file(check: Check, path: Path, *, alone: bool) -> int | None:
+    if not _is_scanned(path):
         return None
     rows = 0
     for rows, row in enumerate(files.rows(path), start=1):  # noqa: B007 - counted

@@ -189,7 +189,9 @@ def _brings_python(profile: ClusterProfile) -> bool:
 def faults_here(launch: Launch, *, local: bool, own: Recipe | None = None, trains: bool = True) -> list[Fault]:
     """Missing inputs; only if none is missing, damaged ones, since finding those means reading files."""
     missing = missing_here(launch, local=local, own=own)
-    return missing or damaged_inputs(own or launch.recipe, launch.model, trains=trains)
+    looked_at, data = own or launch.recipe, launch.recipe.data
+    has_all_data = [*looked_at.data.dataset, *looked_at.data.val_dataset] == [*data.dataset, *data.val_dataset]
+    return missing or damaged_inputs(looked_at, launch.model, trains=trains, has_all_data=has_all_data)
 
 
 def folder_faults(folder: Path, *, recipe_file: Path, local: bool, own: Collection[str] = ()) -> list[Fault]:

@@ -11,6 +11,7 @@ from megabatch.config.resolved import resolved
 from megabatch.config.training import ProblemType
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.rows.preprocess import preprocess_of
+from megabatch.data.rows.prompts import ColumnNames
 from megabatch.errors import ConfigError, DataError
 from megabatch.tasks import Rows
 
@@ -20,8 +21,9 @@ Check = Callable[[Row], object]
 """Raises: DataError with the row's place."""
 
 
-def row_check(recipe: Recipe, *, kinds: dict[int, Origin] | None = None) -> Check:
-    """The check of the task's rows. Args: kinds: receives what the loss tells apart, and where each kind is first."""
+def row_check(recipe: Recipe, *, kinds: dict[int, Origin] | None = None, names: ColumnNames | None = None) -> Check:
+    """The check of the task's rows. Args: kinds: receives what the loss tells apart, and where each kind is first;
+    names: what prompts have for rewards."""
     from megabatch.data.rows.contrast import contrast_of  # a dry run reads no data
     from megabatch.data.rows.kinds import READERS
 
@@ -36,6 +38,8 @@ def row_check(recipe: Recipe, *, kinds: dict[int, Origin] | None = None) -> Chec
             read(made, columns=data.columns, system=data.system)
             if check_more is not None:
                 check_more(made)
+            if names is not None and rows == "prompts":
+                names.add(made, columns=data.columns, system=data.system)
             if kinds is not None and contrast is not None:
                 for kind in contrast.kinds(made):
                     kinds.setdefault(kind, made.origin)

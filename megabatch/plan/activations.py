@@ -7,7 +7,7 @@ today: grouped queries, gated MLPs, flash attention, no dropout, experts. Sizes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megabatch.plan.adapters import is_target, matrices
@@ -42,6 +42,9 @@ class LayerActivations:
     """With the run's selective recomputation."""
     working: float
     """The largest gradients and gathered or exchanged rows that exist on top of these while the layer runs."""
+    passing: float
+    """In a pass without gradients: all that full training would keep, and gathered or exchanged rows on top. The layer
+    frees most of it while it runs."""
 
 
 def stream(shape: ModelShape, settings: Settings) -> float:
@@ -62,7 +65,9 @@ def layer_activations(shape: ModelShape, settings: Settings, kind: Kind) -> Laye
     if settings.recompute_granularity == "selective":
         names = {name for module in settings.recompute_modules for name in _DROPPED[module]}
         dropped = sum(size for name, size in saved.items() if name in names)
-    return LayerActivations(whole, whole - dropped, _working(shape, settings, kind, saved))
+    every = _saved(shape, replace(settings, lora=None), kind)  # frozen or not, each product has its input
+    passing = sum(every.values()) + _moved(shape, settings, kind)
+    return LayerActivations(whole, whole - dropped, _working(shape, settings, kind, saved), passing)
 
 
 def _saved(shape: ModelShape, settings: Settings, kind: Kind) -> dict[str, float]:
@@ -201,17 +206,32 @@ def _experts(shape: ModelShape, settings: Settings) -> dict[str, float]:
 def _working(shape: ModelShape, settings: Settings, kind: Kind, saved: Mapping[str, float]) -> float:
     """In a module's backward pass, what it saved has gradients of the same size; the larger of the two counts."""
     moe, _ = kind
-    gathered = settings.micro_batch_tokens * shape.hidden_size * settings.weight_bytes if settings.sp > 1 else 0.0
+    gathered = _gathered(shape, settings)
     mixer = saved.get("qkv", 0.0) + saved.get("up_projected", 0.0) + saved["attention_output"]
-    mixer += _others_keys(shape, settings, kind)
+    mixer += _others_keys(shape, settings, kind, gradients=True)
     if not moe:
         return 2 * saved["input"] + gathered + max(mixer, saved["mlp"])
-    exchanged = 2 * routed_tokens(shape, settings) * shape.hidden_size * settings.weight_bytes
-    experts = exchanged + saved["experts"] + saved["experts_act"] + saved["shared_experts"]
+    experts = _exchanged(shape, settings) + saved["experts"] + saved["experts_act"] + saved["shared_experts"]
     return 2 * saved["input"] + max(gathered + mixer, experts)
 
 
-def _others_keys(shape: ModelShape, settings: Settings, kind: Kind) -> float:
+def _moved(shape: ModelShape, settings: Settings, kind: Kind) -> float:
+    """Rows of other ranks, and rows on their way to experts, in a forward pass."""
+    mixer = _gathered(shape, settings) + _others_keys(shape, settings, kind, gradients=False)
+    return max(mixer, _exchanged(shape, settings)) if kind[0] else mixer
+
+
+def _gathered(shape: ModelShape, settings: Settings) -> float:
+    """A whole row where sequence parallelism cuts it."""
+    return settings.micro_batch_tokens * shape.hidden_size * settings.weight_bytes if settings.sp > 1 else 0.0
+
+
+def _exchanged(shape: ModelShape, settings: Settings) -> float:
+    """Rows as they come from other ranks' routers, and as they go back."""
+    return 2 * routed_tokens(shape, settings) * shape.hidden_size * settings.weight_bytes
+
+
+def _others_keys(shape: ModelShape, settings: Settings, kind: Kind, *, gradients: bool) -> float:
     """Keys and values of other context parallel ranks while a layer attends to them.
 
     Transformer Engine's ring holds those of two ranks and their gradients. Ours holds the whole row's twice, once as
@@ -220,4 +240,5 @@ def _others_keys(shape: ModelShape, settings: Settings, kind: Kind) -> float:
     cp = settings.layout.cp
     if cp == 1 or kind[1]:
         return 0.0
-    return keys_values(shape, settings) * (4 if settings.transformer_engine else 3 * cp + 1)
+    forward, backward = (2, 2) if settings.transformer_engine else (2 * cp, cp + 1)
+    return keys_values(shape, settings) * (forward + backward * gradients)

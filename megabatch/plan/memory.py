@@ -159,9 +159,9 @@ def _passing(settings: Settings, layers: Sequence[LayerActivations], chunk: Chun
 
 
 def _without_gradients(layers: Sequence[LayerActivations], chunks: Sequence[Chunk], logits: float) -> float:
-    """Peak of a pass that keeps nothing: a layer's whole activations, or the logits without their gradient."""
+    """Peak of a pass that keeps nothing: all of one layer's activations, or the logits without their gradient."""
     found = (layers[number] for chunk in chunks for number in chunk.layers)
-    return max(max((layer.working + layer.whole for layer in found), default=0.0), logits / 2)
+    return max(max((layer.passing for layer in found), default=0.0), logits / 2)
 
 
 def _logits(shape: ModelShape, settings: Settings) -> float:

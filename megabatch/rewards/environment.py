@@ -9,6 +9,8 @@ from megabatch.rewards.sample import Place, Score
 
 COLUMN = "environment_reward"
 """Sum of the turns' rewards; None if no turn has one."""
+TURNS = "turns"
+"""Column of rewards: the texts of the model's turns."""
 
 
 @dataclass(frozen=True, slots=True)

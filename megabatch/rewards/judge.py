@@ -102,6 +102,11 @@ class Judge:
         return NoReward(f"the judge did not answer in {self.tries} tries, the last: {said}")
 
 
+def fields_of(prompt: str) -> list[str]:
+    """The columns that `judge_prompt` names."""
+    return [name for name in _FIELD.findall(prompt) if name not in ("prompt", "completion")]
+
+
 def filled(prompt: str, sample: RewardSample) -> str:
     """The prompt with `{prompt}`, `{completion}` and `{column}` replaced; other braces stay.
 

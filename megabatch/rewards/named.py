@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import zip_longest
 from types import MappingProxyType
 
 from megabatch.config.recipe import Recipe
+from megabatch.rewards.accuracy import COLUMN as SOLUTION
 from megabatch.rewards.accuracy import Accuracy
 from megabatch.rewards.code import Code
 from megabatch.rewards.environment import Environment
-from megabatch.rewards.judge import Judge
+from megabatch.rewards.judge import Judge, fields_of
 from megabatch.rewards.lengths import Cosine, Format, Repetition, SoftOverlong
 from megabatch.rewards.model import RewardModel
-from megabatch.rewards.own import Own, load_function
+from megabatch.rewards.own import Own, columns_needed, load_function
 from megabatch.rewards.rewards import Rewards
 from megabatch.rewards.sample import Reward
 from megabatch.user_code import names_own_code
@@ -49,10 +50,37 @@ def check_reward(text: str) -> None:
         Accuracy().open()
 
 
+def lacking(text: str, recipe: Recipe, columns: Collection[str]) -> str | None:
+    """Which column an entry of `reward_funcs` cannot do without and no row has, as a rule; None where all are there.
+
+    Args: columns: names that some row has for rewards. Raises: ConfigError where the reward cannot be used here.
+    """
+    if names_own_code(text):
+        absent = [name for name in columns_needed(text) if name not in columns]
+        return f"takes the argument {absent[0]}" if absent else None
+    if text == "judge":
+        named = fields_of(recipe.rewards.judge_prompt)
+        absent = [name for name in named if name not in columns]
+        return f"sends judge_prompt with {{{absent[0]}}}" if absent else None
+    readable = _COLUMNS.get(text, ())
+    return f"needs the column {' or '.join(readable)}" if readable and not {*columns} & {*readable} else None
+
+
 def check_plugin(text: str) -> None:
     """Raises: ConfigError where an entry of `reward_model_plugin` cannot be used on this machine."""
     if text != "default":
         load_function(text, needed="outputs")
+
+
+def plugin_lacking(text: str, columns: Collection[str]) -> str | None:
+    """`lacking`, of an entry of `reward_model_plugin`."""
+    needed = [] if text == "default" else columns_needed(text, needed="outputs")
+    absent = [name for name in needed if name not in columns]
+    return f"takes the argument {absent[0]}" if absent else None
+
+
+_COLUMNS = {"accuracy": (SOLUTION,), "cosine": (SOLUTION,), "code": ("tests", "input_output")}
+"""Columns of which shipped rewards need one in every row."""
 
 
 def _cosine(recipe: Recipe) -> Cosine:

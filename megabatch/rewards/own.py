@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Protocol
@@ -58,6 +58,24 @@ def load_function(text: str, *, needed: str = "completions") -> Function:
 
     Raises: ConfigError where it cannot be a reward.
     """
+    name, function, parameters = _loaded(text, needed)
+    loop = asyncio.Runner()  # one for all calls: clients that a function keeps belong to the loop they were made in
+
+    def call(samples: Sequence[RewardSample], **more: Sequence[Any]) -> list[float | None]:
+        result = function(**_taken(name, parameters, samples, more))
+        return _checked(name, samples, loop.run(_awaited(result)) if inspect.isawaitable(result) else result)
+
+    return call
+
+
+def columns_needed(text: str, *, needed: str = "completions") -> list[str]:
+    """The columns of rows without which a function cannot be called. Args and Raises: as of `load_function`."""
+    ours = {needed, *_arguments((), as_messages=False)}
+    return [name for name in _without_default(_loaded(text, needed)[2]) if name not in ours]
+
+
+def _loaded(text: str, needed: str) -> tuple[str, Callable[..., Any], _Parameters]:
+    """Its name, what is called, and its parameters."""
     function, file = load_named(text, kind="function", example=EXAMPLE)
     name = split(text)[1]
     if isinstance(function, type):
@@ -72,14 +90,12 @@ def load_function(text: str, *, needed: str = "completions") -> Function:
         raise ConfigError(f"{name} must take the argument {needed}, such as {name}({needed}, **columns)")
     if by_position := [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]:
         raise ConfigError(f"{name} must take {', '.join(by_position)} by keyword")
+    return name, function, parameters
 
-    loop = asyncio.Runner()  # one for all calls: clients that a function keeps belong to the loop they were made in
 
-    def call(samples: Sequence[RewardSample], **more: Sequence[Any]) -> list[float | None]:
-        result = function(**_taken(name, parameters, samples, more))
-        return _checked(name, samples, loop.run(_awaited(result)) if inspect.isawaitable(result) else result)
-
-    return call
+def _without_default(parameters: _Parameters) -> list[str]:
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [one.name for one in parameters.values() if one.default is one.empty and one.kind not in variadic]
 
 
 def _takes_all(parameters: _Parameters) -> bool:
@@ -91,9 +107,7 @@ def _taken(
 ) -> dict[str, Any]:
     """The arguments that a function takes. Raises: RewardError where it needs one that no row has."""
     given = _arguments(samples, as_messages=_wants_messages(parameters)) | {k: list(v) for k, v in more.items()}
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in variadic]
-    if missing := [parameter for parameter in needed if parameter not in given]:
+    if missing := [parameter for parameter in _without_default(parameters) if parameter not in given]:
         raise RewardError(
             f"{name} takes {missing[0]}, and the rows have no such column; sample {samples[0].key} has "
             f"{', '.join(sorted(samples[0].columns)) or 'no other columns'}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megabatch import Bridge, Checkpoint, Grpo, Model, Recipe, Rlhf, Rollout, Tuner
+from megabatch import Batch, Bridge, Checkpoint, Grpo, Model, Recipe, Rewards, Rlhf, Rollout, Tuner
 from megabatch.config.flags import Actions
 from megabatch.converters.adapters.targets import find_targets
 from megabatch.converters.bijection import TensorInfo
@@ -319,3 +320,79 @@ def test_variables_that_no_chat_template_mentions_are_refused(recipe: Recipe) ->
     assert faults(enable_thinking=False, template="chatml") == [f"data.enable_thinking=False {rule}"]
     (fault,) = faults(chat_template_kwargs={"enable_thinkin": 1})
     assert fault.startswith("data.chat_template_kwargs=1 gives the chat template enable_thinkin, which")
+
+
+REWARDS = """
+def leveled(completions, level, solution="", **columns):
+    return [0.0 for _ in completions]
+def plain(prompts, completions, completion_ids, response_token_ids, messages, truncated):
+    return [0.0 for _ in completions]
+def by_turns(completions, turns, environment_reward):
+    return [0.0 for _ in completions]
+def of_outputs(outputs, level):
+    return [0.0 for _ in outputs]
+"""
+
+
+def test_a_reward_that_reads_a_column_which_no_row_has(recipe: Recipe, tmp_path: Path) -> None:
+    """Only where every row was looked at; a column that one row of any dataset has is None for the others."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(REWARDS)
+    (tmp_path / "environment.py").write_text("class Env:\n    def step(self, messages, **more):\n        return {}\n")
+    (tmp_path / "rows.py").write_text("def tidy(row):\n    return row\n")
+
+    def faults(*rows: dict[str, Any], funcs: Sequence[str] = ("mine.py:leveled",), **groups: dict[str, Any]) -> str:
+        data = tmp_path / "asked.jsonl"
+        data.write_text("".join(json.dumps({"query": "1+1?", **row}) + "\n" for row in rows or ({},)))
+        grpo = {"reward_funcs": [text.replace("mine.py", str(mine)) for text in funcs], "num_generations": 2}
+        made = replace(
+            recipe, task="rlhf", rlhf=Rlhf(rlhf_type="grpo"), batch=Batch(global_batch_size=2),
+            data=replace(recipe.data, dataset=[str(data)], **groups.get("data", {})),
+            grpo=Grpo(**grpo | groups.get("grpo", {})), rollout=Rollout(**groups.get("rollout", {})),
+            rewards=Rewards(**groups.get("rewards", {})),
+        )  # fmt: skip
+        return "\n".join(map(str, damaged_inputs(made, find_model(made))))
+
+    rule = "takes the argument level, and no row of the data has it: rows have"
+    assert faults({"source": "made"}) == f"grpo.reward_funcs={str(mine) + ':leveled'!r} {rule} source"
+    assert faults({"level": None}).endswith(f"{rule} no other columns")
+    assert not faults({}, {"level": 3}) and not faults(funcs=["mine.py:plain", "format"])
+    (tmp_path / "other.jsonl").write_text('{"query": "2+2?", "level": 1}\n')
+    for more in (
+        {"val_dataset": [str(tmp_path / "other.jsonl")]},
+        {"columns": {"difficulty": "level"}},
+        {"preprocess": f"{tmp_path}/rows.py:tidy"},
+        {"val_dataset": ["example:arithmetic#2"]},
+    ):
+        assert not faults({"difficulty": 1}, data=more), more
+    environment: dict[str, Any] = {"multi_turn_scheduler": f"{tmp_path}/environment.py:Env", "max_turns": 2}
+    assert not faults(funcs=["mine.py:by_turns"], rollout=environment)
+    assert "takes the argument turns, and no row" in faults(funcs=["mine.py:by_turns"])
+    plugged = {"reward_model": ["org/scores"], "reward_model_plugin": [f"{mine}:of_outputs"]}
+    assert f"grpo.reward_model_plugin={str(mine) + ':of_outputs'!r} {rule}" in faults(funcs=[], grpo=plugged)
+
+
+@pytest.mark.parametrize(
+    ("reward", "column", "rule"),
+    [
+        ("accuracy", "response", "needs the column solution"),
+        ("cosine", "solution", "needs the column solution"),
+        ("code", "input_output", "needs the column tests or input_output"),
+        ("judge", "hint", "sends judge_prompt with {hint}"),
+    ],
+)
+def test_a_shipped_reward_without_its_column(
+    reward: str, column: str, rule: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    data = tmp_path / "asked.jsonl"
+    made = replace(
+        recipe, task="rlhf", rlhf=Rlhf(rlhf_type="grpo"), batch=Batch(global_batch_size=2),
+        data=replace(recipe.data, dataset=[str(data)]), grpo=Grpo(reward_funcs=[reward], num_generations=2),
+        rewards=Rewards(judge_base_url="http://h:1", judge_model="m", judge_prompt='{prompt}{completion}{hint}{"a"}'),
+    )  # fmt: skip
+    data.write_text('{"query": "1+1?"}\n')
+    (fault,) = damaged_inputs(made, find_model(made))
+    assert str(fault).startswith(f"grpo.reward_funcs={reward!r} {rule}, and no row of the data has it: rows have")
+    assert not damaged_inputs(made, find_model(made), has_all_data=False)
+    data.write_text(json.dumps({"query": "1+1?", column: "2"}) + "\n")
+    assert not damaged_inputs(made, find_model(made))

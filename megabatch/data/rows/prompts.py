@@ -11,7 +11,7 @@ An answer that the row has becomes the column `solution`, unless the row has one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megabatch.data.rows.files import Row
@@ -37,6 +37,24 @@ class Asked:
     def for_rewards(self) -> dict[str, Any]:
         """All of the row's columns: those of chat templates too, since rewards may render the prompt (as TRL's)."""
         return {**self.conversation.columns, **self.columns}
+
+
+@dataclass(slots=True)
+class ColumnNames:
+    """All names that some row has for rewards, so that a call whose rows lack one gets None, as others do.
+
+    Rows with the same fields have the same names, except that a conversation may end with an answer or not.
+    """
+
+    found: set[str] = field(default_factory=set)
+    seen: set[frozenset[str]] = field(default_factory=set)
+
+    def add(self, row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None) -> None:
+        """Args: as of `prompt_of`."""
+        fields = frozenset(name for name, value in row.fields.items() if value is not None)
+        if fields not in self.seen or SOLUTION not in self.found:
+            self.seen.add(fields)
+            self.found |= prompt_of(row, columns=columns, system=system).for_rewards.keys()
 
 
 def prompt_of(row: Row, *, columns: Mapping[str, str] | None = None, system: str | None = None) -> Asked:

@@ -14,7 +14,7 @@ from megabatch.data.cache.token_cache import TokenCache
 from megabatch.data.rows import sources
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.rows.preprocess import preprocess_of
-from megabatch.data.rows.prompts import SOLUTION, Asked, prompt_of
+from megabatch.data.rows.prompts import Asked, ColumnNames, prompt_of
 from megabatch.data.run_caches import encoding_of
 from megabatch.data.schedule import Cursor, Schedule
 from megabatch.data.tokens import tokenizer as tokenizers
@@ -106,18 +106,11 @@ def open_prompts(
 
 
 def _columns_of(rows: Iterable[Row], data: Data) -> tuple[str, ...]:
-    """All names that some row has for rewards, so that a call whose rows lack one gets None, as others do.
-
-    Rows with the same fields have the same names, except that a conversation may end with an answer or not.
-    """
-    names: set[str] = set()
-    seen: set[frozenset[str]] = set()
+    """What `Prompts.columns` are."""
+    names = ColumnNames()
     for row in rows:
-        fields = frozenset(name for name, value in row.fields.items() if value is not None)
-        if fields not in seen or SOLUTION not in names:
-            seen.add(fields)
-            names |= prompt_of(row, columns=data.columns, system=data.system).for_rewards.keys()
-    return tuple(sorted(names))
+        names.add(row, columns=data.columns, system=data.system)
+    return tuple(sorted(names.found))
 
 
 def rows_of(run: RunConfig, datasets: Sequence[str]) -> dict[Origin, Row]:

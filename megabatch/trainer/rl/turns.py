@@ -12,15 +12,12 @@ from megabatch.data.rows import formats
 from megabatch.data.rows.prompts import Asked
 from megabatch.data.tokens.templates import Template
 from megabatch.errors import RolloutError
-from megabatch.rewards.environment import COLUMN
+from megabatch.rewards.environment import COLUMN, TURNS
 from megabatch.rollout.engine import Completion, Request
 from megabatch.rollout.turns.conversations import Answer, Conversation, Limits, converse
 from megabatch.rollout.turns.environment import ask, environment_of
 from megabatch.rollout.turns.template import between
 from megabatch.trainer.ranks import Ranks
-
-TURNS = "turns"
-"""Column of rewards: the texts of the model's turns."""
 
 
 @dataclass(kw_only=True)
