@@ -165,7 +165,7 @@ def passes(folder: Path) -> list[Figure]:
         ("training pass, shared prompts / each with its prompt",
          [(one.training, each.training) for one, each, _ in rounds], None),
     ):  # fmt: skip
-        rows = f"{shared.together} in a row, {shared.inferred_together} of {shared.infer_batch_size} in a pass"
+        rows = f"{shared.together} in a row, infer_batch_size={shared.infer_batch_size} by default"
         note = f"{COMPLETIONS} completions of {LENGTH} tokens, {rows}; {shown(pairs)}"
         found.append(Figure(name=name, value=ratio(pairs), unit="x", target=target, note=note))
     return found
