@@ -12,10 +12,11 @@ import pytest
 import torch
 import transformers
 from rank_server import RankServer
-from runs import curve, metrics, recipe, train, write_run
+from runs import SHAPE, curve, metrics, recipe, train, write_run
 
 from megabatch import Grpo, Rlhf, Rollout
 from megabatch.config.run import RunConfig
+from megabatch.data.tokens.tokenizer import train_bpe
 from megabatch.errors import DataError
 from megabatch.ledger.reader import Reader
 from megabatch.trainer.rl.prompts import rows_of
@@ -249,16 +250,33 @@ def test_completions_without_tokens_or_rewards_are_no_fault(ranks: RankServer, a
     assert {len(record.ids) for record in Reader(run / "ledger").records(1) if record.key.endswith("/0")} == {0}
 
 
-def test_a_teacher_stands_in_for_rewards(ranks: RankServer, alone: Path) -> None:
+def teacher_with_experts(folder: Path) -> Path:
+    torch.manual_seed(9)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=SHAPE["padded_vocab_size"], hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    train_bpe(["a small text"], vocab_size=300, out_dir=folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_a_teacher_stands_in_for_rewards(kind: str, ranks: RankServer, alone: Path) -> None:
     """On the policy's own tokens the loss is the coefficient times the mean of log p_old - log p_teacher; the teacher
-    is split otherwise than the policy."""
+    is split otherwise than the policy. One with experts has all of a rank's completions in one micro-batch."""
     settings = {"loss_type": "dapo", "beta": 0.0, "steps_per_generation": 1, "teacher_kl_coef": 0.5,
                 "reward_funcs": (), "reward_weights": None, "num_generations_eval": 1}  # fmt: skip
+    if kind == "dense":
+        folder, sizes = alone / "checkpoints" / "step_00000004" / "hf", {"teacher_tensor_model_parallel_size": 1}
+        parallel: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    else:
+        folder, sizes = teacher_with_experts(alone.parent / "experts"), {"teacher_expert_model_parallel_size": 2}
+        parallel, settings = {}, settings | {"infer_batch_size": 4}
     run = run_of(
-        ranks, alone.parent, "taught", world_size=2, grpo=settings, training={"train_iters": 2},
-        gkd={"teacher_model": str(folder := alone / "checkpoints" / "step_00000004" / "hf"),
-             "teacher_tensor_model_parallel_size": 1},
-        parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        ranks, alone.parent, f"taught by {kind}", world_size=2, grpo=settings, training={"train_iters": 2},
+        gkd={"teacher_model": str(folder), **sizes}, parallel=parallel,
     )  # fmt: skip
     for line in metrics(run):
         records = Reader(run / "ledger").records(line["step"])
