@@ -177,7 +177,12 @@ def _is_scanned(path: Path) -> bool:
 def _was_read(recipe: Recipe, text: str) -> bool:
     """Whether `_rows` looks at every row of a dataset, as the run has it."""
     name = names.parse(text, use_hf=recipe.bridge.use_hf)
-    return name.kind == "path" and recipe.data.preprocess is None and all(map(_is_scanned, names.local_files(name)))
+    if name.kind != "path" or recipe.data.preprocess is not None:
+        return False
+    try:
+        return all(map(_is_scanned, names.local_files(name)))
+    except DataError:
+        return False  # `missing_inputs` reports it
 
 
 def _rewards_without_columns(recipe: Recipe, found: Collection[str]) -> Iterator[Fault]:
