@@ -179,7 +179,7 @@ def batching_of(run: RunConfig, ranks: Ranks) -> Batching:
 def _note_passes(run: RunConfig) -> None:
     if infers_alone(run.recipe):
         logger.info(
-            "log-probabilities of %d completions at a time (grpo.infer_batch_size), %d of a prompt in a row",
+            "passes for log-probabilities take completions by %d (grpo.infer_batch_size), %d of a prompt in a row",
             infer_batch_size(run.recipe),
             inferred_answers_in_a_row(run.recipe) if run.recipe.rlhf.share_prompts else 1,
         )
