@@ -19,6 +19,7 @@ from megabatch.data.rows.names import parse
 from megabatch.data.rows.preprocess import preprocess_of
 from megabatch.entry.input_checks import damaged_inputs, missing_gpus, missing_inputs, occupied, unwritable
 from megabatch.entry.launch import Launch
+from megabatch.entry.megatron_fields import unknown_fields
 from megabatch.entry.model import FoundModel
 from megabatch.entry.mounts import unmounted
 from megabatch.errors import ConfigError, DataError, Fault, LaunchError, RolloutError
@@ -46,6 +47,7 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
         *_user_code("rollout.multi_turn_scheduler", environments, _check_environment, same_python=same_python),
         *(_tracker(recipe.logging.report_to) if same_python else []),
         *(_vllm(recipe) if same_python else []),
+        *(unknown_fields(recipe) if same_python else []),
         *(_modelscope(recipe, launch.model) if same_python else []),
         *([] if local else _engines(launch)),
         *([] if local else _host_memory(launch)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from megabatch import Recipe
 from megabatch.cli.recipe_command import main
+from megabatch.entry import megatron_fields
 
 FILE = """\
 from megabatch import Batch, Chain, Data, Model, Recipe, Resources, Step, Sweep, Training
@@ -90,6 +92,27 @@ def test_what_is_on_modelscope_needs_its_client(
     assert f"model.model='Qwen/Qwen2.5-7B-Instruct' {package}--use_hf true\n" in said
     assert f"data.dataset='openai/gsm8k' {package}--use_hf true, or hf:: before the name\n" in said
     assert said.startswith("error: 2 faults")
+
+
+@pytest.mark.usefixtures("dataset", "model_folder")
+def test_a_field_that_megatron_core_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless another Python, which may have another megatron-core, is the ranks'."""
+    flags = ("--tasks_per_node", "2", "--megatron_extra_kwargs", '{"barrier_with_L1_tim": false}')
+    said = submitted("recipe", tmp_path, capsys, "no token", *flags)
+    assert (
+        "training.megatron_extra_kwargs names barrier_with_L1_tim, which is no field of this megatron-core's" in said
+    )
+    assert "TransformerConfig; try barrier_with_L1_time\n" in said
+    (tmp_path / "site.toml").write_text('python = "/opt/python"\n')
+    other = ("--cluster", str(tmp_path / "site.toml"), "--dataset", "nowhere.jsonl")
+    said = submitted("recipe", tmp_path, capsys, "no token", *flags, *other)
+    assert "nowhere.jsonl" in said and "barrier" not in said
+
+
+def test_the_fields_of_megatron_core() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    assert megatron_fields._fields() == {field.name for field in dataclasses.fields(TransformerConfig)}
 
 
 def test_a_python_that_cannot_train_is_refused_before_the_queue(
