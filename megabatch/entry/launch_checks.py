@@ -24,7 +24,6 @@ from megabatch.entry.model import FoundModel
 from megabatch.entry.mounts import unmounted
 from megabatch.errors import ConfigError, DataError, Fault, LaunchError, RolloutError
 from megabatch.hub_cache import is_hub_name
-from megabatch.rollout.vllm.engine_options import check_installed
 from megabatch.secret_text import tokens_in
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.user_code import files_to_archive
@@ -102,6 +101,8 @@ def _vllm(recipe: Recipe) -> list[Fault]:
     """Whether ranks that are to have vLLM inside them can import it."""
     if recipe.rollout.vllm_mode != "colocate":
         return []
+    from megabatch.rollout.vllm.engine_options import check_installed  # reads the installed packages: e-mail parsers
+
     try:
         check_installed()
     except RolloutError as error:
