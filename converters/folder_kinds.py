@@ -44,6 +44,25 @@ def _is_checkpoint(folder: Path) -> bool:
     return True
 
 
+def adapter_fault(folder: Path) -> str | None:
+    """Why a folder with an adapter cannot be read as a model: transformers reads it with its adapter; else None."""
+    if not _is_adapter(folder):
+        return None
+    merge = f"megabatch-convert --merge_lora --adapters {folder}"
+    if not (folder / "config.json").is_file():
+        return (
+            f"{folder} is an adapter, not a model; name the folder that `{merge} --to_hf --output_dir MERGED` writes, "
+            "or, of a policy or its reference, the base here and the adapter in bridge.adapters or bridge.ref_adapters"
+        )
+    if any(folder.glob("adapter_model.*")):
+        return (
+            f"{folder} holds an adapter beside a model, which transformers applies when it reads the folder; name the "
+            f"folder that `{merge} --model {folder} --to_hf --output_dir MERGED` writes, or move adapter_* elsewhere "
+            "to take the model without it"
+        )
+    return None
+
+
 def check_kinds(*, model: Path | None, mcore_model: Path | None, adapters: Sequence[Path]) -> None:
     """Args: model: None where its config.json alone is needed, which lies beside checkpoints too.
     Raises: ConversionError for a folder of another kind than its flag takes; it names the right flag.
@@ -56,3 +75,5 @@ def check_kinds(*, model: Path | None, mcore_model: Path | None, adapters: Seque
         if found and wanted not in found and not as_adapter:
             what, right = found[0].value
             raise ConversionError(f"{flag} {folder}: is {what}, not {wanted.value[0]}; name it as {right}")
+        if wanted is Kind.MODEL and folder is not None and folder not in adapters and (fault := adapter_fault(folder)):
+            raise ConversionError(f"{flag} {fault}")

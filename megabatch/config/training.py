@@ -67,4 +67,4 @@ class Training:
     """Steps between collections when `manual_gc` is on; 0 collects only at evaluations and saves."""
     megatron_extra_kwargs: Mapping[str, Any] | None = param(None, aliases=("extra_megatron_kwargs",))
     """Further fields of megatron-core's TransformerConfig, by name, that neither a parameter nor the model sets; on
-    the command line as a JSON object."""
+    the command line as a JSON object. A reference has them too, a teacher not."""

@@ -155,8 +155,11 @@ def find_shape(folder: Path) -> ModelShape | None:
 
 
 def _in_folder(folder: Path) -> FoundModel:
+    from megabatch.converters.folder_kinds import adapter_fault
     from megabatch.converters.hf_model import read_config
 
+    if reason := adapter_fault(folder):
+        return FoundModel(None, f"an adapter in {folder}", folder, Fault("model.model:", None, reason, bare=True))
     try:
         config = read_config(folder)
         shape = family_of(config).shape(config)

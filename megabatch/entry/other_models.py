@@ -10,7 +10,7 @@ from pathlib import Path
 from megabatch.config.layout import virtual_stages
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.preference import without_reference
-from megabatch.config.rules.second_layouts import lacks_new_tokens, model_divides
+from megabatch.config.rules.second_layouts import lacks_tokens, model_divides
 from megabatch.config.second_layouts import TEACHER
 from megabatch.config.several_teachers import models_named
 from megabatch.entry.model import FoundModel, find_model, nearest_folder, rows_needed
@@ -41,12 +41,12 @@ def damaged_other_models(recipe: Recipe) -> Iterator[Fault]:
     if has_teacher(recipe):
         given += [("gkd.teacher_model", name) for name in models_named(recipe.gkd.teacher_model)]
     for field, name in given:
-        if name is None or (folder := found_beside(recipe, name).folder) is None:
-            continue
+        if name is None or (found := found_beside(recipe, name)).folder is None or found.fault is not None:
+            continue  # a fault of names or of config.json is said already
         from megabatch.converters.hf_model import open_hf_model  # a dry run reads no weights
 
         try:
-            open_hf_model(folder, compare_duplicates=False)
+            open_hf_model(found.folder, compare_duplicates=False)
         except MegabatchError as error:
             yield Fault(field, name, f"cannot be read: {error}")
 
@@ -82,10 +82,10 @@ def _teacher(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fa
                 "must have one tokenizer"
             )
             yield Fault(field, name, rule)
-        if recipe.model.new_special_tokens:
-            with suppress(DataError):  # it is a fault of the student's own
-                rows = rows_needed(recipe)
-                if fault := lacks_new_tokens(name, found.shape, rows=rows):
+        if own < student:
+            with suppress(DataError):  # it is a fault of the student's own, or the trainer reads the tokenizer
+                rows, are_new = min(rows_needed(recipe), student), bool(recipe.model.new_special_tokens)
+                if fault := lacks_tokens(name, found.shape, rows=rows, are_new=are_new):
                     yield fault
         chunks = virtual_stages(recipe.parallel, shape.num_layers)
         yield from model_divides(recipe, TEACHER, found.shape, chunks=chunks)
@@ -99,7 +99,7 @@ def found_beside(recipe: Recipe, name: str) -> FoundModel:
 def _missing(field: str, name: str, found: FoundModel) -> Fault | None:
     """A model of a hub may be downloaded by the run."""
     if found.fault is not None:
-        return Fault(field, name, f"cannot be used: {found.fault}")
+        return Fault(field, name, f"cannot be used: {str(found.fault).removeprefix('model.model: ')}")
     if found.shape is not None or is_hub_name(name):
         return None
     return Fault(field, name, f"does not exist{nearest_folder(Path(name).expanduser())}")

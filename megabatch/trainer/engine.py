@@ -22,6 +22,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megabatch.errors import DataError
 from megabatch.trainer import megatron_moe, routes
 from megabatch.trainer.model.build import Model
 from megabatch.trainer.model.lora.gradients import finalize
@@ -213,12 +214,26 @@ class Engine:
 
         Returns: tensors on this rank's device, in the order of the packs: `[T]` or `[N]` by `Field.per`, then the
         dimensions of `Field.shape`.
+        Raises: DataError for a token that the model does not have.
         """
-
+        self._require_rows(model, packs)
         if (other := self._others.get(model)) is not None:
             there, dealt = other.there(packs)
             return other.back(self._read(model, there, readout), dealt, packs, readout.fields)
         return self._read(model, packs, readout, records_routes=records_routes)
+
+    def _require_rows(self, name: str, packs: Sequence[Pack]) -> None:
+        """A policy with more tokens may write one that a frozen model lacks, whose ranks would read it as nothing."""
+        rows = self.models[name].shape.vocab_size
+        if rows >= self.model.shape.vocab_size:
+            return
+        largest = max((int(pack.ids_T.max()) for pack in packs if len(pack.ids_T)), default=0)
+        if largest >= rows:
+            raise DataError(
+                f"the {name} has {rows:,} tokens and cannot read a text with the token of id {largest:,}, which the "
+                f"trained model, of {self.model.shape.vocab_size:,}, has; give it as many rows with transformers' "
+                "resize_token_embeddings"
+            )
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that hold other samples of the global batch; collective over them."""

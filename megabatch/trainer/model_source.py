@@ -11,6 +11,7 @@ from megabatch.config.run import RunConfig
 from megabatch.converters.engine.source_digests import check_folder
 from megabatch.converters.families import family_named
 from megabatch.converters.family import Family
+from megabatch.converters.folder_kinds import adapter_fault
 from megabatch.converters.hf_model import HfModel, open_hf_model
 from megabatch.converters.shards import Source
 from megabatch.data.run_tokenizer import NEW_MODEL, folder_of, new_model, tokenizer_of
@@ -73,7 +74,7 @@ def model_source(run: RunConfig, ranks: Ranks, *, tokenizer: Path | None = None)
     """
     if (model := run.recipe.model.model) is None:
         return _made(run, ranks)
-    folder = ranks.on_main(lambda: folder_of(model, run))
+    folder = ranks.on_main(lambda: model_folder(model, run))
     is_own = tokenizer is None
     tokenizer = tokenizer or ranks.on_main(lambda: tokenizer_of(run))
     ranks.on_main(lambda: _prove(folder, run))
@@ -82,6 +83,14 @@ def model_source(run: RunConfig, ranks: Ranks, *, tokenizer: Path | None = None)
     config_folder = tokenizer if is_own and run.recipe.model.new_special_tokens else folder
     grown = run.shape.vocab_size if run.shape.vocab_size > opened.shape.vocab_size else None
     return ModelSource(opened.family, config_folder, tokenizer, opened, grown, run.recipe.training.seed)
+
+
+def model_folder(name: str, run: RunConfig, *, revision: str | None = None) -> Path:
+    """The local folder of a model, as `folder_of`. Raises: ConfigError, also for one with an adapter."""
+    folder = folder_of(name, run, revision=revision)
+    if reason := adapter_fault(folder):
+        raise ConfigError(reason)
+    return folder
 
 
 def _prove(folder: Path, run: RunConfig) -> None:

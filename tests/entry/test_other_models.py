@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from megabatch import Bridge, Gkd, Recipe, Rlhf
 from megabatch.entry.input_checks import damaged_inputs, missing_inputs
@@ -53,7 +55,7 @@ def test_a_reference_of_the_same_shape(compared: Recipe, model_folder: Path) -> 
     [
         ({"num_hidden_layers": 2}, "must be a model of the policy's shape, and has num_layers=2 and not 1"),
         ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "model_type='llama' and not 'qwen3'"),
-        ({"model_type": "unheard_of", "architectures": ["Unheard"]}, "cannot be used: model.model: "),
+        ({"model_type": "unheard_of", "architectures": ["Unheard"]}, "cannot be used: config.json"),
     ],
 )
 def test_another_shape_or_family(compared: Recipe, model_folder: Path, config: dict[str, Any], rule: str) -> None:
@@ -107,6 +109,51 @@ def test_a_teacher_lies_over_the_students_stages(distilled: Recipe, model_folder
         found = faults(replace(staged, gkd=Gkd(teacher_model=str(teacher), gkd_logits_topk=4)))
         rule = f"must divide over 2 stages of 2 chunks: the model's num_layers={layers} do not"
         assert any(rule in one and "or give teacher_pipeline_model" in one for one in found) is not divides
+
+
+def test_a_teacher_with_fewer_tokens_than_the_students_tokenizer(distilled: Recipe, model_folder: Path) -> None:
+    """Rows of the student that its tokenizer does not use are nothing to a teacher."""
+    fewer = other(model_folder, "fewer", vocab_size=30)
+    hidden = json.loads((model_folder / "config.json").read_text())["hidden_size"]
+    rewrite_embedding(fewer, rows=30, width=hidden)
+    for ids, refused in ((30, False), (31, True), (40, True)):
+        vocabulary = {f"token {n}": n for n in range(ids)}
+        (model_folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+        found = faults(replace(distilled, gkd=Gkd(teacher_model=str(fewer), gkd_logits_topk=4)))
+        known = min(ids, 32)
+        rule = f"has 30 tokens, and the student's tokenizer {known}: a teacher without all of them cannot read what "
+        assert found == [] if not refused else len(found) == 1 and rule in found[0]
+
+
+def rewrite_embedding(folder: Path, *, rows: int, width: int) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"] = np.zeros((rows, width), np.float32)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("field", ["model", "reference", "teacher"])
+def test_an_adapter_is_no_model(compared: Recipe, distilled: Recipe, model_folder: Path, field: str) -> None:
+    """transformers applies one that lies in the model's folder."""
+    alone, beside = model_folder.with_name("adapter"), other(model_folder, "beside")
+    alone.mkdir()
+    for folder in (alone, beside):
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+    (alone / "tokenizer.json").write_text("{}")
+
+    def said(folder: Path) -> list[str]:
+        if field == "model":
+            return faults(replace(compared, model=replace(compared.model, model=str(folder))))
+        if field == "reference":
+            return faults(replace(compared, bridge=Bridge(ref_model=str(folder))))
+        return faults(replace(distilled, gkd=Gkd(teacher_model=str(folder), gkd_logits_topk=4)))
+
+    for folder, rule in ((alone, "is an adapter, not a model"), (beside, "holds an adapter beside a model")):
+        (found,) = said(folder)
+        assert f"{folder} {rule}" in found and f"megabatch-convert --merge_lora --adapters {folder}" in found
+    (beside / "adapter_model.safetensors").unlink()
+    assert said(beside) == []
 
 
 @pytest.mark.parametrize("label", [True, False])

@@ -113,15 +113,25 @@ def _chunks_divide(parallel: Parallel, role: Role, shape: ModelShape, *, chunks:
     yield _named(Fault("parallel.pipeline_model_parallel_size", pp, rule), role, {})
 
 
-def lacks_new_tokens(name: str, shape: ModelShape, *, rows: int) -> Fault | None:
-    """A teacher reads what the student reads. Args: shape: the teacher's; rows: that the tokenizer with
-    `model.new_special_tokens` needs."""
+def lacks_tokens(name: str, shape: ModelShape, *, rows: int, are_new: bool) -> Fault | None:
+    """A teacher reads what the student reads and writes.
+
+    Args: shape: the teacher's; rows: that the student's tokenizer needs, of those that the student has; are_new:
+    whether the recipe adds tokens to it.
+    """
     if rows <= shape.vocab_size:
         return None
-    rule = (
-        f"has {shape.vocab_size:,} tokens, and the student's tokenizer with model.new_special_tokens {rows:,}: a "
-        "teacher without the new tokens cannot read them; name one that was trained with them, or leave them out"
-    )
+    rule = f"has {shape.vocab_size:,} tokens, and the student's tokenizer "
+    if are_new:
+        rule += (
+            f"with model.new_special_tokens {rows:,}: a teacher without the new tokens cannot read them; name one "
+            "that was trained with them, or leave them out"
+        )
+    else:
+        rule += (
+            f"{rows:,}: a teacher without all of them cannot read what the student writes; name one that has them, or "
+            f"give it rows for them with transformers' resize_token_embeddings({rows})"
+        )
     return Fault("gkd.teacher_model", name, rule)
 
 

@@ -42,6 +42,11 @@ def load(folder: Path | str) -> Any:
     return tokenizer
 
 
+def rows(folder: Path | str) -> int:
+    """Rows of an embedding that has one for each id of a tokenizer. Raises: DataError as `load`."""
+    return 1 + max(load(folder).get_vocab().values())
+
+
 def check(folder: Path | str) -> None:
     """Raises DataError unless the folder holds a tokenizer's files; reads none of them."""
     folder = Path(folder)

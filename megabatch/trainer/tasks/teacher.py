@@ -11,12 +11,11 @@ from torch import Tensor
 
 from megabatch.config.moe import MoE
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules.second_layouts import lacks_new_tokens, model_divides
+from megabatch.config.rules.second_layouts import lacks_tokens, model_divides
 from megabatch.config.run import RunConfig, derived_moe
 from megabatch.config.second_layouts import TEACHER
 from megabatch.converters.hf_model import HfModel, open_hf_model
-from megabatch.data.run_tokenizer import folder_of
-from megabatch.data.tokens.new_tokens import rows_with
+from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.errors import ConfigError, MegabatchError
 from megabatch.plan.shape import ModelShape
 from megabatch.trainable import VOCABULARY_ROUNDED
@@ -24,7 +23,7 @@ from megabatch.trainer.assemble import frozen_model, layout_beside
 from megabatch.trainer.engine import Engine, vocab_shard
 from megabatch.trainer.model.build import Model, padded_vocab_size
 from megabatch.trainer.model.heads import Head
-from megabatch.trainer.model_source import ModelSource, model_source
+from megabatch.trainer.model_source import ModelSource, model_folder, model_source
 from megabatch.trainer.offload import Offload, tensors_of
 from megabatch.trainer.ranks import Ranks
 from megabatch.trainer.readouts.teachers_distribution import OutputLayer
@@ -110,7 +109,7 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
     vocabulary that is not the student's.
     """
     group = run.recipe.gkd
-    folder = ranks.on_main(lambda: folder_of(name, run, revision=group.teacher_model_revision))
+    folder = ranks.on_main(lambda: model_folder(name, run, revision=group.teacher_model_revision))
     shape = open_hf_model(folder, compare_duplicates=False).shape
     if group.teacher_model_type not in (None, shape.model_type):
         raise ConfigError(
@@ -125,9 +124,9 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
     recipe = run.recipe
     if faults := [*model_divides(recipe, TEACHER, shape, chunks=run.layout.vp)]:
         raise ConfigError(faults)
-    if recipe.model.new_special_tokens:
-        rows = ranks.on_main(lambda: rows_with(source.tokenizer, ()))
-        if fault := lacks_new_tokens(name, shape, rows=rows):
+    if shape.vocab_size < run.shape.vocab_size:
+        rows = min(ranks.on_main(lambda: tokenizers.rows(source.tokenizer)), run.shape.vocab_size)
+        if fault := lacks_tokens(name, shape, rows=rows, are_new=bool(recipe.model.new_special_tokens)):
             raise ConfigError([fault])
     alone = replace(
         recipe,
@@ -139,9 +138,12 @@ def teacher_of(run: RunConfig, name: str, source: ModelSource, ranks: Ranks) -> 
             new_special_tokens=(),
         ),
         moe=_experts(recipe, shape),
+        training=replace(recipe.training, megatron_extra_kwargs=None),
     )
     own = replace(run, recipe=alone, shape=shape)
     logger.info("the teacher is %s", name)
+    if recipe.training.megatron_extra_kwargs:
+        logger.info("training.megatron_extra_kwargs are the student's alone; the teacher is built without them")
     try:
         found = model_source(own, ranks, tokenizer=source.tokenizer)
         own, its_ranks = layout_beside(own, ranks, TEACHER)

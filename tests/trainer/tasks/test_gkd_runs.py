@@ -18,6 +18,7 @@ from runs import SHAPE, curve, metrics, recipe, train, write_dataset, write_run
 from megabatch import Recipe
 from megabatch.config.run import RunConfig
 from megabatch.data.tokens.tokenizer import train_bpe
+from megabatch.errors import MegabatchError
 from megabatch.ledger.reader import Reader
 from megabatch.run_directory import RunDirectory
 
@@ -203,9 +204,11 @@ def top_tokens(run_dir: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Ten
     ("student", "moe"), [("qwen2", {}), ("qwen3_moe", {"moe_expert_capacity_factor": 0.5})], ids=["dense", "experts"]
 )
 def test_a_teacher_with_experts(student: str, moe: dict[str, Any], ranks: RankServer, folder: Path) -> None:
-    """Its logits are those of transformers, whatever experts the student has: none of its tokens is dropped."""
+    """Its logits are those of transformers, whatever experts and further settings the student has: none of its tokens
+    is dropped, or routed otherwise."""
     model = write_teacher_with_experts(folder / "experts of a teacher")
     groups: dict[str, Any] = {**GROUPS, "gkd": {"teacher_model": str(model), "lmbda": 0.0, **TOP["gkd"]}, "moe": moe}
+    groups["training"] = {"megatron_extra_kwargs": {"moe_router_force_load_balancing": True}}
     made = replace(recipe(folder, student, **groups), task="rlhf")
     run = write_run(made, folder / f"taught by experts, {student}")
     (packs,) = ranks.run(top_tokens, world_size=1, run_dir=str(run))
@@ -271,8 +274,36 @@ def test_the_students_answers_are_not_imitated(references: References) -> None:
             assert line["loss"] == pytest.approx(line["divergence"] + 0.1 * line["nll_loss"], rel=1e-6)
 
 
-def test_a_teacher_with_another_vocabulary_is_refused(ranks: RankServer, folder: Path) -> None:
-    write_teacher(folder / "other", vocab_size=2000)
-    run = write_run(made(folder, 1, {"gkd": {**GROUPS["gkd"], "teacher_model": str(folder / "other")}}), folder / "no")
-    with pytest.raises(RuntimeError, match=r"has 2,000 tokens and the student 304: distillation compares tokens"):
-        ranks.run(train, world_size=1, run_dir=str(run))
+def faults(run_dirs: list[str]) -> list[str]:
+    """Why each run ends."""
+    found = []
+    for run_dir in run_dirs:
+        with pytest.raises(MegabatchError) as error:
+            train(run_dir)
+        found.append(str(error.value))
+    return found
+
+
+def test_a_teacher_with_other_tokens_is_refused(ranks: RankServer, folder: Path) -> None:
+    """The last one has those of the tokenizer, and so of the data; the student, of 304, writes others."""
+    tokenizer = train_bpe(["It is 12 34 56, what is + so many tokens?"], vocab_size=300, out_dir=folder / "ids")
+    known = len(transformers.AutoTokenizer.from_pretrained(tokenizer))
+    wanted = {
+        2000: "has 2,000 tokens and the student 304: distillation compares tokens by their ids",
+        known - 1: f"and the student's tokenizer {known}: a teacher without all of them cannot read what",
+        known: f"the teacher has {known} tokens and cannot read a text with the token of id ",
+    }
+    runs = []
+    for tokens in wanted:
+        teacher = write_teacher(folder / f"of {tokens}", vocab_size=tokens)
+        groups: dict[str, dict[str, Any]] = {
+            "gkd": {**GROUPS["gkd"], "teacher_model": str(teacher), "lmbda": 1.0},
+            "rollout": {"max_completion_length": 100, "temperature": 1.0},
+            "evaluation": {"eval_iters": 0, "eval_on_start": False},
+        }
+        student = made(folder, 1, groups)
+        student = replace(student, model=replace(student.model, tokenizer=str(tokenizer)))
+        runs.append(str(write_run(student, folder / f"of {tokens}, run")))
+    (found,) = ranks.run(faults, world_size=1, run_dirs=runs)
+    for fault, expected in zip(found, wanted.values(), strict=True):
+        assert expected in fault
