@@ -88,6 +88,8 @@ def chat(*pairs: tuple[Any, Any]) -> dict[str, Any]:
         ({"messages": []}, "messages must be a list of at least one message"),
         ({"messages": "Q"}, "messages must be a list of at least one message, not str 'Q'"),
         ({"messages": ["Q"]}, r"messages\[0\] must be an object"),
+        ({"messages": [{"role": "tool", "content": "Q", "tool_calls": ["f"]}]},
+         r"messages\[0\]\.tool_calls must be a list of objects with name and arguments, not list"),
         (chat(("user", "Q"), ("assistant", None)), r"messages\[1\]\.content must be a string or a list of text parts"),
         (chat(("user", "Q"), ("assistant", [{"type": "text"}])), r"messages\[1\]\.content\[0\] must be a text part"),
         (chat(("user", [{"type": "image"}]), ("assistant", "A")), r"not of type 'image': a text model reads no other"),

@@ -107,6 +107,11 @@ def test_columns_that_nothing_reads_are_counted(folder: Path) -> None:
     assert chunk.remarks == Counter({"nothing reads the column 'mood'": 2})
 
 
+def test_media_beside_a_text_are_refused_with_their_line(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: the row has images, which a text model does not read"):
+        encoded(folder, row(text="good", label=1, images=["a.png"]))
+
+
 @pytest.mark.parametrize("text", ["", "  ", 3, "\ud800"])
 def test_a_row_without_text_is_refused(folder: Path, text: Any) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:7: text must be a string that is not empty"):

@@ -196,6 +196,8 @@ def _message(item: Mapping[str, Any], *, place: str) -> Message:
         for name in ("tool_calls", "function_call"):
             if not fields.get(name):
                 fields.pop(name, None)
+        if calls := fields.get("tool_calls"):
+            fields["tool_calls"] = _calls(calls, place=f"{place}.tool_calls")
     elif calls := fields.pop("tool_calls", None) or fields.pop("function_call", None):
         fields["tool_calls"] = _calls(calls, place=f"{place}.tool_calls")
     content = item.get("content") if item.get("content") is not None else item.get("value")

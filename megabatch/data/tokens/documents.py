@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megabatch.data.rows.files import Row
-from megabatch.data.rows.formats import Conversation, conversation_of
+from megabatch.data.rows.formats import conversation_of
 from megabatch.data.tokens.encoding import Encoding
-from megabatch.data.tokens.fitting import check_column
+from megabatch.data.tokens.fitting import check_columns
 from megabatch.data.tokens.plain import PlainTexts, weighed
 from megabatch.data.tokens.sample import Encoded, Item
 from megabatch.errors import DataError
@@ -33,18 +33,10 @@ class Documents:
     def encode(self, rows: Sequence[Row], remarks: Counter[str]) -> list[Item]:
         conversations = [conversation_of(row, columns=self._columns, system=self._system) for row in rows]
         for row, conversation in zip(rows, conversations, strict=True):
-            _check_columns(row, conversation, remarks)
+            check_columns(row, conversation.columns, remarks)
         texts = ["\n".join(m.content for m in conversation.messages) for conversation in conversations]
         return [[self._ended(encoded)] for encoded in self._plain.encode(texts, remarks)]
 
     def _ended(self, encoded: Encoded) -> Encoded:
         ids = encoded.ids.tolist()
         return weighed(ids if ids[-1:] == [self._eos] else [*ids, self._eos])
-
-
-def _check_columns(row: Row, conversation: Conversation, remarks: Counter[str]) -> None:
-    for name, value in conversation.columns.items():
-        try:
-            check_column(name, value, remarks)
-        except DataError as e:
-            raise DataError(f"{row.origin}: {e}") from e

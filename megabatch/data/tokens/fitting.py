@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megabatch.data.rows.files import Row
 from megabatch.data.rows.formats import Conversation
 from megabatch.data.rows.turns import Message, from_json, neighbours_joined
 from megabatch.data.tokens.rendering import Renderer
@@ -52,7 +53,7 @@ class Fitting:
             if name in _SPOKEN:
                 what = f"the row has {name} ({_SPOKEN[name]}), and the template does not read them"
                 raise DataError(f"{what}; {self._advice}")
-            check_column(name, columns[name], remarks)
+            _check_column(name, columns[name], remarks)
         return found
 
     def candidates(self, conversation: Conversation, remarks: Counter[str]) -> Iterator[Fitted]:
@@ -155,7 +156,16 @@ class Fitting:
         return ""
 
 
-def check_column(name: str, value: Any, remarks: Counter[str]) -> None:
+def check_columns(row: Row, columns: Mapping[str, Any], remarks: Counter[str]) -> None:
+    """Counts those of a row that nothing reads. Raises: DataError with the row's place for media."""
+    for name, value in columns.items():
+        try:
+            _check_column(name, value, remarks)
+        except DataError as e:
+            raise DataError(f"{row.origin}: {e}") from e
+
+
+def _check_column(name: str, value: Any, remarks: Counter[str]) -> None:
     """Counts a column that nothing reads. Raises: DataError for media, which a text model cannot see."""
     if not value or name in _HARMLESS or name.startswith("_"):
         return

@@ -13,7 +13,7 @@ from megabatch.data.rows.labelled import said_in
 from megabatch.data.rows.labels import label_of
 from megabatch.data.tokens.conversations import template_of
 from megabatch.data.tokens.encoding import Encoding
-from megabatch.data.tokens.fitting import check_column
+from megabatch.data.tokens.fitting import check_columns
 from megabatch.data.tokens.plain import PlainTexts
 from megabatch.data.tokens.sample import Encoded, Item
 from megabatch.data.tokens.templates import Template
@@ -58,12 +58,7 @@ class Labelled:
         said = [said_in(row, columns=encoding.columns, system=encoding.system) for row in rows]
         for row, one in zip(rows, said, strict=True):
             if isinstance(one, str):
-                _check_columns(row, encoding, remarks)
+                fields = renamed(row, encoding.columns).items()
+                check_columns(row, {name: value for name, value in fields if name not in ("text", "label")}, remarks)
         encoded = self._said.encode(said, places=[str(row.origin) for row in rows], remarks=remarks)
         return [[one._replace(columns=label)] for one, label in zip(encoded, labels, strict=True)]
-
-
-def _check_columns(row: Row, encoding: Encoding, remarks: Counter[str]) -> None:
-    for name, value in renamed(row, encoding.columns).items():
-        if name not in ("text", "label"):
-            check_column(name, value, remarks)

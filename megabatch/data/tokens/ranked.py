@@ -13,10 +13,9 @@ from megabatch.data.rows.formats import Conversation, with_system
 from megabatch.data.rows.ranked import Ranked as Texts
 from megabatch.data.rows.ranked import ranked_of
 from megabatch.data.tokens.encoding import Encoding
-from megabatch.data.tokens.fitting import check_column
+from megabatch.data.tokens.fitting import check_columns
 from megabatch.data.tokens.labelled import Said
 from megabatch.data.tokens.sample import Item
-from megabatch.errors import DataError
 
 ROLE, LABEL = "role", "label"
 """Columns: what a sample is, and the row's label, NaN where it has none."""
@@ -53,11 +52,7 @@ class Ranked:
 def count_columns(rows: Sequence[Row], ranked: Sequence[Texts], remarks: Counter[str]) -> None:
     """Counts columns that nothing reads. Raises: DataError with the row's place for media."""
     for row, found in zip(rows, ranked, strict=True):
-        for name, value in found.columns.items():
-            try:
-                check_column(name, value, remarks)
-            except DataError as e:
-                raise DataError(f"{row.origin}: {e}") from e
+        check_columns(row, found.columns, remarks)
 
 
 def _all(of: Any) -> list[Any]:

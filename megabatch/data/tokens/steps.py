@@ -16,7 +16,7 @@ from megabatch.data.rows.files import Row
 from megabatch.data.rows.steps import Stepwise, stepwise_of
 from megabatch.data.tokens.conversations import template_of
 from megabatch.data.tokens.encoding import Encoding
-from megabatch.data.tokens.fitting import check_column
+from megabatch.data.tokens.fitting import check_columns
 from megabatch.data.tokens.plain import PlainTexts
 from megabatch.data.tokens.sample import Encoded, Item
 from megabatch.errors import DataError
@@ -60,11 +60,7 @@ class Steps:
     def _count(self, row: Row, found: Stepwise, remarks: Counter[str]) -> None:
         remarks[_INSIDE] += sum(self._encoding.step_separator in step for step in found.steps)
         remarks += Counter()  # without zeros
-        for name, value in found.columns.items():
-            try:
-                check_column(name, value, remarks)
-            except DataError as e:
-                raise DataError(f"{row.origin}: {e}") from e
+        check_columns(row, found.columns, remarks)
 
     def _joined(self, prompt: np.ndarray, steps: Sequence[np.ndarray], labels: Sequence[bool]) -> Encoded:
         parts = [prompt, *(part for step in steps for part in (step, self._separator)), [self._end]]
