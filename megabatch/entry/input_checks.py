@@ -85,7 +85,12 @@ def damaged_inputs(
         rows += _rewards_without_columns(recipe, columns.found)
     readable = list(_tokenizer(recipe, model, tokenizer.check_readable))
     readable = readable or [*_answers(recipe, model), *_template_variables(recipe, model)]
-    return [*rows, *readable, *_weights(recipe, model), *damaged_other_models(recipe)]
+    return [
+        *rows,
+        *readable,
+        *_weights(recipe, model),
+        *damaged_other_models(recipe, tokenizer=_tokenizer_folder(recipe, model)),
+    ]
 
 
 def unwritable(run_directory: Path) -> list[Fault]:
@@ -290,7 +295,7 @@ def _answers(recipe: Recipe, model: FoundModel) -> list[Fault]:
     folder = _tokenizer_folder(recipe, model)
     if folder is None or recipe.kind is None or recipe.kind.rows != "yes_no":
         return []
-    entries, group = tokenizer.entries(folder), recipe.reranker
+    entries, group = tokenizer.ids(folder), recipe.reranker
     answers = {
         "generative_reranker_positive_token": group.generative_reranker_positive_token,
         "generative_reranker_negative_token": group.generative_reranker_negative_token,

@@ -13,6 +13,7 @@ from megabatch.config.rules.preference import without_reference
 from megabatch.config.rules.second_layouts import lacks_tokens, model_divides
 from megabatch.config.second_layouts import TEACHER
 from megabatch.config.several_teachers import models_named
+from megabatch.data.tokens import tokenizer as tokenizers
 from megabatch.entry.model import FoundModel, find_model, nearest_folder, rows_needed
 from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import is_hub_name
@@ -33,8 +34,8 @@ def other_model_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fau
             yield from _teacher(recipe, name, shape)
 
 
-def damaged_other_models(recipe: Recipe) -> Iterator[Fault]:
-    """Faults of their weights."""
+def damaged_other_models(recipe: Recipe, *, tokenizer: Path | None) -> Iterator[Fault]:
+    """Faults of their weights and tokenizers. Args: tokenizer: the trained model's folder of it, if it is here."""
     given: list[tuple[str, str | None]] = []
     if without_reference(recipe) is None:
         given.append(("bridge.ref_model", recipe.bridge.ref_model))
@@ -49,6 +50,14 @@ def damaged_other_models(recipe: Recipe) -> Iterator[Fault]:
             open_hf_model(found.folder, compare_duplicates=False)
         except MegabatchError as error:
             yield Fault(field, name, f"cannot be read: {error}")
+        if tokenizer is not None and (differs := _tokenizers_differ(found.folder, tokenizer)):
+            yield Fault(field, name, f"has another tokenizer than the trained model, whose ids it reads: {differs}")
+
+
+def _tokenizers_differ(folder: Path, own: Path) -> str | None:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # the trainer reads one of them alone
+        return tokenizers.difference(folder, own)
+    return None
 
 
 def has_teacher(recipe: Recipe) -> bool:

@@ -125,6 +125,24 @@ def test_a_teacher_with_fewer_tokens_than_the_students_tokenizer(distilled: Reci
         assert found == [] if not refused else len(found) == 1 and rule in found[0]
 
 
+def test_another_tokenizer_is_none_of_the_students(compared: Recipe, distilled: Recipe, model_folder: Path) -> None:
+    """A few other tokens are what fine-tuning adds; most of them are another tokenizer of the same size."""
+    beside = other(model_folder, "beside")
+
+    def write(folder: Path, tokens: list[str]) -> None:
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+
+    for differing in (3, 12):
+        write(model_folder, [f"token {n}" for n in range(20)])
+        write(beside, [*(f"other {n}" for n in range(differing)), *(f"token {n}" for n in range(differing, 20))])
+        taught = faults(replace(distilled, gkd=Gkd(teacher_model=str(beside), gkd_logits_topk=4)))
+        referred = faults(replace(compared, bridge=Bridge(ref_model=str(beside))))
+        rule = "12 of the 20 ids that both have stand for other tokens (id 0 for 'other 0' and 'token 0')"
+        for found in (taught, referred):
+            assert found == [] if differing == 3 else len(found) == 1 and rule in found[0]
+
+
 def rewrite_embedding(folder: Path, *, rows: int, width: int) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)

@@ -103,16 +103,34 @@ def entry(tokenizer: Any, token: str, *, field: str) -> int:
     return index
 
 
-def entries(folder: Path | str) -> set[str] | None:
-    """All entries of the vocabulary, read without any package; None where tokenizer.json is missing."""
+def ids(folder: Path | str) -> dict[str, int] | None:
+    """The id of each entry of the vocabulary, read without any package; None where tokenizer.json is missing."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         return None
     found = json.loads(path.read_bytes())
-    vocabulary = found.get("model", {}).get("vocab", [])
-    return {*(one if isinstance(one, str) else one[0] for one in vocabulary)} | {
-        one["content"] for one in found.get("added_tokens", [])
-    }
+    vocabulary = (found.get("model") or {}).get("vocab") or {}
+    if isinstance(vocabulary, list):
+        vocabulary = {one if isinstance(one, str) else one[0]: number for number, one in enumerate(vocabulary)}
+    return {**vocabulary, **{one["content"]: one["id"] for one in found.get("added_tokens") or ()}}
+
+
+def difference(one: Path | str, other: Path | str) -> str | None:
+    """How two tokenizers differ, if most of the ids that both have stand for other tokens; also None where a
+    tokenizer.json is missing."""
+    found, wanted = ids(one), ids(other)
+    if found is None or wanted is None:
+        return None
+    mine, its = ({number: token for token, number in some.items()} for some in (found, wanted))
+    shared = sorted(mine.keys() & its.keys())
+    apart = [number for number in shared if mine[number] != its[number]]
+    if 2 * len(apart) <= len(shared):
+        return None
+    first = apart[0]
+    return (
+        f"{len(apart):,} of the {len(shared):,} ids that both have stand for other tokens (id {first} for "
+        f"{mine[first]!r} and {its[first]!r})"
+    )
 
 
 def backend(tokenizer: Any) -> Any:
