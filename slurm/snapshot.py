@@ -95,12 +95,13 @@ def _files(recipe: Path | None, package: Path | None) -> dict[str, Path]:
 
 def _package_files(package: Path) -> Iterator[tuple[str, Path]]:
     """Relative name and path of each file, in sorted order; follows links to folders."""
-    for folder, subfolders, names in os.walk(package, followlinks=True):
+    root = os.fspath(package)
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        within = f"megabatch{folder.removeprefix(root)}"
         subfolders[:] = sorted(name for name in subfolders if name not in _LEFT_OUT)
         for name in sorted(names):
             if not name.endswith((".pyc", ".tmp")):
-                path = Path(folder, name)
-                yield f"megabatch/{path.relative_to(package).as_posix()}", path
+                yield f"{within}/{name}", Path(folder, name)
 
 
 def _archive(contents: dict[str, bytes]) -> bytes:
