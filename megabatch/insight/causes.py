@@ -289,7 +289,7 @@ _COMMUNICATION = (
 )
 
 _NAMED = (
-    ("role", r"^error: [a-z]+\.[a-z]+_model_server=.* did not answer for "),
+    ("role", r"^error: ([a-z]+\.[a-z]+_model_server=.*|rollout server \S+) did not answer for "),
     (
         "hardware",
         r"uncorrectable ECC error|Xid \(.*\): (48|62|63|64|74|79|94|95|109|110|119|12[01]|140|143|15[4568]|160|17[12])"

@@ -92,9 +92,12 @@ class Server:
             try:
                 self.client.get("/health", timeout_s=10)
                 return
-            except UnreachableError:
+            except UnreachableError as e:
                 if time.monotonic() > deadline:
-                    raise
+                    raise UnreachableError(
+                        f"rollout server {self.url} did not answer for {self._timeout_s:g} s "
+                        f"(rollout.vllm_server_timeout), at last: {e}"
+                    ) from e
                 time.sleep(0.5)
 
     def facts(self) -> dict[str, Any]:

@@ -105,6 +105,33 @@ def killed(run_dir: str, in_step: int | None = None, in_update: int | None = Non
     return runs.train(run_dir)
 
 
+def serverless(run_dir: str, server: int, in_step: int) -> str:
+    """Trains until the server is killed in a step, for good; the error that ends the run."""
+    from megabatch.errors import RolloutError
+    from megabatch.rollout.vllm.server import Server
+    from megabatch.trainer.engine import Engine
+
+    os.environ["MEGABATCH_ROLE_TOKEN"] = TOKEN
+    step, waits, calls = Engine.step, Server.wait, 0
+
+    def impatient(self: Server) -> None:
+        self._timeout_s = 0.1
+        waits(self)
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == in_step:
+            os.killpg(server, signal.SIGKILL)
+            Server.wait = impatient  # type: ignore[method-assign]
+        return step(*arguments, **keywords)
+
+    Engine.step = counted  # type: ignore[method-assign]
+    with pytest.raises(RolloutError) as caught:
+        runs.train(run_dir)
+    return str(caught.value)
+
+
 def dying(method: Any, number: int) -> Any:
     calls = 0
 
@@ -137,6 +164,14 @@ def brief(model: Path, copy: Path) -> Path:
     return copy
 
 
+def curve_of(run: Path) -> dict[int, tuple[float, ...]]:
+    return {line["step"]: (line["loss"], line["grad_norm"], line["reward"]) for line in runs.metrics(run)}
+
+
+def saved(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
 def keys_of(run: Path) -> dict[int, list[str]]:
     reader = Reader(run / "ledger")
     return {step: [record.key for record in reader.records(step)] for step in reader.steps}
@@ -149,8 +184,7 @@ def test_a_trainer_that_is_killed_twice_ends_with_the_undisturbed_curve(
     made = grpo_recipe(folder, running, steps=3)
     calm = run_of(ranks, made, folder / "calm")
     disturbed = run_of(ranks, made, folder / "disturbed", deaths=2)
-    final = {line["step"]: (line["loss"], line["grad_norm"], line["reward"]) for line in runs.metrics(disturbed)}
-    assert final == {line["step"]: (line["loss"], line["grad_norm"], line["reward"]) for line in runs.metrics(calm)}
+    assert curve_of(disturbed) == curve_of(calm)
     for step in (1, 2, 3):
         a, b = (Reader(run / "ledger").records(step) for run in (calm, disturbed))
         assert [(one.key, one.ids, one.versions) for one in a] == [(one.key, one.ids, one.versions) for one in b]
@@ -223,3 +257,29 @@ def test_what_a_lead_has_begun_is_trained_on_without_one(ranks: RankServer, runn
     assert [record.prompt_ids for record in Reader(ahead / "ledger").records(3)] == [
         record.prompt_ids for record in Reader(folder / "calm" / "ledger").records(3)
     ]
+
+
+def test_a_run_whose_server_is_killed_while_it_generates_goes_on_with_another(
+    ranks: RankServer, running: Running, folder: Path
+) -> None:
+    """Two rounds are begun when it dies. The run ends with one error after its step, and its resume trains on every
+    completion once."""
+    running.revive()
+    server = running.server()
+    server.wait()
+    run = runs.write_run(grpo_recipe(folder, running, steps=3, **AHEAD), folder / "serverless")
+    (error,) = ranks.run(serverless, world_size=1, run_dir=str(run), server=running.process.pid, in_step=1)
+    said = f"rollout server http://127.0.0.1:{running.port} did not answer for 0.1 s (rollout.vllm_server_timeout)"
+    assert error.startswith(f"{said}, at last: ")
+    (line,) = runs.metrics(run)
+    assert line["step"] == 1 and line["in_flight"] + line["landed"] == 16 and saved(run) == ["latest", "step_00000001"]
+    running.process.wait()
+    running.revive()
+    server.wait()
+    server.close()
+    assert ranks.run(killed, world_size=1, run_dir=str(run)) == [0]
+    assert keys_of(run) == {step: [f"{step - 1}/{p}/{n}" for p in range(2) for n in range(4)] for step in (1, 2, 3)}
+    for step in (1, 2, 3):
+        for one in Reader(run / "ledger").records(step):
+            versions = list(one.versions)
+            assert versions == sorted(versions) and max(0, step - 3) <= versions[0] <= versions[-1] <= step - 1
