@@ -75,7 +75,7 @@ def damaged_inputs(
     rows = list(_datasets(recipe, count, fields=("dataset",)))
     known = [counts.get(text) for text in recipe.data.dataset]
     if trains:
-        rows = rows or _too_few(recipe, known) + _one_kind(recipe, known, kinds)
+        rows = rows or _too_few(recipe, known) + _one_kind(recipe, kinds)
     rows += _datasets(recipe, count, fields=("val_dataset",))
     if (
         not rows
@@ -239,12 +239,12 @@ def _too_few(recipe: Recipe, counts: list[int | None]) -> list[Fault]:
     return [Fault("batch.global_batch_size", batch, rule)]
 
 
-def _one_kind(recipe: Recipe, counts: list[int | None], kinds: Mapping[int, Origin]) -> list[Fault]:
+def _one_kind(recipe: Recipe, kinds: Mapping[int, Origin]) -> list[Fault]:
     """Of what the loss tells apart, such as good and bad answers; if all rows were read."""
     from megabatch.data.rows.contrast import contrast_of
 
     contrast = contrast_of(recipe)
-    if contrast is None or None in counts or recipe.data.preprocess is not None or len(kinds) != 1:
+    if contrast is None or len(kinds) != 1 or not all(_was_read(recipe, text) for text in recipe.data.dataset):
         return []
     (kind, first), *_ = kinds.items()
     return [Fault("data.dataset:", None, f"{first}: {contrast.lacking(kind)}", bare=True)]

@@ -183,6 +183,10 @@ def test_answers_of_one_kind(recipe: Recipe, dataset: Path, label: bool) -> None
     kind, lacking = ("good", "bad") if label else ("bad", "good")
     rule = f"is a {kind} answer, as all are; the loss tells good from bad ones, so add {lacking} ones"
     assert found == f"data.dataset: {dataset}:1: {rule}"
+    unread = dataset.with_suffix(".parquet")  # not by the launcher, whatever is said of how many rows are wanted
+    unread.write_bytes(b"PAR1")
+    both = replace(judged.data, dataset=(str(dataset), f"{unread}#10"))
+    assert faults(replace(judged, data=both)) == []
     with open(dataset, "a", encoding="utf-8") as file:
         file.write(json.dumps({**row, "label": not label}) + "\n")
     assert faults(judged) == []
