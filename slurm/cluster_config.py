@@ -112,7 +112,8 @@ _SETTINGS: dict[str, str | int] = {
     "JobAcctGatherType": "jobacct_gather/none",
     "MpiDefault": "none",
     "ReturnToService": 2,
-    "KillWait": 5,
+    # the time that ranks have to save when their job is cancelled or preempted, on a machine that has much else to do
+    "KillWait": 30,
     "InactiveLimit": 0,
     "SlurmctldTimeout": 60,
     "SlurmdTimeout": 30,

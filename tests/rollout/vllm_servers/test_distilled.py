@@ -41,7 +41,7 @@ def teacher(
 ) -> ScoringServer:
     client = Client(f"http://127.0.0.1:{running.port}", token=token, timeout_s=60)
     wanted = Wanted(vocab_size=vocab_size, longest=longest, likeliest=count)
-    return ScoringServer(client, "gkd.teacher_model_server=here", wanted, timeout_s=5)
+    return ScoringServer(client, "gkd.teacher_model_server=here", wanted, timeout_s=60)
 
 
 def probes(folder: Path) -> dict[str, list[int]]:
