@@ -11,7 +11,7 @@ from chat_templates import QWEN3_THINKING
 from megabatch.data.rows.files import Origin, Row
 from megabatch.data.tokens.encoder import Encoder
 from megabatch.data.tokens.encoding import Encoding
-from megabatch.data.tokens.tokenizer import NO_ENTRY, entries, entry, load, train_bpe
+from megabatch.data.tokens.tokenizer import NO_ENTRY, entry, ids, load, train_bpe
 from megabatch.errors import DataError
 
 CARD = (
@@ -64,10 +64,11 @@ def test_several_turns_are_refused_with_their_line(folder: Path) -> None:
 
 
 def test_an_answer_is_an_entry_of_the_vocabulary(folder: Path) -> None:
-    found = entries(folder)
+    found = ids(folder)
     assert found is not None
-    assert {"yes", "no", "<|im_end|>"} <= found and "maybe" not in found
+    assert {"yes", "no", "<|im_end|>"} <= found.keys() and "maybe" not in found
     tokenizer = load(folder)
+    assert found == tokenizer.get_vocab()
     assert tokenizer.convert_ids_to_tokens(entry(tokenizer, "yes", field="x")) == "yes"
     with pytest.raises(DataError, match=f"reranker.it='maybe' {NO_ENTRY}"):
         entry(tokenizer, "maybe", field="reranker.it")
