@@ -101,7 +101,7 @@ def _vllm(recipe: Recipe) -> list[Fault]:
     """Whether ranks that are to have vLLM inside them can import it."""
     if recipe.rollout.vllm_mode != "colocate":
         return []
-    from megabatch.rollout.vllm.engine_options import check_installed  # reads the installed packages: e-mail parsers
+    from megabatch.rollout.vllm.engine_options import check_installed  # imports importlib.metadata, and so email
 
     try:
         check_installed()

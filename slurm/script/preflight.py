@@ -31,7 +31,7 @@ def preflight(job: JobSpec, profile: ClusterProfile) -> list[str]:
         *_LEAVE_OUT,
         'preflight="$MEGABATCH_RUN/logs/preflight.$MEGABATCH_JOB_ID.$MEGABATCH_ATTEMPT" verdict= bad=',
         "export MEGABATCH_NODES=\"${nodes//$'\\n'/ }\"",
-        "wait_longer",
+        "begin_patience",
         'if [ -z "$stop" ]; then',
         "    while :; do",
         "        # a request to stop meanwhile is acted on after it, before any rank starts",

@@ -70,7 +70,7 @@ def launch(job: JobSpec, profile: ClusterProfile) -> list[str]:
     own = f"{without_the_jobs()}; " if job.roles or per_task else ""
     return [
         f"status=0 started={'$role_failed' if job.roles else ''}",
-        "wait_longer",
+        "begin_patience",
         'while [ -z "$stop" ] && [ -z "$started" ]; do',
         "    # a signal that comes before srun listens must not end it",
         f"    (trap '' USR1 USR2; {own}exec {words}) &",

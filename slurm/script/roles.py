@@ -26,7 +26,7 @@ def start_roles(job: JobSpec, profile: ClusterProfile) -> list[str]:
     for role in job.roles:
         lines += _start(job, profile, role, first=first)
         first += role.nodes
-    lines.append("wait_longer")
+    lines.append("begin_patience")
     for role in job.roles:
         lines.append(f"wait_for_role {role.name} {role.tasks} {shell(role.health)} {role.ready_s}")
     return [*lines, "watch_roles &", "role_watch_pid=$!"]

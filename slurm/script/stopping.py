@@ -50,7 +50,7 @@ cut_off() {
     export SLURM_OVERLAP=1
     sleep 1
 }
-wait_longer() { patience=$((SECONDS + PATIENCE)); }
+begin_patience() { patience=$((SECONDS + PATIENCE)); }
 WRITE_ONCE""".replace("PATIENCE", str(_PATIENCE_S))
     .replace(
         "CUT_OFF", shell(rf"^srun: error: Unable to (create step|confirm allocation) for job [0-9]+: ({NO_ANSWER})")
