@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,7 @@ from megabatch.converters.mapping import Block, ExpertLayout, Experts, Mapped, R
 from megabatch.converters.sizes import sizes_of
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megabatch.did_you_mean import did_you_mean
 from megabatch.errors import ConversionError
 from megabatch.hub_cache import cached_folder, download_command, is_hub_name
 from megabatch.plan.shape import ModelShape
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,6 +23,7 @@ from megabatch.converters.safetensors_io.header import Extent, build_header
 from megabatch.converters.safetensors_io.sharding import index_json
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
+from megabatch.values import dataclass
 
 SHARD_SIZE = "5GB"
 """Default size limit of a safetensors file."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, field, replace
 from typing import Literal
 
 from megabatch.converters.sizes import Sizes
 from megabatch.plan.shape import ModelShape
+from megabatch.values import dataclass
 
 Split = Literal["column", "row", "replicated", "vocab"]
 """How tensor parallelism cuts a tensor: each section's rows, the columns, not at all, the padded vocabulary's rows."""

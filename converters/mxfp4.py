@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.engine.compute import numpy
 from megabatch.converters.mapping import Mapped
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"

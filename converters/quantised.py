@@ -7,7 +7,6 @@ MTP projection are not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
@@ -15,6 +14,7 @@ from megabatch.converters.dtypes import FP8
 from megabatch.converters.mxfp4 import METHOD, Mxfp4
 from megabatch.converters.safe_regex import matches
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 SUFFIX = "_scale_inv"
 _FORMATS = ("e4m3", None)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from enum import Enum, auto
 from typing import Any, get_args, get_type_hints
 
 from megabatch.converters.mapping import ExpertLayout
 from megabatch.converters.torch_dist.keys import LayerKeys
+from megabatch.values import dataclass
 
 Path_ = str | os.PathLike[str]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from megabatch.converters import strided_copy
 from megabatch.converters.mapping import Mapped, Piece, elements
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 BLOCK_BYTES = 64 << 20
 """Most bytes that `assemble` joins at once."""

@@ -6,10 +6,10 @@ strided copies of the standard library's memoryview.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.converters.mapping import Mapped, elements
+from megabatch.values import dataclass
 
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 """memoryview's name of an unsigned number of so many bytes."""

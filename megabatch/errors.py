@@ -7,10 +7,10 @@ before a `ConfigError` is raised, so a user sees all faults at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megabatch.secret_text import masked
+from megabatch.values import dataclass
 
 
 class MegabatchError(Exception):

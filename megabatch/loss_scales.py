@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import pairwise
+
+from megabatch.values import dataclass
 
 BASES = ("default", "last_round", "all")
 """All assistant turns, those after the last user message, or every token."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import os
-from dataclasses import dataclass
 from pathlib import Path
+
+from megabatch.values import dataclass
 
 
 class ExitCode(enum.IntEnum):

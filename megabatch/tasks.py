@@ -6,8 +6,9 @@ No other code asks which task a recipe has: tasks differ by fields here and by m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from megabatch.values import dataclass
 
 Rows = Literal[
     "documents", "conversations", "pairs", "judged", "labelled", "steps", "prompts", "ranked", "candidates", "yes_no"

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from megabatch.errors import LaunchError
@@ -21,6 +21,7 @@ from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.quoting import shell
 from megabatch.slurm.script.directives import directives
+from megabatch.values import dataclass
 
 DEFAULT_MAX_SIZE = 1001
 """Slurm's default MaxArraySize."""

@@ -8,9 +8,10 @@ import shlex
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from megabatch.run_directory import RunDirectory
+from megabatch.values import dataclass
 
 AVOIDED_S = 24 * 3600
 """How long later jobs exclude a bad node: sites repair or drain one within a day or so."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.errors import LaunchError, MegabatchError
 from megabatch.run_directory import RunDirectory
+from megabatch.values import dataclass
 
 Kind = Literal["ok", "notok", "any"]
 _TYPES: Mapping[Kind, str] = {"ok": "afterok", "notok": "afternotok", "any": "afterany"}

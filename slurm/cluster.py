@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 
 from megabatch.errors import LaunchError, MegabatchError
@@ -38,6 +38,7 @@ from megabatch.slurm.processes import (
     wait_for,
 )
 from megabatch.slurm.quoting import shell
+from megabatch.values import dataclass
 
 _GUARD = """
 cat # until the owner ends

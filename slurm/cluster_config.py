@@ -7,11 +7,11 @@ import pwd
 import secrets
 import shutil
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.run_directory import write_atomic
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

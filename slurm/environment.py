@@ -7,11 +7,11 @@ The reason becomes the comment above the export in the job script, and the table
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from megabatch.slurm.job import JobSpec
 from megabatch.slurm.profile import ClusterProfile, Network
 from megabatch.slurm.sbatch_options import overriding
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
 from megabatch.config.roles import Role
 from megabatch.run_directory import RunDirectory
+from megabatch.values import dataclass
 
 Preflight = Literal["none", "light", "full"]
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
@@ -29,6 +28,7 @@ from megabatch.slurm.processes import die_with_parent, end_processes, identity, 
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.records import LOCAL, Ending, Start, next_attempt, record_ending, record_start
 from megabatch.slurm.script.variables import check_names
+from megabatch.values import dataclass
 
 _ENDED_WELL = (ExitCode.DONE, ExitCode.REQUEUE)
 _POLL_S = 0.05

@@ -12,7 +12,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from megabatch.slurm.ports import free_port_block
 from megabatch.slurm.processes import die_with_parent
 from megabatch.slurm.roles import check_roles, role_job
 from megabatch.slurm.script.roles import GRACE_S, LAST_LINES
+from megabatch.values import dataclass
 
 _POLL_S = 0.1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,6 +14,7 @@ from megabatch.errors import ConfigError, Fault
 from megabatch.secret_text import secret_given, secrets_in_words
 from megabatch.slurm.ownership import is_others_to_write
 from megabatch.slurm.sbatch_options import sbatch_faults
+from megabatch.values import dataclass
 
 Network = Literal["none", "single_node", "ethernet", "infiniband", "roce", "efa"]
 Runtime = Literal["pyxis", "apptainer"]

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from megabatch.values import dataclass
 
 SOURCES = ("squeue", "sacct", "scontrol")
 _PATIENCE_S = 20

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from megabatch.run_directory import RunDirectory
+from megabatch.values import dataclass
 
 LOCAL = "local"
 """Stands for a job id where ranks ran without Slurm."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from megabatch.config.roles import Role
 from megabatch.config.rules.roles import role_faults
 from megabatch.errors import LaunchError
 from megabatch.slurm.job import JobSpec
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from megabatch.errors import LaunchError
 from megabatch.own_code import PACKAGE
 from megabatch.run_directory import write_bytes_atomic
+from megabatch.values import dataclass
 
 _LEFT_OUT = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 _BLOCK = 512

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.processes import has_ended, identity
 from megabatch.slurm.queue import SOURCES, JobState, State, ask_slurm
 from megabatch.slurm.records import LOCAL, JobRecord, read_records
+from megabatch.values import dataclass
 
 _BY_EXIT_CODE = {ExitCode.DONE.value: State.COMPLETED, ExitCode.REQUEUE.value: State.STOPPED}
 _CANCELLED = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ (?:DUE TO ([A-Z ]+[A-Z]))?")
@@ -28,7 +29,7 @@ _LAST_BYTES = 2**13
 """Of a batch log: srun says a line or two after slurmd's last."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunStatus:
     """What is known of a run."""
 

@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from megabatch.slurm.bad_nodes import avoided, exclude_option
 from megabatch.slurm.environment import for_sbatch
 from megabatch.slurm.ownership import require_own
 from megabatch.slurm.records import record_submission
+from megabatch.values import dataclass
 
 _FIXES = (
     ("invalid partition", "`sinfo` lists the partitions; set `partition` in the cluster profile"),

@@ -6,8 +6,9 @@ strided over the whole tensor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from megabatch.values import dataclass
 
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, NamedTuple
 
 from megabatch.converters.adapters.adapter import Tables
 from megabatch.converters.adapters.config import AdapterConfig
+from megabatch.values import dataclass
 
 
 class Adapted(NamedTuple):

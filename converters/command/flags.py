@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, field, fields
 from difflib import get_close_matches
 from types import NoneType
 from typing import Any
 
 from megabatch.converters.request import ConversionRequest, choices
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 _YES = ("true", "1", "yes", "on")
 _NO = ("false", "0", "no", "off")

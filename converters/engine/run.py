@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from megabatch.converters.engine.commit import commit
@@ -17,6 +16,7 @@ from megabatch.converters.engine.plan import Plan
 from megabatch.converters.engine.source_digests import check_sources
 from megabatch.converters.engine.verify import compare
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 Say = Callable[[str, int], None]
 """Called with what was done (`written`, `verified`) and the bytes of each tensor."""

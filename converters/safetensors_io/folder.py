@@ -7,7 +7,6 @@ import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ from megabatch.converters.mapping import elements
 from megabatch.converters.regular_files import INDEX_BYTES, open_regular, read_regular
 from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, parse_object, read_header
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BUFFER_BYTES = 1 << 20

@@ -11,13 +11,13 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.regular_files import open_regular
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,

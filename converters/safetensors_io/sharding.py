@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megabatch.converters.atomic import replacing
@@ -14,6 +13,7 @@ from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.safetensors_io.folder import INDEX, SINGLE
 from megabatch.converters.safetensors_io.header import entries_bytes, tensor_bytes
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 _UNITS = {"": 1} | {
     f"{prefix}{unit}": base**power

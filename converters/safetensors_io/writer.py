@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +18,7 @@ from megabatch.converters.mapping import elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE, build_header
 from megabatch.errors import ConversionError
 from megabatch.saved.manifest import File, Range
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

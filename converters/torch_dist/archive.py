@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import struct
 import zlib
-from dataclasses import dataclass
 
 from megabatch.converters.mapping import elements
 from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.pickle_codec import Call, Global, Persistent, dump, load
 from megabatch.converters.torch_dist.zip_directory import ZipDirectory
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 STORAGES = {"BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage", "F64": "DoubleStorage"}
 """torch's storage class for each of safetensors' dtypes."""

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from megabatch.converters.safetensors_io.header import ITEMSIZE
 from megabatch.converters.torch_dist.archive import StoredTensor, open_tensor
 from megabatch.converters.torch_dist.metadata import Chunk, Entry, Stored, load_metadata
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 _WHY = "; is this a torch_dist checkpoint?"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.converters.mapping import Mapped
 from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
+from megabatch.values import dataclass
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _HAS_STATE = re.compile(r".*\.(?:linear_\w+|eh_proj|in_proj|out_proj|core_attention)\.")

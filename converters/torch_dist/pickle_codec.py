@@ -10,10 +10,10 @@ import io
 import pickle
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from megabatch.errors import ConversionError
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 from typing import TYPE_CHECKING, Literal
 
 from megabatch.chain.outputs import reference
 from megabatch.config.recipe import Recipe
 from megabatch.config.resources import Resources
 from megabatch.config.roles import Role
+from megabatch.values import dataclass
 
 if TYPE_CHECKING:  # a recipe without conversions does not need the tables
     from megabatch.converters.request import ConversionRequest

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from megabatch.values import dataclass
 
 _REFERENCE = re.compile(r"<output of ([^<>:]*): (hf|mcore|checkpoint|folder|file ([^<>]+))>")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from megabatch.chain.declare import Chain, Step
@@ -17,6 +17,7 @@ from megabatch.slurm.profile import ClusterProfile, load_profile
 from megabatch.slurm.render import render
 from megabatch.slurm.snapshot import Snapshot, snapshot_of
 from megabatch.user_code import files_to_archive
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

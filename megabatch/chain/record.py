@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.run_directory import write_atomic
 from megabatch.slurm.queue import State
 from megabatch.slurm.state import RunStatus, status
+from megabatch.values import dataclass
 
 FILE = "chain.json"
 

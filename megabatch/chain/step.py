@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from megabatch.chain.conversion import conversion_arguments, flag_faults, source_faults, with_absolute_paths
@@ -27,6 +27,7 @@ from megabatch.slurm.job import Input, JobSpec
 from megabatch.slurm.profile import ClusterProfile
 from megabatch.slurm.render import render
 from megabatch.slurm.snapshot import Snapshot
+from megabatch.values import dataclass
 
 OUTPUT = "output"
 """Folder of a conversion's result, inside its step's."""

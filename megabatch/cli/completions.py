@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megabatch.cli.runs import one_run
@@ -15,6 +15,7 @@ from megabatch.insight.masking import Masker
 from megabatch.ledger.reader import Reader
 from megabatch.ledger.record import Record
 from megabatch.run_directory import RunDirectory
+from megabatch.values import dataclass
 
 LONGEST = 600
 """Characters that a text is cut to, in the middle, without `--full`."""

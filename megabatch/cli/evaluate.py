@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from megabatch.entry.launch_checks import faults_here, require_torch
 from megabatch.errors import ConfigError
 from megabatch.run_directory import ExitCode, RunDirectory, write_atomic
 from megabatch.table import table
+from megabatch.values import dataclass
 
 _CACHE = "MEGABATCH_CACHE"
 

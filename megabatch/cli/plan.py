@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megabatch.cli.estimate_text import estimate_document, estimate_text
@@ -25,6 +24,7 @@ from megabatch.errors import ConfigError, Fault, MegabatchError
 from megabatch.plan.memory import MARGIN, usable_gib
 from megabatch.plan.shape import ModelShape
 from megabatch.sweep.declare import Sweep
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

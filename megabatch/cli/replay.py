@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megabatch.ledger.reader import Reader
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.history import MCORE, checkpoints, step_of
 from megabatch.table import table, terminal_width
+from megabatch.values import dataclass
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 1e-2}
 """Largest relative difference by the run's `torch_dtype`. In float32 only the order of sums differs between a run's

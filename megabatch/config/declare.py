@@ -13,13 +13,15 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from megabatch.values import dataclass
+
 T = TypeVar("T")
 _FACTS = "megabatch"
 MOST_RANKS = 1 << 20
 """Upper limit for counts of ranks, GPUs and nodes: more than any cluster has, and few enough to look for divisors."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a declaration says besides name, type, default and meaning."""
 
@@ -82,7 +84,7 @@ def freeze_lists(group: Any) -> None:
             object.__setattr__(group, field.name, tuple(value))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One declared parameter."""
 

@@ -7,10 +7,10 @@ The trainer's objectives and measures of whole sets are where they come from (`t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from megabatch.config.heads import problem_type
 from megabatch.config.recipe import Recipe
+from megabatch.values import dataclass
 
 _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 _LOGPS = ("logps/chosen", "logps/rejected")

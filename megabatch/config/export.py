@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.config.declare import param
+from megabatch.values import dataclass
 
 _CONVERTS = "is an option of megabatch-convert (docs/converters.md)"
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,6 +20,7 @@ from megabatch.config.new_model import without_new_model
 from megabatch.config.recipe import Recipe
 from megabatch.errors import ConfigError, Fault
 from megabatch.tasks import find_task
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from megabatch.config.declare import freeze_lists, param
+from megabatch.values import dataclass
 
 _LARGEST = 1 << 32
 """Upper limit for a dimension, as in the converters: an estimate has a row for each part of a model."""

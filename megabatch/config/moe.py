@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.config.declare import freeze_lists, param
+from megabatch.values import dataclass
 
 _BALANCING = (
     "gives each layout another loss or another model: megatron-core (0.16) takes a packed row for one sequence "

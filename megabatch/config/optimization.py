@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from megabatch.config.declare import param
+from megabatch.values import dataclass
 
 _SCALED = "keeps numbers with a scale beside them, which checkpoints do not hold"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.config.declare import MOST_RANKS, param
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from megabatch.config.checkpoint import Bridge, Checkpoint
@@ -28,6 +28,7 @@ from megabatch.config.training import Batch, Training
 from megabatch.config.tuner import Tuner
 from megabatch.config.watching import Watching
 from megabatch.tasks import Task, find_task
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.config.declare import param
+from megabatch.values import dataclass
 
 JUDGE_PROMPT = """\
 Judge how well an assistant answered. The conversation:

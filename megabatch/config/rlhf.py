@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.config.declare import MOST_RANKS, freeze_lists, param
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +83,7 @@ class Dpo:
 
     beta: float = param(0.1, at_least=0)
     """How strongly the policy is kept close to the reference; for `ipo` the regularisation."""
-    loss_type: DpoLoss | Sequence[DpoLoss] = param("sigmoid")  # noqa: RUF009 - it is immutable
+    loss_type: DpoLoss | Sequence[DpoLoss] = param("sigmoid")
     """Variant of the loss, in TRL's spelling, or several that are added up; `aot_pair` is TRL's older name of
     `aot_unpaired`."""
     loss_weights: Sequence[float] | None = param(None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megabatch.config.declare import freeze_lists
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

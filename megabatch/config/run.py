@@ -8,7 +8,7 @@ import json
 import logging
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from megabatch.plan.layout import Layout
 from megabatch.plan.shape import ModelShape
 from megabatch.run_directory import write_atomic
 from megabatch.tasks import Task
+from megabatch.values import dataclass
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1

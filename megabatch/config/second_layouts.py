@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import lcm
 
 from megabatch.config.parallel import Parallel
 from megabatch.config.recipe import Recipe
 from megabatch.plan import layout as plan
+from megabatch.values import dataclass
 
 SIZES = (
     "tensor_model_parallel_size",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megabatch.config.recipe import Recipe
 from megabatch.config.rlhf import Gkd
+from megabatch.values import dataclass
 
 ROLE = "role:"
 """Begins the address of a role of the job."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from megabatch.values import dataclass
 
 Kind = Literal["url", "model"]
 _FORMS = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from megabatch.config.declare import param
+from megabatch.values import dataclass
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 

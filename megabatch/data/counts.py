@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megabatch.data.rows import names
 from megabatch.data.rows.preprocess import source_of
 from megabatch.errors import ConfigError, DataError
 from megabatch.run_directory import write_atomic
+from megabatch.values import dataclass
 
 NAME = ".counts.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".gguf")

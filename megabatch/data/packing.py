@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
 
 import numpy as np
 
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

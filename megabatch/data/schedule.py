@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from megabatch.data.packing import Packs, pack, samples_of, singletons
 from megabatch.errors import DataError
 from megabatch.plan.batch import train_iters
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from megabatch.data.tokens.chunk import ChunkArrays
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.workers import CHUNK_ROWS, encoded_chunks
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass
+
+from megabatch.values import dataclass
 
 _TIMEOUT_S = 20
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 
 from megabatch.doctor.commands import run_command
 from megabatch.slurm.profile import ClusterProfile
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

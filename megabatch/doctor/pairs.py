@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from megabatch.doctor.finding import Finding, fault
 from megabatch.doctor.requirements import VLLM
 from megabatch.doctor.versions import supports
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

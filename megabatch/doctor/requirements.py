@@ -3,8 +3,9 @@ pyproject.toml by a test."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from megabatch.values import dataclass
 
 Level = Literal["core", "train", "optional"]
 

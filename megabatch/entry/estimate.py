@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 from megabatch.config.layout import chunks_of, layout_of
 from megabatch.config.lengths import generates, item_tokens, row_tokens
@@ -35,6 +35,7 @@ from megabatch.plan.rank_size import rank_sizes
 from megabatch.plan.settings import Muon, Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
+from megabatch.values import dataclass
 
 DEFAULT_GPU = "H100"
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from megabatch.slurm.ownership import require_own
 from megabatch.slurm.profile import ClusterProfile, load_profile
 from megabatch.slurm.snapshot import Snapshot, snapshot_of
 from megabatch.user_code import files_to_archive
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

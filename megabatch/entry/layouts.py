@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules import parallelism, pipeline
@@ -14,6 +14,7 @@ from megabatch.errors import Fault
 from megabatch.plan.gpus import Gpu
 from megabatch.plan.layouts import Choice, choices
 from megabatch.plan.shape import ModelShape
+from megabatch.values import dataclass
 
 GPUS_PER_NODE = 8
 """For a recipe that asks for none."""

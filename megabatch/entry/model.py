@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.environment import SHARED_CACHES
 from megabatch.trainable import untrainable
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

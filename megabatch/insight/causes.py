@@ -9,9 +9,9 @@ source of each text.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
 from megabatch.slurm.script.stopping import NO_ANSWER
+from megabatch.values import dataclass
 
 
 class Source(enum.StrEnum):

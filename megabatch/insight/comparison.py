@@ -6,7 +6,6 @@ import difflib
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from megabatch.run_directory import RunDirectory
 from megabatch.slurm.records import LOCAL, read_records
 from megabatch.slurm.snapshot import read_snapshot
 from megabatch.slurm.state import read_heartbeat
+from megabatch.values import dataclass
 
 Differences = dict[str, tuple[Any, Any]]
 """Both values by dotted name; None for a missing one."""

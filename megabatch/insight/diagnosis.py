@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from megabatch.errors import LaunchError
@@ -41,6 +41,7 @@ from megabatch.slurm.logs import rank_logs
 from megabatch.slurm.nodelist import node_names
 from megabatch.slurm.queue import SOURCES, State
 from megabatch.slurm.state import RunStatus, status
+from megabatch.values import dataclass
 
 SHOWN_LINES = 15
 _ENDED_WELL = (ExitCode.DONE, ExitCode.REQUEUE)

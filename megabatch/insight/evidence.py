@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from megabatch.insight.causes import CAUSES, CONSEQUENCES, TABLE, Cause, Source
 from megabatch.insight.tail import tail
 from megabatch.run_directory import RunDirectory
+from megabatch.values import dataclass
 
 SEARCHED_BYTES = 2**19
 """Bytes read at the end of each rank's log."""

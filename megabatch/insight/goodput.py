@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megabatch.slurm.records import JobRecord
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

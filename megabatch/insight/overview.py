@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megabatch.saved.history import SetAside, notes
 from megabatch.slurm.bad_nodes import BadNode, read_bad_nodes
 from megabatch.slurm.queue import State
 from megabatch.slurm.state import RunStatus, status
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megabatch.insight.masking import Masker
 from megabatch.insight.overview import Overview, history, overview, run_json
 from megabatch.run_directory import ExitCode, RunDirectory
 from megabatch.slurm.queue import State
+from megabatch.values import dataclass
 
 _CHARTS = (
     ("loss", "Loss"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from megabatch.errors import RewardError
 from megabatch.ledger.record import Record, decode
 from megabatch.ledger.segments import Frame, frames, segments
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from megabatch.values import dataclass
 
 HEADER = struct.Struct("<4sIIQI")
 MARK = b"MBL1"

@@ -7,7 +7,7 @@ today: grouped queries, gated MLPs, flash attention, no dropout, experts. Sizes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from megabatch.plan.adapters import is_target, matrices
@@ -16,6 +16,7 @@ from megabatch.plan.routing import routed_tokens
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.weights import Kind
+from megabatch.values import dataclass
 
 _DROPPED: Mapping[str, tuple[str, ...]] = {
     "core_attn": ("scores",),

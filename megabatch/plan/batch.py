@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
+
+from megabatch.values import dataclass
 
 
 def nearest_multiples(value: int, *, of: int) -> tuple[int, ...]:

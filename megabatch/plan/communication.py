@@ -6,10 +6,9 @@ ones; for experts: expert tensor, expert, expert data and pipeline parallel ones
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megabatch.plan.gpus import Gpu
 from megabatch.plan.settings import Settings
+from megabatch.values import dataclass
 
 LINK_EFFICIENCY = 0.75
 """Fraction of a link's bandwidth that NCCL reaches with large messages."""

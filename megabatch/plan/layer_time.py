@@ -6,8 +6,6 @@ bandwidth (arXiv:2104.04473 for the operations). The fractions are the same for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megabatch.plan import weights
 from megabatch.plan.activations import keys_values, stream
 from megabatch.plan.communication import all_to_all_s, groups, ring_s
@@ -17,6 +15,7 @@ from megabatch.plan.routing import EXPERT_IMBALANCE, routed_tokens
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.weights import Kind, Weight
+from megabatch.values import dataclass
 
 MATMUL_EFFICIENCY = 0.7
 """Fraction of the peak that large matrix products reach. Calibrated (docs/planning.md)."""

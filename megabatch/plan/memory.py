@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megabatch.plan import weights
 from megabatch.plan.activations import LayerActivations, layer_activations, stream
@@ -13,6 +12,7 @@ from megabatch.plan.rank_size import RankSize
 from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
+from megabatch.values import dataclass
 
 LOSS_CHUNK = 1 << 24
 """Number of logits that the loss converts to fp32 at a time (`CHUNK_ELEMENTS` of the trainer's `ops/vocab.py`)."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from math import lcm
 
 from megabatch.plan import weights
@@ -20,6 +19,7 @@ from megabatch.plan.settings import Settings
 from megabatch.plan.shape import ModelShape
 from megabatch.plan.stages import Chunk
 from megabatch.plan.weights import Kind, Weight
+from megabatch.values import dataclass
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 PARAMETER_UNIT = 64

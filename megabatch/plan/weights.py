@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from megabatch.plan.shape import ModelShape
+from megabatch.values import dataclass
 
 Split = Literal["column", "row", "vocab", "replicated"]
 

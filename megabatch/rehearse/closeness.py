@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from megabatch.converters.safetensors_io import HfFolder
 from megabatch.errors import CheckpointError
 from megabatch.rehearse.compare import records
 from megabatch.run_directory import RunDirectory
+from megabatch.values import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megabatch.config.recipe import Recipe
@@ -16,6 +15,7 @@ from megabatch.rehearse.runs import most_ranks, opened, prepared, require, say_w
 from megabatch.rehearse.shrink import shrink
 from megabatch.run_directory import ExitCode
 from megabatch.slurm.job import JobSpec
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,11 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from megabatch.converters.safetensors_io import HfFolder
 from megabatch.run_directory import RunDirectory
+from megabatch.values import dataclass
 
 COMPUTED = ("loss_sum", "loss_count", "grad_norm", "learning_rate", "tokens", "samples", "consumed_tokens")
 EVALUATED = ("eval_loss_sum", "eval_loss_count")

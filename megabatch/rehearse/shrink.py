@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megabatch.config.rules.check import check
 from megabatch.config.second_layouts import REFERENCE, TEACHER
 from megabatch.errors import ConfigError, Fault
 from megabatch.plan.shape import ModelShape
+from megabatch.values import dataclass
 
 LENGTH, ROWS, VALIDATION_ROWS, VOCABULARY, SAVE_EVERY = 256, 200, 24, 512, 3
 HEAD_DIM, MLP, EXPERT_MLP = 8, 64, 32

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megabatch.errors import ConfigError, RewardError
 from megabatch.rewards.sample import Place, RewardSample, Score
+from megabatch.values import dataclass
 
 COLUMN = "solution"
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

@@ -8,12 +8,12 @@ import re
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megabatch.errors import RewardError
 from megabatch.rewards.sample import Place, RewardSample, Score
 from megabatch.rewards.sandbox import lacking, run
+from megabatch.values import dataclass
 
 _log = logging.getLogger(__name__)
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)

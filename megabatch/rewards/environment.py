@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from megabatch.rewards.sample import Place, Score
+from megabatch.values import dataclass
 
 COLUMN = "environment_reward"
 """Sum of the turns' rewards; None if no turn has one."""

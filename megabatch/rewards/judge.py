@@ -10,11 +10,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megabatch.errors import ConfigError, RewardError
 from megabatch.rewards.sample import NoReward, Place, RewardSample, Score
+from megabatch.values import dataclass
 
 _SCORE = re.compile(r"score\W{0,4}\s*([-+]?\d*\.?\d+)", re.IGNORECASE)
 _FIELD = re.compile(r"\{(\w+)\}")

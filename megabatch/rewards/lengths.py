@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from megabatch.rewards.sample import Place, RewardSample, Score
+from megabatch.values import dataclass
 
 _BETWEEN = re.compile(r"</think>\s*<answer>")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +11,7 @@ from megabatch.errors import ConfigError
 from megabatch.rewards.own import load_function
 from megabatch.rewards.process import WRONG_AND_RIGHT, StepTokens, aggregated, separator_of
 from megabatch.rewards.sample import Place, RewardSample, Score
+from megabatch.values import dataclass
 
 Device = Literal["auto", "cpu", "cuda"]
 _TOKENS = "ForTokenClassification"

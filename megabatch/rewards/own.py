@@ -14,7 +14,6 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Protocol
 
@@ -22,6 +21,7 @@ from megabatch.errors import ConfigError, RewardError
 from megabatch.rewards.sample import Place, RewardSample, Score
 from megabatch.user_code import load_named, split
 from megabatch.user_error import describe_error
+from megabatch.values import dataclass
 
 EXAMPLE = "my_rewards.py:brevity"
 LARGEST = 3.4e38

@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from megabatch.errors import RewardError
 from megabatch.own_code import PACKAGE
 from megabatch.rewards.sample import Reward, RewardSample
 from megabatch.rewards.worker import LENGTH, READY
+from megabatch.values import dataclass
 
 STARTING_S = 300.0
 """A new process may take so long until it runs, which is not the reward's time: the machine may be busy."""

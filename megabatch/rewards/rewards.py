@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby, pairwise
 from types import TracebackType
 from typing import Any
@@ -15,6 +14,7 @@ from megabatch.rewards.accuracy import Accuracy
 from megabatch.rewards.lengths import Cosine
 from megabatch.rewards.pool import Call, Failed, Pool
 from megabatch.rewards.sample import NoReward, Reward, RewardSample
+from megabatch.values import dataclass
 
 _log = logging.getLogger(__name__)
 _NAMED = 3

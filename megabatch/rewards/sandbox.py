@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from megabatch.rewards import confined
+from megabatch.values import dataclass
 
 _OUTPUT_BYTES = 2**20
 """Output beyond this is not read."""

@@ -5,11 +5,12 @@ N: completions, those of a prompt side by side; G: completions of a prompt; R: r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from megabatch.values import dataclass
 
 Estimator = Literal["grpo", "rloo", "reinforce_plus_plus"]
 Scale = Literal["group", "batch", "none", "gdpo"]

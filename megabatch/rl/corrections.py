@@ -5,13 +5,13 @@ T: tokens of a flat row, N: its completions. Masks are 1 on the completions' tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megabatch.rl.sequences import Sequences
+from megabatch.values import dataclass
 
 Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
+
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ The first matching row decides. If a row matches but leads to nothing, that is a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from megabatch.did_you_mean import did_you_mean
@@ -21,6 +20,7 @@ from megabatch.errors import CheckpointError
 from megabatch.saved import history
 from megabatch.saved.history import HF, MCORE, TRAINER
 from megabatch.saved.manifest import read_manifest
+from megabatch.values import dataclass
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 """Megatron-LM's file beside `iter_0000100/` or `release/` that names the newest, and the name of a checkpoint that did

@@ -13,13 +13,14 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from megabatch.errors import CheckpointError
 from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.saved.manifest import MANIFEST, read_file, read_manifest
+from megabatch.values import dataclass
 
 TRAINER, MCORE, HF = "trainer.json", "mcore", "hf"
 """Parts of a checkpoint: progress, the state for a resume, and the Hugging Face folder."""

@@ -17,11 +17,11 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from megabatch.errors import CheckpointError
+from megabatch.values import dataclass
 
 MANIFEST = "megabatch-manifest.json"
 WHOLE = "all of it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from megabatch.config.flags import Actions
@@ -25,6 +25,7 @@ from megabatch.sweep.declare import Sweep
 from megabatch.sweep.names import value_text
 from megabatch.sweep.points import Point, points_of
 from megabatch.user_error import describe_error
+from megabatch.values import dataclass
 
 _SHAPES = ("model", "moe", "mla", "mtp", "bridge", "data", "tuner")
 """Groups of the recipe that a model's shape depends on."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 from typing import Any
 
 from megabatch.config.recipe import Recipe
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.slurm.ownership import require_own
 from megabatch.sweep.candidates import Candidates
+from megabatch.values import dataclass
 
 SWEEP_JSON = "sweep.json"
 SCHEMA_VERSION = 1

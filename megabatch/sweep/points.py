@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from megabatch.config.flags import Named, named, overridden
@@ -14,6 +14,7 @@ from megabatch.config.run import save_folder
 from megabatch.errors import ConfigError, Fault
 from megabatch.sweep.declare import Sweep
 from megabatch.sweep.names import run_names, value_text
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

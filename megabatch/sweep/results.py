@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from megabatch.run_directory import RunDirectory
 from megabatch.slurm.queue import State
 from megabatch.slurm.state import status
 from megabatch.sweep.folder import SWEEP_JSON, read_sweep
+from megabatch.values import dataclass
 
 THROUGHPUT = "tokens_per_s"
 SHOWN = (THROUGHPUT, "mfu", "memory_gib", "loss", "eval_loss", "reward", "eval_reward")

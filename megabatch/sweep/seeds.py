@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from megabatch.values import dataclass
 
 SEED = "training.seed"
 CONFIDENCE = 0.95

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megabatch.data.cache.token_cache import TokenCache
@@ -12,6 +11,7 @@ from megabatch.data.rows.mixing import Mixing
 from megabatch.data.rows.sources import resolve
 from megabatch.data.tokens.encoding import Encoding
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

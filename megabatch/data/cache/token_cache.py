@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from megabatch.data.tokens.sample import Sample
 from megabatch.data.tokens.shared import SHARED
 from megabatch.data.tokens.workers import encoded_chunks
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -20,6 +19,7 @@ from megabatch.data.rows import strict_json
 from megabatch.data.rows.compressed import COMPRESSIONS, inner_suffix, is_damage, open_bytes
 from megabatch.data.rows.strict_json import JsonError
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 _LOOKED_AT = 10_000
 """Paths below a folder, for one that is a dataset."""

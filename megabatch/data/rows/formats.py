@@ -17,12 +17,13 @@ may hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from megabatch.data.rows.files import Row
 from megabatch.data.rows.turns import SAYING, Message, Turns, from_json, said_as_list, short, turns_of
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 __all__ = ["Conversation", "Message", "channel_of", "conversation_of", "is_text", "renamed"]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from megabatch.data.rows.files import Line, Row
 from megabatch.data.rows.sources import Source
+from megabatch.values import dataclass
 
 log = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from megabatch.data.rows import files
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 EXAMPLES = (
     "arithmetic",

@@ -19,7 +19,7 @@ Every shape may carry `margin` (by how much the first answer is better), `ref_ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from megabatch.data.rows.files import Row
@@ -28,6 +28,7 @@ from megabatch.data.rows.numbers import is_number, told
 from megabatch.data.rows.one_prompt import answers_start, learned_from, read_alike, refuse_another_prompt, weighed
 from megabatch.data.rows.turns import Message, said_as_list, short, turns_of
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
 _LISTS = ("messages", "conversations", "conversation")

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from megabatch.config.embedding import Embedding
@@ -25,6 +25,7 @@ from megabatch.data.rows.formats import Conversation, is_text, renamed, require_
 from megabatch.data.rows.numbers import is_number, told
 from megabatch.data.rows.turns import from_json, short, turns_of
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 Said = str | Conversation
 _ANCHORS = ("query", "anchor", "sentence1", "messages")

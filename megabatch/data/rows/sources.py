@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from megabatch.data.rows import files, hub, names, synthetic
 from megabatch.data.rows.digests import Digests
 from megabatch.data.rows.files import Line, Row
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 Hub = Literal["hf", "ms"]
 

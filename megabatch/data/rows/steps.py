@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from megabatch.data.rows.files import Row
@@ -19,6 +19,7 @@ from megabatch.data.rows.numbers import is_truth, told
 from megabatch.data.rows.prompts import prompt_of
 from megabatch.data.rows.turns import from_json, short
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 _STEPS, _LABELS = "completions", "labels"
 

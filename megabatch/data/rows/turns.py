@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from megabatch.data.rows.numbers import is_number
 from megabatch.data.rows.strict_json import JsonError, loads
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megabatch.data.rows.files import Origin
 from megabatch.data.tokens.sample import Encoded, Item
+from megabatch.values import dataclass
 
 
 class Names(NamedTuple):

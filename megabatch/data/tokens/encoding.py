@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
 from megabatch.config.training import ProblemType
 from megabatch.tasks import Rows
+from megabatch.values import dataclass
 
 Truncation = Literal["delete", "left", "right", "split", "raise"]
 """What happens to a sample longer than max_length: drop and count it, cut it at an end or into pieces, or an error."""

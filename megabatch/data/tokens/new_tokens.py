@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megabatch.errors import DataError
+from megabatch.values import dataclass
 
 FIELD = "model.new_special_tokens"
 TOKENIZER = "tokenizer.json"

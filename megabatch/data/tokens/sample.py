@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from megabatch.values import dataclass
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
