@@ -69,7 +69,7 @@ def snapshot_of(
     Raises: LaunchError when a file cannot be read.
     """
     try:
-        contents = {name: path.read_bytes() for name, path in (_files(recipe, package) | dict(further or {})).items()}
+        contents = {name: _read(path) for name, path in (_files(recipe, package) | dict(further or {})).items()}
     except OSError as error:
         raise LaunchError(f"cannot read the code for the job: {error}") from error
     content = _archive(contents)
@@ -87,14 +87,19 @@ def read_snapshot(path: Path) -> dict[str, bytes]:
         raise OSError(f"{path}: {error}") from error
 
 
-def _files(recipe: Path | None, package: Path | None) -> dict[str, Path]:
-    files = dict(_package_files(package or PACKAGE))
+def _read(path: str | Path) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def _files(recipe: Path | None, package: Path | None) -> dict[str, str | Path]:
+    files: dict[str, str | Path] = dict(_package_files(package or PACKAGE))
     if recipe is not None:
         files[f"recipe/{recipe.name}"] = recipe
     return files
 
 
-def _package_files(package: Path) -> Iterator[tuple[str, Path]]:
+def _package_files(package: Path) -> Iterator[tuple[str, str]]:
     """Relative name and path of each file, in sorted order; follows links to folders."""
     root = os.fspath(package)
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -102,7 +107,7 @@ def _package_files(package: Path) -> Iterator[tuple[str, Path]]:
         subfolders[:] = sorted(name for name in subfolders if name not in _LEFT_OUT)
         for name in sorted(names):
             if not name.endswith((".pyc", ".tmp")):
-                yield f"{within}/{name}", Path(folder, name)
+                yield f"{within}/{name}", f"{folder}/{name}"
 
 
 def _archive(contents: dict[str, bytes]) -> bytes:

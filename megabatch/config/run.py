@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +33,6 @@ from megabatch.run_directory import write_atomic
 from megabatch.tasks import Task
 from megabatch.values import dataclass
 
-log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 """Raised whenever an older run.json could no longer be read, or would mean something else."""
 EVALUATION = "evaluation"
@@ -95,7 +93,9 @@ class RunConfig:
         if not lacks:
             return config
         default = "its default" if len(lacks) == 1 else "their defaults"
-        log.warning("%s was written without %s; taking %s", path, ", ".join(lacks), default)
+        import logging
+
+        logging.getLogger(__name__).warning("%s was written without %s; taking %s", path, ", ".join(lacks), default)
         recipe = derived(config.recipe, shape=config.shape, run_dir=Path(config.run_dir))
         return replace(config, recipe=recipe)
 

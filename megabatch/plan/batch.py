@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from megabatch.values import dataclass
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 def nearest_multiples(value: int, *, of: int) -> tuple[int, ...]:
@@ -45,17 +48,23 @@ class GrpoBatch:
     @property
     def num_rollout_prompts(self) -> Fraction:
         """Prompts of a round of generation."""
-        return Fraction(self.generation_batch_size, self.num_generations)
+        return _fraction(self.generation_batch_size, self.num_generations)
 
     @property
     def num_train_prompts(self) -> Fraction:
         """Prompts of an optimizer step."""
-        return Fraction(self.global_batch_size, self.num_generations)
+        return _fraction(self.global_batch_size, self.num_generations)
 
     @property
     def num_prompts_per_dp_group(self) -> Fraction:
         """Prompts of an optimizer step on each data parallel rank: must be a multiple of `micro_batch_size`."""
         return self.num_train_prompts / self.dp
+
+
+def _fraction(above: int, below: int) -> Fraction:
+    from fractions import Fraction  # takes long to import, and launches of other tasks need none
+
+    return Fraction(above, below)
 
 
 def grpo_batch(

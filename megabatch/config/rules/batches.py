@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
 from itertools import count
 from math import gcd, lcm
 
@@ -18,16 +17,18 @@ _MOST_STEPS = 10_000
 """Of a round, in numbers that errors name: a round of any size is looked through in no time."""
 
 
-def _dp(recipe: Recipe) -> Fraction:
+def _dp(recipe: Recipe) -> int | None:
+    """Data parallel ranks, or None where the world does not hold whole replicas."""
     parallel = recipe.parallel
     model_ranks = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     )
-    return Fraction(recipe.resources.world_size, model_ranks)
+    dp, over = divmod(recipe.resources.world_size, model_ranks)
+    return None if over else dp
 
 
 def world_holds_whole_replicas(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
-    if _dp(recipe).denominator == 1:
+    if _dp(recipe) is not None:
         return
     parallel, resources = recipe.parallel, recipe.resources
     tp, pp, cp = (
@@ -48,12 +49,12 @@ def world_holds_whole_replicas(recipe: Recipe, shape: ModelShape | None, layout:
 
 def global_batch_is_whole(recipe: Recipe, shape: ModelShape | None, layout: Layout | None) -> Iterator[Fault]:
     dp, micro, total = _dp(recipe), recipe.batch.micro_batch_size, recipe.batch.global_batch_size
-    if dp.denominator != 1 or total % (micro * int(dp)) == 0:
+    if dp is None or total % (micro * dp) == 0:
         return
     yield Fault(
         "batch.global_batch_size",
         total,
-        f"must be a multiple of micro_batch_size*dp={micro}*{dp}={micro * int(dp)}",
+        f"must be a multiple of micro_batch_size*dp={micro}*{dp}={micro * dp}",
         try_=_global_batches(recipe, shape),
     )
 
@@ -85,7 +86,7 @@ def _interleaves(micro_batches: int, *, group: int | None, pp: int) -> bool:
 def _global_batches(recipe: Recipe, shape: ModelShape | None) -> tuple[int, ...]:
     """The nearest global batches that keep every rule here, `generation_batch_size` included if any divides it."""
     batch, total = _grpo(recipe), recipe.batch.global_batch_size
-    each = recipe.batch.micro_batch_size * int(_dp(recipe))
+    each = recipe.batch.micro_batch_size * (_dp(recipe) or 1)
     unit = each if batch is None else each * batch.num_generations
     group = recipe.parallel.microbatch_group_size_per_virtual_pipeline_stage
     pp = recipe.parallel.pipeline_model_parallel_size
@@ -116,12 +117,13 @@ def _nearest(value: int, numbers: Iterable[int]) -> tuple[int, ...]:
 
 def _grpo(recipe: Recipe) -> GrpoBatch | None:
     """GRPO's numbers where they matter and dp is whole."""
-    if recipe.kind is None or recipe.kind.name != "grpo" or _dp(recipe).denominator != 1:
+    dp = _dp(recipe)
+    if recipe.kind is None or recipe.kind.name != "grpo" or dp is None:
         return None
     return grpo_batch(
         global_batch_size=recipe.batch.global_batch_size,
         micro_batch_size=recipe.batch.micro_batch_size,
-        dp=int(_dp(recipe)),
+        dp=dp,
         num_generations=recipe.grpo.num_generations,
         steps_per_generation=recipe.grpo.steps_per_generation,
         generation_batch_size=recipe.grpo.generation_batch_size,

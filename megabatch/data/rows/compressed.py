@@ -5,7 +5,6 @@ gzip is Python's own. Zstandard is read by pyarrow, which comes with `datasets`;
 
 from __future__ import annotations
 
-import gzip
 import io
 import zlib
 from pathlib import Path
@@ -27,6 +26,8 @@ def open_bytes(path: Path) -> IO[bytes]:
     """The file's content, uncompressed while it is read. Raises: OSError, DataError without a reader for it."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
+        import gzip
+
         return cast(IO[bytes], gzip.open(path, "rb"))
     return _zstandard(path) if suffix == ".zst" else open(path, "rb")
 

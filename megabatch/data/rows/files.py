@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import csv
-import difflib
 import hashlib
 import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -110,7 +109,7 @@ def nearest(path: Path) -> str:
     files = sorted(name for name, p in inside.items() if is_readable(p) and p.is_file())
     readable = [name for name in files if inner_suffix(path) == ".txt" or inner_suffix(inside[name]) != ".txt"]
     folders = [name for name, p in inside.items() if p.is_dir()]
-    near = difflib.get_close_matches(path.name, [*readable, *folders], n=6, cutoff=0.5)
+    near = get_close_matches(path.name, [*readable, *folders], n=6, cutoff=0.5)
     close = [name for name in near if name in readable or _holds_rows(inside[name])][:3] or readable[:3]
     if close:
         return f"; nearest in {folder}: {', '.join(close)}"
@@ -216,6 +215,8 @@ def _json_list(path: Path, text: str) -> Iterator[Row]:
 
 
 def _csv(path: Path, *, delimiter: str = ",") -> Iterator[Row]:
+    import csv
+
     csv.field_size_limit(1 << 30)  # the default of 128 KiB refuses long documents
     reader = csv.DictReader((line for _, line in _lines(path, blank=True)), strict=True, delimiter=delimiter)
     try:

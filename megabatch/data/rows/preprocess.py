@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from traceback import walk_tb
 from types import FrameType
 from typing import Any, Protocol
 
@@ -117,6 +116,8 @@ def _limited(seconds: float) -> Iterator[None]:
 
 def _line_in(late: _TooLong, file: Path) -> str:
     """`file:line` where the function's own file was."""
+    from traceback import walk_tb
+
     lines = [line for frame, line in walk_tb(late.__traceback__) if Path(frame.f_code.co_filename) == file]
     return f"{file.name}:{lines[-1]}" if lines else file.name
 
