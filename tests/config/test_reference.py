@@ -121,6 +121,7 @@ def test_config_and_plan_stay_free_of_third_parties():
                         "plan",
                         "errors",
                         "loss_scales",
+                        "values",
                         "run_directory",
                         "secret_text",
                         "tasks",
