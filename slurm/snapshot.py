@@ -23,6 +23,11 @@ _LEFT_OUT = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 _BLOCK = 512
 _NAME_BYTES = 100
 """Limit on names in a ustar header."""
+_MODE_AND_OWNER = b"0000644\0" + 2 * b"0000000\0"
+_TIME = b"%011o\0" % 0
+_REST = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
+_SUM = sum(_MODE_AND_OWNER + _TIME + _REST) + 8 * ord(" ")
+"""What every header adds to its checksum, whose own eight bytes count as spaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,6 @@ def _header(name: bytes, size: int) -> bytes:
         long = tarfile.TarInfo(os.fsdecode(name))
         long.size = size
         return long.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape")
-    zeros = b"0000000\0"
-    begin = name.ljust(_NAME_BYTES, b"\0") + b"0000644\0" + zeros + zeros + b"%011o\0" % size + b"%011o\0" % 0
-    end = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
-    return begin + b"%06o\0 " % (sum(begin) + sum(end) + 8 * ord(" ")) + end
+    length = b"%011o\0" % size
+    checksum = _SUM + sum(name) + sum(length)
+    return name.ljust(_NAME_BYTES, b"\0") + _MODE_AND_OWNER + length + _TIME + b"%06o\0 " % checksum + _REST
