@@ -15,6 +15,8 @@ from megabatch.run_directory import ExitCode
 
 HALF = {"torch_dtype": "float16"}
 CALM = {"initial_loss_scale": 2.0**12}
+UNSEEN = {"eval_iters": 0}
+"""No evaluation, in runs that ask about training alone."""
 
 
 def _make(folder: Path, name: str, family: str = "qwen3", /, **groups: dict[str, Any]) -> Path:
@@ -38,7 +40,7 @@ def test_an_overflow_changes_no_parameter_and_is_counted(ranks: RankServer, tmp_
     groups: dict[str, Any] = {
         "model": HALF,
         "training": {"train_iters": 24},
-        "evaluation": {"eval_interval": 1},
+        "evaluation": UNSEEN,
         "logging": {"log_params_norm": True},
         "precision": {"initial_loss_scale": 2.0**36, "hysteresis": 1},
         "batch": {"micro_batch_size": 1, "global_batch_size": 2},
@@ -87,7 +89,8 @@ def test_resume_goes_on_with_scale_and_count(
     layout: dict[str, Any], world_size: int, ranks: RankServer, tmp_path: Path
 ) -> None:
     groups: dict[str, Any] = {
-        "model": HALF,
+        "model": {**HALF, "num_layers": 2},
+        "evaluation": UNSEEN,
         "precision": {"initial_loss_scale": 2.0**24, "hysteresis": 2, "loss_scale_window": 2},
         "training": {"train_iters": 16},
         "parallel": layout,
@@ -110,6 +113,7 @@ def test_resume_goes_on_with_scale_and_count(
 def test_a_run_is_cut_before_its_first_update(ranks: RankServer, tmp_path: Path) -> None:
     groups: dict[str, Any] = {
         "model": HALF,
+        "evaluation": UNSEEN,
         "precision": {"initial_loss_scale": 2.0**34, "hysteresis": 1},
         "training": {"train_iters": 24},
         "batch": {"micro_batch_size": 1, "global_batch_size": 1},

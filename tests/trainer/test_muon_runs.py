@@ -14,6 +14,8 @@ from megabatch.trainer.matrices import is_hidden_matrix
 
 MUON: dict[str, Any] = {"optimizer": "muon", "muon_extra_scale_factor": 0.2}
 EXACT: dict[str, Any] = {"muon_fp32_matmul_prec": "highest"}
+UNSEEN = {"eval_iters": 0}
+"""No evaluation, in runs that ask about training alone."""
 TP2: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -38,13 +40,15 @@ CASES = [
 
 def _make(folder: Path, name: str, model: str, layout: str, /, *, optimizer: dict[str, Any], **more: Any) -> Path:
     world_size, parallel = LAYOUTS[layout]
+    if model == "qwen3_moe":  # as many layers as two stages need; layers with experts take long
+        more["model"] = {"num_layers": 2, **more.get("model", {})}
     made = recipe(
         folder,
         model,
         parallel={"use_distributed_optimizer": False, **parallel},
         optimizer=optimizer if "optimizer" in optimizer else {**MUON, **optimizer},
         resources={"tasks_per_node": world_size},
-        **more,
+        **{"evaluation": {"eval_interval": 4}, **more},
     )
     return write_run(made, folder / name)
 
@@ -146,14 +150,15 @@ def refused(run_dir: str) -> str:
 def test_the_state_of_another_optimizer_is_refused_by_name(
     saved: str, loads: str, words: list[str], ranks: RankServer, tmp_path: Path
 ) -> None:
-    first = _make(tmp_path, "first", "qwen2", "dp2", optimizer={"optimizer": saved})
+    small: dict[str, Any] = {"model": {"num_layers": 1}, "evaluation": UNSEEN}
+    first = _make(tmp_path, "first", "qwen2", "dp2", optimizer={"optimizer": saved}, **small)
     assert _train(ranks, first, "dp2", stop_after=2) == {ExitCode.REQUEUE}
     load: dict[str, Any] = {"load": str(first)}
-    again = _make(tmp_path, "again", "qwen2", "dp2", optimizer={"optimizer": loads}, checkpoint=load)
+    again = _make(tmp_path, "again", "qwen2", "dp2", optimizer={"optimizer": loads}, checkpoint=load, **small)
     for error in ranks.run(refused, world_size=2, run_dir=str(again)):
         assert all(word in error for word in words), error
     load["no_load_optim"] = True
-    fresh = _make(tmp_path, "fresh", "qwen2", "dp2", optimizer={"optimizer": loads}, checkpoint=load)
+    fresh = _make(tmp_path, "fresh", "qwen2", "dp2", optimizer={"optimizer": loads}, checkpoint=load, **small)
     assert _train(ranks, fresh, "dp2") == {ExitCode.DONE}
     assert [step for step, *_ in curve(fresh)] == [3, 4]
 
@@ -170,7 +175,7 @@ def test_a_model_that_is_frozen_in_part(tuner: dict[str, Any], ranks: RankServer
     """Without some of the matrices, without any, and with nothing else."""
     curves = []
     for layout in ("dp2", "pp2_vpp2"):
-        run = _make(tmp_path, layout, "qwen2", layout, optimizer=EXACT, tuner=tuner)
+        run = _make(tmp_path, layout, "qwen2", layout, optimizer=EXACT, tuner=tuner, evaluation=UNSEEN)
         assert _train(ranks, run, layout, stop_after=2) == {ExitCode.REQUEUE}
         assert _train(ranks, run, layout) == {ExitCode.DONE}
         curves.append(curve(run))
