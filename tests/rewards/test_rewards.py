@@ -152,7 +152,7 @@ def test_a_failure_costs_one_reward_of_one_sample(file: Path, caplog: pytest.Log
 
 def test_what_hangs_is_ended(file: Path) -> None:
     own = Own(f"{file}:faulty")
-    with Rewards([own], weights=None, workers=2, timeout_s=3) as rewards:
+    with Rewards([own], weights=None, workers=2, timeout_s=10) as rewards:
         found = rewards.of(samples("ok", "hang", "ok", "ok"))
         assert [math.isnan(value) for (value,) in found.values] == [False, True, False, False]
         assert found.failures == {"faulty": 1}

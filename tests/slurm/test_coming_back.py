@@ -54,7 +54,7 @@ def test_a_fault_with_a_message_of_its_own_is_final(submit_payload: Submit, code
 
 def test_a_rank_that_hangs_is_named_and_the_job_comes_back(submit_payload: Submit) -> None:
     options = {"fail_rank": 1, "fail": "hang", "fail_until": 1, "until_attempt": 1}
-    job = submit_payload(profile=NODES, nodes=2, hang_timeout_s=4, options=options)
+    job = submit_payload(profile=NODES, nodes=2, hang_timeout_s=15, options=options)
     end = job.wait()
     assert (end.state, end.attempt) == (State.COMPLETED, 1)
     assert codes(job) == [ExitCode.HUNG, ExitCode.DONE]

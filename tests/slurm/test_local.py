@@ -71,7 +71,7 @@ def test_one_dead_rank_ends_the_others(job: JobSpec, fail: str, code: int) -> No
 
 def test_a_rank_that_hangs_is_named_and_ends_the_run(job: JobSpec) -> None:
     terminal = io.BytesIO()
-    run = with_options(replace(job, hang_timeout_s=3), fail_rank=1, fail="hang", until_attempt=1)
+    run = with_options(replace(job, hang_timeout_s=15), fail_rank=1, fail="hang", until_attempt=1)
     assert run_local(run, terminal=terminal) == 124
     for text in (terminal.getvalue().decode(), job.files.batch_log("local").read_text()):
         assert "megabatch: the run hangs; rank 1 on " in text and " does not answer" in text
