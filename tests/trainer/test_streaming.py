@@ -71,7 +71,11 @@ def test_a_layout_changes_no_number(
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_run_goes_on_in_the_middle_of_a_block(packing: bool, ranks: RankServer, folder: Path) -> None:
-    groups: dict[str, Any] = {"data": {"packing": packing, "num_workers": 2}, "batch": {"global_batch_size": 24}}
+    groups: dict[str, Any] = {
+        "data": {"packing": packing, "num_workers": 2},
+        "batch": {"global_batch_size": 24, "micro_batch_size": 4},
+    }
+    groups |= {"model": {"num_layers": 1}, "evaluation": {"eval_interval": 16}}
     steps = {"train_iters": 16, "seed": 5}  # 13 steps an epoch without packing
     names = [f"{name}-{packing}" for name in ("whole", "cut")]
     whole, cut = (write_run(streamed(folder, **groups, training=steps), folder / name) for name in names)
@@ -103,7 +107,9 @@ def test_a_mixture_of_own_rows_goes_on_at_another_layout(ranks: RankServer, fold
         "num_workers": 1,
     }
     tp2, pp2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-    made = streamed(folder, data=data, training={"train_iters": 6}, batch={"global_batch_size": 64})
+    small: dict[str, Any] = {"model": {"num_layers": 2}, "evaluation": {"eval_iters": 0}}
+    batch = {"global_batch_size": 64, "micro_batch_size": 4}
+    made = streamed(folder, data=data, training={"train_iters": 6}, batch=batch, **small)
     whole = write_run(made, tmp_path / "whole")
     assert ranks.run(train, world_size=1, run_dir=str(whole)) == [ExitCode.DONE]
     cut = tmp_path / "cut"
