@@ -39,11 +39,12 @@ def run_of(folder: Path, name: str, layout: str, dispatcher: str) -> Path:
         made = recipe(
             folder,
             "qwen3_moe",
+            model={"num_layers": 2},
             parallel=LAYOUTS[layout],
             resources={"tasks_per_node": size},
             data={"pad_to_max_length": True},
             moe={"moe_token_dispatcher_type": dispatcher, "moe_aux_loss_coeff": 0.01, "moe_deepep_num_sms": 24},
-            evaluation={"eval_interval": None},
+            evaluation={"eval_iters": 0},
             recompute={"recompute_modules": RECOMPUTED if layout.endswith("recomputed") else ("core_attn",)},
         )
         return write_run(made, folder / name)

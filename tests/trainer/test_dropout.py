@@ -11,6 +11,8 @@ from runs import curve, evaluations, recipe, train, write_run
 
 from megabatch.run_directory import ExitCode
 
+UNSEEN = {"eval_iters": 0}
+"""No evaluation, in runs that ask about training alone."""
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.1}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp1": (1, {}),
@@ -24,15 +26,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def _make(folder: Path, name: str, layout: str = "dp1", **groups: dict[str, Any]) -> tuple[Path, int]:
     world_size, parallel = LAYOUTS[layout]
     chosen = {"model": DROPOUT, "parallel": parallel, "resources": {"tasks_per_node": world_size}, **groups}
+    if "vpp" not in layout:
+        chosen["model"] = {"num_layers": 2, **chosen["model"]}
     return write_run(recipe(folder, "qwen3", **chosen), folder / name), world_size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recomputation_and_resume_draw_the_same_masks(layout: str, ranks: RankServer, tmp_path: Path) -> None:
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    kept, world_size = _make(tmp_path, "kept", layout, recompute={"recompute_granularity": "none"})
-    again, _ = _make(tmp_path, "again", layout, recompute=full)
-    cut, _ = _make(tmp_path, "cut", layout)  # attention alone is recomputed
+    kept, world_size = _make(tmp_path, "kept", layout, recompute={"recompute_granularity": "none"}, evaluation=UNSEEN)
+    again, _ = _make(tmp_path, "again", layout, recompute=full, evaluation=UNSEEN)
+    cut, _ = _make(tmp_path, "cut", layout, evaluation=UNSEEN)  # attention alone is recomputed
     for run in (kept, again):
         assert set(ranks.run(train, world_size=world_size, run_dir=str(run))) == {ExitCode.DONE}
     stopped = ranks.run(train, world_size=world_size, run_dir=str(cut), stop_after=2)
@@ -49,7 +53,7 @@ def test_what_draws_before_the_first_step_changes_no_number(
     groups: dict[str, Any], ranks: RankServer, tmp_path: Path
 ) -> None:
     """The masks of the first step follow from the seed, those after a resume from the checkpoint, bit for bit."""
-    kept, _ = _make(tmp_path, "kept", **groups)
+    kept, _ = _make(tmp_path, "kept", evaluation=UNSEEN, **groups)
     drawn, _ = _make(tmp_path, "drawn", evaluation={"eval_on_start": True}, **groups)
     assert ranks.run(train, world_size=1, run_dir=str(kept)) == [ExitCode.DONE]
     assert ranks.run(_train_after_draws, world_size=1, run_dir=str(drawn), stop_after=2) == [ExitCode.REQUEUE]
