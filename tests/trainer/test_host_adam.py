@@ -92,6 +92,8 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
 
 def run_of(folder: Path, name: str, model: str, groups: dict[str, Any], **optimizer: Any) -> Path:
     made = {"resources": {"tasks_per_node": 2}, "checkpoint": {"save_interval": 2}, **groups}
+    made["model"] = {"num_layers": 2, **groups.get("model", {})}
+    made["evaluation"] = {"eval_iters": 0}  # curves alone are compared
     made["optimizer"] = {"clip_grad": 0.1, "adam_eps": 0.01, **optimizer}
     return write_run(recipe(folder, model, **made), folder / name)
 
