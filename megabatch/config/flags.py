@@ -195,6 +195,8 @@ def _take_action(name: str, texts: list[str], actions: dict[str, Any], faults: l
         faults.append(Fault(f"--{name}", None, f"takes no value, but got {texts[0]!r}", bare=True))
     elif not alone and len(texts) != 1:
         faults.append(Fault(f"--{name}", None, "needs one value", bare=True))
+    elif not alone and not texts[0].strip():
+        faults.append(Fault(f"--{name}", texts[0], "is blank; give a value, or leave it out"))
     elif name in actions:
         faults.append(Fault(f"--{name}", None, "is given twice", bare=True))
     elif name in ("max_parallel", "chain"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megabatch.config.flags import Actions
 from megabatch.config.recipe import Recipe
-from megabatch.entry.input_checks import occupied
+from megabatch.entry.input_checks import in_the_way, occupied, unwritable
 from megabatch.entry.launch import Launch, prepare, written
 from megabatch.entry.launch_checks import faults_here, folder_faults, missing_here, require_torch
 from megabatch.entry.plan_text import plan_text
@@ -77,12 +77,13 @@ def _show(launch: Launch, *, dry_run: bool, file: str) -> int:
 
 def _checked(launch: Launch) -> list[Fault]:
     """Raises ConfigError for broken rules; returns faults that only concern what this machine lacks."""
-    faults = launch.faults()
+    folder = launch.directory.path
+    faults = launch.faults() + in_the_way(folder)
     if launch.model.fault is not None:
         faults.append(launch.model.fault)
     if faults:
         raise ConfigError(faults)
-    return missing_here(launch, local=False) + occupied(launch.directory.path)
+    return missing_here(launch, local=False) + unwritable(folder) + occupied(folder)
 
 
 def _require_launchable(launch: Launch, *, local: bool = False) -> None:

@@ -94,13 +94,22 @@ def damaged_inputs(
 
 
 def unwritable(run_directory: Path) -> list[Fault]:
-    """The fault, if the run directory cannot be made."""
-    existing = next(path for path in (run_directory, *run_directory.parents) if path.exists())
-    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        return []
-    problem = "is not writable for you" if existing.is_dir() else "is a file"
-    rule = f"cannot be created: {existing} {problem}; choose another folder with --save or --run_dir"
-    return [Fault("run directory", str(run_directory), rule)]
+    """The fault, if the run directory cannot be made, or what a run writes in it cannot be written."""
+    run = RunDirectory(run_directory)
+    # not Path.exists, which raises below a folder that we may not read
+    existing = next(path for path in (run_directory, *run_directory.parents) if os.path.exists(path))
+    for folder in (existing, *(path for path in (run.checkpoints, run.logs) if os.path.exists(path))):
+        is_folder = os.path.isdir(folder)
+        if not (is_folder and os.access(folder, os.W_OK | os.X_OK)):
+            problem = "is not writable for you" if is_folder else "is a file"
+            rule = f"cannot be written: {folder} {problem}; choose another folder with --save or --run_dir"
+            return [Fault("run directory", str(run_directory), rule)]
+    return []
+
+
+def in_the_way(run_directory: Path) -> list[Fault]:
+    """The fault, if a file stands where the run directory or a folder above it is to be: no machine can make it."""
+    return unwritable(run_directory) if any(map(os.path.isfile, (run_directory, *run_directory.parents))) else []
 
 
 def occupied(run_directory: Path, *, own: Collection[str] = ()) -> list[Fault]:

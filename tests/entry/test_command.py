@@ -82,6 +82,8 @@ def test_what_is_missing_here_only_is_no_fault_of_a_dry_run(tmp_path: Path) -> N
         (["--lr", "fast"], "learning_rate.lr='fast' must be"),
         (["--submit", "--local"], "--submit and --local exclude each other"),
         (["--cluster", "nowhere.toml", "--dry_run"], "nowhere.toml"),
+        (["--run_dir", "", "--dry_run"], "--run_dir='' is blank"),
+        (["--save", __file__, "--dry_run"], f"{__file__} is a file"),
         (["--save_steps", "5", "--save_interval", "5"], "give one of them"),
     ],
 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from megabatch.converters.adapters.targets import find_targets
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.families import family_named
 from megabatch.converters.safetensors_io import Writer
-from megabatch.entry.input_checks import damaged_inputs, missing_inputs, occupied, unwritable
+from megabatch.entry.input_checks import damaged_inputs, in_the_way, missing_inputs, occupied, unwritable
 from megabatch.entry.launch import prepare
 from megabatch.entry.launch_checks import missing_here
 from megabatch.entry.model import find_model
@@ -225,8 +228,40 @@ def test_a_checkpoint_of_another_program_gives_weights_alone(recipe: Recipe, tmp
 
 
 def test_a_run_directory_below_a_file(dataset: Path) -> None:
-    (fault,) = unwritable(dataset / "run")
-    assert "is a file" in str(fault)
+    for run in (dataset, dataset / "run", dataset / "a" / "run"):
+        said = f"run directory='{run}' cannot be written: {dataset} is a file; choose another folder"
+        assert [str(fault).partition(" with")[0] for fault in unwritable(run)] == [said]
+        assert in_the_way(run) == unwritable(run)
+
+
+def _become_nobody() -> None:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    """As another user, since root may write everywhere."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    for name in ("open/run/logs", "closed", "hidden/below"):
+        (tmp_path / name).mkdir(parents=True, mode=0o755)
+    (tmp_path / "hidden").chmod(0o700)
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "open" / "run").chmod(0o777)
+    blocked = [
+        (tmp_path / "closed" / "v0", tmp_path / "closed"),
+        (tmp_path / "hidden" / "below" / "v0", tmp_path / "hidden"),
+        (tmp_path / "open" / "run", tmp_path / "open" / "run" / "logs"),
+    ]
+
+    runs = [tmp_path / "open" / "v0", *(run for run, _ in blocked)]
+    with ProcessPoolExecutor(1, mp_context=get_context("fork"), initializer=_become_nobody) as nobody:
+        found = [str(fault) for faults in nobody.map(unwritable, runs) for fault in faults]
+    fix = "is not writable for you; choose another folder with --save or --run_dir"
+    assert found == [f"run directory='{run}' cannot be written: {folder} {fix}" for run, folder in blocked]
+    assert not any(in_the_way(run) for run, _ in blocked)
 
 
 @pytest.mark.parametrize("name", ["train.jsonl#0"])

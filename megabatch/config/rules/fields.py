@@ -22,6 +22,16 @@ _LARGEST = 2**63 - 1
 """Whole numbers are kept in 64 bits, by torch as by Slurm."""
 _LONGEST_NAME = 200
 """A run's folder has its name; file systems take 255 bytes, and sweeps add to it."""
+_DATASETS = ("data.dataset", "data.val_dataset")
+_NO_NAME = re.compile(r"^(hf::|ms::)|#\d+$")
+"""What a dataset's text may say besides where the data is: `#100` alone names none."""
+_MAY_BE_BLANK = (
+    "data.system",
+    "prm.step_separator",
+    "rewards.reward_step_separator",
+    "reranker.generative_reranker_instruction",
+)
+"""Texts that samples are made of or cut at, where white space has a meaning."""
 _SECRET = "bridge.hub_token"
 """Its value is never shown: someone may have put the token itself there."""
 
@@ -44,6 +54,8 @@ def invalid_value(parameter: Parameter, value: Any) -> Iterator[Fault]:
         yield Fault(parameter.dotted, value, "must be below 2^63")
     elif not _in_range(parameter, value):
         yield Fault(parameter.dotted, value, f"must be {parameter.facts.limits()}")
+    elif parameter.dotted not in _MAY_BE_BLANK and _is_blank(parameter, value):
+        yield _blank(parameter, value)
     elif parameter.dotted in _FORMS:
         yield from _FORMS[parameter.dotted](value)
 
@@ -125,6 +137,20 @@ def _is_not_finite(value: Any) -> bool:
 def _in_range(parameter: Parameter, value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return not number or parameter.facts.allows(value)
+
+
+def _is_blank(parameter: Parameter, value: Any) -> bool:
+    """Whether a text, or one of a list's, says nothing. A shell leaves that of a variable that is not set, and as a
+    path it would mean the current folder."""
+    datasets = parameter.dotted in _DATASETS
+    texts = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str)]
+    return any(not (_NO_NAME.sub("", text) if datasets else text).strip() for text in texts)
+
+
+def _blank(parameter: Parameter, value: Any) -> Fault:
+    if not isinstance(value, tuple):
+        return Fault(parameter.dotted, value, "is blank; give a value, or leave it out")
+    return Fault(parameter.dotted, list(value), "has a blank item; leave it out")
 
 
 def _shard_size(value: Any) -> Iterator[Fault]:

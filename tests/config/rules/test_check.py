@@ -55,6 +55,13 @@ INVALID = [
         {"checkpoint": {"max_shard_size": "5 elephants"}},
         "checkpoint.max_shard_size='5 elephants' must be a number with B, KB, MB, GB or GiB; try 5GB",
     ),
+    ({"data": {"dataset": [""]}}, "data.dataset=[''] has a blank item; leave it out"),
+    ({"data": {"val_dataset": ["a", " "]}}, "data.val_dataset=['a', ' '] has a blank item; leave it out"),
+    ({"data": {"dataset": ["#100"]}}, "data.dataset=['#100'] has a blank item; leave it out"),
+    ({"data": {"dataset": ["hf::"]}}, "data.dataset=['hf::'] has a blank item; leave it out"),
+    ({"tuner": {"freeze_parameters": [""]}}, "tuner.freeze_parameters=[''] has a blank item; leave it out"),
+    ({"checkpoint": {"save": ""}}, "checkpoint.save='' is blank; give a value, or leave it out"),
+    ({"checkpoint": {"load": "\t"}}, "checkpoint.load='\\t' is blank; give a value, or leave it out"),
     ({"task": "stf"}, "task='stf' must be one of 'pt', 'sft', 'rlhf'"),
     (
         {"name": "my run"},
