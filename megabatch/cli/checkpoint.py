@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _SHOWN = 8
 
 
 def verify(path: Path, *, workers: int) -> int:
-    """Checks all checkpoints of a run, or one folder; 1 when something is damaged.
+    """Checks all checkpoints of a run, or one folder; 1 when something is damaged, or `latest` or `best` names nothing.
 
     Raises: LaunchError when there is nothing to check; CheckpointError when it cannot be read.
     """
@@ -32,13 +33,26 @@ def verify(path: Path, *, workers: int) -> int:
     if not found:
         raise LaunchError(f"{path} has no checkpoints")
     damaged = [folder.name for folder in reversed(found) if _check(folder, workers=workers)]
-    if run.latest.exists() and named_by_latest(run) is None:
-        print(f"{run.latest}: names a checkpoint that does not exist; the run resumes from the newest")
-    if run.best.exists() and named_by_best(run) is None:
-        print(f"{run.best}: names a checkpoint that does not exist; the run's next checkpoint writes it anew")
+    pointers = list(_pointing_to_nothing(run, newest=found[0]))
+    for line in pointers:
+        print(line)
     if damaged:
         print(f"{len(damaged)} of {len(found)} checkpoints are damaged: {', '.join(damaged)}")
-    return int(bool(damaged))
+    return int(bool(damaged or pointers))
+
+
+def _pointing_to_nothing(run: RunDirectory, *, newest: Path) -> Iterator[str]:
+    """A line with the fix for each of `latest` and `best` that names no checkpoint; a run may lack both."""
+    if os.path.lexists(run.latest) and named_by_latest(run) is None:
+        yield (
+            f"{run.latest}: names a checkpoint that does not exist; the run resumes from the newest: write "
+            f"{newest.name} into it, or the one that you want"
+        )
+    if os.path.lexists(run.best) and named_by_best(run) is None:
+        yield (
+            f"{run.best}: names a checkpoint that does not exist; the run's next checkpoint writes it anew: delete it, "
+            "or write the one that you want into it"
+        )
 
 
 def _check(folder: Path, *, workers: int) -> bool:

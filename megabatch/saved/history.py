@@ -149,13 +149,21 @@ def misplaced(path: Path, step: int) -> str | None:
 
 
 def settle(
-    run: RunDirectory, chosen: Path, damaged: Sequence[tuple[Path, str]], later: Sequence[Path]
+    run: RunDirectory,
+    chosen: Path,
+    damaged: Sequence[tuple[Path, str]],
+    later: Sequence[Path],
+    *,
+    point: bool = True,
 ) -> list[SetAside]:
-    """Makes `chosen` the newest: renames damaged and later checkpoints and replaces `latest`."""
+    """Makes `chosen` the newest: renames damaged and later checkpoints and replaces `latest`.
+
+    Args: point: False leaves `latest`, since a newer one than `chosen` may be readable again.
+    """
     why = f"the run went back to {chosen.name}"
     renamed = [set_aside(run, path, "damaged", why=fault, went_on=chosen.name) for path, fault in damaged]
     renamed += [set_aside(run, path, "later", why=why, went_on=chosen.name) for path in later]
-    if named_by_latest(run) != chosen:
+    if point and named_by_latest(run) != chosen:
         write_atomic(run.latest, chosen.name + "\n")
     return renamed
 

@@ -36,6 +36,14 @@ class DamagedError(CheckpointError):
     """A checkpoint differs from what was saved; the message begins with the file."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint whose bytes a disk, a network or permissions withhold: it may be intact, and be read elsewhere."""
+
+    @staticmethod
+    def of(path: Path, error: OSError) -> UnreadableError:
+        return UnreadableError(f"{path} cannot be read: {error.strerror or error}")
+
+
 class Digest(Protocol):
     """Hashes bytes part by part."""
 
@@ -152,14 +160,14 @@ def read_file(path: Path, name: str) -> bytes:
     """A whole file of a checkpoint. Args: name: of the file, for messages.
 
     Raises: FileNotFoundError, NotADirectoryError; DamagedError for a folder, a pipe or a link to itself, which stands
-    in the file's place; CheckpointError when it cannot be read.
+    in the file's place; UnreadableError.
     """
     if size_of(path) is None:  # reading a pipe would block
         raise DamagedError(f"{name}: is not a file")
     try:
         return path.read_bytes()
     except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
+        raise UnreadableError.of(path, e) from e
 
 
 def size_of(path: Path) -> int | None:
@@ -171,7 +179,7 @@ def size_of(path: Path) -> int | None:
     except OSError as e:
         if e.errno == errno.ELOOP:
             return None
-        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
+        raise UnreadableError.of(path, e) from e
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
@@ -190,7 +198,7 @@ def _file(name: str, made: Mapping[str, Any]) -> File:
 
 
 def missing_or_resized(manifest: Manifest, names: Iterable[str]) -> Iterator[str]:
-    """Faults of these files that names and sizes show, one line each. Raises: CheckpointError when that fails."""
+    """Faults of these files that names and sizes show, one line each. Raises: UnreadableError."""
     for name in names:
         try:
             size = size_of(manifest.folder / name)

@@ -66,8 +66,12 @@ def test_a_pointer_to_nothing_is_named(
 ) -> None:
     run = make_run(tmp_path / "run", 1, 2)
     (run.checkpoints / name).write_text(text)
+    assert main(["checkpoint", "verify", str(run.path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{run.checkpoints / name}: names a checkpoint that does not exist; the run" in said
+    assert ("write step_00000002 into it" if name == "latest" else "delete it, or write") in said
+    (run.checkpoints / name).unlink()
     assert main(["checkpoint", "verify", str(run.path)]) == 0
-    assert f"{run.checkpoints / name}: names a checkpoint that does not exist; the run" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

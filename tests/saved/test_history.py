@@ -91,6 +91,12 @@ def test_damage_is_noted_as_long_as_it_is_there(tmp_path: Path) -> None:
     assert notes(run) == []
 
 
+def test_one_that_cannot_be_read_is_left_for_the_next_attempt(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 1, 2, 3)
+    settle(run, run.step(1), [(run.step(3), "trainer.json: is missing")], [], point=False)
+    assert usable(run) == ["step_00000002", "step_00000001"]
+
+
 def test_a_note_that_a_kill_left_is_told_once(tmp_path: Path) -> None:
     """The note is written before the folder is renamed, and by the next attempt again."""
     run = make_run(tmp_path, 1, 2)

@@ -2,7 +2,7 @@
 
 `checkpoints/step_00000100/` holds `trainer.json` (step, data cursor, layout), `mcore/` (torch_dist: model, optimizer,
 generators), `hf/` (safetensors that transformers loads) and `megabatch-manifest.json` (digests of all files). We write
-it under a temporary name, sync it, rename it, and then replace `latest`.
+it under a temporary name, sync it, replace `latest`, and rename it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megabatch.plan.layout import Layout
 from megabatch.run_directory import RunDirectory
 from megabatch.saved import history
 from megabatch.saved.history import HF, MCORE, TRAINER
-from megabatch.saved.manifest import DamagedError, File, Manifest, missing_or_resized, read_file
+from megabatch.saved.manifest import DamagedError, File, Manifest, UnreadableError, missing_or_resized, read_file
 from megabatch.trainer.checkpoints import commit, torch_dist, writing
 from megabatch.trainer.checkpoints.background import Background
 from megabatch.trainer.checkpoints.commit import Retention
@@ -210,27 +210,38 @@ class Checkpoints:
         return usable[0] if usable else None
 
     def resume(self, engine: Engine) -> Progress | None:
-        """Resumes from the checkpoint that `latest` names, or from the newest undamaged one before it.
+        """Resumes from the checkpoint that `latest` names, or from the newest before it that is whole and readable.
 
-        Once one is loaded, sets aside the damaged ones, and those of a history that the run has abandoned.
+        Once one is loaded, sets aside the damaged ones, and those of a history that the run has abandoned. One that
+        cannot be read stays as it is: the next attempt, maybe on another node, tries it again.
         Returns: None for a run without checkpoints.
-        Raises: CheckpointError, changing nothing, when all of them are damaged.
+        Raises: CheckpointError, changing nothing, when there is none to resume from.
         """
         found = self.ranks.on_main(lambda: history.candidates(self.run))
         damaged: list[tuple[Path, str]] = []
+        unreadable: list[tuple[Path, str]] = []
         for path in found.usable:
             logger.info("resuming from %s", path)
             try:
                 progress = self._restore(engine, path)
             except MegabatchError as e:
-                if (damage := _damage(e)) is None:
+                cause = _cause(e)
+                if isinstance(cause, DamagedError):
+                    damaged.append((path, str(cause)))
+                elif isinstance(cause, UnreadableError):
+                    unreadable.append((path, str(cause)))
+                else:
                     raise
-                damaged.append((path, str(damage)))
                 continue
-            self.ranks.on_main(partial(self._settle, path, damaged, found.later, progress))
+            self.ranks.on_main(partial(self._settle, path, damaged, found.later, unreadable, progress))
             return progress
+        which = "; ".join(f"{path.name}: {fault}" for path, fault in (*unreadable, *damaged))
+        if unreadable:
+            raise CheckpointError(
+                f"{self.run.checkpoints}: no checkpoint can be read here, and nothing was changed or set aside "
+                f"({which}). Resume where the disk and its permissions let it be read"
+            )
         if damaged:
-            which = "; ".join(f"{path.name}: {fault}" for path, fault in damaged)
             raise CheckpointError(
                 f"{self.run.checkpoints}: every checkpoint is damaged, and nothing was changed or set aside "
                 f"({which}). Put back an intact copy of one, or move the folder away to start over"
@@ -238,13 +249,26 @@ class Checkpoints:
         return None
 
     def _settle(
-        self, chosen: Path, damaged: Sequence[tuple[Path, str]], later: Sequence[Path], progress: Progress
+        self,
+        chosen: Path,
+        damaged: Sequence[tuple[Path, str]],
+        later: Sequence[Path],
+        unreadable: Sequence[tuple[Path, str]],
+        progress: Progress,
     ) -> None:
-        """Makes the loaded checkpoint the run's newest. Args: progress: that of this checkpoint."""
+        """Makes the loaded checkpoint the run's newest of those that can be read. Args: progress: that of this
+        checkpoint."""
+        for path, fault in unreadable:
+            logger.warning(
+                "%s (%s): it is left for the next attempt to try, and this one goes on from %s",
+                path.name,
+                fault,
+                chosen.name,
+            )
         if damaged or later or history.named_by_latest(self.run) != chosen:
             self._require_newest_start()
             try:
-                for note in history.settle(self.run, chosen, damaged, later):
+                for note in history.settle(self.run, chosen, damaged, later, point=not unreadable):
                     logger.warning("%s", note.describe())
             except OSError as e:
                 raise CheckpointError(f"{self.run.checkpoints} cannot be written: {e.strerror or e}") from e
@@ -324,10 +348,9 @@ class Checkpoints:
         return self.ranks.on_main(look)
 
 
-def _damage(error: MegabatchError) -> DamagedError | None:
-    """The damage, if that is why a rank failed."""
-    cause = error.error if isinstance(error, ElsewhereError) else error
-    return cause if isinstance(cause, DamagedError) else None
+def _cause(error: MegabatchError) -> MegabatchError:
+    """The error of the rank that failed."""
+    return error.error if isinstance(error, ElsewhereError) else error
 
 
 @contextmanager
@@ -336,7 +359,7 @@ def _naming(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except MegabatchError as e:
-        if (damage := _damage(e)) is None:
+        if not isinstance(damage := _cause(e), DamagedError):
             raise
         raise CheckpointError(f"{checkpoint} is damaged: {damage}; load an older one, step_*") from e
 

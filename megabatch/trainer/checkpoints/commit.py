@@ -47,7 +47,10 @@ def begin(temporary: Path) -> None:
 def commit(
     run: RunDirectory, temporary: Path, target: Path, files: Mapping[str, File], *, texts: Mapping[str, str]
 ) -> None:
-    """Writes small files and the manifest, syncs all folders, renames the folder and points `latest` to it.
+    """Writes small files and the manifest, syncs all folders, points `latest` to the folder and renames it.
+
+    `latest` comes first: killed between the two, the run resumes from the checkpoint before, whereas one that is newer
+    than what `latest` names would be taken for a history that the run has abandoned.
 
     Args: files: those of all ranks, by path in the folder; texts: contents of the small files, by path.
     Raises: CheckpointError.
@@ -58,17 +61,21 @@ def commit(
         small = {name: File.of(text.encode()) for name, text in texts.items()}
         write_atomic(temporary / MANIFEST, manifest_text({**files, **small}))
         _sync_folders(temporary)
-        earlier = None
         if target.exists():  # from before the run went back; a kill between the two renames loses nothing
-            why = f"step {history.step_of(target)} was reached again"
-            earlier = history.set_aside(run, target, "later", why=why, went_on=target.name)
+            history.set_aside(run, target, "later", why=_again(target), went_on=target.name)
+        write_atomic(run.latest, target.name + "\n")
         os.replace(temporary, target)
         _sync(target.parent)
-        write_atomic(run.latest, target.name + "\n")
-        if earlier is not None:
-            shutil.rmtree(target.with_name(earlier.name), ignore_errors=True)
+        for note in history.notes(run):  # also of an attempt that was killed before it came here
+            if note.why == _again(target):
+                shutil.rmtree(target.with_name(note.name), ignore_errors=True)
     except OSError as e:
         raise CheckpointError(f"{target}: {e.strerror or e}") from e
+
+
+def _again(target: Path) -> str:
+    """Why a checkpoint makes room for a new one of its step."""
+    return f"step {history.step_of(target)} was reached again"
 
 
 def forget(run: RunDirectory, step: int, retention: Retention) -> None:

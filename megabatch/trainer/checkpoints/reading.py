@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megabatch.saved.manifest import DamagedError, Digest, Manifest, Range, read_file
+from megabatch.saved.manifest import DamagedError, Digest, Manifest, Range, UnreadableError, read_file
 from megabatch.trainer.checkpoints.unpickling import read_metadata
 from megabatch.trainer.checkpoints.writing import COMMON, CONFIG, METADATA
 
@@ -37,7 +37,7 @@ class Reader(FileSystemReader):
     def __init__(self, folder: Path, manifest: Manifest | None) -> None:
         """`manifest`: the checkpoint's; None loads without checks.
 
-        Raises: DamagedError; OSError; CheckpointError for a `.metadata` that holds more than data.
+        Raises: DamagedError; UnreadableError; CheckpointError for a `.metadata` that holds more than data.
         """
         super().__init__(folder)
         self._manifest = manifest
@@ -60,7 +60,7 @@ class Reader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Loads what the planner asks for. Raises: DamagedError before a damaged item is used."""
+        """Loads what the planner asks for. Raises: DamagedError before a damaged item is used; UnreadableError."""
         files: dict[str, dict[tuple[int, int], list[ReadItem]]] = {}
         for request in plan.items:
             place = self.storage_data[request.storage_index]
@@ -91,7 +91,11 @@ class Reader(FileSystemReader):
             self._buffers[0] = bytearray(length)
         data = memoryview(self._buffers[0])[:length]
         digest = None if self._manifest is None else self._manifest.digest()
-        if (missing := _read_into(data, file, offset, digest)) > 0:
+        try:
+            missing = _read_into(data, file, offset, digest)
+        except OSError as e:
+            raise UnreadableError.of(Path(self.path) / name, e) from e
+        if missing > 0:
             raise DamagedError(f"{self._prefix}{name}: ends {missing} bytes early")
         if self._manifest is not None and digest is not None:
             known = self._ranges_of(self._prefix + name, self._manifest).get(offset)
@@ -125,6 +129,8 @@ def _opened(path: Path, name: str) -> Iterator[int]:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as e:
         raise DamagedError(f"{name}: is missing") from e
+    except OSError as e:
+        raise UnreadableError.of(path, e) from e
     try:
         yield file
     finally:

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megabatch.errors import CheckpointError, MegabatchError
-from megabatch.saved.manifest import DamagedError, File, Manifest
+from megabatch.saved.manifest import DamagedError, File, Manifest, UnreadableError
 from megabatch.trainer.checkpoints import optimizer_state, writing
 from megabatch.trainer.checkpoints.reading import Reader, through
 from megabatch.trainer.checkpoints.replicas import deal
@@ -212,7 +212,11 @@ def _read(
 
 
 def _unreadable(directory: Path, error: BaseException) -> MegabatchError:
-    return error if isinstance(error, MegabatchError) else CheckpointError(f"{directory}: {root_cause(error)}")
+    if isinstance(error, MegabatchError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:  # of a file that megatron-core reads by itself
+        return UnreadableError.of(directory, error)
+    return CheckpointError(f"{directory}: {root_cause(error)}")
 
 
 def root_cause(error: BaseException) -> str:

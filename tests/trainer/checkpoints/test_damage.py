@@ -182,6 +182,39 @@ def test_what_is_said_of_damage(whole: Path, ranks: RankServer, tmp_path: Path) 
     assert (run / "checkpoints" / "latest").read_text() == "step_00000002\n"
 
 
+def resume_on_a_failing_disk(run_dir: str, failing: str) -> str:
+    """The same where reads of files below folders of this name fail."""
+    import errno
+
+    read = os.preadv
+
+    def fails(file: int, *rest: Any) -> int:
+        if failing in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(file, *rest)
+
+    os.preadv = fails
+    try:
+        return resume(run_dir)
+    finally:
+        os.preadv = read
+
+
+def test_a_disk_that_fails_is_no_damage(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
+    """Nothing is set aside; the run goes on from the checkpoint before, or ends where there is none."""
+    run = cut(whole, tmp_path / "run")
+    said, _ = ranks.run(resume_on_a_failing_disk, world_size=2, run_dir=str(run), failing="/checkpoints/step_")
+    folder = f"{run}/checkpoints"
+    assert said.startswith(f"{folder}: no checkpoint can be read here, and nothing was changed or set aside (step_")
+    assert f"step_00000002: {folder}/step_00000002/mcore/__" in said and "step_00000001: " in said
+    assert ".distcp cannot be read: Input/output error" in said
+    ends = ranks.run(resume_on_a_failing_disk, world_size=2, run_dir=str(run), failing=f"/step_{STEPS:08d}/")
+    assert ends == ["0", "0"]
+    assert curve(run) == curve(whole)[STEPS - 1 :]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+    assert names == [f"step_{step:08d}" for step in range(1, STEPS + 2)]
+
+
 def test_a_checkpoint_without_digests_still_loads(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
     forget_digests(run / "checkpoints" / f"step_{STEPS:08d}")
