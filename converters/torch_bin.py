@@ -17,6 +17,7 @@ from megabatch.converters.mapping import elements
 from megabatch.converters.regular_files import INDEX_BYTES, open_regular, read_regular
 from megabatch.converters.safetensors_io.folder import HfFolder, has_safetensors
 from megabatch.converters.safetensors_io.header import ITEMSIZE, Extent, parse_object
+from megabatch.converters.tensor_names import require_plain
 from megabatch.converters.torch_dist.archive import STORAGES, check_contiguous
 from megabatch.converters.torch_dist.pickle_codec import Persistent, Recorded, load
 from megabatch.converters.torch_dist.zip_directory import ZipDirectory
@@ -100,7 +101,7 @@ def _read(file: int, path: Path) -> dict[str, Extent]:
 def _name(name: object, path: Path) -> str:
     if not isinstance(name, str):
         raise ConversionError(f"{path}: has a tensor whose name is {_what(name)}")
-    return name
+    return require_plain(name)
 
 
 def _extent(value: Any, archive: ZipDirectory, root: str, place: str) -> Extent:

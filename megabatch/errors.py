@@ -6,15 +6,27 @@ before a `ConfigError` is raised, so a user sees all faults at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megabatch.secret_text import masked
 from megabatch.values import dataclass
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def printable(text: str) -> str:
+    """Text with the characters that control a terminal escaped, all but line ends and tabs."""
+    return text if text.isprintable() else _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
 
 class MegabatchError(Exception):
-    """Base of every error that megabatch raises on purpose; its text is one clear message with the fix."""
+    """Base of every error that megabatch raises on purpose; its text is one clear message with the fix, without what
+    controls a terminal, which names of files and tensors may hold."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class LaunchError(MegabatchError):
@@ -70,7 +82,7 @@ class Fault:
     def __str__(self) -> str:
         place = self.field if self.bare else f"{self.field}={self.value!r}"
         fix = f"; try {' or '.join(str(x) for x in self.try_)}" if self.try_ else ""
-        return masked(f"{place} {self.rule}{fix}")
+        return printable(masked(f"{place} {self.rule}{fix}")).replace("\n", "\\n")  # one line, whatever a name holds
 
 
 class ConfigError(MegabatchError):

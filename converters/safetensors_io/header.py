@@ -16,6 +16,7 @@ from typing import Any
 
 from megabatch.converters.bijection import TensorInfo
 from megabatch.converters.regular_files import open_regular
+from megabatch.converters.tensor_names import require_plain
 from megabatch.errors import ConversionError
 from megabatch.values import dataclass
 
@@ -124,6 +125,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if name in result:
             raise ValueError(f"{name} occurs twice")
         name.encode()  # a lone surrogate is a ValueError too
+        require_plain(name)
         result[name] = value
     return result
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megabatch.converters.dtypes import TORCH
+from megabatch.converters.tensor_names import require_plain
 from megabatch.converters.torch_dist.pickle_codec import Call, Global, Instance, Recorded, Stream, dump, load
 from megabatch.errors import ConversionError
 
@@ -119,6 +120,8 @@ def load_metadata(raw: bytes, *, place: str) -> dict[str, Entry]:
             for key, meta in root.field("state_dict_metadata").items()
             if type(meta).__name__ == "TensorStorageMetadata"
         }
+        for key in described:
+            require_plain(key)
         located = _places(root.field("storage_data"), described, place)
         return {key: _entry(key, meta, located.get(key, {})) for key, meta in described.items()}
     except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:

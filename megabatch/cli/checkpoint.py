@@ -18,7 +18,7 @@ _SHOWN = 8
 
 
 def verify(path: Path, *, workers: int) -> int:
-    """Checks all checkpoints of a run, or one folder; 1 when something is damaged, or `latest` or `best` names nothing.
+    """Checks all checkpoints of a run, or one folder; 1 when something is damaged, or a pointer names nothing.
 
     Raises: LaunchError when there is nothing to check; CheckpointError when it cannot be read.
     """
@@ -50,8 +50,8 @@ def _pointing_to_nothing(run: RunDirectory, *, newest: Path) -> Iterator[str]:
         )
     if os.path.lexists(run.best) and named_by_best(run) is None:
         yield (
-            f"{run.best}: names a checkpoint that does not exist; the run's next checkpoint writes it anew: delete it, "
-            "or write the one that you want into it"
+            f"{run.best}: names a checkpoint that does not exist; the run's next checkpoint writes it anew: delete "
+            "it, or write the one that you want into it"
         )
 
 

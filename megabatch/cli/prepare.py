@@ -32,7 +32,7 @@ def prepare_recipe(path: Path, flags: Sequence[str]) -> int:
     _require_meant(actions)
     file = path.absolute()
     launch = prepare(chosen, replace(actions, local=True), recipe_file=file)
-    if faults := launch.faults() + missing_inputs(chosen, launch.model):
+    if faults := launch.faults() + missing_inputs(chosen, launch.model, shared_cache=launch.profile.shared_cache):
         raise ConfigError(faults)
     cache = _cache_folder(launch)
     if actions.submit or actions.dry_run:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megabatch.chain.declare import Chain
-from megabatch.cli.recipe_file import as_declared, file_of
+from megabatch.cli.recipe_file import as_declared, file_of, require_start_folder
 from megabatch.command_line import run_command
 from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
@@ -25,6 +25,7 @@ def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) 
     """Exit code of a recipe's command line. Raises: MegabatchError."""
     sweep = recipe if isinstance(recipe, Sweep) else Sweep(recipe)  # type: ignore[arg-type]
     file = file_of(sweep.recipe).absolute()
+    require_start_folder(file)
     declared = as_declared(sweep.recipe, file)
     # each of the three has heavy imports that the others do not need
     if isinstance(declared, Chain):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +26,39 @@ def loaded(path: Path) -> ModuleType:
         raise ConfigError(f"{path} is a folder; give the path of a recipe file in it")
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give the path of a recipe file")
-    return module_of(path, name=f"megabatch_recipe_{path.stem}")
+    with _in_one_folder(path):
+        return module_of(path, name=f"megabatch_recipe_{path.stem}")
+
+
+@contextmanager
+def _in_one_folder(file: Path) -> Iterator[None]:
+    """Raises: ConfigError where the file's code goes to another folder: relative paths on the command line would mean
+    others."""
+    before = os.getcwd()
+    yield
+    if (now := os.getcwd()) != before:
+        os.chdir(before)
+        raise ConfigError(_moved(file, now))
+
+
+def _moved(file: Path, now: str) -> str:
+    return (
+        f"{file.name} changes the current folder to {now}, so that relative paths would mean others than where the "
+        "command was started; leave os.chdir out, and write paths beside the file as "
+        "Path(__file__).parent / NAME, as text"
+    )
+
+
+def require_start_folder(file: Path) -> None:
+    """Of the program's own file, started by a relative path: that it did not go to another folder before its `main`.
+
+    Raises: ConfigError.
+    """
+    own, named = getattr(sys.modules["__main__"], "__file__", None), Path(sys.argv[0])
+    if own is None or named.is_absolute() or not Path(own).is_absolute() or Path(own).name != named.name:
+        return
+    if Path(os.path.normpath(named.absolute())) != Path(os.path.normpath(own)):
+        raise ConfigError(_moved(file, os.getcwd()))
 
 
 def file_of(recipe: Callable[[], Recipe | Chain]) -> Path:
@@ -43,7 +78,8 @@ def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Ch
     if needed := _needed(recipe):
         raise ConfigError(f"{file.name}: recipe() is called without arguments, but needs {needed}; give defaults")
     try:
-        built = recipe()
+        with _in_one_folder(file):
+            built = recipe()
     except MegabatchError:
         raise
     except SystemExit as error:

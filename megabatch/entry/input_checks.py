@@ -39,10 +39,10 @@ _GZIP_RATIO = 8
 """Text is about this many times larger than its .gz."""
 
 
-def missing_inputs(recipe: Recipe, model: FoundModel) -> list[Fault]:
-    """Faults of the run's inputs that names and sizes show; reads no data."""
+def missing_inputs(recipe: Recipe, model: FoundModel, *, shared_cache: str | None = None) -> list[Fault]:
+    """Faults of the run's inputs that names and sizes show; reads no data. Args: shared_cache: the profile's."""
     found = _tokenizer(recipe, model, tokenizer.check)
-    others = [*_tuning(recipe, model), *other_model_faults(recipe, model.shape)]
+    others = [*_tuning(recipe, model), *other_model_faults(recipe, model.shape, shared_cache=shared_cache)]
     loaded = _load(recipe, model.shape)
     return [*_datasets(recipe, _check_presence), *_model(recipe, model), *found, *loaded, *others]
 
@@ -57,12 +57,17 @@ def _tuning(recipe: Recipe, model: FoundModel) -> list[Fault]:
 
 
 def damaged_inputs(
-    recipe: Recipe, model: FoundModel, *, trains: bool = True, has_all_data: bool = True
+    recipe: Recipe,
+    model: FoundModel,
+    *,
+    trains: bool = True,
+    has_all_data: bool = True,
+    shared_cache: str | None = None,
 ) -> list[Fault]:
     """Faults inside the inputs: malformed rows, too few rows, and weights that do not fit their config.json.
 
     Args: trains: False for an evaluation, which takes whatever rows there are; has_all_data: False where another run
-    has yet to make some of the datasets.
+    has yet to make some of the datasets; shared_cache: the profile's.
     """
     counts: dict[str, int | None] = {}
     kinds: dict[int, Origin] = {}
@@ -89,7 +94,7 @@ def damaged_inputs(
         *rows,
         *readable,
         *_weights(recipe, model),
-        *damaged_other_models(recipe, tokenizer=_tokenizer_folder(recipe, model)),
+        *damaged_other_models(recipe, tokenizer=_tokenizer_folder(recipe, model), shared_cache=shared_cache),
     ]
 
 
@@ -293,8 +298,11 @@ def _tokenizer(recipe: Recipe, model: FoundModel, check: Callable[[Path], None])
 
 
 def _tokenizer_folder(recipe: Recipe, model: FoundModel) -> Path | None:
-    """None for one that is not here: of a hub, or trained on the data of a new model."""
+    """None for one that is not here: of a hub, trained on the data of a new model, or that of a folder that is no
+    model, such as an adapter."""
     name = recipe.model.tokenizer
+    if name is None and model.shape is None and model.fault is not None:
+        return None
     folder = model.folder if name is None else Path(name).expanduser()
     return None if name is not None and folder is not None and not folder.is_dir() and is_hub_name(name) else folder
 

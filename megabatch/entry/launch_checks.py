@@ -38,7 +38,7 @@ def missing_here(launch: Launch, *, local: bool, own: Recipe | None = None) -> l
     grpo, same_python = recipe.grpo, local or not _brings_python(launch.profile)
     environments = [text for text in (recipe.rollout.multi_turn_scheduler, recipe.rollout.gym_env) if text]
     found = [
-        *missing_inputs(recipe, launch.model),
+        *missing_inputs(recipe, launch.model, shared_cache=launch.profile.shared_cache),
         *_preprocess(recipe.data, same_python=same_python),
         *_user_code("watching.callbacks", recipe.watching.callbacks, load_callback, same_python=same_python),
         *_user_code("grpo.reward_funcs", grpo.reward_funcs, _check_reward, same_python=same_python),
@@ -194,7 +194,13 @@ def faults_here(launch: Launch, *, local: bool, own: Recipe | None = None, train
     missing = missing_here(launch, local=local, own=own)
     looked_at, data = own or launch.recipe, launch.recipe.data
     has_all_data = [*looked_at.data.dataset, *looked_at.data.val_dataset] == [*data.dataset, *data.val_dataset]
-    return missing or damaged_inputs(looked_at, launch.model, trains=trains, has_all_data=has_all_data)
+    return missing or damaged_inputs(
+        looked_at,
+        launch.model,
+        trains=trains,
+        has_all_data=has_all_data,
+        shared_cache=launch.profile.shared_cache,
+    )
 
 
 def folder_faults(folder: Path, *, recipe_file: Path, local: bool, own: Collection[str] = ()) -> list[Fault]:

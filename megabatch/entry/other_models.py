@@ -22,19 +22,26 @@ from megabatch.saved.find import find_to_load
 from megabatch.trainable import VOCABULARY_ROUNDED
 
 
-def other_model_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
-    """Faults of a reference and a teacher that names and config.json show. Args: shape: the trained model's."""
+def other_model_faults(
+    recipe: Recipe, shape: ModelShape | None, *, shared_cache: str | None = None
+) -> Iterator[Fault]:
+    """Faults of a reference and a teacher that names and config.json show.
+
+    Args: shape: the trained model's; shared_cache: the profile's, where the run looks for models of a hub.
+    """
     if without_reference(recipe) is None:
         if recipe.bridge.ref_model is not None:
-            yield from _reference(recipe, recipe.bridge.ref_model, shape)
+            yield from _reference(recipe, recipe.bridge.ref_model, shape, shared_cache=shared_cache)
         if recipe.rlhf.ref_load is not None:
             yield from _checkpoint("rlhf.ref_load", recipe.rlhf.ref_load)
     if has_teacher(recipe):
         for name in models_named(recipe.gkd.teacher_model):
-            yield from _teacher(recipe, name, shape)
+            yield from _teacher(recipe, name, shape, shared_cache=shared_cache)
 
 
-def damaged_other_models(recipe: Recipe, *, tokenizer: Path | None) -> Iterator[Fault]:
+def damaged_other_models(
+    recipe: Recipe, *, tokenizer: Path | None, shared_cache: str | None = None
+) -> Iterator[Fault]:
     """Faults of their weights and tokenizers. Args: tokenizer: the trained model's folder of it, if it is here."""
     given: list[tuple[str, str | None]] = []
     if without_reference(recipe) is None:
@@ -42,7 +49,10 @@ def damaged_other_models(recipe: Recipe, *, tokenizer: Path | None) -> Iterator[
     if has_teacher(recipe):
         given += [("gkd.teacher_model", name) for name in models_named(recipe.gkd.teacher_model)]
     for field, name in given:
-        if name is None or (found := found_beside(recipe, name)).folder is None or found.fault is not None:
+        if name is None:
+            continue
+        found = found_beside(recipe, name, shared_cache=shared_cache)
+        if found.folder is None or found.fault is not None:
             continue  # a fault of names or of config.json is said already
         from megabatch.converters.hf_model import open_hf_model  # a dry run reads no weights
 
@@ -65,19 +75,20 @@ def has_teacher(recipe: Recipe) -> bool:
     return recipe.kind is not None and recipe.kind.name in ("gkd", "grpo")
 
 
-def _reference(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fault]:
+def _reference(recipe: Recipe, name: str, shape: ModelShape | None, *, shared_cache: str | None) -> Iterator[Fault]:
     """A reference has the policy's tokenizer, and gets its new tokens too."""
     tokenizer = recipe.model.tokenizer or recipe.model.model
     field = "bridge.ref_model"
-    found = find_model(replace(recipe, model=replace(recipe.model, model=name, tokenizer=tokenizer)))
+    own = replace(recipe, model=replace(recipe.model, model=name, tokenizer=tokenizer))
+    found = find_model(own, shared_cache=shared_cache)
     if fault := _missing(field, name, found):
         yield fault
     elif found.shape is not None and shape is not None and (differs := _differences(found.shape, shape)):
         yield Fault(field, name, f"must be a model of the policy's shape, and has {differs}")
 
 
-def _teacher(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fault]:
-    field, found = "gkd.teacher_model", found_beside(recipe, name)
+def _teacher(recipe: Recipe, name: str, shape: ModelShape | None, *, shared_cache: str | None) -> Iterator[Fault]:
+    field, found = "gkd.teacher_model", found_beside(recipe, name, shared_cache=shared_cache)
     if fault := _missing(field, name, found):
         yield fault
     elif found.shape is not None and shape is not None:
@@ -93,16 +104,18 @@ def _teacher(recipe: Recipe, name: str, shape: ModelShape | None) -> Iterator[Fa
             yield Fault(field, name, rule)
         if own < student:
             with suppress(DataError):  # it is a fault of the student's own, or the trainer reads the tokenizer
-                rows, are_new = min(rows_needed(recipe), student), bool(recipe.model.new_special_tokens)
+                rows = min(rows_needed(recipe, shared_cache=shared_cache), student)
+                are_new = bool(recipe.model.new_special_tokens)
                 if fault := lacks_tokens(name, found.shape, rows=rows, are_new=are_new):
                     yield fault
         chunks = virtual_stages(recipe.parallel, shape.num_layers)
         yield from model_divides(recipe, TEACHER, found.shape, chunks=chunks)
 
 
-def found_beside(recipe: Recipe, name: str) -> FoundModel:
+def found_beside(recipe: Recipe, name: str, *, shared_cache: str | None = None) -> FoundModel:
     """What is known of another model, with its own vocabulary."""
-    return find_model(replace(recipe, model=replace(recipe.model, model=name, tokenizer=None, new_special_tokens=())))
+    own = replace(recipe, model=replace(recipe.model, model=name, tokenizer=None, new_special_tokens=()))
+    return find_model(own, shared_cache=shared_cache)
 
 
 def _missing(field: str, name: str, found: FoundModel) -> Fault | None:

@@ -333,7 +333,8 @@ _NAMED = (
         "disk",
         r"No space left on device|Disk quota exceeded|\[Errno (28|122|30|116|5|107|108|121)\]|Read-only file system"
         r"|\[Errno 110\][^:]*: '/|ransport endpoint (is not connected|shutdown)|database or disk is full"
-        r"|Stale file handle|^error: .*: no checkpoint can be read here, |file write failed|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos",
+        r"|Stale file handle|file write failed|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos"
+        r"|^error: .*: no checkpoint can be read here, ",
     ),
     (
         "nan",

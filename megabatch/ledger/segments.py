@@ -1,7 +1,8 @@
 """Files of a ledger: segments of frames, each frame the compressed completions of one optimizer step.
 
-A frame is a header (mark, step, completions, bytes, CRC-32 of the bytes) and what zlib made of the records. Frames are
-only ever appended, each in one write; a writer that is killed leaves at most one torn frame, at the end.
+A frame is a header (mark, step, completions, bytes, CRC-32 of the bytes, CRC-32 of the header before it) and what zlib
+made of the records. Frames are only ever appended, each in one write; a writer that is killed leaves at most one torn
+frame, at the end. Frames of before have the mark MBL1 and a header without a sum of its own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import BinaryIO
 
 from megabatch.values import dataclass
 
-HEADER = struct.Struct("<4sIIQI")
-MARK = b"MBL1"
+_FIELDS = struct.Struct("<4sIIQI")
+_SUM = struct.Struct("<I")
+_MARK, _UNSUMMED, _MARKED = b"MBL2", b"MBL1", b"MBL"
+"""What a frame of today and one of before begin with, and what both do."""
 _PART = 2**20
 """Bytes that are searched for a mark at a time."""
 
@@ -27,6 +30,8 @@ class Frame:
     file: Path
     offset: int
     """Of the header."""
+    body: int
+    """Of the bytes after it."""
     step: int
     count: int
     """Completions."""
@@ -36,12 +41,12 @@ class Frame:
 
     @property
     def end(self) -> int:
-        return self.offset + HEADER.size + self.size
+        return self.body + self.size
 
     def content(self) -> bytes | None:
         """The records' bytes; None if they are damaged."""
         with open(self.file, "rb") as file:
-            file.seek(self.offset + HEADER.size)
+            file.seek(self.body)
             packed = file.read(self.size)
         if len(packed) < self.size or zlib.crc32(packed) != self.checksum:
             return None
@@ -60,7 +65,8 @@ def segment(folder: Path, number: int) -> Path:
 def packed(step: int, count: int, content: bytes) -> bytes:
     """A whole frame."""
     body = zlib.compress(content, 3)
-    return HEADER.pack(MARK, step, count, len(body), zlib.crc32(body)) + body
+    header = _FIELDS.pack(_MARK, step, count, len(body), zlib.crc32(body))
+    return header + _SUM.pack(zlib.crc32(header)) + body
 
 
 def frames(file: Path) -> Iterator[Frame]:
@@ -71,7 +77,7 @@ def frames(file: Path) -> Iterator[Frame]:
     total = file.stat().st_size
     offset: int | None = 0
     with open(file, "rb") as opened:
-        while offset is not None and total - offset >= HEADER.size:
+        while offset is not None and total - offset >= _FIELDS.size:
             frame = _frame_at(opened, file, offset)
             whole = frame is not None and frame.end <= total
             if frame is not None and whole and (_begins_at(opened, frame.end) or frame.content() is not None):
@@ -83,15 +89,19 @@ def frames(file: Path) -> Iterator[Frame]:
 
 def _frame_at(opened: BinaryIO, file: Path, offset: int) -> Frame | None:
     opened.seek(offset)
-    mark, step, count, size, checksum = HEADER.unpack(opened.read(HEADER.size))
-    found = Frame(file=file, offset=offset, step=step, count=count, size=size, checksum=checksum)
-    return found if mark == MARK else None
+    header, own = opened.read(_FIELDS.size), opened.read(_SUM.size)
+    mark, step, count, size, checksum = _FIELDS.unpack(header)
+    if mark not in (_MARK, _UNSUMMED) or (mark == _MARK and own != _SUM.pack(zlib.crc32(header))):
+        return None
+    body = offset + _FIELDS.size + (_SUM.size if mark == _MARK else 0)
+    return Frame(file=file, offset=offset, body=body, step=step, count=count, size=size, checksum=checksum)
 
 
 def _begins_at(opened: BinaryIO, offset: int) -> bool:
     """Whether a frame begins here, if only its first bytes, or the segment ends."""
     opened.seek(offset)
-    return MARK.startswith(opened.read(len(MARK)))
+    begins = opened.read(len(_MARK))
+    return _MARK.startswith(begins) or _UNSUMMED.startswith(begins)
 
 
 def _next_mark(opened: BinaryIO, offset: int) -> int | None:
@@ -99,8 +109,8 @@ def _next_mark(opened: BinaryIO, offset: int) -> int | None:
     before = b""
     opened.seek(offset)
     while part := opened.read(_PART):
-        if (place := (before + part).find(MARK)) >= 0:
+        if (place := (before + part).find(_MARKED)) >= 0:
             return offset - len(before) + place
         offset += len(part)
-        before = part[-len(MARK) + 1 :]
+        before = part[-len(_MARKED) + 1 :]
     return None

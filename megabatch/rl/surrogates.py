@@ -5,6 +5,7 @@ T: tokens of a flat row, N: its completions, P: its prompts. All tensors are fp3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -35,14 +36,39 @@ def log_importance(
     return mean_T if level == "sequence" else mean_T.detach() + logps_T - logps_T.detach()
 
 
-def clipped(ratio_T: Tensor, advantages_T: Tensor, *, low: float, high: float, delta: float | None) -> Tensor:
+def largest_log(dtype: torch.dtype) -> float:
+    """Logarithm of the largest ratio that a number format holds: 88.72 in fp32."""
+    return math.log(torch.finfo(dtype).max) - 1e-5  # less than that, whatever exp rounds to
+
+
+def ratio_of(log_T: Tensor) -> Tensor:
+    """exp, at most the format's largest number: an advantage or a gradient of 0 stays 0 where exp overflows."""
+    return log_T.clamp(max=largest_log(log_T.dtype)).exp()
+
+
+def weighed(values_T: Tensor, weights_T: Tensor) -> Tensor:
+    """The product, 0 where the weight is 0, also of an infinite value."""
+    return torch.where(weights_T == 0, 0.0, values_T * weights_T)
+
+
+def clipped(
+    ratio_T: Tensor, advantages_T: Tensor, *, low: float, high: float, delta: float | None, log_T: Tensor | None = None
+) -> Tensor:
     """-min(rho A, clip(rho, 1 - low, 1 + high) A), with rho at most `delta` where that is given.
+
+    Args: log_T: the logarithm of rho; where it is above `largest_log`, nothing bounds a loss with a negative advantage
+    but `delta`: that and its gradient are no finite numbers, so that no guard can miss them.
 
     Source: PPO arXiv:1707.06347 equation 7; clip-higher DAPO arXiv:2503.14476 equation 10; delta INTELLECT-2
     arXiv:2505.07291 section 3.4.
     """
     bounded_T = ratio_T if delta is None else ratio_T.clamp(max=delta)
-    return -torch.minimum(bounded_T * advantages_T, ratio_T.clamp(1 - low, 1 + high) * advantages_T)
+    losses_T = -torch.minimum(bounded_T * advantages_T, ratio_T.clamp(1 - low, 1 + high) * advantages_T)
+    if log_T is None or delta is not None:
+        return losses_T
+    is_unbounded_T = (log_T > largest_log(log_T.dtype)) & (advantages_T < 0)
+    infinite_T = torch.zeros_like(losses_T).masked_fill(is_unbounded_T, float("inf"))
+    return losses_T + torch.where(is_unbounded_T, log_T, 0.0) * infinite_T
 
 
 def truncated(ratio_T: Tensor, logps_T: Tensor, advantages_T: Tensor, *, high: float) -> Tensor:
@@ -97,7 +123,7 @@ def future_influence(
     log_ratio_T, ratio_T = log_ratio_T.detach(), ratio_T.detach()
     if delta is not None:
         log_ratio_T = log_ratio_T * (ratio_T <= delta)
-    weight_T = future_of(log_ratio_T).exp()
+    weight_T = ratio_of(future_of(log_ratio_T))
     if clip_range:
         weight_T = weight_T.clamp(1.0 if high_only else 1 - clip_range, 1 + clip_range)
     is_unsafe_T = (advantages_T < 0) & (ratio_T > safety_threshold)

@@ -27,6 +27,8 @@ FIELD = 'from megabatch import Parallel, Recipe\ndef recipe():\n    return Recip
         ("import sys\nsys.exit(0)\n", "r.py:2: SystemExit: 0; it may not end the program"),
         ("def recipe():\n    raise SystemExit('no GPU')\n", "r.py:2: SystemExit: no GPU; it may not end the program"),
         ("def recipe(size):\n    pass\n", "r.py: recipe() is called without arguments, but needs size"),
+        ("import os\nos.chdir('/')\ndef recipe(): ...\n", "r.py changes the current folder to /, so that relative"),
+        ("import os\ndef recipe():\n    os.chdir('/')\n", "r.py changes the current folder to /, so that relative"),
         ("def recipe():\n    assert 1 == 2\n", "r.py:2: AssertionError: assert 1 == 2"),
     ],
 )

@@ -86,6 +86,7 @@ def test_bad_header(fault: str, tmp_path: Path) -> None:
         (b"[]", None, "must be a JSON object"),
         (b'{"\\ud800": 1}', None, "not valid JSON"),
         (json.dumps(good_header()).replace('"b"', '"a"').encode(), None, "a occurs twice"),
+        (rb'{"b\n\u001b": 1}', None, r"the name 'b\\n\\x1b' has control characters"),
     ],
 )
 def test_bad_header_text(text: bytes, length: int | None, message: str, tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def test_mistakes_get_one_clear_error(tmp_path: Path, arguments: list[str], mess
     assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_recipe_that_goes_to_another_folder_before_its_main_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text("import os\nos.chdir('/')\nfrom megabatch import main\nmain(lambda: None)\n")
+    done = _run(Path("r.py"), "--dry_run", cwd=tmp_path)
+    assert done.returncode == 2 and "r.py changes the current folder to /, so that relative paths" in done.stderr
+
+
 def test_a_field_that_does_not_exist_is_explained_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "wrong.py"
     file.write_text(

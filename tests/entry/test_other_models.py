@@ -50,6 +50,26 @@ def test_a_reference_of_the_same_shape(compared: Recipe, model_folder: Path) -> 
     assert faults(replace(compared, bridge=Bridge(ref_model="org/on-the-hub"))) == []
 
 
+def test_a_profiles_shared_cache_is_asked(
+    compared: Recipe, distilled: Recipe, model_folder: Path, tmp_path: Path
+) -> None:
+    """As for the model itself."""
+    repository = tmp_path / "shared" / "huggingface" / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / "abc").symlink_to(other(model_folder, "other", num_hidden_layers=2, vocab_size=4000))
+    shared = str(tmp_path / "shared")
+    for recipe, rule in (
+        (replace(compared, bridge=Bridge(ref_model="org/tiny")), "must be a model of the policy's shape, and has "),
+        (replace(distilled, gkd=Gkd(teacher_model="org/tiny")), "has 4,000 tokens and the student "),
+    ):
+        model = find_model(recipe)
+        assert missing_inputs(recipe, model) == [] == damaged_inputs(recipe, model)
+        assert [rule in str(fault) for fault in missing_inputs(recipe, model, shared_cache=shared)] == [True]
+        assert "cannot be read: " in str(damaged_inputs(recipe, model, shared_cache=shared))
+
+
 @pytest.mark.parametrize(
     ("config", "rule"),
     [
@@ -158,7 +178,6 @@ def test_an_adapter_is_no_model(compared: Recipe, distilled: Recipe, model_folde
     for folder in (alone, beside):
         (folder / "adapter_config.json").write_text("{}")
         (folder / "adapter_model.safetensors").write_bytes(b"")
-    (alone / "tokenizer.json").write_text("{}")
 
     def said(folder: Path) -> list[str]:
         if field == "model":

@@ -30,7 +30,9 @@ from megabatch.rl.surrogates import (
     gated,
     k3,
     log_importance,
+    ratio_of,
     truncated,
+    weighed,
 )
 from megabatch.trainer.objectives.objective import Inference, Mean, Norm, Objective, Terms
 from megabatch.trainer.readouts.tokens import Tokens
@@ -129,7 +131,7 @@ class GrpoObjective(Objective):
         if self.readout.entropies:
             found_T["entropy"] = out["entropies"]
         if (correction_T := pack.token_columns.get(CORRECTION)) is not None:
-            losses_T = losses_T * correction_T
+            losses_T = weighed(losses_T, correction_T)
         columns_TK = torch.stack([losses_T, *(value.to(losses_T.dtype) for value in found_T.values())], 1)
         sums_NK = row.sequences.sums(columns_TK * row.mask_T[:, None])
         counts_N = row.sequences.sums(row.mask_T)
@@ -137,7 +139,7 @@ class GrpoObjective(Objective):
         if self.norm is Norm.ITEMS:
             total, weight = self._of_prompts(row, sums_NK[:, 0] / counts_N.clamp(min=1), stays_N, pack)
         else:
-            total, weight = self._of_completions(sums_NK[:, 0] * stays_N, counts_N, stays_N)
+            total, weight = self._of_completions(weighed(sums_NK[:, 0], stays_N), counts_N, stays_N)
         tokens = counts_N.sum()
         metrics = {"loss": Mean(total.detach(), weight)}
         metrics |= {name: Mean(sums_NK[:, k].detach().sum(), tokens) for k, name in enumerate(found_T, 1)}
@@ -169,10 +171,11 @@ class GrpoObjective(Objective):
         grpo = self._grpo
         level = grpo.importance_sampling_level
         log_T = log_importance(row.logps_T, row.log_ratio_T, row.mask_T, row.sequences, level=level)
-        ratio_T = torch.where(row.mask_T > 0, log_T, 0.0).exp()
-        losses_T = self._surrogate(row, ratio_T, pack)
+        log_T = torch.where(row.mask_T > 0, log_T, 0.0)
+        ratio_T = ratio_of(log_T)
+        losses_T = self._surrogate(row, ratio_T, log_T, pack)
         if self._selects:
-            losses_T = losses_T * pack.token_columns[_KEPT]
+            losses_T = weighed(losses_T, pack.token_columns[_KEPT])
         found_T = {"ratio": ratio_T}
         if grpo.loss_type != "real":
             found_T |= self._clips(ratio_T, row.advantages_T)
@@ -183,7 +186,7 @@ class GrpoObjective(Objective):
             found_T["teacher_kl"] = -row.teacher_T
         return losses_T, found_T
 
-    def _surrogate(self, row: _Row, ratio_T: Tensor, pack: Pack) -> Tensor:
+    def _surrogate(self, row: _Row, ratio_T: Tensor, log_T: Tensor, pack: Pack) -> Tensor:
         grpo, advantages_T = self._grpo, row.advantages_T
         low, high = grpo.epsilon, resolved(grpo.epsilon_high)
         if grpo.loss_type == "real":
@@ -192,7 +195,7 @@ class GrpoObjective(Objective):
             return truncated(ratio_T, row.logps_T, advantages_T, high=high)
         if grpo.loss_type == "sapo":
             return gated(ratio_T, advantages_T, tau_pos=grpo.tau_pos, tau_neg=grpo.tau_neg)
-        losses_T = clipped(ratio_T, advantages_T, low=low, high=high, delta=grpo.delta)
+        losses_T = clipped(ratio_T, advantages_T, low=low, high=high, delta=grpo.delta, log_T=log_T)
         return losses_T * self._influence(row, ratio_T, pack) if grpo.loss_type == "fipo" else losses_T
 
     def _influence(self, row: _Row, ratio_T: Tensor, pack: Pack) -> Tensor:

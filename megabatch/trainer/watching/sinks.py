@@ -22,6 +22,9 @@ TIMES = frozenset(
 """What `log_timers_to_tensorboard` is about."""
 
 
+_BLOCK_BYTES = 1 << 16
+
+
 class Sink(Protocol):
     """Used on the main rank alone."""
 
@@ -106,9 +109,18 @@ def explained(place: Path | str) -> Iterator[None]:
 def _appending(path: Path) -> TextIO:
     """The file, without a last line that a full disk cut short."""
     if path.exists():
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            file.seek(max(0, size - 2**16))
-            end = file.read()
-        os.truncate(path, size - len(end) + end.rfind(b"\n") + 1)
+        os.truncate(path, _end_of_lines(path))
     return open(path, "a", encoding="utf-8")
+
+
+def _end_of_lines(path: Path) -> int:
+    """Where the last whole line of a file ends, however long what is behind it is."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - _BLOCK_BYTES)
+            file.seek(begin)
+            if (found := file.read(end - begin).rfind(b"\n")) >= 0:
+                return begin + found + 1
+            end = begin
+    return 0

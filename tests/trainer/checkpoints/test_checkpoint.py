@@ -62,7 +62,7 @@ def _committed(run: RunDirectory, step: int) -> Path:
 def test_a_kill_while_one_is_committed_leaves_no_later_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
-    """Before each of the moves: the run resumes from the one before or the new one, and takes neither for abandoned."""
+    """Before each move: the run resumes from the one before or the new one, and takes neither for abandoned."""
     run = RunDirectory(tmp_path)
     run.checkpoints.mkdir()
     for step in (1, 2):

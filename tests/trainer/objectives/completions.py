@@ -211,7 +211,7 @@ def computed(
     logps = found.logps.clone().requires_grad_()
     pack, places = as_pack(found)
     names = {"old", "reference"} | ({"correction"} if corrected else set()) | ({"teacher"} if taught else set())
-    columns = {name: values for name, values in pack.token_columns.items() if name in names}
+    columns = {name: values.to(logps.dtype) for name, values in pack.token_columns.items() if name in names}
     objective, pack = objective_of(grpo, taught=taught), replace(pack, token_columns=columns)
     entropies = on_row(found.entropies, pack, places)
     (pack,) = objective.prepare([pack], Given([entropies]))

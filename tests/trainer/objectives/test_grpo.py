@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from completions import Given, as_pack, computed, kept_tokens, made, objective_of, on_row, reference_loss, settings
+from completions import (
+    Completions,
+    Given,
+    as_pack,
+    computed,
+    kept_tokens,
+    made,
+    objective_of,
+    on_row,
+    reference_loss,
+    settings,
+)
 
 from megabatch.trainer.objectives.grpo import NORMS
 from megabatch.trainer.objectives.objective import Norm
@@ -49,6 +61,33 @@ def test_loss_and_gradient(loss: str, level: str, mask: str) -> None:
     torch.testing.assert_close(got_gradient, gradient, rtol=1e-9, atol=1e-12)
     assert terms.weight.item() == pytest.approx(count)
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_ratio_that_fp32_cannot_hold(loss: str, level: str) -> None:
+    """e^95 with an advantage of 0 or above: fp32 has the loss and the gradient of fp64."""
+    grpo, found = settings(loss, importance_sampling_level=level), made()
+    found.advantages[:3] = torch.tensor([0.0, 0.0, 1.5])
+    found.old[:3] = found.logps[:3] - 95
+    logps = found.logps.clone().requires_grad_()
+    numerator, count = reference_loss(replace(found, logps=logps), grpo)
+    expected = numerator / count
+    gradient = torch.autograd.grad(expected, logps)[0] * (found.mask > 0)
+    in_fp32 = Completions(**{name: getattr(found, name).float() for name in Completions.__dataclass_fields__})
+    got, got_gradient, _ = computed(in_fp32, grpo)
+    assert got.dtype == torch.float32 and got.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(got_gradient.double(), gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("delta", [None, 1.9])
+def test_a_loss_that_fp32_cannot_hold_is_infinite_and_never_less(delta: float | None) -> None:
+    """A bad completion that nothing bounds: the run ends, or leaves the update out."""
+    found = made(4)
+    found.advantages[:1], found.old[:1] = -1.0, found.logps[:1] - 95
+    in_fp32 = Completions(**{name: getattr(found, name).float() for name in Completions.__dataclass_fields__})
+    got, gradient, _ = computed(in_fp32, settings("grpo", delta=delta))
+    assert math.isinf(got) == (delta is None) and gradient.isfinite().all() == (delta is not None)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rank_server import RankServer
 from runs import metrics, recipe, train, write_run
 
-from megabatch.trainer.watching.sinks import points
+from megabatch.trainer.watching.sinks import MetricsFile, points
 
 TIMED = {"data_s", "forward_backward_s", "optimizer_s"}
 
@@ -24,6 +25,17 @@ def test_points_are_finite_and_without_counts() -> None:
         "eval/loss": 2.0,
         "eval/seconds": 0.5,
     }
+
+
+@pytest.mark.parametrize("torn", [0, 1, 70_000, 200_000])
+@pytest.mark.parametrize("whole", ["", '{"step": 1}\n', "x" * 100_000 + "\n"])
+def test_a_torn_last_line_is_cut_however_long_it_is(whole: str, torn: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(whole + "y" * torn)
+    file = MetricsFile(path)
+    file.write({"step": 2})
+    file.close(failed=False)
+    assert path.read_text() == whole + '{"step": 2}\n'
 
 
 def scalars(folder: Path) -> dict[str, list[int]]:
