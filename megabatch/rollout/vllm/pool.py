@@ -13,7 +13,7 @@ from megabatch.rollout.bucket import Bucket
 from megabatch.rollout.engine import Adapter, Completion, Request, RolloutEngine, Scored, UnservedError
 from megabatch.rollout.feed import Feed
 from megabatch.rollout.vllm.client import UnreachableError
-from megabatch.rollout.vllm.server import Server, StaleError
+from megabatch.rollout.vllm.server import GoneError, Server, StaleError
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,15 @@ class Pool:
         self._on_each(lambda server: server.sleep(level))
 
     def wake(self, *, cache: bool = True) -> None:
-        self._on_each(lambda server: server.wake(cache=cache))
+        """Raises: RolloutError, and no `LostError`, where each of all servers was waited for: an update that is begun
+        again would wait for them as long again."""
+        were_all_used = len(self._used) == len(self._servers)
+        try:
+            self._on_each(lambda server: server.wake(cache=cache))
+        except GoneError as e:
+            if not were_all_used:
+                raise
+            raise RolloutError(str(e)) from e
 
     def abort(self, keys: Collection[str]) -> None:
         self._on_each(lambda server: server.abort(keys))
@@ -162,7 +170,7 @@ class Pool:
                 self._drop(server, str(error))
                 errors.append(error)
         if errors and not self._used:
-            raise errors[0]
+            raise next((error for error in errors if not isinstance(error, GoneError)), errors[0])
 
     def _drop(self, server: Server, reason: str) -> None:
         logger.warning("rollout server %s is left out until the next update: %s", server.url, reason)

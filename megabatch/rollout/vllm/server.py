@@ -36,6 +36,10 @@ class StaleError(LostError):
     """The server has other weights than the trainer gave it: it was started again, or another trainer uses it."""
 
 
+class GoneError(UnreachableError):
+    """The server did not answer for as long as one is waited for: waiting again would take as long again."""
+
+
 class Server:
     """Raises everywhere: UnreachableError when the server is gone, RolloutError when it refuses."""
 
@@ -86,7 +90,7 @@ class Server:
         return self.client.url
 
     def wait(self) -> None:
-        """Until the server answers. Raises: UnreachableError after `timeout_s`."""
+        """Until the server answers. Raises: GoneError after `timeout_s`."""
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
@@ -94,7 +98,7 @@ class Server:
                 return
             except UnreachableError as e:
                 if time.monotonic() > deadline:
-                    raise UnreachableError(
+                    raise GoneError(
                         f"rollout server {self.url} did not answer for {self._timeout_s:g} s "
                         f"(rollout.vllm_server_timeout), at last: {e}"
                     ) from e

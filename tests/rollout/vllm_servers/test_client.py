@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from megabatch.errors import RolloutError
+from megabatch.rollout.engine import LostError
 from megabatch.rollout.vllm.client import Client, UnreachableError
+from megabatch.rollout.vllm.pool import Pool
 from megabatch.rollout.vllm.server import Server
+from megabatch.slurm.ports import free_port_block
 
 ANSWERS: dict[str, tuple[int, bytes]] = {
     "/good": (200, b'{"n": 1}'),
@@ -116,3 +119,21 @@ def test_a_server_that_dropped_its_weights_has_no_base_for_an_adapter(url: str) 
         server.sleep(level)
         assert (server.has_base, server.version is not None) == (is_there, is_there)
     server.close()
+
+
+def test_servers_that_are_gone_are_waited_for_once() -> None:
+    """A `LostError` would begin the update again, and each wait takes `rollout.vllm_server_timeout`."""
+
+    def gone() -> Server:
+        return Server(
+            Client(f"http://127.0.0.1:{free_port_block()}"), owner="test", device=torch.device("cpu"), timeout_s=0.0
+        )
+
+    pool = Pool([gone(), gone()])
+    pool._used = list(pool._servers)
+    with pytest.raises(RolloutError, match="did not answer for 0 s") as raised:
+        pool.wake()
+    assert not isinstance(raised.value, LostError)
+    pool._used = pool._servers[:1]  # the other may be back: the update finds out
+    with pytest.raises(LostError):
+        pool.wake()
