@@ -11,7 +11,16 @@ from megabatch.cli.runs import is_run
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.saved.check import faults, undigested
-from megabatch.saved.history import TRAINER, checkpoints, had_manifest, misplaced, named_by_best, named_by_latest
+from megabatch.saved.history import (
+    TRAINER,
+    checkpoints,
+    had_manifest,
+    id_of,
+    misplaced,
+    named_by_best,
+    named_by_latest,
+    of_another_run,
+)
 from megabatch.saved.manifest import MANIFEST, DamagedError, read_file, read_manifest
 
 _SHOWN = 8
@@ -83,10 +92,11 @@ def _check(folder: Path, *, workers: int) -> bool:
 
 
 def _misplaced(folder: Path) -> Iterator[str]:
-    """The fault of a checkpoint that lies in another one's folder."""
+    """The fault of a checkpoint that lies in another one's folder, or in another run's."""
     try:
-        step = json.loads(read_file(folder / TRAINER, TRAINER))["step"]
-        fault = misplaced(folder, int(step))
+        said = json.loads(read_file(folder / TRAINER, TRAINER))
+        fault = misplaced(folder, int(said["step"]))
+        fault = fault or of_another_run(said.get("run"), id_of(RunDirectory(folder.absolute().parents[1])))
     except (OSError, ValueError, KeyError, TypeError, DamagedError):
         return  # a conversion, or a file whose damage has its own line
     if fault is not None:

@@ -291,6 +291,7 @@ def provenance(launch: Launch, arguments: Sequence[str]) -> dict[str, Any]:
     except PackageNotFoundError:
         megabatch = "checkout"
     return {
+        "id": new_id(),
         "megabatch": megabatch,
         "python": platform.python_version(),
         "recipe_file": str(launch.recipe_file),
@@ -303,6 +304,11 @@ def provenance(launch: Launch, arguments: Sequence[str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "working_directory": os.getcwd(),
     }
+
+
+def new_id() -> str:
+    """What tells a run from every other, for its checkpoints (`saved.history.id_of`)."""
+    return os.urandom(8).hex()
 
 
 def _user() -> str:

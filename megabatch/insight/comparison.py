@@ -120,7 +120,7 @@ def _placeless(value: Any, run: Path) -> Any:
 
 def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
     said = config.get("provenance")
-    left_out = ("created", "arguments", "recipe_file", "model")
+    left_out = ("created", "arguments", "recipe_file", "model", "id")
     return {k: v for k, v in said.items() if k not in left_out} if isinstance(said, dict) else {}
 
 

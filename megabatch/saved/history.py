@@ -148,6 +148,21 @@ def misplaced(path: Path, step: int) -> str | None:
     return f"{TRAINER}: is of step {step}: the folder is a copy of another checkpoint, or was renamed"
 
 
+def id_of(run: RunDirectory) -> str | None:
+    """What tells a run from every other, also once its folder is moved or copied; None for one of before."""
+    try:
+        return str(json.loads(run.run_json.read_text(encoding="utf-8"))["provenance"]["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def of_another_run(saved: str | None, own: str | None) -> str | None:
+    """The fault of a checkpoint in a run's folder that another run saved. Args: the two runs' `id_of`."""
+    if saved is None or own is None or saved == own:
+        return None
+    return f"{TRAINER}: is of another run; to begin with what it holds, name it in checkpoint.load"
+
+
 def settle(
     run: RunDirectory,
     chosen: Path,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.config.run import RunConfig
-from megabatch.entry.launch import Launch, differences
+from megabatch.entry.launch import Launch, differences, new_id
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.slurm.ownership import require_own
@@ -87,7 +87,7 @@ def write_runs(launches: Sequence[Launch], scripts: Sequence[str], provenance: M
                 continue
             place = RunDirectory(staged / launch.directory.path.name)
             place.path.mkdir(mode=0o755)
-            _write_own(place.run_json, launch.run_json(provenance=provenance))
+            _write_own(place.run_json, launch.run_json(provenance={**provenance, "id": new_id()}))
             if script:
                 _write_own(place.script, script)
         if any(new):

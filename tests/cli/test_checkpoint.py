@@ -59,6 +59,21 @@ def test_a_copy_of_another_checkpoint_is_named(tmp_path: Path, capsys: pytest.Ca
     assert f"{run.step(2)}: damaged\n  trainer.json: is of step 1: the folder is a copy" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", 1)
+    text = '{"step": 1, "run": "ab", "manifest": "megabatch-manifest.json"}'
+    (run.step(1) / "trainer.json").write_text(text)
+    (run.step(1) / MANIFEST).write_text(manifest_text({"trainer.json": File.of(text.encode())}))
+    for part in ("hf", "mcore"):
+        shutil.rmtree(run.step(1) / part)
+    for own, code in (('"ab"', 0), ('"cd"', 1)):
+        run.run_json.write_text(f'{{"provenance": {{"id": {own}}}}}')
+        assert main(["checkpoint", "verify", str(run.path)]) == code
+    assert f"{run.step(1)}: damaged\n  trainer.json: is of another run; to begin with" in capsys.readouterr().out
+    run.run_json.write_text('{"provenance": {}}')
+    assert main(["checkpoint", "verify", str(run.step(1))]) == 0
+
+
 @pytest.mark.parametrize("name", ["latest", "best"])
 @pytest.mark.parametrize("text", ["", "step_0000000a\n", "step_00000007\n", "\0", "../checkpoints/none"])
 def test_a_pointer_to_nothing_is_named(

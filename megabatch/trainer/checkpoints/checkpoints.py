@@ -179,7 +179,7 @@ class Checkpoints:
         def on_main() -> None:
             self._require_newest_start()
             layout = None if self.retention.no_save_rng else self.layout
-            texts = {TRAINER: progress_text(progress, generators_of=layout)}
+            texts = {TRAINER: progress_text(progress, generators_of=layout, run=history.id_of(self.run))}
             found = {name: file for part in everyone or [] for name, file in part.items()}
             if self.adapter_config is not None and any(name.startswith(f"{MCORE}/") for name in found):
                 texts[f"{MCORE}/{ADAPTER_CONFIG}"] = self.adapter_config
@@ -223,7 +223,7 @@ class Checkpoints:
         for path in found.usable:
             logger.info("resuming from %s", path)
             try:
-                progress = self._restore(engine, path)
+                progress = self._restore(engine, path, is_own=True)
             except MegabatchError as e:
                 cause = _cause(e)
                 if isinstance(cause, DamagedError):
@@ -309,9 +309,14 @@ class Checkpoints:
         with _naming(checkpoint):
             return self._restore(engine, checkpoint, optimizer=optimizer, rng=rng)
 
-    def _restore(self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True) -> Progress:
-        """Raises: CheckpointError; for damage, a DamagedError on at least one rank."""
-        saved = self._opened(checkpoint)
+    def _restore(
+        self, engine: Engine, checkpoint: Path, *, optimizer: bool = True, rng: bool = True, is_own: bool = False
+    ) -> Progress:
+        """Args: is_own: it lies in this run's folder.
+
+        Raises: CheckpointError; for damage, a DamagedError on at least one rank.
+        """
+        saved = self._opened(checkpoint, is_own=is_own)
         progress = saved.progress
         same = saved.generators_of == asdict(self.layout)
         if rng and not same:
@@ -328,12 +333,14 @@ class Checkpoints:
                 engine.optimizer.loss_scale.restore(progress.loss_scale)
         return progress
 
-    def _opened(self, checkpoint: Path) -> Saved:
+    def _opened(self, checkpoint: Path, *, is_own: bool = False) -> Saved:
         """Opens a checkpoint. One rank checks names, sizes and small files; whoever loads the rest checks that."""
 
         def look() -> Saved:
             saved = open_saved(checkpoint)
             if (fault := history.misplaced(checkpoint, saved.progress.step)) is not None:
+                raise DamagedError(fault)
+            if is_own and (fault := history.of_another_run(saved.run, history.id_of(self.run))) is not None:
                 raise DamagedError(fault)
             if saved.manifest is None:
                 logger.warning("%s has no digests (it was saved before them): loading it unchecked", checkpoint)

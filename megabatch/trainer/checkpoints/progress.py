@@ -56,12 +56,18 @@ class Saved:
     """The layout that saved the generators."""
     manifest: Manifest | None
     """None for a checkpoint saved before there were digests."""
+    run: str | None = None
+    """The run that saved it (`saved.history.id_of`)."""
 
 
-def progress_text(progress: Progress, *, generators_of: Layout | None) -> str:
-    """The text of `trainer.json`. It names the manifest: else a lost manifest would look like an old checkpoint."""
+def progress_text(progress: Progress, *, generators_of: Layout | None, run: str | None = None) -> str:
+    """The text of `trainer.json`. It names the manifest: else a lost manifest would look like an old checkpoint.
+
+    Args: run: `saved.history.id_of`.
+    """
     layout = None if generators_of is None else asdict(generators_of)
     state = {**asdict(progress), "cursor": dict(progress.cursor), "generators_of": layout, "manifest": MANIFEST}
+    state |= {} if run is None else {"run": run}
     return json.dumps(state, indent=2) + "\n"
 
 
@@ -81,7 +87,7 @@ def open_saved(checkpoint: Path) -> Saved:
         manifest.require(TRAINER, raw)
     try:
         state = json.loads(raw)
-        named, generators_of = state.pop("manifest", None), state.pop("generators_of")
+        named, generators_of, run = state.pop("manifest", None), state.pop("generators_of"), state.pop("run", None)
         progress = Progress(**state)
         if not isinstance(progress.cursor, dict):
             raise TypeError(f"cursor is {progress.cursor!r}")
@@ -89,4 +95,4 @@ def open_saved(checkpoint: Path) -> Saved:
         raise DamagedError(f"{TRAINER}: is not valid ({e})") from e
     if named is not None and manifest is None:
         raise DamagedError(f"{named}: is missing")
-    return Saved(checkpoint, progress, generators_of, manifest)
+    return Saved(checkpoint, progress, generators_of, manifest, run)

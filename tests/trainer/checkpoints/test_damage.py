@@ -215,6 +215,30 @@ def test_a_disk_that_fails_is_no_damage(whole: Path, ranks: RankServer, tmp_path
     assert names == [f"step_{step:08d}" for step in range(1, STEPS + 2)]
 
 
+def named(run: Path, name: str) -> Path:
+    """The run with an id, as the launcher gives it, in its folder."""
+    made = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**made, "run_dir": str(run), "provenance": {"id": name}}))
+    return run
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed_from(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
+    """Of the same shapes, layout and step. A run that is copied whole goes on."""
+    first = named(cut(whole, tmp_path / "first"), "first")  # its checkpoints are of before there were ids
+    assert ranks.run(resume, world_size=2, run_dir=str(first)) == ["0", "0"]
+    newest = f"step_{STEPS + 1:08d}"
+    copied = named(Path(shutil.copytree(first, tmp_path / "copied")), "first")
+    assert json.loads((copied / "checkpoints" / newest / "trainer.json").read_text())["run"] == "first"
+    second = named(cut(whole, tmp_path / "second"), "second")
+    shutil.copytree(first / "checkpoints" / newest, second / "checkpoints" / newest)
+    for run, aside in ((copied, []), (second, [f"damaged.{newest}"])):
+        (run / "checkpoints" / "latest").unlink()
+        assert ranks.run(resume, world_size=2, run_dir=str(run)) == ["0", "0"]
+        found = notes(RunDirectory(run))
+        assert [note.name for note in found] == aside
+        assert all("trainer.json: is of another run" in note.why for note in found)
+
+
 def test_a_checkpoint_without_digests_still_loads(whole: Path, ranks: RankServer, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
     forget_digests(run / "checkpoints" / f"step_{STEPS:08d}")
