@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from megabatch.rl.sequences import Sequences
-from megabatch.rl.surrogates import ratio_of
 from megabatch.values import dataclass
 
 Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -36,7 +35,7 @@ def rollout_weights(
     with rho = exp(mean over the sequence of log_ratio), the geometric mean of its tokens' ratios.
     Source: truncated importance sampling, https://fengyao.notion.site/off-policy-rl; IcePop arXiv:2510.18855 (masks).
     """
-    ratio_T = ratio_of(log_ratio_T)
+    ratio_T = log_ratio_T.exp()
     if mode == "token_truncate":
         return ratio_T.clamp(max=threshold)
     if mode == "token_mask":
