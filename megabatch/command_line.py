@@ -16,6 +16,11 @@ _NAMES = {
     errno.ELOOP: "is a link that leads back to itself; choose another",
 }
 """OS errors that mean that the file's name is wrong."""
+_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE),
+}
+"""OS errors that say what this machine does not give, whose traceback would say no more."""
 _SHOWN = 80
 
 
@@ -25,6 +30,7 @@ def run_command(work: Callable[[], int], arguments: Sequence[str]) -> int:
     What the terminal's encoding lacks is printed escaped. When the reader of standard output goes away (`| head`), we
     print nothing more, not even at exit.
     """
+    open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -39,17 +45,40 @@ def run_command(work: Callable[[], int], arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return ExitCode.FAILED
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in _NAMES:
+        if error.errno not in _NAMES and error.errno not in _MACHINE:
             raise
+        print(f"error: {_in_words(error)}", file=sys.stderr)
+        return ExitCode.CONFIG if error.errno in _NAMES else ExitCode.FAILED
+
+
+def open_streams() -> None:
+    """Lets standard streams that are closed (`>&-`) lead nowhere: the next file to be opened would get a closed one's
+    number, and with it what our child processes print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r+")  # noqa: SIM115
+            if stream.fileno() == number:
+                os.set_inheritable(number, True)
+            setattr(sys, name, stream)
+
+
+def discard_output() -> None:
+    """Lets standard output lead nowhere, so that Python does not fail again where it writes the rest of it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _in_words(error: OSError) -> str:
+    if error.filename is not None:
         name = str(error.filename)
-        print(f"error: {name[:_SHOWN]}{'…' * (len(name) > _SHOWN)} {_NAMES[error.errno]}", file=sys.stderr)
-        return ExitCode.CONFIG
+        return f"{name[:_SHOWN]}{'…' * (len(name) > _SHOWN)} {_NAMES.get(error.errno or 0, error.strerror)}"
+    discard_output()
+    return f"standard output or a file cannot be written: {error.strerror}"
 
 
 def exit_code(error: MegabatchError) -> ExitCode:
@@ -59,8 +88,16 @@ def exit_code(error: MegabatchError) -> ExitCode:
 
 def _require_text(arguments: Sequence[str]) -> None:
     """Raises: ConfigError for bytes that are not valid text: neither run.json nor a log could name such a path."""
-    for name, text in (*(("argument", word) for word in arguments), ("current folder", os.getcwd())):
+    for name, text in (*(("argument", word) for word in arguments), ("current folder", current_folder())):
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"{name} {text!a} holds bytes that are not UTF-8; rename it") from error
+
+
+def current_folder() -> str:
+    """Raises: ConfigError if it was removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder does not exist any more; go to another one (cd)") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,49 @@ def test_a_reader_that_leaves_early_sees_no_traceback(words: list[str], tmp_path
     done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, cwd=tmp_path, env=ENVIRONMENT, check=False)
     os.close(writing)
     assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr, done.stderr.decode()
+
+
+@pytest.mark.parametrize("words", [[sys.executable, str(RECIPE), "--dry_run"], [*MEGABATCH, "status"]])
+def test_an_output_that_cannot_be_written_is_one_line(words: list[str], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path, env=ENVIRONMENT, check=False)
+    *_, last = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert last == "error: standard output or a file cannot be written: No space left on device"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [sys.executable, str(RECIPE), "--dry_run"],
+        [*MEGABATCH, "status"],
+        [sys.executable, "-m", "megabatch.converters.command", "--help"],
+    ],
+)
+def test_streams_that_are_closed(words: list[str], tmp_path: Path) -> None:
+    closed = f"exec {shlex.join(words)} <&- >&- 2>{tmp_path}/errors"
+    done = subprocess.run(["bash", "-c", closed], cwd=tmp_path, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, (tmp_path / "errors").read_text()
+
+
+def test_what_a_child_prints_goes_nowhere_where_the_output_is_closed(tmp_path: Path) -> None:
+    """The number of the closed output is not given to the next file."""
+    code = (
+        "from megabatch.command_line import open_streams as o; o(); import os; f = open('f', 'w'); os.system('echo x')"
+    )
+    subprocess.run(["bash", "-c", f"exec {sys.executable} -c {shlex.quote(code)} <&- >&-"], cwd=tmp_path, check=True)
+    assert (tmp_path / "f").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [sys.executable, str(RECIPE), "--dry_run"],
+        [sys.executable, "-m", "megabatch.converters.command", "--to_mcore", "--model", "a", "--output_dir", "b"],
+    ],
+)
+def test_a_current_folder_that_was_removed(words: list[str], tmp_path: Path) -> None:
+    gone = f"mkdir gone && cd gone && rmdir ../gone && exec {shlex.join(words)}"
+    done = ended(["bash", "-c", gone], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "error: the current folder does not exist any more; go to another one (cd)\n"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megabatch.command_line import current_folder, discard_output, open_streams
 from megabatch.converters.command.flags import Flags, changed, help_text, parse
 from megabatch.converters.command.progress import Progress
 from megabatch.converters.command.sizes import in_words
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the command line: 0 done, 1 failed, 2 a fault in the request."""
+    open_streams()
     try:
         code = _main(arguments)
         sys.stdout.flush()  # flush the rest of the output, whose reader may be gone
         return code
     except OSError as error:  # the reader is gone, or the disk behind the output is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         if not isinstance(error, BrokenPipeError):
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
         return 1
@@ -40,6 +42,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             print(help_text())
             return 0
         check_flags(flags)
+        current_folder()
     except MegabatchError as error:
         return _failed(error, code=2)
     try:

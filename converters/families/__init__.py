@@ -42,7 +42,8 @@ _BY_ARCHITECTURE |= {
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The family of a config.json, by `architectures`, or by `model_type` where that is not set.
 
-    Raises: ConversionError naming the nearest known architecture and how to add one.
+    Raises: ConversionError naming the nearest known architecture and how to add one, and where the two contradict each
+    other: transformers goes by `model_type`.
     """
     name = architecture(hf_config, default="")
     if not name:
@@ -50,6 +51,12 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     family = _BY_ARCHITECTURE.get(name)
     if family is None:
         raise _unknown("config.json: architectures", name, list(_BY_ARCHITECTURE), hf_config)
+    stated = hf_config.get("model_type")
+    if isinstance(stated, str) and stated in FAMILIES and stated != family.name:
+        raise ConversionError(
+            f"config.json: model_type={stated} is not that of architectures={name}, which is {family.name}: programs "
+            "that go by the one or the other would compute different models; correct it"
+        )
     return family
 
 

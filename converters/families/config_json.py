@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -156,6 +157,17 @@ def _num_labels(config: Config) -> int | None:
     if not isinstance(labels, Mapping | None):
         raise ConversionError(f"config.json: id2label={short(labels)} must map numbers to labels")
     return len(labels) if labels else size(config, "num_labels", default=2)
+
+
+def require_finite(config: Config) -> None:
+    """Raises: ConversionError naming an infinity or NaN, also in lists and objects: Python reads them, but JSON has
+    none, so run.json cannot hold such a config.json."""
+    todo: list[tuple[str, Any]] = list(config.items())
+    for name, value in todo:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConversionError(f"config.json: {name}={value} is no number in JSON; correct it there")
+        inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+        todo += [(f"{name}.{key}", item) for key, item in inner]
 
 
 def refuse_quantised(config: Config) -> None:

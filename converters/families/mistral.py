@@ -12,18 +12,22 @@ from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDIN
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
 
+_WINDOW = 4096
+"""transformers' window for a config.json without `sliding_window`; null means none."""
 
-def sliding_window(config: Config, *, positions: int) -> int | None:
-    """The window of every layer, or None where no sequence is longer than it."""
-    if config.get("sliding_window") is None:
+
+def sliding_window(config: Config, *, positions: int, default: int | None) -> int | None:
+    """The window of every layer, or None where no sequence is longer than it. Args: default: where config.json does
+    not name it."""
+    if config.get("sliding_window", default) is None:
         return None
-    window = size(config, "sliding_window")
+    window = size(config, "sliding_window", default=default)
     return window if window < positions else None
 
 
 def _shape(config: Config) -> ModelShape:
     fields = decoder(config, model_type="mistral", default_architecture="MistralForCausalLM", head_dim=None)
-    window = sliding_window(config, positions=fields["max_position_embeddings"])
+    window = sliding_window(config, positions=fields["max_position_embeddings"], default=_WINDOW)
     return ModelShape(**fields | {"sliding_window": window})
 
 

@@ -25,7 +25,7 @@ def _shape(config: Config) -> ModelShape:
         epsilon=1e-5,
     )
     experts, topk = experts_of(config, "num_local_experts", "num_experts")
-    window = sliding_window(config, positions=fields["max_position_embeddings"])
+    window = sliding_window(config, positions=fields["max_position_embeddings"], default=None)
     return ModelShape(
         **fields | {"sliding_window": window},
         num_experts=experts,

@@ -22,6 +22,7 @@ from megabatch.entry.model import FoundModel, fault_of, find_shape, nearest_fold
 from megabatch.entry.other_models import damaged_other_models, other_model_faults
 from megabatch.entry.paths import NUMBERED
 from megabatch.entry.row_checks import Check, row_check
+from megabatch.entry.steps_left import without_steps_left
 from megabatch.errors import CheckpointError, ConfigError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.plan.shape import ModelShape
@@ -353,10 +354,16 @@ def _load(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
     group = recipe.checkpoint
     if group.load is None:
         return
+    from megabatch.converters.folder_kinds import adapter_fault  # most runs load nothing
+
     try:
         found = find_to_load(group.load, may_be_missing=not group.exit_on_missing_checkpoint)
     except CheckpointError as error:
         yield fault_of("checkpoint.load", error)
+        return
+    if found is not None and adapter_fault(found.weights):
+        rule = "is a checkpoint of adapters alone; name it in tuner.adapter_load, or load the model merged with them"
+        yield Fault("checkpoint.load", group.load, rule)
         return
     if found is not None and shape is not None:
         yield from _other_sizes(found, shape, load=group.load)
@@ -369,6 +376,8 @@ def _load(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
         yield Fault("checkpoint.load", group.load, rule)
     if found is not None and not (group.finetune or group.no_load_optim or is_base):
         yield from _other_optimizer(found, recipe)
+    if found is not None and not is_base:
+        yield from without_steps_left("checkpoint.load", group.load, found, recipe)
 
 
 _SIZES = (

@@ -10,7 +10,7 @@ from megabatch.config.heads import head_fault, with_head
 from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.converters.families import family_named, family_of
-from megabatch.converters.families.config_json import with_vocabulary
+from megabatch.converters.families.config_json import require_finite, with_vocabulary
 from megabatch.data.tokens.new_tokens import FIELD, listed, rows_with
 from megabatch.data.tokens.tokenizer import SPECIAL_TOKENS
 from megabatch.errors import ConversionError, DataError, Fault, MegabatchError
@@ -163,6 +163,7 @@ def _in_folder(folder: Path) -> FoundModel:
         return FoundModel(None, f"an adapter in {folder}", folder, Fault("model.model:", None, reason, bare=True))
     try:
         config = read_config(folder)
+        require_finite(config)
         shape = family_of(config).shape(config)
         return FoundModel(shape, f"config.json in {folder}", folder, _untrainable("model", shape))
     except ConversionError as error:

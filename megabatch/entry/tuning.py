@@ -25,9 +25,10 @@ from megabatch.converters.folder_kinds import Kind, kinds_of
 from megabatch.converters.frozen import Freezing, frozen_names
 from megabatch.converters.mapping import Mapped
 from megabatch.entry.model import fault_of
+from megabatch.entry.steps_left import without_steps_left
 from megabatch.errors import CheckpointError, ConversionError, Fault
 from megabatch.plan.shape import ModelShape
-from megabatch.saved.find import find_to_load
+from megabatch.saved.find import FoundCheckpoint, find_to_load
 
 
 def tuning_faults(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
@@ -97,6 +98,9 @@ def _adapters(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Ite
             _require_fit(Path(folder).expanduser(), recipe, shape, targets, hf_names(table, whole))
         except (ConversionError, CheckpointError) as error:
             yield fault_of(field, error)
+            continue
+        if field == "tuner.adapter_load" and (found := _checkpoint(Path(folder).expanduser(), recipe)) is not None:
+            yield from without_steps_left(field, folder, found, recipe)
 
 
 def _references(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Iterator[Fault]:
@@ -121,9 +125,16 @@ def _require_fit(
         if Kind.MODEL in kinds_of(folder):
             what, flag = Kind.MODEL.value
             raise ConversionError(f"{folder} is {what}, not {Kind.ADAPTER.value[0]}; name it as {flag}")
-        may_be_missing = not recipe.checkpoint.exit_on_missing_checkpoint
-        found = find_to_load(str(folder), may_be_missing=may_be_missing)
+        found = _checkpoint(folder, recipe)
         if found is None:
             return
         folder = found.weights if found.of_a_run else folder
     open_fitting(folder, Tables(family_named(shape.model_type), shape), targets, scale=scale, whole=whole)
+
+
+def _checkpoint(folder: Path, recipe: Recipe) -> FoundCheckpoint | None:
+    """The checkpoint that an adapter is read from; None for a PEFT folder, and where none is required. Raises:
+    CheckpointError."""
+    if is_peft(folder):
+        return None
+    return find_to_load(str(folder), may_be_missing=not recipe.checkpoint.exit_on_missing_checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,11 @@ def points_of(sweep: Sweep, recipe: Recipe, *, given: Sequence[str] = ()) -> lis
 
 
 Rows = list[dict[str, Any]]
+_MOST = 10_000
+"""Points of a sweep: far above what a cluster's queue takes at once. One range too many would keep the launcher busy
+for ever."""
+_UNSWEPT = ("checkpoint.save",)
+"""Parameters without an effect on a point, which has its folder in the sweep's."""
 
 
 def _parts(sweep: Sweep, base: Recipe, given: Sequence[str], faults: list[Fault]) -> tuple[Rows, Rows, Rows]:
@@ -74,6 +80,10 @@ def _parts(sweep: Sweep, base: Recipe, given: Sequence[str], faults: list[Fault]
                 Fault(name, None, "is swept twice; a parameter belongs to one of grid, zip, list", bare=True)
             )
     both = grid.columns | flags.columns
+    count = math.prod(map(len, both.values())) * max([1, *lengths.values()]) * max(1, len(rows))
+    if count > _MOST:
+        faults.append(Fault("sweep", None, f"asks for {count:,} runs; it may have {_MOST:,}", bare=True))
+        return [], [], rows
     return (
         [dict(zip(lengths, values, strict=False)) for values in zip(*zipped.columns.values(), strict=False)],
         [dict(zip(both, values, strict=True)) for values in itertools.product(*both.values())] if both else [],
@@ -94,6 +104,8 @@ class _Reader:
             self._fault(name, values, "must be a list of values")
         elif not values:
             self._fault(name, list(values), "is empty; give at least one value")
+        elif len(values) > _MOST:
+            self._fault(name, None, f"has {len(values):,} values; a sweep may have {_MOST:,} runs", bare=True)
         elif (found := self._named(name)) is not None:
             typed = [self._typed(name, found, value) for value in values]
             self._put(name, found, typed)
@@ -134,8 +146,11 @@ class _Reader:
 
     def _named(self, name: str) -> Named | None:
         found = named(name, self.base)
-        if isinstance(found, Named):
+        if isinstance(found, Named) and found.parameter.dotted not in _UNSWEPT:
             return found
+        if isinstance(found, Named) or f"--{name}" in map(str, found.try_):
+            self._fault(name, None, "cannot be swept: it is of the whole sweep", bare=True)
+            return None
         near = [str(one).removeprefix("--") for one in found.try_]
         self.faults.append(replace(found, field=self._place(name), try_=near))
         return None

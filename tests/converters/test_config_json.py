@@ -14,6 +14,7 @@ BASE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 128,
 }  # fmt: skip
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -27,6 +28,9 @@ def test_defaults_are_those_of_transformers() -> None:
     assert (llama.num_query_groups, llama.kv_channels) == (8, 8)
     assert llama.untie_embeddings_and_output_weights
     assert (llama.norm_epsilon, llama.rotary_base, llama.rope_scaling) == (1e-6, 10000.0, None)
+    assert shape("mistral", max_position_embeddings=8192).sliding_window == 4096
+    assert shape("mistral", max_position_embeddings=8192, sliding_window=None).sliding_window is None
+    assert shape("mixtral", max_position_embeddings=8192, **_EXPERTS).sliding_window is None
     assert shape("qwen3").kv_channels == 128
     assert shape("qwen3", head_dim=None).kv_channels == 128
     assert shape("qwen3_moe").kv_channels == 8

@@ -195,6 +195,28 @@ def test_a_checkpoint_to_load_has_the_sizes_of_the_model(recipe: Recipe, model_f
         assert _faults(asked) == expected
 
 
+def test_a_run_that_goes_on_has_steps_left(recipe: Recipe, tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_00000004"
+    (step / "mcore").mkdir(parents=True)
+    (step / "mcore" / ".metadata").touch()
+    (step / "trainer.json").write_text('{"step": 4}')
+    for train_iters, finetune, left in ((3, False, False), (4, False, False), (5, False, True), (3, True, True)):
+        asked = replace(recipe, checkpoint=Checkpoint(load=str(step), finetune=finetune))
+        found = _faults(replace(asked, training=replace(recipe.training, train_iters=train_iters, max_epochs=None)))
+        rule = f"goes on from step 4, and training.train_iters={train_iters} leaves it none; raise train_iters"
+        assert left == (found == []) and all(f"checkpoint.load={str(step)!r} {rule}" in fault for fault in found)
+
+
+def test_adapters_alone_are_no_model_to_load(recipe: Recipe, tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_00000001"
+    (step / "mcore").mkdir(parents=True)
+    for name in (".metadata", "adapter_config.json"):
+        (step / "mcore" / name).touch()
+    (step / "trainer.json").touch()
+    (fault,) = _faults(replace(recipe, checkpoint=Checkpoint(load=str(tmp_path / "run"))))
+    assert "is a checkpoint of adapters alone; name it in tuner.adapter_load" in fault
+
+
 def test_the_state_of_another_optimizer_is_seen_before_the_queue(recipe: Recipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
     step = run / "checkpoints" / "step_00000001"

@@ -90,6 +90,23 @@ def test_an_unreadable_config_is_a_fault(recipe: Recipe, model_folder: Path) -> 
     assert "Qwen9ForCausalLM" in str(found.fault) and "Qwen3ForCausalLM" in str(found.fault)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"initializer_range": float("nan")}, "initializer_range=nan is no number in JSON"),
+        ({"limits": {"seconds": [0.0, float("inf")]}}, "limits.seconds.1=inf is no number in JSON"),
+        ({"model_type": "llama"}, "model_type=llama is not that of architectures=Qwen3ForCausalLM, which is qwen3"),
+    ],
+)
+def test_a_config_that_no_run_can_keep_or_that_contradicts_itself(
+    changes: dict[str, object], said: str, recipe: Recipe, model_folder: Path
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | changes))
+    found = find_model(recipe)
+    assert found.fault is not None and f"config.json: {said}" in str(found.fault)
+
+
 def test_what_the_trainer_cannot_train_is_refused_before_the_queue(recipe: Recipe, model_folder: Path) -> None:
     config = json.loads((model_folder / "config.json").read_text())
     assert find_model(recipe).fault is None
@@ -101,6 +118,7 @@ def test_what_the_trainer_cannot_train_is_refused_before_the_queue(recipe: Recip
     assert str(found.fault).startswith(
         "model.model: MistralForCausalLM cannot be trained: rope_type='dynamic' is not built"
     )
-    config |= {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    config |= {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     (model_folder / "config.json").write_text(json.dumps(config))
     assert "rope_type='yarn' is not built" in str(find_model(recipe).fault)

@@ -94,6 +94,24 @@ def test_faults_of_the_command_line() -> None:
     ]
 
 
+def test_what_is_of_the_whole_sweep_cannot_be_swept() -> None:
+    names = ("name", "run_dir", "save", "checkpoint.save", "submit")
+    said = [f"--sweep {name} cannot be swept: it is of the whole sweep" for name in names]
+    assert _faults(*(f"{name}=a,b" for name in names)) == said
+
+
+def test_a_sweep_of_too_many_runs_is_refused_before_it_is_made() -> None:
+    many = {"seed": range(10**4), "train_iters": range(100, 200)}
+    assert _faults(grid=many) == ["sweep asks for 1,000,000 runs; it may have 10,000"]
+    half = {
+        "grid": {"seed": range(200)},
+        "zip": {"lr": [0.1, 0.2]},
+        "list": [{"log_interval": n} for n in range(1, 27)],
+    }
+    assert _faults(**half) == ["sweep asks for 10,400 runs; it may have 10,000"]
+    assert _faults(grid={"seed": range(10**12)})[0].endswith("values; a sweep may have 10,000 runs")
+
+
 def test_lengths_of_zip_and_a_parameter_in_two_places() -> None:
     first, second = _faults(zip={"lr": [1e-3], "seed": [1, 2]}, grid={"lr": [1e-3]})
     assert first.startswith("sweep.zip=") and "as many values" in first
