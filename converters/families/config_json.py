@@ -83,8 +83,20 @@ def rope(config: Config, *, default_theta: float = 10000.0) -> tuple[float, dict
     """Base of the rotary embedding and, unless it is plain, its other parameters with `rope_type`.
 
     Reads transformers 5's `rope_parameters` and the older `rope_theta` with `rope_scaling` (whose type was `type`).
+    Raises: ConversionError for what it cannot read, and for two that differ: transformers drops `rope_parameters`
+    then, with the base in it.
     """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given, older = config.get("rope_parameters"), config.get("rope_scaling")
+    found = _rope(config, given or older or {}, default_theta=default_theta)
+    if given and older and found != _rope(config, older, default_theta=default_theta):
+        raise ConversionError(
+            "config.json: rope_scaling and rope_parameters differ, and programs go by the one or the other; keep one, "
+            "with rope_theta in it"
+        )
+    return found
+
+
+def _rope(config: Config, given: Any, *, default_theta: float) -> tuple[float, dict[str, Any] | None]:
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise ConversionError(f"config.json: rope parameters by layer type are not supported yet: {short(given)}")
     theta = number(given if "rope_theta" in given else config, "rope_theta", default=default_theta)

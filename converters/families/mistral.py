@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megabatch.converters.families.config_json import Config, decoder, decoder_config, size
+from megabatch.converters.families.config_json import Config, decoder, decoder_config, layer_types, size
 from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, ROTARY_BUFFERS, TIED
 from megabatch.converters.family import Family
+from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 _WINDOW = 4096
@@ -28,6 +29,11 @@ def sliding_window(config: Config, *, positions: int, default: int | None) -> in
 def _shape(config: Config) -> ModelShape:
     fields = decoder(config, model_type="mistral", default_architecture="MistralForCausalLM", head_dim=None)
     window = sliding_window(config, positions=fields["max_position_embeddings"], default=_WINDOW)
+    if window is not None and layer_types(config) is not None:
+        raise ConversionError(
+            f"config.json: layer_types beside sliding_window={window} is not supported by this family, whose layers "
+            "all have the window; transformers reads such a model as Ministral"
+        )
     return ModelShape(**fields | {"sliding_window": window})
 
 

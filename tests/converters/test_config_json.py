@@ -103,3 +103,22 @@ def test_a_window_that_is_switched_on_is_read() -> None:
     assert shape("qwen3", **by_number).window_layers == (False, False, True, True)
     assert shape("qwen3", **by_number | {"max_window_layers": 0}).window_layers == ()
     assert shape("qwen3", **by_number | {"max_window_layers": 4}).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    "older", [{"rope_type": "linear", "factor": 2.0}, {"rope_theta": 5e5}, {"rope_type": "default"}]
+)
+def test_two_rotary_embeddings_that_differ_are_refused(older: dict[str, Any]) -> None:
+    """transformers would read `rope_scaling`, with its own base or the default."""
+    newer = {"rope_theta": 1e6, "rope_type": "default"}
+    with pytest.raises(ConversionError, match="rope_scaling and rope_parameters differ"):
+        shape("qwen3", rope_parameters=newer, rope_scaling=older)
+    same = shape("qwen3", rope_parameters=newer, rope_scaling=older | newer | {"factor": 2.0})
+    assert (same.rotary_base, same.rope_scaling) == (1e6, None)
+
+
+def test_a_mistral_with_a_kind_for_each_layer_is_refused() -> None:
+    kinds = ["full_attention"] * 4
+    with pytest.raises(ConversionError, match="layer_types beside sliding_window=16 is not supported"):
+        shape("mistral", sliding_window=16, layer_types=kinds)
+    assert shape("mistral", sliding_window=None, layer_types=kinds).sliding_window is None
