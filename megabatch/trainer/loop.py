@@ -17,7 +17,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.run import RunConfig
 from megabatch.errors import ConfigError
 from megabatch.run_directory import ExitCode, RunDirectory
-from megabatch.saved.history import step_of
+from megabatch.saved.history import newest_in, step_of
 from megabatch.trainer import assemble
 from megabatch.trainer.activity import Activity
 from megabatch.trainer.checkpoints import torch_dist
@@ -68,7 +68,9 @@ def open_loop(run: RunConfig, ranks: Ranks, stop: StopSignal, activity: Activity
     engine = assemble.build_engine(run, ranks, train_iters=train_iters, frozen=parts.frozen, following=parts.following)
     checkpoints = assemble.make_checkpoints(run, ranks, source, parts.export, tuning=engine.model.tuning)
     progress = start(run, engine, checkpoints, source)
-    if progress.step >= max(train_iters, 1) and not folder.latest.exists():  # there would be nothing to save
+    if (
+        progress.step >= max(train_iters, 1) and newest_in(folder.checkpoints) is None
+    ):  # there would be nothing to save
         raise ConfigError(
             f"the loaded checkpoint is of step {progress.step}, and this run ends at step {train_iters}: no step is "
             "left; train longer, or set checkpoint.finetune=True to begin at step 0 with its weights alone"
