@@ -28,12 +28,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tp2_ep2_dp2": (4, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True,
                                      "expert_model_parallel_size": 2}}),
 }  # fmt: skip
+UNSEEN = {"eval_iters": 0}
+"""No evaluation, in runs that ask about training alone."""
 
 
 def _make(folder: Path, name: str, layout: str, **more: dict[str, Any]) -> tuple[Path, int]:
     world_size, groups = LAYOUTS[layout]
     groups = {**groups, **more, "resources": {"tasks_per_node": world_size}}
     groups["training"] = {"train_iters": 6, **groups.get("training", {})}
+    if "vpp" not in layout:  # as few layers with experts as two stages need
+        groups["model"] = {"num_layers": 2, **groups.get("model", {})}
     return write_run(recipe(folder, "qwen3_moe", **groups), folder / name), world_size
 
 
@@ -56,7 +60,7 @@ def test_stop_and_resume_give_the_uninterrupted_curve_bit_for_bit(
 
 
 def test_a_lost_run_goes_on_from_its_last_checkpoint(ranks: RankServer, tmp_path: Path) -> None:
-    whole, world_size = _make(tmp_path, "whole", "dp2", checkpoint={"save_interval": 2})
+    whole, world_size = _make(tmp_path, "whole", "dp2", checkpoint={"save_interval": 2}, evaluation=UNSEEN)
     ranks.run(train, world_size=world_size, run_dir=str(whole))
     lost = tmp_path / "lost"
     shutil.copytree(whole, lost)
@@ -73,14 +77,15 @@ def test_a_lost_run_goes_on_from_its_last_checkpoint(ranks: RankServer, tmp_path
 
 
 def test_another_layout_goes_on_with_the_same_curve(ranks: RankServer, tmp_path: Path) -> None:
-    whole, world_size = _make(tmp_path, "whole", "dp2")
+    deep: dict[str, Any] = {"model": {"num_layers": 4}, "evaluation": UNSEEN}
+    whole, world_size = _make(tmp_path, "whole", "dp2", **deep)
     ranks.run(train, world_size=world_size, run_dir=str(whole))
     for saved in ("tp2_ep2_dp2", "cp2_ep2_dp2"):
-        cut, _ = _make(tmp_path, saved, saved)
+        cut, _ = _make(tmp_path, saved, saved, **deep)
         ranks.run(train, world_size=4, run_dir=str(cut), stop_after=3)
     for saved, layout in (("tp2_ep2_dp2", "dp2"), ("tp2_ep2_dp2", "cp2_ep2_dp2"), ("cp2_ep2_dp2", "pp2_vpp2")):
         load = {"load": str(tmp_path / saved)}
-        moved, world_size = _make(tmp_path, f"{saved}-{layout}", layout, checkpoint=load)
+        moved, world_size = _make(tmp_path, f"{saved}-{layout}", layout, checkpoint=load, **deep)
         ranks.run(train, world_size=world_size, run_dir=str(moved))
         for (step, loss, norm), expected in zip(curve(moved), curve(whole)[3:], strict=True):
             assert (step, loss) == (expected[0], pytest.approx(expected[1], rel=1e-5))
@@ -107,7 +112,8 @@ def test_only_what_should_be_kept_is_kept(ranks: RankServer, tmp_path: Path) -> 
         "state": {"save_safetensors": False},
         "sometimes": {"save_safetensors_interval": 4},
     }.items():
-        run, world_size = _make(tmp_path, name, "dp2", checkpoint={"save_interval": 1, **rules})
+        small: dict[str, Any] = {"model": {"num_layers": 1}, "batch": {"global_batch_size": 4}, "evaluation": UNSEEN}
+        run, world_size = _make(tmp_path, name, "dp2", checkpoint={"save_interval": 1, **rules}, **small)
         ranks.run(train, world_size=world_size, run_dir=str(run))
         folders = sorted((run / "checkpoints").glob("step_*"))
         kept[name] = [int(p.name[5:]) for p in folders], sorted(p.name for p in folders[-1].iterdir())
@@ -136,7 +142,7 @@ def train_with_limit(run_dir: str, limit: int) -> str:
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_nothing_else(
     limit: int, ranks: RankServer, tmp_path: Path
 ) -> None:
-    run, world_size = _make(tmp_path, "full", "dp2", checkpoint={"save_interval": 2})
+    run, world_size = _make(tmp_path, "full", "dp2", checkpoint={"save_interval": 2}, model={"num_layers": 4})
     errors = ranks.run(train_with_limit, world_size=world_size, run_dir=str(run), limit=limit)
     assert all(error.startswith("the checkpoint of step 2 was not saved: ") for error in errors), errors
     assert any("File too large" in error or "cannot be written" in error for error in errors), errors
@@ -151,12 +157,14 @@ def test_loss_averaged_by_micro_batch(ranks: RankServer, tmp_path: Path) -> None
         groups: dict[str, Any] = {
             "training": {"calculate_per_token_loss": False},
             "batch": {"micro_batch_size": batch},
+            "evaluation": UNSEEN,
         }
         run, world_size = _make(tmp_path, name, layout, **groups)
         ranks.run(train, world_size=world_size, run_dir=str(run))
         losses[name] = curve(run)
     averaged = {"calculate_per_token_loss": False, "train_iters": 6}
-    single = recipe(tmp_path, training=averaged, batch={"micro_batch_size": 1})
+    small: dict[str, Any] = {"model": {"num_layers": 2}, "evaluation": UNSEEN}
+    single = recipe(tmp_path, training=averaged, batch={"micro_batch_size": 1}, **small)
     run = write_run(replace(single), tmp_path / "single")
     ranks.run(train, world_size=1, run_dir=str(run))
     for (_, loss, norm), expected in zip(losses["a"], curve(run), strict=True):
