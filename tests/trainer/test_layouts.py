@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from rank_server import RankServer
-from runs import MODELS, curve, evaluations, recipe, train, with_fields, write_run
+from runs import curve, evaluations, recipe, train, with_fields, write_run
 
 CP: dict[str, Any] = {"context_parallel_size": 2}
 
@@ -82,36 +82,50 @@ CASES = [
 ]
 
 
+DEEP = {"num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers", "pipeline_model_parallel_layout"}
+
+
+def layers_of(layout: str) -> int:
+    """Four where layers are shared out in parts, else as many as two stages need."""
+    groups = {**DENSE, **EXPERTS}[layout][1]
+    return 4 if "recompute" in groups or DEEP & groups.get("parallel", {}).keys() else 2
+
+
+def made(folder: Path, name: str, model: str, layers: int, groups: dict[str, dict[str, Any]]) -> Path:
+    sized: dict[str, Any] = {"model": {"num_layers": layers}, "evaluation": {"eval_interval": 4}}
+    return write_run(recipe(folder, model, **sized, **groups), folder / name)
+
+
 @pytest.fixture(scope="module")
-def references(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One process for each model, one sample a micro-batch."""
+def references(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    """One process for each model and number of layers, one sample a micro-batch."""
     folder = tmp_path_factory.mktemp("layouts")
     runs = {}
-    for model in MODELS:
-        runs[model] = write_run(recipe(folder, model), folder / model)
-        assert ranks.run(train, world_size=1, run_dir=str(runs[model])) == [0]
+    for model, layers in sorted({(model, layers_of(layout)) for model, layout in CASES}):
+        runs[model, layers] = made(folder, f"{model}-{layers}", model, layers, {})
+        assert ranks.run(train, world_size=1, run_dir=str(runs[model, layers])) == [0]
     return runs
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_losses_and_gradients_do_not_depend_on_the_layout(
-    model: str, layout: str, ranks: RankServer, references: dict[str, Path]
+    model: str, layout: str, ranks: RankServer, references: dict[tuple[str, int], Path]
 ) -> None:
     world_size, groups = {**DENSE, **EXPERTS}[layout]
-    folder = references[model].parent
+    reference = references[model, layers_of(layout)]
     groups = {**groups, "resources": {"tasks_per_node": world_size}}
-    run = write_run(recipe(folder, model, **groups), folder / f"{model}-{layout}")
+    run = made(reference.parent, f"{model}-{layout}", model, layers_of(layout), groups)
     assert set(ranks.run(train, world_size=world_size, run_dir=str(run))) == {0}
-    found, expected = curve(run), curve(references[model])
+    found, expected = curve(run), curve(reference)
     assert len(found) == len(expected) == 4
     for (step, loss, norm), (_, reference_loss, reference_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(reference_loss, rel=1e-5), f"step {step}"
         assert norm == pytest.approx(reference_norm, rel=1e-5), f"step {step}"
-    for (_, loss), (_, reference_loss) in zip(evaluations(run), evaluations(references[model]), strict=True):
+    for (_, loss), (_, reference_loss) in zip(evaluations(run), evaluations(reference), strict=True):
         assert loss == pytest.approx(reference_loss, rel=1e-5)
 
 
-def test_training_learns(references: dict[str, Path]) -> None:
+def test_training_learns(references: dict[tuple[str, int], Path]) -> None:
     for run in references.values():
         losses = [loss for _, loss in evaluations(run)]
         assert losses[-1] < losses[0] - 0.1
@@ -125,15 +139,15 @@ PACKED: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 }
 
 
-def test_packing_changes_the_batch_and_not_the_mathematics(ranks: RankServer, references: dict[str, Path]) -> None:
+def test_packing_changes_the_batch_and_not_the_mathematics(ranks: RankServer, tmp_path: Path) -> None:
     """A packed row is a micro-batch of its sequences: the same rows at another layout give the same losses."""
-    folder = references["qwen3"].parent
     curves = {}
     for layout, (world_size, groups) in PACKED.items():
-        made = recipe(folder, "qwen3", **groups, batch={"micro_batch_size": 1, "global_batch_size": 2})
+        small = {"model": {"num_layers": 2}, "batch": {"micro_batch_size": 1, "global_batch_size": 2}}
+        one = recipe(tmp_path, "qwen3", **groups, **small, evaluation={"eval_interval": 4})
         packed = {"packing": True, "packing_length": 192}
-        made = with_fields(made, data=packed, resources={"tasks_per_node": world_size})
-        run = write_run(made, folder / f"packed-{layout}")
+        one = with_fields(one, data=packed, resources={"tasks_per_node": world_size})
+        run = write_run(one, tmp_path / f"packed-{layout}")
         ranks.run(train, world_size=world_size, run_dir=str(run))
         curves[layout] = [number for _, *numbers in curve(run) for number in numbers]
     for layout in PACKED:

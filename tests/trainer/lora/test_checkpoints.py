@@ -42,7 +42,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"context_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
 }
-LAST = Path("checkpoints") / "step_00000006"
+FIRST, LAST = (Path("checkpoints") / f"step_{step:08d}" for step in (1, 6))
+UNSEEN = {"eval_iters": 0}
+"""No evaluation, in runs that ask about training alone."""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_bfloat16_resumes_bit_for_bit_and_checkpoints_beside_training_are_the_sa
     ranks: RankServer, folder: Path
 ) -> None:
     """The adapter's main copies are fp32; what is written beside training is what waiting for it writes."""
-    bf16: dict[str, Any] = {"model": {"torch_dtype": "bfloat16"}}
+    bf16: dict[str, Any] = {"model": {"torch_dtype": "bfloat16"}, "evaluation": UNSEEN}
     whole = trained(ranks, folder, "bf16", "tp2_etp2", **bf16)
     cut = trained(ranks, folder, "bf16-cut", "tp2_etp2", stop_after=3, **bf16)
     trained(ranks, folder, "bf16-cut", "tp2_etp2", **bf16)
@@ -105,12 +107,12 @@ def test_stop_and_resume_give_the_uninterrupted_curve_bit_for_bit(
 
 
 def test_another_layout_goes_on_with_the_same_curve(ranks: RankServer, folder: Path) -> None:
-    still: dict[str, Any] = {"tuner": {"lora_dropout": 0.0}}
+    still: dict[str, Any] = {"tuner": {"lora_dropout": 0.0}, "evaluation": UNSEEN}
     whole = trained(ranks, folder, "whole", "alone", **still)
     cut = trained(ranks, folder, "cut", "tp2_etp2", stop_after=3, **still)
     for layout in ("dp2", "pp2", "tp2_sp_ep2"):
         tuner = {"lora_dropout": 0.0, "adapter_load": str(cut)}
-        moved = trained(ranks, folder, f"moved-{layout}", layout, tuner=tuner)
+        moved = trained(ranks, folder, f"moved-{layout}", layout, tuner=tuner, evaluation=UNSEEN)
         for (step, loss, norm), expected in zip(curve(moved), curve(whole)[3:], strict=True):
             assert (step, loss) == (expected[0], pytest.approx(expected[1], rel=1e-5))
             assert norm == pytest.approx(expected[2], rel=1e-4)
@@ -142,12 +144,13 @@ def test_the_converters_read_a_checkpoint(layout: str, ranks: RankServer, folder
 def test_the_merged_model_is_the_adapted_one(layout: str, ranks: RankServer, folder: Path, tmp_path: Path) -> None:
     run = trained(ranks, folder, f"whole-{layout}", layout)
     again = {"adapters": [str(run / LAST / "hf")], "merge_lora": True}
-    one, world_size = made(folder, layout, bridge=again, learning_rate={"lr": 1e-30, "min_lr": 0.0})
+    still: dict[str, Any] = {"learning_rate": {"lr": 1e-30, "min_lr": 0.0}, "training": {"train_iters": 1}}
+    one, world_size = made(folder, layout, bridge=again, evaluation=UNSEEN, **still)
     merged = write_run(one, tmp_path / "merged")
     ranks.run(train, world_size=world_size, run_dir=str(merged))
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "experts", dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(base, run / LAST / "hf").eval()
-    plain = transformers.AutoModelForCausalLM.from_pretrained(merged / LAST / "hf", dtype=torch.float32).eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(merged / FIRST / "hf", dtype=torch.float32).eval()
     ids = torch.tensor([[5, 17, 200, 3, 99, 4, 4, 250]])
     with torch.no_grad():
         found, expected = plain(ids).logits, adapted(ids).logits
@@ -169,8 +172,8 @@ def test_adapters_of_both_formats_go_on_as_they_were(ranks: RankServer, folder: 
         "ours": {"tuner": {"adapter_load": str(run)}, "checkpoint": {"finetune": True}},
     }
     for name, groups in starts.items():
-        began = trained(ranks, folder, f"began-{name}", "tp2_sp_ep2", **groups)
-        assert [step for step, *_ in curve(began)] == [1, 2, 3, 4, 5, 6]
+        began = trained(ranks, folder, f"began-{name}", "tp2_sp_ep2", training={"train_iters": 2}, **groups)
+        assert [step for step, *_ in curve(began)] == [1, 2]
         assert evaluations(began)[0][1] == pytest.approx(last, rel=1e-6), name
     for part, name in (("hf", "adapter_model.safetensors"), ("hf", "adapter_config.json"), ("mcore", "__0_0.distcp")):
         step = shutil.copytree(run / LAST, tmp_path / part / name / Path(LAST).name)
