@@ -109,7 +109,11 @@ def _rope(config: Config, given: Any, *, default_theta: float) -> tuple[float, d
     if kind == "default":
         return theta, None
     left_out = ("rope_theta", "type", "partial_rotary_factor")
-    return theta, {"rope_type": kind, **{key: value for key, value in given.items() if key not in left_out}}
+    found = {"rope_type": kind, **{key: value for key, value in given.items() if key not in left_out}}
+    before = "original_max_position_embeddings"
+    if kind in ("llama3", "yarn", "longrope") and config.get(before) is not None:
+        found[before] = size(config, before)  # beside the rope's own it counts, as in transformers
+    return theta, found
 
 
 def experts_of(config: Config, *names: str) -> tuple[int, int]:
@@ -197,6 +201,15 @@ def switched_window(config: Config) -> int | None:
     """`sliding_window` if `use_sliding_window` is on, as in Qwen's families."""
     on = switch(config, "use_sliding_window") and config.get("sliding_window") is not None
     return size(config, "sliding_window") if on else None
+
+
+def refuse_windows(config: Config) -> None:
+    """Refuses the switch of Qwen's families in one whose class in transformers has no windows, whatever it says."""
+    if (window := switched_window(config)) is not None:
+        raise ConversionError(
+            f"config.json: use_sliding_window=true with sliding_window={window} is not supported by this family: "
+            "transformers lets every layer see all tokens there; set it to false"
+        )
 
 
 def windows_by_layer(config: Config) -> dict[str, Any]:
@@ -296,7 +309,7 @@ def decoder(
         "norm_epsilon": number(config, "rms_norm_eps", default=epsilon),
         "rotary_base": base,
         "rope_scaling": scaling,
-        "sliding_window": None if tensors_only else switched_window(config),
+        "sliding_window": None,
         "num_labels": _num_labels(config),
         "head_bias": _head_bias(config),
         "hf_config": dict(config),

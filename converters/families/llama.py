@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from megabatch.converters.families.config_json import Config, decoder, decoder_config, switch
+from megabatch.converters.families.config_json import Config, decoder, decoder_config, refuse_windows, switch
 from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, ROTARY_BUFFERS, TIED
 from megabatch.converters.family import Family
 from megabatch.plan.shape import ModelShape
 
 
 def _shape(config: Config) -> ModelShape:
+    refuse_windows(config)
     bias = switch(config, "attention_bias")
     return ModelShape(
         **decoder(config, model_type="llama", default_architecture="LlamaForCausalLM", head_dim=None),

@@ -12,6 +12,7 @@ from megabatch.converters.families.config_json import (
     size,
     sparse_layers,
     switch,
+    switched_window,
     window_config,
 )
 from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, TIED, moe_mlp
@@ -24,7 +25,7 @@ def _shape(config: Config) -> ModelShape:
     bias = switch(config, "attention_bias")
     experts, topk = experts_of(config, "num_experts", "num_local_experts")
     return ModelShape(
-        **fields,
+        **fields | {"sliding_window": switched_window(config)},
         add_qkv_bias=bias,
         attention_output_bias=bias,
         qk_layernorm=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -122,3 +123,29 @@ def test_a_mistral_with_a_kind_for_each_layer_is_refused() -> None:
     with pytest.raises(ConversionError, match="layer_types beside sliding_window=16 is not supported"):
         shape("mistral", sliding_window=16, layer_types=kinds)
     assert shape("mistral", sliding_window=None, layer_types=kinds).sliding_window is None
+
+
+def test_windows_of_another_family_are_refused() -> None:
+    """transformers' Llama has none, whatever its config.json says."""
+    with pytest.raises(ConversionError, match="use_sliding_window=true with sliding_window=16 is not supported"):
+        shape("llama", use_sliding_window=True, sliding_window=16)
+    for unused in ({"use_sliding_window": False, "sliding_window": 16}, {"use_sliding_window": True}):
+        assert shape("llama", **unused).sliding_window is None
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn", "linear"])
+@pytest.mark.parametrize("beside", [None, 64])
+def test_the_length_before_stretching_is_the_one_that_transformers_takes(kind: str, beside: int | None) -> None:
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 32}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    given = {"rope_scaling": scaling, "original_max_position_embeddings": beside, "max_position_embeddings": 256}
+    given = {name: value for name, value in given.items() if value is not None}
+    theirs = AutoConfig.for_model("llama", **copy.deepcopy(given))
+    LlamaRotaryEmbedding(theirs)  # the model settles which of the two counts, not its config
+    found = shape("llama", **given).rope_scaling
+    assert found is not None
+    length = "original_max_position_embeddings"
+    assert found[length] == theirs.rope_parameters[length]
