@@ -27,7 +27,7 @@ def time_limited(new_training: NewTraining) -> Training:
     """Stands still after some steps until its time is up, and costs the other tests nothing while it does."""
     # both attempts may take their time: its limit is soon after it stands still, and far away again for the second
     longer = '[ "$MEGABATCH_ATTEMPT" = 0 ] || scontrol update "JobId=$SLURM_JOB_ID" TimeLimit=60'
-    training = new_training("limit", on="n[3-4]", time="60", signal_delay_s=5, held_after=7, setup=[longer])
+    training = new_training("limit", on="n[3-4]", time="60", signal_delay_s=30, held_after=7, setup=[longer])
     training.wait_step(7)
     [record] = read_records(training.files)
     minutes = int(time.time() - record.starts[0].time) // 60 + 2
