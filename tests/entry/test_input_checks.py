@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -262,23 +263,29 @@ def _become_nobody() -> None:
     os.setuid(65534)
 
 
+@pytest.fixture
+def world_readable() -> Iterator[Path]:
+    """A folder that other users can enter; pytest's own lie in one that they cannot."""
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
-def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_written(world_readable: Path) -> None:
     """As another user, since root may write everywhere."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
     for name in ("open/run/logs", "closed", "hidden/below"):
-        (tmp_path / name).mkdir(parents=True, mode=0o755)
-    (tmp_path / "hidden").chmod(0o700)
-    (tmp_path / "open").chmod(0o777)
-    (tmp_path / "open" / "run").chmod(0o777)
+        (world_readable / name).mkdir(parents=True, mode=0o755)
+    (world_readable / "hidden").chmod(0o700)
+    (world_readable / "open").chmod(0o777)
+    (world_readable / "open" / "run").chmod(0o777)
     blocked = [
-        (tmp_path / "closed" / "v0", tmp_path / "closed"),
-        (tmp_path / "hidden" / "below" / "v0", tmp_path / "hidden"),
-        (tmp_path / "open" / "run", tmp_path / "open" / "run" / "logs"),
+        (world_readable / "closed" / "v0", world_readable / "closed"),
+        (world_readable / "hidden" / "below" / "v0", world_readable / "hidden"),
+        (world_readable / "open" / "run", world_readable / "open" / "run" / "logs"),
     ]
 
-    runs = [tmp_path / "open" / "v0", *(run for run, _ in blocked)]
+    runs = [world_readable / "open" / "v0", *(run for run, _ in blocked)]
     with ProcessPoolExecutor(1, mp_context=get_context("fork"), initializer=_become_nobody) as nobody:
         found = [str(fault) for faults in nobody.map(unwritable, runs) for fault in faults]
     fix = "is not writable for you; choose another folder with --save or --run_dir"
