@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from megabatch.config.rules.windows import FAMILIES as WINDOWED
 from megabatch.converters.families import FAMILIES
+from megabatch.errors import ConversionError
 from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.trainable import BUILT, UNBUILT, untrainable
 
@@ -24,7 +26,11 @@ def test_a_built_family_reads_more_than_decides_its_tensors(model_type: str) -> 
     config = CONFIG | {"architectures": [], "rope_theta": 123.0}
     assert FAMILIES[model_type].shape(config).rotary_base == 123
     windowed = config | {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}
-    assert FAMILIES[model_type].shape(windowed).sliding_window == 9
+    if model_type in WINDOWED:
+        assert FAMILIES[model_type].shape(windowed).sliding_window == 9
+    else:
+        with pytest.raises(ConversionError, match="use_sliding_window=true with sliding_window=9 is not supported"):
+            FAMILIES[model_type].shape(windowed)
 
 
 def test_reasons_name_the_setting() -> None:
