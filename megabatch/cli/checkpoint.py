@@ -96,7 +96,7 @@ def _misplaced(folder: Path) -> Iterator[str]:
     try:
         said = json.loads(read_file(folder / TRAINER, TRAINER))
         fault = misplaced(folder, int(said["step"]))
-        fault = fault or of_another_run(said.get("run"), id_of(RunDirectory(folder.absolute().parents[1])))
+        fault = fault or of_another_run(said.get("run"), id_of(RunDirectory(folder.absolute().parent.parent)))
     except (OSError, ValueError, KeyError, TypeError, DamagedError):
         return  # a conversion, or a file whose damage has its own line
     if fault is not None:

@@ -2,7 +2,7 @@
 
 A frame is a header (mark, step, completions, bytes, CRC-32 of the bytes, CRC-32 of the header before it) and what zlib
 made of the records. Frames are only ever appended, each in one write; a writer that is killed leaves at most one torn
-frame, at the end. Frames of before have the mark MBL1 and a header without a sum of its own.
+frame, at the end. Older frames have the mark MBL1, and no checksum of their header.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megabatch.values import dataclass
 _FIELDS = struct.Struct("<4sIIQI")
 _SUM = struct.Struct("<I")
 _MARK, _UNSUMMED, _MARKED = b"MBL2", b"MBL1", b"MBL"
-"""What a frame of today and one of before begin with, and what both do."""
+"""What a frame begins with, what an older one does, and what both have in common."""
 _PART = 2**20
 """Bytes that are searched for a mark at a time."""
 

@@ -149,7 +149,7 @@ def misplaced(path: Path, step: int) -> str | None:
 
 
 def id_of(run: RunDirectory) -> str | None:
-    """What tells a run from every other, also once its folder is moved or copied; None for one of before."""
+    """What tells a run from every other, also once its folder is moved or copied; None for an older run."""
     try:
         return str(json.loads(run.run_json.read_text(encoding="utf-8"))["provenance"]["id"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "saved"))
 from made import make_checkpoint, make_run
 
 from megabatch.cli.command import main
+from megabatch.run_directory import RunDirectory
 from megabatch.saved.history import settle
 from megabatch.saved.manifest import MANIFEST, File, manifest_text
 
@@ -46,13 +47,19 @@ def test_damage_is_named_by_step_and_file(tmp_path: Path, capsys: pytest.Capture
     assert main(["checkpoint", "verify", str(run.step(2))]) == 1
 
 
-def test_a_copy_of_another_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run(tmp_path / "run", 1)
-    text = '{"step": 1, "manifest": "megabatch-manifest.json"}'
+def make_small_run(folder: Path, **state: object) -> RunDirectory:
+    """A run with a checkpoint of step 1, of which there is only `trainer.json`, with this state."""
+    run = make_run(folder, 1)
+    text = json.dumps({**state, "manifest": MANIFEST})
     (run.step(1) / "trainer.json").write_text(text)
     (run.step(1) / MANIFEST).write_text(manifest_text({"trainer.json": File.of(text.encode())}))
     for part in ("hf", "mcore"):
         shutil.rmtree(run.step(1) / part)
+    return run
+
+
+def test_a_copy_of_another_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_small_run(tmp_path / "run", step=1)
     assert main(["checkpoint", "verify", str(run.step(1))]) == 0
     shutil.copytree(run.step(1), run.step(2))
     assert main(["checkpoint", "verify", str(run.path)]) == 1
@@ -60,12 +67,7 @@ def test_a_copy_of_another_checkpoint_is_named(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_checkpoint_of_another_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run(tmp_path / "run", 1)
-    text = '{"step": 1, "run": "ab", "manifest": "megabatch-manifest.json"}'
-    (run.step(1) / "trainer.json").write_text(text)
-    (run.step(1) / MANIFEST).write_text(manifest_text({"trainer.json": File.of(text.encode())}))
-    for part in ("hf", "mcore"):
-        shutil.rmtree(run.step(1) / part)
+    run = make_small_run(tmp_path / "run", step=1, run="ab")
     for own, code in (('"ab"', 0), ('"cd"', 1)):
         run.run_json.write_text(f'{{"provenance": {{"id": {own}}}}}')
         assert main(["checkpoint", "verify", str(run.path)]) == code
