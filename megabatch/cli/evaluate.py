@@ -76,7 +76,7 @@ def _recipe(target: Path, options: EvaluateOptions) -> Recipe:
         declared = as_declared(load_recipe(target), target)
         if not isinstance(declared, Recipe):
             raise ConfigError(f"{target.name} declares a chain; name one of its steps' folders, which are runs")
-        return declared
+        return evaluation.untrained_recipe(declared)
     if evaluation.is_run(target):
         return evaluation.trained_recipe(target, checkpoint=options.checkpoint)
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))

@@ -14,6 +14,7 @@ from megabatch.config.model import Model
 from megabatch.config.optimization import LearningRate
 from megabatch.config.parallel import Parallel
 from megabatch.config.recipe import Recipe
+from megabatch.config.reference import references_named
 from megabatch.config.resolved import resolved
 from megabatch.config.resources import Resources
 from megabatch.config.rlhf import Rlhf
@@ -25,7 +26,7 @@ from megabatch.did_you_mean import did_you_mean
 from megabatch.errors import ConfigError, Fault
 from megabatch.hub_cache import is_hub_name
 from megabatch.run_directory import RunDirectory
-from megabatch.saved.history import HF, is_checkpoint, named_by_best, newest_in
+from megabatch.saved.history import HF, MCORE, is_checkpoint, named_by_best, newest_in
 from megabatch.tasks import TASKS, Task
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
@@ -44,7 +45,14 @@ def trained_recipe(target: Path, *, checkpoint: str | None) -> Recipe:
     run = RunConfig.load(RunDirectory(target).run_json)
     step = _step(RunDirectory(target), checkpoint)
     recipe = replace(_as_declared(run), checkpoint=Checkpoint())
-    return _with_weights(_with_reference(recipe, run), run, step)
+    return _with_weights(_with_reference(recipe, run, step), run, step)
+
+
+def untrained_recipe(declared: Recipe) -> Recipe:
+    """Of a recipe file: the model that it starts from. Its reference has not followed it yet, unless the recipe goes
+    on from a checkpoint of another run, which then has what became of that run's."""
+    begins = declared.checkpoint.finetune or not (declared.checkpoint.load or declared.tuner.adapter_load)
+    return _without_following(declared) if begins else declared
 
 
 def _as_declared(run: RunConfig) -> Recipe:
@@ -71,9 +79,10 @@ def _step(run: RunDirectory, name: str | None) -> Path:
 
 
 def _with_weights(recipe: Recipe, run: RunConfig, step: Path) -> Recipe:
-    """The recipe with the weights of a checkpoint: its Hugging Face folder, else what the run resumes from."""
+    """The recipe with the weights of a checkpoint: its Hugging Face folder, else what the run resumes from, which also
+    holds a reference that follows the policy."""
     exported = step / HF
-    if (exported / _CONFIG).is_file():
+    if (exported / _CONFIG).is_file() and not recipe.rlhf.sync_ref_model:
         model = Model(model=str(exported), torch_dtype=run.recipe.model.torch_dtype)
         if _compares(recipe) and run.recipe.model.model is not None:  # a reference gets the new tokens too
             own = run.recipe.model
@@ -90,19 +99,36 @@ def _with_weights(recipe: Recipe, run: RunConfig, step: Path) -> Recipe:
     return replace(recipe, model=model, tuner=tuner, checkpoint=Checkpoint(finetune=True, load=load))
 
 
-def _with_reference(recipe: Recipe, run: RunConfig) -> Recipe:
+def _with_reference(recipe: Recipe, run: RunConfig, step: Path) -> Recipe:
     """With the reference that the run had, now that its own model is the trained one. GRPO measures rewards alone."""
     if run.task.generates:
-        return replace(recipe, grpo=replace(recipe.grpo, beta=0.0))
-    if recipe.rlhf.sync_ref_model:  # what it began with is another reference
-        unused = {name: getattr(Rlhf(), name) for name in ("ref_model_sync_steps", "ref_model_mixup_alpha")}
-        rlhf = replace(recipe.rlhf, sync_ref_model=False, ref_load=None, **unused)
-        return replace(recipe, rlhf=rlhf, bridge=replace(recipe.bridge, ref_model=None))
+        return _of_rewards_alone(recipe)
+    if recipe.rlhf.sync_ref_model:  # what it began with is another reference; the checkpoint has what became of it
+        began = replace(
+            recipe, rlhf=replace(recipe.rlhf, ref_load=None), bridge=replace(recipe.bridge, ref_model=None)
+        )
+        return began if (step / MCORE).is_dir() else _without_following(began)
     if not _compares(recipe) or _names_reference(recipe):
         return recipe
     if run.recipe.checkpoint.load is not None:
         return replace(recipe, rlhf=replace(recipe.rlhf, ref_load=run.recipe.checkpoint.load))
     return replace(recipe, bridge=replace(recipe.bridge, ref_model=_began_with(run)))
+
+
+def _of_rewards_alone(recipe: Recipe) -> Recipe:
+    """Without a reference, and without what is said of one."""
+    return replace(
+        recipe,
+        grpo=replace(recipe.grpo, beta=0.0, kl_in_reward=False),
+        rlhf=Rlhf(rlhf_type=recipe.rlhf.rlhf_type, share_prompts=recipe.rlhf.share_prompts),
+        bridge=replace(recipe.bridge, ref_model=None, ref_adapters=()),
+    )
+
+
+def _without_following(recipe: Recipe) -> Recipe:
+    """With a reference that stays as it is."""
+    names = ("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha")
+    return replace(recipe, rlhf=replace(recipe.rlhf, **{name: getattr(Rlhf(), name) for name in names}))
 
 
 def _compares(recipe: Recipe) -> bool:
@@ -123,11 +149,12 @@ def _began_with(run: RunConfig) -> str | None:
 def require_reference(recipe: Recipe, target: Path) -> None:
     """Args: recipe: of the evaluation of a run, with its flags. Raises: ConfigError where neither run nor flags have
     the reference any more."""
-    if not _compares(recipe) or _names_reference(recipe):
+    if not _compares(recipe) or _names_reference(recipe) or recipe.rlhf.sync_ref_model:
         return
     run = RunConfig.load(RunDirectory(_run_of(target)).run_json)
     if run.recipe.rlhf.sync_ref_model:
-        why = "had a reference that followed the policy (rlhf.sync_ref_model), which is not exported"
+        why = f"had a reference that followed the policy (rlhf.sync_ref_model), which {MCORE}/ of a checkpoint holds, "
+        why += "and this one has none (checkpoint.no_save_optim)"
     else:
         why = "began with a new model, whose weights are gone"
     raise ConfigError(f"{run.run_dir} {why}, and {run.task.name} compares with it; name a reference with --ref_model")
@@ -177,7 +204,12 @@ def evaluation_recipe(recipe: Recipe, flags: Sequence[str], *, task: str | None)
         )
     if faults:
         raise ConfigError(faults)
-    return _once(replace(chosen, data=_data(chosen.data, declared=recipe.data)))
+    return _once(_following(replace(chosen, data=_data(chosen.data, declared=recipe.data)), declared=recipe))
+
+
+def _following(recipe: Recipe, *, declared: Recipe) -> Recipe:
+    """With a reference that stays as it is where a flag names one in place of the checkpoint's."""
+    return recipe if references_named(recipe) == references_named(declared) else _without_following(recipe)
 
 
 def _data(data: Data, *, declared: Data) -> Data:

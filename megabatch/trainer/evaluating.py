@@ -31,7 +31,9 @@ def evaluate(run: RunConfig, activity: Activity) -> ExitCode:
         parts = opener(run)(run, source, ranks, busy=lambda: heart.beat("starting"))
         if parts.evaluator is None:
             raise DataError("there is nothing to evaluate: name data with --dataset, or with the recipe's val_dataset")
-        engine = assemble.build_engine(run, ranks, train_iters=0, frozen=parts.frozen, trains=False)
+        engine = assemble.build_engine(
+            run, ranks, train_iters=0, frozen=parts.frozen, following=parts.following, trains=False
+        )
         checkpoints = assemble.make_checkpoints(run, ranks, source, parts.export, tuning=engine.model.tuning)
         start(run, engine, checkpoints, source)
         activity.at("evaluating", 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from megabatch.data.rows.files import Origin, Row
 from megabatch.data.rows.judged import judged_of
 from megabatch.data.tokens.encoder import Encoder
 from megabatch.data.tokens.encoding import Encoding
-from megabatch.data.tokens.judged import ALONE
+from megabatch.data.tokens.judged import ALONE, CROWDED
 from megabatch.errors import DataError
 
 
@@ -54,7 +56,7 @@ def test_an_empty_prompt_names_file_and_line() -> None:
         judged_of(row(query="\n", response="A", label=True))
 
 
-def test_each_answer_is_followed_by_its_prompt_with_the_answer_before(tokenizer_folder: Path, bpe: Any) -> None:
+def test_each_answer_is_followed_by_its_prompt_with_an_answer_to_another_one(tokenizer_folder: Path, bpe: Any) -> None:
     rows = [
         row(1, prompt="one", completion="two", label=True),
         row(2, prompt="three", chosen="four", rejected="five"),
@@ -63,7 +65,7 @@ def test_each_answer_is_followed_by_its_prompt_with_the_answer_before(tokenizer_
     chunk = encoder(tokenizer_folder).encode(rows)
     assert chunk.items == [2, 4, 2]
     said = [bpe.decode(sample.ids[sample.weights > 0]).removesuffix("<|im_end|>") for sample in chunk.samples]
-    assert said == ["two", "seven", "four", "two", "five", "four", "seven", "five"]
+    assert said == ["two", "five", "four", "seven", "five", "two", "seven", "four"]
     asked = [bpe.decode(sample.ids[sample.weights == 0]) for sample in chunk.samples]
     assert [next(w for w in ("one", "three", "six") if w in text) for text in asked] == [
         "one", "one", "three", "three", "three", "three", "six", "six",
@@ -72,6 +74,21 @@ def test_each_answer_is_followed_by_its_prompt_with_the_answer_before(tokenizer_
     assert [sample.columns["matched"] for sample in chunk.samples] == [1, 0] * 4
     plain = encoder(tokenizer_folder, mismatches=False).encode(rows)
     assert plain.items == [1, 2, 1] and {sample.columns["matched"] for sample in plain.samples} == {1.0}
+
+
+def test_mismatched_answers_are_to_another_prompt_wherever_there_is_one(tokenizer_folder: Path, bpe: Any) -> None:
+    """Each answer of a block is that of one other; 40 blocks."""
+    draw = random.Random(0)
+    for _ in range(40):
+        asked = [draw.choice("abcdefgh"[: draw.randint(1, 8)]) for _ in range(draw.randint(2, 20))]
+        rows = [row(n, prompt=one, completion=f"{one}{n}", label=n % 2) for n, one in enumerate(asked)]
+        chunk = encoder(tokenizer_folder).encode(rows)
+        said = [bpe.decode(sample.ids[sample.weights > 0]).removesuffix("<|im_end|>") for sample in chunk.samples]
+        own, other = said[::2], said[1::2]
+        assert sorted(own) == sorted(other) and not any(a == b for a, b in zip(own, other, strict=True))
+        same = sum(a[0] == b[0] for a, b in zip(own, other, strict=True))
+        most = max(Counter(asked).values())
+        assert same == max(0, 2 * most - len(asked)) == chunk.remarks[CROWDED], (own, other)
 
 
 def test_a_long_mismatched_answer_drops_no_row(tokenizer_folder: Path) -> None:

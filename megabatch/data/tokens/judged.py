@@ -1,10 +1,10 @@
-"""Rows with answers that are labelled good or bad, and for each a mismatched answer: that of another row."""
+"""Rows with answers that are labelled good or bad, and for each a mismatched answer: one to another prompt."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,10 +15,13 @@ from megabatch.data.tokens.encoding import Encoding
 from megabatch.data.tokens.sample import Encoded, Item
 
 ALONE = "the only answer of its block of rows: its mismatched answer is its own"
+CROWDED = (
+    "to a prompt that more than half of the answers of its block of rows are to: its mismatched answer is one of them"
+)
 
 
 class JudgedAnswers:
-    """The answers of a row, each followed by its prompt with the answer before it in the block of rows.
+    """The answers of a row, each followed by its prompt with an answer to another prompt of the block of rows.
 
     Columns: `label` is 1 for a desirable answer; `matched` is 0 for a mismatched one, which estimates how far the
     policy is from the reference (arXiv:2402.01306, section 4.1). Without `Encoding.mismatches` there are none.
@@ -44,13 +47,35 @@ class JudgedAnswers:
             for one, label in zip(encoded, labels, strict=True)
         ]
         if settings.mismatches:
-            if len(encoded) == 1:
-                remarks[ALONE] += 1
+            others = _answers_to_others([one.ids[: _answer_of(one)].tobytes() for one in encoded])
             for number, (own, label) in enumerate(zip(encoded, labels, strict=True)):
-                mixed = _mismatched(own, encoded[number - 1], limit=settings.max_length)
+                if (other := others[number]).is_own_prompt:
+                    remarks[ALONE if len(encoded) == 1 else CROWDED] += 1
+                mixed = _mismatched(own, encoded[other.number], limit=settings.max_length)
                 answers[number].append(mixed._replace(columns={"label": label, "matched": 0.0}))
         parts = iter(answers)
         return [[sample for _ in some for sample in next(parts)] for some in found]
+
+
+class _Other(NamedTuple):
+    number: int
+    is_own_prompt: bool
+
+
+def _answers_to_others(prompts: Sequence[bytes]) -> list[_Other]:
+    """For each answer another one, and each once.
+
+    Of the answers in the order of their prompts it is the one as many places before, in a circle, as the prompt with
+    most answers has: one to the same prompt only where that prompt has more than half of them.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(number)
+    order = [number for group in groups.values() for number in group]
+    most = max(map(len, groups.values()), default=0)
+    shift = most if most < len(order) else 1
+    others = {own: order[place - shift] for place, own in enumerate(order)}
+    return [_Other(others[own], prompts[others[own]] == prompt) for own, prompt in enumerate(prompts)]
 
 
 def _mismatched(asked: Encoded, said: Encoded, *, limit: int | None) -> Encoded:

@@ -281,9 +281,16 @@ class Checkpoints:
             raise CheckpointError(f"{self.run.best} cannot be written: {e.strerror or e}") from e
 
     def restore_weights(self, engine: Engine, folder: Path) -> None:
-        """Loads only the weights, from one of our checkpoints or from a torch_dist folder of megatron-core."""
+        """Loads only the weights, from one of our checkpoints or from a torch_dist folder of megatron-core.
+
+        Those of what follows the policy too where nothing is trained: training that begins with these weights has its
+        own reference, and an evaluation measures what the checkpoint's run had.
+        """
+        following = engine.optimizer is None
         with self._weights_in(folder) as (inner, manifest):
-            torch_dist.load(engine, inner, manifest, updates=None, rng=False, each_once=self.each_once)
+            torch_dist.load(
+                engine, inner, manifest, updates=None, rng=False, following=following, each_once=self.each_once
+            )
 
     def restore_base(self, engine: Engine, folder: Path) -> None:
         """Loads only the base model under the adapters, from the same kinds of folder."""

@@ -96,7 +96,8 @@ def load(
     Args: manifest: digests to check every byte against before using it; None checks nothing.
     updates: number of updates that the checkpoint's optimizer has done, to load it too; None leaves it fresh.
     rng: load the generators, which needs the layout that saved them; everything else loads into any layout.
-    following: load the frozen models that follow the policy, where the checkpoint has them.
+    following: load the frozen models that follow the policy, where the checkpoint has them; an engine that does not
+    train needs them.
     each_once: of the ranks that need the same bytes, one reads them and sends them to the others.
     Raises: CheckpointError on every rank; on a rank that found damage, a DamagedError.
     """
@@ -154,6 +155,8 @@ def _load_following(engine: Engine, read: Any, directory: Path) -> None:
     for name in engine.following:
         prefix = _prefix(name)
         if not any(key.startswith(prefix) for key in saved):
+            if engine.optimizer is None:
+                engine.ranks.raise_together(CheckpointError(f"{directory} has no {name} that follows the policy"))
             logger.warning(
                 "%s has no %s that follows the policy: it begins as the run's other settings say", directory, name
             )

@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 from rank_server import RankServer
-from runs import metrics, recipe_on, train, write_run
+from runs import generating, metrics, recipe_on, train, with_fields, write_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "lora"))
 
 from adapted import make_base
 
-from megabatch import Dpo, Embedding, Gkd, Kto, Model, Recipe, Rlhf, Training
+from megabatch import Dpo, Embedding, Gkd, Kto, Model, Recipe, Rlhf, Rollout, Training
 from megabatch.cli.evaluate import prepared
 from megabatch.config.evaluation_metrics import evaluation_metrics
-from megabatch.entry.evaluation import evaluation_recipe, require_reference, trained_recipe
+from megabatch.config.rules.check import check
+from megabatch.config.run import RunConfig
+from megabatch.entry.evaluation import evaluation_recipe, require_reference, trained_recipe, untrained_recipe
 from megabatch.errors import ConfigError
 
 ROWS: dict[str, Callable[[int, int], dict[str, Any]]] = {
@@ -80,7 +82,7 @@ def made(task: str, folder: Path, base: Path) -> Recipe:
 
 
 def test_a_reference_that_is_gone_is_asked_for(tmp_path: Path) -> None:
-    """A flag gives it."""
+    """A flag gives it. One that followed the policy is in the checkpoint, unless that has no `mcore/`."""
     base = make_base(tmp_path, "dense")
     dpo = made("dpo", tmp_path, base)
     new = replace(dpo, model=recipe_on(tmp_path, "qwen3").model)
@@ -100,6 +102,45 @@ def test_a_reference_that_is_gone_is_asked_for(tmp_path: Path) -> None:
         given = evaluation_recipe(recipe, ["--ref_model", str(base)], task=None)
         require_reference(given, hf.parent)
         assert (given.bridge.ref_model, given.rlhf.sync_ref_model) == (str(base), False)
+        (hf.parent / "mcore").mkdir()
+        if name != "new":
+            kept = evaluation_recipe(trained_recipe(run, checkpoint="step_00000001"), [], task=None)
+            require_reference(kept, run)
+            assert (kept.bridge.ref_model, kept.checkpoint.load) == (None, str(hf.parent))
+            given = evaluation_recipe(trained_recipe(run, checkpoint=None), ["--ref_model", str(base)], task=None)
+            assert (given.bridge.ref_model, given.rlhf.sync_ref_model) == (str(base), False)
+
+
+def test_training_that_is_yet_to_begin_has_its_first_reference(tmp_path: Path) -> None:
+    dpo = made("dpo", tmp_path, make_base(tmp_path, "dense"))
+    follows = replace(dpo, rlhf=replace(dpo.rlhf, sync_ref_model=True, ref_model_sync_steps=3))
+    assert untrained_recipe(follows).rlhf == dpo.rlhf
+    begins = replace(follows, checkpoint=replace(dpo.checkpoint, load="run", finetune=True))
+    assert untrained_recipe(begins).rlhf == dpo.rlhf
+    goes_on = replace(begins, checkpoint=replace(begins.checkpoint, finetune=False))
+    assert untrained_recipe(goes_on).rlhf == follows.rlhf
+
+
+@pytest.mark.parametrize(
+    ("groups", "of_bridge"),
+    [
+        ({"grpo": {"kl_in_reward": True, "advantage_estimator": "reinforce_plus_plus"}}, {}),
+        ({"rlhf": {"sync_ref_model": True}}, {}),
+        ({"rlhf": {"ref_load": "x"}}, {}),
+        ({"rlhf": {"ref_model_server": "http://localhost:1"}}, {}),
+        ({}, {"ref_model": "x"}),
+    ],
+)
+def test_a_run_of_rewards_is_evaluated_without_its_reference(
+    groups: dict[str, Any], of_bridge: dict[str, str], tmp_path: Path
+) -> None:
+    base = make_base(tmp_path, "dense")
+    one = generating(made("sft", tmp_path, base), Rollout(max_completion_length=8))
+    one = with_fields(one, **groups)
+    run = write_run(replace(one, bridge=replace(one.bridge, **of_bridge)), tmp_path / "run")
+    (run / "checkpoints" / "step_00000001" / "mcore").mkdir(parents=True)
+    evaluated = evaluation_recipe(trained_recipe(run, checkpoint="step_00000001"), [], task=None)
+    assert not check(evaluated, RunConfig.load(run / "run.json").shape)
 
 
 def train_all(run_dirs: list[str]) -> list[int]:

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from rank_server import RankServer
-from runs import curve, metrics, recipe_on, train, write_run
+from runs import curve, metrics, recipe_on, train, with_fields, write_run
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megabatch.cli.evaluate import prepared as evaluation_of
+from megabatch.config.run import RunConfig
+from megabatch.entry.evaluation import evaluation_recipe, require_reference, trained_recipe
 from megabatch.trainer.references import Following
 
 OURS = "frozen.reference."
@@ -42,14 +45,13 @@ def prepared(folder: Path, name: str, as_: str | None = None) -> tuple[Path, int
         "qwen2" if model == "lora" else model,
         parallel=parallel,
         tuner=lora if model == "lora" else {},
-        data={"val_dataset": []},
         rlhf=rlhf,
         dpo={"beta": 0.5},
         learning_rate={"lr": 0.02, "min_lr": 0.02},
         optimizer={"adam_eps": 1e-3, "weight_decay": 0.0},
         batch={"global_batch_size": 4},
         checkpoint={"save_interval": 1},
-        evaluation={"eval_iters": 0, "eval_on_start": False},
+        evaluation={"eval_interval": 3, "eval_on_start": False},
         resources={"tasks_per_node": world},
     )
     return write_run(replace(made, task="rlhf"), folder / (as_ or name)), world
@@ -60,6 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("following")
     rows = [{"query": f"{n} + 7?", "response": str(n + 7), "rejected_response": f"It is {n} or so"} for n in range(18)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
     return folder
 
 
@@ -127,6 +130,55 @@ def test_a_stopped_run_goes_on_exactly(name: str, ranks: RankServer, folder: Pat
     assert set(ranks.run(train, world_size=world, run_dir=str(run), stop_after=3)) == {75}
     assert set(ranks.run(train, world_size=world, run_dir=str(run))) == {0}
     assert curve(run) == curve(done[name])
+
+
+def evaluate_run(run_dir: str) -> int:
+    from megabatch.trainer.activity import Activity
+    from megabatch.trainer.evaluating import evaluate
+
+    return int(evaluate(RunConfig.load(Path(run_dir) / "run.json"), Activity(0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("qwen2", []),
+        ("qwen2 tp2", ["--tensor_model_parallel_size", "1", "--sequence_parallel", "false"]),
+        ("lora tp2", []),
+    ],
+)
+def test_an_evaluation_has_the_reference_of_its_checkpoint(
+    name: str, flags: list[str], ranks: RankServer, tmp_path: Path, done: dict[str, Path]
+) -> None:
+    """After a step beyond a blend, on the same layout and another one: the numbers that the trainer had there."""
+    recipe = evaluation_recipe(trained_recipe(done[name], checkpoint="step_00000003"), flags, task=None)
+    require_reference(recipe, done[name])
+    evaluation_of(recipe, tmp_path, target=done[name])
+    assert set(ranks.run(evaluate_run, world_size=recipe.resources.world_size, run_dir=str(tmp_path))) == {0}
+    found = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    (then,) = (line for line in metrics(done[name], "eval") if line["step"] == 3)
+    assert abs(found["rewards/margins"]) > 1e-4
+    for number in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"):
+        assert found[number] == pytest.approx(then[f"eval_{number}"], rel=2e-6, abs=2e-7), number
+
+
+def test_a_checkpoint_without_the_reference_is_refused(
+    ranks: RankServer, tmp_path: Path, done: dict[str, Path]
+) -> None:
+    """As of a run that began to follow late: what its model began with is no reference of its earlier steps."""
+    made = RunConfig.load(done["qwen2"] / "run.json").recipe
+    late = with_fields(
+        made,
+        training={"train_iters": 1},
+        rlhf={"sync_ref_model": False, "ref_model_sync_steps": 512, "ref_model_mixup_alpha": 0.6},
+    )
+    run = write_run(late, tmp_path / "late")
+    assert set(ranks.run(train, world_size=1, run_dir=str(run))) == {0}
+    write_run(made, run)
+    (folder := tmp_path / "evaluation").mkdir()
+    evaluation_of(evaluation_recipe(trained_recipe(run, checkpoint=None), [], task=None), folder, target=run)
+    with pytest.raises(RuntimeError, match="has no reference that follows the policy"):
+        ranks.run(evaluate_run, world_size=1, run_dir=str(folder))
 
 
 def test_blends_are_counted_from_the_start_of_the_run() -> None:
