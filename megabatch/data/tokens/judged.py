@@ -51,10 +51,17 @@ class JudgedAnswers:
             for number, (own, label) in enumerate(zip(encoded, labels, strict=True)):
                 if (other := others[number]).is_own_prompt:
                     remarks[ALONE if len(encoded) == 1 else CROWDED] += 1
-                mixed = _mismatched(own, encoded[other.number], limit=settings.max_length)
+                mixed = self._cut(_mismatched(own, encoded[other.number]))
                 answers[number].append(mixed._replace(columns={"label": label, "matched": 0.0}))
         parts = iter(answers)
         return [[sample for _ in some for sample in next(parts)] for some in found]
+
+    def _cut(self, mixed: Encoded) -> Encoded:
+        """Within the limit, at the end at which answers are cut: no row is dropped for its mismatched answer."""
+        limit = self._encoding.max_length
+        if limit is None or len(mixed.ids) <= limit:
+            return mixed
+        return mixed.part(slice(-limit, None) if self._encoding.truncation_strategy == "left" else slice(limit))
 
 
 class _Other(NamedTuple):
@@ -78,14 +85,13 @@ def _answers_to_others(prompts: Sequence[bytes]) -> list[_Other]:
     return [_Other(others[own], prompts[others[own]] == prompt) for own, prompt in enumerate(prompts)]
 
 
-def _mismatched(asked: Encoded, said: Encoded, *, limit: int | None) -> Encoded:
-    """The prompt of one sample with the answer of another, cut at its end to the limit."""
+def _mismatched(asked: Encoded, said: Encoded) -> Encoded:
+    """The prompt of one sample with the answer of another."""
     prompt, start = slice(_answer_of(asked)), _answer_of(said)
-    mixed = Encoded(
+    return Encoded(
         np.concatenate([asked.ids[prompt], said.ids[start:]]),
         np.concatenate([asked.weights[prompt], said.weights[start:]]),
     )
-    return mixed if limit is None or len(mixed.ids) <= limit else mixed.part(slice(limit))
 
 
 def _answer_of(sample: Encoded) -> int:

@@ -92,8 +92,8 @@ def expected(trainer: Any, **settings: Any) -> tuple[float, dict[str, float], di
 
 def same(found: Any, other: Any) -> None:
     assert found[0] == pytest.approx(other[0], rel=1e-5, abs=1e-6)
-    for name in METRICS:
-        assert found[1][name] == pytest.approx(other[1][name], rel=1e-5, abs=1e-6), name
+    for name in METRICS:  # differences of sums of some 30, whose last bits are those of the processor
+        assert found[1][name] == pytest.approx(other[1][name], rel=1e-5, abs=5e-6), name
     assert found[1]["loss"] == pytest.approx(found[0], rel=1e-6)
     largest = max(float(tensor.abs().max()) for tensor in other[2].values())
     for name, tensor in other[2].items():
