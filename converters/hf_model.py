@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megabatch.converters.families import family_of
 from megabatch.converters.family import Family
@@ -80,14 +80,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def open_hf_model(
     folder: str | os.PathLike[str],
     *,
-    compare_duplicates: bool = True,
+    compare_duplicates: bool | Literal["sampled"] = True,
     accept_quantised: bool = False,
     accept_bin: bool = False,
 ) -> HfModel:
     """Opens a folder and checks that its tensors are exactly those of its config.json.
 
     `compare_duplicates` reads a tied output layer that the folder holds although it need not, and refuses it when it
-    differs from the embedding: transformers would then not tie them. One rank of many is enough to do that.
+    differs from the embedding: transformers would then not tie them. One rank of many is enough to do that; `sampled`
+    reads a few hundred KiB of each.
     `accept_quantised` is for callers that apply the scales of block-scaled FP8 and MXFP4 weights themselves.
     `accept_bin` reads `pytorch_model.bin` where there is nothing else, as data.
     Raises: ConversionError.
@@ -110,7 +111,7 @@ def open_hf_model(
     checked = family.check(shape, source.tensors if how is None else plain(source.tensors, how))
     if compare_duplicates:
         for name, of in checked.duplicates.items():
-            if not source.same(name, of):
+            if not source.same(name, of, sampled=compare_duplicates == "sampled"):
                 raise ConversionError(f"{folder}: {_differs(name, of, tied=name in family.tied)}")
     return HfModel(config, family, shape, source, checked.tensors, checked.ignored, checked.carried, is_bare, how)
 

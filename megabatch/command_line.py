@@ -21,6 +21,12 @@ _MACHINE = {
     *(errno.EMFILE, errno.ENFILE),
 }
 """OS errors that say what this machine does not give, whose traceback would say no more."""
+_LIMITS = {
+    errno.EAGAIN: "another process (ulimit -u)",
+    errno.ENOMEM: "more memory (ulimit -v)",
+}
+"""OS errors of processes and threads that cannot be started, and what is lacking."""
+_NO_THREAD = "can't start new thread"
 _SHOWN = 80
 
 
@@ -51,10 +57,15 @@ def run_command(work: Callable[[], int], arguments: Sequence[str]) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in _NAMES and error.errno not in _MACHINE:
+        if error.errno not in _NAMES and error.errno not in _MACHINE and error.errno not in _LIMITS:
             raise
         print(f"error: {_in_words(error)}", file=sys.stderr)
         return ExitCode.CONFIG if error.errno in _NAMES else ExitCode.FAILED
+    except RuntimeError as error:
+        if _NO_THREAD not in str(error):
+            raise
+        print(f"error: {_in_words(OSError(errno.EAGAIN, str(error)))}", file=sys.stderr)
+        return ExitCode.FAILED
 
 
 def open_streams() -> None:
@@ -74,6 +85,8 @@ def discard_output() -> None:
 
 
 def _in_words(error: OSError) -> str:
+    if error.errno in _LIMITS:
+        return f"this machine or account does not give {_LIMITS[error.errno]}: {error.strerror}"
     if error.filename is not None:
         name = str(error.filename)
         return f"{name[:_SHOWN]}{'…' * (len(name) > _SHOWN)} {_NAMES.get(error.errno or 0, error.strerror)}"
@@ -88,11 +101,19 @@ def exit_code(error: MegabatchError) -> ExitCode:
 
 def _require_text(arguments: Sequence[str]) -> None:
     """Raises: ConfigError for bytes that are not valid text: neither run.json nor a log could name such a path."""
+    reads_utf8 = sys.getfilesystemencoding() == "utf-8"
     for name, text in (*(("argument", word) for word in arguments), ("current folder", current_folder())):
+        if not (reads_utf8 or text.isascii()):
+            raise ConfigError(_other_encoding(f"{name} {text!a}"))
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"{name} {text!a} holds bytes that are not UTF-8; rename it") from error
+
+
+def _other_encoding(what: str) -> str:
+    encoding = sys.getfilesystemencoding()
+    return f"{what} is read as {encoding} here, but as UTF-8 by the ranks; unset PYTHONUTF8 and export LC_ALL=C.UTF-8"
 
 
 def current_folder() -> str:

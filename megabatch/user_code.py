@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -78,14 +80,18 @@ def _module(file: Path) -> ModuleType:
 
 
 def module_of(file: Path, *, name: str) -> ModuleType:
-    """The module that a file makes, under this name. Raises: ConfigError with the line of what stops it."""
+    """The module that a file makes, under this name.
+
+    Raises: ConfigError with the line of what stops it, and where it goes to another folder.
+    """
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{file} is not a Python file; its name must end with .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        with in_one_folder(file):
+            spec.loader.exec_module(module)
     except SyntaxError as error:
         place = f"{error.filename}:{error.lineno}" if error.lineno else f"{file}"
         raise ConfigError(f"{place}: {error.msg}") from error
@@ -96,6 +102,34 @@ def module_of(file: Path, *, name: str) -> ModuleType:
     except Exception as error:
         raise ConfigError(describe_error(error, file)) from error
     return module
+
+
+@contextmanager
+def in_one_folder(file: Path) -> Iterator[None]:
+    """Raises: ConfigError where the file's code goes to another folder: relative paths on the command line would mean
+    others."""
+    before = _folder()
+    yield
+    if before is not None and (now := os.getcwd()) != before:
+        os.chdir(before)
+        raise moved(file, now)
+
+
+def _folder() -> str | None:
+    """The current folder, None if it was removed: a rank's may be."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
+def moved(file: Path, now: str) -> ConfigError:
+    """The error for a file whose code went to the folder `now`."""
+    return ConfigError(
+        f"{file.name} changes the current folder to {now}, so that relative paths would mean others than where the "
+        "command was started; leave os.chdir out, and write paths beside the file as "
+        "Path(__file__).parent / NAME, as text"
+    )
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ def describe_error(error: BaseException, file: Path) -> str:
     place, last = place_in(error, file), extract_tb(error.__traceback__)[-1]
     deepest = f"{Path(last.filename).name}:{last.lineno}"
     beneath = "" if deepest == place or last.filename.startswith("<") else f" (at {deepest})"
-    said = str(error) or last.line or ""
+    said = " ".join(str(error).split()) or last.line or ""
     return f"{place}: {type(error).__name__}: {said}{beneath}"
 
 

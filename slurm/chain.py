@@ -13,6 +13,7 @@ from typing import Literal
 
 from megabatch.errors import LaunchError, MegabatchError
 from megabatch.run_directory import RunDirectory
+from megabatch.slurm.interrupts import held_back
 from megabatch.values import dataclass
 
 Kind = Literal["ok", "notok", "any"]
@@ -49,27 +50,28 @@ def submit_all(
     before = dict(queued or {})
     new: dict[str, tuple[str, ...]] = {}
     held: list[str] = []
-    try:
-        for job in jobs:
-            for _ in range(job.links):
-                earlier = new.setdefault(job.name, ())
-                free = not earlier and not any(name in new for _, name in job.after)
-                job_id = submit(
-                    job.run,
-                    job.script,
-                    cluster=cluster,
-                    dependency=dependency(job, ids=before | new, links=earlier),
-                    hold=several and free,
-                ).job_id
-                new[job.name] = (*earlier, job_id)
-                held += [job_id] if several and free else []
-        _release(held)
-    except BaseException as error:
-        ids = [job_id for links in new.values() for job_id in links]
-        if isinstance(error, MegabatchError) and ids:
-            raise LaunchError(f"{job.name}: {error}; {_cancelled(ids)}") from error
-        _cancelled(ids)
-        raise
+    with held_back():
+        try:
+            for job in jobs:
+                for _ in range(job.links):
+                    earlier = new.setdefault(job.name, ())
+                    free = not earlier and not any(name in new for _, name in job.after)
+                    job_id = submit(
+                        job.run,
+                        job.script,
+                        cluster=cluster,
+                        dependency=dependency(job, ids=before | new, links=earlier),
+                        hold=several and free,
+                    ).job_id
+                    new[job.name] = (*earlier, job_id)
+                    held += [job_id] if several and free else []
+            _release(held)
+        except BaseException as error:
+            ids = [job_id for links in new.values() for job_id in links]
+            if isinstance(error, MegabatchError) and ids:
+                raise LaunchError(f"{job.name}: {error}; {_cancelled(ids)}") from error
+            _cancelled(ids)
+            raise
     return new
 
 
@@ -100,9 +102,11 @@ def _release(job_ids: list[str]) -> None:
 
 def _cancelled(job_ids: list[str]) -> str:
     """Cancels them, and reports it."""
+    from megabatch.slurm.submit import scancel
+
     if not job_ids:
         return "nothing was queued"
-    done = subprocess.run(["scancel", *job_ids], capture_output=True, text=True, check=False)
+    done = scancel(job_ids)
     named = f"job{'s' if len(job_ids) > 1 else ''} {', '.join(job_ids)}"
     if done.returncode:
         return f"{named} could not be cancelled ({done.stderr.strip()}); run: scancel {' '.join(job_ids)}"

@@ -11,6 +11,8 @@ from typing import Any
 from megabatch.run_directory import RunDirectory
 from megabatch.values import dataclass
 
+_LARGEST = 1e300
+"""Of a number that a line may say; JSON as Python reads it also has infinities."""
 LOCAL = "local"
 """Stands for a job id where ranks ran without Slurm."""
 
@@ -126,7 +128,7 @@ def _append(run: RunDirectory, line: Mapping[str, Any]) -> None:
 
 def _lines(run: RunDirectory) -> list[dict[str, Any]]:
     try:
-        text = run.jobs.read_text(encoding="utf-8", errors="replace")
+        text = run.jobs.read_text(encoding="utf-8", errors="replace") if run.jobs.is_file() else ""
     except OSError:
         return []
     lines = []
@@ -142,4 +144,4 @@ def _lines(run: RunDirectory) -> list[dict[str, Any]]:
 
 def _number(line: Mapping[str, Any], name: str, default: float = 0) -> float:
     value = line.get(name, default)
-    return float(value) if isinstance(value, int | float) else default
+    return float(value) if isinstance(value, int | float) and abs(value) < _LARGEST else default

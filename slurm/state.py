@@ -87,7 +87,7 @@ def active_jobs_of(runs: Iterable[Path]) -> dict[Path, list[str]]:
 def read_heartbeat(run: RunDirectory) -> dict[str, Any]:
     """`heartbeat.json`: `time` (seconds since the epoch), `step`, `state`, `job_id`, `attempt`; empty without one."""
     try:
-        value = json.loads(run.heartbeat.read_text(encoding="utf-8"))
+        value = json.loads(run.heartbeat.read_text(encoding="utf-8")) if run.heartbeat.is_file() else {}
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -111,7 +111,7 @@ def _from_files(run: RunDirectory, *, fresh_s: float) -> RunStatus | _Unsettled:
         if beat.get("state") == "done":
             return _status(found, State.COMPLETED, "heartbeat", exit_code=ExitCode.DONE)
         ended = beat.get("state") in ("stopped", "failed") or _has_ended(jobs) or has_ended(_launcher(jobs))
-        if not ended and _age_s(beat) < fresh_s:
+        if not ended and abs(_age_s(beat)) < fresh_s:  # one of the future: a clock was set back
             return _status(found, State.RUNNING, "heartbeat")
     if jobs and jobs[-1].job_id != LOCAL:
         return found
@@ -221,7 +221,7 @@ def _status(found: _Unsettled, state: State, source: str, *, job: JobRecord | No
         source=source,
         job_id=job.job_id if job else None,
         step=found.beat.get("step"),
-        heartbeat_age_s=_age_s(found.beat) if found.beat else None,
+        heartbeat_age_s=max(0.0, _age_s(found.beat)) if found.beat else None,
         heartbeat=found.beat,
         jobs=found.jobs,
         **more,
@@ -234,4 +234,4 @@ def _age_s(beat: Mapping[str, Any]) -> float:
 
 def _number(beat: Mapping[str, Any], name: str, default: float = 0) -> float:
     value = beat.get(name)
-    return float(value) if isinstance(value, int | float) else default
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else default

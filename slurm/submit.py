@@ -21,8 +21,9 @@ from megabatch.run_directory import RunDirectory, write_atomic
 from megabatch.slurm.array import JobArray, element_id
 from megabatch.slurm.bad_nodes import avoided, exclude_option
 from megabatch.slurm.environment import for_sbatch
+from megabatch.slurm.interrupts import held_back
 from megabatch.slurm.ownership import require_own
-from megabatch.slurm.records import record_submission
+from megabatch.slurm.records import record_cancellation, record_submission
 from megabatch.values import dataclass
 
 _FIXES = (
@@ -57,8 +58,10 @@ _FIXES = (
 )
 
 
-_TAKES_S = 0.5
-"""What the controller gets to list a job whose sbatch was interrupted."""
+_TAKES_S = (0.5, 1.5)
+"""What the controller gets to list a job whose sbatch was interrupted: it is asked after each of these."""
+_ANSWERS_S = 20
+"""How long a command of Slurm may take to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,21 @@ def submit(
 
     Args: `cluster` is the profile's name, for the record. `dependency` is Slurm's text, of which the stored script
     knows nothing: a resumed run waits for nobody. `hold` keeps the job from starting until it is released.
-    Raises: LaunchError when sbatch is missing or refuses, with its own message and the likely fix.
+    Raises: LaunchError when sbatch is missing or refuses, with its own message and the likely fix; when the job cannot
+    be noted, or a signal came meanwhile: the job is then cancelled.
     """
     run.logs.mkdir(parents=True, exist_ok=True)
     options = (*([f"--dependency={dependency}"] if dependency else []), *(["--hold"] if hold else []))
-    job = _sbatch(run, script, options, avoid=avoided([run]))
-    record_submission(run, job.job_id, cluster=cluster)
+    with held_back() as signals:
+        signals.check(run.path)
+        job = _sbatch(run, script, options, avoid=avoided([run]))
+        with _cancelled_unless_noted(job.job_id):
+            signals.check(run.path)
+            record_submission(run, job.job_id, cluster=cluster)
+        if signals.number is not None:
+            scancel([job.job_id])
+            record_cancellation(run, job.job_id)
+        signals.check(run.path)
     return Submission(job.job_id, job)
 
 
@@ -116,15 +128,41 @@ def submit_array(array: JobArray, script: str, *, cluster: str | None = None) ->
     Args: `script` as `render_array` gives it; each run's own script must be in place.
     Raises: LaunchError as `submit` does.
     """
-    array_id = _sbatch(array.files, script, (), avoid=avoided(job.files for job in array.jobs)).job_id
-    try:
-        for index, job in enumerate(array.jobs):
-            record_submission(job.files, element_id(array_id, index), cluster=cluster)
-    except BaseException:
-        # elements that their runs know nothing of could be neither watched nor cancelled
-        subprocess.run(["scancel", array_id], capture_output=True, check=False)
-        raise
+    with held_back() as signals:
+        signals.check(array.folder)
+        array_id = _sbatch(array.files, script, (), avoid=avoided(job.files for job in array.jobs)).job_id
+        with _cancelled_unless_noted(array_id):
+            signals.check(array.folder)
+            for index, job in enumerate(array.jobs):
+                record_submission(job.files, element_id(array_id, index), cluster=cluster)
     return array_id
+
+
+@contextmanager
+def _cancelled_unless_noted(job_id: str) -> Iterator[None]:
+    """Jobs that their runs know nothing of could be neither watched nor cancelled."""
+    try:
+        yield
+    except BaseException as error:
+        done = scancel([job_id])
+        if isinstance(error, OSError):
+            outcome = f"could not be cancelled; run: scancel {job_id}" if done.returncode else "was cancelled"
+            raise LaunchError(f"job {job_id} cannot be noted ({error.strerror or error}) and {outcome}") from error
+        raise
+
+
+def scancel(job_ids: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Cancels jobs; in a session of its own, where a second Ctrl-C does not reach it."""
+    return _asked("scancel", *job_ids)
+
+
+def _asked(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_ANSWERS_S, check=False, start_new_session=True
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
 def _sbatch(
@@ -141,25 +179,33 @@ def _sbatch(
     folder = files.path / "slurm"
     folder.mkdir(mode=0o755, exist_ok=True)
     require_own(files.path, folder)
-    try:
-        # submitit prints what sbatch says of a refusal, which our own error holds
-        with _explained(avoid), _seen_by_sbatch(script), redirect_stderr(io.StringIO()):
-            return _ScriptExecutor(folder, script=script, options=options).submit_script()
-    except KeyboardInterrupt as error:
-        _cancel_unheard(folder)
-        raise LaunchError(f"interrupted while {files.path} was being submitted; it is not in the queue") from error
+    with held_back() as signals:
+        try:
+            # submitit prints what sbatch says of a refusal, which our own error holds
+            with signals.passed_on(), _explained(avoid), _seen_by_sbatch(script), redirect_stderr(io.StringIO()):
+                return _ScriptExecutor(folder, script=script, options=options).submit_script()
+        except LaunchError as error:
+            if signals.number is None:
+                raise
+            raise signals.error(files.path, _cancel_unheard(folder)) from error
+        except OSError as error:  # perhaps after sbatch has answered
+            outcome = _cancel_unheard(folder)
+            raise LaunchError(f"{files.path} cannot be submitted: {error.strerror or error}; {outcome}") from error
 
 
-def _cancel_unheard(folder: Path) -> None:
-    """Slurm may have taken the job before sbatch was interrupted; it is known by where its script lies."""
-    time.sleep(_TAKES_S)
-    listed = subprocess.run(
-        ["squeue", "--me", "--noheader", "--format=%F %o"], capture_output=True, text=True, check=False
-    )
-    jobs = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
-    ours = {job[0] for job in jobs if len(job) == 2 and Path(job[1].strip()).parent == folder}
-    if ours:
-        subprocess.run(["scancel", *sorted(ours)], capture_output=True, check=False)
+def _cancel_unheard(folder: Path) -> str:
+    """Slurm may have taken the job before sbatch was interrupted; it is known by where its script lies. Returns what
+    became of it."""
+    for seconds in _TAKES_S:
+        time.sleep(seconds)
+        listed = _asked("squeue", "--me", "--noheader", "--format=%F %o")
+        jobs = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+        ours = {job[0] for job in jobs if len(job) == 2 and Path(job[1].strip()).parent == folder}
+        if ours and scancel(sorted(ours)).returncode == 0:
+            break
+        if listed.returncode or ours:
+            return "Slurm does not answer, so it may be in the queue: look for it with squeue --me, and scancel it"
+    return "it is not in the queue"
 
 
 def _check_programs() -> None:

@@ -186,6 +186,37 @@ def require_finite(config: Config) -> None:
         todo += [(f"{name}.{key}", item) for key, item in inner]
 
 
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("initializer_range", "rms_norm_eps", "router_aux_loss_coef"), ((float,), "a decimal number")),
+    "attention_dropout": ((float, int), "a number"),
+    **dict.fromkeys(("use_cache", "tie_word_embeddings", "output_router_logits"), ((bool,), "true or false")),
+    **dict.fromkeys(("attention_bias", "norm_topk_prob", "use_sliding_window"), ((bool,), "true or false")),
+    "decoder_sparse_step": ((int,), "a number of layers"),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), ((int, type(None)), "a token's number or null")),
+    "eos_token_id": ((int, list, type(None)), "a token's number, a list of them or null"),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), ((dict, type(None)), "an object or null")),
+}
+"""Types that transformers 5 insists on where it reads a config.json, of keys that the shape does not say or that have
+a default here."""
+
+
+def require_loadable(config: Config, *, model_type: str) -> None:
+    """Of a config.json that a run's exports will carry: that transformers can load it.
+
+    Raises: ConversionError naming a key whose type transformers refuses, or another model type than the family's.
+    """
+    for name, (types, words) in _TYPES.items():
+        if name in config and type(config[name]) not in types:
+            raise ConversionError(
+                f"config.json: {name}={short(config[name])} must be {words}, or transformers cannot load the model"
+            )
+    if (stated := config.get("model_type")) != model_type:
+        raise ConversionError(
+            f"config.json: model_type={short(stated)} must be {model_type!r}, or transformers cannot load the model; "
+            "correct it"
+        )
+
+
 def refuse_quantised(config: Config) -> None:
     """Refuses a config.json of quantised weights; callers that dequantise remove `quantization_config` first."""
     given = config.get("quantization_config")

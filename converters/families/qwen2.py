@@ -7,10 +7,13 @@ from typing import Any
 from megabatch.converters.families.config_json import Config, decoder, decoder_config, window_config, windows_by_layer
 from megabatch.converters.families.decoder import ATTENTION, DENSE_MLP, EMBEDDING, OUTPUT, ROTARY_BUFFERS, TIED
 from megabatch.converters.family import Family
+from megabatch.errors import ConversionError
 from megabatch.plan.shape import ModelShape
 
 
 def _shape(config: Config) -> ModelShape:
+    if config.get("head_dim", 0) is None:
+        raise ConversionError("config.json: head_dim=null cannot be read by transformers in this family; leave it out")
     return ModelShape(
         **decoder(config, model_type="qwen2", default_architecture="Qwen2ForCausalLM", head_dim=None)
         | windows_by_layer(config),

@@ -20,6 +20,7 @@ from megabatch.values import dataclass
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BUFFER_BYTES = 1 << 20
+_PIECES, _PIECE_BYTES = 64, 4 << 10
 _GAP_BYTES = 16 << 10
 """If two pieces of a column range lie further apart than this, we do not read the bytes between them."""
 
@@ -143,14 +144,16 @@ class HfFolder:
                 target = (row + at // row_bytes) * width
                 into[target : target + width] = block[at + left : at + left + width]
 
-    def same(self, name: str, other: str) -> bool:
-        """Whether two tensors have equal dtype, shape and bytes."""
+    def same(self, name: str, other: str, *, sampled: bool = False) -> bool:
+        """Whether two tensors have equal dtype, shape and bytes. Args: sampled: compares 64 pieces that lie evenly
+        through them, which tensors that were trained apart differ in."""
         if self.info(name) != self.info(other):
             return False
         (path_a, start_a, size), (path_b, start_b, _) = self.extent(name), self.extent(other)
-        a, b = memoryview(bytearray(_BUFFER_BYTES)), memoryview(bytearray(_BUFFER_BYTES))
-        for at in range(0, size, _BUFFER_BYTES):
-            count = min(_BUFFER_BYTES, size - at)
+        most = _PIECE_BYTES if sampled else _BUFFER_BYTES
+        a, b = memoryview(bytearray(most)), memoryview(bytearray(most))
+        for at in range(0, size, max(most, size // _PIECES) if sampled else most):
+            count = min(most, size - at)
             self._fill(path_a, a[:count], start_a + at)
             self._fill(path_b, b[:count], start_b + at)
             if a[:count] != b[:count]:

@@ -13,6 +13,7 @@ from megabatch.entry.launch import written
 from megabatch.errors import LaunchError
 from megabatch.run_directory import RunDirectory
 from megabatch.slurm.chain import ChainedJob, submit_all
+from megabatch.slurm.interrupts import held_back
 from megabatch.slurm.launcher_lock import launcher_lock
 from megabatch.slurm.ownership import require_own
 from megabatch.slurm.state import active_jobs
@@ -23,7 +24,7 @@ def submit_chain(ready: ReadyChain, arguments: Sequence[str]) -> dict[str, tuple
 
     Raises: ConfigError, LaunchError; then nothing is queued, and the folders that we made are removed.
     """
-    with _held(ready):
+    with held_back(), _held(ready):
         return _submit(ready, to_run(ready), arguments)
 
 

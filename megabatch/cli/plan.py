@@ -16,6 +16,7 @@ from megabatch.config.flags import Actions, parse
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.fields import unbuilt_fields
 from megabatch.entry.estimate import estimate_of, gpu_of
+from megabatch.entry.input_checks import occupied, unwritable
 from megabatch.entry.launch import Launch, prepare
 from megabatch.entry.launch_checks import missing_here
 from megabatch.entry.layouts import faults_of_all, judged_layouts
@@ -142,7 +143,9 @@ def _show(path: Path, recipe: Recipe, actions: Actions, options: PlanOptions) ->
             raise ConfigError(_no_estimate(launch))
         print(json.dumps(estimate_document(found, gpu), indent=2))
         return 0
-    print(plan_text(launch, refusals=[*unbuilt, *missing_here(launch, local=False)]))
+    folder = launch.directory.path
+    refusals = [*unbuilt, *missing_here(launch, local=False), *unwritable(folder), *occupied(folder)]
+    print(plan_text(launch, refusals=refusals))
     print(f"\n{estimate_text(found, gpu) if found else _no_estimate(launch)}")
     return 0
 

@@ -43,6 +43,8 @@ def run(recipe: Callable[[], Recipe | Chain] | Sweep, arguments: Sequence[str]) 
         from megabatch.sweep.command import run_sweep
 
         return run_sweep(sweep, chosen, actions, arguments, recipe_file=file)
+    if isinstance(recipe, Sweep):
+        raise ConfigError([Fault("sweep", None, "has no points: give it grid, zip or list", bare=True)])
     _refuse_sweep_flags(actions)
     from megabatch.entry.command import run_recipe
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ from megabatch.config.recipe import Recipe
 from megabatch.config.unknown_field import unknown_field
 from megabatch.errors import ConfigError, MegabatchError
 from megabatch.sweep.declare import Sweep
-from megabatch.user_code import module_of
+from megabatch.user_code import in_one_folder, module_of, moved
 from megabatch.user_error import NO_EXIT, describe_error, place_in
 
 
@@ -26,39 +25,37 @@ def loaded(path: Path) -> ModuleType:
         raise ConfigError(f"{path} is a folder; give the path of a recipe file in it")
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give the path of a recipe file")
-    with _in_one_folder(path):
-        return module_of(path, name=f"megabatch_recipe_{path.stem}")
-
-
-@contextmanager
-def _in_one_folder(file: Path) -> Iterator[None]:
-    """Raises: ConfigError where the file's code goes to another folder: relative paths on the command line would mean
-    others."""
-    before = os.getcwd()
-    yield
-    if (now := os.getcwd()) != before:
-        os.chdir(before)
-        raise ConfigError(_moved(file, now))
-
-
-def _moved(file: Path, now: str) -> str:
-    return (
-        f"{file.name} changes the current folder to {now}, so that relative paths would mean others than where the "
-        "command was started; leave os.chdir out, and write paths beside the file as "
-        "Path(__file__).parent / NAME, as text"
-    )
+    folder = str(path.parent.absolute())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as for a program: the file may import its neighbours
+    return module_of(path, name=f"megabatch_recipe_{path.stem}")
 
 
 def require_start_folder(file: Path) -> None:
-    """Of the program's own file, started by a relative path: that it did not go to another folder before its `main`.
-
-    Raises: ConfigError.
-    """
+    """Of the program's own file: that it did not go to another folder before its `main`. Raises: ConfigError."""
     own, named = getattr(sys.modules["__main__"], "__file__", None), Path(sys.argv[0])
-    if own is None or named.is_absolute() or not Path(own).is_absolute() or Path(own).name != named.name:
+    if own is None or not Path(own).is_absolute() or Path(own).name != named.name:
         return
-    if Path(os.path.normpath(named.absolute())) != Path(os.path.normpath(own)):
-        raise ConfigError(_moved(file, os.getcwd()))
+    if named.is_absolute():
+        went = Path(own) == file and _goes_elsewhere(file)
+    else:
+        went = Path(os.path.normpath(named.absolute())) != Path(os.path.normpath(own))
+    if went:
+        raise moved(file, os.getcwd())
+
+
+def _goes_elsewhere(file: Path) -> bool:
+    """Whether a file's top level calls `chdir`, and the shell was in another folder. Only both together tell: an
+    absolute path says nothing of where the command was started, and a shell's PWD is stale where a program started
+    the command in a folder of its choice."""
+    shell, text = os.environ.get("PWD", ""), file.read_text(encoding="utf-8", errors="replace")
+    if "chdir" not in text or not os.path.isdir(shell) or os.path.samefile(shell, os.getcwd()):
+        return False
+    import ast
+
+    outside = [one for one in ast.parse(text).body if not isinstance(one, ast.FunctionDef | ast.ClassDef)]
+    calls = (node.func for one in outside for node in ast.walk(one) if isinstance(node, ast.Call))
+    return any(getattr(call, "attr", getattr(call, "id", None)) == "chdir" for call in calls)
 
 
 def file_of(recipe: Callable[[], Recipe | Chain]) -> Path:
@@ -78,7 +75,7 @@ def as_declared(recipe: Callable[[], Recipe | Chain], file: Path) -> Recipe | Ch
     if needed := _needed(recipe):
         raise ConfigError(f"{file.name}: recipe() is called without arguments, but needs {needed}; give defaults")
     try:
-        with _in_one_folder(file):
+        with in_one_folder(file):
             built = recipe()
     except MegabatchError:
         raise

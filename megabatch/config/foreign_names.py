@@ -111,6 +111,10 @@ _LAUNCHER = "has no counterpart: the launcher sets it"
 _ALWAYS = "has no counterpart: it is always so"
 _PREPARED = "has no counterpart: tokens are cached by content; `megabatch prepare RECIPE` makes the cache beforehand"
 _SHARDS = "has no counterpart: use_distributed_optimizer, the default, shards the optimizer's state"
+_CHAIN = (
+    "has no counterpart in a run: runs that wait for each other are a chain, declared in a recipe file "
+    "(docs/chains.md); --chain N queues one run as N jobs, each going on where the one before stopped"
+)
 _IDENTITY = "has no counterpart: write the name into the rows themselves"
 
 WITHOUT: Mapping[str, str] = {
@@ -127,6 +131,8 @@ WITHOUT: Mapping[str, str] = {
     **dict.fromkeys(("cached_dataset", "cached_val_dataset"), _PREPARED),
     **dict.fromkeys(("model_author", "model_name"), _IDENTITY),
     **dict.fromkeys(("deepspeed", "zero_stage", "fsdp"), _SHARDS),
+    **dict.fromkeys(("dependency", "afterok", "afterany", "afternotok", "singleton"), _CHAIN),
+    "array": "has no counterpart: --sweep, or a Sweep in the recipe's file, submits job arrays (docs/sweeps.md)",
     "trust_remote_code": "has no counterpart: code in a model's folder is never run",
     "resume_from_checkpoint": "has no counterpart: the same command with the run's --run_dir resumes it, as does "
     "`megabatch resume RUN`; --load starts a new run from a checkpoint",

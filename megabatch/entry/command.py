@@ -16,6 +16,7 @@ from megabatch.entry.launch_checks import faults_here, folder_faults, missing_he
 from megabatch.entry.plan_text import plan_text
 from megabatch.errors import ConfigError, Fault, LaunchError
 from megabatch.run_directory import ExitCode, RunDirectory
+from megabatch.saved.history import newest_in
 from megabatch.slurm.launcher_lock import LockedError
 
 _USAGE = """\
@@ -103,10 +104,11 @@ def _submit(launch: Launch, arguments: Sequence[str]) -> int:
 def queue(launch: Launch, arguments: Sequence[str]) -> int:
     """Submits a run that may start, and prints how to watch it. Raises: LaunchError, ConfigError."""
     from megabatch.slurm.chain import forbids_requeue
+    from megabatch.slurm.interrupts import held_back
     from megabatch.slurm.render import render
 
     script = render(launch.job, launch.profile)
-    with written(launch, arguments) as directory:
+    with held_back(), written(launch, arguments) as directory:
         _require_idle(directory)
         # submitit's import costs more than all the rest of a dry run
         from megabatch.slurm.chain import ChainedJob, submit_all
@@ -162,9 +164,9 @@ def _local(launch: Launch, arguments: Sequence[str]) -> int:
 
 def _report_end(directory: RunDirectory, code: int, arguments: Sequence[str]) -> None:
     if code == ExitCode.DONE:
-        newest = directory.checkpoints / directory.latest.read_text(encoding="utf-8").strip()
+        newest = newest_in(directory.checkpoints)
         print(f"done: {directory.path}\n  metrics      {directory.metrics}\n  checkpoint   {newest}")
-        if (newest / "hf").is_dir():
+        if newest is not None and (newest / "hf").is_dir():
             print(f"  Hugging Face {newest / 'hf'}")
     elif code == ExitCode.REQUEUE:
         given = any(argument.startswith(("--run_dir", "--run-dir")) for argument in arguments)

@@ -22,7 +22,7 @@ from megabatch.entry.model import FoundModel, fault_of, find_shape, nearest_fold
 from megabatch.entry.other_models import damaged_other_models, other_model_faults
 from megabatch.entry.paths import NUMBERED
 from megabatch.entry.row_checks import Check, row_check
-from megabatch.entry.steps_left import without_steps_left
+from megabatch.entry.steps_left import not_to_go_on
 from megabatch.errors import CheckpointError, ConfigError, DataError, Fault, MegabatchError
 from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.plan.shape import ModelShape
@@ -345,7 +345,7 @@ def _weights(recipe: Recipe, model: FoundModel) -> Iterator[Fault]:
     from megabatch.converters.hf_model import open_hf_model  # a dry run reads no weights
 
     try:
-        open_hf_model(model.folder, compare_duplicates=False)
+        open_hf_model(model.folder, compare_duplicates="sampled")
     except MegabatchError as error:
         yield fault_of("model.model", error)
 
@@ -377,7 +377,7 @@ def _load(recipe: Recipe, shape: ModelShape | None) -> Iterator[Fault]:
     if found is not None and not (group.finetune or group.no_load_optim or is_base):
         yield from _other_optimizer(found, recipe)
     if found is not None and not is_base:
-        yield from without_steps_left("checkpoint.load", group.load, found, recipe)
+        yield from not_to_go_on("checkpoint.load", group.load, found, recipe)
 
 
 _SIZES = (

@@ -10,7 +10,7 @@ from megabatch.config.heads import head_fault, with_head
 from megabatch.config.new_model import declared_shape
 from megabatch.config.recipe import Recipe
 from megabatch.converters.families import family_named, family_of
-from megabatch.converters.families.config_json import require_finite, with_vocabulary
+from megabatch.converters.families.config_json import require_finite, require_loadable, with_vocabulary
 from megabatch.data.tokens.new_tokens import FIELD, listed, rows_with
 from megabatch.data.tokens.tokenizer import SPECIAL_TOKENS
 from megabatch.errors import ConversionError, DataError, Fault, MegabatchError
@@ -18,7 +18,7 @@ from megabatch.hub_cache import cached_folder, download_command, is_hub_name
 from megabatch.plan.published_models import KNOWN_MODELS
 from megabatch.plan.shape import ModelShape
 from megabatch.slurm.environment import SHARED_CACHES
-from megabatch.trainable import untrainable
+from megabatch.trainable import BUILT, untrainable
 from megabatch.values import dataclass
 
 
@@ -74,8 +74,13 @@ def _own(recipe: Recipe, *, shared_cache: str | None) -> FoundModel:
 
 
 def _downloaded(name: str, recipe: Recipe, *, shared_cache: str | None) -> Path | None:
+    return downloaded(name, use_hf=recipe.bridge.use_hf, shared_cache=shared_cache) if is_hub_name(name) else None
+
+
+def downloaded(name: str, *, use_hf: bool, shared_cache: str | None) -> Path | None:
+    """The folder of a hub's model in the cache that the ranks will look in; None where it is not there."""
     own = {cache.name: f"{shared_cache}/{cache.value}" for cache in SHARED_CACHES} if shared_cache else None
-    return cached_folder(name, use_hf=recipe.bridge.use_hf, environment=own) if is_hub_name(name) else None
+    return cached_folder(name, use_hf=use_hf, environment=own)
 
 
 def _with_new_tokens(found: FoundModel, recipe: Recipe, *, shared_cache: str | None) -> FoundModel:
@@ -164,7 +169,10 @@ def _in_folder(folder: Path) -> FoundModel:
     try:
         config = read_config(folder)
         require_finite(config)
-        shape = family_of(config).shape(config)
+        family = family_of(config)
+        if family.name in BUILT:  # of the others the run says that they are not
+            require_loadable(config, model_type=family.name)
+        shape = family.shape(config)
         return FoundModel(shape, f"config.json in {folder}", folder, _untrainable("model", shape))
     except ConversionError as error:
         return FoundModel(None, f"unreadable in {folder}", folder, fault_of("model.model", error))

@@ -14,9 +14,9 @@ from megabatch.config.rules.second_layouts import lacks_tokens, model_divides
 from megabatch.config.second_layouts import TEACHER
 from megabatch.config.several_teachers import models_named
 from megabatch.data.tokens import tokenizer as tokenizers
-from megabatch.entry.model import FoundModel, find_model, nearest_folder, rows_needed
+from megabatch.entry.model import FoundModel, downloaded, find_model, nearest_folder, rows_needed
 from megabatch.errors import CheckpointError, DataError, Fault, MegabatchError
-from megabatch.hub_cache import is_hub_name
+from megabatch.hub_cache import download_command, is_hub_name
 from megabatch.plan.shape import ModelShape
 from megabatch.saved.find import find_to_load
 from megabatch.trainable import VOCABULARY_ROUNDED
@@ -25,7 +25,7 @@ from megabatch.trainable import VOCABULARY_ROUNDED
 def other_model_faults(
     recipe: Recipe, shape: ModelShape | None, *, shared_cache: str | None = None
 ) -> Iterator[Fault]:
-    """Faults of a reference and a teacher that names and config.json show.
+    """Faults of a reference, a teacher and reward models that names and config.json show.
 
     Args: shape: the trained model's; shared_cache: the profile's, where the run looks for models of a hub.
     """
@@ -34,6 +34,9 @@ def other_model_faults(
             yield from _reference(recipe, recipe.bridge.ref_model, shape, shared_cache=shared_cache)
         if recipe.rlhf.ref_load is not None:
             yield from _checkpoint("rlhf.ref_load", recipe.rlhf.ref_load)
+    if recipe.kind is not None and recipe.kind.generates:
+        for name in recipe.grpo.reward_model:
+            yield from _reward_model(name, shared_cache=shared_cache)
     if has_teacher(recipe):
         for name in models_named(recipe.gkd.teacher_model):
             yield from _teacher(recipe, name, shape, shared_cache=shared_cache)
@@ -57,7 +60,7 @@ def damaged_other_models(
         from megabatch.converters.hf_model import open_hf_model  # a dry run reads no weights
 
         try:
-            open_hf_model(found.folder, compare_duplicates=False)
+            open_hf_model(found.folder, compare_duplicates="sampled")
         except MegabatchError as error:
             yield Fault(field, name, f"cannot be read: {error}")
         if tokenizer is not None and (differs := _tokenizers_differ(found.folder, tokenizer)):
@@ -110,6 +113,34 @@ def _teacher(recipe: Recipe, name: str, shape: ModelShape | None, *, shared_cach
                     yield fault
         chunks = virtual_stages(recipe.parallel, shape.num_layers)
         yield from model_divides(recipe, TEACHER, found.shape, chunks=chunks)
+
+
+_SCORES = ("ForSequenceClassification", "ForTokenClassification")
+
+
+def _reward_model(name: str, *, shared_cache: str | None) -> Iterator[Fault]:
+    """Any classifier of transformers, always from Hugging Face's hub."""
+    from megabatch.converters.hf_model import read_config  # few tasks have one
+
+    field, folder = "grpo.reward_model", Path(name).expanduser()
+    if not folder.is_dir():
+        if not is_hub_name(name):
+            yield Fault(field, name, f"does not exist{nearest_folder(folder)}")
+            return
+        found = downloaded(name, use_hf=True, shared_cache=shared_cache)
+        if found is None:
+            fix = download_command(name, use_hf=True)
+            yield Fault(field, name, f"is neither a local folder nor downloaded; run first: {fix}")
+            return
+        folder = found
+    try:
+        named = read_config(folder).get("architectures")
+    except MegabatchError as error:
+        yield Fault(field, name, f"cannot be loaded: {error}")
+        return
+    if isinstance(named, list) and named and not str(named[0]).endswith(_SCORES):
+        rule = f"must be a classifier, and is {named[0]}; a run of rlhf_type=rm exports one from such a model"
+        yield Fault(field, name, rule)
 
 
 def found_beside(recipe: Recipe, name: str, *, shared_cache: str | None = None) -> FoundModel:

@@ -16,20 +16,31 @@ from megabatch.config.several_teachers import each_model
 from megabatch.config.user_code import with_user_code
 from megabatch.data.rows.names import parse
 from megabatch.data.tokens.new_tokens import listed
-from megabatch.errors import DataError
+from megabatch.errors import ConfigError, DataError, Fault
 
 _Path = str | os.PathLike[str]
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 NUMBERED = re.compile(r"v(\d+)-.*")
 """Names of run directories below `save`."""
 
 
 def run_directory(recipe: Recipe, *, given: str | None) -> Path:
-    """`--run_dir`, else `save/v<number>-<time>`, or `save` itself without `add_version`; nothing is created."""
+    """`--run_dir`, else `save/v<number>-<time>`, or `save` itself without `add_version`; nothing is created.
+
+    Raises: ConfigError for a name with control characters.
+    """
     if given:
-        return Path(given).expanduser().absolute()
-    save = save_folder(recipe).expanduser().absolute()
+        return _one_line("--run_dir", Path(given).expanduser().absolute())
+    save = _one_line("checkpoint.save", save_folder(recipe).expanduser().absolute())
     return save / _version(save) if recipe.checkpoint.add_version else save
+
+
+def _one_line(field: str, folder: Path) -> Path:
+    if _CONTROL.search(str(folder)):
+        rule = "holds a control character, such as a line end, which no job script can name; choose another folder"
+        raise ConfigError([Fault(field, str(folder), rule)])
+    return folder
 
 
 def code_store(recipe: Recipe, *, given: str | None) -> Path:

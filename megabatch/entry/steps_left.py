@@ -1,4 +1,4 @@
-"""Whether a run that goes on from another's checkpoint has steps left to train."""
+"""Whether a run can go on from another's checkpoint: steps left to train, and the same order of data."""
 
 from __future__ import annotations
 
@@ -7,8 +7,32 @@ from collections.abc import Iterator
 
 from megabatch.config.recipe import Recipe
 from megabatch.errors import Fault
+from megabatch.run_directory import RunDirectory
 from megabatch.saved.find import FoundCheckpoint
 from megabatch.saved.history import TRAINER
+
+_ORDER = (("training", "seed"), ("data", "dataset_shuffle"))
+"""Parameters that the order of a run's data depends on, as they are declared."""
+
+
+def not_to_go_on(field: str, given: str, found: FoundCheckpoint, recipe: Recipe) -> Iterator[Fault]:
+    """Faults of a checkpoint whose place in the data, and step, the run is to go on from."""
+    yield from without_steps_left(field, given, found, recipe)
+    run_json = RunDirectory(found.folder.parent.parent).run_json
+    if not found.of_a_run or recipe.checkpoint.finetune or not run_json.is_file():
+        return
+    try:
+        saved = json.loads(run_json.read_text(encoding="utf-8"))["recipe"]
+        had = [saved[group][name] for group, name in _ORDER]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the trainer compares the data too
+    for (group, name), old in zip(_ORDER, had, strict=True):
+        if (own := getattr(getattr(recipe, group), name)) != old:
+            rule = (
+                f"is a checkpoint of a run with {group}.{name}={old}, whose place in the data {name}={own} orders "
+                f"otherwise; set {name}={old}, or checkpoint.finetune=True to begin at step 0 with its weights alone"
+            )
+            yield Fault(field, given, rule)
 
 
 def without_steps_left(field: str, given: str, found: FoundCheckpoint, recipe: Recipe) -> Iterator[Fault]:

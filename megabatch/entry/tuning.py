@@ -25,7 +25,7 @@ from megabatch.converters.folder_kinds import Kind, kinds_of
 from megabatch.converters.frozen import Freezing, frozen_names
 from megabatch.converters.mapping import Mapped
 from megabatch.entry.model import fault_of
-from megabatch.entry.steps_left import without_steps_left
+from megabatch.entry.steps_left import not_to_go_on
 from megabatch.errors import CheckpointError, ConversionError, Fault
 from megabatch.plan.shape import ModelShape
 from megabatch.saved.find import FoundCheckpoint, find_to_load
@@ -100,7 +100,7 @@ def _adapters(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Ite
             yield fault_of(field, error)
             continue
         if field == "tuner.adapter_load" and (found := _checkpoint(Path(folder).expanduser(), recipe)) is not None:
-            yield from without_steps_left(field, folder, found, recipe)
+            yield from not_to_go_on(field, folder, found, recipe)
 
 
 def _references(recipe: Recipe, shape: ModelShape, table: Sequence[Mapped]) -> Iterator[Fault]:

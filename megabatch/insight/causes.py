@@ -326,7 +326,7 @@ _NAMED = (
         "limit",
         r"Too many open files|File too large|\[Errno (23|24|27)\]|can't start new thread"
         r"|pthread_create.*(failed|11|EAGAIN|unavailable)|Thread creation failed"
-        r"|(fork|clone|thread|[Ss]pawn|posix_spawn|BlockingIOError).*Resource temporarily unavailable"
+        r"|(fork|clone|thread|[Ss]pawn|posix_spawn|BlockingIOError|^RuntimeError: ).*Resource temporarily unavailable"
         r"|File size limit exceeded|fork: retry: No child processes|\bibv_\w+ .*Cannot allocate memory",
     ),
     (

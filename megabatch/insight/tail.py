@@ -13,8 +13,10 @@ MOST_BYTES = 2**18
 
 
 def tail(path: Path, most_bytes: int) -> bytes:
-    """The last bytes of a file; empty for a missing file."""
+    """The last bytes of a file; empty for a missing file, and for a pipe, which would block."""
     try:
+        if not path.is_file():
+            return b""
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - most_bytes))

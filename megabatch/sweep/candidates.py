@@ -24,7 +24,8 @@ from megabatch.slurm.profile import ClusterProfile
 from megabatch.sweep.declare import Sweep
 from megabatch.sweep.names import value_text
 from megabatch.sweep.points import Point, points_of
-from megabatch.user_error import describe_error
+from megabatch.user_code import in_one_folder
+from megabatch.user_error import NO_EXIT, describe_error
 from megabatch.values import dataclass
 
 _SHAPES = ("model", "moe", "mla", "mtp", "bridge", "data", "tuner")
@@ -85,8 +86,6 @@ class Candidates:
 def candidates(sweep: Sweep, recipe: Recipe, actions: Actions, *, recipe_file: Path) -> Candidates:
     """Every point judged. Raises: ConfigError for faults of the declaration, or of the recipe's single values."""
     name = sweep.name or recipe_file.stem
-    if "/" in name or name in (".", ".."):
-        raise ConfigError([Fault("sweep.name", name, "names a folder: it must not contain / or be . or ..")])
     points = points_of(sweep, recipe, given=actions.sweep)
     base = prepare(recipe, actions, recipe_file=recipe_file)
     # values shared with the faultless recipe need no check per point; `prepare` has checked them
@@ -141,12 +140,14 @@ def _shared_tokens(folder: Path, profile: ClusterProfile) -> dict[str, str]:
 def _wanted(point: Point, sweep: Sweep, *, file: Path) -> bool:
     """The result of the sweep's own filter. Raises: ConfigError with the point's values if the filter fails."""
     try:
-        return sweep.filter is None or bool(sweep.filter(point.recipe))
+        with in_one_folder(file):
+            return sweep.filter is None or bool(sweep.filter(point.recipe))
     except MegabatchError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         values = ", ".join(f"{name}={value_text(value)}" for name, value in point.values.items())
-        rule = f"fails for point {point.name} ({values}): {describe_error(error, file)}"
+        said = describe_error(error, file) + (NO_EXIT if isinstance(error, SystemExit) else "")
+        rule = f"fails for point {point.name} ({values}): {said}"
         raise ConfigError([Fault("sweep.filter", None, rule, bare=True)]) from error
 
 

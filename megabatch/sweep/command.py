@@ -17,6 +17,7 @@ from megabatch.slurm.array import JobArray, array_directives, expected_start, re
 from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
 from megabatch.sweep.candidates import Candidates, candidates
+from megabatch.sweep.declaration import require_declaration
 from megabatch.sweep.declare import Sweep
 from megabatch.sweep.folder import describe, other_runs
 from megabatch.sweep.submission import arrays_of, left_alone, submit_arrays
@@ -33,6 +34,7 @@ python {file} --submit | --local | --dry_run [--cluster NAME] [--run_dir DIR] [-
 
 def run_sweep(sweep: Sweep, recipe: Recipe, actions: Actions, arguments: Sequence[str], *, recipe_file: Path) -> int:
     """Exit code of a sweep's command line; `recipe` is the sweep's own with the flags. Raises: MegabatchError."""
+    require_declaration(sweep)
     _refuse_swept_flags(sweep, recipe, actions, arguments)
     if actions.chain is not None:
         raise ConfigError(

@@ -31,7 +31,8 @@ class Sweep:
     max_parallel: int | None = None
     """How many runs may run at once; None sets no limit on Slurm, and one at a time with `--local`."""
     name: str | None = None
-    """Folder of its runs beneath `save`, and the arrays' name in the queue; None means the recipe file's name."""
+    """Folder of its runs beneath `save`, and the arrays' name in the queue, unless the recipe has
+    `resources.job_name`; None means the recipe file's name."""
 
     @property
     def declared(self) -> bool:

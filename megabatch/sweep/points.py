@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from megabatch.config.flags import Named, named, overridden
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules.fields import invalid_value
+from megabatch.config.rules.fields import invalid_value, mistyped
+from megabatch.config.rules.secrets import secrets_of
 from megabatch.config.run import save_folder
 from megabatch.errors import ConfigError, Fault
 from megabatch.sweep.declare import Sweep
@@ -56,8 +57,8 @@ Rows = list[dict[str, Any]]
 _MOST = 10_000
 """Points of a sweep: far above what a cluster's queue takes at once. One range too many would keep the launcher busy
 for ever."""
-_UNSWEPT = ("checkpoint.save",)
-"""Parameters without an effect on a point, which has its folder in the sweep's."""
+_UNSWEPT = ("checkpoint.save", "resources.job_name")
+"""Parameters without an effect on a point, which has its folder in the sweep's and its job in an array."""
 
 
 def _parts(sweep: Sweep, base: Recipe, given: Sequence[str], faults: list[Fault]) -> tuple[Rows, Rows, Rows]:
@@ -101,7 +102,7 @@ class _Reader:
     def add(self, name: str, values: Any) -> None:
         """A parameter with the list of its values."""
         if not isinstance(values, list | tuple | range):
-            self._fault(name, values, "must be a list of values")
+            self.faults.append(Fault(self._place(name), values, "must be a list of values", try_=_listed(values)))
         elif not values:
             self._fault(name, list(values), "is empty; give at least one value")
         elif len(values) > _MOST:
@@ -131,13 +132,16 @@ class _Reader:
 
     def row(self, number: int, row: Any) -> dict[str, Any]:
         """One entry of `list`."""
-        if not isinstance(row, Mapping):
-            self._fault(str(number), row, "must be a dictionary of parameters and values")
-            return {}
-        found = {name: self._named(name) for name in row}
-        return {
-            one.parameter.dotted: self._typed(name, one, row[name]) for name, one in found.items() if one is not None
-        }
+        values: dict[str, Any] = {}
+        for name, value in row.items():
+            if (found := self._named(name)) is None:
+                continue
+            dotted = found.parameter.dotted
+            if dotted in values:
+                place = f"sweep.list[{number}][{name!r}]"
+                self.faults.append(Fault(place, None, f"is given twice: it is {dotted}", bare=True))
+            values[dotted] = self._typed(name, found, value)
+        return values
 
     def _put(self, name: str, found: Named, values: list[Any]) -> None:
         if found.parameter.dotted in self.columns:
@@ -158,8 +162,9 @@ class _Reader:
     def _typed(self, name: str, found: Named, value: Any) -> Any:
         try:
             value = found.typed(value)
-        except ValueError as error:
-            self._fault(name, value, str(error))
+        except ValueError:
+            given = tuple(value) if isinstance(value, list) else value
+            self.faults.append(replace(mistyped(found.parameter, given), field=self._place(name)))
             return value
         self._check(name, found, value)
         return value
@@ -168,12 +173,22 @@ class _Reader:
         """Range and form; what depends on other parameters is a matter of each point."""
         for fault in invalid_value(found.parameter, value):
             self.faults.append(replace(fault, field=self._place(name)))
+        for kind in secrets_of(value):  # before the table or a folder's name could show it
+            rule = f"holds {kind}, but others can read tables, folders and run.json; export it in the submitting shell"
+            self._fault(name, None, f"{rule} instead", bare=True)
 
     def _fault(self, name: str, value: Any, rule: str, *, bare: bool = False) -> None:
         self.faults.append(Fault(self._place(name), value, rule, bare=bare))
 
     def _place(self, name: str) -> str:
         return f"--sweep {name}" if self.part == "--sweep" else f"sweep.{self.part}[{name!r}]"
+
+
+def _listed(values: Any) -> tuple[str, ...]:
+    """How to write what holds values and is no list."""
+    if callable(getattr(values, "tolist", None)):
+        return ("its .tolist()",)
+    return ("list(…) of it",) if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping) else ()
 
 
 def _refuse_repetitions(rows: Rows, base: Recipe) -> None:
@@ -187,7 +202,7 @@ def _refuse_repetitions(rows: Rows, base: Recipe) -> None:
         before = first.setdefault(key, index)
         if before != index:
             values = ", ".join(f"{name}={value_text(value)}" for name, value in (declared | row).items())
-            rule = f"are the same run ({values}); leave one of them out"
+            rule = f"are the same run ({values or 'the recipe itself'}); leave one of them out"
             faults.append(Fault(f"points {before + 1} and {index + 1}", None, rule, bare=True))
     if faults:
         raise ConfigError(faults)

@@ -10,6 +10,7 @@ from typing import Any
 from megabatch.entry.launch import Launch, provenance
 from megabatch.errors import LaunchError
 from megabatch.slurm.array import DEFAULT_MAX_SIZE, JobArray, grouped, limits, max_array_size, render_array
+from megabatch.slurm.interrupts import held_back
 from megabatch.slurm.queue import State
 from megabatch.slurm.render import render
 from megabatch.slurm.state import RunStatus, status_now
@@ -38,12 +39,13 @@ def arrays_of(found: Candidates, wanted: Sequence[Candidate]) -> list[JobArray]:
     jobs = [candidate.launch.job for candidate in wanted]
     if not jobs:
         return []
+    name = found.base.recipe.resources.job_name or found.name
     # ask the cluster only if its answer could matter
     size = max_array_size() if len(jobs) > 1 else DEFAULT_MAX_SIZE
     groups = grouped(jobs, found.base.profile, max_size=size)
     parts = limits(found.max_parallel, [len(group) for group in groups])
     return [
-        JobArray(name=found.name, folder=folder, jobs=tuple(jobs[i] for i in group), max_parallel=part)
+        JobArray(name=name, folder=folder, jobs=tuple(jobs[i] for i in group), max_parallel=part)
         for folder, group, part in zip(array_folders(found.folder), groups, parts, strict=False)
     ]
 
@@ -54,6 +56,11 @@ def submit_arrays(found: Candidates, arrays: Sequence[JobArray], arguments: Sequ
     Raises: ConfigError if a run's folder holds another run; LaunchError if sbatch refuses: we then remove the runs
     that are not queued, and the error names the queued arrays.
     """
+    with held_back():
+        return _submit_arrays(found, arrays, arguments)
+
+
+def _submit_arrays(found: Candidates, arrays: Sequence[JobArray], arguments: Sequence[str]) -> list[str]:
     # importing submitit costs more than all the rest of a dry run
     from megabatch.slurm.submit import submit_array
 

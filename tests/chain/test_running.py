@@ -238,3 +238,7 @@ def test_a_checkpoint_is_chosen_once(tmp_path: Path) -> None:
         assert (reader / "inputs" / "train").resolve().name == "step_00000001"
     (run_ / "checkpoints" / "step_00000001" / "hf").rmdir()
     assert fix_inputs(job) == f"megabatch: input missing: {reader}/inputs/train/hf\n"
+    (reader / "inputs" / "train").unlink()
+    (run_ / "checkpoints" / "latest").write_text("step_00000003\n")  # killed before the folder was there
+    assert not fix_inputs(job)
+    assert (reader / "inputs" / "train").resolve().name == "step_00000002"

@@ -29,6 +29,15 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
     return json.loads(_plan(capsys, *arguments, "--json"))
 
 
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    shown = _plan(capsys, SMALL, "--run_dir", tmp_path / "file" / "x")
+    assert f"run directory='{tmp_path}/file/x' cannot be written: {tmp_path}/file is a file" in shown
+    for flag, field in (("--run_dir", "--run_dir"), ("--save", "checkpoint.save")):
+        shown = _plan(capsys, SMALL, flag, "a\nb", code=2)
+        assert f"{field}='{tmp_path}/a\\nb' holds a control character, such as a line end" in shown
+
+
 def test_memory_is_shown_by_stage_and_kind(capsys: pytest.CaptureFixture[str]) -> None:
     shown = _plan(capsys, MOE, "--gpu", "a800")
     assert "estimate on A800 (79.2 GiB)" in shown

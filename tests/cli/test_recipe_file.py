@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,31 @@ def test_what_a_recipe_file_does_wrong(
     assert main(["plan", "r.py"]) == 2
     shown = capsys.readouterr().err
     assert said in shown and "Traceback" not in shown
+
+
+def test_a_program_that_went_elsewhere_before_its_main(tmp_path: Path) -> None:
+    """Started by an absolute path, which says nothing of where the command was started."""
+    text = (
+        "import os\nos.chdir('/')\nfrom megabatch import Recipe, main\n"
+        "def recipe():\n    return Recipe(name='x', task='sft')\nmain(recipe)\n"
+    )
+    (tmp_path / "r.py").write_text(text)
+    words = [sys.executable, str(tmp_path / "r.py"), "--dry_run"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | {"PWD": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "r.py changes the current folder to /, so that relative" in done.stderr
+
+
+def test_a_recipe_may_import_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_the_recipe.py").write_text("NAME = 'ours'\n")
+    text = "from beside_the_recipe import NAME\ndef recipe():\n    raise ValueError(NAME)\n"
+    (tmp_path / "r.py").write_text(text)
+    assert main(["plan", str(tmp_path / "r.py")]) == 2
+    assert "r.py:3: ValueError: ours" in capsys.readouterr().err
 
 
 def test_main_takes_the_function() -> None:

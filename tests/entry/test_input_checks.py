@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from megabatch import Batch, Bridge, Checkpoint, Grpo, Model, Recipe, Rewards, Rlhf, Rollout, Tuner
 from megabatch.config.flags import Actions
@@ -206,6 +207,40 @@ def test_a_run_that_goes_on_has_steps_left(recipe: Recipe, tmp_path: Path) -> No
         found = _faults(replace(asked, training=replace(recipe.training, train_iters=train_iters, max_epochs=None)))
         rule = f"goes on from step 4, and training.train_iters={train_iters} leaves it none; raise train_iters"
         assert left == (found == []) and all(f"checkpoint.load={str(step)!r} {rule}" in fault for fault in found)
+
+
+def test_a_run_that_goes_on_draws_its_data_in_the_same_order(recipe: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    step = run / "checkpoints" / "step_00000001"
+    (step / "mcore").mkdir(parents=True)
+    (step / "mcore" / ".metadata").touch()
+    (step / "trainer.json").write_text('{"step": 1}')
+    seed = recipe.training.seed
+    for old, shuffled, said in (
+        (seed, True, ""),
+        (seed + 1, True, f"a run with training.seed={seed + 1}, whose place in the data seed={seed} orders otherwise"),
+        (seed, False, "a run with data.dataset_shuffle=False, whose place in the data dataset_shuffle=True orders"),
+    ):
+        saved = {"training": {"seed": old}, "data": {"dataset_shuffle": shuffled}}
+        (run / "run.json").write_text(json.dumps({"recipe": saved}))
+        found = _faults(replace(recipe, checkpoint=Checkpoint(load=str(run))))
+        assert len(found) == bool(said) and all(said in fault for fault in found), found
+        assert _faults(replace(recipe, checkpoint=Checkpoint(load=str(run), finetune=True))) == []
+
+
+def test_an_output_layer_that_differs_from_the_embedding_it_is_tied_to(recipe: Recipe, model_folder: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    tensors = {name: array + 0 for name, array in load_file(model_folder / "model.safetensors").items()}
+    (model_folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, model_folder / "model.safetensors")
+    assert _faults(recipe) == []
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, model_folder / "model.safetensors")
+    (fault,) = _faults(recipe)
+    assert (
+        "lm_head.weight differs from model.embed_tokens.weight though config.json has tie_word_embeddings=t" in fault
+    )
 
 
 def test_adapters_alone_are_no_model_to_load(recipe: Recipe, tmp_path: Path) -> None:

@@ -122,3 +122,27 @@ def test_what_the_trainer_cannot_train_is_refused_before_the_queue(recipe: Recip
     config |= {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     (model_folder / "config.json").write_text(json.dumps(config))
     assert "rope_type='yarn' is not built" in str(find_model(recipe).fault)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"initializer_range": 1}, "initializer_range=1 must be a decimal number, or"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None must be a decimal number"),
+        ({"use_cache": None}, "use_cache=None must be true or false"),
+        ({"attention_dropout": "0.0"}, "attention_dropout='0.0' must be a number"),
+        ({"bos_token_id": [1]}, "bos_token_id=[1] must be a token's number or null"),
+        ({"rope_parameters": []}, "rope_parameters=[] must be an object or null"),
+        ({"model_type": "QWEN3"}, "model_type='QWEN3' must be 'qwen3', or transformers cannot load the model"),
+        ({"model_type": None}, "model_type=None must be 'qwen3'"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": None}, "head_dim=null cannot"),
+        ({"initializer_range": 1.0, "eos_token_id": [1, 2], "rope_scaling": None, "attention_dropout": 0}, None),
+    ],
+)  # fmt: skip
+def test_a_config_whose_exports_transformers_could_not_load(
+    recipe: Recipe, model_folder: Path, changes: dict[str, object], said: str | None
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | changes))
+    fault = find_model(recipe).fault
+    assert (fault is None) if said is None else said in str(fault)

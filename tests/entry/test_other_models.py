@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from megabatch import Bridge, Gkd, Recipe, Rlhf
+from megabatch import Bridge, Gkd, Grpo, Recipe, Rlhf
 from megabatch.entry.input_checks import damaged_inputs, missing_inputs
 from megabatch.entry.model import find_model
 
@@ -48,6 +48,23 @@ def test_a_reference_of_the_same_shape(compared: Recipe, model_folder: Path) -> 
     beside = other(model_folder, "sft")
     assert faults(replace(compared, bridge=Bridge(ref_model=str(beside)))) == []
     assert faults(replace(compared, bridge=Bridge(ref_model="org/on-the-hub"))) == []
+
+
+def test_reward_models(recipe: Recipe, dataset: Path, model_folder: Path, tmp_path: Path) -> None:
+    dataset.write_text(f"{json.dumps({'query': '1 + 1?'})}\n" * 20)
+    made = replace(recipe, task="rlhf", rlhf=Rlhf(rlhf_type="grpo"))
+    judge = other(model_folder, "judge", architectures=["Qwen3ForSequenceClassification"])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for name, said in (
+        (judge, ""),
+        ("org/not-here", "is neither a local folder nor downloaded; run first: hf download org/not-here"),
+        (tmp_path / "models" / "judges", "does not exist; nearest in"),
+        (empty, "cannot be loaded: "),
+        (model_folder, "must be a classifier, and is Qwen3ForCausalLM; a run of rlhf_type=rm exports one"),
+    ):
+        found = [f for f in faults(replace(made, grpo=Grpo(reward_model=(str(name),)))) if "grpo.reward_model=" in f]
+        assert len(found) == bool(said) and all(said in fault for fault in found), (name, found)
 
 
 def test_a_profiles_shared_cache_is_asked(

@@ -62,6 +62,13 @@ class TestWithoutSlurm:
         beat(run, job_id="7", time=time.time() - 1000)
         assert status([run.path])[0].state is State.LOST
 
+    def test_a_heartbeat_of_the_future_proves_nothing(self, run: RunDirectory) -> None:
+        """A clock was set back since."""
+        record_submission(run, "7")
+        beat(run, job_id="7", time=time.time() + 10_000)
+        now = status([run.path])[0]
+        assert (now.state, now.heartbeat_age_s) == (State.LOST, 0)
+
     def test_another_jobs_heartbeat_proves_nothing(self, run: RunDirectory) -> None:
         record_submission(run, "7")
         record_submission(run, "8")

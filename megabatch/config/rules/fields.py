@@ -49,7 +49,7 @@ def invalid_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Itera
 def invalid_value(parameter: Parameter, value: Any) -> Iterator[Fault]:
     """What is wrong with a parameter's value, whatever the others are: at most one fault."""
     if not fits(value, parameter.hint):
-        yield _mistyped(parameter, value)
+        yield mistyped(parameter, value)
     elif isinstance(value, int) and abs(value) > _LARGEST:
         yield Fault(parameter.dotted, value, "must be below 2^63")
     elif not _in_range(parameter, value):
@@ -97,7 +97,8 @@ def _name_and_task(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("task", recipe.task, f"must be one of {', '.join(map(repr, names))}")
 
 
-def _mistyped(parameter: Parameter, value: Any) -> Fault:
+def mistyped(parameter: Parameter, value: Any) -> Fault:
+    """The fault of a value that has another type than its parameter."""
     known = [str(choice) for choice in choices(parameter.hint)]
     near = get_close_matches(value, known, n=1) if isinstance(value, str) else []
     rule = f"must be {spelled(parameter.hint)}"

@@ -14,7 +14,7 @@ from megabatch.secret_text import is_secret_name, secret_in, secrets_in_words
 def no_secrets(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
     """Args: variant_of: a recipe without faults, whose groups are not looked at again where this one shares them."""
     for parameter in own_parameters(recipe, variant_of):
-        for kind in _secrets(getattr(getattr(recipe, parameter.group), parameter.name)):
+        for kind in secrets_of(getattr(getattr(recipe, parameter.group), parameter.name)):
             rule = f"holds {kind}, but others can read run.json; export it in the submitting shell instead"
             yield Fault(parameter.dotted, None, rule, bare=True)
 
@@ -26,7 +26,7 @@ def no_secrets_in_words(place: str, words: Sequence[str]) -> Iterator[Fault]:
         yield Fault(place, None, rule + "in the submitting shell, and let the program read it there", bare=True)
 
 
-def _secrets(value: Any, name: str = "") -> Iterator[str]:
+def secrets_of(value: Any, name: str = "") -> Iterator[str]:
     """Kinds of secrets in a value and in whatever it holds."""
     if isinstance(value, str):
         kind = f"`{name}`" if value and is_secret_name(name) else secret_in(value)
@@ -34,7 +34,7 @@ def _secrets(value: Any, name: str = "") -> Iterator[str]:
             yield kind
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _secrets(item, str(key))
+            yield from secrets_of(item, str(key))
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _secrets(item, name)
+            yield from secrets_of(item, name)
