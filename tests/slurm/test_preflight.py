@@ -171,7 +171,7 @@ def test_a_first_node_that_cannot_even_start_is_left_out(submit_payload: Submit,
     broken.write_text(f'#!/bin/bash\n{fails}\nexec {sys.executable} "$@"\n')
     broken.chmod(0o755)
     profile = ClusterProfile(sbatch={"exclusive": True})
-    job = submit_payload(profile=profile, python=str(broken), nodes=3, preflight="light", preflight_answer_s=1)
+    job = submit_payload(profile=profile, python=str(broken), nodes=3, preflight="light", preflight_answer_s=10)
     assert job.wait().state is State.COMPLETED, job.batch_log()
     [bad] = bad_nodes(job)
     assert (bad["node"], bad["check"], bad["excluded"]) == ("n1", "answer", True)
@@ -184,7 +184,7 @@ def test_a_node_that_does_not_report_is_left_out(submit_payload: Submit, tmp_pat
     broken.write_text(f'#!/bin/bash\n{fails}\nexec {sys.executable} "$@"\n')
     broken.chmod(0o755)
     profile = ClusterProfile(sbatch={"exclusive": True})
-    job = submit_payload(profile=profile, python=str(broken), nodes=3, preflight="light", preflight_answer_s=1)
+    job = submit_payload(profile=profile, python=str(broken), nodes=3, preflight="light", preflight_answer_s=10)
     assert job.wait().state is State.COMPLETED, job.batch_log()
     assert [(bad["node"], bad["check"], bad["excluded"]) for bad in bad_nodes(job)] == [("n2", "answer", True)]
 
