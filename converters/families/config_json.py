@@ -139,7 +139,7 @@ def leading_dense_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
 def sparse_layers(config: Config, *, layers: int) -> tuple[bool, ...]:
     """Which layers have experts: every `decoder_sparse_step`th, those in `mlp_only_layers` never."""
     step = size(config, "decoder_sparse_step", default=1)
-    dense = config.get("mlp_only_layers") or []
+    dense = [] if config.get("mlp_only_layers") is None else config["mlp_only_layers"]
     if not isinstance(dense, list) or any(not isinstance(layer, int) for layer in dense):
         raise ConversionError(f"config.json: mlp_only_layers={short(dense)} must be a list of layer numbers")
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
@@ -210,6 +210,12 @@ def require_loadable(config: Config, *, model_type: str) -> None:
             raise ConversionError(
                 f"config.json: {name}={short(config[name])} must be {words}, or transformers cannot load the model"
             )
+    padding, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if type(padding) is int and type(rows) is int and padding >= rows:
+        raise ConversionError(
+            f"config.json: pad_token_id={short(padding)} must be below vocab_size={short(rows)}, or transformers "
+            "cannot load the model"
+        )
     if (stated := config.get("model_type")) != model_type:
         raise ConversionError(
             f"config.json: model_type={short(stated)} must be {model_type!r}, or transformers cannot load the model; "

@@ -133,6 +133,7 @@ def test_what_the_trainer_cannot_train_is_refused_before_the_queue(recipe: Recip
         ({"attention_dropout": "0.0"}, "attention_dropout='0.0' must be a number"),
         ({"bos_token_id": [1]}, "bos_token_id=[1] must be a token's number or null"),
         ({"rope_parameters": []}, "rope_parameters=[] must be an object or null"),
+        ({"pad_token_id": 32}, "pad_token_id=32 must be below vocab_size=32"),
         ({"model_type": "QWEN3"}, "model_type='QWEN3' must be 'qwen3', or transformers cannot load the model"),
         ({"model_type": None}, "model_type=None must be 'qwen3'"),
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": None}, "head_dim=null cannot"),
