@@ -5,10 +5,15 @@ from __future__ import annotations
 import threading
 from typing import Any, cast
 
+import pytest
+import torch
+
+from megabatch.errors import RolloutError
 from megabatch.rollout.engine import Completion, Request, Sampling
-from megabatch.rollout.vllm.client import UnreachableError
+from megabatch.rollout.vllm.client import Client, UnreachableError
 from megabatch.rollout.vllm.pool import Pool
-from megabatch.rollout.vllm.server import Server
+from megabatch.rollout.vllm.server import GoneError, Server
+from megabatch.slurm.ports import free_port_block
 
 
 class Faltering:
@@ -20,6 +25,8 @@ class Faltering:
         self._asked, self._again = 0, threading.Event()
 
     def begin_update(self, version: int) -> None: ...
+
+    def wake(self, *, cache: bool) -> None: ...
 
     def check_fresh(self) -> None: ...
 
@@ -40,3 +47,40 @@ def test_a_request_that_failed_is_taken_by_another_thread_at_once() -> None:
     sampling = Sampling(temperature=1.0, max_tokens=1, stop_ids=())
     (one,) = pool.generate([Request(key="a", prompt=(1,), sampling=sampling, seed=0)])
     assert (one.key, one.ids) == ("a", (5,))
+
+
+class Dead(Server):
+    """At an address where nothing answers. Counts how often it is waited for."""
+
+    def __init__(self) -> None:
+        client = Client(f"http://127.0.0.1:{free_port_block()}")
+        super().__init__(client, owner="test", device=torch.device("cpu"), timeout_s=0.0)
+        self.waits = 0
+
+    def wait(self) -> None:
+        self.waits += 1
+        super().wait()
+
+
+def test_a_dead_server_is_waited_for_once_while_there_are_others() -> None:
+    """Each wait takes `rollout.vllm_server_timeout`, in which the other servers idle."""
+    dead, living = Dead(), cast(Server, cast(Any, Faltering()))
+    pool = Pool([dead, living])
+    pool._used = [dead, living]  # it died after the last update
+    for version in (1, 2):
+        pool.wake(cache=False)
+        pool.begin_update(version)
+        assert pool.members() == [living] and dead.waits == 1
+
+
+def test_servers_that_are_all_dead_are_waited_for_together() -> None:
+    """Also one that was given up: it may be the one that comes back."""
+    first, second = Dead(), Dead()
+    pool = Pool([first, second])
+    for one in (first, second):
+        pool._used = [one]
+        with pytest.raises(GoneError):
+            pool.wake(cache=False)
+    with pytest.raises(RolloutError, match="did not answer for 0 s"):
+        pool.begin_update(1)
+    assert (first.waits, second.waits) == (2, 2)

@@ -24,7 +24,11 @@ _LOOK_S = 0.05
 
 
 class Pool:
-    """Servers with the same model. Those that fail are left out until the next update reaches them again."""
+    """Servers with the same model. Those that fail are left out until the next update reaches them again.
+
+    One that did not answer for as long as a server is waited for is only asked by the next updates, while there are
+    others: waiting for it would hold up each of them.
+    """
 
     experts: Literal["per_expert", "fused"] = "per_expert"
 
@@ -32,6 +36,8 @@ class Pool:
         self._servers = list(servers)
         self._used: list[Server] = []
         """Servers that have the weights of `version`."""
+        self._given_up: set[Server] = set()
+        """Those that were waited for in vain, and have not answered since."""
         self._threads = ThreadPoolExecutor(len(servers), thread_name_prefix="megabatch-servers")
 
     @property
@@ -108,7 +114,10 @@ class Pool:
 
     def _begin(self, action: Callable[[Server], None]) -> None:
         """On every server. Raises: RolloutError, and no `LostError`, where none is left: each was waited for."""
-        self._used = list(self._servers)
+        answers = self._threads.map(lambda one: one not in self._given_up or _answers(one), self._servers)
+        there = [one for one, does in zip(self._servers, answers, strict=True) if does]
+        self._used = there or list(self._servers)
+        self._given_up -= set(self._used)
         try:
             self._on_each(action)
         except UnreachableError as e:
@@ -169,6 +178,7 @@ class Pool:
             if error is not None:
                 self._drop(server, str(error))
                 errors.append(error)
+                self._given_up |= {server} if isinstance(error, GoneError) else set()
         if errors and not self._used:
             raise next((error for error in errors if not isinstance(error, GoneError)), errors[0])
 
@@ -183,6 +193,15 @@ def _gone(action: Callable[[Server], None], server: Server) -> UnreachableError 
     except UnreachableError as e:
         return e
     return None
+
+
+def _answers(server: Server) -> bool:
+    """Whether it does now."""
+    try:
+        server.health()
+    except UnreachableError:
+        return False
+    return True
 
 
 class _Round:

@@ -77,6 +77,7 @@ class Server:
     def has_base(self) -> bool:
         """Asks the server, which may have been started again. One that does not answer needs nothing now."""
         try:
+            self.health()  # in seconds, where the next question would wait as long as for any answer
             return self._has_base and self._is_same()
         except UnreachableError:
             return True

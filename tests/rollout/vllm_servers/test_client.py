@@ -25,6 +25,7 @@ ANSWERS: dict[str, tuple[int, bytes]] = {
     "/fastapi": (404, b'{"detail": "Not Found"}'),
     "/plain": (409, b"already\n begun"),
     "/broken": (500, b'{"error": "boom"}'),
+    "/health": (200, b""),
     "/weight_info": (200, b'{"weight_version": "trainer:1"}'),
 }
 
