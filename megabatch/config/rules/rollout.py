@@ -178,7 +178,11 @@ def adapters_fit_the_engine(recipe: Recipe, shape: ModelShape | None, layout: La
         yield Fault(field, True, f"needs tuner.tuner_type='lora', not {tuner.tuner_type!r}", try_=(False,))
         return
     if shape is not None and shape.num_experts:
-        yield Fault(field, True, "is not built for mixtures of experts, which get merged weights", try_=(False,))
+        rule = (
+            "is not for mixtures of experts: with room for adapters vLLM computes experts by Triton alone, which CPUs "
+            "lack, and no GPU has shown that it agrees with the trainer; without it vLLM gets merged weights"
+        )
+        yield Fault(field, True, rule, try_=(False,))
     for name, value in (("modules_to_save", tuner.modules_to_save), ("lora_bias", tuner.lora_bias)):
         if value not in ((), "none"):
             rule = "trains the model's own parameters, which vllm_enable_lora=True does not send"

@@ -111,7 +111,7 @@ CASES = [
     (rules.adapters_fit_the_engine, "dense", rollout(**ALONE), rollout(**COLOCATE),
      "rollout.vllm_enable_lora", ["needs tuner.tuner_type='lora', not 'full'"]),
     (rules.adapters_fit_the_engine, "experts", {**LORA, **rollout(**ALONE)}, {**LORA, **rollout(**COLOCATE)},
-     "rollout.vllm_enable_lora", ["not built for mixtures of experts"]),
+     "rollout.vllm_enable_lora", ["not for mixtures of experts", "by Triton alone", "merged weights", "try False"]),
     (rules.adapters_fit_the_engine, "dense",
      {"tuner": {"tuner_type": "lora", "modules_to_save": ("lm_head",)}, **rollout(**ALONE)},
      {**LORA, **rollout(**ALONE)}, "tuner.modules_to_save", ["does not send"]),
