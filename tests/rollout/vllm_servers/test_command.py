@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_python import python
 
 from megabatch.rollout.vllm.command import server_arguments, server_command, server_environment
 from megabatch.rollout.vllm.engine_options import EngineOptions
@@ -60,6 +63,20 @@ def test_products_of_float32_are_exact_unless_told() -> None:
     assert server_environment({}, dtype="float32", on_cpus=False)[name] == "ieee"
     assert server_environment({name: "tf32"}, dtype="float32", on_cpus=False)[name] == "tf32"
     assert name not in server_environment({}, dtype="bfloat16", on_cpus=False)
+
+
+@pytest.mark.skipif(python() is None, reason="needs vLLM for CPUs: make vllm")
+def test_room_for_adapters_of_experts_is_refused_on_cpus(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig
+
+    Qwen3MoeConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, architectures=["Qwen3MoeForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    command = [str(python()), "-m", "megabatch.cli", "rollout", str(tmp_path), "--lora_rank", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and not done.stdout
+    assert f"--lora_rank is not for {tmp_path} on CPUs" in done.stderr and "leave it out" in done.stderr
 
 
 @pytest.mark.parametrize(
