@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megabatch.errors import ConversionError
@@ -187,7 +187,10 @@ def require_finite(config: Config) -> None:
 
 
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("initializer_range", "rms_norm_eps", "router_aux_loss_coef"), ((float,), "a decimal number")),
+    **dict.fromkeys(
+        ("initializer_range", "rms_norm_eps", "router_aux_loss_coef", "router_jitter_noise"),
+        ((float,), "a decimal number"),
+    ),
     "attention_dropout": ((float, int), "a number"),
     **dict.fromkeys(("use_cache", "tie_word_embeddings", "output_router_logits"), ((bool,), "true or false")),
     **dict.fromkeys(("attention_bias", "norm_topk_prob", "use_sliding_window"), ((bool,), "true or false")),
@@ -210,6 +213,8 @@ def require_loadable(config: Config, *, model_type: str) -> None:
             raise ConversionError(
                 f"config.json: {name}={short(config[name])} must be {words}, or transformers cannot load the model"
             )
+    for reason in _contradictions(config):
+        raise ConversionError(f"config.json: {reason}, or transformers cannot load the model")
     padding, rows = config.get("pad_token_id"), config.get("vocab_size")
     if type(padding) is int and type(rows) is int and padding >= rows:
         raise ConversionError(
@@ -221,6 +226,18 @@ def require_loadable(config: Config, *, model_type: str) -> None:
             f"config.json: model_type={short(stated)} must be {model_type!r}, or transformers cannot load the model; "
             "correct it"
         )
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    kinds, layers = layer_types(config), config.get("num_hidden_layers")
+    if kinds is not None and len(kinds) != layers:
+        yield f"layer_types has {len(kinds)} entries for {short(layers)} layers; it must have one for each"
+    for name in ("rope_parameters", "rope_scaling"):
+        if config.get(name) and config[name].get("rope_theta", 0) is None:
+            yield f"rope_theta=null in {name} must be a number"
+    both = [config[name] for name in ("num_experts", "num_local_experts") if name in config]
+    if len(both) == 2 and both[0] != both[1]:
+        yield f"num_experts={short(both[0])} and num_local_experts={short(both[1])} must be the same number"
 
 
 def refuse_quantised(config: Config) -> None:
@@ -289,6 +306,10 @@ def refuse_unsupported(config: Config) -> None:
     if activation not in ("silu", "swish"):
         raise ConversionError(
             f"config.json: hidden_act={short(activation)} is not supported by this family; it uses silu"
+        )
+    if not switch(config, "is_causal", default=True):
+        raise ConversionError(
+            "config.json: is_causal=false is not supported by this family: each token would see those after it"
         )
     known = ["full_attention", *(["sliding_attention"] if switched_window(config) else [])]
     if odd := sorted({*(layer_types(config) or [])} - {*known}):
