@@ -86,7 +86,8 @@ def row_units(recipe: Recipe) -> tuple[int, int]:
     """What the tokens of a sequence, and those of a row, must be multiples of for every model that computes them:
     2·cp, and 2·cp·tp with sequence parallelism."""
     sequence, row = 1, 1
-    for parallel in (recipe.parallel, *(parallel_of(recipe, role) for role in (TEACHER, REFERENCE))):
+    split = [role for role in (TEACHER, REFERENCE) if role.given(recipe)]  # the others as the run itself
+    for parallel in (recipe.parallel, *(parallel_of(recipe, role) for role in split)):
         cut = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
         sequence = lcm(sequence, cut)
         row = lcm(row, cut * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1))

@@ -10,7 +10,7 @@ from megabatch.config.flags import Actions
 from megabatch.config.layout import layout_of
 from megabatch.config.recipe import Recipe
 from megabatch.config.rules.check import check
-from megabatch.config.rules.fields import unbuilt_fields
+from megabatch.config.rules.fields import differing_parameters, unbuilt_fields
 from megabatch.config.rules.secrets import no_secrets
 from megabatch.config.run import save_folder
 from megabatch.entry.estimate import gpu_of, verdict_of
@@ -162,7 +162,8 @@ def _judged(
         if verdict.estimate is not None:
             pruned = "" if keep_all else verdict.reason
             return Candidate(point=point, launch=launch, pruned=pruned, estimate=verdict.estimate)
-    unbuilt = set(map(str, unbuilt_fields(point.recipe, variant_of=variant_of)))
+    among = None if variant_of is None else tuple(differing_parameters(point.recipe, variant_of))
+    unbuilt = set(map(str, unbuilt_fields(point.recipe, among=among)))
     faults = check(point.recipe, shape, variant_of=variant_of) + ([launch.model.fault] if launch.model.fault else [])
     broken = [fault for fault in faults if str(fault) not in unbuilt]
     more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""

@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from itertools import groupby
 from typing import Any
@@ -36,13 +36,13 @@ _SECRET = "bridge.hub_token"
 """Its value is never shown: someone may have put the token itself there."""
 
 
-def invalid_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
+def invalid_fields(recipe: Recipe, *, among: Iterable[Parameter] | None = None) -> Iterator[Fault]:
     """Values of the wrong type, choice or range; rules between fields are not asked about these fields.
 
-    Args: variant_of: a recipe without faults, whose groups are not looked at again where this one shares them.
+    Args: among: the parameters to look at; None means all.
     """
     yield from _name_and_task(recipe)
-    for parameter in own_parameters(recipe, variant_of):
+    for parameter in parameters(Recipe) if among is None else among:
         yield from invalid_value(parameter, getattr(getattr(recipe, parameter.group), parameter.name))
 
 
@@ -60,12 +60,12 @@ def invalid_value(parameter: Parameter, value: Any) -> Iterator[Fault]:
         yield from _FORMS[parameter.dotted](value)
 
 
-def unbuilt_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
+def unbuilt_fields(recipe: Recipe, *, among: Iterable[Parameter] | None = None) -> Iterator[Fault]:
     """Values whose effect is not built yet: refused by name, never ignored. Args: as above."""
     tasks = tuple(dict.fromkeys(task.task for task in TASKS if task.built))
     if recipe.task not in tasks:
         yield Fault("task", recipe.task, "is not built yet", try_=tasks)
-    for parameter in own_parameters(recipe, variant_of):
+    for parameter in parameters(Recipe) if among is None else among:
         value = getattr(getattr(recipe, parameter.group), parameter.name)
         if parameter.unbuilt(value):
             built = parameter.facts.built
@@ -75,11 +75,11 @@ def unbuilt_fields(recipe: Recipe, *, variant_of: Recipe | None = None) -> Itera
             yield Fault(parameter.dotted, value, f"{why}; works: {', '.join(shown)}")
 
 
-def own_parameters(recipe: Recipe, variant_of: Recipe | None) -> Iterator[Parameter]:
-    """The parameters of the groups that a recipe does not share with another one."""
+def differing_parameters(recipe: Recipe, other: Recipe) -> Iterator[Parameter]:
+    """The parameters whose values a recipe does not share with another one: not the same objects, since True == 1."""
     for name, found in _by_group().items():
-        if variant_of is None or getattr(recipe, name) is not getattr(variant_of, name):
-            yield from found
+        if (own := getattr(recipe, name)) is not (its := getattr(other, name)):
+            yield from (one for one in found if getattr(own, one.name) is not getattr(its, one.name))
 
 
 @functools.cache

@@ -58,9 +58,10 @@ def ranks_divide(recipe: Recipe, shape: ModelShape | None, layout: Layout | None
 
 
 def _ranks_divide(recipe: Recipe, role: Role) -> Iterator[Fault]:
-    given, parallel, world = role.given(recipe), parallel_of(recipe, role), recipe.resources.world_size
+    given = role.given(recipe)
     if not given:
         return
+    parallel, world = parallel_of(recipe, role), recipe.resources.world_size
     sizes = [
         getattr(parallel, f"{name}_size")
         for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from megabatch.config.declare import Parameter, parameters
 from megabatch.config.recipe import Recipe
-from megabatch.config.rules.fields import own_parameters
 from megabatch.errors import Fault
 from megabatch.secret_text import is_secret_name, secret_in, secrets_in_words
 
 
-def no_secrets(recipe: Recipe, *, variant_of: Recipe | None = None) -> Iterator[Fault]:
-    """Args: variant_of: a recipe without faults, whose groups are not looked at again where this one shares them."""
-    for parameter in own_parameters(recipe, variant_of):
+def no_secrets(recipe: Recipe, *, among: Iterable[Parameter] | None = None) -> Iterator[Fault]:
+    """Args: among: the parameters to look at; None means all."""
+    for parameter in parameters(Recipe) if among is None else among:
         for kind in secrets_of(getattr(getattr(recipe, parameter.group), parameter.name)):
             rule = f"holds {kind}, but others can read run.json; export it in the submitting shell instead"
             yield Fault(parameter.dotted, None, rule, bare=True)
