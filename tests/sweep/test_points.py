@@ -72,14 +72,13 @@ def test_the_command_line_replaces_a_grids_values_and_adds_to_them() -> None:
 def test_every_fault_is_reported_with_its_fix() -> None:
     assert _faults(
         grid={"lrr": [1], "lr": ["fast", 1e-3], "micro_batch_size": [0], "global_batch_size": [], "seed": 3},
-        list=["x", {"num_layer": 2}],
+        list=[{"num_layer": 2}],
     ) == [
         "sweep.grid['lrr'] is not a parameter; try lr",
-        "sweep.grid['lr']='fast' must be a number or None",
+        "sweep.grid['lr']='fast' must be a number or None, not str",
         "sweep.grid['micro_batch_size']=0 must be at least 1",
         "sweep.grid['global_batch_size']=[] is empty; give at least one value",
         "sweep.grid['seed']=3 must be a list of values",
-        "sweep.list['0']='x' must be a dictionary of parameters and values",
         "sweep.list['num_layer'] is not a parameter; try num_layers or num_labels",
     ]
 
