@@ -11,7 +11,7 @@ import transformers
 from compositions import Composition
 from rank_server import RankServer
 from runs import with_fields, write_run
-from safetensors import safe_open
+from safetensors.torch import load_file
 from scored import recipe_of, write_rows
 
 from megabatch import Model, Recipe, Rlhf
@@ -86,8 +86,7 @@ def test_scores_of_a_bf16_folder(ranks: RankServer, tmp_path: Path) -> None:
         folder = tmp_path / task / "bf16" / "exported"
         config = json.loads((folder / "config.json").read_text())
         assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            assert {file.get_tensor(name).dtype for name in file} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
         texts = [ids for ids, _ in trained]
         assert texts == [ids for ids, _ in loaded]
         half, single = (torch.tensor([values for _, values in some]) for some in (trained, loaded))
